@@ -1,0 +1,413 @@
+"""The affine grid: parameters, quantize, dequantize, fake_quant and the `qpoint` tag.
+
+    real = scale * (code - zero_point),    code in [qmin, qmax]
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.typing import ArrayLike
+
+from qjax.rounding import ceil_power_of_two, check_bits, half_even, int_range
+
+Rounding = Callable[[jax.Array], jax.Array]
+Estimator = Callable[..., jax.Array]
+
+_INT32 = jnp.iinfo(jnp.int32)
+
+
+class QParams(NamedTuple):
+    """A grid: where codes lie on the real line."""
+
+    scale: jax.Array  # float32, [] or the rank of x. Units of x per code.
+    zero_point: jax.Array  # int32, shape of scale. The code of 0.0.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QSpec:
+    """The word of a code. A pytree whose only leaf is ``bits``.
+
+    Attributes:
+      bits: Word length, sign included, 1 to 32. May be an array, also a traced one.
+      signed: Whether codes may be negative.
+      narrow_range: Whether the least code is left out.
+      symmetric: Whether ``zero_point`` is 0. Weights always are.
+      power_of_two: Whether scales are powers of two (rounded up, so that the range
+        still fits).
+      axis: The channel axis or axes, each with scales of its own; None for one scale
+        per tensor. Negative ones count from the end.
+      rounding: From real to integer, of ``qjax.rounding``.
+    """
+
+    bits: ArrayLike = 8
+    signed: bool = dataclasses.field(default=True, metadata={"static": True})
+    narrow_range: bool = dataclasses.field(default=False, metadata={"static": True})
+    symmetric: bool = dataclasses.field(default=False, metadata={"static": True})
+    power_of_two: bool = dataclasses.field(default=False, metadata={"static": True})
+    axis: int | tuple[int, ...] | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
+    rounding: Rounding = dataclasses.field(default=half_even, metadata={"static": True})
+
+    def __post_init__(self):
+        check_bits(self.bits, self.narrow_range)
+        if isinstance(self.axis, list):
+            raise TypeError(f"`axis` must be an int, a tuple or None, got {self.axis}.")
+
+    @property
+    def qmin(self) -> ArrayLike:
+        """The least code."""
+        return int_range(self.bits, self.signed, self.narrow_range)[0]
+
+    @property
+    def qmax(self) -> ArrayLike:
+        """The largest code."""
+        return int_range(self.bits, self.signed, self.narrow_range)[1]
+
+
+def quantize(x: jax.Array, params: QParams, spec: QSpec) -> jax.Array:
+    """Maps real values to the nearest integer codes.
+
+        q = clip(round(x * (1 / scale)) + zero_point, qmin, qmax)
+
+    ``round`` is half-to-even by default. The reciprocal is ours, not a choice of the
+    compiler, and the zero point joins after rounding, in integers.
+
+    Args:
+      x: Real values, shape ``[...]``. float16 and bfloat16 are computed in float32.
+      params: Grid. ``scale`` in units of ``x`` per code, shape ``[]``; if ``spec.axis``
+        is set, the rank of ``x`` with size 1 everywhere but there.
+      spec: Word length and range of the codes.
+
+    Returns:
+      Codes in ``[qmin, qmax]``, int32, shape of ``x``. Beyond the grid they saturate;
+      on it ``|dequantize(q, params) - x| <= scale / 2`` up to float rounding. NaN
+      becomes ``zero_point``.
+
+    Raises:
+      ValueError: if ``params.scale`` has another shape, or the codes need more than
+        int32 (unsigned, 32 bits).
+
+    Example:
+      >>> params = QParams(scale=jnp.float32(0.5), zero_point=jnp.int32(0))
+      >>> quantize(jnp.array([0.7, -0.25, 99.0]), params, QSpec(bits=4))
+      Array([1, 0, 7], dtype=int32)
+
+    References:
+      Jacob et al., "Quantization and Training of Neural Networks for Efficient
+      Integer-Arithmetic-Only Inference", 2018, eq. 1 (arXiv:1712.05877).
+    """
+    _check_params_shape(x, params, spec.axis)
+    return grid_codes(x, *params, *_code_range(spec), rounding=spec.rounding)
+
+
+def dequantize(q: jax.Array, params: QParams) -> jax.Array:
+    """Maps integer codes to real values: ``x = (q - zero_point) * scale``.
+
+    Args:
+      q: Codes, any integer type, shape ``[...]``.
+      params: Grid, its shapes broadcast against ``q``.
+
+    Returns:
+      Real values in the dtype of ``params.scale``, shape of ``q``. Exact before the
+      product while codes and zero point stay below 2^24.
+    """
+    dtype = params.scale.dtype
+    return (q.astype(dtype) - params.zero_point.astype(dtype)) * params.scale
+
+
+def fake_quant(
+    x: jax.Array,
+    params: QParams,
+    spec: QSpec,
+    *,
+    site: str = "",
+    estimator: Estimator | None = None,
+) -> jax.Array:
+    """Rounds real values to the grid: ``dequantize(quantize(x))``, differentiable.
+
+    Args:
+      x: Real values, shape ``[...]``.
+      params: Grid, shapes as in `quantize`.
+      spec: Word length and range of the codes.
+      site: Name of this quantization point, kept in the traced program.
+      estimator: Backward pass, a function of the signature of `clipped_ste`, which is
+        the default.
+
+    Returns:
+      Values on the grid, shape and dtype of ``x``. NaN stays NaN.
+
+    Raises:
+      ValueError: as `quantize`.
+
+    Example:
+      >>> params = QParams(scale=jnp.float32(0.5), zero_point=jnp.int32(0))
+      >>> fake_quant(jnp.array([0.7, -0.25, 99.0]), params, QSpec(bits=4))
+      Array([0.5, 0. , 3.5], dtype=float32)
+    """
+    _check_params_shape(x, params, spec.axis)
+    estimate = clipped_ste if estimator is None else estimator
+    return estimate(x, *params, *_code_range(spec), site, spec.rounding)
+
+
+def min_max_params(low: ArrayLike, high: ArrayLike, spec: QSpec) -> QParams:
+    """Returns the finest grid of ``spec`` that holds ``[low, high]`` and zero.
+
+        asymmetric:  scale = (high - low) / (qmax - qmin)
+                     zero_point = min(qmin - round(low / scale), qmax)
+        symmetric:   scale = max(high / qmax, low / qmin),  zero_point = 0
+
+    after widening the range to contain 0; quotients are products with a reciprocal, as
+    in `quantize`. With ``spec.power_of_two`` the scale is rounded up to a power of two.
+    An empty range (``low == high == 0``) gets scale 1.
+
+    Args:
+      low: Least value, shape of the scale wanted.
+      high: Largest value, same shape.
+      spec: Word length and range of the codes.
+
+    Returns:
+      `QParams`, float32 and int32, shape of ``low``.
+    """
+    low = jnp.minimum(jnp.asarray(low, jnp.float32), 0.0)
+    high = jnp.maximum(jnp.asarray(high, jnp.float32), 0.0)
+    qmin, qmax = _code_range(spec)
+    bottom, top = qmin.astype(jnp.float32), qmax.astype(jnp.float32)
+    if spec.symmetric:
+        scale = jnp.maximum(high * _reciprocal(top), low * _reciprocal(bottom))
+        fits = lambda s: (high <= top * s) & (low >= bottom * s)
+    else:
+        # Halved, so that the width of the full float range is finite.
+        half = high * 0.5 - low * 0.5
+        scale = half * (2.0 * _reciprocal(top - bottom))
+        fits = lambda s: half <= (top - bottom) * (0.5 * s)
+    if spec.power_of_two:
+        # The quotient may have been rounded to just above a power of two.
+        scale = ceil_power_of_two(scale)
+        scale = jnp.where(fits(0.5 * scale), 0.5 * scale, scale)
+    # 2^-126 and up: the reciprocal of the scale must be finite.
+    scale = jnp.maximum(scale, jnp.float32(2.0**-126))
+    scale = jnp.where((low < 0) | (high > 0), scale, 1.0)
+    if spec.symmetric:
+        return QParams(scale, jnp.zeros(scale.shape, jnp.int32))
+    # Steps from qmin to zero, unsigned: up to 2^32 - 1 of them.
+    steps = jnp.minimum(half_even(-low * (1.0 / scale)), 2.0**32 - 2.0**8)
+    most = qmax.astype(jnp.uint32) - qmin.astype(jnp.uint32)
+    above = jnp.minimum(steps.astype(jnp.uint32), most)
+    return QParams(scale, (qmin.astype(jnp.uint32) + above).astype(jnp.int32))
+
+
+def abs_max_params(x: jax.Array, spec: QSpec) -> QParams:
+    """Returns the finest symmetric grid of ``spec`` that holds ``x``: that of weights.
+
+    Args:
+      x: Values, shape ``[...]``.
+      spec: Word length, range and axis. Taken as symmetric.
+
+    Returns:
+      `QParams`, shape ``[]``; with ``spec.axis`` the rank of ``x`` and size 1 elsewhere.
+
+    Example:
+      >>> x = jnp.array([[0.5, -1.0], [0.25, 2.0]])
+      >>> abs_max_params(x, QSpec(bits=8, narrow_range=True, axis=-1)).scale * 127
+      Array([[0.5, 2. ]], dtype=float32)
+    """
+    symmetric = dataclasses.replace(spec, symmetric=True)
+    return min_max_params(*reduce_range(x, spec.axis), symmetric)
+
+
+def bias_params(x_params: QParams, kernel_scale: jax.Array) -> QParams:
+    """Returns the grid of an accumulator, and so of its bias: ``scale_x * scale_w``."""
+    scale = x_params.scale * kernel_scale
+    return QParams(scale, jnp.zeros(scale.shape, jnp.int32))
+
+
+def reduce_range(
+    x: jax.Array, axis: int | tuple[int, ...] | None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the least and the largest value, float32, in the shape of a scale.
+
+    An empty ``x`` has the range (0, 0).
+    """
+    shape = scale_shape(x.shape, axis)
+    over = tuple(d for d in range(x.ndim) if not shape or shape[d] != x.shape[d])
+    keep = bool(shape)
+    x = x.astype(jnp.float32)
+    if x.size == 0:
+        return jnp.zeros(shape), jnp.zeros(shape)
+    return jnp.min(x, over, keepdims=keep), jnp.max(x, over, keepdims=keep)
+
+
+def scale_shape(
+    shape: tuple[int, ...], axis: int | tuple[int, ...] | None
+) -> tuple[int, ...]:
+    """Returns the shape of a scale: ``()``, or size 1 everywhere but at ``axis``."""
+    if axis is None:
+        return ()
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    for a in axes:
+        if not -len(shape) <= a < len(shape):
+            raise ValueError(
+                f"`axis={axis}` does not exist in an input of shape {shape}. Use an "
+                f"axis in {-len(shape)}..{len(shape) - 1}, or None for one scale per "
+                "tensor."
+            )
+    kept = {a % len(shape) for a in axes}
+    return tuple(n if d in kept else 1 for d, n in enumerate(shape))
+
+
+def grid_codes(
+    x: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array,
+    qmin: jax.Array,
+    qmax: jax.Array,
+    *,
+    rounding: Rounding = half_even,
+) -> jax.Array:
+    """The formula of `quantize` on bare arrays: int32 codes of the operands of a tag."""
+    steps = _to_int32(rounding(x.astype(scale.dtype) * (1.0 / scale)))
+    # Clip before the zero point joins, with bounds that do not wrap.
+    low = jnp.maximum(qmin, _INT32.min + jnp.maximum(zero_point, 0)) - zero_point
+    high = jnp.minimum(qmax, _INT32.max + jnp.minimum(zero_point, 0)) - zero_point
+    return jnp.clip(steps, low, high) + zero_point
+
+
+def _to_int32(x: jax.Array) -> jax.Array:
+    """Converts whole floats to int32: saturates, and takes NaN to 0."""
+    top = jnp.asarray(2.0**31, x.dtype)
+    inside = jnp.where((x >= -top) & (x < top), x, 0).astype(jnp.int32)
+    return jnp.where(
+        x >= top, _INT32.max, jnp.where(x < -top, _INT32.min, inside)
+    ).astype(jnp.int32)
+
+
+def _reciprocal(x: jax.Array) -> jax.Array:
+    """``1 / x``, and 0 at 0: a side of the range without codes asks for no scale."""
+    return jnp.where(x == 0, 0.0, 1.0 / jnp.where(x == 0, 1.0, x))
+
+
+def _code_range(spec: QSpec) -> tuple[jax.Array, jax.Array]:
+    """``qmin, qmax`` as int32; traced unsigned words of 32 bits saturate."""
+    if not spec.signed and isinstance(spec.bits, int) and spec.bits == 32:
+        raise ValueError(
+            "Codes are int32: an unsigned word has at most 31 bits, got bits=32. Use "
+            "`signed=True` or `bits=31`."
+        )
+    qmin, qmax = spec.qmin, spec.qmax
+    if not spec.signed and not isinstance(qmax, int):
+        qmax = jnp.minimum(jnp.asarray(qmax), jnp.uint32(_INT32.max))
+    return jnp.asarray(qmin).astype(jnp.int32), jnp.asarray(qmax).astype(jnp.int32)
+
+
+def _check_params_shape(
+    x: jax.Array, params: QParams, axis: int | tuple[int, ...] | None
+) -> None:
+    expected = scale_shape(x.shape, axis)
+    for name, value in params._asdict().items():
+        if jnp.shape(value) != expected:
+            raise ValueError(
+                f"`{name}` must have shape {expected} for an input of shape {x.shape} "
+                f"and axis={axis}, got {jnp.shape(value)}. Use `axis=None` for one "
+                "scale per tensor."
+            )
+
+
+# The tag: operands x, scale, zero_point, qmin, qmax; parameters site and rounding.
+qpoint_p = Primitive("qpoint")
+
+
+def _qpoint(x, scale, zero_point, qmin, qmax, *, site, rounding):
+    codes = grid_codes(x, scale, zero_point, qmin, qmax, rounding=rounding)
+    value = dequantize(codes, QParams(scale, zero_point)).astype(x.dtype)
+    return jnp.where(jnp.isnan(x), x, value)
+
+
+def _qpoint_batch(operands, dims, *, site, rounding):
+    """Moves every batch to axis 0 and lines the others up behind it."""
+    pairs = list(zip(operands, dims, strict=True))
+    size = next(x.shape[d] for x, d in pairs if d is not None)
+    rank = operands[0].ndim - (dims[0] is not None)
+
+    def align(x, d):
+        if d is None:
+            return x if x.ndim == 0 else x[None]
+        x = jnp.moveaxis(x, d, 0)
+        return x.reshape(size, *([1] * rank)) if x.ndim == 1 else x
+
+    x, *rest = (align(x, d) for x, d in pairs)
+    if dims[0] is None:
+        x = jnp.broadcast_to(operands[0][None], (size, *operands[0].shape))
+    return qpoint_p.bind(x, *rest, site=site, rounding=rounding), 0
+
+
+def _inside(x, scale, zero_point, qmin, qmax, rounding):
+    """Where `qpoint` rounds and does not saturate."""
+    steps = rounding(x.astype(scale.dtype) * (1.0 / scale))
+    zero = zero_point.astype(scale.dtype)
+    low, high = qmin.astype(scale.dtype) - zero, qmax.astype(scale.dtype) - zero
+    return (steps >= low) & (steps <= high)
+
+
+def _qpoint_jvp(primals, tangents, *, site, rounding):
+    out = qpoint_p.bind(*primals, site=site, rounding=rounding)
+    x_dot = ad.instantiate_zeros(tangents[0])
+    return out, jnp.where(_inside(*primals, rounding), x_dot, jnp.zeros_like(x_dot))
+
+
+qpoint_p.def_impl(jax.jit(_qpoint, static_argnames=("site", "rounding")))
+qpoint_p.def_abstract_eval(lambda x, *_, site, rounding: x.update(weak_type=False))
+mlir.register_lowering(qpoint_p, mlir.lower_fun(_qpoint, multiple_results=False))
+batching.primitive_batchers[qpoint_p] = _qpoint_batch
+ad.primitive_jvps[qpoint_p] = _qpoint_jvp
+
+
+def clipped_ste(x, scale, zero_point, qmin, qmax, site="", rounding=half_even):
+    """Straight-through estimator that is clipped: the default of `fake_quant`.
+
+        forward:   dequantize(quantize(x))
+        backward:  dx = dy where the code does not saturate, else 0
+
+    Scale and zero point get no gradient.
+
+    Args:
+      x: Real values, shape ``[...]``.
+      scale: Grid, as in `QParams`.
+      zero_point: Grid, as in `QParams`.
+      qmin: Least code, int32.
+      qmax: Largest code, int32.
+      site: Name of the quantization point.
+      rounding: From real to integer, of ``qjax.rounding``.
+
+    Returns:
+      Values on the grid, shape and dtype of ``x``.
+
+    References:
+      Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons",
+      2013 (arXiv:1308.3432); clipped as in Hubara et al., 2016 (arXiv:1609.07061).
+    """
+    return _clipped_ste(site, rounding, x, scale, zero_point, qmin, qmax)
+
+
+def _clipped_ste_primal(site, rounding, *operands):
+    return qpoint_p.bind(*operands, site=site, rounding=rounding)
+
+
+def _clipped_ste_forward(site, rounding, *operands):
+    # Binds the primitive itself: Hessian-vector products go through its JVP rule.
+    out = qpoint_p.bind(*operands, site=site, rounding=rounding)
+    return out, _inside(*operands, rounding)
+
+
+def _clipped_ste_backward(site, rounding, inside, dy):
+    return jnp.where(inside, dy, jnp.zeros_like(dy)), None, None, None, None
+
+
+_clipped_ste = jax.custom_vjp(_clipped_ste_primal, nondiff_argnums=(0, 1))
+_clipped_ste.defvjp(_clipped_ste_forward, _clipped_ste_backward)
