@@ -1,0 +1,456 @@
+"""Finds the sites of a traced model: its inputs, its weights, the ends of its blocks.
+
+A block starts at an equation that leaves the grid of its operands (a product with a
+weight, a sum of two activations, an average, a nonlinear function) and goes on through
+what a requantizer absorbs: bias, BatchNorm, activation. Its end is one site.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import numpy as np
+
+from qjax.affine import qpoint_p
+from qjax.scheme import Role, Site
+from qjax.trace import Equation, Trace, trace
+
+# One data operand, the first: the output lies on its grid.
+SHAPE_MOVES = frozenset(
+    "reshape transpose squeeze expand_dims broadcast_in_dim rev slice copy copy_p "
+    "stop_gradient convert_element_type reduce_precision optimization_barrier "
+    "sharding_constraint".split()
+)
+_GRID_KEEPING = SHAPE_MOVES | {"reduce_max", "reduce_window_max"}
+_AFFINE = frozenset("add sub mul div neg".split())
+_SCALING = frozenset("mul div".split())
+_BOUNDS = frozenset("max min clamp".split())
+_PRODUCTS = frozenset("dot_general conv_general_dilated".split())
+_SUMS = {"reduce_sum": "sum", "reduce_window_sum": "sum_pool"}
+_MEANS = {"sum": "mean", "sum_pool": "avg_pool"}  # The same, divided by a constant.
+_TWO_OPERANDS = {"add": "residual", "add_any": "residual", "sub": "residual"}
+_RANDOM = ("random_", "threefry", "rng_")
+
+
+@dataclasses.dataclass
+class Block:
+    """A run of equations that ends at one site."""
+
+    kind: str
+    root: Equation
+    value: int  # The end so far.
+    name: str = ""
+    weight: int | None = None  # A parameter, or what was computed of them.
+    weight_operand: int = 1  # Which operand of the root it enters as.
+    affine: list[Equation] = dataclasses.field(default_factory=list)
+    scale_site: int | None = None  # Of a lone affine block: its factor is a weight.
+    has_statistics: bool = False  # Normalised by statistics of the batch itself.
+    is_bounded: bool = False  # An activation came: nothing affine may follow.
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where quantizers go in one trace. Values are the numbers of the trace.
+
+    Attributes:
+      sites: In the order of the equations.
+      activations: Value -> index of its site.
+      weights: Value -> index of its site. Parameters, or values made of them.
+      blocks: Last affine value of a block -> the block, where constants alone scale
+        and shift it.
+      on_grid: Values on the grid of the data that they are made of: inputs, and what
+        shape moves, max-pools and relus return.
+    """
+
+    sites: tuple[Site, ...]
+    activations: dict[int, int]
+    weights: dict[int, int]
+    blocks: dict[int, Block]
+    on_grid: frozenset[int]
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """Returns ``conv1/kernel`` for a key path of a parameter tree.
+
+    Leaves out what Flax adds around it: Linen's collections, NNX's ``value``.
+    """
+    fields = ("key", "idx", "name")
+    keys = [str(next(getattr(k, f) for f in fields if hasattr(k, f))) for k in path]
+    if len(keys) > 1 and isinstance(path[-1], jax.tree_util.GetAttrKey):
+        keys = keys[:-1]
+    if len(keys) > 1 and keys[0] in ("params", "batch_stats"):
+        keys = keys[1:]
+    return "/".join(keys)
+
+
+def find_blocks(model: Trace, names: Sequence[str]) -> Plan:
+    """Finds the sites of a model.
+
+    Args:
+      model: Trace of ``fn(params, *inputs)``, derivative calls kept whole.
+      names: Names of the parameters, which are the first inputs of the trace.
+
+    Returns:
+      The plan. Its sites have the same names in training and in inference.
+    """
+    finder = _Finder(model, names)
+    for equation in model.equations:
+        finder.visit(equation)
+    return finder.plan()
+
+
+class _Finder:
+    """Walks over the equations, then names what it found."""
+
+    def __init__(self, model: Trace, names: Sequence[str]):
+        self.model = model
+        self.names = dict(zip(model.inputs[: len(names)], names, strict=True))
+        self.inputs = model.inputs[len(names) :]
+        self.data = set(self.inputs)
+        self.source: dict[int, Equation] = {}
+        self.users: dict[int, list[Equation]] = collections.defaultdict(list)
+        self.order: dict[int, int] = {}
+        for i, e in enumerate(model.equations):
+            self.source.update((v, e) for v in e.outputs)
+            self.order.update((v, i) for v in e.outputs)
+            for v in dict.fromkeys(e.inputs):
+                self.users[v].append(e)
+            is_random = e.primitive.name.startswith(_RANDOM)
+            if self.data.intersection(e.inputs) and not is_random:
+                self.data.update(e.outputs)
+        self._for_statistics: dict[int, bool] = {}
+        self.statistics = self._find_statistics()
+        self.blocks: list[Block] = []
+        self.open: dict[int, Block] = {}  # End so far -> a block that may go on.
+        self.input_sites: dict[int, str] = {}
+        self.weights: dict[int, str] = {}
+        self.on_grid: set[int] = set()
+        for k, v in enumerate(self.inputs):
+            if model.is_real(v) and self.users[v]:
+                self._add_input(v, k)
+
+    # The walk.
+
+    def visit(self, e: Equation) -> None:
+        """Starts a block at an equation, extends one, or leaves it alone."""
+        name, out = e.primitive.name, e.outputs[0]
+        x = [v for v in e.inputs if v in self.data and v not in self.statistics]
+        if not x or self._serves_statistics(out) or self._is_dropout(e):
+            return
+        if name == "convert_element_type" and not self.model.is_real(x[0]):
+            self._cast(e, x[0])
+        elif name in _PRODUCTS:
+            self._product(e)
+        elif name in _AFFINE and len(x) == 1 and not self._is_divisor(e, x[0]):
+            self._affine(e, x[0])
+        elif len(x) == 1 and (bounds := bounds_of(self.model, e)) is not None:
+            self._bound(e, bounds, x[0])
+        elif name in _GRID_KEEPING or (name == "pad" and self._is_zero(e.inputs[1])):
+            if x[0] in self.on_grid or x[0] in self.open:
+                self.on_grid.add(out)
+        elif has_qpoint(e):
+            self._drop(self.open.pop(x[0], None))  # The user's quantizer serves it.
+            self.on_grid.add(out)
+        else:
+            kind = _SUMS.get(name) or (_TWO_OPERANDS.get(name) if len(x) == 2 else None)
+            called = e.params.get("name") if name.startswith("custom") else None
+            for v in e.outputs:
+                if self.model.is_real(v) and (self.users[v] or v in self.model.outputs):
+                    self._start(Block(kind or str(called or name), e, v))
+
+    def _cast(self, e: Equation, x: int) -> None:
+        """Integers become real: an input of the model has its site here."""
+        while x in self.source and self.source[x].primitive.name in SHAPE_MOVES:
+            x = self.source[x].inputs[0]
+        if x in self.inputs and self.model.is_real(e.outputs[0]):
+            self._add_input(e.outputs[0], self.inputs.index(x))
+
+    def _add_input(self, v: int, k: int) -> None:
+        self.input_sites[v] = f"input:{k}"
+        self.on_grid.add(v)
+
+    def _product(self, e: Equation) -> None:
+        weight = next((v for v in e.inputs[1::-1] if v not in self.data), None)
+        block = Block("product", e, e.outputs[0], weight=weight)
+        if weight is not None:
+            leaf = self._leaf(weight, SHAPE_MOVES)
+            name = self.names[leaf] if leaf is not None else self._name_of([weight])
+            block.name = name.rpartition("/")[0] or name
+            block.weight = weight if leaf is None else leaf
+            block.weight_operand = e.inputs.index(weight)
+            self.weights[block.weight] = name or "weight"
+        self._start(block)
+
+    def _affine(self, e: Equation, x: int) -> None:
+        block = self.open.get(x)
+        if not (block is not None and self._goes_on(block, e, x)):
+            block = Block("affine", e, x)
+            self._start(block)
+        block.has_statistics |= bool(self.statistics.intersection(e.inputs))
+        block.affine.append(e)
+        self._extend(block, e.outputs[0])
+
+    def _goes_on(self, block: Block, e: Equation, x: int) -> bool:
+        """Whether an affine equation on the end of a block belongs to the block."""
+        absorbs = block.kind in ("product", "affine") or (
+            block.kind in _MEANS and e.primitive.name in _SCALING
+        )
+        return absorbs and not block.is_bounded and self._is_only(e, x)
+
+    def _bound(
+        self, e: Equation, bounds: list[tuple[str, Any]], x: int
+    ) -> None:
+        block = self.open.get(x)
+        if block is not None and self._is_only(e, x):
+            block.is_bounded = True
+            self._extend(block, e.outputs[0])
+        elif (block is not None or x in self.on_grid) and bounds == [("max", 0.0)]:
+            self.on_grid.add(e.outputs[0])  # Every grid holds zero.
+        else:
+            self._start(Block("clip", e, e.outputs[0]))
+
+    def _start(self, block: Block) -> None:
+        self.blocks.append(block)
+        self.open[block.value] = block
+
+    def _extend(self, block: Block, value: int) -> None:
+        self.open.pop(block.value, None)
+        block.value = value
+        self.open[value] = block
+
+    def _drop(self, block: Block | None) -> None:
+        if block is not None:
+            self.blocks.remove(block)
+
+    # What equations and values are.
+
+    def _is_only(self, e: Equation, x: int) -> bool:
+        """Whether ``e`` is the one consumer of ``x``, batch statistics aside."""
+        others = (u for u in self.users[x] if u is not e)
+        return x not in self.model.outputs and all(map(self._is_statistic, others))
+
+    def _is_statistic(self, e: Equation) -> bool:
+        return all(map(self._serves_statistics, e.outputs))
+
+    def _is_divisor(self, e: Equation, x: int) -> bool:
+        return e.primitive.name == "div" and e.inputs[1] == x
+
+    def _is_zero(self, v: int) -> bool:
+        value = constant_of(self.model, v, self.source)
+        return value is not None and bool(np.all(value == 0))
+
+    def _is_dropout(self, e: Equation) -> bool:
+        """The scaling and the selection by a mask that does not depend on data."""
+
+        def masks(u: Equation) -> bool:
+            return u.primitive.name == "select_n" and u.inputs[0] not in self.data
+
+        users = self.users[e.outputs[0]]
+        scales = e.primitive.name in _SCALING and len(users) == 1 and masks(users[0])
+        return masks(e) or scales
+
+    def _leaf(self, v: int, through: frozenset[str] | None) -> int | None:
+        """The parameter that ``v`` is made of, by ``through`` alone or by anything."""
+        if v in self.names:
+            return v
+        e = self.source.get(v)
+        if e is None or (through is not None and e.primitive.name not in through):
+            return None
+        leaves = (self._leaf(u, through) for u in e.inputs)
+        return next((leaf for leaf in leaves if leaf is not None), None)
+
+    def _name_of(self, values: Iterable[int]) -> str:
+        """The name of a parameter that goes into one of ``values``."""
+        known = (v for v in values if v not in self.data)
+        leaves = (self._leaf(v, through=None) for v in known)
+        return next((self.names[leaf] for leaf in leaves if leaf is not None), "")
+
+    # Statistics of a batch, as BatchNorm takes them in training: sums over all axes
+    # but the channel that come back to the values they were taken from.
+
+    def _find_statistics(self) -> set[int]:
+        found: set[int] = set()
+        for e in self.model.equations:
+            if e.primitive.name == "reduce_sum" and e.inputs[0] in self.data:
+                axes, rank = e.params["axes"], len(self.model.shape(e.inputs[0]))
+                if 0 in axes and len(axes) == rank - 1:
+                    found |= self._statistics_from(e) or set()
+        return found
+
+    def _statistics_from(self, root: Equation) -> set[int] | None:
+        """All that follows from a sum until it meets its own data; None if it never
+        does, or if it is used as data."""
+        origin = set(self._pointwise(root.inputs[0]))
+        found, returns = set(root.outputs), False
+        todo = list(root.outputs)
+        while todo:
+            for e in self.users[todo.pop()]:
+                name = e.primitive.name
+                if name in _PRODUCTS or name in _SUMS or "window" in name:
+                    return None
+                others = [v for v in e.inputs if v in self.data and v not in found]
+                if any(origin.intersection(self._pointwise(v)) for v in others):
+                    returns = True
+                elif all(map(self._is_vector, others)):
+                    todo += [v for v in e.outputs if v not in found]
+                    found.update(e.outputs)
+                else:
+                    return None
+        return found if returns else None
+
+    def _is_vector(self, v: int) -> bool:
+        return sum(n > 1 for n in self.model.shape(v)) <= 1
+
+    def _pointwise(self, v: int) -> Iterator[int]:
+        """``v`` and the data of its shape that it was computed from pointwise."""
+        todo, seen = [v], {v}
+        while todo:
+            v = todo.pop()
+            yield v
+            e = self.source.get(v)
+            if e is not None and e.primitive.name not in _PRODUCTS:
+                same = [u for u in e.inputs if u in self.data and u not in seen]
+                same = [u for u in same if self.model.shape(u) == self.model.shape(v)]
+                todo += same
+                seen.update(same)
+
+    def _serves_statistics(self, v: int) -> bool:
+        """Whether ``v`` is a statistic, or used for nothing but statistics."""
+        if v not in self._for_statistics:
+            users = self.users[v]
+            self._for_statistics[v] = v in self.statistics or (
+                bool(users)
+                and v not in self.model.outputs
+                and all(map(self._is_statistic, users))
+            )
+        return self._for_statistics[v]
+
+    # Names.
+
+    def plan(self) -> Plan:
+        """Names the sites, in the order of the equations."""
+        returned = self._returned()
+        sites: list[Site] = []
+        taken: collections.Counter[str] = collections.Counter()
+        kinds: collections.Counter[str] = collections.Counter()
+        activations: dict[int, int] = {}
+        weights: dict[int, int] = {}
+
+        def add(name: str, role: Role, v: int) -> int:
+            k, taken[name] = taken[name], taken[name] + 1
+            unique = f"{name}:{k}" if k else name
+            sites.append(Site(unique, role, self.model.shape(v)))
+            return len(sites) - 1
+
+        for v, name in self.input_sites.items():
+            activations[v] = add(name, "activation", v)
+        for block in sorted(self.blocks, key=lambda b: self.order[b.root.outputs[0]]):
+            if block.weight is not None and block.weight not in weights:
+                name = self.weights[block.weight]
+                weights[block.weight] = add(name, "weight", block.weight)
+            if self._serves_statistics(block.value):
+                continue
+            name = block.name or self._block_name(block, kinds)
+            if block.kind == "affine":
+                block.scale_site = add(f"{name}/scale", "weight", self._factor(block))
+            end = returned.get(block.value)
+            name = f"{name}/output" if end is None else f"output:{end}"
+            activations[block.value] = add(name, "activation", block.value)
+        blocks = {b.affine[-1].outputs[0]: b for b in self.blocks if b.affine}
+        blocks = {v: b for v, b in blocks.items() if not b.has_statistics}
+        return Plan(
+            tuple(sites), activations, weights, blocks, frozenset(self.on_grid)
+        )
+
+    def _block_name(self, block: Block, kinds: collections.Counter[str]) -> str:
+        if block.kind == "affine":
+            operands = [v for e in reversed(block.affine) for v in e.inputs]
+            if name := self._name_of(operands):
+                return name.rpartition("/")[0] or name
+        kind = block.kind
+        if block.affine:
+            kind = _MEANS.get(kind, kind)
+        k, kinds[kind] = kinds[kind], kinds[kind] + 1
+        return f"{kind}_{k}"
+
+    def _factor(self, block: Block) -> int:
+        """A constant of the shape of what multiplies the input of an affine block."""
+        known = [v for e in block.affine for v in e.inputs if v not in self.data]
+        return max(known, key=lambda v: len(self.model.shape(v)), default=block.value)
+
+    def _returned(self) -> dict[int, int]:
+        """Ends of blocks that the model returns and nobody else uses -> which one."""
+        ends = {b.value for b in self.blocks}
+        found: dict[int, int] = {}
+        for v in self.model.outputs:
+            uses = 0
+            while v not in ends and v in self.source and uses <= 1:
+                e = self.source[v]
+                if e.primitive.name not in SHAPE_MOVES:
+                    break
+                v = e.inputs[0]
+                uses = sum(not self._is_statistic(u) for u in self.users[v])
+            if v in ends and uses <= 1 and not self._serves_statistics(v):
+                if uses or not [u for u in self.users[v] if not self._is_statistic(u)]:
+                    found.setdefault(v, len(found))
+        return found
+
+
+def bounds_of(model: Trace, e: Equation) -> list[tuple[str, Any]] | None:
+    """Returns the bounds of an activation like relu6 (("max", 0.0), ("min", 6.0)).
+
+    A bound that is no constant is None. Returns None for other equations.
+    """
+    name = e.primitive.name
+    if name == "clamp":
+        return [("max", constant_of(model, e.inputs[0])), ("min", None)]
+    if name in _BOUNDS:
+        known = (constant_of(model, v) for v in e.inputs)
+        return [(name, next((_scalar(c) for c in known if c is not None), None))]
+    if name != "custom_jvp_call":
+        return None
+    call = e.params["call_jaxpr"]
+    args = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in call.in_avals]
+    body, _ = trace(jex.jaxpr_as_fun(call), *args, keep_derivatives=True)
+    bounds: list[tuple[str, Any]] = []
+    for inner in body.equations:
+        if inner.primitive.name in ("max", "min"):
+            bounds += bounds_of(body, inner) or []
+        elif inner.primitive.name not in SHAPE_MOVES:
+            return None
+    return bounds if all(b is not None for _, b in bounds) else None
+
+
+def constant_of(
+    model: Trace, v: int, source: dict[int, Equation] | None = None
+) -> np.ndarray | None:
+    """Returns the value of a constant, seen through shape moves; None if it is none."""
+    if v in model.constants:
+        value = model.constants[v]
+        return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+    if source is None:
+        source = {o: e for e in model.equations for o in e.outputs}
+    e = source.get(v)
+    if e is None or e.primitive.name not in SHAPE_MOVES:
+        return None
+    return constant_of(model, e.inputs[0], source)
+
+
+def _scalar(value: np.ndarray) -> Any:
+    return float(value.flat[0]) if value.size and np.all(value == value.flat[0]) else None
+
+
+def has_qpoint(e: Equation) -> bool:
+    """Whether an equation is a quantization point or calls one."""
+
+    def inside(jaxpr: Any) -> bool:
+        return any(
+            eqn.primitive is qpoint_p
+            or any(map(inside, jex.jaxprs_in_params(eqn.params)))
+            for eqn in jaxpr.eqns
+        )
+
+    return e.primitive is qpoint_p or any(map(inside, jex.jaxprs_in_params(e.params)))

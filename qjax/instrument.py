@@ -1,0 +1,224 @@
+"""From a float model to one that computes on grids, and its calibration."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import rich.console
+import rich.progress
+
+from qjax.affine import QSpec, abs_max_params, fake_quant
+from qjax.calibration import Calibrator
+from qjax.scheme import Scheme, Site, check_rules
+from qjax.simulate import Simulation, Visit
+
+QState = dict[str, Any]  # Name of an activation site -> state of its calibrator.
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedModel:
+    """A model with a quantization point at each of its sites.
+
+    Attributes:
+      fn: The float model, ``fn(params, *inputs)``.
+      scheme: The grids.
+      sites: Where they are, in the order of computation.
+    """
+
+    fn: Callable[..., Any]
+    scheme: Scheme
+    sites: tuple[Site, ...]
+
+    def apply(
+        self, params: Any, qstate: QState, *inputs: Any, scheme: Scheme | None = None
+    ) -> Any:
+        """Computes the model on quantized values, as it will ship.
+
+        Jittable, differentiable (by the clipped straight-through estimator), and
+        ``vmap``s over anything, the bits of ``scheme`` included.
+
+        Args:
+          params: As ``fn`` takes them. Weights are rounded on the way, not changed.
+          qstate: Ranges of the activations, from `calibrate`.
+          *inputs: As ``fn`` takes them.
+          scheme: Replaces the scheme of the model; may differ in bits.
+
+        Returns:
+          What ``fn`` returns.
+
+        Raises:
+          ValueError: if ``qstate`` lacks a site.
+        """
+        scheme = self.scheme if scheme is None else scheme
+        return Simulation(self.fn, params, inputs).run(_Quantizer(scheme, qstate))
+
+    def init(self, params: Any, *inputs: Any) -> QState:
+        """Returns the state before any batch: only shapes are read."""
+        seen = jax.eval_shape(lambda: self._float_values(params, inputs))
+        return {
+            site.name: calibrator.init(jnp.zeros(seen[site.name].shape), spec)
+            for site, spec, calibrator in self.calibrated()
+        }
+
+    def observe(self, params: Any, qstate: QState, *inputs: Any) -> QState:
+        """Returns the state after one more batch, which runs in float."""
+        seen = self._float_values(params, inputs)
+        return {
+            site.name: calibrator.update(seen[site.name], qstate[site.name], spec)
+            for site, spec, calibrator in self.calibrated()
+        }
+
+    def calibrated(self) -> Iterator[tuple[Site, QSpec, Calibrator]]:
+        """Yields the activation sites that have a grid."""
+        for site in self.sites:
+            spec = self.scheme.spec(site)
+            if site.role == "activation" and spec is not None:
+                yield site, spec, self.scheme.site_calibrator(site)
+
+    def _float_values(self, params: Any, inputs: Any) -> dict[str, jax.Array]:
+        recorder = _Recorder({})
+        Simulation(self.fn, params, inputs).run(recorder)
+        return recorder.values
+
+
+def quantize_model(
+    fn: Callable[..., Any], params: Any, *inputs: Any, scheme: Scheme | None = None
+) -> QuantizedModel:
+    """Puts quantization points into a model. Changes no weight.
+
+    Quantized are each input, each weight, and the output of each block: a product with
+    a weight, a residual sum, an average or a nonlinear function, with the bias,
+    BatchNorm and activation that follow. Biases get the grid of their accumulator.
+
+    Args:
+      fn: ``fn(params, *inputs)``: ``model.apply`` of Linen, or a function that merges
+        NNX state, or any function that JAX traces.
+      params: Its parameters, any pytree. Only shapes and names are read.
+      *inputs: Example inputs. Only shapes are read.
+      scheme: The grids; 8 bits everywhere by default.
+
+    Returns:
+      The quantized model, to calibrate next.
+
+    Raises:
+      ValueError: if a rule of the scheme matches no site, or an axis does not exist.
+
+    Example:
+      >>> fn = lambda params, x: jax.nn.relu(x @ params["kernel"])
+      >>> params = {"kernel": jnp.ones((3, 2))}
+      >>> qmodel = quantize_model(fn, params, jnp.ones((1, 3)))
+      >>> [site.name for site in qmodel.sites]
+      ['input:0', 'kernel', 'output:0']
+    """
+    scheme = Scheme() if scheme is None else scheme
+    sites = Simulation(fn, params, inputs).sites
+    check_rules(scheme, sites)
+    qmodel = QuantizedModel(fn, scheme, sites)
+    # A dry run: an axis that does not exist raises here, before any data is spent.
+    state = qmodel.init(params, *inputs)
+    jax.eval_shape(lambda: qmodel.apply(params, state, *inputs))
+    return qmodel
+
+
+def calibrate(
+    qmodel: QuantizedModel,
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    qstate: QState | None = None,
+) -> QState:
+    """Finds the ranges of the activations by running the float model on data.
+
+    Args:
+      qmodel: The model.
+      params: As its ``fn`` takes them.
+      batches: Any iterable. A batch is one input, or a tuple of inputs.
+      qstate: State to go on from; from the beginning by default.
+
+    Returns:
+      The state of the calibrators by site, an explicit pytree. A progress bar shows
+      the batches if standard error is a terminal.
+
+    Raises:
+      ValueError: if there are no batches, or a value at a site is NaN or infinite.
+    """
+
+    @jax.jit
+    def observe(params: Any, qstate: QState, *inputs: Any) -> tuple[QState, QState]:
+        new = qmodel.observe(params, qstate, *inputs)
+        return new, {name: _is_finite(state) for name, state in new.items()}
+
+    seen = 0
+    for seen, batch in enumerate(_with_progress(batches), start=1):
+        inputs = batch if isinstance(batch, tuple) else (batch,)
+        if qstate is None:
+            qstate = qmodel.init(params, *inputs)
+        qstate, finite = observe(params, qstate, *inputs)
+        for site, *_ in qmodel.calibrated():
+            if not finite[site.name]:
+                raise ValueError(
+                    f"Calibration met NaN or infinity at the site {site.name!r} in "
+                    f"batch {seen - 1}. Check the data and the parameters."
+                )
+    if qstate is None or not seen:
+        raise ValueError(
+            "`calibrate` got no batches, so no range can be found. Pass an iterable of "
+            "at least one batch; a generator can be used only once."
+        )
+    return qstate
+
+
+def _is_finite(state: Any) -> jax.Array:
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state)]
+    return jnp.all(jnp.stack(leaves))
+
+
+def _with_progress(batches: Iterable[Any]) -> Iterator[Any]:
+    console = rich.console.Console(stderr=True)
+    bar = rich.progress.Progress(console=console, disable=not console.is_terminal)
+    with bar:
+        yield from bar.track(batches, description="calibrate")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recorder:
+    """Leaves values in float and remembers them by site."""
+
+    values: dict[str, jax.Array]
+
+    def activation(self, site: Site, x: jax.Array) -> Visit:
+        self.values[site.name] = x
+        return x, None
+
+    def weight(self, site: Site, x: jax.Array) -> Visit:
+        return x, None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Quantizer:
+    """Puts values on the grids of a scheme."""
+
+    scheme: Scheme
+    qstate: QState
+
+    def activation(self, site: Site, x: jax.Array) -> Visit:
+        spec = self.scheme.spec(site)
+        if spec is None:
+            return x, None
+        if site.name not in self.qstate:
+            raise ValueError(
+                f"The state has no range for the site {site.name!r}: calibrate this "
+                f"model. The state knows {', '.join(self.qstate) or 'no site'}."
+            )
+        calibrator = self.scheme.site_calibrator(site)
+        params = calibrator.params(self.qstate[site.name], spec)
+        return fake_quant(x, params, spec, site=site.name), params
+
+    def weight(self, site: Site, x: jax.Array) -> Visit:
+        spec = self.scheme.spec(site)
+        if spec is None:
+            return x, None
+        params = abs_max_params(x, spec)
+        return fake_quant(x, params, spec, site=site.name), params

@@ -1,0 +1,282 @@
+"""Runs a traced model equation by equation, with a visitor at its sites."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qjax.affine import QParams, QSpec, bias_params, fake_quant
+from qjax.blocks import SHAPE_MOVES, Block, find_blocks, path_name
+from qjax.scheme import Site
+from qjax.trace import Equation, evaluate, trace
+
+_MOST_BIAS = 2.0**30  # Codes of a bias stay below it, as accumulators are int32.
+
+Visit = tuple[jax.Array, QParams | None]
+
+
+class Visitor(Protocol):
+    """What to do at a site: returns the value to go on with, and its grid if any."""
+
+    def activation(self, site: Site, x: jax.Array) -> Visit:
+        """Visits the input of the model or the end of a block."""
+
+    def weight(self, site: Site, x: jax.Array) -> Visit:
+        """Visits a weight."""
+
+
+class Simulation:
+    """A model, traced for the shapes of some arguments.
+
+    Attributes:
+      sites: Its sites, in the order of the equations.
+    """
+
+    def __init__(self, fn: Callable[..., Any], params: Any, inputs: Sequence[Any]):
+        leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+        names = [path_name(path) for path, _ in leaves]
+        self._model, self._out = trace(fn, params, *inputs, keep_derivatives=True)
+        self._plan = find_blocks(self._model, names)
+        self._arguments = [_unfolded(x) for _, x in leaves] + jax.tree.leaves(inputs)
+        self._scopes = {b.root.outputs[0]: b.name for b in self._plan.blocks.values()}
+        self.sites = self._plan.sites
+
+    def run(self, visitor: Visitor) -> Any:
+        """Returns what the model returns, computed on the values of the visitor."""
+        self._env: dict[int, Any] = dict(self._model.constants)
+        self._grids: dict[int, QParams] = {}
+        self._visitor = visitor
+        for v, x in zip(self._model.inputs, self._arguments, strict=True):
+            self._env[v] = x
+            self._visit(v)
+        for e in self._model.equations:
+            with jax.named_scope(e.path or self._scopes.get(e.outputs[0]) or "model"):
+                self._step(e)
+        out = [self._env[v] for v in self._model.outputs]
+        return jax.tree.unflatten(jax.tree.structure(self._out), out)
+
+    def _step(self, e: Equation) -> None:
+        block = self._plan.blocks.get(e.outputs[0])
+        values = self._fused(block) if block else None
+        if values is None:
+            values = evaluate(e, *(self._env[v] for v in e.inputs))
+        self._env.update(zip(e.outputs, values, strict=True))
+        self._keep_grid(e)
+        for v in e.outputs:
+            self._visit(v)
+
+    def _visit(self, v: int) -> None:
+        plan, grid = self._plan, None
+        if v in plan.activations:
+            site = plan.sites[plan.activations[v]]
+            self._env[v], grid = self._visitor.activation(site, self._env[v])
+        elif v in plan.weights:
+            site = plan.sites[plan.weights[v]]
+            self._env[v], grid = self._visitor.weight(site, self._env[v])
+        if grid is not None:
+            self._grids[v] = grid
+
+    def _keep_grid(self, e: Equation) -> None:
+        x = next((v for v in e.inputs if v in self._grids), None)
+        if x is None:
+            return
+        scale, zero_point = self._grids[x]
+        if scale.ndim == 0 and e.outputs[0] in self._plan.on_grid:
+            self._grids[e.outputs[0]] = self._grids[x]
+        elif e.primitive.name in SHAPE_MOVES:
+            moved = move_scale(e, scale, self._model.shape(x))
+            if moved is not None:
+                zeros = jnp.zeros(moved.shape, zero_point.dtype)
+                self._grids[e.outputs[0]] = QParams(moved, zeros)
+
+    # A block in the form that lowers exactly.
+
+    def _fused(self, block: Block) -> list[jax.Array] | None:
+        """The affine part of a block as one bias and one factor; None if not on grids.
+
+            product:  y = (acc + bias) * factor,  bias on the grid of acc
+            average:  y = sum * factor
+            alone:    y = x * weight + bias,      weight on a grid of its own
+
+        One product is all that can round. With power-of-two scales the integer program
+        computes the same value then, whatever the compiler does.
+        """
+        if block.kind == "affine":
+            return self._fused_alone(block)
+        acc = block.root.outputs[0]
+        before, factor, after = self._compose(block, acc)
+        if block.kind != "product":
+            return [self._env[acc] * factor]
+        scale = self._accumulator_scale(block)
+        if scale is None:
+            return None
+        if after is not None:
+            factor, offset = _hold_offset(factor, after, scale)
+            before = offset if before is None else before + offset
+        y = self._env[acc]
+        if before is not None:
+            y = y + _fake_quant_bias(before, scale, block.name)
+        return [y if factor is None else y * factor]
+
+    def _fused_alone(self, block: Block) -> list[jax.Array] | None:
+        x = next((v for v in block.root.inputs if v in self._grids), None)
+        if x is None or self._grids[x].scale.ndim:
+            return None
+        before, factor, after = self._compose(block, x)
+        value = self._env[x]
+        if factor is None:
+            factor = jnp.ones((1,) * value.ndim, value.dtype)
+        factor = jnp.reshape(factor, jnp.shape(factor) or (1,) * value.ndim)
+        if before is not None:
+            before = before * factor
+            after = before if after is None else before + after
+        assert block.scale_site is not None
+        site = self._plan.sites[block.scale_site]
+        factor, grid = self._visitor.weight(site, factor)
+        if grid is None:
+            return None
+        y = value * factor
+        if after is not None:
+            scale = bias_params(self._grids[x], grid.scale).scale
+            y = y + _fake_quant_bias(after, scale, block.name)
+        return [y]
+
+    def _compose(self, block: Block, x: int) -> tuple[Any, Any, Any]:
+        """The affine equations as ``(x + before) * factor + after``; None: absent."""
+        before = factor = after = None
+        for e in block.affine:
+            name = e.primitive.name
+            known = [self._env[v] for v in e.inputs if v != x]
+            if name == "neg" or (name == "sub" and e.inputs[1] == x):
+                factor = jnp.float32(-1.0) if factor is None else -factor
+                after = None if after is None else -after
+            if name in ("add", "sub"):
+                term = -known[0] if name == "sub" and e.inputs[0] == x else known[0]
+                if factor is None:
+                    before = term if before is None else before + term
+                else:
+                    after = term if after is None else after + term
+            if name in ("mul", "div"):
+                ratio = known[0] if name == "mul" else 1.0 / known[0]
+                factor = ratio if factor is None else factor * ratio
+                after = None if after is None else after * ratio
+            x = e.outputs[0]
+        return before, factor, after
+
+    def _accumulator_scale(self, block: Block) -> jax.Array | None:
+        """``scale_x * scale_w`` in the rank of the product; None if there is none."""
+        w = block.root.inputs[block.weight_operand]
+        x = block.root.inputs[1 - block.weight_operand]
+        if w not in self._grids or x not in self._grids or self._grids[x].scale.ndim:
+            return None
+        rank = len(self._model.shape(block.root.outputs[0]))
+        scale = output_scale(
+            block.root, block.weight_operand, self._grids[w].scale, rank
+        )
+        return None if scale is None else bias_params(self._grids[x], scale).scale
+
+
+def move_scale(e: Equation, scale: Any, shape: tuple[int, ...]) -> Any:
+    """Takes the scale of a value of ``shape`` through a shape move.
+
+    Args:
+      e: An equation with a primitive of ``SHAPE_MOVES``.
+      scale: ``[]``, or the rank of the value with size 1 where it is constant. NumPy or
+        JAX.
+      shape: Of the value that is moved.
+
+    Returns:
+      The scale of the output, in the same form; None if it has none.
+    """
+    name = e.primitive.name
+    if scale.ndim == 0 or name in ("copy", "copy_p", "convert_element_type"):
+        return scale
+    if name in ("stop_gradient", "optimization_barrier", "reduce_precision"):
+        return scale
+    if name == "transpose":
+        return scale.transpose(e.params["permutation"])
+    if name != "reshape":
+        return None
+    sizes = e.params["new_sizes"]
+    # Axes that survive at the end (or at the start) keep their scales.
+    k = _shared(shape[::-1], sizes[::-1])
+    if all(n == 1 for n in scale.shape[: len(shape) - k]):
+        return scale.reshape((1,) * (len(sizes) - k) + scale.shape[len(shape) - k :])
+    k = _shared(shape, sizes)
+    if all(n == 1 for n in scale.shape[k:]):
+        return scale.reshape(scale.shape[:k] + (1,) * (len(sizes) - k))
+    return None
+
+
+def output_scale(e: Equation, operand: int, scale: Any, rank: int) -> Any:
+    """Takes the scale of a weight to the output of its product.
+
+    Args:
+      e: A ``dot_general`` or a ``conv_general_dilated``.
+      operand: Which operand the weight is.
+      scale: ``[]`` or the rank of the weight.
+      rank: Of the output.
+
+    Returns:
+      The scale in the rank of the output, or ``[]``; None if it varies inside a sum.
+    """
+    if scale.ndim == 0:
+        return scale
+    dimensions = e.params["dimension_numbers"]
+    if e.primitive.name == "dot_general":
+        contract, batch = (pair[operand] for pair in dimensions)
+        free = [d for d in range(scale.ndim) if d not in contract and d not in batch]
+        if batch or any(scale.shape[d] != 1 for d in contract):
+            return None
+        kept = tuple(scale.shape[d] for d in free)
+        ones = (1,) * (rank - len(kept))
+        return scale.reshape(ones + kept if operand == 1 else kept + ones)
+    channel = dimensions.rhs_spec[0]
+    if operand != 1 or any(n != 1 for d, n in enumerate(scale.shape) if d != channel):
+        return None
+    sizes = [1] * rank
+    sizes[dimensions.out_spec[1]] = scale.shape[channel]
+    return scale.reshape(sizes)
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading sizes are equal."""
+    return next(
+        (k for k, (m, n) in enumerate(zip(a, b, strict=False)) if m != n),
+        min(len(a), len(b)),
+    )
+
+
+def _fake_quant_bias(bias: jax.Array, scale: jax.Array, name: str) -> jax.Array:
+    shape = jnp.broadcast_shapes(jnp.shape(bias), scale.shape)
+    scale = jnp.broadcast_to(scale, shape)
+    spec = QSpec(bits=32, symmetric=True, axis=tuple(range(len(shape))) or None)
+    grid = QParams(scale, jnp.zeros(shape, jnp.int32))
+    return fake_quant(jnp.broadcast_to(bias, shape), grid, spec, site=f"{name}/bias")
+
+
+def _hold_offset(
+    factor: jax.Array, after: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """``y * factor + after`` as ``(y + offset) * factor``.
+
+    A channel whose factor is too small for an int32 offset on the grid of the
+    accumulator gets the least factor that is not.
+    """
+    least = jnp.abs(after) * (1.0 / (scale * _MOST_BIAS)).astype(after.dtype)
+    held = jnp.where(factor < 0, -least, least)
+    factor = jnp.where(jnp.abs(factor) < least, held, factor)
+    safe = jnp.where(factor == 0, jnp.ones_like(factor), factor)
+    return factor, jnp.where(factor == 0, jnp.zeros_like(after), after / safe)
+
+
+def _unfolded(x: Any) -> Any:
+    """Keeps the compiler from folding what is computed from a parameter.
+
+    What XLA folds comes out an ulp apart from what it computes (``rsqrt``: 18 % of the
+    values, JAX 0.10.2 on the CPU), and lowering must meet the same numbers.
+    """
+    real = jnp.issubdtype(jax.dtypes.result_type(x), jnp.floating)
+    return lax.optimization_barrier(x) if real else x

@@ -1,0 +1,162 @@
+"""A traced function as a flat list of equations over numbered values.
+
+Both passes (`qjax.blocks`, `qjax.lowering`) read this list: nested calls are inlined
+once, here, and nowhere else.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import numpy as np
+from jax.extend.core import primitives as p
+
+_CALLS = (p.jit_p, p.closed_call_p, p.remat_p)
+_DERIVATIVE_CALLS = (p.custom_jvp_call_p, p.custom_vjp_call_p)
+
+
+@dataclasses.dataclass(frozen=True)
+class Equation:
+    """One primitive applied to values."""
+
+    primitive: jex.Primitive
+    params: dict[str, Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    path: str  # Module path: the name stack. Empty where the tracer knew none.
+
+    def __str__(self):
+        shown = {
+            k: v
+            for k, v in self.params.items()
+            if isinstance(v, int | float | str | tuple) and k != "site"
+        }
+        args = " ".join(f"%{i}" for i in self.inputs)
+        outs = ", ".join(f"%{i}" for i in self.outputs)
+        return f"{outs} = {self.primitive.name}{shown or ''} {args}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """Equations in order. Values are numbers; ``avals`` gives their types."""
+
+    equations: tuple[Equation, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    constants: dict[int, Any]
+    avals: dict[int, Any]
+
+    def shape(self, value: int) -> tuple[int, ...]:
+        """The shape of a value."""
+        return self.avals[value].shape
+
+    def is_real(self, value: int) -> bool:
+        """Whether a value is of a floating-point type."""
+        return jax.numpy.issubdtype(self.avals[value].dtype, np.floating)
+
+
+def trace(
+    fn: Callable[..., Any], *args: Any, keep_derivatives: bool
+) -> tuple[Trace, Any]:
+    """Traces a function of pytrees.
+
+    Args:
+      fn: Any function that JAX can trace.
+      *args: Example arguments; only shapes and dtypes are read.
+      keep_derivatives: Whether calls with their own derivative rules (``custom_jvp``,
+        ``custom_vjp``) stay single equations. Inlined, they lose these rules.
+
+    Returns:
+      The trace without dead equations, and the tree of shapes that ``fn`` returns.
+    """
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x)), args
+    )
+    closed, out = jax.make_jaxpr(fn, return_shape=True)(*shapes)
+    return _prune(_flatten(closed, keep_derivatives)), out
+
+
+def evaluate(equation: Equation, *values: Any) -> Sequence[Any]:
+    """Applies the primitive of an equation to values, traced or not."""
+    params = equation.primitive.get_bind_params(equation.params)
+    out = equation.primitive.bind(*values, **params)
+    return out if equation.primitive.multiple_results else (out,)
+
+
+def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
+    fresh = itertools.count()
+    constants: dict[int, Any] = {}
+    avals: dict[int, Any] = {}
+    equations: list[Equation] = []
+    inlined = _CALLS if keep_derivatives else _CALLS + _DERIVATIVE_CALLS
+
+    def number(aval: Any) -> int:
+        i = next(fresh)
+        avals[i] = aval
+        return i
+
+    def constant(value: Any, aval: Any) -> int:
+        i = number(aval)
+        constants[i] = value
+        return i
+
+    def walk(jaxpr: Any, args: Sequence[int], path: str) -> list[int]:
+        env = dict(zip(jaxpr.invars, args, strict=True))
+
+        def read(atom: Any) -> int:
+            if isinstance(atom, jex.Literal):
+                value = np.asarray(atom.val, atom.aval.dtype)
+                return constant(value, atom.aval)
+            return env[atom]
+
+        for eqn in jaxpr.eqns:
+            inputs = [read(v) for v in eqn.invars]
+            stack = str(eqn.source_info.name_stack)
+            here = "/".join(s for s in (path, stack) if s)
+            if eqn.primitive in inlined:
+                outputs = call(eqn, inputs, here)
+            else:
+                outputs = [number(v.aval) for v in eqn.outvars]
+                equations.append(
+                    Equation(
+                        eqn.primitive, eqn.params, tuple(inputs), tuple(outputs), here
+                    )
+                )
+            env.update(zip(eqn.outvars, outputs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def call(eqn: Any, inputs: list[int], path: str) -> list[int]:
+        inner = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
+        jaxpr = getattr(inner, "jaxpr", inner)
+        consts = [
+            constant(c, v.aval)
+            for v, c in zip(jaxpr.constvars, getattr(inner, "consts", ()), strict=True)
+        ]
+        jaxpr = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
+        return walk(jaxpr, [*consts, *inputs], path)
+
+    arguments = [number(v.aval) for v in closed.jaxpr.invars]
+    consts = [
+        constant(c, v.aval)
+        for v, c in zip(closed.jaxpr.constvars, closed.consts, strict=True)
+    ]
+    jaxpr = closed.jaxpr
+    jaxpr = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
+    outputs = walk(jaxpr, [*consts, *arguments], "")
+    return Trace(
+        tuple(equations), tuple(arguments), tuple(outputs), constants, dict(avals)
+    )
+
+
+def _prune(trace: Trace) -> Trace:
+    """Drops equations that no output needs."""
+    needed = set(trace.outputs)
+    kept = []
+    for equation in reversed(trace.equations):
+        if needed.intersection(equation.outputs):
+            needed.update(equation.inputs)
+            kept.append(equation)
+    return dataclasses.replace(trace, equations=tuple(reversed(kept)))
