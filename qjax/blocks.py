@@ -59,7 +59,8 @@ class Plan:
       sites: In the order of the equations.
       activations: Value -> index of its site.
       weights: Value -> index of its site. Parameters, or values made of them.
-      blocks: Last affine value of a block -> the block, where constants alone scale
+      blocks: All that end at a site.
+      fused: Last affine value of a block -> the block, where constants alone scale
         and shift it.
       on_grid: Values on the grid of the data that they are made of: inputs, and what
         shape moves, max-pools and relus return.
@@ -68,7 +69,8 @@ class Plan:
     sites: tuple[Site, ...]
     activations: dict[int, int]
     weights: dict[int, int]
-    blocks: dict[int, Block]
+    blocks: tuple[Block, ...]
+    fused: dict[int, Block]
     on_grid: frozenset[int]
 
 
@@ -359,11 +361,11 @@ class _Finder:
             end = returned.get(block.value)
             name = f"{name}/output" if end is None else f"output:{end}"
             activations[block.value] = add(name, "activation", block.value)
-        blocks = {b.affine[-1].outputs[0]: b for b in self.blocks if b.affine}
-        blocks = {v: b for v, b in blocks.items() if not b.has_statistics}
-        return Plan(
-            tuple(sites), activations, weights, blocks, frozenset(self.on_grid)
-        )
+        blocks = tuple(b for b in self.blocks if b.value in activations)
+        constant = (b for b in self.blocks if b.affine and not b.has_statistics)
+        fused = {b.affine[-1].outputs[0]: b for b in constant}
+        on_grid = frozenset(self.on_grid)
+        return Plan(tuple(sites), activations, weights, blocks, fused, on_grid)
 
     def _block_name(self, block: Block, kinds: collections.Counter[str]) -> str:
         if block.kind == "affine":

@@ -20,15 +20,13 @@ class Calibrator(NamedTuple):
       init: ``(x, spec) -> state``. Reads only the shape of ``x`` and ``spec.axis``.
       update: ``(x, state, spec) -> state``. Sees one batch.
       merge: ``(a, b) -> state``. The state after what ``a`` saw, then what ``b`` saw.
-      params: ``(state, spec) -> QParams``.
-      is_calibrated: ``(state) -> bool array``. Whether the state has seen a batch.
+      params: ``(state, spec) -> QParams``. The scale is NaN before the first batch.
     """
 
     init: Callable[[jax.Array, QSpec], Any]
     update: Callable[[jax.Array, Any, QSpec], Any]
     merge: Callable[[Any, Any], Any]
     params: Callable[[Any, QSpec], QParams]
-    is_calibrated: Callable[[Any], jax.Array]
 
 
 class MinMaxState(NamedTuple):
@@ -78,9 +76,9 @@ def min_max() -> Calibrator:
         )
 
     def params(state: MinMaxState, spec: QSpec) -> QParams:
-        return min_max_params(state.low, state.high, spec)
+        return _params_if(state.step > 0, state.low, state.high, spec)
 
-    return Calibrator(init, update, merge, params, _has_seen)
+    return Calibrator(init, update, merge, params)
 
 
 @functools.cache
@@ -119,10 +117,16 @@ def ema_min_max(decay: float = 0.99) -> Calibrator:
     def params(state: EmaMinMaxState, spec: QSpec) -> QParams:
         steps = jnp.maximum(state.step, 1).astype(jnp.float32)
         unbias = 1.0 / (1.0 - jnp.float32(decay) ** steps)
-        return min_max_params(state.low * unbias, state.high * unbias, spec)
+        low, high = state.low * unbias, state.high * unbias
+        return _params_if(state.step > 0, low, high, spec)
 
-    return Calibrator(init, update, merge, params, _has_seen)
+    return Calibrator(init, update, merge, params)
 
 
-def _has_seen(state: MinMaxState | EmaMinMaxState) -> jax.Array:
-    return state.step > 0
+def _params_if(
+    is_calibrated: jax.Array, low: jax.Array, high: jax.Array, spec: QSpec
+) -> QParams:
+    """NaN is loud where a made-up scale would be silent."""
+    params = min_max_params(low, high, spec)
+    scale = jnp.where(is_calibrated, params.scale, jnp.float32(jnp.nan))
+    return params._replace(scale=scale)

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.affine import QParams, QSpec, bias_params, fake_quant
-from qjax.blocks import SHAPE_MOVES, Block, find_blocks, path_name
+from qjax.blocks import SHAPE_MOVES, Block, Plan, find_blocks, path_name
 from qjax.scheme import Site
 from qjax.trace import Equation, evaluate, trace
 
+SITE_MARK = "site="  # In the scope of the root of a block: its output, its weight.
 _MOST_BIAS = 2.0**30  # Codes of a bias stay below it, as accumulators are int32.
 
 Visit = tuple[jax.Array, QParams | None]
@@ -40,7 +41,7 @@ class Simulation:
         self._model, self._out = trace(fn, params, *inputs, keep_derivatives=True)
         self._plan = find_blocks(self._model, names)
         self._arguments = [_unfolded(x) for _, x in leaves] + jax.tree.leaves(inputs)
-        self._scopes = {b.root.outputs[0]: b.name for b in self._plan.blocks.values()}
+        self._scopes = {b.root.outputs[0]: _scope(b, self._plan) for b in self._plan.blocks}
         self.sites = self._plan.sites
 
     def run(self, visitor: Visitor) -> Any:
@@ -52,13 +53,13 @@ class Simulation:
             self._env[v] = x
             self._visit(v)
         for e in self._model.equations:
-            with jax.named_scope(e.path or self._scopes.get(e.outputs[0]) or "model"):
+            with jax.named_scope(self._scopes.get(e.outputs[0]) or e.path or "model"):
                 self._step(e)
         out = [self._env[v] for v in self._model.outputs]
         return jax.tree.unflatten(jax.tree.structure(self._out), out)
 
     def _step(self, e: Equation) -> None:
-        block = self._plan.blocks.get(e.outputs[0])
+        block = self._plan.fused.get(e.outputs[0])
         values = self._fused(block) if block else None
         if values is None:
             values = evaluate(e, *(self._env[v] for v in e.inputs))
@@ -239,6 +240,14 @@ def output_scale(e: Equation, operand: int, scale: Any, rank: int) -> Any:
     sizes = [1] * rank
     sizes[dimensions.out_spec[1]] = scale.shape[channel]
     return scale.reshape(sizes)
+
+
+def _scope(block: Block, plan: Plan) -> str:
+    """The module path of a block, and the sites that serve it, for error messages."""
+    output = plan.sites[plan.activations[block.value]].name
+    at = plan.weights.get(-1 if block.weight is None else block.weight)
+    weight = "" if at is None else plan.sites[at].name
+    return f"{block.root.path or block.name}/{SITE_MARK}{output},{weight}"
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:

@@ -1,0 +1,138 @@
+"""The integer graph: what a lowered model computes. Backends read it and nothing else.
+
+Operations (``q`` codes of the input, ``k`` a parameter, all integers):
+
+    dot, conv     acc = sum((q - offset) * kernel) + bias
+    multiply      acc = (q - offset) * kernel + bias
+    sum, sum_pool acc = sum(q) + bias
+    requantize    code = clip(round((q - input_zero_point) * multiplier * 2^-shift) + z)
+    add           code = clip(round(sum((q_i - z_i) * m_i) * 2^-shift) + z)
+    clip          code = clip(q, low, high)
+    max, max_pool, reshape, transpose, slice, rev, pad, broadcast: as in `jax.lax`
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+OPERATIONS = frozenset(
+    "dot conv multiply sum sum_pool requantize add clip max max_pool reshape transpose "
+    "slice rev pad broadcast".split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Where integers lie on the real line: ``real = scale * (code - zero_point)``."""
+
+    scale: Any  # A float, or nested lists in the rank of the value. float32 numbers.
+    zero_point: int
+
+    def array(self) -> np.ndarray:
+        """The scale as float32."""
+        return np.asarray(self.scale, np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """Integers of one type. ``low`` and ``high`` bound what they can be."""
+
+    shape: tuple[int, ...]  # As traced; the leading size may differ at call time.
+    dtype: str
+    low: int
+    high: int
+    grid: Grid | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """One operation."""
+
+    operation: str
+    inputs: tuple[int, ...]
+    output: int
+    params: Mapping[str, str]  # Role -> name in the parameters of the program.
+    attributes: Mapping[str, Any]  # JSON: numbers, strings, lists.
+    path: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """Nodes in order, over numbered values."""
+
+    values: tuple[Value, ...]
+    nodes: tuple[Node, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    sites: Mapping[str, int]  # Name of a quantization point -> its codes.
+
+    def __str__(self):
+        lines = [f"inputs: {', '.join(self._show(v) for v in self.inputs)}"]
+        for n in self.nodes:
+            args = ", ".join([*(f"%{v}" for v in n.inputs), *n.params.values()])
+            where = f"  # {n.path}" if n.path else ""
+            lines.append(f"{self._show(n.output)} = {n.operation}({args}){where}")
+        return "\n".join([*lines, f"outputs: {', '.join(map(self._show, self.outputs))}"])
+
+    def _show(self, v: int) -> str:
+        value = self.values[v]
+        return f"%{v}:{value.dtype}[{','.join(map(str, value.shape))}]"
+
+    def to_json(self) -> str:
+        """Returns the graph as JSON, the same text for the same graph."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> "Graph":
+        """Reads what `to_json` wrote.
+
+        Raises:
+          ValueError: if the text is no graph.
+        """
+        try:
+            data = json.loads(text)
+            values = tuple(_value(v) for v in data["values"])
+            nodes = tuple(_node(n) for n in data["nodes"])
+            ends = tuple(data["inputs"]), tuple(data["outputs"])
+            graph = Graph(values, nodes, *ends, dict(data["sites"]))
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"This is not an integer graph: {error!r}.") from error
+        check(graph)
+        return graph
+
+
+def check(graph: Graph) -> None:
+    """Raises ValueError unless each value is defined before use and known by type."""
+    defined = set(graph.inputs)
+    for n in graph.nodes:
+        if n.operation not in OPERATIONS:
+            raise ValueError(f"There is no integer operation {n.operation!r}.")
+        if not defined.issuperset(n.inputs) or n.output in defined:
+            raise ValueError(f"The graph is out of order at {n}.")
+        defined.add(n.output)
+    used = {*graph.outputs, *graph.sites.values()}
+    if not used <= defined or max(defined, default=-1) >= len(graph.values):
+        raise ValueError("The graph returns or names values that it does not compute.")
+    for v in graph.values:
+        if not np.issubdtype(np.dtype(v.dtype), np.integer):
+            raise ValueError(f"The graph holds a value of type {v.dtype}.")
+
+
+def storage(low: int, high: int) -> str:
+    """Returns the smallest type for codes in ``[low, high]``."""
+    for dtype in ("int8", "uint8", "int16", "uint16", "int32"):
+        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+            return dtype
+    raise ValueError(f"Codes in [{low}, {high}] do not fit int32.")
+
+
+def _value(data: dict[str, Any]) -> Value:
+    grid = None if data["grid"] is None else Grid(**data["grid"])
+    return Value(**{**data, "shape": tuple(data["shape"]), "grid": grid})
+
+
+def _node(data: dict[str, Any]) -> Node:
+    return Node(**{**data, "inputs": tuple(data["inputs"])})

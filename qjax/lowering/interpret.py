@@ -1,0 +1,148 @@
+"""The pass: walks a traced program once and builds its integer graph."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from qjax.affine import qpoint_p
+from qjax.blocks import SHAPE_MOVES
+from qjax.lowering.values import (
+    Abstract,
+    Builder,
+    Integers,
+    Known,
+    KnownCodes,
+    Real,
+    Sum,
+)
+from qjax.simulate import SITE_MARK
+from qjax.trace import Equation, Trace, evaluate
+
+Rule = Callable[..., Abstract]
+
+# By name: a few primitives have no public object (optimization_barrier, JAX 0.10.2).
+_RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Registers ``rule(builder, equation, trace, *operands) -> result``."""
+
+    def register(function: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def interpret(trace: Trace, builder: Builder) -> list[Abstract]:
+    """Builds the integer graph of a traced program.
+
+    Args:
+      trace: Program, derivative calls inlined. Parameters are its constants.
+      builder: Receives the graph.
+
+    Returns:
+      What is known of each output.
+
+    Raises:
+      NotImplementedError: for a primitive without a rule.
+      ValueError: for an operand that is not quantized.
+      OverflowError: for an accumulator that could leave int32.
+    """
+    env: dict[int, Abstract] = {
+        v: Known(np.asarray(x)) for v, x in fold_known(trace).items()
+    }
+    for k, v in enumerate(trace.inputs):
+        env[v] = Real(f"input {k} of the program", f"input:{k}", input=k)
+    for e in trace.equations:
+        operands = [env.get(v, _FOLDED) for v in e.inputs]
+        on_grid = any(isinstance(x, KnownCodes) for x in operands)
+        if all(isinstance(x, Known | KnownCodes) for x in operands):
+            # Folded already; only weights go on as codes, through shape moves.
+            moves = on_grid and e.primitive.name in SHAPE_MOVES
+            if not moves and e.primitive is not qpoint_p:
+                continue
+        name = e.primitive.name
+        if name not in _RULES:
+            raise NotImplementedError(
+                f"There is no integer rule for `{name}`, met in {where(e)}.\n"
+                f"  equation: {e}\nRegister one with `qjax.lowering.interpret.rule"
+                f"({name!r})`, or keep this part of the model out of `lower`."
+            )
+        env[e.outputs[0]] = _RULES[name](builder, e, trace, *operands)
+    return [env[v] for v in trace.outputs]
+
+
+_FOLDED = Known(np.zeros(0))  # A known value that no rule reads.
+
+
+def fold_known(trace: Trace) -> dict[int, Any]:
+    """Computes all that does not depend on an input.
+
+    In one compiled function with the constants as arguments, so that the compiler does
+    not fold them its own way: `verify` meets the same numbers.
+
+    Returns:
+      Value -> array, for the constants, the operands of known quantization points, and
+      the known values that other equations use.
+    """
+    known = set(trace.constants)
+    equations = []
+    wanted = set(trace.outputs)
+    for e in trace.equations:
+        folds = known.issuperset(e.inputs)
+        if folds:
+            known.update(e.outputs)
+            equations.append(e)
+        if not folds or e.primitive is qpoint_p:
+            wanted.update(e.inputs)
+    wanted = {v for v in wanted if v in known and v not in trace.constants}
+
+    @jax.jit
+    def fold(constants: dict[int, Any]) -> dict[int, Any]:
+        env = dict(constants)
+        for e in equations:
+            env.update(
+                zip(e.outputs, evaluate(e, *(env[v] for v in e.inputs)), strict=True)
+            )
+        return {v: env[v] for v in wanted}
+
+    return {**trace.constants, **(fold(trace.constants) if wanted else {})}
+
+
+def where(e: Equation) -> str:
+    """Names the place of an equation for an error."""
+    path = e.path.partition(SITE_MARK)[0].strip("/")
+    return repr(path) if path else "the traced function"
+
+
+def refuse(e: Equation, x: Abstract, role: str) -> ValueError:
+    """Returns the error for an operand that has no integers.
+
+    Args:
+      e: The equation that needs them.
+      x: The operand.
+      role: What the operand is to the equation: "input", "kernel".
+    """
+    site = ""
+    if isinstance(x, Real):
+        what, site = x.source, x.remedy
+    elif isinstance(x, Known):
+        what, site = "a constant that is on no grid", sites_of(e.path)[1]
+    elif isinstance(x, Integers | Sum):
+        what, site = f"the output of {x.path!r}", sites_of(x.path)[0]
+    else:
+        what = f"on the grid of {x.site!r}, which does not fit"
+    rule = f'with a rule like Rule("{site}", QSpec(bits=8)), or ' if site else ""
+    return ValueError(
+        f"The {role} of `{e.primitive.name}` in {where(e)} is not quantized: it is "
+        f"{what}.\n  equation: {e}\nQuantize it {rule}with `qjax.fake_quant`."
+    )
+
+
+def sites_of(path: str) -> tuple[str, str]:
+    """Reads the names of output and weight that `qjax.simulate` left in a path."""
+    output, _, weight = path.partition(SITE_MARK)[2].partition(",")
+    return output, weight

@@ -1,0 +1,285 @@
+"""Integer programs: a graph with its parameters, jitted; and how to make one."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.affine import QParams, dequantize, grid_codes
+from qjax.instrument import QuantizedModel
+from qjax.lowering import rules, xla
+from qjax.lowering.graph import Graph, Grid, Value
+from qjax.lowering.interpret import interpret, refuse
+from qjax.lowering.values import Abstract, Builder, Integers
+from qjax.trace import Equation, trace
+
+assert rules  # Importing it fills the rule table.
+
+
+@dataclasses.dataclass(frozen=True)
+class IntegerProgram:
+    """A lowered model: integers from input to output.
+
+    Attributes:
+      graph: What it computes.
+      params: The integer parameters, name -> array: kernels, biases, multipliers and
+        shifts. An explicit pytree.
+      input_tree: How inputs are nested: a tuple of positional arguments.
+      output_tree: How outputs are nested.
+    """
+
+    graph: Graph
+    params: Mapping[str, jax.Array]
+    input_tree: Any
+    output_tree: Any
+
+    def __post_init__(self):
+        graph = self.graph
+
+        def codes(params: Mapping[str, jax.Array], *inputs: jax.Array) -> Any:
+            values = xla.run(graph, params, inputs)
+            return [values[v] for v in graph.outputs]
+
+        def site_codes(params: Mapping[str, jax.Array], *inputs: jax.Array) -> Any:
+            values = xla.run(graph, params, inputs)
+            return {name: values[v] for name, v in graph.sites.items()}
+
+        def real(params: Mapping[str, jax.Array], *inputs: jax.Array) -> Any:
+            outputs = codes(params, *self._quantize(inputs))
+            return self._dequantize(outputs)
+
+        object.__setattr__(self, "_codes", jax.jit(codes))
+        object.__setattr__(self, "_site_codes", jax.jit(site_codes))
+        object.__setattr__(self, "_real", jax.jit(real))
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Computes real outputs from real inputs: quantize, `codes`, dequantize.
+
+        Args:
+          *inputs: As the model takes them. The size of the leading axis may differ from
+            the traced one.
+
+        Returns:
+          As the model returns them, float32.
+
+        Raises:
+          ValueError: if an input has another shape.
+        """
+        return self._unflatten(self._real(self.params, *self._flat(inputs)))
+
+    def codes(self, *codes: Any) -> Any:
+        """Computes output codes from input codes. No floating-point value occurs.
+
+        Args:
+          *codes: Integers on the grids of `input_grids`, nested as the inputs are.
+
+        Returns:
+          Integers on the grids of `output_grids`, nested as the outputs are.
+
+        Raises:
+          TypeError: if codes are not integers.
+          ValueError: if they have another shape, or lie outside their range.
+        """
+        flat = self._flat(codes)
+        typed = []
+        for k, (x, v) in enumerate(zip(flat, self._inputs, strict=True)):
+            if not jnp.issubdtype(jax.dtypes.result_type(x), jnp.integer):
+                raise TypeError(
+                    f"`codes` takes integers, got {jax.dtypes.result_type(x)} for input "
+                    f"{k}. Call the program itself on real values."
+                )
+            if not isinstance(x, jax.core.Tracer) and np.size(x):
+                low, high = int(np.min(x)), int(np.max(x))
+                if low < v.low or high > v.high:
+                    raise ValueError(
+                        f"The codes of input {k} must lie in [{v.low}, {v.high}], got "
+                        f"[{low}, {high}]."
+                    )
+            typed.append(jnp.asarray(x).astype(v.dtype))
+        return self._unflatten(self._codes(self.params, *typed))
+
+    def site_codes(self, *inputs: Any) -> dict[str, jax.Array]:
+        """Computes the codes at every quantization point, from real inputs."""
+        flat = self._flat(inputs)
+        return self._site_codes(self.params, *jax.jit(self._quantize)(flat))
+
+    def quantize_inputs(self, *inputs: Any) -> Any:
+        """Computes the input codes of real inputs."""
+        flat = jax.jit(self._quantize)(self._flat(inputs))
+        return jax.tree.unflatten(self.input_tree, flat)
+
+    @property
+    def input_grids(self) -> tuple[Grid, ...]:
+        """The grids of the inputs, flat."""
+        return tuple(_grid(v) for v in self._inputs)
+
+    @property
+    def output_grids(self) -> tuple[Grid, ...]:
+        """The grids of the outputs, flat."""
+        return tuple(_grid(v) for v in self._outputs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameters."""
+        return sum(np.asarray(p).nbytes for p in self.params.values())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the program to one file, which `qjax.load` reads."""
+        # A lower room, so imported late: reading and writing is all it does.
+        from qjax.formats.safetensors import save
+
+        save(self, path)
+
+    @property
+    def _inputs(self) -> list[Value]:
+        return [self.graph.values[v] for v in self.graph.inputs]
+
+    @property
+    def _outputs(self) -> list[Value]:
+        return [self.graph.values[v] for v in self.graph.outputs]
+
+    def _flat(self, inputs: tuple[Any, ...]) -> list[Any]:
+        flat, tree = jax.tree.flatten(inputs)
+        if tree != self.input_tree:
+            raise ValueError(
+                f"The program takes inputs nested as {self.input_tree}, got {tree}."
+            )
+        for k, (x, v) in enumerate(zip(flat, self._inputs, strict=True)):
+            shape = np.shape(x)
+            if len(shape) != len(v.shape) or shape[1:] != v.shape[1:]:
+                raise ValueError(
+                    f"Input {k} of the program must have shape {('batch', *v.shape[1:])}"
+                    f", got {shape}."
+                )
+        return flat
+
+    def _unflatten(self, outputs: Sequence[Any]) -> Any:
+        return jax.tree.unflatten(self.output_tree, outputs)
+
+    def _quantize(self, inputs: Sequence[Any]) -> list[jax.Array]:
+        found = []
+        for x, v in zip(inputs, self._inputs, strict=True):
+            grid, operands = _grid(v), (v.low, v.high)
+            zero, low, high = (jnp.int32(n) for n in (grid.zero_point, *operands))
+            scale = jnp.asarray(grid.array())
+            x = jnp.asarray(x).astype(jnp.float32)
+            found.append(grid_codes(x, scale, zero, low, high).astype(v.dtype))
+        return found
+
+    def _dequantize(self, outputs: Sequence[jax.Array]) -> list[jax.Array]:
+        found = []
+        for q, v in zip(outputs, self._outputs, strict=True):
+            grid = _grid(v)
+            scale = jnp.asarray(grid.array())
+            found.append(dequantize(q, QParams(scale, jnp.int32(grid.zero_point))))
+        return found
+
+
+def lower(model: QuantizedModel | Callable[..., Any], *args: Any) -> IntegerProgram:
+    """Lowers a quantized model to a program of integers only.
+
+    Traces the model, walks the traced program once and replaces what lies between two
+    quantization points by integer operations: int8 products with int32 accumulators,
+    and a requantizer in which bias, BatchNorm and activation are folded.
+
+    Args:
+      model: A `QuantizedModel`; or any function of real inputs that has quantization
+        points in it and its parameters closed over.
+      *args: ``params, qstate, *inputs`` for a `QuantizedModel`, else ``*inputs``. Of the
+        inputs only shapes are read; the size of the leading axis, the batch, may differ
+        when the program is called.
+
+    Returns:
+      The program. A checker has made sure that no floating-point value occurs in it.
+
+    Raises:
+      ValueError: if a site is not calibrated, or an operand is not quantized.
+      OverflowError: if an accumulator could leave int32; names the input that does it.
+      NotImplementedError: for an operation without an integer rule.
+    """
+    fn, inputs = bind_model(model, args)
+    traced, out = trace(fn, *inputs, keep_derivatives=False)
+    builder = Builder()
+    outputs = interpret(traced, builder)
+    ends = tuple(
+        _output(builder, k, x, traced.equations[-1] if traced.equations else None)
+        for k, x in enumerate(outputs)
+    )
+    missing = [k for k in range(len(traced.inputs)) if k not in builder.inputs]
+    if missing:
+        raise ValueError(
+            f"Input {missing[0]} reaches no quantization point, so it has no codes. "
+            "Quantize it, or take it out of the function."
+        )
+    order = tuple(builder.inputs[k] for k in range(len(traced.inputs)))
+    params = {name: jnp.asarray(array) for name, array in builder.params.items()}
+    program = IntegerProgram(
+        builder.graph(order, ends),
+        params,
+        jax.tree.structure(tuple(inputs)),
+        jax.tree.structure(out),
+    )
+    check_integer_only(program)
+    return program
+
+
+def bind_model(
+    model: QuantizedModel | Callable[..., Any], args: tuple[Any, ...]
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Returns a function of the inputs alone, and the inputs."""
+    if not isinstance(model, QuantizedModel):
+        return model, args
+    if len(args) < 3:
+        raise TypeError(
+            "A `QuantizedModel` needs `params, qstate, *inputs` after it, got "
+            f"{len(args)} arguments."
+        )
+    params, qstate, *inputs = args
+    return lambda *xs: model.apply(params, qstate, *xs), tuple(inputs)
+
+
+def check_integer_only(program: IntegerProgram) -> None:
+    """Raises AssertionError if a floating-point value occurs in `program.codes`."""
+    shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in program._inputs]
+    codes = program._codes  # type: ignore[attr-defined]  # Set in __post_init__.
+    closed = jax.make_jaxpr(codes)(program.params, *shapes)
+    found = sorted(set(_float_values(closed.jaxpr)))
+    assert not found, f"the integer program computes floating-point values: {found}"
+
+
+def _float_values(jaxpr: Any) -> list[str]:
+    found = []
+    atoms = [*jaxpr.constvars, *jaxpr.invars, *jaxpr.outvars]
+    for eqn in jaxpr.eqns:
+        atoms += [*eqn.invars, *eqn.outvars]
+        for inner in jex.jaxprs_in_params(eqn.params):
+            found += _float_values(getattr(inner, "jaxpr", inner))
+    inexact = (a for a in atoms if jnp.issubdtype(a.aval.dtype, jnp.inexact))
+    return [*found, *(str(a.aval) for a in inexact)]
+
+
+def _output(builder: Builder, k: int, x: Abstract, last: Equation | None) -> int:
+    """The value of an output: codes, or accumulators with a scale per channel."""
+    if not isinstance(x, Integers):
+        if last is None:
+            raise ValueError("The function computes nothing.")
+        raise refuse(last, x, f"output {k}")
+    if x.is_bounded and last is not None:
+        raise refuse(last, x, f"output {k}")
+    x = x.emitted()
+    assert x.value is not None
+    if builder.values[x.value].grid is None:
+        scale = np.float32(x.real_scale()).tolist()
+        grid = Grid(scale, x.zero_point)
+        builder.values[x.value] = dataclasses.replace(builder.values[x.value], grid=grid)
+    return x.value
+
+
+def _grid(value: Value) -> Grid:
+    assert value.grid is not None
+    return value.grid

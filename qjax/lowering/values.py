@@ -1,0 +1,172 @@
+"""What the pass knows of each value of a traced program, and the graph it builds."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from qjax.lowering.graph import Graph, Grid, Node, Value, check, storage
+from qjax.trace import Equation
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """A constant, folded."""
+
+    value: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownCodes:
+    """A constant on a grid: a weight or a bias."""
+
+    codes: np.ndarray  # int64.
+    scale: np.ndarray  # float32, [] or the rank of the codes.
+    zero_point: np.ndarray  # int32, same shape.
+    site: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Real:
+    """A value that is float at run time, for now."""
+
+    source: str  # Where it comes from, in the user's words.
+    remedy: str  # The name of the site that would quantize it; empty if none would.
+    input: int | None = None  # It is this input of the program, after `moves`.
+    moves: tuple[Equation, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Integers:
+    """Integers that stand for real values.
+
+        real = clip(scale * gain * (integer - zero_point), *bounds)
+
+    Attributes:
+      value: Number in the graph; None while `emit` waits for the bias.
+      scale: float64, ``[]`` or the rank of the value.
+      zero_point: Integer that means 0.0.
+      low: Least integer.
+      high: Largest integer.
+      gain: float64, per-channel factors that no grid absorbed; None if there are none.
+      is_gain_exact: Whether ``gain`` was one float32 factor.
+      bounds: Of an activation.
+      is_codes: Whether these are the codes of a quantization point.
+      bias: int64, to be added; absent once emitted.
+      emit: Puts the accumulator with its bias into the graph.
+    """
+
+    value: int | None
+    scale: np.ndarray
+    zero_point: int
+    low: int
+    high: int
+    gain: np.ndarray | None = None
+    is_gain_exact: bool = True
+    bounds: tuple[float, float] = (-np.inf, np.inf)
+    is_codes: bool = False
+    bias: np.ndarray | None = None
+    emit: "Callable[[np.ndarray], tuple[int, int, int]] | None" = None
+    path: str = ""
+
+    def emitted(self) -> "Integers":
+        """Itself, in the graph."""
+        if self.emit is None:
+            return self
+        bias = np.zeros((), np.int64) if self.bias is None else self.bias
+        value, low, high = self.emit(bias)
+        return dataclasses.replace(
+            self, value=value, low=low, high=high, bias=None, emit=None
+        )
+
+    def real_scale(self) -> np.ndarray:
+        """Units per integer: scale and gain together."""
+        return self.scale if self.gain is None else self.scale * self.gain
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether an activation waits for the next grid."""
+        return self.bounds != (-np.inf, np.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """A sum of codes on different grids, to be rounded once."""
+
+    terms: tuple[tuple[Integers, float], ...]  # With the sign, 1.0 or -1.0.
+    bounds: tuple[float, float] = (-np.inf, np.inf)
+    path: str = ""
+
+
+Abstract = Known | KnownCodes | Real | Integers | Sum
+
+
+class Builder:
+    """Collects the graph and its parameters."""
+
+    def __init__(self) -> None:
+        self.values: list[Value] = []
+        self.nodes: list[Node] = []
+        self.params: dict[str, np.ndarray] = {}
+        self.sites: dict[str, int] = {}
+        self.inputs: dict[int, int] = {}  # Input of the program -> value.
+
+    def add_value(
+        self,
+        shape: tuple[int, ...],
+        low: int,
+        high: int,
+        grid: Grid | None = None,
+        *,
+        dtype: str | None = None,
+    ) -> int:
+        """Adds a value, in the smallest type that holds its bounds by default."""
+        dtype = storage(low, high) if dtype is None else dtype
+        self.values.append(Value(tuple(shape), dtype, int(low), int(high), grid))
+        return len(self.values) - 1
+
+    def add_node(
+        self,
+        operation: str,
+        inputs: tuple[int, ...],
+        value: int,
+        *,
+        params: Mapping[str, str] | None = None,
+        path: str = "",
+        **attributes: Any,
+    ) -> int:
+        """Adds an operation that computes ``value``."""
+        params = {} if params is None else params
+        self.nodes.append(Node(operation, inputs, value, params, attributes, path))
+        return value
+
+    def add_param(self, name: str, array: np.ndarray) -> str:
+        """Adds a parameter under its name, or one like it if that is taken."""
+        unique, k = name, 0
+        while unique in self.params and not _same(self.params[unique], array):
+            k += 1
+            unique = f"{name}:{k}"
+        self.params[unique] = array
+        return unique
+
+    def add_site(self, name: str, value: int) -> None:
+        """Remembers the codes of a quantization point."""
+        name = name or "qpoint"
+        unique, k = name, 0
+        while unique in self.sites:
+            k += 1
+            unique = f"{name}:{k}"
+        self.sites[unique] = value
+
+    def graph(self, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Graph:
+        """Returns what was built."""
+        graph = Graph(
+            tuple(self.values), tuple(self.nodes), inputs, outputs, dict(self.sites)
+        )
+        check(graph)
+        return graph
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and bool(np.all(a == b))

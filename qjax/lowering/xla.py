@@ -1,0 +1,214 @@
+"""The integer graph as a traced JAX function: integers in, integers out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qjax.integer import requantize, requantize_sum
+from qjax.lowering.graph import Graph, Node
+
+Body = Callable[[Node, Mapping[str, jax.Array], Sequence[jax.Array]], jax.Array]
+
+
+def run(
+    graph: Graph, params: Mapping[str, jax.Array], inputs: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """Computes all values of a graph.
+
+    Args:
+      graph: What to compute.
+      params: Its parameters, by name.
+      inputs: Codes, in the types of the graph.
+
+    Returns:
+      Every value by number. Under `jax.jit` those that are not used cost nothing.
+    """
+    env: dict[int, jax.Array] = dict(zip(graph.inputs, inputs, strict=True))
+    for node in graph.nodes:
+        out = _BODIES[node.operation](node, params, [env[v] for v in node.inputs])
+        env[node.output] = out.astype(graph.values[node.output].dtype)
+    return [env[v] for v in range(len(graph.values))]
+
+
+def _centred(x: jax.Array, offset: int) -> jax.Array:
+    """Unsigned codes less half their range, in the signed type of the same size."""
+    if not offset:
+        return x
+    signed = jnp.int8 if offset == 128 else jnp.int16
+    return (x.astype(jnp.int32) - offset).astype(signed)
+
+
+def _operands(
+    node: Node, params: Mapping[str, jax.Array], x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Input and kernel in the wider of their types: products mix none."""
+    x, kernel = _centred(x, node.attributes["offset"]), params[node.params["kernel"]]
+    wide = max(x.dtype, kernel.dtype, key=lambda t: t.itemsize)
+    return x.astype(wide), kernel.astype(wide)
+
+
+def _dot(node, params, inputs):
+    x, kernel = _operands(node, params, inputs[0])
+    pair = (kernel, x) if node.attributes["kernel_operand"] == 0 else (x, kernel)
+    contract = tuple(tuple(axes) for axes in node.attributes["contract"])
+    acc = lax.dot_general(*pair, (contract, ((), ())), preferred_element_type=jnp.int32)
+    return acc + params[node.params["bias"]]
+
+
+def _conv(node, params, inputs):
+    x, kernel = _operands(node, params, inputs[0])
+    a = node.attributes
+    lhs, rhs, out = (tuple(spec) for spec in a["dimensions"])
+    fill = jnp.asarray(a["padding_code"] - a["offset"], x.dtype)
+    config = [(0, 0, 0)] * x.ndim
+    for d, (low, high) in zip(lhs[2:], a["padding"], strict=True):
+        config[d] = (low, high, 0)
+    # Padding is the code of zero, so that the zero point folds into the bias.
+    padded = lax.pad(x, fill, config) if any(map(any, a["padding"])) else x
+    acc = lax.conv_general_dilated(
+        padded,
+        kernel,
+        window_strides=a["strides"],
+        padding=[(0, 0)] * (x.ndim - 2),
+        rhs_dilation=a["dilation"],
+        dimension_numbers=lax.ConvDimensionNumbers(lhs, rhs, out),
+        feature_group_count=a["groups"],
+        preferred_element_type=jnp.int32,
+    )
+    return acc + params[node.params["bias"]]
+
+
+def _multiply(node, params, inputs):
+    x = inputs[0].astype(jnp.int32) - node.attributes["offset"]
+    kernel = params[node.params["kernel"]].astype(jnp.int32)
+    return x * kernel + params[node.params["bias"]]
+
+
+def _sum(node, params, inputs):
+    axes = tuple(node.attributes["axes"])
+    total = lax.reduce(inputs[0].astype(jnp.int32), jnp.int32(0), lax.add, axes)
+    return total + node.attributes["bias"]
+
+
+def _sum_pool(node, params, inputs):
+    a = node.attributes
+    fill = jnp.int32(a["padding_code"])
+    config = [(low, high, 0) for low, high in a["padding"]]
+    x = lax.pad(inputs[0].astype(jnp.int32), fill, config)
+    total = lax.reduce_window(x, jnp.int32(0), lax.add, **_window(node, x.ndim))
+    return total + a["bias"]
+
+
+def _max_pool(node, params, inputs):
+    x = inputs[0]
+    window = _window(node, x.ndim)
+    window["padding"] = [tuple(pair) for pair in node.attributes["padding"]]
+    return lax.reduce_window(x, _least(x), lax.max, **window)
+
+
+def _max(node, params, inputs):
+    axes = tuple(node.attributes["axes"])
+    return lax.reduce(inputs[0], _least(inputs[0]), lax.max, axes)
+
+
+def _least(x: jax.Array) -> jax.Array:
+    return jnp.asarray(jnp.iinfo(x.dtype).min, x.dtype)
+
+
+def _window(node: Node, rank: int) -> dict[str, Any]:
+    a = node.attributes
+    return {
+        "window_dimensions": a["window"],
+        "window_strides": a["strides"],
+        "padding": [(0, 0)] * rank,
+        "base_dilation": a["base_dilation"],
+        "window_dilation": a["dilation"],
+    }
+
+
+def _requantize(node, params, inputs):
+    a = node.attributes
+    acc = inputs[0].astype(jnp.int32) - a["input_zero_point"]
+    return requantize(
+        acc,
+        params[node.params["multiplier"]],
+        params[node.params["shift"]],
+        a["zero_point"],
+        qmin=a["low"],
+        qmax=a["high"],
+        rule=a["rule"],
+    )
+
+
+def _add(node, params, inputs):
+    a = node.attributes
+    offsets = (jnp.int32(z) for z in a["input_zero_points"])
+    codes = [
+        x.astype(jnp.int32) - z for x, z in zip(inputs, offsets, strict=True)
+    ]
+    multipliers = [jnp.int32(m) for m in a["multipliers"]]
+    return requantize_sum(
+        list(zip(codes, multipliers, strict=True)),
+        jnp.int32(a["shift"]),
+        a["zero_point"],
+        qmin=a["low"],
+        qmax=a["high"],
+    )
+
+
+def _clip(node, params, inputs):
+    x = inputs[0]
+    ends = (jnp.asarray(node.attributes[k], x.dtype) for k in ("low", "high"))
+    return jnp.clip(x, *ends)
+
+
+def _reshape(node, params, inputs):
+    return inputs[0].reshape(node.attributes["sizes"])
+
+
+def _broadcast(node, params, inputs):
+    a = node.attributes
+    return lax.broadcast_in_dim(inputs[0], a["sizes"], a["dimensions"])
+
+
+def _transpose(node, params, inputs):
+    return inputs[0].transpose(node.attributes["permutation"])
+
+
+def _rev(node, params, inputs):
+    return lax.rev(inputs[0], node.attributes["axes"])
+
+
+def _slice(node, params, inputs):
+    a = node.attributes
+    ends = zip(a["start"], a["stop"], a["steps"], strict=True)
+    return inputs[0][tuple(slice(*end) for end in ends)]
+
+
+def _pad(node, params, inputs):
+    x = inputs[0]
+    fill = jnp.asarray(node.attributes["padding_code"], x.dtype)
+    return lax.pad(x, fill, [tuple(c) for c in node.attributes["padding"]])
+
+
+_BODIES: dict[str, Body] = {
+    "dot": _dot,
+    "conv": _conv,
+    "multiply": _multiply,
+    "sum": _sum,
+    "sum_pool": _sum_pool,
+    "requantize": _requantize,
+    "add": _add,
+    "clip": _clip,
+    "max": _max,
+    "max_pool": _max_pool,
+    "reshape": _reshape,
+    "transpose": _transpose,
+    "slice": _slice,
+    "rev": _rev,
+    "pad": _pad,
+    "broadcast": _broadcast,
+}
