@@ -1,6 +1,6 @@
 """The affine grid: parameters, quantize, dequantize, fake_quant and the `qpoint` tag.
 
-    real = scale * (code - zero_point),    code in [qmin, qmax]
+real = scale * (code - zero_point),    code in [qmin, qmax]
 """
 
 import dataclasses
@@ -211,7 +211,7 @@ def abs_max_params(x: jax.Array, spec: QSpec) -> QParams:
       spec: Word length, range and axis. Taken as symmetric.
 
     Returns:
-      `QParams`, shape ``[]``; with ``spec.axis`` the rank of ``x`` and size 1 elsewhere.
+      `QParams`, shape ``[]``; with ``spec.axis`` that of ``x`` with size 1 elsewhere.
 
     Example:
       >>> x = jnp.array([[0.5, -1.0], [0.25, 2.0]])
@@ -222,10 +222,21 @@ def abs_max_params(x: jax.Array, spec: QSpec) -> QParams:
     return min_max_params(*reduce_range(x, spec.axis), symmetric)
 
 
-def bias_params(x_params: QParams, kernel_scale: jax.Array) -> QParams:
-    """Returns the grid of an accumulator, and so of its bias: ``scale_x * scale_w``."""
-    scale = x_params.scale * kernel_scale
-    return QParams(scale, jnp.zeros(scale.shape, jnp.int32))
+def fake_quant_bias(bias: jax.Array, scale: jax.Array, *, site: str = "") -> jax.Array:
+    """Rounds a bias to the grid of its accumulator: 32 bits at ``scale_x * scale_w``.
+
+    Args:
+      bias: Real values, any shape.
+      scale: Of the accumulator, broadcasts against ``bias``.
+      site: Name of this quantization point.
+
+    Returns:
+      Values on the grid, in the shape of both.
+    """
+    shape = jnp.broadcast_shapes(jnp.shape(bias), jnp.shape(scale))
+    grid = QParams(jnp.broadcast_to(scale, shape), jnp.zeros(shape, jnp.int32))
+    spec = QSpec(bits=32, symmetric=True, axis=tuple(range(len(shape))) or None)
+    return fake_quant(jnp.broadcast_to(bias, shape), grid, spec, site=site)
 
 
 def reduce_range(
@@ -271,7 +282,7 @@ def grid_codes(
     *,
     rounding: Rounding = half_even,
 ) -> jax.Array:
-    """The formula of `quantize` on bare arrays: int32 codes of the operands of a tag."""
+    """The formula of `quantize` on the operands of a tag: int32 codes."""
     steps = _to_int32(rounding(x.astype(scale.dtype) * (1.0 / scale)))
     # Clip before the zero point joins, with bounds that do not wrap.
     low = jnp.maximum(qmin, _INT32.min + jnp.maximum(zero_point, 0)) - zero_point
@@ -347,7 +358,7 @@ def _qpoint_batch(operands, dims, *, site, rounding):
     return qpoint_p.bind(x, *rest, site=site, rounding=rounding), 0
 
 
-def _inside(x, scale, zero_point, qmin, qmax, rounding):
+def _inside(rounding, x, scale, zero_point, qmin, qmax):
     """Where `qpoint` rounds and does not saturate."""
     steps = rounding(x.astype(scale.dtype) * (1.0 / scale))
     zero = zero_point.astype(scale.dtype)
@@ -358,7 +369,7 @@ def _inside(x, scale, zero_point, qmin, qmax, rounding):
 def _qpoint_jvp(primals, tangents, *, site, rounding):
     out = qpoint_p.bind(*primals, site=site, rounding=rounding)
     x_dot = ad.instantiate_zeros(tangents[0])
-    return out, jnp.where(_inside(*primals, rounding), x_dot, jnp.zeros_like(x_dot))
+    return out, jnp.where(_inside(rounding, *primals), x_dot, jnp.zeros_like(x_dot))
 
 
 qpoint_p.def_impl(jax.jit(_qpoint, static_argnames=("site", "rounding")))
@@ -402,7 +413,7 @@ def _clipped_ste_primal(site, rounding, *operands):
 def _clipped_ste_forward(site, rounding, *operands):
     # Binds the primitive itself: Hessian-vector products go through its JVP rule.
     out = qpoint_p.bind(*operands, site=site, rounding=rounding)
-    return out, _inside(*operands, rounding)
+    return out, _inside(rounding, *operands)
 
 
 def _clipped_ste_backward(site, rounding, inside, dy):

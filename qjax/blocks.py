@@ -202,9 +202,7 @@ class _Finder:
         )
         return absorbs and not block.is_bounded and self._is_only(e, x)
 
-    def _bound(
-        self, e: Equation, bounds: list[tuple[str, Any]], x: int
-    ) -> None:
+    def _bound(self, e: Equation, bounds: list[tuple[str, Any]], x: int) -> None:
         block = self.open.get(x)
         if block is not None and self._is_only(e, x):
             block.is_bounded = True
@@ -283,8 +281,10 @@ class _Finder:
         return found
 
     def _statistics_from(self, root: Equation) -> set[int] | None:
-        """All that follows from a sum until it meets its own data; None if it never
-        does, or if it is used as data."""
+        """What follows from a sum until it meets its own data.
+
+        None if it never does, or if it is used as data.
+        """
         origin = set(self._pointwise(root.inputs[0]))
         found, returns = set(root.outputs), False
         todo = list(root.outputs)
@@ -442,7 +442,9 @@ def constant_of(
 
 
 def _scalar(value: np.ndarray) -> Any:
-    return float(value.flat[0]) if value.size and np.all(value == value.flat[0]) else None
+    return (
+        float(value.flat[0]) if value.size and np.all(value == value.flat[0]) else None
+    )
 
 
 def has_qpoint(e: Equation) -> bool:

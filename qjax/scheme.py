@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import fnmatch
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +125,7 @@ def stack_schemes(schemes: Sequence[Scheme]) -> Scheme:
     """
     if not schemes:
         raise ValueError("`stack_schemes` needs at least one scheme, got none.")
-    first = jax.tree.structure(schemes[0])
+    first: Any = jax.tree.structure(schemes[0])
     for i, scheme in enumerate(schemes):
         if jax.tree.structure(scheme) != first:
             raise ValueError(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.affine import QParams, QSpec, bias_params, fake_quant
+from qjax.affine import QParams, fake_quant_bias
 from qjax.blocks import SHAPE_MOVES, Block, Plan, find_blocks, path_name
 from qjax.scheme import Site
 from qjax.trace import Equation, evaluate, trace
@@ -41,7 +41,8 @@ class Simulation:
         self._model, self._out = trace(fn, params, *inputs, keep_derivatives=True)
         self._plan = find_blocks(self._model, names)
         self._arguments = [_unfolded(x) for _, x in leaves] + jax.tree.leaves(inputs)
-        self._scopes = {b.root.outputs[0]: _scope(b, self._plan) for b in self._plan.blocks}
+        blocks = self._plan.blocks
+        self._scopes = {b.root.outputs[0]: _scope(b, self._plan) for b in blocks}
         self.sites = self._plan.sites
 
     def run(self, visitor: Visitor) -> Any:
@@ -60,7 +61,7 @@ class Simulation:
 
     def _step(self, e: Equation) -> None:
         block = self._plan.fused.get(e.outputs[0])
-        values = self._fused(block) if block else None
+        values: Sequence[Any] | None = self._fused(block) if block else None
         if values is None:
             values = evaluate(e, *(self._env[v] for v in e.inputs))
         self._env.update(zip(e.outputs, values, strict=True))
@@ -118,7 +119,7 @@ class Simulation:
             before = offset if before is None else before + offset
         y = self._env[acc]
         if before is not None:
-            y = y + _fake_quant_bias(before, scale, block.name)
+            y = y + fake_quant_bias(before, scale, site=f"{block.name}/bias")
         return [y if factor is None else y * factor]
 
     def _fused_alone(self, block: Block) -> list[jax.Array] | None:
@@ -140,8 +141,8 @@ class Simulation:
             return None
         y = value * factor
         if after is not None:
-            scale = bias_params(self._grids[x], grid.scale).scale
-            y = y + _fake_quant_bias(after, scale, block.name)
+            scale = self._grids[x].scale * grid.scale
+            y = y + fake_quant_bias(after, scale, site=f"{block.name}/bias")
         return [y]
 
     def _compose(self, block: Block, x: int) -> tuple[Any, Any, Any]:
@@ -176,7 +177,7 @@ class Simulation:
         scale = output_scale(
             block.root, block.weight_operand, self._grids[w].scale, rank
         )
-        return None if scale is None else bias_params(self._grids[x], scale).scale
+        return None if scale is None else self._grids[x].scale * scale
 
 
 def move_scale(e: Equation, scale: Any, shape: tuple[int, ...]) -> Any:
@@ -256,14 +257,6 @@ def _shared(a: Sequence[int], b: Sequence[int]) -> int:
         (k for k, (m, n) in enumerate(zip(a, b, strict=False)) if m != n),
         min(len(a), len(b)),
     )
-
-
-def _fake_quant_bias(bias: jax.Array, scale: jax.Array, name: str) -> jax.Array:
-    shape = jnp.broadcast_shapes(jnp.shape(bias), scale.shape)
-    scale = jnp.broadcast_to(scale, shape)
-    spec = QSpec(bits=32, symmetric=True, axis=tuple(range(len(shape))) or None)
-    grid = QParams(scale, jnp.zeros(shape, jnp.int32))
-    return fake_quant(jnp.broadcast_to(bias, shape), grid, spec, site=f"{name}/bias")
 
 
 def _hold_offset(

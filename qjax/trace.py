@@ -108,8 +108,9 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
 
         def read(atom: Any) -> int:
             if isinstance(atom, jex.Literal):
-                value = np.asarray(atom.val, atom.aval.dtype)
-                return constant(value, atom.aval)
+                aval: Any = atom.aval
+                value = np.asarray(atom.val, aval.dtype)
+                return constant(value, aval)
             return env[atom]
 
         for eqn in jaxpr.eqns:

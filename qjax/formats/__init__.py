@@ -1,0 +1,1 @@
+"""Reading and writing programs. Optional dependencies stop here."""

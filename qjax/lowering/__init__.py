@@ -2,7 +2,7 @@
 
 from qjax.lowering.graph import Graph
 from qjax.lowering.program import IntegerProgram, lower
-from qjax.lowering.rules import AccumulatorOverflowError
+from qjax.lowering.rules_products import AccumulatorOverflowError
 from qjax.lowering.verify import Verification, verify
 
 __all__ = (

@@ -75,7 +75,9 @@ class Graph:
             args = ", ".join([*(f"%{v}" for v in n.inputs), *n.params.values()])
             where = f"  # {n.path}" if n.path else ""
             lines.append(f"{self._show(n.output)} = {n.operation}({args}){where}")
-        return "\n".join([*lines, f"outputs: {', '.join(map(self._show, self.outputs))}"])
+        return "\n".join(
+            [*lines, f"outputs: {', '.join(map(self._show, self.outputs))}"]
+        )
 
     def _show(self, v: int) -> str:
         value = self.values[v]

@@ -132,7 +132,9 @@ def refuse(e: Equation, x: Abstract, role: str) -> ValueError:
     elif isinstance(x, Known):
         what, site = "a constant that is on no grid", sites_of(e.path)[1]
     elif isinstance(x, Integers | Sum):
-        what, site = f"the output of {x.path!r}", sites_of(x.path)[0]
+        module = x.path.partition(SITE_MARK)[0].strip("/")
+        what = f"the output of {module!r}" if module else "an accumulator"
+        site = sites_of(x.path)[0]
     else:
         what = f"on the grid of {x.site!r}, which does not fit"
     rule = f'with a rule like Rule("{site}", QSpec(bits=8)), or ' if site else ""

@@ -1,6 +1,7 @@
 """Integer programs: a graph with its parameters, jitted; and how to make one."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,13 +13,20 @@ import numpy as np
 
 from qjax.affine import QParams, dequantize, grid_codes
 from qjax.instrument import QuantizedModel
-from qjax.lowering import rules, xla
+from qjax.lowering import (
+    rules_arithmetic,
+    rules_points,
+    rules_products,
+    rules_shapes,
+    xla,
+)
 from qjax.lowering.graph import Graph, Grid, Value
 from qjax.lowering.interpret import interpret, refuse
 from qjax.lowering.values import Abstract, Builder, Integers
 from qjax.trace import Equation, trace
 
-assert rules  # Importing it fills the rule table.
+# Importing them fills the rule table.
+assert rules_arithmetic and rules_points and rules_products and rules_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,25 +46,6 @@ class IntegerProgram:
     input_tree: Any
     output_tree: Any
 
-    def __post_init__(self):
-        graph = self.graph
-
-        def codes(params: Mapping[str, jax.Array], *inputs: jax.Array) -> Any:
-            values = xla.run(graph, params, inputs)
-            return [values[v] for v in graph.outputs]
-
-        def site_codes(params: Mapping[str, jax.Array], *inputs: jax.Array) -> Any:
-            values = xla.run(graph, params, inputs)
-            return {name: values[v] for name, v in graph.sites.items()}
-
-        def real(params: Mapping[str, jax.Array], *inputs: jax.Array) -> Any:
-            outputs = codes(params, *self._quantize(inputs))
-            return self._dequantize(outputs)
-
-        object.__setattr__(self, "_codes", jax.jit(codes))
-        object.__setattr__(self, "_site_codes", jax.jit(site_codes))
-        object.__setattr__(self, "_real", jax.jit(real))
-
     def __call__(self, *inputs: Any) -> Any:
         """Computes real outputs from real inputs: quantize, `codes`, dequantize.
 
@@ -70,7 +59,7 @@ class IntegerProgram:
         Raises:
           ValueError: if an input has another shape.
         """
-        return self._unflatten(self._real(self.params, *self._flat(inputs)))
+        return self._unflatten(self._run_real(self.params, *self._flat(inputs)))
 
     def codes(self, *codes: Any) -> Any:
         """Computes output codes from input codes. No floating-point value occurs.
@@ -90,8 +79,8 @@ class IntegerProgram:
         for k, (x, v) in enumerate(zip(flat, self._inputs, strict=True)):
             if not jnp.issubdtype(jax.dtypes.result_type(x), jnp.integer):
                 raise TypeError(
-                    f"`codes` takes integers, got {jax.dtypes.result_type(x)} for input "
-                    f"{k}. Call the program itself on real values."
+                    f"`codes` takes integers, got {jax.dtypes.result_type(x)} for "
+                    f"input {k}. Call the program itself on real values."
                 )
             if not isinstance(x, jax.core.Tracer) and np.size(x):
                 low, high = int(np.min(x)), int(np.max(x))
@@ -101,16 +90,15 @@ class IntegerProgram:
                         f"[{low}, {high}]."
                     )
             typed.append(jnp.asarray(x).astype(v.dtype))
-        return self._unflatten(self._codes(self.params, *typed))
+        return self._unflatten(self.run_codes(self.params, *typed))
 
     def site_codes(self, *inputs: Any) -> dict[str, jax.Array]:
         """Computes the codes at every quantization point, from real inputs."""
-        flat = self._flat(inputs)
-        return self._site_codes(self.params, *jax.jit(self._quantize)(flat))
+        return self._run_sites(self.params, *self._flat(inputs))
 
     def quantize_inputs(self, *inputs: Any) -> Any:
         """Computes the input codes of real inputs."""
-        flat = jax.jit(self._quantize)(self._flat(inputs))
+        flat = self._run_quantize(self._flat(inputs))
         return jax.tree.unflatten(self.input_tree, flat)
 
     @property
@@ -135,6 +123,35 @@ class IntegerProgram:
 
         save(self, path)
 
+    @functools.cached_property
+    def run_codes(self) -> Callable[..., list[jax.Array]]:
+        """``(params, *codes) -> codes``, flat and jitted: the program itself."""
+
+        def codes(params: Mapping[str, jax.Array], *inputs: jax.Array) -> Any:
+            values = xla.run(self.graph, params, inputs)
+            return [values[v] for v in self.graph.outputs]
+
+        return jax.jit(codes)
+
+    @functools.cached_property
+    def _run_sites(self) -> Callable[..., dict[str, jax.Array]]:
+        def sites(params: Mapping[str, jax.Array], *inputs: jax.Array) -> Any:
+            values = xla.run(self.graph, params, self._quantize(inputs))
+            return {name: values[v] for name, v in self.graph.sites.items()}
+
+        return jax.jit(sites)
+
+    @functools.cached_property
+    def _run_real(self) -> Callable[..., list[jax.Array]]:
+        def real(params: Mapping[str, jax.Array], *inputs: jax.Array) -> Any:
+            return self._dequantize(self.run_codes(params, *self._quantize(inputs)))
+
+        return jax.jit(real)
+
+    @functools.cached_property
+    def _run_quantize(self) -> Callable[..., list[jax.Array]]:
+        return jax.jit(self._quantize)
+
     @property
     def _inputs(self) -> list[Value]:
         return [self.graph.values[v] for v in self.graph.inputs]
@@ -153,8 +170,8 @@ class IntegerProgram:
             shape = np.shape(x)
             if len(shape) != len(v.shape) or shape[1:] != v.shape[1:]:
                 raise ValueError(
-                    f"Input {k} of the program must have shape {('batch', *v.shape[1:])}"
-                    f", got {shape}."
+                    f"Input {k} of the program must have shape "
+                    f"{('batch', *v.shape[1:])}, got {shape}."
                 )
         return flat
 
@@ -190,9 +207,9 @@ def lower(model: QuantizedModel | Callable[..., Any], *args: Any) -> IntegerProg
     Args:
       model: A `QuantizedModel`; or any function of real inputs that has quantization
         points in it and its parameters closed over.
-      *args: ``params, qstate, *inputs`` for a `QuantizedModel`, else ``*inputs``. Of the
-        inputs only shapes are read; the size of the leading axis, the batch, may differ
-        when the program is called.
+      *args: ``params, qstate, *inputs`` for a `QuantizedModel`, else ``*inputs``. Of
+        the inputs only shapes are read; the size of the leading axis, the batch, may
+        differ when the program is called.
 
     Returns:
       The program. A checker has made sure that no floating-point value occurs in it.
@@ -246,8 +263,7 @@ def bind_model(
 def check_integer_only(program: IntegerProgram) -> None:
     """Raises AssertionError if a floating-point value occurs in `program.codes`."""
     shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in program._inputs]
-    codes = program._codes  # type: ignore[attr-defined]  # Set in __post_init__.
-    closed = jax.make_jaxpr(codes)(program.params, *shapes)
+    closed = jax.make_jaxpr(program.run_codes)(program.params, *shapes)
     found = sorted(set(_float_values(closed.jaxpr)))
     assert not found, f"the integer program computes floating-point values: {found}"
 
@@ -276,7 +292,9 @@ def _output(builder: Builder, k: int, x: Abstract, last: Equation | None) -> int
     if builder.values[x.value].grid is None:
         scale = np.float32(x.real_scale()).tolist()
         grid = Grid(scale, x.zero_point)
-        builder.values[x.value] = dataclasses.replace(builder.values[x.value], grid=grid)
+        builder.values[x.value] = dataclasses.replace(
+            builder.values[x.value], grid=grid
+        )
     return x.value
 
 

@@ -170,3 +170,12 @@ class Builder:
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and bool(np.all(a == b))
+
+
+def compact(x: np.ndarray) -> np.ndarray:
+    """Gives size 1 to every axis along which values repeat."""
+    for axis in range(x.ndim):
+        first = x.take([0], axis) if x.shape[axis] else x
+        if x.shape[axis] > 1 and np.all(x == first):
+            x = first
+    return x

@@ -53,8 +53,9 @@ def _operands(
 def _dot(node, params, inputs):
     x, kernel = _operands(node, params, inputs[0])
     pair = (kernel, x) if node.attributes["kernel_operand"] == 0 else (x, kernel)
-    contract = tuple(tuple(axes) for axes in node.attributes["contract"])
-    acc = lax.dot_general(*pair, (contract, ((), ())), preferred_element_type=jnp.int32)
+    left, right = node.attributes["contract"]
+    dimensions = ((left, right), ((), ()))
+    acc = lax.dot_general(*pair, dimensions, preferred_element_type=jnp.int32)
     return acc + params[node.params["bias"]]
 
 
@@ -146,9 +147,7 @@ def _requantize(node, params, inputs):
 def _add(node, params, inputs):
     a = node.attributes
     offsets = (jnp.int32(z) for z in a["input_zero_points"])
-    codes = [
-        x.astype(jnp.int32) - z for x, z in zip(inputs, offsets, strict=True)
-    ]
+    codes = [x.astype(jnp.int32) - z for x, z in zip(inputs, offsets, strict=True)]
     multipliers = [jnp.int32(m) for m in a["multipliers"]]
     return requantize_sum(
         list(zip(codes, multipliers, strict=True)),

@@ -1,0 +1,147 @@
+"""Rules of sums, factors and bounds: what the next requantizer absorbs."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from qjax.lowering.interpret import refuse, rule, where
+from qjax.lowering.rules_products import multiply
+from qjax.lowering.rules_shapes import settled
+from qjax.lowering.values import (
+    Abstract,
+    Builder,
+    Integers,
+    Known,
+    KnownCodes,
+    Sum,
+    compact,
+)
+from qjax.trace import Equation, Trace
+
+_INT32 = np.iinfo(np.int32)
+_EXACT_FLOAT32 = 1 << 24  # Integers below are exact in float32, and so are their sums.
+
+
+@rule("add", "add_any", "sub")
+def _add(
+    builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
+) -> Abstract:
+    sign = -1.0 if e.primitive.name == "sub" else 1.0
+    if isinstance(a, Known | KnownCodes):
+        if sign < 0:
+            b, sign = _scaled(e, b, np.asarray(-1.0)), 1.0
+        a, b = b, a
+        return _add_known(e, trace, a, b, sign)
+    if isinstance(b, Known | KnownCodes):
+        return _add_known(e, trace, a, b, sign)
+    left, right = _terms(e, a), _terms(e, b)
+    right = tuple((t, s * sign) for t, s in right)
+    return Sum(left + right, path=e.path)
+
+
+def _terms(e: Equation, x: Abstract) -> tuple[tuple[Integers, float], ...]:
+    if isinstance(x, Sum) and x.bounds == (-np.inf, np.inf):
+        return x.terms
+    if isinstance(x, Integers) and x.is_codes:
+        return ((x, 1.0),)
+    raise refuse(e, x, "operand")
+
+
+def _add_known(
+    e: Equation, trace: Trace, x: Abstract, known: Abstract, sign: float
+) -> Abstract:
+    if not isinstance(x, Integers) or x.emit is None or x.is_bounded:
+        raise refuse(e, x, "operand")
+    if isinstance(known, KnownCodes):
+        on_grid = np.all(np.float32(known.scale) == np.float32(x.scale))
+        if on_grid and x.gain is None:
+            return _with_bias(x, sign * known.codes)
+        real = known.codes * np.float64(known.scale)
+    else:
+        assert isinstance(known, Known)
+        real = np.asarray(known.value, np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bias = np.rint(compact(sign * real) / x.real_scale())
+    if not np.all(np.isfinite(bias)) or np.any(np.abs(bias) > _INT32.max):
+        raise OverflowError(
+            f"The constant added in {where(e)} does not fit an int32 bias: it is up to "
+            f"{np.max(np.abs(real)):g}, at {np.min(np.abs(x.real_scale())):g} per code."
+            f"\n  equation: {e}\nA channel of the kernel or of the normalisation "
+            "before it is all but zero; `qjax.quantize_model` handles that case."
+        )
+    return _with_bias(x, bias)
+
+
+def _with_bias(x: Integers, bias: np.ndarray) -> Integers:
+    bias = compact(bias.astype(np.int64))
+    return dataclasses.replace(x, bias=bias if x.bias is None else x.bias + bias)
+
+
+@rule("mul", "div", "neg")
+def _mul(builder: Builder, e: Equation, trace: Trace, *operands: Abstract) -> Abstract:
+    if e.primitive.name == "neg":
+        return _scaled(e, operands[0], np.asarray(-1.0))
+    a, b = operands
+    if e.primitive.name == "div":
+        if not isinstance(b, Known):
+            raise refuse(e, b, "divisor")
+        reciprocal = np.float32(1) / np.asarray(b.value, np.float32)
+        return _scaled(e, a, np.asarray(reciprocal, np.float64))
+    x, known = (b, a) if isinstance(a, Known | KnownCodes) else (a, b)
+    if isinstance(known, KnownCodes) and isinstance(x, Integers) and x.is_codes:
+        return multiply(builder, e, trace, x, known)
+    if not isinstance(known, Known):
+        raise refuse(e, known, "operand")
+    return _scaled(e, x, np.asarray(known.value, np.float64))
+
+
+def _scaled(e: Equation, x: Abstract, factor: np.ndarray) -> Abstract:
+    """A factor that waits for the next grid."""
+    if not isinstance(x, Integers) or x.is_codes or x.is_bounded:
+        raise refuse(e, x, "operand")
+    factor = compact(factor)
+    if x.gain is None:
+        return dataclasses.replace(x, gain=factor)
+    return dataclasses.replace(x, gain=x.gain * factor, is_gain_exact=False)
+
+
+@rule("max", "min")
+def _bound(
+    builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
+) -> Abstract:
+    x, known = (b, a) if isinstance(a, Known) else (a, b)
+    if not isinstance(known, Known) or known.value.size == 0:
+        raise refuse(e, known, "bound")
+    bound = float(known.value.flat[0])
+    if np.any(known.value != bound):
+        raise NotImplementedError(
+            f"There is no integer rule for a bound per channel, met in {where(e)}.\n"
+            f"  equation: {e}"
+        )
+    ends = (bound, np.inf) if e.primitive.name == "max" else (-np.inf, bound)
+    return _within(builder, e, trace, x, ends)
+
+
+@rule("clamp")
+def _clamp(
+    builder: Builder, e: Equation, trace: Trace, low: Abstract, x: Abstract, high: Any
+) -> Abstract:
+    ends = []
+    for end in (low, high):
+        if not isinstance(end, Known) or end.value.size != 1:
+            raise refuse(e, end, "bound")
+        ends.append(float(end.value))
+    return _within(builder, e, trace, x, (ends[0], ends[1]))
+
+
+def _within(
+    builder: Builder, e: Equation, trace: Trace, x: Abstract, ends: tuple[float, float]
+) -> Abstract:
+    if not isinstance(x, Integers | Sum):
+        raise refuse(e, x, "operand")
+    low, high = (min(max(b, ends[0]), ends[1]) for b in x.bounds)
+    bounded = dataclasses.replace(x, bounds=(low, high))
+    if isinstance(bounded, Integers) and bounded.is_codes:
+        return settled(builder, e, trace, bounded)
+    return bounded

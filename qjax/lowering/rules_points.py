@@ -1,0 +1,210 @@
+"""Rules of quantization points: inputs are quantized, accumulators requantized."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.affine import grid_codes
+from qjax.integer import fixed_point
+from qjax.lowering.graph import Grid, storage
+from qjax.lowering.interpret import refuse, rule, where
+from qjax.lowering.rules_shapes import move
+from qjax.lowering.values import (
+    Abstract,
+    Builder,
+    Integers,
+    Known,
+    KnownCodes,
+    Real,
+    Sum,
+)
+from qjax.rounding import half_even
+from qjax.trace import Equation, Trace
+
+_INT32 = np.iinfo(np.int32)
+_EXACT_FLOAT32 = 1 << 24  # Integers below are exact in float32, and so are their sums.
+
+
+@rule("qpoint")
+def _qpoint(
+    builder: Builder, e: Equation, trace: Trace, x: Abstract, *operands: Abstract
+) -> Abstract:
+    scale, zero_point, qmin, qmax = (_constant(e, o) for o in operands)
+    site = e.params["site"]
+    if not np.all(np.isfinite(scale) & (scale > 0)):
+        raise ValueError(
+            f"The site {site or where(e)!r} has no scale yet: it is not calibrated. "
+            "Run `qjax.calibrate` (or train the layer) before `qjax.lower`."
+        )
+    if e.params["rounding"] is not half_even:
+        raise ValueError(
+            f"The site {site!r} rounds by `{e.params['rounding'].__name__}`; integer "
+            "programs round half to even. Use `rounding=half_even`."
+        )
+    if isinstance(x, Known):
+        codes = jax.jit(grid_codes)(x.value, scale, zero_point, qmin, qmax)
+        return KnownCodes(np.asarray(codes, np.int64), scale, zero_point, site)
+    if scale.ndim:
+        raise ValueError(
+            f"The activation at {site or where(e)!r} has a scale per channel (shape "
+            f"{scale.shape}), which a sum over channels cannot use. Use `axis=None`."
+        )
+    target = _Target(float(scale), int(zero_point), int(qmin), int(qmax), site)
+    shape = trace.shape(e.outputs[0])
+    if isinstance(x, Real):
+        return _quantize_input(builder, e, trace, x, target)
+    if isinstance(x, Sum):
+        return _requantize_sum(builder, x, target, shape)
+    if isinstance(x, Integers):
+        return _requantize(builder, x, target, shape)
+    raise refuse(e, x, "input")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """The grid of a quantization point."""
+
+    scale: float
+    zero_point: int
+    qmin: int
+    qmax: int
+    site: str
+
+    def codes(self, real: float) -> int:
+        """The code of a real value, by the formula of the tag itself."""
+        zero, low, high = map(jnp.int32, (self.zero_point, self.qmin, self.qmax))
+        scale = jnp.float32(self.scale)
+        return int(grid_codes(jnp.float32(real), scale, zero, low, high))
+
+    def range(self, bounds: tuple[float, float]) -> tuple[int, int]:
+        """The codes that an activation with these bounds leaves."""
+        low, high = (self.codes(b) for b in bounds)
+        return low, high
+
+    def integers(self, builder: Builder, value: int) -> Integers:
+        builder.add_site(self.site, value)
+        v = builder.values[value]
+        scale = np.asarray(np.float64(np.float32(self.scale)))
+        return Integers(
+            value, scale, self.zero_point, v.low, v.high, is_codes=True, path=self.site
+        )
+
+    def add_value(
+        self, builder: Builder, shape: tuple[int, ...], low: int, high: int
+    ) -> int:
+        grid = Grid(float(np.float32(self.scale)), self.zero_point)
+        dtype = storage(self.qmin, self.qmax)
+        return builder.add_value(shape, low, high, grid, dtype=dtype)
+
+
+def _quantize_input(
+    builder: Builder, e: Equation, trace: Trace, x: Real, target: _Target
+) -> Abstract:
+    if x.input is None:
+        raise refuse(e, x, "input")
+    if x.input in builder.inputs:
+        raise ValueError(
+            f"Input {x.input} of the program is quantized twice, on two paths ("
+            f"{where(e)}). Quantize it once and share the result."
+        )
+    shape = trace.shape(trace.inputs[x.input])
+    value = target.add_value(builder, shape, target.qmin, target.qmax)
+    builder.inputs[x.input] = value
+    codes: Abstract = target.integers(builder, value)
+    for equation in x.moves:
+        codes = move(builder, equation, trace, codes)
+    return codes
+
+
+def _requantize(
+    builder: Builder, x: Integers, target: _Target, shape: tuple[int, ...]
+) -> Integers:
+    low, high = target.range(x.bounds)
+    same_grid = x.is_codes and float(x.scale) == float(np.float32(target.scale))
+    if same_grid and x.zero_point == target.zero_point and not x.is_bounded:
+        if target.qmin <= x.low and x.high <= target.qmax:
+            builder.add_site(target.site, x.value if x.value is not None else -1)
+            return x
+    x = x.emitted()
+    assert x.value is not None
+    ratio = x.real_scale() / float(np.float32(target.scale))
+    most = max(abs(x.low - x.zero_point), abs(x.high - x.zero_point))
+    # Where float32 arithmetic has one operation that rounds, round as it does.
+    one_rounding = (
+        x.gain is not None
+        and x.is_gain_exact
+        and _is_power_of_two(x.scale)
+        and _is_power_of_two(np.asarray(target.scale))
+        and not _is_power_of_two(x.gain)
+        and most < _EXACT_FLOAT32
+    )
+    multiplier, shift = _fixed_point(ratio, target.site)
+    params = {
+        "multiplier": builder.add_param(f"{target.site}/multiplier", multiplier),
+        "shift": builder.add_param(f"{target.site}/shift", shift),
+    }
+    value = target.add_value(builder, shape, low, high)
+    builder.add_node(
+        "requantize",
+        (x.value,),
+        value,
+        params=params,
+        path=target.site,
+        input_zero_point=x.zero_point,
+        zero_point=target.zero_point,
+        low=low,
+        high=high,
+        rule="fp32_half_even" if one_rounding else "half_even",
+    )
+    return target.integers(builder, value)
+
+
+def _requantize_sum(
+    builder: Builder, x: Sum, target: _Target, shape: tuple[int, ...]
+) -> Integers:
+    ratios = np.array([sign * float(t.scale) / target.scale for t, sign in x.terms])
+    largest = ratios[np.argmax(np.abs(ratios))]
+    _, shift = _fixed_point(np.asarray(largest), target.site)
+    multipliers = np.rint(ratios * 2.0 ** float(shift))
+    # Carried to 2^31 by rounding: one bit less.
+    if np.max(np.abs(multipliers)) > _INT32.max:
+        shift = shift - 1
+        multipliers = np.rint(ratios * 2.0 ** float(shift))
+    low, high = target.range(x.bounds)
+    value = target.add_value(builder, shape, low, high)
+    inputs = tuple(t.value for t, _ in x.terms if t.value is not None)
+    builder.add_node(
+        "add",
+        inputs,
+        value,
+        path=target.site,
+        input_zero_points=[t.zero_point for t, _ in x.terms],
+        multipliers=[int(m) for m in multipliers],
+        shift=int(shift),
+        zero_point=target.zero_point,
+        low=low,
+        high=high,
+    )
+    return target.integers(builder, value)
+
+
+def _fixed_point(ratio: np.ndarray, site: str) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        return fixed_point(ratio)
+    except ValueError as error:
+        raise ValueError(f"The site {site!r} cannot be requantized. {error}") from error
+
+
+def _is_power_of_two(x: np.ndarray) -> bool:
+    return bool(np.all(np.abs(np.frexp(np.asarray(x, np.float64))[0]) == 0.5))
+
+
+def _constant(e: Equation, x: Abstract) -> np.ndarray:
+    if not isinstance(x, Known):
+        raise ValueError(
+            f"The scale of the quantization point in {where(e)} depends on an input. "
+            f"Integer programs have fixed scales.\n  equation: {e}"
+        )
+    return np.asarray(x.value)

@@ -1,0 +1,237 @@
+"""Rules of products with weights: dot, convolution, a factor per channel."""
+
+from typing import Any
+
+import numpy as np
+
+from qjax.lowering.interpret import refuse, rule, where
+from qjax.lowering.values import (
+    Abstract,
+    Builder,
+    Integers,
+    Known,
+    KnownCodes,
+    compact,
+)
+from qjax.simulate import output_scale
+from qjax.trace import Equation, Trace
+
+_INT32 = np.iinfo(np.int32)
+_EXACT_FLOAT32 = 1 << 24  # Integers below are exact in float32, and so are their sums.
+
+
+class AccumulatorOverflowError(OverflowError):
+    """An accumulator could leave int32.
+
+    Attributes:
+      witness: Input codes that take it there, in the shape of one kernel.
+    """
+
+    def __init__(self, message: str, witness: np.ndarray):
+        super().__init__(message)
+        self.witness = witness
+
+
+@rule("dot_general")
+def _dot_general(
+    builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
+) -> Abstract:
+    (_, _), (batch, _) = e.params["dimension_numbers"]
+    if batch:
+        raise NotImplementedError(
+            f"There is no integer rule yet for a batched product, met in {where(e)}.\n"
+            f"  equation: {e}"
+        )
+    operand = 0 if isinstance(a, Known | KnownCodes) else 1
+    x, w = (b, a) if operand == 0 else (a, b)
+    contract = e.params["dimension_numbers"][0][operand]
+    return _product(builder, e, trace, x, w, operand, contract)
+
+
+@rule("conv_general_dilated")
+def _conv(
+    builder: Builder, e: Equation, trace: Trace, x: Abstract, w: Abstract
+) -> Abstract:
+    if any(d != 1 for d in e.params["lhs_dilation"]):
+        raise NotImplementedError(
+            f"There is no integer rule yet for a transposed convolution, met in "
+            f"{where(e)}.\n  equation: {e}"
+        )
+    if e.params["batch_group_count"] != 1 or isinstance(x, Known | KnownCodes):
+        raise NotImplementedError(
+            f"There is no integer rule for this convolution, met in {where(e)}.\n"
+            f"  equation: {e}"
+        )
+    rank = len(trace.shape(e.inputs[1]))
+    channel = e.params["dimension_numbers"].rhs_spec[0]
+    contract = [d for d in range(rank) if d != channel]
+    return _product(builder, e, trace, x, w, 1, contract)
+
+
+def _product(
+    builder: Builder,
+    e: Equation,
+    trace: Trace,
+    x: Abstract,
+    w: Abstract,
+    operand: int,
+    contract: Any,
+) -> Abstract:
+    if not isinstance(x, Integers) or not x.is_codes:
+        raise refuse(e, x, "input")
+    if not isinstance(w, KnownCodes):
+        raise refuse(e, w, "kernel")
+    if np.any(w.zero_point):
+        raise ValueError(
+            f"The kernel {w.site!r} has a zero point, which would cost a second "
+            "product. Use `symmetric=True` for weights."
+        )
+    shape = trace.shape(e.outputs[0])
+    scale = output_scale(e, operand, w.scale, len(shape))
+    if scale is None:
+        raise ValueError(
+            f"The scale of the kernel {w.site!r} varies inside the sum of "
+            f"`{e.primitive.name}` in {where(e)}: its shape is {w.scale.shape}, and "
+            f"axes {tuple(contract)} are summed over.\n  equation: {e}\n"
+            f"Set `axis` of {w.site!r} to an axis of the output."
+        )
+    over = tuple(contract)
+    total = _to_output(e, operand, w.codes.sum(over, keepdims=True), len(shape))
+    positive = np.maximum(w.codes, 0).sum(over, keepdims=True)
+    negative = np.minimum(w.codes, 0).sum(over, keepdims=True)
+    # Padding has the code of zero.
+    up, down = max(x.high - x.zero_point, 0), min(x.low - x.zero_point, 0)
+    high = _to_output(e, operand, positive * up + negative * down, len(shape))
+    low = _to_output(e, operand, positive * down + negative * up, len(shape))
+    assert x.value is not None
+    offset = _storage_offset(builder.values[x.value].dtype)
+    source = x.value
+
+    def emit(bias: np.ndarray) -> tuple[int, int, int]:
+        _check_overflow(e, low + bias, high + bias, w, x, operand)
+        folded = bias - (x.zero_point - offset) * total
+        _check_overflow(e, folded, folded, w, x, operand)
+        site = w.site or "kernel"
+        kernel = builder.add_param(site, _smallest(w.codes))
+        name = f"{e.path.partition('site=')[0].strip('/') or site}/bias"
+        params = {
+            "kernel": kernel,
+            "bias": builder.add_param(name, folded.astype(np.int32)),
+        }
+        lowest, highest = int((low + bias).min()), int((high + bias).max())
+        value = builder.add_value(shape, lowest, highest, dtype="int32")
+        is_dot = e.primitive.name == "dot_general"
+        attributes = (
+            _dot_attributes(e, operand) if is_dot else _conv_attributes(e, x.zero_point)
+        )
+        builder.add_node(
+            "dot" if is_dot else "conv",
+            (source,),
+            value,
+            params=params,
+            path=where(e).strip("'"),
+            offset=offset,
+            **attributes,
+        )
+        return value, lowest, highest
+
+    return Integers(
+        None,
+        np.asarray(scale, np.float64) * x.scale,
+        0,
+        int(low.min(initial=0)),
+        int(high.max(initial=0)),
+        emit=emit,
+        path=e.path,
+    )
+
+
+def _to_output(e: Equation, operand: int, sums: np.ndarray, rank: int) -> np.ndarray:
+    """Per-channel sums of a kernel, in the rank of the output."""
+    return np.asarray(output_scale(e, operand, sums, rank))
+
+
+def _dot_attributes(e: Equation, operand: int) -> dict[str, Any]:
+    (left, right), _ = e.params["dimension_numbers"]
+    contract = [list(map(int, left)), list(map(int, right))]
+    return {"contract": contract, "kernel_operand": operand}
+
+
+def _conv_attributes(e: Equation, zero_point: int) -> dict[str, Any]:
+    dimensions = e.params["dimension_numbers"]
+    specs = dimensions.lhs_spec, dimensions.rhs_spec, dimensions.out_spec
+    return {
+        "strides": list(map(int, e.params["window_strides"])),
+        "padding": [list(map(int, pair)) for pair in e.params["padding"]],
+        "dilation": list(map(int, e.params["rhs_dilation"])),
+        "groups": int(e.params["feature_group_count"]),
+        "dimensions": [list(map(int, spec)) for spec in specs],
+        "padding_code": zero_point,
+    }
+
+
+def _check_overflow(
+    e: Equation,
+    low: np.ndarray,
+    high: np.ndarray,
+    w: KnownCodes,
+    x: Integers,
+    operand: int,
+) -> None:
+    worst = high if high.max() > -low.min() else low
+    reach = int(worst.flat[np.argmax(np.abs(worst))])
+    if _INT32.min <= low.min() and high.max() <= _INT32.max:
+        return
+    channel = int(np.argmax(np.abs(worst)))
+    up, down = (x.high, x.low) if reach > 0 else (x.low, x.high)
+    witness = np.where(w.codes > 0, up, down)
+    raise AccumulatorOverflowError(
+        f"The accumulator of `{e.primitive.name}` in {where(e)} could reach {reach} in "
+        f"output channel {channel}, beyond int32: with input code {up} where "
+        f"{w.site!r} is positive and {down} where it is not.\n  equation: {e}\n"
+        "Use fewer bits for the input or for the kernel.",
+        witness,
+    )
+
+
+def _smallest(codes: np.ndarray) -> np.ndarray:
+    top = max(int(codes.max(initial=0)), -1 - int(codes.min(initial=0)))
+    return codes.astype("int8" if top < 128 else "int16" if top < 32768 else "int32")
+
+
+def _storage_offset(dtype: str) -> int:
+    """What takes an unsigned type to the signed one of its size."""
+    info = np.iinfo(dtype)
+    return 0 if info.min < 0 else (info.max + 1) // 2
+
+
+def multiply(
+    builder: Builder, e: Equation, trace: Trace, x: Integers, w: KnownCodes
+) -> Integers:
+    """Codes times a constant on a grid: a channel's factor."""
+    assert x.value is not None
+    source, shape = x.value, trace.shape(e.outputs[0])
+    codes = compact(w.codes)
+    offset = _storage_offset(builder.values[source].dtype)
+    ends = [codes * (bound - x.zero_point) for bound in (x.low, x.high)]
+
+    def emit(bias: np.ndarray) -> tuple[int, int, int]:
+        low, high = np.minimum(*ends) + bias, np.maximum(*ends) + bias
+        _check_overflow(e, low, high, w, x, 1)
+        folded = bias - (x.zero_point - offset) * codes
+        _check_overflow(e, folded, folded, w, x, 1)
+        name = f"{w.site}/bias"
+        params = {
+            "kernel": builder.add_param(w.site, _smallest(codes)),
+            "bias": builder.add_param(name, folded.astype(np.int32)),
+        }
+        lowest, highest = int(low.min()), int(high.max())
+        value = builder.add_value(shape, lowest, highest, dtype="int32")
+        path = where(e).strip("'")
+        builder.add_node(
+            "multiply", (source,), value, params=params, path=path, offset=offset
+        )
+        return value, lowest, highest
+
+    scale = np.float64(w.scale) * x.scale
+    return Integers(None, np.asarray(scale), 0, 0, 0, emit=emit, path=e.path)

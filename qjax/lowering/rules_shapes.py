@@ -1,0 +1,300 @@
+"""Rules of shape moves, pools and reductions."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from qjax.lowering.interpret import refuse, rule, where
+from qjax.lowering.rules_products import AccumulatorOverflowError
+from qjax.lowering.values import (
+    Abstract,
+    Builder,
+    Integers,
+    Known,
+    KnownCodes,
+    Real,
+    compact,
+)
+from qjax.simulate import move_scale
+from qjax.trace import Equation, Trace
+
+_INT32 = np.iinfo(np.int32)
+_EXACT_FLOAT32 = 1 << 24  # Integers below are exact in float32, and so are their sums.
+
+
+def settled(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Integers:
+    """Integers in the graph for which no bound waits."""
+    x = _emitted(e, x)
+    if not x.is_bounded:
+        return x
+    assert x.value is not None
+    scale = x.real_scale()
+    ends = []
+    for bound, end in zip(x.bounds, (x.low, x.high), strict=True):
+        codes = bound / scale + x.zero_point if np.isfinite(bound) else np.array(end)
+        code = int(codes.flat[0])
+        if np.any(scale < 0) or np.any(codes != code):
+            raise refuse(e, x, "input")  # The bound is no integer of this grid.
+        ends.append(code)
+    low, high = max(ends[0], x.low), min(ends[1], x.high)
+    before = builder.values[x.value]
+    value = builder.add_value(before.shape, low, high, before.grid, dtype=before.dtype)
+    path = where(e).strip("'")
+    builder.add_node("clip", (x.value,), value, path=path, low=low, high=high)
+    return dataclasses.replace(
+        x, value=value, low=low, high=high, bounds=(-np.inf, np.inf)
+    )
+
+
+def _emitted(e: Equation, x: Abstract) -> Integers:
+    """Integers in the graph."""
+    if not isinstance(x, Integers):
+        raise refuse(e, x, "input")
+    return x.emitted()
+
+
+@rule("reduce_sum")
+def _reduce_sum(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
+    axes = [int(a) for a in e.params["axes"]]
+    sizes = trace.shape(e.inputs[0])
+    taps = math.prod(sizes[a] for a in axes)
+    return _sum(builder, e, trace, x, taps, "sum", {"axes": axes})
+
+
+@rule("reduce_window_sum")
+def _sum_pool(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
+    taps = math.prod(e.params["window_dimensions"])
+    return _sum(builder, e, trace, x, taps, "sum_pool", _window(e))
+
+
+def _sum(
+    builder: Builder,
+    e: Equation,
+    trace: Trace,
+    x: Abstract,
+    taps: int,
+    operation: str,
+    attributes: dict[str, Any],
+) -> Abstract:
+    x = _reduced(e, settled(builder, e, trace, x))
+    source, shape = x.value, trace.shape(e.outputs[0])
+    assert source is not None
+    low = taps * min(x.low - x.zero_point, 0)
+    high = taps * max(x.high - x.zero_point, 0)
+    if low < _INT32.min or high > _INT32.max:
+        raise AccumulatorOverflowError(
+            f"The accumulator of `{e.primitive.name}` in {where(e)} could reach "
+            f"{high if high > -low else low} when all {taps} input codes are at their "
+            f"end, beyond int32.\n  equation: {e}\nUse fewer bits for the input.",
+            np.full((taps,), x.high if high > -low else x.low),
+        )
+
+    def emit(bias: np.ndarray) -> tuple[int, int, int]:
+        assert not np.any(bias)
+        value = builder.add_value(shape, low, high, dtype="int32")
+        builder.add_node(
+            operation,
+            (source,),
+            value,
+            path=where(e).strip("'"),
+            bias=-taps * x.zero_point,
+            padding_code=x.zero_point,
+            **attributes,
+        )
+        return value, low, high
+
+    return Integers(None, x.scale, 0, low, high, gain=x.gain, emit=emit, path=e.path)
+
+
+@rule("reduce_window_max", "reduce_max")
+def _max_pool(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
+    x = _emitted(e, x)  # A bound may wait: it never changes which value is largest.
+    if np.any(x.real_scale() < 0):
+        raise refuse(e, x, "input")
+    x = _reduced(e, x)
+    if e.primitive.name == "reduce_max":
+        attributes: dict[str, Any] = {"axes": [int(a) for a in e.params["axes"]]}
+        return _moved(builder, e, trace, x, x.scale, "max", attributes)
+    return _moved(builder, e, trace, x, x.scale, "max_pool", _window(e))
+
+
+def _reduced(e: Equation, x: Integers) -> Integers:
+    """With the scales of a reduction's output; refuses those that vary inside it."""
+    window = e.params.get("window_dimensions")
+
+    def reduced(scale: np.ndarray) -> np.ndarray:
+        if not scale.ndim:
+            return scale
+        axes = e.params["axes"] if window is None else np.flatnonzero(window != 1)
+        if any(scale.shape[d] != 1 for d in axes):
+            raise refuse(e, x, "input")
+        return scale if window is not None else scale.squeeze(tuple(axes))
+
+    window = None if window is None else np.asarray(window)
+    gain = None if x.gain is None else reduced(x.gain)
+    return dataclasses.replace(x, scale=reduced(x.scale), gain=gain)
+
+
+def _window(e: Equation) -> dict[str, Any]:
+    names = {
+        "window": "window_dimensions",
+        "strides": "window_strides",
+        "base_dilation": "base_dilation",
+        "dilation": "window_dilation",
+    }
+    found = {k: [int(n) for n in e.params[name]] for k, name in names.items()}
+    return {**found, "padding": [[int(n) for n in p] for p in e.params["padding"]]}
+
+
+@rule("stop_gradient", "copy", "copy_p", "optimization_barrier", "sharding_constraint")
+def _same(builder: Builder, e: Equation, trace: Trace, *xs: Abstract) -> Abstract:
+    return xs[0]
+
+
+@rule("convert_element_type", "reduce_precision")
+def _convert(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
+    dtype = trace.avals[e.outputs[0]].dtype
+    if isinstance(x, Real) or dtype == np.float32:
+        return x
+    raise NotImplementedError(
+        f"Integer programs replace float32 arithmetic, not {dtype}, met in {where(e)}.\n"
+        f"  equation: {e}"
+    )
+
+
+@rule(
+    *("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim"),
+    *("rev", "slice", "pad"),
+)
+def move(
+    builder: Builder, e: Equation, trace: Trace, x: Abstract, *rest: Abstract
+) -> Abstract:
+    """Moves codes, and what is known of them, as the equation moves real values."""
+    if e.primitive.name == "pad":
+        fill = rest[0]
+        if not isinstance(fill, Known) or np.any(fill.value != 0):
+            raise refuse(e, fill, "padding value")
+    if isinstance(x, Real):
+        return dataclasses.replace(x, moves=(*x.moves, e))
+    if isinstance(x, Known):
+        raise refuse(e, x, "operand")
+    if isinstance(x, KnownCodes):
+        return _move_known(e, trace, x)
+    x = _emitted(e, x)
+    assert x.value is not None
+    shape = builder.values[x.value].shape
+    scale = _move_array(e, trace, x.scale, shape)
+    gain = None if x.gain is None else _move_array(e, trace, x.gain, shape)
+    lost = scale is None or (gain is None and x.gain is not None)
+    if lost or (e.primitive.name == "pad" and not x.bounds[0] <= 0 <= x.bounds[1]):
+        raise refuse(e, x, "input")
+    x = dataclasses.replace(x, gain=gain)
+    assert scale is not None
+    return _moved(builder, e, trace, x, scale, *_MOVES[e.primitive.name](e, trace, x))
+
+
+def _move_array(
+    e: Equation, trace: Trace, x: np.ndarray, shape: tuple[int, ...]
+) -> np.ndarray | None:
+    """Takes what broadcasts against a value of ``shape`` through a shape move."""
+    moved = move_scale(e, x, shape)
+    sizes = trace.shape(e.outputs[0])
+    if moved is not None or e.primitive.name != "reshape" or not sizes:
+        return moved
+    if x.shape[0] == 1 and shape[0] == sizes[0]:  # The same for all of the batch.
+        shape, sizes = (1, *shape[1:]), (1, *sizes[1:])
+    return compact(np.broadcast_to(x, shape).reshape(sizes))
+
+
+def _moved(
+    builder: Builder,
+    e: Equation,
+    trace: Trace,
+    x: Integers,
+    scale: np.ndarray,
+    operation: str,
+    attributes: dict[str, Any],
+) -> Integers:
+    """The same codes, elsewhere."""
+    assert x.value is not None
+    before = builder.values[x.value]
+    shape = trace.shape(e.outputs[0])
+    value = builder.add_value(shape, x.low, x.high, before.grid, dtype=before.dtype)
+    path = where(e).strip("'")
+    builder.add_node(operation, (x.value,), value, path=path, **attributes)
+    return dataclasses.replace(x, value=value, scale=scale)
+
+
+def _reshape(e: Equation, trace: Trace, x: Integers) -> tuple[str, dict[str, Any]]:
+    sizes = [int(n) for n in trace.shape(e.outputs[0])]
+    # The leading size is that of the batch, which may differ at call time.
+    return "reshape", {"sizes": [-1, *sizes[1:]] if sizes else []}
+
+
+def _broadcast(e: Equation, trace: Trace, x: Integers) -> tuple[str, dict[str, Any]]:
+    sizes = [int(n) for n in e.params["shape"]]
+    return "broadcast", {
+        "sizes": sizes,
+        "dimensions": [int(d) for d in e.params["broadcast_dimensions"]],
+    }
+
+
+def _slice(e: Equation, trace: Trace, x: Integers) -> tuple[str, dict[str, Any]]:
+    start, stop = e.params["start_indices"], e.params["limit_indices"]
+    sizes = trace.shape(e.inputs[0])
+    steps = e.params["strides"] or (1,) * len(start)
+    whole = [a == 0 and b == n for a, b, n in zip(start, stop, sizes, strict=True)]
+    ends = [None if w else int(b) for w, b in zip(whole, stop, strict=True)]
+    return "slice", {
+        "start": [int(n) for n in start],
+        "stop": ends,
+        "steps": [int(n) for n in steps],
+    }
+
+
+def _pad(e: Equation, trace: Trace, x: Integers) -> tuple[str, dict[str, Any]]:
+    config = [[int(n) for n in triple] for triple in e.params["padding_config"]]
+    return "pad", {"padding": config, "padding_code": x.zero_point}
+
+
+def _transpose(e: Equation, trace: Trace, x: Integers) -> tuple[str, dict[str, Any]]:
+    return "transpose", {"permutation": [int(d) for d in e.params["permutation"]]}
+
+
+def _rev(e: Equation, trace: Trace, x: Integers) -> tuple[str, dict[str, Any]]:
+    return "rev", {"axes": [int(d) for d in e.params["dimensions"]]}
+
+
+_MOVES = {
+    "reshape": _reshape,
+    "squeeze": _reshape,
+    "expand_dims": _reshape,
+    "broadcast_in_dim": _broadcast,
+    "transpose": _transpose,
+    "rev": _rev,
+    "slice": _slice,
+    "pad": _pad,
+}
+
+
+def _move_known(e: Equation, trace: Trace, x: KnownCodes) -> KnownCodes:
+    """A weight goes through a shape move with its scales."""
+    scale = _move_array(e, trace, x.scale, x.codes.shape)
+    if scale is None or np.any(x.zero_point):
+        raise ValueError(
+            f"The weight {x.site!r} is moved by `{e.primitive.name}` in {where(e)} in a "
+            f"way that its scales of shape {x.scale.shape} cannot follow.\n"
+            f"  equation: {e}\nUse `axis=None` for {x.site!r}."
+        )
+    name = e.primitive.name
+    if name in ("reshape", "squeeze", "expand_dims"):
+        codes = x.codes.reshape(trace.shape(e.outputs[0]))
+    elif name == "transpose":
+        codes = x.codes.transpose(e.params["permutation"])
+    else:
+        raise NotImplementedError(
+            f"There is no rule for `{name}` on the weight {x.site!r}, in {where(e)}."
+        )
+    return KnownCodes(codes, scale, np.zeros(scale.shape, np.int32), x.site)
