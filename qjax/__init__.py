@@ -14,7 +14,7 @@ from qjax.calibration import Calibrator, ema_min_max, min_max
 from qjax.formats.safetensors import load
 from qjax.instrument import QuantizedModel, calibrate, quantize_model
 from qjax.integer import fixed_point, requantize
-from qjax.lowering import IntegerProgram, lower, verify
+from qjax.lowering import IntegerProgram, Verification, lower, verify
 from qjax.rounding import int_range
 from qjax.scheme import Rule, Scheme, Site, stack_schemes
 
@@ -27,6 +27,7 @@ __all__ = (
     "Rule",
     "Scheme",
     "Site",
+    "Verification",
     "abs_max_params",
     "calibrate",
     "clipped_ste",

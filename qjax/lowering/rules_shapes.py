@@ -159,7 +159,8 @@ def _convert(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstra
     if isinstance(x, Real) or dtype == np.float32:
         return x
     raise NotImplementedError(
-        f"Integer programs replace float32 arithmetic, not {dtype}, met in {where(e)}.\n"
+        f"Integer programs replace float32 arithmetic, not {dtype}, met in "
+        f"{where(e)}.\n"
         f"  equation: {e}"
     )
 
@@ -284,7 +285,7 @@ def _move_known(e: Equation, trace: Trace, x: KnownCodes) -> KnownCodes:
     scale = _move_array(e, trace, x.scale, x.codes.shape)
     if scale is None or np.any(x.zero_point):
         raise ValueError(
-            f"The weight {x.site!r} is moved by `{e.primitive.name}` in {where(e)} in a "
+            f"`{e.primitive.name}` moves the weight {x.site!r} in {where(e)} in a "
             f"way that its scales of shape {x.scale.shape} cannot follow.\n"
             f"  equation: {e}\nUse `axis=None` for {x.site!r}."
         )
