@@ -8,7 +8,8 @@ from typing import Any
 def parse(config: type) -> Any:
     """Reads a config from the command line: one flag a field, ``--like-this``."""
     parser = argparse.ArgumentParser(
-        description=config.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=config.__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for field in dataclasses.fields(config):
         flag = "--" + field.name.replace("_", "-")

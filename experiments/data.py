@@ -96,7 +96,9 @@ def _download(name: str) -> list[np.ndarray]:
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     folder = cache / "qjax" / name
     try:
-        return [_read_idx(_fetch(base + f, folder / f, md5)) for f, md5 in files.items()]
+        return [
+            _read_idx(_fetch(base + f, folder / f, md5)) for f, md5 in files.items()
+        ]
     except (urllib.error.URLError, OSError) as error:
         raise FileNotFoundError(
             f"{name}.npz is in no data folder, and {base} cannot be reached ({error}). "

@@ -4,6 +4,7 @@ RESULT
 """
 
 import dataclasses
+import itertools
 import pathlib
 import sys
 import tempfile
@@ -32,11 +33,13 @@ class Config:
 
     data: str = option("digits", "digits, mnist or fashion_mnist")
     data_dir: str = option("", "folder with NAME.npz; default: $QJAX_DATA")
-    epochs: int = option(30, "of training in float")
-    qat_epochs: int = option(15, "of training at 4 bits")
+    steps: int = option(900, "of training in float")
+    qat_steps: int = option(900, "of training at 4 bits")
     batch_size: int = option(64, "of training")
     channels: int = option(16, "of the convolutions")
-    learning_rate: float = option(2e-3, "of training in float; a quarter of it at 4 bits")
+    learning_rate: float = option(
+        2e-3, "of training in float; a quarter of it at 4 bits"
+    )
     power_of_two: bool = option(False, "power-of-two scales: every code agrees")
     seed: int = option(0, "of weights and batches")
     figure: str = option("quickstart.png", "where the ranges are drawn; '' for nowhere")
@@ -86,9 +89,10 @@ def functions(model: CNN) -> tuple[Callable[..., Any], Callable[..., Any], Any]:
     return infer, train, state
 
 
-def batches(x: np.ndarray, y: np.ndarray, config: Config, epochs: int) -> Iterator[Any]:
+def batches(x: np.ndarray, y: np.ndarray, config: Config) -> Iterator[Any]:
+    """Shuffled batches, epoch after epoch, without end."""
     rng = np.random.default_rng(config.seed)
-    for _ in range(epochs):
+    while True:
         order = rng.permutation(len(x))
         for i in range(0, len(x) - config.batch_size + 1, config.batch_size):
             take = order[i : i + config.batch_size]
@@ -96,12 +100,16 @@ def batches(x: np.ndarray, y: np.ndarray, config: Config, epochs: int) -> Iterat
 
 
 def fit(
-    forward: Callable[..., Any], state: Any, data: Split, config: Config, epochs: int, lr: float
+    forward: Callable[..., Any],
+    state: Any,
+    data: Split,
+    config: Config,
+    steps: int,
+    learning_rate: float,
 ) -> Any:
-    """Trains ``forward(state, x) -> (logits, statistics)`` with Adam, a cosine decay."""
+    """Trains ``forward(state, x) -> (logits, statistics)``: Adam, a cosine decay."""
     weights, statistics = nnx.split_state(state, nnx.Param, ...)
-    steps = epochs * (len(data.x_train) // config.batch_size)
-    optimizer = optax.adam(optax.cosine_decay_schedule(lr, max(steps, 1)))
+    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, max(steps, 1)))
 
     def loss(weights, statistics, x, y):
         logits, new = forward(nnx.merge_state(weights, statistics), x)
@@ -115,7 +123,8 @@ def fit(
         return optax.apply_updates(weights, updates), new, opt
 
     opt = optimizer.init(weights)
-    for x, y in batches(data.x_train, data.y_train, config, epochs):
+    stream = batches(data.x_train, data.y_train, config)
+    for x, y in itertools.islice(stream, steps):
         weights, statistics, opt = step(weights, statistics, opt, x, y)
     return nnx.merge_state(weights, statistics)
 
@@ -131,7 +140,7 @@ def run(config: Config) -> Result:
     """Trains, quantizes, trains on, lowers and verifies."""
     data = load(config.data, config.data_dir)
     infer, train, state = functions(CNN(config.channels, nnx.Rngs(config.seed)))
-    state = fit(train, state, data, config, config.epochs, config.learning_rate)
+    state = fit(train, state, data, config, config.steps, config.learning_rate)
     score = lambda predict: accuracy(predict, data.x_test, data.y_test)
     result = Result({}, {}, {})
     result.accuracy["float"] = score(jax.jit(lambda x: infer(state, x)))
@@ -152,7 +161,7 @@ def run(config: Config) -> Result:
             trained = qjax.quantize_model(train, state, x, scheme=scheme)
             forward = lambda s, x, q=trained, r=qstate: q.apply(s, r, x)
             rate = config.learning_rate / 4
-            state = fit(forward, state, data, config, config.qat_epochs, rate)
+            state = fit(forward, state, data, config, config.qat_steps, rate)
         apply = jax.jit(qmodel.apply)
         predict = lambda x, s=state, q=qstate, apply=apply: apply(s, q, x)
         result.accuracy[f"{label}, fake-quantized"] = score(predict)
@@ -210,7 +219,9 @@ def show(result: Result, config: Config, seconds: float) -> None:
         if kind == "integers":
             found = result.agreement[label]
             rows = [*found.sites.values(), *found.outputs]
-            equal = f"{100 * sum(r.equal for r in rows) / sum(r.codes for r in rows):.4f}"
+            equal = (
+                f"{100 * sum(r.equal for r in rows) / sum(r.codes for r in rows):.4f}"
+            )
             most = str(max(r.max_difference for r in rows))
         size = result.nbytes.get(name)
         table.add_row(name, f"{value:.2f}", equal, most, f"{size:,}" if size else "")

@@ -12,7 +12,7 @@ import rich.progress
 from qjax.affine import QSpec, abs_max_params, fake_quant
 from qjax.calibration import Calibrator
 from qjax.scheme import Scheme, Site, check_rules
-from qjax.simulate import Simulation, Visit
+from qjax.simulate import Simulation, Unit, Visit
 
 QState = dict[str, Any]  # Name of an activation site -> state of its calibrator.
 
@@ -188,7 +188,8 @@ class _Recorder:
 
     values: dict[str, jax.Array]
 
-    def activation(self, site: Site, x: jax.Array) -> Visit:
+    def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
+        x = x if unit is None else unit.real(x)
         self.values[site.name] = x
         return x, None
 
@@ -203,10 +204,10 @@ class _Quantizer:
     scheme: Scheme
     qstate: QState
 
-    def activation(self, site: Site, x: jax.Array) -> Visit:
+    def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
         spec = self.scheme.spec(site)
         if spec is None:
-            return x, None
+            return (x if unit is None else unit.real(x)), None
         if site.name not in self.qstate:
             raise ValueError(
                 f"The state has no range for the site {site.name!r}: calibrate this "
@@ -214,7 +215,15 @@ class _Quantizer:
             )
         calibrator = self.scheme.site_calibrator(site)
         params = calibrator.params(self.qstate[site.name], spec)
-        return fake_quant(x, params, spec, site=site.name), params
+        if unit is None:
+            return fake_quant(x, params, spec, site=site.name), params
+        if params.scale.ndim:
+            return fake_quant(unit.real(x), params, spec, site=site.name), params
+        # On a grid of scale 1, where a tie between two codes is exactly one.
+        steps = x * (unit.factor * (unit.scale / params.scale))
+        ones = params._replace(scale=jnp.ones_like(params.scale))
+        codes = fake_quant(steps, ones, spec, site=site.name)
+        return codes * params.scale, params
 
     def weight(self, site: Site, x: jax.Array) -> Visit:
         spec = self.scheme.spec(site)

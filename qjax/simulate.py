@@ -1,7 +1,7 @@
 """Runs a traced model equation by equation, with a visitor at its sites."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,25 @@ _MOST_BIAS = 2.0**30  # Codes of a bias stay below it, as accumulators are int32
 Visit = tuple[jax.Array, QParams | None]
 
 
+class Unit(NamedTuple):
+    """Of a sum of codes: ``real = x * factor * scale``."""
+
+    factor: jax.Array  # What the sum is multiplied by: one over the number of codes.
+    scale: jax.Array  # shape=(). Of the codes.
+
+    def real(self, x: jax.Array) -> jax.Array:
+        """The real values."""
+        return x * (self.factor * self.scale)
+
+
 class Visitor(Protocol):
     """What to do at a site: returns the value to go on with, and its grid if any."""
 
-    def activation(self, site: Site, x: jax.Array) -> Visit:
-        """Visits the input of the model or the end of a block."""
+    def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
+        """Visits the input of the model or the end of a block.
+
+        ``x`` is real if ``unit`` is None.
+        """
 
     def weight(self, site: Site, x: jax.Array) -> Visit:
         """Visits a weight."""
@@ -49,6 +63,7 @@ class Simulation:
         """Returns what the model returns, computed on the values of the visitor."""
         self._env: dict[int, Any] = dict(self._model.constants)
         self._grids: dict[int, QParams] = {}
+        self._units: dict[int, Unit] = {}
         self._visitor = visitor
         for v, x in zip(self._model.inputs, self._arguments, strict=True):
             self._env[v] = x
@@ -73,7 +88,8 @@ class Simulation:
         plan, grid = self._plan, None
         if v in plan.activations:
             site = plan.sites[plan.activations[v]]
-            self._env[v], grid = self._visitor.activation(site, self._env[v])
+            x, unit = self._env[v], self._units.get(v)
+            self._env[v], grid = self._visitor.activation(site, x, unit)
         elif v in plan.weights:
             site = plan.sites[plan.weights[v]]
             self._env[v], grid = self._visitor.weight(site, self._env[v])
@@ -99,7 +115,7 @@ class Simulation:
         """The affine part of a block as one bias and one factor; None if not on grids.
 
             product:  y = (acc + bias) * factor,  bias on the grid of acc
-            average:  y = sum * factor
+            average:  y = sum of codes, with its `Unit`
             alone:    y = x * weight + bias,      weight on a grid of its own
 
         One product is all that can round. With power-of-two scales the integer program
@@ -110,7 +126,7 @@ class Simulation:
         acc = block.root.outputs[0]
         before, factor, after = self._compose(block, acc)
         if block.kind != "product":
-            return [self._env[acc] * factor]
+            return self._fused_average(block, factor)
         scale = self._accumulator_scale(block)
         if scale is None:
             return None
@@ -121,6 +137,16 @@ class Simulation:
         if before is not None:
             y = y + fake_quant_bias(before, scale, site=f"{block.name}/bias")
         return [y if factor is None else y * factor]
+
+    def _fused_average(self, block: Block, factor: jax.Array) -> list[jax.Array]:
+        """Sums codes: the ties of an average are exact only in integers."""
+        end, x = block.affine[-1].outputs[0], block.root.inputs[0]
+        grid = self._grids.get(x)
+        if grid is None or grid.scale.ndim or block.value != end:
+            return [self._env[block.root.outputs[0]] * factor]
+        codes = _whole(self._env[x] * (1.0 / grid.scale).astype(self._env[x].dtype))
+        self._units[end] = Unit(factor, grid.scale)
+        return list(evaluate(block.root, codes))
 
     def _fused_alone(self, block: Block) -> list[jax.Array] | None:
         x = next((v for v in block.root.inputs if v in self._grids), None)
@@ -178,6 +204,15 @@ class Simulation:
             block.root, block.weight_operand, self._grids[w].scale, rank
         )
         return None if scale is None else self._grids[x].scale * scale
+
+
+@jax.custom_jvp
+def _whole(x: jax.Array) -> jax.Array:
+    """Rounds what is whole but for float error; its derivative is 1."""
+    return jnp.round(x)
+
+
+_whole.defjvp(lambda primals, tangents: (_whole(*primals), tangents[0]))
 
 
 def move_scale(e: Equation, scale: Any, shape: tuple[int, ...]) -> Any:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from qjax.lowering.graph import Grid
 from qjax.lowering.interpret import refuse, rule, where
 from qjax.lowering.rules_products import multiply
 from qjax.lowering.rules_shapes import settled
@@ -93,7 +94,32 @@ def _mul(builder: Builder, e: Equation, trace: Trace, *operands: Abstract) -> Ab
         return multiply(builder, e, trace, x, known)
     if not isinstance(known, Known):
         raise refuse(e, known, "operand")
-    return _scaled(e, x, np.asarray(known.value, np.float64))
+    factor = compact(np.asarray(known.value, np.float64))
+    if isinstance(x, Integers) and x.is_codes and factor.size == 1:
+        return _rescaled(builder, e, x, factor.reshape(()))
+    return _scaled(e, x, factor)
+
+
+def _rescaled(
+    builder: Builder, e: Equation, x: Integers, factor: np.ndarray
+) -> Integers:
+    """The same codes, in another unit."""
+    if factor <= 0 or x.value is None:
+        raise refuse(e, x, "operand")
+    scale = x.scale * factor
+    value = builder.values[x.value]
+    if x.scale == 1 and value.grid == Grid(1.0, x.zero_point):
+        grid = Grid(float(np.float32(scale)), x.zero_point)
+        builder.values[x.value] = dataclasses.replace(value, grid=grid)
+    return dataclasses.replace(x, scale=scale)
+
+
+@rule("round")
+def _round(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
+    """Codes in units of one are whole already."""
+    if not isinstance(x, Integers) or not x.is_codes or abs(x.scale - 1) > 2.0**-20:
+        raise refuse(e, x, "operand")
+    return dataclasses.replace(x, scale=np.ones(()))
 
 
 def _scaled(e: Equation, x: Abstract, factor: np.ndarray) -> Abstract:

@@ -1,0 +1,196 @@
+"""The integer graph in plain NumPy: int64, no JAX, as slow as it is clear.
+
+The oracle of every backend.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qjax.lowering.graph import Graph
+
+
+def run(
+    graph: Graph, params: Mapping[str, Any], inputs: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """Computes all values of a graph in int64.
+
+    Args:
+      graph: What to compute.
+      params: Its parameters, by name.
+      inputs: Codes.
+
+    Returns:
+      Every value by number.
+
+    Raises:
+      OverflowError: if a value leaves the interval that the graph promises.
+    """
+    arrays = {name: np.asarray(p).astype(np.int64) for name, p in params.items()}
+    env = {
+        v: np.asarray(x, np.int64) for v, x in zip(graph.inputs, inputs, strict=True)
+    }
+    for node in graph.nodes:
+        own = {role: arrays[name] for role, name in node.params.items()}
+        out = _BODIES[node.operation](
+            node.attributes, own, [env[v] for v in node.inputs]
+        )
+        bound = graph.values[node.output]
+        if out.size and (out.min() < bound.low or out.max() > bound.high):
+            raise OverflowError(f"{node} leaves [{bound.low}, {bound.high}].")
+        env[node.output] = out
+    return [env[v] for v in range(len(graph.values))]
+
+
+def round_shift(value: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """``value / 2^shift`` half to even, by quotient and remainder."""
+    unit = np.int64(1) << shift
+    quotient, rest = value // unit, value % unit
+    up = (2 * rest > unit) | ((2 * rest == unit) & (quotient % 2 == 1))
+    # 2 * rest wraps only past 2^62, which shifts do not reach.
+    return quotient + up
+
+
+def _to_float32_and_back(value: np.ndarray) -> np.ndarray:
+    return value.astype(np.float32).astype(np.int64)
+
+
+def _requantize(a, own, inputs):
+    acc = inputs[0] - a["input_zero_point"]
+    if a["rule"] == "fp32_half_even":
+        acc = _to_float32_and_back(acc)
+    product = acc * own["multiplier"]
+    if a["rule"] == "fp32_half_even":
+        product = _to_float32_and_back(product)
+    code = round_shift(product, own["shift"]) + a["zero_point"]
+    return np.clip(code, a["low"], a["high"])
+
+
+def _add(a, own, inputs):
+    terms = zip(inputs, a["input_zero_points"], a["multipliers"], strict=True)
+    total = sum((q - z) * np.int64(m) for q, z, m in terms)
+    code = round_shift(total, np.asarray(a["shift"])) + a["zero_point"]
+    return np.clip(code, a["low"], a["high"])
+
+
+def _dot(a, own, inputs):
+    left, right = a["contract"]
+    pair = (inputs[0] - a["offset"], own["kernel"])
+    pair = pair[::-1] if a["kernel_operand"] == 0 else pair
+    return np.tensordot(*pair, axes=(left, right)) + own["bias"]
+
+
+def _conv(a, own, inputs):
+    lhs, rhs, out_spec = a["dimensions"]
+    x = np.transpose(inputs[0], lhs)  # Batch, channels, spatial.
+    k = np.transpose(own["kernel"], rhs)  # Out, in, spatial.
+    pad = [(0, 0), (0, 0), *map(tuple, a["padding"])]
+    x = _pad_or_crop(x, pad, a["padding_code"]) - a["offset"]
+    groups, outs = a["groups"], k.shape[0] // a["groups"]
+    sizes = [
+        (n - (m - 1) * d - 1) // s + 1
+        for n, m, d, s in zip(
+            x.shape[2:], k.shape[2:], a["dilation"], a["strides"], strict=True
+        )
+    ]
+    acc = np.zeros((x.shape[0], k.shape[0], *sizes), np.int64)
+    for flat, tap in enumerate(itertools.product(*map(range, k.shape[2:]))):
+        spatial: list[Any] = [
+            slice(t * d, t * d + (n - 1) * s + 1, s)
+            for t, d, n, s in zip(tap, a["dilation"], sizes, a["strides"], strict=True)
+        ]
+        seen = x[(slice(None), slice(None), *spatial)]
+        for g in range(groups):
+            own_in = slice(g * k.shape[1], (g + 1) * k.shape[1])
+            own_out = slice(g * outs, (g + 1) * outs)
+            weights = k[own_out].reshape(outs, k.shape[1], -1)[..., flat]
+            acc[:, own_out] += np.einsum("nc...,oc->no...", seen[:, own_in], weights)
+    return np.transpose(acc, np.argsort(out_spec)) + own["bias"]
+
+
+def _pad_or_crop(
+    x: np.ndarray, pad: Sequence[tuple[int, int]], fill: int
+) -> np.ndarray:
+    """Pads where sizes are positive, crops where they are negative."""
+    grown = [(max(low, 0), max(high, 0)) for low, high in pad]
+    x = np.pad(x, grown, constant_values=fill)
+    return x[tuple(slice(max(-a, 0), -b if b < 0 else None) for a, b in pad)]
+
+
+def _multiply(a, own, inputs):
+    return (inputs[0] - a["offset"]) * own["kernel"] + own["bias"]
+
+
+def _windows(a: Mapping[str, Any], x: np.ndarray, fill: int) -> list[np.ndarray]:
+    """One array of the output's shape for each place in the window."""
+    if any(d != 1 for d in a["base_dilation"]):
+        dilated = [
+            (n - 1) * d + 1 for n, d in zip(x.shape, a["base_dilation"], strict=True)
+        ]
+        spread = np.full(dilated, fill, x.dtype)
+        spread[tuple(slice(None, None, d) for d in a["base_dilation"])] = x
+        x = spread
+    x = _pad_or_crop(x, [tuple(pair) for pair in a["padding"]], fill)
+    axes = list(zip(x.shape, a["window"], a["dilation"], a["strides"], strict=True))
+    sizes = [(n - (w - 1) * d - 1) // s + 1 for n, w, d, s in axes]
+    found = []
+    for tap in itertools.product(*map(range, a["window"])):
+        places = zip(tap, axes, sizes, strict=True)
+        index = tuple(
+            slice(t * d, t * d + (n - 1) * s + 1, s) for t, (_, _, d, s), n in places
+        )
+        found.append(x[index])
+    return found
+
+
+def _sum_pool(a, own, inputs):
+    return np.sum(_windows(a, inputs[0], a["padding_code"]), axis=0) + a["bias"]
+
+
+def _max_pool(a, own, inputs):
+    least = np.iinfo(np.int64).min
+    return np.max(_windows(a, inputs[0], least), axis=0)
+
+
+def _pad(a, own, inputs):
+    x = inputs[0]
+    steps = [inner + 1 for _, _, inner in a["padding"]]
+    sizes = [max((n - 1) * s + 1, 0) for n, s in zip(x.shape, steps, strict=True)]
+    spread = np.full(sizes, a["padding_code"], np.int64)
+    spread[tuple(slice(None, None, s) for s in steps)] = x
+    ends = [(low, high) for low, high, _ in a["padding"]]
+    return _pad_or_crop(spread, ends, a["padding_code"])
+
+
+def _broadcast(a, own, inputs):
+    shape = [1] * len(a["sizes"])
+    for d, n in zip(a["dimensions"], inputs[0].shape, strict=True):
+        shape[d] = n
+    return np.broadcast_to(inputs[0].reshape(shape), a["sizes"])
+
+
+def _slice(a, own, inputs):
+    ends = zip(a["start"], a["stop"], a["steps"], strict=True)
+    return inputs[0][tuple(slice(*end) for end in ends)]
+
+
+_BODIES: dict[str, Callable[..., np.ndarray]] = {
+    "dot": _dot,
+    "conv": _conv,
+    "multiply": _multiply,
+    "sum": lambda a, own, xs: xs[0].sum(tuple(a["axes"])) + a["bias"],
+    "sum_pool": _sum_pool,
+    "requantize": _requantize,
+    "add": _add,
+    "clip": lambda a, own, xs: np.clip(xs[0], a["low"], a["high"]),
+    "max": lambda a, own, xs: xs[0].max(tuple(a["axes"])),
+    "max_pool": _max_pool,
+    "reshape": lambda a, own, xs: xs[0].reshape(a["sizes"]),
+    "transpose": lambda a, own, xs: xs[0].transpose(a["permutation"]),
+    "rev": lambda a, own, xs: np.flip(xs[0], a["axes"]),
+    "slice": _slice,
+    "pad": _pad,
+    "broadcast": _broadcast,
+}
