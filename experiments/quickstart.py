@@ -48,18 +48,17 @@ class Config:
 class CNN(nnx.Module):
     """Two convolutions with BatchNorm, the second inside a residual branch."""
 
-    def __init__(self, channels: int, rngs: nnx.Rngs):
+    def __init__(self, channels: int, size: int, rngs: nnx.Rngs):
         conv = lambda n: nnx.Conv(n, channels, (3, 3), use_bias=False, rngs=rngs)
         self.conv1, self.bn1 = conv(1), nnx.BatchNorm(channels, rngs=rngs)
         self.conv2, self.bn2 = conv(channels), nnx.BatchNorm(channels, rngs=rngs)
-        self.head = nnx.Linear(channels * 4, 10, rngs=rngs)
+        self.head = nnx.Linear(channels * (size // 4) ** 2, 10, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = nnx.relu(self.bn1(self.conv1(x)))
         x = nnx.max_pool(x, (2, 2), strides=(2, 2))
         x = nnx.relu(x + self.bn2(self.conv2(x)))
-        window = (x.shape[1] // 2, x.shape[2] // 2)
-        x = nnx.avg_pool(x, window, strides=window)
+        x = nnx.avg_pool(x, (2, 2), strides=(2, 2))
         return self.head(x.reshape((x.shape[0], -1)))
 
 
@@ -139,7 +138,8 @@ def accuracy(predict: Callable[..., Any], x: np.ndarray, y: np.ndarray) -> float
 def run(config: Config) -> Result:
     """Trains, quantizes, trains on, lowers and verifies."""
     data = load(config.data, config.data_dir)
-    infer, train, state = functions(CNN(config.channels, nnx.Rngs(config.seed)))
+    model = CNN(config.channels, data.x_train.shape[1], nnx.Rngs(config.seed))
+    infer, train, state = functions(model)
     state = fit(train, state, data, config, config.steps, config.learning_rate)
     score = lambda predict: accuracy(predict, data.x_test, data.y_test)
     result = Result({}, {}, {})

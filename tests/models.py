@@ -71,7 +71,7 @@ class NnxResidual(nnx.Module):
 
 
 class NnxMobile(nnx.Module):
-    """Depthwise, grouped and dilated convolutions, explicit and VALID padding, relu6."""
+    """Depthwise, grouped, dilated convolutions; explicit and VALID padding; relu6."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.depthwise = nnx.Conv(

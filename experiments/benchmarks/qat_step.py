@@ -53,7 +53,7 @@ def make_step(forward: Any, optimizer: Any) -> Any:
 def compare(batch: int, rounds: int, channels: int) -> dict[str, Any]:
     """Medians of both steps, timed in turn."""
     data = load("digits")
-    infer, train, state = functions(CNN(channels, nnx.Rngs(0)))
+    infer, train, state = functions(CNN(channels, 8, nnx.Rngs(0)))
     reps = -(-batch // len(data.x_train))
     x = jnp.tile(data.x_train, (reps, 1, 1, 1))[:batch]
     y = jnp.tile(data.y_train, reps)[:batch]
