@@ -48,6 +48,7 @@ class Block:
     affine: list[Equation] = dataclasses.field(default_factory=list)
     scale_site: int | None = None  # Of a lone affine block: its factor is a weight.
     has_statistics: bool = False  # Normalised by statistics of the batch itself.
+    has_quantizer: bool = False  # The user's own, at its end.
     is_bounded: bool = False  # An activation came: nothing affine may follow.
 
 
@@ -142,6 +143,8 @@ class _Finder:
         x = [v for v in e.inputs if v in self.data and v not in self.statistics]
         if not x or self._serves_statistics(out) or self._is_dropout(e):
             return
+        if not self.model.shape(out):
+            return  # A number, such as a loss, is no activation.
         if name == "convert_element_type" and not self.model.is_real(x[0]):
             self._cast(e, x[0])
         elif name in _PRODUCTS:
@@ -154,7 +157,8 @@ class _Finder:
             if x[0] in self.on_grid or x[0] in self.open:
                 self.on_grid.add(out)
         elif has_qpoint(e):
-            self._drop(self.open.pop(x[0], None))  # The user's quantizer serves it.
+            if x[0] in self.open:
+                self.open.pop(x[0]).has_quantizer = True
             self.on_grid.add(out)
         else:
             kind = _SUMS.get(name) or (_TWO_OPERANDS.get(name) if len(x) == 2 else None)
@@ -220,10 +224,6 @@ class _Finder:
         self.open.pop(block.value, None)
         block.value = value
         self.open[value] = block
-
-    def _drop(self, block: Block | None) -> None:
-        if block is not None:
-            self.blocks.remove(block)
 
     # What equations and values are.
 
@@ -353,7 +353,7 @@ class _Finder:
             if block.weight is not None and block.weight not in weights:
                 name = self.weights[block.weight]
                 weights[block.weight] = add(name, "weight", block.weight)
-            if self._serves_statistics(block.value):
+            if block.has_quantizer or self._serves_statistics(block.value):
                 continue
             name = block.name or self._block_name(block, kinds)
             if block.kind == "affine":

@@ -3,6 +3,7 @@
 No function here makes a floating-point value inside a traced program.
 """
 
+import functools
 from typing import Literal
 
 import jax
@@ -135,7 +136,7 @@ def requantize_sum(
         wide = [(_to_int64(acc), _to_int64(m)) for acc, m in terms]
         if rule == "fp32_half_even":
             wide = [(_round_to_float32(acc), m) for acc, m in wide]
-        product = sum(acc * m for acc, m in wide[1:]) + wide[0][0] * wide[0][1]
+        product = functools.reduce(jnp.add, (acc * m for acc, m in wide))
         if rule == "fp32_half_even":
             product = _round_to_float32(product)
         rounded = shift_round(product, _to_int64(shift))

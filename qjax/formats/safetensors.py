@@ -34,7 +34,7 @@ def save(program: IntegerProgram, path: str | os.PathLike[str]) -> None:
       ValueError: if inputs or outputs are nested in other than tuples, lists, dicts.
       OSError: if the file cannot be written; nothing is left behind then.
     """
-    arrays = {k: np.ascontiguousarray(v) for k, v in program.params.items()}
+    arrays = {k: np.asarray(v, order="C") for k, v in program.params.items()}
     header = {
         "format": _FORMAT,
         "version": str(_VERSION),

@@ -29,7 +29,7 @@ from qjax.trace import Equation, trace
 assert rules_arithmetic and rules_points and rules_products and rules_shapes
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class IntegerProgram:
     """A lowered model: integers from input to output.
 

@@ -111,13 +111,7 @@ def _product(
         _check_overflow(e, low + bias, high + bias, w, x, operand)
         folded = bias - (x.zero_point - offset) * total
         _check_overflow(e, folded, folded, w, x, operand)
-        site = w.site or "kernel"
-        kernel = builder.add_param(site, _smallest(w.codes))
-        name = f"{e.path.partition('site=')[0].strip('/') or site}/bias"
-        params = {
-            "kernel": kernel,
-            "bias": builder.add_param(name, folded.astype(np.int32)),
-        }
+        params = _add_params(builder, w.site or "kernel", w.codes, folded)
         lowest, highest = int((low + bias).min()), int((high + bias).max())
         value = builder.add_value(shape, lowest, highest, dtype="int32")
         is_dot = e.primitive.name == "dot_general"
@@ -194,6 +188,17 @@ def _check_overflow(
     )
 
 
+def _add_params(
+    builder: Builder, site: str, kernel: np.ndarray, bias: np.ndarray
+) -> dict[str, str]:
+    """Kernel and bias, named as their module names them."""
+    parent = site.rpartition("/")[0] or site
+    return {
+        "kernel": builder.add_param(site, _smallest(kernel)),
+        "bias": builder.add_param(f"{parent}/bias", bias.astype(np.int32)),
+    }
+
+
 def _smallest(codes: np.ndarray) -> np.ndarray:
     top = max(int(codes.max(initial=0)), -1 - int(codes.min(initial=0)))
     return codes.astype("int8" if top < 128 else "int16" if top < 32768 else "int32")
@@ -220,11 +225,7 @@ def multiply(
         _check_overflow(e, low, high, w, x, 1)
         folded = bias - (x.zero_point - offset) * codes
         _check_overflow(e, folded, folded, w, x, 1)
-        name = f"{w.site}/bias"
-        params = {
-            "kernel": builder.add_param(w.site, _smallest(codes)),
-            "bias": builder.add_param(name, folded.astype(np.int32)),
-        }
+        params = _add_params(builder, w.site or "scale", codes, folded)
         lowest, highest = int(low.min()), int(high.max())
         value = builder.add_value(shape, lowest, highest, dtype="int32")
         path = where(e).strip("'")

@@ -1,0 +1,118 @@
+"""The quickstart, its data and its benchmark."""
+
+import gzip
+import hashlib
+import json
+import pathlib
+import runpy
+import struct
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import data, quickstart
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("flax_promotion")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_quickstart_keeps_its_accuracy(seed, tmp_path):
+    figure = tmp_path / "ranges.png"
+    result = quickstart.run(quickstart.Config(seed=seed, figure=str(figure)))
+    lost = lambda name: result.accuracy["float"] - result.accuracy[name]
+    assert lost("8-bit, integers") <= 0.5
+    assert lost("4-bit trained, integers") <= 1.0
+    for agreement in result.agreement.values():
+        assert all(row.max_difference <= 1 for row in agreement.sites.values())
+        assert all(row.share >= 0.999 for row in agreement.outputs)
+    assert result.nbytes["8-bit, integers"] < 0.3 * result.nbytes["float"]
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_quickstart_with_powers_of_two_agrees_everywhere():
+    config = quickstart.Config(
+        steps=30, qat_steps=10, channels=4, figure="", power_of_two=True
+    )
+    result = quickstart.run(config)
+    assert all(agreement.is_exact for agreement in result.agreement.values())
+
+
+def test_the_quickstart_prints_its_table(monkeypatch, capsys, tmp_path):
+    arguments = "--steps 2 --qat-steps 2 --channels 2 --figure".split()
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *arguments, ""])
+    runpy.run_path(str(ROOT / "experiments/quickstart.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    for name in ("float", "8-bit, integers", "4-bit trained, integers", "codes equal"):
+        assert name in out
+
+
+def test_the_benchmark_writes_rows(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "rows.json"
+    monkeypatch.setattr(
+        sys, "argv", ["qat_step.py", "--quick", "--channels", "2", "--json", str(path)]
+    )
+    runpy.run_path(
+        str(ROOT / "experiments/benchmarks/qat_step.py"), run_name="__main__"
+    )
+    rows = json.loads(path.read_text())
+    assert [row["batch"] for row in rows] == [64, 256]
+    assert all(row["ratio"] > 0 for row in rows)
+    assert "ratio" in capsys.readouterr().out
+
+
+def test_digits_are_there_without_a_network():
+    split = data.load("digits")
+    assert split.x_train.shape == (1438, 8, 8, 1) and split.x_test.shape[0] == 359
+    assert split.x_train.dtype == np.float32 and split.x_train.max() == 1
+    assert set(split.y_test) == set(range(10))
+
+
+def _small():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (6, 28, 28), dtype=np.uint8)
+    return images, np.arange(6, dtype=np.uint8)
+
+
+def test_a_data_folder_serves(tmp_path, monkeypatch):
+    x, y = _small()
+    np.savez(tmp_path / "mnist.npz", x_train=x, y_train=y, x_test=x[:2], y_test=y[:2])
+    by_flag = data.load("mnist", str(tmp_path))
+    monkeypatch.setenv("QJAX_DATA", str(tmp_path))
+    by_environment = data.load("mnist")
+    np.testing.assert_array_equal(by_flag.x_train[..., 0], x / np.float32(255))
+    np.testing.assert_array_equal(by_environment.y_test, y[:2])
+
+
+def test_downloads_are_checked_and_cached(tmp_path, monkeypatch):
+    """Served from a folder by a file address, with the checksums of what is there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("QJAX_DATA", raising=False)
+    x, y = _small()
+    files = {}
+    for name in data._IDX["mnist"][1]:
+        array = x if "images" in name else y
+        head = struct.pack(f">BBBB{array.ndim}i", 0, 0, 8, array.ndim, *array.shape)
+        (tmp_path / name).write_bytes(gzip.compress(head + array.tobytes()))
+        files[name] = hashlib.md5((tmp_path / name).read_bytes()).hexdigest()
+    monkeypatch.setitem(data._IDX, "mnist", (tmp_path.as_uri() + "/", files))
+    np.testing.assert_array_equal(data.load("mnist").y_train, y)
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
+    np.testing.assert_array_equal(data.load("mnist").y_test, y)  # From the cache.
+    cached = tmp_path / "cache/qjax/mnist/t10k-labels-idx1-ubyte.gz"
+    cached.write_bytes(b"other")
+    with pytest.raises(FileNotFoundError, match="checksum"):
+        data.load("mnist")
+
+
+def test_data_that_is_nowhere_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("QJAX_DATA", raising=False)
+    missing = (tmp_path / "no").as_uri() + "/"
+    monkeypatch.setitem(data._IDX, "mnist", (missing, data._IDX["mnist"][1]))
+    with pytest.raises(FileNotFoundError, match=r"--data-dir or set \$QJAX_DATA"):
+        data.load("mnist")
+    with pytest.raises(ValueError, match="data sets are digits, mnist"):
+        data.load("minst")

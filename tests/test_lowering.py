@@ -1,0 +1,426 @@
+"""Integer programs: they agree with the model, hold integers only, refuse clearly."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import qjax
+from qjax.affine import QParams, QSpec, fake_quant
+from qjax.integer import requantize
+from qjax.lowering import AccumulatorOverflowError, Graph, reference
+from qjax.lowering.program import check_integer_only
+from qjax.rounding import half_away
+from qjax.scheme import Rule, Scheme
+from tests.models import NAMES, examples, images
+
+pytestmark = pytest.mark.usefixtures("flax_promotion")
+
+
+def lowered(name, weights, activations, rules=()):
+    """The example, calibrated and lowered for a batch of 2, with its arguments."""
+    fn, params, x = examples()[name]
+    if name == "plain":  # Its second weight is transposed before the product.
+        rules = (*rules, Rule("c", dataclasses.replace(weights, axis=0)))
+    scheme = Scheme(weights, activations, rules)
+    qmodel = qjax.quantize_model(fn, params, x[:2], scheme=scheme)
+    qstate = qjax.calibrate(qmodel, params, [x])
+    program = qjax.lower(qmodel, params, qstate, x[:2])
+    check_integer_only(program)
+    return program, (qmodel, params, qstate, x)
+
+
+def specs(bits, activation_bits, power_of_two, signed=True):
+    weights = QSpec(bits, narrow_range=True, axis=-1, power_of_two=power_of_two)
+    return weights, QSpec(activation_bits, signed, power_of_two=power_of_two)
+
+
+def assert_equals_oracle(program, x):
+    """The XLA program equals the NumPy int64 interpreter, wherever there is a name."""
+    codes = [np.asarray(c) for c in jax.tree.leaves(program.quantize_inputs(x))]
+    wanted = reference.run(program.graph, program.params, codes)
+    found = program.site_codes(x)
+    for name, v in program.graph.sites.items():
+        np.testing.assert_array_equal(found[name], wanted[v], err_msg=name)
+    outputs = jax.tree.leaves(program.codes(*codes))
+    for found_codes, v in zip(outputs, program.graph.outputs, strict=True):
+        np.testing.assert_array_equal(found_codes, wanted[v])
+
+
+@pytest.mark.parametrize("bits", [(8, 8, True), (4, 6, False), (2, 3, True)])
+@pytest.mark.parametrize("name", NAMES)
+def test_power_of_two_scales_agree_code_for_code(name, bits):
+    program, args = lowered(name, *specs(*bits[:2], True, bits[2]))
+    result = qjax.verify(program, *args)
+    assert result.is_exact, f"\n{result}"
+    assert_equals_oracle(program, args[-1])
+    qmodel, params, qstate, x = args
+    simulated = jax.jit(qmodel.apply)(params, qstate, x)
+    np.testing.assert_array_equal(program(x), simulated)
+
+
+@pytest.mark.parametrize("bits", [(8, 8, True), (4, 8, False)])
+@pytest.mark.parametrize("name", NAMES)
+def test_float_scales_are_off_by_at_most_one_code(name, bits):
+    program, args = lowered(name, *specs(*bits[:2], False, bits[2]))
+    result = qjax.verify(program, *args)
+    assert all(row.max_difference <= 1 for row in result.sites.values()), result
+    assert all(row.share >= 0.999 for row in result.outputs), f"\n{result}"
+    assert_equals_oracle(program, args[-1])
+
+
+@pytest.mark.parametrize("name", ["nnx_residual", "linen_mlp"])
+def test_16_bit_activations_are_off_by_at_most_one_code(name):
+    program, args = lowered(name, *specs(8, 16, False))
+    result = qjax.verify(program, *args)
+    assert all(row.max_difference <= 1 for row in result.sites.values()), result
+    assert_equals_oracle(program, args[-1])
+    assert {v.dtype for v in program.graph.values} == {"int16", "int32"}
+
+
+def test_types_are_those_of_the_words():
+    program, _ = lowered("nnx_residual", *specs(8, 8, False))
+    assert {v.dtype for v in program.graph.values} == {"int8", "int32"}
+    assert program.params["conv2/kernel"].dtype == jnp.int8
+    others = [p.dtype for k, p in program.params.items() if not k.endswith("kernel")]
+    assert set(others) == {jnp.dtype("int32")}
+    unsigned, _ = lowered("nnx_residual", *specs(8, 8, False, signed=False))
+    assert {v.dtype for v in unsigned.graph.values} == {"uint8", "int32"}
+
+
+def test_kernels_keep_the_codes_that_were_trained():
+    """BatchNorm goes into multipliers and biases, not into the weights."""
+    program, (_, params, _, _) = lowered("linen_residual", *specs(8, 8, False))
+    kernel = np.asarray(params["params"]["conv1"]["kernel"])
+    scale = np.float32(np.abs(kernel).max((0, 1, 2)) * np.float32(np.float32(1) / 127))
+    wanted = np.rint(kernel * (np.float32(1) / scale))
+    np.testing.assert_array_equal(program.params["conv1/kernel"], wanted)
+
+
+def test_one_unit_of_float32_rounding_is_reproduced():
+    """With BatchNorm and power-of-two scales the requantizer rounds as float32 does."""
+    program, _ = lowered("nnx_residual", *specs(8, 8, True))
+    rules = {
+        n.path: n.attributes["rule"]
+        for n in program.graph.nodes
+        if n.operation == "requantize"
+    }
+    assert rules["conv1/output"] == "fp32_half_even"
+    assert rules["output:0"] == "half_even"
+    ratio = np.float32(0.0031)
+    multiplier, shift = qjax.fixed_point(np.float64(ratio))
+    acc = np.arange(-(1 << 21), 1 << 21, dtype=np.int32)
+    args = jnp.asarray(acc), multiplier, shift
+    ends = {"qmin": -(2**20), "qmax": 2**20}
+    found = requantize(*args, **ends, rule="fp32_half_even")
+    np.testing.assert_array_equal(found, np.rint(np.float32(acc) * ratio))
+
+
+def test_dead_channels_and_tiny_factors_keep_their_offset():
+    """A BatchNorm scale of zero leaves the offset alone, exactly enough."""
+    fn, params, x = examples()["nnx_residual"]
+    params["bn1"]["scale"].set_value(jnp.float32([0.0, 1e-9, -0.5, 1.0]))
+    params["bn1"]["bias"].set_value(jnp.float32([0.75, 0.5, 0.1, 0.0]))
+    for power_of_two in (False, True):
+        scheme = Scheme(*specs(8, 8, power_of_two))
+        qmodel = qjax.quantize_model(fn, params, x, scheme=scheme)
+        qstate = qjax.calibrate(qmodel, params, [x])
+        program = qjax.lower(qmodel, params, qstate, x)
+        result = qjax.verify(program, qmodel, params, qstate, x)
+        assert all(r.max_difference <= 1 for r in result.sites.values())
+        grid = program.graph.values[program.graph.sites["conv1/output"]].grid
+        codes = np.asarray(program.site_codes(x)["conv1/output"], np.float64)
+        real = grid.array() * (codes - grid.zero_point)
+        np.testing.assert_allclose(real[..., 0], 0.75, atol=grid.array())
+        np.testing.assert_allclose(real[..., 1], 0.5, atol=grid.array())
+
+
+def test_the_last_output_can_be_accumulators_with_a_scale():
+    rules = (Rule("output:0", None),)
+    program, args = lowered("nnx_mobile", *specs(8, 8, True), rules)
+    (codes,) = jax.tree.leaves(program.codes(program.quantize_inputs(args[-1])[0]))
+    assert codes.dtype == jnp.int32
+    assert program.output_grids[0].array().shape == (1, 5)
+    qmodel, params, qstate, x = args
+    np.testing.assert_array_equal(program(x), qmodel.apply(params, qstate, x))
+    assert qjax.verify(program, *args).is_exact
+
+
+@pytest.mark.parametrize("batch", [0, 1, 5])
+def test_the_batch_may_differ_at_call_time(batch):
+    program, (qmodel, params, qstate, x) = lowered("nnx_residual", *specs(8, 8, True))
+    wanted = np.asarray(qmodel.apply(params, qstate, x))[:batch]
+    np.testing.assert_array_equal(program(x[:batch]), wanted)
+
+
+def test_a_program_composes_with_jit_and_vmap():
+    program, (*_, x) = lowered("linen_mlp", *specs(8, 8, True))
+    wanted = program(x)
+    np.testing.assert_array_equal(jax.jit(program)(x), wanted)
+    stacked = jax.vmap(program)(jnp.stack([x, x[::-1]]))
+    np.testing.assert_array_equal(stacked[1], wanted[::-1])
+    codes = program.quantize_inputs(x)
+    np.testing.assert_array_equal(
+        jax.jit(program.run_codes)(program.params, *codes)[0], program.codes(*codes)
+    )
+
+
+def test_several_inputs_and_nested_outputs():
+    params = {"w": jnp.float32(np.random.default_rng(0).normal(size=(4, 3)))}
+
+    def fn(params, inputs, y):
+        z = inputs["x"] @ params["w"]
+        return {"sum": z + y, "relu": jax.nn.relu(y)}
+
+    x, y = {"x": images(8, 4)}, images(8, 3, seed=2)
+    qmodel = qjax.quantize_model(fn, params, x, y, scheme=Scheme(*specs(8, 8, True)))
+    qstate = qjax.calibrate(qmodel, params, [(x, y)])
+    program = qjax.lower(qmodel, params, qstate, x, y)
+    wanted = qmodel.apply(params, qstate, x, y)
+    found = program(x, y)
+    assert set(found) == {"sum", "relu"}
+    np.testing.assert_array_equal(found["sum"], wanted["sum"])
+    np.testing.assert_array_equal(found["relu"], wanted["relu"])
+
+
+_GRID = QParams(jnp.float32(0.125), jnp.int32(3))
+_SPEC = QSpec(8)
+
+
+def _point(x, params=_GRID, spec=_SPEC, **names):
+    return fake_quant(x, params, spec, **names)
+
+
+@pytest.mark.parametrize(
+    "moves",
+    [
+        lambda x: jnp.transpose(x, (0, 2, 1)),
+        lambda x: x[:, 1:, ::2],
+        lambda x: jnp.pad(x, ((0, 0), (1, 2), (0, 1))),
+        lambda x: jnp.flip(x, 1),
+        lambda x: jnp.max(x, axis=1),
+        lambda x: jnp.sum(x, axis=2) * 0.25,
+        lambda x: jnp.clip(x, -1.0, 2.0),
+        lambda x: x[:, None],
+        lambda x: jnp.broadcast_to(x[:, :, None], (x.shape[0], 4, 2, 3)),
+        lambda x: x - jax.nn.relu(x),
+    ],
+)
+def test_shape_moves_and_reductions(moves):
+    """Any function with quantization points lowers; here by hand, on one operation."""
+    fn = lambda x: _point(moves(_point(x, site="in")), site="out")
+    x = images(6, 4, 3) * 8
+    program = qjax.lower(fn, x)
+    assert qjax.verify(program, fn, x).is_exact
+    assert_equals_oracle(program, x)
+
+
+def test_convolutions_of_every_form():
+    rng = np.random.default_rng(0)
+    forms = itertools.product(
+        [1, 2, 3],
+        ["SAME", "VALID", 2],
+        [1, 2],
+        [1, 2],
+        [(4, 4, 1), (4, 8, 2), (4, 4, 4)],
+    )
+    chosen = rng.permutation(np.array(list(forms), dtype=object))[:12]
+    for rank, padding, stride, dilation, (ins, outs, groups) in chosen:
+        kernel = jnp.float32(rng.normal(size=(3,) * rank + (ins // groups, outs)))
+        pads = [(padding, 1)] * rank if isinstance(padding, int) else padding
+        order = (0, rank + 1, *range(1, rank + 1))
+        numbers = jax.lax.ConvDimensionNumbers(
+            order, (rank + 1, rank, *range(rank)), order
+        )
+
+        def fn(params, x, pads=pads, s=stride, d=dilation, n=numbers, g=groups, r=rank):
+            return jax.lax.conv_general_dilated(
+                x,
+                params["k"],
+                (s,) * r,
+                pads,
+                rhs_dilation=(d,) * r,
+                dimension_numbers=n,
+                feature_group_count=g,
+            )
+
+        x = images(3, *range(6, 6 + rank), ins)
+        params = {"k": kernel}
+        scheme = Scheme(*specs(8, 8, True, signed=bool(rank % 2)))
+        qmodel = qjax.quantize_model(fn, params, x, scheme=scheme)
+        qstate = qjax.calibrate(qmodel, params, [x])
+        program = qjax.lower(qmodel, params, qstate, x)
+        assert qjax.verify(program, qmodel, params, qstate, x).is_exact
+        assert_equals_oracle(program, x)
+
+
+def test_the_graph_goes_through_json_and_prints():
+    program, _ = lowered("linen_residual", *specs(8, 8, False))
+    graph = program.graph
+    assert Graph.from_json(graph.to_json()) == graph
+    assert "conv(%0, conv1/kernel, conv1/bias)" in str(graph)
+    with pytest.raises(ValueError, match="not an integer graph"):
+        Graph.from_json('{"values": []}')
+    broken = dataclasses.replace(graph, outputs=(len(graph.values),))
+    with pytest.raises(ValueError, match="does not compute"):
+        Graph.from_json(broken.to_json())
+
+
+def test_the_checker_finds_a_float():
+    program, _ = lowered("linen_mlp", *specs(8, 8, False))
+    params = dict(program.params)
+    params["Dense_0/bias"] = params["Dense_0/bias"].astype(jnp.float32)
+    with pytest.raises(AssertionError, match="floating-point"):
+        check_integer_only(dataclasses.replace(program, params=params))
+
+
+# Bad input.
+
+
+def test_codes_are_checked():
+    program, (*_, x) = lowered("linen_mlp", *specs(8, 8, False))
+    (codes,) = program.quantize_inputs(x)
+    with pytest.raises(TypeError, match="takes integers, got float32"):
+        program.codes(x)
+    with pytest.raises(ValueError, match=r"must lie in \[-128, 127\], got \[.*, 300\]"):
+        program.codes(np.asarray(codes, np.int32) * 0 + 300)
+    with pytest.raises(ValueError, match=r"must have shape \('batch', 5, 6\), got"):
+        program(x[:, :4])
+    with pytest.raises(ValueError, match="nested as"):
+        program(x, x)
+
+
+def test_lowering_before_calibration_names_the_site():
+    fn, params, x = examples()["linen_mlp"]
+    qmodel = qjax.quantize_model(fn, params, x)
+    with pytest.raises(ValueError, match=r"site 'input:0' has no scale yet"):
+        qjax.lower(qmodel, params, qmodel.init(params, x), x)
+    with pytest.raises(ValueError, match=r"no range for the site 'input:0'"):
+        qjax.lower(qmodel, params, {}, x)
+    with pytest.raises(TypeError, match="params, qstate"):
+        qjax.lower(qmodel, x)
+
+
+@pytest.mark.parametrize(
+    ("site", "name", "operation", "place"),
+    [
+        ("input:0", "linen_residual", "conv_general_dilated", "LinenResidual/conv1"),
+        ("conv1/output", "linen_residual", "conv_general_dilated", "conv2"),
+        ("head/kernel", "nnx_residual", "dot_general", "head"),
+        ("conv2/output", "nnx_residual", "add", ""),
+        ("Dense_0/output", "linen_mlp", "sub", "LinenMlp/BatchNorm_0"),
+    ],
+)
+def test_an_operand_that_is_not_quantized(site, name, operation, place):
+    """The error has the equation, the module path, and the rule that helps."""
+    with pytest.raises(ValueError) as error:
+        lowered(name, *specs(8, 8, False), (Rule(site, None),))
+    text = str(error.value)
+    assert f"`{operation}`" in text and "equation: %" in text and place in text
+    assert f'Rule("{site}", QSpec(bits=8))' in text
+
+
+def test_an_operation_without_a_rule():
+    fn = lambda x: _point(jnp.tanh(_point(x)))
+    with pytest.raises(
+        NotImplementedError, match=r"no integer rule for `tanh`.*\n.*tanh"
+    ):
+        qjax.lower(fn, images(2, 3))
+
+
+def test_an_accumulator_that_could_overflow_comes_with_a_witness():
+    spec = QSpec(16, symmetric=True)
+    grid = QParams(jnp.float32(1.0), jnp.int32(0))
+    kernel = np.where(np.arange(6).reshape(3, 2) % 2, 32767.0, -1.0).astype(np.float32)
+
+    def fn(x):
+        product = fake_quant(x, grid, spec) @ fake_quant(
+            jnp.asarray(kernel), grid, spec
+        )
+        return fake_quant(product, grid, spec)
+
+    with pytest.raises(AccumulatorOverflowError, match="channel 1") as error:
+        qjax.lower(fn, np.zeros((1, 3), np.float32))
+    codes = np.asarray(error.value.witness, np.int64)
+    reach = (codes * kernel.astype(np.int64)).sum(0)
+    assert np.abs(reach).max() > np.iinfo(np.int32).max
+    assert str(reach[np.abs(reach).argmax()]) in str(error.value)
+    assert isinstance(error.value, OverflowError)
+
+
+def test_a_sum_that_could_overflow():
+    spec, grid = QSpec(16), QParams(jnp.float32(1.0), jnp.int32(0))
+    fn = lambda x: fake_quant(jnp.sum(fake_quant(x, grid, spec), 1), grid, spec)
+    with pytest.raises(OverflowError, match="all 70000 input codes"):
+        qjax.lower(fn, np.zeros((1, 70000), np.float32))
+
+
+def test_a_scale_that_varies_inside_a_sum():
+    fn, params, x = examples()["linen_mlp"]
+    qmodel = qjax.quantize_model(fn, params, x, scheme=Scheme(QSpec(8, axis=0)))
+    qstate = qjax.calibrate(qmodel, params, [x])
+    with pytest.raises(ValueError, match=r"'Dense_0/kernel' varies inside the sum"):
+        qjax.lower(qmodel, params, qstate, x)
+
+
+def test_a_rounding_that_programs_do_not_have():
+    spec = QSpec(8, rounding=half_away)
+    with pytest.raises(ValueError, match="`half_away`; integer programs round half to"):
+        qjax.lower(lambda x: fake_quant(x, _GRID, spec, site="a"), images(2, 3))
+
+
+def test_weights_with_a_zero_point():
+    fn = lambda x: _point(_point(x) @ _point(jnp.ones((3, 2)), site="w"))
+    with pytest.raises(ValueError, match="'w' has a zero point"):
+        qjax.lower(fn, images(2, 3))
+
+
+def test_activations_per_channel():
+    params = QParams(jnp.ones((1, 3)), jnp.zeros((1, 3), jnp.int32))
+    fn = lambda x: fake_quant(x, params, QSpec(8, axis=-1), site="a")
+    with pytest.raises(ValueError, match="scale per channel"):
+        qjax.lower(fn, images(2, 3))
+
+
+def test_an_input_that_reaches_no_quantization_point():
+    with pytest.raises(ValueError, match="Input 1 reaches no quantization point"):
+        qjax.lower(lambda x, y: _point(x), images(2, 3), images(2, 3))
+
+
+# verify.
+
+
+def test_verify_counts_what_is_wrong():
+    """A program with one altered multiplier is found out, at its site."""
+    program, args = lowered("nnx_mobile", *specs(8, 8, True))
+    params = dict(program.params)
+    name = "pointwise/output/shift"
+    params[name] = params[name] - 1
+    result = qjax.verify(dataclasses.replace(program, params=params), *args)
+    assert not result.is_exact
+    wrong = {k for k, row in result.sites.items() if row.equal < row.codes}
+    assert wrong == {"pointwise/output"}
+    row = result.sites["pointwise/output"]
+    assert row.max_difference > 1 and f"{row.equal}" in str(result)
+
+
+def test_verify_refuses_another_model():
+    program, _ = lowered("nnx_mobile", *specs(8, 8, True))
+    fn = lambda x: _point(x, site="elsewhere")
+    with pytest.raises(ValueError, match="another model"):
+        qjax.verify(program, fn, examples()["nnx_mobile"].x)
+
+
+def test_nnx_modules_lower_after_split_and_merge_in_eval_mode():
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.relu)
+    graph, state = nnx.split(model)
+    x = images(4, 3)
+    fn = lambda state, x: nnx.merge(graph, state)(x)
+    qmodel = qjax.quantize_model(fn, state, x)
+    qstate = qjax.calibrate(qmodel, state, [x])
+    program = qjax.lower(qmodel, state, qstate, x)
+    assert qjax.verify(program, qmodel, state, qstate, x).outputs[0].max_difference <= 1
