@@ -189,7 +189,7 @@ class _Recorder:
     values: dict[str, jax.Array]
 
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
-        x = x if unit is None else unit.real(x)
+        x = x if unit is None else x * unit.per(1.0)
         self.values[site.name] = x
         return x, None
 
@@ -207,7 +207,7 @@ class _Quantizer:
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
         spec = self.scheme.spec(site)
         if spec is None:
-            return (x if unit is None else unit.real(x)), None
+            return (x if unit is None else x * unit.per(1.0)), None
         if site.name not in self.qstate:
             raise ValueError(
                 f"The state has no range for the site {site.name!r}: calibrate this "
@@ -218,12 +218,13 @@ class _Quantizer:
         if unit is None:
             return fake_quant(x, params, spec, site=site.name), params
         if params.scale.ndim:
-            return fake_quant(unit.real(x), params, spec, site=site.name), params
+            real = x * unit.per(1.0)
+            return fake_quant(real, params, spec, site=site.name), params
         # On a grid of scale 1, where a tie between two codes is exactly one.
-        steps = x * (unit.factor * (unit.scale / params.scale))
+        steps = x * unit.per(params.scale)
         ones = params._replace(scale=jnp.ones_like(params.scale))
         codes = fake_quant(steps, ones, spec, site=site.name)
-        return codes * params.scale, params
+        return codes * params.scale.astype(x.dtype), params
 
     def weight(self, site: Site, x: jax.Array) -> Visit:
         spec = self.scheme.spec(site)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from qjax.affine import QParams, fake_quant_bias
 from qjax.blocks import SHAPE_MOVES, Block, Plan, find_blocks, path_name
@@ -24,9 +25,10 @@ class Unit(NamedTuple):
     factor: jax.Array  # What the sum is multiplied by: one over the number of codes.
     scale: jax.Array  # shape=(). Of the codes.
 
-    def real(self, x: jax.Array) -> jax.Array:
-        """The real values."""
-        return x * (self.factor * self.scale)
+    def per(self, scale: ArrayLike) -> jax.Array:
+        """What takes the sum to codes of ``scale``; to real values, if that is 1."""
+        factor = self.factor.astype(self.scale.dtype) * (self.scale / scale)
+        return factor.astype(self.factor.dtype)
 
 
 class Visitor(Protocol):
@@ -145,7 +147,7 @@ class Simulation:
         if grid is None or grid.scale.ndim or block.value != end:
             return [self._env[block.root.outputs[0]] * factor]
         codes = _whole(self._env[x] * (1.0 / grid.scale).astype(self._env[x].dtype))
-        self._units[end] = Unit(factor, grid.scale)
+        self._units[end] = Unit(jnp.asarray(factor), grid.scale)
         return list(evaluate(block.root, codes))
 
     def _fused_alone(self, block: Block) -> list[jax.Array] | None:
@@ -178,7 +180,8 @@ class Simulation:
             name = e.primitive.name
             known = [self._env[v] for v in e.inputs if v != x]
             if name == "neg" or (name == "sub" and e.inputs[1] == x):
-                factor = jnp.float32(-1.0) if factor is None else -factor
+                dtype = self._model.avals[x].dtype
+                factor = jnp.asarray(-1, dtype) if factor is None else -factor
                 after = None if after is None else -after
             if name in ("add", "sub"):
                 term = -known[0] if name == "sub" and e.inputs[0] == x else known[0]

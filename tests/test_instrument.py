@@ -161,6 +161,21 @@ def test_a_site_that_is_switched_off_stays_float():
     np.testing.assert_array_equal(qmodel.apply(params, {}, x), qmodel.fn(params, x))
 
 
+@pytest.mark.parametrize("name", ["nnx_residual", "nnx_preactivation", "plain"])
+def test_a_bfloat16_model_keeps_its_type(name):
+    fn, params, x = examples()[name]
+    cast = lambda tree: jax.tree.map(
+        lambda a: a.astype(jnp.bfloat16) if a.dtype == np.float32 else a, tree
+    )
+    negative = lambda params, x: 0.5 - fn(params, x)
+    qmodel = qjax.quantize_model(negative, cast(params), cast(x))
+    qstate = qjax.calibrate(qmodel, cast(params), [cast(x)])
+    found = qmodel.apply(cast(params), qstate, cast(x))
+    assert found.dtype == negative(cast(params), cast(x)).dtype == jnp.bfloat16
+    wanted = negative(params, x)
+    assert np.max(np.abs(found - wanted)) < 0.1 * np.max(np.abs(wanted))
+
+
 # Bad input.
 
 

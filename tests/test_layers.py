@@ -62,7 +62,7 @@ class NnxNet(nnx.Module):
         self.conv2 = qjax.nnx.QConv(
             4, 4, (3,), feature_group_count=4, padding="VALID", **specs
         )
-        self.head = qjax.nnx.QLinear(40, 3, site="head", **specs)
+        self.head = qjax.nnx.QLinear(36, 3, site="head", **specs)
 
     def __call__(self, x):
         x = nnx.relu(self.conv1(x))

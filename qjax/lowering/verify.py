@@ -95,7 +95,7 @@ def verify(
             f"The program was lowered from another model: the site {lost[0]!r} is in "
             "only one of them."
         )
-    sites = {name: _compare(ours[name], forced[name]) for name in forced}
+    sites = {n: _compare(ours[n], forced[n]) for n in program.graph.sites}
     codes = jax.tree.leaves(program.codes(*program.quantize_inputs(*inputs)))
     ends = []
     for q, real, grid in zip(codes, outputs, program.output_grids, strict=True):
