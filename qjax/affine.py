@@ -4,6 +4,7 @@ real = scale * (code - zero_point),    code in [qmin, qmax]
 """
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ _INT32 = jnp.iinfo(jnp.int32)
 class QParams(NamedTuple):
     """A grid: where codes lie on the real line."""
 
-    scale: jax.Array  # float32, [] or the rank of x. Units of x per code.
+    scale: jax.Array  # float32, [] or the rank of x. Units of x per code, to 2^126.
     zero_point: jax.Array  # int32, shape of scale. The code of 0.0.
 
 
@@ -57,6 +58,11 @@ class QSpec:
 
     def __post_init__(self):
         check_bits(self.bits, self.narrow_range)
+        if self.narrow_range and self.symmetric and not self.signed:
+            raise ValueError(
+                "An unsigned symmetric word of narrow range has no code for zero. Use "
+                "`narrow_range=False`, or `signed=True`."
+            )
         if isinstance(self.axis, list):
             raise TypeError(f"`axis` must be an int, a tuple or None, got {self.axis}.")
 
@@ -88,7 +94,8 @@ def quantize(x: jax.Array, params: QParams, spec: QSpec) -> jax.Array:
     Returns:
       Codes in ``[qmin, qmax]``, int32, shape of ``x``. Beyond the grid they saturate;
       on it ``|dequantize(q, params) - x| <= scale / 2`` up to float rounding. NaN
-      becomes ``zero_point``.
+      becomes ``zero_point``. Before the zero point joins, what is rounded saturates at
+      int32, which only a word of 32 bits with a zero point can tell.
 
     Raises:
       ValueError: if ``params.scale`` has another shape, or the codes need more than
@@ -164,8 +171,10 @@ def min_max_params(low: ArrayLike, high: ArrayLike, spec: QSpec) -> QParams:
         symmetric:   scale = max(high / qmax, low / qmin),  zero_point = 0
 
     after widening the range to contain 0; quotients are products with a reciprocal, as
-    in `quantize`. With ``spec.power_of_two`` the scale is rounded up to a power of two.
-    An empty range (``low == high == 0``) gets scale 1.
+    in `quantize`. Zero lies on the grid, so that an end of an asymmetric range may
+    saturate by half a step. With ``spec.power_of_two`` the scale is rounded up to the
+    least power of two that holds the range (exact for words of up to 24 bits). An empty
+    range (``low == high == 0``) gets scale 1; others stay within 2^-126 and 2^126.
 
     Args:
       low: Least value, shape of the scale wanted.
@@ -173,7 +182,7 @@ def min_max_params(low: ArrayLike, high: ArrayLike, spec: QSpec) -> QParams:
       spec: Word length and range of the codes.
 
     Returns:
-      `QParams`, float32 and int32, shape of ``low``.
+      `QParams`, float32 and int32, shape of ``low``. The scale is NaN if an end is.
     """
     low = jnp.minimum(jnp.asarray(low, jnp.float32), 0.0)
     high = jnp.maximum(jnp.asarray(high, jnp.float32), 0.0)
@@ -188,18 +197,20 @@ def min_max_params(low: ArrayLike, high: ArrayLike, spec: QSpec) -> QParams:
         scale = half * (2.0 * _reciprocal(top - bottom))
         fits = lambda s: half <= (top - bottom) * (0.5 * s)
     if spec.power_of_two:
-        # The quotient may have been rounded to just above a power of two.
-        scale = ceil_power_of_two(scale)
-        scale = jnp.where(fits(0.5 * scale), 0.5 * scale, scale)
-    # 2^-126 and up: the reciprocal of the scale must be finite.
-    scale = jnp.maximum(scale, jnp.float32(2.0**-126))
-    scale = jnp.where((low < 0) | (high > 0), scale, 1.0)
+        # The quotient may have been rounded across a power of two, either way.
+        s = ceil_power_of_two(scale)
+        held = jnp.where(fits(0.5 * s), 0.5 * s, jnp.where(fits(s), s, 2.0 * s))
+        scale = jnp.where(jnp.isnan(scale), scale, held)
+    # The reciprocal must be a normal number: the CPU takes others to zero.
+    scale = jnp.clip(scale, jnp.float32(2.0**-126), jnp.float32(2.0**126))
+    scale = jnp.where((low == 0) & (high == 0), 1.0, scale)
     if spec.symmetric:
         return QParams(scale, jnp.zeros(scale.shape, jnp.int32))
     # Steps from qmin to zero, unsigned: up to 2^32 - 1 of them.
-    steps = jnp.minimum(half_even(-low * (1.0 / scale)), 2.0**32 - 2.0**8)
     most = qmax.astype(jnp.uint32) - qmin.astype(jnp.uint32)
-    above = jnp.minimum(steps.astype(jnp.uint32), most)
+    steps = half_even(-low * (1.0 / scale))
+    fewer = jnp.where(steps < 2.0**32, steps, 0.0).astype(jnp.uint32)
+    above = jnp.where(steps < 2.0**32, jnp.minimum(fewer, most), most)
     return QParams(scale, (qmin.astype(jnp.uint32) + above).astype(jnp.int32))
 
 
@@ -306,7 +317,8 @@ def _reciprocal(x: jax.Array) -> jax.Array:
 
 def _code_range(spec: QSpec) -> tuple[jax.Array, jax.Array]:
     """``qmin, qmax`` as int32; traced unsigned words of 32 bits saturate."""
-    if not spec.signed and isinstance(spec.bits, int) and spec.bits == 32:
+    known = isinstance(spec.bits, numbers.Integral)
+    if known and not spec.signed and spec.bits == 32:
         raise ValueError(
             "Codes are int32: an unsigned word has at most 31 bits, got bits=32. Use "
             "`signed=True` or `bits=31`."
@@ -363,7 +375,7 @@ def _inside(rounding, x, scale, zero_point, qmin, qmax):
     steps = rounding(x.astype(scale.dtype) * (1.0 / scale))
     zero = zero_point.astype(scale.dtype)
     low, high = qmin.astype(scale.dtype) - zero, qmax.astype(scale.dtype) - zero
-    return (steps >= low) & (steps <= high)
+    return (steps >= low) & (steps < high + 1)  # 2^31 - 1 is no float32, 2^31 is.
 
 
 def _qpoint_jvp(primals, tangents, *, site, rounding):

@@ -4,6 +4,7 @@ A calibrator is four pure functions over a small pytree, its state. Nothing hide
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -81,7 +82,6 @@ def min_max() -> Calibrator:
     return Calibrator(init, update, merge, params)
 
 
-@functools.cache
 def ema_min_max(decay: float = 0.99) -> Calibrator:
     """Tracks the average range: ``low <- decay * low + (1 - decay) * min(x)``.
 
@@ -98,6 +98,12 @@ def ema_min_max(decay: float = 0.99) -> Calibrator:
     """
     if not 0 <= decay < 1:
         raise ValueError(f"`decay` must lie in [0, 1), got {decay}.")
+    return _ema_min_max(float(decay))
+
+
+@functools.cache
+def _ema_min_max(decay: float) -> Calibrator:
+    log_decay = math.log(decay) if decay else -math.inf
 
     def init(x: jax.Array, spec: QSpec) -> EmaMinMaxState:
         shape = scale_shape(x.shape, spec.axis)
@@ -116,7 +122,7 @@ def ema_min_max(decay: float = 0.99) -> Calibrator:
 
     def params(state: EmaMinMaxState, spec: QSpec) -> QParams:
         steps = jnp.maximum(state.step, 1).astype(jnp.float32)
-        unbias = 1.0 / (1.0 - jnp.float32(decay) ** steps)
+        unbias = -1.0 / jnp.expm1(steps * jnp.float32(log_decay))
         low, high = state.low * unbias, state.high * unbias
         return _params_if(state.step > 0, low, high, spec)
 

@@ -48,6 +48,8 @@ def fixed_point(ratio: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     carried = np.abs(multiplier) == 1 << 31
     multiplier = np.where(carried, multiplier // 2, multiplier)
     shift = 31 - (exponent + carried)
+    if np.any(shift < 0):
+        raise ValueError(f"A ratio of scales must be below 2^31, got {ratio}.")
     vanishes = (shift > _MOST_SHIFT) | (multiplier == 0)
     multiplier = np.where(vanishes, 0, multiplier).astype(np.int32)
     return multiplier, np.where(vanishes, 0, shift).astype(np.int32)
@@ -121,7 +123,8 @@ def requantize_sum(
     """`requantize` of a sum of products, with one rounding at its end.
 
     Args:
-      terms: Pairs of accumulators and multipliers, int32.
+      terms: Pairs of accumulators and multipliers, int32. The sum of their products,
+        without signs, must stay at 2^62 or below.
       shift: int32, common to all.
       zero_point: int32, of the codes.
       qmin: Least code.
