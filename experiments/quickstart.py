@@ -1,6 +1,9 @@
 """From a float CNN to integers on real data: calibrate, train at 4 bits, lower, verify.
 
-RESULT
+    python experiments/quickstart.py --seed 0
+
+Float 98.33 %, 8-bit integers 98.33 %, 4-bit trained integers 98.05 % of 359 held-out
+digits; at least 99.9995 % of the codes equal, others off by one; 10 s on 2 cores.
 """
 
 import dataclasses

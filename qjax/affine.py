@@ -171,9 +171,11 @@ def min_max_params(low: ArrayLike, high: ArrayLike, spec: QSpec) -> QParams:
         symmetric:   scale = max(high / qmax, low / qmin),  zero_point = 0
 
     after widening the range to contain 0; quotients are products with a reciprocal, as
-    in `quantize`. Zero lies on the grid, so that an end of an asymmetric range may
+    in `quantize`. An asymmetric scale is at least ``max(high, -low) / 2^31``, which
+    counts for 32 bits alone. Zero lies on the grid, so that an end of an asymmetric range may
     saturate by half a step. With ``spec.power_of_two`` the scale is rounded up to the
-    least power of two that holds the range (exact for words of up to 24 bits). An empty
+    least power of two that holds the range, up to float rounding of its width and, for
+    words of more than 24 bits, of the number of codes. An empty
     range (``low == high == 0``) gets scale 1; others stay within 2^-126 and 2^126.
 
     Args:
@@ -195,6 +197,8 @@ def min_max_params(low: ArrayLike, high: ArrayLike, spec: QSpec) -> QParams:
         # Halved, so that the width of the full float range is finite.
         half = high * 0.5 - low * 0.5
         scale = half * (2.0 * _reciprocal(top - bottom))
+        # Steps from zero fit int32. Wider than this are only words of 32 bits.
+        scale = jnp.maximum(scale, jnp.maximum(high, -low) * 2.0**-31)
         fits = lambda s: half <= (top - bottom) * (0.5 * s)
     if spec.power_of_two:
         # The quotient may have been rounded across a power of two, either way.

@@ -395,11 +395,13 @@ class RequantizeSumTest(chex.TestCase):
         got = requantize_sum(terms, 30, qmin=-8, qmax=7)
         np.testing.assert_array_equal(got, [0, 2, 2])
 
-    def test_two_terms_at_the_ends_of_int32(self):
-        ends = np.int32([*INT32])
-        pairs = np.array(list(itertools.product(ends, ends, ends, ends))).T
-        a, m, b, n = np.repeat(pairs, 4, axis=1)
-        shift = np.int32(np.tile([31, 32, 33, 62], pairs.shape[1]))
+    def test_two_terms_up_to_the_largest_sum(self):
+        # Products of 2^61 and just below: without signs they add up to 2^62.
+        pairs = [(-(2**31), 2**30), (-(2**31), -(2**30)), (2**31 - 1, 2**30)]
+        pairs += [(2**30, -(2**31)), (2**30 + 1, 2**31 - 2), (1, 1), (0, 5)]
+        columns = np.array([(*p, *q) for p in pairs for q in pairs]).T
+        a, m, b, n = np.int32(np.repeat(columns, 5, axis=1))
+        shift = np.int32(np.tile([30, 31, 32, 33, 62], columns.shape[1]))
         terms = [(a, m), (b, n)]
         got = requantize_sum(terms, shift, qmin=INT32[0], qmax=INT32[1])
         np.testing.assert_array_equal(got, self._wanted(terms, shift))
