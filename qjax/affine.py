@@ -172,10 +172,10 @@ def min_max_params(low: ArrayLike, high: ArrayLike, spec: QSpec) -> QParams:
 
     after widening the range to contain 0; quotients are products with a reciprocal, as
     in `quantize`. An asymmetric scale is at least ``max(high, -low) / 2^31``, which
-    counts for 32 bits alone. Zero lies on the grid, so that an end of an asymmetric range may
-    saturate by half a step. With ``spec.power_of_two`` the scale is rounded up to the
-    least power of two that holds the range, up to float rounding of its width and, for
-    words of more than 24 bits, of the number of codes. An empty
+    counts for 32 bits alone. Zero lies on the grid, so that an end of an asymmetric
+    range may saturate by half a step. With ``spec.power_of_two`` the scale is rounded
+    up to the least power of two that holds the range, up to float rounding of its width
+    and, for words of more than 24 bits, of the number of codes. An empty
     range (``low == high == 0``) gets scale 1; others stay within 2^-126 and 2^126.
 
     Args:
