@@ -101,17 +101,8 @@ def batches(x: np.ndarray, y: np.ndarray, config: Config) -> Iterator[Any]:
             yield x[take], y[take]
 
 
-def fit(
-    forward: Callable[..., Any],
-    state: Any,
-    data: Split,
-    config: Config,
-    steps: int,
-    learning_rate: float,
-) -> Any:
-    """Trains ``forward(state, x) -> (logits, statistics)``: Adam, a cosine decay."""
-    weights, statistics = nnx.split_state(state, nnx.Param, ...)
-    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, max(steps, 1)))
+def make_step(forward: Callable[..., Any], optimizer: Any) -> Callable[..., Any]:
+    """One jitted step on ``forward(state, x) -> (logits, statistics)``."""
 
     def loss(weights, statistics, x, y):
         logits, new = forward(nnx.merge_state(weights, statistics), x)
@@ -124,6 +115,21 @@ def fit(
         updates, opt = optimizer.update(grads, opt)
         return optax.apply_updates(weights, updates), new, opt
 
+    return step
+
+
+def fit(
+    forward: Callable[..., Any],
+    state: Any,
+    data: Split,
+    config: Config,
+    steps: int,
+    learning_rate: float,
+) -> Any:
+    """Trains ``forward(state, x) -> (logits, statistics)``: Adam, a cosine decay."""
+    weights, statistics = nnx.split_state(state, nnx.Param, ...)
+    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, max(steps, 1)))
+    step = make_step(forward, optimizer)
     opt = optimizer.init(weights)
     stream = batches(data.x_train, data.y_train, config)
     for x, y in itertools.islice(stream, steps):

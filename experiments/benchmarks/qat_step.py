@@ -23,7 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import qjax  # noqa: E402
 from experiments.config import option, parse  # noqa: E402
 from experiments.data import load  # noqa: E402
-from experiments.quickstart import CNN, functions  # noqa: E402
+from experiments.quickstart import CNN, functions, make_step  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,23 +33,6 @@ class Config:
     json: str = option("", "file for the rows")
     quick: bool = option(False, "under 60 s")
     channels: int = option(16, "of the convolutions")
-
-
-def make_step(forward: Any, optimizer: Any) -> Any:
-    """One jitted step of Adam."""
-
-    def loss(weights, rest, x, y):
-        logits, new = forward(nnx.merge_state(weights, rest), x)
-        xent = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-        return jnp.mean(xent), new
-
-    @jax.jit
-    def step(weights, rest, opt, x, y):
-        grads, new = jax.grad(loss, has_aux=True)(weights, rest, x, y)
-        updates, opt = optimizer.update(grads, opt)
-        return optax.apply_updates(weights, updates), new, opt
-
-    return step
 
 
 def compare(batch: int, rounds: int, channels: int) -> dict[str, Any]:
