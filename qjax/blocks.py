@@ -7,6 +7,7 @@ what a requantizer absorbs: bias, BatchNorm, activation. Its end is one site.
 
 import collections
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -45,6 +46,7 @@ class Block:
     name: str = ""
     weight: int | None = None  # A parameter, or what was computed of them.
     weight_operand: int = 1  # Which operand of the root it enters as.
+    moves: list[Equation] = dataclasses.field(default_factory=list)  # After a sum.
     affine: list[Equation] = dataclasses.field(default_factory=list)
     scale_site: int | None = None  # Of a lone affine block: its factor is a weight.
     has_statistics: bool = False  # Normalised by statistics of the batch itself.
@@ -153,6 +155,10 @@ class _Finder:
             self._affine(e, x[0])
         elif len(x) == 1 and (bounds := bounds_of(self.model, e)) is not None:
             self._bound(e, bounds, x[0])
+        elif self._keeps_axes(e, x[0]):
+            block = self.open[x[0]]
+            block.moves.append(e)
+            self._extend(block, out)
         elif name in _GRID_KEEPING or (name == "pad" and self._is_zero(e.inputs[1])):
             if x[0] in self.on_grid or x[0] in self.open:
                 self.on_grid.add(out)
@@ -234,6 +240,18 @@ class _Finder:
 
     def _is_statistic(self, e: Equation) -> bool:
         return all(map(self._serves_statistics, e.outputs))
+
+    def _keeps_axes(self, e: Equation, x: int) -> bool:
+        """Whether axes of size 1 come back between a sum and its division."""
+        block = self.open.get(x)
+        if block is None or block.kind not in _MEANS or block.affine:
+            return False
+        users = self.users[e.outputs[0]]
+        moves = e.primitive.name in ("broadcast_in_dim", "reshape")
+        scales = len(users) == 1 and users[0].primitive.name in _SCALING
+        size = math.prod(self.model.shape(e.outputs[0]))
+        same = size == math.prod(self.model.shape(x))
+        return moves and scales and same and self._is_only(e, x)
 
     def _is_divisor(self, e: Equation, x: int) -> bool:
         return e.primitive.name == "div" and e.inputs[1] == x

@@ -125,10 +125,10 @@ class Simulation:
         """
         if block.kind == "affine":
             return self._fused_alone(block)
-        acc = block.root.outputs[0]
+        acc = (block.moves or [block.root])[-1].outputs[0]
         before, factor, after = self._compose(block, acc)
         if block.kind != "product":
-            return self._fused_average(block, factor)
+            return self._fused_average(block, acc, factor)
         scale = self._accumulator_scale(block)
         if scale is None:
             return None
@@ -140,15 +140,19 @@ class Simulation:
             y = y + fake_quant_bias(before, scale, site=f"{block.name}/bias")
         return [y if factor is None else y * factor]
 
-    def _fused_average(self, block: Block, factor: jax.Array) -> list[jax.Array]:
+    def _fused_average(
+        self, block: Block, acc: int, factor: jax.Array
+    ) -> list[jax.Array]:
         """Sums codes: the ties of an average are exact only in integers."""
         end, x = block.affine[-1].outputs[0], block.root.inputs[0]
         grid = self._grids.get(x)
         if grid is None or grid.scale.ndim or block.value != end:
-            return [self._env[block.root.outputs[0]] * factor]
+            return [self._env[acc] * factor]
         codes = _whole(self._env[x] * (1.0 / grid.scale).astype(self._env[x].dtype))
         self._units[end] = Unit(jnp.asarray(factor), grid.scale)
-        return list(evaluate(block.root, codes))
+        for e in (block.root, *block.moves):
+            (codes,) = evaluate(e, codes)
+        return [codes]
 
     def _fused_alone(self, block: Block) -> list[jax.Array] | None:
         x = next((v for v in block.root.inputs if v in self._grids), None)

@@ -8,7 +8,8 @@ from flax import linen as nn
 from flax import nnx
 
 from qjax.affine import QParams, QSpec, fake_quant
-from qjax.instrument import quantize_model
+from qjax.instrument import calibrate, quantize_model
+from qjax.lowering import lower, verify
 from tests.models import (
     NAMES,
     LinenResidual,
@@ -168,6 +169,20 @@ def test_a_gate_is_not_taken_for_batch_norm(batch):
         "gate/output",
         "output:0",
     ]
+
+
+def test_a_mean_that_keeps_its_axes_is_one_block():
+    fn = lambda params, x: jnp.mean(x, axis=(1, 2), keepdims=True) @ params["w"]
+    x = images(6, 3, 5, 4)
+    params = {"w": jnp.ones((4, 2))}
+    qmodel = quantize_model(fn, params, x)
+    names = [s.name for s in qmodel.sites]
+    assert names == ["input:0", "mean_0/output", "w", "output:0"]
+    qstate = calibrate(qmodel, params, [x])
+    program = lower(qmodel, params, qstate, x[:2])
+    result = verify(program, qmodel, params, qstate, x)
+    assert result.sites["mean_0/output"].max_difference == 0
+    assert program(x).shape == (6, 1, 1, 2)
 
 
 def test_an_unbatched_mean_is_not_taken_for_a_statistic():

@@ -208,6 +208,7 @@ def _point(x, params=_GRID, spec=_SPEC, **names):
         lambda x: x[:, None],
         lambda x: jnp.broadcast_to(x[:, :, None], (x.shape[0], 4, 2, 3)),
         lambda x: x - jax.nn.relu(x),
+        lambda x: jnp.sum(x, axis=(1, 2), keepdims=True) * 0.0625,
     ],
 )
 def test_shape_moves_and_reductions(moves):
@@ -217,6 +218,7 @@ def test_shape_moves_and_reductions(moves):
     program = qjax.lower(fn, x)
     assert qjax.verify(program, fn, x).is_exact
     assert_equals_oracle(program, x)
+    np.testing.assert_array_equal(program(x[:2]), program(x)[:2])
 
 
 def test_convolutions_of_every_form():

@@ -168,7 +168,8 @@ def _broadcast(a, own, inputs):
     shape = [1] * len(a["sizes"])
     for d, n in zip(a["dimensions"], inputs[0].shape, strict=True):
         shape[d] = n
-    return np.broadcast_to(inputs[0].reshape(shape), a["sizes"])
+    sizes = [shape[d] if n is None else n for d, n in enumerate(a["sizes"])]
+    return np.broadcast_to(inputs[0].reshape(shape), sizes)
 
 
 def _slice(a, own, inputs):

@@ -235,11 +235,11 @@ def _reshape(e: Equation, trace: Trace, x: Integers) -> tuple[str, dict[str, Any
 
 
 def _broadcast(e: Equation, trace: Trace, x: Integers) -> tuple[str, dict[str, Any]]:
-    sizes = [int(n) for n in e.params["shape"]]
-    return "broadcast", {
-        "sizes": sizes,
-        "dimensions": [int(d) for d in e.params["broadcast_dimensions"]],
-    }
+    dimensions = [int(d) for d in e.params["broadcast_dimensions"]]
+    sizes: list[int | None] = [int(n) for n in e.params["shape"]]
+    for d, n in zip(dimensions, trace.shape(e.inputs[0]), strict=True):
+        sizes[d] = None if sizes[d] == n else sizes[d]  # As it comes, as the batch.
+    return "broadcast", {"sizes": sizes, "dimensions": dimensions}
 
 
 def _slice(e: Equation, trace: Trace, x: Integers) -> tuple[str, dict[str, Any]]:

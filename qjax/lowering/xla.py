@@ -170,7 +170,9 @@ def _reshape(node, params, inputs):
 
 def _broadcast(node, params, inputs):
     a = node.attributes
-    return lax.broadcast_in_dim(inputs[0], a["sizes"], a["dimensions"])
+    own = dict(zip(a["dimensions"], inputs[0].shape, strict=True))
+    sizes = [own[d] if n is None else n for d, n in enumerate(a["sizes"])]
+    return lax.broadcast_in_dim(inputs[0], sizes, a["dimensions"])
 
 
 def _transpose(node, params, inputs):
