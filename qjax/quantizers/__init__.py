@@ -1,0 +1,1 @@
+"""Quantizer families as pure functions."""

@@ -1,0 +1,252 @@
+"""TensorFlow's fake quantization, bit for bit, with its gradients.
+
+Codes are unsigned. The range is nudged so that zero is a code; values round half up:
+
+    scale = (high - low) / (qmax - qmin),  inverse = (qmax - qmin) / (high - low)
+    zero_point = clip(round_half_away(qmin - low / scale), qmin, qmax)
+    lo = (qmin - zero_point) * scale,      hi = (qmax - zero_point) * scale
+    z = floor(-lo * inverse + 0.5)
+    y = floor((clip(x, lo, hi) - lo) / scale - z + 0.5) * scale        `fake_quant_vars`
+    y = floor((clip(x, lo, hi) - lo) * inverse - z + 0.5) * scale      the other two
+
+A range without zero is moved, not widened. Where ``low == high == 0``, ``y`` is 0 and
+the gradient passes. The gradient of ``x`` passes where ``lo <= x <= hi``; that of
+``low`` (``high``) is the sum over what lies below ``lo`` (above ``hi``).
+
+Checked against TensorFlow 2.19.1 by `tests/conformance`.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from qjax.affine import QParams, QSpec, scale_shape
+
+UINT8 = QSpec(8, signed=False)
+
+
+class Quantized(NamedTuple):
+    """A value on a grid with its codes: ``value == dequantize(codes, params)``."""
+
+    value: jax.Array
+    codes: jax.Array  # int32, shape of value.
+    params: QParams
+
+
+class _Range(NamedTuple):
+    scale: jax.Array
+    inverse: jax.Array
+    zero_point: jax.Array
+    lo: jax.Array
+    hi: jax.Array
+    is_empty: jax.Array
+
+
+def fake_quant_vars(
+    x: jax.Array, low: ArrayLike, high: ArrayLike, spec: QSpec = UINT8
+) -> jax.Array:
+    """``tf.quantization.fake_quant_with_min_max_vars``: one trainable range.
+
+    Args:
+      x: Real values, float32.
+      low: Least value, shape ``[]``.
+      high: Largest value, shape ``[]``.
+      spec: 2 to 16 bits, unsigned; ``narrow_range`` leaves code 0 out.
+
+    Returns:
+      Values on the grid, shape of ``x``, by the formula at the head of this module,
+      with a quotient. NaN stays NaN.
+
+    Raises:
+      ValueError: for other words or shapes, or a range that TensorFlow leaves undefined
+        (``low > high``, or equal and not 0), as far as it is known.
+
+    Example:
+      >>> fake_quant_vars(jnp.array([-1.0, 0.1, 0.12, 9.0]), -0.5, 1.5, QSpec(4, False))
+      Array([-0.53333336,  0.13333334,  0.13333334,  1.4666667 ], dtype=float32)
+
+    References:
+      tensorflow/core/kernels/fake_quant_ops_functor.h, TensorFlow 2.19.1.
+    """
+    return quantize_vars(x, low, high, spec).value
+
+
+def fake_quant_per_channel(
+    x: jax.Array, low: jax.Array, high: jax.Array, spec: QSpec
+) -> jax.Array:
+    """``fake_quant_with_min_max_vars_per_channel``: a trainable range per channel.
+
+    Args:
+      x: Real values, float32.
+      low: Least values, the rank of ``x`` with size 1 everywhere but at ``spec.axis``.
+      high: Largest values, same shape.
+      spec: As for `fake_quant_vars`, with ``axis``.
+
+    Returns:
+      As `fake_quant_vars`, with a product by the inverse instead of the quotient.
+
+    Raises:
+      ValueError: as `fake_quant_vars`.
+    """
+    return quantize_per_channel(x, low, high, spec).value
+
+
+def fake_quant_args(
+    x: jax.Array, low: float, high: float, spec: QSpec = UINT8
+) -> jax.Array:
+    """``fake_quant_with_min_max_args``: one fixed range.
+
+    Args:
+      x: Real values, float32.
+      low: Least value.
+      high: Largest value.
+      spec: As for `fake_quant_vars`.
+
+    Returns:
+      As `fake_quant_per_channel`, for one range. The range gets no gradient.
+
+    Raises:
+      ValueError: as `fake_quant_vars`.
+    """
+    least, largest = (jax.lax.stop_gradient(jnp.float32(v)) for v in (low, high))
+    return _quantize(x, least, largest, spec, reciprocal=True).value
+
+
+def quantize_vars(
+    x: jax.Array, low: ArrayLike, high: ArrayLike, spec: QSpec = UINT8
+) -> Quantized:
+    """`fake_quant_vars` with its codes and grid."""
+    return _quantize(x, jnp.float32(low), jnp.float32(high), spec, reciprocal=False)
+
+
+def quantize_per_channel(
+    x: jax.Array, low: jax.Array, high: jax.Array, spec: QSpec
+) -> Quantized:
+    """`fake_quant_per_channel` with its codes and grid."""
+    if spec.axis is None:
+        raise ValueError("`spec.axis` must name the channel axis, got None.")
+    return _quantize(x, low, high, spec, reciprocal=True)
+
+
+def _quantize(
+    x: jax.Array, low: jax.Array, high: jax.Array, spec: QSpec, *, reciprocal: bool
+) -> Quantized:
+    _check(x, low, high, spec)
+    # What the compiler knows it folds its own way.
+    low, high = jax.lax.optimization_barrier((low, high))
+    ends = jnp.asarray(spec.qmin), jnp.asarray(spec.qmax)
+    qmin, qmax = (end.astype(jnp.float32) for end in ends)
+    value, codes = _value_and_codes(reciprocal, x, low, high, qmin, qmax)
+    r = _nudge(low, high, qmin, qmax)
+    scale = jnp.where(r.is_empty, 1.0, r.scale)
+    zero_point = jnp.where(r.is_empty, qmin, r.zero_point).astype(jnp.int32)
+    return Quantized(value, codes, QParams(scale, zero_point))
+
+
+def _check(x: jax.Array, low: jax.Array, high: jax.Array, spec: QSpec) -> None:
+    if spec.signed or spec.symmetric or spec.power_of_two:
+        raise ValueError(
+            "TensorFlow's fake quantization has unsigned asymmetric words, got "
+            f"{spec}. Use `QSpec(bits, signed=False)`."
+        )
+    if not isinstance(spec.bits, jax.core.Tracer):
+        bits = np.asarray(spec.bits)
+        if np.any(bits < 2) or np.any(bits > 16):
+            raise ValueError(f"`bits` must lie in 2..16, got {spec.bits}.")
+    expected = scale_shape(x.shape, spec.axis)
+    for name, end in (("low", low), ("high", high)):
+        if jnp.shape(end) != expected:
+            raise ValueError(
+                f"`{name}` must have shape {expected} for an input of shape {x.shape} "
+                f"and axis={spec.axis}, got {jnp.shape(end)}."
+            )
+    if not any(isinstance(end, jax.core.Tracer) for end in (low, high)):
+        a, b = np.asarray(low), np.asarray(high)
+        if np.any((a > b) | ((a == b) & (a != 0))):
+            raise ValueError(
+                f"The range must have low < high, or be 0 on both sides, got [{low}, "
+                f"{high}]."
+            )
+
+
+def _nudge(low: jax.Array, high: jax.Array, qmin: jax.Array, qmax: jax.Array) -> _Range:
+    """Moves a range so that zero is a code."""
+    steps, width = qmax - qmin, high - low
+    scale = _quotient(width, steps)
+    inverse = _quotient(steps, width)
+    from_min = qmin - _quotient(low, scale)
+    inside = jnp.floor(from_min + 0.5)  # Half away from zero: it is positive.
+    zero_point = jnp.where(
+        from_min < qmin, qmin, jnp.where(from_min > qmax, qmax, inside)
+    )
+    lo = _product(qmin - zero_point, scale)
+    hi = _product(qmax - zero_point, scale)
+    is_empty = (low == 0) & (high == 0)
+    return _Range(scale, inverse, zero_point, lo, hi, is_empty)
+
+
+def _steps(reciprocal: bool, x: jax.Array, r: _Range) -> jax.Array:
+    """Whole steps from zero."""
+    above = jnp.clip(x, r.lo, r.hi) - r.lo
+    z = jnp.floor(_product(-r.lo, r.inverse) + 0.5)
+    ratio = _product(above, r.inverse) if reciprocal else _quotient(above, r.scale)
+    return jnp.floor((ratio - z) + 0.5)
+
+
+# XLA on the CPU rewrites float formulas (JAX 0.10.2): a quotient by a scalar becomes a
+# product with its reciprocal, a / (b / c) becomes a * c / b, and a * b + c is fused. An
+# operand that depends on data by a comparison is out of reach of all three.
+
+
+def _quotient(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``a / b`` as IEEE 754 has it."""
+    a, b = jnp.broadcast_arrays(a, b)
+    return a / jnp.where(jnp.isnan(a), jnp.nan, b)
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``a * b``, rounded before anything is added to it."""
+    a, b = jnp.broadcast_arrays(a, b)
+    return jnp.where(jnp.isnan(a), a, a * b)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _value_and_codes(reciprocal, x, low, high, qmin, qmax):
+    r = _nudge(low, high, qmin, qmax)
+    steps = _steps(reciprocal, x, r)
+    value = jnp.where(r.is_empty, 0.0, steps * r.scale)
+    zero_point = jnp.where(r.is_empty, qmin, r.zero_point)
+    whole = jnp.where(r.is_empty | jnp.isnan(x), 0.0, steps)
+    return value, (whole + zero_point).astype(jnp.int32)
+
+
+def _forward(reciprocal, x, low, high, qmin, qmax):
+    r = _nudge(low, high, qmin, qmax)
+    out = _value_and_codes(reciprocal, x, low, high, qmin, qmax)
+    below, above = (x < r.lo) & ~r.is_empty, (x > r.hi) & ~r.is_empty
+    passes = r.is_empty | ((x >= r.lo) & (x <= r.hi))
+    return out, (passes, below, above, low, high)
+
+
+def _backward(reciprocal, residuals, cotangents):
+    passes, below, above, low, high = residuals
+    dy, _ = cotangents
+    zero = jnp.zeros_like(dy)
+    dx = jnp.where(passes, dy, zero)
+    ends = (_sum_to(jnp.where(m, dy, zero), low.shape) for m in (below, above))
+    return dx, *ends, None, None
+
+
+def _sum_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Sums over the axes along which a range is shared."""
+    if not shape:
+        return jnp.sum(x)
+    axes = tuple(d for d, n in enumerate(shape) if n != x.shape[d])
+    return jnp.sum(x, axes, keepdims=True)
+
+
+_value_and_codes.defvjp(_forward, _backward)
