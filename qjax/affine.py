@@ -6,7 +6,7 @@ real = scale * (code - zero_point),    code in [qmin, qmax]
 import dataclasses
 import numbers
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -395,6 +395,53 @@ batching.primitive_batchers[qpoint_p] = _qpoint_batch
 ad.primitive_jvps[qpoint_p] = _qpoint_jvp
 
 
+def make_estimator(
+    keep: Callable[[jax.Array, jax.Array], Any],
+    backward: Callable[[Any, jax.Array], jax.Array],
+) -> Estimator:
+    """Makes an estimator, the ``estimator`` of `fake_quant`, from its backward pass.
+
+    Its forward pass is always ``dequantize(quantize(x))``. Scale and zero point get no
+    gradient. Differentiates twice (``jvp`` of ``grad``) if ``backward`` does.
+
+    Args:
+      keep: ``(steps, inside) -> residual``: what the backward pass needs of
+        ``steps = x / scale``, real, and of ``inside``, true where no code saturates.
+      backward: ``(residual, dy) -> dx``.
+
+    Returns:
+      A function of ``(x, scale, zero_point, qmin, qmax, site, rounding)``: the operands
+      of the quantization point, its name, and how to round.
+    """
+
+    def primal(site: str, rounding: Rounding, *operands: jax.Array) -> jax.Array:
+        return qpoint_p.bind(*operands, site=site, rounding=rounding)
+
+    def forward(site: str, rounding: Rounding, *operands: jax.Array) -> Any:
+        # Binds the primitive itself: Hessian-vector products go through its JVP rule.
+        out = qpoint_p.bind(*operands, site=site, rounding=rounding)
+        x, scale = operands[:2]
+        steps = x.astype(scale.dtype) * (1.0 / scale)
+        return out, keep(steps, _inside(rounding, *operands))
+
+    def pull_back(site: str, rounding: Rounding, residual: Any, dy: jax.Array) -> Any:
+        return backward(residual, dy).astype(dy.dtype), None, None, None, None
+
+    estimate = jax.custom_vjp(primal, nondiff_argnums=(0, 1))
+    estimate.defvjp(forward, pull_back)
+
+    def estimator(x, scale, zero_point, qmin, qmax, site="", rounding=half_even):
+        return estimate(site, rounding, x, scale, zero_point, qmin, qmax)
+
+    return estimator
+
+
+_pass_inside = make_estimator(
+    lambda steps, inside: inside,
+    lambda inside, dy: jnp.where(inside, dy, jnp.zeros_like(dy)),
+)
+
+
 def clipped_ste(x, scale, zero_point, qmin, qmax, site="", rounding=half_even):
     """Straight-through estimator that is clipped: the default of `fake_quant`.
 
@@ -419,22 +466,4 @@ def clipped_ste(x, scale, zero_point, qmin, qmax, site="", rounding=half_even):
       Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons",
       2013 (arXiv:1308.3432); clipped as in Hubara et al., 2016 (arXiv:1609.07061).
     """
-    return _clipped_ste(site, rounding, x, scale, zero_point, qmin, qmax)
-
-
-def _clipped_ste_primal(site, rounding, *operands):
-    return qpoint_p.bind(*operands, site=site, rounding=rounding)
-
-
-def _clipped_ste_forward(site, rounding, *operands):
-    # Binds the primitive itself: Hessian-vector products go through its JVP rule.
-    out = qpoint_p.bind(*operands, site=site, rounding=rounding)
-    return out, _inside(rounding, *operands)
-
-
-def _clipped_ste_backward(site, rounding, inside, dy):
-    return jnp.where(inside, dy, jnp.zeros_like(dy)), None, None, None, None
-
-
-_clipped_ste = jax.custom_vjp(_clipped_ste_primal, nondiff_argnums=(0, 1))
-_clipped_ste.defvjp(_clipped_ste_forward, _clipped_ste_backward)
+    return _pass_inside(x, scale, zero_point, qmin, qmax, site, rounding)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import rich.console
 import rich.progress
 
-from qjax.affine import QSpec, abs_max_params, fake_quant
+from qjax.affine import QParams, QSpec, abs_max_params, fake_quant
 from qjax.calibration import Calibrator
 from qjax.scheme import Scheme, Site, check_rules
 from qjax.simulate import Simulation, Unit, Visit
@@ -216,14 +216,13 @@ class _Quantizer:
         calibrator = self.scheme.site_calibrator(site)
         params = calibrator.params(self.qstate[site.name], spec)
         if unit is None:
-            return fake_quant(x, params, spec, site=site.name), params
+            return self._round(site, x, params, spec), params
         if params.scale.ndim:
-            real = x * unit.per(1.0)
-            return fake_quant(real, params, spec, site=site.name), params
+            return self._round(site, x * unit.per(1.0), params, spec), params
         # On a grid of scale 1, where a tie between two codes is exactly one.
         steps = x * unit.per(params.scale)
         ones = params._replace(scale=jnp.ones_like(params.scale))
-        codes = fake_quant(steps, ones, spec, site=site.name)
+        codes = self._round(site, steps, ones, spec)
         return codes * params.scale.astype(x.dtype), params
 
     def weight(self, site: Site, x: jax.Array) -> Visit:
@@ -231,4 +230,10 @@ class _Quantizer:
         if spec is None:
             return x, None
         params = abs_max_params(x, spec)
-        return fake_quant(x, params, spec, site=site.name), params
+        return self._round(site, x, params, spec), params
+
+    def _round(
+        self, site: Site, x: jax.Array, params: QParams, spec: QSpec
+    ) -> jax.Array:
+        estimator = self.scheme.estimator
+        return fake_quant(x, params, spec, site=site.name, estimator=estimator)

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qjax.affine import QSpec
+from qjax.affine import Estimator, QSpec, clipped_ste
 from qjax.calibration import Calibrator, min_max
 
 Role = Literal["weight", "activation"]
@@ -54,6 +54,7 @@ class Scheme:
       activations: For inputs and outputs of blocks.
       rules: The first one that matches a site decides it.
       calibrator: How ranges of activations are found.
+      estimator: Backward pass of all quantization points, of `qjax.estimators`.
 
     Example:
       >>> scheme = Scheme(
@@ -69,6 +70,9 @@ class Scheme:
     rules: tuple[Rule, ...] = ()
     calibrator: Calibrator = dataclasses.field(
         default=min_max(), metadata={"static": True}
+    )
+    estimator: Estimator = dataclasses.field(
+        default=clipped_ste, metadata={"static": True}
     )
 
     def spec(self, site: Site) -> QSpec | None:
