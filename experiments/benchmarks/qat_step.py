@@ -2,7 +2,7 @@
 
     python experiments/benchmarks/qat_step.py
 
-Ratio 0.94 to 0.98 at batch 64, 0.99 to 1.03 at batch 256 in three runs on 2 cores.
+Ratio 0.93 to 0.98 at batch 64, 0.99 to 1.05 at batch 256 in five runs on 2 cores.
 """
 
 import dataclasses
