@@ -298,11 +298,16 @@ def grid_codes(
     rounding: Rounding = half_even,
 ) -> jax.Array:
     """The formula of `quantize` on the operands of a tag: int32 codes."""
-    steps = _to_int32(rounding(x.astype(scale.dtype) * (1.0 / scale)))
+    steps = _to_int32(rounding(_steps(x, scale)))
     # Clip before the zero point joins, with bounds that do not wrap.
     low = jnp.maximum(qmin, _INT32.min + jnp.maximum(zero_point, 0)) - zero_point
     high = jnp.minimum(qmax, _INT32.max + jnp.minimum(zero_point, 0)) - zero_point
     return jnp.clip(steps, low, high) + zero_point
+
+
+def _steps(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """``x / scale`` before rounding, with a reciprocal that is ours."""
+    return x.astype(scale.dtype) * (1.0 / scale)
 
 
 def _to_int32(x: jax.Array) -> jax.Array:
@@ -376,7 +381,7 @@ def _qpoint_batch(operands, dims, *, site, rounding):
 
 def _inside(rounding, x, scale, zero_point, qmin, qmax):
     """Where `qpoint` rounds and does not saturate."""
-    steps = rounding(x.astype(scale.dtype) * (1.0 / scale))
+    steps = rounding(_steps(x, scale))
     zero = zero_point.astype(scale.dtype)
     low, high = qmin.astype(scale.dtype) - zero, qmax.astype(scale.dtype) - zero
     return (steps >= low) & (steps < high + 1)  # 2^31 - 1 is no float32, 2^31 is.
@@ -420,9 +425,7 @@ def make_estimator(
     def forward(site: str, rounding: Rounding, *operands: jax.Array) -> Any:
         # Binds the primitive itself: Hessian-vector products go through its JVP rule.
         out = qpoint_p.bind(*operands, site=site, rounding=rounding)
-        x, scale = operands[:2]
-        steps = x.astype(scale.dtype) * (1.0 / scale)
-        return out, keep(steps, _inside(rounding, *operands))
+        return out, keep(_steps(*operands[:2]), _inside(rounding, *operands))
 
     def pull_back(site: str, rounding: Rounding, residual: Any, dy: jax.Array) -> Any:
         return backward(residual, dy).astype(dy.dtype), None, None, None, None

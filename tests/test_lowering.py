@@ -150,6 +150,39 @@ def test_the_last_output_can_be_accumulators_with_a_scale():
     assert qjax.verify(program, *args).is_exact
 
 
+def test_an_output_that_ends_in_a_relu_can_be_accumulators():
+    params, x = jnp.float32([[0.5, -0.25], [1.0, 0.75]]), images(6, 2)
+    fn = lambda params, x: jax.nn.relu(x @ params)
+    weights, activations = specs(8, 8, True)
+    scheme = Scheme(weights, activations, (Rule("output:0", None),))
+    qmodel = qjax.quantize_model(fn, params, x, scheme=scheme)
+    qstate = qjax.calibrate(qmodel, params, [x])
+    program = qjax.lower(qmodel, params, qstate, x)
+    np.testing.assert_array_equal(program(x), qmodel.apply(params, qstate, x))
+    assert_equals_oracle(program, x)
+
+
+def test_an_output_in_another_unit_than_its_site():
+    once = lambda x: _point(x, site="a") * 0.5
+    x = images(4, 3)
+    program = qjax.lower(once, x)
+    np.testing.assert_array_equal(program(x), once(x))
+    assert program.input_grids[0].scale == 0.125
+    shared = lambda x: (lambda q: (q, q * 0.5, jnp.flip(q * 2, 1)))(_point(x))
+    program = qjax.lower(shared, x)
+    for found, wanted in zip(program(x), shared(x), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_sum_over_the_leading_axis_keeps_its_size():
+    fn = lambda x: _point(jnp.sum(_point(x), 0))
+    x = images(4, 3)
+    program = qjax.lower(fn, x)
+    np.testing.assert_array_equal(program(x), fn(x))
+    with pytest.raises(ValueError, match=r"sizes \[4\] when .* now have \[8\]"):
+        program(np.concatenate([x, x]))
+
+
 @pytest.mark.parametrize("batch", [0, 1, 5])
 def test_the_batch_may_differ_at_call_time(batch):
     program, (qmodel, params, qstate, x) = lowered("nnx_residual", *specs(8, 8, True))

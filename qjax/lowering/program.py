@@ -23,7 +23,7 @@ from qjax.lowering import (
 from qjax.lowering.graph import Graph, Grid, Value
 from qjax.lowering.interpret import interpret, refuse
 from qjax.lowering.values import Abstract, Builder, Integers
-from qjax.trace import Equation, trace
+from qjax.trace import Trace, trace
 
 # Importing them fills the rule table.
 assert rules_arithmetic and rules_points and rules_products and rules_shapes
@@ -223,10 +223,7 @@ def lower(model: QuantizedModel | Callable[..., Any], *args: Any) -> IntegerProg
     traced, out = trace(fn, *inputs, keep_derivatives=False)
     builder = Builder()
     outputs = interpret(traced, builder)
-    ends = tuple(
-        _output(builder, k, x, traced.equations[-1] if traced.equations else None)
-        for k, x in enumerate(outputs)
-    )
+    ends = tuple(_output(builder, k, x, traced) for k, x in enumerate(outputs))
     missing = [k for k in range(len(traced.inputs)) if k not in builder.inputs]
     if missing:
         raise ValueError(
@@ -279,22 +276,23 @@ def _float_values(jaxpr: Any) -> list[str]:
     return [*found, *(str(a.aval) for a in inexact)]
 
 
-def _output(builder: Builder, k: int, x: Abstract, last: Equation | None) -> int:
+def _output(builder: Builder, k: int, x: Abstract, traced: Trace) -> int:
     """The value of an output: codes, or accumulators with a scale per channel."""
+    if not traced.equations:
+        raise ValueError("The function computes nothing.")
+    last = traced.equations[-1]
     if not isinstance(x, Integers):
-        if last is None:
-            raise ValueError("The function computes nothing.")
         raise refuse(last, x, f"output {k}")
-    if x.is_bounded and last is not None:
-        raise refuse(last, x, f"output {k}")
-    x = x.emitted()
+    x = rules_shapes.settled(builder, last, traced, x)
     assert x.value is not None
-    if builder.values[x.value].grid is None:
-        scale = np.float32(x.real_scale()).tolist()
-        grid = Grid(scale, x.zero_point)
-        builder.values[x.value] = dataclasses.replace(
-            builder.values[x.value], grid=grid
-        )
+    grid = Grid(np.float32(x.real_scale()).tolist(), x.zero_point)
+    value = builder.values[x.value]
+    if value.grid is None:
+        builder.values[x.value] = dataclasses.replace(value, grid=grid)
+    elif value.grid != grid:  # The same codes in another unit than at their site.
+        low, high = value.low, value.high
+        own = builder.add_value(value.shape, low, high, grid, dtype=value.dtype)
+        return builder.add_node("clip", (x.value,), own, low=low, high=high)
     return x.value
 
 

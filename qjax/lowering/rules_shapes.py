@@ -60,7 +60,8 @@ def _reduce_sum(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abs
     axes = [int(a) for a in e.params["axes"]]
     sizes = trace.shape(e.inputs[0])
     taps = math.prod(sizes[a] for a in axes)
-    return _sum(builder, e, trace, x, taps, "sum", {"axes": axes})
+    summed = {"axes": axes, "sizes": [int(sizes[a]) for a in axes]}
+    return _sum(builder, e, trace, x, taps, "sum", summed)
 
 
 @rule("reduce_window_sum")

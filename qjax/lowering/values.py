@@ -1,7 +1,8 @@
 """What the pass knows of each value of a traced program, and the graph it builds."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -143,21 +144,14 @@ class Builder:
 
     def add_param(self, name: str, array: np.ndarray) -> str:
         """Adds a parameter under its name, or one like it if that is taken."""
-        unique, k = name, 0
-        while unique in self.params and not _same(self.params[unique], array):
-            k += 1
-            unique = f"{name}:{k}"
+        others = [k for k, p in self.params.items() if not _same(p, array)]
+        unique = unique_name(name, others)
         self.params[unique] = array
         return unique
 
     def add_site(self, name: str, value: int) -> None:
         """Remembers the codes of a quantization point."""
-        name = name or "qpoint"
-        unique, k = name, 0
-        while unique in self.sites:
-            k += 1
-            unique = f"{name}:{k}"
-        self.sites[unique] = value
+        self.sites[unique_name(name or "qpoint", self.sites)] = value
 
     def graph(self, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Graph:
         """Returns what was built."""
@@ -166,6 +160,13 @@ class Builder:
         )
         check(graph)
         return graph
+
+
+def unique_name(name: str, taken: Collection[str]) -> str:
+    """Returns ``name``, or ``name:1``, ``name:2``, ... if it is taken."""
+    if name not in taken:
+        return name
+    return next(n for k in itertools.count(1) if (n := f"{name}:{k}") not in taken)
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:

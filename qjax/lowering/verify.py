@@ -12,6 +12,7 @@ from qjax.affine import QParams, dequantize, grid_codes, qpoint_p
 from qjax.instrument import QuantizedModel
 from qjax.lowering.interpret import fold_known
 from qjax.lowering.program import IntegerProgram, bind_model
+from qjax.lowering.values import unique_name
 from qjax.trace import Trace, evaluate, trace
 
 
@@ -124,7 +125,7 @@ def _run(
         values = [env[v] for v in e.inputs]
         out = evaluate(e, *values)
         if e.primitive is qpoint_p and e.inputs[0] not in known:
-            name = _unique(e.params["site"] or "qpoint", codes)
+            name = unique_name(e.params["site"] or "qpoint", codes)
             rounding = e.params["rounding"]
             codes[name] = grid_codes(*values, rounding=rounding)
             if name in ours:
@@ -132,14 +133,6 @@ def _run(
                 out = (dequantize(ours[name], params).astype(out[0].dtype),)
         env.update(zip(e.outputs, out, strict=True))
     return codes, [env[v] for v in traced.outputs]
-
-
-def _unique(name: str, taken: Mapping[str, Any]) -> str:
-    unique, k = name, 0
-    while unique in taken:
-        k += 1
-        unique = f"{name}:{k}"
-    return unique
 
 
 def _compare(a: Any, b: Any) -> Agreement:

@@ -90,6 +90,13 @@ def _multiply(node, params, inputs):
 
 def _sum(node, params, inputs):
     axes = tuple(node.attributes["axes"])
+    sizes = [inputs[0].shape[a] for a in axes]
+    if sizes != node.attributes["sizes"]:
+        raise ValueError(
+            f"This program sums over axes {axes}, which had sizes "
+            f"{node.attributes['sizes']} when it was lowered and now have {sizes}. "
+            "Lower the model for this shape."
+        )
     total = lax.reduce(inputs[0].astype(jnp.int32), jnp.int32(0), lax.add, axes)
     return total + node.attributes["bias"]
 
