@@ -106,3 +106,36 @@ def ceil_power_of_two(x: jax.Array) -> jax.Array:
     exponent = (word >> 23) + mantissa.astype(jnp.uint32)
     exponent = jnp.clip(exponent, jnp.uint32(1), jnp.uint32(254))
     return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
+
+
+def power_of_two(exponent: ArrayLike) -> jax.Array:
+    """Returns ``2^exponent``, exactly, from the bits of a float.
+
+    Args:
+      exponent: Whole numbers of any real type, any shape. May be traced.
+
+    Returns:
+      float32 of the same shape; 0 below -126, where the CPU would take it to zero
+      sooner or later, and 2^127 above 127.
+    """
+    e = jnp.clip(jnp.asarray(exponent).astype(jnp.int32), -127, 127)
+    return jax.lax.bitcast_convert_type((e + 127) << 23, jnp.float32)
+
+
+def round_log2(x: jax.Array) -> jax.Array:
+    """Returns ``round(log2(x))``, exactly: no logarithm is taken.
+
+    Args:
+      x: Positive float32, any shape. Below 2^-126 it counts as 2^-127.
+
+    Returns:
+      Exponents, int32, shape of ``x``.
+    """
+    # 0x3FB504F4 is the least float32 above sqrt(2).
+    word = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return ((word + (0x3F800000 + 0x800000 - 0x3FB504F4)) >> 23) - 127
+
+
+def floor_log2(x: jax.Array) -> jax.Array:
+    """Returns ``floor(log2(x))``, exactly; arguments as `round_log2`."""
+    return (jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) - 127

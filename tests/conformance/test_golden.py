@@ -1,5 +1,6 @@
 """Every case of the golden vectors, eagerly and under jit."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qjax import quantizers
 from qjax.affine import QSpec, dequantize, scale_shape
 from qjax.quantizers import tensorflow as tf
 
@@ -101,6 +103,141 @@ def fake_quant_error(case, arrays):
         )
 
 
+# QKeras.
+
+ACTIVATIONS = (
+    "hard_sigmoid",
+    "smooth_sigmoid",
+    "binary_sigmoid",
+    "hard_tanh",
+    "smooth_tanh",
+    "binary_tanh",
+)
+KERAS_ONLY = ("var_name", "use_variables", "enable_fast_inference")
+
+
+def _quantizer(case):
+    """``f(x, key)`` and the spec of a case, None for a plain function."""
+    name, params = case["fn"], dict(case["params"])
+    if name in ACTIVATIONS:
+        return lambda x, key=None: getattr(quantizers, name)(x), None
+    if name not in quantizers.SPECS:
+        pytest.fail(f"unknown quantizer {name!r}")
+    kind = quantizers.SPECS[name]
+    fields = {field.name for field in dataclasses.fields(kind)}
+    params = {k: v for k, v in params.items() if k not in KERAS_ONLY}
+    if "strict" in fields:  # QKeras takes coarse grids as well.
+        params["strict"] = False
+    if "internal_sigmoid" in case:
+        params["internal_sigmoid"] = case["internal_sigmoid"]
+    spec = kind(**params)
+    return lambda x, key=None: quantizers.apply(spec, x, key=key), spec
+
+
+def _compared(case, arrays):
+    """Where a case is compared."""
+    if case["exactness"] == "edge-tolerant" and "edge" in arrays:
+        return arrays["edge"] == 0
+    return np.ones(arrays["x"].shape, bool)
+
+
+def _within(got, wanted, rtol, atol, message=""):
+    np.testing.assert_allclose(
+        np.asarray(got, np.float64),
+        np.asarray(wanted, np.float64),
+        rtol=rtol,
+        atol=atol,
+        err_msg=message,
+    )
+
+
+def _check_close(case, got, wanted, at, rtol=1e-4, atol=1e-5, message=""):
+    rtol, atol = (1e-4, 1e-5) if case["exactness"] == "allclose" else (rtol, atol)
+    _within(np.asarray(got)[at], wanted[at], rtol, atol, message)
+
+
+def quantizer(case, arrays):
+    f, spec = _quantizer(case)
+    x, g, at = jnp.asarray(arrays["x"]), arrays["g"], _compared(case, arrays)
+    off = 2e-6 * np.maximum(np.abs(arrays["x"]), np.abs(arrays["y"])) + 2e-6
+    for y in _both_ways(f, x):
+        assert np.all(np.abs(y - arrays["y"])[at] <= off[at])
+    if "y_exact" in arrays:
+        for got in _both_ways(lambda x: quantizers.encode(spec, x).value, x):
+            np.testing.assert_array_equal(got[at], arrays["y_exact"][at])
+    if case["follow"] != "forward-only":
+        pull = lambda x: jax.vjp(f, x)[1](jnp.asarray(g))[0]
+        for dx in _both_ways(pull, x):
+            _check_close(case, dx, arrays["dx"], at, 2e-6, 2e-6, "dx")
+    for name in ("scale", "quantization_scale"):
+        if name in arrays:
+            _check_scale(case, arrays, name, spec, x)
+    if spec is not None:
+        _check_codes(spec, x)
+
+
+def _check_scale(case, arrays, name, spec, x):
+    wanted = arrays[name]
+    for q in _both_ways(lambda x: quantizers.encode(spec, x), x):
+        scale = np.asarray(q.params.scale, np.float64) * _steps_of(spec, name)
+        scale = np.broadcast_to(scale, np.broadcast_shapes(scale.shape, wanted.shape))
+        wanted = np.broadcast_to(wanted, scale.shape)
+        # An empty range has scale 0 there and 1 here: all of its codes are 0.
+        empty = wanted == 0
+        assert not np.any(np.where(empty, q.codes, 0))
+        if "po2" in str(case["params"].get("alpha")):
+            np.testing.assert_array_equal(scale[~empty], wanted[~empty])
+        _check_close(case, scale, wanted, ~empty, 1e-6, 0, name)
+
+
+def _steps_of(spec, name):
+    """What takes the scale of a code to the attribute of the same name in QKeras."""
+    kinds = quantizers.QuantizedBits, quantizers.QuantizedLinear
+    if isinstance(spec, quantizers.QuantizedHswish):
+        kinds = (quantizers.QuantizedHswish,)
+    if not isinstance(spec, kinds):
+        return 1.0
+    keep = getattr(spec, "keep_negative", True)
+    unit = 2.0 ** (spec.integer - spec.bits + keep)
+    if isinstance(spec, quantizers.QuantizedLinear):
+        half = 2.0 if spec.bits == 1 and keep else 1.0  # A sign is half a step.
+        return half if name == "quantization_scale" else half / unit
+    is_sign = spec.bits == 1 and keep
+    return 1.0 if is_sign else 1.0 / unit
+
+
+def _check_codes(spec, x):
+    """Value is what the codes stand for, and they are in their range."""
+    for value, codes, params in _both_ways(lambda x: quantizers.encode(spec, x), x):
+        if params is None:
+            table = quantizers.levels(spec)
+            np.testing.assert_array_equal(value, table[codes])
+        else:
+            np.testing.assert_array_equal(value, dequantize(codes, params))
+
+
+def quantizer_statistics(case, arrays):
+    f, spec = _quantizer(case)
+    x, n = jnp.asarray(arrays["x"]), case["n_draws"]
+    keys = jax.random.split(jax.random.key(0), n)
+    if not case["learning_phase"] and case["fn"] != "bernoulli":
+        f = lambda x, key, f=f: f(x)
+    draws = np.asarray(jax.jit(jax.vmap(lambda key: f(x, key)))(keys), np.float64)
+    off = np.abs(draws.mean(0) - arrays["mean"])
+    assert np.all(off < 5 * arrays["std"] / np.sqrt(n) + 1e-3)
+    support = np.unique(np.round(draws, 5))
+    for value in support:
+        assert np.min(np.abs(arrays["support"] - value)) < 1e-4
+    if "scale" in arrays:
+        wanted = arrays["scale"]
+        got = quantizers.encode(spec, x, key=keys[0]).params.scale * _steps_of(
+            spec, "scale"
+        )
+        _check_close(
+            case, np.broadcast_to(got, wanted.shape), wanted, wanted != 0, 1e-5
+        )
+
+
 CHECKS = {
     f.__name__: f
     for f in (
@@ -109,6 +246,8 @@ CHECKS = {
         fake_quant_args,
         fake_quant_vars_special,
         fake_quant_error,
+        quantizer,
+        quantizer_statistics,
     )
 }
 

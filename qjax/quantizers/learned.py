@@ -1,0 +1,618 @@
+"""Quantizers that learn their grid: scale, offset, clip, or number of bits.
+
+What is learned is an argument, an array with a gradient of its own; the options are a
+frozen spec. Codes are those of `qjax.quantize`: ``clip(round(x / s) + z, qmin, qmax)``.
+"""
+
+import dataclasses
+import math
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from qjax.affine import Estimator, QSpec, min_max_params, reduce_range, scale_shape
+from qjax.quantizers.point import Point, apply, finite, point_of, round_steps, sign
+from qjax.quantizers.scales import divide
+from qjax.quantizers.spec import Spec, check_number, static
+from qjax.quantizers.words import check_word, real, settled
+from qjax.rounding import int_range, power_of_two
+
+_LEAST = 2.0**-64  # What a scale counts for that training took below it.
+
+Axes = int | tuple[int, ...] | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LSQ(Spec):
+    """Options of `lsq`.
+
+    Attributes:
+      bits: Word length, sign included, 2 to 24 (1 to 24 unsigned).
+      signed: Whether codes may be negative.
+      narrow_range: Whether the least code is left out.
+      axis: The axis or axes with scales of their own; None for one scale.
+      gradient_scale: Factor of the gradient of the scale; "auto" for
+        ``1 / sqrt(n * qmax)`` with ``n`` values per scale.
+      use_stochastic_rounding: With a key.
+      qnoise_factor: Share of the quantized value, 0 to 1.
+    """
+
+    name: ClassVar[str] = "lsq"
+
+    bits: ArrayLike = 8
+    signed: bool = static(True)
+    narrow_range: bool = static(False)
+    axis: Axes = static(None)
+    gradient_scale: ArrayLike | Literal["auto"] = "auto"
+    use_stochastic_rounding: bool = static(False)
+    qnoise_factor: ArrayLike = 1.0
+
+    def check(self) -> None:
+        """Raises for options that cannot be, as far as they are known."""
+        _check_learned(self)
+
+
+def lsq(
+    x: jax.Array,
+    scale: jax.Array,
+    spec: LSQ,
+    *,
+    key: jax.Array | None = None,
+    estimator: Estimator | None = None,
+) -> jax.Array:
+    """Learned step size: rounds on a grid whose scale has a gradient.
+
+        u = x / s,  y = s * clip(round(u), qmin, qmax)
+        dx = dy where qmin < u < qmax, else 0
+        ds = g * sum(dy * (round(u) - u  where qmin < u < qmax,  else qmin or qmax))
+
+    with ``g = 1 / sqrt(n * qmax)`` for ``n`` values per scale.
+
+    Args:
+      x: Real values, any shape.
+      scale: ``s``, positive, shape ``[]``; with ``spec.axis`` the rank of ``x`` with
+        size 1 elsewhere. Start from `lsq_scale`. Below 2^-64 it counts as that.
+      spec: Options.
+      key: Of ``jax.random``, for stochastic rounding; None rounds half to even.
+      estimator: Backward pass of ``x``, of `qjax.estimators`.
+
+    Returns:
+      Values on the grid, shape and dtype of ``x``. NaN stays NaN.
+
+    Raises:
+      ValueError: if ``scale`` has another shape.
+
+    Example:
+      >>> f = lambda s: lsq(jnp.array([0.3, 9.0]), s, LSQ(4)).sum()
+      >>> jax.grad(f)(jnp.float32(0.25))  # (1 - 1.2 + 7) / sqrt(14)
+      Array(1.8173765, dtype=float32)
+
+    References:
+      Esser et al., "Learned Step Size Quantization", 2020, eq. 1 to 5
+      (arXiv:1902.08153).
+    """
+    return apply(spec, x, scale, key=key, estimator=estimator)
+
+
+def lsq_scale(x: jax.Array, spec: LSQ) -> jax.Array:
+    """Returns the scale that `lsq` starts from: ``2 * mean|x| / sqrt(qmax)``.
+
+    Args:
+      x: First values, a weight or a batch.
+      spec: Options.
+
+    Returns:
+      float32, in the shape that `lsq` takes; at least 2^-64.
+
+    References:
+      Esser et al., 2020, section 2.1 (arXiv:1902.08153).
+    """
+    shape = scale_shape(x.shape, spec.axis)
+    over = tuple(d for d in range(x.ndim) if not shape or shape[d] == 1)
+    mean = jnp.mean(jnp.abs(x.astype(jnp.float32)), over, keepdims=bool(shape))
+    _, qmax = _code_range(spec)
+    return jnp.maximum(2.0 * mean / jnp.sqrt(qmax), _LEAST)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LSQPlus(Spec):
+    """Options of `lsq_plus`: those of `LSQ`.
+
+    Attributes:
+      bits: Word length, sign included, 2 to 24 (1 to 24 unsigned).
+      signed: Whether codes may be negative.
+      narrow_range: Whether the least code is left out.
+      axis: The axis or axes with scales of their own; None for one scale.
+      gradient_scale: As in `LSQ`, of scale and offset.
+      use_stochastic_rounding: With a key.
+      qnoise_factor: Share of the quantized value, 0 to 1.
+    """
+
+    name: ClassVar[str] = "lsq_plus"
+
+    bits: ArrayLike = 8
+    signed: bool = static(True)
+    narrow_range: bool = static(False)
+    axis: Axes = static(None)
+    gradient_scale: ArrayLike | Literal["auto"] = "auto"
+    use_stochastic_rounding: bool = static(False)
+    qnoise_factor: ArrayLike = 1.0
+
+    def check(self) -> None:
+        """Raises for options that cannot be, as far as they are known."""
+        _check_learned(self)
+
+
+def lsq_plus(
+    x: jax.Array,
+    scale: jax.Array,
+    offset: jax.Array,
+    spec: LSQPlus,
+    *,
+    key: jax.Array | None = None,
+    estimator: Estimator | None = None,
+) -> jax.Array:
+    """Learned step size and offset.
+
+        z = -round(offset / s),  u = x / s + z,  q = clip(round(x / s) + z, qmin, qmax)
+        y = s * (q - z)
+        dx = dy where qmin < u < qmax, else 0
+        ds = g * sum(dy * (q - u  where qmin < u < qmax,  else qmin or qmax))
+        d offset = g * sum(dy where not qmin < u < qmax)
+
+    The offset is put on the grid, so that zero is a code: integers need that. The
+    gradients are those of the paper, for an offset that is not.
+
+    Args:
+      x: Real values, any shape.
+      scale: ``s``, as in `lsq`. Start from `lsq_plus_params`.
+      offset: Value of code 0, shape of ``scale``.
+      spec: Options.
+      key: Of ``jax.random``, for stochastic rounding; None rounds half to even.
+      estimator: Backward pass of ``x``, of `qjax.estimators`.
+
+    Returns:
+      Values on the grid, shape and dtype of ``x``. NaN stays NaN.
+
+    Raises:
+      ValueError: if ``scale`` or ``offset`` has another shape.
+
+    Example:
+      >>> x = jnp.array([0.3, -0.7, 9.0])
+      >>> lsq_plus(x, jnp.float32(0.25), jnp.float32(1.5), LSQPlus(4))
+      Array([ 0.25, -0.5 ,  3.25], dtype=float32)
+
+    References:
+      Bhalgat et al., "LSQ+", 2020, eq. 3 to 7 (arXiv:2004.09576).
+    """
+    return apply(spec, x, scale, offset, key=key, estimator=estimator)
+
+
+def lsq_plus_params(x: jax.Array, spec: LSQPlus) -> tuple[jax.Array, jax.Array]:
+    """Returns the scale and offset that `lsq_plus` starts from: of the range of ``x``.
+
+    Args:
+      x: First values, a batch.
+      spec: Options.
+
+    Returns:
+      ``(scale, offset)``, float32, in the shape that `lsq_plus` takes.
+
+    References:
+      Bhalgat et al., 2020, section 3.2 (arXiv:2004.09576).
+    """
+    word = QSpec(spec.bits, spec.signed, spec.narrow_range, axis=spec.axis)
+    scale, zero_point = min_max_params(*reduce_range(x, spec.axis), word)
+    return scale, -zero_point.astype(jnp.float32) * scale
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class PACT(Spec):
+    """Options of `pact`.
+
+    Attributes:
+      bits: Word length, 1 to 24.
+      axis: The axis or axes with clips of their own; None for one clip.
+      use_stochastic_rounding: With a key.
+      qnoise_factor: Share of the quantized value, 0 to 1.
+    """
+
+    name: ClassVar[str] = "pact"
+
+    bits: ArrayLike = 8
+    axis: Axes = static(None)
+    use_stochastic_rounding: bool = static(False)
+    qnoise_factor: ArrayLike = 1.0
+
+    def check(self) -> None:
+        """Raises for options that cannot be, as far as they are known."""
+        check_word(self, most=24)
+
+
+def pact(
+    x: jax.Array,
+    clip: jax.Array,
+    spec: PACT,
+    *,
+    key: jax.Array | None = None,
+    estimator: Estimator | None = None,
+) -> jax.Array:
+    """Parameterized clipping: a relu that ends at a learned value, rounded.
+
+        s = clip / (2^bits - 1),  y = s * round(min(max(x, 0), clip) / s)
+        dx = dy where 0 <= x < clip, else 0;  d clip = sum(dy where x >= clip)
+
+    Args:
+      x: Real values, any shape.
+      clip: Largest value, positive, shape ``[]``; with ``spec.axis`` the rank of ``x``
+        with size 1 elsewhere. Below 2^-64 it counts as that.
+      spec: Options.
+      key: Of ``jax.random``, for stochastic rounding; None rounds half to even.
+      estimator: Backward pass of ``x``, of `qjax.estimators`.
+
+    Returns:
+      Values on the grid, shape and dtype of ``x``. NaN stays NaN.
+
+    Raises:
+      ValueError: if ``clip`` has another shape.
+
+    Example:
+      >>> pact(jnp.array([0.3, -1.0, 9.0]), jnp.float32(3.0), PACT(2))
+      Array([0., 0., 3.], dtype=float32)
+
+    References:
+      Choi et al., "PACT", 2018, eq. 1 to 3 (arXiv:1805.06085).
+    """
+    return apply(spec, x, clip, key=key, estimator=estimator)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class DoReFaWeights(Spec):
+    """Options of `dorefa_weights`.
+
+    Attributes:
+      bits: Word length, 1 to 16.
+      use_stochastic_rounding: With a key.
+      qnoise_factor: Share of the quantized value, 0 to 1.
+    """
+
+    name: ClassVar[str] = "dorefa_weights"
+
+    bits: ArrayLike = 8
+    use_stochastic_rounding: bool = static(False)
+    qnoise_factor: ArrayLike = 1.0
+
+    def check(self) -> None:
+        """Raises for options that cannot be, as far as they are known."""
+        check_word(self, most=16)
+
+
+def dorefa_weights(
+    x: jax.Array,
+    spec: DoReFaWeights,
+    *,
+    key: jax.Array | None = None,
+    estimator: Estimator | None = None,
+) -> jax.Array:
+    """DoReFa's weights: a tangent, spread over ``[-1, 1]``, on ``2^bits`` levels.
+
+        n = 2^bits - 1,  r = tanh(x) / (2 max|tanh(x)|) + 1 / 2
+        y = 2 * round(n * r) / n - 1;   one bit: y = mean|x| * sign(x), sign(0) = 1
+
+    The derivative is that of ``2 r - 1`` with the maximum held fixed; 1 for one bit.
+
+    Args:
+      x: Real values, any shape: one weight.
+      spec: Options.
+      key: Of ``jax.random``, for stochastic rounding; None rounds half to even.
+      estimator: Backward pass, of `qjax.estimators`, of the rounding.
+
+    Returns:
+      Values on the grid, shape and dtype of ``x``. Codes are odd, in ``[-n, n]`` (the
+      grid has no 0). NaN stays NaN.
+
+    Example:
+      >>> dorefa_weights(jnp.array([0.3, -1.0, 0.1]), DoReFaWeights(2))
+      Array([ 0.33333334, -1.        ,  0.33333334], dtype=float32)
+
+    References:
+      Zhou et al., "DoReFa-Net", 2016, eq. 7 to 9 (arXiv:1606.06160).
+    """
+    return apply(spec, x, key=key, estimator=estimator)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class DoReFaActivations(Spec):
+    """Options of `dorefa_activations`.
+
+    Attributes:
+      bits: Word length, 1 to 24.
+      use_stochastic_rounding: With a key.
+      qnoise_factor: Share of the quantized value, 0 to 1.
+    """
+
+    name: ClassVar[str] = "dorefa_activations"
+
+    bits: ArrayLike = 8
+    use_stochastic_rounding: bool = static(False)
+    qnoise_factor: ArrayLike = 1.0
+
+    def check(self) -> None:
+        """Raises for options that cannot be, as far as they are known."""
+        check_word(self, most=24)
+
+
+def dorefa_activations(
+    x: jax.Array,
+    spec: DoReFaActivations,
+    *,
+    key: jax.Array | None = None,
+    estimator: Estimator | None = None,
+) -> jax.Array:
+    """DoReFa's activations: ``round(n * clip(x, 0, 1)) / n``, ``n = 2^bits - 1``.
+
+    The derivative is 1 where ``0 <= x <= 1``, else 0.
+
+    Args:
+      x: Real values, any shape.
+      spec: Options.
+      key: Of ``jax.random``, for stochastic rounding; None rounds half to even.
+      estimator: Backward pass, of `qjax.estimators`, in place of the above.
+
+    Returns:
+      Values on the grid, shape and dtype of ``x``. NaN stays NaN.
+
+    Example:
+      >>> dorefa_activations(jnp.array([0.3, -1.0, 9.0]), DoReFaActivations(2))
+      Array([0.33333334, 0.        , 1.        ], dtype=float32)
+
+    References:
+      Zhou et al., "DoReFa-Net", 2016, eq. 5 and 10 (arXiv:1606.06160).
+    """
+    return apply(spec, x, key=key, estimator=estimator)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class DifferentiableBits(Spec):
+    """Options of `differentiable_bits`.
+
+    Attributes:
+      integer: Bits before the binary point, sign not counted.
+      signed: Whether codes may be negative.
+      use_stochastic_rounding: With a key.
+      qnoise_factor: Share of the quantized value, 0 to 1.
+    """
+
+    name: ClassVar[str] = "differentiable_bits"
+
+    integer: ArrayLike = 0
+    signed: bool = static(True)
+    use_stochastic_rounding: bool = static(False)
+    qnoise_factor: ArrayLike = 1.0
+
+    def check(self) -> None:
+        """Raises for options that cannot be, as far as they are known."""
+        check_number(self, "integer", "an integer in -60..60", -60, 60, is_whole=True)
+
+
+def differentiable_bits(
+    x: jax.Array,
+    bits: jax.Array,
+    spec: DifferentiableBits,
+    *,
+    key: jax.Array | None = None,
+    estimator: Estimator | None = None,
+) -> jax.Array:
+    """Rounds to fixed point of a learned number of bits.
+
+        u = clip(round(bits), 0, 24) - signed, at least 0;  s = 2^(integer - u)
+        y = s * clip(round(x / s), qmin, qmax),  qmax = 2^u - 1,  qmin = -qmax or 0
+        dx = dy where no code saturates, else 0
+        d bits = ln(2) * sum(dy * (x - y  where no code saturates,  else s or -s))
+
+    What bits are worth is an error that halves with each: ``x - y`` is proportional to
+    ``2^-bits``. Where a code saturates, ``y = 2^integer - s`` itself is. With no bits
+    left (1 of a signed word), all is 0: pruned. A loss wants a price on ``bits``.
+
+    Args:
+      x: Real values, any shape.
+      bits: Word lengths, sign included, float; broadcasts against ``x``: one per
+        tensor, per channel or per value.
+      spec: Options.
+      key: Of ``jax.random``, for stochastic rounding; None rounds half to even.
+      estimator: Backward pass of ``x``, of `qjax.estimators`.
+
+    Returns:
+      Values on the grid, shape and dtype of ``x``. NaN stays NaN.
+
+    Example:
+      >>> x, spec = jnp.array(0.3), DifferentiableBits()
+      >>> f = lambda bits: differentiable_bits(x, bits, spec)
+      >>> jax.value_and_grad(f)(jnp.float32(3.8))
+      (Array(0.25, dtype=float32), Array(0.03465737, dtype=float32))
+
+    References:
+      Sun et al., "Gradient-based Automatic Mixed Precision Quantization for Neural
+      Networks On-Chip", 2024 (arXiv:2405.00645).
+    """
+    return apply(spec, x, bits, key=key, estimator=estimator)
+
+
+def _check_learned(spec: Any) -> None:
+    check_word(spec, most=24)
+    low = 2 if spec.signed else 1
+    check_number(spec, "bits", f"an integer from {low} on", low, is_whole=True)
+    if isinstance(spec.gradient_scale, str) and spec.gradient_scale != "auto":
+        raise ValueError(
+            f"`{spec.name}`: `gradient_scale` must be a number or 'auto', got "
+            f"{spec.gradient_scale!r}."
+        )
+
+
+def _code_range(spec: Any) -> tuple[jax.Array, jax.Array]:
+    qmin, qmax = int_range(settled(spec.bits), spec.signed, spec.narrow_range)
+    return real(qmin), real(qmax)
+
+
+def _check_shape(name: str, what: str, x: Any, learned: Any, axis: Axes) -> None:
+    expected = scale_shape(x.shape, axis)
+    if learned.shape != expected:
+        raise ValueError(
+            f"`{name}`: `{what}` must have shape {expected} for an input of shape "
+            f"{x.shape} and axis={axis}, got {learned.shape}."
+        )
+
+
+def _damped(spec: Any, v: jax.Array, x: jax.Array, qmax: jax.Array) -> jax.Array:
+    """A learned array with its gradient scaled."""
+    g = spec.gradient_scale
+    if isinstance(g, str):
+        g = 1.0 / jnp.sqrt(max(x.size, 1) / math.prod(v.shape) * qmax)
+    return g * v + lax.stop_gradient(v - g * v)
+
+
+@point_of(LSQ)
+def _lsq_point(
+    spec: LSQ, key: jax.Array | None, x: jax.Array, scale: jax.Array
+) -> Point:
+    _check_shape(spec.name, "scale", x, scale, spec.axis)
+    return _step_size_point(spec, key, x, scale, None)
+
+
+@point_of(LSQPlus)
+def _lsq_plus_point(
+    spec: LSQPlus,
+    key: jax.Array | None,
+    x: jax.Array,
+    scale: jax.Array,
+    offset: jax.Array,
+) -> Point:
+    _check_shape(spec.name, "scale", x, scale, spec.axis)
+    _check_shape(spec.name, "offset", x, offset, spec.axis)
+    return _step_size_point(spec, key, x, scale, offset)
+
+
+def _step_size_point(
+    spec: LSQ | LSQPlus,
+    key: jax.Array | None,
+    x: jax.Array,
+    scale: jax.Array,
+    offset: jax.Array | None,
+) -> Point:
+    qmin, qmax = _code_range(spec)
+    s = jnp.maximum(lax.stop_gradient(scale), _LEAST)
+    z = jnp.zeros(s.shape)
+    if offset is not None:
+        z = -jnp.clip(jnp.round(finite(offset) * (1.0 / s)), -(2.0**22), 2.0**22)
+    held = lax.stop_gradient(x)
+    v = finite(held * (1.0 / s))
+    u = v + z
+    whole = round_steps(v, key, spec.use_stochastic_rounding) + z
+    codes = jnp.clip(whole, qmin, qmax)
+    inside = (qmin < u) & (u < qmax)
+    learned = _damped(spec, scale, x, qmax) * jnp.where(inside, codes - u, codes)
+    if offset is not None:
+        learned = learned + jnp.where(inside, 0.0, _damped(spec, offset, x, qmax))
+    return Point(
+        x,
+        u,
+        qmin,
+        qmax,
+        (codes - z) * s if key is not None and spec.use_stochastic_rounding else held,
+        s,
+        qmin,
+        qmax,
+        z.astype(jnp.int32),
+        passes=inside,
+        learned=learned,
+    )
+
+
+@point_of(PACT)
+def _pact_point(
+    spec: PACT, key: jax.Array | None, x: jax.Array, clip: jax.Array
+) -> Point:
+    _check_shape(spec.name, "clip", x, clip, spec.axis)
+    levels = power_of_two(settled(spec.bits)) - 1.0
+    top = jnp.maximum(lax.stop_gradient(clip), _LEAST)
+    learned = jnp.where(lax.stop_gradient(x) >= top, clip, 0.0)
+    passes = (x >= 0) & (x < top)
+    return _line_point(
+        spec, key, jnp.clip(x, 0.0, top), x, divide(top, levels), 0 * levels, levels
+    )._replace(passes=passes, learned=learned)
+
+
+@point_of(DoReFaActivations)
+def _dorefa_activations_point(
+    spec: DoReFaActivations, key: jax.Array | None, x: jax.Array
+) -> Point:
+    levels = power_of_two(settled(spec.bits)) - 1.0
+    passes = (x >= 0) & (x <= 1)
+    clipped = jnp.clip(x, 0.0, 1.0)
+    scale = divide(jnp.ones(()), levels)
+    point = _line_point(spec, key, clipped, x, scale, 0 * levels, levels)
+    return point._replace(passes=passes)
+
+
+@point_of(DoReFaWeights)
+def _dorefa_weights_point(
+    spec: DoReFaWeights, key: jax.Array | None, x: jax.Array
+) -> Point:
+    n = power_of_two(settled(spec.bits)) - 1.0
+    curve = jnp.tanh(x)
+    held = finite(curve)
+    most = jnp.max(jnp.abs(held), initial=0.0)
+    most = jnp.where(most == 0, 1.0, most)
+    half = divide(held, 2.0 * most) + 0.5
+    steps = n * half
+    codes = 2.0 * round_steps(steps, key, spec.use_stochastic_rounding) - n
+    is_sign = n == 1
+    mean = jnp.mean(jnp.abs(finite(x)) * 2.0**-24) * 2.0**24 if x.size else n
+    scale = jnp.where(is_sign, mean, divide(jnp.ones(()), n))
+    codes = jnp.where(is_sign, sign(finite(x)), codes)
+    codes = jnp.where(scale == 0, 0.0, codes)
+    scale = jnp.where(scale == 0, 1.0, scale)
+    smooth = jnp.where(is_sign, x, curve / most)
+    return Point(smooth, steps, 0 * n, n, codes * scale, scale, -n, n)
+
+
+def _line_point(
+    spec: Any,
+    key: jax.Array | None,
+    smooth: jax.Array,
+    x: jax.Array,
+    scale: jax.Array,
+    qmin: jax.Array,
+    qmax: jax.Array,
+) -> Point:
+    """Rounds ``x`` to multiples of a scale; its stand-in is differentiated."""
+    held = lax.stop_gradient(x)
+    steps = held * (1.0 / scale)
+    value = held
+    if key is not None and spec.use_stochastic_rounding:
+        inside = jnp.clip(finite(steps), qmin, qmax)
+        value = round_steps(inside, key, True) * scale
+    return Point(smooth, steps, qmin, qmax, value, scale, qmin, qmax)
+
+
+@point_of(DifferentiableBits)
+def _differentiable_bits_point(
+    spec: DifferentiableBits, key: jax.Array | None, x: jax.Array, bits: jax.Array
+) -> Point:
+    b = jnp.clip(jnp.round(finite(bits)), 0.0, 24.0) - float(spec.signed)
+    magnitude = jnp.maximum(b, 0.0)
+    scale = power_of_two(settled(spec.integer) - magnitude)
+    qmax = power_of_two(magnitude) - 1.0
+    qmin = -qmax * float(spec.signed)
+    point = _line_point(spec, key, x, x, scale, qmin, qmax)
+    whole = jnp.round(point.steps)
+    passes = (qmin <= whole) & (whole <= qmax)
+    y = jnp.clip(whole, qmin, qmax) * scale
+    worth = jnp.where(passes, finite(x) - y, jnp.where(whole > 0, scale, -scale))
+    if not spec.signed:
+        worth = jnp.where(whole < 0, 0.0, worth)
+    learned = bits * lax.stop_gradient(math.log(2.0) * worth)
+    return point._replace(passes=passes, learned=learned)

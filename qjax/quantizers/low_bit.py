@@ -1,0 +1,515 @@
+"""One bit and two levels more: binary and ternary values, and their random forms.
+
+Random quantizers draw with the ``key`` they are given, in training; without one they
+are deterministic.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from qjax.affine import Estimator
+from qjax.quantizers.activations import InternalSigmoid, internal_sigmoid
+from qjax.quantizers.point import (
+    Point,
+    apply,
+    finite,
+    known_scale,
+    point_of,
+    round_steps,
+    sign,
+    sign_line,
+    snap,
+)
+from qjax.quantizers.scales import (
+    EPSILON,
+    LAST,
+    Axes,
+    Sharing,
+    check_sharing,
+    divide,
+    largest,
+    least_squares,
+    spread,
+    to_power_of_two,
+)
+from qjax.quantizers.spec import Spec, check_number, require, static
+from qjax.quantizers.words import Alpha, check_alpha, check_groups
+
+DEFAULT_THRESHOLD = 0.33  # Of ternary values, as in QKeras.
+
+
+def _check_ternary(spec: Any) -> None:
+    check_alpha(spec)
+    check_number(spec, "threshold", "0 or above", 0)
+    rule = "`threshold` is found together with `alpha='auto'` or 'auto_po2'."
+    require(spec, not isinstance(spec.alpha, str) or spec.threshold is None, rule)
+    times = spec.number_of_unrolls
+    require(spec, times >= 1, "`number_of_unrolls` must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Binary(Spec):
+    """Options of `binary`.
+
+    Attributes:
+      use_01: Whether the codes are 0 and 1, not -1 and 1.
+      alpha: Scale of the value: None for 1, a number, an array per channel (last axis),
+        "auto" or "auto_po2" for the least-squares one.
+      use_stochastic_rounding: With a key.
+      scale_axis: Axis or axes with scales of their own; None: the last.
+      elements_per_scale: As in `QuantizedBits`.
+      min_po2_exponent: As in `QuantizedBits`.
+      max_po2_exponent: As in `QuantizedBits`.
+    """
+
+    name: ClassVar[str] = "binary"
+
+    use_01: bool = static(False)
+    alpha: Alpha = None
+    use_stochastic_rounding: bool = static(False)
+    scale_axis: Axes = static(None, kw_only=True)
+    elements_per_scale: Axes = static(None, kw_only=True)
+    min_po2_exponent: ArrayLike | None = dataclasses.field(default=None, kw_only=True)
+    max_po2_exponent: ArrayLike | None = dataclasses.field(default=None, kw_only=True)
+
+    def check(self) -> None:
+        """Raises for options that cannot be, as far as they are known."""
+        check_alpha(self)
+        check_groups(self)
+
+
+def binary(
+    x: jax.Array,
+    spec: Binary,
+    *,
+    key: jax.Array | None = None,
+    estimator: Estimator | None = None,
+) -> jax.Array:
+    """Rounds to a sign: QKeras's `binary`.
+
+        q = sign(x) with sign(0) = 1; (q + 1) / 2 with use_01;  y = alpha * q
+
+    The derivative is 1, or ``1 - tanh(x)^2`` if ``alpha`` is None.
+
+    Args:
+      x: Real values, any shape. Computed in float32.
+      spec: Options.
+      key: Of ``jax.random``, for stochastic rounding: with ``m = 2 min(max|x|, 1)`` per
+        channel, ``x / m`` is rounded at random to eighths first, and the sign of a 0 is
+        drawn.
+      estimator: Backward pass, of `qjax.estimators`, in place of the above; for it the
+        two values are one step apart.
+
+    Returns:
+      Two values per scale, shape and dtype of ``x``. NaN stays NaN.
+
+    Raises:
+      ValueError: for a ``scale_axis`` or groups that ``x`` does not have.
+
+    Example:
+      >>> binary(jnp.array([0.3, -2.0, 0.0]), Binary(alpha=0.5))
+      Array([ 0.5, -0.5,  0.5], dtype=float32)
+
+    References:
+      QKeras, quantizers.py, snapshot 78ea90f.
+    """
+    return apply(spec, x, key=key, estimator=estimator)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class StochasticBinary(Spec):
+    """Options of `stochastic_binary`.
+
+    Attributes:
+      alpha: As in `Binary`.
+      temperature: Steepness of the probability, positive.
+      use_real_sigmoid: Whether the probability is the logistic function.
+      internal_sigmoid: "hard", "smooth" or "real", if not.
+    """
+
+    name: ClassVar[str] = "stochastic_binary"
+
+    alpha: Alpha = None
+    temperature: ArrayLike = 6.0
+    use_real_sigmoid: bool = static(True)
+    internal_sigmoid: InternalSigmoid = static("hard", kw_only=True)
+
+    def check(self) -> None:
+        """Raises for options that cannot be, as far as they are known."""
+        check_alpha(self)
+        check_number(self, "temperature", "positive", 0, is_open=True)
+
+
+def stochastic_binary(
+    x: jax.Array,
+    spec: StochasticBinary,
+    *,
+    key: jax.Array | None = None,
+    estimator: Estimator | None = None,
+) -> jax.Array:
+    """Draws signs: QKeras's `stochastic_binary`.
+
+        P(q = 1) = sigmoid(temperature * x / d), else q = -1;  y = alpha * q
+
+    with ``d = 1``, or the standard deviation of each channel if ``alpha`` is found; the
+    scale is that of ``sign(x)``. The derivative is 1. Without a key: `binary`.
+
+    Args:
+      x: Real values, any shape. Computed in float32.
+      spec: Options.
+      key: Of ``jax.random``; None for `binary`.
+      estimator: As of `binary`.
+
+    Returns:
+      Two values per scale, shape and dtype of ``x``. NaN stays NaN.
+
+    Example:
+      >>> stochastic_binary(jnp.array([0.3, -2.0, 0.0]), StochasticBinary())
+      Array([ 1., -1.,  1.], dtype=float32)
+
+    References:
+      QKeras, quantizers.py, snapshot 78ea90f.
+    """
+    return apply(spec, x, key=key, estimator=estimator)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Bernoulli(Spec):
+    """Options of `bernoulli`: those of `StochasticBinary`.
+
+    Attributes:
+      alpha: As in `Binary`.
+      temperature: Steepness of the probability, positive.
+      use_real_sigmoid: Whether the probability is the logistic function.
+      internal_sigmoid: "hard", "smooth" or "real", if not.
+    """
+
+    name: ClassVar[str] = "bernoulli"
+
+    alpha: Alpha = None
+    temperature: ArrayLike = 6.0
+    use_real_sigmoid: bool = static(True)
+    internal_sigmoid: InternalSigmoid = static("hard", kw_only=True)
+
+    def check(self) -> None:
+        """Raises for options that cannot be, as far as they are known."""
+        check_alpha(self)
+        check_number(self, "temperature", "positive", 0, is_open=True)
+
+
+def bernoulli(
+    x: jax.Array,
+    spec: Bernoulli,
+    *,
+    key: jax.Array | None = None,
+    estimator: Estimator | None = None,
+) -> jax.Array:
+    """Draws 0 or 1: QKeras's `bernoulli`.
+
+        P(q = 1) = sigmoid(temperature * x / d), else q = 0;  y = alpha * q
+
+    with ``d`` as in `stochastic_binary`; the scale is that of ``x >= 0``, which is also
+    what the codes are without a key. The derivative is 1.
+
+    Args:
+      x: Real values, any shape. Computed in float32.
+      spec: Options.
+      key: Of ``jax.random``; None for the more likely code.
+      estimator: As of `binary`.
+
+    Returns:
+      0 and one value per scale, shape and dtype of ``x``. NaN stays NaN.
+
+    Example:
+      >>> bernoulli(jnp.array([0.3, -2.0, 0.0]), Bernoulli())
+      Array([1., 0., 1.], dtype=float32)
+
+    References:
+      QKeras, quantizers.py, snapshot 78ea90f, which also draws in inference.
+    """
+    return apply(spec, x, key=key, estimator=estimator)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Ternary(Spec):
+    """Options of `ternary`.
+
+    Attributes:
+      alpha: As in `Binary`.
+      threshold: Magnitude from which values are not 0, not negative; None for 0.33.
+        Found with the scale if ``alpha`` is.
+      use_stochastic_rounding: With a key, if ``alpha`` is found.
+      number_of_unrolls: How often scale and threshold are found anew.
+    """
+
+    name: ClassVar[str] = "ternary"
+
+    alpha: Alpha = None
+    threshold: ArrayLike | None = None
+    use_stochastic_rounding: bool = static(False)
+    number_of_unrolls: int = static(5)
+
+    def check(self) -> None:
+        """Raises for options that cannot be, as far as they are known."""
+        _check_ternary(self)
+        found = isinstance(self.alpha, str)
+        rule = "stochastic rounding needs a scale: `alpha='auto'` or 'auto_po2'."
+        require(self, found or not self.use_stochastic_rounding, rule)
+
+
+def ternary(
+    x: jax.Array,
+    spec: Ternary,
+    *,
+    key: jax.Array | None = None,
+    estimator: Estimator | None = None,
+) -> jax.Array:
+    """Rounds to -1, 0 or 1: QKeras's `ternary`.
+
+        q = sign(x) where |x| >= threshold, else 0;  y = alpha * q
+
+    Where ``alpha`` is found, per channel (last axis), from ``s = max|x| * 2 / 3``:
+
+        q = sign(x) where |round(x / s)| >= 1, else 0;  s = least squares of x and q
+
+    ``number_of_unrolls`` times; the last ``q`` counts, with the last ``s``. The
+    derivative is 1, or ``1 - tanh(x)^2`` if ``alpha`` is None.
+
+    Args:
+      x: Real values, any shape. Computed in float32.
+      spec: Options.
+      key: Of ``jax.random``, for stochastic rounding: ``x / s`` is rounded at random to
+        thirds in place of integers.
+      estimator: Backward pass, of `qjax.estimators`, in place of the above.
+
+    Returns:
+      Three values per scale, shape and dtype of ``x``. NaN stays NaN.
+
+    Example:
+      >>> ternary(jnp.array([0.3, -2.0, 0.5]), Ternary(alpha=2.0))
+      Array([ 0., -2.,  2.], dtype=float32)
+
+    References:
+      QKeras, quantizers.py, snapshot 78ea90f; Li et al., 2016 (arXiv:1605.04711).
+    """
+    return apply(spec, x, key=key, estimator=estimator)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class StochasticTernary(Spec):
+    """Options of `stochastic_ternary`.
+
+    Attributes:
+      alpha: As in `Binary`.
+      threshold: As in `Ternary`.
+      temperature: Steepness of the probabilities, positive.
+      use_real_sigmoid: Whether the probabilities are logistic functions.
+      number_of_unrolls: How often scale and threshold are found anew.
+      internal_sigmoid: "hard", "smooth" or "real", if not.
+    """
+
+    name: ClassVar[str] = "stochastic_ternary"
+
+    alpha: Alpha = None
+    threshold: ArrayLike | None = None
+    temperature: ArrayLike = 8.0
+    use_real_sigmoid: bool = static(True)
+    number_of_unrolls: int = static(5)
+    internal_sigmoid: InternalSigmoid = static("hard", kw_only=True)
+
+    def check(self) -> None:
+        """Raises for options that cannot be, as far as they are known."""
+        _check_ternary(self)
+        check_number(self, "temperature", "positive", 0, is_open=True)
+
+
+def stochastic_ternary(
+    x: jax.Array,
+    spec: StochasticTernary,
+    *,
+    key: jax.Array | None = None,
+    estimator: Estimator | None = None,
+) -> jax.Array:
+    """Draws -1, 0 or 1: QKeras's `stochastic_ternary`.
+
+        P(a = 1) = sigmoid(t (x - T) / d), else -1;  P(b = 1) = sigmoid(t (x + T) / d)
+        q = (a + b) / 2,  y = alpha * q
+
+    with the temperature ``t``, the threshold ``T`` (half the scale where ``alpha`` is
+    found) and the standard deviation ``d`` of each channel. The derivative is 1.
+    Without a key: `ternary`.
+
+    Args:
+      x: Real values, any shape. Computed in float32.
+      spec: Options.
+      key: Of ``jax.random``; None for `ternary`.
+      estimator: As of `ternary`.
+
+    Returns:
+      Three values per scale, shape and dtype of ``x``. NaN stays NaN.
+
+    Example:
+      >>> stochastic_ternary(jnp.array([0.3, -2.0, 0.5]), StochasticTernary())
+      Array([ 0., -1.,  1.], dtype=float32)
+
+    References:
+      QKeras, quantizers.py, snapshot 78ea90f. It draws only where ``alpha`` is found.
+    """
+    return apply(spec, x, key=key, estimator=estimator)
+
+
+def _scale_of(
+    spec: Any, x: jax.Array, q: jax.Array, sharing: Sharing = LAST
+) -> jax.Array:
+    """The scale of codes: given, or by least squares."""
+    alpha = spec.alpha
+    if not isinstance(alpha, str):
+        return known_scale(x, 1.0 if alpha is None else alpha)
+    s = least_squares(x, q, sharing)
+    if alpha == "auto":
+        return s
+    ends = (getattr(spec, f"{end}_po2_exponent", None) for end in ("min", "max"))
+    return to_power_of_two(s, *ends)
+
+
+def _two_values(
+    real: jax.Array, x: jax.Array, q: jax.Array, scale: jax.Array, is_01: bool
+) -> Point:
+    """A point of two codes: -1 and 1, or 0 and 1."""
+    value, scale = snap(q, scale, 1)
+    steps = divide(x, scale)
+    zero = jnp.zeros(())
+    if is_01:
+        return Point(real, steps - 0.5, zero - 1, zero, value, scale, 0, 1)
+    line = sign_line(True, steps, steps, zero, zero)
+    return Point(real, *line, value, scale, -1, 1)
+
+
+@point_of(Binary)
+def _binary_point(spec: Binary, key: jax.Array | None, x: jax.Array) -> Point:
+    sharing = Sharing(spec.scale_axis, spec.elements_per_scale)
+    check_sharing(x.shape, sharing, spec.name)
+    held = finite(x)
+    q = sign(held)
+    if key is not None and spec.use_stochastic_rounding:
+        rounding, drawing = jax.random.split(key)
+        m = 2.0 * jnp.minimum(largest(jnp.abs(held), sharing), 1.0)
+        eighths = round_steps(divide(held, m) * 8.0, rounding, True)
+        held = m * eighths * 0.125
+        coin = jax.random.rademacher(drawing, x.shape, x.dtype)
+        q = jnp.where(held == 0, coin, sign(held))
+    if spec.use_01:
+        q = 0.5 * q + 0.5
+    scale = _scale_of(spec, held, q, sharing)
+    real = jnp.tanh(x) if spec.alpha is None else x
+    return _two_values(real, held, q, scale, spec.use_01)
+
+
+@point_of(StochasticBinary)
+def _stochastic_binary_point(
+    spec: StochasticBinary, key: jax.Array | None, x: jax.Array
+) -> Point:
+    if key is None:
+        return _binary_point(Binary(alpha=spec.alpha), None, x)
+    held = finite(x)
+    scale = _scale_of(spec, held, sign(held))
+    q = 2.0 * _draw(spec, key, held) - 1.0
+    return _two_values(x, held, q, scale, False)
+
+
+@point_of(Bernoulli)
+def _bernoulli_point(spec: Bernoulli, key: jax.Array | None, x: jax.Array) -> Point:
+    held = finite(x)
+    likely = (held >= 0).astype(jnp.float32)
+    q = likely if key is None else _draw(spec, key, held)
+    return _two_values(x, held, q, _scale_of(spec, held, likely), True)
+
+
+def _draw(
+    spec: StochasticBinary | Bernoulli, key: jax.Array, x: jax.Array
+) -> jax.Array:
+    """1 with the probability of the sigmoid, else 0."""
+    if isinstance(spec.alpha, str):
+        x = divide(x, spread(x) + EPSILON)
+    p = _sigmoid(spec)(jnp.asarray(spec.temperature, jnp.float32) * x)
+    return (p >= jax.random.uniform(key, x.shape)).astype(jnp.float32)
+
+
+def _sigmoid(
+    spec: StochasticBinary | Bernoulli | StochasticTernary,
+) -> Callable[[jax.Array], jax.Array]:
+    return internal_sigmoid("real" if spec.use_real_sigmoid else spec.internal_sigmoid)
+
+
+@point_of(Ternary)
+def _ternary_point(spec: Ternary, key: jax.Array | None, x: jax.Array) -> Point:
+    held = finite(x)
+    size = jnp.abs(held)
+    if not isinstance(spec.alpha, str):
+        given = DEFAULT_THRESHOLD if spec.threshold is None else spec.threshold
+        threshold = jnp.asarray(given, jnp.float32)
+        q = jnp.where(size >= threshold, jnp.sign(held), 0.0)
+        width, scale = 2.0 * threshold, _scale_of(spec, held, q)
+        real = jnp.tanh(x) if spec.alpha is None else x
+        return _three_values(real, held, width, q, scale)
+    scale = _first_scale(spec, size)
+    for k in range(spec.number_of_unrolls):
+        width, u = scale, divide(held, scale)
+        if key is not None and spec.use_stochastic_rounding:
+            thirds = round_steps(3.0 * u, jax.random.fold_in(key, k), True)
+            q = jnp.where(jnp.abs(thirds) >= 1.5, jnp.sign(held), 0.0)
+        else:
+            q = jnp.where(jnp.abs(u) > 0.5, jnp.sign(held), 0.0)
+        scale = _scale_of(spec, held, q)
+    return _three_values(x, held, width, q, scale)
+
+
+@point_of(StochasticTernary)
+def _stochastic_ternary_point(
+    spec: StochasticTernary, key: jax.Array | None, x: jax.Array
+) -> Point:
+    if key is None:
+        fixed = Ternary(
+            spec.alpha, spec.threshold, number_of_unrolls=spec.number_of_unrolls
+        )
+        return _ternary_point(fixed, None, x)
+    held = finite(x)
+    if isinstance(spec.alpha, str):
+        scale = _first_scale(spec, jnp.abs(held))
+        for _ in range(spec.number_of_unrolls):
+            q = jnp.where(jnp.abs(held) >= 0.5 * scale, jnp.sign(held), 0.0)
+            scale = _scale_of(spec, held, q)
+        threshold = 0.5 * scale
+    else:
+        scale = _scale_of(spec, held, held)
+        given = DEFAULT_THRESHOLD if spec.threshold is None else spec.threshold
+        threshold = jnp.asarray(given, jnp.float32)
+    deviation = spread(held) + EPSILON
+
+    def coin(shift: jax.Array, key: jax.Array) -> jax.Array:
+        u = divide(held, deviation) + divide(shift, deviation)
+        p = _sigmoid(spec)(jnp.asarray(spec.temperature, jnp.float32) * u)
+        return sign(p - jax.random.uniform(key, x.shape))
+
+    keys = jax.random.split(key)
+    q = 0.5 * (coin(-threshold, keys[0]) + coin(threshold, keys[1]))
+    return _three_values(x, held, 2.0 * threshold, q, scale)
+
+
+def _first_scale(spec: Ternary | StochasticTernary, size: jax.Array) -> jax.Array:
+    s = divide(largest(size), 1.5)
+    return to_power_of_two(s) if spec.alpha == "auto_po2" else s
+
+
+def _three_values(
+    real: jax.Array, x: jax.Array, width: jax.Array, q: jax.Array, scale: jax.Array
+) -> Point:
+    """A point of the codes -1, 0 and 1, with 0 in the middle of ``width``."""
+    value, scale = snap(q, scale, 1)
+    one = jnp.ones(())
+    return Point(real, divide(x, width), -one, one, value, scale, -1, 1)

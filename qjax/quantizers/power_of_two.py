@@ -1,0 +1,317 @@
+"""Powers of two: multiplication by a weight is a shift.
+
+Exponents are rounded in the log domain, without a logarithm: ``round(log2(a))`` is read
+from the bits of ``a``.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from qjax.affine import Estimator
+from qjax.quantizers.curves import leaky_relu
+from qjax.quantizers.point import Point, apply, finite, levels_of, point_of, sign
+from qjax.quantizers.scales import EPSILON
+from qjax.quantizers.spec import Spec, check_number, is_known, require, static
+from qjax.quantizers.words import check_slope, check_word, settled
+from qjax.rounding import floor_log2, power_of_two, round_log2
+
+_MOST_LINEAR = 8  # Exponents: codes up to 2^7.
+
+
+def _check_po2(spec: Any, signed: int) -> None:
+    check_word(spec, most=8)
+    if spec.log2_rounding not in ("rnd", "floor"):
+        raise ValueError(
+            f"`{spec.name}`: `log2_rounding` must be 'rnd' or 'floor', got "
+            f"{spec.log2_rounding!r}."
+        )
+    top = spec.max_value
+    check_number(spec, "max_value", "positive", 0, is_open=True)
+    if top is None or is_known(top):
+        left = np.asarray(settled(spec.bits)) if is_known(spec.bits) else np.asarray(8)
+        left = left - signed - (1 if top is None else np.asarray(top) > 1)
+        rule = (
+            "no bit is left for exponents: the sign takes one, and values above 1 "
+            "another."
+        )
+        require(spec, bool(np.all(left >= 0)), rule)
+    if top is not None and is_known(top) and spec.strict:
+        exponent = np.log2(np.asarray(top, np.float64))
+        base = 2 if spec.quadratic_approximation else 1
+        rule = (
+            f"`max_value` must be a power of {2**base}: rounding exceeds others, or "
+            "hangs on a tie. If that is meant, set `strict=False`."
+        )
+        require(spec, bool(np.all(exponent % base == 0)), rule)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class QuantizedPo2(Spec):
+    """Options of `quantized_po2`.
+
+    Attributes:
+      bits: Word length, 2 to 8: one for the sign, the others for the exponent.
+      max_value: Largest magnitude before rounding; a power of two, of four with
+        ``quadratic_approximation``. None: whatever the exponents hold.
+      use_stochastic_rounding: With a key: unbiased, between neighbouring powers.
+      quadratic_approximation: Whether exponents are even.
+      log2_rounding: "rnd" to the nearest exponent, or "floor".
+      qnoise_factor: Share of the quantized value, 0 to 1.
+      use_ste: Whether the quantized value has a derivative.
+      strict: Whether a ``max_value`` that rounding may exceed is an error.
+    """
+
+    name: ClassVar[str] = "quantized_po2"
+
+    bits: ArrayLike = 8
+    max_value: ArrayLike | None = None
+    use_stochastic_rounding: bool = static(False)
+    quadratic_approximation: bool = static(False)
+    log2_rounding: Literal["rnd", "floor"] = static("rnd")
+    qnoise_factor: ArrayLike = 1.0
+    use_ste: bool = static(True, kw_only=True)
+    strict: bool = static(True, kw_only=True)
+
+    def check(self) -> None:
+        """Raises for options that cannot be, as far as they are known."""
+        _check_po2(self, signed=1)
+
+
+def quantized_po2(
+    x: jax.Array,
+    spec: QuantizedPo2,
+    *,
+    key: jax.Array | None = None,
+    estimator: Estimator | None = None,
+) -> jax.Array:
+    """Rounds to powers of two with a sign: QKeras's `quantized_po2`.
+
+        n = bits - 1 - (max_value is None or above 1)
+        E = clip(round(log2(min(|x|, max_value))), -2^n, 2^n - 1),  y = sign(x) * 2^E
+
+    with ``sign(0) = 1``: zero is no value, it becomes ``2^(-2^n)``, as all below 1e-7
+    does. ``quadratic_approximation`` has ``E = 2 * clip(round(log2(a) / 2), -2^n, h)``
+    with ``h = 2^n - 1`` made even. The derivative is 1 everywhere.
+
+    Over at most 8 exponents codes are linear, ``2^(E - least)`` with the sign; over
+    more `encode` gives their place in the table `levels`.
+
+    Args:
+      x: Real values, any shape. Computed in float32.
+      spec: Options.
+      key: Of ``jax.random``, for stochastic rounding: of ``l <= |x| < 2 l`` to ``2 l``
+        with probability ``(|x| - l) / l``; None rounds to the nearest exponent.
+      estimator: Backward pass, of `qjax.estimators`, of the rounding of exponents.
+
+    Returns:
+      Powers of two, shape and dtype of ``x``. NaN stays NaN.
+
+    Example:
+      >>> quantized_po2(jnp.array([0.3, -3.0, 0.0]), QuantizedPo2(4))
+      Array([ 0.25  , -4.    ,  0.0625], dtype=float32)
+
+    References:
+      QKeras, quantizers.py, snapshot 78ea90f. There one bit gives the exponent -1/2;
+      here it is an error.
+    """
+    return apply(spec, x, key=key, estimator=estimator)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class QuantizedReluPo2(Spec):
+    """Options of `quantized_relu_po2`.
+
+    Attributes:
+      bits: Word length, 1 to 8, all for the exponent.
+      max_value: As in `QuantizedPo2`.
+      negative_slope: 0, or a power of two up to 1.
+      use_stochastic_rounding: With a key.
+      quadratic_approximation: Whether exponents are even.
+      log2_rounding: "rnd" to the nearest exponent, or "floor".
+      qnoise_factor: Share of the quantized value, 0 to 1.
+      use_ste: Whether the quantized value has a derivative.
+      strict: As in `QuantizedPo2`.
+    """
+
+    name: ClassVar[str] = "quantized_relu_po2"
+
+    bits: ArrayLike = 8
+    max_value: ArrayLike | None = None
+    negative_slope: ArrayLike = 0
+    use_stochastic_rounding: bool = static(False)
+    quadratic_approximation: bool = static(False)
+    log2_rounding: Literal["rnd", "floor"] = static("rnd")
+    qnoise_factor: ArrayLike = 1.0
+    use_ste: bool = static(True, kw_only=True)
+    strict: bool = static(True, kw_only=True)
+
+    def check(self) -> None:
+        """Raises for options that cannot be, as far as they are known."""
+        _check_po2(self, signed=0)
+        check_slope(self)
+
+
+def quantized_relu_po2(
+    x: jax.Array,
+    spec: QuantizedReluPo2,
+    *,
+    key: jax.Array | None = None,
+    estimator: Estimator | None = None,
+) -> jax.Array:
+    """Rounds a relu, leaky or not, to powers of two: QKeras's `quantized_relu_po2`.
+
+        n = bits - (max_value is None or above 1)
+        y = 2^E(x) for x >= 0,  -2^E(negative_slope * |x|) for x < 0
+
+    with ``E`` as in `quantized_po2`. Without a slope negative values become the least
+    power, ``2^(-2^n)``: zero is no value. The derivative is 1 for
+    ``0 < x <= max_value``, the slope for ``x <= 0``, and 0 above.
+
+    Args:
+      x: Real values, any shape. Computed in float32.
+      spec: Options.
+      key: As of `quantized_po2`.
+      estimator: Backward pass, of `qjax.estimators`, of the rounding of exponents; the
+        relu keeps its own derivative.
+
+    Returns:
+      Powers of two, shape and dtype of ``x``; those below 2^-126 are 0. NaN stays NaN.
+
+    Example:
+      >>> quantized_relu_po2(jnp.array([0.3, -3.0, 5.0]), QuantizedReluPo2(3))
+      Array([0.25  , 0.0625, 4.    ], dtype=float32)
+
+    References:
+      QKeras, quantizers.py, snapshot 78ea90f.
+    """
+    return apply(spec, x, key=key, estimator=estimator)
+
+
+class _Word(NamedTuple):
+    """Exponents of a word."""
+
+    low: Any  # Least exponent, before it is doubled by the quadratic approximation.
+    high: Any
+    times: int  # 2 with that approximation.
+    least: Any  # Of the values.
+    most: Any
+
+
+def _word(spec: Any, signed: int) -> _Word:
+    top = None if spec.max_value is None else settled(spec.max_value)
+    has_large: Any = True if top is None else top > 1
+    n = settled(spec.bits) - signed - has_large
+    reach: Any = 2**n if isinstance(n, int) else power_of_two(n).astype(jnp.int32)
+    high = reach - 1
+    times = 1
+    if spec.quadratic_approximation:
+        high, times = 2 * (high // 2), 2
+    most = times * high
+    if isinstance(n, int) and isinstance(top, int | float):
+        share = np.log2(top) / times
+        rounded = np.floor(share) if spec.log2_rounding == "floor" else np.ceil(share)
+        most = min(most, times * int(rounded))
+        most = max(most, -reach * times)
+    return _Word(-reach, high, times, -reach * times, most)
+
+
+def _round_exponent(
+    spec: Any, word: _Word, a: jax.Array, key: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Exponents of magnitudes, int32, and the coordinate in which they are rounded."""
+    is_tiny = a < EPSILON
+    a = jnp.where(is_tiny, 1.0, a)
+    if spec.max_value is not None:
+        a = jnp.minimum(a, spec.max_value)
+    e, times = floor_log2(a), word.times
+    if key is not None and spec.use_stochastic_rounding:
+        e = e // times
+        share = (a * power_of_two(-times * e) - 1.0) / (2.0**times - 1.0)
+        e = e + (jax.random.uniform(key, a.shape) < share).astype(jnp.int32)
+    elif spec.log2_rounding == "floor":
+        e = e // times
+    else:
+        e = round_log2(a) if times == 1 else (e + 1) // 2
+    e = times * jnp.clip(e, word.low, word.high)
+    steps = jnp.where(is_tiny, word.low, jnp.log2(a) * (1.0 / times))
+    return jnp.where(is_tiny, word.low, e), steps
+
+
+def _is_linear(word: _Word) -> bool:
+    """Whether codes of at most 8 bits and a sign hold all values."""
+    known = isinstance(word.most, int) and isinstance(word.least, int)
+    return known and word.most - word.least < _MOST_LINEAR
+
+
+def _point(
+    real: jax.Array,
+    word: _Word,
+    signs: jax.Array | None,
+    exponents: jax.Array,
+    steps: jax.Array,
+) -> Point:
+    value = power_of_two(exponents)
+    low, high = (jnp.asarray(q, jnp.float32) for q in (word.low, word.high))
+    above = exponents - word.least
+    count = word.most - word.least + 1
+    if signs is not None:
+        value = signs * value
+    if _is_linear(word):
+        scale, top = power_of_two(word.least), 2 ** (count - 1)
+        return Point(
+            real, steps, low, high, value, scale, 0 if signs is None else -top, top
+        )
+    if signs is not None:
+        above = jnp.where(signs > 0, count + above, count - 1 - above)
+    return Point(real, steps, low, high, value, codes=above)
+
+
+@point_of(QuantizedPo2)
+def _po2_point(spec: QuantizedPo2, key: jax.Array | None, x: jax.Array) -> Point:
+    word, held = _word(spec, signed=1), finite(x)
+    rounded = _round_exponent(spec, word, jnp.abs(held), key)
+    return _point(x, word, sign(held), *rounded)
+
+
+@point_of(QuantizedReluPo2)
+def _relu_po2_point(
+    spec: QuantizedReluPo2, key: jax.Array | None, x: jax.Array
+) -> Point:
+    word, held = _word(spec, signed=0), finite(x)
+    slope = settled(spec.negative_slope)
+    below = held < 0
+    signs = None
+    if _has_slope(slope):
+        held = jnp.where(below, -slope * held, held)
+        signs = jnp.where(below & (jnp.asarray(slope) != 0), -1.0, 1.0)
+    rounded = _round_exponent(spec, word, jnp.maximum(held, 0.0), key)
+    return _point(leaky_relu(x, slope, spec.max_value), word, signs, *rounded)
+
+
+def _has_slope(slope: ArrayLike) -> bool:
+    return not is_known(slope) or bool(np.any(np.asarray(slope) != 0))
+
+
+@levels_of(QuantizedPo2)
+def _po2_levels(spec: QuantizedPo2) -> jax.Array:
+    return _levels(_word(spec, signed=1), is_signed=True)
+
+
+@levels_of(QuantizedReluPo2)
+def _relu_po2_levels(spec: QuantizedReluPo2) -> jax.Array:
+    return _levels(_word(spec, signed=0), _has_slope(settled(spec.negative_slope)))
+
+
+def _levels(word: _Word, is_signed: bool) -> jax.Array:
+    if _is_linear(word):
+        raise ValueError(
+            f"Codes over {word.most - word.least + 1} exponents are linear: `encode` "
+            "gives their scale."
+        )
+    positive = power_of_two(np.arange(word.least, word.most + 1))
+    return jnp.concatenate([-positive[::-1], positive]) if is_signed else positive

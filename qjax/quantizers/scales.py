@@ -1,0 +1,164 @@
+"""Scales from the values themselves: `alpha="auto"` and `alpha="auto_po2"` of QKeras.
+
+    least squares:  s = mean(x * q) / (mean(q * q) + eps),  eps = 1e-7
+    power of two:   2^clip(round(log2(s + eps)), least, largest)
+
+over all axes but those that have scales of their own: the last by default. A tensor of
+rank 1 has one scale where a largest value is sought, and one per element where least
+squares are.
+
+Checked against QKeras (snapshot 78ea90f) by `tests/conformance`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from qjax.rounding import power_of_two, round_log2
+
+EPSILON = 1e-7  # Of Keras.
+_SMALL = 2.0**-48
+
+Axes = int | tuple[int, ...] | None
+
+
+class Sharing(NamedTuple):
+    """Which elements of a tensor share a scale."""
+
+    axis: Axes = None  # With scales of their own; None: the last.
+    elements_per_scale: Axes = None  # Group sizes along these axes; None: 1.
+
+
+LAST = Sharing()
+
+
+def largest(x: jax.Array, sharing: Sharing = LAST) -> jax.Array:
+    """Returns the largest of the values that share a scale; rank of ``x``."""
+    axes = tuple(range(x.ndim)) if x.ndim < 2 else _reduced(x.ndim, sharing.axis)
+    return jnp.max(x, axes, keepdims=True, initial=-jnp.inf if x.size else 0.0)
+
+
+def least_squares(x: jax.Array, q: jax.Array, sharing: Sharing = LAST) -> jax.Array:
+    """Returns the scales ``s`` that minimize ``sum((x - s * q)^2)``; rank of ``x``."""
+    xq, qq = (x * _SMALL) * q, q * q  # So that no sum of float32 values overflows.
+    if x.ndim > 1:
+        xq, qq = _mean(xq, sharing), _mean(qq, sharing)
+    return divide(xq, qq + EPSILON) * (1.0 / _SMALL)
+
+
+def spread(x: jax.Array) -> jax.Array:
+    """Returns the standard deviation of each channel (last axis); rank of ``x``."""
+    axes = tuple(range(x.ndim)) if x.ndim < 2 else _reduced(x.ndim, None)
+    most = largest(jnp.abs(x))
+    return jnp.std(divide(x, most), axes, keepdims=True) * most
+
+
+def to_power_of_two(
+    scale: jax.Array, least: ArrayLike | None = None, most: ArrayLike | None = None
+) -> jax.Array:
+    """Rounds scales to powers of two in the log domain, between two exponents."""
+    exponent = round_log2(scale + EPSILON)
+    if least is not None:
+        exponent = jnp.maximum(exponent, jnp.asarray(least, jnp.int32))
+    if most is not None:
+        exponent = jnp.minimum(exponent, jnp.asarray(most, jnp.int32))
+    return power_of_two(exponent)
+
+
+def refine(
+    step: Callable[[jax.Array], jax.Array], scale: jax.Array, times: ArrayLike
+) -> jax.Array:
+    """Applies ``step`` to a scale so many times; stops where it changes nothing."""
+
+    def go_on(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        i, is_moving, _ = state
+        return (i < times) & is_moving
+
+    def body(state: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
+        i, _, old = state
+        new = jnp.broadcast_to(step(old), old.shape)
+        return i + 1, jnp.any(new != old), new
+
+    # The shape that steps settle to.
+    shape = jax.eval_shape(step, scale).shape
+    start = jnp.broadcast_to(scale, jnp.broadcast_shapes(shape, scale.shape))
+    return jax.lax.while_loop(go_on, body, (jnp.int32(0), jnp.bool_(True), start))[2]
+
+
+def divide(a: jax.Array, b: ArrayLike) -> jax.Array:
+    """``a / b`` as IEEE 754 has it, 0 where ``b`` is 0.
+
+    XLA on the CPU takes a quotient by a broadcast value for a product with its
+    reciprocal (JAX 0.10.2). It cannot where the divisor depends on the dividend.
+    """
+    a, b = jnp.broadcast_arrays(a, jnp.asarray(b, a.dtype))
+    zero = b == 0
+    quotient = a / jnp.where(jnp.isnan(a), jnp.nan, jnp.where(zero, 1.0, b))
+    return jnp.where(zero, 0.0, quotient)
+
+
+def check_sharing(shape: tuple[int, ...], sharing: Sharing, name: str) -> None:
+    """Raises if axes or groups do not fit a shape."""
+    axes = sharing.axis
+    for a in () if axes is None else _tuple(axes):
+        if not -len(shape) <= a < len(shape):
+            raise ValueError(
+                f"`{name}`: `scale_axis={axes}` does not exist in shape {shape}."
+            )
+    if sharing.elements_per_scale is None:
+        return
+    if axes is None:
+        raise ValueError(
+            f"`{name}`: `elements_per_scale` groups along `scale_axis`, which is None."
+        )
+    sizes = _group_sizes(sharing)
+    for a, n in zip(_tuple(axes), sizes, strict=True):
+        if n < 1 or shape[a] % n:
+            raise ValueError(
+                f"`{name}`: `elements_per_scale={sharing.elements_per_scale}` must "
+                f"divide the axes {axes} of shape {shape}."
+            )
+
+
+def _mean(x: jax.Array, sharing: Sharing) -> jax.Array:
+    """The mean over what shares a scale, repeated along the members of a group."""
+    axes = _reduced(x.ndim, sharing.axis)
+    if sharing.elements_per_scale is None:
+        return jnp.mean(x, axes, keepdims=True)
+    assert sharing.axis is not None
+    kept = [a % x.ndim for a in _tuple(sharing.axis)]
+    sizes = dict(zip(kept, _group_sizes(sharing), strict=True))
+    split: list[int] = []
+    over: list[int] = []
+    for d, n in enumerate(x.shape):
+        if d in sizes:
+            over.append(len(split) + 1)
+            split += [n // sizes[d], sizes[d]]
+        else:
+            over.append(len(split))
+            split.append(n)
+    mean = jnp.mean(x.reshape(split), over, keepdims=True)
+    mean = mean.reshape(
+        [n // sizes[d] if d in sizes else 1 for d, n in enumerate(x.shape)]
+    )
+    for d, n in sizes.items():
+        mean = jnp.repeat(mean, n, axis=d)
+    return mean
+
+
+def _group_sizes(sharing: Sharing) -> tuple[int, ...]:
+    assert sharing.axis is not None and sharing.elements_per_scale is not None
+    axes, sizes = _tuple(sharing.axis), _tuple(sharing.elements_per_scale)
+    return sizes * len(axes) if len(sizes) == 1 else sizes
+
+
+def _reduced(rank: int, axis: Axes) -> tuple[int, ...]:
+    kept = {rank - 1} if axis is None else {a % rank for a in _tuple(axis)}
+    return tuple(d for d in range(rank) if d not in kept)
+
+
+def _tuple(axes: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (axes,) if isinstance(axes, int) else tuple(axes)

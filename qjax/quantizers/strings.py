@@ -1,0 +1,162 @@
+"""Specs from strings: "quantized_bits(4,0,1,alpha='auto_po2')", as QKeras writes them.
+
+    spec  = name [ "(" [ item { "," item } ] ")" ]
+    item  = [ name "=" ] value
+    value = number | string | True | False | None | "[" { value [ "," ] } "]"
+
+Read by a parser of its own: nothing is evaluated.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from qjax.quantizers.spec import SPECS, Spec
+
+# Options that only Keras has a use for: read, and dropped.
+_KERAS_ONLY = frozenset({"var_name", "use_variables", "enable_fast_inference"})
+
+_TOKEN = re.compile(
+    r"\s*(?:(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[-+]?(?:inf|nan)\b)"
+    r"|(?P<name>[A-Za-z_]\w*)"
+    r"|(?P<string>'[^']*'|\"[^\"]*\")"
+    r"|(?P<mark>[()\[\],=])"
+    r"|(?P<end>$))"
+)
+_WORDS = {"True": True, "False": False, "None": None}
+
+
+def parse(text: str) -> Spec:
+    """Reads a spec from a string, as QKeras writes quantizers.
+
+    Args:
+      text: Name of a quantizer, with or without its options in parentheses: first by
+        position, in the order of the fields, then by name. Numbers, ``True``,
+        ``False``, ``None``, quoted strings, and lists with commas or spaces.
+
+    Returns:
+      A spec: `apply` and `encode` take it. ``parse(str(spec)) == spec``.
+
+    Raises:
+      ValueError: with the place of what cannot be read; for an unknown quantizer or
+        option, with the closest there are; for options that a quantizer cannot have.
+
+    Example:
+      >>> parse("quantized_bits(4, 0, 1, alpha='auto_po2')")
+      QuantizedBits(bits=4, symmetric=True, alpha='auto_po2')
+    """
+    reader = _Reader(text)
+    name = reader.take("name", "the name of a quantizer")
+    if name not in SPECS:
+        raise ValueError(f"Unknown quantizer {name!r}. {_closest(name, SPECS)}")
+    fields = [field.name for field in dataclasses.fields(SPECS[name])]
+    by_position = [f.name for f in dataclasses.fields(SPECS[name]) if not f.kw_only]
+    options: dict[str, Any] = {}
+    if reader.kind != "end":
+        reader.mark("(")
+        while not reader.has(")"):
+            option, value = _item(reader, by_position, options)
+            if option in options:
+                reader.fail(f"{option!r} is given twice")
+            if option not in fields and option not in _KERAS_ONLY:
+                hint = _closest(option, fields)
+                raise ValueError(f"`{name}` has no option {option!r}. {hint}")
+            options[option] = value
+            if not reader.has(")"):
+                reader.mark(",")
+        reader.mark(")")
+    reader.take("end", "nothing more")
+    kept = {k: v for k, v in options.items() if k not in _KERAS_ONLY}
+    return SPECS[name](**kept)
+
+
+def _item(
+    reader: "_Reader", by_position: list[str], options: dict[str, Any]
+) -> tuple[str, Any]:
+    """One option: its name and its value."""
+    if reader.kind == "name" and reader.text not in _WORDS:
+        option = reader.take("name", "an option")
+        reader.mark("=")
+        return option, _value(reader)
+    position = len(options)
+    if list(options) != by_position[:position]:
+        reader.fail("options by position come before those by name")
+    if position >= len(by_position):
+        reader.fail(f"at most {len(by_position)} options may go by position")
+    return by_position[position], _value(reader)
+
+
+def _value(reader: "_Reader") -> Any:
+    if reader.has("["):
+        reader.mark("[")
+        items = []
+        while not reader.has("]"):
+            items.append(_value(reader))
+            if reader.has(","):
+                reader.mark(",")
+        reader.mark("]")
+        return items
+    if reader.kind == "name" and reader.text in _WORDS:
+        return _WORDS[reader.take("name", "a value")]
+    if reader.kind == "string":
+        return reader.take("string", "a value")[1:-1]
+    number = reader.take("number", "a value: a number, a word in quotes, a list")
+    try:
+        return int(number)
+    except ValueError:
+        return float(number)
+
+
+class _Reader:
+    """The tokens of a text, one ahead."""
+
+    def __init__(self, text: str):
+        self.kind, self.text = "", ""
+        self._source, self._at = text, 0
+        self._advance()
+
+    def has(self, mark: str) -> bool:
+        """Whether a mark comes next."""
+        return self.kind == "mark" and self.text == mark
+
+    def mark(self, mark: str) -> None:
+        """Takes a mark."""
+        if not self.has(mark):
+            self.fail(f"{mark!r} is wanted")
+        self._advance()
+
+    def take(self, kind: str, wanted: str) -> str:
+        """Takes a token of a kind."""
+        if self.kind != kind:
+            self.fail(f"{wanted} is wanted")
+        text = self.text
+        if kind != "end":
+            self._advance()
+        return text
+
+    def fail(self, message: str) -> NoReturn:
+        """Raises with the place in the text."""
+        found = f"found {self.text!r}" if self.text else "found the end"
+        raise ValueError(
+            f"Cannot read the quantizer {self._source!r}: {message} at character "
+            f"{self._start}, {found}."
+        )
+
+    def _advance(self) -> None:
+        match = _TOKEN.match(self._source, self._at)
+        if match is None or match.lastgroup is None:
+            rest = self._source[self._at :].lstrip()
+            self._start, self.text = len(self._source) - len(rest), rest[:1]
+            self.fail("no such sign is known")
+        self.kind = match.lastgroup
+        self.text = match[match.lastgroup]
+        self._start, self._at = match.start(match.lastgroup), match.end()
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    if close:
+        return f"The closest: {', '.join(close)}."
+    return f"There are: {', '.join(sorted(known))}."
