@@ -445,11 +445,8 @@ def _check_learned(spec: Any) -> None:
     check_word(spec, most=24)
     low = 2 if spec.signed else 1
     check_number(spec, "bits", f"an integer from {low} on", low, is_whole=True)
-    if isinstance(spec.gradient_scale, str) and spec.gradient_scale != "auto":
-        raise ValueError(
-            f"`{spec.name}`: `gradient_scale` must be a number or 'auto', got "
-            f"{spec.gradient_scale!r}."
-        )
+    if not isinstance(spec.gradient_scale, str) or spec.gradient_scale != "auto":
+        check_number(spec, "gradient_scale", "'auto' or a number from 0 on", 0)
 
 
 def _code_range(spec: Any) -> tuple[jax.Array, jax.Array]:

@@ -110,7 +110,8 @@ def check_number(
 
     Args:
       spec: Options.
-      field: Name of the number. None, text and what is traced pass.
+      field: Name of the number. What is traced passes, and None where that is the
+        default.
       rule: What is wanted, for the message.
       low: Least value.
       high: Largest value.
@@ -121,14 +122,18 @@ def check_number(
       ValueError: naming the quantizer, the field and the rule.
     """
     value = getattr(spec, field)
-    if value is None or isinstance(value, str) or not is_known(value):
+    default = type(spec).__dataclass_fields__[field].default
+    if value is None and default is None:
         return
-    x = np.asarray(value, np.float64)
+    is_text = value is None or isinstance(value, str)
+    if not is_text and not is_known(value):
+        return
+    x = np.asarray(np.nan if is_text else value, np.float64)
     good = (x > low if is_open else x >= low) & (x <= high)
     if is_whole:
         good &= x == np.rint(x)
     if not np.all(good):
-        raise ValueError(f"`{spec.name}`: `{field}` must be {rule}, got {value}.")
+        raise ValueError(f"`{spec.name}`: `{field}` must be {rule}, got {value!r}.")
 
 
 def require(spec: Spec, holds: bool, rule: str) -> None:

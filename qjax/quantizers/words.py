@@ -74,7 +74,8 @@ def check_alpha(spec: Any) -> None:
             f"`{spec.name}`: `alpha` must be None, a number, an array, 'auto' or "
             f"'auto_po2', got {alpha!r}."
         )
-    check_number(spec, "alpha", "positive", 0, is_open=True)
+    if not isinstance(alpha, str):
+        check_number(spec, "alpha", "positive", 0, is_open=True)
 
 
 def check_groups(spec: Any) -> None:
