@@ -62,6 +62,15 @@ from qjax.quantizers.low_bit import (
     stochastic_ternary,
     ternary,
 )
+from qjax.quantizers.msqe import (
+    MsqeState,
+    QuantizedBitsLearnablePo2,
+    QuantizedBitsMsqePo2,
+    init_msqe,
+    quantized_bits_learnable_po2,
+    quantized_bits_msqe_po2,
+    update_msqe_weight,
+)
 from qjax.quantizers.point import (
     Quantized,
     apply,
@@ -97,8 +106,11 @@ __all__ = (
     "HardSigmoid",
     "HardTanh",
     "LSQPlus",
+    "MsqeState",
     "Quantized",
     "QuantizedBits",
+    "QuantizedBitsLearnablePo2",
+    "QuantizedBitsMsqePo2",
     "QuantizedHswish",
     "QuantizedLinear",
     "QuantizedPo2",
@@ -125,6 +137,7 @@ __all__ = (
     "encode",
     "hard_sigmoid",
     "hard_tanh",
+    "init_msqe",
     "levels",
     "lsq",
     "lsq_plus",
@@ -133,6 +146,8 @@ __all__ = (
     "pact",
     "parse",
     "quantized_bits",
+    "quantized_bits_learnable_po2",
+    "quantized_bits_msqe_po2",
     "quantized_hswish",
     "quantized_linear",
     "quantized_po2",
@@ -146,4 +161,5 @@ __all__ = (
     "stochastic_binary",
     "stochastic_ternary",
     "ternary",
+    "update_msqe_weight",
 )

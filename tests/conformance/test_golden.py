@@ -238,6 +238,37 @@ def quantizer_statistics(case, arrays):
         )
 
 
+def quantizer_stateful(case, arrays):
+    _, spec = _quantizer(case)
+    step = getattr(quantizers, case["fn"])
+    if isinstance(spec, quantizers.QuantizedBitsLearnablePo2):
+        states = ("scale", "scale_exponent", "d_scale_exponent", "msqe_weight")
+    else:
+        states = ("scale", "scale_exponent", "msqe_weight")
+
+    def call(x, g, state):
+        def loss(x, exponent):
+            y, new = step(x, state._replace(exponent=exponent), spec)
+            return jnp.sum(y * g), (y, new)
+
+        (_, (y, new)), (dx, de) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
+            x, state.exponent
+        )
+        return y, dx, de, quantizers.update_msqe_weight(x, g, new, spec)
+
+    for f in (call, jax.jit(call)):
+        state = quantizers.init_msqe(jnp.asarray(arrays["x0"]), spec)
+        for i in range(sum(name[:1] == "x" for name in arrays)):
+            x, g = (jnp.asarray(arrays[f"{name}{i}"]) for name in "xg")
+            y, dx, de, state = f(x, g, state)
+            got = {"y": y, "dx": dx, "scale": state.scale, "d_scale_exponent": de}
+            got["scale_exponent"] = state.exponent
+            got["msqe_weight"] = state.msqe_weight
+            for name in ("y", "dx", *states):
+                if f"{name}{i}" in arrays:
+                    _within(got[name], arrays[f"{name}{i}"], 1e-4, 1e-5, name)
+
+
 CHECKS = {
     f.__name__: f
     for f in (
@@ -248,6 +279,7 @@ CHECKS = {
         fake_quant_error,
         quantizer,
         quantizer_statistics,
+        quantizer_stateful,
     )
 }
 
