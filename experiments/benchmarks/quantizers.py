@@ -119,10 +119,11 @@ def functions() -> dict[str, tuple[str, Callable[[jax.Array], jax.Array]]]:
         ("soft_rounding", estimators.soft_rounding()),
         ("ewgs", estimators.ewgs()),
     ):
-        bits = quantizers.QuantizedBits(8)
         found[f"quantized_bits(8) with {name}"] = (
             "estimator",
-            lambda x, e=estimator: quantizers.quantized_bits(x, bits, estimator=e),
+            lambda x, e=estimator: quantizers.quantized_bits(
+                x, quantizers.QuantizedBits(8), estimator=e
+            ),
         )
     return found
 

@@ -79,7 +79,8 @@ def _dot(a, own, inputs):
     left, right = a["contract"]
     pair = (inputs[0] - a["offset"], own["kernel"])
     pair = pair[::-1] if a["kernel_operand"] == 0 else pair
-    return np.tensordot(*pair, axes=(left, right)) + own["bias"]
+    product = np.tensordot(*pair, axes=(left, right))
+    return product * 2 ** a.get("shift", 0) + own["bias"]
 
 
 def _conv(a, own, inputs):
@@ -107,7 +108,8 @@ def _conv(a, own, inputs):
             own_out = slice(g * outs, (g + 1) * outs)
             weights = k[own_out].reshape(outs, k.shape[1], -1)[..., flat]
             acc[:, own_out] += np.einsum("nc...,oc->no...", seen[:, own_in], weights)
-    return np.transpose(acc, np.argsort(out_spec)) + own["bias"]
+    acc = np.transpose(acc, np.argsort(out_spec))
+    return acc * 2 ** a.get("shift", 0) + own["bias"]
 
 
 def _pad_or_crop(
@@ -120,7 +122,8 @@ def _pad_or_crop(
 
 
 def _multiply(a, own, inputs):
-    return (inputs[0] - a["offset"]) * own["kernel"] + own["bias"]
+    product = (inputs[0] - a["offset"]) * own["kernel"]
+    return product * 2 ** a.get("shift", 0) + own["bias"]
 
 
 def _windows(a: Mapping[str, Any], x: np.ndarray, fill: int) -> list[np.ndarray]:

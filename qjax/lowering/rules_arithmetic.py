@@ -21,7 +21,8 @@ from qjax.lowering.values import (
 from qjax.trace import Equation, Trace
 
 _INT32 = np.iinfo(np.int32)
-_EXACT_FLOAT32 = 1 << 24  # Integers below are exact in float32, and so are their sums.
+_MOST_SHIFT = 24  # Of a product that a finer bias is added to.
+_SHIFT = 8  # If no shift holds it.
 
 
 @rule("add", "add_any", "sub")
@@ -55,13 +56,11 @@ def _add_known(
     if not isinstance(x, Integers) or x.emit is None or x.is_bounded:
         raise refuse(e, x, "operand")
     if isinstance(known, KnownCodes):
-        on_grid = np.all(np.float32(known.scale) == np.float32(x.scale))
-        if on_grid and x.gain is None:
-            return _with_bias(x, sign * known.codes)
         real = known.codes * np.float64(known.scale)
     else:
         assert isinstance(known, Known)
         real = np.asarray(known.value, np.float64)
+    x = _refined(x, real)
     with np.errstate(divide="ignore", invalid="ignore"):
         bias = np.rint(compact(sign * real) / x.real_scale())
     if not np.all(np.isfinite(bias)) or np.any(np.abs(bias) > _INT32.max):
@@ -72,6 +71,24 @@ def _add_known(
             "before it is all but zero; `qjax.quantize_model` handles that case."
         )
     return _with_bias(x, bias)
+
+
+def _refined(x: Integers, bias: np.ndarray) -> Integers:
+    """A product on a grid that holds a bias, or that is finer by a byte."""
+    if x.shift is None or x.gain is not None or x.bias is not None:
+        return x
+    top = max(abs(x.low), abs(x.high)) + np.max(np.abs(bias / x.scale), initial=1.0)
+    shifts = range(1 + min(int(np.log2(_INT32.max / top)), _MOST_SHIFT))
+    ratio = bias / x.scale
+    shift = next((k for k in shifts if _is_whole(ratio * 2.0**k)), None)
+    if shift is None:  # The bias will be rounded.
+        shift = min(shifts[-1], _SHIFT) if shifts else 0
+    scale, low, high = x.scale / 2.0**shift, x.low << shift, x.high << shift
+    return dataclasses.replace(x, scale=scale, low=low, high=high, shift=shift)
+
+
+def _is_whole(x: np.ndarray) -> bool:
+    return bool(np.all(np.abs(x - np.rint(x)) <= 2.0**-20 * np.maximum(np.abs(x), 1)))
 
 
 def _with_bias(x: Integers, bias: np.ndarray) -> Integers:

@@ -107,12 +107,13 @@ def _product(
     offset = _storage_offset(builder.values[x.value].dtype)
     source = x.value
 
-    def emit(bias: np.ndarray) -> tuple[int, int, int]:
-        _check_overflow(e, low + bias, high + bias, w, x, operand)
-        folded = bias - (x.zero_point - offset) * total
+    def emit(bias: np.ndarray, shift: int) -> tuple[int, int, int]:
+        least, most = (low << shift) + bias, (high << shift) + bias
+        _check_overflow(e, least, most, w, x, operand)
+        folded = bias - ((x.zero_point - offset) * total << shift)
         _check_overflow(e, folded, folded, w, x, operand)
         params = _add_params(builder, w.site or "kernel", w.codes, folded)
-        lowest, highest = int((low + bias).min()), int((high + bias).max())
+        lowest, highest = int(least.min()), int(most.max())
         value = builder.add_value(shape, lowest, highest, dtype="int32")
         is_dot = e.primitive.name == "dot_general"
         attributes = (
@@ -125,6 +126,7 @@ def _product(
             params=params,
             path=where(e).strip("'"),
             offset=offset,
+            shift=shift,
             **attributes,
         )
         return value, lowest, highest
@@ -136,6 +138,7 @@ def _product(
         int(low.min(initial=0)),
         int(high.max(initial=0)),
         emit=emit,
+        shift=0,
         path=e.path,
     )
 
@@ -220,19 +223,26 @@ def multiply(
     offset = _storage_offset(builder.values[source].dtype)
     ends = [codes * (bound - x.zero_point) for bound in (x.low, x.high)]
 
-    def emit(bias: np.ndarray) -> tuple[int, int, int]:
-        low, high = np.minimum(*ends) + bias, np.maximum(*ends) + bias
+    def emit(bias: np.ndarray, shift: int) -> tuple[int, int, int]:
+        low = (np.minimum(*ends) << shift) + bias
+        high = (np.maximum(*ends) << shift) + bias
         _check_overflow(e, low, high, w, x, 1)
-        folded = bias - (x.zero_point - offset) * codes
+        folded = bias - ((x.zero_point - offset) * codes << shift)
         _check_overflow(e, folded, folded, w, x, 1)
         params = _add_params(builder, w.site or "scale", codes, folded)
         lowest, highest = int(low.min()), int(high.max())
         value = builder.add_value(shape, lowest, highest, dtype="int32")
         path = where(e).strip("'")
         builder.add_node(
-            "multiply", (source,), value, params=params, path=path, offset=offset
+            "multiply",
+            (source,),
+            value,
+            params=params,
+            path=path,
+            offset=offset,
+            shift=shift,
         )
         return value, lowest, highest
 
     scale = np.float64(w.scale) * x.scale
-    return Integers(None, np.asarray(scale), 0, 0, 0, emit=emit, path=e.path)
+    return Integers(None, np.asarray(scale), 0, 0, 0, emit=emit, shift=0, path=e.path)

@@ -92,8 +92,8 @@ def _sum(
             np.full((taps,), x.high if high > -low else x.low),
         )
 
-    def emit(bias: np.ndarray) -> tuple[int, int, int]:
-        assert not np.any(bias)
+    def emit(bias: np.ndarray, shift: int) -> tuple[int, int, int]:
+        assert not np.any(bias) and not shift
         value = builder.add_value(shape, low, high, dtype="int32")
         builder.add_node(
             operation,
@@ -281,10 +281,25 @@ _MOVES = {
 }
 
 
+def _broadcast_rank(x: np.ndarray, rank: int, dims: tuple[int, ...]) -> np.ndarray:
+    """Gives an array the rank of a broadcast; ``[]`` stays."""
+    if x.ndim == 0:
+        return x
+    sizes = [1] * rank
+    for d, n in zip(dims, x.shape, strict=True):
+        sizes[d] = n
+    return x.reshape(sizes)
+
+
 def _move_known(e: Equation, trace: Trace, x: KnownCodes) -> KnownCodes:
     """A weight goes through a shape move with its scales."""
-    scale = _move_array(e, trace, x.scale, x.codes.shape)
-    if scale is None or np.any(x.zero_point):
+    if e.primitive.name == "broadcast_in_dim":  # A bias, to the rank of its sum.
+        shape, dims = trace.shape(e.outputs[0]), e.params["broadcast_dimensions"]
+        parts = (x.codes, x.scale, x.zero_point)
+        codes, scale, zero_point = (_broadcast_rank(v, len(shape), dims) for v in parts)
+        return KnownCodes(np.broadcast_to(codes, shape), scale, zero_point, x.site)
+    moved = _move_array(e, trace, x.scale, x.codes.shape)
+    if moved is None or np.any(x.zero_point):
         raise ValueError(
             f"`{e.primitive.name}` moves the weight {x.site!r} in {where(e)} in a "
             f"way that its scales of shape {x.scale.shape} cannot follow.\n"
@@ -299,4 +314,4 @@ def _move_known(e: Equation, trace: Trace, x: KnownCodes) -> KnownCodes:
         raise NotImplementedError(
             f"There is no rule for `{name}` on the weight {x.site!r}, in {where(e)}."
         )
-    return KnownCodes(codes, scale, np.zeros(scale.shape, np.int32), x.site)
+    return KnownCodes(codes, moved, np.zeros(moved.shape, np.int32), x.site)

@@ -56,6 +56,8 @@ class Integers:
       is_codes: Whether these are the codes of a quantization point.
       bias: int64, to be added; absent once emitted.
       emit: Puts the accumulator with its bias into the graph.
+      shift: Bits by which the product is shifted left before its bias is added, so that
+        a finer bias keeps its value; None where that cannot be.
     """
 
     value: int | None
@@ -68,7 +70,8 @@ class Integers:
     bounds: tuple[float, float] = (-np.inf, np.inf)
     is_codes: bool = False
     bias: np.ndarray | None = None
-    emit: "Callable[[np.ndarray], tuple[int, int, int]] | None" = None
+    emit: "Callable[[np.ndarray, int], tuple[int, int, int]] | None" = None
+    shift: int | None = None
     path: str = ""
 
     def emitted(self) -> "Integers":
@@ -76,9 +79,9 @@ class Integers:
         if self.emit is None:
             return self
         bias = np.zeros((), np.int64) if self.bias is None else self.bias
-        value, low, high = self.emit(bias)
+        value, low, high = self.emit(bias, self.shift or 0)
         return dataclasses.replace(
-            self, value=value, low=low, high=high, bias=None, emit=None
+            self, value=value, low=low, high=high, bias=None, emit=None, shift=None
         )
 
     def real_scale(self) -> np.ndarray:

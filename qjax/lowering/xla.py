@@ -56,7 +56,7 @@ def _dot(node, params, inputs):
     left, right = node.attributes["contract"]
     dimensions = ((left, right), ((), ()))
     acc = lax.dot_general(*pair, dimensions, preferred_element_type=jnp.int32)
-    return acc + params[node.params["bias"]]
+    return _shifted(acc, node) + params[node.params["bias"]]
 
 
 def _conv(node, params, inputs):
@@ -79,13 +79,18 @@ def _conv(node, params, inputs):
         feature_group_count=a["groups"],
         preferred_element_type=jnp.int32,
     )
-    return acc + params[node.params["bias"]]
+    return _shifted(acc, node) + params[node.params["bias"]]
 
 
 def _multiply(node, params, inputs):
     x = inputs[0].astype(jnp.int32) - node.attributes["offset"]
     kernel = params[node.params["kernel"]].astype(jnp.int32)
-    return x * kernel + params[node.params["bias"]]
+    return _shifted(x * kernel, node) + params[node.params["bias"]]
+
+
+def _shifted(acc, node):
+    shift = node.attributes.get("shift", 0)
+    return acc << shift if shift else acc
 
 
 def _sum(node, params, inputs):

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.quantizers.point import Point, apply, point_of
+from qjax.quantizers.point import Point, apply, point_of, straight
 from qjax.quantizers.spec import Spec
 
 InternalSigmoid = Literal["hard", "smooth", "real"]
@@ -118,7 +118,8 @@ _SIGMOIDS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 def _clip(z: jax.Array) -> jax.Array:
     """Clips to [0, 1] with derivative 1 at the ends."""
-    return jnp.where(z < 0, jnp.zeros_like(z), jnp.where(z > 1, jnp.ones_like(z), z))
+    inside = jnp.where((z >= 0) & (z <= 1), z, lax.stop_gradient(z))
+    return straight(inside, lax.stop_gradient(jnp.clip(z, 0.0, 1.0)))
 
 
 def _register(spec: type[Spec], function: Callable[[jax.Array], jax.Array]) -> None:

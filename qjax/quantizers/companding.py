@@ -90,7 +90,7 @@ def _ulaw_point(spec: QuantizedUlaw, key: jax.Array | None, x: jax.Array) -> Poi
     u = jnp.asarray(spec.u, jnp.float32)
     curve = 2.0 * internal_sigmoid(spec.internal_sigmoid)(x * (1.0 / unit))
     steps = lax.stop_gradient(curve) * (0.5 * m)
-    codes = round_steps(steps, key, spec.use_stochastic_rounding)
+    codes = round_steps(steps, key)
     r, v = _expand(codes, m, u)
     low, high = -1.0 + float(spec.symmetric) / m, 1.0 - 1.0 / m
     slope = u / ((1.0 + u * jnp.abs(r)) * jnp.log(1.0 + u))

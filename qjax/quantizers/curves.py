@@ -28,7 +28,7 @@ class QuantizedRelu(Spec):
       bits: Word length, 1 to 31. A negative slope takes one of them.
       integer: Bits before the binary point.
       use_sigmoid: Whether values are rounded after a sigmoid.
-      negative_slope: 0, or a power of two up to 1.
+      negative_slope: 0, or a power of two.
       use_stochastic_rounding: With a key.
       relu_upper_bound: Largest value; it counts only without ``is_quantized_clip``.
       is_quantized_clip: Whether the derivative ends at the largest code.
@@ -65,6 +65,22 @@ class QuantizedRelu(Spec):
                 rule,
             )
         check_number(self, "relu_upper_bound", "positive", 0, is_open=True)
+        rule = (
+            "`relu_upper_bound` must lie on the grid, or it has no code. If that is "
+            "meant, set `strict=False`."
+        )
+        require(self, not self.strict or self.is_bound_on_grid(), rule)
+
+    def is_bound_on_grid(self) -> bool:
+        """Whether the largest value is a multiple of the step, as far as is known."""
+        bound, slope = self.relu_upper_bound, self.negative_slope
+        numbers = (bound, slope, self.bits, self.integer)
+        if bound is None or self.is_quantized_clip or not is_known(*numbers):
+            return True
+        bound, slope, bits, integer = (np.asarray(n) for n in numbers)
+        step = np.exp2(integer - (bits - (slope != 0)).astype(float))
+        is_beyond = bound >= np.exp2(integer.astype(float)) - step
+        return bool(np.all(is_beyond | (np.mod(bound, step) == 0)))
 
 
 def quantized_relu(
@@ -83,7 +99,7 @@ def quantized_relu(
 
     with ``2 * round(m * sigmoid(x / 2^integer)) - m`` in place of the first ``round``
     if ``use_sigmoid`` (and ``negative_slope * m`` for ``m`` in the second). Without
-    ``is_quantized_clip`` values end at ``relu_upper_bound``.
+    ``is_quantized_clip`` values end at ``relu_upper_bound``, on the grid.
 
     The derivative is 1 for ``0 < x <= top``, the slope for ``x <= 0``, and 0 above
     ``top``: the largest code, or the upper bound.
@@ -307,12 +323,14 @@ def _relu_point(spec: QuantizedRelu, key: jax.Array | None, x: jax.Array) -> Poi
     m = power_of_two(magnitude)
     steps = held * (1.0 / step)
     bound = None if spec.is_quantized_clip else spec.relu_upper_bound
-    last = m - 1.0 if bound is None else jnp.minimum(m - 1.0, bound * (1.0 / step))
+    last, is_linear = m - 1.0, spec.is_bound_on_grid()
+    if bound is not None and is_linear:
+        last = jnp.minimum(last, jnp.floor(jnp.asarray(bound) * (1.0 / step)))
     end = (m - 1.0) * step if spec.is_quantized_clip else bound
     real = leaky_relu(x, slope, end)
-    is_random = key is not None and spec.use_stochastic_rounding
-    if not spec.use_sigmoid and not is_random and is_known(slope) and slope == 0:
-        return Point(real, steps, 0 * m, last, held, step, 0, last)
+    is_plain = is_known(slope) and slope == 0 and not spec.use_sigmoid
+    if is_plain and is_linear and key is None:
+        return Point(real, steps, 0 * m, last, held, step, 0, last, is_direct=True)
     scaled, shift = steps, 0.0 * m
     if spec.use_sigmoid:
         sigmoid = internal_sigmoid(spec.internal_sigmoid)
@@ -321,16 +339,20 @@ def _relu_point(spec: QuantizedRelu, key: jax.Array | None, x: jax.Array) -> Poi
     keys = (None, None) if key is None else jax.random.split(key)
 
     def part(slope: ArrayLike, key: jax.Array | None) -> jax.Array:
-        whole = round_steps(scaled * slope, key, spec.use_stochastic_rounding)
+        whole = round_steps(scaled * slope, key)
         return 2.0 * whole - shift * slope if spec.use_sigmoid else whole
 
     codes = jnp.minimum(jnp.maximum(part(1.0, keys[0]), 0.0), last)
     low = -slope * m
     codes = codes + jnp.clip(part(slope, keys[1]), low, 0.0)
+    if not is_linear:
+        assert bound is not None
+        value = jnp.minimum(codes * step, jnp.asarray(bound, jnp.float32))
+        return Point(real, steps, low, last, value)
     # Below one step the slope has a single negative level, a part of a step.
     unit = jnp.where(low < 0, jnp.minimum(1.0, -low), 1.0)
-    ends = (q * (1.0 / unit) for q in (low, last))
-    return Point(real, steps, low, last, codes * step, step * unit, *ends)
+    qmin, qmax = low * (1.0 / unit), last * (1.0 / unit)
+    return Point(real, steps, low, last, codes * step, step * unit, qmin, qmax)
 
 
 def leaky_relu(x: jax.Array, slope: ArrayLike, end: ArrayLike | None) -> jax.Array:
@@ -369,13 +391,22 @@ def _curve_point(
     low: jax.Array,
 ) -> Point:
     """Rounds a curve to ``1 / levels``; no derivative where that is clipped."""
-    steps = lax.stop_gradient(real) * levels
-    whole = round_steps(steps, key, spec.use_stochastic_rounding)
-    high = levels - 1.0
+    held = lax.stop_gradient(real)
+    steps, scale, high = held * levels, 1.0 / levels, levels - 1.0
+    whole = round_steps(steps, key)
     passes = (low <= whole) & (whole <= high)
-    scale = 1.0 / levels
-    value = whole * scale
-    return Point(real, steps, low, high, value, scale, low, high, passes=passes)
+    return Point(
+        real,
+        steps,
+        low,
+        high,
+        held if key is None else whole * scale,
+        scale,
+        low,
+        high,
+        is_direct=key is None,
+        passes=passes,
+    )
 
 
 @point_of(QuantizedHswish)

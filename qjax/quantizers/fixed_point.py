@@ -43,6 +43,7 @@ from qjax.quantizers.words import (
     check_alpha,
     check_groups,
     check_word,
+    is_power_of_two,
     make_word,
     real,
     settled,
@@ -241,16 +242,16 @@ def bits_point(spec: QuantizedBits, key: jax.Array | None, x: jax.Array) -> Poin
     word = make_word(spec, spec.keep_negative, spec.symmetric)
     ends = real(word.qmin), real(word.qmax)
     steps = held * (1.0 / word.step)
-    is_random = key is not None and spec.use_stochastic_rounding
-    if word.is_sign is False and spec.alpha is None and not is_random:
-        return Point(x, steps, *ends, held, word.step, word.qmin, word.qmax)
-    codes = jnp.clip(round_steps(steps, key, spec.use_stochastic_rounding), *ends)
+    range_ = word.qmin, word.qmax
+    if word.is_sign is False and spec.alpha is None and key is None:
+        return Point(x, steps, *ends, held, word.step, *range_, is_direct=True)
+    codes = jnp.clip(round_steps(steps, key), *ends)
     codes = jnp.where(word.is_sign, sign(held), codes)
     scale = jnp.where(word.is_sign, 1.0, word.step)
     if spec.alpha is not None:
         scale = scale * known_scale(x, spec.alpha)
     line = sign_line(word.is_sign, held, steps, *ends)
-    return Point(x, *line, codes * scale, scale, word.qmin, word.qmax)
+    return Point(x, *line, codes * scale, scale, *range_)
 
 
 def _auto_bits_point(spec: QuantizedBits, x: jax.Array) -> Point:
@@ -299,7 +300,7 @@ def _linear_point(spec: QuantizedLinear, key: jax.Array | None, x: jax.Array) ->
 
     def level(u: jax.Array, key: jax.Array | None = None) -> jax.Array:
         inside = jnp.clip(u, low, high) - shift
-        return round_steps(inside, key, spec.use_stochastic_rounding) + shift
+        return round_steps(inside, key) + shift
 
     if isinstance(spec.alpha, str):
         s = _auto_linear_scale(spec, held, level, high - low, word.is_sign)
@@ -309,13 +310,11 @@ def _linear_point(spec: QuantizedLinear, key: jax.Array | None, x: jax.Array) ->
             s = s * known_scale(x, spec.alpha)
     u = divide(held, s)
     passes = (low <= u) & (u <= high)
-    is_random = key is not None and spec.use_stochastic_rounding
-    if word.is_sign is False and spec.alpha is None and not is_random:
-        value = held
-    else:
-        value = level(u, key) * s
+    is_direct = key is None and word.is_sign is False and is_power_of_two(spec.alpha)
+    value = lax.stop_gradient(x) if is_direct else level(u, key) * s
     line = sign_line(word.is_sign, 2.0 * u, u, low, high)
-    return Point(x, *line, value, s * half, word.qmin, word.qmax, passes=passes)
+    codes = word.qmin, word.qmax
+    return Point(x, *line, value, s * half, *codes, is_direct=is_direct, passes=passes)
 
 
 def _auto_linear_scale(

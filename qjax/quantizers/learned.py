@@ -507,7 +507,7 @@ def _step_size_point(
     held = lax.stop_gradient(x)
     v = finite(held * (1.0 / s))
     u = v + z
-    whole = round_steps(v, key, spec.use_stochastic_rounding) + z
+    whole = round_steps(v, key) + z
     codes = jnp.clip(whole, qmin, qmax)
     inside = (qmin < u) & (u < qmax)
     learned = _damped(spec, scale, x, qmax) * jnp.where(inside, codes - u, codes)
@@ -518,11 +518,12 @@ def _step_size_point(
         u,
         qmin,
         qmax,
-        (codes - z) * s if key is not None and spec.use_stochastic_rounding else held,
+        held if key is None else (codes - z) * s,
         s,
         qmin,
         qmax,
         z.astype(jnp.int32),
+        is_direct=key is None,
         passes=inside,
         learned=learned,
     )
@@ -565,7 +566,7 @@ def _dorefa_weights_point(
     most = jnp.where(most == 0, 1.0, most)
     half = divide(held, 2.0 * most) + 0.5
     steps = n * half
-    codes = 2.0 * round_steps(steps, key, spec.use_stochastic_rounding) - n
+    codes = 2.0 * round_steps(steps, key) - n
     is_sign = n == 1
     mean = jnp.mean(jnp.abs(finite(x)) * 2.0**-24) * 2.0**24 if x.size else n
     scale = jnp.where(is_sign, mean, divide(jnp.ones(()), n))
@@ -589,10 +590,13 @@ def _line_point(
     held = lax.stop_gradient(x)
     steps = held * (1.0 / scale)
     value = held
-    if key is not None and spec.use_stochastic_rounding:
+    if key is not None:
         inside = jnp.clip(finite(steps), qmin, qmax)
-        value = round_steps(inside, key, True) * scale
-    return Point(smooth, steps, qmin, qmax, value, scale, qmin, qmax)
+        value = round_steps(inside, key) * scale
+    is_direct = key is None
+    return Point(
+        smooth, steps, qmin, qmax, value, scale, qmin, qmax, is_direct=is_direct
+    )
 
 
 @point_of(DifferentiableBits)

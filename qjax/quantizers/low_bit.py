@@ -396,10 +396,10 @@ def _binary_point(spec: Binary, key: jax.Array | None, x: jax.Array) -> Point:
     check_sharing(x.shape, sharing, spec.name)
     held = finite(x)
     q = sign(held)
-    if key is not None and spec.use_stochastic_rounding:
+    if key is not None:
         rounding, drawing = jax.random.split(key)
         m = 2.0 * jnp.minimum(largest(jnp.abs(held), sharing), 1.0)
-        eighths = round_steps(divide(held, m) * 8.0, rounding, True)
+        eighths = round_steps(divide(held, m) * 8.0, rounding)
         held = m * eighths * 0.125
         coin = jax.random.rademacher(drawing, x.shape, x.dtype)
         q = jnp.where(held == 0, coin, sign(held))
@@ -460,8 +460,8 @@ def _ternary_point(spec: Ternary, key: jax.Array | None, x: jax.Array) -> Point:
     scale = _first_scale(spec, size)
     for k in range(spec.number_of_unrolls):
         width, u = scale, divide(held, scale)
-        if key is not None and spec.use_stochastic_rounding:
-            thirds = round_steps(3.0 * u, jax.random.fold_in(key, k), True)
+        if key is not None:
+            thirds = round_steps(3.0 * u, jax.random.fold_in(key, k))
             q = jnp.where(jnp.abs(thirds) >= 1.5, jnp.sign(held), 0.0)
         else:
             q = jnp.where(jnp.abs(u) > 0.5, jnp.sign(held), 0.0)

@@ -316,6 +316,7 @@ def _po2_point(
         scale,
         qmin,
         qmax,
+        is_direct=True,
         passes=passes,
         learned=learned,
     )

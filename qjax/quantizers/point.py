@@ -35,12 +35,13 @@ class Point(NamedTuple):
     steps: jax.Array  # The same in the coordinate whose integers are the levels.
     lowest: jax.Array  # Least level in that coordinate.
     highest: jax.Array
-    value: jax.Array  # On the grid, or, where `scale` rounds it there, still in front.
+    value: jax.Array  # On the levels; or, if direct, what `scale` takes there.
     scale: jax.Array | None = None  # [] or the rank of the value; None: not linear.
     qmin: ArrayLike = 0  # Least code.
     qmax: ArrayLike = 0
     zero_point: jax.Array | None = None  # int32, shape of scale; None: 0.
     codes: jax.Array | None = None  # Where they are not linear.
+    is_direct: bool = False  # Whether one rounding to the scale makes the value.
     passes: jax.Array | None = None  # Where the own derivative is not 0; None: all.
     learned: jax.Array | None = None  # A term that is there for its derivative only.
 
@@ -63,6 +64,7 @@ def finish(
     estimator: Estimator | None,
     qnoise_factor: ArrayLike = 1.0,
     use_ste: bool = True,
+    site: str = "",
 ) -> jax.Array:
     """Gives the value of a point its derivative.
 
@@ -72,12 +74,12 @@ def finish(
       estimator: Backward pass, of `qjax.estimators`; None for that of the quantizer.
       qnoise_factor: 1 for the quantized value, 0 for the real one, or between.
       use_ste: Whether the quantized value has a derivative.
+      site: Name of the quantization point.
 
     Returns:
       Values, shape and dtype of ``x``.
     """
-    value = jnp.where(jnp.isnan(x), jnp.nan, _tagged(point))
-    real = point.real
+    value, real = _tagged(point, x, site), point.real
     if estimator is not None:
         # Of the coordinate that is rounded, with the derivative of the real value.
         steps = straight(real, finite(point.steps))
@@ -123,10 +125,10 @@ def blend_noise(
 
 def encode_point(point: Point, x: jax.Array) -> Quantized:
     """Returns value, codes and grid of a point."""
-    value = jnp.where(jnp.isnan(x), jnp.nan, _tagged(point))
+    value = _tagged(point, x)
     if point.scale is None:
         if point.codes is None:
-            raise ValueError("An activation that does not round has no codes.")
+            raise ValueError("A value that is off every grid has no codes.")
         codes = jnp.where(jnp.isnan(x), 0, point.codes)
         return Quantized(value, codes.astype(jnp.int32), None)
     scale, zero_point, *ends = _grid(point)
@@ -135,9 +137,7 @@ def encode_point(point: Point, x: jax.Array) -> Quantized:
     return Quantized(value, codes, QParams(scale, zero_point))
 
 
-def round_steps(
-    steps: jax.Array, key: jax.Array | None, use_stochastic_rounding: bool
-) -> jax.Array:
+def round_steps(steps: jax.Array, key: jax.Array | None) -> jax.Array:
     """Rounds to the nearest integer, half to even, or at random with the same mean.
 
         with a key:   floor(steps + u),  u uniform in [0, 1)
@@ -145,12 +145,11 @@ def round_steps(
     Args:
       steps: Real values.
       key: Of ``jax.random``; None rounds to the nearest.
-      use_stochastic_rounding: Whether a key is used at all.
 
     Returns:
       Whole numbers, shape of ``steps``.
     """
-    if key is None or not use_stochastic_rounding:
+    if key is None:
         return jnp.round(steps)
     low = jnp.floor(steps)
     is_above = jax.random.uniform(key, steps.shape, steps.dtype) < steps - low
@@ -207,7 +206,10 @@ _LEVELS: dict[type[Spec], _Table] = {}
 
 
 def point_of(spec: type[Spec]) -> Callable[[_Make], _Make]:
-    """Registers ``make(spec, key, *arrays)``, which rounds the first of its arrays."""
+    """Registers ``make(spec, key, *arrays)``, which rounds the first of its arrays.
+
+    ``key`` is None unless the quantizer is to draw.
+    """
 
     def register(make: _Make) -> _Make:
         _POINTS[spec] = make
@@ -256,6 +258,8 @@ def make_point(spec: Spec, key: jax.Array | None, *arrays: jax.Array) -> Point:
             f"`{spec.name}` takes real values, got dtype {jnp.result_type(x)}. Convert "
             "them with `x.astype(jnp.float32)`."
         )
+    if not getattr(spec, "use_stochastic_rounding", True):
+        key = None
     return _POINTS[type(spec)](spec, key, *(a.astype(jnp.float32) for a in arrays))
 
 
@@ -264,6 +268,7 @@ def apply(
     *arrays: jax.Array,
     key: jax.Array | None = None,
     estimator: Estimator | None = None,
+    site: str = "",
 ) -> jax.Array:
     """Applies the quantizer of a spec: what `parse` returned, say.
 
@@ -273,6 +278,7 @@ def apply(
       key: Of ``jax.random``, for the random quantizers and stochastic rounding; None
         for the deterministic form.
       estimator: Backward pass, of `qjax.estimators`; None for that of the quantizer.
+      site: Name of this quantization point, kept in the traced program.
 
     Returns:
       Values on the grid, shape and dtype of the first array.
@@ -285,7 +291,7 @@ def apply(
     point = make_point(spec, key, *arrays)
     n = getattr(spec, "qnoise_factor", 1.0)
     use_ste = getattr(spec, "use_ste", True)
-    return finish(point, arrays[0], estimator, n, use_ste)
+    return finish(point, arrays[0], estimator, n, use_ste, site)
 
 
 def encode(spec: Spec, *arrays: jax.Array, key: jax.Array | None = None) -> Quantized:
@@ -318,12 +324,14 @@ def _grid(point: Point) -> tuple[jax.Array, ...]:
     return point.scale, zero_point, *ends
 
 
-def _tagged(point: Point) -> jax.Array:
-    """The value as a quantization point, which lowering reads."""
+def _tagged(point: Point, x: jax.Array, site: str = "") -> jax.Array:
+    """The value; a quantization point, which lowering reads, if codes are linear."""
     value = lax.stop_gradient(point.value)
+    if not point.is_direct:
+        value = jnp.where(jnp.isnan(x), jnp.nan, value)
     if point.scale is None:
         return value
-    return qpoint_p.bind(value, *_grid(point), site="", rounding=half_even)
+    return qpoint_p.bind(value, *_grid(point), site=site, rounding=half_even)
 
 
 _LARGEST = 2.0**127 * 1.999

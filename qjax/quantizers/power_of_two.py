@@ -129,7 +129,7 @@ class QuantizedReluPo2(Spec):
     Attributes:
       bits: Word length, 1 to 8, all for the exponent.
       max_value: As in `QuantizedPo2`.
-      negative_slope: 0, or a power of two up to 1.
+      negative_slope: 0, or a power of two.
       use_stochastic_rounding: With a key.
       quadratic_approximation: Whether exponents are even.
       log2_rounding: "rnd" to the nearest exponent, or "floor".
@@ -229,7 +229,7 @@ def _round_exponent(
     if spec.max_value is not None:
         a = jnp.minimum(a, spec.max_value)
     e, times = floor_log2(a), word.times
-    if key is not None and spec.use_stochastic_rounding:
+    if key is not None:
         e = e // times
         share = (a * power_of_two(-times * e) - 1.0) / (2.0**times - 1.0)
         e = e + (jax.random.uniform(key, a.shape) < share).astype(jnp.int32)

@@ -95,12 +95,22 @@ def check_groups(spec: Any) -> None:
 
 def check_slope(spec: Any) -> None:
     """Raises if ``negative_slope``, as far as it is known, is neither 0 nor a shift."""
-    check_number(spec, "negative_slope", "0 or a power of two up to 1", 0, 1)
+    check_number(spec, "negative_slope", "0 or a power of two", 0)
     slope = spec.negative_slope
     if is_known(slope):
-        mantissa, _ = np.frexp(np.asarray(slope, np.float64))
+        slope = np.asarray(slope)
         rule = "`negative_slope` must be 0 or a power of two, so that it is a shift."
-        require(spec, bool(np.all((mantissa == 0.5) | (mantissa == 0))), rule)
+        require(spec, is_power_of_two(np.where(slope == 0, 1, slope)), rule)
+
+
+def is_power_of_two(scale: Alpha) -> bool:
+    """Whether a scale is known to consist of powers of two; None counts as 1."""
+    if scale is None:
+        return True
+    if isinstance(scale, str) or not is_known(scale):
+        return False
+    mantissa, _ = np.frexp(np.asarray(scale, np.float64))
+    return bool(np.all(mantissa == 0.5))
 
 
 def settled(n: ArrayLike) -> Any:

@@ -158,36 +158,47 @@ def _check_close(case, got, wanted, at, rtol=1e-4, atol=1e-5, message=""):
 
 def quantizer(case, arrays):
     f, spec = _quantizer(case)
-    x, g, at = jnp.asarray(arrays["x"]), arrays["g"], _compared(case, arrays)
+    x, g, at = (
+        jnp.asarray(arrays["x"]),
+        jnp.asarray(arrays["g"]),
+        _compared(case, arrays),
+    )
     off = 2e-6 * np.maximum(np.abs(arrays["x"]), np.abs(arrays["y"])) + 2e-6
-    for y in _both_ways(f, x):
+
+    def run(x, g):
+        y, pull = jax.vjp(f, x)
+        return y, pull(g)[0], quantizers.encode(spec, x) if spec else None
+
+    for y, dx, q in _both_ways(run, x, g):
         assert np.all(np.abs(y - arrays["y"])[at] <= off[at])
-    if "y_exact" in arrays:
-        for got in _both_ways(lambda x: quantizers.encode(spec, x).value, x):
-            np.testing.assert_array_equal(got[at], arrays["y_exact"][at])
-    if case["follow"] != "forward-only":
-        pull = lambda x: jax.vjp(f, x)[1](jnp.asarray(g))[0]
-        for dx in _both_ways(pull, x):
+        if "y_exact" in arrays:
+            np.testing.assert_array_equal(q.value[at], arrays["y_exact"][at])
+        if case["follow"] != "forward-only":
             _check_close(case, dx, arrays["dx"], at, 2e-6, 2e-6, "dx")
-    for name in ("scale", "quantization_scale"):
-        if name in arrays:
-            _check_scale(case, arrays, name, spec, x)
-    if spec is not None:
-        _check_codes(spec, x)
+        for name in {"scale", "quantization_scale"} & set(arrays):
+            _check_scale(case, arrays[name], name, spec, q)
+        if q is not None:
+            _check_codes(spec, q)
 
 
-def _check_scale(case, arrays, name, spec, x):
-    wanted = arrays[name]
-    for q in _both_ways(lambda x: quantizers.encode(spec, x), x):
-        scale = np.asarray(q.params.scale, np.float64) * _steps_of(spec, name)
-        scale = np.broadcast_to(scale, np.broadcast_shapes(scale.shape, wanted.shape))
-        wanted = np.broadcast_to(wanted, scale.shape)
-        # An empty range has scale 0 there and 1 here: all of its codes are 0.
-        empty = wanted == 0
-        assert not np.any(np.where(empty, q.codes, 0))
-        if "po2" in str(case["params"].get("alpha")):
-            np.testing.assert_array_equal(scale[~empty], wanted[~empty])
-        _check_close(case, scale, wanted, ~empty, 1e-6, 0, name)
+def _check_scale(case, wanted, name, spec, q):
+    scale = np.asarray(q.params.scale, np.float64) * _steps_of(spec, name)
+    shape = np.broadcast_shapes(scale.shape, wanted.shape)
+    scale, wanted = np.broadcast_to(scale, shape), np.broadcast_to(wanted, shape)
+    # An empty range has scale 0 there and 1 here: all of its codes are 0.
+    empty = wanted == 0
+    assert not np.any(np.where(empty, q.codes, 0))
+    if "po2" in str(case["params"].get("alpha")):
+        np.testing.assert_array_equal(scale[~empty], wanted[~empty])
+    _check_close(case, scale, wanted, ~empty, 1e-6, 0, name)
+
+
+def _check_codes(spec, q):
+    """The value is what the codes stand for."""
+    if q.params is None:
+        np.testing.assert_array_equal(q.value, quantizers.levels(spec)[q.codes])
+    else:
+        np.testing.assert_array_equal(q.value, dequantize(q.codes, q.params))
 
 
 def _steps_of(spec, name):
@@ -206,16 +217,6 @@ def _steps_of(spec, name):
     return 1.0 if is_sign else 1.0 / unit
 
 
-def _check_codes(spec, x):
-    """Value is what the codes stand for, and they are in their range."""
-    for value, codes, params in _both_ways(lambda x: quantizers.encode(spec, x), x):
-        if params is None:
-            table = quantizers.levels(spec)
-            np.testing.assert_array_equal(value, table[codes])
-        else:
-            np.testing.assert_array_equal(value, dequantize(codes, params))
-
-
 def quantizer_statistics(case, arrays):
     f, spec = _quantizer(case)
     x, n = jnp.asarray(arrays["x"]), case["n_draws"]
@@ -225,17 +226,14 @@ def quantizer_statistics(case, arrays):
     draws = np.asarray(jax.jit(jax.vmap(lambda key: f(x, key)))(keys), np.float64)
     off = np.abs(draws.mean(0) - arrays["mean"])
     assert np.all(off < 5 * arrays["std"] / np.sqrt(n) + 1e-3)
-    support = np.unique(np.round(draws, 5))
-    for value in support:
-        assert np.min(np.abs(arrays["support"] - value)) < 1e-4
-    if "scale" in arrays:
+    if len(arrays["support"]) <= 64:  # Else the scale is random as well.
+        for value in np.unique(np.round(draws, 5)):
+            assert np.min(np.abs(arrays["support"] - value)) < 1e-4
+    scales = [quantizers.encode(spec, x, key=key).params.scale for key in keys[:2]]
+    if "scale" in arrays and np.array_equal(*scales):
         wanted = arrays["scale"]
-        got = quantizers.encode(spec, x, key=keys[0]).params.scale * _steps_of(
-            spec, "scale"
-        )
-        _check_close(
-            case, np.broadcast_to(got, wanted.shape), wanted, wanted != 0, 1e-5
-        )
+        got = np.broadcast_to(scales[0] * _steps_of(spec, "scale"), wanted.shape)
+        _check_close(case, got, wanted, wanted != 0, 1e-5)
 
 
 def quantizer_stateful(case, arrays):
