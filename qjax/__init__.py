@@ -1,5 +1,6 @@
 """Quantize JAX and Flax models, train them as they ship, lower them to integers."""
 
+from qjax import estimators, quantizers
 from qjax.affine import (
     QParams,
     QSpec,
@@ -33,6 +34,7 @@ __all__ = (
     "clipped_ste",
     "dequantize",
     "ema_min_max",
+    "estimators",
     "fake_quant",
     "fixed_point",
     "int_range",
@@ -42,6 +44,7 @@ __all__ = (
     "min_max_params",
     "quantize",
     "quantize_model",
+    "quantizers",
     "requantize",
     "stack_schemes",
     "verify",

@@ -12,7 +12,15 @@ from absl.testing import parameterized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qjax.rounding import ceil_power_of_two, half_away, half_even, int_range
+from qjax.rounding import (
+    ceil_power_of_two,
+    floor_log2,
+    half_away,
+    half_even,
+    int_range,
+    power_of_two,
+    round_log2,
+)
 
 
 def _code_range(bits, signed, narrow_range):
@@ -152,3 +160,37 @@ def test_ceil_power_of_two_is_the_least_that_is_not_below(x):
     got = float(ceil_power_of_two(jnp.float32(x)))
     assert got == _smallest_power_of_two(x)
     assert got / 2 < x <= got
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.vmap])
+def test_power_of_two_is_exact_from_zero_to_the_largest(wrap):
+    exponents = np.arange(-130, 140)
+    wanted = [0.0 if e < -126 else 2.0 ** min(e, 127) for e in exponents]
+    got = wrap(power_of_two)(exponents)
+    np.testing.assert_array_equal(np.float64(got), wanted)
+    np.testing.assert_array_equal(wrap(power_of_two)(exponents.astype(np.float32)), got)
+
+
+def _rounded_log2(x):
+    """Compares squares: ``x > 2^(e + 1/2)`` without a logarithm; there are no ties."""
+    e = math.frexp(x)[1] - 1
+    return e + (fractions.Fraction(x) ** 2 > fractions.Fraction(2) ** (2 * e + 1))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.floats(2.0**-126, np.finfo(np.float32).max.item(), width=32))
+def test_logarithms_of_floats_are_rounded_exactly(x):
+    assert int(round_log2(jnp.float32(x))) == _rounded_log2(x)
+    assert int(floor_log2(jnp.float32(x))) == math.frexp(x)[1] - 1
+
+
+def test_logarithms_next_to_the_root_of_two():
+    root = np.float32(np.sqrt(2))
+    for x in (
+        np.nextafter(root, np.float32(0)),
+        root,
+        np.nextafter(root, np.float32(2)),
+    ):
+        for e in (-100, 0, 100):
+            scaled = float(x) * 2.0**e
+            assert int(round_log2(jnp.float32(scaled))) == _rounded_log2(scaled)

@@ -88,7 +88,8 @@ def _refined(x: Integers, bias: np.ndarray) -> Integers:
 
 
 def _is_whole(x: np.ndarray) -> bool:
-    return bool(np.all(np.abs(x - np.rint(x)) <= 2.0**-20 * np.maximum(np.abs(x), 1)))
+    """Up to the float32 rounding of scales."""
+    return bool(np.all(np.abs(x - np.rint(x)) <= 2.0**-20 * np.abs(x)))
 
 
 def _with_bias(x: Integers, bias: np.ndarray) -> Integers:
