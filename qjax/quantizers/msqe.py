@@ -23,7 +23,7 @@ from jax.typing import ArrayLike
 
 from qjax.affine import Estimator, scale_shape
 from qjax.quantizers.point import Point, apply, finite, point_of
-from qjax.quantizers.scales import EPSILON, divide
+from qjax.quantizers.scales import EPSILON, divide, spread
 from qjax.quantizers.spec import Spec, check_number, require, static
 from qjax.quantizers.words import check_word, settled
 from qjax.rounding import power_of_two, round_log2
@@ -159,7 +159,7 @@ def init_msqe(x: jax.Array, spec: MsqeSpec) -> MsqeState:
         most = jnp.max(jnp.abs(held), over, keepdims=True, initial=0.0)
         exponent = _exponent(divide(most, qmax)).astype(jnp.float32)
     else:
-        scale = divide(3.0 * jnp.std(held, over, keepdims=True), qmax)
+        scale = divide(spread(held, over), qmax) * 3.0
         if spec.min_init_scale is not None:
             scale = jnp.maximum(scale, spec.min_init_scale)
         exponent = jnp.log2(scale)
@@ -364,7 +364,7 @@ def _weight(x: jax.Array, state: MsqeState, spec: MsqeSpec) -> jax.Array:
     if not spec.use_outlier_mask_msqe_weight:
         return weight
     if isinstance(spec, QuantizedBitsMsqePo2):
-        deviation = jnp.std(x, _axes(x, spec), keepdims=True)
+        deviation = spread(x, _axes(x, spec))
         most = jnp.asarray(spec.outlier_mask_sigma, jnp.float32) * deviation
     else:
         exponent = lax.stop_gradient(state.exponent)

@@ -49,11 +49,12 @@ def least_squares(x: jax.Array, q: jax.Array, sharing: Sharing = LAST) -> jax.Ar
     return divide(xq, qq + EPSILON) * (1.0 / _SMALL)
 
 
-def spread(x: jax.Array) -> jax.Array:
-    """Returns the standard deviation of each channel (last axis); rank of ``x``."""
-    axes = tuple(range(x.ndim)) if x.ndim < 2 else _reduced(x.ndim, None)
-    most = largest(jnp.abs(x))
-    return jnp.std(divide(x, most), axes, keepdims=True) * most
+def spread(x: jax.Array, over: tuple[int, ...] | None = None) -> jax.Array:
+    """Returns the standard deviation over some axes, all but the last by default."""
+    if over is None:
+        over = tuple(range(x.ndim)) if x.ndim < 2 else _reduced(x.ndim, None)
+    most = jnp.max(jnp.abs(x), over, keepdims=True, initial=0.0)
+    return jnp.std(divide(x, most), over, keepdims=True) * most
 
 
 def to_power_of_two(
