@@ -256,7 +256,6 @@ def test_a_parsed_spec_quantizes_as_the_one_it_came_from(options):
     )
 
 
-# BUG: by name, in the order of the fields, then by position: it is read.
 @pytest.mark.parametrize(
     "text", ("quantized_bits(bits=4,0)", "quantized_bits(4,integer=0,1)")
 )

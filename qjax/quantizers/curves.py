@@ -15,8 +15,15 @@ from qjax.quantizers.fixed_point import QuantizedBits, bits_point
 from qjax.quantizers.point import Point, apply, point_of, round_steps
 from qjax.quantizers.scales import Axes, divide
 from qjax.quantizers.spec import Spec, check_number, is_known, require, static
-from qjax.quantizers.words import Alpha, check_alpha, check_slope, check_word, settled
-from qjax.quantizers.words import real as as_real
+from qjax.quantizers.words import (
+    Alpha,
+    as_float,
+    as_int,
+    check_alpha,
+    check_slope,
+    check_word,
+    settled,
+)
 from qjax.rounding import power_of_two
 
 
@@ -318,14 +325,14 @@ def quantized_hswish(
 def _relu_point(spec: QuantizedRelu, key: jax.Array | None, x: jax.Array) -> Point:
     held = lax.stop_gradient(x)
     slope = settled(spec.negative_slope)
-    magnitude = settled(spec.bits) - (slope != 0)
+    magnitude = settled(spec.bits) - as_int(slope != 0)
     step = power_of_two(settled(spec.integer) - magnitude)
     m = power_of_two(magnitude)
     steps = held * (1.0 / step)
     bound = None if spec.is_quantized_clip else spec.relu_upper_bound
     last, is_linear = m - 1.0, spec.is_bound_on_grid()
     if bound is not None and is_linear:
-        last = jnp.minimum(last, jnp.floor(jnp.asarray(bound) * (1.0 / step)))
+        last = jnp.minimum(last, jnp.floor(as_float(bound) * (1.0 / step)))
     end = (m - 1.0) * step if spec.is_quantized_clip else bound
     real = leaky_relu(x, slope, end)
     is_plain = is_known(slope) and slope == 0 and not spec.use_sigmoid
@@ -339,11 +346,12 @@ def _relu_point(spec: QuantizedRelu, key: jax.Array | None, x: jax.Array) -> Poi
     keys = (None, None) if key is None else jax.random.split(key)
 
     def part(slope: ArrayLike, key: jax.Array | None) -> jax.Array:
+        slope = as_float(slope)
         whole = round_steps(scaled * slope, key)
         return 2.0 * whole - shift * slope if spec.use_sigmoid else whole
 
     codes = jnp.minimum(jnp.maximum(part(1.0, keys[0]), 0.0), last)
-    low = -slope * m
+    low = -as_float(slope) * m
     codes = codes + jnp.clip(part(slope, keys[1]), low, 0.0)
     if not is_linear:
         assert bound is not None
@@ -358,8 +366,9 @@ def _relu_point(spec: QuantizedRelu, key: jax.Array | None, x: jax.Array) -> Poi
 def leaky_relu(x: jax.Array, slope: ArrayLike, end: ArrayLike | None) -> jax.Array:
     """Returns ``x`` above 0, ``slope * x`` below, constant from ``end`` on."""
     is_flat = is_known(slope) and not np.any(slope)  # Not -inf * 0.
-    y = jnp.where(x > 0, x, jnp.zeros_like(x) if is_flat else slope * x)
-    return y if end is None else jnp.where(x > end, end, y)
+    below = jnp.zeros_like(x) if is_flat else as_float(slope) * x
+    y = jnp.where(x > 0, x, below)
+    return y if end is None else jnp.where(x > end, as_float(end), y)
 
 
 @point_of(QuantizedTanh)
@@ -411,11 +420,11 @@ def _curve_point(
 
 @point_of(QuantizedHswish)
 def _hswish_point(spec: QuantizedHswish, key: jax.Array | None, x: jax.Array) -> Point:
-    shift, bound = (as_real(v) for v in (spec.relu_shift, spec.relu_upper_bound))
+    shift, bound = (as_float(v) for v in (spec.relu_shift, spec.relu_upper_bound))
     is_bent = (x > -shift) & (x < bound - shift)
     inside = jnp.where(is_bent, x, 0.0)
     bend = divide(inside * (inside + shift), bound)
-    real = jnp.where(is_bent, bend, jnp.where(x > -shift, x, 0.0 * inside))
+    real = jnp.where(x <= -shift, 0.0, jnp.where(is_bent, bend, x))
     bits = QuantizedBits(
         spec.bits,
         spec.integer,

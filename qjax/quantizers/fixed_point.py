@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from qjax.affine import Estimator
 from qjax.quantizers.point import (
+    LARGEST,
     Point,
     apply,
     finite,
@@ -40,12 +41,12 @@ from qjax.quantizers.scales import (
 from qjax.quantizers.spec import Spec, check_number, require, static
 from qjax.quantizers.words import (
     Alpha,
+    as_float,
     check_alpha,
     check_groups,
     check_word,
     is_power_of_two,
     make_word,
-    real,
     settled,
 )
 from qjax.rounding import power_of_two
@@ -203,7 +204,8 @@ def quantized_linear(
         q = round(clip(x / s, qmin, qmax)),  y = s * q
 
     Range of the codes as in `quantized_bits`; rounding is half to even. A signed word
-    of one bit is ``y = s * sign(x) / 2``. Where ``alpha`` is found:
+    of one bit is ``y = s * sign(x) / 2``, where ``x / s`` from -2^-25 on counts as 0,
+    which float32 makes of it in ``round(x / s - 1 / 2)``. Where ``alpha`` is found:
 
         auto:      s = max(max|x| / ((qmax - qmin) / 2), 1e-7); max(x) if not negative
         auto_po2:  that to a power of two, then least squares until nothing changes, at
@@ -240,7 +242,7 @@ def bits_point(spec: QuantizedBits, key: jax.Array | None, x: jax.Array) -> Poin
         return _auto_bits_point(spec, x)
     held = lax.stop_gradient(x)
     word = make_word(spec, spec.keep_negative, spec.symmetric)
-    ends = real(word.qmin), real(word.qmax)
+    ends = as_float(word.qmin), as_float(word.qmax)
     steps = held * (1.0 / word.step)
     range_ = word.qmin, word.qmax
     if word.is_sign is False and spec.alpha is None and key is None:
@@ -260,7 +262,7 @@ def _auto_bits_point(spec: QuantizedBits, x: jax.Array) -> Point:
     word = make_word(spec, spec.keep_negative, symmetric=True)
     unit = power_of_two(settled(spec.integer))
     t = finite(finite(x) * (1.0 / unit))
-    top = real(word.qmax)
+    top = as_float(word.qmax)
     if not spec.keep_negative:
         t = jnp.maximum(t, 0.0)
     frozen = spec.post_training_scale
@@ -296,7 +298,7 @@ def _linear_point(spec: QuantizedLinear, key: jax.Array | None, x: jax.Array) ->
     # A sign is half a step: levels -1/2 and 1/2.
     half = jnp.where(word.is_sign, 0.5, 1.0)
     shift = jnp.where(word.is_sign, 0.5, 0.0)
-    low, high = real(word.qmin) * half, real(word.qmax) * half
+    low, high = as_float(word.qmin) * half, as_float(word.qmax) * half
 
     def level(u: jax.Array, key: jax.Array | None = None) -> jax.Array:
         inside = jnp.clip(u, low, high) - shift
@@ -332,7 +334,7 @@ def _auto_linear_scale(
         s = divide(most(jnp.abs(x), sharing), 0.5 * width)
     else:
         s = divide(most(x, sharing), width)
-    s = jnp.maximum(s, EPSILON)
+    s = jnp.clip(s, EPSILON, LARGEST)
     if spec.alpha == "auto":
         return s
 

@@ -14,10 +14,18 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from qjax.affine import Estimator, QSpec, min_max_params, reduce_range, scale_shape
-from qjax.quantizers.point import Point, apply, finite, point_of, round_steps, sign
+from qjax.quantizers.point import (
+    Point,
+    apply,
+    finite,
+    point_of,
+    round_steps,
+    sign,
+    straight,
+)
 from qjax.quantizers.scales import divide
 from qjax.quantizers.spec import Spec, check_number, static
-from qjax.quantizers.words import check_word, real, settled
+from qjax.quantizers.words import as_float, check_word, settled
 from qjax.rounding import int_range, power_of_two
 
 _LEAST = 2.0**-64  # What a scale counts for that training took below it.
@@ -451,7 +459,7 @@ def _check_learned(spec: Any) -> None:
 
 def _code_range(spec: Any) -> tuple[jax.Array, jax.Array]:
     qmin, qmax = int_range(settled(spec.bits), spec.signed, spec.narrow_range)
-    return real(qmin), real(qmax)
+    return as_float(qmin), as_float(qmax)
 
 
 def _check_shape(name: str, what: str, x: Any, learned: Any, axis: Axes) -> None:
@@ -538,8 +546,9 @@ def _pact_point(
     top = jnp.maximum(lax.stop_gradient(clip), _LEAST)
     learned = jnp.where(lax.stop_gradient(x) >= top, clip, 0.0)
     passes = (x >= 0) & (x < top)
+    clipped = straight(x, lax.stop_gradient(jnp.clip(x, 0.0, top)))
     return _line_point(
-        spec, key, jnp.clip(x, 0.0, top), x, divide(top, levels), 0 * levels, levels
+        spec, key, clipped, x, divide(top, levels), 0 * levels, levels
     )._replace(passes=passes, learned=learned)
 
 
@@ -549,7 +558,7 @@ def _dorefa_activations_point(
 ) -> Point:
     levels = power_of_two(settled(spec.bits)) - 1.0
     passes = (x >= 0) & (x <= 1)
-    clipped = jnp.clip(x, 0.0, 1.0)
+    clipped = straight(x, lax.stop_gradient(jnp.clip(x, 0.0, 1.0)))
     scale = divide(jnp.ones(()), levels)
     point = _line_point(spec, key, clipped, x, scale, 0 * levels, levels)
     return point._replace(passes=passes)

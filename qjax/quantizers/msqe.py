@@ -25,7 +25,7 @@ from qjax.affine import Estimator, scale_shape
 from qjax.quantizers.point import Point, apply, finite, point_of
 from qjax.quantizers.scales import EPSILON, divide, spread
 from qjax.quantizers.spec import Spec, check_number, require, static
-from qjax.quantizers.words import check_word, settled
+from qjax.quantizers.words import as_int, check_word, settled
 from qjax.rounding import power_of_two, round_log2
 
 
@@ -333,7 +333,7 @@ def _check(spec: Any) -> None:
 
 def _ends(spec: MsqeSpec) -> tuple[jax.Array, jax.Array]:
     """Least and largest code."""
-    qmax = power_of_two(settled(spec.bits) - spec.keep_negative) - 1.0
+    qmax = power_of_two(settled(spec.bits) - as_int(spec.keep_negative)) - 1.0
     return -qmax * float(spec.keep_negative), qmax
 
 

@@ -12,6 +12,8 @@ from qjax.affine import Estimator, QParams, grid_codes, qpoint_p
 from qjax.quantizers.spec import Spec, is_known
 from qjax.rounding import half_even
 
+LARGEST = 2.0**127 * 1.999  # Where infinities are cut, just inside float32.
+
 
 class Quantized(NamedTuple):
     """A value with its codes.
@@ -171,7 +173,7 @@ def snap(
 
     ``most`` is the largest code: its value must be finite.
     """
-    scale = jnp.minimum(scale, _LARGEST / jnp.asarray(most).astype(jnp.float32))
+    scale = jnp.minimum(scale, LARGEST / jnp.asarray(most).astype(jnp.float32))
     return codes * scale, jnp.where(scale == 0, 1.0, scale)
 
 
@@ -196,7 +198,7 @@ def sign_line(
 def finite(x: jax.Array) -> jax.Array:
     """Returns ``x`` without derivative, 0 for NaN, and infinities within float32."""
     x = lax.stop_gradient(x)
-    return jnp.clip(jnp.where(jnp.isnan(x), 0.0, x), -_LARGEST, _LARGEST)
+    return jnp.clip(jnp.where(jnp.isnan(x), 0.0, x), -LARGEST, LARGEST)
 
 
 _Make = Callable[..., Point]
@@ -236,10 +238,11 @@ def levels(spec: Spec) -> jax.Array:
         `quantized_relu_po2`.
 
     Returns:
-      float32 table, ascending: ``value == levels(spec)[codes]`` for those of `encode`.
+      float32 table, ascending: ``value == levels(spec)[codes]`` where `encode` gives
+      codes without a scale.
 
     Raises:
-      ValueError: if the codes are linear; `encode` gives their scale.
+      ValueError: for another quantizer: its codes are linear, and have a scale.
     """
     if type(spec) not in _LEVELS:
         raise ValueError(
@@ -303,9 +306,10 @@ def encode(spec: Spec, *arrays: jax.Array, key: jax.Array | None = None) -> Quan
       key: As of `apply`.
 
     Returns:
-      `Quantized`: float32 values, int32 codes (0 for NaN), and scale with zero point,
-      or None where codes are not linear (`quantized_ulaw`; powers of two over more than
-      8 exponents). ``qnoise_factor`` is not applied.
+      `Quantized`: float32 values, int32 codes, and scale with zero point, or None where
+      codes are not linear (`quantized_ulaw`; powers of two over more than 8 exponents,
+      or a traced number of them). The code of NaN is 0, or the closest to it that there
+      is. ``qnoise_factor`` is not applied.
 
     Example:
       >>> from qjax.quantizers import QuantizedBits
@@ -332,6 +336,3 @@ def _tagged(point: Point, x: jax.Array, site: str = "") -> jax.Array:
     if point.scale is None:
         return value
     return qpoint_p.bind(value, *_grid(point), site=site, rounding=half_even)
-
-
-_LARGEST = 2.0**127 * 1.999

@@ -17,7 +17,7 @@ from qjax.quantizers.curves import leaky_relu
 from qjax.quantizers.point import Point, apply, finite, levels_of, point_of, sign
 from qjax.quantizers.scales import EPSILON
 from qjax.quantizers.spec import Spec, check_number, is_known, require, static
-from qjax.quantizers.words import check_slope, check_word, settled
+from qjax.quantizers.words import as_float, as_int, check_slope, check_word, settled
 from qjax.rounding import floor_log2, power_of_two, round_log2
 
 _MOST_LINEAR = 8  # Exponents: codes up to 2^7.
@@ -200,24 +200,25 @@ class _Word(NamedTuple):
     times: int  # 2 with that approximation.
     least: Any  # Of the values.
     most: Any
+    reached: Any  # The largest that `max_value` leaves, if it is known.
 
 
 def _word(spec: Any, signed: int) -> _Word:
     top = None if spec.max_value is None else settled(spec.max_value)
-    has_large: Any = True if top is None else top > 1
+    has_large = 1 if top is None else as_int(top > 1)
     n = settled(spec.bits) - signed - has_large
     reach: Any = 2**n if isinstance(n, int) else power_of_two(n).astype(jnp.int32)
     high = reach - 1
     times = 1
     if spec.quadratic_approximation:
         high, times = 2 * (high // 2), 2
-    most = times * high
+    least, most = -reach * times, times * high
+    reached = most
     if isinstance(n, int) and isinstance(top, int | float):
         share = np.log2(top) / times
         rounded = np.floor(share) if spec.log2_rounding == "floor" else np.ceil(share)
-        most = min(most, times * int(rounded))
-        most = max(most, -reach * times)
-    return _Word(-reach, high, times, -reach * times, most)
+        reached = max(min(most, times * int(rounded)), least)
+    return _Word(-reach, high, times, least, most, reached)
 
 
 def _round_exponent(
@@ -227,7 +228,7 @@ def _round_exponent(
     is_tiny = a < EPSILON
     a = jnp.where(is_tiny, 1.0, a)
     if spec.max_value is not None:
-        a = jnp.minimum(a, spec.max_value)
+        a = jnp.minimum(a, as_float(spec.max_value))
     e, times = floor_log2(a), word.times
     if key is not None:
         e = e // times
@@ -238,44 +239,41 @@ def _round_exponent(
     else:
         e = round_log2(a) if times == 1 else (e + 1) // 2
     e = times * jnp.clip(e, word.low, word.high)
-    steps = jnp.where(is_tiny, word.low, jnp.log2(a) * (1.0 / times))
+    steps = jnp.where(is_tiny, as_float(word.low), jnp.log2(a) * (1.0 / times))
     return jnp.where(is_tiny, word.low, e), steps
 
 
 def _is_linear(word: _Word) -> bool:
     """Whether codes of at most 8 bits and a sign hold all values."""
-    known = isinstance(word.most, int) and isinstance(word.least, int)
-    return known and word.most - word.least < _MOST_LINEAR
+    known = isinstance(word.reached, int) and isinstance(word.least, int)
+    return known and word.reached - word.least < _MOST_LINEAR
 
 
 def _point(
-    real: jax.Array,
+    smooth: jax.Array,
     word: _Word,
-    signs: jax.Array | None,
+    signs: jax.Array,
+    is_signed: bool | jax.Array,
     exponents: jax.Array,
     steps: jax.Array,
 ) -> Point:
-    value = power_of_two(exponents)
-    low, high = (jnp.asarray(q, jnp.float32) for q in (word.low, word.high))
-    above = exponents - word.least
-    count = word.most - word.least + 1
-    if signs is not None:
-        value = signs * value
+    value = signs * power_of_two(exponents)
+    low, high = as_float(word.low), as_float(word.high)
     if _is_linear(word):
-        scale, top = power_of_two(word.least), 2 ** (count - 1)
-        return Point(
-            real, steps, low, high, value, scale, 0 if signs is None else -top, top
-        )
-    if signs is not None:
-        above = jnp.where(signs > 0, count + above, count - 1 - above)
-    return Point(real, steps, low, high, value, codes=above)
+        scale, top = power_of_two(word.least), 2 ** (word.reached - word.least)
+        qmin = 0 if is_signed is False else -top
+        return Point(smooth, steps, low, high, value, scale, qmin, top)
+    above, count = exponents - word.least, word.most - word.least + 1
+    both = jnp.where(signs > 0, count + above, count - 1 - above)
+    codes = jnp.where(is_signed, both, above)
+    return Point(smooth, steps, low, high, value, codes=codes)
 
 
 @point_of(QuantizedPo2)
 def _po2_point(spec: QuantizedPo2, key: jax.Array | None, x: jax.Array) -> Point:
     word, held = _word(spec, signed=1), finite(x)
     rounded = _round_exponent(spec, word, jnp.abs(held), key)
-    return _point(x, word, sign(held), *rounded)
+    return _point(x, word, sign(held), True, *rounded)
 
 
 @point_of(QuantizedReluPo2)
@@ -284,17 +282,12 @@ def _relu_po2_point(
 ) -> Point:
     word, held = _word(spec, signed=0), finite(x)
     slope = settled(spec.negative_slope)
-    below = held < 0
-    signs = None
-    if _has_slope(slope):
-        held = jnp.where(below, -slope * held, held)
-        signs = jnp.where(below & (jnp.asarray(slope) != 0), -1.0, 1.0)
-    rounded = _round_exponent(spec, word, jnp.maximum(held, 0.0), key)
-    return _point(leaky_relu(x, slope, spec.max_value), word, signs, *rounded)
-
-
-def _has_slope(slope: ArrayLike) -> bool:
-    return not is_known(slope) or bool(np.any(np.asarray(slope) != 0))
+    is_signed = slope != 0
+    signs = jnp.where((held < 0) & is_signed, -1.0, 1.0)
+    size = jnp.where(held < 0, -as_float(slope) * held, held)
+    rounded = _round_exponent(spec, word, size, key)
+    relu = leaky_relu(x, slope, spec.max_value)
+    return _point(relu, word, signs, is_signed, *rounded)
 
 
 @levels_of(QuantizedPo2)
@@ -304,14 +297,9 @@ def _po2_levels(spec: QuantizedPo2) -> jax.Array:
 
 @levels_of(QuantizedReluPo2)
 def _relu_po2_levels(spec: QuantizedReluPo2) -> jax.Array:
-    return _levels(_word(spec, signed=0), _has_slope(settled(spec.negative_slope)))
+    return _levels(_word(spec, signed=0), bool(settled(spec.negative_slope) != 0))
 
 
 def _levels(word: _Word, is_signed: bool) -> jax.Array:
-    if _is_linear(word):
-        raise ValueError(
-            f"Codes over {word.most - word.least + 1} exponents are linear: `encode` "
-            "gives their scale."
-        )
     positive = power_of_two(np.arange(word.least, word.most + 1))
     return jnp.concatenate([-positive[::-1], positive]) if is_signed else positive

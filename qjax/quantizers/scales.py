@@ -20,7 +20,6 @@ from jax.typing import ArrayLike
 from qjax.rounding import power_of_two, round_log2
 
 EPSILON = 1e-7  # Of Keras.
-_SMALL = 2.0**-48
 
 Axes = int | tuple[int, ...] | None
 
@@ -43,10 +42,12 @@ def largest(x: jax.Array, sharing: Sharing = LAST) -> jax.Array:
 
 def least_squares(x: jax.Array, q: jax.Array, sharing: Sharing = LAST) -> jax.Array:
     """Returns the scales ``s`` that minimize ``sum((x - s * q)^2)``; rank of ``x``."""
-    xq, qq = (x * _SMALL) * q, q * q  # So that no sum of float32 values overflows.
+    # So small that no sum of products with codes of 16 bits overflows.
+    small = 2.0 ** -(17 + x.size.bit_length())
+    xq, qq = (x * small) * q, q * q
     if x.ndim > 1:
         xq, qq = _mean(xq, sharing), _mean(qq, sharing)
-    return divide(xq, qq + EPSILON) * (1.0 / _SMALL)
+    return divide(xq, qq + EPSILON) * (1.0 / small)
 
 
 def spread(x: jax.Array, over: tuple[int, ...] | None = None) -> jax.Array:

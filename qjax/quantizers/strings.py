@@ -77,11 +77,11 @@ def _item(
 ) -> tuple[str, Any]:
     """One option: its name and its value."""
     if reader.kind == "name" and reader.text not in _WORDS:
-        option = reader.take("name", "an option")
+        option, reader.has_named = reader.take("name", "an option"), True
         reader.mark("=")
         return option, _value(reader)
     position = len(options)
-    if list(options) != by_position[:position]:
+    if reader.has_named:
         reader.fail("options by position come before those by name")
     if position >= len(by_position):
         reader.fail(f"at most {len(by_position)} options may go by position")
@@ -113,7 +113,7 @@ class _Reader:
     """The tokens of a text, one ahead."""
 
     def __init__(self, text: str):
-        self.kind, self.text = "", ""
+        self.kind, self.text, self.has_named = "", "", False
         self._source, self._at = text, 0
         self._advance()
 

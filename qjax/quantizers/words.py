@@ -13,6 +13,11 @@ from qjax.rounding import int_range, power_of_two
 Alpha = ArrayLike | tuple[float, ...] | str | None
 
 
+def as_int(flag: Any) -> Any:
+    """A truth value, known or traced, as the integer that counts it."""
+    return flag.astype(jnp.int32) if isinstance(flag, jax.Array) else int(flag)
+
+
 class Word(NamedTuple):
     """The codes of a fixed-point word."""
 
@@ -27,7 +32,7 @@ def make_word(spec: Any, keep_negative: bool, symmetric: bool) -> Word:
     """Returns the codes of ``spec.bits`` with ``spec.integer`` before the point."""
     bits = settled(spec.bits)
     integer = settled(getattr(spec, "integer", 0))
-    magnitude = bits - keep_negative
+    magnitude = bits - as_int(keep_negative)
     step = power_of_two(integer - magnitude)
     levels = power_of_two(magnitude)
     is_sign = keep_negative and bits == 1
@@ -40,7 +45,7 @@ def make_word(spec: Any, keep_negative: bool, symmetric: bool) -> Word:
     return Word(step, qmin, qmax, is_sign, levels)
 
 
-def real(q: ArrayLike) -> jax.Array:
+def as_float(q: ArrayLike) -> jax.Array:
     """Returns a code as float32."""
     return jnp.asarray(q).astype(jnp.float32)
 
