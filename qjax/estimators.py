@@ -8,7 +8,8 @@ With ``u = x / scale`` and ``q`` what it is rounded to, clipped to the grid:
     ewgs            dx = dy * (1 + delta * sign(dy) * (u - q)); clipped
 
 `make_estimator` makes one of any function. Where gradients of higher order are wanted,
-what these formulas say is differentiated once more.
+what these formulas say is differentiated once more, and the value itself moves by the
+clipped STE.
 """
 
 import functools

@@ -15,6 +15,8 @@ import qjax.quantizers as qz
 from qjax.affine import dequantize
 from qjax.estimators import clipped_ste, ewgs, make_estimator, plain_ste, soft_rounding
 
+pytestmark = pytest.mark.slow  # Many small compilations.
+
 encode = jax.jit(qz.encode, static_argnums=0)
 apply = jax.jit(qz.apply, static_argnums=0)
 # On the CPU, what is below 2^-126 counts as 0.

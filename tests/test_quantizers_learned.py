@@ -12,6 +12,8 @@ import qjax.quantizers as qz
 from qjax.affine import dequantize
 from qjax.estimators import clipped_ste, ewgs, plain_ste, soft_rounding
 
+pytestmark = pytest.mark.slow  # Many small compilations.
+
 RNG = np.random.default_rng(0)
 X = np.float32(RNG.normal(size=(12, 3)))
 DY = np.float32(RNG.normal(size=X.shape))

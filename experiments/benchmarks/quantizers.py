@@ -2,7 +2,9 @@
 
     python experiments/benchmarks/quantizers.py
 
-16 million float32 values, medians, interleaved in one process.
+16 million float32 values, medians, interleaved in one process, 2 cores. Element-wise
+0.91 to 1.71, learned 1.01 to 1.11, scales from the values 1.32 to 2.88, random draws
+3.57 to 7.71 (two draws a value), estimators 0.92 to 1.23.
 """
 
 import dataclasses

@@ -96,7 +96,9 @@ def quantized_po2(
 
     with ``sign(0) = 1``: zero is no value, it becomes ``2^(-2^n)``, as all below 1e-7
     does. ``quadratic_approximation`` has ``E = 2 * clip(round(log2(a) / 2), -2^n, h)``
-    with ``h = 2^n - 1`` made even. The derivative is 1 everywhere.
+    with ``h = 2^n - 1`` made even, ties up, and zero as without. A ``max_value`` of at
+    most 1 leaves the exponents up to its own, 0 included: for 1, one more than the bits
+    count. The derivative is 1 everywhere.
 
     Over at most 8 exponents codes are linear, ``2^(E - least)`` with the sign; over
     more `encode` gives their place in the table `levels`.
