@@ -90,16 +90,21 @@ def refine(
     return jax.lax.while_loop(go_on, body, (jnp.int32(0), jnp.bool_(True), start))[2]
 
 
-def divide(a: jax.Array, b: ArrayLike) -> jax.Array:
-    """``a / b`` as IEEE 754 has it, 0 where ``b`` is 0.
+# XLA on the CPU rewrites float formulas (JAX 0.10.2): a quotient by a scalar becomes a
+# product with its reciprocal, a / (b / c) becomes a * c / b, and a * b + c is fused. An
+# operand that depends on data by a comparison is out of reach of all three.
 
-    XLA on the CPU takes a quotient by a broadcast value for a product with its
-    reciprocal (JAX 0.10.2). It cannot where the divisor depends on the dividend.
-    """
+
+def quotient(a: jax.Array, b: ArrayLike) -> jax.Array:
+    """``a / b`` as IEEE 754 has it."""
     a, b = jnp.broadcast_arrays(a, jnp.asarray(b, a.dtype))
-    zero = b == 0
-    quotient = a / jnp.where(jnp.isnan(a), jnp.nan, jnp.where(zero, 1.0, b))
-    return jnp.where(zero, 0.0, quotient)
+    return a / jnp.where(jnp.isnan(a), jnp.nan, b)
+
+
+def divide(a: jax.Array, b: ArrayLike) -> jax.Array:
+    """`quotient`, and 0 where ``b`` is 0."""
+    b = jnp.asarray(b, a.dtype)
+    return jnp.where(b == 0, 0.0, quotient(a, jnp.where(b == 0, 1.0, b)))
 
 
 def check_sharing(shape: tuple[int, ...], sharing: Sharing, name: str) -> None:

@@ -25,16 +25,10 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from qjax.affine import QParams, QSpec, scale_shape
+from qjax.quantizers.point import Quantized
+from qjax.quantizers.scales import quotient
 
 UINT8 = QSpec(8, signed=False)
-
-
-class Quantized(NamedTuple):
-    """A value on a grid with its codes: ``value == dequantize(codes, params)``."""
-
-    value: jax.Array
-    codes: jax.Array  # int32, shape of value.
-    params: QParams
 
 
 class _Range(NamedTuple):
@@ -176,9 +170,9 @@ def _check(x: jax.Array, low: jax.Array, high: jax.Array, spec: QSpec) -> None:
 def _nudge(low: jax.Array, high: jax.Array, qmin: jax.Array, qmax: jax.Array) -> _Range:
     """Moves a range so that zero is a code."""
     steps, width = qmax - qmin, high - low
-    scale = _quotient(width, steps)
-    inverse = _quotient(steps, width)
-    from_min = qmin - _quotient(low, scale)
+    scale = quotient(width, steps)
+    inverse = quotient(steps, width)
+    from_min = qmin - quotient(low, scale)
     inside = jnp.floor(from_min + 0.5)  # Half away from zero: it is positive.
     zero_point = jnp.where(
         from_min < qmin, qmin, jnp.where(from_min > qmax, qmax, inside)
@@ -193,23 +187,12 @@ def _steps(reciprocal: bool, x: jax.Array, r: _Range) -> jax.Array:
     """Whole steps from zero."""
     above = jnp.clip(x, r.lo, r.hi) - r.lo
     z = jnp.floor(_product(-r.lo, r.inverse) + 0.5)
-    ratio = _product(above, r.inverse) if reciprocal else _quotient(above, r.scale)
+    ratio = _product(above, r.inverse) if reciprocal else quotient(above, r.scale)
     return jnp.floor((ratio - z) + 0.5)
 
 
-# XLA on the CPU rewrites float formulas (JAX 0.10.2): a quotient by a scalar becomes a
-# product with its reciprocal, a / (b / c) becomes a * c / b, and a * b + c is fused. An
-# operand that depends on data by a comparison is out of reach of all three.
-
-
-def _quotient(a: jax.Array, b: jax.Array) -> jax.Array:
-    """``a / b`` as IEEE 754 has it."""
-    a, b = jnp.broadcast_arrays(a, b)
-    return a / jnp.where(jnp.isnan(a), jnp.nan, b)
-
-
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """``a * b``, rounded before anything is added to it."""
+    """``a * b``, rounded before anything is added to it: never one fused operation."""
     a, b = jnp.broadcast_arrays(a, b)
     return jnp.where(jnp.isnan(a), a, a * b)
 
