@@ -11,8 +11,18 @@ from qjax.affine import (
     min_max_params,
     quantize,
 )
-from qjax.calibration import Calibrator, ema_min_max, min_max
+from qjax.calibration import (
+    Calibrator,
+    constant,
+    ema_min_max,
+    last_value,
+    mean_std,
+    min_max,
+    moving_max,
+    moving_min_max,
+)
 from qjax.formats.safetensors import load
+from qjax.histograms import entropy, histogram, mse, percentile
 from qjax.instrument import QuantizedModel, calibrate, quantize_model
 from qjax.integer import fixed_point, requantize
 from qjax.lowering import IntegerProgram, Verification, lower, verify
@@ -32,16 +42,25 @@ __all__ = (
     "abs_max_params",
     "calibrate",
     "clipped_ste",
+    "constant",
     "dequantize",
     "ema_min_max",
+    "entropy",
     "estimators",
     "fake_quant",
     "fixed_point",
+    "histogram",
     "int_range",
+    "last_value",
     "load",
     "lower",
+    "mean_std",
     "min_max",
     "min_max_params",
+    "moving_max",
+    "moving_min_max",
+    "mse",
+    "percentile",
     "quantize",
     "quantize_model",
     "quantizers",

@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from qjax.affine import QParams, QSpec, min_max_params, reduce_range, scale_shape
+from qjax.rounding import product
+
+Reduce = Callable[[jax.Array, QSpec], tuple[jax.Array, jax.Array]]
 
 
 class Calibrator(NamedTuple):
@@ -38,6 +41,25 @@ class MinMaxState(NamedTuple):
     high: jax.Array  # shape of the scale, dtype=float32. -inf before the first batch.
 
 
+class MovingState(NamedTuple):
+    """Moving average of a range that starts from the first batch."""
+
+    step: jax.Array  # shape=(), dtype=int32. Batches seen.
+    first_low: jax.Array  # shape of the scale, dtype=float32. Of the first batch.
+    first_high: jax.Array
+    low: jax.Array  # shape of the scale, dtype=float32.
+    high: jax.Array
+
+
+class MeanStdState(NamedTuple):
+    """Moments of all values seen."""
+
+    step: jax.Array  # shape=(), dtype=int32. Batches seen.
+    number: jax.Array  # shape=(), dtype=float32. Values per scale.
+    mean: jax.Array  # shape of the scale, dtype=float32.
+    squares: jax.Array  # shape of the scale, dtype=float32. Of the distances from mean.
+
+
 class EmaMinMaxState(NamedTuple):
     """Exponential moving average of the range."""
 
@@ -46,12 +68,20 @@ class EmaMinMaxState(NamedTuple):
     high: jax.Array  # shape of the scale, dtype=float32. Not debiased.
 
 
+def value_range(x: jax.Array, spec: QSpec) -> tuple[jax.Array, jax.Array]:
+    """Returns the least and the largest value of each scale: the default ``reduce``."""
+    return reduce_range(x, spec.axis)
+
+
 # Cached: two calls give the same functions, so that schemes compare and stack.
 @functools.cache
-def min_max() -> Calibrator:
+def min_max(reduce: Reduce = value_range) -> Calibrator:
     """Tracks the range of all values: ``low <- min(low, min(x))``, ditto ``high``.
 
     ``merge`` is associative and commutative.
+
+    Args:
+      reduce: ``(x, spec) -> (low, high)`` of one batch.
 
     Example:
       >>> calibrator, spec = min_max(), QSpec(bits=8)
@@ -68,8 +98,7 @@ def min_max() -> Calibrator:
         )
 
     def update(x: jax.Array, state: MinMaxState, spec: QSpec) -> MinMaxState:
-        low, high = reduce_range(x, spec.axis)
-        return merge(state, MinMaxState(jnp.int32(1), low, high))
+        return merge(state, MinMaxState(jnp.int32(1), *reduce(x, spec)))
 
     def merge(a: MinMaxState, b: MinMaxState) -> MinMaxState:
         return MinMaxState(
@@ -77,32 +106,98 @@ def min_max() -> Calibrator:
         )
 
     def params(state: MinMaxState, spec: QSpec) -> QParams:
-        return _params_if(state.step > 0, state.low, state.high, spec)
+        return params_if(state.step > 0, state.low, state.high, spec)
 
     return Calibrator(init, update, merge, params)
 
 
-def ema_min_max(decay: float = 0.99) -> Calibrator:
+@functools.cache
+def last_value(reduce: Reduce = value_range) -> Calibrator:
+    """Keeps the range of the last batch alone: TFMOT's rule for weights.
+
+    ``merge`` is associative, not commutative: ``b`` wins if it saw a batch.
+
+    Args:
+      reduce: ``(x, spec) -> (low, high)`` of one batch.
+    """
+    init = min_max().init
+
+    def update(x: jax.Array, state: MinMaxState, spec: QSpec) -> MinMaxState:
+        return MinMaxState(state.step + 1, *reduce(x, spec))
+
+    def merge(a: MinMaxState, b: MinMaxState) -> MinMaxState:
+        is_later = b.step > 0
+        low, high = (jnp.where(is_later, *p) for p in zip(b[1:], a[1:], strict=True))
+        return MinMaxState(a.step + b.step, low, high)
+
+    return Calibrator(init, update, merge, min_max().params)
+
+
+@functools.cache
+def constant(low: float, high: float) -> Calibrator:
+    """A range that is known: batches are counted, not looked at.
+
+    ``merge`` is associative and commutative.
+
+    Args:
+      low: Least value.
+      high: Largest value, above ``low``.
+
+    Raises:
+      ValueError: if ``low < high`` does not hold, or an end is not finite.
+    """
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"A range has finite low < high, got [{low}, {high}].")
+
+    def init(x: jax.Array, spec: QSpec) -> MinMaxState:
+        shape = scale_shape(x.shape, spec.axis)
+        return MinMaxState(jnp.int32(0), jnp.full(shape, low), jnp.full(shape, high))
+
+    def update(x: jax.Array, state: MinMaxState, spec: QSpec) -> MinMaxState:
+        return state._replace(step=state.step + 1)
+
+    def merge(a: MinMaxState, b: MinMaxState) -> MinMaxState:
+        return a._replace(step=a.step + b.step)
+
+    def params(state: MinMaxState, spec: QSpec) -> QParams:
+        return min_max_params(state.low, state.high, spec)
+
+    return Calibrator(init, update, merge, params)
+
+
+def ema_min_max(
+    decay: float = 0.99,
+    initial: tuple[float, float] | None = None,
+    reduce: Reduce = value_range,
+) -> Calibrator:
     """Tracks the average range: ``low <- decay * low + (1 - decay) * min(x)``.
 
-    ``params`` divides by ``1 - decay^step``, which removes the weight of the zero that
-    the average starts from (Kingma and Ba, 2015, section 3, arXiv:1412.6980). ``merge``
-    is associative, not commutative: it continues the average of ``a`` with that of
-    ``b``.
+    From zero, ``params`` divides by ``1 - decay^step``, which removes the weight of the
+    zero that the average starts from (Kingma and Ba, 2015, section 3, arXiv:1412.6980).
+    From an ``initial`` range the rule is TFMOT's: ``low <- low - (1 - decay) * (low -
+    min(x))``, nothing removed; TFMOT starts from (-6, 6) with decay 0.999, which takes
+    some 5,000 batches to forget.
+
+    ``merge`` is associative, not commutative: it continues the average of ``a`` with
+    that of ``b``.
 
     Args:
       decay: Share of the average that survives a batch, in [0, 1).
+      initial: Range to start from; None: from zero, debiased.
+      reduce: ``(x, spec) -> (low, high)`` of one batch.
 
     Raises:
       ValueError: if ``decay`` is outside [0, 1).
     """
     if not 0 <= decay < 1:
         raise ValueError(f"`decay` must lie in [0, 1), got {decay}.")
-    return _ema_min_max(float(decay))
+    if initial is not None:
+        return _started_ema(float(decay), tuple(map(float, initial)), reduce)
+    return _ema_min_max(float(decay), reduce)
 
 
 @functools.cache
-def _ema_min_max(decay: float) -> Calibrator:
+def _ema_min_max(decay: float, reduce: Reduce) -> Calibrator:
     log_decay = math.log(decay) if decay else -math.inf
 
     def init(x: jax.Array, spec: QSpec) -> EmaMinMaxState:
@@ -110,7 +205,7 @@ def _ema_min_max(decay: float) -> Calibrator:
         return EmaMinMaxState(jnp.int32(0), jnp.zeros(shape), jnp.zeros(shape))
 
     def update(x: jax.Array, state: EmaMinMaxState, spec: QSpec) -> EmaMinMaxState:
-        low, high = reduce_range(x, spec.axis)
+        low, high = reduce(x, spec)
         seen = (1.0 - decay) * low, (1.0 - decay) * high
         return merge(state, EmaMinMaxState(jnp.int32(1), *seen))
 
@@ -124,12 +219,165 @@ def _ema_min_max(decay: float) -> Calibrator:
         steps = jnp.maximum(state.step, 1).astype(jnp.float32)
         unbias = -1.0 / jnp.expm1(steps * jnp.float32(log_decay))
         low, high = state.low * unbias, state.high * unbias
-        return _params_if(state.step > 0, low, high, spec)
+        return params_if(state.step > 0, low, high, spec)
 
     return Calibrator(init, update, merge, params)
 
 
-def _params_if(
+@functools.cache
+def _started_ema(
+    decay: float, initial: tuple[float, ...], reduce: Reduce
+) -> Calibrator:
+    def init(x: jax.Array, spec: QSpec) -> EmaMinMaxState:
+        shape = scale_shape(x.shape, spec.axis)
+        return EmaMinMaxState(jnp.int32(0), *(jnp.full(shape, v) for v in initial))
+
+    def update(x: jax.Array, state: EmaMinMaxState, spec: QSpec) -> EmaMinMaxState:
+        low, high = _follow((state.low, state.high), reduce(x, spec), decay)
+        return EmaMinMaxState(state.step + 1, low, high)
+
+    def merge(a: EmaMinMaxState, b: EmaMinMaxState) -> EmaMinMaxState:
+        kept = jnp.float32(decay) ** b.step.astype(jnp.float32)
+        low, high = (
+            jnp.where(b.step == 0, old, new + kept * (old - start))
+            for new, old, start in zip(b[1:], a[1:], initial, strict=True)
+        )
+        return EmaMinMaxState(a.step + b.step, low, high)
+
+    def params(state: EmaMinMaxState, spec: QSpec) -> QParams:
+        return params_if(state.step > 0, state.low, state.high, spec)
+
+    return Calibrator(init, update, merge, params)
+
+
+def _follow(old: Any, new: Any, decay: float) -> tuple[jax.Array, jax.Array]:
+    """``old - (old - new) * (1 - decay)`` of both ends, in this order of rounding."""
+    share = jnp.float32(1.0 - decay)
+    low, high = (a - product(a - b, share) for a, b in zip(old, new, strict=True))
+    return low, high
+
+
+def magnitude_range(x: jax.Array, spec: QSpec) -> tuple[jax.Array, jax.Array]:
+    """Returns ``(-max|x|, max|x|)`` of each scale."""
+    low, high = reduce_range(x, spec.axis)
+    most = jnp.maximum(-low, high)
+    return -most, most
+
+
+def moving_max(momentum: float = 0.9) -> Calibrator:
+    """Tracks the average of the largest magnitude, from the first batch on.
+
+        r <- max|x| of the first batch; then r <- r - (r - max|x|) * (1 - momentum)
+
+    QuantizeML's observer, with the batches counted: there a first maximum of exactly 1
+    is forgotten. ``merge`` is associative, not commutative.
+
+    Args:
+      momentum: Share of the average that survives a batch, in [0, 1).
+
+    Raises:
+      ValueError: if ``momentum`` is outside [0, 1).
+    """
+    return moving_min_max(momentum, magnitude_range)
+
+
+def moving_min_max(momentum: float = 0.9, reduce: Reduce = value_range) -> Calibrator:
+    """Tracks the average of both ends of the range, from the first batch on.
+
+    As `moving_max`; QuantizeML's observer of inputs.
+
+    Args:
+      momentum: Share of the average that survives a batch, in [0, 1).
+      reduce: ``(x, spec) -> (low, high)`` of one batch.
+
+    Raises:
+      ValueError: if ``momentum`` is outside [0, 1).
+    """
+    if not 0 <= momentum < 1:
+        raise ValueError(f"`momentum` must lie in [0, 1), got {momentum}.")
+    return _moving(float(momentum), reduce)
+
+
+@functools.cache
+def _moving(momentum: float, reduce: Reduce) -> Calibrator:
+    def init(x: jax.Array, spec: QSpec) -> MovingState:
+        zeros = jnp.zeros(scale_shape(x.shape, spec.axis))
+        return MovingState(jnp.int32(0), zeros, zeros, zeros, zeros)
+
+    def update(x: jax.Array, state: MovingState, spec: QSpec) -> MovingState:
+        new, is_first = reduce(x, spec), state.step == 0
+        moved = _follow((state.low, state.high), new, momentum)
+        low, high = (
+            jnp.where(is_first, *pair) for pair in zip(new, moved, strict=True)
+        )
+        started = jnp.where(is_first, low, state.first_low)
+        ended = jnp.where(is_first, high, state.first_high)
+        return MovingState(state.step + 1, started, ended, low, high)
+
+    def merge(a: MovingState, b: MovingState) -> MovingState:
+        # The first batch of b came with weight 1; after a it has 1 - momentum.
+        kept = jnp.float32(momentum) ** b.step.astype(jnp.float32)
+        low = b.low + kept * (a.low - b.first_low)
+        high = b.high + kept * (a.high - b.first_high)
+        both = MovingState(a.step + b.step, a.first_low, a.first_high, low, high)
+        one = jax.tree.map(lambda p, q: jnp.where(b.step == 0, p, q), a, both)
+        return jax.tree.map(lambda p, q: jnp.where(a.step == 0, p, q), b, one)
+
+    def params(state: MovingState, spec: QSpec) -> QParams:
+        return params_if(state.step > 0, state.low, state.high, spec)
+
+    return Calibrator(init, update, merge, params)
+
+
+@functools.cache
+def mean_std(sigmas: float = 3.0) -> Calibrator:
+    """Takes so many standard deviations around the mean of all values.
+
+        [mean - sigmas * std, mean + sigmas * std], population deviation
+
+    ``merge`` is associative and commutative up to float rounding (Chan et al., 1979).
+
+    Args:
+      sigmas: Positive.
+
+    Raises:
+      ValueError: if ``sigmas`` is not positive and finite.
+    """
+    if not 0 < sigmas < math.inf:
+        raise ValueError(f"`sigmas` must be positive and finite, got {sigmas}.")
+
+    def init(x: jax.Array, spec: QSpec) -> MeanStdState:
+        zeros = jnp.zeros(scale_shape(x.shape, spec.axis))
+        return MeanStdState(jnp.int32(0), jnp.float32(0), zeros, zeros)
+
+    def update(x: jax.Array, state: MeanStdState, spec: QSpec) -> MeanStdState:
+        shape = scale_shape(x.shape, spec.axis)
+        over = tuple(d for d in range(x.ndim) if not shape or shape[d] != x.shape[d])
+        number = math.prod(x.shape) // max(math.prod(shape), 1)
+        if not number:
+            return state._replace(step=state.step + 1)
+        real = x.astype(jnp.float32)
+        mean = jnp.mean(real, over, keepdims=bool(shape))
+        squares = jnp.sum((real - mean) ** 2, over, keepdims=bool(shape))
+        new = MeanStdState(jnp.int32(1), jnp.float32(number), mean, squares)
+        return merge(state, new)
+
+    def merge(a: MeanStdState, b: MeanStdState) -> MeanStdState:
+        number = a.number + b.number
+        share = b.number / jnp.maximum(number, 1.0)
+        apart = b.mean - a.mean
+        squares = a.squares + b.squares + apart**2 * (a.number * share)
+        return MeanStdState(a.step + b.step, number, a.mean + apart * share, squares)
+
+    def params(state: MeanStdState, spec: QSpec) -> QParams:
+        std = jnp.sqrt(state.squares / jnp.maximum(state.number, 1.0))
+        low, high = state.mean - sigmas * std, state.mean + sigmas * std
+        return params_if(state.step > 0, low, high, spec)
+
+    return Calibrator(init, update, merge, params)
+
+
+def params_if(
     is_calibrated: jax.Array, low: jax.Array, high: jax.Array, spec: QSpec
 ) -> QParams:
     """NaN is loud where a made-up scale would be silent."""

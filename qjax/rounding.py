@@ -139,3 +139,20 @@ def round_log2(x: jax.Array) -> jax.Array:
 def floor_log2(x: jax.Array) -> jax.Array:
     """Returns ``floor(log2(x))``, exactly; arguments as `round_log2`."""
     return (jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) - 127
+
+
+# XLA on the CPU rewrites float formulas (JAX 0.10.2): a quotient by a scalar becomes a
+# product with its reciprocal, a / (b / c) becomes a * c / b, and a * b + c is fused. An
+# operand that depends on data by a comparison is out of reach of all three.
+
+
+def quotient(a: jax.Array, b: ArrayLike) -> jax.Array:
+    """``a / b`` as IEEE 754 has it."""
+    a, b = jnp.broadcast_arrays(a, jnp.asarray(b, a.dtype))
+    return a / jnp.where(jnp.isnan(a), jnp.nan, b)
+
+
+def product(a: jax.Array, b: ArrayLike) -> jax.Array:
+    """``a * b``, rounded before anything is added to it: never one fused operation."""
+    a, b = jnp.broadcast_arrays(a, jnp.asarray(b, a.dtype))
+    return jnp.where(jnp.isnan(a), a, a * b)

@@ -11,13 +11,35 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qjax.affine import QSpec, min_max_params
-from qjax.calibration import ema_min_max, min_max
+from qjax.calibration import (
+    constant,
+    ema_min_max,
+    last_value,
+    mean_std,
+    min_max,
+    moving_max,
+    moving_min_max,
+)
+from qjax.histograms import mse, percentile
+from qjax.quantizers import tensorflow
 
-CALIBRATORS = {
+TRACKERS = {  # Of the same batch again and again, the range.
     "min_max": min_max(),
     "ema_min_max": ema_min_max(),
     "ema_min_max_half": ema_min_max(0.5),
+    "last_value": last_value(),
+    "moving_min_max": moving_min_max(0.75),
+    "percentile_100": percentile(100.0),
 }
+CALIBRATORS = {
+    **TRACKERS,
+    "ema_from_six": ema_min_max(0.9, (-6.0, 6.0)),
+    "moving_max": moving_max(),
+    "mean_std": mean_std(),
+    "percentile": percentile(95.0),
+    "mse": mse(10),
+}
+REMEMBERS = [name for name in CALIBRATORS if name not in ("last_value", "mean_std")]
 _SETTINGS = settings(deadline=None, max_examples=25)
 
 
@@ -55,8 +77,9 @@ class BatteryTest(chex.TestCase):
         assert jax.tree.structure(before) == jax.tree.structure(after)
         chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
         shape = {None: (), -1: (1, 3), (0, 1): (5, 3)}[axis]
-        assert after.low.shape == after.high.shape == shape
-        assert after.low.dtype == after.high.dtype == np.float32
+        params = calibrator.params(after, spec)
+        assert params.scale.shape == params.zero_point.shape == shape
+        assert params.scale.dtype == np.float32
         assert after.step.dtype == np.int32 and int(after.step) == 6
 
     @battery
@@ -114,7 +137,7 @@ class BatteryTest(chex.TestCase):
             wanted = calibrator.params(one, spec)
             np.testing.assert_allclose(pick(params).scale, wanted.scale, rtol=1e-6)
 
-    @battery
+    @parameterized.product(name=[*TRACKERS], axis=[None, -1, (0, 1)])
     def test_params_are_the_grid_of_the_range_seen(self, name, axis):
         calibrator, spec = self._case(name, axis)
         x = _batches()[3]
@@ -192,14 +215,14 @@ class BatteryTest(chex.TestCase):
         wanted = calibrator.update(wide, calibrator.init(wide, spec), spec)
         chex.assert_trees_all_equal(state, wanted)
 
-    @parameterized.product(name=[*CALIBRATORS], bad=[np.nan, np.inf, -np.inf])
+    @parameterized.product(name=REMEMBERS, bad=[np.nan, np.inf, -np.inf])
     def test_what_is_not_finite_stays_in_the_state(self, name, bad):
         calibrator, spec = self._case(name, None)
         batches = _batches().at[2, 0, 0].set(bad)
         state = _observe(calibrator, batches, spec)
         assert not np.isfinite(state.low) or not np.isfinite(state.high)
 
-    @parameterized.parameters(*CALIBRATORS)
+    @parameterized.parameters(*TRACKERS)
     def test_a_constant_tensor(self, name):
         calibrator, spec = self._case(name, None)
         for value in (0.0, 2.0, -2.0):
@@ -326,4 +349,100 @@ class FactoryTest(chex.TestCase):
         assert ema_min_max(0.5) is ema_min_max(decay=0.5)
 
     def test_calibrators_are_hashable(self):
-        assert len({*CALIBRATORS.values(), min_max()}) == 3
+        assert len({*CALIBRATORS.values(), min_max()}) == len(CALIBRATORS)
+
+
+class LastValueTest(chex.TestCase):
+    def test_is_the_range_of_the_last_batch(self):
+        spec, batches = QSpec(8, axis=-1), _batches()
+        state = _observe(last_value(), batches, spec)
+        np.testing.assert_array_equal(state.low[0], np.min(batches[-1], 0))
+        np.testing.assert_array_equal(state.high[0], np.max(batches[-1], 0))
+        fresh = last_value().init(batches[0], spec)
+        chex.assert_trees_all_equal(last_value().merge(state, fresh), state)
+
+
+class MovingTest(chex.TestCase):
+    @parameterized.parameters(0.0, 0.5, 0.9)
+    def test_follows_from_the_first_batch(self, momentum):
+        spec, batches = QSpec(8), _batches()
+        state = _observe(moving_max(momentum), batches, spec)
+        wanted = np.abs(batches[0]).max()
+        for x in batches[1:]:
+            wanted -= (wanted - np.abs(x).max()) * (1 - momentum)
+        np.testing.assert_allclose([-state.low, state.high], wanted, 1e-6)
+
+    def test_a_first_maximum_of_one_counts(self):
+        state = _observe(moving_max(), [jnp.ones(3), 3 * jnp.ones(3)], QSpec(8))
+        np.testing.assert_allclose(state.high, 1.2, 1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+@_SETTINGS
+@given(a=_runs(1), b=_runs(1), c=_runs(1))
+def test_merge_of_moving_averages_is_associative(momentum, a, b, c):
+    calibrator = moving_min_max(momentum)
+    merge, spec = calibrator.merge, QSpec(8)
+    a, b, c = (_observe(calibrator, jnp.asarray(x), spec) for x in (a, b, c))
+    _assert_close(merge(merge(a, b), c), merge(a, merge(b, c)))
+
+
+class MeanStdTest(chex.TestCase):
+    @parameterized.parameters(None, -1)
+    def test_is_that_of_all_values(self, axis):
+        spec, batches = QSpec(8, axis=axis), _batches() + 5.0
+        state = _observe(mean_std(2.0), batches, spec)
+        over = None if axis is None else (0, 1)
+        mean, std = (f(np.float64(batches), axis=over) for f in (np.mean, np.std))
+        np.testing.assert_allclose(np.ravel(state.mean), np.ravel(mean), 1e-5)
+        got = mean_std(2.0).params(state, spec)
+        low, high = (
+            np.float32(mean + k * std).reshape(state.mean.shape) for k in (-2, 2)
+        )
+        wanted = min_max_params(low, high, spec)
+        np.testing.assert_allclose(got.scale, wanted.scale, 1e-5)
+
+
+class ConstantTest(chex.TestCase):
+    def test_looks_at_nothing(self):
+        spec, calibrator = QSpec(8, axis=-1), constant(-1.0, 3.0)
+        state = _observe(calibrator, _batches(), spec)
+        assert int(calibrator.merge(state, state).step) == 12
+        got = calibrator.params(calibrator.init(_batches()[0], spec), spec)
+        wanted = min_max_params(np.full((1, 3), -1.0), np.full((1, 3), 3.0), spec)
+        chex.assert_trees_all_equal(got, wanted)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("axis", [None, -1])
+def test_a_range_per_channel_has_a_state_per_channel_in_all_of_tfmots_rules(
+    axis, symmetric
+):
+    """tf#47858: AllValuesQuantizer drops `per_axis`; tfmot#1108: another one fails."""
+    spec, batches = QSpec(8, False, symmetric=symmetric, axis=axis), _batches()
+    reduce = tensorflow.tfmot_range
+    for calibrator in (
+        min_max(reduce),
+        last_value(reduce),
+        ema_min_max(0.999, (-6.0, 6.0), reduce),
+    ):
+        state = _observe(calibrator, batches, spec)
+        assert state.low.shape == state.high.shape == (() if axis is None else (1, 3))
+        if axis is not None:
+            assert len(np.unique(state.high)) == 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        (lambda: moving_max(1.0), "momentum"),
+        (lambda: moving_min_max(-0.1), "momentum"),
+        (lambda: mean_std(0.0), "sigmas"),
+        (lambda: constant(1.0, 1.0), "low < high"),
+        (lambda: constant(-np.inf, 1.0), "finite"),
+        (lambda: ema_min_max(1.0, (-6.0, 6.0)), "decay"),
+    ],
+)
+def test_impossible_options_are_refused(wrong, match):
+    with pytest.raises(ValueError, match=match):
+        wrong()

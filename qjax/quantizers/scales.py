@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from qjax.rounding import power_of_two, round_log2
+from qjax.rounding import power_of_two, quotient, round_log2
 
 EPSILON = 1e-7  # Of Keras.
 
@@ -88,17 +88,6 @@ def refine(
     shape = jax.eval_shape(step, scale).shape
     start = jnp.broadcast_to(scale, jnp.broadcast_shapes(shape, scale.shape))
     return jax.lax.while_loop(go_on, body, (jnp.int32(0), jnp.bool_(True), start))[2]
-
-
-# XLA on the CPU rewrites float formulas (JAX 0.10.2): a quotient by a scalar becomes a
-# product with its reciprocal, a / (b / c) becomes a * c / b, and a * b + c is fused. An
-# operand that depends on data by a comparison is out of reach of all three.
-
-
-def quotient(a: jax.Array, b: ArrayLike) -> jax.Array:
-    """``a / b`` as IEEE 754 has it."""
-    a, b = jnp.broadcast_arrays(a, jnp.asarray(b, a.dtype))
-    return a / jnp.where(jnp.isnan(a), jnp.nan, b)
 
 
 def divide(a: jax.Array, b: ArrayLike) -> jax.Array:

@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from qjax.affine import QParams, QSpec, scale_shape
+from qjax.affine import QParams, QSpec, reduce_range, scale_shape
 from qjax.quantizers.point import Quantized
-from qjax.quantizers.scales import quotient
+from qjax.rounding import product, quotient
 
 UINT8 = QSpec(8, signed=False)
 
@@ -126,6 +126,42 @@ def quantize_per_channel(
     return _quantize(x, low, high, spec, reciprocal=True)
 
 
+def tfmot_range(x: jax.Array, spec: QSpec) -> tuple[jax.Array, jax.Array]:
+    """Returns the range of a batch as TFMOT's quantizers take it.
+
+        low, high = min(min(x), 0), max(max(x), 0)
+
+    and, if ``spec.symmetric``, with ``r = (2^bits - 2) / 2^bits``, or 1 for a narrow
+    range, from the extremes themselves:
+
+        low, high = min(min(x), -max(x) / r), max(max(x), -min(x) * r)
+
+    so that zero is in the middle of the unsigned codes. The ``reduce`` of
+    `qjax.min_max`, `qjax.last_value` and `qjax.ema_min_max`.
+
+    Args:
+      x: Values of one batch.
+      spec: Word, signed, and the axis along which ranges are kept apart.
+
+    Returns:
+      ``(low, high)``, in the shape of a scale.
+
+    References:
+      tensorflow-model-optimization 0.8.0, quantization/keras/quantizers.py. There
+      ``per_axis`` gives one range in AllValuesQuantizer, and an error in
+      MovingAverageQuantizer; here it gives a range per channel.
+    """
+    low, high = reduce_range(x, spec.axis)
+    if not spec.symmetric:
+        return jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+    levels = jnp.exp2(jnp.asarray(spec.bits).astype(jnp.float32))
+    ratio = jnp.ones(()) if spec.narrow_range else (levels - 2.0) * (1.0 / levels)
+    return (
+        jnp.minimum(low, quotient(-high, ratio)),
+        jnp.maximum(high, -low * ratio),
+    )
+
+
 def _quantize(
     x: jax.Array, low: jax.Array, high: jax.Array, spec: QSpec, *, reciprocal: bool
 ) -> Quantized:
@@ -177,8 +213,8 @@ def _nudge(low: jax.Array, high: jax.Array, qmin: jax.Array, qmax: jax.Array) ->
     zero_point = jnp.where(
         from_min < qmin, qmin, jnp.where(from_min > qmax, qmax, inside)
     )
-    lo = _product(qmin - zero_point, scale)
-    hi = _product(qmax - zero_point, scale)
+    lo = product(qmin - zero_point, scale)
+    hi = product(qmax - zero_point, scale)
     is_empty = (low == 0) & (high == 0)
     return _Range(scale, inverse, zero_point, lo, hi, is_empty)
 
@@ -186,15 +222,9 @@ def _nudge(low: jax.Array, high: jax.Array, qmin: jax.Array, qmax: jax.Array) ->
 def _steps(reciprocal: bool, x: jax.Array, r: _Range) -> jax.Array:
     """Whole steps from zero."""
     above = jnp.clip(x, r.lo, r.hi) - r.lo
-    z = jnp.floor(_product(-r.lo, r.inverse) + 0.5)
-    ratio = _product(above, r.inverse) if reciprocal else quotient(above, r.scale)
+    z = jnp.floor(product(-r.lo, r.inverse) + 0.5)
+    ratio = product(above, r.inverse) if reciprocal else quotient(above, r.scale)
     return jnp.floor((ratio - z) + 0.5)
-
-
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """``a * b``, rounded before anything is added to it: never one fused operation."""
-    a, b = jnp.broadcast_arrays(a, b)
-    return jnp.where(jnp.isnan(a), a, a * b)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

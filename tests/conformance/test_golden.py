@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qjax
 from qjax import quantizers
 from qjax.affine import QSpec, dequantize, scale_shape
 from qjax.quantizers import tensorflow as tf
@@ -267,6 +268,86 @@ def quantizer_stateful(case, arrays):
                     _within(got[name], arrays[f"{name}{i}"], 1e-4, 1e-5, name)
 
 
+# TFMOT's and QuantizeML's observers.
+
+
+def tfmot_quantizer(case, arrays):
+    p = case["params"]
+    axis = -1 if p["per_axis"] else None
+    symmetric = {"symmetric": p["symmetric"], "narrow_range": p["narrow_range"]}
+    spec = QSpec(p["num_bits"], axis=axis, **symmetric)
+    calibrator = {
+        "AllValuesQuantizer": qjax.min_max(tf.tfmot_range),
+        "LastValueQuantizer": qjax.last_value(tf.tfmot_range),
+        "MovingAverageQuantizer": qjax.ema_min_max(0.999, (-6, 6), tf.tfmot_range),
+    }[p["quantizer"]]
+    update = jax.jit(lambda x, state: calibrator.update(x, state, spec))
+    state = calibrator.init(arrays["x_train"][0], spec)
+    is_corrected = p["per_axis"] and not p["state_shape"]  # There, per_axis is dropped.
+    if not is_corrected:
+        ends = [np.broadcast_to(v, state.low.shape) for v in arrays["state_init"]]
+        f = lambda x: _tfmot_fake_quant(p, x, *map(jnp.float32, ends))
+        np.testing.assert_array_equal(
+            f(arrays["x_infer"]), arrays["y_infer_before_training"]
+        )
+    for i, x in enumerate(arrays["x_train"]):
+        state = update(x, state)
+        for end, name in ((state.low, "min_after"), (state.high, "max_after")):
+            wanted = arrays[name][i]
+            if is_corrected:
+                least = np.min if name == "min_after" else np.max
+                assert end.size == x.shape[-1] and least(end) == wanted.reshape(())
+            else:
+                np.testing.assert_array_equal(end.reshape(wanted.shape), wanted)
+        if is_corrected:
+            channels = np.float64(arrays["x_train"][: i + 1])
+            over = tuple(range(channels.ndim - 1))
+            if not p["symmetric"]:
+                seen = np.minimum(channels.min(over), 0)
+                np.testing.assert_array_equal(np.ravel(state.low), np.float32(seen))
+            continue
+        f = lambda x, s=state: _tfmot_fake_quant(p, x, s.low, s.high)
+        y, pull = jax.vjp(f, jnp.asarray(x))
+        np.testing.assert_array_equal(y, arrays["y_train"][i])
+        dx = pull(jnp.asarray(arrays["upstream"]))[0]
+        np.testing.assert_array_equal(dx, arrays["dx_train"][i])
+        np.testing.assert_array_equal(
+            f(jnp.asarray(arrays["x_infer"])), arrays["y_infer_after_step"][i]
+        )
+
+
+def _tfmot_fake_quant(p, x, low, high):
+    if p["per_axis"]:
+        return tf.fake_quant_per_channel(x, low, high, _word(p, -1))
+    return tf.fake_quant_vars(x, low, high, _word(p))
+
+
+def qml_observer(case, arrays):
+    axis = {"per-axis": -1, "per-tensor": None}[case["params"]["axis"]]
+    spec, momentum = QSpec(8, axis=axis), case["params"]["momentum"]
+    largest, both = qjax.moving_max(momentum), qjax.moving_min_max(momentum)
+    batches = jnp.asarray(arrays["batches"])
+    states = [c.init(batches[0], spec) for c in (largest, both)]
+    for i, x in enumerate(batches):
+        states = [
+            c.update(x, s, spec) for c, s in zip((largest, both), states, strict=True)
+        ]
+        got = {
+            "range_max_after": states[0].high,
+            "in_range_max_after": states[1].high,
+            "in_range_min_after": states[1].low,
+        }
+        if "advisory" in case:  # There, a first maximum of 1 is forgotten.
+            reduce = lambda x: np.max(np.abs(x), None if axis is None else (0, 1, 2))
+            wanted = reduce(batches[0])
+            for x in batches[1 : i + 1]:
+                wanted = wanted - (wanted - reduce(x)) * (1 - momentum)
+            _within(np.ravel(states[0].high), np.ravel(wanted), 1e-6, 1e-7)
+            continue
+        for name, value in got.items():
+            _within(np.ravel(value), np.ravel(arrays[name][i]), 1e-6, 1e-7, name)
+
+
 CHECKS = {
     f.__name__: f
     for f in (
@@ -278,6 +359,8 @@ CHECKS = {
         quantizer,
         quantizer_statistics,
         quantizer_stateful,
+        tfmot_quantizer,
+        qml_observer,
     )
 }
 

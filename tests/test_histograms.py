@@ -1,0 +1,207 @@
+"""Ranges from counts, against NumPy on all values at once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import qjax
+from qjax.affine import QSpec
+from qjax.histograms import BINS, entropy, histogram, mse, percentile
+
+KINDS = {
+    "heavy tails": lambda r, n: r.standard_t(3, n),
+    "relu": lambda r, n: np.maximum(r.normal(size=n), 0),
+    "shifted": lambda r, n: r.normal(3, 1, n),
+    "negative": lambda r, n: -np.abs(r.normal(size=n)) - 1,
+}
+
+
+def batches(kind, scales=(1.0, 6.0, 2.0, 0.1), shape=(50, 30)):
+    """Batches of other sizes: the bins widen twice."""
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(KINDS[kind](rng, shape) * s, jnp.float32) for s in scales]
+
+
+def observe(calibrator, values, spec):
+    state = calibrator.init(values[0], spec)
+    update = jax.jit(lambda x, s: calibrator.update(x, s, spec))
+    for x in values:
+        state = update(x, state)
+    return state
+
+
+def found(calibrator, values, spec):
+    """The range that a search finds, by way of a grid so fine that it shows."""
+    state = observe(calibrator, values, spec)
+    scale, zero_point = calibrator.params(state, spec)
+    zero_point = np.float64(zero_point)
+    ends = (np.float64(scale) * (q - zero_point) for q in (spec.qmin, spec.qmax))
+    return (*ends, 2.0 ** float(np.max(state.exponent)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_counts_are_those_of_numpy(kind):
+    values = batches(kind)
+    state = observe(percentile(), values, QSpec(8))
+    every = np.concatenate([np.ravel(x) for x in values])
+    width = 2.0 ** int(state.exponent)
+    edges = np.arange(-BINS // 2, BINS // 2 + 1) * width
+    np.testing.assert_array_equal(state.counts, np.histogram(every, edges)[0])
+    assert state.low == every.min() and state.high == every.max()
+    assert BINS // 4 <= np.abs(every).max() / width < BINS // 2
+
+
+@pytest.mark.parametrize("share", [60.0, 90.0, 99.0, 99.9])
+@pytest.mark.parametrize("kind", KINDS)
+def test_percentiles_are_those_of_all_values_within_a_bin(kind, share):
+    values = batches(kind)
+    every = np.float64(np.concatenate([np.ravel(x) for x in values]))
+    low, high, width = found(percentile(share), values, QSpec(16))
+    wanted = np.percentile(every, [100 - share, share])
+    wanted = min(wanted[0], 0), max(wanted[1], 0)
+    grid = 2 * (wanted[1] - wanted[0]) / 65535
+    np.testing.assert_allclose([low, high], wanted, rtol=0, atol=width + grid)
+
+
+def errors(every, low, high, spec, parts):
+    """Mean squared errors of the grids of parts of a range, on all values."""
+    result = []
+    for part in parts:
+        scale, zero_point = qjax.min_max_params(part * low, part * high, spec)
+        scale, zero_point = np.float64(scale), int(zero_point)
+        codes = np.clip(np.rint(every / scale) + zero_point, spec.qmin, spec.qmax)
+        result.append(np.mean((every - scale * (codes - zero_point)) ** 2))
+    return np.array(result)
+
+
+@pytest.mark.parametrize("spec", [QSpec(3), QSpec(4, symmetric=True), QSpec(8)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_mse_has_the_least_error_on_all_values(kind, spec):
+    values = batches(kind)
+    every = np.float64(np.concatenate([np.ravel(x) for x in values]))
+    parts = np.arange(1, 51) / 50
+    ends = every.min(), every.max()
+    wanted = errors(every, *ends, spec, parts)
+    state = observe(mse(50), values, spec)
+    scale = float(mse(50).params(state, spec).scale)
+    scales = [
+        float(qjax.min_max_params(p * ends[0], p * ends[1], spec).scale) for p in parts
+    ]
+    chosen = int(np.argmin(np.abs(np.array(scales) - scale)))
+    assert abs(scales[chosen] - scale) <= 1e-5 * scale
+    width = 2.0 ** int(state.exponent)
+    assert wanted[chosen] <= wanted.min() * 1.01 + width**2
+
+
+def divergences(every, width, levels):
+    """Of each clip, in bins of magnitude, with loops over groups."""
+    sizes = np.histogram(np.abs(every), np.arange(BINS // 2 + 1) * width)[0].astype(
+        float
+    )
+    result = np.full(len(sizes) + 1, np.inf)
+    for i in range(levels, len(sizes) + 1):
+        inside = sizes[:i]
+        p = inside.copy()
+        p[-1] += sizes[i:].sum()
+        group = np.minimum(np.arange(i) * np.float32(levels / i), i - 1).astype(int)
+        held, used = np.bincount(group, inside), np.bincount(group, inside > 0)
+        q = np.where(inside > 0, held[group] / np.maximum(used[group], 1), 0)
+        if not inside.sum():
+            continue
+        p, q = p / p.sum(), q / q.sum()
+        on = p > 0
+        result[i] = np.sum(p[on] * np.log(p[on] / np.maximum(q[on], 1e-9)))
+    return result
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["heavy tails", "relu"])
+def test_entropy_has_the_least_divergence_on_all_values(kind, bits):
+    values = batches(kind)
+    every = np.float64(np.concatenate([np.ravel(x) for x in values]))
+    low, high, width = found(entropy(), values, QSpec(bits))
+    levels = 2 ** (bits - 1) if every.min() < 0 else 2**bits
+    wanted = divergences(every, width, levels)
+    clip = np.argmin(wanted) * width
+    step = (min(every.max(), clip) - max(min(every.min(), 0), -clip)) / (2**bits - 1)
+    near = int(round(high / width))
+    if abs(high - min(every.max(), clip)) > width + step:  # A tie but for float32.
+        assert wanted[near] <= np.min(wanted) * 1.001
+    assert low >= max(min(every.min(), 0), -clip) - width - step
+
+
+def test_entropy_keeps_the_range_where_the_grid_is_finer_than_the_bins():
+    values = batches("heavy tails")
+    every = np.concatenate([np.ravel(x) for x in values])
+    low, high, _ = found(entropy(), values, QSpec(16))
+    np.testing.assert_allclose([low, high], [every.min(), every.max()], rtol=1e-3)
+
+
+def test_channels_are_counted_apart():
+    values = batches("relu", shape=(40, 3))
+    values = [x * jnp.asarray([[1.0, 8.0, 0.01]]) for x in values]
+    spec, alone = QSpec(8, axis=-1), QSpec(8)
+    state = observe(percentile(95.0), values, spec)
+    params = percentile(95.0).params(state, spec)
+    for c in range(3):
+        one = observe(percentile(95.0), [x[:, c] for x in values], alone)
+        wanted = percentile(95.0).params(one, alone)
+        np.testing.assert_array_equal(state.counts[0, c], one.counts)
+        np.testing.assert_allclose(params.scale[0, c], wanted.scale, rtol=1e-6)
+
+
+def runs():
+    values = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
+    return hnp.arrays(np.float32, (3, 4), elements=values)
+
+
+@settings(deadline=None, max_examples=25)
+@given(runs(), runs(), runs())
+def test_histograms_merge_in_any_order(a, b, c):
+    merge = percentile().merge
+    a, b, c = (observe(percentile(), [jnp.asarray(x)], QSpec(8)) for x in (a, b, c))
+    for left, right in (
+        (merge(a, b), merge(b, a)),
+        (merge(merge(a, b), c), merge(a, merge(b, c))),
+    ):
+        for p, q in zip(left, right, strict=True):
+            np.testing.assert_array_equal(p, q)
+    assert int(merge(a, b).counts.sum()) == 24
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1e-40, 3e38, -3e38, 1.0])
+def test_extremes_have_a_finite_scale(value):
+    x = jnp.full((4,), value, jnp.float32)
+    for calibrator in (percentile(), mse(5), entropy()):
+        state = observe(calibrator, [x, x], QSpec(8))
+        scale, _ = calibrator.params(state, QSpec(8))
+        assert np.isfinite(scale) and scale > 0
+        assert int(state.counts.sum()) == 8
+
+
+def test_an_empty_batch_changes_no_count():
+    x = jnp.ones((3,))
+    state = observe(percentile(), [x], QSpec(8))
+    after = percentile().update(x[:0], state, QSpec(8))
+    np.testing.assert_array_equal(after.counts, state.counts)
+    assert int(after.step) == 2
+
+
+def test_a_search_of_the_users_own():
+    calibrator = histogram(lambda counts, edges, low, high, spec: (low / 2, high / 4))
+    x = jnp.asarray([-4.0, 1.0, 8.0])
+    scale, zero_point = calibrator.params(observe(calibrator, [x], QSpec(8)), QSpec(8))
+    np.testing.assert_allclose(scale, 4.0 / 255, rtol=1e-6)
+    assert zero_point in (-1, 0)  # A tie: zero is in the middle.
+
+
+@pytest.mark.parametrize("wrong", [lambda: percentile(50.0), lambda: percentile(101)])
+def test_shares_that_are_none_are_refused(wrong):
+    with pytest.raises(ValueError, match="share"):
+        wrong()
+    with pytest.raises(ValueError, match="candidates"):
+        mse(0)
