@@ -26,7 +26,7 @@ from jax.typing import ArrayLike
 
 from qjax.affine import QParams, QSpec, reduce_range, scale_shape
 from qjax.quantizers.point import Quantized
-from qjax.rounding import product, quotient
+from qjax.rounding import power_of_two, product, quotient
 
 UINT8 = QSpec(8, signed=False)
 
@@ -134,7 +134,7 @@ def tfmot_range(x: jax.Array, spec: QSpec) -> tuple[jax.Array, jax.Array]:
     and, if ``spec.symmetric``, with ``r = (2^bits - 2) / 2^bits``, or 1 for a narrow
     range, from the extremes themselves:
 
-        low, high = min(min(x), -max(x) / r), max(max(x), -min(x) * r)
+        low = min(min(x), -max(x) / r),  high = max(max(x), -low * r)
 
     so that zero is in the middle of the unsigned codes. The ``reduce`` of
     `qjax.min_max`, `qjax.last_value` and `qjax.ema_min_max`.
@@ -154,12 +154,10 @@ def tfmot_range(x: jax.Array, spec: QSpec) -> tuple[jax.Array, jax.Array]:
     low, high = reduce_range(x, spec.axis)
     if not spec.symmetric:
         return jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
-    levels = jnp.exp2(jnp.asarray(spec.bits).astype(jnp.float32))
+    levels = power_of_two(spec.bits)
     ratio = jnp.ones(()) if spec.narrow_range else (levels - 2.0) * (1.0 / levels)
-    return (
-        jnp.minimum(low, quotient(-high, ratio)),
-        jnp.maximum(high, -low * ratio),
-    )
+    low = jnp.minimum(low, quotient(-high, ratio))
+    return low, jnp.maximum(high, -low * ratio)
 
 
 def _quantize(

@@ -285,7 +285,7 @@ def tfmot_quantizer(case, arrays):
     state = calibrator.init(arrays["x_train"][0], spec)
     is_corrected = p["per_axis"] and not p["state_shape"]  # There, per_axis is dropped.
     if not is_corrected:
-        ends = [np.broadcast_to(v, state.low.shape) for v in arrays["state_init"]]
+        ends = [v.reshape(state.low.shape) for v in arrays["state_init"]]
         f = lambda x: _tfmot_fake_quant(p, x, *map(jnp.float32, ends))
         np.testing.assert_array_equal(
             f(arrays["x_infer"]), arrays["y_infer_before_training"]
