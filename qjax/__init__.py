@@ -23,13 +23,21 @@ from qjax.calibration import (
 )
 from qjax.formats.safetensors import load
 from qjax.histograms import entropy, histogram, mse, percentile
-from qjax.instrument import QuantizedModel, calibrate, quantize_model
+from qjax.instrument import (
+    CalibrationError,
+    CalibrationInterrupt,
+    QuantizedModel,
+    calibrate,
+    quantize_model,
+)
 from qjax.integer import fixed_point, requantize
 from qjax.lowering import IntegerProgram, Verification, lower, verify
 from qjax.rounding import int_range
 from qjax.scheme import Rule, Scheme, Site, stack_schemes
 
 __all__ = (
+    "CalibrationError",
+    "CalibrationInterrupt",
     "Calibrator",
     "IntegerProgram",
     "QParams",

@@ -1,6 +1,7 @@
 """From a float model to one that computes on grids, and its calibration."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -15,6 +16,34 @@ from qjax.scheme import Scheme, Site, check_rules
 from qjax.simulate import Simulation, Unit, Visit
 
 QState = dict[str, Any]  # Name of an activation site -> state of its calibrator.
+
+
+class CalibrationError(ValueError):
+    """Calibration met a batch that it cannot use.
+
+    Attributes:
+      qstate: The state after the last good batch, to go on from; None before the first.
+      batch: Number of the batch, from 0 on.
+    """
+
+    def __init__(self, message: str, qstate: QState | None, batch: int):
+        super().__init__(message)
+        self.qstate = qstate
+        self.batch = batch
+
+
+class CalibrationInterrupt(KeyboardInterrupt):
+    """Calibration was interrupted.
+
+    Attributes:
+      qstate: The state after the last whole batch; None before the first.
+    """
+
+    def __init__(self, qstate: QState | None):
+        super().__init__(
+            "Calibration was interrupted; `qstate` holds its state so far."
+        )
+        self.qstate = qstate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +93,9 @@ class QuantizedModel:
 
     def observe(self, params: Any, qstate: QState, *inputs: Any) -> QState:
         """Returns the state after one more batch, which runs in float."""
-        seen = self._float_values(params, inputs)
+        return self._update(self._float_values(params, inputs), qstate)
+
+    def _update(self, seen: dict[str, jax.Array], qstate: QState) -> QState:
         return {
             site.name: calibrator.update(seen[site.name], qstate[site.name], spec)
             for site, spec, calibrator in self.calibrated()
@@ -134,7 +165,8 @@ def calibrate(
     Args:
       qmodel: The model.
       params: As its ``fn`` takes them.
-      batches: Any iterable. A batch is one input, or a tuple of inputs.
+      batches: Any iterable, also a generator. A batch is one input, or a tuple of
+        inputs; batches may differ in their number of examples.
       qstate: State to go on from; from the beginning by default.
 
     Returns:
@@ -142,37 +174,93 @@ def calibrate(
       the batches if standard error is a terminal.
 
     Raises:
-      ValueError: if there are no batches, or a value at a site is NaN or infinite.
+      CalibrationError: if there are no batches, a batch is empty or has another shape
+        or dtype than the first, or a value at a site is NaN or infinite: with the
+        number of the batch, the site, and the state before it.
+      CalibrationInterrupt: instead of KeyboardInterrupt, with the state so far.
+
+    Warns:
+      UserWarning: for sites where all values were 0; they get scale 1.
     """
 
     @jax.jit
     def observe(params: Any, qstate: QState, *inputs: Any) -> tuple[QState, QState]:
-        new = qmodel.observe(params, qstate, *inputs)
-        return new, {name: _is_finite(state) for name, state in new.items()}
+        seen = qmodel._float_values(params, inputs)
+        flags = {
+            site.name: (jnp.all(jnp.isfinite(x)), jnp.any(x != 0))
+            for site, *_ in qmodel.calibrated()
+            for x in (seen[site.name],)
+        }
+        return qmodel._update(seen, qstate), flags
 
-    seen = 0
-    for seen, batch in enumerate(_with_progress(batches), start=1):
-        inputs = batch if isinstance(batch, tuple) else (batch,)
-        if qstate is None:
-            qstate = qmodel.init(params, *inputs)
-        qstate, finite = observe(params, qstate, *inputs)
-        for site, *_ in qmodel.calibrated():
-            if not finite[site.name]:
-                raise ValueError(
-                    f"Calibration met NaN or infinity at the site {site.name!r} in "
-                    f"batch {seen - 1}. Check the data and the parameters."
-                )
-    if qstate is None or not seen:
-        raise ValueError(
+    number, first = 0, None
+    reached: set[str] = set()
+    try:
+        for number, batch in enumerate(_with_progress(batches)):
+            inputs = batch if isinstance(batch, tuple) else (batch,)
+            first = _check_batch(inputs, first, qstate, number)
+            fresh = qmodel.init(params, *inputs) if qstate is None else qstate
+            new, flags = observe(params, fresh, *inputs)
+            for site, (is_finite, is_reached) in jax.device_get(flags).items():
+                if not is_finite:
+                    raise CalibrationError(
+                        f"Calibration met NaN or infinity at the site {site!r} in "
+                        f"batch {number}. Check the data and the parameters.",
+                        qstate,
+                        number,
+                    )
+                reached.update([site] if is_reached else [])
+            qstate = new
+    except KeyboardInterrupt as error:
+        raise CalibrationInterrupt(qstate) from error
+    if first is None:
+        raise CalibrationError(
             "`calibrate` got no batches, so no range can be found. Pass an iterable of "
-            "at least one batch; a generator can be used only once."
+            "at least one batch; a generator can be used only once.",
+            qstate,
+            0,
         )
+    assert qstate is not None
+    _warn_of_zeros([s.name for s, *_ in qmodel.calibrated() if s.name not in reached])
     return qstate
 
 
-def _is_finite(state: Any) -> jax.Array:
-    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state)]
-    return jnp.all(jnp.stack(leaves))
+_Shapes = list[tuple[tuple[int, ...], Any]]
+
+
+def _check_batch(
+    inputs: Any, first: _Shapes | None, qstate: QState | None, number: int
+) -> _Shapes:
+    """Raises for a batch unlike the first; returns the shapes of the first."""
+    leaves = jax.tree.leaves(inputs)
+    shapes = [(jnp.shape(x), jax.dtypes.result_type(x)) for x in leaves]
+    if any(0 in shape for shape, _ in shapes):
+        raise CalibrationError(
+            f"Batch {number} is empty: its inputs have the shapes "
+            f"{[shape for shape, _ in shapes]}.",
+            qstate,
+            number,
+        )
+    if first is None:
+        return shapes
+    examples = lambda all_: [(len(shape), shape[1:], dtype) for shape, dtype in all_]
+    if examples(shapes) != examples(first):
+        raise CalibrationError(
+            f"Batch {number} has inputs of {shapes}, the first one had {first}. "
+            "Batches may differ in their number of examples alone.",
+            qstate,
+            number,
+        )
+    return first
+
+
+def _warn_of_zeros(sites: list[str]) -> None:
+    if sites:
+        warnings.warn(
+            f"All values were 0 at {', '.join(sites)}: the scale is 1 unless the state "
+            "knows a range. Does the data reach this part of the model?",
+            stacklevel=3,
+        )
 
 
 def _with_progress(batches: Iterable[Any]) -> Iterator[Any]:

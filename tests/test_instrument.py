@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -211,6 +212,60 @@ def test_values_that_are_not_finite_name_the_site_and_the_batch(bad):
     params["two"]["w"] = params["two"]["w"].at[0, 0].set(bad)
     with pytest.raises(ValueError, match=r"site 'output:0' in batch 0"):
         qjax.calibrate(qmodel, params, [x])
+
+
+def test_a_known_range_does_not_hide_what_is_not_finite():
+    qmodel, params, _, x = _calibrated(Scheme(calibrator=qjax.constant(-4.0, 4.0)))
+    with pytest.raises(ValueError, match=r"site 'input:0' in batch 0"):
+        qjax.calibrate(qmodel, params, [x * np.nan])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        (lambda x: x[:0], r"Batch 2 is empty: .*\(0, 5\)"),
+        (
+            lambda x: x[:, :4],
+            r"Batch 2 has inputs of .*\(16, 4\).* first one had .*5\)",
+        ),
+        (lambda x: x.astype(np.int32), r"Batch 2 has inputs of .*int32"),
+        (lambda x: (x, x), r"Batch 2 has inputs of "),
+        (lambda x: x * np.inf, r"site 'input:0' in batch 2"),
+    ],
+)
+def test_a_wrong_batch_leaves_the_last_good_state(wrong, match):
+    qmodel, params, _, x = _calibrated()
+    good = qjax.calibrate(qmodel, params, [x, 3 * x[:7]])
+    batches = [x, 3 * x[:7], wrong(x), 9 * x]
+    with pytest.raises(qjax.CalibrationError, match=match) as caught:
+        qjax.calibrate(qmodel, params, batches)
+    assert caught.value.batch == 2
+    chex.assert_trees_all_equal(caught.value.qstate, good)
+    rest = qjax.calibrate(qmodel, params, [9 * x], qstate=caught.value.qstate)
+    whole = qjax.calibrate(qmodel, params, [x, 3 * x[:7], 9 * x])
+    chex.assert_trees_all_equal(rest, whole)
+
+
+def test_an_interrupted_calibration_has_its_state():
+    qmodel, params, qstate, x = _calibrated()
+
+    def batches():
+        yield x
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        qjax.calibrate(qmodel, params, batches())
+    assert isinstance(caught.value, qjax.CalibrationInterrupt)
+    chex.assert_trees_all_equal(caught.value.qstate, qstate)
+
+
+def test_sites_where_all_is_zero_are_named():
+    qmodel, params, _, x = _calibrated()
+    params["one"]["w"] = 0 * params["one"]["w"]
+    params["one"]["b"] = 0 * params["one"]["b"]
+    with pytest.warns(UserWarning, match="0 at one/output, output:0: the scale is 1"):
+        qstate = qjax.calibrate(qmodel, params, [x])
+    assert np.all(np.isfinite(qmodel.apply(params, qstate, x)))
 
 
 def test_a_state_that_lacks_a_site():
