@@ -27,8 +27,11 @@ from qjax.instrument import (
     CalibrationError,
     CalibrationInterrupt,
     QuantizedModel,
+    Scales,
+    SiteScale,
     calibrate,
     quantize_model,
+    scales,
 )
 from qjax.integer import fixed_point, requantize
 from qjax.lowering import IntegerProgram, Verification, lower, verify
@@ -44,8 +47,10 @@ __all__ = (
     "QSpec",
     "QuantizedModel",
     "Rule",
+    "Scales",
     "Scheme",
     "Site",
+    "SiteScale",
     "Verification",
     "abs_max_params",
     "calibrate",
@@ -73,6 +78,7 @@ __all__ = (
     "quantize_model",
     "quantizers",
     "requantize",
+    "scales",
     "stack_schemes",
     "verify",
 )

@@ -3,14 +3,16 @@
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import rich.console
 import rich.progress
+from jax.typing import ArrayLike
 
-from qjax.affine import QParams, QSpec, abs_max_params, fake_quant
+from qjax.affine import QParams, QSpec, abs_max_params, dequantize, fake_quant
 from qjax.calibration import Calibrator
 from qjax.scheme import Scheme, Site, check_rules
 from qjax.simulate import Simulation, Unit, Visit
@@ -54,11 +56,13 @@ class QuantizedModel:
       fn: The float model, ``fn(params, *inputs)``.
       scheme: The grids.
       sites: Where they are, in the order of computation.
+      example: Shapes and dtypes of the inputs it was made for, a tuple.
     """
 
     fn: Callable[..., Any]
     scheme: Scheme
     sites: tuple[Site, ...]
+    example: Any
 
     def apply(
         self, params: Any, qstate: QState, *inputs: Any, scheme: Scheme | None = None
@@ -146,7 +150,8 @@ def quantize_model(
     scheme = Scheme() if scheme is None else scheme
     sites = Simulation(fn, params, inputs).sites
     check_rules(scheme, sites)
-    qmodel = QuantizedModel(fn, scheme, sites)
+    shapes = jax.eval_shape(lambda: inputs)
+    qmodel = QuantizedModel(fn, scheme, sites, shapes)
     # A dry run: an axis that does not exist raises here, before any data is spent.
     state = qmodel.init(params, *inputs)
     jax.eval_shape(lambda: qmodel.apply(params, state, *inputs))
@@ -223,6 +228,92 @@ def calibrate(
     assert qstate is not None
     _warn_of_zeros([s.name for s, *_ in qmodel.calibrated() if s.name not in reached])
     return qstate
+
+
+class SiteScale(NamedTuple):
+    """The grid of a site: ``real = scale * (code - zero_point)``."""
+
+    bits: ArrayLike  # Word length, sign included.
+    scale: jax.Array  # float32, [] or the rank of the value. Units per code.
+    zero_point: jax.Array  # int32, same shape. The code of 0.0.
+    low: jax.Array  # float32, same shape. What the least code stands for.
+    high: jax.Array  # float32, same shape. What the largest code stands for.
+
+
+class Scales(dict[str, SiteScale]):
+    """Name of a site -> its grid, in the order of computation. ``str`` is a table."""
+
+    def __str__(self) -> str:
+        head = f"{'site':<32} {'bits':>4} {'scale':>13} {'zero':>6} {'range':>25}"
+        lines = [head]
+        for name, row in self.items():
+            bits, scale, zero, low, high = (np.asarray(v) for v in row)
+            span = f"[{np.min(low):.5g}, {np.max(high):.5g}]"
+            lines.append(
+                f"{name:<32} {bits!s:>4} {_span(scale, '.5g'):>13} "
+                f"{_span(zero, 'd'):>6} {span:>25}"
+            )
+        return "\n".join(lines)
+
+
+def _flatten_scales(scales: Scales) -> tuple[Any, Any]:
+    return tuple(scales.values()), tuple(scales)
+
+
+def _unflatten_scales(names: Any, rows: Any) -> Scales:
+    return Scales(zip(names, rows, strict=True))
+
+
+jax.tree_util.register_pytree_node(Scales, _flatten_scales, _unflatten_scales)
+
+
+def scales(qmodel: QuantizedModel, params: Any, qstate: QState) -> Scales:
+    """Returns scale, zero point, range and bits of every site.
+
+    Args:
+      qmodel: The model.
+      params: As its ``fn`` takes them: weights have grids of their own values.
+      qstate: From `calibrate`.
+
+    Returns:
+      A dictionary, a pytree, by the name of the site: weights and activations that have
+      a grid, in the order of computation. Printed, a table, where a scale per channel
+      is shown as ``least..largest``.
+
+    Raises:
+      ValueError: if ``qstate`` lacks a site.
+
+    Example:
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> x, params = jnp.eye(2), {"kernel": jnp.array([[2.54, -1.0], [1.27, 0.5]])}
+      >>> qmodel = quantize_model(fn, params, x)
+      >>> found = scales(qmodel, params, calibrate(qmodel, params, [x]))
+      >>> print(found["kernel"].scale)
+      [[0.02       0.00787402]]
+    """
+
+    @jax.jit
+    def run(params: Any, qstate: QState) -> dict[str, QParams]:
+        inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), qmodel.example)
+        recorder = _GridRecorder(qmodel.scheme, qstate, {})
+        Simulation(qmodel.fn, params, inputs).run(recorder)
+        return recorder.grids
+
+    grids, table = run(params, qstate), Scales()
+    for site in qmodel.sites:
+        if site.name in grids:
+            spec, (scale, zero_point) = qmodel.scheme.spec(site), grids[site.name]
+            assert spec is not None
+            ends = (jnp.asarray(q).astype(jnp.int32) for q in (spec.qmin, spec.qmax))
+            low, high = (dequantize(q, QParams(scale, zero_point)) for q in ends)
+            table[site.name] = SiteScale(spec.bits, scale, zero_point, low, high)
+    return table
+
+
+def _span(values: np.ndarray, form: str) -> str:
+    """One number, or the least and the largest."""
+    least, most = values.min(), values.max()
+    return f"{least:{form}}" if least == most else f"{least:.3g}..{most:.3g}"
 
 
 _Shapes = list[tuple[tuple[int, ...], Any]]
@@ -325,3 +416,21 @@ class _Quantizer:
     ) -> jax.Array:
         estimator = self.scheme.estimator
         return fake_quant(x, params, spec, site=site.name, estimator=estimator)
+
+
+@dataclasses.dataclass(frozen=True)
+class _GridRecorder(_Quantizer):
+    """Puts values on grids and remembers them by site."""
+
+    grids: dict[str, QParams]
+
+    def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
+        return self._keep(site, super().activation(site, x, unit))
+
+    def weight(self, site: Site, x: jax.Array) -> Visit:
+        return self._keep(site, super().weight(site, x))
+
+    def _keep(self, site: Site, visit: Visit) -> Visit:
+        if visit[1] is not None:
+            self.grids[site.name] = visit[1]
+        return visit

@@ -273,3 +273,43 @@ def test_a_state_that_lacks_a_site():
     del qstate["one/output"]
     with pytest.raises(ValueError, match=r"no range for the site 'one/output'"):
         qmodel.apply(params, qstate, x)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scales_are_those_of_the_values_and_of_the_program(name):
+    fn, params, x = examples()[name]
+    qmodel = qjax.quantize_model(fn, params, x)
+    qstate = qjax.calibrate(qmodel, params, [x])
+    found = qjax.scales(qmodel, params, qstate)
+    assert list(found) == [site.name for site in qmodel.sites]
+    for site in qmodel.sites:
+        row = found[site.name]
+        low, high = (row.scale * (q - row.zero_point) for q in _ends(qmodel, site))
+        np.testing.assert_allclose(row.low, low, rtol=1e-6)
+        np.testing.assert_allclose(row.high, high, rtol=1e-6)
+        if site.role == "activation":
+            wanted = qmodel.scheme.calibrator.params(qstate[site.name], QSpec(8))
+            np.testing.assert_allclose(row.scale, wanted.scale, rtol=1e-6)
+            np.testing.assert_array_equal(row.zero_point, wanted.zero_point)
+    doubled = jax.tree.map(lambda v: 2 * v, found)
+    assert isinstance(doubled, qjax.Scales) and list(doubled) == list(found)
+    lines = str(found).splitlines()
+    assert len(lines) == 1 + len(found)
+    assert all(line.startswith(n) for line, n in zip(lines[1:], found, strict=True))
+
+
+def _ends(qmodel, site):
+    spec = qmodel.scheme.spec(site)
+    return spec.qmin, spec.qmax
+
+
+def test_scales_of_weights_are_per_channel_and_leave_out_what_is_float():
+    scheme = Scheme(rules=(Rule("two/*", None),))
+    qmodel, params, qstate, _ = _calibrated(scheme)
+    found = qjax.scales(qmodel, params, qstate)
+    assert "two/w" not in found and "one/output" in found
+    wanted = np.abs(params["one"]["w"]).max(0, keepdims=True) / 127
+    np.testing.assert_allclose(found["one/w"].scale, wanted, rtol=1e-6)
+    del qstate["one/output"]
+    with pytest.raises(ValueError, match="no range for the site"):
+        qjax.scales(qmodel, params, qstate)
