@@ -142,17 +142,20 @@ def floor_log2(x: jax.Array) -> jax.Array:
 
 
 # XLA on the CPU rewrites float formulas (JAX 0.10.2): a quotient by a scalar becomes a
-# product with its reciprocal, a / (b / c) becomes a * c / b, and a * b + c is fused. An
-# operand that depends on data by a comparison is out of reach of all three.
+# product with its reciprocal, a / (b / c) becomes a * c / b, and a * b + c is fused.
+# Operands that depend on data by a comparison are out of reach of all three; on both
+# operands, since either may be a constant of the program.
 
 
 def quotient(a: jax.Array, b: ArrayLike) -> jax.Array:
     """``a / b`` as IEEE 754 has it."""
     a, b = jnp.broadcast_arrays(a, jnp.asarray(b, a.dtype))
-    return a / jnp.where(jnp.isnan(a), jnp.nan, b)
+    # The sum is NaN only where the quotient is.
+    return a / jnp.where(jnp.isnan(a + b), jnp.nan, b)
 
 
 def product(a: jax.Array, b: ArrayLike) -> jax.Array:
     """``a * b``, rounded before anything is added to it: never one fused operation."""
     a, b = jnp.broadcast_arrays(a, jnp.asarray(b, a.dtype))
-    return jnp.where(jnp.isnan(a), a, a * b)
+    # The difference is NaN also for two equal infinities.
+    return jnp.where(jnp.isnan(a - b), jnp.abs(a + b), a * b)

@@ -19,6 +19,8 @@ from qjax.rounding import (
     half_even,
     int_range,
     power_of_two,
+    product,
+    quotient,
     round_log2,
 )
 
@@ -194,3 +196,33 @@ def test_logarithms_next_to_the_root_of_two():
         for e in (-100, 0, 100):
             scaled = float(x) * 2.0**e
             assert int(round_log2(jnp.float32(scaled))) == _rounded_log2(scaled)
+
+
+@pytest.mark.parametrize("has_nan", [False, True])
+@pytest.mark.parametrize("known", ["neither", "first", "second", "both"])
+def test_quotients_and_products_are_rounded_once_each(known, has_nan):
+    """Scalars in a batch, operands that the compiler knows; no result is subnormal."""
+    rng = np.random.default_rng(3)
+    a = np.float32(rng.normal(size=500) * 10.0 ** rng.integers(-9, 9, 500))
+    a[:5] = 0, np.inf, -np.inf, 3e38, -0.0
+    b = np.float32([3, 7, 127, 1e-3, 255, -np.inf, np.inf, 0, -2.5, 3e18])
+    if has_nan:
+        a[5] = b[4] = np.nan
+    with np.errstate(all="ignore"):
+        wanted = a / b[:, None], a * b[:, None], np.float32(1) - a * b[:, None]
+
+    @jax.vmap
+    def rows(a, b):
+        return quotient(a, b), product(a, b), 1.0 - product(a, b)
+
+    @jax.jit
+    def f(a, b):
+        a = all_a if a is None else a
+        b = all_b if b is None else b
+        return rows(jnp.broadcast_to(a, (b.size, a.size)), b)
+
+    all_a, all_b = jnp.asarray(a), jnp.asarray(b)
+    given = {"neither": (a, b), "first": (None, b), "second": (a, None)}
+    got = f(*given.get(known, (None, None)))
+    for x, y in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(x, y)
