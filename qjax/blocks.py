@@ -17,7 +17,7 @@ import numpy as np
 
 from qjax.affine import qpoint_p
 from qjax.scheme import Role, Site
-from qjax.trace import Equation, Trace, trace
+from qjax.trace import AFFINE, BOUNDS, Equation, Trace, trace
 
 # One data operand, the first: the output lies on its grid.
 SHAPE_MOVES = frozenset(
@@ -25,13 +25,12 @@ SHAPE_MOVES = frozenset(
     "stop_gradient convert_element_type reduce_precision optimization_barrier "
     "sharding_constraint".split()
 )
-_GRID_KEEPING = SHAPE_MOVES | {"reduce_max", "reduce_window_max"}
-_AFFINE = frozenset("add sub mul div neg".split())
+_MAXIMA = frozenset({"reduce_max", "reduce_window_max"})
+_GRID_KEEPING = SHAPE_MOVES | _MAXIMA
 _SCALING = frozenset("mul div".split())
-_BOUNDS = frozenset("max min clamp".split())
 _PRODUCTS = frozenset("dot_general conv_general_dilated".split())
 _SUMS = {"reduce_sum": "sum", "reduce_window_sum": "sum_pool"}
-_MEANS = {"sum": "mean", "sum_pool": "avg_pool"}  # The same, divided by a constant.
+MEANS = {"sum": "mean", "sum_pool": "avg_pool"}  # The same, divided by a constant.
 _TWO_OPERANDS = {"add": "residual", "add_any": "residual", "sub": "residual"}
 _RANDOM = ("random_", "threefry", "rng_")
 
@@ -51,7 +50,13 @@ class Block:
     scale_site: int | None = None  # Of a lone affine block: its factor is a weight.
     has_statistics: bool = False  # Normalised by statistics of the batch itself.
     has_quantizer: bool = False  # The user's own, at its end.
-    is_bounded: bool = False  # An activation came: nothing affine may follow.
+    bounds: list[tuple[str, Any]] = dataclasses.field(default_factory=list)
+    end: Equation | None = None  # The last one, if it is not the root.
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether an activation came: nothing affine may follow."""
+        return bool(self.bounds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +138,7 @@ class _Finder:
         self.input_sites: dict[int, str] = {}
         self.weights: dict[int, str] = {}
         self.on_grid: set[int] = set()
+        self.pooled: dict[int, int] = {}  # A maximum -> the end of a block it is of.
         for k, v in enumerate(self.inputs):
             if model.is_real(v) and self.users[v]:
                 self._add_input(v, k)
@@ -151,24 +157,27 @@ class _Finder:
             self._cast(e, x[0])
         elif name in _PRODUCTS:
             self._product(e)
-        elif name in _AFFINE and len(x) == 1 and not self._is_divisor(e, x[0]):
+        elif name in AFFINE and len(x) == 1 and not self._is_divisor(e, x[0]):
             self._affine(e, x[0])
         elif len(x) == 1 and (bounds := bounds_of(self.model, e)) is not None:
             self._bound(e, bounds, x[0])
         elif self._keeps_axes(e, x[0]):
             block = self.open[x[0]]
             block.moves.append(e)
-            self._extend(block, out)
+            self._extend(block, e)
         elif name in _GRID_KEEPING or (name == "pad" and self._is_zero(e.inputs[1])):
             if x[0] in self.on_grid or x[0] in self.open:
                 self.on_grid.add(out)
+            source = self.pooled.get(x[0], x[0])
+            if name in _MAXIMA and source in self.open and self._is_only(e, x[0]):
+                self.pooled[out] = source
         elif has_qpoint(e):
             if x[0] in self.open:
                 self.open.pop(x[0]).has_quantizer = True
             self.on_grid.add(out)
         else:
             kind = _SUMS.get(name) or (_TWO_OPERANDS.get(name) if len(x) == 2 else None)
-            called = e.params.get("name") if name.startswith("custom") else None
+            called = e.params.get("name")
             for v in e.outputs:
                 if self.model.is_real(v) and (self.users[v] or v in self.model.outputs):
                     self._start(Block(kind or str(called or name), e, v))
@@ -203,33 +212,34 @@ class _Finder:
             self._start(block)
         block.has_statistics |= bool(self.statistics.intersection(e.inputs))
         block.affine.append(e)
-        self._extend(block, e.outputs[0])
+        self._extend(block, e)
 
     def _goes_on(self, block: Block, e: Equation, x: int) -> bool:
         """Whether an affine equation on the end of a block belongs to the block."""
         absorbs = block.kind in ("product", "affine") or (
-            block.kind in _MEANS and e.primitive.name in _SCALING
+            block.kind in MEANS and e.primitive.name in _SCALING
         )
         return absorbs and not block.is_bounded and self._is_only(e, x)
 
     def _bound(self, e: Equation, bounds: list[tuple[str, Any]], x: int) -> None:
-        block = self.open.get(x)
+        block = self.open.get(self.pooled.get(x, x))
         if block is not None and self._is_only(e, x):
-            block.is_bounded = True
-            self._extend(block, e.outputs[0])
+            block.bounds += bounds
+            self.on_grid.discard(x)
+            self._extend(block, e)
         elif (block is not None or x in self.on_grid) and bounds == [("max", 0.0)]:
             self.on_grid.add(e.outputs[0])  # Every grid holds zero.
         else:
-            self._start(Block("clip", e, e.outputs[0]))
+            self._start(Block("clip", e, e.outputs[0], bounds=bounds))
 
     def _start(self, block: Block) -> None:
         self.blocks.append(block)
         self.open[block.value] = block
 
-    def _extend(self, block: Block, value: int) -> None:
+    def _extend(self, block: Block, e: Equation) -> None:
         self.open.pop(block.value, None)
-        block.value = value
-        self.open[value] = block
+        block.value, block.end = e.outputs[0], e
+        self.open[block.value] = block
 
     # What equations and values are.
 
@@ -244,7 +254,7 @@ class _Finder:
     def _keeps_axes(self, e: Equation, x: int) -> bool:
         """Whether axes of size 1 come back between a sum and its division."""
         block = self.open.get(x)
-        if block is None or block.kind not in _MEANS or block.affine:
+        if block is None or block.kind not in MEANS or block.affine:
             return False
         users = self.users[e.outputs[0]]
         moves = e.primitive.name in ("broadcast_in_dim", "reshape")
@@ -392,7 +402,7 @@ class _Finder:
                 return name.rpartition("/")[0] or name
         kind = block.kind
         if block.affine:
-            kind = _MEANS.get(kind, kind)
+            kind = MEANS.get(kind, kind)
         k, kinds[kind] = kinds[kind], kinds[kind] + 1
         return f"{kind}_{k}"
 
@@ -427,7 +437,7 @@ def bounds_of(model: Trace, e: Equation) -> list[tuple[str, Any]] | None:
     name = e.primitive.name
     if name == "clamp":
         return [("max", constant_of(model, e.inputs[0])), ("min", None)]
-    if name in _BOUNDS:
+    if name in BOUNDS:
         known = (constant_of(model, v) for v in e.inputs)
         return [(name, next((_scalar(c) for c in known if c is not None), None))]
     if name != "custom_jvp_call":

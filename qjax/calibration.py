@@ -4,16 +4,19 @@ A calibrator is four pure functions over a small pytree, its state. Nothing hide
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, cast
 
 import jax
 import jax.numpy as jnp
 
 from qjax.affine import QParams, QSpec, min_max_params, reduce_range, scale_shape
+from qjax.quantizers.strings import closest, read_call
 from qjax.rounding import product
 
+_Options = ParamSpec("_Options")
 Reduce = Callable[[jax.Array, QSpec], tuple[jax.Array, jax.Array]]
 
 
@@ -31,6 +34,72 @@ class Calibrator(NamedTuple):
     update: Callable[[jax.Array, Any, QSpec], Any]
     merge: Callable[[Any, Any], Any]
     params: Callable[[Any, QSpec], QParams]
+    name: str = ""  # What made it: "ema_min_max(decay=0.9)". Empty: no text says it.
+
+
+_CALIBRATORS: dict[str, Callable[..., Calibrator]] = {}
+
+
+def named(make: Callable[_Options, Calibrator]) -> Callable[_Options, Calibrator]:
+    """Registers a function of plain options that makes a calibrator.
+
+    Two calls with the same options give the same one, so that schemes compare and
+    stack; it knows its name, which `parse_calibrator` reads.
+    """
+    signature, maker = inspect.signature(make), cast(Any, make)
+
+    @functools.cache
+    def cached(*options: Any) -> Calibrator:
+        fields = zip(signature.parameters.values(), options, strict=True)
+        chosen = {p.name: v for p, v in fields if v != p.default}
+        is_plain = not any(map(callable, chosen.values()))
+        text = ",".join(f"{k}={_text(v)}" for k, v in chosen.items())
+        name = f"{make.__name__}({text})" if is_plain else ""
+        calibrator: Calibrator = maker(*options)
+        return calibrator._replace(name=name)
+
+    @functools.wraps(make)
+    def call(*args: _Options.args, **kwargs: _Options.kwargs) -> Calibrator:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return cached(*bound.arguments.values())
+
+    _CALIBRATORS[make.__name__] = call
+    return call
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{','.join(map(_text, value))}]"
+    return repr(value)
+
+
+def parse_calibrator(text: str) -> Calibrator:
+    """Reads a calibrator from its name: ``moving_max(momentum=0.9)``.
+
+    Args:
+      text: Name of a calibrator of this library, with or without options.
+
+    Returns:
+      The calibrator; ``parse_calibrator(c.name) is c``.
+
+    Raises:
+      ValueError: for what cannot be read, an unknown name or option.
+    """
+    name, options = read_call(text, _positional)
+    known = inspect.signature(_CALIBRATORS[name]).parameters
+    for option in options:
+        if option not in known:
+            hint = closest(option, known)
+            raise ValueError(f"`{name}` has no option {option!r}. {hint}")
+    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    return _CALIBRATORS[name](**lists)
+
+
+def _positional(name: str) -> list[str]:
+    if name not in _CALIBRATORS:
+        raise ValueError(f"Unknown calibrator {name!r}. {closest(name, _CALIBRATORS)}")
+    return [*inspect.signature(_CALIBRATORS[name]).parameters]
 
 
 class MinMaxState(NamedTuple):
@@ -73,8 +142,7 @@ def value_range(x: jax.Array, spec: QSpec) -> tuple[jax.Array, jax.Array]:
     return reduce_range(x, spec.axis)
 
 
-# Cached: two calls give the same functions, so that schemes compare and stack.
-@functools.cache
+@named
 def min_max(reduce: Reduce = value_range) -> Calibrator:
     """Tracks the range of all values: ``low <- min(low, min(x))``, ditto ``high``.
 
@@ -111,7 +179,7 @@ def min_max(reduce: Reduce = value_range) -> Calibrator:
     return Calibrator(init, update, merge, params)
 
 
-@functools.cache
+@named
 def last_value(reduce: Reduce = value_range) -> Calibrator:
     """Keeps the range of the last batch alone: TFMOT's rule for weights.
 
@@ -133,7 +201,7 @@ def last_value(reduce: Reduce = value_range) -> Calibrator:
     return Calibrator(init, update, merge, min_max().params)
 
 
-@functools.cache
+@named
 def constant(low: float, high: float) -> Calibrator:
     """A range that is known: batches are counted, not looked at.
 
@@ -165,6 +233,7 @@ def constant(low: float, high: float) -> Calibrator:
     return Calibrator(init, update, merge, params)
 
 
+@named
 def ema_min_max(
     decay: float = 0.99,
     initial: tuple[float, float] | None = None,
@@ -196,7 +265,6 @@ def ema_min_max(
     return _ema_min_max(float(decay), reduce)
 
 
-@functools.cache
 def _ema_min_max(decay: float, reduce: Reduce) -> Calibrator:
     log_decay = math.log(decay) if decay else -math.inf
 
@@ -224,7 +292,6 @@ def _ema_min_max(decay: float, reduce: Reduce) -> Calibrator:
     return Calibrator(init, update, merge, params)
 
 
-@functools.cache
 def _started_ema(
     decay: float, initial: tuple[float, ...], reduce: Reduce
 ) -> Calibrator:
@@ -264,6 +331,7 @@ def magnitude_range(x: jax.Array, spec: QSpec) -> tuple[jax.Array, jax.Array]:
     return -most, most
 
 
+@named
 def moving_max(momentum: float = 0.9) -> Calibrator:
     """Tracks the average of the largest magnitude, from the first batch on.
 
@@ -281,6 +349,7 @@ def moving_max(momentum: float = 0.9) -> Calibrator:
     return moving_min_max(momentum, magnitude_range)
 
 
+@named
 def moving_min_max(momentum: float = 0.9, reduce: Reduce = value_range) -> Calibrator:
     """Tracks the average of both ends of the range, from the first batch on.
 
@@ -298,7 +367,6 @@ def moving_min_max(momentum: float = 0.9, reduce: Reduce = value_range) -> Calib
     return _moving(float(momentum), reduce)
 
 
-@functools.cache
 def _moving(momentum: float, reduce: Reduce) -> Calibrator:
     def init(x: jax.Array, spec: QSpec) -> MovingState:
         zeros = jnp.zeros(scale_shape(x.shape, spec.axis))
@@ -329,7 +397,7 @@ def _moving(momentum: float, reduce: Reduce) -> Calibrator:
     return Calibrator(init, update, merge, params)
 
 
-@functools.cache
+@named
 def mean_std(sigmas: float = 3.0) -> Calibrator:
     """Takes so many standard deviations around the mean of all values.
 

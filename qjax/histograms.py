@@ -23,7 +23,7 @@ from qjax.affine import (
     reduce_range,
     scale_shape,
 )
-from qjax.calibration import Calibrator, params_if
+from qjax.calibration import Calibrator, named, params_if
 from qjax.rounding import floor_log2, power_of_two
 
 BINS = 4096
@@ -46,6 +46,7 @@ Ends = tuple[jax.Array, jax.Array]
 Search = Callable[..., Ends]
 
 
+@named
 def percentile(share: float = 99.99) -> Calibrator:
     """Takes the range that holds a share of the values: outliers saturate.
 
@@ -64,7 +65,6 @@ def percentile(share: float = 99.99) -> Calibrator:
     return histogram(_percentile(float(share)))
 
 
-@functools.cache
 def _percentile(share: float) -> Search:
     def search(
         counts: jax.Array,
@@ -96,7 +96,7 @@ def _percentile(share: float) -> Search:
     return search
 
 
-@functools.cache
+@named
 def mse(candidates: int = 100) -> Calibrator:
     """Takes the part of the range whose grid has the least squared error.
 
@@ -138,7 +138,7 @@ def mse(candidates: int = 100) -> Calibrator:
     return histogram(search)
 
 
-@functools.cache
+@named
 def entropy() -> Calibrator:
     """Takes the clip whose grid tells least from the values: Kullback-Leibler.
 
@@ -195,7 +195,7 @@ def entropy() -> Calibrator:
     return histogram(search)
 
 
-@functools.cache
+@named
 def histogram(search: Search) -> Calibrator:
     """Counts values in bins, and finds the range from the counts.
 

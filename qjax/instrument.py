@@ -12,8 +12,11 @@ import rich.console
 import rich.progress
 from jax.typing import ArrayLike
 
+from qjax import quantizers
 from qjax.affine import QParams, QSpec, abs_max_params, dequantize, fake_quant
 from qjax.calibration import Calibrator
+from qjax.quantizers.point import make_point
+from qjax.quantizers.spec import Spec
 from qjax.scheme import Scheme, Site, check_rules
 from qjax.simulate import Simulation, Unit, Visit
 
@@ -106,10 +109,10 @@ class QuantizedModel:
         }
 
     def calibrated(self) -> Iterator[tuple[Site, QSpec, Calibrator]]:
-        """Yields the activation sites that have a grid."""
+        """Yields the activation sites whose grid has a range to find."""
         for site in self.sites:
             spec = self.scheme.spec(site)
-            if site.role == "activation" and spec is not None:
+            if site.role == "activation" and isinstance(spec, QSpec):
                 yield site, spec, self.scheme.site_calibrator(site)
 
     def _float_values(self, params: Any, inputs: Any) -> dict[str, jax.Array]:
@@ -293,7 +296,9 @@ def scales(qmodel: QuantizedModel, params: Any, qstate: QState) -> Scales:
     """
 
     @jax.jit
-    def run(params: Any, qstate: QState) -> dict[str, QParams]:
+    def run(
+        params: Any, qstate: QState
+    ) -> dict[str, tuple[QParams, tuple[jax.Array, ...]]]:
         inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), qmodel.example)
         recorder = _GridRecorder(qmodel.scheme, qstate, {})
         Simulation(qmodel.fn, params, inputs).run(recorder)
@@ -302,12 +307,17 @@ def scales(qmodel: QuantizedModel, params: Any, qstate: QState) -> Scales:
     grids, table = run(params, qstate), Scales()
     for site in qmodel.sites:
         if site.name in grids:
-            spec, (scale, zero_point) = qmodel.scheme.spec(site), grids[site.name]
-            assert spec is not None
-            ends = (jnp.asarray(q).astype(jnp.int32) for q in (spec.qmin, spec.qmax))
+            (scale, zero_point), ends = grids[site.name]
             low, high = (dequantize(q, QParams(scale, zero_point)) for q in ends)
-            table[site.name] = SiteScale(spec.bits, scale, zero_point, low, high)
+            spec = qmodel.scheme.spec(site)
+            bits = spec.bits if isinstance(spec, QSpec) else _word_length(*ends)
+            table[site.name] = SiteScale(bits, scale, zero_point, low, high)
     return table
+
+
+def _word_length(least: jax.Array, most: jax.Array) -> int:
+    """The bits that tell the codes from ``least`` to ``most`` apart."""
+    return int(most - least).bit_length()
 
 
 def _span(values: np.ndarray, form: str) -> str:
@@ -385,8 +395,9 @@ class _Quantizer:
 
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
         spec = self.scheme.spec(site)
-        if spec is None:
-            return (x if unit is None else x * unit.per(1.0)), None
+        if not isinstance(spec, QSpec):
+            x = x if unit is None else x * unit.per(1.0)
+            return self._apply(site, x, spec)
         if site.name not in self.qstate:
             raise ValueError(
                 f"The state has no range for the site {site.name!r}: calibrate this "
@@ -406,10 +417,17 @@ class _Quantizer:
 
     def weight(self, site: Site, x: jax.Array) -> Visit:
         spec = self.scheme.spec(site)
-        if spec is None:
-            return x, None
+        if not isinstance(spec, QSpec):
+            return self._apply(site, x, spec)
         params = abs_max_params(x, spec)
         return self._round(site, x, params, spec), params
+
+    def _apply(self, site: Site, x: jax.Array, spec: Spec | None) -> Visit:
+        """A quantizer that finds its grid by itself; None: no quantizer."""
+        if spec is None:
+            return x, None
+        value = quantizers.apply(spec, x, site=site.name)
+        return value, quantizers.encode(spec, x).params
 
     def _round(
         self, site: Site, x: jax.Array, params: QParams, spec: QSpec
@@ -420,17 +438,20 @@ class _Quantizer:
 
 @dataclasses.dataclass(frozen=True)
 class _GridRecorder(_Quantizer):
-    """Puts values on grids and remembers them by site."""
+    """Puts values on grids and remembers them by site, with the ends of the codes."""
 
-    grids: dict[str, QParams]
+    grids: dict[str, tuple[QParams, tuple[jax.Array, ...]]]
 
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
-        return self._keep(site, super().activation(site, x, unit))
+        return self._keep(site, x, super().activation(site, x, unit))
 
     def weight(self, site: Site, x: jax.Array) -> Visit:
-        return self._keep(site, super().weight(site, x))
+        return self._keep(site, x, super().weight(site, x))
 
-    def _keep(self, site: Site, visit: Visit) -> Visit:
-        if visit[1] is not None:
-            self.grids[site.name] = visit[1]
+    def _keep(self, site: Site, x: jax.Array, visit: Visit) -> Visit:
+        spec = self.scheme.spec(site)
+        if visit[1] is not None and spec is not None:
+            word = spec if isinstance(spec, QSpec) else make_point(spec, None, x)
+            ends = (jnp.asarray(q).astype(jnp.int32) for q in (word.qmin, word.qmax))
+            self.grids[site.name] = visit[1], (*ends,)
         return visit

@@ -1,9 +1,9 @@
-"""Which grid at which site: defaults, and rules on the names of sites."""
+"""Which grid at which site: defaults, and rules on sites."""
 
 import dataclasses
 import difflib
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -11,8 +11,11 @@ import jax.numpy as jnp
 
 from qjax.affine import Estimator, QSpec, clipped_ste
 from qjax.calibration import Calibrator, min_max
+from qjax.quantizers.spec import Spec
 
 Role = Literal["weight", "activation"]
+Word = QSpec | Spec  # An affine grid; or a quantizer of qjax.quantizers by its options.
+Globs = str | tuple[str, ...]
 
 
 class Site(NamedTuple):
@@ -21,24 +24,93 @@ class Site(NamedTuple):
     name: str  # conv1/kernel, conv1/output, input:0, residual_2/output, output:0.
     role: Role
     shape: tuple[int, ...]  # Of the value in the traced example.
+    layer: str = ""  # Module path: of what the weight serves; of where a value is made.
+    op: str = ""  # What makes the value; of a weight, what it serves: conv, dense, ...
+    activation: str = ""  # What the value has passed: relu, relu6, clip, gelu, ...
+    inputs: tuple[str, ...] = ()  # Names of the sites that the op reads.
+    feeds: tuple[str, ...] = ()  # Who reads the value, or what a weight makes: ops, and
+    # "return" if the model returns it.
+
+
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """A predicate on sites: true where all of its fields match.
+
+    Patterns are globs, or tuples of globs of which one must match.
+
+    Attributes:
+      name: Of the site.
+      role: "weight" or "activation"; None for both.
+      layer: Module path that the site belongs to.
+      op: What makes the value, or what a weight serves.
+      activation: What the value has passed; ``"?*"`` for any.
+      inputs: Of the names of the sites that the op reads; all must match, and at least
+        one be there.
+      feeds: Of the ops that read the value; one must match.
+      ranks: Numbers of axes of the value; empty for any.
+
+    Example:
+      >>> is_first = Where(role="weight", inputs="input:*")
+      >>> is_first(Site("conv1/kernel", "weight", (3, 3, 1, 8), inputs=("input:0",)))
+      True
+    """
+
+    name: Globs = "*"
+    role: Role | None = None
+    layer: Globs = "*"
+    op: Globs = "*"
+    activation: Globs = "*"
+    inputs: Globs = "*"
+    feeds: Globs = "*"
+    ranks: tuple[int, ...] = ()
+
+    def __call__(self, site: Site) -> bool:
+        """Whether all fields match."""
+        return (
+            _matches(site.name, self.name)
+            and self.role in (None, site.role)
+            and _matches(site.layer, self.layer)
+            and _matches(site.op, self.op)
+            and _matches(site.activation, self.activation)
+            and (self.inputs == "*" or bool(site.inputs))
+            and all(_matches(name, self.inputs) for name in site.inputs)
+            and (self.feeds == "*" or any(_matches(f, self.feeds) for f in site.feeds))
+            and (not self.ranks or len(site.shape) in self.ranks)
+        )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A choice for the sites whose name matches a pattern.
+    """A choice for the sites that it matches.
 
     Attributes:
-      pattern: Glob on the whole name: ``*`` also crosses ``/``.
-      spec: The word of the codes; None leaves the site in float.
+      pattern: Glob on the whole name of a site, where ``*`` also crosses ``/``; or a
+        predicate, any function of a `Site`. `Where` makes those that go into JSON.
+      spec: The word of the codes, a `QSpec` or the options of a quantizer of
+        `qjax.quantizers`; None leaves the site in float.
       calibrator: How the range is found; None keeps that of the scheme.
+      buffer_bits: Most bits of the accumulator that a weight makes; None keeps that of
+        the scheme.
+      reasons: Pairs of a field and what decided it, for `explain`; the rule itself,
+        where they are silent.
     """
 
-    pattern: str = dataclasses.field(metadata={"static": True})
-    spec: QSpec | None = None
+    pattern: str | Callable[[Site], bool] = dataclasses.field(metadata={"static": True})
+    spec: Word | None = None
     calibrator: Calibrator | None = dataclasses.field(
         default=None, metadata={"static": True}
     )
+    buffer_bits: int | None = dataclasses.field(default=None, metadata={"static": True})
+    reasons: tuple[tuple[str, str], ...] = dataclasses.field(
+        default=(), metadata={"static": True}
+    )
+
+    def matches(self, site: Site) -> bool:
+        """Whether the rule speaks of a site."""
+        if callable(self.pattern):
+            return bool(self.pattern(site))
+        return fnmatch.fnmatchcase(site.name, self.pattern)
 
 
 @jax.tree_util.register_dataclass
@@ -47,26 +119,32 @@ class Scheme:
     """Defaults for weights and activations, and rules that override them.
 
     A pytree whose leaves are bit widths: schemes that differ in nothing else stack
-    (`stack_schemes`) and ``vmap``.
+    (`stack_schemes`) and ``vmap``. As JSON: `to_json`, `from_json`.
 
     Attributes:
-      weights: For kernels. Taken as symmetric; ranges come from the weights themselves.
+      weights: For kernels. A `QSpec` is taken as symmetric; ranges come from the
+        weights themselves. None leaves them in float.
       activations: For inputs and outputs of blocks.
       rules: The first one that matches a site decides it.
       calibrator: How ranges of activations are found.
-      estimator: Backward pass of all quantization points, of `qjax.estimators`.
+      estimator: Backward pass of all affine grids, of `qjax.estimators`. A quantizer of
+        `qjax.quantizers` has its own.
+      buffer_bits: Most bits of an accumulator, at most 32: checked by lowering.
 
     Example:
       >>> scheme = Scheme(
       ...     weights=QSpec(bits=4, narrow_range=True, axis=-1),
-      ...     rules=(Rule("conv1/*", QSpec(bits=8, axis=-1)), Rule("output:0", None)),
+      ...     rules=(
+      ...         Rule("conv1/*", QSpec(bits=8, axis=-1)),
+      ...         Rule(Where(op="residual"), QSpec(bits=16)),
+      ...     ),
       ... )
       >>> scheme.weights.bits
       4
     """
 
-    weights: QSpec = QSpec(bits=8, narrow_range=True, axis=-1)
-    activations: QSpec = QSpec(bits=8)
+    weights: Word | None = QSpec(bits=8, narrow_range=True, axis=-1)
+    activations: Word | None = QSpec(bits=8)
     rules: tuple[Rule, ...] = ()
     calibrator: Calibrator = dataclasses.field(
         default=min_max(), metadata={"static": True}
@@ -74,41 +152,73 @@ class Scheme:
     estimator: Estimator = dataclasses.field(
         default=clipped_ste, metadata={"static": True}
     )
+    buffer_bits: int = dataclasses.field(default=32, metadata={"static": True})
 
-    def spec(self, site: Site) -> QSpec | None:
+    def spec(self, site: Site) -> Word | None:
         """Returns the word of the codes at a site; None if it stays float."""
-        rule = self._rule(site)
+        rule = self.rule(site)
         if rule is not None:
             return rule.spec
         return self.weights if site.role == "weight" else self.activations
 
     def site_calibrator(self, site: Site) -> Calibrator:
         """Returns how the range at a site is found."""
-        rule = self._rule(site)
+        rule = self.rule(site)
         if rule is None or rule.calibrator is None:
             return self.calibrator
         return rule.calibrator
 
-    def _rule(self, site: Site) -> Rule | None:
-        matches = (r for r in self.rules if fnmatch.fnmatchcase(site.name, r.pattern))
-        return next(matches, None)
+    def site_buffer_bits(self, site: Site) -> int:
+        """Returns the most bits of the accumulator that a site belongs to."""
+        rule = self.rule(site)
+        if rule is None or rule.buffer_bits is None:
+            return self.buffer_bits
+        return rule.buffer_bits
+
+    def rule(self, site: Site) -> Rule | None:
+        """Returns the rule that decides a site; None for the defaults."""
+        return next((r for r in self.rules if r.matches(site)), None)
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """Writes the scheme as JSON: `qjax.scheme_json.to_json`."""
+        # A lower room, so imported late: reading and writing is all it does.
+        from qjax.scheme_json import to_json
+
+        return to_json(self, indent=indent)
+
+    @staticmethod
+    def from_json(text: str) -> "Scheme":
+        """Reads a scheme from JSON: `qjax.scheme_json.from_json`."""
+        from qjax.scheme_json import from_json
+
+        return from_json(text)
 
 
 def check_rules(scheme: Scheme, sites: Sequence[Site]) -> None:
-    """Raises if a rule matches no site.
+    """Raises if a rule that names sites or a layer matches nothing.
+
+    Other predicates may match nothing: presets are made for many models.
 
     Raises:
-      ValueError: naming the sites there are, and the one closest to the pattern.
+      ValueError: naming the sites or layers there are, and the closest.
     """
-    names = [site.name for site in sites]
     for rule in scheme.rules:
-        if not any(fnmatch.fnmatchcase(name, rule.pattern) for name in names):
-            close = difflib.get_close_matches(rule.pattern, names, n=1, cutoff=0.0)
-            hint = f" The closest is {close[0]!r}." if close else ""
-            raise ValueError(
-                f"The rule {rule.pattern!r} matches no site.{hint} The sites are: "
-                f"{', '.join(names)}."
-            )
+        kind, name = "site", rule.pattern
+        if isinstance(rule.pattern, Where):
+            layer = rule.pattern.layer
+            if not isinstance(layer, str) or any(c in layer for c in "*?["):
+                continue
+            kind, name = "layer", layer
+        if not isinstance(name, str) or any(map(rule.matches, sites)):
+            continue
+        found = (site.name if kind == "site" else site.layer for site in sites)
+        there = [*dict.fromkeys(found)]
+        close = difflib.get_close_matches(name, there, n=1, cutoff=0.0)
+        hint = f" The closest is {close[0]!r}." if close else ""
+        raise ValueError(
+            f"The rule {name!r} matches no {kind}.{hint} The {kind}s are: "
+            f"{', '.join(there)}."
+        )
 
 
 def stack_schemes(schemes: Sequence[Scheme]) -> Scheme:
@@ -136,4 +246,15 @@ def stack_schemes(schemes: Sequence[Scheme]) -> Scheme:
                 f"Schemes stack if only their bits differ; scheme {i} differs from "
                 f"scheme 0 elsewhere:\n  {scheme}\n  {schemes[0]}"
             )
-    return jax.tree.map(lambda *bits: jnp.stack([jnp.int32(b) for b in bits]), *schemes)
+    return jax.tree.map(lambda *leaves: jnp.stack(_numbers(leaves)), *schemes)
+
+
+def _numbers(leaves: Sequence[Any]) -> list[jax.Array]:
+    """Whole numbers as int32, others as float32."""
+    whole = all(jnp.issubdtype(jax.dtypes.result_type(x), jnp.integer) for x in leaves)
+    return [jnp.asarray(x, jnp.int32 if whole else jnp.float32) for x in leaves]
+
+
+def _matches(text: str, globs: Globs) -> bool:
+    several = (globs,) if isinstance(globs, str) else globs
+    return any(fnmatch.fnmatchcase(text, glob) for glob in several)

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from qjax.affine import QParams, fake_quant_bias
 from qjax.blocks import SHAPE_MOVES, Block, Plan, find_blocks, path_name
 from qjax.scheme import Site
+from qjax.sites import describe
 from qjax.trace import Equation, evaluate, trace
 
 SITE_MARK = "site="  # In the scope of the root of a block: its output, its weight.
@@ -55,7 +56,8 @@ class Simulation:
         leaves, _ = jax.tree_util.tree_flatten_with_path(params)
         names = [path_name(path) for path, _ in leaves]
         self._model, self._out = trace(fn, params, *inputs, keep_derivatives=True)
-        self._plan = find_blocks(self._model, names)
+        plan = find_blocks(self._model, names)
+        self._plan = describe(self._model, plan, names)
         self._arguments = [_unfolded(x) for _, x in leaves] + jax.tree.leaves(inputs)
         blocks = self._plan.blocks
         self._scopes = {b.root.outputs[0]: _scope(b, self._plan) for b in blocks}

@@ -16,6 +16,15 @@ from jax.extend.core import primitives as p
 
 _CALLS = (p.jit_p, p.closed_call_p, p.remat_p)
 _DERIVATIVE_CALLS = (p.custom_jvp_call_p, p.custom_vjp_call_p)
+AFFINE = frozenset("add sub mul div neg".split())
+BOUNDS = frozenset("max min clamp".split())
+_POINTWISE = frozenset(
+    "abs acos acosh asin asinh atan atanh atan2 cbrt ceil convert_element_type copy "
+    "cos cosh eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le "
+    "log log1p logistic lt ne not or and pow reduce_precision rem round rsqrt select_n "
+    "sign sin sinh sqrt square stop_gradient tan tanh xor".split()
+)
+_POINTWISE |= AFFINE | BOUNDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +76,9 @@ def trace(
       fn: Any function that JAX can trace.
       *args: Example arguments; only shapes and dtypes are read.
       keep_derivatives: Whether calls with their own derivative rules (``custom_jvp``,
-        ``custom_vjp``) stay single equations. Inlined, they lose these rules.
+        ``custom_vjp``) stay single equations, as do jitted elementwise functions of one
+        argument that are more than a line and a bound (``jax.nn.gelu``). Inlined, the
+        former lose these rules.
 
     Returns:
       The trace without dead equations, and the tree of shapes that ``fn`` returns.
@@ -117,7 +128,8 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
             inputs = [read(v) for v in eqn.invars]
             stack = str(eqn.source_info.name_stack)
             here = "/".join(s for s in (path, stack) if s)
-            if eqn.primitive in inlined:
+            is_kept = keep_derivatives and _is_function(eqn)
+            if eqn.primitive in inlined and not is_kept:
                 outputs = call(eqn, inputs, here)
             else:
                 outputs = [number(v.aval) for v in eqn.outvars]
@@ -161,3 +173,42 @@ def _prune(trace: Trace) -> Trace:
             needed.update(equation.inputs)
             kept.append(equation)
     return dataclasses.replace(trace, equations=tuple(reversed(kept)))
+
+
+def _is_function(eqn: Any) -> bool:
+    """Whether an equation calls an elementwise function that is no line, no bound."""
+    if eqn.primitive is not p.jit_p or len(eqn.invars) != 1 or len(eqn.outvars) != 1:
+        return False
+    same = eqn.invars[0].aval.shape == eqn.outvars[0].aval.shape
+    kinds = _kinds(eqn.params["jaxpr"].jaxpr) if same else None
+    return kinds is not None and "bent" in kinds
+
+
+def _kinds(jaxpr: Any) -> set[str] | None:
+    """The kinds of the equations: line, bound, bent; None if one is not elementwise."""
+    known = {*jaxpr.constvars}
+    found: set[str] = set()
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        inner = [*jex.jaxprs_in_params(eqn.params)]
+        data = [
+            v for v in eqn.invars if not isinstance(v, jex.Literal) and v not in known
+        ]
+        if not data:
+            known.update(eqn.outvars)
+        elif inner:
+            for jaxpr_inner in inner:
+                kinds = _kinds(getattr(jaxpr_inner, "jaxpr", jaxpr_inner))
+                if kinds is None:
+                    return None
+                found |= kinds
+        elif name in AFFINE and len(data) == 1:
+            is_divisor = name == "div" and eqn.invars[1] is data[0]
+            found.add("bent" if is_divisor else "line")
+        elif name in BOUNDS and len(data) == 1:
+            found.add("bound")
+        elif name in _POINTWISE:
+            found.add("bent")
+        elif name != "broadcast_in_dim" or data[0].aval.shape:
+            return None
+    return found

@@ -10,7 +10,7 @@ Read by a parser of its own: nothing is evaluated.
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from qjax.quantizers.spec import SPECS, Spec
@@ -47,12 +47,41 @@ def parse(text: str) -> Spec:
       >>> parse("quantized_bits(4, 0, 1, alpha='auto_po2')")
       QuantizedBits(bits=4, symmetric=True, alpha='auto_po2')
     """
-    reader = _Reader(text)
-    name = reader.take("name", "the name of a quantizer")
-    if name not in SPECS:
-        raise ValueError(f"Unknown quantizer {name!r}. {_closest(name, SPECS)}")
+    name, options = read_call(text, _positional)
     fields = [field.name for field in dataclasses.fields(SPECS[name])]
-    by_position = [f.name for f in dataclasses.fields(SPECS[name]) if not f.kw_only]
+    for option in options:
+        if option not in fields and option not in _KERAS_ONLY:
+            hint = closest(option, fields)
+            raise ValueError(f"`{name}` has no option {option!r}. {hint}")
+    kept = {k: v for k, v in options.items() if k not in _KERAS_ONLY}
+    return SPECS[name](**kept)
+
+
+def _positional(name: str) -> list[str]:
+    """The options of a quantizer that may go by position."""
+    if name not in SPECS:
+        raise ValueError(f"Unknown quantizer {name!r}. {closest(name, SPECS)}")
+    return [f.name for f in dataclasses.fields(SPECS[name]) if not f.kw_only]
+
+
+def read_call(
+    text: str, positional: Callable[[str], list[str]]
+) -> tuple[str, dict[str, Any]]:
+    """Reads a name with its options.
+
+    Args:
+      text: As in `parse`.
+      positional: Name -> options that may go by position; raises for unknown names.
+
+    Returns:
+      The name, and its options by name.
+
+    Raises:
+      ValueError: with the place of what cannot be read.
+    """
+    reader = _Reader(text)
+    name = reader.take("name", "a name")
+    by_position = positional(name)
     options: dict[str, Any] = {}
     if reader.kind != "end":
         reader.mark("(")
@@ -60,16 +89,12 @@ def parse(text: str) -> Spec:
             option, value = _item(reader, by_position, options)
             if option in options:
                 reader.fail(f"{option!r} is given twice")
-            if option not in fields and option not in _KERAS_ONLY:
-                hint = _closest(option, fields)
-                raise ValueError(f"`{name}` has no option {option!r}. {hint}")
             options[option] = value
             if not reader.has(")"):
                 reader.mark(",")
         reader.mark(")")
     reader.take("end", "nothing more")
-    kept = {k: v for k, v in options.items() if k not in _KERAS_ONLY}
-    return SPECS[name](**kept)
+    return name, options
 
 
 def _item(
@@ -140,7 +165,7 @@ class _Reader:
         """Raises with the place in the text."""
         found = f"found {self.text!r}" if self.text else "found the end"
         raise ValueError(
-            f"Cannot read the quantizer {self._source!r}: {message} at character "
+            f"Cannot read {self._source!r}: {message} at character "
             f"{self._start}, {found}."
         )
 
@@ -155,7 +180,8 @@ class _Reader:
         self._start, self._at = match.start(match.lastgroup), match.end()
 
 
-def _closest(name: str, known: Iterable[str]) -> str:
+def closest(name: str, known: Iterable[str]) -> str:
+    """Says which names are the closest to one that is unknown."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     if close:
         return f"The closest: {', '.join(close)}."

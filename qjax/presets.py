@@ -1,0 +1,305 @@
+"""Schemes that people know by name: TFLite's, QuantizeML's, QKeras's, and some more."""
+
+import dataclasses
+import difflib
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from qjax.affine import QSpec
+from qjax.calibration import Calibrator, constant, moving_max, moving_min_max
+from qjax.quantizers.low_bit import Binary
+from qjax.quantizers.strings import parse
+from qjax.scheme import Role, Rule, Scheme, Where
+
+FUNCTIONS = (
+    "celu elu erf exp gelu hard_sigmoid hard_silu hard_swish hard_tanh leaky_relu "
+    "log1p logistic mish selu sigmoid silu soft_sign softplus squareplus swish tanh"
+).split()
+_PRODUCTS = (
+    "conv",
+    "conv_transpose",
+    "dense",
+    "depthwise_conv",
+    "depthwise_conv_transpose",
+    "grouped_conv",
+    "grouped_conv_transpose",
+)
+_FIRST = Where(role="weight", inputs="input:*")
+_LAST = Where(role="weight", feeds="return")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationParams:
+    """How many bits where, as QuantizeML has it, with its defaults.
+
+    What it means for a model:
+
+    - weights are symmetric with a float scale per output channel,
+      ``scale = max|w| / (2^(bits - 1) - 1)``: ``input_weight_bits`` where the input of
+      the model goes in, ``weight_bits`` elsewhere;
+    - activations are symmetric with power-of-two scales, found by `moving_max`; they
+      are quantized where a product, a sum or a concatenation reads them: after a relu
+      to ``activation_bits``, unsigned below 8 of them; elsewhere to ``output_bits``;
+      before a function such as gelu to 11 bits per tensor, after it to
+      ``activation_bits``. What an average or nobody reads stays as it is;
+    - an accumulator has at most ``buffer_bits``, a product's at most 28.
+
+    Attributes:
+      activation_bits: After activations, 1 to 16.
+      per_tensor_activations: Whether activations have one scale, not one per channel.
+        Products that sum over channels of different scales do not lower.
+      weight_bits: Of weights, 2 to 16.
+      output_bits: Of values that no activation makes.
+      input_weight_bits: Of the weights of the first product.
+      input_dtype: Of the input: its bits, and whether it is signed.
+      buffer_bits: Of accumulators, 2 to 32.
+      last_output_bits: Of what the model returns; None leaves it unrounded.
+
+    Raises:
+      ValueError: for numbers that are no such widths, and a dtype that is no integer.
+
+    References:
+      QuantizeML 1.2.5, ``QuantizationParams``; checked by `tests/conformance`.
+    """
+
+    activation_bits: int = 8
+    per_tensor_activations: bool = False
+    weight_bits: int = 8
+    output_bits: int = 8
+    input_weight_bits: int = 8
+    input_dtype: str = "uint8"
+    buffer_bits: int = 32
+    last_output_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        least = {"activation_bits": 1, "output_bits": 2, "last_output_bits": 2}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not field.name.endswith("_bits") or value is None:
+                continue
+            low = least.get(field.name, 2)
+            most = 32 if field.name == "buffer_bits" else 16
+            is_whole = isinstance(value, numbers.Integral)
+            if not is_whole or not low <= value <= most:
+                raise ValueError(
+                    f"`{field.name}` must be a whole number from {low} to {most}, got "
+                    f"{value!r}."
+                )
+        if not np.issubdtype(np.dtype(self.input_dtype), np.integer):
+            raise ValueError(
+                f"`input_dtype` must be an integer type such as 'uint8', got "
+                f"{self.input_dtype!r}."
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "QuantizationParams":
+        """Reads the parameters from a mapping, as JSON gives one.
+
+        Raises:
+          ValueError: for an unknown name, with the closest there is.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+                raise ValueError(
+                    f"`QuantizationParams` has no {name!r}. The closest is "
+                    f"{close[0]!r}."
+                )
+        return cls(**values)
+
+    def scheme(self) -> Scheme:
+        """Returns the scheme that the parameters mean."""
+        axis = None if self.per_tensor_activations else -1
+        made = f"{type(self).__name__}."
+        readers = (*_PRODUCTS, *FUNCTIONS, "residual", "concatenate", "matmul", "mul")
+
+        def weight(where: Where, field: str) -> Rule:
+            spec = QSpec(getattr(self, field), narrow_range=True, axis=-1)
+            buffer = min(self.buffer_bits, 28)
+            reasons = _reasons(bits=made + field, buffer_bits=made + "buffer_bits")
+            return Rule(where, spec, buffer_bits=buffer, reasons=reasons)
+
+        def value(
+            field: str, *, signed: bool = True, channels: bool = True, **where: Any
+        ) -> list[Rule]:
+            bits = getattr(self, field)
+            rules = []
+            for ranks, a in (((0, 1, 2), None), ((), axis if channels else None)):
+                spec = _output(bits, signed, a)
+                by = made + field, made + "per_tensor_activations"
+                reasons = _reasons(bits=by[0], axis=by[1] if channels else "one scale")
+                here = Where(role="activation", ranks=ranks, **where)
+                rules.append(Rule(here, spec, reasons=reasons))
+            return rules
+
+        unsigned = self.activation_bits < 8
+        bounded = (*_PRODUCTS, "residual", "mul", "matmul", "clip")
+        looked_up = Where(role="activation", feeds=tuple(FUNCTIONS))
+        rules = [
+            weight(dataclasses.replace(_FIRST, op=_PRODUCTS), "input_weight_bits"),
+            weight(Where(role="weight", op=_PRODUCTS), "weight_bits"),
+            Rule(Where(role="weight"), None, reasons=_reasons(spec="no product")),
+            self._input(axis),
+            Rule(looked_up, _output(11, True, None), reasons=_reasons(bits="a table")),
+            *value(
+                "activation_bits",
+                signed=not unsigned,
+                activation=("relu*", "clip"),
+                op=bounded,
+                feeds=readers,
+            ),
+            *value("activation_bits", op=tuple(FUNCTIONS), feeds=readers),
+            Rule(
+                Where(role="activation", op="concatenate"),
+                None,
+                reasons=_reasons(spec="its parts are quantized"),
+            ),
+            *value("activation_bits", op="mean", activation="?*", feeds=readers),
+            *value("output_bits", feeds=readers),
+        ]
+        if self.last_output_bits is not None:
+            rules += value("last_output_bits", channels=False, feeds="return")
+        unread = _reasons(spec="no product, sum or function reads it")
+        rules.append(Rule(Where(role="activation"), None, reasons=unread))
+        return Scheme(
+            weights=QSpec(self.weight_bits, narrow_range=True, axis=-1),
+            activations=_output(self.output_bits, True, axis),
+            rules=tuple(rules),
+            calibrator=moving_max(),
+            buffer_bits=self.buffer_bits,
+        )
+
+    def _input(self, axis: int | None) -> Rule:
+        info = np.iinfo(self.input_dtype)
+        signed, calibrator = info.min < 0, moving_max()
+        spec = _output(info.bits, signed, axis)
+        if not signed:
+            spec = dataclasses.replace(spec, symmetric=False)
+            calibrator = moving_min_max()
+        reasons = _reasons(
+            bits="QuantizationParams.input_dtype",
+            signed="QuantizationParams.input_dtype",
+        )
+        return Rule(Where(name="input:*"), spec, calibrator, reasons=reasons)
+
+
+def _output(bits: int, signed: bool, axis: int | None) -> QSpec:
+    return QSpec(bits, signed, symmetric=True, power_of_two=True, axis=axis)
+
+
+def _reasons(**reasons: str) -> tuple[tuple[str, str], ...]:
+    return tuple(reasons.items())
+
+
+def quantizeml(**params: Any) -> Scheme:
+    """QuantizeML's scheme: `QuantizationParams` with its defaults, or with others."""
+    return QuantizationParams.from_dict(params).scheme()
+
+
+def tflite_int8() -> Scheme:
+    """TFLite's full-integer scheme.
+
+    Activations of 8 bits per tensor, asymmetric over the range of all values; weights
+    of 8 bits per output channel, -127 to 127; softmax and logistic on 1/256, tanh on
+    1/128.
+
+    References:
+      LiteRT 8-bit quantization specification; the converter of TensorFlow 2.19.1.
+    """
+    unit, both = constant(0.0, 255 / 256), constant(-1.0, 127 / 128)
+    word = QSpec(bits=8)
+    return Scheme(
+        rules=(
+            _fixed(("logistic", "sigmoid", "softmax"), word, unit),
+            _fixed("tanh", word, both),
+        )
+    )
+
+
+def tflite_int16x8() -> Scheme:
+    """TFLite's 16x8 scheme.
+
+    Activations of 16 bits per tensor, symmetric, -32767 to 32767; weights as in
+    `tflite_int8`; softmax, logistic and tanh on 1/32768. Accumulators are int32 here,
+    int64 there: lowering says where that is too narrow.
+    """
+    word = QSpec(bits=16, symmetric=True, narrow_range=True)
+    whole = constant(-32767 / 32768, 32767 / 32768)
+    bounded = ("logistic", "sigmoid", "softmax", "tanh")
+    return Scheme(activations=word, rules=(_fixed(bounded, word, whole),))
+
+
+def _fixed(op: str | tuple[str, ...], word: QSpec, calibrator: Calibrator) -> Rule:
+    return Rule(Where(role="activation", op=op), word, calibrator)
+
+
+def w4a8() -> Scheme:
+    """Weights of 4 bits per output channel, activations of 8."""
+    return Scheme(weights=QSpec(bits=4, narrow_range=True, axis=-1))
+
+
+def binary(*, activation_bits: int = 8) -> Scheme:
+    """Weights of one bit, -s or s, with a least-squares scale per output channel.
+
+    The first and the last product keep weights of 8 bits, as XNOR-Net does.
+
+    Args:
+      activation_bits: Of activations.
+
+    References:
+      Rastegari et al., "XNOR-Net", 2016, sections 3.1 and 4 (arXiv:1603.05279).
+    """
+    word = QSpec(bits=8, narrow_range=True, axis=-1)
+    return Scheme(
+        weights=Binary(alpha="auto"),
+        activations=QSpec(bits=activation_bits),
+        rules=(Rule(_FIRST, word), Rule(_LAST, word)),
+    )
+
+
+def qkeras(
+    layers: Mapping[str, Mapping[str, str | None]], base: Scheme | None = None
+) -> Scheme:
+    """QKeras's way: the names of quantizers, layer by layer.
+
+        qkeras({"conv1": {"kernel_quantizer": "quantized_bits(4,0,1)",
+                          "activation": "quantized_relu(4)"}, "fc": {...}})
+
+    Biases take the grid of their accumulator, which holds those of QKeras wherever it
+    is the finer one.
+
+    Args:
+      layers: Module path, or a glob of module paths -> ``kernel_quantizer`` (also
+        ``depthwise_quantizer``) and ``activation``, each a string as
+        `qjax.quantizers.parse` reads it, or None for none.
+      base: What other sites get; None: they stay float, as layers that QKeras is not
+        told of.
+
+    Returns:
+      The scheme.
+
+    Raises:
+      ValueError: for an unknown key, or a string that is no quantizer.
+    """
+    roles: dict[str, Role] = {
+        "kernel_quantizer": "weight",
+        "depthwise_quantizer": "weight",
+        "activation": "activation",
+    }
+    rules = []
+    for layer, texts in layers.items():
+        for key, text in texts.items():
+            if key not in roles:
+                raise ValueError(
+                    f"{layer}.{key}: wanted is one of {', '.join(roles)}. Biases take "
+                    "the grid of their accumulator."
+                )
+            where = Where(role=roles[key], layer=layer)
+            rules.append(Rule(where, None if text is None else parse(text)))
+    if base is None:
+        base = Scheme(weights=None, activations=None)
+    return dataclasses.replace(base, rules=(*rules, *base.rules))

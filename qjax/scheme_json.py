@@ -1,0 +1,307 @@
+"""Schemes as JSON, and back: whole, validated, with the path of what is wrong."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from qjax import estimators, rounding
+from qjax.affine import Estimator, QSpec, clipped_ste
+from qjax.calibration import Calibrator, parse_calibrator
+from qjax.quantizers.spec import Spec, is_known
+from qjax.quantizers.strings import closest, parse
+from qjax.scheme import Rule, Scheme, Where, Word
+
+_ESTIMATORS: dict[str, Estimator] = {
+    "clipped_ste": clipped_ste,
+    "plain_ste": estimators.plain_ste,
+}
+_ROUNDINGS = {"half_even": rounding.half_even, "half_away": rounding.half_away}
+
+
+class SchemeError(ValueError):
+    """JSON that is no scheme: the message begins with the path of the wrong key."""
+
+
+def to_json(scheme: Scheme, *, indent: int | None = 2) -> str:
+    """Writes a scheme as JSON.
+
+        {"weights": {"bits": 8, "narrow_range": true, "axis": -1},
+         "activations": {"bits": 8}, "calibrator": "min_max()",
+         "rules": [{"where": {"op": "residual"}, "spec": {"bits": 16}},
+                   {"pattern": "conv1/*", "spec": "quantized_bits(bits=4)"},
+                   {"pattern": "output:0", "spec": null}]}
+
+    Fields that have their defaults are left out.
+
+    Args:
+      scheme: With known bits.
+      indent: As of ``json.dumps``.
+
+    Returns:
+      Text; ``from_json(to_json(scheme)) == scheme``.
+
+    Raises:
+      ValueError: for what has no text: traced bits, predicates but `Where`, and
+        calibrators, estimators and roundings of the user's own.
+    """
+    found: dict[str, Any] = {}
+    default = Scheme()
+    for role in ("weights", "activations"):
+        if (word := getattr(scheme, role)) != getattr(default, role):
+            found[role] = _word_out(role, word)
+    if scheme.calibrator != default.calibrator:
+        found["calibrator"] = _calibrator_out("calibrator", scheme.calibrator)
+    if scheme.estimator != default.estimator:
+        found["estimator"] = _name_of("estimator", _ESTIMATORS, scheme.estimator)
+    if scheme.buffer_bits != default.buffer_bits:
+        found["buffer_bits"] = scheme.buffer_bits
+    rules = [_rule_out(f"rules[{k}]", rule) for k, rule in enumerate(scheme.rules)]
+    if rules:
+        found["rules"] = rules
+    return json.dumps(found, indent=indent)
+
+
+def from_json(text: str) -> Scheme:
+    """Reads a scheme from the JSON of `to_json`.
+
+    Args:
+      text: JSON.
+
+    Returns:
+      The scheme.
+
+    Raises:
+      SchemeError: with the path of the wrong key, what was expected there, and the
+        closest key there is.
+
+    Example:
+      >>> from_json('{"weights": {"bits": 4, "axis": -1}}').weights.bits
+      4
+    """
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SchemeError(f"No JSON: {error}.") from error
+    fields = {
+        "weights": _word_in,
+        "activations": _word_in,
+        "rules": _rules_in,
+        "calibrator": _calibrator_in,
+        "estimator": _chosen(_ESTIMATORS),
+        "buffer_bits": _int_in,
+    }
+    return _made("", Scheme, _read("", data, fields))
+
+
+_In = Callable[[str, Any], Any]
+
+
+def _read(path: str, data: Any, fields: Mapping[str, _In]) -> dict[str, Any]:
+    """Reads the fields of an object."""
+    if not isinstance(data, dict):
+        raise SchemeError(f"{path or 'The scheme'}: an object is wanted, got {data!r}.")
+    check_keys(path, data, fields)
+    return {key: fields[key](_join(path, key), value) for key, value in data.items()}
+
+
+def check_keys(path: str, data: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raises for a key that is not known, with the closest that is."""
+    for key in data:
+        if key not in known:
+            at = _join(path, key)
+            raise SchemeError(f"{at}: no such key is known. {closest(key, known)}")
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _made(path: str, make: Callable[..., Any], options: dict[str, Any]) -> Any:
+    try:
+        return make(**options)
+    except (TypeError, ValueError) as error:
+        raise SchemeError(f"{path or 'The scheme'}: {error}") from error
+
+
+def _word_out(path: str, word: Word | None) -> Any:
+    if word is None:
+        return None
+    if not is_known(*(getattr(word, f.name) for f in _numbers(word))):
+        raise ValueError(f"{path}: only known numbers go into JSON, got {word}.")
+    if isinstance(word, Spec):
+        return str(word)
+    default, found = QSpec(), {"bits": int(word.bits)}  # type: ignore[arg-type]
+    for field in dataclasses.fields(QSpec):
+        value = getattr(word, field.name)
+        if field.name != "bits" and value != getattr(default, field.name):
+            found[field.name] = value
+    if "rounding" in found:
+        name = _name_of(f"{path}.rounding", _ROUNDINGS, word.rounding)
+        return {**found, "rounding": name}
+    return found
+
+
+def _numbers(word: Word) -> list[Any]:
+    """The fields that may be traced."""
+    fields = dataclasses.fields(word)
+    if isinstance(word, QSpec):
+        return [f for f in fields if f.name == "bits"]
+    plain = str | bool | tuple | None
+    return [f for f in fields if not isinstance(getattr(word, f.name), plain)]
+
+
+def _word_in(path: str, data: Any) -> Word | None:
+    if data is None:
+        return None
+    if isinstance(data, str):
+        spec: Spec = _made(path, parse, {"text": data})
+        return spec
+    fields: dict[str, _In] = {
+        "bits": _int_in,
+        "signed": _bool_in,
+        "narrow_range": _bool_in,
+        "symmetric": _bool_in,
+        "power_of_two": _bool_in,
+        "axis": _axis_in,
+        "rounding": _chosen(_ROUNDINGS),
+    }
+    word: QSpec = _made(path, QSpec, _read(path, data, fields))
+    return word
+
+
+def _rule_out(path: str, rule: Rule) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if isinstance(rule.pattern, Where):
+        fields = dataclasses.fields(Where)
+        chosen = {f.name: getattr(rule.pattern, f.name) for f in fields}
+        default = Where()
+        found["where"] = {k: v for k, v in chosen.items() if v != getattr(default, k)}
+    elif isinstance(rule.pattern, str):
+        found["pattern"] = rule.pattern
+    else:
+        raise ValueError(
+            f"{path}: a predicate goes into JSON as a `Where`, got {rule.pattern}."
+        )
+    found["spec"] = _word_out(f"{path}.spec", rule.spec)
+    if rule.calibrator is not None:
+        found["calibrator"] = _calibrator_out(f"{path}.calibrator", rule.calibrator)
+    if rule.buffer_bits is not None:
+        found["buffer_bits"] = rule.buffer_bits
+    if rule.reasons:
+        found["reasons"] = dict(rule.reasons)
+    return found
+
+
+def _rules_in(path: str, data: Any) -> tuple[Rule, ...]:
+    if not isinstance(data, list):
+        raise SchemeError(f"{path}: a list of rules is wanted, got {data!r}.")
+    return tuple(_rule_in(f"{path}[{k}]", rule) for k, rule in enumerate(data))
+
+
+def _rule_in(path: str, data: Any) -> Rule:
+    fields: dict[str, _In] = {
+        "pattern": _text_in,
+        "where": _where_in,
+        "spec": _word_in,
+        "calibrator": _calibrator_in,
+        "buffer_bits": _int_in,
+        "reasons": _reasons_in,
+    }
+    found = _read(path, data, fields)
+    if ("pattern" in found) == ("where" in found):
+        raise SchemeError(f"{path}: either `pattern` or `where` is wanted.")
+    found["pattern"] = found.pop("where", None) or found["pattern"]
+    rule: Rule = _made(path, Rule, found)
+    return rule
+
+
+def _where_in(path: str, data: Any) -> Where:
+    globs = ("name", "layer", "op", "activation", "inputs", "feeds")
+    fields: dict[str, _In] = {
+        **dict.fromkeys(globs, _globs_in),
+        "role": _role_in,
+        "ranks": _ranks_in,
+    }
+    where: Where = _made(path, Where, _read(path, data, fields))
+    return where
+
+
+def _globs_in(path: str, data: Any) -> str | tuple[str, ...]:
+    if isinstance(data, list):
+        return tuple(_text_in(f"{path}[{k}]", glob) for k, glob in enumerate(data))
+    return _text_in(path, data)
+
+
+def _role_in(path: str, data: Any) -> str:
+    if data not in ("weight", "activation"):
+        raise SchemeError(f'{path}: "weight" or "activation" is wanted, got {data!r}.')
+    return str(data)
+
+
+def _ranks_in(path: str, data: Any) -> tuple[int, ...]:
+    if not isinstance(data, list):
+        raise SchemeError(f"{path}: a list of numbers is wanted, got {data!r}.")
+    return tuple(_int_in(f"{path}[{k}]", n) for k, n in enumerate(data))
+
+
+def _reasons_in(path: str, data: Any) -> tuple[tuple[str, str], ...]:
+    if not isinstance(data, dict):
+        raise SchemeError(f"{path}: an object is wanted, got {data!r}.")
+    return tuple((key, _text_in(_join(path, key), v)) for key, v in data.items())
+
+
+def _calibrator_out(path: str, calibrator: Calibrator) -> str:
+    if not calibrator.name:
+        raise ValueError(
+            f"{path}: this calibrator has functions of its own, which no JSON holds."
+        )
+    return calibrator.name
+
+
+def _calibrator_in(path: str, data: Any) -> Calibrator:
+    text = _text_in(path, data)
+    calibrator: Calibrator = _made(path, parse_calibrator, {"text": text})
+    return calibrator
+
+
+def _name_of(path: str, names: Mapping[str, Any], value: Any) -> str:
+    name = next((k for k, v in names.items() if v is value), None)
+    if name is None:
+        raise ValueError(f"{path}: only {', '.join(names)} go into JSON, got {value}.")
+    return name
+
+
+def _chosen(names: Mapping[str, Any]) -> _In:
+    def read(path: str, data: Any) -> Any:
+        if data not in names:
+            raise SchemeError(f"{path}: one of {', '.join(names)} is wanted, {data!r}.")
+        return names[data]
+
+    return read
+
+
+def _text_in(path: str, data: Any) -> str:
+    if not isinstance(data, str):
+        raise SchemeError(f"{path}: text is wanted, got {data!r}.")
+    return data
+
+
+def _int_in(path: str, data: Any) -> int:
+    if not isinstance(data, int) or isinstance(data, bool):
+        raise SchemeError(f"{path}: a whole number is wanted, got {data!r}.")
+    return data
+
+
+def _bool_in(path: str, data: Any) -> bool:
+    if not isinstance(data, bool):
+        raise SchemeError(f"{path}: true or false is wanted, got {data!r}.")
+    return data
+
+
+def _axis_in(path: str, data: Any) -> int | tuple[int, ...] | None:
+    if data is None:
+        return None
+    if isinstance(data, list):
+        return tuple(_int_in(f"{path}[{k}]", a) for k, a in enumerate(data))
+    return _int_in(path, data)
