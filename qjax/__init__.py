@@ -1,6 +1,6 @@
 """Quantize JAX and Flax models, train them as they ship, lower them to integers."""
 
-from qjax import estimators, quantizers
+from qjax import estimators, presets, quantizers
 from qjax.affine import (
     QParams,
     QSpec,
@@ -23,20 +23,19 @@ from qjax.calibration import (
 )
 from qjax.formats.safetensors import load
 from qjax.histograms import entropy, histogram, mse, percentile
+from qjax.inspection import Scales, SiteScale, dump_config, explain, scales
 from qjax.instrument import (
     CalibrationError,
     CalibrationInterrupt,
     QuantizedModel,
-    Scales,
-    SiteScale,
     calibrate,
     quantize_model,
-    scales,
 )
 from qjax.integer import fixed_point, requantize
 from qjax.lowering import IntegerProgram, Verification, lower, verify
+from qjax.presets import QuantizationParams
 from qjax.rounding import int_range
-from qjax.scheme import Rule, Scheme, Site, stack_schemes
+from qjax.scheme import Rule, Scheme, Site, Where, stack_schemes
 
 __all__ = (
     "CalibrationError",
@@ -45,6 +44,7 @@ __all__ = (
     "IntegerProgram",
     "QParams",
     "QSpec",
+    "QuantizationParams",
     "QuantizedModel",
     "Rule",
     "Scales",
@@ -52,14 +52,17 @@ __all__ = (
     "Site",
     "SiteScale",
     "Verification",
+    "Where",
     "abs_max_params",
     "calibrate",
     "clipped_ste",
     "constant",
     "dequantize",
+    "dump_config",
     "ema_min_max",
     "entropy",
     "estimators",
+    "explain",
     "fake_quant",
     "fixed_point",
     "histogram",
@@ -74,6 +77,7 @@ __all__ = (
     "moving_min_max",
     "mse",
     "percentile",
+    "presets",
     "quantize",
     "quantize_model",
     "quantizers",

@@ -1,23 +1,23 @@
 """From a float model to one that computes on grids, and its calibration."""
 
 import dataclasses
+import glob
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import rich.console
 import rich.progress
-from jax.typing import ArrayLike
 
 from qjax import quantizers
-from qjax.affine import QParams, QSpec, abs_max_params, dequantize, fake_quant
+from qjax.affine import QParams, QSpec, abs_max_params, fake_quant
 from qjax.calibration import Calibrator
-from qjax.quantizers.point import make_point
-from qjax.quantizers.spec import Spec
-from qjax.scheme import Scheme, Site, check_rules
+from qjax.config import accumulator_bits, config_rules, find_layer
+from qjax.presets import QuantizationParams
+from qjax.quantizers.spec import Spec, is_known
+from qjax.scheme import Rule, Scheme, Site, Where, check_rules
 from qjax.simulate import Simulation, Unit, Visit
 
 QState = dict[str, Any]  # Name of an activation site -> state of its calibrator.
@@ -60,12 +60,14 @@ class QuantizedModel:
       scheme: The grids.
       sites: Where they are, in the order of computation.
       example: Shapes and dtypes of the inputs it was made for, a tuple.
+      base: What a config of the model is read over, if it comes alone.
     """
 
     fn: Callable[..., Any]
     scheme: Scheme
     sites: tuple[Site, ...]
     example: Any
+    base: Scheme
 
     def apply(
         self, params: Any, qstate: QState, *inputs: Any, scheme: Scheme | None = None
@@ -88,7 +90,31 @@ class QuantizedModel:
           ValueError: if ``qstate`` lacks a site.
         """
         scheme = self.scheme if scheme is None else scheme
-        return Simulation(self.fn, params, inputs).run(_Quantizer(scheme, qstate))
+        return Simulation(self.fn, params, inputs).run(Quantizer(scheme, qstate))
+
+    def apply_and_update(
+        self, params: Any, qstate: QState, *inputs: Any
+    ) -> tuple[Any, QState]:
+        """Computes the model on quantized values, and moves its ranges: QAT of TFMOT.
+
+        Each activation site first shows its values, which come from quantized ones, to
+        its calibrator, then rounds them by the new range. Differentiable as `apply`;
+        ranges have no derivative.
+
+        Args:
+          params: As ``fn`` takes them.
+          qstate: From `init`, `calibrate` or the last step.
+          *inputs: As ``fn`` takes them.
+
+        Returns:
+          What ``fn`` returns, and the new state.
+
+        Raises:
+          ValueError: if ``qstate`` lacks a site.
+        """
+        updater = _Updater(self.scheme, dict(qstate))
+        outputs = Simulation(self.fn, params, inputs).run(updater)
+        return outputs, updater.qstate
 
     def init(self, params: Any, *inputs: Any) -> QState:
         """Returns the state before any batch: only shapes are read."""
@@ -122,7 +148,13 @@ class QuantizedModel:
 
 
 def quantize_model(
-    fn: Callable[..., Any], params: Any, *inputs: Any, scheme: Scheme | None = None
+    fn: Callable[..., Any],
+    params: Any,
+    *inputs: Any,
+    scheme: Scheme | None = None,
+    qparams: QuantizationParams | None = None,
+    q_config: Mapping[str, Any] | None = None,
+    quantize_until: str | None = None,
 ) -> QuantizedModel:
     """Puts quantization points into a model. Changes no weight.
 
@@ -136,12 +168,23 @@ def quantize_model(
       params: Its parameters, any pytree. Only shapes and names are read.
       *inputs: Example inputs. Only shapes are read.
       scheme: The grids; 8 bits everywhere by default.
+      qparams: The grids as QuantizeML says them, in place of a scheme; its defaults, if
+        there is a config and no scheme.
+      q_config: Quantizers by layer, as `dump_config` writes them. They win where they
+        speak; the scheme or ``qparams`` fill the rest.
+      quantize_until: Layer after which everything stays float.
 
     Returns:
       The quantized model, to calibrate next.
 
     Raises:
-      ValueError: if a rule of the scheme matches no site, or an axis does not exist.
+      ValueError: if a rule of the scheme matches no site, a config or
+        ``quantize_until`` names a layer that is not there, or an axis does not exist.
+        The message names the closest there are.
+
+    Warns:
+      UserWarning: for accumulators that weights of this shape can drive beyond their
+        ``buffer_bits``.
 
     Example:
       >>> fn = lambda params, x: jax.nn.relu(x @ params["kernel"])
@@ -150,15 +193,60 @@ def quantize_model(
       >>> [site.name for site in qmodel.sites]
       ['input:0', 'kernel', 'output:0']
     """
-    scheme = Scheme() if scheme is None else scheme
+    if qparams is not None and scheme is not None:
+        raise ValueError("Pass `scheme` or `qparams`, not both: each says all grids.")
+    if qparams is not None and not isinstance(qparams, QuantizationParams):
+        raise TypeError(f"`qparams` must be `QuantizationParams`, got {qparams!r}.")
+    reader = (qparams or QuantizationParams()).scheme()
+    if scheme is None:
+        scheme = Scheme() if qparams is None and q_config is None else reader
     sites = Simulation(fn, params, inputs).sites
+    if quantize_until is not None:
+        after = sites[find_layer(quantize_until, sites) + 1 :]
+        names = tuple(glob.escape(site.name) for site in after)
+        reasons = (("spec", f"quantize_until={quantize_until!r}"),)
+        rule = Rule(Where(name=names), None, reasons=reasons)
+        scheme, reader = (
+            dataclasses.replace(s, rules=(rule, *s.rules)) for s in (scheme, reader)
+        )
+    if q_config is not None:
+        rules = config_rules(q_config, sites, scheme)
+        scheme = dataclasses.replace(scheme, rules=(*rules, *scheme.rules))
     check_rules(scheme, sites)
+    _check_words(scheme, sites)
     shapes = jax.eval_shape(lambda: inputs)
-    qmodel = QuantizedModel(fn, scheme, sites, shapes)
+    qmodel = QuantizedModel(fn, scheme, sites, shapes, reader)
     # A dry run: an axis that does not exist raises here, before any data is spent.
     state = qmodel.init(params, *inputs)
     jax.eval_shape(lambda: qmodel.apply(params, state, *inputs))
     return qmodel
+
+
+def _check_words(scheme: Scheme, sites: Sequence[Site]) -> None:
+    """Raises for words that hold nothing; warns of accumulators that may run over."""
+    by_name = {site.name: site for site in sites}
+    narrow = []
+    for site in sites:
+        spec = scheme.spec(site)
+        if isinstance(spec, QSpec) and is_known(spec.bits) and jnp.all(spec.bits == 1):
+            if spec.signed and spec.symmetric:
+                raise ValueError(
+                    f"A signed symmetric word of 1 bit at {site.name!r} has the codes "
+                    "-1 and 0 alone. Use 2 bits, or an unsigned word after a relu."
+                )
+        if site.role == "weight" and isinstance(spec, QSpec):
+            inputs = [by_name[name] for name in site.inputs]
+            needed = accumulator_bits(site, scheme, inputs)
+            bits = scheme.site_buffer_bits(site)
+            if needed is not None and needed > bits:
+                narrow.append(f"{site.name} (up to {needed} bits, has {bits})")
+    if narrow:
+        warnings.warn(
+            "These accumulators saturate their buffers, if the weights use their whole "
+            f"range: {', '.join(narrow)}. `lower` checks the actual weights. Use more "
+            "`buffer_bits`, or fewer bits.",
+            stacklevel=3,
+        )
 
 
 def calibrate(
@@ -233,99 +321,6 @@ def calibrate(
     return qstate
 
 
-class SiteScale(NamedTuple):
-    """The grid of a site: ``real = scale * (code - zero_point)``."""
-
-    bits: ArrayLike  # Word length, sign included.
-    scale: jax.Array  # float32, [] or the rank of the value. Units per code.
-    zero_point: jax.Array  # int32, same shape. The code of 0.0.
-    low: jax.Array  # float32, same shape. What the least code stands for.
-    high: jax.Array  # float32, same shape. What the largest code stands for.
-
-
-class Scales(dict[str, SiteScale]):
-    """Name of a site -> its grid, in the order of computation. ``str`` is a table."""
-
-    def __str__(self) -> str:
-        head = f"{'site':<32} {'bits':>4} {'scale':>13} {'zero':>6} {'range':>25}"
-        lines = [head]
-        for name, row in self.items():
-            bits, scale, zero, low, high = (np.asarray(v) for v in row)
-            span = f"[{np.min(low):.5g}, {np.max(high):.5g}]"
-            lines.append(
-                f"{name:<32} {bits!s:>4} {_span(scale, '.5g'):>13} "
-                f"{_span(zero, 'd'):>6} {span:>25}"
-            )
-        return "\n".join(lines)
-
-
-def _flatten_scales(scales: Scales) -> tuple[Any, Any]:
-    return tuple(scales.values()), tuple(scales)
-
-
-def _unflatten_scales(names: Any, rows: Any) -> Scales:
-    return Scales(zip(names, rows, strict=True))
-
-
-jax.tree_util.register_pytree_node(Scales, _flatten_scales, _unflatten_scales)
-
-
-def scales(qmodel: QuantizedModel, params: Any, qstate: QState) -> Scales:
-    """Returns scale, zero point, range and bits of every site.
-
-    Args:
-      qmodel: The model.
-      params: As its ``fn`` takes them: weights have grids of their own values.
-      qstate: From `calibrate`.
-
-    Returns:
-      A dictionary, a pytree, by the name of the site: weights and activations that have
-      a grid, in the order of computation. Printed, a table, where a scale per channel
-      is shown as ``least..largest``.
-
-    Raises:
-      ValueError: if ``qstate`` lacks a site.
-
-    Example:
-      >>> fn = lambda params, x: x @ params["kernel"]
-      >>> x, params = jnp.eye(2), {"kernel": jnp.array([[2.54, -1.0], [1.27, 0.5]])}
-      >>> qmodel = quantize_model(fn, params, x)
-      >>> found = scales(qmodel, params, calibrate(qmodel, params, [x]))
-      >>> print(found["kernel"].scale)
-      [[0.02       0.00787402]]
-    """
-
-    @jax.jit
-    def run(
-        params: Any, qstate: QState
-    ) -> dict[str, tuple[QParams, tuple[jax.Array, ...]]]:
-        inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), qmodel.example)
-        recorder = _GridRecorder(qmodel.scheme, qstate, {})
-        Simulation(qmodel.fn, params, inputs).run(recorder)
-        return recorder.grids
-
-    grids, table = run(params, qstate), Scales()
-    for site in qmodel.sites:
-        if site.name in grids:
-            (scale, zero_point), ends = grids[site.name]
-            low, high = (dequantize(q, QParams(scale, zero_point)) for q in ends)
-            spec = qmodel.scheme.spec(site)
-            bits = spec.bits if isinstance(spec, QSpec) else _word_length(*ends)
-            table[site.name] = SiteScale(bits, scale, zero_point, low, high)
-    return table
-
-
-def _word_length(least: jax.Array, most: jax.Array) -> int:
-    """The bits that tell the codes from ``least`` to ``most`` apart."""
-    return int(most - least).bit_length()
-
-
-def _span(values: np.ndarray, form: str) -> str:
-    """One number, or the least and the largest."""
-    least, most = values.min(), values.max()
-    return f"{least:{form}}" if least == most else f"{least:.3g}..{most:.3g}"
-
-
 _Shapes = list[tuple[tuple[int, ...], Any]]
 
 
@@ -387,13 +382,14 @@ class _Recorder:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Quantizer:
+class Quantizer:
     """Puts values on the grids of a scheme."""
 
     scheme: Scheme
     qstate: QState
 
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
+        """Rounds to the grid that the state has a range for, or to a known one."""
         spec = self.scheme.spec(site)
         if not isinstance(spec, QSpec):
             x = x if unit is None else x * unit.per(1.0)
@@ -416,6 +412,7 @@ class _Quantizer:
         return codes * params.scale.astype(x.dtype), params
 
     def weight(self, site: Site, x: jax.Array) -> Visit:
+        """Rounds to the grid of the weight's own range."""
         spec = self.scheme.spec(site)
         if not isinstance(spec, QSpec):
             return self._apply(site, x, spec)
@@ -437,21 +434,14 @@ class _Quantizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class _GridRecorder(_Quantizer):
-    """Puts values on grids and remembers them by site, with the ends of the codes."""
-
-    grids: dict[str, tuple[QParams, tuple[jax.Array, ...]]]
+class _Updater(Quantizer):
+    """Shows values to the calibrators of its state before it rounds them."""
 
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
-        return self._keep(site, x, super().activation(site, x, unit))
-
-    def weight(self, site: Site, x: jax.Array) -> Visit:
-        return self._keep(site, x, super().weight(site, x))
-
-    def _keep(self, site: Site, x: jax.Array, visit: Visit) -> Visit:
         spec = self.scheme.spec(site)
-        if visit[1] is not None and spec is not None:
-            word = spec if isinstance(spec, QSpec) else make_point(spec, None, x)
-            ends = (jnp.asarray(q).astype(jnp.int32) for q in (word.qmin, word.qmax))
-            self.grids[site.name] = visit[1], (*ends,)
-        return visit
+        if isinstance(spec, QSpec) and site.name in self.qstate:
+            real = jax.lax.stop_gradient(x if unit is None else x * unit.per(1.0))
+            calibrator = self.scheme.site_calibrator(site)
+            state = calibrator.update(real, self.qstate[site.name], spec)
+            self.qstate[site.name] = state
+        return super().activation(site, x, unit)

@@ -9,9 +9,18 @@ from typing import Any
 import numpy as np
 
 from qjax.affine import QSpec
-from qjax.calibration import Calibrator, constant, moving_max, moving_min_max
+from qjax.calibration import (
+    Calibrator,
+    constant,
+    ema_min_max,
+    min_max,
+    moving_max,
+    moving_min_max,
+    named,
+)
 from qjax.quantizers.low_bit import Binary
 from qjax.quantizers.strings import parse
+from qjax.quantizers.tensorflow import tfmot_range
 from qjax.scheme import Role, Rule, Scheme, Where
 
 FUNCTIONS = (
@@ -192,7 +201,7 @@ def _output(bits: int, signed: bool, axis: int | None) -> QSpec:
 
 
 def _reasons(**reasons: str) -> tuple[tuple[str, str], ...]:
-    return tuple(reasons.items())
+    return (("*", QuantizationParams.__name__), *reasons.items())
 
 
 def quantizeml(**params: Any) -> Scheme:
@@ -235,6 +244,41 @@ def tflite_int16x8() -> Scheme:
 
 def _fixed(op: str | tuple[str, ...], word: QSpec, calibrator: Calibrator) -> Rule:
     return Rule(Where(role="activation", op=op), word, calibrator)
+
+
+@named
+def tfmot_moving_average(decay: float = 0.999) -> Calibrator:
+    """TFMOT's MovingAverageQuantizer: from [-6, 6], not debiased, zero in the range."""
+    return ema_min_max(decay, (-6.0, 6.0), tfmot_range)
+
+
+@named
+def tfmot_all_values() -> Calibrator:
+    """TFMOT's AllValuesQuantizer: the range of all values, with zero in it."""
+    return min_max(tfmot_range)
+
+
+def tfmot_int8() -> Scheme:
+    """TFMOT's default 8-bit scheme.
+
+    Inputs of 8 bits over the range of all values; ends of blocks of 8 bits over a
+    moving average, which `QuantizedModel.apply_and_update` moves in training; weights
+    of 8 bits, -127 to 127, per output channel for convolutions, per tensor for dense
+    and transposed ones. Every weight has its quantizer, also before a relu of its own
+    layer, where TFMOT forgets it; a depthwise kernel has one scale per channel.
+
+    References:
+      tensorflow-model-optimization 0.8.0, default_8bit_quantize_registry.py.
+    """
+    whole = QSpec(bits=8, narrow_range=True)
+    per_tensor = Where(role="weight", op=("dense", "conv_transpose"))
+    return Scheme(
+        rules=(
+            Rule(per_tensor, whole),
+            Rule(Where(name="input:*"), QSpec(bits=8), tfmot_all_values()),
+        ),
+        calibrator=tfmot_moving_average(),
+    )
 
 
 def w4a8() -> Scheme:

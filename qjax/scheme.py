@@ -64,6 +64,11 @@ class Where:
     feeds: Globs = "*"
     ranks: tuple[int, ...] = ()
 
+    def __repr__(self) -> str:
+        fields = ((f.name, f.default) for f in dataclasses.fields(self))
+        said = (f"{k}={v!r}" for k, d in fields if (v := getattr(self, k)) != d)
+        return f"Where({', '.join(said)})"
+
     def __call__(self, site: Site) -> bool:
         """Whether all fields match."""
         return (
@@ -92,8 +97,8 @@ class Rule:
       calibrator: How the range is found; None keeps that of the scheme.
       buffer_bits: Most bits of the accumulator that a weight makes; None keeps that of
         the scheme.
-      reasons: Pairs of a field and what decided it, for `explain`; the rule itself,
-        where they are silent.
+      reasons: Pairs of a field and what decided it, for `explain`; "*" for all other
+        fields. The rule itself, where they are silent.
     """
 
     pattern: str | Callable[[Site], bool] = dataclasses.field(metadata={"static": True})
