@@ -216,12 +216,13 @@ def lower(model: QuantizedModel | Callable[..., Any], *args: Any) -> IntegerProg
 
     Raises:
       ValueError: if a site is not calibrated, or an operand is not quantized.
-      OverflowError: if an accumulator could leave int32; names the input that does it.
+      OverflowError: if an accumulator could leave its ``buffer_bits``, int32 by
+        default; names the input that does it.
       NotImplementedError: for an operation without an integer rule.
     """
     fn, inputs = bind_model(model, args)
     traced, out = trace(fn, *inputs, keep_derivatives=False)
-    builder = Builder()
+    builder = Builder(_buffer_bits(model))
     outputs = interpret(traced, builder)
     ends = tuple(_output(builder, k, x, traced) for k, x in enumerate(outputs))
     missing = [k for k in range(len(traced.inputs)) if k not in builder.inputs]
@@ -240,6 +241,13 @@ def lower(model: QuantizedModel | Callable[..., Any], *args: Any) -> IntegerProg
     )
     check_integer_only(program)
     return program
+
+
+def _buffer_bits(model: Any) -> dict[str, int]:
+    """Most bits of accumulators, by the weight that makes them; of sums, by output."""
+    if not isinstance(model, QuantizedModel):
+        return {}
+    return {site.name: model.scheme.site_buffer_bits(site) for site in model.sites}
 
 
 def bind_model(

@@ -78,7 +78,7 @@ def _refined(x: Integers, bias: np.ndarray) -> Integers:
     if x.shift is None or x.gain is not None or x.bias is not None:
         return x
     top = max(abs(x.low), abs(x.high)) + np.max(np.abs(bias / x.scale), initial=1.0)
-    shifts = range(1 + min(int(np.log2(_INT32.max / top)), _MOST_SHIFT))
+    shifts = range(1 + min(int(np.log2(x.most / top)), _MOST_SHIFT))
     ratio = bias / x.scale
     shift = next((k for k in shifts if _is_whole(ratio * 2.0**k)), None)
     if shift is None:  # The bias will be rounded.

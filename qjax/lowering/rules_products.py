@@ -21,7 +21,7 @@ _EXACT_FLOAT32 = 1 << 24  # Integers below are exact in float32, and so are thei
 
 
 class AccumulatorOverflowError(OverflowError):
-    """An accumulator could leave int32.
+    """An accumulator could leave its buffer, int32 by default.
 
     Attributes:
       witness: Input codes that take it there, in the shape of one kernel.
@@ -105,13 +105,13 @@ def _product(
     low = _to_output(e, operand, positive * down + negative * up, len(shape))
     assert x.value is not None
     offset = _storage_offset(builder.values[x.value].dtype)
-    source = x.value
+    source, limit = x.value, builder.most(w.site or "")
 
     def emit(bias: np.ndarray, shift: int) -> tuple[int, int, int]:
         least, most = (low << shift) + bias, (high << shift) + bias
-        _check_overflow(e, least, most, w, x, operand)
+        _check_overflow(e, least, most, w, x, limit)
         folded = bias - ((x.zero_point - offset) * total << shift)
-        _check_overflow(e, folded, folded, w, x, operand)
+        _check_overflow(e, folded, folded, w, x, _INT32.max)
         params = _add_params(builder, w.site or "kernel", w.codes, folded)
         lowest, highest = int(least.min()), int(most.max())
         value = builder.add_value(shape, lowest, highest, dtype="int32")
@@ -140,6 +140,7 @@ def _product(
         emit=emit,
         shift=0,
         path=e.path,
+        most=limit,
     )
 
 
@@ -173,20 +174,21 @@ def _check_overflow(
     high: np.ndarray,
     w: KnownCodes,
     x: Integers,
-    operand: int,
+    limit: int,
 ) -> None:
     worst = high if high.max() > -low.min() else low
     reach = int(worst.flat[np.argmax(np.abs(worst))])
-    if _INT32.min <= low.min() and high.max() <= _INT32.max:
+    if -limit - 1 <= low.min() and high.max() <= limit:
         return
     channel = int(np.argmax(np.abs(worst)))
     up, down = (x.high, x.low) if reach > 0 else (x.low, x.high)
     witness = np.where(w.codes > 0, up, down)
+    width = "int32" if limit == _INT32.max else f"{limit.bit_length() + 1} bits"
     raise AccumulatorOverflowError(
         f"The accumulator of `{e.primitive.name}` in {where(e)} could reach {reach} in "
-        f"output channel {channel}, beyond int32: with input code {up} where "
+        f"output channel {channel}, beyond {width}: with input code {up} where "
         f"{w.site!r} is positive and {down} where it is not.\n  equation: {e}\n"
-        "Use fewer bits for the input or for the kernel.",
+        "Use fewer bits for the input or for the kernel, or more `buffer_bits`.",
         witness,
     )
 
@@ -219,16 +221,16 @@ def multiply(
     """Codes times a constant on a grid: a channel's factor."""
     assert x.value is not None
     source, shape = x.value, trace.shape(e.outputs[0])
-    codes = compact(w.codes)
+    codes, limit = compact(w.codes), builder.most(w.site or "")
     offset = _storage_offset(builder.values[source].dtype)
     ends = [codes * (bound - x.zero_point) for bound in (x.low, x.high)]
 
     def emit(bias: np.ndarray, shift: int) -> tuple[int, int, int]:
         low = (np.minimum(*ends) << shift) + bias
         high = (np.maximum(*ends) << shift) + bias
-        _check_overflow(e, low, high, w, x, 1)
+        _check_overflow(e, low, high, w, x, limit)
         folded = bias - ((x.zero_point - offset) * codes << shift)
-        _check_overflow(e, folded, folded, w, x, 1)
+        _check_overflow(e, folded, folded, w, x, _INT32.max)
         params = _add_params(builder, w.site or "scale", codes, folded)
         lowest, highest = int(low.min()), int(high.max())
         value = builder.add_value(shape, lowest, highest, dtype="int32")
@@ -245,4 +247,6 @@ def multiply(
         return value, lowest, highest
 
     scale = np.float64(w.scale) * x.scale
-    return Integers(None, np.asarray(scale), 0, 0, 0, emit=emit, shift=0, path=e.path)
+    return Integers(
+        None, np.asarray(scale), 0, 0, 0, emit=emit, shift=0, path=e.path, most=limit
+    )

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from qjax.lowering.interpret import refuse, rule, where
+from qjax.lowering.interpret import refuse, rule, sites_of, where
 from qjax.lowering.rules_products import AccumulatorOverflowError
 from qjax.lowering.values import (
     Abstract,
@@ -20,7 +20,6 @@ from qjax.lowering.values import (
 from qjax.simulate import move_scale
 from qjax.trace import Equation, Trace
 
-_INT32 = np.iinfo(np.int32)
 _EXACT_FLOAT32 = 1 << 24  # Integers below are exact in float32, and so are their sums.
 
 
@@ -84,11 +83,13 @@ def _sum(
     assert source is not None
     low = taps * min(x.low - x.zero_point, 0)
     high = taps * max(x.high - x.zero_point, 0)
-    if low < _INT32.min or high > _INT32.max:
+    limit = builder.most(sites_of(e.path)[0])
+    if low < -limit - 1 or high > limit:
         raise AccumulatorOverflowError(
             f"The accumulator of `{e.primitive.name}` in {where(e)} could reach "
             f"{high if high > -low else low} when all {taps} input codes are at their "
-            f"end, beyond int32.\n  equation: {e}\nUse fewer bits for the input.",
+            f"end, beyond {limit}.\n  equation: {e}\nUse fewer bits for the input, or "
+            "more `buffer_bits`.",
             np.full((taps,), x.high if high > -low else x.low),
         )
 

@@ -58,6 +58,7 @@ class Integers:
       emit: Puts the accumulator with its bias into the graph.
       shift: Bits by which the product is shifted left before its bias is added, so that
         a finer bias keeps its value; None where that cannot be.
+      most: Largest magnitude that the accumulator may reach.
     """
 
     value: int | None
@@ -73,6 +74,7 @@ class Integers:
     emit: "Callable[[np.ndarray, int], tuple[int, int, int]] | None" = None
     shift: int | None = None
     path: str = ""
+    most: int = 2**31 - 1
 
     def emitted(self) -> "Integers":
         """Itself, in the graph."""
@@ -107,14 +109,24 @@ Abstract = Known | KnownCodes | Real | Integers | Sum
 
 
 class Builder:
-    """Collects the graph and its parameters."""
+    """Collects the graph and its parameters.
 
-    def __init__(self) -> None:
+    Args:
+      buffer_bits: Site of a weight -> most bits of the accumulator it makes; 32 for
+        others.
+    """
+
+    def __init__(self, buffer_bits: Mapping[str, int] | None = None) -> None:
+        self._buffer_bits = dict(buffer_bits or {})
         self.values: list[Value] = []
         self.nodes: list[Node] = []
         self.params: dict[str, np.ndarray] = {}
         self.sites: dict[str, int] = {}
         self.inputs: dict[int, int] = {}  # Input of the program -> value.
+
+    def most(self, site: str) -> int:
+        """The largest magnitude in the accumulator that the weight of a site makes."""
+        return int(2 ** (self._buffer_bits.get(site, 32) - 1) - 1)
 
     def add_value(
         self,
