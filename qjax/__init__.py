@@ -34,6 +34,7 @@ from qjax.instrument import (
 from qjax.integer import fixed_point, requantize
 from qjax.lowering import IntegerProgram, Verification, lower, verify
 from qjax.presets import QuantizationParams
+from qjax.rescaling import insert_rescaling
 from qjax.rounding import int_range
 from qjax.scheme import Rule, Scheme, Site, Where, stack_schemes
 
@@ -66,6 +67,7 @@ __all__ = (
     "fake_quant",
     "fixed_point",
     "histogram",
+    "insert_rescaling",
     "int_range",
     "last_value",
     "load",

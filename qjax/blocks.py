@@ -136,6 +136,7 @@ class _Finder:
         self.blocks: list[Block] = []
         self.open: dict[int, Block] = {}  # End so far -> a block that may go on.
         self.input_sites: dict[int, str] = {}
+        self.casts: set[int] = set()  # Integer inputs that have become real.
         self.weights: dict[int, str] = {}
         self.on_grid: set[int] = set()
         self.pooled: dict[int, int] = {}  # A maximum -> the end of a block it is of.
@@ -188,6 +189,7 @@ class _Finder:
             x = self.source[x].inputs[0]
         if x in self.inputs and self.model.is_real(e.outputs[0]):
             self._add_input(e.outputs[0], self.inputs.index(x))
+            self.casts.add(e.outputs[0])
 
     def _add_input(self, v: int, k: int) -> None:
         self.input_sites[v] = f"input:{k}"
@@ -207,6 +209,14 @@ class _Finder:
 
     def _affine(self, e: Equation, x: int) -> None:
         block = self.open.get(x)
+        if x in self.casts and self._is_only(e, x) and self._is_rescaling(e, x):
+            # The site of integers is where they have got their real values.
+            self.casts.discard(x)
+            self.casts.add(e.outputs[0])
+            self.on_grid.discard(x)
+            self.input_sites[e.outputs[0]] = self.input_sites.pop(x)
+            self.on_grid.add(e.outputs[0])
+            return
         if not (block is not None and self._goes_on(block, e, x)):
             block = Block("affine", e, x)
             self._start(block)
@@ -262,6 +272,11 @@ class _Finder:
         size = math.prod(self.model.shape(e.outputs[0]))
         same = size == math.prod(self.model.shape(x))
         return moves and scales and same and self._is_only(e, x)
+
+    def _is_rescaling(self, e: Equation, x: int) -> bool:
+        """Whether an affine equation has one known number for all values."""
+        known = (constant_of(self.model, v, self.source) for v in e.inputs if v != x)
+        return all(c is not None and c.size == 1 for c in known)
 
     def _is_divisor(self, e: Equation, x: int) -> bool:
         return e.primitive.name == "div" and e.inputs[1] == x

@@ -68,10 +68,10 @@ def dump_layers(scheme: Scheme, sites: Sequence[Site], base: Scheme) -> dict[str
         weight, output = (
             slots.get(f"{slot}_quantizer") for slot in ("weight", "output")
         )
-        if weight is not None and _speaks(scheme, base, weight):
-            entry["weight_quantizer"] = _weight_out(scheme, base, weight)
         if output is not None and _speaks(scheme, base, output):
             entry["output_quantizer"] = _output_out(scheme, base, output)
+        if weight is not None and _speaks(scheme, base, weight):
+            entry["weight_quantizer"] = _weight_out(scheme, base, weight)
         entry.update(_buffer_out(scheme, sites, weight, output))
         if entry:
             config[layer] = entry

@@ -184,9 +184,10 @@ def _is_function(eqn: Any) -> bool:
     return kinds is not None and "bent" in kinds
 
 
-def _kinds(jaxpr: Any) -> set[str] | None:
+def _kinds(jaxpr: Any, is_known: Sequence[bool] = (False,)) -> set[str] | None:
     """The kinds of the equations: line, bound, bent; None if one is not elementwise."""
-    known = {*jaxpr.constvars}
+    arguments = zip(jaxpr.invars, is_known, strict=False)
+    known = {*jaxpr.constvars, *(v for v, is_number in arguments if is_number)}
     found: set[str] = set()
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
@@ -198,7 +199,8 @@ def _kinds(jaxpr: Any) -> set[str] | None:
             known.update(eqn.outvars)
         elif inner:
             for jaxpr_inner in inner:
-                kinds = _kinds(getattr(jaxpr_inner, "jaxpr", jaxpr_inner))
+                numbers = [not any(v is x for x in data) for v in eqn.invars]
+                kinds = _kinds(getattr(jaxpr_inner, "jaxpr", jaxpr_inner), numbers)
                 if kinds is None:
                     return None
                 found |= kinds

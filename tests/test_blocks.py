@@ -205,8 +205,92 @@ def test_an_unbatched_mean_is_not_taken_for_a_statistic():
 def test_integer_inputs_have_their_site_where_they_become_real():
     fn = lambda params, x: (x.astype(jnp.float32) / 255) @ params["w"]
     qmodel = quantize_model(fn, {"w": jnp.ones((3, 2))}, jnp.ones((1, 3), jnp.uint8))
+    assert [s.name for s in qmodel.sites] == ["input:0", "w", "output:0"]
+    fn = lambda params, x: (x.astype(jnp.float32) * params["s"]) @ params["w"]
+    params = {"s": jnp.ones((1, 3)), "w": jnp.ones((3, 2))}
+    qmodel = quantize_model(fn, params, jnp.ones((1, 3), jnp.uint8))
     names = [s.name for s in qmodel.sites]
-    assert names == ["input:0", "affine_0/scale", "affine_0/output", "w", "output:0"]
+    assert names == ["input:0", "s/scale", "s/output", "w", "output:0"]
+
+
+class _Named(nn.Module):
+    """Layers of many kinds, some with modules of their own for what has no weights."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3, 3), name="conv")(x)
+        with jax.named_scope("pool"):
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        with jax.named_scope("relu"):
+            x = nn.relu(x)
+        y = nn.Conv(4, (3, 3), feature_group_count=4, name="dw")(x)
+        y = jax.nn.silu(y)
+        z = jnp.concatenate([x + y, nn.relu6(x - 1.0)], axis=-1)
+        z = nn.ConvTranspose(3, (2, 2), strides=(2, 2), name="up")(z)
+        return nn.Dense(2, name="fc")(z.mean((1, 2)))
+
+
+def test_what_a_site_is():
+    x = jnp.ones((1, 8, 8, 2))
+    model = _Named()
+    params = model.init(jax.random.key(0), x)
+    sites = {s.name: s for s in quantize_model(model.apply, params, x).sites}
+    rows = {k: (s.layer, s.op, s.activation, s.feeds) for k, s in sites.items()}
+    readers = ("depthwise_conv", "residual", "affine")
+    assert rows["input:0"] == ("input:0", "input", "", ("conv",))
+    assert rows["conv/kernel"] == ("conv", "conv", "", readers)
+    assert rows["conv/output"] == ("relu", "conv", "relu", readers)
+    assert rows["dw/output"] == ("dw", "depthwise_conv", "", ("silu",))
+    assert rows["silu_0/output"] == ("silu_0", "silu", "silu", ("residual",))
+    assert rows["residual_0/output"][1:] == ("residual", "", ("concatenate",))
+    assert rows["affine_0/output"][1:] == ("affine", "relu6", ("concatenate",))
+    assert rows["concatenate_0/output"][1:3] == ("concatenate", "relu6")
+    assert rows["up/output"] == ("up", "conv_transpose", "", ("mean",))
+    assert rows["mean_0/output"] == ("mean_0", "mean", "", ("dense",))
+    assert rows["output:0"] == ("fc", "dense", "", ("return",))
+    assert sites["dw/kernel"].inputs == ("conv/output",)
+    assert sites["residual_0/output"].inputs == ("conv/output", "silu_0/output")
+    assert sites["conv/kernel"].inputs == ("input:0",)
+
+
+def test_a_relu_behind_a_pool_belongs_to_the_block():
+    def fn(params, x):
+        x = nn.max_pool(x @ params["a"], (2,), (2,))
+        return jax.nn.relu(x) @ params["b"]
+
+    rng = np.random.default_rng(3)
+    params = {k: np.float32(rng.normal(size=(3, 3))) for k in "ab"}
+    x = np.float32(rng.normal(size=(4, 6, 3)))
+    qmodel = quantize_model(fn, params, x)
+    names = [s.name for s in qmodel.sites]
+    assert names == ["input:0", "a", "a/output", "b", "output:0"]
+    qstate = calibrate(qmodel, params, [x])
+    wanted = np.maximum((x @ params["a"]).reshape(4, 3, 2, 3).max(2), 0).max()
+    np.testing.assert_allclose(qstate["a/output"].high, wanted, rtol=1e-6)
+    program = lower(qmodel, params, qstate, x)
+    assert verify(program, qmodel, params, qstate, x).is_exact
+
+
+@pytest.mark.parametrize("function", [jax.nn.silu, jax.nn.leaky_relu, jax.nn.elu])
+def test_a_jitted_function_is_one_block(function):
+    fn = lambda params, x: function(x @ params["w"]) * 2.0
+    x = jnp.linspace(-1.0, 1.0, 6).reshape(2, 3)
+    params = {"w": jnp.eye(3)}
+    qmodel = quantize_model(fn, params, x)
+    name = f"{function.__name__}_0/output"
+    assert name in [s.name for s in qmodel.sites]
+    qstate = calibrate(qmodel, params, [x])
+    loss = lambda x: jnp.sum(qmodel.apply(params, qstate, x))
+    slope = jax.grad(loss)(x)
+    wanted = jax.grad(lambda x: jnp.sum(fn(params, x)))(x)
+    np.testing.assert_allclose(slope, wanted, atol=0.1)
+
+
+def test_a_jitted_line_or_bound_is_not():
+    line = jax.jit(lambda x: jnp.clip(x * 2.0 + 1.0, 0.0, 6.0))
+    fn = lambda params, x: line(x @ params["w"])
+    qmodel = quantize_model(fn, {"w": jnp.eye(3)}, jnp.ones((2, 3)))
+    assert [s.name for s in qmodel.sites] == ["input:0", "w", "output:0"]
 
 
 def test_dropout_in_training_adds_no_site():

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import pathlib
+import re
 import runpy
 import struct
 import sys
@@ -116,3 +117,54 @@ def test_data_that_is_nowhere_says_what_to_do(tmp_path, monkeypatch):
         data.load("mnist")
     with pytest.raises(ValueError, match="data sets are digits, mnist"):
         data.load("minst")
+
+
+TUTORIAL = {
+    "dw_conv": {
+        "output_quantizer": {
+            "bitwidth": 12,
+            "axis": "per-tensor",
+            "buffer_bitwidth": 24,
+        },
+        "weight_quantizer": {"bitwidth": 16, "axis": -2},
+        "buffer_bitwidth": 24,
+    },
+    "pw_conv": {"weight_quantizer": {"bitwidth": 4}, "buffer_bitwidth": 24},
+    "relu": {
+        "output_quantizer": {
+            "bitwidth": 6,
+            "signed": False,
+            "axis": "per-tensor",
+            "buffer_bitwidth": 24,
+        },
+        "buffer_bitwidth": 24,
+    },
+    "dense": {"weight_quantizer": {"bitwidth": 4}, "buffer_bitwidth": 24},
+}
+
+
+def test_the_tutorial_prints_quantizemls_json(monkeypatch, capsys):
+    """As version 0.12.1 printed it, in this order of keys."""
+    edited = {
+        "relu": {
+            "output_quantizer": {
+                "bitwidth": 1,
+                "signed": False,
+                "axis": "per-axis",
+                "buffer_bitwidth": 32,
+            },
+            "buffer_bitwidth": 32,
+        }
+    }
+    monkeypatch.setattr(sys, "argv", ["tutorial_calibration.py", "--samples", "8"])
+    path = ROOT / "experiments/tutorial_calibration.py"
+    runpy.run_path(str(path), run_name="__main__")
+    printed = capsys.readouterr().out
+    first, second = printed.split("## 1.2")
+    assert json.dumps(TUTORIAL, indent=4) in first
+    assert first.index("dw_conv/kernel (up to 28 bits, has 24)") < first.index("{")
+    configs = "\n".join(json.dumps(c, indent=4) for c in (edited, TUTORIAL | edited))
+    assert configs in second
+    assert "beyond 24 bits" in second and "end to end: output 0" in second
+    calibrated, by_hand = re.search(r"calibrated (\S+), by hand (\S+)", second).groups()
+    assert calibrated == by_hand

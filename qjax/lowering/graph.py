@@ -45,6 +45,8 @@ class Value:
     low: int
     high: int
     grid: Grid | None = None
+    # Of an input: real = gain * input + offset.
+    rescaling: tuple[float, float] = (1.0, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +135,8 @@ def storage(low: int, high: int) -> str:
 
 def _value(data: dict[str, Any]) -> Value:
     grid = None if data["grid"] is None else Grid(**data["grid"])
-    return Value(**{**data, "shape": tuple(data["shape"]), "grid": grid})
+    tuples = {k: tuple(v) for k, v in data.items() if k in ("shape", "rescaling")}
+    return Value(**(data | tuples | {"grid": grid}))
 
 
 def _node(data: dict[str, Any]) -> Node:

@@ -184,7 +184,8 @@ class IntegerProgram:
             grid, operands = _grid(v), (v.low, v.high)
             zero, low, high = (jnp.int32(n) for n in (grid.zero_point, *operands))
             scale = jnp.asarray(grid.array())
-            x = jnp.asarray(x).astype(jnp.float32)
+            gain, offset = map(jnp.float32, v.rescaling)
+            x = jnp.asarray(x).astype(jnp.float32) * gain + offset
             found.append(grid_codes(x, scale, zero, low, high).astype(v.dtype))
         return found
 

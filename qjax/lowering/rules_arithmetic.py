@@ -15,6 +15,7 @@ from qjax.lowering.values import (
     Integers,
     Known,
     KnownCodes,
+    Real,
     Sum,
     compact,
 )
@@ -53,6 +54,10 @@ def _terms(e: Equation, x: Abstract) -> tuple[tuple[Integers, float], ...]:
 def _add_known(
     e: Equation, trace: Trace, x: Abstract, known: Abstract, sign: float
 ) -> Abstract:
+    if isinstance(x, Real) and x.input is not None and _is_number(known):
+        gain, offset = x.rescaling
+        offset += sign * float(known.value.flat[0])  # type: ignore[union-attr]
+        return dataclasses.replace(x, rescaling=(gain, offset))
     if not isinstance(x, Integers) or x.emit is None or x.is_bounded:
         raise refuse(e, x, "operand")
     if isinstance(known, KnownCodes):
@@ -71,6 +76,10 @@ def _add_known(
             "before it is all but zero; `qjax.quantize_model` handles that case."
         )
     return _with_bias(x, bias)
+
+
+def _is_number(known: Abstract) -> bool:
+    return isinstance(known, Known) and known.value.size == 1
 
 
 def _refined(x: Integers, bias: np.ndarray) -> Integers:
@@ -142,6 +151,10 @@ def _round(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract
 
 def _scaled(e: Equation, x: Abstract, factor: np.ndarray) -> Abstract:
     """A factor that waits for the next grid."""
+    if isinstance(x, Real) and x.input is not None and factor.size == 1:
+        by = float(factor.flat[0])
+        gain, offset = (by * number for number in x.rescaling)
+        return dataclasses.replace(x, rescaling=(gain, offset))
     if not isinstance(x, Integers) or x.is_codes or x.is_bounded:
         raise refuse(e, x, "operand")
     factor = compact(factor)

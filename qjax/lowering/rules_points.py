@@ -112,6 +112,9 @@ def _quantize_input(
     shape = trace.shape(trace.inputs[x.input])
     value = target.add_value(builder, shape, target.qmin, target.qmax)
     builder.inputs[x.input] = value
+    builder.values[value] = dataclasses.replace(
+        builder.values[value], rescaling=x.rescaling
+    )
     codes: Abstract = target.integers(builder, value)
     for equation in x.moves:
         codes = move(builder, equation, trace, codes)

@@ -36,6 +36,7 @@ class Real:
     remedy: str  # The name of the site that would quantize it; empty if none would.
     input: int | None = None  # It is this input of the program, after `moves`.
     moves: tuple[Equation, ...] = ()
+    rescaling: tuple[float, float] = (1.0, 0.0)  # real = gain * input + offset.
 
 
 @dataclasses.dataclass(frozen=True)
