@@ -48,8 +48,9 @@ def to_json(scheme: Scheme, *, indent: int | None = 2) -> str:
     found: dict[str, Any] = {}
     default = Scheme()
     for role in ("weights", "activations"):
-        if (word := getattr(scheme, role)) != getattr(default, role):
-            found[role] = _word_out(role, word)
+        word = _word_out(role, getattr(scheme, role))
+        if word != _word_out(role, getattr(default, role)):
+            found[role] = word
     if scheme.calibrator != default.calibrator:
         found["calibrator"] = _calibrator_out("calibrator", scheme.calibrator)
     if scheme.estimator != default.estimator:

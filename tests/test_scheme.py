@@ -7,7 +7,7 @@ from absl.testing import parameterized
 
 from qjax.affine import QSpec
 from qjax.calibration import ema_min_max, min_max
-from qjax.scheme import Rule, Scheme, Site, check_rules, stack_schemes
+from qjax.scheme import Rule, Scheme, Site, Where, check_rules, stack_schemes
 
 KERNEL = Site("conv1/kernel", "weight", (3, 3, 1, 8))
 OUTPUT = Site("conv1/output", "activation", (1, 8, 8, 8))
@@ -181,3 +181,73 @@ class StackSchemesTest(chex.TestCase):
         a, b = (Scheme(rules=(Rule(p, QSpec(4)),)) for p in ("a", "b"))
         with pytest.raises(ValueError, match="scheme 1 differs from scheme 0"):
             stack_schemes([a, b])
+
+
+RELU = Site(
+    "block/conv/output",
+    "activation",
+    (1, 8, 8, 4),
+    layer="block/relu",
+    op="depthwise_conv",
+    activation="relu6",
+    inputs=("input:0", "block/x/output"),
+    feeds=("conv", "return"),
+)
+
+
+@pytest.mark.parametrize(
+    "options, matches",
+    [
+        ({}, True),
+        (dict(name="block/*"), True),
+        (dict(name=("a", "*output")), True),
+        (dict(name=()), False),
+        (dict(role="activation"), True),
+        (dict(role="weight"), False),
+        (dict(layer="block/relu"), True),
+        (dict(layer="relu"), False),
+        (dict(op=("conv", "dense")), False),
+        (dict(op="*conv"), True),
+        (dict(activation="relu*"), True),
+        (dict(activation=""), False),
+        (dict(inputs="input:*"), False),  # All must match.
+        (dict(inputs=("input:*", "block/*")), True),
+        (dict(feeds="conv"), True),  # One must.
+        (dict(feeds="dense"), False),
+        (dict(ranks=(2, 4)), True),
+        (dict(ranks=(3,)), False),
+        (dict(op="*conv", feeds="return", ranks=(3,)), False),
+    ],
+)
+def test_a_predicate_is_true_where_all_of_its_fields_match(options, matches):
+    assert Where(**options)(RELU) is matches
+    assert Rule(Where(**options)).matches(RELU) is matches
+
+
+def test_a_site_without_inputs_matches_no_pattern_of_inputs():
+    assert Where()(KERNEL) and not Where(inputs="input:*")(KERNEL)
+
+
+def test_any_function_is_a_predicate():
+    rule = Rule(lambda site: len(site.shape) == 2, QSpec(3))
+    assert Scheme(rules=(rule,)).spec(LOGITS) == QSpec(3)
+    assert Scheme(rules=(rule,)).spec(OUTPUT) == QSpec(8)
+    check_rules(Scheme(rules=(rule,)), SITES)
+
+
+def test_a_layer_that_is_not_there_is_named_with_the_layers():
+    layers = [site._replace(layer=site.name.split("/")[0]) for site in SITES]
+    rule = Rule(Where(layer="conv2"), QSpec(3))
+    with pytest.raises(
+        ValueError, match="'conv2' matches no layer. The closest is 'conv1'"
+    ):
+        check_rules(Scheme(rules=(rule,)), layers)
+    check_rules(Scheme(rules=(Rule(Where(layer="conv2*")),)), layers)
+    check_rules(Scheme(rules=(Rule(Where(op="lstm")),)), layers)
+
+
+def test_buffers_of_rules_come_before_those_of_the_scheme():
+    rules = Rule("conv1/*", QSpec(4), buffer_bits=20), Rule("block/*", QSpec(4))
+    scheme = Scheme(rules=rules, buffer_bits=24)
+    bits = [scheme.site_buffer_bits(site) for site in SITES]
+    assert bits == [20, 20, 24, 24]

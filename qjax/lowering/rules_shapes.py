@@ -15,6 +15,7 @@ from qjax.lowering.values import (
     Known,
     KnownCodes,
     Real,
+    Sum,
     compact,
 )
 from qjax.simulate import move_scale
@@ -25,7 +26,7 @@ _EXACT_FLOAT32 = 1 << 24  # Integers below are exact in float32, and so are thei
 
 def settled(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Integers:
     """Integers in the graph for which no bound waits."""
-    x = _emitted(e, x)
+    x = _emitted(builder, e, x)
     if not x.is_bounded:
         return x
     assert x.value is not None
@@ -47,11 +48,45 @@ def settled(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Integer
     )
 
 
-def _emitted(e: Equation, x: Abstract) -> Integers:
+def _emitted(builder: Builder, e: Equation, x: Abstract) -> Integers:
     """Integers in the graph."""
+    if isinstance(x, Sum):
+        x = _added(builder, e, x)
     if not isinstance(x, Integers):
         raise refuse(e, x, "input")
     return x.emitted()
+
+
+def _added(builder: Builder, e: Equation, x: Sum) -> Integers:
+    """A sum of codes as an accumulator, where one grid holds all of them exactly."""
+    terms = [t for t, _ in x.terms]
+    scale = min(float(t.scale) for t in terms)
+    factors = [sign * float(t.scale) / scale for t, sign in x.terms]
+    ends = [
+        sorted(f * (end - t.zero_point) for end in (t.low, t.high))
+        for t, f in zip(terms, factors, strict=True)
+    ]
+    low, high = (sum(pair[k] for pair in ends) for k in (0, 1))
+    limit = builder.most(sites_of(x.path)[0])
+    if any(f != int(f) for f in factors) or not -limit - 1 <= low <= high <= limit:
+        raise refuse(e, x, "input")
+    inputs = tuple(t.value for t in terms if t.value is not None)
+    shape = np.broadcast_shapes(*(builder.values[v].shape for v in inputs))
+    value = builder.add_value(shape, int(low), int(high), dtype="int32")
+    builder.add_node(
+        "add",
+        inputs,
+        value,
+        path=where(e).strip("'"),
+        input_zero_points=[t.zero_point for t in terms],
+        multipliers=[int(f) for f in factors],
+        shift=0,
+        zero_point=0,
+        low=int(low),
+        high=int(high),
+    )
+    found = Integers(value, np.asarray(scale), 0, int(low), int(high), path=x.path)
+    return dataclasses.replace(found, bounds=x.bounds)
 
 
 @rule("reduce_sum")
@@ -112,7 +147,8 @@ def _sum(
 
 @rule("reduce_window_max", "reduce_max")
 def _max_pool(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
-    x = _emitted(e, x)  # A bound may wait: it never changes which value is largest.
+    # A bound may wait: it never changes which value is largest.
+    x = _emitted(builder, e, x)
     if np.any(x.real_scale() < 0):
         raise refuse(e, x, "input")
     x = _reduced(e, x)
@@ -185,7 +221,7 @@ def move(
         raise refuse(e, x, "operand")
     if isinstance(x, KnownCodes):
         return _move_known(e, trace, x)
-    x = _emitted(e, x)
+    x = _emitted(builder, e, x)
     assert x.value is not None
     shape = builder.values[x.value].shape
     scale = _move_array(e, trace, x.scale, shape)

@@ -1,0 +1,304 @@
+"""Schemes by name: what they give each site of a model, and that they lower."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import qjax
+from qjax import presets
+from qjax.affine import QSpec
+from qjax.quantizers import QuantizedBits, QuantizedRelu, parse
+from qjax.quantizers.low_bit import Binary
+from qjax.scheme import Where
+from qjax.scheme_json import SchemeError, from_json
+from tests.models import images, linen_example
+
+pytestmark = pytest.mark.usefixtures("flax_promotion")
+
+
+class Net(nn.Module):
+    """Convolutions of both kinds, a sum, a function, a concatenation, a mean."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3), name="stem")(x))
+        y = nn.relu6(nn.Conv(4, (3, 3), feature_group_count=4, name="dw")(x))
+        x = nn.relu(x + nn.Conv(4, (1, 1), name="pw")(y))
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+@pytest.fixture(scope="module")
+def net():
+    return linen_example(Net(), images(17, 6, 5, 2))
+
+
+def words(model, scheme):
+    qmodel = qjax.quantize_model(model.fn, model.params, model.x, scheme=scheme)
+    return {site.name: qmodel.scheme.spec(site) for site in qmodel.sites}
+
+
+WEIGHT, OUTPUT = QSpec(8, narrow_range=True, axis=-1), QSpec(8)
+QML_OUT = QSpec(8, symmetric=True, power_of_two=True, axis=-1)
+QML_IN = QSpec(8, signed=False, power_of_two=True, axis=-1)
+
+
+@pytest.mark.parametrize(
+    "scheme, kernels, values",
+    [
+        (presets.tflite_int8(), [WEIGHT] * 4, [OUTPUT] * 7),
+        (
+            presets.tflite_int16x8(),
+            [WEIGHT] * 4,
+            [QSpec(16, symmetric=True, narrow_range=True)] * 7,
+        ),
+        (
+            presets.tfmot_int8(),
+            [*[WEIGHT] * 3, QSpec(8, narrow_range=True)],
+            [OUTPUT] * 7,
+        ),
+        (presets.w4a8(), [QSpec(4, narrow_range=True, axis=-1)] * 4, [OUTPUT] * 7),
+        (
+            presets.binary(activation_bits=4),
+            [WEIGHT, *[Binary(alpha="auto")] * 2, WEIGHT],
+            [QSpec(4)] * 7,
+        ),
+    ],
+)
+def test_words_of_a_model(net, scheme, kernels, values):
+    found = words(net, scheme)
+    is_kernel = lambda name: name.endswith("kernel")
+    assert [v for k, v in found.items() if is_kernel(k)] == kernels
+    assert [v for k, v in found.items() if not is_kernel(k)] == values
+
+
+def test_words_of_quantizeml(net):
+    found = words(net, presets.quantizeml())
+    assert found["input:0"] == QML_IN
+    assert found["stem/kernel"] == found["head/kernel"] == WEIGHT
+    assert found["stem/output"] == found["dw/output"] == QML_OUT
+    assert found["residual_0/output"] is None  # A mean reads it.
+    assert found["output:0"] is None
+    params = dict(input_weight_bits=6, weight_bits=4, activation_bits=5, output_bits=7)
+    more = dict(per_tensor_activations=True, input_dtype="int8", last_output_bits=9)
+    found = words(net, presets.quantizeml(**params, **more))
+    by_name = {k: (w.bits, w.signed, w.axis) for k, w in found.items() if w}
+    assert by_name == {
+        "input:0": (8, True, None),
+        "stem/kernel": (6, True, -1),
+        "stem/output": (5, False, None),
+        "dw/kernel": (4, True, -1),
+        "dw/output": (5, False, None),
+        "pw/kernel": (4, True, -1),
+        "pw/output": (7, True, None),
+        "mean_0/output": (5, True, None),  # Of a relu.
+        "head/kernel": (4, True, -1),
+        "output:0": (9, True, None),
+    }
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        presets.tflite_int8(),
+        presets.tfmot_int8(),
+        presets.w4a8(),
+        presets.binary(),
+        presets.quantizeml(per_tensor_activations=True, weight_bits=4),
+        presets.qkeras(
+            {
+                "*stem": {
+                    "kernel_quantizer": "quantized_bits(4,0,1)",
+                    "activation": "quantized_relu(6,2)",
+                },
+                "*dw": {"depthwise_quantizer": "quantized_bits(5,1,alpha='auto_po2')"},
+                "*pw": {"kernel_quantizer": "ternary(alpha='auto')"},
+            },
+            base=presets.tflite_int8(),
+        ),
+    ],
+    ids=["tflite", "tfmot", "w4a8", "binary", "quantizeml", "qkeras"],
+)
+def test_they_lower_and_agree(net, scheme):
+    fn, params, x = net
+    qmodel = qjax.quantize_model(fn, params, x, scheme=scheme)
+    qstate = qjax.calibrate(qmodel, params, [x])
+    program = qjax.lower(qmodel, params, qstate, x)
+    report = qjax.verify(program, qmodel, params, qstate, x)
+    assert all(site.max_difference <= 1 for site in report.sites.values())
+    assert all(row.share >= 0.99 for row in report.outputs)
+    error = np.abs(np.asarray(program(x)) - np.asarray(fn(params, x)))
+    if scheme == presets.tflite_int8():
+        assert np.max(error) < 0.05 * np.ptp(fn(params, x))
+
+
+def test_sixteen_bits_lower_where_int32_holds_them():
+    """9 products of 8 by 16 bits fit; 36 of the largest do not, and that is said."""
+    fn = lambda params, x: x @ params["w"]
+    rng = np.random.default_rng(0)
+    params = {"w": np.float32(rng.normal(size=(9, 3)))}
+    x = np.float32(rng.normal(size=(5, 9)))
+    scheme = presets.tflite_int16x8()
+    qmodel = qjax.quantize_model(fn, params, x, scheme=scheme)
+    qstate = qjax.calibrate(qmodel, params, [x])
+    program = qjax.lower(qmodel, params, qstate, x)
+    codes = program.codes(*program.quantize_inputs(x))
+    report = qjax.verify(program, qmodel, params, qstate, x)
+    assert all(site.max_difference <= 1 for site in report.sites.values())
+    assert np.asarray(codes).dtype == np.int16
+
+
+def test_qkeras_names_quantizers_by_layer(net):
+    layers = {
+        "*stem": {
+            "kernel_quantizer": "quantized_bits(4,0,1)",
+            "activation": "quantized_relu(4)",
+        },
+        "*head": {"kernel_quantizer": None},
+    }
+    found = words(net, presets.qkeras(layers))
+    assert found["stem/kernel"] == parse("quantized_bits(4,0,1)")
+    assert found["stem/kernel"] == QuantizedBits(4, 0, True)
+    assert found["stem/output"] == QuantizedRelu(4)
+    assert {k for k, w in found.items() if w is not None} == {
+        "stem/kernel",
+        "stem/output",
+    }
+    both = words(net, presets.qkeras(layers, base=presets.w4a8()))
+    assert both["dw/kernel"].bits == 4 and both["head/kernel"] is None
+    with pytest.raises(ValueError, match="stem.bias_quantizer: wanted is one of"):
+        presets.qkeras({"stem": {"bias_quantizer": "quantized_bits(8)"}})
+    with pytest.raises(ValueError, match="quantized_bit"):
+        presets.qkeras({"stem": {"kernel_quantizer": "quantized_bit(8)"}})
+    one = {"stim": {"kernel_quantizer": "quantized_bits(8)"}}
+    with pytest.raises(ValueError, match="'stim' matches no layer. The closest is"):
+        words(net, presets.qkeras(one))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(weight_bits=1), "`weight_bits` must be a whole number from 2 to 16"),
+        (dict(activation_bits=0), "`activation_bits` .* from 1 to 16, got 0"),
+        (dict(buffer_bits=33), "`buffer_bits` .* from 2 to 32"),
+        (dict(output_bits=8.5), "`output_bits` .* got 8.5"),
+        (dict(input_dtype="float32"), "`input_dtype` must be an integer type"),
+        (dict(weigth_bits=4), "no 'weigth_bits'. The closest is 'weight_bits'"),
+    ],
+)
+def test_impossible_parameters(options, message):
+    with pytest.raises(ValueError, match=message):
+        presets.quantizeml(**options)
+
+
+def test_functions_have_tflites_fixed_grids():
+    fn = lambda params, x: jax.nn.sigmoid(x @ params["w"]) @ params["v"]
+    params = {"w": jnp.eye(3), "v": jnp.eye(3)}
+    x = np.linspace(-4, 4, 6, dtype=np.float32).reshape(2, 3)
+    qmodel = qjax.quantize_model(fn, params, x, scheme=presets.tflite_int8())
+    qstate = qjax.calibrate(qmodel, params, [x])
+    name = next(s.name for s in qmodel.sites if s.op in ("logistic", "sigmoid"))
+    row = qjax.scales(qmodel, params, qstate)[name]
+    assert row.scale == 1 / 256 and row.zero_point == -128
+
+
+# Schemes as JSON.
+
+SCHEMES = {
+    "default": qjax.Scheme(),
+    "tflite_int8": presets.tflite_int8(),
+    "tflite_int16x8": presets.tflite_int16x8(),
+    "tfmot_int8": presets.tfmot_int8(),
+    "quantizeml": presets.quantizeml(activation_bits=4, last_output_bits=16),
+    "w4a8": presets.w4a8(),
+    "binary": presets.binary(),
+    "qkeras": presets.qkeras(
+        {"a*": {"activation": "quantized_relu(4,negative_slope=0.25)"}}
+    ),
+    "all": qjax.Scheme(
+        weights=None,
+        activations=QSpec(5, False, True, rounding=qjax.rounding.half_away),
+        rules=(
+            qjax.Rule("*/x", None, qjax.percentile(99.5), 24, (("*", "me"),)),
+            qjax.Rule(Where(op=("a", "b"), ranks=(2, 3)), QSpec(3, axis=(0, 1))),
+        ),
+        calibrator=qjax.ema_min_max(0.5),
+        estimator=qjax.estimators.plain_ste,
+        buffer_bits=20,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_json_there_and_back(name):
+    scheme = SCHEMES[name]
+    text = scheme.to_json()
+    again = qjax.Scheme.from_json(text)
+    assert again == scheme and again.to_json() == text
+    assert json.loads(scheme.to_json(indent=None)) == json.loads(text)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "No JSON: "),
+        ("[]", "The scheme: an object is wanted"),
+        ('{"wieghts": null}', "wieghts: no such key is known. .*weights"),
+        ('{"weights": {"bit": 4}}', r"weights\.bit: no such key is known. .*bits"),
+        ('{"weights": {"bits": "4"}}', r"weights\.bits: a whole number is wanted"),
+        ('{"weights": {"bits": true}}', r"weights\.bits: a whole number"),
+        ('{"weights": {"bits": 99}}', "weights: "),
+        ('{"weights": {"signed": 1}}', r"weights\.signed: true or false"),
+        ('{"weights": {"axis": "c"}}', r"weights\.axis: a whole number"),
+        ('{"weights": "quantized_bit(4)"}', "weights: .*quantized_bits"),
+        ('{"weights": {"rounding": "up"}}', r"weights\.rounding: one of half_even"),
+        ('{"estimator": "ste"}', "estimator: one of clipped_ste"),
+        ('{"calibrator": "min_mx()"}', "calibrator: .*min_max"),
+        ('{"calibrator": 3}', "calibrator: text is wanted"),
+        ('{"buffer_bits": 8.5}', "buffer_bits: a whole number"),
+        ('{"rules": {}}', "rules: a list of rules"),
+        ('{"rules": [3]}', r"rules\[0\]: an object"),
+        ('{"rules": [{"spec": null}]}', r"rules\[0\]: either `pattern` or `where`"),
+        (
+            '{"rules": [{"pattern": "a", "where": {}, "spec": null}]}',
+            r"rules\[0\]: either",
+        ),
+        ('{"rules": [{"where": {"ops": "a"}}]}', r"rules\[0\]\.where\.ops: .*op"),
+        ('{"rules": [{"where": {"role": "bias"}}]}', r'where\.role: "weight" or'),
+        ('{"rules": [{"where": {"ranks": 2}}]}', r"where\.ranks: a list of"),
+        ('{"rules": [{"where": {"op": [1]}}]}', r"where\.op\[0\]: text"),
+        ('{"rules": [{"pattern": "a", "reasons": 1}]}', r"reasons: an object"),
+    ],
+)
+def test_bad_json_says_where(text, message):
+    with pytest.raises(SchemeError, match=message):
+        from_json(text)
+
+
+@pytest.mark.parametrize(
+    "scheme, message",
+    [
+        (
+            qjax.Scheme(rules=(qjax.Rule(lambda s: True),)),
+            "goes into JSON as a `Where`",
+        ),
+        (qjax.Scheme(estimator=lambda *a: a), "estimator: only clipped_ste"),
+        (qjax.Scheme(QSpec(8, rounding=jnp.floor)), "weights.rounding: only half_even"),
+        (
+            qjax.Scheme(calibrator=qjax.min_max()._replace(name="")),
+            "calibrator: .*functions of its own",
+        ),
+    ],
+)
+def test_what_has_no_text(scheme, message):
+    with pytest.raises(ValueError, match=message):
+        scheme.to_json()
+
+
+def test_traced_bits_have_no_text():
+    f = lambda bits: qjax.Scheme(QSpec(bits)).to_json()
+    with pytest.raises(ValueError, match="weights: only known numbers"):
+        jax.eval_shape(f, 4)
