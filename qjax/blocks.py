@@ -16,6 +16,7 @@ import jax.extend.core as jex
 import numpy as np
 
 from qjax.affine import qpoint_p
+from qjax.elementwise import find_functions
 from qjax.scheme import Role, Site
 from qjax.trace import AFFINE, BOUNDS, Equation, Trace, trace
 
@@ -26,12 +27,14 @@ SHAPE_MOVES = frozenset(
     "sharding_constraint".split()
 )
 _MAXIMA = frozenset({"reduce_max", "reduce_window_max"})
-_GRID_KEEPING = SHAPE_MOVES | _MAXIMA
+_MINIMA = frozenset({"reduce_min", "reduce_window_min"})
+_GRID_KEEPING = SHAPE_MOVES | _MAXIMA | _MINIMA | {"split"}
 _SCALING = frozenset("mul div".split())
 _PRODUCTS = frozenset("dot_general conv_general_dilated".split())
 _SUMS = {"reduce_sum": "sum", "reduce_window_sum": "sum_pool"}
 MEANS = {"sum": "mean", "sum_pool": "avg_pool"}  # The same, divided by a constant.
 _TWO_OPERANDS = {"add": "residual", "add_any": "residual", "sub": "residual"}
+_LOOPS = ("scan", "while")
 _RANDOM = ("random_", "threefry", "rng_")
 
 
@@ -50,6 +53,7 @@ class Block:
     scale_site: int | None = None  # Of a lone affine block: its factor is a weight.
     has_statistics: bool = False  # Normalised by statistics of the batch itself.
     has_quantizer: bool = False  # The user's own, at its end.
+    is_function: bool = False  # Elementwise, of one value.
     bounds: list[tuple[str, Any]] = dataclasses.field(default_factory=list)
     end: Equation | None = None  # The last one, if it is not the root.
 
@@ -136,10 +140,10 @@ class _Finder:
         self.blocks: list[Block] = []
         self.open: dict[int, Block] = {}  # End so far -> a block that may go on.
         self.input_sites: dict[int, str] = {}
-        self.casts: set[int] = set()  # Integer inputs that have become real.
         self.weights: dict[int, str] = {}
         self.on_grid: set[int] = set()
         self.pooled: dict[int, int] = {}  # A maximum -> the end of a block it is of.
+        self.functions, self.bent = find_functions(model, self.data, self._is_apart)
         for k, v in enumerate(self.inputs):
             if model.is_real(v) and self.users[v]:
                 self._add_input(v, k)
@@ -154,10 +158,22 @@ class _Finder:
             return
         if not self.model.shape(out):
             return  # A number, such as a loss, is no activation.
-        if name == "convert_element_type" and not self.model.is_real(x[0]):
+        if name in _LOOPS and (inside := self._leaves_of(e)):
+            raise NotImplementedError(
+                f"`{name}` in {e.path or 'the traced function'!r} repeats a part of the "
+                f"model with {', '.join(inside)}, and no site is inside of it: these "
+                "would stay float. Unroll the loop, or quantize them in its body with "
+                "`qjax.fake_quant`."
+            )
+        if out in self.bent and not self._absorbs(e, x):
+            if out in self.functions and self.model.is_real(out):
+                self._start(Block(self.functions[out], e, out, is_function=True))
+        elif name == "convert_element_type" and not self.model.is_real(x[0]):
             self._cast(e, x[0])
-        elif name in _PRODUCTS:
+        elif name in _PRODUCTS or self._is_embedding(e):
             self._product(e)
+        elif not any(map(self.model.is_real, e.outputs)):
+            return  # Places, masks: they have no scale.
         elif name in AFFINE and len(x) == 1 and not self._is_divisor(e, x[0]):
             self._affine(e, x[0])
         elif len(x) == 1 and (bounds := bounds_of(self.model, e)) is not None:
@@ -166,9 +182,9 @@ class _Finder:
             block = self.open[x[0]]
             block.moves.append(e)
             self._extend(block, e)
-        elif name in _GRID_KEEPING or (name == "pad" and self._is_zero(e.inputs[1])):
+        elif self._keeps_grid(e):
             if x[0] in self.on_grid or x[0] in self.open:
-                self.on_grid.add(out)
+                self.on_grid.update(e.outputs)
             source = self.pooled.get(x[0], x[0])
             if name in _MAXIMA and source in self.open and self._is_only(e, x[0]):
                 self.pooled[out] = source
@@ -189,7 +205,6 @@ class _Finder:
             x = self.source[x].inputs[0]
         if x in self.inputs and self.model.is_real(e.outputs[0]):
             self._add_input(e.outputs[0], self.inputs.index(x))
-            self.casts.add(e.outputs[0])
 
     def _add_input(self, v: int, k: int) -> None:
         self.input_sites[v] = f"input:{k}"
@@ -197,7 +212,8 @@ class _Finder:
 
     def _product(self, e: Equation) -> None:
         weight = next((v for v in e.inputs[1::-1] if v not in self.data), None)
-        block = Block("product", e, e.outputs[0], weight=weight)
+        kind = "embedding" if e.primitive.name == "gather" else "product"
+        block = Block(kind, e, e.outputs[0], weight=weight)
         if weight is not None:
             leaf = self._leaf(weight, SHAPE_MOVES)
             name = self.names[leaf] if leaf is not None else self._name_of([weight])
@@ -209,10 +225,8 @@ class _Finder:
 
     def _affine(self, e: Equation, x: int) -> None:
         block = self.open.get(x)
-        if x in self.casts and self._is_only(e, x) and self._is_rescaling(e, x):
-            # The site of integers is where they have got their real values.
-            self.casts.discard(x)
-            self.casts.add(e.outputs[0])
+        if x in self.input_sites and self._is_only(e, x) and self._is_rescaling(e, x):
+            # The site of an input is where its values have got their unit.
             self.on_grid.discard(x)
             self.input_sites[e.outputs[0]] = self.input_sites.pop(x)
             self.on_grid.add(e.outputs[0])
@@ -223,6 +237,15 @@ class _Finder:
         block.has_statistics |= bool(self.statistics.intersection(e.inputs))
         block.affine.append(e)
         self._extend(block, e)
+
+    def _absorbs(self, e: Equation, x: list[int]) -> bool:
+        """Whether a function begins with an equation that an open block takes in."""
+        block = self.open.get(x[0])
+        if block is None or len(x) != 1 or not self._is_only(e, x[0]):
+            return False
+        if e.primitive.name in AFFINE:
+            return not self._is_divisor(e, x[0]) and self._goes_on(block, e, x[0])
+        return bounds_of(self.model, e) is not None
 
     def _goes_on(self, block: Block, e: Equation, x: int) -> bool:
         """Whether an affine equation on the end of a block belongs to the block."""
@@ -278,6 +301,25 @@ class _Finder:
         known = (constant_of(self.model, v, self.source) for v in e.inputs if v != x)
         return all(c is not None and c.size == 1 for c in known)
 
+    def _keeps_grid(self, e: Equation) -> bool:
+        """Whether all that comes out are values that went in, or zero."""
+        name = e.primitive.name
+        if name == "pad":
+            return self._is_zero(e.inputs[1])
+        if name in ("gather", "dynamic_slice"):
+            return not self.data.intersection(e.inputs[1:])
+        return name in _GRID_KEEPING
+
+    def _is_embedding(self, e: Equation) -> bool:
+        """Whether an input chooses rows of a parameter."""
+        return e.primitive.name == "gather" and e.inputs[0] not in self.data
+
+    def _is_apart(self, e: Equation) -> bool:
+        """Whether an equation is no part of an elementwise function."""
+        is_statistic = bool(self.statistics.intersection(e.inputs))
+        is_point = e.primitive is qpoint_p or ("name" in e.params and has_qpoint(e))
+        return is_statistic or is_point or self._is_statistic(e) or self._is_dropout(e)
+
     def _is_divisor(self, e: Equation, x: int) -> bool:
         return e.primitive.name == "div" and e.inputs[1] == x
 
@@ -304,6 +346,14 @@ class _Finder:
             return None
         leaves = (self._leaf(u, through) for u in e.inputs)
         return next((leaf for leaf in leaves if leaf is not None), None)
+
+    def _leaves_of(self, e: Equation) -> list[str]:
+        """Parameters that go into an equation which quantizes nothing itself."""
+        if has_qpoint(e):
+            return []
+        known = (v for v in e.inputs if v not in self.data)
+        leaves = (self._leaf(v, through=None) for v in known)
+        return [self.names[leaf] for leaf in leaves if leaf is not None]
 
     def _name_of(self, values: Iterable[int]) -> str:
         """The name of a parameter that goes into one of ``values``."""

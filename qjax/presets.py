@@ -24,7 +24,7 @@ from qjax.quantizers.tensorflow import tfmot_range
 from qjax.scheme import Role, Rule, Scheme, Where
 
 FUNCTIONS = (
-    "celu elu erf exp gelu hard_sigmoid hard_silu hard_swish hard_tanh leaky_relu "
+    "celu elu erf exp function gelu hard_sigmoid hard_silu hard_swish hard_tanh leaky_relu "
     "log1p logistic mish selu sigmoid silu soft_sign softplus squareplus swish tanh"
 ).split()
 _PRODUCTS = (
@@ -97,7 +97,7 @@ class QuantizationParams:
                     f"`{field.name}` must be a whole number from {low} to {most}, got "
                     f"{value!r}."
                 )
-        if not np.issubdtype(np.dtype(self.input_dtype), np.integer):
+        if not _is_integer_type(self.input_dtype):
             raise ValueError(
                 f"`input_dtype` must be an integer type such as 'uint8', got "
                 f"{self.input_dtype!r}."
@@ -196,6 +196,13 @@ class QuantizationParams:
         return Rule(Where(name="input:*"), spec, calibrator, reasons=reasons)
 
 
+def _is_integer_type(name: str) -> bool:
+    try:
+        return bool(np.issubdtype(np.dtype(name), np.integer))
+    except TypeError:
+        return False
+
+
 def _output(bits: int, signed: bool, axis: int | None) -> QSpec:
     return QSpec(bits, signed, symmetric=True, power_of_two=True, axis=axis)
 
@@ -219,14 +226,7 @@ def tflite_int8() -> Scheme:
     References:
       LiteRT 8-bit quantization specification; the converter of TensorFlow 2.19.1.
     """
-    unit, both = constant(0.0, 255 / 256), constant(-1.0, 127 / 128)
-    word = QSpec(bits=8)
-    return Scheme(
-        rules=(
-            _fixed(("logistic", "sigmoid", "softmax"), word, unit),
-            _fixed("tanh", word, both),
-        )
-    )
+    return Scheme(rules=_fixed_8_bit())
 
 
 def tflite_int16x8() -> Scheme:
@@ -240,6 +240,16 @@ def tflite_int16x8() -> Scheme:
     whole = constant(-32767 / 32768, 32767 / 32768)
     bounded = ("logistic", "sigmoid", "softmax", "tanh")
     return Scheme(activations=word, rules=(_fixed(bounded, word, whole),))
+
+
+def _fixed_8_bit() -> tuple[Rule, Rule]:
+    """TFLite's grids of functions that have bounds."""
+    unit, both = constant(0.0, 255 / 256), constant(-1.0, 127 / 128)
+    word = QSpec(bits=8)
+    return (
+        _fixed(("logistic", "sigmoid", "softmax"), word, unit),
+        _fixed("tanh", word, both),
+    )
 
 
 def _fixed(op: str | tuple[str, ...], word: QSpec, calibrator: Calibrator) -> Rule:
@@ -264,7 +274,8 @@ def tfmot_int8() -> Scheme:
     Inputs of 8 bits over the range of all values; ends of blocks of 8 bits over a
     moving average, which `QuantizedModel.apply_and_update` moves in training; weights
     of 8 bits, -127 to 127, per output channel for convolutions, per tensor for dense
-    and transposed ones. Every weight has its quantizer, also before a relu of its own
+    and transposed ones. The parts of a concatenation are rounded with it, once;
+    functions with bounds have TFLite's fixed grids. Every weight has its quantizer, also before a relu of its own
     layer, where TFMOT forgets it; a depthwise kernel has one scale per channel.
 
     References:
@@ -276,6 +287,8 @@ def tfmot_int8() -> Scheme:
         rules=(
             Rule(per_tensor, whole),
             Rule(Where(name="input:*"), QSpec(bits=8), tfmot_all_values()),
+            *_fixed_8_bit(),
+            Rule(Where(role="activation", feeds_only="concatenate"), None),
         ),
         calibrator=tfmot_moving_average(),
     )

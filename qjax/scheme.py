@@ -47,6 +47,8 @@ class Where:
       inputs: Of the names of the sites that the op reads; all must match, and at least
         one be there.
       feeds: Of the ops that read the value; one must match.
+      feeds_only: Of the ops that read the value; all must match, and at least one be
+        there.
       ranks: Numbers of axes of the value; empty for any.
 
     Example:
@@ -62,6 +64,7 @@ class Where:
     activation: Globs = "*"
     inputs: Globs = "*"
     feeds: Globs = "*"
+    feeds_only: Globs = "*"
     ranks: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
@@ -80,6 +83,8 @@ class Where:
             and (self.inputs == "*" or bool(site.inputs))
             and all(_matches(name, self.inputs) for name in site.inputs)
             and (self.feeds == "*" or any(_matches(f, self.feeds) for f in site.feeds))
+            and (self.feeds_only == "*" or bool(site.feeds))
+            and all(_matches(op, self.feeds_only) for op in site.feeds)
             and (not self.ranks or len(site.shape) in self.ranks)
         )
 

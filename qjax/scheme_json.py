@@ -218,7 +218,7 @@ def _rule_in(path: str, data: Any) -> Rule:
 
 
 def _where_in(path: str, data: Any) -> Where:
-    globs = ("name", "layer", "op", "activation", "inputs", "feeds")
+    globs = ("name", "layer", "op", "activation", "inputs", "feeds", "feeds_only")
     fields: dict[str, _In] = {
         **dict.fromkeys(globs, _globs_in),
         "role": _role_in,

@@ -274,11 +274,12 @@ def output_scale(e: Equation, operand: int, scale: Any, rank: int) -> Any:
     if e.primitive.name == "dot_general":
         contract, batch = (pair[operand] for pair in dimensions)
         free = [d for d in range(scale.ndim) if d not in contract and d not in batch]
-        if batch or any(scale.shape[d] != 1 for d in contract):
+        if any(scale.shape[d] != 1 for d in contract):
             return None
-        kept = tuple(scale.shape[d] for d in free)
-        ones = (1,) * (rank - len(kept))
-        return scale.reshape(ones + kept if operand == 1 else kept + ones)
+        first, kept = (tuple(scale.shape[d] for d in axes) for axes in (batch, free))
+        ones = (1,) * (rank - len(kept) - len(first))
+        scale = scale.transpose(*batch, *free, *contract)
+        return scale.reshape(first + (ones + kept if operand == 1 else kept + ones))
     channel = dimensions.rhs_spec[0]
     if operand != 1 or any(n != 1 for d, n in enumerate(scale.shape) if d != channel):
         return None

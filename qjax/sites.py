@@ -117,15 +117,7 @@ class _Describer:
             return _BOUNDS.get(tuple(block.bounds), "clip")
         if op in ("mean", "avg_pool", "concatenate"):
             return min(passed, default="")
-        return op if self._is_function(block) else ""
-
-    def _is_function(self, block: Block) -> bool:
-        """Whether a block is one elementwise function of one value."""
-        e = block.root
-        data = [v for v in e.inputs if self._origin(v)]
-        same = {self.model.shape(v) for v in (*data, *e.outputs)}
-        is_plain = block.weight is None and block.scale_site is None
-        return is_plain and len(data) == len(e.outputs) == len(same) == 1
+        return op if block.is_function else ""
 
 
 def op_of(model: Trace, block: Block) -> str:

@@ -18,13 +18,13 @@ _CALLS = (p.jit_p, p.closed_call_p, p.remat_p)
 _DERIVATIVE_CALLS = (p.custom_jvp_call_p, p.custom_vjp_call_p)
 AFFINE = frozenset("add sub mul div neg".split())
 BOUNDS = frozenset("max min clamp".split())
-_POINTWISE = frozenset(
+POINTWISE = frozenset(
     "abs acos acosh asin asinh atan atanh atan2 cbrt ceil convert_element_type copy "
     "cos cosh eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le "
     "log log1p logistic lt ne not or and pow reduce_precision rem round rsqrt select_n "
     "sign sin sinh sqrt square stop_gradient tan tanh xor".split()
 )
-_POINTWISE |= AFFINE | BOUNDS
+POINTWISE |= AFFINE | BOUNDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +129,16 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
             stack = str(eqn.source_info.name_stack)
             here = "/".join(s for s in (path, stack) if s)
             is_kept = keep_derivatives and _is_function(eqn)
-            if eqn.primitive in inlined and not is_kept:
-                outputs = call(eqn, inputs, here)
+            if (
+                eqn.primitive is p.cond_p
+                and (at := known_number(inputs[0])) is not None
+            ):
+                branches = eqn.params["branches"]
+                branch = branches[min(max(at, 0), len(branches) - 1)]
+                outputs = call(branch, inputs[1:], here)
+            elif eqn.primitive in inlined and not is_kept:
+                inner = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
+                outputs = call(inner, inputs, here)
             else:
                 outputs = [number(v.aval) for v in eqn.outvars]
                 equations.append(
@@ -141,8 +149,22 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
-    def call(eqn: Any, inputs: list[int], path: str) -> list[int]:
-        inner = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
+    def known_number(v: int) -> int | None:
+        """The value of a number that does not depend on an argument."""
+        if v in constants:
+            value = constants[v]
+            return None if isinstance(value, jax.core.Tracer) else int(value)
+        e = next((e for e in reversed(equations) if v in e.outputs), None)
+        numbers = [known_number(u) for u in e.inputs] if e is not None else [None]
+        if e is None or any(n is None for n in numbers):
+            return None
+        typed = [
+            jax.numpy.asarray(n, avals[u].dtype)
+            for n, u in zip(numbers, e.inputs, strict=True)
+        ]
+        return int(evaluate(e, *typed)[0])
+
+    def call(inner: Any, inputs: list[int], path: str) -> list[int]:
         jaxpr = getattr(inner, "jaxpr", inner)
         consts = [
             constant(c, v.aval)
@@ -180,12 +202,20 @@ def _is_function(eqn: Any) -> bool:
     if eqn.primitive is not p.jit_p or len(eqn.invars) != 1 or len(eqn.outvars) != 1:
         return False
     same = eqn.invars[0].aval.shape == eqn.outvars[0].aval.shape
-    kinds = _kinds(eqn.params["jaxpr"].jaxpr) if same else None
+    kinds = kinds_of(eqn.params["jaxpr"].jaxpr) if same else None
     return kinds is not None and "bent" in kinds
 
 
-def _kinds(jaxpr: Any, is_known: Sequence[bool] = (False,)) -> set[str] | None:
-    """The kinds of the equations: line, bound, bent; None if one is not elementwise."""
+def kinds_of(jaxpr: Any, is_known: Sequence[bool] = (False,)) -> set[str] | None:
+    """Returns the kinds of the equations of an elementwise function.
+
+    Args:
+      jaxpr: Of the function.
+      is_known: By argument, whether it is a number that does not depend on data.
+
+    Returns:
+      "line", "bound", "bent"; None if an equation is not elementwise.
+    """
     arguments = zip(jaxpr.invars, is_known, strict=False)
     known = {*jaxpr.constvars, *(v for v, is_number in arguments if is_number)}
     found: set[str] = set()
@@ -200,7 +230,7 @@ def _kinds(jaxpr: Any, is_known: Sequence[bool] = (False,)) -> set[str] | None:
         elif inner:
             for jaxpr_inner in inner:
                 numbers = [not any(v is x for x in data) for v in eqn.invars]
-                kinds = _kinds(getattr(jaxpr_inner, "jaxpr", jaxpr_inner), numbers)
+                kinds = kinds_of(getattr(jaxpr_inner, "jaxpr", jaxpr_inner), numbers)
                 if kinds is None:
                     return None
                 found |= kinds
@@ -209,7 +239,7 @@ def _kinds(jaxpr: Any, is_known: Sequence[bool] = (False,)) -> set[str] | None:
             found.add("bent" if is_divisor else "line")
         elif name in BOUNDS and len(data) == 1:
             found.add("bound")
-        elif name in _POINTWISE:
+        elif name in POINTWISE:
             found.add("bent")
         elif name != "broadcast_in_dim" or data[0].aval.shape:
             return None

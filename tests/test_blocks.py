@@ -273,9 +273,9 @@ def test_a_relu_behind_a_pool_belongs_to_the_block():
 
 @pytest.mark.parametrize("function", [jax.nn.silu, jax.nn.leaky_relu, jax.nn.elu])
 def test_a_jitted_function_is_one_block(function):
-    fn = lambda params, x: function(x @ params["w"]) * 2.0
+    fn = lambda params, x: function(x @ params["w"]) @ params["v"]
     x = jnp.linspace(-1.0, 1.0, 6).reshape(2, 3)
-    params = {"w": jnp.eye(3)}
+    params = {"w": jnp.eye(3), "v": 2 * jnp.eye(3)}
     qmodel = quantize_model(fn, params, x)
     name = f"{function.__name__}_0/output"
     assert name in [s.name for s in qmodel.sites]
@@ -291,6 +291,52 @@ def test_a_jitted_line_or_bound_is_not():
     fn = lambda params, x: line(x @ params["w"])
     qmodel = quantize_model(fn, {"w": jnp.eye(3)}, jnp.ones((2, 3)))
     assert [s.name for s in qmodel.sites] == ["input:0", "w", "output:0"]
+
+
+@pytest.mark.parametrize(
+    "function, names",
+    [
+        (jax.nn.gelu, ["function_0/output"]),  # Inlined: eight equations.
+        (lambda y: y * jax.nn.sigmoid(y), ["function_0/output"]),
+        (lambda y: y * jax.nn.relu6(y + 3) / 6, ["function_0/output"]),
+        (lambda y: jnp.where(y > 0, y, 0.1 * y), ["function_0/output"]),
+        (lambda y: y + jnp.tanh(y), ["function_0/output"]),
+        (lambda y: jnp.tanh(y + 1.0), ["tanh_0/output"]),  # The sum is of the product.
+        (lambda y: jax.nn.relu(2.0 * y + 1.0), []),
+        (lambda y: y * jnp.ones((1, 3)), []),
+        (
+            lambda y: jnp.exp(y) * jnp.max(y),  # Of two values.
+            ["exp_0/output", "mul_0/output"],
+        ),
+    ],
+)
+def test_an_elementwise_stretch_is_one_site(function, names):
+    fn = lambda params, x: function(x @ params["w"]) @ params["v"]
+    params = {"w": jnp.eye(3), "v": jnp.eye(3)}
+    qmodel = quantize_model(fn, params, jnp.ones((2, 3)))
+    around = ["input:0", "w", "w/output", "v", "output:0"]
+    assert [s.name for s in qmodel.sites if s.name not in around] == names
+    for site in qmodel.sites:
+        if site.name in names and site.op != "mul":
+            assert site.inputs == ("w/output",) and site.activation == site.op
+
+
+def test_a_value_read_outside_of_its_function_has_a_site():
+    def fn(params, x):
+        y = x @ params["w"]
+        z = jnp.tanh(y)
+        return (z * z + y) @ params["v"], z @ params["v"]
+
+    params = {"w": jnp.eye(3), "v": jnp.eye(3)}
+    qmodel = quantize_model(fn, params, jnp.ones((2, 3)))
+    names = [s.name for s in qmodel.sites if s.role == "activation"]
+    assert names == [
+        *("input:0", "w/output", "tanh_0/output", "integer_pow_0/output"),
+        *("residual_0/output", "output:0", "output:1"),
+    ] or names == [
+        *("input:0", "w/output", "tanh_0/output", "mul_0/output"),
+        *("residual_0/output", "output:0", "output:1"),
+    ]
 
 
 def test_dropout_in_training_adds_no_site():

@@ -4,11 +4,18 @@ Operations (``q`` codes of the input, ``k`` a parameter, all integers):
 
     dot, conv     acc = sum((q - offset) * kernel) + bias
     multiply      acc = (q - offset) * kernel + bias
+    dot_codes     acc = sum((a - zero_points[0]) * (b - zero_points[1]))
+    multiply_codes acc = (a - zero_points[0]) * (b - zero_points[1])
+    table         code = table[q - low], of each channel its own if there is an axis
+    embed         code = kernel[q], rows counted from the end below zero
+    take          code = q[places], places counted within each example
+    compare       1 where ((a - z_0) * m_0) kind ((b - z_1) * m_1), else 0
+    select        code = the case with the number that the first input has
     sum, sum_pool acc = sum(q) + bias
     requantize    code = clip(round((q - input_zero_point) * multiplier * 2^-shift) + z)
     add           code = clip(round(sum((q_i - z_i) * m_i) * 2^-shift) + z)
     clip          code = clip(q, low, high)
-    max, max_pool, reshape, transpose, slice, rev, pad, broadcast: as in `jax.lax`
+    maximum, minimum, concatenate, argmax, argmin, max, min, max_pool, min_pool, reshape, transpose, slice, rev, pad, broadcast: as in `jax.lax`
 """
 
 import dataclasses
@@ -19,8 +26,10 @@ from typing import Any
 import numpy as np
 
 OPERATIONS = frozenset(
-    "dot conv multiply sum sum_pool requantize add clip max max_pool reshape transpose "
-    "slice rev pad broadcast".split()
+    "dot conv multiply dot_codes multiply_codes sum sum_pool requantize add clip table "
+    "embed take compare select maximum minimum concatenate argmax argmin max min "
+    "max_pool min_pool reshape transpose slice rev pad broadcast tflite_constant "
+    "tflite_add tflite_average tflite_resize tflite_softmax tflite_softmax16".split()
 )
 
 

@@ -11,16 +11,18 @@ from qjax.blocks import SHAPE_MOVES
 from qjax.lowering.values import (
     Abstract,
     Builder,
+    Curve,
     Integers,
+    Joined,
     Known,
     KnownCodes,
     Real,
     Sum,
 )
 from qjax.simulate import SITE_MARK
-from qjax.trace import Equation, Trace, evaluate
+from qjax.trace import POINTWISE, Equation, Trace, evaluate
 
-Rule = Callable[..., Abstract]
+Rule = Callable[..., Abstract | tuple[Abstract, ...]]
 
 # By name: a few primitives have no public object (optimization_barrier, JAX 0.10.2).
 _RULES: dict[str, Rule] = {}
@@ -65,16 +67,23 @@ def interpret(trace: Trace, builder: Builder) -> list[Abstract]:
             if not moves and e.primitive is not qpoint_p:
                 continue
         name = e.primitive.name
+        raw = [x for x in operands if isinstance(x, Real)]
+        if raw and not trace.is_real(e.outputs[0]) and name in _OF_PLACES:
+            env[e.outputs[0]] = raw[0]  # Read again where it chooses rows.
+            continue
         if name not in _RULES:
             raise NotImplementedError(
                 f"There is no integer rule for `{name}`, met in {where(e)}.\n"
                 f"  equation: {e}\nRegister one with `qjax.lowering.interpret.rule"
                 f"({name!r})`, or keep this part of the model out of `lower`."
             )
-        env[e.outputs[0]] = _RULES[name](builder, e, trace, *operands)
+        found = _RULES[name](builder, e, trace, *operands)
+        results = found if isinstance(found, tuple) else (found,)
+        env.update(zip(e.outputs, results, strict=True))
     return [env[v] for v in trace.outputs]
 
 
+_OF_PLACES = POINTWISE | SHAPE_MOVES
 _FOLDED = Known(np.zeros(0))  # A known value that no rule reads.
 
 
@@ -131,7 +140,7 @@ def refuse(e: Equation, x: Abstract, role: str) -> ValueError:
         what, site = x.source, x.remedy
     elif isinstance(x, Known):
         what, site = "a constant that is on no grid", sites_of(e.path)[1]
-    elif isinstance(x, Integers | Sum):
+    elif isinstance(x, Integers | Sum | Curve | Joined):
         module = x.path.partition(SITE_MARK)[0].strip("/")
         what = f"the output of {module!r}" if module else "an accumulator"
         site = sites_of(x.path)[0]

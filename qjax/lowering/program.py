@@ -15,6 +15,8 @@ from qjax.affine import QParams, dequantize, grid_codes
 from qjax.instrument import QuantizedModel
 from qjax.lowering import (
     rules_arithmetic,
+    rules_functions,
+    rules_moves,
     rules_points,
     rules_products,
     rules_shapes,
@@ -26,7 +28,8 @@ from qjax.lowering.values import Abstract, Builder, Integers
 from qjax.trace import Trace, trace
 
 # Importing them fills the rule table.
-assert rules_arithmetic and rules_points and rules_products and rules_shapes
+assert rules_arithmetic and rules_functions and rules_moves and rules_points
+assert rules_products and rules_shapes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -192,6 +195,9 @@ class IntegerProgram:
     def _dequantize(self, outputs: Sequence[jax.Array]) -> list[jax.Array]:
         found = []
         for q, v in zip(outputs, self._outputs, strict=True):
+            if v.grid is None:
+                found.append(q)
+                continue
             grid = _grid(v)
             scale = jnp.asarray(grid.array())
             found.append(dequantize(q, QParams(scale, jnp.int32(grid.zero_point))))
@@ -294,6 +300,8 @@ def _output(builder: Builder, k: int, x: Abstract, traced: Trace) -> int:
         raise refuse(last, x, f"output {k}")
     x = rules_shapes.settled(builder, last, traced, x)
     assert x.value is not None
+    if not traced.is_real(traced.outputs[k]):
+        return x.value  # Numbers that stand for themselves.
     grid = Grid(np.float32(x.real_scale()).tolist(), x.zero_point)
     value = builder.values[x.value]
     if value.grid is None:
@@ -306,5 +314,5 @@ def _output(builder: Builder, k: int, x: Abstract, traced: Trace) -> int:
 
 
 def _grid(value: Value) -> Grid:
-    assert value.grid is not None
-    return value.grid
+    """The grid of an input or output; whole numbers stand for themselves."""
+    return Grid(1.0, 0) if value.grid is None else value.grid

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from qjax.lowering import tflite_ops
 from qjax.lowering.graph import Graph
 
 
@@ -64,8 +65,12 @@ def _requantize(a, own, inputs):
     product = acc * own["multiplier"]
     if a["rule"] == "fp32_half_even":
         product = _to_float32_and_back(product)
-    code = round_shift(product, own["shift"]) + a["zero_point"]
-    return np.clip(code, a["low"], a["high"])
+    if a["rule"].startswith("tflite_"):
+        pair = own["multiplier"], own["shift"]
+        code = tflite_ops.rescale(acc, *pair, a["rule"])
+    else:
+        code = round_shift(product, own["shift"])
+    return np.clip(code + a["zero_point"], a["low"], a["high"])
 
 
 def _add(a, own, inputs):
@@ -76,10 +81,9 @@ def _add(a, own, inputs):
 
 
 def _dot(a, own, inputs):
-    left, right = a["contract"]
     pair = (inputs[0] - a["offset"], own["kernel"])
     pair = pair[::-1] if a["kernel_operand"] == 0 else pair
-    product = np.tensordot(*pair, axes=(left, right))
+    product = _dot_general(*pair, a["contract"], a.get("batch", ((), ())))
     return product * 2 ** a.get("shift", 0) + own["bias"]
 
 
@@ -88,6 +92,7 @@ def _conv(a, own, inputs):
     x = np.transpose(inputs[0], lhs)  # Batch, channels, spatial.
     k = np.transpose(own["kernel"], rhs)  # Out, in, spatial.
     pad = [(0, 0), (0, 0), *map(tuple, a["padding"])]
+    x = _spread(x, (1, 1, *a["input_dilation"]), a["padding_code"])
     x = _pad_or_crop(x, pad, a["padding_code"]) - a["offset"]
     groups, outs = a["groups"], k.shape[0] // a["groups"]
     sizes = [
@@ -121,6 +126,14 @@ def _pad_or_crop(
     return x[tuple(slice(max(-a, 0), -b if b < 0 else None) for a, b in pad)]
 
 
+def _spread(x: np.ndarray, steps: Sequence[int], fill: int) -> np.ndarray:
+    """Puts values ``steps`` apart."""
+    sizes = [max((n - 1) * s + 1, 0) for n, s in zip(x.shape, steps, strict=True)]
+    spread = np.full(sizes, fill, np.int64)
+    spread[tuple(slice(None, None, s) for s in steps)] = x
+    return spread
+
+
 def _multiply(a, own, inputs):
     product = (inputs[0] - a["offset"]) * own["kernel"]
     return product * 2 ** a.get("shift", 0) + own["bias"]
@@ -128,13 +141,7 @@ def _multiply(a, own, inputs):
 
 def _windows(a: Mapping[str, Any], x: np.ndarray, fill: int) -> list[np.ndarray]:
     """One array of the output's shape for each place in the window."""
-    if any(d != 1 for d in a["base_dilation"]):
-        dilated = [
-            (n - 1) * d + 1 for n, d in zip(x.shape, a["base_dilation"], strict=True)
-        ]
-        spread = np.full(dilated, fill, x.dtype)
-        spread[tuple(slice(None, None, d) for d in a["base_dilation"])] = x
-        x = spread
+    x = _spread(x, a["base_dilation"], fill)
     x = _pad_or_crop(x, [tuple(pair) for pair in a["padding"]], fill)
     axes = list(zip(x.shape, a["window"], a["dilation"], a["strides"], strict=True))
     sizes = [(n - (w - 1) * d - 1) // s + 1 for n, w, d, s in axes]
@@ -157,12 +164,74 @@ def _max_pool(a, own, inputs):
     return np.max(_windows(a, inputs[0], least), axis=0)
 
 
+def _min_pool(a, own, inputs):
+    most = np.iinfo(np.int64).max
+    return np.min(_windows(a, inputs[0], most), axis=0)
+
+
+def _dot_codes(a, own, inputs):
+    pair = [x - z for x, z in zip(inputs, a["zero_points"], strict=True)]
+    return _dot_general(*pair, a["contract"], a["batch"])
+
+
+def _dot_general(x: Any, y: Any, contract: Any, batch: Any) -> np.ndarray:
+    """Axes of the output: those of the batch, then what is left of x, then of y."""
+    names = iter("abcdefghijklmnopqrstuvwxyz")
+    left, right = ([""] * v.ndim for v in (x, y))
+    for pair in (batch, contract):
+        for i, j in zip(*pair, strict=True):
+            left[i] = right[j] = next(names)
+    free = []
+    for axes in (left, right):
+        for d, name in enumerate(axes):
+            if not name:
+                axes[d] = next(names)
+                free.append(axes[d])
+    out = [left[i] for i in batch[0]] + free
+    return np.einsum(f"{''.join(left)},{''.join(right)}->{''.join(out)}", x, y)
+
+
+def _table(a, own, inputs):
+    places, table = inputs[0] - a["low"], own["table"]
+    if a["axis"] is None:
+        return table[places]
+    sizes = [1] * places.ndim
+    sizes[a["axis"]] = table.shape[1]
+    return table[places, np.arange(table.shape[1]).reshape(sizes)]
+
+
+def _embed(a, own, inputs):
+    return own["kernel"][inputs[0]]
+
+
+def _take(a, own, inputs):
+    return inputs[0].reshape(len(inputs[0]), -1)[:, own["places"]]
+
+
+_KINDS = {
+    "eq": np.equal,
+    "ge": np.greater_equal,
+    "gt": np.greater,
+    "le": np.less_equal,
+    "lt": np.less,
+    "ne": np.not_equal,
+}
+
+
+def _compare(a, own, inputs):
+    zipped = zip(inputs, a["zero_points"], a["multipliers"], strict=True)
+    return _KINDS[a["kind"]](*((x - z) * m for x, z, m in zipped)).astype(np.int64)
+
+
+def _select(a, own, inputs):
+    which, *cases = inputs
+    return np.choose(np.broadcast_to(which, cases[0].shape), cases)
+
+
 def _pad(a, own, inputs):
     x = inputs[0]
     steps = [inner + 1 for _, _, inner in a["padding"]]
-    sizes = [max((n - 1) * s + 1, 0) for n, s in zip(x.shape, steps, strict=True)]
-    spread = np.full(sizes, a["padding_code"], np.int64)
-    spread[tuple(slice(None, None, s) for s in steps)] = x
+    spread = _spread(x, steps, a["padding_code"])
     ends = [(low, high) for low, high, _ in a["padding"]]
     return _pad_or_crop(spread, ends, a["padding_code"])
 
@@ -191,10 +260,27 @@ _BODIES: dict[str, Callable[..., np.ndarray]] = {
     "clip": lambda a, own, xs: np.clip(xs[0], a["low"], a["high"]),
     "max": lambda a, own, xs: xs[0].max(tuple(a["axes"])),
     "max_pool": _max_pool,
+    "min": lambda a, own, xs: xs[0].min(tuple(a["axes"])),
+    "min_pool": _min_pool,
+    "dot_codes": _dot_codes,
+    "multiply_codes": lambda a, own, xs: (
+        (xs[0] - a["zero_points"][0]) * (xs[1] - a["zero_points"][1])
+    ),
+    "table": _table,
+    "embed": _embed,
+    "take": _take,
+    "compare": _compare,
+    "select": _select,
+    "maximum": lambda a, own, xs: np.maximum(*xs),
+    "minimum": lambda a, own, xs: np.minimum(*xs),
+    "concatenate": lambda a, own, xs: np.concatenate(xs, a["axis"]),
+    "argmax": lambda a, own, xs: xs[0].argmax(a["axis"]),
+    "argmin": lambda a, own, xs: xs[0].argmin(a["axis"]),
     "reshape": lambda a, own, xs: xs[0].reshape(a["sizes"]),
     "transpose": lambda a, own, xs: xs[0].transpose(a["permutation"]),
     "rev": lambda a, own, xs: np.flip(xs[0], a["axes"]),
     "slice": _slice,
     "pad": _pad,
     "broadcast": _broadcast,
+    **tflite_ops.REFERENCE_BODIES,
 }

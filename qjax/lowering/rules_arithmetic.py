@@ -7,12 +7,15 @@ import numpy as np
 
 from qjax.lowering.graph import Grid
 from qjax.lowering.interpret import refuse, rule, where
-from qjax.lowering.rules_products import multiply
+from qjax.lowering.rules_functions import curve, extremum
+from qjax.lowering.rules_products import multiply, multiply_codes
 from qjax.lowering.rules_shapes import settled
 from qjax.lowering.values import (
     Abstract,
     Builder,
+    Curve,
     Integers,
+    Joined,
     Known,
     KnownCodes,
     Real,
@@ -31,6 +34,8 @@ def _add(
     builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
 ) -> Abstract:
     sign = -1.0 if e.primitive.name == "sub" else 1.0
+    if _bends(a, b) and (found := curve(builder, e, trace, a, b)) is not None:
+        return found
     if isinstance(a, Known | KnownCodes):
         if sign < 0:
             b, sign = _scaled(e, b, np.asarray(-1.0)), 1.0
@@ -41,6 +46,18 @@ def _add(
     left, right = _terms(e, a), _terms(e, b)
     right = tuple((t, s * sign) for t, s in right)
     return Sum(left + right, path=e.path)
+
+
+def _bends(*operands: Abstract) -> bool:
+    """Whether an operand is a function of codes, or codes meet a number.
+
+    Accumulators absorb numbers; codes with a number are a function.
+    """
+    if any(isinstance(x, Curve) for x in operands):
+        return True
+    codes = [x for x in operands if isinstance(x, Integers) and x.is_codes]
+    known = [x for x in operands if isinstance(x, Known)]
+    return len(codes) == 1 and len(known) == len(operands) - 1
 
 
 def _terms(e: Equation, x: Abstract) -> tuple[tuple[Integers, float], ...]:
@@ -109,14 +126,27 @@ def _with_bias(x: Integers, bias: np.ndarray) -> Integers:
 @rule("mul", "div", "neg")
 def _mul(builder: Builder, e: Equation, trace: Trace, *operands: Abstract) -> Abstract:
     if e.primitive.name == "neg":
+        if _bends(*operands) and (found := curve(builder, e, trace, *operands)):
+            return found
         return _scaled(e, operands[0], np.asarray(-1.0))
     a, b = operands
+    if _bends(a, b) and not _is_unit(e, a, b):
+        if (found := curve(builder, e, trace, a, b)) is not None:
+            return found
     if e.primitive.name == "div":
         if not isinstance(b, Known):
             raise refuse(e, b, "divisor")
         reciprocal = np.float32(1) / np.asarray(b.value, np.float32)
-        return _scaled(e, a, np.asarray(reciprocal, np.float64))
+        factor = compact(np.asarray(reciprocal, np.float64))
+        if isinstance(a, Integers) and a.is_codes and factor.size == 1:
+            return _rescaled(builder, e, a, factor.reshape(()))
+        return _scaled(e, a, factor)
     x, known = (b, a) if isinstance(a, Known | KnownCodes) else (a, b)
+    if isinstance(x, Integers) and isinstance(known, Integers):
+        if x.is_codes and x.value == known.value and x.high - x.low < 1 << 16:
+            if (found := curve(builder, e, trace, a, b)) is not None:
+                return found
+        return multiply_codes(builder, e, trace, x, known)
     if isinstance(known, KnownCodes) and isinstance(x, Integers) and x.is_codes:
         return multiply(builder, e, trace, x, known)
     if not isinstance(known, Known):
@@ -125,6 +155,16 @@ def _mul(builder: Builder, e: Equation, trace: Trace, *operands: Abstract) -> Ab
     if isinstance(x, Integers) and x.is_codes and factor.size == 1:
         return _rescaled(builder, e, x, factor.reshape(()))
     return _scaled(e, x, factor)
+
+
+def _is_unit(e: Equation, a: Abstract, b: Abstract) -> bool:
+    """Whether codes meet one positive factor: they stay, in another unit."""
+    x, known = (b, a) if isinstance(a, Known) else (a, b)
+    if not (isinstance(x, Integers) and x.is_codes and isinstance(known, Known)):
+        return False
+    is_divisor = e.primitive.name == "div" and known is a
+    value = compact(np.asarray(known.value))
+    return value.size == 1 and bool(np.all(value > 0)) and not is_divisor
 
 
 def _rescaled(
@@ -144,8 +184,11 @@ def _rescaled(
 @rule("round")
 def _round(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
     """Codes in units of one are whole already."""
-    if not isinstance(x, Integers) or not x.is_codes or abs(x.scale - 1) > 2.0**-20:
-        raise refuse(e, x, "operand")
+    is_unit = isinstance(x, Integers) and not np.ndim(x.scale)
+    if not is_unit or not x.is_codes or abs(x.scale - 1) > 2.0**-20:
+        found = curve(builder, e, trace, x)
+        assert found is not None
+        return found
     return dataclasses.replace(x, scale=np.ones(()))
 
 
@@ -168,37 +211,68 @@ def _bound(
     builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
 ) -> Abstract:
     x, known = (b, a) if isinstance(a, Known) else (a, b)
+    if isinstance(a, Curve) or isinstance(b, Curve):
+        if (found := curve(builder, e, trace, a, b)) is not None:
+            return found
+    if not isinstance(known, Known | KnownCodes):
+        return extremum(builder, e, trace, a, b)
     if not isinstance(known, Known) or known.value.size == 0:
         raise refuse(e, known, "bound")
     bound = float(known.value.flat[0])
+    ends = (bound, np.inf) if e.primitive.name == "max" else (-np.inf, bound)
+    if _is_off_grid(x, ends) or (np.any(known.value != bound) and _bends(x)):
+        if (found := curve(builder, e, trace, a, b)) is not None:
+            return found
     if np.any(known.value != bound):
         raise NotImplementedError(
             f"There is no integer rule for a bound per channel, met in {where(e)}.\n"
             f"  equation: {e}"
         )
-    ends = (bound, np.inf) if e.primitive.name == "max" else (-np.inf, bound)
-    return _within(builder, e, trace, x, ends)
+    return _within(builder, e, trace, x, ends, (a, b))
 
 
 @rule("clamp")
 def _clamp(
     builder: Builder, e: Equation, trace: Trace, low: Abstract, x: Abstract, high: Any
 ) -> Abstract:
+    if isinstance(x, Curve):
+        if (found := curve(builder, e, trace, low, x, high)) is not None:
+            return found
     ends = []
     for end in (low, high):
         if not isinstance(end, Known) or end.value.size != 1:
             raise refuse(e, end, "bound")
-        ends.append(float(end.value))
-    return _within(builder, e, trace, x, (ends[0], ends[1]))
+        ends.append(float(end.value.flat[0]))
+    if _is_off_grid(x, (ends[0], ends[1])):
+        if (found := curve(builder, e, trace, low, x, high)) is not None:
+            return found
+    return _within(builder, e, trace, x, (ends[0], ends[1]), (low, x, high))
+
+
+def _is_off_grid(x: Abstract, ends: tuple[float, float]) -> bool:
+    """Whether a bound lies between two codes."""
+    if not (isinstance(x, Integers) and x.is_codes and not np.ndim(x.scale)):
+        return False
+    codes = (end / float(x.scale) for end in ends if np.isfinite(end))
+    return any(code != round(code) for code in codes)
 
 
 def _within(
-    builder: Builder, e: Equation, trace: Trace, x: Abstract, ends: tuple[float, float]
+    builder: Builder,
+    e: Equation,
+    trace: Trace,
+    x: Abstract,
+    ends: tuple[float, float],
+    operands: tuple[Abstract, ...],
 ) -> Abstract:
-    if not isinstance(x, Integers | Sum):
+    if not isinstance(x, Integers | Sum | Joined):
         raise refuse(e, x, "operand")
     low, high = (min(max(b, ends[0]), ends[1]) for b in x.bounds)
     bounded = dataclasses.replace(x, bounds=(low, high))
     if isinstance(bounded, Integers) and bounded.is_codes:
-        return settled(builder, e, trace, bounded)
+        clipped = settled(builder, e, trace, bounded)
+        if bounded.high - bounded.low < 1 << 16 and np.ndim(bounded.scale) == 0:
+            before = curve(builder, e, trace, *operands)
+            return dataclasses.replace(clipped, bounded=before)
+        return clipped
     return bounded

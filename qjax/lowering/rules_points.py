@@ -1,6 +1,7 @@
 """Rules of quantization points: inputs are quantized, accumulators requantized."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,14 @@ from qjax.affine import grid_codes
 from qjax.integer import fixed_point
 from qjax.lowering.graph import Grid, storage
 from qjax.lowering.interpret import refuse, rule, where
+from qjax.lowering.rules_functions import add_table
 from qjax.lowering.rules_shapes import move
 from qjax.lowering.values import (
     Abstract,
     Builder,
+    Curve,
     Integers,
+    Joined,
     Known,
     KnownCodes,
     Real,
@@ -55,11 +59,77 @@ def _qpoint(
     shape = trace.shape(e.outputs[0])
     if isinstance(x, Real):
         return _quantize_input(builder, e, trace, x, target)
+    return _onto(builder, e, x, target, shape)
+
+
+def _onto(
+    builder: Builder, e: Equation, x: Abstract, target: "_Target", shape: Any
+) -> Integers:
+    """Puts what is at a quantization point on its grid."""
     if isinstance(x, Sum):
         return _requantize_sum(builder, x, target, shape)
     if isinstance(x, Integers):
         return _requantize(builder, x, target, shape)
+    if isinstance(x, Curve):
+        return _table(builder, x, target, shape)
+    if isinstance(x, Joined):
+        return _join(builder, e, x, target)
     raise refuse(e, x, "input")
+
+
+def _table(builder: Builder, x: Curve, target: "_Target", shape: Any) -> Integers:
+    value = target.add_value(builder, shape, target.qmin, target.qmax)
+    low, high = add_table(builder, x, target.codes_of, value, target.site)
+    builder.values[value] = dataclasses.replace(
+        builder.values[value], low=low, high=high
+    )
+    return target.integers(builder, value)
+
+
+def _join(builder: Builder, e: Equation, x: Joined, target: "_Target") -> Integers:
+    """Each part goes on the grid, then all are joined: rounding keeps their order."""
+    part = dataclasses.replace(target, is_part=True)
+    values = []
+    for p, shape in zip(x.parts, x.shapes, strict=True):
+        if isinstance(p, Known):
+            values.append(_constant_codes(builder, e, x, p, part))
+            continue
+        own = _onto(builder, e, p, part, shape)
+        assert own.value is not None
+        values.append(own.value)
+    bounds = [builder.values[v] for v in values]
+    low, high = target.range(x.bounds)
+    low = max(low, min(b.low for b in bounds))
+    high = min(high, max(b.high for b in bounds))
+    joined = target.add_value(
+        builder, x.shape, min(b.low for b in bounds), max(b.high for b in bounds)
+    )
+    inputs = (*x.others, *values)
+    builder.add_node(x.operation, inputs, joined, path=target.site, **x.attributes)
+    if x.bounds == (-np.inf, np.inf):
+        return target.integers(builder, joined)
+    value = target.add_value(builder, x.shape, low, high)
+    builder.add_node("clip", (joined,), value, path=target.site, low=low, high=high)
+    return target.integers(builder, value)
+
+
+def _constant_codes(
+    builder: Builder, e: Equation, x: Joined, known: Known, target: "_Target"
+) -> int:
+    """A number as codes in the shape of the mask that chooses it."""
+    if known.value.size == 0 or np.any(known.value != known.value.flat[0]):
+        raise refuse(e, known, "case")
+    if not x.others:
+        raise refuse(e, known, "part")
+    code = target.codes(float(known.value.flat[0]))
+    value = target.add_value(builder, x.shape, code, code)
+    table = np.full(2, code, builder.values[value].dtype)
+    name = builder.add_param(f"{target.site}/case", table)
+    params = {"table": name}
+    builder.add_node(
+        "table", x.others, value, params=params, path=x.path, low=0, axis=None
+    )
+    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +141,16 @@ class _Target:
     qmin: int
     qmax: int
     site: str
+    is_part: bool = False  # Of what ends at the site.
+
+    def codes_of(self, real: Any) -> Any:
+        """The codes of real values, by the formula of the tag itself."""
+        zero, low, high = map(jnp.int32, (self.zero_point, self.qmin, self.qmax))
+        return grid_codes(real, jnp.float32(self.scale), zero, low, high)
 
     def codes(self, real: float) -> int:
-        """The code of a real value, by the formula of the tag itself."""
-        zero, low, high = map(jnp.int32, (self.zero_point, self.qmin, self.qmax))
-        scale = jnp.float32(self.scale)
-        return int(grid_codes(jnp.float32(real), scale, zero, low, high))
+        """The code of one real value."""
+        return int(self.codes_of(jnp.float32(real)))
 
     def range(self, bounds: tuple[float, float]) -> tuple[int, int]:
         """The codes that an activation with these bounds leaves."""
@@ -84,7 +158,8 @@ class _Target:
         return low, high
 
     def integers(self, builder: Builder, value: int) -> Integers:
-        builder.add_site(self.site, value)
+        if not self.is_part:
+            builder.add_site(self.site, value)
         v = builder.values[value]
         scale = np.asarray(np.float64(np.float32(self.scale)))
         return Integers(
@@ -128,7 +203,9 @@ def _requantize(
     same_grid = x.is_codes and float(x.scale) == float(np.float32(target.scale))
     if same_grid and x.zero_point == target.zero_point and not x.is_bounded:
         if target.qmin <= x.low and x.high <= target.qmax:
-            builder.add_site(target.site, x.value if x.value is not None else -1)
+            if not target.is_part:
+                assert x.value is not None
+                builder.add_site(target.site, x.value)
             return x
     x = x.emitted()
     assert x.value is not None

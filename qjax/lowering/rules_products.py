@@ -1,10 +1,11 @@
-"""Rules of products with weights: dot, convolution, a factor per channel."""
+"""Rules of products: dot, convolution, a factor per channel, two activations."""
 
+import math
 from typing import Any
 
 import numpy as np
 
-from qjax.lowering.interpret import refuse, rule, where
+from qjax.lowering.interpret import refuse, rule, sites_of, where
 from qjax.lowering.values import (
     Abstract,
     Builder,
@@ -36,27 +37,87 @@ class AccumulatorOverflowError(OverflowError):
 def _dot_general(
     builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
 ) -> Abstract:
-    (_, _), (batch, _) = e.params["dimension_numbers"]
-    if batch:
-        raise NotImplementedError(
-            f"There is no integer rule yet for a batched product, met in {where(e)}.\n"
-            f"  equation: {e}"
-        )
+    if not isinstance(a, Known | KnownCodes) and not isinstance(b, Known | KnownCodes):
+        return _dot_codes(builder, e, trace, a, b)
     operand = 0 if isinstance(a, Known | KnownCodes) else 1
     x, w = (b, a) if operand == 0 else (a, b)
     contract = e.params["dimension_numbers"][0][operand]
     return _product(builder, e, trace, x, w, operand, contract)
 
 
+def _dot_codes(
+    builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
+) -> Integers:
+    """A product of two activations, both on grids."""
+    pair = _two_codes(e, a, b)
+    (contract, batch) = e.params["dimension_numbers"]
+    sizes = trace.shape(e.inputs[0])
+    taps = math.prod(sizes[d] for d in contract[0])
+    if batch[0] and (batch[0][0], batch[1][0]) == (0, 0) and 0 in contract[0]:
+        raise refuse(e, a, "input")
+    attributes = {
+        "contract": [list(map(int, axes)) for axes in contract],
+        "batch": [list(map(int, axes)) for axes in batch],
+    }
+    return _of_two(builder, e, trace, pair, "dot_codes", taps, attributes)
+
+
+def multiply_codes(
+    builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
+) -> Integers:
+    """A product of two activations, number by number."""
+    pair = _two_codes(e, a, b)
+    return _of_two(builder, e, trace, pair, "multiply_codes", 1, {})
+
+
+def _two_codes(e: Equation, *operands: Abstract) -> list[Integers]:
+    for x in operands:
+        if not isinstance(x, Integers) or not x.is_codes or np.ndim(x.scale):
+            raise refuse(e, x, "operand")
+    return [x for x in operands if isinstance(x, Integers)]
+
+
+def _of_two(
+    builder: Builder,
+    e: Equation,
+    trace: Trace,
+    pair: list[Integers],
+    operation: str,
+    taps: int,
+    attributes: dict[str, Any],
+) -> Integers:
+    ends = [(x.low - x.zero_point, x.high - x.zero_point) for x in pair]
+    products = [taps * p * q for p in ends[0] for q in ends[1]]
+    low, high = min(*products, 0), max(*products, 0)
+    limit = builder.most(sites_of(e.path)[0])
+    if low < -limit - 1 or high > limit:
+        raise AccumulatorOverflowError(
+            f"The accumulator of `{e.primitive.name}` in {where(e)} could reach "
+            f"{high if high > -low else low}, {taps} products of codes in {ends[0]} "
+            f"and {ends[1]} about their zero points, beyond {limit}.\n  equation: {e}\n"
+            "Use fewer bits for its operands, or more `buffer_bits`.",
+            np.array(ends),
+        )
+    shape = trace.shape(e.outputs[0])
+    inputs = tuple(x.value for x in pair if x.value is not None)
+    value = builder.add_value(shape, low, high, dtype="int32")
+    zero_points = [x.zero_point for x in pair]
+    builder.add_node(
+        operation,
+        inputs,
+        value,
+        path=where(e).strip("'"),
+        zero_points=zero_points,
+        **attributes,
+    )
+    scale = np.asarray(float(pair[0].scale) * float(pair[1].scale))
+    return Integers(value, scale, 0, low, high, path=e.path, most=limit)
+
+
 @rule("conv_general_dilated")
 def _conv(
     builder: Builder, e: Equation, trace: Trace, x: Abstract, w: Abstract
 ) -> Abstract:
-    if any(d != 1 for d in e.params["lhs_dilation"]):
-        raise NotImplementedError(
-            f"There is no integer rule yet for a transposed convolution, met in "
-            f"{where(e)}.\n  equation: {e}"
-        )
     if e.params["batch_group_count"] != 1 or isinstance(x, Known | KnownCodes):
         raise NotImplementedError(
             f"There is no integer rule for this convolution, met in {where(e)}.\n"
@@ -150,9 +211,11 @@ def _to_output(e: Equation, operand: int, sums: np.ndarray, rank: int) -> np.nda
 
 
 def _dot_attributes(e: Equation, operand: int) -> dict[str, Any]:
-    (left, right), _ = e.params["dimension_numbers"]
-    contract = [list(map(int, left)), list(map(int, right))]
-    return {"contract": contract, "kernel_operand": operand}
+    contract, batch = (
+        [list(map(int, axes)) for axes in pair]
+        for pair in e.params["dimension_numbers"]
+    )
+    return {"contract": contract, "batch": batch, "kernel_operand": operand}
 
 
 def _conv_attributes(e: Equation, zero_point: int) -> dict[str, Any]:
@@ -161,6 +224,7 @@ def _conv_attributes(e: Equation, zero_point: int) -> dict[str, Any]:
     return {
         "strides": list(map(int, e.params["window_strides"])),
         "padding": [list(map(int, pair)) for pair in e.params["padding"]],
+        "input_dilation": list(map(int, e.params["lhs_dilation"])),
         "dilation": list(map(int, e.params["rhs_dilation"])),
         "groups": int(e.params["feature_group_count"]),
         "dimensions": [list(map(int, spec)) for spec in specs],

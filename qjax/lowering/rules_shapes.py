@@ -5,12 +5,14 @@ import math
 from typing import Any
 
 import numpy as np
+from jax.extend.core.primitives import copy_p
 
 from qjax.lowering.interpret import refuse, rule, sites_of, where
 from qjax.lowering.rules_products import AccumulatorOverflowError
 from qjax.lowering.values import (
     Abstract,
     Builder,
+    Curve,
     Integers,
     Known,
     KnownCodes,
@@ -145,17 +147,18 @@ def _sum(
     return Integers(None, x.scale, 0, low, high, gain=x.gain, emit=emit, path=e.path)
 
 
-@rule("reduce_window_max", "reduce_max")
+@rule("reduce_window_max", "reduce_max", "reduce_window_min", "reduce_min")
 def _max_pool(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
     # A bound may wait: it never changes which value is largest.
     x = _emitted(builder, e, x)
     if np.any(x.real_scale() < 0):
         raise refuse(e, x, "input")
     x = _reduced(e, x)
-    if e.primitive.name == "reduce_max":
+    kind = e.primitive.name[-3:]
+    if not e.primitive.name.startswith("reduce_window"):
         attributes: dict[str, Any] = {"axes": [int(a) for a in e.params["axes"]]}
-        return _moved(builder, e, trace, x, x.scale, "max", attributes)
-    return _moved(builder, e, trace, x, x.scale, "max_pool", _window(e))
+        return _moved(builder, e, trace, x, x.scale, kind, attributes)
+    return _moved(builder, e, trace, x, x.scale, f"{kind}_pool", _window(e))
 
 
 def _reduced(e: Equation, x: Integers) -> Integers:
@@ -194,8 +197,13 @@ def _same(builder: Builder, e: Equation, trace: Trace, *xs: Abstract) -> Abstrac
 @rule("convert_element_type", "reduce_precision")
 def _convert(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
     dtype = trace.avals[e.outputs[0]].dtype
+    if isinstance(x, Curve):
+        end = e.outputs[0]
+        return dataclasses.replace(x, steps={**x.steps, end: e}, end=end)
     if isinstance(x, Real) or dtype == np.float32:
         return x
+    if isinstance(x, Integers) and not trace.is_real(e.inputs[0]):
+        return x  # Whole numbers as another type.
     raise NotImplementedError(
         f"Integer programs replace float32 arithmetic, not {dtype}, met in "
         f"{where(e)}.\n"
@@ -221,6 +229,8 @@ def move(
         raise refuse(e, x, "operand")
     if isinstance(x, KnownCodes):
         return _move_known(e, trace, x)
+    if isinstance(x, Curve):
+        return _move_curve(builder, e, trace, x)
     x = _emitted(builder, e, x)
     assert x.value is not None
     shape = builder.values[x.value].shape
@@ -232,6 +242,24 @@ def move(
     x = dataclasses.replace(x, gain=gain)
     assert scale is not None
     return _moved(builder, e, trace, x, scale, *_MOVES[e.primitive.name](e, trace, x))
+
+
+def _move_curve(builder: Builder, e: Equation, trace: Trace, x: Curve) -> Curve:
+    """A function of codes is the same function of codes that have moved."""
+    is_uniform = all(np.size(k) == 1 for k in x.known.values())
+    units = all(np.ndim(a.scale) == 0 for a in x.aliases.values())
+    if e.primitive.name == "pad" or not is_uniform or not units:
+        raise refuse(e, x, "input")
+    source = move(builder, e, trace, x.source)
+    assert isinstance(source, Integers)
+    rank = len(trace.shape(e.outputs[0]))
+    known = {v: np.reshape(k, (1,) * rank) for v, k in x.known.items()}
+    aliases = {
+        v: dataclasses.replace(a, value=source.value) for v, a in x.aliases.items()
+    }
+    end = e.outputs[0]
+    same = dataclasses.replace(e, primitive=copy_p, params={})
+    return Curve(source, aliases, known, {**x.steps, end: same}, end, path=e.path)
 
 
 def _move_array(

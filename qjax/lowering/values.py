@@ -60,6 +60,8 @@ class Integers:
       shift: Bits by which the product is shifted left before its bias is added, so that
         a finer bias keeps its value; None where that cannot be.
       most: Largest magnitude that the accumulator may reach.
+      bounded: Of codes that a bound has clipped: the same as a function of the codes
+        before it.
     """
 
     value: int | None
@@ -76,6 +78,7 @@ class Integers:
     shift: int | None = None
     path: str = ""
     most: int = 2**31 - 1
+    bounded: "Curve | None" = None
 
     def emitted(self) -> "Integers":
         """Itself, in the graph."""
@@ -106,7 +109,53 @@ class Sum:
     path: str = ""
 
 
-Abstract = Known | KnownCodes | Real | Integers | Sum
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A function of codes, number by number, that waits for a grid: a table then.
+
+    Attributes:
+      source: The codes.
+      aliases: Values of the trace that are these codes, each in its unit.
+      known: Values of the trace that are constants: one number, or one a channel.
+      steps: Value of the trace -> the equation that computes it, in order.
+      end: The value of the trace that this is.
+      path: Where it was met.
+    """
+
+    source: Integers
+    aliases: Mapping[int, Integers]
+    known: Mapping[int, np.ndarray]
+    steps: Mapping[int, Equation]
+    end: int
+    path: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Values that an operation joins once all are on one grid.
+
+    Attributes:
+      operation: Of the graph: concatenate, maximum, minimum, select.
+      parts: The values.
+      shapes: Theirs, as traced.
+      shape: Of the result, as traced.
+      others: Numbers in the graph of what comes before them: the mask of a selection.
+      attributes: Of the operation.
+      bounds: Of an activation.
+      path: Where it was met.
+    """
+
+    operation: str
+    parts: "tuple[Abstract, ...]"
+    shapes: tuple[tuple[int, ...], ...]
+    shape: tuple[int, ...]
+    others: tuple[int, ...] = ()
+    attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    bounds: tuple[float, float] = (-np.inf, np.inf)
+    path: str = ""
+
+
+Abstract = Known | KnownCodes | Real | Integers | Sum | Curve | Joined
 
 
 class Builder:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.integer import requantize, requantize_sum
+from qjax.lowering import tflite_ops
 from qjax.lowering.graph import Graph, Node
 
 Body = Callable[[Node, Mapping[str, jax.Array], Sequence[jax.Array]], jax.Array]
@@ -53,8 +54,8 @@ def _operands(
 def _dot(node, params, inputs):
     x, kernel = _operands(node, params, inputs[0])
     pair = (kernel, x) if node.attributes["kernel_operand"] == 0 else (x, kernel)
-    left, right = node.attributes["contract"]
-    dimensions = ((left, right), ((), ()))
+    a = node.attributes
+    dimensions = (tuple(map(tuple, a["contract"])), tuple(map(tuple, a["batch"])))
     acc = lax.dot_general(*pair, dimensions, preferred_element_type=jnp.int32)
     return _shifted(acc, node) + params[node.params["bias"]]
 
@@ -65,10 +66,11 @@ def _conv(node, params, inputs):
     lhs, rhs, out = (tuple(spec) for spec in a["dimensions"])
     fill = jnp.asarray(a["padding_code"] - a["offset"], x.dtype)
     config = [(0, 0, 0)] * x.ndim
-    for d, (low, high) in zip(lhs[2:], a["padding"], strict=True):
-        config[d] = (low, high, 0)
+    spatial = zip(lhs[2:], a["padding"], a["input_dilation"], strict=True)
+    for d, (low, high), step in spatial:
+        config[d] = (low, high, step - 1)
     # Padding is the code of zero, so that the zero point folds into the bias.
-    padded = lax.pad(x, fill, config) if any(map(any, a["padding"])) else x
+    padded = lax.pad(x, fill, config) if any(map(any, config)) else x
     acc = lax.conv_general_dilated(
         padded,
         kernel,
@@ -115,20 +117,90 @@ def _sum_pool(node, params, inputs):
     return total + a["bias"]
 
 
-def _max_pool(node, params, inputs):
+def _extreme_pool(node, params, inputs):
     x = inputs[0]
     window = _window(node, x.ndim)
     window["padding"] = [tuple(pair) for pair in node.attributes["padding"]]
-    return lax.reduce_window(x, _least(x), lax.max, **window)
+    return lax.reduce_window(x, *_extreme(node, x), **window)
 
 
-def _max(node, params, inputs):
-    axes = tuple(node.attributes["axes"])
-    return lax.reduce(inputs[0], _least(inputs[0]), lax.max, axes)
+def _reduce_extreme(node, params, inputs):
+    x = inputs[0]
+    return lax.reduce(x, *_extreme(node, x), tuple(node.attributes["axes"]))
 
 
-def _least(x: jax.Array) -> jax.Array:
-    return jnp.asarray(jnp.iinfo(x.dtype).min, x.dtype)
+def _extreme(node: Node, x: jax.Array) -> tuple[jax.Array, Any]:
+    """What a maximum or a minimum starts from, and how it goes on."""
+    info = jnp.iinfo(x.dtype)
+    if node.operation.startswith("max"):
+        return jnp.asarray(info.min, x.dtype), lax.max
+    return jnp.asarray(info.max, x.dtype), lax.min
+
+
+def _dot_codes(node, params, inputs):
+    a = node.attributes
+    dimensions = (tuple(map(tuple, a["contract"])), tuple(map(tuple, a["batch"])))
+    pair = _differences(node, inputs)
+    return lax.dot_general(*pair, dimensions, preferred_element_type=jnp.int32)
+
+
+def _multiply_codes(node, params, inputs):
+    a, b = _differences(node, inputs)
+    return a * b
+
+
+def _differences(node: Node, inputs: Sequence[jax.Array]) -> list[jax.Array]:
+    """Codes less their zero points."""
+    pairs = zip(inputs, node.attributes["zero_points"], strict=True)
+    return [x.astype(jnp.int32) - z for x, z in pairs]
+
+
+def _table(node, params, inputs):
+    table, axis = params[node.params["table"]], node.attributes["axis"]
+    places = inputs[0].astype(jnp.int32) - node.attributes["low"]
+    if axis is None:
+        return jnp.take(table, places, axis=0, mode="clip")
+    sizes = [1] * places.ndim
+    sizes[axis] = places.shape[axis] if places.shape[axis] > 1 else table.shape[1]
+    channels = jnp.arange(sizes[axis], dtype=jnp.int32).reshape(sizes)
+    shape = jnp.broadcast_shapes(places.shape, channels.shape)
+    places, channels = (jnp.broadcast_to(v, shape) for v in (places, channels))
+    return table.reshape(-1).take(places * table.shape[1] + channels, mode="clip")
+
+
+def _embed(node, params, inputs):
+    kernel = params[node.params["kernel"]]
+    rows = jnp.where(inputs[0] < 0, inputs[0] + kernel.shape[0], inputs[0])
+    return jnp.take(kernel, rows, axis=0, mode="clip")
+
+
+def _take(node, params, inputs):
+    flat = inputs[0].reshape((len(inputs[0]), -1))
+    return jnp.take(flat, params[node.params["places"]], axis=1, mode="clip")
+
+
+def _compare(node, params, inputs):
+    a = node.attributes
+    with jax.enable_x64(True):
+        left, right = (
+            (x.astype(jnp.int64) - z) * m
+            for x, z, m in zip(inputs, a["zero_points"], a["multipliers"], strict=True)
+        )
+        return getattr(lax, a["kind"])(left, right).astype(jnp.int8)
+
+
+def _select(node, params, inputs):
+    which, *cases = inputs
+    return lax.select_n(which != 0 if len(cases) == 2 else which, *cases)
+
+
+def _concatenate(node, params, inputs):
+    return lax.concatenate(inputs, node.attributes["axis"])
+
+
+def _arg_extreme(node, params, inputs):
+    find = lax.argmax if node.operation == "argmax" else lax.argmin
+    return find(inputs[0], node.attributes["axis"], jnp.int32)
 
 
 def _window(node: Node, rank: int) -> dict[str, Any]:
@@ -216,12 +288,27 @@ _BODIES: dict[str, Body] = {
     "requantize": _requantize,
     "add": _add,
     "clip": _clip,
-    "max": _max,
-    "max_pool": _max_pool,
+    "dot_codes": _dot_codes,
+    "multiply_codes": _multiply_codes,
+    "table": _table,
+    "embed": _embed,
+    "take": _take,
+    "compare": _compare,
+    "select": _select,
+    "maximum": lambda node, params, inputs: jnp.maximum(*inputs),
+    "minimum": lambda node, params, inputs: jnp.minimum(*inputs),
+    "concatenate": _concatenate,
+    "argmax": _arg_extreme,
+    "argmin": _arg_extreme,
+    "max": _reduce_extreme,
+    "min": _reduce_extreme,
+    "max_pool": _extreme_pool,
+    "min_pool": _extreme_pool,
     "reshape": _reshape,
     "transpose": _transpose,
     "slice": _slice,
     "rev": _rev,
     "pad": _pad,
     "broadcast": _broadcast,
+    **tflite_ops.XLA_BODIES,
 }

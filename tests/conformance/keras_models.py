@@ -1,0 +1,401 @@
+"""Keras models as functions of JAX, built from their JSON: one scope a layer."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Params = dict[str, dict[str, Any]]  # Layer -> kernel, bias, ...
+_ORDER = {3: ("NHC", "HIO", "NHC"), 4: ("NHWC", "HWIO", "NHWC")}
+_ORDER[5] = ("NDHWC", "DHWIO", "NDHWC")
+_INTEGERS = ("int32", "int64")  # Of an input that counts or looks up.
+
+
+class Layer(NamedTuple):
+    """What the JSON of a model says of one layer."""
+
+    name: str
+    kind: str  # The class, without "Quantized".
+    config: Mapping[str, Any]
+    inputs: tuple[str, ...]  # Names of layers.
+
+
+def read_layers(
+    model: Any, kinds: Mapping[str, str] | None = None
+) -> tuple[Layer, ...]:
+    """The layers of ``to_json`` or ``get_config``, without those that quantize.
+
+    ``kinds`` are the classes before quantization, if known. A quantized Conv2D pads
+    with values: those of the float layer, or the code of zero.
+    """
+    model = json.loads(model) if isinstance(model, str) else model
+    replaced: dict[str, str] = {}
+    layers = []
+    for entry in model["config"]["layers"]:
+        config, nodes = entry["config"], entry["inbound_nodes"]
+        name, kind = config["name"], entry["class_name"].removeprefix("Quantized")
+        inputs = tuple(replaced.get(n[0], n[0]) for n in (nodes[0] if nodes else ()))
+        if kind in ("InputQuantizer", "Dequantizer"):
+            replaced[name] = inputs[0]
+            continue
+        kind = (kinds or {}).get(name, kind.replace("MaxPool2D", "MaxPooling2D"))
+        if "padding_value" in config:
+            config = {**config, "padding": "same"}
+        layers.append(Layer(name, kind, config, inputs))
+    return tuple(layers)
+
+
+def split_separable(
+    layers: Sequence[Layer], params: Params, names: Iterator[tuple[str, str]]
+) -> tuple[tuple[Layer, ...], Params]:
+    """Each separable convolution as two layers, of the next two ``names``."""
+    found, new, last = [], dict(params), {}
+    for layer in layers:
+        inputs = tuple(last.get(name, name) for name in layer.inputs)
+        if not layer.kind.startswith("Separable"):
+            found.append(layer._replace(inputs=inputs))
+            continue
+        depthwise, pointwise = next(names)
+        own = new.pop(layer.name)
+        new[depthwise] = {"depthwise_kernel": own.pop("depthwise_kernel")}
+        new[pointwise] = {"kernel": own.pop("pointwise_kernel"), **own}
+        last[layer.name] = pointwise
+        config = {**layer.config, "use_bias": False, "activation": "linear"}
+        found.append(Layer(depthwise, "DepthwiseConv2D", config, inputs))
+        config = {**layer.config, **_POINTWISE}
+        found.append(Layer(pointwise, "Conv2D", config, (depthwise,)))
+    return tuple(found), new
+
+
+def read_params(
+    arrays: Mapping[str, np.ndarray], prefix: str, layers: Sequence[Layer]
+) -> Params:
+    """``prefix/layer/kernel:0`` as ``{layer: {"kernel": ...}}``, outputs last."""
+    kinds = {layer.name: layer.kind for layer in layers}
+    params: Params = {}
+    for key, value in arrays.items():
+        if not key.startswith(f"{prefix}/"):
+            continue
+        layer, name = key.removesuffix(":0").removeprefix(f"{prefix}/").rsplit("/", 1)
+        if name == "depthwise_kernel":  # (height, width, channels, multiplier).
+            value = value.reshape((*value.shape[:-2], 1, -1))
+        elif name == "kernel" and kinds[layer] == "Conv2DTranspose":
+            # Of the convolution that it is: (height, width, inputs, outputs).
+            value = np.ascontiguousarray(value[::-1, ::-1].swapaxes(2, 3))
+        params.setdefault(layer, {})[name] = value
+    return params
+
+
+def random_params(
+    layers: Sequence[Layer], *inputs: np.ndarray, seed: int = 0
+) -> Params:
+    """Parameters of the shapes that layers ask for, nonzero and of both signs."""
+    rng, feed = np.random.default_rng(seed), iter(inputs)
+    seen: dict[str, Any] = {}
+    params: Params = {}
+    for layer in layers:
+        xs = [seen[name] for name in layer.inputs] or [next(feed)]
+        own = {}
+        for name, shape in _shapes(layer, xs[0].shape).items():
+            value = rng.normal(size=shape) / np.sqrt(np.prod(shape[:-1]))
+            is_positive = name in ("gamma", "moving_variance")
+            own[name] = np.float32(np.abs(value) + 0.5 if is_positive else value)
+        if own:
+            params[layer.name] = own
+        call = lambda *xs, layer=layer, own=own: _call(layer, own, xs)
+        seen[layer.name] = jax.eval_shape(call, *xs)
+    return params
+
+
+def _shapes(layer: Layer, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters of a layer, by the shape of its input."""
+    config, channels = layer.config, shape[-1]
+    window = (*config.get("kernel_size", ()),)
+    wide = channels * config.get("depth_multiplier", 1)
+    bias = {"bias": (config.get("filters", config.get("units", wide)),)}
+    own: dict[str, tuple[int, ...]] = {
+        "BatchNormalization": dict.fromkeys(
+            ("gamma", "beta", "moving_mean", "moving_variance"), (channels,)
+        ),
+        "LayerNormalization": dict.fromkeys(("gamma", "beta"), (channels,)),
+        "PReLU": {"alpha": shape[1:]},
+    }.get(layer.kind, {})
+    if "Depthwise" in layer.kind or "Separable" in layer.kind:
+        own["depthwise_kernel"] = (*window, 1, wide)
+    if "Separable" in layer.kind:
+        own["pointwise_kernel"] = (*(1 for _ in window), wide, *bias["bias"])
+    elif window and "kernel" not in own and "Depthwise" not in layer.kind:
+        inputs = channels // config.get("groups", 1)
+        own["kernel"] = (*window, inputs, *bias["bias"])
+    elif layer.kind == "Dense":
+        own["kernel"] = (channels, *bias["bias"])
+    return own | bias if config.get("use_bias") else own
+
+
+def build(layers: Sequence[Layer], *, train: bool = False) -> Callable[..., Any]:
+    """Returns ``fn(params, *inputs)``; with ``train`` it also returns the parameters
+    with the new moving averages. Inputs come in the order of the layers."""
+
+    def fn(params: Params, *inputs: Any) -> Any:
+        feed, values, moved = iter(inputs), {}, dict(params)
+        for layer in layers:
+            xs = [values[name] for name in layer.inputs] or [next(feed)]
+            own = params.get(layer.name, {})
+            if layer.kind == "InputLayer":
+                values[layer.name] = _call(layer, own, xs)
+                continue
+            with jax.named_scope(layer.name):
+                if train and layer.kind == "BatchNormalization":
+                    values[layer.name], stats = _train_batch_norm(
+                        layer.config, own, *xs
+                    )
+                    moved[layer.name] = {**own, **stats}
+                else:
+                    values[layer.name] = _call(layer, own, xs)
+        y = values[layers[-1].name]
+        return (y, moved) if train else y
+
+    return fn
+
+
+def _call(layer: Layer, own: Mapping[str, Any], xs: Sequence[Any]) -> jax.Array:
+    if layer.kind not in _LAYERS:
+        raise NotImplementedError(f"no layer {layer.kind!r}")
+    return _LAYERS[layer.kind](layer.config, own, *xs)
+
+
+def _row(v: Any, x: jax.Array) -> jax.Array:
+    """A vector of channels in the rank of ``x``."""
+    return jnp.reshape(jnp.asarray(v), (1,) * (x.ndim - 1) + (-1,))
+
+
+def _space(x: jax.Array) -> tuple[int, ...]:
+    """All axes but the first and the last."""
+    return tuple(range(1, x.ndim - 1))
+
+
+# What a layer ends with.
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "elu": jax.nn.elu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "hard_silu": jax.nn.hard_silu,
+    "linear": lambda x: x,
+    "relu": jax.nn.relu,
+    "relu6": jax.nn.relu6,
+    "selu": jax.nn.selu,
+    "sigmoid": jax.nn.sigmoid,
+    "silu": jax.nn.silu,
+    "softmax": jax.nn.softmax,
+    "softplus": jax.nn.softplus,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+def _activate(config: Any, x: jax.Array) -> jax.Array:
+    name = config.get("activation") or "linear"
+    if name == "leaky_relu":
+        return jax.nn.leaky_relu(x, config.get("alpha", 0.2))
+    return _ACTIVATIONS[name](x)
+
+
+def _end(config: Any, own: Any, x: jax.Array) -> jax.Array:
+    """Bias and activation of a layer."""
+    return _activate(config, x + _row(own["bias"], x) if config["use_bias"] else x)
+
+
+# Products.
+
+_POINTWISE = {
+    "kernel_size": (1, 1),
+    "strides": (1, 1),
+    "padding": "valid",
+    "dilation_rate": (1, 1),
+    "groups": 1,
+}
+
+
+def _convolve(config: Any, x: jax.Array, kernel: Any, groups: int = 1) -> jax.Array:
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        config["strides"],
+        config["padding"].upper(),
+        rhs_dilation=config["dilation_rate"],
+        dimension_numbers=_ORDER[x.ndim],
+        feature_group_count=groups,
+    )
+
+
+def _conv(config: Any, own: Any, x: jax.Array) -> jax.Array:
+    y = _convolve(config, x, own["kernel"], config.get("groups", 1))
+    return _end(config, own, y)
+
+
+def _padded_conv2d(config: Any, own: Any, x: jax.Array) -> jax.Array:
+    """Pads as "same" with values that are not zero: a bias along the border."""
+    y = _convolve(config, x, own["kernel"])
+    sizes, window = x.shape[1:3], own["kernel"].shape[:2]
+    pads = ((0, 0), *lax.padtype_to_pads(sizes, window, config["strides"], "SAME"))
+    border = 1.0 - jnp.pad(jnp.ones((1, *sizes, 1)), (*pads, (0, 0)))
+    value = jnp.zeros(x.shape[-1:]) + jnp.float32(np.ravel(config["padding_value"]))
+    frame = border * _row(value, x)
+    bias = _convolve(config | {"padding": "valid"}, frame, own["kernel"])
+    return _end(config, own, y + bias)
+
+
+def _depthwise(config: Any, own: Any, x: jax.Array) -> jax.Array:
+    y = _convolve(config, x, own["depthwise_kernel"], x.shape[-1])
+    return _end(config, own, y)
+
+
+def _separable(config: Any, own: Any, x: jax.Array) -> jax.Array:
+    y = _convolve(config, x, own["depthwise_kernel"], x.shape[-1])
+    return _end(config, own, _convolve(_POINTWISE, y, own["pointwise_kernel"]))
+
+
+def _conv2d_transpose(config: Any, own: Any, x: jax.Array) -> jax.Array:
+    strides, padding = config["strides"], config["padding"].upper()
+    y = lax.conv_transpose(
+        x, own["kernel"], strides, padding, dimension_numbers=_ORDER[x.ndim]
+    )
+    return _end(config, own, y)
+
+
+# Normalisation.
+
+
+def _batch_norm(config: Any, own: Any, x: jax.Array) -> jax.Array:
+    factor = lax.rsqrt(own["moving_variance"] + config["epsilon"])
+    factor = factor * own["gamma"] if "gamma" in own else factor
+    y = (x - _row(own["moving_mean"], x)) * _row(factor, x)
+    return y + _row(own["beta"], x) if "beta" in own else y
+
+
+def _train_batch_norm(config: Any, own: Any, x: jax.Array) -> Any:
+    """By the statistics of the batch; also the new moving averages.
+
+    Keras's fused kernel for images counts ``n - 1`` in the moving variance.
+    """
+    axes = tuple(range(x.ndim - 1))
+    mean, variance = jnp.mean(x, axes), jnp.var(x, axes)
+    n = x.size // x.shape[-1]
+    kept = config["momentum"]
+    grown = (1 - kept) * (n / (n - 1) if x.ndim == 4 else 1.0)
+    seen = {"moving_mean": mean, "moving_variance": variance}
+    moved = {
+        "moving_mean": own["moving_mean"] * kept + mean * (1 - kept),
+        "moving_variance": own["moving_variance"] * kept + variance * grown,
+    }
+    return _batch_norm(config, {**own, **seen}, x), moved
+
+
+def _layer_norm(config: Any, own: Any, x: jax.Array) -> jax.Array:
+    mean = jnp.mean(x, -1, keepdims=True)
+    variance = jnp.mean((x - mean) ** 2, -1, keepdims=True)
+    y = (x - mean) * lax.rsqrt(variance + config["epsilon"])
+    return y * _row(own["gamma"], x) + _row(own["beta"], x)
+
+
+# The rest.
+
+
+def _input(config: Any, own: Any, x: Any) -> jax.Array:
+    is_whole = config.get("dtype") in _INTEGERS
+    return jnp.asarray(x) if is_whole else jnp.asarray(x).astype(jnp.float32)
+
+
+def _relu(config: Any, own: Any, x: jax.Array) -> jax.Array:
+    assert not config.get("threshold")
+    most, slope = config.get("max_value"), config.get("negative_slope")
+    y = jax.nn.leaky_relu(x, slope) if slope else jax.nn.relu(x)
+    return y if most is None else jnp.minimum(y, most)
+
+
+def _pool(config: Any, x: jax.Array, start: float, join: Any) -> jax.Array:
+    size, strides = (1, *config["pool_size"], 1), (1, *config["strides"], 1)
+    return lax.reduce_window(x, start, join, size, strides, config["padding"].upper())
+
+
+def _average_pool(config: Any, own: Any, x: jax.Array) -> jax.Array:
+    number = np.float32(np.prod(config["pool_size"]))
+    if config["padding"] == "same":  # Borders are no values.
+        inside = np.ones((1, *x.shape[1:-1], 1), np.float32)
+        number = _pool(config, inside, 0.0, lax.add)
+    return _pool(config, x, 0.0, lax.add) / number
+
+
+def _rescaling(config: Any, own: Any, x: jax.Array) -> jax.Array:
+    scale, offset = (np.float32(config[name]) for name in ("scale", "offset"))
+    y = x * (_row(scale, x) if scale.ndim else scale)
+    return y + (_row(offset, x) if offset.ndim else offset) if offset.any() else y
+
+
+def _up_sampling(config: Any, own: Any, x: jax.Array) -> jax.Array:
+    assert config["interpolation"] == "nearest"
+    for axis, times in enumerate(config["size"], start=1):
+        x = jnp.repeat(x, times, axis)
+    return x
+
+
+def _cropping(config: Any, own: Any, x: jax.Array) -> jax.Array:
+    for axis, (low, high) in enumerate(config["cropping"], start=1):
+        x = lax.slice_in_dim(x, low, x.shape[axis] - high, axis=axis)
+    return x
+
+
+def _average(config: Any, own: Any, x: jax.Array) -> jax.Array:
+    return jnp.mean(x, _space(x), keepdims=bool(config.get("keepdims")))
+
+
+def _largest(config: Any, own: Any, x: jax.Array) -> jax.Array:
+    return jnp.max(x, _space(x), keepdims=bool(config.get("keepdims")))
+
+
+_same = lambda config, own, x: x
+_pad = lambda config, own, x: jnp.pad(x, ((0, 0), *config["padding"], (0, 0)))
+_max_pool = lambda config, own, x: _pool(config, x, -jnp.inf, lax.max)
+
+_LAYERS: dict[str, Callable[..., jax.Array]] = {
+    "Activation": lambda config, own, x: _activate(config, x),
+    "Add": lambda config, own, *xs: sum(xs[1:], start=xs[0]),
+    "AveragePooling1D": _average_pool,
+    "AveragePooling2D": _average_pool,
+    "BatchNormalization": _batch_norm,
+    "Concatenate": lambda config, own, *xs: jnp.concatenate(xs, config.get("axis", -1)),
+    "Conv1D": _conv,
+    "Conv2D": _conv,
+    "Conv2DTranspose": _conv2d_transpose,
+    "Conv3D": _conv,
+    "Cropping2D": _cropping,
+    "Dense": lambda config, own, x: _end(config, own, x @ own["kernel"]),
+    "DepthwiseConv2D": _depthwise,
+    "Dropout": _same,
+    "ELU": lambda config, own, x: jax.nn.elu(x, config["alpha"]),
+    "Flatten": lambda config, own, x: x.reshape((x.shape[0], -1)),
+    "GlobalAveragePooling1D": _average,
+    "GlobalAveragePooling2D": _average,
+    "GlobalMaxPooling2D": _largest,
+    "InputLayer": _input,
+    "LayerNormalization": _layer_norm,
+    "LeakyReLU": lambda config, own, x: jax.nn.leaky_relu(x, config["alpha"]),
+    "MaxPooling1D": _max_pool,
+    "MaxPooling2D": _max_pool,
+    "Multiply": lambda config, own, a, b: a * b,
+    "PReLU": lambda config, own, x: jnp.where(x >= 0, x, x * own["alpha"][None]),
+    "PaddedConv2D": _padded_conv2d,
+    "Permute": lambda config, own, x: jnp.transpose(x, (0, *config["dims"])),
+    "ReLU": _relu,
+    "Rescaling": _rescaling,
+    "Reshape": lambda config, own, x: x.reshape((x.shape[0], *config["target_shape"])),
+    "SeparableConv2D": _separable,
+    "Softmax": lambda config, own, x: jax.nn.softmax(x, config.get("axis", -1)),
+    "Subtract": lambda config, own, a, b: a - b,
+    "UpSampling2D": _up_sampling,
+    "ZeroPadding2D": _pad,
+}
