@@ -1,7 +1,7 @@
 """The pass: walks a traced program once and builds its integer graph."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +24,21 @@ from qjax.trace import POINTWISE, Equation, Trace, evaluate
 
 Rule = Callable[..., Abstract | tuple[Abstract, ...]]
 
+
+class Residue(NamedTuple):
+    """A part of a program that would stay float.
+
+    Attributes:
+      primitive: Of the equation.
+      path: Module path.
+      message: The equation, and what would remove it.
+    """
+
+    primitive: str
+    path: str
+    message: str
+
+
 # By name: a few primitives have no public object (optimization_barrier, JAX 0.10.2).
 _RULES: dict[str, Rule] = {}
 
@@ -38,12 +53,15 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def interpret(trace: Trace, builder: Builder) -> list[Abstract]:
+def interpret(
+    trace: Trace, builder: Builder, residues: list[Residue] | None = None
+) -> list[Abstract]:
     """Builds the integer graph of a traced program.
 
     Args:
       trace: Program, derivative calls inlined. Parameters are its constants.
       builder: Receives the graph.
+      residues: Receives what has no integers, in place of errors; None raises them.
 
     Returns:
       What is known of each output.
@@ -71,16 +89,27 @@ def interpret(trace: Trace, builder: Builder) -> list[Abstract]:
         if raw and not trace.is_real(e.outputs[0]) and name in _OF_PLACES:
             env[e.outputs[0]] = raw[0]  # Read again where it chooses rows.
             continue
-        if name not in _RULES:
-            raise NotImplementedError(
-                f"There is no integer rule for `{name}`, met in {where(e)}.\n"
-                f"  equation: {e}\nRegister one with `qjax.lowering.interpret.rule"
-                f"({name!r})`, or keep this part of the model out of `lower`."
-            )
-        found = _RULES[name](builder, e, trace, *operands)
+        try:
+            found = _rule_of(e)(builder, e, trace, *operands)
+        except (NotImplementedError, OverflowError, ValueError) as error:
+            if residues is None:
+                raise
+            residues.append(Residue(e.primitive.name, _module(e), str(error)))
+            found = (Real(f"left in float: `{name}`", ""),) * len(e.outputs)
         results = found if isinstance(found, tuple) else (found,)
         env.update(zip(e.outputs, results, strict=True))
     return [env[v] for v in trace.outputs]
+
+
+def _rule_of(e: Equation) -> Rule:
+    name = e.primitive.name
+    if name not in _RULES:
+        raise NotImplementedError(
+            f"There is no integer rule for `{name}`, met in {where(e)}.\n"
+            f"  equation: {e}\nRegister one with `qjax.lowering.interpret.rule"
+            f"({name!r})`, or keep this part of the model out of `lower`."
+        )
+    return _RULES[name]
 
 
 _OF_PLACES = POINTWISE | SHAPE_MOVES
@@ -123,8 +152,12 @@ def fold_known(trace: Trace) -> dict[int, Any]:
 
 def where(e: Equation) -> str:
     """Names the place of an equation for an error."""
-    path = e.path.partition(SITE_MARK)[0].strip("/")
+    path = _module(e)
     return repr(path) if path else "the traced function"
+
+
+def _module(e: Equation) -> str:
+    return e.path.partition(SITE_MARK)[0].strip("/")
 
 
 def refuse(e: Equation, x: Abstract, role: str) -> ValueError:

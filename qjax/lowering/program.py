@@ -23,7 +23,8 @@ from qjax.lowering import (
     xla,
 )
 from qjax.lowering.graph import Graph, Grid, Value
-from qjax.lowering.interpret import interpret, refuse
+from qjax.lowering.interpret import Residue, interpret, refuse
+from qjax.lowering.report import Report, certify
 from qjax.lowering.values import Abstract, Builder, Integers
 from qjax.trace import Trace, trace
 
@@ -42,12 +43,15 @@ class IntegerProgram:
         shifts. An explicit pytree.
       input_tree: How inputs are nested: a tuple of positional arguments.
       output_tree: How outputs are nested.
+      residues: What would stay float; only of `lower` with ``strict=False``. The graph
+        has what lies between then, and cannot be called.
     """
 
     graph: Graph
     params: Mapping[str, jax.Array]
     input_tree: Any
     output_tree: Any
+    residues: tuple[Residue, ...] = ()
 
     def __call__(self, *inputs: Any) -> Any:
         """Computes real outputs from real inputs: quantize, `codes`, dequantize.
@@ -119,6 +123,10 @@ class IntegerProgram:
         """Bytes of the parameters."""
         return sum(np.asarray(p).nbytes for p in self.params.values())
 
+    def report(self) -> Report:
+        """Certifies the program: no overflow, no float, how well each site agrees."""
+        return certify(self.graph, self.params, tuple(float_values(self)))
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the program to one file, which `qjax.load` reads."""
         # A lower room, so imported late: reading and writing is all it does.
@@ -164,6 +172,9 @@ class IntegerProgram:
         return [self.graph.values[v] for v in self.graph.outputs]
 
     def _flat(self, inputs: tuple[Any, ...]) -> list[Any]:
+        if self.residues:
+            listed = "\n".join(residue.message for residue in self.residues)
+            raise ValueError(f"This program is not whole. In float remain:\n{listed}")
         flat, tree = jax.tree.flatten(inputs)
         if tree != self.input_tree:
             raise ValueError(
@@ -204,7 +215,9 @@ class IntegerProgram:
         return found
 
 
-def lower(model: QuantizedModel | Callable[..., Any], *args: Any) -> IntegerProgram:
+def lower(
+    model: QuantizedModel | Callable[..., Any], *args: Any, strict: bool = True
+) -> IntegerProgram:
     """Lowers a quantized model to a program of integers only.
 
     Traces the model, walks the traced program once and replaces what lies between two
@@ -217,6 +230,9 @@ def lower(model: QuantizedModel | Callable[..., Any], *args: Any) -> IntegerProg
       *args: ``params, qstate, *inputs`` for a `QuantizedModel`, else ``*inputs``. Of
         the inputs only shapes are read; the size of the leading axis, the batch, may
         differ when the program is called.
+      strict: Whether what has no integers raises. If not, the ``residues`` of the
+        program list it, each with its equation, its module path and the quantizer that
+        would remove it.
 
     Returns:
       The program. A checker has made sure that no floating-point value occurs in it.
@@ -229,8 +245,11 @@ def lower(model: QuantizedModel | Callable[..., Any], *args: Any) -> IntegerProg
     """
     fn, inputs = bind_model(model, args)
     traced, out = trace(fn, *inputs, keep_derivatives=False)
-    builder = Builder(_buffer_bits(model))
-    outputs = interpret(traced, builder)
+    residues: list[Residue] | None = None if strict else []
+    builder = Builder(_buffer_bits(model), is_open=not strict)
+    outputs = interpret(traced, builder, residues)
+    if residues:
+        return _partial(builder, outputs, residues)
     ends = tuple(_output(builder, k, x, traced) for k, x in enumerate(outputs))
     missing = [k for k in range(len(traced.inputs)) if k not in builder.inputs]
     if missing:
@@ -239,15 +258,26 @@ def lower(model: QuantizedModel | Callable[..., Any], *args: Any) -> IntegerProg
             "Quantize it, or take it out of the function."
         )
     order = tuple(builder.inputs[k] for k in range(len(traced.inputs)))
-    params = {name: jnp.asarray(array) for name, array in builder.params.items()}
-    program = IntegerProgram(
-        builder.graph(order, ends),
-        params,
-        jax.tree.structure(tuple(inputs)),
-        jax.tree.structure(out),
-    )
+    trees = jax.tree.structure(tuple(inputs)), jax.tree.structure(out)
+    program = IntegerProgram(builder.graph(order, ends), _arrays(builder), *trees)
     check_integer_only(program)
     return program
+
+
+def _partial(
+    builder: Builder, outputs: Sequence[Abstract], residues: list[Residue]
+) -> IntegerProgram:
+    """What lies between the residues."""
+    whole = [
+        x.value for x in outputs if isinstance(x, Integers) and x.value is not None
+    ]
+    graph = builder.graph(tuple(builder.inputs.values()), tuple(whole))
+    trees = (jax.tree.structure(tuple(values)) for values in (graph.inputs, whole))
+    return IntegerProgram(graph, _arrays(builder), *trees, tuple(residues))
+
+
+def _arrays(builder: Builder) -> dict[str, jax.Array]:
+    return {name: jnp.asarray(array) for name, array in builder.params.items()}
 
 
 def _buffer_bits(model: Any) -> dict[str, int]:
@@ -274,10 +304,15 @@ def bind_model(
 
 def check_integer_only(program: IntegerProgram) -> None:
     """Raises AssertionError if a floating-point value occurs in `program.codes`."""
+    found = float_values(program)
+    assert not found, f"the integer program computes floating-point values: {found}"
+
+
+def float_values(program: IntegerProgram) -> list[str]:
+    """Returns the types of floating-point values in `program.codes`: none."""
     shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in program._inputs]
     closed = jax.make_jaxpr(program.run_codes)(program.params, *shapes)
-    found = sorted(set(_float_values(closed.jaxpr)))
-    assert not found, f"the integer program computes floating-point values: {found}"
+    return sorted(set(_float_values(closed.jaxpr)))
 
 
 def _float_values(jaxpr: Any) -> list[str]:

@@ -58,6 +58,10 @@ def _qpoint(
     target = _Target(float(scale), int(zero_point), int(qmin), int(qmax), site)
     shape = trace.shape(e.outputs[0])
     if isinstance(x, Real):
+        if x.input is None and builder.is_open:  # Float before it: begin anew here.
+            value = target.add_value(builder, shape, target.qmin, target.qmax)
+            builder.inputs[-1 - len(builder.inputs)] = value
+            return target.integers(builder, value)
         return _quantize_input(builder, e, trace, x, target)
     return _onto(builder, e, x, target, shape)
 

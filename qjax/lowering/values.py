@@ -164,9 +164,13 @@ class Builder:
     Args:
       buffer_bits: Site of a weight -> most bits of the accumulator it makes; 32 for
         others.
+      is_open: Whether quantization points of what stays float become inputs.
     """
 
-    def __init__(self, buffer_bits: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, buffer_bits: Mapping[str, int] | None = None, *, is_open: bool = False
+    ) -> None:
+        self.is_open = is_open
         self._buffer_bits = dict(buffer_bits or {})
         self.values: list[Value] = []
         self.nodes: list[Node] = []

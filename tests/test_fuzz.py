@@ -1,0 +1,62 @@
+"""Random programs: the integer program is the NumPy oracle, and the simulated model."""
+
+import os
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+
+import qjax
+from qjax.lowering import AccumulatorOverflowError, graph, reference
+from tests.models import images, linen_example, nnx_example
+from tests.programs import Linen, Nnx, Program, programs
+
+pytestmark = pytest.mark.usefixtures("flax_promotion")
+_COMMON = dict(
+    deadline=None,
+    database=None,
+    derandomize="QJAX_FUZZ_RANDOM" not in os.environ,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def check(program: Program) -> None:
+    """One program, from the float model to the oracle."""
+    x = images(*program.shape, seed=3)
+    if program.is_nnx:
+        fn, params, _ = nnx_example(Nnx(program.steps, program.shape), x)
+    else:
+        fn, params, _ = linen_example(Linen(program.steps), x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        qmodel = qjax.quantize_model(fn, params, x, scheme=program.scheme)
+        qstate = qjax.calibrate(qmodel, params, [x])
+    try:
+        lowered = qjax.lower(qmodel, params, qstate, x)
+    except AccumulatorOverflowError:
+        return  # 16-bit codes through wide sums: said, and right.
+    graph.check(lowered.graph)
+    assert graph.Graph.from_json(lowered.graph.to_json()) == lowered.graph
+    codes = [np.asarray(c) for c in lowered.quantize_inputs(x)]
+    values = reference.run(lowered.graph, lowered.params, codes)
+    for name, ours in lowered.site_codes(x).items():
+        wanted = values[lowered.graph.sites[name]]
+        np.testing.assert_array_equal(ours, wanted, err_msg=name)
+    report = qjax.verify(lowered, qmodel, params, qstate, x)
+    for name, row in report.sites.items():
+        most = 0 if program.is_power_of_two else 1
+        assert row.max_difference <= most, f"{name}\n{report}\n{lowered.graph}"
+
+
+@settings(max_examples=100, phases=(Phase.generate,), **_COMMON)
+@given(programs())
+def test_random_programs(program):
+    check(program)
+
+
+@pytest.mark.fuzz
+@settings(max_examples=5000, **_COMMON)
+@given(programs())
+def test_many_random_programs(program):
+    check(program)

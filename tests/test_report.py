@@ -1,0 +1,88 @@
+"""Certificates: overflow by brute force, agreement against what is measured."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qjax
+from qjax.affine import QParams, QSpec, fake_quant
+from tests.models import NAMES, examples
+
+pytestmark = pytest.mark.usefixtures("flax_promotion")
+
+
+def _point(x, scale=1 / 16, bits=8, site=""):
+    params = QParams(jnp.float32(scale), jnp.int32(0))
+    return fake_quant(x, params, QSpec(bits), site=site)
+
+
+def test_bounds_are_attained_by_the_witness():
+    kernel = np.float32([[1, -2], [0, 3], [-1, 1]])
+    fn = lambda x: _point(_point(x, 1.0, 2) @ _point(kernel, 1.0, 4), 1.0, 8)
+    program = qjax.lower(fn, np.zeros((1, 3), np.float32))
+    (bound,) = program.report().overflow
+    every = np.array(list(itertools.product(range(-2, 2), repeat=3)))
+    sums = every @ kernel.astype(int)
+    np.testing.assert_array_equal(bound.low, sums.min(0))
+    np.testing.assert_array_equal(bound.high, sums.max(0))
+    worst = np.abs(sums).max()
+    assert np.abs(bound.witness @ kernel.astype(int)).max() == worst == 10
+    assert bound.bits == 5  # -10 to 8.
+
+
+@pytest.mark.parametrize("power_of_two", [True, False])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "plain"])
+def test_what_is_called_proven_is_equal(name, power_of_two):
+    fn, params, x = examples()[name]
+    word = dict(bits=8, power_of_two=power_of_two)
+    scheme = qjax.Scheme(QSpec(narrow_range=True, axis=-1, **word), QSpec(**word))
+    qmodel = qjax.quantize_model(fn, params, x, scheme=scheme)
+    qstate = qjax.calibrate(qmodel, params, [x])
+    program = qjax.lower(qmodel, params, qstate, x)
+    report = program.report()
+    measured = qjax.verify(program, qmodel, params, qstate, x)
+    assert set(report.agreement) == set(measured.sites)
+    for site, agreement in report.agreement.items():
+        row = measured.sites[site]
+        assert row.max_difference <= 1
+        if agreement.is_proven:
+            assert row.equal == row.codes, (site, agreement.reason)
+    if power_of_two:
+        assert all(a.is_proven for a in report.agreement.values()), str(report)
+    assert report.float_values == () and report.nbytes == program.nbytes
+    assert all(2 <= bound.bits <= 32 for bound in report.overflow)
+    text = str(report)
+    assert all(site in text for site in report.agreement)
+    assert "float values: none" in text
+
+
+def test_residues_are_listed_with_their_remedies():
+    def fn(x):
+        x = _point(x, site="x")
+        y = jnp.tanh(x @ _point(jnp.eye(3), site="w"))  # No point before the tanh.
+        y = _point(jax.nn.softmax(_point(y, site="y")), site="z")
+        return _point(jnp.sort(y, axis=-1)), _point(jnp.abs(x), site="abs")
+
+    x = np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)
+    with pytest.raises(ValueError, match="`tanh`"):
+        qjax.lower(fn, x)
+    program = qjax.lower(fn, x, strict=False)
+    names = [residue.primitive for residue in program.residues]
+    assert names[0] == "tanh" and "sort" in names
+    assert all("equation: " in residue.message for residue in program.residues)
+    assert "Quantize it" in program.residues[0].message
+    with pytest.raises(ValueError, match=r"not whole\. In float remain:\n.*`tanh`"):
+        program(x)
+    assert {"x", "z", "abs"} <= set(program.graph.sites)
+    assert "table" in str(program.graph)
+
+
+def test_without_residues_the_program_is_the_strict_one():
+    fn = lambda x: _point(_point(x) @ _point(jnp.eye(3)))
+    x = np.ones((2, 3), np.float32)
+    strict, other = (qjax.lower(fn, x, strict=s) for s in (True, False))
+    assert strict.graph == other.graph and other.residues == ()
+    np.testing.assert_array_equal(strict(x), other(x))
