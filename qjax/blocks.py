@@ -135,8 +135,8 @@ class _Finder:
             is_random = e.primitive.name.startswith(_RANDOM)
             if self.data.intersection(e.inputs) and not is_random:
                 self.data.update(e.outputs)
-        self._for_statistics: dict[int, bool] = {}
         self.statistics = self._find_statistics()
+        self._servants = self._find_servants()
         self.blocks: list[Block] = []
         self.open: dict[int, Block] = {}  # End so far -> a block that may go on.
         self.input_sites: dict[int, str] = {}
@@ -412,16 +412,19 @@ class _Finder:
                 todo += same
                 seen.update(same)
 
+    def _find_servants(self) -> set[int]:
+        """Statistics, and what is used for nothing but statistics."""
+        found = set(self.statistics)
+        for e in reversed(self.model.equations if found else ()):
+            for v in e.outputs:
+                users = self.users[v]
+                inner = bool(users) and v not in self.model.outputs
+                if inner and all(found.issuperset(u.outputs) for u in users):
+                    found.add(v)
+        return found
+
     def _serves_statistics(self, v: int) -> bool:
-        """Whether ``v`` is a statistic, or used for nothing but statistics."""
-        if v not in self._for_statistics:
-            users = self.users[v]
-            self._for_statistics[v] = v in self.statistics or (
-                bool(users)
-                and v not in self.model.outputs
-                and all(map(self._is_statistic, users))
-            )
-        return self._for_statistics[v]
+        return v in self._servants
 
     # Names.
 

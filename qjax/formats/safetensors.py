@@ -14,6 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from qjax.lowering.graph import Graph
+from qjax.lowering.packing import pack, storage_bits, unpack
 from qjax.lowering.program import IntegerProgram
 
 _FORMAT = "qjax.integer_program"
@@ -23,8 +24,9 @@ _VERSION = 1
 def save(program: IntegerProgram, path: str | os.PathLike[str]) -> None:
     """Writes a program to a file, all or nothing.
 
-    The tensors are `IntegerProgram.params`; the header holds the graph, a format
-    version and a SHA-256 over all of it.
+    The tensors are `IntegerProgram.params`, those of 2 and 4 bits packed four and two
+    to the byte (`qjax.lowering.packing`); the header holds the graph, the shapes of what
+    is packed, a format version and a SHA-256 over all of it.
 
     Args:
       program: What to write.
@@ -35,10 +37,17 @@ def save(program: IntegerProgram, path: str | os.PathLike[str]) -> None:
       OSError: if the file cannot be written; nothing is left behind then.
     """
     arrays = {k: np.asarray(v, order="C") for k, v in program.params.items()}
+    packed: dict[str, tuple[int, list[int]]] = {}
+    for name, array in arrays.items():
+        bits = storage_bits(array)
+        if bits < 8:
+            packed[name] = bits, list(array.shape)
+            arrays[name] = pack(array, bits)
     header = {
         "format": _FORMAT,
         "version": str(_VERSION),
         "graph": program.graph.to_json(),
+        "packed": json.dumps(packed, sort_keys=True),
         "inputs": json.dumps(_tree_to_json(program.input_tree)),
         "outputs": json.dumps(_tree_to_json(program.output_tree)),
     }
@@ -86,6 +95,8 @@ def load(path: str | os.PathLike[str]) -> IntegerProgram:
             f"{os.fspath(path)!r} was altered: its contents do not have the checksum "
             "in its header. Save the program again."
         )
+    for name, (bits, shape) in json.loads(header.get("packed", "{}")).items():
+        arrays[name] = unpack(arrays[name], bits, tuple(shape))
     return IntegerProgram(
         Graph.from_json(header["graph"]),
         {name: jnp.asarray(array) for name, array in arrays.items()},

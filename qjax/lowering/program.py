@@ -24,6 +24,7 @@ from qjax.lowering import (
 )
 from qjax.lowering.graph import Graph, Grid, Value
 from qjax.lowering.interpret import Residue, interpret, refuse
+from qjax.lowering.packing import nbytes
 from qjax.lowering.report import Report, certify
 from qjax.lowering.values import Abstract, Builder, Integers
 from qjax.trace import Trace, trace
@@ -101,6 +102,10 @@ class IntegerProgram:
 
     def site_codes(self, *inputs: Any) -> dict[str, jax.Array]:
         """Computes the codes at every quantization point, from real inputs."""
+        return self.run_sites(*inputs)[0]
+
+    def run_sites(self, *inputs: Any) -> tuple[dict[str, jax.Array], list[jax.Array]]:
+        """Computes the codes at every quantization point and of the outputs, flat."""
         return self._run_sites(self.params, *self._flat(inputs))
 
     def quantize_inputs(self, *inputs: Any) -> Any:
@@ -120,8 +125,8 @@ class IntegerProgram:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the parameters."""
-        return sum(np.asarray(p).nbytes for p in self.params.values())
+        """Bytes of the parameters as `save` writes them, 2 and 4 bits packed."""
+        return sum(nbytes(np.asarray(p)) for p in self.params.values())
 
     def report(self) -> Report:
         """Certifies the program: no overflow, no float, how well each site agrees."""
@@ -145,10 +150,11 @@ class IntegerProgram:
         return jax.jit(codes)
 
     @functools.cached_property
-    def _run_sites(self) -> Callable[..., dict[str, jax.Array]]:
+    def _run_sites(self) -> Callable[..., Any]:
         def sites(params: Mapping[str, jax.Array], *inputs: jax.Array) -> Any:
             values = xla.run(self.graph, params, self._quantize(inputs))
-            return {name: values[v] for name, v in self.graph.sites.items()}
+            found = {name: values[v] for name, v in self.graph.sites.items()}
+            return found, [values[v] for v in self.graph.outputs]
 
         return jax.jit(sites)
 

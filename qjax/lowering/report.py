@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from qjax.lowering.graph import Graph, Node
+from qjax.lowering.packing import nbytes
 
 _EXACT_FLOAT32 = 1 << 24  # Integers below are exact in float32.
 _MOVES = frozenset(
@@ -57,7 +58,7 @@ class Report:
       overflow: For each accumulator.
       agreement: For each quantization point.
       float_values: Types of floating-point values in ``program.codes``; empty.
-      nbytes: Of the parameters.
+      nbytes: Of the parameters, 2 and 4 bits packed.
     """
 
     overflow: tuple[Overflow, ...]
@@ -105,8 +106,8 @@ def certify(
     agreement = {
         name: _agreement(graph, makers, arrays, v) for name, v in graph.sites.items()
     }
-    nbytes = sum(p.nbytes for p in arrays.values())
-    return Report(tuple(overflow), agreement, float_values, nbytes)
+    size = sum(map(nbytes, arrays.values()))
+    return Report(tuple(overflow), agreement, float_values, size)
 
 
 def _overflow(graph: Graph, node: Node, arrays: Mapping[str, np.ndarray]) -> Overflow:

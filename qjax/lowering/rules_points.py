@@ -37,6 +37,11 @@ def _qpoint(
 ) -> Abstract:
     scale, zero_point, qmin, qmax = (_constant(e, o) for o in operands)
     site = e.params["site"]
+    if isinstance(x, Known) and not np.all(np.isfinite(x.value)):
+        raise ValueError(
+            f"The constant at {site or where(e)!r} holds NaN or infinity, which no code "
+            "stands for. Check the parameters."
+        )
     if not np.all(np.isfinite(scale) & (scale > 0)):
         raise ValueError(
             f"The site {site or where(e)!r} has no scale yet: it is not calibrated. "

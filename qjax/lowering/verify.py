@@ -1,6 +1,7 @@
 """Does the integer program compute what the fake-quantized model computes?"""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -86,18 +87,19 @@ def verify(
     traced, _ = trace(fn, *inputs, keep_derivatives=False)
     known = fold_known(traced)
     flat = jax.tree.leaves(inputs)
-    ours = program.site_codes(*inputs)
-    run = jax.jit(lambda known, flat, ours: _run(traced, known, flat, ours))
-    forced, _ = run(known, flat, ours)
-    _, outputs = run(known, flat, {})
-    if set(forced) != set(ours):
-        lost = sorted(set(forced) ^ set(ours))
+    ours, codes = program.run_sites(*inputs)
+    names = _site_names(traced, known)
+    if set(names.values()) != set(ours):
+        lost = sorted(set(names.values()) ^ set(ours))
         raise ValueError(
             f"The program was lowered from another model: the site {lost[0]!r} is in "
             "only one of them."
         )
+    # Compiled once for both runs.
+    run = jax.jit(functools.partial(_run, traced, names))
+    forced, _ = run(known, flat, ours, True)
+    _, outputs = run(known, flat, ours, False)
     sites = {n: _compare(ours[n], forced[n]) for n in program.graph.sites}
-    codes = jax.tree.leaves(program.codes(*program.quantize_inputs(*inputs)))
     ends = []
     for q, real, grid in zip(codes, outputs, program.output_grids, strict=True):
         steps = np.asarray(real, np.float64) / np.float64(grid.array())
@@ -105,32 +107,43 @@ def verify(
     return Verification(sites, tuple(ends))
 
 
+def _site_names(traced: Trace, known: Mapping[int, Any]) -> dict[int, str]:
+    """What each quantization point of data computes -> its name in a program."""
+    names: dict[int, str] = {}
+    for e in traced.equations:
+        if e.primitive is qpoint_p and e.inputs[0] not in known:
+            name = unique_name(e.params["site"] or "qpoint", names.values())
+            names[e.outputs[0]] = name
+    return names
+
+
 def _run(
     traced: Trace,
+    names: Mapping[int, str],
     known: Mapping[int, Any],
     inputs: list[Any],
     ours: Mapping[str, jax.Array],
+    is_forced: bool,
 ) -> tuple[dict[str, jax.Array], list[jax.Array]]:
     """The model in float: its codes at each site, and its outputs.
 
-    Goes on from ``ours`` after each site that is in it, else from its own codes.
+    Goes on from ``ours`` after each site if it is forced, else from its own codes.
     """
     env: dict[int, Any] = dict(known)
     env.update(zip(traced.inputs, inputs, strict=True))
     codes: dict[str, jax.Array] = {}
-    seen = set(known)
     for e in traced.equations:
-        if seen.issuperset(e.outputs) or not all(v in env for v in e.inputs):
+        if not known.keys().isdisjoint(e.outputs) or not env.keys() >= {*e.inputs}:
             continue
         values = [env[v] for v in e.inputs]
         out = evaluate(e, *values)
-        if e.primitive is qpoint_p and e.inputs[0] not in known:
-            name = unique_name(e.params["site"] or "qpoint", codes)
-            rounding = e.params["rounding"]
-            codes[name] = grid_codes(*values, rounding=rounding)
-            if name in ours:
-                params = QParams(jnp.asarray(values[1]), jnp.asarray(values[2]))
-                out = (dequantize(ours[name], params).astype(out[0].dtype),)
+        if name := names.get(e.outputs[0]):
+            own = grid_codes(*values, rounding=e.params["rounding"])
+            codes[name] = own
+            theirs = ours[name].astype(own.dtype)
+            params = QParams(jnp.asarray(values[1]), jnp.asarray(values[2]))
+            given = dequantize(jnp.where(is_forced, theirs, own), params)
+            out = (given.astype(out[0].dtype),)
         env.update(zip(e.outputs, out, strict=True))
     return codes, [env[v] for v in traced.outputs]
 
