@@ -1,18 +1,21 @@
 """From a float model to one that computes on grids, and its calibration."""
 
 import dataclasses
+import functools
 import glob
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import rich.console
-import rich.progress
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qjax import quantizers
-from qjax.affine import QParams, QSpec, abs_max_params, fake_quant
+from qjax.affine import QParams, QSpec, abs_max_params, fake_quant, reduce_range
+from qjax.batches import Schedule, check_axes, cut, progress_bar, random_samples
 from qjax.calibration import Calibrator
 from qjax.config import accumulator_bits, config_rules, find_layer
 from qjax.presets import QuantizationParams
@@ -193,6 +196,12 @@ def quantize_model(
       >>> [site.name for site in qmodel.sites]
       ['input:0', 'kernel', 'output:0']
     """
+    if not callable(fn):
+        known = " It is quantized already." if isinstance(fn, QuantizedModel) else ""
+        raise TypeError(
+            f"`fn` must be a function `fn(params, *inputs)`, got {type(fn).__name__}."
+            f"{known}"
+        )
     if qparams is not None and scheme is not None:
         raise ValueError("Pass `scheme` or `qparams`, not both: each says all grids.")
     if qparams is not None and not isinstance(qparams, QuantizationParams):
@@ -228,7 +237,11 @@ def _check_words(scheme: Scheme, sites: Sequence[Site]) -> None:
     narrow = []
     for site in sites:
         spec = scheme.spec(site)
-        if isinstance(spec, QSpec) and is_known(spec.bits) and jnp.all(spec.bits == 1):
+        if (
+            isinstance(spec, QSpec)
+            and is_known(spec.bits)
+            and np.all(np.asarray(spec.bits) == 1)
+        ):
             if spec.signed and spec.symmetric:
                 raise ValueError(
                     f"A signed symmetric word of 1 bit at {site.name!r} has the codes "
@@ -252,118 +265,288 @@ def _check_words(scheme: Scheme, sites: Sequence[Site]) -> None:
 def calibrate(
     qmodel: QuantizedModel,
     params: Any,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | None = None,
     *,
+    samples: Any = None,
+    num_samples: int = 1024,
+    batch_size: int | None = None,
+    epochs: int = 1,
     qstate: QState | None = None,
+    progress: bool | None = None,
 ) -> QState:
     """Finds the ranges of the activations by running the float model on data.
+
+    The data are ``batches``, or ``samples`` that are cut into batches here. With
+    neither, they are random, by QuantizeML's rule: all values of an integer input; for
+    a real one the integers that the codes of its site can tell apart, 0 to 255 by
+    default (`random_samples`).
+
+    The state is all there is: saved, it resumes a calibration bit for bit. Over several
+    devices or processes, shard each batch along its examples, ``NamedSharding(mesh, P(
+    "data"))``; each process then passes as many global arrays. The state is that of one
+    device, up to the rounding of float sums: of the model's, and of `mean_std`.
 
     Args:
       qmodel: The model.
       params: As its ``fn`` takes them.
       batches: Any iterable, also a generator. A batch is one input, or a tuple of
-        inputs; batches may differ in their number of examples.
+        inputs; batches may differ in their number of examples. An array is read along
+        its first axis, ``[batches, examples, ...]``.
+      samples: An array ``[examples, ...]``, or a tuple of one for each input.
+      num_samples: How many samples are used, the first ones.
+      batch_size: Samples of a batch, the last of an epoch may be smaller. None: one, as
+        in QuantizeML. 32 to 256 are many times faster; averages such as `moving_max`
+        are then of other maxima.
+      epochs: How often the samples are gone through. No state is reset in between.
       qstate: State to go on from; from the beginning by default.
+      progress: Whether a bar on standard error shows batches, batches per second and,
+        if ``batches`` has a length, the time that remains; None: if it is a terminal.
 
     Returns:
-      The state of the calibrators by site, an explicit pytree. A progress bar shows
-      the batches if standard error is a terminal.
+      The state of the calibrators by site, an explicit pytree.
 
     Raises:
+      ValueError: for ``batches`` and ``samples`` together, arrays of a rank that they
+        do not have, numbers below 1, the state of another model: before anything runs.
       CalibrationError: if there are no batches, a batch is empty or has another shape
-        or dtype than the first, or a value at a site is NaN or infinite: with the
-        number of the batch, the site, and the state before it.
+        or dtype than the first, a value at a site is NaN or infinite, or anything else
+        fails, as the iterable may: with the number of the batch and the state so far.
       CalibrationInterrupt: instead of KeyboardInterrupt, with the state so far.
 
     Warns:
-      UserWarning: for sites where all values were 0; they get scale 1.
+      UserWarning: if the data are random; for sites where all values were 0: they get
+        scale 1.
+
+    Example:
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> x, params = jnp.arange(20.0).reshape(10, 2), {"kernel": jnp.eye(2)}
+      >>> qmodel = quantize_model(fn, params, x[:1])
+      >>> qstate = calibrate(qmodel, params, samples=x, batch_size=4)
+      >>> print(qstate["input:0"].step, qstate["input:0"].high)
+      3 19.0
+      >>> qstate = calibrate(qmodel, params, [3 * x], qstate=qstate)  # Goes on.
+      >>> print(qstate["input:0"].step, qstate["input:0"].high)
+      4 57.0
     """
-
-    @jax.jit
-    def observe(params: Any, qstate: QState, *inputs: Any) -> tuple[QState, QState]:
-        seen = qmodel._float_values(params, inputs)
-        flags = {
-            site.name: (jnp.all(jnp.isfinite(x)), jnp.any(x != 0))
-            for site, *_ in qmodel.calibrated()
-            for x in (seen[site.name],)
-        }
-        return qmodel._update(seen, qstate), flags
-
-    number, first = 0, None
-    reached: set[str] = set()
+    data = _data(qmodel, batches, samples, Schedule(num_samples, batch_size, epochs))
+    names = [site.name for site, *_ in qmodel.calibrated()]
+    if qstate is not None:
+        _check_state(qmodel, params, qstate)
+    number, first, step, state = 0, None, None, qstate
+    reached = np.zeros(len(names), bool)
     try:
-        for number, batch in enumerate(_with_progress(batches)):
-            inputs = batch if isinstance(batch, tuple) else (batch,)
-            first = _check_batch(inputs, first, qstate, number)
-            fresh = qmodel.init(params, *inputs) if qstate is None else qstate
-            new, flags = observe(params, fresh, *inputs)
-            for site, (is_finite, is_reached) in jax.device_get(flags).items():
-                if not is_finite:
+        with progress_bar(operator.length_hint(data) or None, progress) as advance:
+            for batch in data:
+                inputs = batch if isinstance(batch, tuple) else (batch,)
+                fault = _fault(inputs, qmodel.example, first)
+                if fault:
+                    raise CalibrationError(f"Batch {number} {fault}", qstate, number)
+                if step is None:
+                    first = _shapes(inputs)
+                    step, params, state = _start(qmodel, params, state, inputs)
+                new, flags = step(params, state, *inputs)
+                is_finite, is_reached = np.asarray(flags)
+                if not is_finite.all():
                     raise CalibrationError(
-                        f"Calibration met NaN or infinity at the site {site!r} in "
-                        f"batch {number}. Check the data and the parameters.",
+                        "Calibration met NaN or infinity at the site "
+                        f"{names[np.argmin(is_finite)]!r} in batch {number}. Check the "
+                        "data and the parameters.",
                         qstate,
                         number,
                     )
-                reached.update([site] if is_reached else [])
-            qstate = new
+                qstate = state = new
+                reached |= is_reached
+                number += 1
+                advance()
     except KeyboardInterrupt as error:
         raise CalibrationInterrupt(qstate) from error
-    if first is None:
+    except CalibrationError:
+        raise
+    except Exception as error:
+        text = f"Batch {number} failed: {type(error).__name__}: {error}"
+        raise CalibrationError(text, qstate, number) from error
+    if qstate is None or not number:
         raise CalibrationError(
             "`calibrate` got no batches, so no range can be found. Pass an iterable of "
             "at least one batch; a generator can be used only once.",
             qstate,
             0,
         )
-    assert qstate is not None
-    _warn_of_zeros([s.name for s, *_ in qmodel.calibrated() if s.name not in reached])
+    if not reached.all():
+        zeros = (name for name, seen in zip(names, reached, strict=True) if not seen)
+        warnings.warn(
+            f"All values were 0 at {', '.join(zeros)}: the scale is 1 unless the state "
+            "knows a range. Does the data reach this part of the model?",
+            stacklevel=2,
+        )
     return qstate
+
+
+def _data(
+    qmodel: QuantizedModel, batches: Any, samples: Any, schedule: Schedule
+) -> Iterable[Any]:
+    """The batches; random ones if there are no data."""
+    if batches is not None and samples is not None:
+        raise ValueError(
+            "`calibrate` takes `batches` or `samples`, not both: pass what is in "
+            "batches already as `batches`, an array of examples as `samples`."
+        )
+    if batches is not None:
+        if schedule != Schedule():
+            raise ValueError(
+                "`num_samples`, `batch_size` and `epochs` say how `samples` are cut; "
+                "with `batches`, cut and repeat these, or pass `samples=` instead."
+            )
+        check_axes(batches, qmodel.example)
+        return batches
+    if samples is None:
+        warnings.warn(
+            "Without `batches` and `samples`, ranges come from random integers. They "
+            "are no substitute for data: pass `samples=`.",
+            stacklevel=3,
+        )
+        samples = _random_inputs(qmodel, schedule.num_samples)
+    return cut(samples, qmodel.example, schedule)
+
+
+def _random_inputs(qmodel: QuantizedModel, number: int) -> Any:
+    """Random samples of each input, by its type or the word of its site."""
+    words = {site.name: qmodel.scheme.spec(site) for site in qmodel.sites}
+    leaves, structure = jax.tree.flatten(qmodel.example)
+
+    def draw(k: int, x: Any) -> np.ndarray:
+        shape = (number, *x.shape[1:])
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return random_samples(shape, x.dtype, seed=k)
+        low, high = _codes(words.get(f"input:{k}"))
+        samples = random_samples(shape, "int32", low=low, high=high, seed=k)
+        return samples.astype(x.dtype)
+
+    return jax.tree.unflatten(structure, [draw(k, x) for k, x in enumerate(leaves)])
+
+
+def _codes(word: Any) -> tuple[int, int]:
+    """The least and the largest integer of an input; an asymmetric grid may shift."""
+    if not isinstance(word, QSpec) or not is_known(word.bits):
+        return 0, 255
+    low, high = (int(np.asarray(q)) for q in (word.qmin, word.qmax))
+    return (low, high) if word.symmetric else (0, high - low)
+
+
+def _check_state(qmodel: QuantizedModel, params: Any, qstate: QState) -> None:
+    """Raises for a state that is not one of these calibrators."""
+    fresh = jax.eval_shape(lambda *x: qmodel.init(params, *x), *qmodel.example)
+    shapes = lambda tree: [np.shape(x) for x in jax.tree.leaves(tree)]
+    kind = lambda tree: f"{type(tree).__name__} of shapes {shapes(tree)}"
+    for name, wanted in fresh.items():
+        if name not in qstate:
+            raise ValueError(
+                f"`qstate` does not know the site {name!r}: it is the state of another "
+                f"model or scheme. It knows {', '.join(qstate) or 'no site'}."
+            )
+        if kind(qstate[name]) != kind(wanted):
+            raise ValueError(
+                f"`qstate` holds at {name!r} a {kind(qstate[name])}, its calibrator "
+                f"needs a {kind(wanted)}: it is the state of another scheme, or was "
+                "restored without the structure of `QuantizedModel.init`."
+            )
 
 
 _Shapes = list[tuple[tuple[int, ...], Any]]
 
 
-def _check_batch(
-    inputs: Any, first: _Shapes | None, qstate: QState | None, number: int
-) -> _Shapes:
-    """Raises for a batch unlike the first; returns the shapes of the first."""
+def _shapes(inputs: Any) -> _Shapes:
     leaves = jax.tree.leaves(inputs)
-    shapes = [(jnp.shape(x), jax.dtypes.result_type(x)) for x in leaves]
+    return [(np.shape(x), jax.dtypes.result_type(x)) for x in leaves]
+
+
+def _fault(inputs: Any, example: Any, first: _Shapes | None) -> str:
+    """What is wrong with a batch: itself, or next to the first one."""
+    shapes = _shapes(inputs)
     if any(0 in shape for shape, _ in shapes):
-        raise CalibrationError(
-            f"Batch {number} is empty: its inputs have the shapes "
-            f"{[shape for shape, _ in shapes]}.",
-            qstate,
-            number,
+        return f"is empty: its inputs have the shapes {[s for s, _ in shapes]}."
+    structure: Any = jax.tree.structure(inputs)
+    kinds = lambda all_: [
+        (len(s), bool(jnp.issubdtype(t, jnp.floating))) for s, t in all_
+    ]
+    wanted = _shapes(example)
+    if structure != jax.tree.structure(example) or kinds(shapes) != kinds(wanted):
+        return (
+            f"has inputs of {shapes}, the model was made for {wanted}. A batch is an "
+            "array of the same rank and kind, or a tuple of one for each input."
         )
-    if first is None:
-        return shapes
-    examples = lambda all_: [(len(shape), shape[1:], dtype) for shape, dtype in all_]
-    if examples(shapes) != examples(first):
-        raise CalibrationError(
-            f"Batch {number} has inputs of {shapes}, the first one had {first}. "
-            "Batches may differ in their number of examples alone.",
-            qstate,
-            number,
+    rest = lambda all_: [(shape[1:], dtype) for shape, dtype in all_]
+    if first is not None and rest(shapes) != rest(first):
+        return (
+            f"has inputs of {shapes}, the first one had {first}. Batches may differ in "
+            "their number of examples alone."
         )
-    return first
+    return ""
 
 
-def _warn_of_zeros(sites: list[str]) -> None:
-    if sites:
-        warnings.warn(
-            f"All values were 0 at {', '.join(sites)}: the scale is 1 unless the state "
-            "knows a range. Does the data reach this part of the model?",
-            stacklevel=3,
-        )
+_Step = Callable[..., tuple[QState, jax.Array]]
 
 
-def _with_progress(batches: Iterable[Any]) -> Iterator[Any]:
-    console = rich.console.Console(stderr=True)
-    bar = rich.progress.Progress(console=console, disable=not console.is_terminal)
-    with bar:
-        yield from bar.track(batches, description="calibrate")
+def _start(
+    qmodel: QuantizedModel, params: Any, qstate: QState | None, inputs: Any
+) -> tuple[_Step, Any, QState]:
+    """The jitted step, and its arguments where the first batch or the model is."""
+    if qstate is None:
+        qstate = qmodel.init(params, *inputs)
+    # As what a step returns, or the second one would compile again: not weakly typed,
+    # and committed to a place if anything is.
+    qstate = jax.device_get(qstate)
+    is_spread = lambda x: isinstance(getattr(x, "sharding", None), NamedSharding)
+    leaves = jax.tree.leaves((inputs, params))
+    place: Any = next(
+        (x.sharding for x in leaves if getattr(x, "committed", False)), None
+    )
+    if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, PartitionSpec())
+        copy = lambda x: jax.device_put(jax.device_get(x), place)
+        params = jax.tree.map(lambda x: x if is_spread(x) else copy(x), params)
+    if place is not None:
+        qstate = jax.device_put(qstate, place)
+    observe = _observe(qmodel, isinstance(place, NamedSharding))
+    options = _compiler_options()
+    step = jax.jit(observe, out_shardings=place, compiler_options=options)
+    return step, params, qstate
+
+
+@functools.cache
+def _compiler_options() -> dict[str, bool | int | str] | None:
+    """Those without which XLA:CPU runs a lone convolution on one thread.
+
+    By default (jaxlib 0.10) YNNPACK takes it, which is fast only if all up to a
+    reduction is one kernel. Where every layer is looked at, none is: a ResNet-8 takes
+    1.24 to 1.40 times the float pass, 1.1 times with the convolutions of Eigen
+    (`experiments/benchmarks/calibrate.py`).
+    """
+    kinds = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+    options: Any = {"xla_cpu_experimental_ynn_fusion_type": kinds}
+    try:
+        jax.jit(lambda: 0, compiler_options=options)()
+    except jax.errors.JaxRuntimeError:  # Another XLA, without it.
+        return None
+    return options
+
+
+def _observe(qmodel: QuantizedModel, is_sharded: bool) -> _Step:
+    """One batch: the new state; and by site, whether all is finite and not all 0."""
+
+    def flags(x: jax.Array, spec: QSpec) -> list[jax.Array]:
+        # NaN and infinity show in the range, which most calibrators look for anyway;
+        # but not in one over several devices: collectives may drop NaN.
+        low_high = jnp.stack(reduce_range(x, spec.axis))
+        is_finite = jnp.isfinite(x if is_sharded else low_high)
+        return [jnp.all(is_finite), jnp.any(low_high != 0)]
+
+    def observe(params: Any, qstate: QState, *inputs: Any) -> tuple[QState, jax.Array]:
+        seen = qmodel._float_values(params, inputs)
+        rows = [flags(seen[site.name], spec) for site, spec, _ in qmodel.calibrated()]
+        return qmodel._update(seen, qstate), jnp.array(rows, bool).reshape(-1, 2).T
+
+    return observe
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,10 @@
 """Random programs: the integer program is the NumPy oracle, and the simulated model."""
 
-import os
 import warnings
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import qjax
 from qjax.lowering import AccumulatorOverflowError, graph, reference
@@ -13,12 +12,6 @@ from tests.models import images, linen_example, nnx_example
 from tests.programs import Linen, Nnx, Program, programs
 
 pytestmark = pytest.mark.usefixtures("flax_promotion")
-_COMMON = dict(
-    deadline=None,
-    database=None,
-    derandomize="QJAX_FUZZ_RANDOM" not in os.environ,
-    suppress_health_check=list(HealthCheck),
-)
 
 
 def check(program: Program) -> None:
@@ -49,14 +42,24 @@ def check(program: Program) -> None:
         assert row.max_difference <= most, f"{name}\n{report}\n{lowered.graph}"
 
 
-@settings(max_examples=100, phases=(Phase.generate,), **_COMMON)
-@given(programs())
-def test_random_programs(program):
-    check(program)
+def check_some(first: int, count: int) -> None:
+    """Some programs, the same for the same number."""
+    options = settings(
+        max_examples=count,
+        phases=(Phase.generate,),
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    seed(first)(options(given(programs())(check)))()
+
+
+@pytest.mark.parametrize("part", range(10))
+def test_random_programs(part):
+    check_some(part, 20)
 
 
 @pytest.mark.fuzz
-@settings(max_examples=5000, **_COMMON)
-@given(programs())
-def test_many_random_programs(program):
-    check(program)
+@pytest.mark.parametrize("part", range(100))
+def test_many_random_programs(part):
+    check_some(1000 + part, 50)

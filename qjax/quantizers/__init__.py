@@ -1,5 +1,6 @@
 """Quantizer families as pure functions of arrays and one frozen spec."""
 
+from qjax.quantizers import quantizeml
 from qjax.quantizers.activations import (
     BinarySigmoid,
     BinaryTanh,
@@ -156,6 +157,7 @@ __all__ = (
     "quantized_sigmoid",
     "quantized_tanh",
     "quantized_ulaw",
+    "quantizeml",
     "smooth_sigmoid",
     "smooth_tanh",
     "stochastic_binary",
