@@ -160,8 +160,8 @@ class _Finder:
             return  # A number, such as a loss, is no activation.
         if name in _LOOPS and (inside := self._leaves_of(e)):
             raise NotImplementedError(
-                f"`{name}` in {e.path or 'the traced function'!r} repeats a part of the "
-                f"model with {', '.join(inside)}, and no site is inside of it: these "
+                f"`{name}` in {e.path or 'the traced function'!r} repeats a part of "
+                f"the model with {', '.join(inside)}, and no site is inside of it: these "
                 "would stay float. Unroll the loop, or quantize them in its body with "
                 "`qjax.fake_quant`."
             )

@@ -24,8 +24,9 @@ from qjax.quantizers.tensorflow import tfmot_range
 from qjax.scheme import Role, Rule, Scheme, Where
 
 FUNCTIONS = (
-    "celu elu erf exp function gelu hard_sigmoid hard_silu hard_swish hard_tanh leaky_relu "
-    "log1p logistic mish selu sigmoid silu soft_sign softplus squareplus swish tanh"
+    "celu elu erf exp function gelu hard_sigmoid hard_silu hard_swish hard_tanh "
+    "leaky_relu log1p logistic mish selu sigmoid silu soft_sign softplus squareplus swish "
+    "tanh"
 ).split()
 _PRODUCTS = (
     "conv",
@@ -275,8 +276,9 @@ def tfmot_int8() -> Scheme:
     moving average, which `QuantizedModel.apply_and_update` moves in training; weights
     of 8 bits, -127 to 127, per output channel for convolutions, per tensor for dense
     and transposed ones. The parts of a concatenation are rounded with it, once;
-    functions with bounds have TFLite's fixed grids. Every weight has its quantizer, also before a relu of its own
-    layer, where TFMOT forgets it; a depthwise kernel has one scale per channel.
+    functions with bounds have TFLite's fixed grids. Every weight has its quantizer,
+    also before a relu of its own layer, where TFMOT forgets it; a depthwise kernel has
+    one scale per channel.
 
     References:
       tensorflow-model-optimization 0.8.0, default_8bit_quantize_registry.py.

@@ -20,7 +20,7 @@ import qjax
 
 
 class Residual(nn.Module):
-    """Pairs of 3x3 convolutions with BatchNorm around a sum; about ``layers`` layers."""
+    """Pairs of 3x3 convolutions with BatchNorm around a sum; as many as asked."""
 
     layers: int
     features: int = 8

@@ -25,8 +25,8 @@ def save(program: IntegerProgram, path: str | os.PathLike[str]) -> None:
     """Writes a program to a file, all or nothing.
 
     The tensors are `IntegerProgram.params`, those of 2 and 4 bits packed four and two
-    to the byte (`qjax.lowering.packing`); the header holds the graph, the shapes of what
-    is packed, a format version and a SHA-256 over all of it.
+    to the byte (`qjax.lowering.packing`); the header holds the graph, the shapes of
+    what is packed, a format version and a SHA-256 over all of it.
 
     Args:
       program: What to write.

@@ -15,7 +15,8 @@ Operations (``q`` codes of the input, ``k`` a parameter, all integers):
     requantize    code = clip(round((q - input_zero_point) * multiplier * 2^-shift) + z)
     add           code = clip(round(sum((q_i - z_i) * m_i) * 2^-shift) + z)
     clip          code = clip(q, low, high)
-    maximum, minimum, concatenate, argmax, argmin, max, min, max_pool, min_pool, reshape, transpose, slice, rev, pad, broadcast: as in `jax.lax`
+    maximum, minimum, concatenate, argmax, argmin, max, min, max_pool, min_pool,
+    reshape, transpose, slice, rev, pad, broadcast: as in `jax.lax`
 """
 
 import dataclasses

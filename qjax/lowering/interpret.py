@@ -1,7 +1,7 @@
 """The pass: walks a traced program once and builds its integer graph."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -43,10 +43,13 @@ class Residue(NamedTuple):
 _RULES: dict[str, Rule] = {}
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+_R = TypeVar("_R", bound=Rule)
+
+
+def rule(*names: str) -> Callable[[_R], _R]:
     """Registers ``rule(builder, equation, trace, *operands) -> result``."""
 
-    def register(function: Rule) -> Rule:
+    def register(function: _R) -> _R:
         _RULES.update(dict.fromkeys(names, function))
         return function
 

@@ -278,8 +278,8 @@ def _partial(
         x.value for x in outputs if isinstance(x, Integers) and x.value is not None
     ]
     graph = builder.graph(tuple(builder.inputs.values()), tuple(whole))
-    trees = (jax.tree.structure(tuple(values)) for values in (graph.inputs, whole))
-    return IntegerProgram(graph, _arrays(builder), *trees, tuple(residues))
+    inputs, outputs = map(jax.tree.structure, (graph.inputs, graph.outputs))
+    return IntegerProgram(graph, _arrays(builder), inputs, outputs, tuple(residues))
 
 
 def _arrays(builder: Builder) -> dict[str, jax.Array]:

@@ -170,8 +170,8 @@ def _min_pool(a, own, inputs):
 
 
 def _dot_codes(a, own, inputs):
-    pair = [x - z for x, z in zip(inputs, a["zero_points"], strict=True)]
-    return _dot_general(*pair, a["contract"], a["batch"])
+    x, y = (x - z for x, z in zip(inputs, a["zero_points"], strict=True))
+    return _dot_general(x, y, a["contract"], a["batch"])
 
 
 def _dot_general(x: Any, y: Any, contract: Any, batch: Any) -> np.ndarray:

@@ -184,12 +184,12 @@ def _rescaled(
 @rule("round")
 def _round(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
     """Codes in units of one are whole already."""
-    is_unit = isinstance(x, Integers) and not np.ndim(x.scale)
-    if not is_unit or not x.is_codes or abs(x.scale - 1) > 2.0**-20:
-        found = curve(builder, e, trace, x)
-        assert found is not None
-        return found
-    return dataclasses.replace(x, scale=np.ones(()))
+    if isinstance(x, Integers) and x.is_codes and not np.ndim(x.scale):
+        if abs(x.scale - 1) <= 2.0**-20:
+            return dataclasses.replace(x, scale=np.ones(()))
+    found = curve(builder, e, trace, x)
+    assert found is not None
+    return found
 
 
 def _scaled(e: Equation, x: Abstract, factor: np.ndarray) -> Abstract:

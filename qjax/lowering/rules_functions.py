@@ -1,4 +1,4 @@
-"""Rules of elementwise functions and of choices: tables, and values joined on a grid."""
+"""Rules of elementwise functions and of choices: tables, values joined on a grid."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -129,7 +129,7 @@ def tabulate(x: Curve, finish: Any) -> tuple[np.ndarray, int | None]:
     rank = max(map(np.ndim, constants))
     codes = np.arange(low, high + 1, dtype=np.int32).reshape((-1,) + (1,) * rank)
     grids = {
-        v: QParams(np.float32(a.scale), np.int32(a.zero_point))
+        v: QParams(jnp.float32(a.scale), jnp.int32(a.zero_point))
         for v, a in x.aliases.items()
     }
 
@@ -192,8 +192,8 @@ def mask(builder: Builder, e: Equation, trace: Trace, x: Abstract, v: int) -> in
 
 
 _ELSEWHERE = frozenset(
-    "add sub mul div neg max min clamp round convert_element_type reduce_precision copy "
-    "stop_gradient select_n".split()
+    "add sub mul div neg max min clamp round convert_element_type reduce_precision "
+    "copy stop_gradient select_n".split()
 )
 
 
@@ -252,9 +252,10 @@ def _select(
         same = all(_is_source(c, which.source) for c in codes)
         if same and (found := curve(builder, e, trace, which, *cases)) is not None:
             return found
-    shapes = _shapes(e, trace, e.inputs[1:])
+    shapes, shape = _shapes(e, trace, e.inputs[1:])
     others = (mask(builder, e, trace, which, e.inputs[0]),)
-    return _joined_now(builder, Joined("select", cases, *shapes, others, path=e.path))
+    joined = Joined("select", cases, shapes, shape, others, path=e.path)
+    return _joined_now(builder, joined)
 
 
 def _is_source(x: Abstract, source: Integers) -> bool:
@@ -275,8 +276,13 @@ def _concatenate(
     for x in parts:
         if isinstance(x, Known | KnownCodes):
             raise refuse(e, x, "part")
-    shapes = _shapes(e, trace, e.inputs)
-    joined = Joined("concatenate", parts, *shapes, (), {"axis": axis}, path=e.path)
+    joined = Joined(
+        "concatenate",
+        parts,
+        *_shapes(e, trace, e.inputs),
+        attributes={"axis": axis},
+        path=e.path,
+    )
     return _joined_now(builder, joined)
 
 
@@ -284,11 +290,14 @@ def extremum(
     builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
 ) -> Abstract:
     """The larger or the smaller of two quantized values."""
-    operation, shapes = _EXTREMA[e.primitive.name], _shapes(e, trace, e.inputs)
-    return _joined_now(builder, Joined(operation, (a, b), *shapes, path=e.path))
+    shapes, shape = _shapes(e, trace, e.inputs)
+    joined = Joined(_EXTREMA[e.primitive.name], (a, b), shapes, shape, path=e.path)
+    return _joined_now(builder, joined)
 
 
-def _shapes(e: Equation, trace: Trace, parts: Sequence[int]) -> Any:
+def _shapes(
+    e: Equation, trace: Trace, parts: Sequence[int]
+) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
     """Those of the parts, and that of the result."""
     return tuple(map(trace.shape, parts)), trace.shape(e.outputs[0])
 

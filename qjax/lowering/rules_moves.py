@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -151,12 +152,13 @@ def _split(
     ends = list(itertools.accumulate(sizes))
     parts = []
     for v, size, end in zip(e.outputs, sizes, ends, strict=True):
-        start, stop = [0] * rank, [None] * rank
+        start: list[int] = [0] * rank
+        stop: list[int | None] = [None] * rank
         start[axis], stop[axis] = end - size, end
         shape = trace.shape(v)
         value = builder.add_value(shape, x.low, x.high, before.grid, dtype=before.dtype)
         path = where(e).strip("'")
-        attributes = {"start": start, "stop": stop, "steps": [1] * rank}
+        attributes: dict[str, Any] = {"start": start, "stop": stop, "steps": [1] * rank}
         builder.add_node("slice", (x.value,), value, path=path, **attributes)
         parts.append(dataclasses.replace(x, value=value))
     return tuple(parts)

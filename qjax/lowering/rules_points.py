@@ -39,8 +39,8 @@ def _qpoint(
     site = e.params["site"]
     if isinstance(x, Known) and not np.all(np.isfinite(x.value)):
         raise ValueError(
-            f"The constant at {site or where(e)!r} holds NaN or infinity, which no code "
-            "stands for. Check the parameters."
+            f"The constant at {site or where(e)!r} holds NaN or infinity, which no "
+            "code stands for. Check the parameters."
         )
     if not np.all(np.isfinite(scale) & (scale > 0)):
         raise ValueError(

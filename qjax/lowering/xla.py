@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.integer import requantize, requantize_sum
-from qjax.lowering import tflite_ops
+from qjax.lowering import bodies, tflite_ops
 from qjax.lowering.graph import Graph, Node
 
 Body = Callable[[Node, Mapping[str, jax.Array], Sequence[jax.Array]], jax.Array]
@@ -34,65 +34,10 @@ def run(
     return [env[v] for v in range(len(graph.values))]
 
 
-def _centred(x: jax.Array, offset: int) -> jax.Array:
-    """Unsigned codes less half their range, in the signed type of the same size."""
-    if not offset:
-        return x
-    signed = jnp.int8 if offset == 128 else jnp.int16
-    return (x.astype(jnp.int32) - offset).astype(signed)
-
-
-def _operands(
-    node: Node, params: Mapping[str, jax.Array], x: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Input and kernel in the wider of their types: products mix none."""
-    x, kernel = _centred(x, node.attributes["offset"]), params[node.params["kernel"]]
-    wide = max(x.dtype, kernel.dtype, key=lambda t: t.itemsize)
-    return x.astype(wide), kernel.astype(wide)
-
-
-def _dot(node, params, inputs):
-    x, kernel = _operands(node, params, inputs[0])
-    pair = (kernel, x) if node.attributes["kernel_operand"] == 0 else (x, kernel)
-    a = node.attributes
-    dimensions = (tuple(map(tuple, a["contract"])), tuple(map(tuple, a["batch"])))
-    acc = lax.dot_general(*pair, dimensions, preferred_element_type=jnp.int32)
-    return _shifted(acc, node) + params[node.params["bias"]]
-
-
-def _conv(node, params, inputs):
-    x, kernel = _operands(node, params, inputs[0])
-    a = node.attributes
-    lhs, rhs, out = (tuple(spec) for spec in a["dimensions"])
-    fill = jnp.asarray(a["padding_code"] - a["offset"], x.dtype)
-    config = [(0, 0, 0)] * x.ndim
-    spatial = zip(lhs[2:], a["padding"], a["input_dilation"], strict=True)
-    for d, (low, high), step in spatial:
-        config[d] = (low, high, step - 1)
-    # Padding is the code of zero, so that the zero point folds into the bias.
-    padded = lax.pad(x, fill, config) if any(map(any, config)) else x
-    acc = lax.conv_general_dilated(
-        padded,
-        kernel,
-        window_strides=a["strides"],
-        padding=[(0, 0)] * (x.ndim - 2),
-        rhs_dilation=a["dilation"],
-        dimension_numbers=lax.ConvDimensionNumbers(lhs, rhs, out),
-        feature_group_count=a["groups"],
-        preferred_element_type=jnp.int32,
-    )
-    return _shifted(acc, node) + params[node.params["bias"]]
-
-
 def _multiply(node, params, inputs):
     x = inputs[0].astype(jnp.int32) - node.attributes["offset"]
     kernel = params[node.params["kernel"]].astype(jnp.int32)
-    return _shifted(x * kernel, node) + params[node.params["bias"]]
-
-
-def _shifted(acc, node):
-    shift = node.attributes.get("shift", 0)
-    return acc << shift if shift else acc
+    return bodies.shifted(x * kernel, node) + params[node.params["bias"]]
 
 
 def _sum(node, params, inputs):
@@ -139,9 +84,9 @@ def _extreme(node: Node, x: jax.Array) -> tuple[jax.Array, Any]:
 
 def _dot_codes(node, params, inputs):
     a = node.attributes
-    dimensions = (tuple(map(tuple, a["contract"])), tuple(map(tuple, a["batch"])))
-    pair = _differences(node, inputs)
-    return lax.dot_general(*pair, dimensions, preferred_element_type=jnp.int32)
+    dimensions: Any = (tuple(map(tuple, a["contract"])), tuple(map(tuple, a["batch"])))
+    left, right = _differences(node, inputs)
+    return lax.dot_general(left, right, dimensions, preferred_element_type=jnp.int32)
 
 
 def _multiply_codes(node, params, inputs):
@@ -280,8 +225,8 @@ def _pad(node, params, inputs):
 
 
 _BODIES: dict[str, Body] = {
-    "dot": _dot,
-    "conv": _conv,
+    "dot": bodies.dot,
+    "conv": bodies.conv,
     "multiply": _multiply,
     "sum": _sum,
     "sum_pool": _sum_pool,
