@@ -161,9 +161,9 @@ class _Finder:
         if name in _LOOPS and (inside := self._leaves_of(e)):
             raise NotImplementedError(
                 f"`{name}` in {e.path or 'the traced function'!r} repeats a part of "
-                f"the model with {', '.join(inside)}, and no site is inside of it: these "
-                "would stay float. Unroll the loop, or quantize them in its body with "
-                "`qjax.fake_quant`."
+                f"the model with {', '.join(inside)}, and no site is inside of it: "
+                "these would stay float. Unroll the loop, or quantize them in its body "
+                "with `qjax.fake_quant`."
             )
         if out in self.bent and not self._absorbs(e, x):
             if out in self.functions and self.model.is_real(out):

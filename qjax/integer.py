@@ -12,8 +12,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 # half_even: one rounding of the exact product. fp32_half_even: the product is rounded
-# to the 24 bits of a float32 first, which is what a float32 program computes.
-RequantizeRule = Literal["half_even", "fp32_half_even"]
+# to the 24 bits of a float32 first, which is what a float32 program computes, XNNPACK
+# among them. tflite_double: TFLite's, which rounds at 2^-31 and once more after it.
+# tflite_single: TFLite's when it is built to round once, halves up.
+RequantizeRule = Literal[
+    "half_even", "fp32_half_even", "tflite_double", "tflite_single"
+]
 
 _MOST_SHIFT = 62
 
@@ -55,6 +59,45 @@ def fixed_point(ratio: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     return multiplier, np.where(vanishes, 0, shift).astype(np.int32)
 
 
+def tflite_multiplier(ratio: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Writes real factors as TFLite does, for its two rules of `requantize`.
+
+    Args:
+      ratio: float64, any shape, not negative, finite.
+
+    Returns:
+      ``(multiplier, shift)``, int32, which stand for ``multiplier * 2^-shift``:
+      ``2^30 <= multiplier < 2^31``, halves rounded up. A ratio below 2^-32 becomes
+      ``(0, 31)``. TFLite's own shift is ``31 - shift``.
+
+    Raises:
+      ValueError: if a ratio is negative, not finite, or 2^31 and more.
+
+    Example:
+      >>> tflite_multiplier(0.75)
+      (array(1610612736, dtype=int32), array(31, dtype=int32))
+
+    References:
+      TensorFlow Lite, `QuantizeMultiplier`, lite/kernels/internal/quantization_util.cc.
+    """
+    ratio = np.asarray(ratio, np.float64)
+    if not np.all((ratio >= 0) & (ratio < 2.0**31)):
+        raise ValueError(
+            f"A ratio of scales must be in [0, 2^31), got {ratio}. Check the scales: "
+            "one is negative, zero, NaN, or much finer than the other."
+        )
+    mantissa, exponent = np.frexp(ratio)
+    multiplier = np.floor(mantissa * 2.0**31 + 0.5).astype(np.int64)
+    carried = multiplier == 1 << 31
+    multiplier = np.where(carried, 1 << 30, multiplier)
+    shift = 31 - (exponent + carried)
+    if np.any(shift < 0):
+        raise ValueError(f"A ratio of scales must be below 2^31, got {ratio}.")
+    vanishes = (shift > _MOST_SHIFT) | (multiplier == 0)
+    multiplier = np.where(vanishes, 0, multiplier).astype(np.int32)
+    return multiplier, np.where(vanishes, 31, shift).astype(np.int32)
+
+
 def shift_round(value: jax.Array, shift: jax.Array) -> jax.Array:
     """Returns ``value / 2^shift`` rounded half to even, in integers.
 
@@ -86,9 +129,17 @@ def requantize(
 
         q = clip(round(acc * multiplier * 2^-shift) + zero_point, qmin, qmax)
 
-    in int64, exact but for the one rounding, half to even. The rule ``fp32_half_even``
-    rounds the accumulator and the product to 24 significant bits first, half to even:
-    the integers that float32 arithmetic gives.
+    in int64, exact but for the one rounding, half to even. The other rules are those of
+    other programs:
+
+    - ``fp32_half_even`` rounds the accumulator and the product to 24 significant bits
+      first, half to even: the integers that float32 arithmetic gives. With a multiplier
+      of 24 bits it is XNNPACK's.
+    - ``tflite_double`` rounds twice: ``acc * multiplier * 2^-31``, halves up, within
+      int32, then the rest of the shift, halves away from zero. A shift below 31 goes to
+      the left first and drops the bits beyond int32.
+    - ``tflite_single`` rounds once, halves up. With a multiplier of 15 bits it is what
+      TFLite does to int64 accumulators.
 
     Args:
       acc: Accumulators, int32, any shape.
@@ -105,6 +156,10 @@ def requantize(
     Example:
       >>> requantize(jnp.int32([5, 6, 7, -6]), 2**30, 32, qmin=-128, qmax=127)
       Array([ 1,  2,  2, -2], dtype=int32)
+
+    References:
+      TensorFlow Lite, `MultiplyByQuantizedMultiplier`, lite/kernels/internal/common.cc;
+      gemmlowp, fixedpoint/fixedpoint.h; XNNPACK, src/qs8-requantization.
     """
     return requantize_sum(
         [(acc, multiplier)], shift, zero_point, qmin=qmin, qmax=qmax, rule=rule
@@ -129,11 +184,19 @@ def requantize_sum(
       zero_point: int32, of the codes.
       qmin: Least code.
       qmax: Largest code.
-      rule: How to round.
+      rule: How to round. ``tflite_double`` takes one term only.
 
     Returns:
       Codes, int32, shape of the accumulators.
+
+    Raises:
+      ValueError: if the rule rounds each product, and there are several.
     """
+    if rule == "tflite_double" and len(terms) > 1:
+        raise ValueError(
+            f"The rule 'tflite_double' rounds each product, got a sum of {len(terms)}. "
+            "Requantize the terms one by one, then their sum."
+        )
     low, high, zero = (jnp.asarray(v, jnp.int32) for v in (qmin, qmax, zero_point))
     with jax.enable_x64(True):
         wide = [(_to_int64(acc), _to_int64(m)) for acc, m in terms]
@@ -142,9 +205,29 @@ def requantize_sum(
         product = functools.reduce(jnp.add, (acc * m for acc, m in wide))
         if rule == "fp32_half_even":
             product = _round_to_float32(product)
-        rounded = shift_round(product, _to_int64(shift))
+        if rule == "tflite_double":
+            rounded = _round_twice(*wide[0], _to_int64(shift))
+        elif rule == "tflite_single":
+            rounded = _shift_half_up(product, _to_int64(shift))
+        else:
+            rounded = shift_round(product, _to_int64(shift))
         low, high, zero = (_to_int64(v) for v in (low, high, zero))
         return jnp.clip(rounded + zero, low, high).astype(jnp.int32)
+
+
+def _round_twice(acc: jax.Array, multiplier: jax.Array, shift: jax.Array) -> jax.Array:
+    """gemmlowp: a saturating rounding doubling high product, then a rounding shift."""
+    zero = jnp.zeros_like(shift)
+    left = jnp.maximum(31 - shift, zero)
+    wrapped = (acc << left).astype(jnp.int32).astype(jnp.int64)
+    high = jnp.minimum(_shift_half_up(wrapped * multiplier, zero + 31), 2**31 - 1)
+    right = jnp.maximum(shift - 31, zero)
+    # Halves away from zero are halves up on either side of it.
+    return jnp.sign(high) * _shift_half_up(jnp.abs(high), right)
+
+
+def _shift_half_up(value: jax.Array, shift: jax.Array) -> jax.Array:
+    return (value + ((jnp.ones_like(shift) << shift) >> 1)) >> shift
 
 
 def _to_int64(x: ArrayLike) -> jax.Array:

@@ -25,8 +25,8 @@ from qjax.scheme import Role, Rule, Scheme, Where
 
 FUNCTIONS = (
     "celu elu erf exp function gelu hard_sigmoid hard_silu hard_swish hard_tanh "
-    "leaky_relu log1p logistic mish selu sigmoid silu soft_sign softplus squareplus swish "
-    "tanh"
+    "leaky_relu log1p logistic mish selu sigmoid silu soft_sign softplus squareplus "
+    "swish tanh"
 ).split()
 _PRODUCTS = (
     "conv",

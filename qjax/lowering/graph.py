@@ -17,6 +17,7 @@ Operations (``q`` codes of the input, ``k`` a parameter, all integers):
     clip          code = clip(q, low, high)
     maximum, minimum, concatenate, argmax, argmin, max, min, max_pool, min_pool,
     reshape, transpose, slice, rev, pad, broadcast: as in `jax.lax`
+    tflite_*      what only graphs of TensorFlow Lite have: `qjax.lowering.tflite_ops`
 """
 
 import dataclasses

@@ -123,7 +123,7 @@ def _pad_or_crop(
     """Pads where sizes are positive, crops where they are negative."""
     grown = [(max(low, 0), max(high, 0)) for low, high in pad]
     x = np.pad(x, grown, constant_values=fill)
-    return x[tuple(slice(max(-a, 0), -b if b < 0 else None) for a, b in pad)]
+    return x[tuple(slice(max(-a, 0), b if b < 0 else None) for a, b in pad)]
 
 
 def _spread(x: np.ndarray, steps: Sequence[int], fill: int) -> np.ndarray:

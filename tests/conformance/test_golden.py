@@ -14,7 +14,7 @@ from qjax.affine import QSpec, dequantize, scale_shape
 from qjax.quantizers import quantizeml as qml
 from qjax.quantizers import tensorflow as tf
 from qjax.rounding import floor_log2, round_log2
-from tests.conformance import models, samples
+from tests.conformance import models, samples, tflite
 
 
 def _word(params, axis=None):
@@ -645,7 +645,7 @@ CHECKS = {
         qml_error,
     )
 }
-CHECKS |= models.CHECKS | samples.CHECKS
+CHECKS |= models.CHECKS | samples.CHECKS | tflite.CHECKS
 
 
 def _arrays(case):
