@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import qjax
 from qjax.lowering import AccumulatorOverflowError, graph, reference
+from qjax.lowering.passes import validate
 from tests.models import images, linen_example, nnx_example
 from tests.programs import Linen, Nnx, Program, programs
 
@@ -29,7 +30,7 @@ def check(program: Program) -> None:
         lowered = qjax.lower(qmodel, params, qstate, x)
     except AccumulatorOverflowError:
         return  # 16-bit codes through wide sums: said, and right.
-    graph.check(lowered.graph)
+    validate(lowered.graph, lowered.params)
     assert graph.Graph.from_json(lowered.graph.to_json()) == lowered.graph
     codes = [np.asarray(c) for c in lowered.quantize_inputs(x)]
     values = reference.run(lowered.graph, lowered.params, codes)
