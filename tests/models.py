@@ -23,7 +23,8 @@ def randomized(state: Any, seed: int = 0) -> Any:
 
     def draw(path: Any, leaf: Any) -> Any:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return leaf
+            known = isinstance(leaf, jax.Array)
+            return leaf if known else jnp.zeros(leaf.shape, leaf.dtype)
         name = jax.tree_util.keystr(path)
         value = rng.normal(size=leaf.shape) / np.sqrt(
             max(1, leaf.size // leaf.shape[-1])
@@ -47,7 +48,8 @@ def nnx_example(model: nnx.Module, x: np.ndarray) -> Example:
 
 
 def linen_example(model: nn.Module, x: np.ndarray) -> Example:
-    variables = randomized(model.init(jax.random.key(0), x[:1]))
+    # Shapes alone: initializers would have to be compiled.
+    variables = randomized(jax.eval_shape(model.init, jax.random.key(0), x[:1]))
     return Example(model.apply, variables, x)
 
 

@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import qjax
@@ -19,7 +20,8 @@ def check(program: Program) -> None:
     """One program, from the float model to the oracle."""
     x = images(*program.shape, seed=3)
     if program.is_nnx:
-        fn, params, _ = nnx_example(Nnx(program.steps, program.shape), x)
+        model = nnx.eval_shape(lambda: Nnx(program.steps, program.shape))
+        fn, params, _ = nnx_example(model, x)
     else:
         fn, params, _ = linen_example(Linen(program.steps), x)
     with warnings.catch_warnings():
