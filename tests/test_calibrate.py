@@ -23,6 +23,8 @@ from qjax.scheme import Rule, Scheme
 from tests import calibrate_sharded
 from tests.calibrate_sharded import CALIBRATORS, eighths
 
+pytestmark = pytest.mark.slow  # Many compilations.
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SITES = ("input:0", "one/output", "output:0")
 

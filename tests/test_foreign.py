@@ -18,6 +18,8 @@ from qjax.integer import fixed_point, requantize, requantize_sum, tflite_multipl
 from qjax.lowering import reference, tflite_ops
 from qjax.lowering.foreign import Operator, Tensor, build_tflite
 
+pytestmark = pytest.mark.slow  # Many compilations.
+
 Fraction = fractions.Fraction
 INT32 = -(2**31), 2**31 - 1
 

@@ -15,6 +15,8 @@ import tflite
 from qjax.formats.tflite import read_tflite
 from qjax.lowering import reference
 
+pytestmark = pytest.mark.slow  # Many compilations.
+
 # Writing files.
 
 

@@ -13,7 +13,7 @@ from qjax.lowering.passes import validate
 from tests.models import images, linen_example, nnx_example
 from tests.programs import Linen, Nnx, Program, programs
 
-pytestmark = pytest.mark.usefixtures("flax_promotion")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("flax_promotion")]
 
 
 def check(program: Program) -> None:

@@ -15,7 +15,7 @@ import qjax
 from qjax.affine import QSpec
 from tests.models import images, linen_example
 
-pytestmark = pytest.mark.usefixtures("flax_promotion")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("flax_promotion")]
 
 
 class Gated(nn.Module):

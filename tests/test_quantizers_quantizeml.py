@@ -18,6 +18,8 @@ import qjax
 from qjax.affine import dequantize
 from qjax.quantizers import quantizeml as qml
 
+pytestmark = pytest.mark.slow  # Many compilations.
+
 SETTINGS = settings(deadline=None, max_examples=30)
 LEAST, MOST = -(2**31), 2**31 - 1
 ENDS = [LEAST, LEAST + 1, -1, 0, 1, MOST]

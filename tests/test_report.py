@@ -11,7 +11,7 @@ import qjax
 from qjax.affine import QParams, QSpec, fake_quant
 from tests.models import NAMES, examples
 
-pytestmark = pytest.mark.usefixtures("flax_promotion")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("flax_promotion")]
 
 
 def _point(x, scale=1 / 16, bits=8, site=""):

@@ -188,10 +188,10 @@ def choose(x: Sequence[int], kernel: Sequence[int], window: Window) -> Body:
         return windows if channels in (2, 3) else convolution
     # 96x96, 3 to 8 channels, strides 2: XLA's own 0.53 at batch 32, windows 0.89; at
     # batch 1 0.11 and 0.07.
-    if (
-        terms <= _FEW_TERMS
-        and math.prod((x[0], *window.sizes(x, kernel))) >= _MANY_SUMS
-    ):
+    # A batch of any size, as exported, counts as one.
+    batch = x[0] if isinstance(x[0], int) else 1
+    many = math.prod((batch, *window.sizes(x, kernel))) >= _MANY_SUMS
+    if terms <= _FEW_TERMS and many:
         return convolution
     # 32x32x32, 16 to 16 channels, 3x3: neighbours 0.83, windows 1.2, XLA's own 10.1.
     if channels >= 4 and terms > _FEW_TERMS and window.dilation[-1] == 1:
@@ -231,7 +231,7 @@ def windows(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
     sizes = window.sizes(x.shape, kernel.shape)
     matrix = kernel.reshape(-1, kernel.shape[-1])
     acc = dot_general(rows.reshape(-1, len(matrix)), matrix, (((1,), (0,)), ((), ())))
-    return acc.reshape(len(x), *sizes, kernel.shape[-1])
+    return acc.reshape(x.shape[0], *sizes, kernel.shape[-1])
 
 
 def neighbours(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:

@@ -120,7 +120,7 @@ def _embed(node, params, inputs):
 
 
 def _take(node, params, inputs):
-    flat = inputs[0].reshape((len(inputs[0]), -1))
+    flat = inputs[0].reshape((inputs[0].shape[0], -1))
     return jnp.take(flat, params[node.params["places"]], axis=1, mode="clip")
 
 

@@ -657,6 +657,7 @@ def _arrays(case):
         return {name: file[key] for name, key in keys.items()}
 
 
+@pytest.mark.slow
 def test_case(case, record_property):
     record_property("kind", case["kind"])
     if case["kind"] not in CHECKS:
