@@ -57,7 +57,7 @@ def check_some(first: int, count: int) -> None:
     seed(first)(options(given(programs())(check)))()
 
 
-@pytest.mark.parametrize("part", range(10))
+@pytest.mark.parametrize("part", range(5))
 def test_random_programs(part):
     check_some(part, 20)
 

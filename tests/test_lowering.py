@@ -63,6 +63,7 @@ def test_power_of_two_scales_agree_code_for_code(name, bits):
     np.testing.assert_array_equal(program(x), simulated)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [(8, 8, True), (4, 8, False)])
 @pytest.mark.parametrize("name", NAMES)
 def test_float_scales_are_off_by_at_most_one_code(name, bits):
@@ -522,6 +523,7 @@ def dense(kernel, activation):
     return fn, jnp.asarray(rng.normal(size=(32, 12)), jnp.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_quantizers_of_weights_lower_code_for_code(kernel):
     fn, x = dense(kernel, "quantized_relu(6,2)")

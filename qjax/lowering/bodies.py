@@ -4,7 +4,7 @@
 
 Sums in int32 wrap and come back, and lowering has proven that what they end at fits: so
 a body may take them apart as it likes. `choose` decides while tracing, from shapes
-alone. Figures here are milliseconds on 2 cores with JAX 0.10.2, of
+alone. Figures here are milliseconds on 2 free cores with JAX 0.10.2, of
 
     python experiments/benchmarks/inference.py --bodies
 
@@ -26,16 +26,16 @@ from jax import lax
 
 from qjax.lowering.graph import Node
 
-# XLA has int8 kernels (YNNPACK) for dots of two rows and more, and for convolutions in
-# two dimensions with more than 16 channels or outputs, slow ones for 2 and 3 channels.
-# All else runs in scalar loops on int32, which do well on sums of few terms.
-_ROWS = 4
-_LARGE_KERNEL = 1 << 15
+# XLA has int8 kernels (YNNPACK) for dots of two rows and more, on all cores, and for
+# convolutions in two dimensions with more than 16 channels or outputs, mostly on one,
+# and slow for 2 and 3 channels. All else runs in loops on int32, which do well where
+# few products make a sum.
 _NARROW = 16
-_FEW_TERMS = 72
-_MANY_SUMS = 8192
-_BLOCK = 32
+_FEW_TERMS, _FEW_PRODUCTS, _MANY_SUMS = 72, 512, 8192
+_MOST_BYTES = 1 << 26
 _MOST_LOOPS = 128
+_BLOCK = 16
+_ROWS, _LARGE_KERNEL = 4, 1 << 15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def dot(
     acc = in_bytes(product, x, kernel, least)
     if (
         side == 1
-    ):  # Codes come first all the same: the kernel first takes 2.0, not 0.24.
+    ):  # Codes come first all the same: the kernel first takes 1.0, not 0.14.
         first, last = len(batch[0]), len(batch[0]) + x.ndim - len(taken)
         acc = acc.transpose(*range(first), *range(last, acc.ndim), *range(first, last))
     return shifted(acc, node) + params[node.params["bias"]]
@@ -130,7 +130,7 @@ def in_bytes(
 
     Codes of 16 bits times a kernel of 8 are two products of bytes, the sum of which is
     set right by the kernel's own: ``q = 256 * high + low + 128``. Others take the wider
-    type. 32 x 1024 codes times 1024 x 1024: 0.5 as bytes, 1.7 as 16 bits.
+    type. 32 x 1024 codes times 1024 x 1024: 0.27 as bytes, 0.80 as 16 bits.
 
     Args:
       product: Linear in both operands.
@@ -155,7 +155,7 @@ def dot_general(x: jax.Array, kernel: jax.Array, dimensions: Any) -> jax.Array:
     """`lax.dot_general` of integers, a single row of codes among rows of zeros.
 
     XLA runs one row in a scalar loop, several in an int8 kernel: 1024 codes times
-    1024 x 1024 take 0.19 alone, 0.08 among four rows.
+    1024 x 1024 take 0.11 alone, 0.05 among four rows.
     """
     (contract, _), (batch, _) = dimensions
     free = [d for d in range(x.ndim) if d not in contract]
@@ -174,29 +174,27 @@ def choose(x: Sequence[int], kernel: Sequence[int], window: Window) -> Body:
     terms = math.prod(taps) * channels
     if window.groups > 1:
         loops = math.prod(taps) * outputs // window.groups
-        # 32x48x48x16, 3x3: products 0.21, XLA's own grouped convolution 22.6.
+        # 32x48x48x16, 3x3: products 0.15, XLA's own 11.3.
         if channels == 1 and loops <= _MOST_LOOPS:
             return products
-        # 32x16x16x64 in 8 groups, 3x3: blocks 1.3, XLA's own 11.0.
+        # 32x16x16x64 in 8 groups, 3x3: blocks 0.63, XLA's own 10.9.
         return blocks
-    # 1x1 is a dot: 32x48x48x8 to 16 channels 0.31, XLA's own 0.83. In one dimension,
-    # 32x128x64, 3 taps: 0.45 and 6.1; in three, 32x8x8x8x32, 27 taps: 5.4 and 204.
+    # In one dimension, 32x128x64, 3 taps: windows 0.23, XLA's own 3.0; in three,
+    # 32x8x8x8x32, 27 taps: 2.4 and 100. 1x1 is a dot: 32x48x48x8 to 16, 0.18 and 0.44.
     if len(taps) != 2 or terms == channels:
         return windows
-    if channels > _NARROW or outputs > _NARROW:
-        # 32x32x32, 3 to 32 channels, 3x3: windows 0.66, XLA's own 3.4.
-        return windows if channels in (2, 3) else convolution
-    # 96x96, 3 to 8 channels, strides 2: XLA's own 0.53 at batch 32, windows 0.89; at
-    # batch 1 0.11 and 0.07.
     # A batch of any size, as exported, counts as one.
     batch = x[0] if isinstance(x[0], int) else 1
-    many = math.prod((batch, *window.sizes(x, kernel))) >= _MANY_SUMS
-    if terms <= _FEW_TERMS and many:
-        return convolution
-    # 32x32x32, 16 to 16 channels, 3x3: neighbours 0.83, windows 1.2, XLA's own 10.1.
-    if channels >= 4 and terms > _FEW_TERMS and window.dilation[-1] == 1:
-        return neighbours
-    return windows
+    sums = math.prod((batch, *window.sizes(x, kernel)))
+    if max(channels, outputs) <= _NARROW:
+        # 32x96x96, 3 to 8 channels, strides 2: XLA's own 0.28, windows 0.51; at batch 1
+        # 0.08 and 0.04.
+        is_light = terms <= _FEW_TERMS and terms * outputs <= _FEW_PRODUCTS
+        return convolution if is_light and sums >= _MANY_SUMS else windows
+    # 32x32x32, 3 to 32 channels: windows 0.35, XLA's own 3.2. 32x16x16, 32 to 32: 0.40
+    # and 0.57, for more memory.
+    is_small = sums * terms <= _MOST_BYTES
+    return windows if is_small or channels in (2, 3) else convolution
 
 
 def convolution(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
@@ -232,28 +230,6 @@ def windows(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
     matrix = kernel.reshape(-1, kernel.shape[-1])
     acc = dot_general(rows.reshape(-1, len(matrix)), matrix, (((1,), (0,)), ((), ())))
     return acc.reshape(x.shape[0], *sizes, kernel.shape[-1])
-
-
-def neighbours(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    """Outputs side by side become channels of one convolution with a wider kernel."""
-    *_, width, channels, outputs = kernel.shape
-    count, step = max(2, min(4, _BLOCK // outputs)), window.strides[-1]
-    size = window.sizes(x.shape, kernel.shape)[-1]
-    kernels = []
-    for k in range(count):
-        config = [(0, 0, 0)] * kernel.ndim
-        config[-3] = (k * step, (count - 1 - k) * step, 0)
-        kernels.append(lax.pad(kernel, jnp.zeros((), kernel.dtype), config))
-    blocks = -(-size // count)
-    needed = (blocks * count - 1) * step + width
-    config = [(0, 0, 0)] * x.ndim
-    config[-2] = (0, max(0, needed - x.shape[-2]), 0)
-    wide = Window((*window.strides[:-1], count * step), window.dilation)
-    acc = convolution(
-        lax.pad(x, jnp.zeros((), x.dtype), config), jnp.concatenate(kernels, -1), wide
-    )
-    acc = acc.reshape(*acc.shape[:-2], acc.shape[-2] * count, outputs)
-    return acc[..., :size, :]
 
 
 def products(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
