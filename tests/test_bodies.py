@@ -7,12 +7,15 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from jax import lax
 
 from qjax.lowering import bodies, reference, xla
 from qjax.lowering.bodies import Window
 from qjax.lowering.graph import Graph, Node, Value
+
+pytestmark = pytest.mark.slow  # Many compilations.
 
 INT32 = np.iinfo(np.int32)
 
