@@ -10,12 +10,10 @@ import collections
 from collections.abc import Callable
 
 import jax.extend.core as jex
-from jax.extend.core import primitives as p
 
-from qjax.trace import AFFINE, BOUNDS, POINTWISE, Equation, Trace, kinds_of
+from qjax.trace import AFFINE, BOUNDS, CALLS, POINTWISE, Equation, Trace, kinds_of
 
 _NEUTRAL = frozenset("convert_element_type copy reduce_precision stop_gradient".split())
-_CALLS = (p.jit_p, p.custom_jvp_call_p, p.custom_vjp_call_p)
 
 _AXES = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims")
 
@@ -164,7 +162,7 @@ class _Finder:
         others = [v for v in e.inputs if v not in data]
         if not data or len(e.outputs) != 1 or not all(map(self._is_number, others)):
             return None
-        if e.primitive in _CALLS:
+        if e.primitive in CALLS:
             return self._kind_of_call(e) if len(data) == 1 else None
         if name in _NEUTRAL and len(data) == 1:
             is_same = self.model.is_real(data[0]) == self.model.is_real(e.outputs[0])

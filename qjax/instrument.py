@@ -95,6 +95,37 @@ class QuantizedModel:
         scheme = self.scheme if scheme is None else scheme
         return Simulation(self.fn, params, inputs).run(Quantizer(scheme, qstate))
 
+    def apply_integer(
+        self, params: Any, qstate: QState, *inputs: Any, scheme: Scheme | None = None
+    ) -> Any:
+        """Computes the model in the arithmetic of its integer program: what ships.
+
+        Between two sites everything is int32 accumulators and integer requantizers,
+        with multipliers and shifts computed from the traced scales: bit for bit what
+        the program of `qjax.lower` returns for the same parameters. Derivatives are
+        those of `apply`. With power-of-two scales both have the same values; with
+        others `apply` may be off by a code near a tie, and this is not.
+
+        Args:
+          params: As ``fn`` takes them.
+          qstate: Ranges of the activations, from `calibrate`.
+          *inputs: As ``fn`` takes them.
+          scheme: Replaces the scheme of the model; may differ in bits. Products run on
+            bytes where bits are known, on int32 where they are traced.
+
+        Returns:
+          What ``fn`` returns. Accumulators wrap: `qjax.lower` proves that they do not.
+
+        Raises:
+          ValueError: if ``qstate`` lacks a site, or for a site that has no integers: an
+            operand without a quantizer, a BatchNorm in training.
+        """
+        # A lower room, so imported late: the arithmetic is that of lowering.
+        from qjax.lowering.forward import IntegerForward, Words
+
+        scheme = self.scheme if scheme is None else scheme
+        return IntegerForward(self.fn, params, inputs).run(Words(scheme, qstate))
+
     def apply_and_update(
         self, params: Any, qstate: QState, *inputs: Any
     ) -> tuple[Any, QState]:

@@ -4,11 +4,13 @@ No function here makes a floating-point value inside a traced program.
 """
 
 import functools
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 
 # half_even: one rounding of the exact product. fp32_half_even: the product is rounded
@@ -20,6 +22,7 @@ RequantizeRule = Literal[
 ]
 
 _MOST_SHIFT = 62
+_INT32_MAX = np.iinfo(np.int32).max
 
 
 def fixed_point(ratio: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -47,16 +50,96 @@ def fixed_point(ratio: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
             f"A ratio of scales must be finite and below 2^31, got {ratio}. Check the "
             "scales: one is zero, NaN, or much finer than the other."
         )
-    mantissa, exponent = np.frexp(ratio)
-    multiplier = np.rint(mantissa * 2.0**31).astype(np.int64)
-    carried = np.abs(multiplier) == 1 << 31
-    multiplier = np.where(carried, multiplier // 2, multiplier)
-    shift = 31 - (exponent + carried)
+    multiplier, shift = _fixed_point(ratio, np)
     if np.any(shift < 0):
         raise ValueError(f"A ratio of scales must be below 2^31, got {ratio}.")
+    return multiplier, shift
+
+
+def traced_fixed_point(
+    factors: Sequence[jax.Array], divisor: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`fixed_point` of a ratio that is traced: a product over a divisor, in float64.
+
+    Args:
+      factors: float32, broadcast against each other. Multiplied from left to right.
+      divisor: float32, broadcasts.
+
+    Returns:
+      ``(multiplier, shift)``, int32, bit for bit those of `fixed_point`. What that
+      refuses is undefined.
+    """
+    with jax.enable_x64(True):
+        return _fixed_point(_ratio(factors, divisor), jnp)
+
+
+def common_fixed_point(ratios: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Writes real factors as ``multipliers * 2^-shift`` for `requantize_sum`.
+
+    Args:
+      ratios: float64, ``[n]``, of either sign, finite.
+
+    Returns:
+      ``(multipliers, shift)``, int32, ``[n]`` and ``[]``. The shift is that of the
+      largest factor by `fixed_point`.
+
+    Raises:
+      ValueError: as `fixed_point`, for the largest.
+    """
+    ratios = np.asarray(ratios, np.float64)
+    fixed_point(np.max(np.abs(ratios)))  # Raises what it raises.
+    return _common_fixed_point(ratios, np)
+
+
+def traced_common_fixed_point(
+    scales: Sequence[jax.Array], signs: Sequence[float], divisor: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`common_fixed_point` of ``sign * scale / divisor``, traced.
+
+    Args:
+      scales: float32, ``[]`` each.
+      signs: 1.0 or -1.0 for each.
+      divisor: float32, ``[]``.
+
+    Returns:
+      ``(multipliers, shift)``, int32, bit for bit those of `common_fixed_point`.
+    """
+    with jax.enable_x64(True):
+        signed = jnp.stack([s * sign for s, sign in zip(scales, signs, strict=True)])
+        return _common_fixed_point(_ratio([signed], divisor), jnp)
+
+
+def _ratio(factors: Sequence[jax.Array], divisor: jax.Array) -> jax.Array:
+    """A product over a divisor in float64, in an order the compiler cannot change."""
+    wide = [lax.optimization_barrier(f.astype(jnp.float64)) for f in factors]
+    product = functools.reduce(lambda a, b: lax.optimization_barrier(a * b), wide)
+    # A quotient by one number would become a product with its reciprocal.
+    below = jnp.broadcast_to(divisor.astype(jnp.float64), product.shape)
+    return product / lax.optimization_barrier(below)
+
+
+def _fixed_point(ratio: Any, xp: Any) -> tuple[Any, Any]:
+    """The formula of `fixed_point`, in NumPy or JAX."""
+    mantissa, exponent = xp.frexp(ratio)
+    multiplier = xp.rint(mantissa * 2.0**31).astype(xp.int64)
+    carried = xp.abs(multiplier) == 1 << 31
+    multiplier = xp.where(carried, multiplier // 2, multiplier)
+    shift = 31 - (exponent + carried)
     vanishes = (shift > _MOST_SHIFT) | (multiplier == 0)
-    multiplier = np.where(vanishes, 0, multiplier).astype(np.int32)
-    return multiplier, np.where(vanishes, 0, shift).astype(np.int32)
+    multiplier = xp.where(vanishes, 0, multiplier).astype(xp.int32)
+    return multiplier, xp.where(vanishes, 0, shift).astype(xp.int32)
+
+
+def _common_fixed_point(ratios: Any, xp: Any) -> tuple[Any, Any]:
+    """The formula of `common_fixed_point`, in NumPy or JAX."""
+    _, shift = _fixed_point(xp.max(xp.abs(ratios)), xp)
+
+    def scaled(shift: Any) -> Any:
+        return xp.rint(ratios * (xp.int64(1) << shift.astype(xp.int64)))
+
+    # Carried to 2^31 by rounding: one bit less.
+    shift = xp.where(xp.max(xp.abs(scaled(shift))) > _INT32_MAX, shift - 1, shift)
+    return scaled(shift).astype(xp.int32), shift.astype(xp.int32)
 
 
 def tflite_multiplier(ratio: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

@@ -59,6 +59,7 @@ class Simulation:
         plan = find_blocks(self._model, names)
         self._plan = describe(self._model, plan, names)
         self._arguments = [_unfolded(x) for _, x in leaves] + jax.tree.leaves(inputs)
+        self._inputs = self._model.inputs[len(leaves) :]
         blocks = self._plan.blocks
         self._scopes = {b.root.outputs[0]: _scope(b, self._plan) for b in blocks}
         self.sites = self._plan.sites
@@ -85,8 +86,12 @@ class Simulation:
             values = evaluate(e, *(self._env[v] for v in e.inputs))
         self._env.update(zip(e.outputs, values, strict=True))
         self._keep_grid(e)
+        self._follow(e)
         for v in e.outputs:
             self._visit(v)
+
+    def _follow(self, e: Equation) -> None:
+        """What else there is to know of an equation before its sites are visited."""
 
     def _visit(self, v: int) -> None:
         plan, grid = self._plan, None
@@ -137,10 +142,21 @@ class Simulation:
         if after is not None:
             factor, offset = _hold_offset(factor, after, scale)
             before = offset if before is None else before + offset
-        y = self._env[acc]
-        if before is not None:
-            y = y + fake_quant_bias(before, scale, site=f"{block.name}/bias")
-        return [y if factor is None else y * factor]
+        return [self._line(block, acc, self._env[acc], before, scale, factor)]
+
+    def _line(
+        self,
+        block: Block,
+        acc: int,
+        value: jax.Array,
+        bias: jax.Array | None,
+        scale: jax.Array,
+        factor: jax.Array | None,
+    ) -> jax.Array:
+        """``(value + bias) * factor``, the bias on the grid ``scale`` of a product."""
+        if bias is not None:
+            value = value + fake_quant_bias(bias, scale, site=f"{block.name}/bias")
+        return value if factor is None else value * factor
 
     def _fused_average(
         self, block: Block, acc: int, factor: jax.Array
@@ -173,11 +189,16 @@ class Simulation:
         factor, grid = self._visitor.weight(site, factor)
         if grid is None:
             return None
-        y = value * factor
-        if after is not None:
-            scale = self._grids[x].scale * grid.scale
-            y = y + fake_quant_bias(after, scale, site=f"{block.name}/bias")
-        return [y]
+        scale = self._grids[x].scale * grid.scale
+        end = block.affine[-1].outputs[0]
+        product = self._scaled(site, x, end, factor, grid)
+        return [self._line(block, end, product, after, scale, None)]
+
+    def _scaled(
+        self, site: Site, x: int, end: int, factor: jax.Array, grid: QParams
+    ) -> jax.Array:
+        """A value times a factor that is the weight of a site: the product ``end``."""
+        return self._env[x] * factor
 
     def _compose(self, block: Block, x: int) -> tuple[Any, Any, Any]:
         """The affine equations as ``(x + before) * factor + after``; None: absent."""

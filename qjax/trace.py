@@ -16,6 +16,7 @@ from jax.extend.core import primitives as p
 
 _CALLS = (p.jit_p, p.closed_call_p, p.remat_p)
 _DERIVATIVE_CALLS = (p.custom_jvp_call_p, p.custom_vjp_call_p)
+CALLS = (p.jit_p, *_DERIVATIVE_CALLS)  # That a trace may keep whole.
 AFFINE = frozenset("add sub mul div neg".split())
 BOUNDS = frozenset("max min clamp".split())
 POINTWISE = frozenset(

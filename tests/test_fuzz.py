@@ -1,7 +1,11 @@
-"""Random programs: the integer program is the NumPy oracle, and the simulated model."""
+"""Random programs: the integer program is the NumPy oracle, and the simulated model.
+
+What `apply_integer` computes is the integer program, too.
+"""
 
 import warnings
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -16,8 +20,8 @@ from tests.programs import Linen, Nnx, Program, programs
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("flax_promotion")]
 
 
-def check(program: Program) -> None:
-    """One program, from the float model to the oracle."""
+def check(program: Program, is_trained: bool = True) -> None:
+    """One program, from the float model to the oracle and to the form that trains."""
     x = images(*program.shape, seed=3)
     if program.is_nnx:
         model = nnx.eval_shape(lambda: Nnx(program.steps, program.shape))
@@ -43,9 +47,12 @@ def check(program: Program) -> None:
     for name, row in report.sites.items():
         most = 0 if program.is_power_of_two else 1
         assert row.max_difference <= most, f"{name}\n{report}\n{lowered.graph}"
+    if is_trained:
+        ours = jax.jit(qmodel.apply_integer)(params, qstate, x)
+        np.testing.assert_array_equal(ours, lowered(x))
 
 
-def check_some(first: int, count: int) -> None:
+def check_some(first: int, count: int, is_trained: bool = True) -> None:
     """Some programs, the same for the same number."""
     options = settings(
         max_examples=count,
@@ -54,12 +61,13 @@ def check_some(first: int, count: int) -> None:
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    seed(first)(options(given(programs())(check)))()
+    run = options(given(programs())(lambda program: check(program, is_trained)))
+    seed(first)(run)()
 
 
 @pytest.mark.parametrize("part", range(5))
 def test_random_programs(part):
-    check_some(part, 20)
+    check_some(part, 20, is_trained=part == 0)
 
 
 @pytest.mark.fuzz

@@ -27,6 +27,7 @@ from qjax.trace import Equation, Trace
 _INT32 = np.iinfo(np.int32)
 _MOST_SHIFT = 24  # Of a product that a finer bias is added to.
 _SHIFT = 8  # If no shift holds it.
+_ROUNDING = 2.0**-20  # Relative, of float32 scales and of their products.
 
 
 @rule("add", "add_any", "sub")
@@ -78,6 +79,8 @@ def _add_known(
     if not isinstance(x, Integers) or x.emit is None or x.is_bounded:
         raise refuse(e, x, "operand")
     if isinstance(known, KnownCodes):
+        if sign > 0 and _is_on_grid_of(x, known):
+            return _with_bias(x, known.codes)
         real = known.codes * np.float64(known.scale)
     else:
         assert isinstance(known, Known)
@@ -93,6 +96,14 @@ def _add_known(
             "before it is all but zero; `qjax.quantize_model` handles that case."
         )
     return _with_bias(x, bias)
+
+
+def _is_on_grid_of(x: Integers, known: KnownCodes) -> bool:
+    """Whether a bias has the unit of its accumulator, up to the float32 rounding."""
+    if x.gain is not None or np.any(known.zero_point):
+        return False
+    fits = np.all(np.abs(known.codes) <= x.most)
+    return bool(fits and np.all(np.abs(known.scale / x.scale - 1) <= _ROUNDING))
 
 
 def _is_number(known: Abstract) -> bool:
@@ -115,7 +126,7 @@ def _refined(x: Integers, bias: np.ndarray) -> Integers:
 
 def _is_whole(x: np.ndarray) -> bool:
     """Up to the float32 rounding of scales."""
-    return bool(np.all(np.abs(x - np.rint(x)) <= 2.0**-20 * np.abs(x)))
+    return bool(np.all(np.abs(x - np.rint(x)) <= _ROUNDING * np.abs(x)))
 
 
 def _with_bias(x: Integers, bias: np.ndarray) -> Integers:

@@ -1,6 +1,7 @@
 """Rules of quantization points: inputs are quantized, accumulators requantized."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.affine import grid_codes
-from qjax.integer import fixed_point
+from qjax.integer import common_fixed_point, fixed_point
 from qjax.lowering.graph import Grid, storage
 from qjax.lowering.interpret import refuse, rule, where
 from qjax.lowering.rules_functions import add_table
@@ -26,9 +27,6 @@ from qjax.lowering.values import (
 )
 from qjax.rounding import half_even
 from qjax.trace import Equation, Trace
-
-_INT32 = np.iinfo(np.int32)
-_EXACT_FLOAT32 = 1 << 24  # Integers below are exact in float32, and so are their sums.
 
 
 @rule("qpoint")
@@ -219,7 +217,6 @@ def _requantize(
     x = x.emitted()
     assert x.value is not None
     ratio = x.real_scale() / float(np.float32(target.scale))
-    most = max(abs(x.low - x.zero_point), abs(x.high - x.zero_point))
     # Where float32 arithmetic has one operation that rounds, round as it does.
     one_rounding = (
         x.gain is not None
@@ -227,9 +224,8 @@ def _requantize(
         and _is_power_of_two(x.scale)
         and _is_power_of_two(np.asarray(target.scale))
         and not _is_power_of_two(x.gain)
-        and most < _EXACT_FLOAT32
     )
-    multiplier, shift = _fixed_point(ratio, target.site)
+    multiplier, shift = _at_site(fixed_point, ratio, target.site)
     params = {
         "multiplier": builder.add_param(f"{target.site}/multiplier", multiplier),
         "shift": builder.add_param(f"{target.site}/shift", shift),
@@ -254,13 +250,7 @@ def _requantize_sum(
     builder: Builder, x: Sum, target: _Target, shape: tuple[int, ...]
 ) -> Integers:
     ratios = np.array([sign * float(t.scale) / target.scale for t, sign in x.terms])
-    largest = ratios[np.argmax(np.abs(ratios))]
-    _, shift = _fixed_point(np.asarray(largest), target.site)
-    multipliers = np.rint(ratios * 2.0 ** float(shift))
-    # Carried to 2^31 by rounding: one bit less.
-    if np.max(np.abs(multipliers)) > _INT32.max:
-        shift = shift - 1
-        multipliers = np.rint(ratios * 2.0 ** float(shift))
+    multipliers, shift = _at_site(common_fixed_point, ratios, target.site)
     low, high = target.range(x.bounds)
     value = target.add_value(builder, shape, low, high)
     inputs = tuple(t.value for t, _ in x.terms if t.value is not None)
@@ -279,9 +269,13 @@ def _requantize_sum(
     return target.integers(builder, value)
 
 
-def _fixed_point(ratio: np.ndarray, site: str) -> tuple[np.ndarray, np.ndarray]:
+def _at_site(
+    convert: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    ratio: np.ndarray,
+    site: str,
+) -> tuple[np.ndarray, np.ndarray]:
     try:
-        return fixed_point(ratio)
+        return convert(ratio)
     except ValueError as error:
         raise ValueError(f"The site {site!r} cannot be requantized. {error}") from error
 

@@ -18,7 +18,6 @@ from qjax.simulate import output_scale
 from qjax.trace import Equation, Trace
 
 _INT32 = np.iinfo(np.int32)
-_EXACT_FLOAT32 = 1 << 24  # Integers below are exact in float32, and so are their sums.
 
 
 class AccumulatorOverflowError(OverflowError):
@@ -41,8 +40,7 @@ def _dot_general(
         return _dot_codes(builder, e, trace, a, b)
     operand = 0 if isinstance(a, Known | KnownCodes) else 1
     x, w = (b, a) if operand == 0 else (a, b)
-    contract = e.params["dimension_numbers"][0][operand]
-    return _product(builder, e, trace, x, w, operand, contract)
+    return _product(builder, e, trace, x, w, operand)
 
 
 def _dot_codes(
@@ -123,10 +121,15 @@ def _conv(
             f"There is no integer rule for this convolution, met in {where(e)}.\n"
             f"  equation: {e}"
         )
-    rank = len(trace.shape(e.inputs[1]))
-    channel = e.params["dimension_numbers"].rhs_spec[0]
-    contract = [d for d in range(rank) if d != channel]
-    return _product(builder, e, trace, x, w, 1, contract)
+    return _product(builder, e, trace, x, w, 1)
+
+
+def contracted_axes(e: Equation, operand: int, rank: int) -> tuple[int, ...]:
+    """The axes of a kernel that a product with it sums over."""
+    dimensions = e.params["dimension_numbers"]
+    if e.primitive.name == "dot_general":
+        return tuple(dimensions[0][operand])
+    return tuple(d for d in range(rank) if d != dimensions.rhs_spec[0])
 
 
 def _product(
@@ -136,7 +139,6 @@ def _product(
     x: Abstract,
     w: Abstract,
     operand: int,
-    contract: Any,
 ) -> Abstract:
     if not isinstance(x, Integers) or not x.is_codes:
         raise refuse(e, x, "input")
@@ -148,24 +150,24 @@ def _product(
             "product. Use `symmetric=True` for weights."
         )
     shape = trace.shape(e.outputs[0])
+    over = contracted_axes(e, operand, w.codes.ndim)
     scale = output_scale(e, operand, w.scale, len(shape))
     if scale is None:
         raise ValueError(
             f"The scale of the kernel {w.site!r} varies inside the sum of "
             f"`{e.primitive.name}` in {where(e)}: its shape is {w.scale.shape}, and "
-            f"axes {tuple(contract)} are summed over.\n  equation: {e}\n"
+            f"axes {over} are summed over.\n  equation: {e}\n"
             f"Set `axis` of {w.site!r} to an axis of the output."
         )
-    over = tuple(contract)
-    total = _to_output(e, operand, w.codes.sum(over, keepdims=True), len(shape))
+    total = to_output(e, operand, w.codes.sum(over, keepdims=True), len(shape))
     positive = np.maximum(w.codes, 0).sum(over, keepdims=True)
     negative = np.minimum(w.codes, 0).sum(over, keepdims=True)
     # Padding has the code of zero.
     up, down = max(x.high - x.zero_point, 0), min(x.low - x.zero_point, 0)
-    high = _to_output(e, operand, positive * up + negative * down, len(shape))
-    low = _to_output(e, operand, positive * down + negative * up, len(shape))
+    high = to_output(e, operand, positive * up + negative * down, len(shape))
+    low = to_output(e, operand, positive * down + negative * up, len(shape))
     assert x.value is not None
-    offset = _storage_offset(builder.values[x.value].dtype)
+    offset = storage_offset(builder.values[x.value].dtype)
     source, limit = x.value, builder.most(w.site or "")
 
     def emit(bias: np.ndarray, shift: int) -> tuple[int, int, int]:
@@ -178,7 +180,7 @@ def _product(
         value = builder.add_value(shape, lowest, highest, dtype="int32")
         is_dot = e.primitive.name == "dot_general"
         attributes = (
-            _dot_attributes(e, operand) if is_dot else _conv_attributes(e, x.zero_point)
+            dot_attributes(e, operand) if is_dot else conv_attributes(e, x.zero_point)
         )
         builder.add_node(
             "dot" if is_dot else "conv",
@@ -205,12 +207,13 @@ def _product(
     )
 
 
-def _to_output(e: Equation, operand: int, sums: np.ndarray, rank: int) -> np.ndarray:
-    """Per-channel sums of a kernel, in the rank of the output."""
-    return np.asarray(output_scale(e, operand, sums, rank))
+def to_output(e: Equation, operand: int, sums: Any, rank: int) -> Any:
+    """Per-channel sums of a kernel, in the rank of the output. NumPy or JAX."""
+    return output_scale(e, operand, sums, rank)
 
 
-def _dot_attributes(e: Equation, operand: int) -> dict[str, Any]:
+def dot_attributes(e: Equation, operand: int) -> dict[str, Any]:
+    """Of the node `dot`, for a kernel that is this operand."""
     contract, batch = (
         [list(map(int, axes)) for axes in pair]
         for pair in e.params["dimension_numbers"]
@@ -218,7 +221,8 @@ def _dot_attributes(e: Equation, operand: int) -> dict[str, Any]:
     return {"contract": contract, "batch": batch, "kernel_operand": operand}
 
 
-def _conv_attributes(e: Equation, zero_point: int) -> dict[str, Any]:
+def conv_attributes(e: Equation, zero_point: Any) -> dict[str, Any]:
+    """Of the node `conv`; its padding has the code of zero."""
     dimensions = e.params["dimension_numbers"]
     specs = dimensions.lhs_spec, dimensions.rhs_spec, dimensions.out_spec
     return {
@@ -273,7 +277,7 @@ def _smallest(codes: np.ndarray) -> np.ndarray:
     return codes.astype("int8" if top < 128 else "int16" if top < 32768 else "int32")
 
 
-def _storage_offset(dtype: str) -> int:
+def storage_offset(dtype: str) -> int:
     """What takes an unsigned type to the signed one of its size."""
     info = np.iinfo(dtype)
     return 0 if info.min < 0 else (info.max + 1) // 2
@@ -286,7 +290,7 @@ def multiply(
     assert x.value is not None
     source, shape = x.value, trace.shape(e.outputs[0])
     codes, limit = compact(w.codes), builder.most(w.site or "")
-    offset = _storage_offset(builder.values[source].dtype)
+    offset = storage_offset(builder.values[source].dtype)
     ends = [codes * (bound - x.zero_point) for bound in (x.low, x.high)]
 
     def emit(bias: np.ndarray, shift: int) -> tuple[int, int, int]:

@@ -23,8 +23,6 @@ from qjax.lowering.values import (
 from qjax.simulate import move_scale
 from qjax.trace import Equation, Trace
 
-_EXACT_FLOAT32 = 1 << 24  # Integers below are exact in float32, and so are their sums.
-
 
 def settled(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Integers:
     """Integers in the graph for which no bound waits."""

@@ -1,0 +1,486 @@
+"""The arithmetic of the integer program inside a model that has derivatives.
+
+Runs a traced model as `qjax.simulate` does. What lies between two sites is computed in
+int32 and requantized as the integer program does it, with multipliers that are traced;
+derivatives are those of the fake-quantized model.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from qjax.affine import QParams, QSpec, dequantize, grid_codes
+from qjax.blocks import SHAPE_MOVES, Block, bounds_of
+from qjax.instrument import Quantizer
+from qjax.integer import (
+    RequantizeRule,
+    requantize_sum,
+    traced_common_fixed_point,
+    traced_fixed_point,
+)
+from qjax.lowering import bodies
+from qjax.lowering.graph import Node, storage
+from qjax.lowering.rules_products import (
+    contracted_axes,
+    conv_attributes,
+    dot_attributes,
+    storage_offset,
+    to_output,
+)
+from qjax.quantizers.point import make_point, straight
+from qjax.quantizers.spec import Spec, is_known
+from qjax.scheme import Site
+from qjax.simulate import Simulation, Visit, output_scale
+from qjax.trace import CALLS, POINTWISE, Equation, evaluate
+
+_NEUTRAL = frozenset("convert_element_type copy copy_p reduce_precision".split())
+_EXTREMES = frozenset(
+    "reduce_max reduce_min reduce_window_max reduce_window_min".split()
+)
+_CHOICES = SHAPE_MOVES | _EXTREMES | {"pad", "gather", "dynamic_slice", "split"}
+_JOINS = frozenset("concatenate max min select_n".split())
+_SUMS = frozenset("reduce_sum reduce_window_sum".split())
+
+
+class _Target(NamedTuple):
+    """The grid of a site, and the ends of its word."""
+
+    scale: jax.Array  # [].
+    zero_point: jax.Array
+    qmin: jax.Array
+    qmax: jax.Array
+
+    def codes_of(self, real: jax.Array) -> jax.Array:
+        """The codes of real values, by the formula of the tag."""
+        return grid_codes(real, *self)
+
+    def rounded(
+        self,
+        terms: Sequence[tuple[jax.Array, jax.Array]],
+        shift: jax.Array,
+        rule: RequantizeRule = "half_even",
+    ) -> jax.Array:
+        """`requantize_sum` to this grid."""
+        low, high = self.qmin, self.qmax
+        return requantize_sum(
+            list(terms), shift, self.zero_point, qmin=low, qmax=high, rule=rule
+        )
+
+
+# What will be codes, once the grid of the next site is known.
+_Late = Callable[[_Target], jax.Array]
+
+
+class _Accumulator(NamedTuple):
+    """``real = value * scales[0] * scales[1] * ... * gain``."""
+
+    value: jax.Array  # int32.
+    scales: tuple[jax.Array, ...]  # float32, [] or the rank of the value.
+    gain: jax.Array | None = None  # float32, of BatchNorm or of an average.
+
+    @property
+    def factors(self) -> tuple[jax.Array, ...]:
+        """All that multiplies the integers, in the order of the lowering."""
+        gain = () if self.gain is None else (self.gain,)
+        return (*self.scales, *(_of_rank(g, self.value.ndim) for g in gain))
+
+    def real(self) -> jax.Array:
+        """What the program returns, where no site ends it."""
+        with jax.enable_x64(True):
+            factors = (f.astype(jnp.float64) for f in self.factors)
+            scale = functools.reduce(jnp.multiply, factors).astype(jnp.float32)
+        return self.value.astype(jnp.float32) * scale
+
+    def codes(self, target: _Target) -> jax.Array:
+        """Requantizes: one rounding, or that of float32 where lowering takes it."""
+        multiplier, shift = traced_fixed_point(self.factors, target.scale)
+        terms = [(self.value, multiplier)]
+        if self.gain is None:
+            return target.rounded(terms, shift)
+        scales = (*self.scales, target.scale)
+        is_exact = functools.reduce(jnp.logical_and, map(_is_power_of_two, scales))
+        return lax.cond(
+            is_exact,
+            lambda: target.rounded(terms, shift, "fp32_half_even"),
+            lambda: target.rounded(terms, shift),
+        )
+
+
+class IntegerForward(Simulation):
+    """A simulation whose values are those of the integer program."""
+
+    def run(self, visitor: "Words") -> Any:  # type: ignore[override]
+        """Returns what the model returns, computed as the integer program does.
+
+        Raises:
+          ValueError: at a site that has no integers.
+        """
+        self._seen = visitor.words
+        self._words: dict[int, str] = {}  # Value on a grid -> type of its codes.
+        self._late: dict[int, _Late] = {}
+        self._sums: dict[int, _Accumulator] = {}
+        self._data = set(self._inputs)
+        self._of_codes: set[int] = set()  # Functions of what lies on grids.
+        self._roots = {b.root.outputs[0]: b for b in self._plan.blocks}
+        self._ends = {b.value: b for b in self._plan.blocks}
+        return super().run(visitor)
+
+    # Sites.
+
+    def _visit(self, v: int) -> None:
+        before = self._env[v]
+        super()._visit(v)
+        if v in self._plan.weights:
+            site = self._plan.sites[self._plan.weights[v]]
+            if v in self._grids:
+                self._words[v] = self._seen[site.name].dtype
+        if v not in self._plan.activations:
+            return
+        site = self._plan.sites[self._plan.activations[v]]
+        late, grid = self._late.pop(v, None), self._grids.get(v)
+        if grid is None:
+            return
+        word = self._seen[site.name]
+        self._words[v] = word.dtype
+        if late is not None and grid.scale.ndim == 0 and word.is_direct:
+            codes = late(_Target(*grid, word.qmin, word.qmax))
+            value = dequantize(codes, grid).astype(before.dtype)
+            self._env[v] = straight(self._env[v], value)
+        elif not self._is_input(v) and v not in self._of_codes:
+            raise self._refusal(site, v)
+
+    def _is_input(self, v: int) -> bool:
+        return self._plan.sites[self._plan.activations[v]].name.startswith("input:")
+
+    def _refusal(self, site: Site, v: int) -> ValueError:
+        block = self._ends.get(v)
+        root = "" if block is None else f", a `{block.root.primitive.name}`,"
+        if block is not None and block.has_statistics:
+            return ValueError(
+                f"The site {site.name!r} is normalised by statistics of the batch, "
+                "which no integer program computes. Train with `apply` until they "
+                "have settled, then with BatchNorm in inference mode."
+            )
+        return ValueError(
+            f"The site {site.name!r}{root} has no integer arithmetic: what it is made "
+            "of lies on no grid, or has no integer rule. `lower` names the equation; "
+            "give each of its operands a quantizer."
+        )
+
+    # Equations.
+
+    def _keep_grid(self, e: Equation) -> None:
+        super()._keep_grid(e)
+        if self._data.intersection(e.inputs):
+            self._data.update(e.outputs)
+        on_grid = [v for v in e.inputs if v in self._words]
+        if on_grid and e.outputs[0] in self._grids:
+            self._words.update(dict.fromkeys(e.outputs, self._words[on_grid[0]]))
+            self._grids.update(dict.fromkeys(e.outputs, self._grids[e.outputs[0]]))
+
+    def _follow(self, e: Equation) -> None:
+        data = [v for v in e.inputs if v in self._data]
+        name = e.primitive.name
+        is_function = name in POINTWISE | SHAPE_MOVES or e.primitive in CALLS
+        if is_function and all(v in self._grids or v in self._of_codes for v in data):
+            self._of_codes.update(e.outputs)
+        if e.outputs[0] in self._late or not data:
+            return
+        if name in ("dot_general", "conv_general_dilated"):
+            self._product(e)
+        elif name in _SUMS:
+            self._sum(e)
+        elif name == "gather" and e.inputs[0] not in self._data:
+            self._embedding(e)
+        elif name in ("add", "add_any", "sub", "mul") and len(data) == 2:
+            self._of_two(e)
+        elif name in _JOINS and len(data) > 1:
+            self._join(e)
+        elif len(data) == 1 and bounds_of(self._model, e) is not None:
+            self._bound(e, data[0])
+        elif name in _CHOICES and e.inputs[0] in self._late:
+            self._choose(e)
+
+    def _product(self, e: Equation) -> None:
+        data = [v for v in e.inputs if v in self._data]
+        if not all(v in self._grids for v in e.inputs):
+            return
+        if len(data) == 2:
+            a, b = (self._steps(v) for v in e.inputs)
+            params = {**e.params, "preferred_element_type": jnp.dtype("int32")}
+            acc = e.primitive.bind(a, b, **e.primitive.get_bind_params(params))
+            scales = tuple(self._grids[v].scale for v in e.inputs)
+            self._set(e.outputs[0], _Accumulator(acc, scales))
+            return
+        operand = e.inputs.index(next(v for v in e.inputs if v not in self._data))
+        if self._grids[data[0]].scale.ndim:
+            return
+        rank = len(self._model.shape(e.outputs[0]))
+        weight = self._grids[e.inputs[operand]].scale
+        scale = output_scale(e, operand, weight, rank)
+        if scale is not None:
+            acc = self._weighted(e, operand, rank)
+            scales = (scale, self._grids[data[0]].scale)
+            self._set(e.outputs[0], _Accumulator(acc, scales))
+
+    def _weighted(self, e: Equation, operand: int, rank: int) -> jax.Array:
+        """The node of the integer program itself, its zero point in the bias."""
+        x, w = e.inputs[1 - operand], e.inputs[operand]
+        codes, zero_point = self._codes(x), self._grids[x].zero_point
+        kernel = self._steps(w).astype(self._words[w])
+        offset = storage_offset(self._words[x])
+        is_dot = e.primitive.name == "dot_general"
+        over = contracted_axes(e, operand, kernel.ndim)
+        total = kernel.astype(jnp.int32).sum(over, keepdims=True)
+        params = {
+            "kernel": kernel,
+            "bias": -(zero_point - offset) * to_output(e, operand, total, rank),
+        }
+        attributes = (
+            dot_attributes(e, operand) if is_dot else conv_attributes(e, zero_point)
+        )
+        names = {name: name for name in params}
+        node = Node("", (0,), 1, names, {"offset": offset, **attributes})
+        return (bodies.dot if is_dot else bodies.conv)(node, params, [codes])
+
+    def _sum(self, e: Equation) -> None:
+        (x,) = e.inputs
+        if x not in self._grids or self._grids[x].scale.ndim:
+            return
+        (acc,) = evaluate(e, self._steps(x))
+        self._set(e.outputs[0], _Accumulator(acc, (self._grids[x].scale,)))
+
+    def _embedding(self, e: Equation) -> None:
+        """Rows of a table: their codes count as accumulators."""
+        table = e.inputs[0]
+        if table not in self._grids:
+            return
+        whole = dataclasses.replace(e, params={**e.params, "fill_value": 0})
+        rows = (self._env[v] for v in e.inputs[1:])
+        (acc,) = evaluate(whole, self._steps(table), *rows)
+        scale = self._grids[table].scale
+        if scale.ndim and scale.shape[0] == 1:
+            scale = scale.reshape((1,) * (acc.ndim - scale.ndim + 1) + scale.shape[1:])
+        self._set(e.outputs[0], _Accumulator(acc, (scale,)))
+
+    def _of_two(self, e: Equation) -> None:
+        """A sum, a difference or a product of two values on grids."""
+        a, b = e.inputs
+        if a == b or not all(
+            v in self._grids and not self._grids[v].scale.ndim for v in (a, b)
+        ):
+            return
+        steps = [self._steps(v) for v in (a, b)]
+        scales = tuple(self._grids[v].scale for v in (a, b))
+        if e.primitive.name == "mul":
+            self._set(e.outputs[0], _Accumulator(steps[0] * steps[1], scales))
+            return
+        signs = 1.0, -1.0 if e.primitive.name == "sub" else 1.0
+
+        def late(target: _Target) -> jax.Array:
+            fixed, shift = traced_common_fixed_point(scales, signs, target.scale)
+            return target.rounded(list(zip(steps, fixed, strict=True)), shift)
+
+        self._late[e.outputs[0]] = late
+
+    # What rounding commutes with.
+
+    def _join(self, e: Equation) -> None:
+        """Each part goes on the grid, then all are joined."""
+        parts = list(e.inputs[1:] if e.primitive.name == "select_n" else e.inputs)
+        lates = [self._part(v) for v in parts]
+        if all(late is not None for late in lates):
+            others = [self._env[v] for v in e.inputs[: len(e.inputs) - len(parts)]]
+            self._late[e.outputs[0]] = lambda target: evaluate(
+                e, *others, *(late(target) for late in lates if late)
+            )[0]
+
+    def _part(self, v: int) -> _Late | None:
+        value = self._env[v]
+        if v in self._late:
+            return self._late[v]
+        if v not in self._data:
+            return lambda target: target.codes_of(value)
+        if v not in self._grids or self._grids[v].scale.ndim:
+            return None
+        return _Accumulator(self._steps(v), (self._grids[v].scale,)).codes
+
+    def _bound(self, e: Equation, x: int) -> None:
+        """A clip of codes; of values on a grid, where the bound is a code of it."""
+        (out,), shape = e.outputs, self._model.shape(x)
+        apply = lambda value: evaluate(
+            e, *(value if v == x else self._env[v] for v in e.inputs)
+        )[0]
+        ends = [
+            lax.stop_gradient(apply(jnp.full(shape, end, self._env[x].dtype)))
+            for end in (-jnp.inf, jnp.inf)
+        ]
+        if x in self._late:
+            before = self._late[x]
+            self._late[out] = lambda target: jnp.clip(
+                before(target), *map(target.codes_of, ends)
+            )
+        elif x in self._grids and not self._grids[x].scale.ndim:
+            scale, real = self._grids[x].scale, lax.stop_gradient(self._env[out])
+            codes = jnp.rint(real * (1.0 / scale)).astype(jnp.int32)
+            is_whole = functools.reduce(
+                jnp.logical_and, (_is_whole(end, scale) for end in ends)
+            )
+            acc = _Accumulator(codes, (scale,))
+            self._late[out] = lambda target: jnp.where(
+                is_whole, acc.codes(target), target.codes_of(real)
+            )
+
+    def _choose(self, e: Equation) -> None:
+        before, name = self._late[e.inputs[0]], e.primitive.name
+        rest = [self._env[v] for v in e.inputs[1:]]
+
+        def late(k: int, target: _Target) -> jax.Array:
+            codes = before(target)
+            if name in _NEUTRAL:
+                return codes
+            if name == "pad":
+                return evaluate(e, codes, target.zero_point.astype(codes.dtype))[0]
+            return evaluate(e, codes, *rest)[k]
+
+        for k, v in enumerate(e.outputs):
+            self._late[v] = functools.partial(late, k)
+
+    # Blocks in the form that lowers.
+
+    def _fused_average(
+        self, block: Block, acc: int, factor: jax.Array
+    ) -> list[jax.Array]:
+        values, end = super()._fused_average(block, acc, factor), block.affine[-1]
+        found = self._sums.get(block.root.outputs[0])
+        if found is None:
+            return values
+        steps = found.value
+        for e in block.moves:
+            (steps,) = evaluate(e, steps)
+        out = end.outputs[0]
+        if out not in self._units:
+            self._set(out, found._replace(value=steps, gain=jnp.asarray(factor)))
+            return values
+        unit, one = self._units[out], jnp.float32(1)
+
+        def late(target: _Target) -> jax.Array:
+            counted = _Accumulator(steps, (one,), unit.per(target.scale))
+            return counted.codes(target._replace(scale=one))
+
+        self._late[out] = late
+        return [straight(values[0], steps.astype(values[0].dtype))]
+
+    def _scaled(
+        self, site: Site, x: int, end: int, factor: jax.Array, grid: QParams
+    ) -> jax.Array:
+        value = super()._scaled(site, x, end, factor, grid)
+        steps = self._steps(x) * _whole_steps(factor, grid.scale)
+        acc = _Accumulator(steps, (grid.scale, self._grids[x].scale))
+        return self._set(end, acc, value)
+
+    def _line(
+        self,
+        block: Block,
+        acc: int,
+        value: jax.Array,
+        bias: jax.Array | None,
+        scale: jax.Array,
+        factor: jax.Array | None,
+    ) -> jax.Array:
+        real = super()._line(block, acc, value, bias, scale, factor)
+        found = self._sums.get(acc)
+        if found is None:
+            return real
+        steps = found.value
+        if bias is not None:
+            low, high = (jnp.int32(q) for q in (-(2**31), 2**31 - 1))
+            bias = jnp.broadcast_to(bias, np.broadcast_shapes(bias.shape, scale.shape))
+            steps = steps + grid_codes(bias, scale, jnp.int32(0), low, high)
+        gain = None if factor is None else jnp.asarray(factor)
+        end = block.affine[-1].outputs[0]
+        return self._set(end, found._replace(value=steps, gain=gain), real)
+
+    def _set(
+        self, v: int, acc: _Accumulator, real: jax.Array | None = None
+    ) -> jax.Array:
+        """Makes a value that of its accumulator; its derivative stays."""
+        acc = jax.tree.map(lax.stop_gradient, acc)
+        real = self._env[v] if real is None else real
+        self._sums[v], self._late[v] = acc, acc.codes
+        self._env[v] = straight(real, acc.real().astype(real.dtype))
+        return self._env[v]
+
+    # Codes of what lies on grids.
+
+    def _steps(self, v: int) -> jax.Array:
+        """Codes less their zero point, int32."""
+        return _whole_steps(self._env[v], self._grids[v].scale)
+
+    def _codes(self, v: int) -> jax.Array:
+        """Codes in the type of their word."""
+        codes = self._steps(v) + self._grids[v].zero_point
+        return codes.astype(self._words[v])
+
+
+class Word(NamedTuple):
+    """What a site makes of values."""
+
+    qmin: jax.Array
+    qmax: jax.Array
+    dtype: str  # The smallest that holds its codes; int32 if bits are traced.
+    is_direct: bool  # Whether one rounding makes the codes.
+
+
+@dataclasses.dataclass(frozen=True)
+class Words(Quantizer):
+    """A `Quantizer` that remembers the words of its sites."""
+
+    words: dict[str, Word] = dataclasses.field(default_factory=dict)
+
+    def _apply(self, site: Site, x: jax.Array, spec: Spec | None) -> Visit:
+        if spec is not None:
+            with jax.ensure_compile_time_eval():
+                point = make_point(spec, None, jnp.zeros((1,) * x.ndim))
+            self._remember(site, point.qmin, point.qmax, point.is_direct)
+        return super()._apply(site, x, spec)
+
+    def _round(
+        self, site: Site, x: jax.Array, params: QParams, spec: QSpec
+    ) -> jax.Array:
+        with jax.ensure_compile_time_eval():
+            self._remember(site, spec.qmin, spec.qmax, True)
+        return super()._round(site, x, params, spec)
+
+    def _remember(self, site: Site, low: Any, high: Any, is_direct: bool) -> None:
+        known = is_known(low, high) and np.ndim(low) == np.ndim(high) == 0
+        dtype = storage(int(low), int(high)) if known else "int32"
+        low, high = (jnp.asarray(q).astype(jnp.int32) for q in (low, high))
+        self.words[site.name] = Word(low, high, dtype, is_direct)
+
+
+def _whole_steps(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """How many steps of a grid a value on it is from zero."""
+    x, scale = lax.stop_gradient((x, scale))
+    return jnp.rint(x.astype(scale.dtype) * (1.0 / scale)).astype(jnp.int32)
+
+
+def _of_rank(x: jax.Array, rank: int) -> jax.Array:
+    return x.reshape((1,) * (rank - x.ndim) + x.shape) if x.ndim else x
+
+
+def _is_power_of_two(x: jax.Array) -> jax.Array:
+    return jnp.all(jnp.abs(jnp.frexp(x)[0]) == 0.5)
+
+
+def _is_whole(end: jax.Array, scale: jax.Array) -> jax.Array:
+    """Whether bounds that are finite lie on a grid."""
+    ends = jnp.where(jnp.isfinite(end), end, 0.0)
+    ratio = ends / lax.optimization_barrier(jnp.broadcast_to(scale, end.shape))
+    return jnp.all(ratio == jnp.rint(ratio))

@@ -1,0 +1,150 @@
+"""`apply_integer`: the integer program's values, the simulated model's derivatives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import qjax
+from qjax.quantizers import parse
+from tests.models import images, linen_example
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("flax_promotion")]
+
+POWERS = qjax.Scheme(
+    qjax.QSpec(4, narrow_range=True, axis=-1, power_of_two=True),
+    qjax.QSpec(8, power_of_two=True),
+)
+FLOATS = qjax.Scheme(qjax.QSpec(4, narrow_range=True, axis=-1), qjax.QSpec(8))
+
+
+class Small(nn.Module):
+    """BatchNorm, a residual sum, a function, both pools."""
+
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        norm = nn.BatchNorm(use_running_average=not self.train)
+        x = nn.relu(norm(nn.Conv(6, (3, 3))(x)))
+        x = nn.relu(x + nn.Conv(6, (3, 3))(x))
+        x = nn.max_pool(nn.silu(nn.Conv(5, (2, 2))(x)), (2, 2), (2, 2))
+        x = nn.avg_pool(x, (3, 3), (1, 1), "SAME").reshape((len(x), -1))
+        return nn.Dense(3)(x)
+
+
+class Moves(nn.Module):
+    """Rows of a table, branches on different grids, a choice, a product of two."""
+
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(11, 6)(ids)
+        y = nn.Dense(6)(x)
+        both = jnp.concatenate([jnp.maximum(x, y), jnp.where(y > 0.5, y, -1.0)], -1)
+        z = jnp.pad(both.transpose((0, 2, 1)), ((0, 0), (1, 0), (0, 1)))
+        scores = jnp.einsum("bij,bkj->bik", z, z)
+        return jnp.clip(scores.sum(1), -2.0, 2.5) - nn.Dense(13)(z).min((1,))
+
+
+def quantized(model, x, scheme):
+    fn, params, _ = linen_example(model, x)
+    qmodel = qjax.quantize_model(fn, params, x, scheme=scheme)
+    return qmodel, params, qjax.calibrate(qmodel, params, [x])
+
+
+def assert_ships(qmodel, params, qstate, x):
+    """Equal to the lowered program, bit for bit."""
+    ours = jax.jit(qmodel.apply_integer)(params, qstate, x)
+    shipped = qjax.lower(qmodel, params, qstate, x)(x)
+    np.testing.assert_array_equal(ours, shipped)
+
+
+@pytest.mark.parametrize("scheme", [POWERS, FLOATS], ids=["powers", "floats"])
+def test_values_are_those_of_the_program(scheme):
+    x = images(2, 8, 8, 3)
+    assert_ships(*quantized(Small(), x, scheme), x)
+
+
+@pytest.mark.parametrize("scheme", [POWERS, FLOATS], ids=["powers", "floats"])
+def test_moves_joins_and_products(scheme):
+    ids = jnp.arange(10).reshape(2, 5)
+    assert_ships(*quantized(Moves(), ids, scheme), ids)
+
+
+def test_an_output_without_a_site_is_its_accumulator():
+    x = images(2, 8, 8, 3)
+    rules = (qjax.Rule("output:0", None),)
+    scheme = qjax.Scheme(FLOATS.weights, FLOATS.activations, rules)
+    assert_ships(*quantized(Small(), x, scheme), x)
+
+
+def test_words_by_name():
+    x = images(2, 8, 8, 3)
+    rules = (qjax.Rule("Conv_0/output", parse("quantized_relu(4,1)")),)
+    words = parse("ternary(alpha=1)"), qjax.QSpec(8, signed=False)
+    assert_ships(*quantized(Small(), x, qjax.Scheme(*words, rules)), x)
+
+
+def test_derivatives_are_those_of_the_simulated_model():
+    x = images(2, 8, 8, 3)
+    qmodel, params, qstate = quantized(Small(), x, POWERS)
+    weights = jax.random.normal(jax.random.key(5), (2, 3))
+
+    def slope(apply):
+        return jax.jit(jax.grad(lambda p: (apply(p, qstate, x) * weights).sum()))
+
+    ours, wanted = (slope(f)(params) for f in (qmodel.apply_integer, qmodel.apply))
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(ours))
+    jax.tree.map(np.testing.assert_array_equal, ours, wanted)
+
+
+def test_training_on_float_scales_trains_what_ships():
+    x = images(2, 8, 8, 3)
+    qmodel, params, qstate = quantized(Small(), x, FLOATS)
+    target = jnp.eye(3)[:2]
+
+    @jax.jit
+    def step(params):
+        loss = lambda p: jnp.mean((qmodel.apply_integer(p, qstate, x) - target) ** 2)
+        value, slope = jax.value_and_grad(loss)(params)
+        return value, jax.tree.map(lambda p, g: p - 0.05 * g, params, slope)
+
+    losses = []
+    for _ in range(10):
+        value, params = step(params)
+        losses.append(float(value))
+    assert losses[-1] < 0.7 * losses[0]
+    assert_ships(qmodel, params, qstate, x)
+
+
+def test_bits_may_be_traced():
+    x = images(2, 8, 8, 3)
+    qmodel, params, qstate = quantized(Small(), x, FLOATS)
+    words = [qjax.QSpec(b, narrow_range=True, axis=-1) for b in (3, 8)]
+    stacked = qjax.stack_schemes([qjax.Scheme(w, FLOATS.activations) for w in words])
+    run = lambda s: qmodel.apply_integer(params, qstate, x, scheme=s)
+    for ours, word in zip(jax.jit(jax.vmap(run))(stacked), words, strict=True):
+        alone, *args = quantized(Small(), x, qjax.Scheme(word, FLOATS.activations))
+        np.testing.assert_array_equal(ours, qjax.lower(alone, *args, x)(x))
+
+
+def test_refuses_batch_statistics():
+    x = images(2, 8, 8, 3)
+    fn, params, _ = linen_example(Small(), x)
+    training = lambda p, x: Small(train=True).apply(p, x, mutable=["batch_stats"])[0]
+    qmodel = qjax.quantize_model(fn, params, x)
+    qstate = qjax.calibrate(qmodel, params, [x])
+    same = qjax.quantize_model(training, params, x)
+    with pytest.raises(ValueError, match="'Conv_0/output' is normalised by statistics"):
+        same.apply_integer(params, qstate, x)
+
+
+@pytest.mark.parametrize("site", ["Conv_0/output", "Conv_1/kernel"])
+def test_refuses_what_stays_float(site):
+    x = images(2, 8, 8, 3)
+    rules = (qjax.Rule(site, None),)
+    scheme = qjax.Scheme(FLOATS.weights, FLOATS.activations, rules)
+    qmodel, params, qstate = quantized(Small(), x, scheme)
+    with pytest.raises(ValueError, match="has no integer arithmetic"):
+        qmodel.apply_integer(params, qstate, x)
