@@ -70,6 +70,23 @@ def test_dead_values_go_and_nothing_else(program):
     assert again == graph and set(params) == set(program.params)
 
 
+def test_what_two_readers_requantize_alike_is_requantized_once():
+    """``maximum(x, y)`` and ``minimum(x, y)`` end on one grid, to which x and y go."""
+
+    def fn(x):
+        a = _point(x, "a")
+        b = _point(a @ _point(jnp.eye(3), "w"), "b")
+        grid = QParams(jnp.float32(0.3), jnp.int32(0))
+        ends = (jnp.maximum(a, b), jnp.minimum(a, b))
+        return [fake_quant(y, grid, QSpec(8), site=f"y{k}") for k, y in enumerate(ends)]
+
+    x = np.linspace(-5, 5, 6, dtype=np.float32).reshape(2, 3)
+    program = qjax.lower(fn, x)
+    operations = [node.operation for node in program.graph.nodes]
+    assert operations.count("requantize") == 3  # b itself, a and b on the other grid.
+    assert qjax.verify(program, fn, x).is_exact
+
+
 def test_a_clip_that_a_table_replaces_goes():
     """``relu(x) * tanh(relu(x))`` is one table of x: the clip is not computed."""
     fn = lambda x: _point((lambda y: y * jnp.tanh(y))(jnp.maximum(_point(x), 0.0)))

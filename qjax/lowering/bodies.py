@@ -115,11 +115,15 @@ def _alone(body: Body, x: jax.Array, kernel: jax.Array, window: Window) -> jax.A
     """
     if body is convolution or math.prod(kernel.shape[:-2]) == 1:
         return body(x, kernel, window)  # XLA fuses nothing here.
-    own = jax.jit(body, static_argnums=2)
+    return alone(lambda x, kernel: body(x, kernel, window), x, kernel)
+
+
+def alone(fn: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function as a computation that XLA:CPU fuses nothing into."""
     if jax.default_backend() != "cpu":
-        return own(x, kernel, window)
+        return fn(*args)
     with set_xla_metadata(inlineable="false"):
-        return own(x, kernel, window)
+        return jax.jit(fn)(*args)
 
 
 def centred(x: jax.Array, offset: int) -> jax.Array:

@@ -1,6 +1,8 @@
 """Passes over the integer graph; a validator runs after each."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +12,43 @@ import numpy as np
 
 from qjax.lowering import xla
 from qjax.lowering.graph import Graph, check
+
+
+def merge_equal(graph: Graph, params: Mapping[str, Any]) -> Graph:
+    """Merges operations that compute the same of the same: requantizers first of all.
+
+    Codes that two readers put on one grid are requantized once.
+
+    Args:
+      graph: Any graph.
+      params: Its parameters.
+
+    Returns:
+      The graph; values that nobody reads any more are still in it (`drop_dead`).
+    """
+    number = list(range(len(graph.values)))
+    known: dict[Any, int] = {}
+    nodes = []
+    for node in graph.nodes:
+        inputs = tuple(number[v] for v in node.inputs)
+        arrays = {k: _content(params[name]) for k, name in node.params.items()}
+        attributes = json.dumps(node.attributes, sort_keys=True)
+        made = graph.values[node.output], tuple(sorted(arrays.items()))
+        key = node.operation, inputs, attributes, repr(made)
+        number[node.output] = known.setdefault(key, node.output)
+        nodes.append(dataclasses.replace(node, inputs=inputs))
+    return dataclasses.replace(
+        graph,
+        nodes=tuple(nodes),
+        outputs=tuple(number[v] for v in graph.outputs),
+        sites={name: number[v] for name, v in graph.sites.items()},
+    )
+
+
+def _content(array: Any) -> tuple[Any, ...]:
+    array = np.asarray(array)
+    digest = hashlib.sha256(array.tobytes()).hexdigest()
+    return str(array.dtype), array.shape, digest
 
 
 def drop_dead(graph: Graph, params: Mapping[str, Any]) -> tuple[Graph, dict[str, Any]]:

@@ -25,7 +25,7 @@ from qjax.lowering import (
 from qjax.lowering.graph import Graph, Grid, Value
 from qjax.lowering.interpret import Residue, interpret, refuse
 from qjax.lowering.packing import nbytes
-from qjax.lowering.passes import drop_dead
+from qjax.lowering.passes import drop_dead, merge_equal
 from qjax.lowering.report import Report, certify
 from qjax.lowering.values import Abstract, Builder, Integers
 from qjax.trace import Trace, trace
@@ -266,7 +266,8 @@ def lower(
         )
     order = tuple(builder.inputs[k] for k in range(len(traced.inputs)))
     trees = jax.tree.structure(tuple(inputs)), jax.tree.structure(out)
-    graph, params = drop_dead(builder.graph(order, ends), _arrays(builder))
+    graph = merge_equal(builder.graph(order, ends), builder.params)
+    graph, params = drop_dead(graph, _arrays(builder))
     program = IntegerProgram(graph, params, *trees)
     check_integer_only(program)
     return program

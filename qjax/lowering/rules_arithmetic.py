@@ -189,7 +189,7 @@ def _rescaled(
     if x.scale == 1 and value.grid == Grid(1.0, x.zero_point):
         grid = Grid(float(np.float32(scale)), x.zero_point)
         builder.values[x.value] = dataclasses.replace(value, grid=grid)
-    return dataclasses.replace(x, scale=scale)
+    return dataclasses.replace(x, scale=scale, bounded=None)
 
 
 @rule("round")
@@ -197,7 +197,7 @@ def _round(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract
     """Codes in units of one are whole already."""
     if isinstance(x, Integers) and x.is_codes and not np.ndim(x.scale):
         if abs(x.scale - 1) <= 2.0**-20:
-            return dataclasses.replace(x, scale=np.ones(()))
+            return dataclasses.replace(x, scale=np.ones(()), bounded=None)
     found = curve(builder, e, trace, x)
     assert found is not None
     return found
