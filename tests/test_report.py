@@ -33,8 +33,13 @@ def test_bounds_are_attained_by_the_witness():
     assert bound.bits == 5  # -10 to 8.
 
 
-@pytest.mark.parametrize("power_of_two", [True, False])
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "plain"])
+@pytest.mark.parametrize(
+    "name, power_of_two",
+    [
+        *((name, True) for name in NAMES if name != "plain"),
+        *((name, False) for name in ("linen_residual", "nnx_mobile")),
+    ],
+)
 def test_what_is_called_proven_is_equal(name, power_of_two):
     fn, params, x = examples()[name]
     word = dict(bits=8, power_of_two=power_of_two)
