@@ -91,3 +91,34 @@ def test_without_residues_the_program_is_the_strict_one():
     strict, other = (qjax.lower(fn, x, strict=s) for s in (True, False))
     assert strict.graph == other.graph and other.residues == ()
     np.testing.assert_array_equal(strict(x), other(x))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        lambda y, f, b: y * f + b,
+        lambda y, f, b: (y - b) * f + 0.5,
+        lambda y, f, b: (y - b) * f,
+    ],
+    ids=["bias last", "bias on both sides", "bias first"],
+)
+def test_a_bias_that_is_rounded_is_not_called_proven(line):
+    """Codes of one bit: each tie shows. One bias needs more bits than there are."""
+    rng = np.random.default_rng(0)
+    x = np.float32(rng.integers(0, 2, (200, 16)))
+    w = np.float32(rng.choice([-1, 1], (16, 16)))
+    f = np.float32(rng.uniform(0.05, 0.3, 16))
+    b = np.float32(rng.normal(0, 2, 16))
+    b[0] = 1e-3
+    one, word = QParams(jnp.float32(1), jnp.int32(0)), QSpec(1, signed=False)
+
+    def net(x):
+        x = fake_quant(x, one, word, site="x")
+        y = x @ fake_quant(jnp.asarray(w), one, QSpec(2, narrow_range=True), site="w")
+        return fake_quant(line(y, f[None], b[None]), one, word, site="y")
+
+    program = qjax.lower(net, x)
+    row = qjax.verify(program, net, x).sites["y"]
+    agreement = program.report().agreement["y"]
+    assert not agreement.is_proven and "a bias that is rounded" in agreement.reason
+    assert row.equal == row.codes  # As fine as int32 holds it.

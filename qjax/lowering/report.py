@@ -181,6 +181,8 @@ def _of_requantizer(
 ) -> Agreement:
     acc = graph.values[node.inputs[0]]
     z = node.attributes["input_zero_point"]
+    if node.attributes.get("is_bias_rounded"):
+        return Agreement(False, "a bias that is rounded to the unit of its accumulator")
     most = max(abs(acc.low - z), abs(acc.high - z))
     if most >= _EXACT_FLOAT32:
         return Agreement(False, f"accumulators up to {most}, beyond float32's 2^24")

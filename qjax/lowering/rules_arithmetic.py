@@ -26,8 +26,8 @@ from qjax.trace import Equation, Trace
 
 _INT32 = np.iinfo(np.int32)
 _MOST_SHIFT = 24  # Of a product that a finer bias is added to.
-_SHIFT = 8  # If no shift holds it.
 _ROUNDING = 2.0**-20  # Relative, of float32 scales and of their products.
+_MOST_OFF = 2.0**-6
 
 
 @rule("add", "add_any", "sub")
@@ -85,9 +85,12 @@ def _add_known(
     else:
         assert isinstance(known, Known)
         real = np.asarray(known.value, np.float64)
-    x = _refined(x, real)
+    if not np.any(real):
+        return x
+    x = _refined(x, compact(real))
     with np.errstate(divide="ignore", invalid="ignore"):
-        bias = np.rint(compact(sign * real) / x.real_scale())
+        steps = compact(sign * real) / x.real_scale()
+        bias = np.rint(steps)
     if not np.all(np.isfinite(bias)) or np.any(np.abs(bias) > _INT32.max):
         raise OverflowError(
             f"The constant added in {where(e)} does not fit an int32 bias: it is up to "
@@ -95,6 +98,10 @@ def _add_known(
             f"\n  equation: {e}\nA channel of the kernel or of the normalisation "
             "before it is all but zero; `qjax.quantize_model` handles that case."
         )
+    # After a factor float32 rounds twice: the product, then the sum.
+    rounds_once = x.is_gain_exact and x.gain is None
+    exact = x.is_bias_exact and _is_whole(steps)
+    x = dataclasses.replace(x, is_gain_exact=rounds_once, is_bias_exact=exact)
     return _with_bias(x, bias)
 
 
@@ -111,22 +118,26 @@ def _is_number(known: Abstract) -> bool:
 
 
 def _refined(x: Integers, bias: np.ndarray) -> Integers:
-    """A product on a grid that holds a bias, or that is finer by a byte."""
-    if x.shift is None or x.gain is not None or x.bias is not None:
+    """A product on a grid that holds a bias, or that is as fine as its word allows."""
+    if x.shift is None or x.bias is not None:
         return x
-    top = max(abs(x.low), abs(x.high)) + np.max(np.abs(bias / x.scale), initial=1.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = bias / x.real_scale()
+    if not np.all(np.isfinite(ratio)):
+        return x
+    top = max(abs(x.low), abs(x.high)) + np.max(np.abs(ratio), initial=1.0)
     shifts = range(1 + min(int(np.log2(x.most / top)), _MOST_SHIFT))
-    ratio = bias / x.scale
     shift = next((k for k in shifts if _is_whole(ratio * 2.0**k)), None)
     if shift is None:  # The bias will be rounded.
-        shift = min(shifts[-1], _SHIFT) if shifts else 0
+        shift = shifts[-1] if shifts else 0
     scale, low, high = x.scale / 2.0**shift, x.low << shift, x.high << shift
     return dataclasses.replace(x, scale=scale, low=low, high=high, shift=shift)
 
 
 def _is_whole(x: np.ndarray) -> bool:
     """Up to the float32 rounding of scales."""
-    return bool(np.all(np.abs(x - np.rint(x)) <= _ROUNDING * np.abs(x)))
+    off = np.abs(x - np.rint(x))
+    return bool(np.all(off <= np.minimum(_ROUNDING * np.abs(x), _MOST_OFF)))
 
 
 def _with_bias(x: Integers, bias: np.ndarray) -> Integers:

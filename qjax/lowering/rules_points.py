@@ -242,6 +242,7 @@ def _requantize(
         low=low,
         high=high,
         rule="fp32_half_even" if one_rounding else "half_even",
+        **({} if x.is_bias_exact else {"is_bias_rounded": True}),
     )
     return target.integers(builder, value)
 

@@ -52,7 +52,8 @@ class Integers:
       low: Least integer.
       high: Largest integer.
       gain: float64, per-channel factors that no grid absorbed; None if there are none.
-      is_gain_exact: Whether ``gain`` was one float32 factor.
+      is_gain_exact: Whether ``gain`` was one float32 factor, and the last operation.
+      is_bias_exact: Whether no bias was rounded to the unit of the integers.
       bounds: Of an activation.
       is_codes: Whether these are the codes of a quantization point.
       bias: int64, to be added; absent once emitted.
@@ -71,6 +72,7 @@ class Integers:
     high: int
     gain: np.ndarray | None = None
     is_gain_exact: bool = True
+    is_bias_exact: bool = True
     bounds: tuple[float, float] = (-np.inf, np.inf)
     is_codes: bool = False
     bias: np.ndarray | None = None
