@@ -142,6 +142,8 @@ class Simulation:
         if after is not None:
             factor, offset = _hold_offset(factor, after, scale)
             before = offset if before is None else before + offset
+        if before is not None:
+            factor, before = _hold_bias(factor, before, scale)
         return [self._line(block, acc, self._env[acc], before, scale, factor)]
 
     def _line(
@@ -338,6 +340,19 @@ def _hold_offset(
     factor = jnp.where(jnp.abs(factor) < least, held, factor)
     safe = jnp.where(factor == 0, jnp.ones_like(factor), factor)
     return factor, jnp.where(factor == 0, jnp.zeros_like(after), after / safe)
+
+
+def _hold_bias(
+    factor: jax.Array | None, bias: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """``(y + bias) * factor`` with a bias that int32 holds.
+
+    A channel whose kernel is all but zero has too fine a unit for its bias: it gets a
+    larger factor, and its kernel with it. In others nothing changes.
+    """
+    ratio = jnp.abs(bias) * (1.0 / (scale * _MOST_BIAS)).astype(bias.dtype)
+    held = lax.stop_gradient(jnp.maximum(ratio, 1.0))
+    return held if factor is None else factor * held, bias / held
 
 
 def _unfolded(x: Any) -> Any:

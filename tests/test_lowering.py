@@ -142,6 +142,30 @@ def test_dead_channels_and_tiny_factors_keep_their_offset():
         np.testing.assert_allclose(real[..., 1], 0.5, atol=grid.array())
 
 
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_a_kernel_that_is_all_but_zero_keeps_its_bias(power_of_two):
+    """TFLite files have such channels, of a BatchNorm that was folded."""
+    rng = np.random.default_rng(0)
+    kernel = np.float32(rng.normal(size=(5, 3))) * np.float32([1e-34, 1, 1e-12])
+    params = {"kernel": kernel, "bias": np.float32([1.4, -0.2, -0.9])}
+    fn = lambda params, x: jax.nn.relu(
+        x @ params["kernel"] + params["bias"][None] + 1.0
+    )
+    x = images(7, 5)
+    scheme = Scheme(*specs(8, 8, power_of_two))
+    qmodel = qjax.quantize_model(fn, params, x, scheme=scheme)
+    qstate = qjax.calibrate(qmodel, params, [x])
+    program = qjax.lower(qmodel, params, qstate, x)
+    result = qjax.verify(program, qmodel, params, qstate, x)
+    assert all(r.max_difference <= (not power_of_two) for r in result.sites.values())
+    step = program.output_grids[0].array()
+    np.testing.assert_allclose(program(x), fn(params, x), atol=5 * step)
+    np.testing.assert_allclose(program(x)[:, 0], 2.4, atol=step)
+    np.testing.assert_array_equal(
+        jax.jit(qmodel.apply_integer)(params, qstate, x), program(x)
+    )
+
+
 def test_the_last_output_can_be_accumulators_with_a_scale():
     rules = (Rule("output:0", None),)
     program, args = lowered("nnx_mobile", *specs(8, 8, True), rules)

@@ -223,6 +223,8 @@ def _scaled(e: Equation, x: Abstract, factor: np.ndarray) -> Abstract:
     if not isinstance(x, Integers) or x.is_codes or x.is_bounded:
         raise refuse(e, x, "operand")
     factor = compact(factor)
+    if np.all(factor == 1):
+        return x
     if x.gain is None:
         return dataclasses.replace(x, gain=factor)
     return dataclasses.replace(x, gain=x.gain * factor, is_gain_exact=False)
