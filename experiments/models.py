@@ -1,5 +1,6 @@
 """Models that experiments share: Flax NNX, channels last."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,9 @@ class MLP(nnx.Module):
         return self.head(x)
 
 
+Layer = Callable[..., Any]  # (inputs, outputs, rngs, *, size, strides) -> module.
+
+
 class ConvBlock(nnx.Module):
     """Convolution without bias and BatchNorm."""
 
@@ -36,17 +40,21 @@ class ConvBlock(nnx.Module):
         size: int = 3,
         strides: int = 1,
         groups: int = 1,
+        padding: Any = "SAME",
+        epsilon: float = 1e-5,
+        momentum: float = 0.99,
     ):
         self.conv = nnx.Conv(
             inputs,
             outputs,
             (size, size),
             strides=strides,
+            padding=padding,
             feature_group_count=groups,
             use_bias=False,
             rngs=rngs,
         )
-        self.bn = nnx.BatchNorm(outputs, rngs=rngs)
+        self.bn = nnx.BatchNorm(outputs, epsilon=epsilon, momentum=momentum, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.bn(self.conv(x))
@@ -55,12 +63,21 @@ class ConvBlock(nnx.Module):
 class ResidualBlock(nnx.Module):
     """Two convolutions and a shortcut, which is 1x1 where the shape changes."""
 
-    def __init__(self, inputs: int, outputs: int, strides: int, rngs: nnx.Rngs):
-        self.first = ConvBlock(inputs, outputs, rngs, strides=strides)
-        self.second = ConvBlock(outputs, outputs, rngs)
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        strides: int,
+        rngs: nnx.Rngs,
+        *,
+        conv: Layer = ConvBlock,
+        shortcut: Layer = ConvBlock,
+    ):
+        self.first = conv(inputs, outputs, rngs, strides=strides)
+        self.second = conv(outputs, outputs, rngs)
         keeps = strides == 1 and inputs == outputs
         self.shortcut = (
-            None if keeps else ConvBlock(inputs, outputs, rngs, size=1, strides=strides)
+            None if keeps else shortcut(inputs, outputs, rngs, size=1, strides=strides)
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -72,16 +89,26 @@ class ResNet(nnx.Module):
     """CIFAR ResNet: stages of 16, 32, 64 channels with ``blocks`` blocks each.
 
     One block a stage is the ResNet-8 of MLPerf Tiny; three give 20 layers (He et al.,
-    2015, section 4.2), here with 1x1 convolutions as shortcuts.
+    2015, section 4.2), here with 1x1 convolutions as shortcuts. ``conv`` and
+    ``shortcut`` make other layers, of ``widths`` channels.
     """
 
-    def __init__(self, blocks: int, rngs: nnx.Rngs):
-        self.stem = ConvBlock(3, 16, rngs)
-        found, inputs = [], 16
-        for outputs in (16, 32, 64):
+    def __init__(
+        self,
+        blocks: int,
+        rngs: nnx.Rngs,
+        *,
+        widths: tuple[int, ...] = (16, 32, 64),
+        conv: Layer = ConvBlock,
+        shortcut: Layer = ConvBlock,
+    ):
+        self.stem = conv(3, widths[0], rngs)
+        block = functools.partial(ResidualBlock, conv=conv, shortcut=shortcut)
+        found, inputs = [], widths[0]
+        for outputs in widths:
             for i in range(blocks):
-                strides = 2 if i == 0 and outputs != 16 else 1
-                found.append(ResidualBlock(inputs, outputs, strides, rngs))
+                strides = 2 if i == 0 and outputs != widths[0] else 1
+                found.append(block(inputs, outputs, strides, rngs))
                 inputs = outputs
         self.blocks = nnx.List(found)
         self.head = nnx.Linear(inputs, 10, rngs=rngs)
@@ -99,16 +126,14 @@ class MobileNet(nnx.Module):
     Howard et al., 2017, table 1 (arXiv:1704.04861).
     """
 
-    def __init__(self, rngs: nnx.Rngs):
-        self.stem = ConvBlock(3, 8, rngs, strides=2)
+    def __init__(self, rngs: nnx.Rngs, *, conv: Layer = ConvBlock):
+        self.stem = conv(3, 8, rngs, strides=2)
         pairs = [(16, 1), (32, 2), (32, 1), (64, 2), (64, 1), (128, 2)]
         pairs += [(128, 1)] * 5 + [(256, 2), (256, 1)]
         depthwise, pointwise, inputs = [], [], 8
         for outputs, strides in pairs:
-            depthwise.append(
-                ConvBlock(inputs, inputs, rngs, strides=strides, groups=inputs)
-            )
-            pointwise.append(ConvBlock(inputs, outputs, rngs, size=1))
+            depthwise.append(conv(inputs, inputs, rngs, strides=strides, groups=inputs))
+            pointwise.append(conv(inputs, outputs, rngs, size=1))
             inputs = outputs
         self.depthwise = nnx.List(depthwise)
         self.pointwise = nnx.List(pointwise)

@@ -23,6 +23,9 @@ from qjax.quantizers.spec import Spec, is_known
 from qjax.scheme import Rule, Scheme, Site, Where, check_rules
 from qjax.simulate import Simulation, Unit, Visit
 
+# Of a weight: times that of its input it is no denormal number, which counts as 0.
+_LEAST_SCALE = 2.0**-96
+
 QState = dict[str, Any]  # Name of an activation site -> state of its calibrator.
 
 
@@ -630,7 +633,8 @@ class Quantizer:
         spec = self.scheme.spec(site)
         if not isinstance(spec, QSpec):
             return self._apply(site, x, spec)
-        params = abs_max_params(x, spec)
+        scale, zero_point = abs_max_params(x, spec)
+        params = QParams(jnp.maximum(scale, _LEAST_SCALE), zero_point)
         return self._round(site, x, params, spec), params
 
     def _apply(self, site: Site, x: jax.Array, spec: Spec | None) -> Visit:

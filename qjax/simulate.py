@@ -140,8 +140,8 @@ class Simulation:
         if scale is None:
             return None
         if after is not None:
-            factor, offset = _hold_offset(factor, after, scale)
-            before = offset if before is None else before + offset
+            factor, offset, share = _hold_offset(factor, after, scale)
+            before = offset if before is None else before * share + offset
         if before is not None:
             factor, before = _hold_bias(factor, before, scale)
         return [self._line(block, acc, self._env[acc], before, scale, factor)]
@@ -329,17 +329,19 @@ def _shared(a: Sequence[int], b: Sequence[int]) -> int:
 
 def _hold_offset(
     factor: jax.Array, after: jax.Array, scale: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``y * factor + after`` as ``(y + offset) * factor``.
 
     A channel whose factor is too small for an int32 offset on the grid of the
-    accumulator gets the least factor that is not.
+    accumulator gets the least factor that is not; the share that the factor was of it
+    comes third, 1 in others.
     """
     least = jnp.abs(after) * (1.0 / (scale * _MOST_BIAS)).astype(after.dtype)
     held = jnp.where(factor < 0, -least, least)
-    factor = jnp.where(jnp.abs(factor) < least, held, factor)
-    safe = jnp.where(factor == 0, jnp.ones_like(factor), factor)
-    return factor, jnp.where(factor == 0, jnp.zeros_like(after), after / safe)
+    wider = jnp.where(jnp.abs(factor) < least, held, factor)
+    safe = jnp.where(wider == 0, jnp.ones_like(wider), wider)
+    offset = jnp.where(wider == 0, jnp.zeros_like(after), after / safe)
+    return wider, offset, lax.stop_gradient(factor / safe)
 
 
 def _hold_bias(

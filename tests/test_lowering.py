@@ -166,6 +166,24 @@ def test_a_kernel_that_is_all_but_zero_keeps_its_bias(power_of_two):
     )
 
 
+@pytest.mark.parametrize("size, mean", [(1e-18, 1e-3), (5e-32, 1e-3), (1e-38, 0.0)])
+def test_a_kernel_that_is_all_but_zero_keeps_mean_and_offset(size, mean):
+    """MobileNet of MLPerf Tiny has channels of 1e-36 to 1e-18 before a BatchNorm."""
+    rng = np.random.default_rng(0)
+    kernel = np.float32(rng.normal(size=(4, 3))) * np.float32([1, size, 1])
+    params = {"kernel": kernel, "mean": np.float32([[mean] * 3])}
+    fn = lambda p, x: (x @ p["kernel"] - p["mean"]) * 0.5 + 1.0
+    x = images(64, 4)
+    qmodel = qjax.quantize_model(fn, params, x)
+    qstate = qjax.calibrate(qmodel, params, [x])
+    program = qjax.lower(qmodel, params, qstate, x)
+    result = qjax.verify(program, qmodel, params, qstate, x)
+    assert all(r.max_difference <= 1 for r in result.sites.values())
+    step = program.output_grids[0].array()
+    np.testing.assert_allclose(program(x)[:, 1], 1.0, atol=1.1 * step)
+    np.testing.assert_allclose(program(x), fn(params, x), atol=5 * step)
+
+
 def test_the_last_output_can_be_accumulators_with_a_scale():
     rules = (Rule("output:0", None),)
     program, args = lowered("nnx_mobile", *specs(8, 8, True), rules)
