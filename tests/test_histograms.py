@@ -12,6 +12,8 @@ import qjax
 from qjax.affine import QSpec
 from qjax.histograms import BINS, entropy, histogram, mse, percentile
 
+pytestmark = pytest.mark.slow  # Many compilations.
+
 KINDS = {
     "heavy tails": lambda r, n: r.standard_t(3, n),
     "relu": lambda r, n: np.maximum(r.normal(size=n), 0),

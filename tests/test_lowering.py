@@ -67,7 +67,7 @@ def test_power_of_two_scales_agree_code_for_code(name, bits):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["plain", "linen_mlp", "nnx_preactivation"])
 def test_float_scales_are_off_by_at_most_one_code(name):
     program, args = lowered(name, *specs(4, 8, False, signed=False))
     result = qjax.verify(program, *args)

@@ -12,7 +12,7 @@ from qjax.affine import QParams, QSpec, fake_quant
 from qjax.lowering import reference
 from tests.models import images, linen_example
 
-pytestmark = pytest.mark.usefixtures("flax_promotion")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("flax_promotion")]
 
 
 def point(x, scale=1 / 16, bits=8, *, zero=0, signed=True, site=""):

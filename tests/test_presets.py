@@ -17,7 +17,7 @@ from qjax.scheme import Where
 from qjax.scheme_json import SchemeError, from_json
 from tests.models import images, linen_example
 
-pytestmark = pytest.mark.usefixtures("flax_promotion")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("flax_promotion")]
 
 
 class Net(nn.Module):
@@ -104,9 +104,7 @@ def test_words_of_quantizeml(net):
     "scheme",
     [
         presets.tflite_int8(),
-        presets.tfmot_int8(),
         presets.w4a8(),
-        presets.binary(),
         presets.quantizeml(per_tensor_activations=True, weight_bits=4),
         presets.qkeras(
             {
@@ -120,7 +118,7 @@ def test_words_of_quantizeml(net):
             base=presets.tflite_int8(),
         ),
     ],
-    ids=["tflite", "tfmot", "w4a8", "binary", "quantizeml", "qkeras"],
+    ids=["tflite", "w4a8", "quantizeml", "qkeras"],
 )
 def test_they_lower_and_agree(net, scheme):
     fn, params, x = net

@@ -9,6 +9,8 @@ import pytest
 import qjax
 from tests.models import linen_example
 
+pytestmark = pytest.mark.slow  # Many compilations.
+
 RAW = {
     "uint8": np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1),
     "int8": np.arange(-128, 128).astype(np.int8).reshape(1, 16, 16, 1),

@@ -31,10 +31,10 @@ XNNPACK, 2 threads, at batch 1 over that of the program; LiteRT is the faster.
     w4a8 trained                          937  92.13    94.99  142,552
     resnet-8-large: float                 928  91.25   100.00  1,921,320
     TFLite int8, reference kernels        933  91.74    99.12  490,636
-    int8 after training, min_max          931  91.54    98.62  489,688  0.18
-    int8 after training, mse              932  91.64    99.02  489,688  0.18
-    w4a8 after training                   875  86.04    88.50  249,948  0.18
-    w4a8, first kernel 8 bits, likewise   896  88.10    92.82  250,488  0.18
+    int8 after training, min_max          931  91.54    98.62  489,688  0.17
+    int8 after training, mse              932  91.64    99.02  489,688  0.17
+    w4a8 after training                   875  86.04    88.50  249,948  0.17
+    w4a8, first kernel 8 bits, likewise   896  88.10    92.82  250,488  0.17
 
 MobileNet, which has no labels: all predictions on its 128 images are those of the float
 model, TFLite's, at 8 bits and at 4 after training. At batch 32 LiteRT takes 0.2 of the
