@@ -120,7 +120,7 @@ def _ratio(factors: Sequence[jax.Array], divisor: jax.Array) -> jax.Array:
 
 def _fixed_point(ratio: Any, xp: Any) -> tuple[Any, Any]:
     """The formula of `fixed_point`, in NumPy or JAX."""
-    mantissa, exponent = xp.frexp(ratio)
+    mantissa, exponent = np.frexp(ratio) if xp is np else _frexp(ratio)
     multiplier = xp.rint(mantissa * 2.0**31).astype(xp.int64)
     carried = xp.abs(multiplier) == 1 << 31
     multiplier = xp.where(carried, multiplier // 2, multiplier)
@@ -128,6 +128,20 @@ def _fixed_point(ratio: Any, xp: Any) -> tuple[Any, Any]:
     vanishes = (shift > _MOST_SHIFT) | (multiplier == 0)
     multiplier = xp.where(vanishes, 0, multiplier).astype(xp.int32)
     return multiplier, xp.where(vanishes, 0, shift).astype(xp.int32)
+
+
+def _frexp(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``x = mantissa * 2^exponent`` of float64, the mantissa in [0.5, 1) or 0.
+
+    By bits: `jnp.frexp` is lowered where types of 64 bits are no longer enabled. What
+    is denormal has the exponent -1022.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.int64)
+    field = jnp.int64(0x7FF) << 52
+    exponent = ((bits & field) >> 52) - 1022
+    half = lax.bitcast_convert_type((bits & ~field) | jnp.int64(1022) << 52, x.dtype)
+    is_zero = x == 0
+    return jnp.where(is_zero, 0.0, half), jnp.where(is_zero, 0, exponent)
 
 
 def _common_fixed_point(ratios: Any, xp: Any) -> tuple[Any, Any]:

@@ -13,7 +13,15 @@ from absl.testing import parameterized
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qjax.integer import fixed_point, requantize, requantize_sum, shift_round
+from qjax.integer import (
+    common_fixed_point,
+    fixed_point,
+    requantize,
+    requantize_sum,
+    shift_round,
+    traced_common_fixed_point,
+    traced_fixed_point,
+)
 
 Fraction = fractions.Fraction
 
@@ -405,3 +413,21 @@ class RequantizeSumTest(chex.TestCase):
         terms = [(a, m), (b, n)]
         got = requantize_sum(terms, shift, qmin=INT32[0], qmax=INT32[1])
         np.testing.assert_array_equal(got, self._wanted(terms, shift))
+
+
+def test_traced_ratios_are_the_known_ones():
+    rng = np.random.default_rng(0)
+    a, b, c = (np.exp(rng.normal(0, 3, 5000)).astype(np.float32) for _ in range(3))
+    a[:40] = 2.0 ** np.arange(-20, 20)
+    a[40], b[:41], c[:41] = 0.0, 1.0, 0.5
+    divisor = np.float32(1500.7)
+    wanted = fixed_point(np.float64(a) * np.float64(-b) * np.float64(c) / divisor)
+    traced = jax.jit(lambda *f: traced_fixed_point(f, jnp.float32(divisor)))(a, -b, c)
+    for found, own in zip(traced, wanted, strict=True):
+        np.testing.assert_array_equal(found, own)
+    signs = (1.0, -1.0, 1.0)
+    both = jax.jit(lambda *s: traced_common_fixed_point(s, signs, jnp.float32(0.3)))
+    for scales in zip(a[41:90], b[41:90], c[41:90], strict=True):
+        ratios = np.float64(signs) * np.float64(scales) / np.float64(np.float32(0.3))
+        for found, own in zip(both(*scales), common_fixed_point(ratios), strict=True):
+            np.testing.assert_array_equal(found, own)
