@@ -124,7 +124,7 @@ def _fixed_point(ratio: Any, xp: Any) -> tuple[Any, Any]:
     multiplier = xp.rint(mantissa * 2.0**31).astype(xp.int64)
     carried = xp.abs(multiplier) == 1 << 31
     multiplier = xp.where(carried, multiplier // 2, multiplier)
-    shift = 31 - (exponent + carried)
+    shift = 31 - xp.where(carried, exponent + 1, exponent)
     vanishes = (shift > _MOST_SHIFT) | (multiplier == 0)
     multiplier = xp.where(vanishes, 0, multiplier).astype(xp.int32)
     return multiplier, xp.where(vanishes, 0, shift).astype(xp.int32)
@@ -149,7 +149,8 @@ def _common_fixed_point(ratios: Any, xp: Any) -> tuple[Any, Any]:
     _, shift = _fixed_point(xp.max(xp.abs(ratios)), xp)
 
     def scaled(shift: Any) -> Any:
-        return xp.rint(ratios * (xp.int64(1) << shift.astype(xp.int64)))
+        power = xp.int64(1) << shift.astype(xp.int64)
+        return xp.rint(ratios * power.astype(xp.float64))
 
     # Carried to 2^31 by rounding: one bit less.
     shift = xp.where(xp.max(xp.abs(scaled(shift))) > _INT32_MAX, shift - 1, shift)
