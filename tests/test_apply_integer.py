@@ -79,6 +79,22 @@ def test_an_output_without_a_site_is_its_accumulator():
     assert_ships(*quantized(Small(), x, scheme), x)
 
 
+@pytest.mark.parametrize("size", [1.0, 0.75], ids=["bias", "factor"])
+def test_accumulators_beyond_24_bits(size):
+    """Where float32 drops bits, integers do not, unless a factor rounds as it does."""
+    word = dict(narrow_range=True, power_of_two=True)
+    scheme = qjax.Scheme(qjax.QSpec(8, **word), qjax.QSpec(16, **word))
+    params = {"kernel": images(40, 3, seed=2), "bias": images(1, 3, seed=3)}
+    params["kernel"] = np.abs(params["kernel"])
+    fn = lambda p, x: (x @ p["kernel"] + p["bias"]) * size
+    x = np.abs(images(20000, 40)) + 1
+    qmodel = qjax.quantize_model(fn, params, x, scheme=scheme)
+    qstate = qjax.calibrate(qmodel, params, [x])
+    program = qjax.lower(qmodel, params, qstate, x)
+    assert max(v.high for v in program.graph.values) > 1 << 24
+    assert_ships(qmodel, params, qstate, x)
+
+
 def test_words_by_name():
     x = images(2, 8, 8, 3)
     rules = (qjax.Rule("Conv_0/output", parse("quantized_relu(4,1)")),)

@@ -106,7 +106,7 @@ class _Accumulator(NamedTuple):
         scales = (*self.scales, target.scale)
         is_exact = functools.reduce(jnp.logical_and, map(_is_power_of_two, scales))
         return lax.cond(
-            is_exact,
+            is_exact & ~_is_power_of_two(self.gain),
             lambda: target.rounded(terms, shift, "fp32_half_even"),
             lambda: target.rounded(terms, shift),
         )
@@ -127,7 +127,6 @@ class IntegerForward(Simulation):
         self._sums: dict[int, _Accumulator] = {}
         self._data = set(self._inputs)
         self._of_codes: set[int] = set()  # Functions of what lies on grids.
-        self._roots = {b.root.outputs[0]: b for b in self._plan.blocks}
         self._ends = {b.value: b for b in self._plan.blocks}
         return super().run(visitor)
 
@@ -328,7 +327,7 @@ class IntegerForward(Simulation):
             )
         elif x in self._grids and not self._grids[x].scale.ndim:
             scale, real = self._grids[x].scale, lax.stop_gradient(self._env[out])
-            codes = jnp.rint(real * (1.0 / scale)).astype(jnp.int32)
+            codes = _whole_steps(real, scale)
             is_whole = functools.reduce(
                 jnp.logical_and, (_is_whole(end, scale) for end in ends)
             )
