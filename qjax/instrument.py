@@ -106,8 +106,9 @@ class QuantizedModel:
         Between two sites everything is int32 accumulators and integer requantizers,
         with multipliers and shifts computed from the traced scales: bit for bit what
         the program of `qjax.lower` returns for the same parameters. Derivatives are
-        those of `apply`. With power-of-two scales both have the same values; with
-        others `apply` may be off by a code near a tie, and this is not.
+        those of `apply` with the codes of the program at each site. With power-of-two
+        scales both have the same values; with others `apply` may be off by a code near
+        a tie, and this is not.
 
         Args:
           params: As ``fn`` takes them.

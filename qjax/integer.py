@@ -299,14 +299,16 @@ def requantize_sum(
     with jax.enable_x64(True):
         wide = [(_to_int64(acc), _to_int64(m)) for acc, m in terms]
         if rule == "fp32_half_even":
-            wide = [(_round_to_float32(acc), m) for acc, m in wide]
+            wide = [(round_to_float32(acc), m) for acc, m in wide]
         product = functools.reduce(jnp.add, (acc * m for acc, m in wide))
         if rule == "fp32_half_even":
-            product = _round_to_float32(product)
+            product = round_to_float32(product)
         if rule == "tflite_double":
             rounded = _round_twice(*wide[0], _to_int64(shift))
         elif rule == "tflite_single":
             rounded = _shift_half_up(product, _to_int64(shift))
+        elif any(acc.dtype == jnp.int64 for acc, _ in terms):
+            rounded = _shift_round_wide(product, _to_int64(shift))
         else:
             rounded = shift_round(product, _to_int64(shift))
         low, high, zero = (_to_int64(v) for v in (low, high, zero))
@@ -332,8 +334,48 @@ def _to_int64(x: ArrayLike) -> jax.Array:
     return jnp.asarray(x).astype(jnp.int64)
 
 
-def _round_to_float32(value: jax.Array) -> jax.Array:
-    """Keeps the 24 leading bits of int64 values, half to even."""
+def round_to_float32(value: jax.Array) -> jax.Array:
+    """Returns int64 values rounded to their 24 leading bits, half to even."""
     length = 64 - jax.lax.clz(jnp.abs(value))
     dropped = jnp.maximum(length - 24, jnp.zeros_like(length))
-    return shift_round(value, dropped) << dropped
+    return _shift_round_wide(value, dropped) << dropped
+
+
+def _shift_round_wide(value: jax.Array, shift: jax.Array) -> jax.Array:
+    """`shift_round` of values up to the end of their range."""
+    one = jnp.ones_like(shift)
+    whole, rest = value >> shift, value & ((one << shift) - one)
+    half = (one << shift) >> 1
+    is_up = (rest > half) | ((rest == half) & ((whole & one) == one))
+    return whole + jnp.where((shift > 0) & is_up, one, 0 * one)
+
+
+def align_products(
+    a: jax.Array, b: jax.Array, multipliers: Sequence[int], exponents: Sequence[int]
+) -> tuple[jax.Array, jax.Array]:
+    """Returns integers that compare as float32 products do.
+
+        float32(a * m_0 * 2^e_0)  and  float32(b * m_1 * 2^e_1)
+
+    exactly, however far the exponents are apart.
+
+    Args:
+      a: int64, below 2^25 in magnitude.
+      b: int64, as ``a``; broadcasts.
+      multipliers: ``m_0, m_1``, below 2^24: mantissas of scales.
+      exponents: ``e_0, e_1``.
+
+    Returns:
+      Two int64 arrays, each less than, equal to or greater than the other where the
+      products are.
+    """
+    pair = [
+        round_to_float32(x * jnp.int64(m)) for x, m in zip((a, b), multipliers, strict=True)
+    ]
+    # The finer side in units of the other: its whole part, and whether there is more.
+    finer = 0 if exponents[0] < exponents[1] else 1
+    bits = jnp.int64(min(abs(exponents[0] - exponents[1]), _MOST_SHIFT))
+    whole = pair[finer] >> bits
+    more = (pair[finer] != whole << bits).astype(jnp.int64)
+    pair[finer], pair[1 - finer] = 2 * whole + more, 2 * pair[1 - finer]
+    return pair[0], pair[1]

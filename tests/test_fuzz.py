@@ -1,9 +1,14 @@
 """Random programs: the integer program is the NumPy oracle, and the simulated model.
 
-What `apply_integer` computes is the integer program, too.
+What `apply_integer` computes is the integer program, too; what a report says is so.
 """
 
+import pathlib
+import subprocess
+import time
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,10 +19,49 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 import qjax
 from qjax.lowering import AccumulatorOverflowError, graph, reference
 from qjax.lowering.passes import validate
+from tests.chains import Chain, chains
 from tests.models import images, linen_example, nnx_example
 from tests.programs import Linen, Nnx, Program, programs
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("flax_promotion")]
+SECONDS = 90  # Of processor time, on new programs for each commit.
+
+
+def check_claims(lowered: qjax.IntegerProgram, *inputs: Any) -> list[np.ndarray]:
+    """XLA is the oracle, and each accumulator lies where the certificate says."""
+    validate(lowered.graph, lowered.params)
+    assert graph.Graph.from_json(lowered.graph.to_json()) == lowered.graph
+    codes = [np.asarray(c) for c in jax.tree.leaves(lowered.quantize_inputs(*inputs))]
+    values = reference.run(lowered.graph, lowered.params, codes)
+    ours, outputs = lowered.run_sites(*inputs)
+    for name, found in ours.items():
+        wanted = values[lowered.graph.sites[name]]
+        np.testing.assert_array_equal(found, wanted, err_msg=name)
+    for found, v in zip(outputs, lowered.graph.outputs, strict=True):
+        np.testing.assert_array_equal(found, values[v])
+    for bound in lowered.report().overflow:
+        value = values[bound.value]
+        if value.size:
+            assert bound.low.min() <= value.min(), bound
+            assert value.max() <= bound.high.max(), bound
+            assert -(2 ** (bound.bits - 1)) <= value.min(), bound
+            assert value.max() < 2 ** (bound.bits - 1), bound
+    return values
+
+
+def check_agreement(
+    lowered: qjax.IntegerProgram, report: qjax.Verification, context: Any
+) -> bool:
+    """Sites agree as the report says; returns whether all of them are proven."""
+    claims = lowered.report().agreement
+    assert set(claims) == set(report.sites)
+    for name, row in report.sites.items():
+        claim = claims[name]
+        if claim.is_proven:
+            assert row.equal == row.codes, f"{name}: {claim}\n{report}\n{context}"
+        if claim.most is not None:
+            assert row.max_difference <= claim.most, f"{name}: {claim}\n{context}"
+    return all(claim.is_proven for claim in claims.values())
 
 
 def check(program: Program, is_trained: bool = True) -> None:
@@ -36,14 +80,9 @@ def check(program: Program, is_trained: bool = True) -> None:
         lowered = qjax.lower(qmodel, params, qstate, x)
     except AccumulatorOverflowError:
         return  # 16-bit codes through wide sums: said, and right.
-    validate(lowered.graph, lowered.params)
-    assert graph.Graph.from_json(lowered.graph.to_json()) == lowered.graph
-    codes = [np.asarray(c) for c in lowered.quantize_inputs(x)]
-    values = reference.run(lowered.graph, lowered.params, codes)
-    for name, ours in lowered.site_codes(x).items():
-        wanted = values[lowered.graph.sites[name]]
-        np.testing.assert_array_equal(ours, wanted, err_msg=name)
+    check_claims(lowered, x)
     report = qjax.verify(lowered, qmodel, params, qstate, x)
+    check_agreement(lowered, report, program)
     for name, row in report.sites.items():
         most = 0 if program.is_power_of_two else 1
         assert row.max_difference <= most, f"{name}\n{report}\n{lowered.graph}"
@@ -52,25 +91,81 @@ def check(program: Program, is_trained: bool = True) -> None:
         np.testing.assert_array_equal(ours, lowered(x))
 
 
-def check_some(first: int, count: int, is_trained: bool = True) -> None:
+def check_chain(chain: Chain) -> None:
+    """One function: it lowers and is right at any size, or is refused in words."""
+    x = chain.inputs(chain.shape[0])
+    try:
+        jax.eval_shape(chain, x)
+    except (ValueError, TypeError, IndexError):
+        return  # No function of this shape.
+    try:
+        lowered = qjax.lower(chain, x)
+    except (NotImplementedError, OverflowError, ValueError) as error:
+        assert len(str(error)) > 40, error
+        return
+    check_claims(lowered, x)
+    report = qjax.verify(lowered, chain, x)
+    if check_agreement(lowered, report, chain):
+        rows = report.outputs
+        assert all(row.equal == row.codes for row in rows), f"{report}\n{chain}"
+    for size in (chain.shape[0] + 3, max(chain.shape[0] - 1, 1)):
+        check_size(lowered, chain, size)
+
+
+def check_size(lowered: qjax.IntegerProgram, chain: Chain, size: int) -> None:
+    """Another leading size: what the model lowers to for that size, or a refusal."""
+    x = chain.inputs(size, seed=1)
+    try:
+        found = lowered(x)
+    except ValueError as error:
+        assert "leading size is fixed by" in str(error), error
+        return
+    wanted = qjax.lower(chain, x)(x)
+    np.testing.assert_array_equal(found, wanted, err_msg=str(chain))
+
+
+def check_some(strategy: Any, check_one: Callable[[Any], None], first: int, n: int):
     """Some programs, the same for the same number."""
     options = settings(
-        max_examples=count,
+        max_examples=n,
         phases=(Phase.generate,),
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    run = options(given(programs())(lambda program: check(program, is_trained)))
-    seed(first)(run)()
+    seed(first)(options(given(strategy())(lambda program: check_one(program))))()
 
 
-@pytest.mark.parametrize("part", range(3))
-def test_random_programs(part):
-    check_some(part, 20, is_trained=part == 0)
+def commit() -> str:
+    """Returns the number of the commit; zeros where there is none."""
+    root = pathlib.Path(__file__).resolve().parents[1]
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "0" * 40
+    return found.stdout.strip()
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_random_programs_of_this_commit(part):
+    """For a time: the seed is that of the commit, and is named by a failure."""
+    kinds = ((programs, lambda p: check(p, len(p.steps) % 3 == 0)), (chains, check_chain))
+    start, first = time.process_time(), int(commit()[:7], 16) * 1000
+    number = 0
+    while time.process_time() - start < SECONDS / 2:
+        check_some(*kinds[part], first + number, 4)
+        number += 1
+    assert number
 
 
 @pytest.mark.fuzz
 @pytest.mark.parametrize("part", range(100))
-def test_many_random_programs(part):
-    check_some(1000 + part, 50)
+def test_many_random_programs(part, request):
+    """Pieces of 20, of which those that this commit has passed are left out."""
+    key, now = f"fuzz/{part}", commit()
+    if request.config.cache.get(key, None) == now:
+        pytest.skip("passed already")
+    check_some(programs, check, 1000 + part, 10)
+    check_some(chains, check_chain, 1000 + part, 10)
+    request.config.cache.set(key, now)

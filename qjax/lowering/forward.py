@@ -125,10 +125,16 @@ class IntegerForward(Simulation):
         self._words: dict[int, str] = {}  # Value on a grid -> type of its codes.
         self._late: dict[int, _Late] = {}
         self._sums: dict[int, _Accumulator] = {}
+        self._shipped: dict[int, jax.Array] = {}  # Accumulators as the program returns.
         self._data = set(self._inputs)
         self._of_codes: set[int] = set()  # Functions of what lies on grids.
         self._ends = {b.value: b for b in self._plan.blocks}
-        return super().run(visitor)
+        leaves, tree = jax.tree.flatten(super().run(visitor))
+        for k, v in enumerate(self._model.outputs):
+            if v in self._shipped:
+                value = self._shipped[v].astype(leaves[k].dtype)
+                leaves[k] = straight(leaves[k], value)
+        return jax.tree.unflatten(tree, leaves)
 
     # Sites.
 
@@ -147,6 +153,7 @@ class IntegerForward(Simulation):
             return
         word = self._seen[site.name]
         self._words[v] = word.dtype
+        self._shipped.pop(v, None)
         if late is not None and grid.scale.ndim == 0 and word.is_direct:
             codes = late(_Target(*grid, word.qmin, word.qmax))
             value = dequantize(codes, grid).astype(before.dtype)
@@ -189,7 +196,12 @@ class IntegerForward(Simulation):
         is_function = name in POINTWISE | SHAPE_MOVES or e.primitive in CALLS
         if is_function and all(v in self._grids or v in self._of_codes for v in data):
             self._of_codes.update(e.outputs)
-        if e.outputs[0] in self._late or not data:
+        if not data:
+            return
+        if data[0] in self._shipped and len(data) == 1:
+            if name in _CHOICES or bounds_of(self._model, e) is not None:
+                self._ship(e, data[0])
+        if e.outputs[0] in self._late:
             return
         if name in ("dot_general", "conv_general_dilated"):
             self._product(e)
@@ -205,6 +217,12 @@ class IntegerForward(Simulation):
             self._bound(e, data[0])
         elif name in _CHOICES and e.inputs[0] in self._late:
             self._choose(e)
+
+    def _ship(self, e: Equation, x: int) -> None:
+        """Takes what the program returns of an accumulator through an equation."""
+        values = (self._shipped[v] if v == x else self._env[v] for v in e.inputs)
+        found = evaluate(e, *map(lax.stop_gradient, values))
+        self._shipped.update(zip(e.outputs, found, strict=True))
 
     def _product(self, e: Equation) -> None:
         data = [v for v in e.inputs if v in self._data]
@@ -409,11 +427,15 @@ class IntegerForward(Simulation):
     def _set(
         self, v: int, acc: _Accumulator, real: jax.Array | None = None
     ) -> jax.Array:
-        """Makes a value that of its accumulator; its derivative stays."""
+        """Remembers the accumulator of a value, which stays that of the model.
+
+        So derivatives are those of `QuantizedModel.apply` with the codes of the program
+        at each site, also where an accumulator is exactly 0 before a relu.
+        """
         acc = jax.tree.map(lax.stop_gradient, acc)
-        real = self._env[v] if real is None else real
+        self._env[v] = self._env[v] if real is None else real
         self._sums[v], self._late[v] = acc, acc.codes
-        self._env[v] = straight(real, acc.real().astype(real.dtype))
+        self._shipped[v] = acc.real()
         return self._env[v]
 
     # Codes of what lies on grids.
@@ -453,6 +475,12 @@ class Words(Quantizer):
     def _round(
         self, site: Site, x: jax.Array, params: QParams, spec: QSpec
     ) -> jax.Array:
+        is_shifted = site.role == "activation" and not spec.symmetric
+        if is_shifted and is_known(spec.bits) and np.any(np.asarray(spec.bits) == 32):
+            raise ValueError(
+                f"The site {site.name!r} has codes of 32 bits with a zero point, which "
+                "are more than int32 from it. Use `symmetric=True` or 31 bits."
+            )
         with jax.ensure_compile_time_eval():
             self._remember(site, spec.qmin, spec.qmax, True)
         return super()._round(site, x, params, spec)

@@ -8,8 +8,10 @@ Operations (``q`` codes of the input, ``k`` a parameter, all integers):
     multiply_codes acc = (a - zero_points[0]) * (b - zero_points[1])
     table         code = table[q - low], of each channel its own if there is an axis
     embed         code = kernel[q], rows counted from the end below zero
-    take          code = q[places], places counted within each example
-    compare       1 where ((a - z_0) * m_0) kind ((b - z_1) * m_1), else 0
+    take          code = q[places], places counted within each example; or, if they
+                  cross it, within all of the value
+    compare       1 where (a - z_0) * m_0 * 2^e_0 kind (b - z_1) * m_1 * 2^e_1, else 0;
+                  each side rounded to the 24 bits of float32
     select        code = the case with the number that the first input has
     sum, sum_pool acc = sum(q) + bias
     requantize    code = clip(round((q - input_zero_point) * multiplier * 2^-shift) + z)
@@ -51,13 +53,19 @@ class Grid:
 class Value:
     """Integers of one type. ``low`` and ``high`` bound what they can be."""
 
-    shape: tuple[int, ...]  # As traced; the leading size may differ at call time.
+    shape: tuple[int, ...]  # As traced.
     dtype: str
     low: int
     high: int
     grid: Grid | None = None
     # Of an input: real = gain * input + offset.
     rescaling: tuple[float, float] = (1.0, 0.0)
+    is_rescaling_exact: bool = True  # Whether it rounds as the model does.
+    # Of an input: the equation that fixes its leading size. Empty: it may differ at call
+    # time, if it stays that of all inputs that were traced with the same one.
+    fixed_by: str = ""
+    is_place: bool = False  # Of an input that chooses rows: there are no others.
+    dtype_of_model: str = ""  # Of an output of whole numbers: their type in the model.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from qjax.affine import qpoint_p
 from qjax.blocks import SHAPE_MOVES
+from qjax.lowering.inputs import follow, is_place
 from qjax.lowering.values import (
     Abstract,
     Builder,
@@ -22,7 +23,7 @@ from qjax.lowering.values import (
     Sum,
 )
 from qjax.simulate import SITE_MARK
-from qjax.trace import POINTWISE, Equation, Trace, evaluate
+from qjax.trace import Equation, Trace, evaluate
 
 Rule = Callable[..., Abstract | tuple[Abstract, ...]]
 
@@ -90,12 +91,12 @@ def interpret(
             if not moves and e.primitive is not qpoint_p:
                 continue
         name = e.primitive.name
-        raw = [x for x in operands if isinstance(x, Real)]
-        if raw and not trace.is_real(e.outputs[0]) and name in _OF_PLACES:
-            env[e.outputs[0]] = raw[0]  # Read again where it chooses rows.
-            continue
         try:
-            found = _rule_of(e)(builder, e, trace, *operands)
+            if is_place(trace, e, operands):
+                found: Abstract | tuple[Abstract, ...] = follow(trace, e, operands)
+            else:
+                found = _rule_of(e)(builder, e, trace, *operands)
+            _check_type(trace, e, found)
         except (NotImplementedError, OverflowError, ValueError) as error:
             if residues is None:
                 raise
@@ -117,7 +118,17 @@ def _rule_of(e: Equation) -> Rule:
     return _RULES[name]
 
 
-_OF_PLACES = POINTWISE | SHAPE_MOVES
+def _check_type(trace: Trace, e: Equation, found: Any) -> None:
+    """Raises for arithmetic in half precision, whose roundings integers do not have."""
+    dtype = trace.avals[e.outputs[0]].dtype
+    is_narrow = trace.is_real(e.outputs[0]) and jax.numpy.finfo(dtype).bits < 32
+    if is_narrow and not isinstance(found, Known | KnownCodes):
+        raise NotImplementedError(
+            f"Integer programs replace float32 arithmetic, not {dtype}, met in "
+            f"{where(e)}.\n  equation: {e}\nCompute this part of the model in float32."
+        )
+
+
 _FOLDED = Known(np.zeros(0))  # A known value that no rule reads.
 
 

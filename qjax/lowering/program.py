@@ -27,7 +27,9 @@ from qjax.lowering.interpret import Residue, interpret, refuse
 from qjax.lowering.packing import nbytes
 from qjax.lowering.passes import drop_dead, merge_equal
 from qjax.lowering.report import Report, certify
-from qjax.lowering.values import Abstract, Builder, Integers
+from qjax.lowering.rules_functions import add_table
+from qjax.lowering.sizes import Lowered, find_fixed
+from qjax.lowering.values import Abstract, Builder, Curve, Integers
 from qjax.trace import Trace, trace
 
 # Importing them fills the rule table.
@@ -60,13 +62,16 @@ class IntegerProgram:
 
         Args:
           *inputs: As the model takes them. The size of the leading axis may differ from
-            the traced one.
+            the traced one where `lower` found that nothing depends on it; inputs that
+            were traced with the same size keep the same size.
 
         Returns:
-          As the model returns them, float32.
+          As the model returns them, real values as float32.
 
         Raises:
-          ValueError: if an input has another shape.
+          ValueError: if an input has another shape, or a leading size that an equation
+            has fixed, which is named; if an input chooses rows of a table that are not
+            there, unless it is traced: the first or the last row is taken then.
         """
         return self._unflatten(self._run_real(self.params, *self._flat(inputs)))
 
@@ -91,13 +96,7 @@ class IntegerProgram:
                     f"`codes` takes integers, got {jax.dtypes.result_type(x)} for "
                     f"input {k}. Call the program itself on real values."
                 )
-            if not isinstance(x, jax.core.Tracer) and np.size(x):
-                low, high = int(np.min(x)), int(np.max(x))
-                if low < v.low or high > v.high:
-                    raise ValueError(
-                        f"The codes of input {k} must lie in [{v.low}, {v.high}], got "
-                        f"[{low}, {high}]."
-                    )
+            _check_range(k, x, v)
             typed.append(jnp.asarray(x).astype(v.dtype))
         return self._unflatten(self.run_codes(self.params, *typed))
 
@@ -187,12 +186,30 @@ class IntegerProgram:
             raise ValueError(
                 f"The program takes inputs nested as {self.input_tree}, got {tree}."
             )
+        leading: dict[int, tuple[int, Any]] = {}  # Traced size -> input, its size now.
         for k, (x, v) in enumerate(zip(flat, self._inputs, strict=True)):
             shape = np.shape(x)
             if len(shape) != len(v.shape) or shape[1:] != v.shape[1:]:
                 raise ValueError(
                     f"Input {k} of the program must have shape "
                     f"{('batch', *v.shape[1:])}, got {shape}."
+                )
+            if v.is_place:
+                _check_range(k, x, v)
+            if not shape:
+                continue
+            if v.fixed_by and shape[0] != v.shape[0]:
+                raise ValueError(
+                    f"Input {k} of the program must have shape {v.shape}, got {shape}: "
+                    f"its leading size is fixed by {v.fixed_by}.\nLower the model for "
+                    "inputs of this size."
+                )
+            first, size = leading.setdefault(v.shape[0], (k, shape[0]))
+            if size != shape[0]:
+                raise ValueError(
+                    f"Inputs {first} and {k} of the program had the same leading size "
+                    f"when it was lowered, got {size} and {shape[0]}. Lower the model "
+                    "for inputs whose sizes differ."
                 )
         return flat
 
@@ -214,7 +231,7 @@ class IntegerProgram:
         found = []
         for q, v in zip(outputs, self._outputs, strict=True):
             if v.grid is None:
-                found.append(q)
+                found.append(q.astype(v.dtype_of_model) if v.dtype_of_model else q)
                 continue
             grid = _grid(v)
             scale = jnp.asarray(grid.array())
@@ -235,8 +252,9 @@ def lower(
       model: A `QuantizedModel`; or any function of real inputs that has quantization
         points in it and its parameters closed over.
       *args: ``params, qstate, *inputs`` for a `QuantizedModel`, else ``*inputs``. Of
-        the inputs only shapes are read; the size of the leading axis, the batch, may
-        differ when the program is called.
+        the inputs only shapes are read. The size of the leading axis may differ when
+        the program is called if the model lowers to the same program with another one,
+        which is tried here; else it is fixed.
       strict: Whether what has no integers raises. If not, the ``residues`` of the
         program list it, each with its equation, its module path and the quantizer that
         would remove it.
@@ -257,7 +275,31 @@ def lower(
     outputs = interpret(traced, builder, residues)
     if residues:
         return _partial(builder, outputs, residues)
-    ends = tuple(_output(builder, k, x, traced) for k, x in enumerate(outputs))
+    graph = _whole(builder, outputs, traced)
+
+    def lower_again(other: tuple[Any, ...]) -> Lowered:
+        again, _ = trace(fn, *other, keep_derivatives=False)
+        own = Builder(_buffer_bits(model), is_open=not strict)
+        return again, _whole(own, interpret(again, own), again), own.params
+
+    fixed = find_fixed(lower_again, inputs, (traced, graph, builder.params))
+    values = list(graph.values)
+    for k, reason in fixed.items():
+        v = graph.inputs[k]
+        values[v] = dataclasses.replace(values[v], fixed_by=reason)
+    graph = dataclasses.replace(graph, values=tuple(values))
+    graph, params = drop_dead(graph, _arrays(builder))
+    trees = jax.tree.structure(tuple(inputs)), jax.tree.structure(out)
+    program = IntegerProgram(graph, params, *trees)
+    check_integer_only(program)
+    return program
+
+
+def _whole(builder: Builder, outputs: Sequence[Abstract], traced: Trace) -> Graph:
+    """The graph of a program without residues, dead values in it."""
+    ends: list[int] = []
+    for k, x in enumerate(outputs):
+        ends.append(_output(builder, k, x, traced, ends))
     missing = [k for k in range(len(traced.inputs)) if k not in builder.inputs]
     if missing:
         raise ValueError(
@@ -265,12 +307,7 @@ def lower(
             "Quantize it, or take it out of the function."
         )
     order = tuple(builder.inputs[k] for k in range(len(traced.inputs)))
-    trees = jax.tree.structure(tuple(inputs)), jax.tree.structure(out)
-    graph = merge_equal(builder.graph(order, ends), builder.params)
-    graph, params = drop_dead(graph, _arrays(builder))
-    program = IntegerProgram(graph, params, *trees)
-    check_integer_only(program)
-    return program
+    return merge_equal(builder.graph(order, tuple(ends)), builder.params)
 
 
 def _partial(
@@ -335,26 +372,77 @@ def _float_values(jaxpr: Any) -> list[str]:
     return [*found, *(str(a.aval) for a in inexact)]
 
 
-def _output(builder: Builder, k: int, x: Abstract, traced: Trace) -> int:
-    """The value of an output: codes, or accumulators with a scale per channel."""
+def _output(
+    builder: Builder, k: int, x: Abstract, traced: Trace, taken: Sequence[int]
+) -> int:
+    """The value of an output: codes, or accumulators with a scale per channel.
+
+    It is a value of its own, unless nothing else says what its integers mean.
+    """
     if not traced.equations:
         raise ValueError("The function computes nothing.")
-    last = traced.equations[-1]
-    if not isinstance(x, Integers):
+    last, v = traced.equations[-1], traced.outputs[k]
+    if not traced.is_real(v):
+        return _whole_output(builder, k, x, traced)
+    if not isinstance(x, Integers) or x.dtype:
         raise refuse(last, x, f"output {k}")
     x = rules_shapes.settled(builder, last, traced, x)
     assert x.value is not None
-    if not traced.is_real(traced.outputs[k]):
-        return x.value  # Numbers that stand for themselves.
     grid = Grid(np.float32(x.real_scale()).tolist(), x.zero_point)
     value = builder.values[x.value]
-    if value.grid is None:
+    if value.grid is None and x.value not in (*taken, *builder.inputs.values()):
         builder.values[x.value] = dataclasses.replace(value, grid=grid)
-    elif value.grid != grid:  # The same codes in another unit than at their site.
-        low, high = value.low, value.high
-        own = builder.add_value(value.shape, low, high, grid, dtype=value.dtype)
-        return builder.add_node("clip", (x.value,), own, low=low, high=high)
-    return x.value
+        return x.value
+    if value.grid == grid and not value.dtype_of_model:
+        return x.value
+    return _copy(builder, x.value, grid=grid, dtype_of_model="")
+
+
+def _whole_output(builder: Builder, k: int, x: Abstract, traced: Trace) -> int:
+    """The value of an output of whole numbers, which stand for themselves."""
+    last, v = traced.equations[-1], traced.outputs[k]
+    dtype = str(traced.avals[v].dtype)
+    if isinstance(x, Curve):
+        value = builder.add_value(traced.shape(v), *_INT32_RANGE, dtype="int32")
+        ends = add_table(builder, x, _as_int32, value, x.path or "output")
+        builder.values[value] = dataclasses.replace(
+            builder.values[value], low=ends[0], high=ends[1], dtype_of_model=dtype
+        )
+        return value
+    is_itself = isinstance(x, Integers) and x.dtype and x.gain is None
+    if not is_itself or np.any(x.scale != 1) or x.zero_point:
+        raise refuse(last, x, f"output {k}")
+    x = rules_shapes.settled(builder, last, traced, x)
+    assert x.value is not None
+    return _copy(builder, x.value, grid=None, dtype_of_model=dtype)
+
+
+_INT32_RANGE = (-(2**31), 2**31 - 1)
+
+
+def _as_int32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.int32)
+
+
+def _copy(builder: Builder, v: int, **changes: Any) -> int:
+    """The same integers as another value."""
+    value = builder.values[v]
+    new = dataclasses.replace(value, rescaling=(1.0, 0.0), is_place=False, **changes)
+    builder.values.append(dataclasses.replace(new, is_rescaling_exact=True))
+    own, low, high = len(builder.values) - 1, value.low, value.high
+    return builder.add_node("clip", (v,), own, low=low, high=high)
+
+
+def _check_range(k: int, x: Any, v: Value) -> None:
+    """Raises for known codes outside of their range."""
+    if isinstance(x, jax.core.Tracer) or not np.size(x):
+        return
+    low, high = int(np.min(x)), int(np.max(x))
+    if low < v.low or high > v.high:
+        raise ValueError(
+            f"The codes of input {k} must lie in [{v.low}, {v.high}], got "
+            f"[{low}, {high}]."
+        )
 
 
 def _grid(value: Value) -> Grid:

@@ -205,6 +205,8 @@ def _embed(a, own, inputs):
 
 
 def _take(a, own, inputs):
+    if a.get("crosses_examples"):
+        return inputs[0].reshape(-1)[own["places"]]
     return inputs[0].reshape(len(inputs[0]), -1)[:, own["places"]]
 
 
@@ -219,8 +221,15 @@ _KINDS = {
 
 
 def _compare(a, own, inputs):
-    zipped = zip(inputs, a["zero_points"], a["multipliers"], strict=True)
-    return _KINDS[a["kind"]](*((x - z) * m for x, z, m in zipped)).astype(np.int64)
+    """Products as float32 rounds them, which float64 holds exactly."""
+    zipped = zip(
+        inputs, a["zero_points"], a["multipliers"], a["exponents"], strict=True
+    )
+    products = (
+        np.float32((x - z).astype(np.float64) * m).astype(np.float64) * 2.0**e
+        for x, z, m, e in zipped
+    )
+    return _KINDS[a["kind"]](*products).astype(np.int64)
 
 
 def _select(a, own, inputs):

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from qjax.lowering.graph import Grid
+from qjax.lowering.inputs import rescaled
 from qjax.lowering.interpret import refuse, rule, where
 from qjax.lowering.rules_functions import curve, extremum
 from qjax.lowering.rules_products import multiply, multiply_codes
@@ -39,7 +39,7 @@ def _add(
         return found
     if isinstance(a, Known | KnownCodes):
         if sign < 0:
-            b, sign = _scaled(e, b, np.asarray(-1.0)), 1.0
+            b, sign = _scaled(e, b, np.asarray(-1.0), None), 1.0
         a, b = b, a
         return _add_known(e, trace, a, b, sign)
     if isinstance(b, Known | KnownCodes):
@@ -56,9 +56,14 @@ def _bends(*operands: Abstract) -> bool:
     """
     if any(isinstance(x, Curve) for x in operands):
         return True
-    codes = [x for x in operands if isinstance(x, Integers) and x.is_codes]
+    codes = [x for x in operands if isinstance(x, Integers) and _is_of_codes(x)]
     known = [x for x in operands if isinstance(x, Known)]
     return len(codes) == 1 and len(known) == len(operands) - 1
+
+
+def _is_of_codes(x: Integers) -> bool:
+    """Whether integers are codes, or whole numbers that stand for themselves."""
+    return x.is_codes or bool(x.dtype)
 
 
 def _terms(e: Equation, x: Abstract) -> tuple[tuple[Integers, float], ...]:
@@ -73,9 +78,11 @@ def _add_known(
     e: Equation, trace: Trace, x: Abstract, known: Abstract, sign: float
 ) -> Abstract:
     if isinstance(x, Real) and x.input is not None and _is_number(known):
+        assert isinstance(known, Known)
         gain, offset = x.rescaling
-        offset += sign * float(known.value.flat[0])  # type: ignore[union-attr]
-        return dataclasses.replace(x, rescaling=(gain, offset))
+        shifted = gain, offset + sign * float(known.value.flat[0])
+        exact = x.is_exact and _is_power_of_two(gain) and not offset
+        return rescaled(e, x, _numbers(e, known), shifted, exact)
     if not isinstance(x, Integers) or x.emit is None or x.is_bounded:
         raise refuse(e, x, "operand")
     if isinstance(known, KnownCodes):
@@ -100,7 +107,7 @@ def _add_known(
         )
     # After a factor float32 rounds twice: the product, then the sum.
     rounds_once = x.is_gain_exact and x.gain is None
-    exact = x.is_bias_exact and _is_whole(steps)
+    exact = x.is_bias_exact and bool(np.all(steps == bias))
     x = dataclasses.replace(x, is_gain_exact=rounds_once, is_bias_exact=exact)
     return _with_bias(x, bias)
 
@@ -150,7 +157,7 @@ def _mul(builder: Builder, e: Equation, trace: Trace, *operands: Abstract) -> Ab
     if e.primitive.name == "neg":
         if _bends(*operands) and (found := curve(builder, e, trace, *operands)):
             return found
-        return _scaled(e, operands[0], np.asarray(-1.0))
+        return _scaled(e, operands[0], np.asarray(-1.0), None)
     a, b = operands
     if _bends(a, b) and not _is_unit(e, a, b):
         if (found := curve(builder, e, trace, a, b)) is not None:
@@ -160,9 +167,9 @@ def _mul(builder: Builder, e: Equation, trace: Trace, *operands: Abstract) -> Ab
             raise refuse(e, b, "divisor")
         reciprocal = np.float32(1) / np.asarray(b.value, np.float32)
         factor = compact(np.asarray(reciprocal, np.float64))
-        if isinstance(a, Integers) and a.is_codes and factor.size == 1:
-            return _rescaled(builder, e, a, factor.reshape(()))
-        return _scaled(e, a, factor)
+        if isinstance(a, Integers) and _is_of_codes(a) and factor.size == 1:
+            return _rescaled(builder, e, trace, (a, b), factor.reshape(()))
+        return _scaled(e, a, factor, b, is_quotient=True)
     x, known = (b, a) if isinstance(a, Known | KnownCodes) else (a, b)
     if isinstance(x, Integers) and isinstance(known, Integers):
         if x.is_codes and x.value == known.value and x.high - x.low < 1 << 16:
@@ -174,9 +181,9 @@ def _mul(builder: Builder, e: Equation, trace: Trace, *operands: Abstract) -> Ab
     if not isinstance(known, Known):
         raise refuse(e, known, "operand")
     factor = compact(np.asarray(known.value, np.float64))
-    if isinstance(x, Integers) and x.is_codes and factor.size == 1:
-        return _rescaled(builder, e, x, factor.reshape(()))
-    return _scaled(e, x, factor)
+    if isinstance(x, Integers) and _is_of_codes(x) and factor.size == 1:
+        return _rescaled(builder, e, trace, (a, b), factor.reshape(()))
+    return _scaled(e, x, factor, known)
 
 
 def _is_unit(e: Equation, a: Abstract, b: Abstract) -> bool:
@@ -184,50 +191,88 @@ def _is_unit(e: Equation, a: Abstract, b: Abstract) -> bool:
     x, known = (b, a) if isinstance(a, Known) else (a, b)
     if not (isinstance(x, Integers) and x.is_codes and isinstance(known, Known)):
         return False
+    if x.dtype:  # Whole numbers have no unit.
+        return False
     is_divisor = e.primitive.name == "div" and known is a
     value = compact(np.asarray(known.value))
     return value.size == 1 and bool(np.all(value > 0)) and not is_divisor
 
 
 def _rescaled(
-    builder: Builder, e: Equation, x: Integers, factor: np.ndarray
+    builder: Builder,
+    e: Equation,
+    trace: Trace,
+    operands: tuple[Abstract, Abstract],
+    factor: np.ndarray,
 ) -> Integers:
-    """The same codes, in another unit."""
-    if factor <= 0 or x.value is None:
-        raise refuse(e, x, "operand")
+    """The same codes, in another unit; a function of them keeps the model's product."""
+    x = next(o for o in operands if isinstance(o, Integers))
     scale = x.scale * factor
-    value = builder.values[x.value]
-    if x.scale == 1 and value.grid == Grid(1.0, x.zero_point):
-        grid = Grid(float(np.float32(scale)), x.zero_point)
-        builder.values[x.value] = dataclasses.replace(value, grid=grid)
-    return dataclasses.replace(x, scale=scale, bounded=None)
+    if factor <= 0 or x.value is None or x.dtype or not _MOST <= scale < 1 / _MOST:
+        raise refuse(e, x, "operand")
+    if x.rescaled is None and _is_power_of_two(factor):
+        return dataclasses.replace(x, scale=scale, bounded=None)
+    chain = None
+    if x.high - x.low < 1 << 16 and not np.ndim(x.scale):
+        chain = curve(builder, e, trace, *operands)
+    return dataclasses.replace(x, scale=scale, bounded=None, rescaled=chain)
+
+
+_MOST = 2.0**-126  # Scales and their reciprocals stay normal float32 numbers.
 
 
 @rule("round")
 def _round(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
-    """Codes in units of one are whole already."""
+    """Codes in units of one are whole already, float error in the unit aside."""
     if isinstance(x, Integers) and x.is_codes and not np.ndim(x.scale):
-        if abs(x.scale - 1) <= 2.0**-20:
-            return dataclasses.replace(x, scale=np.ones(()), bounded=None)
+        most = max(abs(x.low - x.zero_point), abs(x.high - x.zero_point))
+        if most * (abs(x.scale - 1) + 2.0**-22) < 0.25:
+            one = np.ones(())
+            return dataclasses.replace(x, scale=one, bounded=None, rescaled=None)
     found = curve(builder, e, trace, x)
     assert found is not None
     return found
 
 
-def _scaled(e: Equation, x: Abstract, factor: np.ndarray) -> Abstract:
+def _scaled(
+    e: Equation,
+    x: Abstract,
+    factor: np.ndarray,
+    known: Abstract | None,
+    *,
+    is_quotient: bool = False,
+) -> Abstract:
     """A factor that waits for the next grid."""
+    is_power = _is_power_of_two(factor)
     if isinstance(x, Real) and x.input is not None and factor.size == 1:
         by = float(factor.flat[0])
         gain, offset = (by * number for number in x.rescaling)
-        return dataclasses.replace(x, rescaling=(gain, offset))
-    if not isinstance(x, Integers) or x.is_codes or x.is_bounded:
+        before, shift = x.rescaling
+        once = not is_quotient and _is_power_of_two(before) and not shift
+        exact = x.is_exact and (is_power or once)
+        return rescaled(e, x, _numbers(e, known), (gain, offset), exact)
+    if not isinstance(x, Integers) or x.is_codes or x.is_bounded or x.dtype:
         raise refuse(e, x, "operand")
     factor = compact(factor)
     if np.all(factor == 1):
         return x
+    quotient = x.is_quotient or (is_quotient and not is_power)
+    x = dataclasses.replace(x, is_quotient=quotient)
     if x.gain is None:
         return dataclasses.replace(x, gain=factor)
     return dataclasses.replace(x, gain=x.gain * factor, is_gain_exact=False)
+
+
+def _numbers(e: Equation, known: Abstract | None) -> dict[int, np.ndarray]:
+    """The operand of an equation that is one number; none if it has none."""
+    if not isinstance(known, Known):
+        return {}
+    found = (v for v in e.inputs if np.size(known.value) == 1)
+    return {v: np.asarray(known.value).reshape(()) for v in found}
+
+
+def _is_power_of_two(x: Any) -> bool:
+    return bool(np.all(np.abs(np.frexp(np.asarray(x, np.float64))[0]) == 0.5))
 
 
 @rule("max", "min")
@@ -297,6 +342,8 @@ def _within(
         clipped = settled(builder, e, trace, bounded)
         if bounded.high - bounded.low < 1 << 16 and np.ndim(bounded.scale) == 0:
             before = curve(builder, e, trace, *operands)
+            if isinstance(x, Integers) and x.rescaled is not None:
+                return dataclasses.replace(clipped, rescaled=before)
             return dataclasses.replace(clipped, bounded=before)
         return clipped
     return bounded

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core.primitives import copy_p
 
 from qjax.affine import QParams, dequantize
 from qjax.lowering.interpret import refuse, rule, where
@@ -82,14 +83,24 @@ def _since(x: Curve, value: int) -> Curve:
     """The function from other codes on."""
     while x.source.value != value:
         assert x.source.bounded is not None
-        x = x.source.bounded
+        x = _ending(x.source.bounded, x.end)
     return x
+
+
+def _ending(x: Curve, end: int) -> Curve:
+    """The function under the number that another equation reads it by."""
+    if x.end == end:
+        return x
+    same = Equation(copy_p, {}, (x.end,), (end,), x.path)
+    return dataclasses.replace(x, steps={**x.steps, end: same}, end=end)
 
 
 def _as_curve(e: Equation, v: int, x: Abstract) -> Curve:
     """Codes as a function of themselves."""
     if isinstance(x, Curve):
-        return x
+        return _ending(x, v)
+    if isinstance(x, Integers) and x.rescaled is not None:
+        return _ending(x.rescaled, v)
     if isinstance(x, Integers) and x.emit is None and x.value is not None:
         if x.high - x.low < _MOST_CODES and not x.is_bounded and x.gain is None:
             return Curve(x, {v: x}, {}, {}, v, path=x.path)
@@ -113,7 +124,7 @@ def _per_channel(e: Equation, x: Known | KnownCodes) -> np.ndarray:
     return value
 
 
-def tabulate(x: Curve, finish: Any) -> tuple[np.ndarray, int | None]:
+def tabulate(x: Curve, finish: Any) -> tuple[np.ndarray, int | None, int]:
     """Computes a function on all codes of its source, as the float model does.
 
     Args:
@@ -121,10 +132,12 @@ def tabulate(x: Curve, finish: Any) -> tuple[np.ndarray, int | None]:
       finish: What makes integers of its values.
 
     Returns:
-      ``(table, axis)``: shape ``[codes]``, or ``[codes, channels]`` with the axis of
-      the value along which the rows are chosen.
+      ``(table, axis, off)``: shape ``[codes]``, or ``[codes, channels]`` with the axis
+      of the value along which the rows are chosen; and by how much an entry changes if
+      the compiler does not fuse the function (``a * b + c`` into one rounding, say).
     """
     low, high = x.source.low, x.source.high
+    types = {v: a.dtype for v, a in x.aliases.items()}
     constants = (*x.known.values(), *(a.scale for a in x.aliases.values()))
     rank = max(map(np.ndim, constants))
     codes = np.arange(low, high + 1, dtype=np.int32).reshape((-1,) + (1,) * rank)
@@ -133,28 +146,48 @@ def tabulate(x: Curve, finish: Any) -> tuple[np.ndarray, int | None]:
         for v, a in x.aliases.items()
     }
 
-    @jax.jit
     def table(codes: Any, grids: Mapping[int, QParams], known: Any) -> Any:
-        env = {v: dequantize(codes, grid) for v, grid in grids.items()} | known
-        for e in x.steps.values():
-            args = [env[v] for v in e.inputs]
-            shape = jnp.broadcast_shapes(*map(jnp.shape, args))
-            args = [jnp.broadcast_to(arg, shape) for arg in args]
-            env.update(zip(e.outputs, evaluate(e, *args), strict=True))
-        return finish(env[x.end])
+        env = dict(known)
+        for v, grid in grids.items():
+            is_whole = bool(types[v])
+            env[v] = codes.astype(types[v]) if is_whole else dequantize(codes, grid)
+        return finish(run_steps(env, x.steps)[x.end])
 
     with jax.numpy_rank_promotion("allow"):
-        found = np.asarray(table(codes, grids, dict(x.known)))
+        found = np.asarray(jax.jit(table)(codes, grids, dict(x.known)))
+        alone = np.asarray(table(jnp.asarray(codes), grids, dict(x.known)))
+    off = int(np.max(np.abs(found.astype(np.int64) - alone), initial=0))
     axes = [d for d in range(1, found.ndim) if found.shape[d] > 1]
     if not axes:
-        return found.reshape(-1), None
+        return found.reshape(-1), None, off
     if len(axes) > 1 or found.size > _MOST_ENTRIES:
         raise ValueError(
             f"The function in {x.path or 'the traced function'!r} would need a table "
             f"of shape {found.shape}. Use fewer bits for its input, or numbers that "
             "vary along one axis only."
         )
-    return found.reshape(len(codes), -1), axes[0] - found.ndim
+    return found.reshape(len(codes), -1), axes[0] - found.ndim, off
+
+
+def run_steps(
+    env: Mapping[int, Any], steps: Mapping[int, Equation]
+) -> dict[int, jax.Array]:
+    """Evaluates elementwise equations, in order, on values that broadcast.
+
+    Args:
+      env: Value of the trace -> array, for what the steps start from.
+      steps: Value of the trace -> the equation that computes it.
+
+    Returns:
+      All values.
+    """
+    found = dict(env)
+    for e in steps.values():
+        args = [found[v] for v in e.inputs]
+        shape = jnp.broadcast_shapes(*map(jnp.shape, args))
+        args = [jnp.broadcast_to(arg, shape) for arg in args]
+        found.update(zip(e.outputs, evaluate(e, *args), strict=True))
+    return found
 
 
 def add_table(
@@ -166,7 +199,7 @@ def add_table(
 ) -> tuple[int, int]:
     """Puts a function into the graph; returns the least and the largest entry."""
     assert x.source.value is not None
-    table, axis = tabulate(x, finish)
+    table, axis, off = tabulate(x, finish)
     dtype = builder.values[value].dtype
     builder.add_node(
         "table",
@@ -176,6 +209,7 @@ def add_table(
         path=x.path,
         low=x.source.low,
         axis=axis,
+        **({"most_off": off} if off else {}),
     )
     return int(table.min()), int(table.max())
 
@@ -222,9 +256,15 @@ def _compare(
     for x in (a, b):
         if not isinstance(x, Integers) or not x.is_codes or np.ndim(x.scale):
             raise refuse(e, x, "operand")
+        most = max(abs(n) for n in (x.low, x.high, x.zero_point))
+        if x.rescaled is not None or most > 1 << 24 or most * x.scale >= 2.0**127:
+            raise ValueError(
+                f"`{e.primitive.name}` in {where(e)} compares products that float32 "
+                f"rounds more than once.\n  equation: {e}\nQuantize its operands right "
+                "before it, in words of at most 24 bits."
+            )
         pair.append(x)
-    largest = max(float(x.scale) for x in pair)
-    ratios = [float(x.scale) / largest for x in pair]
+    parts = [np.frexp(np.float32(x.scale)) for x in pair]
     value = builder.add_value(trace.shape(e.outputs[0]), 0, 1, dtype="int8")
     builder.add_node(
         "compare",
@@ -232,10 +272,11 @@ def _compare(
         value,
         path=where(e).strip("'"),
         kind=e.primitive.name,
-        multipliers=[round(ratio * 2**30) for ratio in ratios],
+        multipliers=[int(mantissa * 2**24) for mantissa, _ in parts],
+        exponents=[int(exponent) - 24 for _, exponent in parts],
         zero_points=[x.zero_point for x in pair],
     )
-    return Integers(value, np.ones(()), 0, 0, 1, is_codes=True, path=e.path)
+    return Integers(value, np.ones(()), 0, 0, 1, path=e.path, dtype="bool")
 
 
 @rule("select_n")
@@ -268,11 +309,6 @@ def _concatenate(
     builder: Builder, e: Equation, trace: Trace, *parts: Abstract
 ) -> Abstract:
     axis = int(e.params["dimension"])
-    if axis == 0:
-        raise NotImplementedError(
-            f"Integer programs keep the leading axis for the batch, and `concatenate` "
-            f"in {where(e)} joins along it.\n  equation: {e}"
-        )
     for x in parts:
         if isinstance(x, Known | KnownCodes):
             raise refuse(e, x, "part")
@@ -317,6 +353,8 @@ def _joined_now(builder: Builder, x: Joined) -> Abstract:
         )
         if not same:
             return x
+    if any(isinstance(p, Integers) and p.rescaled is not None for p in x.parts):
+        return x  # Each part has functions of its own.
     assert first.value is not None
     inputs = tuple(
         p.value for p in x.parts if isinstance(p, Integers) and p.value is not None
@@ -331,7 +369,7 @@ def _joined_now(builder: Builder, x: Joined) -> Abstract:
     builder.add_node(
         x.operation, (*x.others, *inputs), value, path=x.path, **x.attributes
     )
-    return dataclasses.replace(first, value=value, low=low, high=high, path=x.path)
+    return first.elsewhere(value, low=low, high=high, path=x.path)
 
 
 @rule("argmax", "argmin")
@@ -340,9 +378,17 @@ def _argmax(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstrac
         raise refuse(e, x, "input")
     (axis,) = e.params["axes"]
     size = trace.shape(e.inputs[0])[axis]
+    most = max(abs(n) for n in (x.low, x.high, x.zero_point))
+    if most > 1 << 22:
+        raise ValueError(
+            f"`{e.primitive.name}` in {where(e)} is of codes up to {most}, of which "
+            f"float32 takes several for one.\n  equation: {e}\nQuantize its input to at "
+            "most 22 bits."
+        )
     value = builder.add_value(trace.shape(e.outputs[0]), 0, size - 1, dtype="int32")
     assert x.value is not None
     builder.add_node(
         e.primitive.name, (x.value,), value, path=where(e).strip("'"), axis=int(axis)
     )
-    return Integers(value, np.ones(()), 0, 0, size - 1, path=e.path)
+    dtype = str(trace.avals[e.outputs[0]].dtype)
+    return Integers(value, np.ones(()), 0, 0, size - 1, path=e.path, dtype=dtype)

@@ -7,14 +7,17 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from qjax.lowering.graph import Grid
+from qjax.lowering.inputs import integer_range
 from qjax.lowering.interpret import refuse, rule, where
-from qjax.lowering.rules_shapes import settled
+from qjax.lowering.rules_functions import run_steps
+from qjax.lowering.rules_shapes import move, placed, settled
 from qjax.lowering.values import Abstract, Builder, Integers, Known, KnownCodes, Real
-from qjax.trace import POINTWISE, Equation, Trace, evaluate
+from qjax.trace import Equation, Trace, evaluate
 
-_NEUTRAL = ("reshape", "broadcast_in_dim", "squeeze", "expand_dims")
+_MOST_ROWS = 1 << 24  # Numbers of rows are exact in float32.
 
 
 @rule("gather")
@@ -55,19 +58,27 @@ def _taken(
     size = math.prod(shape[1:])
     numbers = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
     found = np.asarray(evaluate(e, numbers, *places)[0])
-    first = np.arange(shape[0]).reshape((-1,) + (1,) * (len(out) - 1)) * size
-    if not out or out[0] != shape[0] or np.any(found - first != found[:1]):
-        raise NotImplementedError(
-            f"`{e.primitive.name}` in {where(e)} moves values along the leading axis, "
-            f"which integer programs keep for the batch.\n  equation: {e}"
+    if found.size and not 0 <= found.min() <= found.max() < numbers.size:
+        raise ValueError(
+            f"`{e.primitive.name}` in {where(e)} reads places that are not there, which "
+            f"are NaN in the model.\n  equation: {e}"
         )
-    assert x.value is not None
-    before = builder.values[x.value]
-    value = builder.add_value(out, x.low, x.high, before.grid, dtype=before.dtype)
+    crosses = not out or out[0] != shape[0]
+    if not crosses:
+        first = np.arange(shape[0]).reshape((-1,) + (1,) * (len(out) - 1)) * size
+        crosses = bool(np.any(found - first != found[:1]))
     path = where(e).strip("'")
-    params = {"places": builder.add_param(f"{path}/places", found[0])}
-    builder.add_node("take", (x.value,), value, params=params, path=path)
-    return dataclasses.replace(x, value=value)
+    name = builder.add_param(f"{path}/places", found if crosses else found[0])
+
+    def place(source: int) -> int:
+        v = builder.values[source]
+        value = builder.add_value(out, v.low, v.high, v.grid, dtype=v.dtype)
+        options = {"crosses_examples": shape[0]} if crosses else {}
+        return builder.add_node(
+            "take", (source,), value, params={"places": name}, path=path, **options
+        )
+
+    return placed(x, place, e, len(out))
 
 
 def _embed(
@@ -84,22 +95,18 @@ def _embed(
     )
     if not isinstance(index, Real) or index.input is None:
         raise refuse(e, index, "index")
-    if not is_rows or np.any(w.zero_point) or not _counts_from_zero(e, trace, rows):
+    ends = _chosen_ends(e, trace, index, rows) if is_rows else None
+    if ends is None or np.any(w.zero_point):
         raise NotImplementedError(
             f"There is no integer rule for this `gather` in {where(e)}: rows of a "
             f"symmetric table, chosen by an integer input, have one.\n  equation: {e}"
         )
-    shape = trace.shape(trace.inputs[index.input])
-    if index.input not in builder.inputs:
-        grid = Grid(1.0, 0)
-        value = builder.add_value(shape, -rows, rows - 1, grid, dtype="int32")
-        builder.inputs[index.input] = value
-    ids = builder.inputs[index.input]
+    ids = _place_input(builder, e, trace, index, ends)
     low, high = int(w.codes.min(initial=0)), int(w.codes.max(initial=0))
     out = builder.add_value(trace.shape(e.outputs[0]), low, high)
     kernel = w.codes.astype(builder.values[out].dtype)
     params = {"kernel": builder.add_param(w.site or "embedding", kernel)}
-    builder.add_node("embed", (ids,), out, params=params, path=where(e).strip("'"))
+    builder.add_node("embed", (ids.value,), out, params=params, path=where(e).strip("'"))
     scale = np.asarray(w.scale, np.float64)
     if scale.ndim:  # One a column.
         if scale.shape[0] != 1:
@@ -112,31 +119,74 @@ def _embed(
     return Integers(out, scale, 0, low, high, is_codes=not scale.ndim, path=e.path)
 
 
-def _counts_from_zero(e: Equation, trace: Trace, rows: int) -> bool:
-    """Whether the rows are chosen as an array is indexed: from its end below zero."""
-    source = {v: s for s in trace.equations for v in s.outputs}
-    ids = np.arange(-rows, rows, dtype=np.int32)
+def _chosen_ends(
+    e: Equation, trace: Trace, index: Real, rows: int
+) -> tuple[int, int] | None:
+    """The integers that choose rows as `embed` counts them; None if others do."""
+    assert index.input is not None
+    v = trace.inputs[index.input]
+    dtype, ends = trace.avals[v].dtype, integer_range(trace, index)
+    if ends is None or dtype == np.bool_ or rows > _MOST_ROWS:
+        return None
+    is_clipped = e.params["mode"] == lax.GatherScatterMode.CLIP
 
-    def chosen(v: int) -> np.ndarray | None:
-        s = source.get(v)
-        if v in trace.constants:
-            return np.asarray(trace.constants[v])
-        if s is None:
-            return ids
-        operands = [chosen(u) for u in s.inputs]
-        if any(a is None for a in operands):
-            return None
-        if s.primitive.name in _NEUTRAL:
-            return operands[0]
-        if s.primitive.name not in POINTWISE:
-            return None
-        pairs = [np.broadcast_to(np.asarray(a).squeeze(), ids.shape) for a in operands]
-        return np.asarray(evaluate(s, *map(jnp.asarray, pairs))[0])
+    def rows_of(ids: np.ndarray) -> np.ndarray:
+        env = {v: jnp.asarray(ids, dtype)} | dict(index.known)
+        found = np.asarray(run_steps(env, index.steps)[e.inputs[1]]).astype(np.int64)
+        return np.clip(found, 0, rows - 1) if is_clipped else found
 
-    found = chosen(e.inputs[1])
-    return found is not None and np.array_equal(
-        found, np.where(ids < 0, ids + rows, ids)
+    low, high = max(-rows, ends[0]), min(rows - 1, ends[1])
+    ids = np.arange(low, high + 1)
+    found = rows_of(ids)
+    if np.array_equal(found, np.where(ids < 0, ids + rows, ids)):
+        return low, high
+    if np.array_equal(found, np.clip(ids, 0, rows - 1)):
+        return 0, high
+    return None
+
+
+def _place_input(
+    builder: Builder,
+    e: Equation,
+    trace: Trace,
+    index: Real,
+    ends: tuple[int, int],
+) -> Integers:
+    """The input of a program that chooses rows, moved as the model moves it."""
+    k = index.input
+    assert k is not None
+    fills = e.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    if k not in builder.inputs:
+        shape = trace.shape(trace.inputs[k])
+        value = builder.add_value(shape, *ends, Grid(1.0, 0), dtype="int32")
+        builder.inputs[k] = value
+        builder.values[value] = dataclasses.replace(
+            builder.values[value], is_place=fills
+        )
+    value = builder.inputs[k]
+    own = builder.values[value]
+    same = (own.low, own.high) == ends
+    if own.grid != Grid(1.0, 0) or own.dtype != "int32" or not (same or own.is_place):
+        raise ValueError(
+            f"Input {k} of the program chooses rows in {where(e)} and is something else "
+            f"as well.\n  equation: {e}\nPass it as two inputs."
+        )
+    if not same:  # Rows that all tables have: others are refused.
+        low, high = max(own.low, ends[0]), min(own.high, ends[1])
+        own = dataclasses.replace(own, low=low, high=high)
+        builder.values[value] = own
+    codes: Abstract = Integers(
+        value, np.ones(()), 0, own.low, own.high, path=e.path, dtype="int32"
     )
+    wanted = trace.shape(e.inputs[1])[:-1]
+    for equation in index.moves:
+        if trace.shape(equation.inputs[0]) == wanted and equation is index.moves[-1]:
+            break  # It appends the axis of places.
+        codes = move(builder, equation, trace, codes)
+    assert isinstance(codes, Integers) and codes.value is not None
+    if builder.values[codes.value].shape != wanted:
+        raise refuse(e, index, "index")
+    return codes
 
 
 @rule("split")
@@ -145,20 +195,24 @@ def _split(
 ) -> tuple[Abstract, ...]:
     x = settled(builder, e, trace, x)
     axis, sizes = int(e.params["axis"]), [int(n) for n in e.params["sizes"]]
-    if axis == 0 or (np.ndim(x.scale) and x.scale.shape[axis] > 1):
+    if np.ndim(x.scale) and x.scale.shape[axis] > 1:
         raise refuse(e, x, "input")
-    assert x.value is not None
-    before, rank = builder.values[x.value], len(trace.shape(e.inputs[0]))
+    rank, last = len(trace.shape(e.inputs[0])), trace.shape(e.inputs[0])[axis]
     ends = list(itertools.accumulate(sizes))
     parts = []
     for v, size, end in zip(e.outputs, sizes, ends, strict=True):
         start: list[int] = [0] * rank
         stop: list[int | None] = [None] * rank
-        start[axis], stop[axis] = end - size, end
-        shape = trace.shape(v)
-        value = builder.add_value(shape, x.low, x.high, before.grid, dtype=before.dtype)
-        path = where(e).strip("'")
+        start[axis], stop[axis] = end - size, None if end == last else end
         attributes: dict[str, Any] = {"start": start, "stop": stop, "steps": [1] * rank}
-        builder.add_node("slice", (x.value,), value, path=path, **attributes)
-        parts.append(dataclasses.replace(x, value=value))
+
+        def place(
+            source: int, shape: Any = trace.shape(v), attributes: Any = attributes
+        ) -> int:
+            b = builder.values[source]
+            value = builder.add_value(shape, b.low, b.high, b.grid, dtype=b.dtype)
+            path = where(e).strip("'")
+            return builder.add_node("slice", (source,), value, path=path, **attributes)
+
+        parts.append(placed(x, place, e, rank, end=v))
     return tuple(parts)

@@ -11,6 +11,7 @@ import numpy as np
 from qjax.affine import grid_codes
 from qjax.integer import common_fixed_point, fixed_point
 from qjax.lowering.graph import Grid, storage
+from qjax.lowering.inputs import integer_range
 from qjax.lowering.interpret import refuse, rule, where
 from qjax.lowering.rules_functions import add_table
 from qjax.lowering.rules_shapes import move
@@ -65,7 +66,7 @@ def _qpoint(
             value = target.add_value(builder, shape, target.qmin, target.qmax)
             builder.inputs[-1 - len(builder.inputs)] = value
             return target.integers(builder, value)
-        return _quantize_input(builder, e, trace, x, target)
+        return _quantize_input(builder, e, trace, x, target, shape)
     return _onto(builder, e, x, target, shape)
 
 
@@ -182,25 +183,62 @@ class _Target:
 
 
 def _quantize_input(
-    builder: Builder, e: Equation, trace: Trace, x: Real, target: _Target
+    builder: Builder, e: Equation, trace: Trace, x: Real, target: _Target, shape: Any
 ) -> Abstract:
     if x.input is None:
         raise refuse(e, x, "input")
+    if not x.is_plain:
+        return _table(builder, _raw(builder, e, trace, x), target, shape)
     if x.input in builder.inputs:
-        raise ValueError(
-            f"Input {x.input} of the program is quantized twice, on two paths ("
-            f"{where(e)}). Quantize it once and share the result."
-        )
-    shape = trace.shape(trace.inputs[x.input])
-    value = target.add_value(builder, shape, target.qmin, target.qmax)
+        raise _twice(e, x.input)
+    own = trace.shape(trace.inputs[x.input])
+    value = target.add_value(builder, own, target.qmin, target.qmax)
     builder.inputs[x.input] = value
     builder.values[value] = dataclasses.replace(
-        builder.values[value], rescaling=x.rescaling
+        builder.values[value], rescaling=x.rescaling, is_rescaling_exact=x.is_exact
     )
-    codes: Abstract = target.integers(builder, value)
+    codes: Abstract = dataclasses.replace(target, is_part=True).integers(builder, value)
     for equation in x.moves:
         codes = move(builder, equation, trace, codes)
+    assert isinstance(codes, Integers) and codes.value is not None
+    if not target.is_part:
+        builder.add_site(target.site, codes.value)
     return codes
+
+
+def _raw(builder: Builder, e: Equation, trace: Trace, x: Real) -> Curve:
+    """An integer input as codes of its own, and what was made of it as a function."""
+    k = x.input
+    assert k is not None
+    v, ends = trace.inputs[k], integer_range(trace, x)
+    if ends is None or ends[1] - ends[0] >= 1 << 16:
+        raise ValueError(
+            f"{x.source.capitalize()} goes through integer arithmetic before it is "
+            f"quantized, in {where(e)}.\n  equation: {e}\nThat is a table of at most 16 "
+            "bits: pass the input as uint8, int8, uint16 or int16, or do the arithmetic "
+            "outside of the program."
+        )
+    if k not in builder.raw and k in builder.inputs:
+        raise _twice(e, k)
+    if k not in builder.raw:
+        value = builder.add_value(trace.shape(v), *ends, Grid(1.0, 0))
+        dtype = str(trace.avals[v].dtype)
+        builder.inputs[k] = value
+        builder.raw[k] = Integers(value, np.ones(()), 0, *ends, path=e.path, dtype=dtype)
+    codes: Abstract = builder.raw[k]
+    for equation in x.moves:
+        codes = move(builder, equation, trace, codes)
+    assert isinstance(codes, Integers)
+    rank = len(trace.shape(e.outputs[0]))
+    known = {u: np.reshape(n, (1,) * rank) for u, n in x.known.items()}
+    return Curve(codes, {v: codes}, known, x.steps, e.inputs[0], path=e.path)
+
+
+def _twice(e: Equation, k: int) -> ValueError:
+    return ValueError(
+        f"Input {k} of the program is quantized twice, on two paths ({where(e)}). "
+        "Quantize it once and share the result."
+    )
 
 
 def _requantize(
@@ -209,7 +247,8 @@ def _requantize(
     low, high = target.range(x.bounds)
     same_grid = x.is_codes and float(x.scale) == float(np.float32(target.scale))
     if same_grid and x.zero_point == target.zero_point and not x.is_bounded:
-        if target.qmin <= x.low and x.high <= target.qmax:
+        is_whole = x.rescaled is None or x.high - x.low < _MOST_WHOLE
+        if is_whole and target.qmin <= x.low and x.high <= target.qmax:
             if not target.is_part:
                 assert x.value is not None
                 builder.add_site(target.site, x.value)
@@ -242,9 +281,48 @@ def _requantize(
         low=low,
         high=high,
         rule="fp32_half_even" if one_rounding else "half_even",
+        is_exact=_is_exact(x, target),
         **({} if x.is_bias_exact else {"is_bias_rounded": True}),
+        **({"is_wide": True} if _most_steps(x) >= 1 << 31 else {}),
     )
     return target.integers(builder, value)
+
+
+_MOST_WHOLE = 1 << 20  # Float error in a unit is no step below it.
+_EXACT = 1 << 24  # Integers below are exact in float32.
+_MOST_SUM = 1 << 62  # Of products without their signs: `requantize_sum`.
+
+
+def _most_steps(x: Integers) -> int:
+    """The largest distance of codes from their zero point."""
+    return max(abs(x.low - x.zero_point), abs(x.high - x.zero_point))
+
+
+def _is_exact(x: Integers, target: _Target) -> bool:
+    """Whether float32 rounds accumulators as the requantizer does.
+
+    All scales are powers of two, nothing overflows or is denormal, and one operation at
+    most rounds: a product with a factor, which is the last one.
+    """
+    once = x.gain is None or (x.is_gain_exact and not x.is_quotient)
+    scales = np.asarray(x.scale), np.asarray(np.float64(np.float32(target.scale)))
+    if not once or x.rescaled is not None or not x.is_bias_exact:
+        return False
+    units = np.abs(x.real_scale()[x.real_scale() != 0])
+    ends = (*scales, units, 1 / scales[1])
+    is_normal = all(np.all((s >= 2.0**-126) & (s <= 2.0**100)) for s in ends)
+    return is_normal and all(map(_is_power_of_two, scales)) and _most_steps(x) < _EXACT
+
+
+def _is_exact_sum(x: Sum, target: _Target) -> bool:
+    """Whether float32 adds codes exactly: on powers of two, within 24 bits."""
+    scales = np.array([*(float(t.scale) for t, _ in x.terms), target.scale])
+    if not _is_power_of_two(scales) or any(t.rescaled is not None for t, _ in x.terms):
+        return False
+    finest = scales[:-1].min()
+    most = sum(_most_steps(t) * float(t.scale) / finest for t, _ in x.terms)
+    is_normal = np.all((scales >= 2.0**-126) & (scales <= 2.0**100))
+    return bool(is_normal and most < _EXACT)
 
 
 def _requantize_sum(
@@ -252,6 +330,20 @@ def _requantize_sum(
 ) -> Integers:
     ratios = np.array([sign * float(t.scale) / target.scale for t, sign in x.terms])
     multipliers, shift = _at_site(common_fixed_point, ratios, target.site)
+    most = [_most_steps(t) for t, _ in x.terms]
+
+    def total() -> int:
+        pairs = zip(most, multipliers, strict=True)
+        return sum(n * abs(int(m)) for n, m in pairs)
+
+    while total() > _MOST_SUM and shift > 0 and not np.any(multipliers % 2):
+        multipliers, shift = multipliers // 2, shift - 1
+    if total() > _MOST_SUM or max(most) >= 1 << 31:
+        raise ValueError(
+            f"The sum at {target.site!r} is of codes up to {max(most)} from their zero "
+            "point, more than 64 bits hold after rescaling. Use words of at most 30 "
+            "bits, or `symmetric=True`."
+        )
     low, high = target.range(x.bounds)
     value = target.add_value(builder, shape, low, high)
     inputs = tuple(t.value for t, _ in x.terms if t.value is not None)
@@ -266,6 +358,7 @@ def _requantize_sum(
         zero_point=target.zero_point,
         low=low,
         high=high,
+        is_exact=_is_exact_sum(x, target),
     )
     return target.integers(builder, value)
 

@@ -2,18 +2,24 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core.primitives import copy_p
 
+from qjax.affine import QParams, dequantize
+from qjax.lowering.inputs import cast, moved
 from qjax.lowering.interpret import refuse, rule, sites_of, where
+from qjax.lowering.rules_functions import curve
 from qjax.lowering.rules_products import AccumulatorOverflowError
 from qjax.lowering.values import (
     Abstract,
     Builder,
     Curve,
     Integers,
+    Joined,
     Known,
     KnownCodes,
     Real,
@@ -21,7 +27,7 @@ from qjax.lowering.values import (
     compact,
 )
 from qjax.simulate import move_scale
-from qjax.trace import Equation, Trace
+from qjax.trace import Equation, Trace, evaluate
 
 
 def settled(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Integers:
@@ -43,9 +49,7 @@ def settled(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Integer
     value = builder.add_value(before.shape, low, high, before.grid, dtype=before.dtype)
     path = where(e).strip("'")
     builder.add_node("clip", (x.value,), value, path=path, low=low, high=high)
-    return dataclasses.replace(
-        x, value=value, low=low, high=high, bounds=(-np.inf, np.inf)
-    )
+    return x.elsewhere(value, low=low, high=high, bounds=(-np.inf, np.inf))
 
 
 def _emitted(builder: Builder, e: Equation, x: Abstract) -> Integers:
@@ -114,6 +118,8 @@ def _sum(
     attributes: dict[str, Any],
 ) -> Abstract:
     x = _reduced(e, settled(builder, e, trace, x))
+    if x.dtype and x.dtype != "int32":
+        raise refuse(e, x, "input")  # Sums of narrow types wrap.
     source, shape = x.value, trace.shape(e.outputs[0])
     assert source is not None
     low = taps * min(x.low - x.zero_point, 0)
@@ -142,7 +148,8 @@ def _sum(
         )
         return value, low, high
 
-    return Integers(None, x.scale, 0, low, high, gain=x.gain, emit=emit, path=e.path)
+    found = Integers(None, x.scale, 0, low, high, gain=x.gain, emit=emit, path=e.path)
+    return dataclasses.replace(found, dtype=x.dtype)
 
 
 @rule("reduce_window_max", "reduce_max", "reduce_window_min", "reduce_min")
@@ -188,25 +195,68 @@ def _window(e: Equation) -> dict[str, Any]:
 
 
 @rule("stop_gradient", "copy", "copy_p", "optimization_barrier", "sharding_constraint")
-def _same(builder: Builder, e: Equation, trace: Trace, *xs: Abstract) -> Abstract:
-    return xs[0]
+def _same(
+    builder: Builder, e: Equation, trace: Trace, *xs: Abstract
+) -> tuple[Abstract, ...]:
+    return tuple(
+        moved(e, x) if isinstance(x, Real) and x.input is not None else x for x in xs
+    )
 
 
 @rule("convert_element_type", "reduce_precision")
 def _convert(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
-    dtype = trace.avals[e.outputs[0]].dtype
+    """A cast is what it is to JAX: nothing where it keeps every value there can be."""
+    before, dtype = (trace.avals[v].dtype for v in (e.inputs[0], e.outputs[0]))
     if isinstance(x, Curve):
         end = e.outputs[0]
         return dataclasses.replace(x, steps={**x.steps, end: e}, end=end)
-    if isinstance(x, Real) or dtype == np.float32:
+    if isinstance(x, Real):
+        return x if x.input is None else cast(trace, e, x)
+    is_cast = e.primitive.name == "convert_element_type"
+    if is_cast and trace.is_real(e.inputs[0]) and dtype in (before, *_WIDE):
         return x
-    if isinstance(x, Integers) and not trace.is_real(e.inputs[0]):
-        return x  # Whole numbers as another type.
+    if isinstance(x, KnownCodes) and _keeps_weight(e, x):
+        return x
+    if isinstance(x, Integers) and x.dtype and is_cast and _keeps_range(x, dtype):
+        is_real = trace.is_real(e.outputs[0])
+        return dataclasses.replace(
+            x, dtype="" if is_real else str(dtype), is_codes=is_real, bounded=None
+        )
+    if isinstance(x, Integers) and (x.is_codes or x.dtype):
+        found = curve(builder, e, trace, x)
+        assert found is not None
+        return found
+    if isinstance(x, Integers | Sum | Joined) and not is_cast:
+        bits = e.params["exponent_bits"], e.params["mantissa_bits"]
+        if bits[0] >= 8 and bits[1] >= 23:
+            return x
     raise NotImplementedError(
-        f"Integer programs replace float32 arithmetic, not {dtype}, met in "
-        f"{where(e)}.\n"
-        f"  equation: {e}"
+        f"There is no integer rule for `{e.primitive.name}` to {dtype} of a value that "
+        f"is no codes, met in {where(e)}.\n  equation: {e}\nQuantize it first, or "
+        "compute this part of the model in float32."
     )
+
+
+_WIDE = (np.dtype("float32"), np.dtype("float64"))
+
+
+def _keeps_range(x: Integers, dtype: Any) -> bool:
+    """Whether a type holds all whole numbers that these integers can be."""
+    if jnp.issubdtype(dtype, jnp.floating):
+        digits = jnp.finfo(dtype).nmant + 1
+        return max(abs(x.low), abs(x.high)) <= 2**digits
+    if dtype == np.bool_:
+        return x.low >= 0 and x.high <= 1
+    info = jnp.iinfo(dtype)
+    return bool(info.min <= x.low and x.high <= info.max)
+
+
+def _keeps_weight(e: Equation, x: KnownCodes) -> bool:
+    """Whether a cast keeps every value of a weight."""
+    grid = QParams(jnp.asarray(x.scale), jnp.asarray(x.zero_point))
+    real = dequantize(jnp.asarray(x.codes.astype(np.int32)), grid)
+    other = np.asarray(evaluate(e, real)[0]).astype(np.float64)
+    return bool(np.array_equal(other, np.asarray(real, np.float64)))
 
 
 @rule(
@@ -222,7 +272,7 @@ def move(
         if not isinstance(fill, Known) or np.any(fill.value != 0):
             raise refuse(e, fill, "padding value")
     if isinstance(x, Real):
-        return dataclasses.replace(x, moves=(*x.moves, e))
+        return moved(e, x)
     if isinstance(x, Known):
         raise refuse(e, x, "operand")
     if isinstance(x, KnownCodes):
@@ -251,13 +301,7 @@ def _move_curve(builder: Builder, e: Equation, trace: Trace, x: Curve) -> Curve:
     source = move(builder, e, trace, x.source)
     assert isinstance(source, Integers)
     rank = len(trace.shape(e.outputs[0]))
-    known = {v: np.reshape(k, (1,) * rank) for v, k in x.known.items()}
-    aliases = {
-        v: dataclasses.replace(a, value=source.value) for v, a in x.aliases.items()
-    }
-    end = e.outputs[0]
-    same = dataclasses.replace(e, primitive=copy_p, params={})
-    return Curve(source, aliases, known, {**x.steps, end: same}, end, path=e.path)
+    return _moved_chain(x, source, e, rank, e.outputs[0])
 
 
 def _move_array(
@@ -268,7 +312,7 @@ def _move_array(
     sizes = trace.shape(e.outputs[0])
     if moved is not None or e.primitive.name != "reshape" or not sizes:
         return moved
-    if x.shape[0] == 1 and shape[0] == sizes[0]:  # The same for all of the batch.
+    if x.shape[0] == 1 and shape[0] == sizes[0]:  # The same at all leading places.
         shape, sizes = (1, *shape[1:]), (1, *sizes[1:])
     return compact(np.broadcast_to(x, shape).reshape(sizes))
 
@@ -283,18 +327,67 @@ def _moved(
     attributes: dict[str, Any],
 ) -> Integers:
     """The same codes, elsewhere."""
+
+    def place(source: int) -> int:
+        v = builder.values[source]
+        shape, path = trace.shape(e.outputs[0]), where(e).strip("'")
+        value = builder.add_value(shape, v.low, v.high, v.grid, dtype=v.dtype)
+        return builder.add_node(operation, (source,), value, path=path, **attributes)
+
+    rank = len(trace.shape(e.outputs[0]))
+    return placed(x, place, e, rank, scale=scale)
+
+
+def placed(
+    x: Integers,
+    place: Callable[[int], int],
+    e: Equation,
+    rank: int,
+    end: int | None = None,
+    **changes: Any,
+) -> Integers:
+    """Moves codes, and the function that they are of others.
+
+    Args:
+      x: The codes.
+      place: Puts the move of a value into the graph; monotone, if it is no move.
+      e: The equation.
+      rank: Of the output.
+      end: The output; the first one by default.
+      **changes: Other fields of the result.
+
+    Returns:
+      The moved codes.
+    """
     assert x.value is not None
-    before = builder.values[x.value]
-    shape = trace.shape(e.outputs[0])
-    value = builder.add_value(shape, x.low, x.high, before.grid, dtype=before.dtype)
-    path = where(e).strip("'")
-    builder.add_node(operation, (x.value,), value, path=path, **attributes)
-    return dataclasses.replace(x, value=value, scale=scale)
+    value = place(x.value)
+    found = x.elsewhere(value, **changes)
+    if x.rescaled is None:
+        return found
+    chain, end = x.rescaled, e.outputs[0] if end is None else end
+    start = chain.source.value
+    assert start is not None
+    source = chain.source.elsewhere(value if start == x.value else place(start))
+    return dataclasses.replace(found, rescaled=_moved_chain(chain, source, e, rank, end))
+
+
+def _moved_chain(
+    x: Curve, source: Integers, e: Equation, rank: int, end: int
+) -> Curve:
+    """A function of codes is the same function of codes that have moved."""
+    known = {v: np.reshape(k, (1,) * rank) for v, k in x.known.items()}
+    aliases = {
+        v: dataclasses.replace(a, value=source.value) for v, a in x.aliases.items()
+    }
+    same = dataclasses.replace(
+        e, primitive=copy_p, params={}, inputs=(x.end,), outputs=(end,)
+    )
+    return Curve(source, aliases, known, {**x.steps, end: same}, end, path=e.path)
 
 
 def _reshape(e: Equation, trace: Trace, x: Integers) -> tuple[str, dict[str, Any]]:
     sizes = [int(n) for n in trace.shape(e.outputs[0])]
-    # The leading size is that of the batch, which may differ at call time.
+    # The leading size may differ at call time: `lower` finds out.
     return "reshape", {"sizes": [-1, *sizes[1:]] if sizes else []}
 
 
@@ -310,8 +403,8 @@ def _slice(e: Equation, trace: Trace, x: Integers) -> tuple[str, dict[str, Any]]
     start, stop = e.params["start_indices"], e.params["limit_indices"]
     sizes = trace.shape(e.inputs[0])
     steps = e.params["strides"] or (1,) * len(start)
-    whole = [a == 0 and b == n for a, b, n in zip(start, stop, sizes, strict=True)]
-    ends = [None if w else int(b) for w, b in zip(whole, stop, strict=True)]
+    # To the end of the axis, whose size may differ at call time.
+    ends = [None if b == n else int(b) for b, n in zip(stop, sizes, strict=True)]
     return "slice", {
         "start": [int(n) for n in start],
         "stop": ends,

@@ -37,6 +37,11 @@ class Real:
     input: int | None = None  # It is this input of the program, after `moves`.
     moves: tuple[Equation, ...] = ()
     rescaling: tuple[float, float] = (1.0, 0.0)  # real = gain * input + offset.
+    # Of an integer input: all that was done to it number by number, and the numbers.
+    steps: Mapping[int, Equation] = dataclasses.field(default_factory=dict)
+    known: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    is_plain: bool = True  # Whether moves, exact casts and the rescaling are all.
+    is_exact: bool = True  # Whether the rescaling rounds as these steps do.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +58,8 @@ class Integers:
       high: Largest integer.
       gain: float64, per-channel factors that no grid absorbed; None if there are none.
       is_gain_exact: Whether ``gain`` was one float32 factor, and the last operation.
+      is_quotient: Whether ``gain`` is the reciprocal of a divisor: how the compiler
+        rounds a quotient is its choice.
       is_bias_exact: Whether no bias was rounded to the unit of the integers.
       bounds: Of an activation.
       is_codes: Whether these are the codes of a quantization point.
@@ -62,7 +69,11 @@ class Integers:
         a finer bias keeps its value; None where that cannot be.
       most: Largest magnitude that the accumulator may reach.
       bounded: Of codes that a bound has clipped: the same as a function of the codes
-        before it.
+        before it. A function of both is one table.
+      rescaled: Of codes in another unit than that of their grid: the same as a function
+        of codes on a grid, with the roundings of the model. Functions start from it.
+      dtype: Of whole numbers that stand for themselves: their type in the model; empty
+        for real values.
     """
 
     value: int | None
@@ -72,6 +83,7 @@ class Integers:
     high: int
     gain: np.ndarray | None = None
     is_gain_exact: bool = True
+    is_quotient: bool = False
     is_bias_exact: bool = True
     bounds: tuple[float, float] = (-np.inf, np.inf)
     is_codes: bool = False
@@ -81,6 +93,8 @@ class Integers:
     path: str = ""
     most: int = 2**31 - 1
     bounded: "Curve | None" = None
+    rescaled: "Curve | None" = None
+    dtype: str = ""
 
     def emitted(self) -> "Integers":
         """Itself, in the graph."""
@@ -90,6 +104,12 @@ class Integers:
         value, low, high = self.emit(bias, self.shift or 0)
         return dataclasses.replace(
             self, value=value, low=low, high=high, bias=None, emit=None, shift=None
+        )
+
+    def elsewhere(self, value: int, **changes: Any) -> "Integers":
+        """The same numbers as another value of the graph."""
+        return dataclasses.replace(
+            self, value=value, bounded=None, rescaled=None, **changes
         )
 
     def real_scale(self) -> np.ndarray:
@@ -179,6 +199,7 @@ class Builder:
         self.params: dict[str, np.ndarray] = {}
         self.sites: dict[str, int] = {}
         self.inputs: dict[int, int] = {}  # Input of the program -> value.
+        self.raw: dict[int, Integers] = {}  # Integer input -> itself, as codes.
 
     def most(self, site: str) -> int:
         """The largest magnitude in the accumulator that the weight of a site makes."""

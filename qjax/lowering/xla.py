@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.integer import requantize, requantize_sum
+from qjax.integer import align_products, requantize, requantize_sum
 from qjax.lowering import bodies, tflite_ops
 from qjax.lowering.graph import Graph, Node
 
@@ -120,18 +120,22 @@ def _embed(node, params, inputs):
 
 
 def _take(node, params, inputs):
+    places = params[node.params["places"]]
+    if node.attributes.get("crosses_examples"):
+        return jnp.take(inputs[0].reshape(-1), places, mode="clip")
     flat = inputs[0].reshape((inputs[0].shape[0], -1))
-    return jnp.take(flat, params[node.params["places"]], axis=1, mode="clip")
+    return jnp.take(flat, places, axis=1, mode="clip")
 
 
 def _compare(node, params, inputs):
     a = node.attributes
     with jax.enable_x64(True):
-        left, right = (
-            (x.astype(jnp.int64) - z) * m
-            for x, z, m in zip(inputs, a["zero_points"], a["multipliers"], strict=True)
+        steps = (
+            x.astype(jnp.int64) - z
+            for x, z in zip(inputs, a["zero_points"], strict=True)
         )
-        return getattr(lax, a["kind"])(left, right).astype(jnp.int8)
+        pair = align_products(*steps, a["multipliers"], a["exponents"])
+        return getattr(lax, a["kind"])(*pair).astype(jnp.int8)
 
 
 def _select(node, params, inputs):
@@ -161,16 +165,22 @@ def _window(node: Node, rank: int) -> dict[str, Any]:
 
 def _requantize(node, params, inputs):
     a = node.attributes
-    acc = inputs[0].astype(jnp.int32) - a["input_zero_point"]
-    return requantize(
-        acc,
-        params[node.params["multiplier"]],
-        params[node.params["shift"]],
-        a["zero_point"],
-        qmin=a["low"],
-        qmax=a["high"],
-        rule=a["rule"],
-    )
+
+    def rescale(acc):
+        return requantize(
+            acc - a["input_zero_point"],
+            params[node.params["multiplier"]],
+            params[node.params["shift"]],
+            a["zero_point"],
+            qmin=a["low"],
+            qmax=a["high"],
+            rule=a["rule"],
+        )
+
+    if a.get("is_wide"):  # 32-bit codes, more than 31 bits from their zero point.
+        with jax.enable_x64(True):
+            return rescale(inputs[0].astype(jnp.int64))
+    return rescale(inputs[0].astype(jnp.int32))
 
 
 def _add(node, params, inputs):

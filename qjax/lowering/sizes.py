@@ -1,0 +1,129 @@
+"""Finds which leading sizes of a program may differ at call time, and what fixes them.
+
+A size is free if the model, traced with another one, lowers to the same operations on
+the same integers. Inputs that share a leading size vary together.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from qjax.lowering.graph import Graph, Node
+from qjax.lowering.interpret import where
+from qjax.trace import Equation, Trace
+
+Lowered = tuple[Trace, Graph, Mapping[str, np.ndarray]]
+
+
+def find_fixed(
+    lower: Callable[[tuple[Any, ...]], Lowered], inputs: tuple[Any, ...], found: Lowered
+) -> dict[int, str]:
+    """Finds the inputs whose leading size is fixed.
+
+    Args:
+      lower: Maps inputs, of which only shapes are read, to what they lower to.
+      inputs: As they were lowered.
+      found: What they lowered to.
+
+    Returns:
+      Number of the input -> the equation that fixes its leading size, in words.
+    """
+    leaves, tree = jax.tree.flatten(inputs)
+    shapes = [jax.ShapeDtypeStruct(np.shape(x), _dtype(x)) for x in leaves]
+    fixed: dict[int, str] = {}
+    for size in dict.fromkeys(x.shape[0] for x in shapes if x.shape):
+        own = [k for k, x in enumerate(shapes) if x.shape and x.shape[0] == size]
+        others = [
+            jax.ShapeDtypeStruct((size + 1, *x.shape[1:]), x.dtype) if k in own else x
+            for k, x in enumerate(shapes)
+        ]
+        if reason := _reason(lower, jax.tree.unflatten(tree, others), found, size):
+            fixed.update(dict.fromkeys(own, reason))
+    return fixed
+
+
+def _dtype(x: Any) -> Any:
+    return jax.dtypes.result_type(x)
+
+
+def _reason(
+    lower: Callable[[tuple[Any, ...]], Lowered],
+    inputs: tuple[Any, ...],
+    found: Lowered,
+    size: int,
+) -> str:
+    """What fixes a size; empty if nothing does."""
+    try:
+        other = lower(inputs)
+    except Exception as error:  # Whatever the model raises for another size.
+        text = str(error).strip().partition("\n")[0]
+        return f"the model: with {size + 1} it raises {type(error).__name__}: {text}"
+    node = _first_difference(found[1:], other[1:])
+    if node is None:
+        return ""
+    if (e := _first_change(found[0], other[0], size)) is not None:
+        return f"`{e.primitive.name}` in {where(e)}: {e}"
+    if isinstance(node, Node):
+        return f"`{node.operation}` in {node.path or 'the traced function'!r}"
+    return "its outputs"
+
+
+def _first_difference(a: Any, b: Any) -> Node | str | None:
+    """The first operation that is not the same with the other size."""
+    (graph, params), (other, other_params) = a, b
+    for node, twin in itertools.zip_longest(graph.nodes, other.nodes):
+        if node is None or twin is None or node != twin:
+            return node or "end"
+        values = zip(
+            (node.output, *node.inputs), (twin.output, *twin.inputs), strict=True
+        )
+        for v, w in values:
+            x, y = graph.values[v], other.values[w]
+            if dataclasses.replace(x, shape=y.shape) != y:
+                return node
+        for name in node.params.values():
+            if not np.array_equal(params[name], other_params[name]):
+                return node
+    ends = graph.inputs, graph.outputs, graph.sites
+    same = ends == (other.inputs, other.outputs, other.sites)
+    return None if same and len(graph.values) == len(other.values) else "end"
+
+
+def _first_change(a: Trace, b: Trace, size: int) -> Equation | None:
+    """The first equation that another leading size changes in more than sizes."""
+    for e, other in zip(a.equations, b.equations, strict=False):
+        if e.primitive is not other.primitive or e.inputs != other.inputs:
+            return e
+        for v in e.inputs:
+            x, y = a.constants.get(v), b.constants.get(v)
+            if x is not None and y is not None and not _equal(x, y):
+                return e
+        pairs = itertools.zip_longest(_numbers(e.params), _numbers(other.params))
+        for m, n in pairs:
+            grown = m is not None and n is not None and m * (size + 1) == n * size
+            if m != n and not grown:
+                return e
+    return None
+
+
+def _equal(x: Any, y: Any) -> bool:
+    if jax.dtypes.issubdtype(_dtype(x), jax.dtypes.extended):
+        return True
+    return np.shape(x) == np.shape(y) and np.array_equal(np.asarray(x), np.asarray(y))
+
+
+def _numbers(value: Any) -> list[int]:
+    """The integers in the parameters of an equation."""
+    if isinstance(value, bool):
+        return []
+    if isinstance(value, int):
+        return [value]
+    if isinstance(value, dict):
+        return [n for v in value.values() for n in _numbers(v)]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [n for v in value for n in _numbers(v)]
+    return []
