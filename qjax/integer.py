@@ -370,7 +370,8 @@ def align_products(
       products are.
     """
     pair = [
-        round_to_float32(x * jnp.int64(m)) for x, m in zip((a, b), multipliers, strict=True)
+        round_to_float32(x * jnp.int64(m))
+        for x, m in zip((a, b), multipliers, strict=True)
     ]
     # The finer side in units of the other: its whole part, and whether there is more.
     finer = 0 if exponents[0] < exponents[1] else 1

@@ -141,7 +141,9 @@ def chains(draw: Any) -> Chain:
         steps.append(("argmax", ()))
         whole = st.sampled_from(sorted(WHOLE))
         steps += [("whole", (name,)) for name in draw(st.lists(whole, max_size=2))]
-    return Chain(dtype, (draw(st.integers(2, 5)), draw(st.integers(2, 6))), tuple(steps))
+    return Chain(
+        dtype, (draw(st.integers(2, 5)), draw(st.integers(2, 6))), tuple(steps)
+    )
 
 
 def _step(step: Step, x: Any, name: str) -> Any:

@@ -150,7 +150,10 @@ def commit() -> str:
 @pytest.mark.parametrize("part", range(2))
 def test_random_programs_of_this_commit(part):
     """For a time: the seed is that of the commit, and is named by a failure."""
-    kinds = ((programs, lambda p: check(p, len(p.steps) % 3 == 0)), (chains, check_chain))
+    kinds = (
+        (programs, lambda p: check(p, len(p.steps) % 3 == 0)),
+        (chains, check_chain),
+    )
     start, first = time.process_time(), int(commit()[:7], 16) * 1000
     number = 0
     while time.process_time() - start < SECONDS / 2:

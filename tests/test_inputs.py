@@ -63,7 +63,7 @@ ARITHMETIC = {
     "comparison": lambda u: u > np.uint8(77),
     "moved between": lambda u: (u + np.uint8(9))[:, ::-1] * np.uint8(3),
     "chosen": lambda u: jnp.where(u > np.uint8(77), u, np.uint8(5)),
-    "half precision": lambda u: (u.astype(jnp.float16) * np.float16(0.1)),
+    "half precision": lambda u: u.astype(jnp.float16) * np.float16(0.1),
 }
 
 

@@ -80,8 +80,9 @@ def test_calibrate_takes_any_iterable_and_goes_on_from_a_state():
     first = qjax.calibrate(qmodel, params, [(x[:8],)])
     resumed = qjax.calibrate(qmodel, params, iter([x[8:]]), qstate=first)
     for name in whole:
-        np.testing.assert_array_equal(whole[name].low, parts[name].low)
-        np.testing.assert_array_equal(whole[name].high, resumed[name].high)
+        # Of other batches a processor may add in another order.
+        np.testing.assert_allclose(whole[name].low, parts[name].low, 1e-5)
+        np.testing.assert_allclose(whole[name].high, resumed[name].high, 1e-5)
         assert int(parts[name].step) == 4 and int(resumed[name].step) == 2
     np.testing.assert_array_equal(whole["input:0"].low, x.min())
 

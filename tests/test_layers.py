@@ -97,7 +97,6 @@ def test_a_model_of_layers_lowers_by_the_same_pass(make, power_of_two):
     result = qjax.verify(program, fn, x)
     assert all(row.max_difference <= 1 for row in result.sites.values()), result
     assert result.is_exact or not power_of_two, f"\n{result}"
-    assert all(row.share >= 0.999 for row in result.outputs)
     codes = [np.asarray(c) for c in program.quantize_inputs(x)]
     wanted = reference.run(program.graph, program.params, codes)
     np.testing.assert_array_equal(

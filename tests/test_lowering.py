@@ -224,7 +224,7 @@ def test_a_sum_over_the_leading_axis_keeps_its_size():
     x = images(4, 3)
     program = qjax.lower(fn, x)
     np.testing.assert_array_equal(program(x), fn(x))
-    with pytest.raises(ValueError, match=r"sizes \[4\] when .* now have \[8\]"):
+    with pytest.raises(ValueError, match="fixed by `reduce_sum`|fixed by `sum`"):
         program(np.concatenate([x, x]))
 
 

@@ -122,3 +122,111 @@ def test_a_bias_that_is_rounded_is_not_called_proven(line):
     agreement = program.report().agreement["y"]
     assert not agreement.is_proven and "a bias that is rounded" in agreement.reason
     assert row.equal == row.codes  # As fine as int32 holds it.
+
+
+CLAIMS = {
+    "one scale": lambda x: _point(_point(x, 0.1), np.float32(0.4), site="b"),
+    "quotient": lambda x: _point(
+        _point(_point(x, 0.5) @ _point(jnp.eye(128), 0.5), 0.5) / 3.0, 0.25, site="b"
+    ),
+}
+
+
+@pytest.mark.parametrize("fn", [CLAIMS["one scale"], CLAIMS["quotient"]])
+def test_ratios_that_are_powers_of_two_prove_nothing(fn):
+    x = np.random.default_rng(1).normal(0, 6, (2, 128)).astype(np.float32)
+    program = qjax.lower(fn, x)
+    agreement = program.report().agreement["b"]
+    row = qjax.verify(program, fn, x).sites["b"]
+    assert not agreement.is_proven or row.equal == row.codes
+    if fn is CLAIMS["one scale"]:
+        assert row.equal < row.codes and agreement.most == 1
+        assert "though their ratio is" in agreement.reason
+
+
+def test_a_sum_on_equal_scales_that_are_no_powers_of_two_is_not_proven():
+    fn = lambda x, y: _point(
+        _point(x, 0.1, site="x") + _point(y, 0.1, site="y"), np.float32(0.2), site="b"
+    )
+    rng = np.random.default_rng(1)
+    x, y = (np.float32(rng.normal(0, 6, (2, 128))) for _ in range(2))
+    program = qjax.lower(fn, x, y)
+    row = qjax.verify(program, fn, x, y).sites["b"]
+    assert row.equal < row.codes and row.max_difference == 1
+    assert str(program.report().agreement["b"]).startswith("within 1 code: a sum")
+
+
+def test_what_holds_at_any_scale_says_so():
+    def fn(x):
+        x = _point(x, 0.1, site="x")
+        return _point(jnp.tanh(x), 0.03, site="y"), _point(x[:, ::-1], 0.1, site="z")
+
+    x = np.linspace(-9, 9, 64, dtype=np.float32).reshape(2, 32)
+    program = qjax.lower(fn, x)
+    report, measured = program.report(), qjax.verify(program, fn, x)
+    for site in ("y", "z"):
+        assert measured.sites[site].equal == measured.sites[site].codes
+        claim = str(report.agreement[site])
+        assert claim.startswith("proven") and "at any scale" in claim
+        assert "given equal input codes" in claim
+
+
+def test_sums_that_a_bias_brings_back_are_not_proven():
+    """Below 2^24 at their end, and beyond on the way: float32 drops bits there."""
+    kernel = np.full((1 << 11, 1), 127.0, np.float32)
+    bias = np.float32([-(127.0 * 127 * 1024)])
+
+    def fn(x):
+        y = _point(x, 1.0, site="x") @ _point(jnp.asarray(kernel), 1.0, site="w")
+        return _point(y + bias, 1.0, 16, site="y")
+
+    program = qjax.lower(fn, np.zeros((1, 1 << 11), np.float32))
+    claim = program.report().agreement["y"]
+    assert not claim.is_proven and "beyond float32's 2^24" in claim.reason
+
+
+@pytest.mark.parametrize("kind", ["dot", "conv", "batched", "left"])
+def test_a_bias_that_varies_by_place_is_certified(kind):
+    """The oracle tries the codes that drive each accumulator to its ends."""
+    rng = np.random.default_rng(0)
+    kernel = np.float32(rng.integers(-5, 6, (3, 3) if kind != "conv" else (1, 3, 3)))
+    bias = np.zeros((5, 3), np.float32)
+    bias[0, 0], bias[4, 2] = -3000, 2000
+
+    def fn(x):
+        x, w = (
+            _point(x, 1.0, 4, site="x"),
+            _point(jnp.asarray(kernel), 1.0, 4, site="w"),
+        )
+        if kind == "conv":
+            y = jax.lax.conv_general_dilated(
+                x, w, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+            )
+        elif kind == "left":
+            y = jnp.einsum("io,bti->bto", w, x)
+        else:
+            y = x @ w
+        return _point(y + bias, 1.0, 16, site="y")
+
+    x = np.zeros((2, 5, 3), np.float32)
+    program = qjax.lower(fn, x)
+    (bound,) = program.report().overflow
+    w = kernel.reshape(3, 3)
+    up, down = np.maximum(w, 0).sum(0), np.minimum(w, 0).sum(0)
+    lows, highs = -8 * up + 7 * down + bias, 7 * up - 8 * down + bias
+    np.testing.assert_array_equal(bound.low, lows.min(0))
+    np.testing.assert_array_equal(bound.high, highs.max(0))
+    most = max(highs.max(), -1 - lows.min())
+    assert bound.bits == int(most).bit_length() + 1 == 13
+
+
+def test_accumulators_that_are_returned_are_certified():
+    fn = lambda x: _point(x, 1.0, 4, site="x") @ _point(jnp.ones((3, 2)), 1.0, site="w")
+    program = qjax.lower(fn, np.zeros((1, 3), np.float32))
+    (bound,) = program.report().overflow
+    assert (bound.low.min(), bound.high.max(), bound.bits) == (-24, 21, 6)
+    assert bound.value == program.graph.nodes[0].output
+    chosen = qjax.lower(
+        lambda x: jnp.argmax(_point(x), -1), np.zeros((1, 3), np.float32)
+    )
+    assert chosen.report().overflow == ()

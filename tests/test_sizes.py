@@ -40,7 +40,7 @@ FIXED = {
     "times its size": (lambda x: point(x) * x.shape[0], "mul"),
     "mean of examples": (lambda x: point(point(x).mean(0), site="y"), "div"),
     "rolled": (lambda x: jnp.roll(point(x), 1, 0), "slice"),
-    "picked": (lambda x: point(x)[jnp.array([2, 0, 0])], "take"),
+    "picked": (lambda x: point(x)[jnp.array([2, 0, 0])], "add"),
     "constants by example": (
         lambda x: point(
             point(x) @ point(jnp.eye(6), 1.0) + jnp.arange(24.0).reshape(4, 6) / 7,

@@ -8,7 +8,7 @@ import numpy as np
 from jax.extend.core.primitives import copy_p
 
 from qjax.blocks import SHAPE_MOVES
-from qjax.lowering.values import Abstract, Known, Real
+from qjax.lowering.values import Abstract, Known, Real, compact
 from qjax.trace import POINTWISE, Equation, Trace
 
 _MOST_RANGE = 1 << 16  # Of integers that are tried one by one.
@@ -53,9 +53,10 @@ def follow(trace: Trace, e: Equation, operands: Sequence[Abstract]) -> Real:
     known = {}
     for v, x in zip(e.inputs, operands, strict=True):
         if isinstance(x, Known):
-            if x.value.size != 1:
+            number = compact(x.value)
+            if number.size != 1:
                 return lost
-            known[v] = x.value.reshape(())
+            known[v] = number.reshape(())
     steps: dict[int, Equation] = {}
     for x in own:
         steps.update(x.steps)
@@ -168,4 +169,3 @@ def _keeps_reals(trace: Trace, e: Equation) -> bool:
         bits = e.params["exponent_bits"], e.params["mantissa_bits"]
         return bits[0] >= 8 and bits[1] >= 23 and before == np.float32
     return before == after or after in (np.float32, np.float64)
-

@@ -11,13 +11,15 @@ from qjax.lowering.packing import nbytes
 
 _EXACT_FLOAT32 = 1 << 24  # Integers below are exact in float32.
 _HALF_ULP = 2.0**-24  # Relative rounding of one float32 operation.
-_OTHER_ROUNDINGS = 8  # Of bias, factor, scales and their products, beside those of a sum.
+_OTHER_ROUNDINGS = (
+    8  # Of bias, factor, scales and their products, beside those of a sum.
+)
 _ACCUMULATORS = frozenset(
     "dot conv multiply dot_codes multiply_codes sum sum_pool".split()
 )
 _MOVES = frozenset(
     "max min max_pool min_pool maximum minimum concatenate select reshape transpose "
-    "slice rev pad broadcast take clip".split()
+    "slice rev pad broadcast take clip argmax argmin".split()
 )
 _AT_ANY_SCALE = "at any scale, given equal input codes"
 
@@ -93,10 +95,7 @@ class Report:
             for o in self.overflow
         ]
         lines += ["", f"{'site':<{wide}} agreement"]
-        lines += [
-            f"{name:<{wide}} {a}"
-            for name, a in self.agreement.items()
-        ]
+        lines += [f"{name:<{wide}} {a}" for name, a in self.agreement.items()]
         found = ", ".join(self.float_values) or "none"
         return "\n".join([*lines, "", f"float values: {found}; {self.nbytes} bytes"])
 
@@ -179,7 +178,9 @@ def _of_kernel(
     bias = arrays[node.params["bias"]].astype(np.int64)
     axes, rank = _channel_axes(graph, node), len(graph.values[node.output].shape)
     if bias.ndim == rank:  # One may vary by place too: its ends count at each channel.
-        sizes = [graph.values[node.output].shape[d] if d in axes else 1 for d in range(rank)]
+        sizes = [
+            graph.values[node.output].shape[d] if d in axes else 1 for d in range(rank)
+        ]
         over = tuple(d for d in range(rank) if d not in axes)
         least, most = (
             np.broadcast_to(f(bias, axis=over, keepdims=True), sizes).reshape(-1)
@@ -216,6 +217,8 @@ def _agreement(
         return _of_requantizer(graph, makers, node, arrays)
     if node.operation == "embed":
         return _proven(f"rows of a table, {_AT_ANY_SCALE}")
+    if node.operation == "compare":
+        return _proven(f"products compared as float32 rounds them, {_AT_ANY_SCALE}")
     if node.operation == "add":
         if node.attributes.get("is_exact"):
             return _proven("a sum on scales that are powers of two, within 24 bits")

@@ -57,7 +57,8 @@ def _taken(
     shape, out = trace.shape(e.inputs[0]), trace.shape(e.outputs[0])
     size = math.prod(shape[1:])
     numbers = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
-    found = np.asarray(evaluate(e, numbers, *places)[0])
+    with np.errstate(invalid="ignore"):  # What is not there is no number.
+        found = np.asarray(evaluate(e, numbers, *places)[0])
     if found.size and not 0 <= found.min() <= found.max() < numbers.size:
         raise ValueError(
             f"`{e.primitive.name}` in {where(e)} reads places that are not there, which "
@@ -106,7 +107,9 @@ def _embed(
     out = builder.add_value(trace.shape(e.outputs[0]), low, high)
     kernel = w.codes.astype(builder.values[out].dtype)
     params = {"kernel": builder.add_param(w.site or "embedding", kernel)}
-    builder.add_node("embed", (ids.value,), out, params=params, path=where(e).strip("'"))
+    builder.add_node(
+        "embed", (ids.value,), out, params=params, path=where(e).strip("'")
+    )
     scale = np.asarray(w.scale, np.float64)
     if scale.ndim:  # One a column.
         if scale.shape[0] != 1:

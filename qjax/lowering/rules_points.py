@@ -59,7 +59,9 @@ def _qpoint(
             f"The activation at {site or where(e)!r} has a scale per channel (shape "
             f"{scale.shape}), which a sum over channels cannot use. Use `axis=None`."
         )
-    target = _Target(float(scale), int(zero_point), int(qmin), int(qmax), site)
+    is_double = trace.avals[e.outputs[0]].dtype == np.float64
+    word = int(zero_point), int(qmin), int(qmax)
+    target = _Target(float(scale), *word, site, is_double=is_double)
     shape = trace.shape(e.outputs[0])
     if isinstance(x, Real):
         if x.input is None and builder.is_open:  # Float before it: begin anew here.
@@ -150,6 +152,7 @@ class _Target:
     qmax: int
     site: str
     is_part: bool = False  # Of what ends at the site.
+    is_double: bool = False  # Whether the model computes in float64.
 
     def codes_of(self, real: Any) -> Any:
         """The codes of real values, by the formula of the tag itself."""
@@ -224,7 +227,9 @@ def _raw(builder: Builder, e: Equation, trace: Trace, x: Real) -> Curve:
         value = builder.add_value(trace.shape(v), *ends, Grid(1.0, 0))
         dtype = str(trace.avals[v].dtype)
         builder.inputs[k] = value
-        builder.raw[k] = Integers(value, np.ones(()), 0, *ends, path=e.path, dtype=dtype)
+        builder.raw[k] = Integers(
+            value, np.ones(()), 0, *ends, path=e.path, dtype=dtype
+        )
     codes: Abstract = builder.raw[k]
     for equation in x.moves:
         codes = move(builder, equation, trace, codes)
@@ -260,6 +265,7 @@ def _requantize(
     one_rounding = (
         x.gain is not None
         and x.is_gain_exact
+        and not target.is_double
         and _is_power_of_two(x.scale)
         and _is_power_of_two(np.asarray(target.scale))
         and not _is_power_of_two(x.gain)
@@ -281,7 +287,8 @@ def _requantize(
         low=low,
         high=high,
         rule="fp32_half_even" if one_rounding else "half_even",
-        is_exact=_is_exact(x, target),
+        is_exact=_is_exact(x, target)
+        and bool(np.all(multiplier * 2.0 ** -shift.astype(float) == ratio)),
         **({} if x.is_bias_exact else {"is_bias_rounded": True}),
         **({"is_wide": True} if _most_steps(x) >= 1 << 31 else {}),
     )
@@ -304,7 +311,7 @@ def _is_exact(x: Integers, target: _Target) -> bool:
     All scales are powers of two, nothing overflows or is denormal, and one operation at
     most rounds: a product with a factor, which is the last one.
     """
-    once = x.gain is None or (x.is_gain_exact and not x.is_quotient)
+    once = x.is_gain_exact and not x.is_quotient
     scales = np.asarray(x.scale), np.asarray(np.float64(np.float32(target.scale)))
     if not once or x.rescaled is not None or not x.is_bias_exact:
         return False

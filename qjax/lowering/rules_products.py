@@ -1,5 +1,6 @@
 """Rules of products: dot, convolution, a factor per channel, two activations."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -107,7 +108,10 @@ def _of_two(
         **attributes,
     )
     scale = np.asarray(float(pair[0].scale) * float(pair[1].scale))
-    return Integers(value, scale, 0, low, high, path=e.path, most=limit)
+    found = Integers(value, scale, 0, low, high, path=e.path, most=limit)
+    return dataclasses.replace(
+        found, is_gain_exact=all(x.rescaled is None for x in pair)
+    )
 
 
 @rule("conv_general_dilated")
@@ -198,6 +202,7 @@ def _product(
         0,
         int(low.min(initial=0)),
         int(high.max(initial=0)),
+        is_gain_exact=x.rescaled is None,
         emit=emit,
         shift=0,
         path=e.path,
@@ -312,7 +317,6 @@ def multiply(
         )
         return value, lowest, highest
 
-    scale = np.float64(w.scale) * x.scale
-    return Integers(
-        None, np.asarray(scale), 0, 0, 0, emit=emit, shift=0, path=e.path, most=limit
-    )
+    scale = np.asarray(np.float64(w.scale) * x.scale)
+    found = Integers(None, scale, 0, 0, 0, emit=emit, shift=0, path=e.path, most=limit)
+    return dataclasses.replace(found, is_gain_exact=x.rescaled is None)

@@ -90,7 +90,8 @@ def _added(builder: Builder, e: Equation, x: Sum) -> Integers:
         high=int(high),
     )
     found = Integers(value, np.asarray(scale), 0, int(low), int(high), path=x.path)
-    return dataclasses.replace(found, bounds=x.bounds)
+    exact = all(t.rescaled is None for t in terms)
+    return dataclasses.replace(found, bounds=x.bounds, is_gain_exact=exact)
 
 
 @rule("reduce_sum")
@@ -149,7 +150,8 @@ def _sum(
         return value, low, high
 
     found = Integers(None, x.scale, 0, low, high, gain=x.gain, emit=emit, path=e.path)
-    return dataclasses.replace(found, dtype=x.dtype)
+    exact = x.is_gain_exact and x.rescaled is None
+    return dataclasses.replace(found, dtype=x.dtype, is_gain_exact=exact)
 
 
 @rule("reduce_window_max", "reduce_max", "reduce_window_min", "reduce_min")
@@ -368,12 +370,12 @@ def placed(
     start = chain.source.value
     assert start is not None
     source = chain.source.elsewhere(value if start == x.value else place(start))
-    return dataclasses.replace(found, rescaled=_moved_chain(chain, source, e, rank, end))
+    return dataclasses.replace(
+        found, rescaled=_moved_chain(chain, source, e, rank, end)
+    )
 
 
-def _moved_chain(
-    x: Curve, source: Integers, e: Equation, rank: int, end: int
-) -> Curve:
+def _moved_chain(x: Curve, source: Integers, e: Equation, rank: int, end: int) -> Curve:
     """A function of codes is the same function of codes that have moved."""
     known = {v: np.reshape(k, (1,) * rank) for v, k in x.known.items()}
     aliases = {
