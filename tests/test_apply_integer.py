@@ -7,7 +7,10 @@ import pytest
 from flax import linen as nn
 
 import qjax
+from qjax.instrument import Quantizer
 from qjax.quantizers import parse
+from qjax.quantizers.point import straight
+from qjax.simulate import Simulation
 from tests.models import images, linen_example
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("flax_promotion")]
@@ -163,4 +166,65 @@ def test_refuses_what_stays_float(site):
     scheme = qjax.Scheme(FLOATS.weights, FLOATS.activations, rules)
     qmodel, params, qstate = quantized(Small(), x, scheme)
     with pytest.raises(ValueError, match="has no integer arithmetic"):
+        qmodel.apply_integer(params, qstate, x)
+
+
+def forced(qmodel, params, qstate, x):
+    """`apply` whose codes at each site are those of the program: the definition."""
+    shipped = qjax.lower(qmodel, params, qstate, x).site_codes(x)
+
+    class Forced(Quantizer):
+        def activation(self, site, value, unit):
+            found, grid = super().activation(site, value, unit)
+            if grid is None or site.name not in shipped:
+                return found, grid
+            codes = shipped[site.name].astype(jnp.int32)
+            given = qjax.dequantize(codes, grid).astype(found.dtype)
+            return straight(found, given), grid
+
+    def run(params):
+        return Simulation(qmodel.fn, params, (x,)).run(Forced(qmodel.scheme, qstate))
+
+    return run
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_derivatives_on_float_scales_are_those_at_the_codes_of_the_program(bits):
+    """Accumulators that are exactly 0 before a relu are many at 3 bits."""
+    x = images(4, 8, 8, 3)
+    scheme = qjax.Scheme(
+        qjax.QSpec(bits, narrow_range=True, axis=-1), qjax.QSpec(bits)
+    )
+    qmodel, params, qstate = quantized(Small(), x, scheme)
+    weights = jax.random.normal(jax.random.key(5), (4, 3))
+    run = forced(qmodel, params, qstate, x)
+    wanted = jax.jit(jax.grad(lambda p: (run(p) * weights).sum()))(params)
+    apply = qmodel.apply_integer
+    ours = jax.jit(jax.grad(lambda p: (apply(p, qstate, x) * weights).sum()))(params)
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(wanted))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, wanted
+    )
+
+
+def test_an_accumulator_that_is_0_has_the_derivative_of_the_simulated_model():
+    """0.1 * 3 - 0.3 * 1 is 0 in integers, and 3e-8 in float32."""
+    params = {"w": np.float32([[1.0], [-1.0]])}
+    fn = lambda p, x: jax.nn.relu(x @ p["w"])
+    x = np.float32([[0.3, 0.3], [0.1, 1.27], [0.5, 0.5]])
+    qmodel = qjax.quantize_model(fn, params, x)
+    qstate = qjax.calibrate(qmodel, params, [x])
+    run = forced(qmodel, params, qstate, x)
+    wanted = jax.grad(lambda p: run(p).sum())(params)
+    ours = jax.grad(lambda p: qmodel.apply_integer(p, qstate, x).sum())(params)
+    jax.tree.map(np.testing.assert_array_equal, ours, wanted)
+
+
+def test_words_of_32_bits_with_a_zero_point_are_refused():
+    params = {"w": np.eye(3, dtype=np.float32)}
+    x = np.ones((2, 3), np.float32)
+    scheme = qjax.Scheme(activations=qjax.QSpec(32))
+    qmodel = qjax.quantize_model(lambda p, x: x @ p["w"], params, x, scheme=scheme)
+    qstate = qjax.calibrate(qmodel, params, [x])
+    with pytest.raises(ValueError, match="Use `symmetric=True` or 31 bits"):
         qmodel.apply_integer(params, qstate, x)

@@ -101,6 +101,8 @@ def _as_curve(e: Equation, v: int, x: Abstract) -> Curve:
         return _ending(x, v)
     if isinstance(x, Integers) and x.rescaled is not None:
         return _ending(x.rescaled, v)
+    if isinstance(x, Integers) and x.dtype:
+        x = x.emitted()
     if isinstance(x, Integers) and x.emit is None and x.value is not None:
         if x.high - x.low < _MOST_CODES and not x.is_bounded and x.gain is None:
             return Curve(x, {v: x}, {}, {}, v, path=x.path)
