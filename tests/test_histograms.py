@@ -104,6 +104,7 @@ def divergences(every, width, levels):
     sizes = np.histogram(np.abs(every), np.arange(BINS // 2 + 1) * width)[0].astype(
         float
     )
+    sizes[0] = 0  # The bin at zero is left out.
     result = np.full(len(sizes) + 1, np.inf)
     for i in range(levels, len(sizes) + 1):
         inside = sizes[:i]
