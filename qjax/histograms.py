@@ -336,8 +336,8 @@ def _histogram(find: _Find) -> Calibrator:
         )
         bins = (v.reshape(-1, BINS) for v in (state.counts, state.least, state.most))
         zeros, exponent = state.zeros.reshape(-1), state.exponent.reshape(-1)
-        ends = jax.vmap(one)(exponent, *bins, zeros, *held)
-        low, high = (end.reshape(shape) for end in ends)
+        flat = (exponent, *bins, zeros, *held)
+        low, high = (end.reshape(shape) for end in jax.vmap(one)(*flat))
         return params_if(seen, low, high, spec)
 
     return Calibrator(init, update, merge, params)
@@ -351,16 +351,17 @@ def _exponent(most: jax.Array) -> jax.Array:
 def _widen(state: HistogramState, times: jax.Array) -> tuple[jax.Array, ...]:
     """Doubles the width of the bins so many times: counts, least and most."""
     shape = state.counts.shape
-    bins = jnp.arange(-_HALF, _HALF, dtype=jnp.int32)
+    places = jnp.arange(-_HALF, _HALF, dtype=jnp.int32)
 
     def one(counts, least, most, times):
-        wider = (bins >> jnp.minimum(times, 31)) + _HALF
+        wider = (places >> jnp.minimum(times, 31)) + _HALF
         return (
             jnp.zeros_like(counts).at[wider].add(counts),
             jnp.full_like(least, jnp.inf).at[wider].min(least),
             jnp.full_like(most, -jnp.inf).at[wider].max(most),
         )
 
-    flat = (v.reshape(-1, BINS) for v in (state.counts, state.least, state.most))
-    wide = jax.vmap(one)(*flat, times.reshape(-1))
+    bins = (v.reshape(-1, BINS) for v in (state.counts, state.least, state.most))
+    flat = (*bins, times.reshape(-1))
+    wide = jax.vmap(one)(*flat)
     return tuple(v.reshape(shape) for v in wide)
