@@ -6,16 +6,19 @@ A calibrator is four pure functions over a small pytree, its state. Nothing hide
 import functools
 import inspect
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qjax.affine import QParams, QSpec, min_max_params, reduce_range, scale_shape
 from qjax.quantizers.strings import closest, read_call
-from qjax.rounding import product
+from qjax.rounding import floor_log2, power_of_two, product
 
+_LARGEST = float(np.finfo(np.float32).max)
 _Options = ParamSpec("_Options")
 Reduce = Callable[[jax.Array, QSpec], tuple[jax.Array, jax.Array]]
 
@@ -102,6 +105,40 @@ def _positional(name: str) -> list[str]:
     return [*inspect.signature(_CALIBRATORS[name]).parameters]
 
 
+def check_option(
+    name: str, value: Any, rule: str, holds: Callable[[float], bool]
+) -> None:
+    """Raises unless an option is a real number for which a rule holds.
+
+    Raises:
+      TypeError: if it is no real number.
+      ValueError: if the rule does not hold; NaN breaks every rule.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    if not holds(float(value)):
+        raise ValueError(f"`{name}` must {rule}, got {value}.")
+
+
+def _check_share(name: str, value: Any) -> None:
+    check_option(name, value, "lie in [0, 1)", lambda v: 0 <= v < 1)
+
+
+def _check_ends(name: str, ends: Any) -> tuple[float, float]:
+    """Returns a range, whose ends must be finite numbers of float32, in order."""
+    if not isinstance(ends, tuple | list) or len(ends) != 2:
+        raise TypeError(f"`{name}` must be a pair (low, high), got {ends!r}.")
+    for end in ends:
+        rule = "have finite ends, of float32"
+        check_option(name, end, rule, lambda v: abs(v) <= _LARGEST)
+    low, high = map(float, ends)
+    if not np.float32(low) < np.float32(high):
+        raise ValueError(
+            f"`{name}` must have low < high in float32, got [{low}, {high}]."
+        )
+    return low, high
+
+
 class MinMaxState(NamedTuple):
     """Range of all values seen."""
 
@@ -126,7 +163,9 @@ class MeanStdState(NamedTuple):
     step: jax.Array  # shape=(), dtype=int32. Batches seen.
     number: jax.Array  # shape=(), dtype=float32. Values per scale.
     mean: jax.Array  # shape of the scale, dtype=float32.
-    squares: jax.Array  # shape of the scale, dtype=float32. Of the distances from mean.
+    deviation: jax.Array  # shape of the scale, dtype=float32. Of the population.
+    low: jax.Array  # shape of the scale, dtype=float32. +inf before the first batch.
+    high: jax.Array  # shape of the scale, dtype=float32. -inf before the first batch.
 
 
 class EmaMinMaxState(NamedTuple):
@@ -212,10 +251,10 @@ def constant(low: float, high: float) -> Calibrator:
       high: Largest value, above ``low``.
 
     Raises:
+      TypeError: if an end is no number.
       ValueError: if ``low < high`` does not hold, or an end is not finite.
     """
-    if not -math.inf < low < high < math.inf:
-        raise ValueError(f"A range has finite low < high, got [{low}, {high}].")
+    low, high = _check_ends("constant", (low, high))
 
     def init(x: jax.Array, spec: QSpec) -> MinMaxState:
         shape = scale_shape(x.shape, spec.axis)
@@ -256,12 +295,12 @@ def ema_min_max(
       reduce: ``(x, spec) -> (low, high)`` of one batch.
 
     Raises:
-      ValueError: if ``decay`` is outside [0, 1).
+      TypeError: if ``decay`` is no number, or ``initial`` no pair.
+      ValueError: if ``decay`` is outside [0, 1), or ``initial`` no range.
     """
-    if not 0 <= decay < 1:
-        raise ValueError(f"`decay` must lie in [0, 1), got {decay}.")
+    _check_share("decay", decay)
     if initial is not None:
-        return _started_ema(float(decay), tuple(map(float, initial)), reduce)
+        return _started_ema(float(decay), _check_ends("initial", initial), reduce)
     return _ema_min_max(float(decay), reduce)
 
 
@@ -362,8 +401,7 @@ def moving_min_max(momentum: float = 0.9, reduce: Reduce = value_range) -> Calib
     Raises:
       ValueError: if ``momentum`` is outside [0, 1).
     """
-    if not 0 <= momentum < 1:
-        raise ValueError(f"`momentum` must lie in [0, 1), got {momentum}.")
+    _check_share("momentum", momentum)
     return _moving(float(momentum), reduce)
 
 
@@ -403,20 +441,26 @@ def mean_std(sigmas: float = 3.0) -> Calibrator:
 
         [mean - sigmas * std, mean + sigmas * std], population deviation
 
+    as far as values were seen: the range is cut to that of all values. Squares are
+    taken in units of the range, a power of two, so that none leaves float32.
+
     ``merge`` is associative and commutative up to float rounding (Chan et al., 1979).
 
     Args:
       sigmas: Positive.
 
     Raises:
+      TypeError: if ``sigmas`` is no number.
       ValueError: if ``sigmas`` is not positive and finite.
     """
-    if not 0 < sigmas < math.inf:
-        raise ValueError(f"`sigmas` must be positive and finite, got {sigmas}.")
+    rule = "be positive and finite"
+    check_option("sigmas", sigmas, rule, lambda v: 0 < v < math.inf)
 
     def init(x: jax.Array, spec: QSpec) -> MeanStdState:
-        zeros = jnp.zeros(scale_shape(x.shape, spec.axis))
-        return MeanStdState(jnp.int32(0), jnp.float32(0), zeros, zeros)
+        shape = scale_shape(x.shape, spec.axis)
+        ends = jnp.full(shape, jnp.inf), jnp.full(shape, -jnp.inf)
+        zeros = jnp.zeros(shape)
+        return MeanStdState(jnp.int32(0), jnp.float32(0), zeros, zeros, *ends)
 
     def update(x: jax.Array, state: MeanStdState, spec: QSpec) -> MeanStdState:
         shape = scale_shape(x.shape, spec.axis)
@@ -424,25 +468,54 @@ def mean_std(sigmas: float = 3.0) -> Calibrator:
         number = math.prod(x.shape) // max(math.prod(shape), 1)
         if not number:
             return state._replace(step=state.step + 1)
-        real = x.astype(jnp.float32)
-        mean = jnp.mean(real, over, keepdims=bool(shape))
-        squares = jnp.sum((real - mean) ** 2, over, keepdims=bool(shape))
-        new = MeanStdState(jnp.int32(1), jnp.float32(number), mean, squares)
+        low, high = reduce_range(x, spec.axis)
+        unit, per = _units(jnp.maximum(-low, high))
+        steps, keep = x.astype(jnp.float32) * per, bool(shape)
+        mean = jnp.mean(steps, over, keepdims=keep)
+        # Once more from the mean: the first is off by the rounding of its sum.
+        mean += jnp.mean(steps - mean, over, keepdims=keep)
+        apart, per_apart = _units(jnp.maximum(high * per - mean, mean - low * per))
+        squares = jnp.mean(((steps - mean) * per_apart) ** 2, over, keepdims=keep)
+        deviation = jnp.sqrt(squares) * apart * unit
+        number = jnp.float32(number)
+        new = MeanStdState(jnp.int32(1), number, mean * unit, deviation, low, high)
         return merge(state, new)
 
     def merge(a: MeanStdState, b: MeanStdState) -> MeanStdState:
         number = a.number + b.number
         share = b.number / jnp.maximum(number, 1.0)
         apart = b.mean - a.mean
-        squares = a.squares + b.squares + apart**2 * (a.number * share)
-        return MeanStdState(a.step + b.step, number, a.mean + apart * share, squares)
+        most = jnp.maximum(jnp.maximum(a.deviation, b.deviation), jnp.abs(apart))
+        unit, per = _units(most)
+        of_a, of_b, between = (
+            (v * per) ** 2 for v in (a.deviation, b.deviation, apart)
+        )
+        within = of_a * (1.0 - share) + of_b * share
+        deviation = jnp.sqrt(within + between * (share * (1.0 - share))) * unit
+        is_new, is_old = a.number == 0, b.number == 0
+        kept = lambda new, p, q: jnp.where(is_new, q, jnp.where(is_old, p, new))
+        return MeanStdState(
+            a.step + b.step,
+            number,
+            kept(a.mean + apart * share, a.mean, b.mean),
+            kept(deviation, a.deviation, b.deviation),
+            jnp.minimum(a.low, b.low),
+            jnp.maximum(a.high, b.high),
+        )
 
     def params(state: MeanStdState, spec: QSpec) -> QParams:
-        std = jnp.sqrt(state.squares / jnp.maximum(state.number, 1.0))
-        low, high = state.mean - sigmas * std, state.mean + sigmas * std
+        wide = sigmas * state.deviation
+        low = jnp.maximum(state.mean - wide, state.low)
+        high = jnp.minimum(state.mean + wide, state.high)
         return params_if(state.step > 0, low, high, spec)
 
     return Calibrator(init, update, merge, params)
+
+
+def _units(most: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the power of two below a magnitude, and its reciprocal; 1 for zero."""
+    exponent = jnp.clip(jnp.where(most > 0, floor_log2(most), 0), -126, 126)
+    return power_of_two(exponent), power_of_two(-exponent)
 
 
 def params_if(
@@ -452,3 +525,20 @@ def params_if(
     params = min_max_params(low, high, spec)
     scale = jnp.where(is_calibrated, params.scale, jnp.float32(jnp.nan))
     return params._replace(scale=scale)
+
+
+def check_calibrated(params: QParams, site: str) -> None:
+    """Raises for a grid that is known to have no scale: before the first batch.
+
+    What is traced passes.
+
+    Raises:
+      ValueError: naming the site.
+    """
+    if isinstance(params.scale, jax.core.Tracer) or not np.isnan(params.scale).any():
+        return
+    raise ValueError(
+        f"The site {site or 'of this layer'!r} has no range yet: its scale is NaN. "
+        "Calibrate first (`qjax.calibrate`; a layer: one call in training), on values "
+        "that are finite."
+    )

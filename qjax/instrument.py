@@ -16,11 +16,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qjax import quantizers
 from qjax.affine import QParams, QSpec, abs_max_params, fake_quant, reduce_range
 from qjax.batches import Schedule, check_axes, cut, progress_bar, random_samples
-from qjax.calibration import Calibrator
+from qjax.calibration import Calibrator, check_calibrated
 from qjax.config import accumulator_bits, config_rules, find_layer
 from qjax.presets import QuantizationParams
 from qjax.quantizers.spec import Spec, is_known
-from qjax.scheme import Rule, Scheme, Site, Where, check_rules
+from qjax.scheme import (
+    Rule,
+    Scheme,
+    Site,
+    Where,
+    check_rules,
+    check_words,
+    is_one_sided,
+)
 from qjax.simulate import Simulation, Unit, Visit
 
 # Of a weight: times that of its input it is no denormal number, which counts as 0.
@@ -86,16 +94,22 @@ class QuantizedModel:
         Args:
           params: As ``fn`` takes them. Weights are rounded on the way, not changed.
           qstate: Ranges of the activations, from `calibrate`.
-          *inputs: As ``fn`` takes them.
-          scheme: Replaces the scheme of the model; may differ in bits.
+          *inputs: As ``fn`` takes them, of the shapes of the example but for the number
+            of examples.
+          scheme: Replaces the scheme of the model; may differ in bits. Traced ones are
+            not checked: a signed word of 1 bit has the codes -1 and 0, of narrow range
+            0 alone (`int_range`).
 
         Returns:
           What ``fn`` returns.
 
         Raises:
-          ValueError: if ``qstate`` lacks a site.
+          ValueError: if ``qstate`` is the state of another model or scheme, or knows no
+            range yet; inputs are none of this model; a rule of ``scheme`` matches no
+            site, or a word cannot hold its values. A state that is traced is not looked
+            into: without a range it gives NaN.
         """
-        scheme = self.scheme if scheme is None else scheme
+        scheme = self._checked(qstate, inputs, scheme)
         return Simulation(self.fn, params, inputs).run(Quantizer(scheme, qstate))
 
     def apply_integer(
@@ -121,13 +135,13 @@ class QuantizedModel:
           What ``fn`` returns. Accumulators wrap: `qjax.lower` proves that they do not.
 
         Raises:
-          ValueError: if ``qstate`` lacks a site, or for a site that has no integers: an
-            operand without a quantizer, a BatchNorm in training.
+          ValueError: as `apply`; for a site that has no integers: an operand without a
+            quantizer, a BatchNorm in training.
         """
         # A lower room, so imported late: the arithmetic is that of lowering.
         from qjax.lowering.forward import IntegerForward, Words
 
-        scheme = self.scheme if scheme is None else scheme
+        scheme = self._checked(qstate, inputs, scheme)
         return IntegerForward(self.fn, params, inputs).run(Words(scheme, qstate))
 
     def apply_and_update(
@@ -148,8 +162,10 @@ class QuantizedModel:
           What ``fn`` returns, and the new state.
 
         Raises:
-          ValueError: if ``qstate`` lacks a site.
+          ValueError: if ``qstate`` is the state of another model or scheme, or inputs
+            are none of this model.
         """
+        self._checked(qstate, inputs)
         updater = _Updater(self.scheme, dict(qstate))
         outputs = Simulation(self.fn, params, inputs).run(updater)
         return outputs, updater.qstate
@@ -163,7 +179,12 @@ class QuantizedModel:
         }
 
     def observe(self, params: Any, qstate: QState, *inputs: Any) -> QState:
-        """Returns the state after one more batch, which runs in float."""
+        """Returns the state after one more batch, which runs in float.
+
+        Raises:
+          ValueError: as `apply_and_update`.
+        """
+        self._checked(qstate, inputs)
         return self._update(self._float_values(params, inputs), qstate)
 
     def _update(self, seen: dict[str, jax.Array], qstate: QState) -> QState:
@@ -172,12 +193,31 @@ class QuantizedModel:
             for site, spec, calibrator in self.calibrated()
         }
 
-    def calibrated(self) -> Iterator[tuple[Site, QSpec, Calibrator]]:
+    def calibrated(
+        self, scheme: Scheme | None = None
+    ) -> Iterator[tuple[Site, QSpec, Calibrator]]:
         """Yields the activation sites whose grid has a range to find."""
+        scheme = self.scheme if scheme is None else scheme
         for site in self.sites:
-            spec = self.scheme.spec(site)
+            spec = scheme.spec(site)
             if site.role == "activation" and isinstance(spec, QSpec):
-                yield site, spec, self.scheme.site_calibrator(site)
+                yield site, spec, scheme.site_calibrator(site)
+
+    def _checked(
+        self, qstate: QState, inputs: Any, scheme: Scheme | None = None
+    ) -> Scheme:
+        """Returns the scheme to compute by, if it, the state and the inputs fit."""
+        if scheme is not None:
+            if not isinstance(scheme, Scheme):
+                raise TypeError(f"`scheme` must be a `Scheme`, got {scheme!r}.")
+            check_rules(scheme, self.sites)
+        chosen = self.scheme if scheme is None else scheme
+        check_words(chosen, self.sites)
+        fault = _fault(inputs, self.example)
+        if fault:
+            raise ValueError(f"The batch {fault}")
+        _check_state(self, qstate, chosen)
+        return chosen
 
     def _float_values(self, params: Any, inputs: Any) -> dict[str, jax.Array]:
         recorder = _Recorder({})
@@ -217,8 +257,9 @@ def quantize_model(
 
     Raises:
       ValueError: if a rule of the scheme matches no site, a config or
-        ``quantize_until`` names a layer that is not there, or an axis does not exist.
-        The message names the closest there are.
+        ``quantize_until`` names a layer that is not there, or an axis does not exist:
+        the message names the closest there are. For a word that cannot hold its values:
+        a one-sided or signed 1-bit one of a weight, one that draws at random.
 
     Warns:
       UserWarning: for accumulators that weights of this shape can drive beyond their
@@ -257,31 +298,22 @@ def quantize_model(
         rules = config_rules(q_config, sites, scheme)
         scheme = dataclasses.replace(scheme, rules=(*rules, *scheme.rules))
     check_rules(scheme, sites)
-    _check_words(scheme, sites)
+    check_words(scheme, sites)
+    _warn_of_buffers(scheme, sites)
     shapes = jax.eval_shape(lambda: inputs)
     qmodel = QuantizedModel(fn, scheme, sites, shapes, reader)
     # A dry run: an axis that does not exist raises here, before any data is spent.
     state = qmodel.init(params, *inputs)
-    jax.eval_shape(lambda: qmodel.apply(params, state, *inputs))
+    jax.eval_shape(lambda qstate: qmodel.apply(params, qstate, *inputs), state)
     return qmodel
 
 
-def _check_words(scheme: Scheme, sites: Sequence[Site]) -> None:
-    """Raises for words that hold nothing; warns of accumulators that may run over."""
+def _warn_of_buffers(scheme: Scheme, sites: Sequence[Site]) -> None:
+    """Warns of accumulators that may run over."""
     by_name = {site.name: site for site in sites}
     narrow = []
     for site in sites:
         spec = scheme.spec(site)
-        if (
-            isinstance(spec, QSpec)
-            and is_known(spec.bits)
-            and np.all(np.asarray(spec.bits) == 1)
-        ):
-            if spec.signed and spec.symmetric:
-                raise ValueError(
-                    f"A signed symmetric word of 1 bit at {site.name!r} has the codes "
-                    "-1 and 0 alone. Use 2 bits, or an unsigned word after a relu."
-                )
         if site.role == "weight" and isinstance(spec, QSpec):
             inputs = [by_name[name] for name in site.inputs]
             needed = accumulator_bits(site, scheme, inputs)
@@ -350,7 +382,8 @@ def calibrate(
 
     Warns:
       UserWarning: if the data are random; for sites where all values were 0: they get
-        scale 1.
+        scale 1; for sites whose word is unsigned and symmetric, and whose values are
+        not.
 
     Example:
       >>> fn = lambda params, x: x @ params["kernel"]
@@ -366,9 +399,10 @@ def calibrate(
     data = _data(qmodel, batches, samples, Schedule(num_samples, batch_size, epochs))
     names = [site.name for site, *_ in qmodel.calibrated()]
     if qstate is not None:
-        _check_state(qmodel, params, qstate)
-    number, first, step, state = 0, None, None, qstate
-    reached = np.zeros(len(names), bool)
+        _check_state(qmodel, qstate, qmodel.scheme)
+    first: _Shapes = []
+    number, step, state = 0, None, qstate
+    reached, is_cut = np.zeros((2, len(names)), bool)
     try:
         with progress_bar(operator.length_hint(data) or None, progress) as advance:
             for batch in data:
@@ -380,7 +414,7 @@ def calibrate(
                     first = _shapes(inputs)
                     step, params, state = _start(qmodel, params, state, inputs)
                 new, flags = step(params, state, *inputs)
-                is_finite, is_reached = np.asarray(flags)
+                is_finite, is_reached, is_below = np.asarray(flags)
                 if not is_finite.all():
                     raise CalibrationError(
                         "Calibration met NaN or infinity at the site "
@@ -391,6 +425,7 @@ def calibrate(
                     )
                 qstate = state = new
                 reached |= is_reached
+                is_cut |= is_below
                 number += 1
                 advance()
     except KeyboardInterrupt as error:
@@ -412,6 +447,14 @@ def calibrate(
         warnings.warn(
             f"All values were 0 at {', '.join(zeros)}: the scale is 1 unless the state "
             "knows a range. Does the data reach this part of the model?",
+            stacklevel=2,
+        )
+    if is_cut.any():
+        below = (name for name, cut_ in zip(names, is_cut, strict=True) if cut_)
+        warnings.warn(
+            f"Negative values were seen at {', '.join(below)}, whose word is unsigned "
+            "and symmetric: they become 0. Use `signed=True`, or `symmetric=False` for "
+            "a zero point.",
             stacklevel=2,
         )
     return qstate
@@ -468,23 +511,43 @@ def _codes(word: Any) -> tuple[int, int]:
     return (low, high) if word.symmetric else (0, high - low)
 
 
-def _check_state(qmodel: QuantizedModel, params: Any, qstate: QState) -> None:
-    """Raises for a state that is not one of these calibrators."""
-    fresh = jax.eval_shape(lambda *x: qmodel.init(params, *x), *qmodel.example)
-    shapes = lambda tree: [np.shape(x) for x in jax.tree.leaves(tree)]
-    kind = lambda tree: f"{type(tree).__name__} of shapes {shapes(tree)}"
-    for name, wanted in fresh.items():
+def _check_state(qmodel: QuantizedModel, qstate: QState, scheme: Scheme) -> None:
+    """Raises for a state that is not one of the calibrators of a scheme."""
+    if not isinstance(qstate, Mapping):
+        raise TypeError(
+            "`qstate` must be what `calibrate` returns, a dict of the state of each "
+            f"site, got {type(qstate).__name__}."
+        )
+    kind = lambda tree: (type(tree), [np.shape(x) for x in jax.tree.leaves(tree)])
+    text = lambda tree: f"{type(tree).__name__} of shapes {kind(tree)[1]}"
+    for site, spec, calibrator in qmodel.calibrated(scheme):
+        name = site.name
         if name not in qstate:
             raise ValueError(
                 f"`qstate` does not know the site {name!r}: it is the state of another "
-                f"model or scheme. It knows {', '.join(qstate) or 'no site'}."
+                f"model or scheme. It knows {', '.join(qstate) or 'no site'}. "
+                "Calibrate this model."
             )
+        wanted = _fresh(calibrator, site.shape, spec.axis)
         if kind(qstate[name]) != kind(wanted):
             raise ValueError(
-                f"`qstate` holds at {name!r} a {kind(qstate[name])}, its calibrator "
-                f"needs a {kind(wanted)}: it is the state of another scheme, or was "
+                f"`qstate` holds at {name!r} a {text(qstate[name])}, its calibrator "
+                f"needs a {text(wanted)}: it is the state of another scheme, or was "
                 "restored without the structure of `QuantizedModel.init`."
             )
+
+
+def _is_fresh(state: Any) -> bool:
+    """Whether a state is known, and has seen no batch."""
+    is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(state))
+    return not is_traced and bool(np.all(np.asarray(getattr(state, "step", 1)) == 0))
+
+
+@functools.lru_cache(maxsize=4096)
+def _fresh(calibrator: Calibrator, shape: tuple[int, ...], axis: Any) -> Any:
+    """The shapes of the state of a calibrator: `Calibrator.init` reads no more."""
+    x, spec = jax.ShapeDtypeStruct(shape, jnp.float32), QSpec(axis=axis)
+    return jax.eval_shape(lambda x: calibrator.init(x, spec), x)
 
 
 _Shapes = list[tuple[tuple[int, ...], Any]]
@@ -495,28 +558,39 @@ def _shapes(inputs: Any) -> _Shapes:
     return [(np.shape(x), jax.dtypes.result_type(x)) for x in leaves]
 
 
-def _fault(inputs: Any, example: Any, first: _Shapes | None) -> str:
+def _fault(inputs: Any, example: Any, first: _Shapes | None = None) -> str:
     """What is wrong with a batch: itself, or next to the first one."""
-    shapes = _shapes(inputs)
-    if any(0 in shape for shape, _ in shapes):
+    shapes, wanted = _shapes(inputs), _shapes(example)
+    if any(0 in shape for shape, _ in shapes) and first is not None:
         return f"is empty: its inputs have the shapes {[s for s, _ in shapes]}."
-    structure: Any = jax.tree.structure(inputs)
-    kinds = lambda all_: [
-        (len(s), bool(jnp.issubdtype(t, jnp.floating))) for s, t in all_
-    ]
-    wanted = _shapes(example)
-    if structure != jax.tree.structure(example) or kinds(shapes) != kinds(wanted):
-        return (
-            f"has inputs of {shapes}, the model was made for {wanted}. A batch is an "
-            "array of the same rank and kind, or a tuple of one for each input."
-        )
     rest = lambda all_: [(shape[1:], dtype) for shape, dtype in all_]
-    if first is not None and rest(shapes) != rest(first):
+    kinds = lambda all_: [(len(s), _kind(t)) for s, t in all_]
+    structure: Any = jax.tree.structure(inputs)
+    is_alike = structure == jax.tree.structure(example)
+    is_alike = is_alike and kinds(shapes) == kinds(wanted)
+    if is_alike and first and rest(shapes) != rest(first):
         return (
             f"has inputs of {shapes}, the first one had {first}. Batches may differ in "
             "their number of examples alone."
         )
-    return ""
+    if is_alike and all(
+        s[1:] == w[1:] for (s, _), (w, _) in zip(shapes, wanted, strict=True)
+    ):
+        return ""
+    return (
+        f"has inputs of {shapes}, the model was made for {wanted}. A batch is an array "
+        "of the same shape and kind but for the number of examples, or a tuple of one "
+        "for each input. For another shape, call `quantize_model` with an example of "
+        "it: a state with one scale per tensor serves both."
+    )
+
+
+def _kind(dtype: Any) -> str:
+    """Whether a type holds real numbers, integers, or what it is."""
+    for kind in (jnp.floating, jnp.integer):
+        if jnp.issubdtype(dtype, kind):
+            return str(kind.__name__)
+    return str(dtype)
 
 
 _Step = Callable[..., tuple[QState, jax.Array]]
@@ -567,19 +641,25 @@ def _compiler_options() -> dict[str, bool | int | str] | None:
 
 
 def _observe(qmodel: QuantizedModel, is_sharded: bool) -> _Step:
-    """One batch: the new state; and by site, whether all is finite and not all 0."""
+    """One batch: the new state; and by site, what `calibrate` raises or warns of.
+
+    Whether all values are finite, not all are 0, and some are lost below zero.
+    """
 
     def flags(x: jax.Array, spec: QSpec) -> list[jax.Array]:
         # NaN and infinity show in the range, which most calibrators look for anyway;
         # but not in one over several devices: collectives may drop NaN.
         low_high = jnp.stack(reduce_range(x, spec.axis))
         is_finite = jnp.isfinite(x if is_sharded else low_high)
-        return [jnp.all(is_finite), jnp.any(low_high != 0)]
+        low, high = low_high
+        # What is left of zero after a relu, by rounding, is nothing to speak of.
+        is_below = (-low > high * 2.0**-17) & is_one_sided(spec)
+        return [jnp.all(is_finite), jnp.any(low_high != 0), jnp.any(is_below)]
 
     def observe(params: Any, qstate: QState, *inputs: Any) -> tuple[QState, jax.Array]:
         seen = qmodel._float_values(params, inputs)
         rows = [flags(seen[site.name], spec) for site, spec, _ in qmodel.calibrated()]
-        return qmodel._update(seen, qstate), jnp.array(rows, bool).reshape(-1, 2).T
+        return qmodel._update(seen, qstate), jnp.array(rows, bool).reshape(-1, 3).T
 
     return observe
 
@@ -618,7 +698,14 @@ class Quantizer:
                 f"model. The state knows {', '.join(self.qstate) or 'no site'}."
             )
         calibrator = self.scheme.site_calibrator(site)
-        params = calibrator.params(self.qstate[site.name], spec)
+        state = self.qstate[site.name]
+        params = calibrator.params(state, spec)
+        check_calibrated(params, site.name)
+        if _is_fresh(state):
+            # A constant of the traced program, which is looked at outside of it.
+            with jax.ensure_compile_time_eval():
+                known = calibrator.params(state, dataclasses.replace(spec, bits=8))
+            check_calibrated(known, site.name)
         if unit is None:
             return self._round(site, x, params, spec), params
         if params.scale.ndim:

@@ -4,8 +4,9 @@ No function here makes a floating-point value inside a traced program.
 """
 
 import functools
+import numbers
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ RequantizeRule = Literal[
 
 _MOST_SHIFT = 62
 _INT32_MAX = np.iinfo(np.int32).max
+_INT32_MIN = np.iinfo(np.int32).min
 
 
 def fixed_point(ratio: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -38,13 +40,14 @@ def fixed_point(ratio: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
       bits.
 
     Raises:
+      TypeError: if a ratio is no real number, or traced.
       ValueError: if a ratio is not finite, or 2^31 and more.
 
     Example:
       >>> fixed_point(0.25)
       (array(1073741824, dtype=int32), array(32, dtype=int32))
     """
-    ratio = np.asarray(ratio, np.float64)
+    ratio = _reals("ratio", ratio)
     if not np.all(np.isfinite(ratio)) or np.any(np.abs(ratio) >= 2.0**31):
         raise ValueError(
             f"A ratio of scales must be finite and below 2^31, got {ratio}. Check the "
@@ -54,6 +57,19 @@ def fixed_point(ratio: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     if np.any(shift < 0):
         raise ValueError(f"A ratio of scales must be below 2^31, got {ratio}.")
     return multiplier, shift
+
+
+def _reals(name: str, x: Any) -> np.ndarray:
+    """Returns known real numbers as float64; raises TypeError for anything else."""
+    if isinstance(x, jax.core.Tracer):
+        raise TypeError(f"`{name}` must be known, got {x}: compute it outside of jit.")
+    found = np.asarray(x)
+    is_real = jnp.issubdtype(found.dtype, jnp.floating)
+    if found.dtype == object:
+        is_real = all(isinstance(v, numbers.Real) for v in found.flat)
+    if not (is_real or jnp.issubdtype(found.dtype, jnp.integer)):
+        raise TypeError(f"`{name}` must be real numbers, got {x!r} ({found.dtype}).")
+    return found.astype(np.float64)
 
 
 def traced_fixed_point(
@@ -84,9 +100,12 @@ def common_fixed_point(ratios: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
       largest factor by `fixed_point`.
 
     Raises:
-      ValueError: as `fixed_point`, for the largest.
+      TypeError: as `fixed_point`.
+      ValueError: as `fixed_point`, for the largest; if there are none.
     """
-    ratios = np.asarray(ratios, np.float64)
+    ratios = _reals("ratios", ratios)
+    if not ratios.size:
+        raise ValueError("`ratios` must hold at least one ratio, got none.")
     fixed_point(np.max(np.abs(ratios)))  # Raises what it raises.
     return _common_fixed_point(ratios, np)
 
@@ -169,6 +188,7 @@ def tflite_multiplier(ratio: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
       ``(0, 31)``. TFLite's own shift is ``31 - shift``.
 
     Raises:
+      TypeError: as `fixed_point`.
       ValueError: if a ratio is negative, not finite, or 2^31 and more.
 
     Example:
@@ -178,7 +198,7 @@ def tflite_multiplier(ratio: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     References:
       TensorFlow Lite, `QuantizeMultiplier`, lite/kernels/internal/quantization_util.cc.
     """
-    ratio = np.asarray(ratio, np.float64)
+    ratio = _reals("ratio", ratio)
     if not np.all((ratio >= 0) & (ratio < 2.0**31)):
         raise ValueError(
             f"A ratio of scales must be in [0, 2^31), got {ratio}. Check the scales: "
@@ -240,7 +260,7 @@ def requantize(
       TFLite does to int64 accumulators.
 
     Args:
-      acc: Accumulators, int32, any shape.
+      acc: Accumulators, int32 (int64 where its product fits), any shape.
       multiplier: int32, broadcasts against ``acc``, of either sign.
       shift: int32, same shape, 0 to 62.
       zero_point: int32, of the codes.
@@ -250,6 +270,11 @@ def requantize(
 
     Returns:
       Codes, int32, shape of ``acc``.
+
+    Raises:
+      TypeError: if an argument is not of an integer type.
+      ValueError: for an unknown rule; for known values that are outside of these
+        ranges, or ``qmin > qmax``. Values that are traced are not looked at.
 
     Example:
       >>> requantize(jnp.int32([5, 6, 7, -6]), 2**30, 32, qmin=-128, qmax=127)
@@ -288,8 +313,11 @@ def requantize_sum(
       Codes, int32, shape of the accumulators.
 
     Raises:
-      ValueError: if the rule rounds each product, and there are several.
+      TypeError: as `requantize`.
+      ValueError: as `requantize`; if the rule rounds each product, and there are
+        several; if there is no term.
     """
+    _check_requantizer(terms, shift, zero_point, qmin, qmax, rule)
     if rule == "tflite_double" and len(terms) > 1:
         raise ValueError(
             f"The rule 'tflite_double' rounds each product, got a sum of {len(terms)}. "
@@ -313,6 +341,49 @@ def requantize_sum(
             rounded = shift_round(product, _to_int64(shift))
         low, high, zero = (_to_int64(v) for v in (low, high, zero))
         return jnp.clip(rounded + zero, low, high).astype(jnp.int32)
+
+
+def _check_requantizer(
+    terms: Any, shift: Any, zero_point: Any, qmin: Any, qmax: Any, rule: Any
+) -> None:
+    """Raises for arguments of `requantize_sum` that cannot be."""
+    known = get_args(RequantizeRule)
+    if rule not in known:
+        raise ValueError(f"`rule` must be one of {', '.join(known)}, got {rule!r}.")
+    if not terms:
+        raise ValueError("`terms` must hold at least one pair, got none.")
+    for acc, multiplier in terms:
+        _integer("acc", acc)
+        _check_within("multiplier", multiplier, _INT32_MIN, _INT32_MAX)
+    _check_within("shift", shift, 0, _MOST_SHIFT)
+    for name, value in (("zero_point", zero_point), ("qmin", qmin), ("qmax", qmax)):
+        _check_within(name, value, _INT32_MIN, _INT32_MAX)
+    if _is_known(qmin) and _is_known(qmax):
+        if np.any(np.asarray(qmin) > np.asarray(qmax)):
+            raise ValueError(f"`qmin` must not be above `qmax`, got {qmin} and {qmax}.")
+
+
+def _check_within(name: str, x: Any, least: int, most: int) -> None:
+    """Raises unless integers, as far as they are known, lie in a range."""
+    _integer(name, x)
+    if not _is_known(x):
+        return
+    values = np.asarray(x)
+    if np.any((values < least) | (values > most)):
+        raise ValueError(f"`{name}` must lie in {least}..{most}, got {x}.")
+
+
+def _integer(name: str, x: Any) -> None:
+    """Raises unless values are of an integer type."""
+    if isinstance(x, int) and not isinstance(x, bool):
+        return  # Also one beyond every type.
+    dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"`{name}` must be of an integer type, got {x!r} ({dtype}).")
+
+
+def _is_known(x: Any) -> bool:
+    return not isinstance(x, jax.core.Tracer)
 
 
 def _round_twice(acc: jax.Array, multiplier: jax.Array, shift: jax.Array) -> jax.Array:

@@ -12,7 +12,8 @@ from qjax.affine import (
     fake_quant,
     fake_quant_bias,
 )
-from qjax.calibration import ema_min_max
+from qjax.calibration import check_calibrated, ema_min_max
+from qjax.scheme import Role, check_word
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 Padding = str | int | Sequence[int | tuple[int, int]]
@@ -47,8 +48,15 @@ def quantized_product(
 
     Returns:
       ``[..., out]``, on the grid of the accumulator.
+
+    Raises:
+      ValueError: for a word that cannot hold its values, as a one-sided one of the
+        kernel; for a grid of the input that is known to have no scale yet. A traced one
+        gives NaN.
     """
     prefix = f"{site}/" if site else ""
+    check_specs(x_spec, kernel_spec, site)
+    check_calibrated(x_params, f"{prefix}input")
     kernel_params = abs_max_params(kernel, kernel_spec)
     x = fake_quant(x, x_params, x_spec, site=f"{prefix}input")
     kernel = fake_quant(kernel, kernel_params, kernel_spec, site=f"{prefix}kernel")
@@ -59,6 +67,24 @@ def quantized_product(
     scale = scale.reshape(-1) if scale.ndim else scale
     bias = fake_quant_bias(bias, scale, site=f"{prefix}bias")
     return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+
+
+def check_specs(x_spec: QSpec, kernel_spec: QSpec, site: str = "") -> None:
+    """Raises for the words of a layer that cannot hold its values.
+
+    Raises:
+      ValueError: as `qjax.scheme.check_word`.
+      TypeError: for a word that is no `QSpec`.
+    """
+    prefix = f"{site}/" if site else ""
+    for name, word in (("input", x_spec), ("kernel", kernel_spec)):
+        if not isinstance(word, QSpec):
+            raise TypeError(
+                f"The word of {prefix + name!r} must be a `QSpec`, got {word!r}. For "
+                "another quantizer, call `qjax.quantizers.apply` before the layer."
+            )
+        role: Role = "weight" if name == "kernel" else "activation"
+        check_word(prefix + name, role, word)
 
 
 def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from qjax.layers import (
     INPUT_SPEC,
     KERNEL_SPEC,
     Padding,
+    check_specs,
     conv,
     dense,
     quantized_product,
@@ -48,6 +49,7 @@ class QLinear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """Makes the layer; ``site`` is the prefix of the names of its sites."""
+        check_specs(x_spec, kernel_spec, site)
         init = nnx.initializers.lecun_normal()
         self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features)))
         self.bias = nnx.Param(jnp.zeros((out_features,))) if use_bias else None
@@ -84,6 +86,7 @@ class QConv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """Makes the layer; windows as `qjax.layers.conv` takes them."""
+        check_specs(x_spec, kernel_spec, site)
         init = nnx.initializers.lecun_normal()
         shape = (*kernel_size, in_features // feature_group_count, out_features)
         self.kernel = nnx.Param(init(rngs.params(), shape))

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import numbers
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,10 +19,17 @@ from qjax.calibration import (
     moving_min_max,
     named,
 )
-from qjax.quantizers.low_bit import Binary
+from qjax.quantizers.low_bit import (
+    Bernoulli,
+    Binary,
+    StochasticBinary,
+    StochasticTernary,
+    Ternary,
+)
+from qjax.quantizers.spec import Spec
 from qjax.quantizers.strings import parse
 from qjax.quantizers.tensorflow import tfmot_range
-from qjax.scheme import Role, Rule, Scheme, Where
+from qjax.scheme import Role, Rule, Scheme, Where, is_random
 
 FUNCTIONS = (
     "celu elu erf exp function gelu hard_sigmoid hard_silu hard_swish hard_tanh "
@@ -329,7 +337,8 @@ def qkeras(
                           "activation": "quantized_relu(4)"}, "fc": {...}})
 
     Biases take the grid of their accumulator, which holds those of QKeras wherever it
-    is the finer one.
+    is the finer one. A quantized model has no random key: what draws in QKeras's
+    training is replaced by what QKeras computes in inference, with a warning.
 
     Args:
       layers: Module path, or a glob of module paths -> ``kernel_quantizer`` (also
@@ -343,13 +352,16 @@ def qkeras(
 
     Raises:
       ValueError: for an unknown key, or a string that is no quantizer.
+
+    Warns:
+      UserWarning: for quantizers that draw at random, with what stands for them.
     """
     roles: dict[str, Role] = {
         "kernel_quantizer": "weight",
         "depthwise_quantizer": "weight",
         "activation": "activation",
     }
-    rules = []
+    rules, settled = [], []
     for layer, texts in layers.items():
         for key, text in texts.items():
             if key not in roles:
@@ -358,7 +370,29 @@ def qkeras(
                     "the grid of their accumulator."
                 )
             where = Where(role=roles[key], layer=layer)
-            rules.append(Rule(where, None if text is None else parse(text)))
+            word = None if text is None else parse(text)
+            if word is not None and is_random(word):
+                still = _deterministic(word)
+                settled.append(f"{layer}.{key}: {word} -> {still}")
+                word = still
+            rules.append(Rule(where, word))
+    if settled:
+        warnings.warn(
+            "A quantized model draws nothing at random: these quantizers are replaced "
+            f"by what they are in inference: {'; '.join(settled)}.",
+            stacklevel=2,
+        )
     if base is None:
         base = Scheme(weights=None, activations=None)
     return dataclasses.replace(base, rules=(*rules, *base.rules))
+
+
+def _deterministic(word: Spec) -> Spec:
+    """Returns what a random quantizer is without a key."""
+    if isinstance(word, StochasticTernary):
+        times = word.number_of_unrolls
+        return Ternary(word.alpha, word.threshold, number_of_unrolls=times)
+    if isinstance(word, StochasticBinary | Bernoulli):
+        return Binary(isinstance(word, Bernoulli), word.alpha)
+    fields: dict[str, Any] = {"use_stochastic_rounding": False}
+    return dataclasses.replace(word, **fields)

@@ -8,10 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qjax.affine import Estimator, QSpec, clipped_ste
 from qjax.calibration import Calibrator, min_max
-from qjax.quantizers.spec import Spec
+from qjax.quantizers.spec import Spec, is_known
 
 Role = Literal["weight", "activation"]
 Word = QSpec | Spec  # An affine grid; or a quantizer of qjax.quantizers by its options.
@@ -231,8 +232,96 @@ def check_rules(scheme: Scheme, sites: Sequence[Site]) -> None:
         )
 
 
+# Quantizers whose values are never negative: those of activations.
+_ONE_SIDED = frozenset(
+    "bernoulli binary_sigmoid dorefa_activations hard_sigmoid pact quantized_relu "
+    "quantized_relu_po2 quantized_sigmoid smooth_sigmoid".split()
+)
+_RANDOM = frozenset("bernoulli stochastic_binary stochastic_ternary".split())
+
+
+def is_random(word: Word | None) -> bool:
+    """Whether a word draws at random where it gets a key."""
+    return isinstance(word, Spec) and (
+        word.name in _RANDOM or bool(getattr(word, "use_stochastic_rounding", False))
+    )
+
+
+def is_one_sided(word: Word | None) -> bool:
+    """Whether a word has no negative values, wherever its zero point may lie."""
+    if word is None or isinstance(word, QSpec):
+        return word is not None and word.symmetric and not word.signed
+    is_unsigned = not getattr(word, "keep_negative", getattr(word, "signed", True))
+    slope = getattr(word, "negative_slope", 0)
+    bounded = word.name in _ONE_SIDED and is_known(slope) and not np.any(slope)
+    return is_unsigned or bool(getattr(word, "use_01", False)) or bounded
+
+
+def check_word(name: str, role: Role, word: Word | None) -> None:
+    """Raises for a word that cannot hold the values of a site.
+
+    Args:
+      name: Of the site, for the message.
+      role: Of the site. The word of a weight is taken as symmetric.
+      word: The word; None passes. Bits that are traced pass, an array of known ones
+        passes if all of them do.
+
+    Raises:
+      ValueError: for a word of a weight that is one-sided; a signed symmetric word of
+        1 bit; a quantizer that draws at random.
+    """
+    if is_random(word):
+        raise ValueError(
+            f"`{word}` at {name!r} draws at random, and a quantized model has no key: "
+            "it would round deterministically. Use `use_stochastic_rounding=False`, or "
+            "`binary` or `ternary` for a quantizer that is random; to draw in "
+            "training, call `qjax.quantizers.apply(spec, x, key=key)` in the model."
+        )
+    is_weight = role == "weight"
+    if is_weight and isinstance(word, QSpec):
+        word = dataclasses.replace(word, narrow_range=False, symmetric=True)
+    if is_weight and is_one_sided(word):
+        raise ValueError(
+            f"The word at {name!r} is one-sided, {word}: it takes all negative weights "
+            "to 0. Use `signed=True` (`keep_negative=True`), with at least 2 bits, or "
+            "`qjax.quantizers.Binary(alpha='auto')` for weights of one bit."
+        )
+    if isinstance(word, QSpec) and word.symmetric and word.signed:
+        if is_known(word.bits) and np.any(np.asarray(word.bits) == 1):
+            remedy = (
+                "or `qjax.quantizers.Binary(alpha='auto')`, whose values are -s and s."
+                if is_weight
+                else "or an unsigned word after a relu."
+            )
+            raise ValueError(
+                f"A signed symmetric word of 1 bit at {name!r} has the codes -1 and 0 "
+                f"alone. Use 2 bits, {remedy}"
+            )
+
+
+def check_words(scheme: Scheme, sites: Sequence[Site]) -> None:
+    """Raises for a word of a scheme that cannot hold the values of its site."""
+    for site in sites:
+        check_word(site.name, site.role, scheme.spec(site))
+
+
+def _check_alone(scheme: Scheme) -> None:
+    """Raises for words that are wrong whatever the sites of a model are."""
+    check_word("Scheme.weights", "weight", scheme.weights)
+    check_word("Scheme.activations", "activation", scheme.activations)
+    for k, rule in enumerate(scheme.rules):
+        role = rule.pattern.role if isinstance(rule.pattern, Where) else None
+        word, name = rule.spec, f"Scheme.rules[{k}]"
+        check_word(name, role or "activation", word)
+        if role is None and isinstance(word, QSpec) and word.signed:
+            # It may be that of a weight: an activation has the unsigned word as well.
+            check_word(name, "weight", word)
+
+
 def stack_schemes(schemes: Sequence[Scheme]) -> Scheme:
     """Stacks schemes that differ only in their bits, for ``jax.vmap``.
+
+    Bits are checked here, as far as they are known: inside ``vmap`` they are not.
 
     Args:
       schemes: At least one. All else in them must be equal.
@@ -241,7 +330,8 @@ def stack_schemes(schemes: Sequence[Scheme]) -> Scheme:
       A scheme whose leaves have a leading axis of the number of schemes.
 
     Raises:
-      ValueError: if there are none, or they differ in more than bits.
+      ValueError: if there are none, or they differ in more than bits; for a word that
+        no weight or activation can have, such as a signed one of 1 bit for weights.
 
     Example:
       >>> stack_schemes([Scheme(QSpec(b)) for b in (2, 4, 8)]).weights.bits
@@ -251,6 +341,7 @@ def stack_schemes(schemes: Sequence[Scheme]) -> Scheme:
         raise ValueError("`stack_schemes` needs at least one scheme, got none.")
     first: Any = jax.tree.structure(schemes[0])
     for i, scheme in enumerate(schemes):
+        _check_alone(scheme)
         if jax.tree.structure(scheme) != first:
             raise ValueError(
                 f"Schemes stack if only their bits differ; scheme {i} differs from "

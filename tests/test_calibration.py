@@ -402,6 +402,26 @@ class MeanStdTest(chex.TestCase):
         wanted = min_max_params(low, high, spec)
         np.testing.assert_allclose(got.scale, wanted.scale, 1e-5)
 
+    @parameterized.parameters(1e-30, 1e-20, 1e-10, 1e20, 1e37)
+    def test_scales_with_the_values(self, magnitude):
+        batches = np.random.default_rng(3).normal(0, magnitude, (4, 500))
+        batches = np.float32(batches)
+        state = _observe(mean_std(2.0), jnp.asarray(batches), QSpec(16))
+        every = np.float64(batches)
+        np.testing.assert_allclose(state.deviation, every.std(), 1e-5)
+        got = mean_std(2.0).params(state, QSpec(16)).scale
+        wanted = 4 * every.std() / 65535
+        np.testing.assert_allclose(got, wanted, 1e-5)
+
+    @parameterized.parameters(
+        ([0.0, 255.0],), ([1.0, 1.0],), ([-3.0, -2.0, -2.9],), ([1e37, 0.0, -1e37],)
+    )
+    def test_is_never_wider_than_what_was_seen(self, values):
+        spec = QSpec(8)
+        state = _observe(mean_std(3.0), [jnp.float32(values)] * 2, spec)
+        got = mean_std(3.0).params(state, spec)
+        chex.assert_trees_all_equal(got, min_max_params(min(values), max(values), spec))
+
 
 class ConstantTest(chex.TestCase):
     def test_looks_at_nothing(self):

@@ -272,7 +272,7 @@ def test_sites_where_all_is_zero_are_named():
 def test_a_state_that_lacks_a_site():
     qmodel, params, qstate, x = _calibrated()
     del qstate["one/output"]
-    with pytest.raises(ValueError, match=r"no range for the site 'one/output'"):
+    with pytest.raises(ValueError, match=r"not know the site 'one/output'"):
         qmodel.apply(params, qstate, x)
 
 

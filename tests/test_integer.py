@@ -19,6 +19,7 @@ from qjax.integer import (
     requantize,
     requantize_sum,
     shift_round,
+    tflite_multiplier,
     traced_common_fixed_point,
     traced_fixed_point,
 )
@@ -431,3 +432,79 @@ def test_traced_ratios_are_the_known_ones():
         ratios = np.float64(signs) * np.float64(scales) / np.float64(np.float32(0.3))
         for found, own in zip(both(*scales), common_fixed_point(ratios), strict=True):
             np.testing.assert_array_equal(found, own)
+
+
+class ArgumentsTest(chex.TestCase):
+    """What no program can mean is refused, as far as it is known."""
+
+    ENDS = {"qmin": -128, "qmax": 127}
+
+    @parameterized.parameters(
+        (dict(acc=jnp.float32([5])), TypeError, "`acc` must be of an integer type"),
+        (dict(acc=np.array([True])), TypeError, "`acc`"),
+        (dict(multiplier=0.5), TypeError, "`multiplier`"),
+        (dict(multiplier=2**31), ValueError, "`multiplier` must lie in"),
+        (dict(multiplier=np.int64([1, -(2**31) - 1])), ValueError, "`multiplier`"),
+        (dict(shift=-1), ValueError, r"`shift` must lie in 0\.\.62, got -1"),
+        (dict(shift=np.array([3, 63])), ValueError, "`shift`"),
+        (dict(shift=64), ValueError, "`shift`"),
+        (dict(shift=1.0), TypeError, "`shift`"),
+        (dict(zero_point=1.7), TypeError, "`zero_point`"),
+        (dict(zero_point=2**40), ValueError, "`zero_point`"),
+        (dict(qmin=5, qmax=4), ValueError, "`qmin` must not be above `qmax`"),
+        (dict(qmax=127.0), TypeError, "`qmax`"),
+        (dict(qmin=None), TypeError, "`qmin`"),
+        (dict(rule="half_up"), ValueError, "`rule` must be one of half_even, fp32"),
+    )
+    def test_requantize(self, wrong, error, match):
+        options = {"acc": jnp.int32([5]), "multiplier": 2**30, "shift": 32}
+        options |= {"zero_point": 0, **self.ENDS, **wrong}
+        with pytest.raises(error, match=match):
+            requantize(**options)
+        terms = [(options.pop("acc"), options.pop("multiplier"))]
+        with pytest.raises(error, match=match):
+            requantize_sum(terms, **options)
+
+    def test_a_sum_of_nothing(self):
+        with pytest.raises(ValueError, match="at least one pair"):
+            requantize_sum([], 0, **self.ENDS)
+
+    def test_a_tracer_is_checked_by_its_type(self):
+        call = lambda acc, m, s: requantize(acc, m, s, **self.ENDS)
+        with pytest.raises(TypeError, match="`multiplier`"):
+            jax.jit(call)(jnp.int32([5]), jnp.float32(0.5), jnp.int32(1))
+        found = jax.jit(call)(jnp.int32([5, 6, 7]), jnp.int32(1 << 30), jnp.int32(32))
+        np.testing.assert_array_equal(found, [1, 2, 2])
+
+    @parameterized.parameters(np.int8, np.uint8, np.int16, np.int64)
+    def test_accumulators_of_any_integer_type(self, dtype):
+        with jax.enable_x64(True):
+            acc = jnp.asarray([5, 6, 7], dtype)
+            found = requantize(acc, 2**30, 32, **self.ENDS)
+        np.testing.assert_array_equal(found, [1, 2, 2])
+
+    @parameterized.parameters("half", 1j, True, None, np.array([True]), np.array(["2"]))
+    def test_ratios_that_are_no_numbers(self, ratio):
+        for call in (fixed_point, common_fixed_point, tflite_multiplier):
+            with pytest.raises(TypeError, match="must be real numbers"):
+                call(ratio)
+
+    @parameterized.parameters(np.nan, np.inf, -np.inf)
+    def test_ratios_that_are_not_finite(self, ratio):
+        for call in (fixed_point, lambda r: common_fixed_point([r, 1.0])):
+            with pytest.raises(ValueError, match="must be finite"):
+                call(ratio)
+        with pytest.raises(ValueError, match=r"in \[0, 2\^31\)"):
+            tflite_multiplier(ratio)
+
+    def test_ratios_that_are_none_or_traced(self):
+        assert fixed_point(np.zeros(0))[0].shape == (0,)
+        assert tflite_multiplier([])[0].shape == (0,)
+        with pytest.raises(ValueError, match="at least one ratio"):
+            common_fixed_point([])
+        with pytest.raises(TypeError, match="must be known"):
+            jax.jit(fixed_point)(0.5)
+
+    def test_ratios_of_any_real_type_are_the_same(self):
+        for ratio in (1, np.int8(1), np.float16(1), jnp.bfloat16(1), Fraction(1)):
+            assert fixed_point(ratio) == (1 << 30, 30)

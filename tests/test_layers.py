@@ -161,7 +161,11 @@ def test_both_train_with_optax():
 def test_uncalibrated_layers_are_loud():
     model, x = qjax.nnx.QLinear(3, 2, rngs=nnx.Rngs(0), site="head"), images(6, 3)
     model.eval()
-    assert np.all(np.isnan(model(x)))
+    with pytest.raises(ValueError, match="'head/input' has no range yet"):
+        model(x)
+    graph, state = nnx.split(model)  # Traced, it cannot be known.
+    traced = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
+    assert np.all(np.isnan(traced(state, x)))
     with pytest.raises(ValueError, match="'head/input' has no scale yet"):
         qjax.lower(model, x)
 
