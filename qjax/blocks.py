@@ -100,6 +100,16 @@ def path_name(path: Sequence[Any]) -> str:
     return "/".join(keys)
 
 
+def data_of(model: Trace, inputs: Iterable[int]) -> set[int]:
+    """Returns the values that depend on ``inputs``, random numbers aside."""
+    data = set(inputs)
+    for e in model.equations:
+        is_random = e.primitive.name.startswith(_RANDOM)
+        if data.intersection(e.inputs) and not is_random:
+            data.update(e.outputs)
+    return data
+
+
 def find_blocks(model: Trace, names: Sequence[str]) -> Plan:
     """Finds the sites of a model.
 
@@ -123,7 +133,7 @@ class _Finder:
         self.model = model
         self.names = dict(zip(model.inputs[: len(names)], names, strict=True))
         self.inputs = model.inputs[len(names) :]
-        self.data = set(self.inputs)
+        self.data = data_of(model, self.inputs)
         self.source: dict[int, Equation] = {}
         self.users: dict[int, list[Equation]] = collections.defaultdict(list)
         self.order: dict[int, int] = {}
@@ -132,9 +142,6 @@ class _Finder:
             self.order.update((v, i) for v in e.outputs)
             for v in dict.fromkeys(e.inputs):
                 self.users[v].append(e)
-            is_random = e.primitive.name.startswith(_RANDOM)
-            if self.data.intersection(e.inputs) and not is_random:
-                self.data.update(e.outputs)
         self.statistics = self._find_statistics()
         self._servants = self._find_servants()
         self.blocks: list[Block] = []
