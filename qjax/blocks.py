@@ -18,7 +18,7 @@ import numpy as np
 from qjax.affine import qpoint_p
 from qjax.elementwise import find_functions
 from qjax.scheme import Role, Site
-from qjax.trace import AFFINE, BOUNDS, Equation, Trace, trace
+from qjax.trace import AFFINE, BOUNDS, Equation, Trace, quantizer_of, trace
 
 # One data operand, the first: the output lies on its grid.
 SHAPE_MOVES = frozenset(
@@ -34,7 +34,16 @@ _PRODUCTS = frozenset("dot_general conv_general_dilated".split())
 _SUMS = {"reduce_sum": "sum", "reduce_window_sum": "sum_pool"}
 MEANS = {"sum": "mean", "sum_pool": "avg_pool"}  # The same, divided by a constant.
 _TWO_OPERANDS = {"add": "residual", "add_any": "residual", "sub": "residual"}
-_LOOPS = ("scan", "while")
+_MOST_FILL = 1e6  # A constant from here on is a mask.
+# What to write in place of a call that no site is inside of.
+_REMEDIES = {
+    "scan": "Write it as a Python loop, which is unrolled",
+    "while": "Write it as a Python loop, which is unrolled",
+    "cond": "Compute both branches and choose with `jnp.where`",
+    "shard_map": "Call the function itself, under `jax.jit` with shardings",
+    "custom_jvp_call": "Call the function without its own derivative",
+    "custom_vjp_call": "Call the function without its own derivative",
+}
 _RANDOM = ("random_", "threefry", "rng_")
 
 
@@ -100,6 +109,16 @@ def path_name(path: Sequence[Any]) -> str:
     return "/".join(keys)
 
 
+def data_of(model: Trace, inputs: Iterable[int]) -> set[int]:
+    """Returns the values that depend on ``inputs``, random numbers aside."""
+    data = set(inputs)
+    for e in model.equations:
+        is_random = e.primitive.name.startswith(_RANDOM)
+        if data.intersection(e.inputs) and not is_random:
+            data.update(e.outputs)
+    return data
+
+
 def find_blocks(model: Trace, names: Sequence[str]) -> Plan:
     """Finds the sites of a model.
 
@@ -123,7 +142,7 @@ class _Finder:
         self.model = model
         self.names = dict(zip(model.inputs[: len(names)], names, strict=True))
         self.inputs = model.inputs[len(names) :]
-        self.data = set(self.inputs)
+        self.data = data_of(model, self.inputs)
         self.source: dict[int, Equation] = {}
         self.users: dict[int, list[Equation]] = collections.defaultdict(list)
         self.order: dict[int, int] = {}
@@ -132,9 +151,6 @@ class _Finder:
             self.order.update((v, i) for v in e.outputs)
             for v in dict.fromkeys(e.inputs):
                 self.users[v].append(e)
-            is_random = e.primitive.name.startswith(_RANDOM)
-            if self.data.intersection(e.inputs) and not is_random:
-                self.data.update(e.outputs)
         self.statistics = self._find_statistics()
         self._servants = self._find_servants()
         self.blocks: list[Block] = []
@@ -143,9 +159,11 @@ class _Finder:
         self.weights: dict[int, str] = {}
         self.on_grid: set[int] = set()
         self.pooled: dict[int, int] = {}  # A maximum -> the end of a block it is of.
-        self.functions, self.bent = find_functions(model, self.data, self._is_apart)
+        self.functions, self.bent, self.masks = find_functions(
+            model, self.data, self._is_apart
+        )
         for k, v in enumerate(self.inputs):
-            if model.is_real(v) and self.users[v]:
+            if model.is_real(v) and self.users[v] and v not in self.masks:
                 self._add_input(v, k)
 
     # The walk.
@@ -154,17 +172,14 @@ class _Finder:
         """Starts a block at an equation, extends one, or leaves it alone."""
         name, out = e.primitive.name, e.outputs[0]
         x = [v for v in e.inputs if v in self.data and v not in self.statistics]
-        if not x or self._serves_statistics(out) or self._is_dropout(e):
+        if not x or self._serves_statistics(out):
+            return
+        self._check_call(e)
+        if self._is_dropout(e) or out in self.masks:
             return
         if not self.model.shape(out):
             return  # A number, such as a loss, is no activation.
-        if name in _LOOPS and (inside := self._leaves_of(e)):
-            raise NotImplementedError(
-                f"`{name}` in {e.path or 'the traced function'!r} repeats a part of "
-                f"the model with {', '.join(inside)}, and no site is inside of it: "
-                "these would stay float. Unroll the loop, or quantize them in its body "
-                "with `qjax.fake_quant`."
-            )
+        self._check_fill(e)
         if out in self.bent and not self._absorbs(e, x):
             if out in self.functions and self.model.is_real(out):
                 self._start(Block(self.functions[out], e, out, is_function=True))
@@ -188,16 +203,66 @@ class _Finder:
             source = self.pooled.get(x[0], x[0])
             if name in _MAXIMA and source in self.open and self._is_only(e, x[0]):
                 self.pooled[out] = source
-        elif has_qpoint(e):
-            if x[0] in self.open:
-                self.open.pop(x[0]).has_quantizer = True
-            self.on_grid.add(out)
+        elif is_quantizer(e):
+            self._own_quantizer(e, x[0])
+            self.on_grid.update(e.outputs)
         else:
             kind = _SUMS.get(name) or (_TWO_OPERANDS.get(name) if len(x) == 2 else None)
             called = e.params.get("name")
             for v in e.outputs:
                 if self.model.is_real(v) and (self.users[v] or v in self.model.outputs):
                     self._start(Block(kind or str(called or name), e, v))
+
+    def _own_quantizer(self, e: Equation, x: int) -> None:
+        """What ends at a quantizer of the user has no site of its own."""
+        while x not in self.open and x not in self.input_sites:
+            source = self.source.get(x)
+            if source is None or not self._keeps_grid(source):
+                return
+            if not self._is_only(e, x):
+                return
+            e, x = source, source.inputs[0]
+        if x in self.open:
+            self.open.pop(x).has_quantizer = True
+        elif all(is_quantizer(u) or u is e for u in self.users[x]):
+            self.input_sites.pop(x)
+            self.on_grid.discard(x)
+
+    def _check_call(self, e: Equation) -> None:
+        """Raises for a call that holds a part of the model, as no site is in it."""
+        name, jaxprs = e.primitive.name, [*jex.jaxprs_in_params(e.params)]
+        if not jaxprs or is_quantizer(e):
+            return
+        inside = list(dict.fromkeys(self._leaves_of(e)))
+        # A function with a parameter is a function; a loop with one is a layer.
+        is_layer = name in ("scan", "while", "cond", "shard_map") and inside
+        if not is_layer and not any(map(_has_product, jaxprs)):
+            return
+        what = f"holds {', '.join(inside)}" if inside else "holds a product"
+        remedy = _REMEDIES.get(name, "Call what is inside directly")
+        raise NotImplementedError(
+            f"`{name}` in {e.path or 'the traced function'!r} {what}, and no site is "
+            f"inside of it: this part of the model would stay float. {remedy}, or "
+            "quantize inside with `qjax.fake_quant`."
+        )
+
+    def _check_fill(self, e: Equation) -> None:
+        """Raises for a mask's constant that would make the range of a site."""
+        if e.primitive.name not in ("add", "sub", "select_n", "pad"):
+            return
+        operands = e.inputs[1:] if e.primitive.name == "select_n" else e.inputs
+        for v in operands if self.model.is_real(e.outputs[0]) else ():
+            value = constant_of(self.model, v, self.source)
+            if value is None or not value.size:
+                continue
+            most = np.max(np.abs(value.astype(np.float64)))
+            if most >= _MOST_FILL:
+                raise ValueError(
+                    f"`{e.primitive.name}` in {e.path or 'the traced function'!r} puts "
+                    f"a constant of {most:g} among the values of a site, whose grid "
+                    "would hold nothing else. Use a constant within their range, or "
+                    "mask right before a softmax."
+                )
 
     def _cast(self, e: Equation, x: int) -> None:
         """Integers become real: an input of the model has its site here."""
@@ -217,10 +282,15 @@ class _Finder:
         if weight is not None:
             leaf = self._leaf(weight, SHAPE_MOVES)
             name = self.names[leaf] if leaf is not None else self._name_of([weight])
+            if user := self._quantizer_before(weight):
+                name = self._name_of(sorted(user.inputs, key=self._size, reverse=True))
             block.name = name.rpartition("/")[0] or name
             block.weight = weight if leaf is None else leaf
             block.weight_operand = e.inputs.index(weight)
-            self.weights[block.weight] = name or "weight"
+            if user is not None:
+                block.weight = None  # It has its grid.
+            else:
+                self.weights[block.weight] = name or "weight"
         self._start(block)
 
     def _affine(self, e: Equation, x: int) -> None:
@@ -317,8 +387,12 @@ class _Finder:
     def _is_apart(self, e: Equation) -> bool:
         """Whether an equation is no part of an elementwise function."""
         is_statistic = bool(self.statistics.intersection(e.inputs))
-        is_point = e.primitive is qpoint_p or ("name" in e.params and has_qpoint(e))
-        return is_statistic or is_point or self._is_statistic(e) or self._is_dropout(e)
+        return (
+            is_statistic
+            or is_quantizer(e)
+            or self._is_statistic(e)
+            or self._is_dropout(e)
+        )
 
     def _is_divisor(self, e: Equation, x: int) -> bool:
         return e.primitive.name == "div" and e.inputs[1] == x
@@ -337,6 +411,16 @@ class _Finder:
         scales = e.primitive.name in _SCALING and len(users) == 1 and masks(users[0])
         return masks(e) or scales
 
+    def _quantizer_before(self, v: int) -> Equation | None:
+        """The quantizer of the user that a weight comes from, through moves."""
+        e = self.source.get(v)
+        while e is not None and e.primitive.name in SHAPE_MOVES:
+            e = self.source.get(e.inputs[0])
+        return e if e is not None and is_quantizer(e) else None
+
+    def _size(self, v: int) -> int:
+        return math.prod(self.model.shape(v))
+
     def _leaf(self, v: int, through: frozenset[str] | None) -> int | None:
         """The parameter that ``v`` is made of, by ``through`` alone or by anything."""
         if v in self.names:
@@ -349,8 +433,6 @@ class _Finder:
 
     def _leaves_of(self, e: Equation) -> list[str]:
         """Parameters that go into an equation which quantizes nothing itself."""
-        if has_qpoint(e):
-            return []
         known = (v for v in e.inputs if v not in self.data)
         leaves = (self._leaf(v, through=None) for v in known)
         return [self.names[leaf] for leaf in leaves if leaf is not None]
@@ -540,6 +622,21 @@ def constant_of(
 def _scalar(value: np.ndarray) -> Any:
     return (
         float(value.flat[0]) if value.size and np.all(value == value.flat[0]) else None
+    )
+
+
+def is_quantizer(e: Equation) -> bool:
+    """Whether an equation is a quantizer: a tag, a call of one, or one of ours."""
+    return bool(quantizer_of(e)) or has_qpoint(e)
+
+
+def _has_product(jaxpr: Any) -> bool:
+    """Whether a product is anywhere inside of a jaxpr."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    return any(
+        eqn.primitive.name in _PRODUCTS
+        or any(map(_has_product, jex.jaxprs_in_params(eqn.params)))
+        for eqn in jaxpr.eqns
     )
 
 

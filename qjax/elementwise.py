@@ -9,7 +9,9 @@ no table.
 import collections
 from collections.abc import Callable
 
+import jax
 import jax.extend.core as jex
+import numpy as np
 
 from qjax.trace import AFFINE, BOUNDS, CALLS, POINTWISE, Equation, Trace, kinds_of
 
@@ -17,12 +19,17 @@ _NEUTRAL = frozenset("convert_element_type copy reduce_precision stop_gradient".
 
 _AXES = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims")
 
+_LARGE = 100.0  # A constant of a mask is at least so large.
+_MASKING = POINTWISE | frozenset(
+    (*_AXES, "iota", "transpose", "slice", "concatenate", "pad", "squeeze")
+)
+
 NAME = "function"  # Of one that is made of several.
 
 
 def find_functions(
     model: Trace, data: set[int], is_left_out: Callable[[Equation], bool]
-) -> tuple[dict[int, str], frozenset[int]]:
+) -> tuple[dict[int, str], frozenset[int], frozenset[int]]:
     """Finds the elementwise functions of a model.
 
     Args:
@@ -31,8 +38,9 @@ def find_functions(
       is_left_out: Equations that belong to none.
 
     Returns:
-      ``(ends, members)``: the last value of each function -> its name; all values that
-      belong to one, the ends too. Values that others read as well are ends.
+      ``(ends, members, masks)``: the last value of each function -> its name; all
+      values that belong to one, the ends too; what a mask before a softmax makes, and
+      what makes the mask. Values that others read as well are ends.
     """
     return _Finder(model, data, is_left_out).functions()
 
@@ -53,7 +61,7 @@ class _Finder:
             if not is_left_out(e) and (kind := self._kind(e)) is not None
         }
 
-    def functions(self) -> tuple[dict[int, str], frozenset[int]]:
+    def functions(self) -> tuple[dict[int, str], frozenset[int], frozenset[int]]:
         cuts: set[int] = set()
         while True:
             origin = self._origins(cuts)
@@ -65,16 +73,20 @@ class _Finder:
             cuts |= also_read
         names: dict[int, str] = {}
         members: set[int] = set()
+        masked: set[int] = set()
         for e in self.model.equations:
-            if inner := self._softmax(e):
+            if found := self._softmax(e):
+                scores, inner = found
                 names[e.outputs[0]] = "softmax"
                 members |= inner
-        for v in ends - members:
+                masked |= self._masked(scores, inner)
+        masks = masked | self._only_for(masked)
+        for v in ends - members - masks:
             slice_ = self._slice(v, origin, cuts)
             if any(self.kinds[u] == "bent" for u in slice_):
                 names[v] = self._name(v, slice_)
                 members |= slice_
-        return names, frozenset(members)
+        return names, frozenset(members), frozenset(masks)
 
     def _origins(self, cuts: set[int]) -> dict[int, int]:
         """What each value is an elementwise function of: itself, or one before it."""
@@ -112,18 +124,18 @@ class _Finder:
                     todo.append(v)
         return found
 
-    def _softmax(self, e: Equation) -> set[int]:
-        """The values of ``exp(x - max(x)) / sum(exp(x - max(x)))``, or none."""
+    def _softmax(self, e: Equation) -> tuple[int, set[int]] | None:
+        """``x`` and the values of ``exp(x - max(x)) / sum(exp(x - max(x)))``."""
         if e.primitive.name != "div":
-            return set()
+            return None
         power, total = (self._before(v) for v in e.inputs)
         if total is None or total.primitive.name != "reduce_sum" or power is None:
-            return set()
+            return None
         shifted = (
             self._before(power.inputs[0]) if power.primitive.name == "exp" else None
         )
         if shifted is None or shifted.primitive.name != "sub":
-            return set()
+            return None
         largest = self._before(shifted.inputs[1])
         while largest is not None and largest.primitive.name == "max":
             data = self._operands(largest)
@@ -135,7 +147,7 @@ class _Finder:
             and total.inputs[0] == power.outputs[0]
         )
         if not is_softmax:
-            return set()
+            return None
         found, todo = {e.outputs[0]}, [e]
         while todo:
             for v in self._operands(todo.pop()):
@@ -144,7 +156,78 @@ class _Finder:
                     todo.append(self.source[v])
         inner = found - {e.outputs[0]}
         readers = {u.outputs[0] for v in inner for u in self.users[v]}
-        return found if readers <= found else set()
+        return (shifted.inputs[0], found) if readers <= found else None
+
+    # Masks.
+
+    def _masked(self, v: int, readers: set[int]) -> set[int]:
+        """The values between the scores and a softmax, if a mask is among them."""
+        passed: set[int] = set()
+        found: set[int] = set()
+        while (e := self.source.get(v)) is not None and v not in self.model.outputs:
+            if not all(readers.issuperset(u.outputs) for u in self.users[v]):
+                break
+            name = e.primitive.name
+            others = [u for u in e.inputs if self._is_mask(u)]
+            if name == "select_n" and len(e.inputs) == 3:
+                cases = [u for u in e.inputs[1:] if u not in others]
+            elif name in ("add", "sub") and len(others) == 1 and e.inputs[0] != v:
+                cases = [u for u in e.inputs if u not in others]
+            elif name in (*_NEUTRAL, *_AXES, "transpose"):
+                cases = [e.inputs[0]]
+            else:
+                break
+            if len(cases) != 1 or cases[0] not in self.data:
+                break
+            passed.add(v)
+            readers = readers | passed
+            if name not in (*_NEUTRAL, *_AXES, "transpose"):
+                found |= passed
+            (v,) = cases
+        return found
+
+    def _is_mask(self, v: int) -> bool:
+        """Whether a value is large where it is not 0: made of inputs and a constant."""
+        todo, seen, is_large = [v], {v}, False
+        while todo:
+            u = todo.pop()
+            e = self.source.get(u)
+            if u in self.model.constants:
+                value = self.model.constants[u]
+                if not isinstance(value, jax.core.Tracer) and np.size(value):
+                    is_large |= bool(np.max(np.abs(_real(value))) >= _LARGE)
+            elif e is not None:
+                if e.primitive.name not in _MASKING:
+                    return False
+                todo += [w for w in e.inputs if w not in seen]
+                seen.update(e.inputs)
+        return is_large or (v in self.data and self._is_added(v))
+
+    def _is_added(self, v: int) -> bool:
+        """Whether a value is an input that shape moves alone lead to."""
+        while (e := self.source.get(v)) is not None:
+            if e.primitive.name not in _AXES or len(self.users[v]) != 1:
+                return False
+            v = e.inputs[0]
+        return v in self.model.inputs and len(self.users[v]) == 1
+
+    def _only_for(self, masked: set[int]) -> set[int]:
+        """What is computed for masks alone, inputs too."""
+        found: set[int] = set()
+        scores = {v for v in masked if v in self.source}
+        for e in reversed(self.model.equations):
+            if e.outputs[0] not in scores and e.outputs[0] not in found:
+                continue
+            for v in e.inputs:
+                is_side = v in self.data and v not in masked
+                if e.outputs[0] in scores:
+                    is_side &= self._is_mask(v) or not self.model.is_real(v)
+                users = (u.outputs[0] for u in self.users[v])
+                whole = found | scores
+                if is_side and all(u in whole for u in users):
+                    if v not in self.model.outputs:
+                        found.add(v)
+        return found
 
     def _before(self, v: int) -> Equation | None:
         """What made a value, seen through moves and ``stop_gradient``."""
@@ -199,3 +282,11 @@ class _Finder:
             return NAME
         e = self.source[end]
         return str(e.params.get("name") or e.primitive.name)
+
+
+def _real(value: object) -> np.ndarray:
+    """A constant as numbers; zero for what is none, such as a random key."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+        return np.zeros(1)
+    return np.asarray(value).astype(np.float64)

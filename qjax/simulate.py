@@ -1,5 +1,6 @@
 """Runs a traced model equation by equation, with a visitor at its sites."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from qjax.affine import QParams, fake_quant_bias
-from qjax.blocks import SHAPE_MOVES, Block, Plan, find_blocks, path_name
+from qjax.affine import QParams, fake_quant_bias, qpoint_p
+from qjax.blocks import SHAPE_MOVES, Block, Plan, data_of, find_blocks, path_name
+from qjax.quantizers.point import straight
+from qjax.rounding import ceil_power_of_two, half_even
 from qjax.scheme import Site
 from qjax.sites import describe
 from qjax.trace import Equation, evaluate, trace
@@ -30,6 +33,22 @@ class Unit(NamedTuple):
         """What takes the sum to codes of ``scale``; to real values, if that is 1."""
         factor = self.factor.astype(self.scale.dtype) * (self.scale / scale)
         return factor.astype(self.factor.dtype)
+
+
+class _Line(NamedTuple):
+    """``(acc + before) * factor + after`` in a form whose bias int32 holds.
+
+    The kernel of ``acc`` is multiplied by ``share``: ``(acc * share + bias) * held``.
+    """
+
+    held: jax.Array
+    bias: jax.Array
+    share: jax.Array
+    offset: jax.Array  # ``before * factor + after``.
+
+    def real(self, acc: jax.Array) -> jax.Array:
+        """What has the derivative: no rounding of a bias, no quotient of factors."""
+        return acc * self.held + self.offset
 
 
 class Visitor(Protocol):
@@ -60,6 +79,14 @@ class Simulation:
         self._plan = describe(self._model, plan, names)
         self._arguments = [_unfolded(x) for _, x in leaves] + jax.tree.leaves(inputs)
         self._inputs = self._model.inputs[len(leaves) :]
+        # What is known comes first: a kernel is held by its bias and its BatchNorm.
+        known = set(self._model.avals) - data_of(self._model, self._inputs)
+        order = sorted(
+            self._model.equations, key=lambda e: not known.issuperset(e.outputs)
+        )
+        self._model = dataclasses.replace(self._model, equations=tuple(order))
+        fused = self._plan.fused.values()
+        self._products = {b.root.outputs[0]: b for b in fused if b.kind == "product"}
         blocks = self._plan.blocks
         self._scopes = {b.root.outputs[0]: _scope(b, self._plan) for b in blocks}
         self.sites = self._plan.sites
@@ -69,6 +96,7 @@ class Simulation:
         self._env: dict[int, Any] = dict(self._model.constants)
         self._grids: dict[int, QParams] = {}
         self._units: dict[int, Unit] = {}
+        self._lines: dict[int, _Line] = {}  # Product -> what follows it.
         self._visitor = visitor
         for v, x in zip(self._model.inputs, self._arguments, strict=True):
             self._env[v] = x
@@ -80,6 +108,15 @@ class Simulation:
         return jax.tree.unflatten(jax.tree.structure(self._out), out)
 
     def _step(self, e: Equation) -> None:
+        kernels = self._hold_kernel(e)
+        unheld = {v: self._env[v] for v in kernels}
+        self._env.update(kernels)
+        self._compute(e)
+        self._env.update(unheld)
+        for v in e.outputs:
+            self._visit(v)
+
+    def _compute(self, e: Equation) -> None:
         block = self._plan.fused.get(e.outputs[0])
         values: Sequence[Any] | None = self._fused(block) if block else None
         if values is None:
@@ -87,8 +124,6 @@ class Simulation:
         self._env.update(zip(e.outputs, values, strict=True))
         self._keep_grid(e)
         self._follow(e)
-        for v in e.outputs:
-            self._visit(v)
 
     def _follow(self, e: Equation) -> None:
         """What else there is to know of an equation before its sites are visited."""
@@ -128,23 +163,58 @@ class Simulation:
             alone:    y = x * weight + bias,      weight on a grid of its own
 
         One product is all that can round. With power-of-two scales the integer program
-        computes the same value then, whatever the compiler does.
+        computes the same value then, whatever the compiler does. The derivative is that
+        of the affine part itself.
         """
         if block.kind == "affine":
             return self._fused_alone(block)
         acc = (block.moves or [block.root])[-1].outputs[0]
-        before, factor, after = self._compose(block, acc)
         if block.kind != "product":
+            _, factor, _ = self._compose(block, acc)
             return self._fused_average(block, acc, factor)
         scale = self._accumulator_scale(block)
+        before, factor, after = self._compose(block, acc)
+        value = self._env[acc]
         if scale is None:
             return None
-        if after is not None:
-            factor, offset, share = _hold_offset(factor, after, scale)
-            before = offset if before is None else before * share + offset
-        if before is not None:
-            factor, before = _hold_bias(factor, before, scale)
-        return [self._line(block, acc, self._env[acc], before, scale, factor)]
+        if before is None and after is None:
+            return [self._line(block, acc, value, None, scale, factor)]
+        line = self._lines.get(acc)
+        if line is None:
+            return None
+        # A factor that no offset follows stays outside of what is held.
+        outer = factor if after is None else None
+        own = line.held if outer is None else line.held * outer
+        real = line.real(value)
+        found = self._line(block, acc, value, line.bias, scale, own)
+        return [straight(real if outer is None else real * outer, found)]
+
+    def _hold_kernel(self, e: Equation) -> dict[int, jax.Array]:
+        """The kernel of a product in the unit that the bias of its block asks for."""
+        block = self._products.get(e.outputs[0])
+        scale = None if block is None else self._accumulator_scale(block)
+        if block is None or block.weight is None or scale is None:
+            return {}
+        before, factor, after = self._compose(block, e.outputs[0])
+        if before is None and after is None:
+            return {}
+        operand, shape = block.weight_operand, self._model.shape(e.outputs[0])
+        kernel, rank = self._env[e.inputs[operand]], len(shape)
+        axes = kernel_axes(e, operand, kernel.ndim, rank)
+        sizes = tuple(n if d in axes else 1 for d, n in enumerate(shape))
+        if after is None:
+            factor = None
+        elif _exceeds(jnp.shape(factor), sizes):
+            return {}  # A factor by place is none of a channel.
+        over = tuple(d for d in range(kernel.ndim) if d not in axes.values())
+        is_zero = jnp.all(kernel == 0, over, keepdims=bool(axes))
+        is_zero = output_scale(e, operand, is_zero, rank)
+        line = _hold(factor, before, after, scale, is_zero, sizes)
+        self._lines[e.outputs[0]] = line
+        share = _to_kernel(line.share, axes, kernel.ndim, shape)
+        site = self._plan.sites[self._plan.weights[block.weight]]
+        grid = self._grids[e.inputs[operand]]
+        return {e.inputs[operand]: _rounded(kernel, share, grid, site)}
 
     def _line(
         self,
@@ -193,8 +263,14 @@ class Simulation:
             return None
         scale = self._grids[x].scale * grid.scale
         end = block.affine[-1].outputs[0]
+        if after is None:
+            product = self._scaled(site, x, end, factor, grid)
+            return [self._line(block, end, product, None, scale, None)]
+        line = _hold(None, None, after, scale, factor == 0, factor.shape)
+        factor = _rounded(factor, line.share, grid, site)
         product = self._scaled(site, x, end, factor, grid)
-        return [self._line(block, end, product, after, scale, None)]
+        found = self._line(block, end, product, line.bias, scale, line.held)
+        return [straight(line.real(product), found)]
 
     def _scaled(
         self, site: Site, x: int, end: int, factor: jax.Array, grid: QParams
@@ -327,34 +403,105 @@ def _shared(a: Sequence[int], b: Sequence[int]) -> int:
     )
 
 
-def _hold_offset(
-    factor: jax.Array, after: jax.Array, scale: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``y * factor + after`` as ``(y + offset) * factor``.
+def _hold(
+    factor: jax.Array | None,
+    before: jax.Array | None,
+    after: jax.Array | None,
+    scale: jax.Array,
+    is_zero: jax.Array,
+    sizes: tuple[int, ...],
+) -> _Line:
+    """``(acc + before) * factor + after`` with a bias that int32 holds.
 
-    A channel whose factor is too small for an int32 offset on the grid of the
-    accumulator gets the least factor that is not; the share that the factor was of it
-    comes third, 1 in others.
+        least = |before * factor + after| / (scale * 2^30)
+
+    A channel with ``|factor| < least`` has too fine a unit for its bias: it gets the
+    next power of two in place of its factor, and the kernel the rest. A channel whose
+    kernel is zero has no unit of its own: it gets the finest. Others stay as they are.
+
+    Args:
+      factor: Constant in a channel; None: 1. So are the next two: absent.
+      before: What is added to the accumulator.
+      after: What is added to the product with the factor.
+      scale: Of the accumulator, per channel or `[]`.
+      is_zero: Whether a channel of the kernel is, broadcasts against ``sizes``.
+      sizes: Of the channels: the rank of the accumulator, 1 where there are none.
+
+    Returns:
+      The line in both forms.
     """
-    least = jnp.abs(after) * (1.0 / (scale * _MOST_BIAS)).astype(after.dtype)
-    held = jnp.where(factor < 0, -least, least)
-    wider = jnp.where(jnp.abs(factor) < least, held, factor)
-    safe = jnp.where(wider == 0, jnp.ones_like(wider), wider)
-    offset = jnp.where(wider == 0, jnp.zeros_like(after), after / safe)
-    return wider, offset, lax.stop_gradient(factor / safe)
+    known = before if after is None else after
+    assert known is not None
+    dtype = known.dtype
+    factor = _ranked(jnp.ones((), dtype) if factor is None else factor, len(sizes))
+    terms = [] if before is None else [before * factor]
+    terms += [] if after is None else [after]
+    offset = terms[0] if len(terms) == 1 else terms[0] + terms[1]
+    size = jnp.abs(_ranked(lax.stop_gradient(offset), len(sizes))).astype(jnp.float32)
+    places = tuple(d for d, n in enumerate(sizes) if n == 1)
+    steps = size * (1.0 / (scale * _MOST_BIAS))
+    least = jnp.max(steps, places, keepdims=True, initial=0.0)
+    is_finer = (jnp.abs(factor).astype(jnp.float32) < least) | (is_zero & (least > 0))
+    is_held = is_finer | (factor == 0)
+    unit = ceil_power_of_two(jnp.maximum(least, jnp.finfo(dtype).tiny)).astype(dtype)
+    own = jnp.where(factor == 0, jnp.ones_like(factor), factor)
+    held = jnp.where(is_finer, unit, own)
+    share = jnp.where(is_held, factor / lax.stop_gradient(held), jnp.ones((), dtype))
+    terms = [] if before is None else [before]
+    terms += [] if after is None else [after / held]
+    bias = terms[0] if len(terms) == 1 else terms[0] + terms[1]
+    return _Line(held, jnp.where(is_held, offset / held, bias), share, offset)
 
 
-def _hold_bias(
-    factor: jax.Array | None, bias: jax.Array, scale: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """``(y + bias) * factor`` with a bias that int32 holds.
+def _rounded(x: jax.Array, share: jax.Array, grid: QParams, site: Site) -> jax.Array:
+    """A weight on its grid, times a share of it, on the same grid."""
+    ends = jnp.int32(-(2**31)), jnp.int32(2**31 - 1)
+    return qpoint_p.bind(x * share, *grid, *ends, site=site.name, rounding=half_even)
 
-    A channel whose kernel is all but zero has too fine a unit for its bias: it gets a
-    larger factor, and its kernel with it. In others nothing changes.
+
+def kernel_axes(e: Equation, operand: int, rank: int, out_rank: int) -> dict[int, int]:
+    """Returns the axes that the output of a product has of its kernel.
+
+    Args:
+      e: A ``dot_general`` or a ``conv_general_dilated``.
+      operand: Which operand the kernel is.
+      rank: Of the kernel.
+      out_rank: Of the output.
+
+    Returns:
+      Axis of the output -> axis of the kernel.
     """
-    ratio = jnp.abs(bias) * (1.0 / (scale * _MOST_BIAS)).astype(bias.dtype)
-    held = lax.stop_gradient(jnp.maximum(ratio, 1.0))
-    return held if factor is None else factor * held, bias / held
+    dimensions = e.params["dimension_numbers"]
+    if e.primitive.name != "dot_general":
+        return {dimensions.out_spec[1]: dimensions.rhs_spec[0]} if operand == 1 else {}
+    contract, batch = (pair[operand] for pair in dimensions)
+    free = [d for d in range(rank) if d not in contract and d not in batch]
+    start = out_rank - len(free) if operand == 1 else len(batch)
+    return dict(enumerate(batch)) | dict(enumerate(free, start))
+
+
+def _to_kernel(
+    x: jax.Array, axes: dict[int, int], rank: int, shape: Sequence[int]
+) -> jax.Array:
+    """Takes one number per channel from the output of a product to its kernel."""
+    sizes = [n if d in axes else 1 for d, n in enumerate(shape)]
+    x = jnp.broadcast_to(x, sizes).reshape([shape[d] for d in sorted(axes)])
+    found = [axes[d] for d in sorted(axes)]
+    x = x.transpose(sorted(range(len(found)), key=found.__getitem__))
+    sizes = [1] * rank
+    for out, own in axes.items():
+        sizes[own] = shape[out]
+    return x.reshape(sizes)
+
+
+def _exceeds(shape: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Whether a shape has places where ``sizes`` is 1."""
+    whole = (1,) * (len(sizes) - len(shape)) + tuple(shape)
+    return any(n != 1 and m == 1 for n, m in zip(whole, sizes, strict=True))
+
+
+def _ranked(x: jax.Array, rank: int) -> jax.Array:
+    return jnp.reshape(x, (1,) * (rank - jnp.ndim(x)) + jnp.shape(x))
 
 
 def _unfolded(x: Any) -> Any:

@@ -126,7 +126,7 @@ def op_of(model: Trace, block: Block) -> str:
     if block.kind != "product":
         return MEANS.get(block.kind, block.kind) if block.affine else block.kind
     if e.primitive.name == "dot_general":
-        return "matmul" if block.weight is None else "dense"
+        return "matmul" if block.weight is None and not block.name else "dense"
     return _conv(model, e)
 
 

@@ -6,6 +6,7 @@ once, here, and nowhere else.
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ import jax.extend.core as jex
 import numpy as np
 from jax.extend.core import primitives as p
 
+from qjax.quantizers.point import SCOPE
+
+_QUANTIZER = re.compile(re.escape(SCOPE) + r"(\w+)")
 _CALLS = (p.jit_p, p.closed_call_p, p.remat_p)
 _DERIVATIVE_CALLS = (p.custom_jvp_call_p, p.custom_vjp_call_p)
 CALLS = (p.jit_p, *_DERIVATIVE_CALLS)  # That a trace may keep whole.
@@ -78,8 +82,8 @@ def trace(
       *args: Example arguments; only shapes and dtypes are read.
       keep_derivatives: Whether calls with their own derivative rules (``custom_jvp``,
         ``custom_vjp``) stay single equations, as do jitted elementwise functions of one
-        argument that are more than a line and a bound (``jax.nn.gelu``). Inlined, the
-        former lose these rules.
+        argument that are more than a line and a bound (``jax.nn.gelu``), and the
+        quantizers of `qjax.quantizers`. Inlined, the former lose these rules.
 
     Returns:
       The trace without dead equations, and the tree of shapes that ``fn`` returns.
@@ -125,9 +129,9 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
                 return constant(value, aval)
             return env[atom]
 
-        for eqn in jaxpr.eqns:
+        for eqn in _with_quantizers(jaxpr) if keep_derivatives else jaxpr.eqns:
             inputs = [read(v) for v in eqn.invars]
-            stack = str(eqn.source_info.name_stack)
+            stack = _QUANTIZER.sub(r"\1", str(eqn.source_info.name_stack))
             here = "/".join(s for s in (path, stack) if s)
             is_kept = keep_derivatives and _is_function(eqn)
             if (
@@ -200,11 +204,90 @@ def _prune(trace: Trace) -> Trace:
 
 def _is_function(eqn: Any) -> bool:
     """Whether an equation calls an elementwise function that is no line, no bound."""
-    if eqn.primitive is not p.jit_p or len(eqn.invars) != 1 or len(eqn.outvars) != 1:
+    if eqn.primitive is not p.jit_p:
+        return False
+    if str(eqn.params["name"]).startswith(SCOPE):
+        return True
+    if len(eqn.invars) != 1 or len(eqn.outvars) != 1 or _has_quantizer(eqn):
         return False
     same = eqn.invars[0].aval.shape == eqn.outvars[0].aval.shape
     kinds = kinds_of(eqn.params["jaxpr"].jaxpr) if same else None
     return kinds is not None and "bent" in kinds
+
+
+def quantizer_of(e: Any) -> str:
+    """Returns the name of the quantizer that an equation applies whole, or ""."""
+    name = str(e.params.get("name", ""))
+    return name.removeprefix(SCOPE) if name.startswith(SCOPE) else ""
+
+
+def _has_quantizer(eqn: Any) -> bool:
+    """Whether a call has an equation of a quantizer inside."""
+    jaxprs = [getattr(j, "jaxpr", j) for j in jex.jaxprs_in_params(eqn.params)]
+    inner = [e for jaxpr in jaxprs for e in jaxpr.eqns]
+    return any(
+        SCOPE in str(e.source_info.name_stack) or _has_quantizer(e) for e in inner
+    )
+
+
+def _with_quantizers(jaxpr: Any) -> list[Any]:
+    """The equations of a jaxpr, those of each quantizer as one call."""
+    marks = [_mark(eqn) for eqn in jaxpr.eqns]
+    found: list[Any] = []
+    at = 0
+    for mark, run in itertools.groupby(marks):
+        eqns = jaxpr.eqns[at : at + len(list(run))]
+        at += len(eqns)
+        if not mark:
+            found += eqns
+            continue
+        for part in _connected(eqns):
+            found.append(_as_call(jaxpr, part, mark))
+    return found
+
+
+def _mark(eqn: Any) -> str:
+    match = _QUANTIZER.search(str(eqn.source_info.name_stack))
+    return match.group(0) if match else ""
+
+
+def _connected(eqns: Sequence[Any]) -> list[list[Any]]:
+    """Splits equations into groups that read nothing of each other."""
+    groups: list[tuple[set[Any], list[Any]]] = []
+    for eqn in eqns:
+        reads = {v for v in eqn.invars if not isinstance(v, jex.Literal)}
+        own = [g for g in groups if reads & g[0]]
+        others = [g for g in groups if not reads & g[0]]
+        made = set(eqn.outvars).union(*(g[0] for g in own))
+        groups = [*others, (made, [e for g in own for e in g[1]] + [eqn])]
+    return [part for _, part in groups]
+
+
+def _as_call(jaxpr: Any, eqns: Sequence[Any], name: str) -> Any:
+    """Equations of a jaxpr as one equation, a jitted call of this name."""
+    made = {v for eqn in eqns for v in eqn.outvars}
+    reads = [v for eqn in eqns for v in eqn.invars if not isinstance(v, jex.Literal)]
+    inputs = [v for v in dict.fromkeys(reads) if v not in made]
+    rest = [eqn for eqn in jaxpr.eqns if not any(eqn is e for e in eqns)]
+    used = {v for eqn in rest for v in eqn.invars if not isinstance(v, jex.Literal)}
+    used.update(v for v in jaxpr.outvars if not isinstance(v, jex.Literal))
+    outputs = [v for eqn in eqns for v in eqn.outvars if v in used]
+
+    def quantizer(*values: Any) -> list[Any]:
+        env = dict(zip(inputs, values, strict=True))
+        for eqn in eqns:
+            read = lambda v: v.val if isinstance(v, jex.Literal) else env[v]
+            params = eqn.primitive.get_bind_params(eqn.params)
+            out = eqn.primitive.bind(*map(read, eqn.invars), **params)
+            several = eqn.primitive.multiple_results
+            env.update(zip(eqn.outvars, out if several else (out,), strict=True))
+        return [env[v] for v in outputs]
+
+    quantizer.__name__ = quantizer.__qualname__ = name
+    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in inputs]
+    (call,) = jax.make_jaxpr(jax.jit(quantizer))(*shapes).jaxpr.eqns
+    source = eqns[-1].source_info
+    return call.replace(invars=inputs, outvars=outputs, source_info=source)
 
 
 def kinds_of(jaxpr: Any, is_known: Sequence[bool] = (False,)) -> set[str] | None:

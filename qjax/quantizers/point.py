@@ -12,6 +12,7 @@ from qjax.affine import Estimator, QParams, grid_codes, qpoint_p
 from qjax.quantizers.spec import Spec, is_known
 from qjax.rounding import half_even
 
+SCOPE = "qjax.quantizers."  # A name scope with the name of a quantizer behind it.
 LARGEST = 2.0**127 * 1.999  # Where infinities are cut, just inside float32.
 
 
@@ -291,10 +292,11 @@ def apply(
       >>> apply(QuantizedBits(4), jnp.array([0.3, -2.0]))
       Array([ 0.25, -1.  ], dtype=float32)
     """
-    point = make_point(spec, key, *arrays)
-    n = getattr(spec, "qnoise_factor", 1.0)
-    use_ste = getattr(spec, "use_ste", True)
-    return finish(point, arrays[0], estimator, n, use_ste, site)
+    with jax.named_scope(SCOPE + spec.name):
+        point = make_point(spec, key, *arrays)
+        n = getattr(spec, "qnoise_factor", 1.0)
+        use_ste = getattr(spec, "use_ste", True)
+        return finish(point, arrays[0], estimator, n, use_ste, site)
 
 
 def encode(spec: Spec, *arrays: jax.Array, key: jax.Array | None = None) -> Quantized:

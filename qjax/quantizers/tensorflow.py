@@ -25,7 +25,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from qjax.affine import QParams, QSpec, reduce_range, scale_shape
-from qjax.quantizers.point import Quantized
+from qjax.quantizers.point import SCOPE, Quantized
 from qjax.rounding import power_of_two, product, quotient
 
 UINT8 = QSpec(8, signed=False)
@@ -168,7 +168,8 @@ def _quantize(
     low, high = jax.lax.optimization_barrier((low, high))
     ends = jnp.asarray(spec.qmin), jnp.asarray(spec.qmax)
     qmin, qmax = (end.astype(jnp.float32) for end in ends)
-    value, codes = _value_and_codes(reciprocal, x, low, high, qmin, qmax)
+    with jax.named_scope(f"{SCOPE}fake_quant"):
+        value, codes = _value_and_codes(reciprocal, x, low, high, qmin, qmax)
     r = _nudge(low, high, qmin, qmax)
     scale = jnp.where(r.is_empty, 1.0, r.scale)
     zero_point = jnp.where(r.is_empty, qmin, r.zero_point).astype(jnp.int32)
