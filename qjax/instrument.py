@@ -94,8 +94,7 @@ class QuantizedModel:
         Args:
           params: As ``fn`` takes them. Weights are rounded on the way, not changed.
           qstate: Ranges of the activations, from `calibrate`.
-          *inputs: As ``fn`` takes them, of the shapes of the example but for the number
-            of examples.
+          *inputs: As ``fn`` takes them, of the types of the example.
           scheme: Replaces the scheme of the model; may differ in bits. Traced ones are
             not checked: a signed word of 1 bit has the codes -1 and 0, of narrow range
             0 alone (`int_range`).
@@ -213,9 +212,11 @@ class QuantizedModel:
             check_rules(scheme, self.sites)
         chosen = self.scheme if scheme is None else scheme
         check_words(chosen, self.sites)
-        fault = _fault(inputs, self.example)
-        if fault:
-            raise ValueError(f"The batch {fault}")
+        if not _is_alike(_kinds(inputs), _kinds(self.example), inputs, self.example):
+            raise ValueError(
+                f"The model was made for inputs of {_shapes(self.example)}, got "
+                f"{_shapes(inputs)}. Pass as many, nested and of the same kind of type."
+            )
         _check_state(self, qstate, chosen)
         return chosen
 
@@ -565,24 +566,28 @@ def _fault(inputs: Any, example: Any, first: _Shapes | None = None) -> str:
         return f"is empty: its inputs have the shapes {[s for s, _ in shapes]}."
     rest = lambda all_: [(shape[1:], dtype) for shape, dtype in all_]
     kinds = lambda all_: [(len(s), _kind(t)) for s, t in all_]
-    structure: Any = jax.tree.structure(inputs)
-    is_alike = structure == jax.tree.structure(example)
-    is_alike = is_alike and kinds(shapes) == kinds(wanted)
+    is_alike = _is_alike(kinds(shapes), kinds(wanted), inputs, example)
     if is_alike and first and rest(shapes) != rest(first):
         return (
             f"has inputs of {shapes}, the first one had {first}. Batches may differ in "
             "their number of examples alone."
         )
-    if is_alike and all(
-        s[1:] == w[1:] for (s, _), (w, _) in zip(shapes, wanted, strict=True)
-    ):
+    if is_alike:
         return ""
     return (
         f"has inputs of {shapes}, the model was made for {wanted}. A batch is an array "
-        "of the same shape and kind but for the number of examples, or a tuple of one "
-        "for each input. For another shape, call `quantize_model` with an example of "
-        "it: a state with one scale per tensor serves both."
+        "of the same rank and kind, or a tuple of one for each input."
     )
+
+
+def _is_alike(kinds: Any, wanted: Any, inputs: Any, example: Any) -> bool:
+    """Whether inputs are nested as the example is, and of its kinds."""
+    structure: Any = jax.tree.structure(inputs)
+    return bool(structure == jax.tree.structure(example) and kinds == wanted)
+
+
+def _kinds(inputs: Any) -> list[str]:
+    return [_kind(dtype) for _, dtype in _shapes(inputs)]
 
 
 def _kind(dtype: Any) -> str:

@@ -192,9 +192,7 @@ def forced(qmodel, params, qstate, x):
 def test_derivatives_on_float_scales_are_those_at_the_codes_of_the_program(bits):
     """Accumulators that are exactly 0 before a relu are many at 3 bits."""
     x = images(4, 8, 8, 3)
-    scheme = qjax.Scheme(
-        qjax.QSpec(bits, narrow_range=True, axis=-1), qjax.QSpec(bits)
-    )
+    scheme = qjax.Scheme(qjax.QSpec(bits, narrow_range=True, axis=-1), qjax.QSpec(bits))
     qmodel, params, qstate = quantized(Small(), x, scheme)
     weights = jax.random.normal(jax.random.key(5), (4, 3))
     run = forced(qmodel, params, qstate, x)
@@ -203,7 +201,9 @@ def test_derivatives_on_float_scales_are_those_at_the_codes_of_the_program(bits)
     ours = jax.jit(jax.grad(lambda p: (apply(p, qstate, x) * weights).sum()))(params)
     assert any(np.any(leaf) for leaf in jax.tree.leaves(wanted))
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, wanted
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        ours,
+        wanted,
     )
 
 
@@ -211,7 +211,7 @@ def test_an_accumulator_that_is_0_has_the_derivative_of_the_simulated_model():
     """0.1 * 3 - 0.3 * 1 is 0 in integers, and 3e-8 in float32."""
     params = {"w": np.float32([[1.0], [-1.0]])}
     fn = lambda p, x: jax.nn.relu(x @ p["w"])
-    x = np.float32([[0.3, 0.3], [0.1, 1.27], [0.5, 0.5]])
+    x = np.float32([[0.3, 0.3], [1.27, 0.1], [0.5, 0.5]])
     qmodel = qjax.quantize_model(fn, params, x)
     qstate = qjax.calibrate(qmodel, params, [x])
     run = forced(qmodel, params, qstate, x)
@@ -223,7 +223,8 @@ def test_an_accumulator_that_is_0_has_the_derivative_of_the_simulated_model():
 def test_words_of_32_bits_with_a_zero_point_are_refused():
     params = {"w": np.eye(3, dtype=np.float32)}
     x = np.ones((2, 3), np.float32)
-    scheme = qjax.Scheme(activations=qjax.QSpec(32))
+    rules = (qjax.Rule("output:0", qjax.QSpec(32)),)
+    scheme = qjax.Scheme(rules=rules)
     qmodel = qjax.quantize_model(lambda p, x: x @ p["w"], params, x, scheme=scheme)
     qstate = qjax.calibrate(qmodel, params, [x])
     with pytest.raises(ValueError, match="Use `symmetric=True` or 31 bits"):

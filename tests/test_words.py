@@ -253,15 +253,12 @@ def test_a_scheme_that_does_not_fit_is_refused():
 @pytest.mark.parametrize(
     "x",
     [
-        np.ones((8, 4), np.float32),
-        np.ones((8, 1), np.float32),  # It would broadcast somewhere.
-        np.ones(5, np.float32),
         np.ones((8, 5), np.int32),
         np.ones((8, 5), bool),
         {"x": np.ones((8, 5), np.float32)},
     ],
 )
-def test_a_batch_of_another_shape_or_kind_is_refused(x):
+def test_a_batch_of_another_kind_is_refused(x):
     qmodel, params, qstate, _ = calibrated()
     for call in (
         qmodel.apply,
@@ -269,7 +266,7 @@ def test_a_batch_of_another_shape_or_kind_is_refused(x):
         qmodel.apply_and_update,
         qmodel.observe,
     ):
-        with pytest.raises(ValueError, match="The batch has inputs of .* made for"):
+        with pytest.raises(ValueError, match="The model was made for inputs of"):
             call(params, qstate, x)
     with pytest.raises(qjax.CalibrationError, match="Batch 0 has inputs of"):
         qjax.calibrate(qmodel, params, [x])

@@ -61,8 +61,8 @@ class Value:
     # Of an input: real = gain * input + offset.
     rescaling: tuple[float, float] = (1.0, 0.0)
     is_rescaling_exact: bool = True  # Whether it rounds as the model does.
-    # Of an input: the equation that fixes its leading size. Empty: it may differ at call
-    # time, if it stays that of all inputs that were traced with the same one.
+    # Of an input: the equation that fixes its leading size. Empty: it may differ at
+    # call time, if it stays that of all inputs that were traced with the same one.
     fixed_by: str = ""
     is_place: bool = False  # Of an input that chooses rows: there are no others.
     dtype_of_model: str = ""  # Of an output of whole numbers: their type in the model.

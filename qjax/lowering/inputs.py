@@ -31,7 +31,7 @@ def follow(trace: Trace, e: Equation, operands: Sequence[Abstract]) -> Real:
     Args:
       trace: The program.
       e: A shape move, or an elementwise equation; one operand is `Real`.
-      *operands: Of the equation.
+      operands: Of the equation.
 
     Returns:
       The input with what was done to it. What is no function of one integer input is
@@ -75,8 +75,7 @@ def moved(e: Equation, x: Real) -> Real:
         raise _refuse_pad(e, x)  # Zero is no zero any more.
     kept = e.primitive.name in _NEUTRAL
     moves = x.moves if kept else (*x.moves, e)
-    first = {"inputs": e.inputs[:1], "outputs": e.outputs[:1]}
-    same = dataclasses.replace(e, primitive=copy_p, params={}, **first)
+    same = Equation(copy_p, {}, e.inputs[:1], e.outputs[:1], e.path)
     return dataclasses.replace(x, moves=moves, steps={**x.steps, e.outputs[0]: same})
 
 

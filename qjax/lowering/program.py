@@ -409,9 +409,9 @@ def _whole_output(builder: Builder, k: int, x: Abstract, traced: Trace) -> int:
             builder.values[value], low=ends[0], high=ends[1], dtype_of_model=dtype
         )
         return value
-    is_itself = isinstance(x, Integers) and x.dtype and x.gain is None
-    if not is_itself or np.any(x.scale != 1) or x.zero_point:
+    if not isinstance(x, Integers) or not x.dtype or x.gain is not None:
         raise refuse(last, x, f"output {k}")
+    assert np.all(x.scale == 1) and not x.zero_point
     x = rules_shapes.settled(builder, last, traced, x)
     assert x.value is not None
     return _copy(builder, x.value, grid=None, dtype_of_model=dtype)

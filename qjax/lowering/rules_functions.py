@@ -384,8 +384,8 @@ def _argmax(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstrac
     if most > 1 << 22:
         raise ValueError(
             f"`{e.primitive.name}` in {where(e)} is of codes up to {most}, of which "
-            f"float32 takes several for one.\n  equation: {e}\nQuantize its input to at "
-            "most 22 bits."
+            f"float32 takes several for one.\n  equation: {e}\nQuantize its input to "
+            "at most 22 bits."
         )
     value = builder.add_value(trace.shape(e.outputs[0]), 0, size - 1, dtype="int32")
     assert x.value is not None

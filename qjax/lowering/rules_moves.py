@@ -1,6 +1,7 @@
 """Rules of codes that are looked up: embeddings, gathers, slices, splits."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import Any
@@ -61,8 +62,8 @@ def _taken(
         found = np.asarray(evaluate(e, numbers, *places)[0])
     if found.size and not 0 <= found.min() <= found.max() < numbers.size:
         raise ValueError(
-            f"`{e.primitive.name}` in {where(e)} reads places that are not there, which "
-            f"are NaN in the model.\n  equation: {e}"
+            f"`{e.primitive.name}` in {where(e)} reads places that are not there, "
+            f"which are NaN in the model.\n  equation: {e}"
         )
     crosses = not out or out[0] != shape[0]
     if not crosses:
@@ -103,6 +104,7 @@ def _embed(
             f"symmetric table, chosen by an integer input, have one.\n  equation: {e}"
         )
     ids = _place_input(builder, e, trace, index, ends)
+    assert ids.value is not None
     low, high = int(w.codes.min(initial=0)), int(w.codes.max(initial=0))
     out = builder.add_value(trace.shape(e.outputs[0]), low, high)
     kernel = w.codes.astype(builder.values[out].dtype)
@@ -169,10 +171,11 @@ def _place_input(
     value = builder.inputs[k]
     own = builder.values[value]
     same = (own.low, own.high) == ends
-    if own.grid != Grid(1.0, 0) or own.dtype != "int32" or not (same or own.is_place):
+    is_other = own.grid != Grid(1.0, 0) or own.dtype != "int32"
+    if is_other or not (same or own.is_place):
         raise ValueError(
-            f"Input {k} of the program chooses rows in {where(e)} and is something else "
-            f"as well.\n  equation: {e}\nPass it as two inputs."
+            f"Input {k} of the program chooses rows in {where(e)} and is something "
+            f"else as well.\n  equation: {e}\nPass it as two inputs."
         )
     if not same:  # Rows that all tables have: others are refused.
         low, high = max(own.low, ends[0]), min(own.high, ends[1])
@@ -207,15 +210,24 @@ def _split(
         start: list[int] = [0] * rank
         stop: list[int | None] = [None] * rank
         start[axis], stop[axis] = end - size, None if end == last else end
-        attributes: dict[str, Any] = {"start": start, "stop": stop, "steps": [1] * rank}
-
-        def place(
-            source: int, shape: Any = trace.shape(v), attributes: Any = attributes
-        ) -> int:
-            b = builder.values[source]
-            value = builder.add_value(shape, b.low, b.high, b.grid, dtype=b.dtype)
-            path = where(e).strip("'")
-            return builder.add_node("slice", (source,), value, path=path, **attributes)
-
-        parts.append(placed(x, place, e, rank, end=v))
+        part = functools.partial(
+            _part, builder, e, trace.shape(v), start, stop, [1] * rank
+        )
+        parts.append(placed(x, part, e, rank, end=v))
     return tuple(parts)
+
+
+def _part(
+    builder: Builder,
+    e: Equation,
+    shape: tuple[int, ...],
+    start: list[int],
+    stop: list[int | None],
+    steps: list[int],
+    source: int,
+) -> int:
+    """Puts a slice of a value into the graph."""
+    v, ends = builder.values[source], {"start": start, "stop": stop, "steps": steps}
+    value = builder.add_value(shape, v.low, v.high, v.grid, dtype=v.dtype)
+    path = where(e).strip("'")
+    return builder.add_node("slice", (source,), value, path=path, **ends)

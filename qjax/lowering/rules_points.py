@@ -217,9 +217,9 @@ def _raw(builder: Builder, e: Equation, trace: Trace, x: Real) -> Curve:
     if ends is None or ends[1] - ends[0] >= 1 << 16:
         raise ValueError(
             f"{x.source.capitalize()} goes through integer arithmetic before it is "
-            f"quantized, in {where(e)}.\n  equation: {e}\nThat is a table of at most 16 "
-            "bits: pass the input as uint8, int8, uint16 or int16, or do the arithmetic "
-            "outside of the program."
+            f"quantized, in {where(e)}.\n  equation: {e}\nThat is a table of at most "
+            "16 bits: pass the input as uint8, int8, uint16 or int16, or do the "
+            "arithmetic outside of the program."
         )
     if k not in builder.raw and k in builder.inputs:
         raise _twice(e, k)

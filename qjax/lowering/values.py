@@ -57,8 +57,8 @@ class Integers:
       low: Least integer.
       high: Largest integer.
       gain: float64, per-channel factors that no grid absorbed; None if there are none.
-      is_gain_exact: Whether ``gain`` was one float32 factor, and the last operation; and
-        no unit was merged before.
+      is_gain_exact: Whether ``gain`` was one float32 factor, and the last operation,
+        and no unit was merged before it.
       is_quotient: Whether ``gain`` is the reciprocal of a divisor: how the compiler
         rounds a quotient is its choice.
       is_bias_exact: Whether no bias was rounded to the unit of the integers.

@@ -130,11 +130,11 @@ def _take(node, params, inputs):
 def _compare(node, params, inputs):
     a = node.attributes
     with jax.enable_x64(True):
-        steps = (
+        left, right = (
             x.astype(jnp.int64) - z
             for x, z in zip(inputs, a["zero_points"], strict=True)
         )
-        pair = align_products(*steps, a["multipliers"], a["exponents"])
+        pair = align_products(left, right, a["multipliers"], a["exponents"])
         return getattr(lax, a["kind"])(*pair).astype(jnp.int8)
 
 
