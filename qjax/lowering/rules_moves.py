@@ -227,7 +227,8 @@ def _part(
     source: int,
 ) -> int:
     """Puts a slice of a value into the graph."""
-    v, ends = builder.values[source], {"start": start, "stop": stop, "steps": steps}
+    v = builder.values[source]
+    ends: dict[str, Any] = {"start": start, "stop": stop, "steps": steps}
     value = builder.add_value(shape, v.low, v.high, v.grid, dtype=v.dtype)
     path = where(e).strip("'")
     return builder.add_node("slice", (source,), value, path=path, **ends)
