@@ -34,6 +34,7 @@ MOVES = {
     "every other": lambda u: u[:, ::2],
     "flat and back": lambda u: u.reshape(2, 64).reshape(2, 8, 8)[:, ::-1],
     "wider type": lambda u: u.astype(jnp.int32).transpose(0, 2, 1),
+    "padded": lambda u: jnp.pad(u, ((0, 0), (1, 0), (0, 0)))[:, :8],
     "new axis": lambda u: u[:, None, :, :][:, 0],
 }
 

@@ -14,7 +14,7 @@ from qjax.lowering.graph import Grid
 from qjax.lowering.inputs import integer_range
 from qjax.lowering.interpret import refuse, rule, where
 from qjax.lowering.rules_functions import run_steps
-from qjax.lowering.rules_shapes import move, placed, settled
+from qjax.lowering.rules_shapes import move_again, placed, settled
 from qjax.lowering.values import Abstract, Builder, Integers, Known, KnownCodes, Real
 from qjax.trace import Equation, Trace, evaluate
 
@@ -185,10 +185,9 @@ def _place_input(
         value, np.ones(()), 0, own.low, own.high, path=e.path, dtype="int32"
     )
     wanted = trace.shape(e.inputs[1])[:-1]
-    for equation in index.moves:
-        if trace.shape(equation.inputs[0]) == wanted and equation is index.moves[-1]:
-            break  # It appends the axis of places.
-        codes = move(builder, equation, trace, codes)
+    # The last move appends the axis of places.
+    ends_there = bool(index.moves) and trace.shape(index.moves[-1].inputs[0]) == wanted
+    codes = move_again(builder, index, trace, codes, keep=int(ends_there))
     assert isinstance(codes, Integers) and codes.value is not None
     if builder.values[codes.value].shape != wanted:
         raise refuse(e, index, "index")

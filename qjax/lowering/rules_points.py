@@ -14,7 +14,7 @@ from qjax.lowering.graph import Grid, storage
 from qjax.lowering.inputs import integer_range
 from qjax.lowering.interpret import refuse, rule, where
 from qjax.lowering.rules_functions import add_table
-from qjax.lowering.rules_shapes import move
+from qjax.lowering.rules_shapes import move_again
 from qjax.lowering.values import (
     Abstract,
     Builder,
@@ -201,8 +201,7 @@ def _quantize_input(
         builder.values[value], rescaling=x.rescaling, is_rescaling_exact=x.is_exact
     )
     codes: Abstract = dataclasses.replace(target, is_part=True).integers(builder, value)
-    for equation in x.moves:
-        codes = move(builder, equation, trace, codes)
+    codes = move_again(builder, x, trace, codes)
     assert isinstance(codes, Integers) and codes.value is not None
     if not target.is_part:
         builder.add_site(target.site, codes.value)
@@ -231,8 +230,7 @@ def _raw(builder: Builder, e: Equation, trace: Trace, x: Real) -> Curve:
             value, np.ones(()), 0, *ends, path=e.path, dtype=dtype
         )
     codes: Abstract = builder.raw[k]
-    for equation in x.moves:
-        codes = move(builder, equation, trace, codes)
+    codes = move_again(builder, x, trace, codes)
     assert isinstance(codes, Integers)
     rank = len(trace.shape(e.outputs[0]))
     known = {u: np.reshape(n, (1,) * rank) for u, n in x.known.items()}

@@ -294,6 +294,16 @@ def move(
     return _moved(builder, e, trace, x, scale, *_MOVES[e.primitive.name](e, trace, x))
 
 
+def move_again(
+    builder: Builder, x: Real, trace: Trace, codes: Abstract, keep: int = 0
+) -> Abstract:
+    """Moves the codes of an input as it was moved, but for the last ``keep`` moves."""
+    for e in x.moves[: len(x.moves) - keep]:
+        fill = (Known(np.zeros(())),) if e.primitive.name == "pad" else ()
+        codes = move(builder, e, trace, codes, *fill)
+    return codes
+
+
 def _move_curve(builder: Builder, e: Equation, trace: Trace, x: Curve) -> Curve:
     """A function of codes is the same function of codes that have moved."""
     is_uniform = all(np.size(k) == 1 for k in x.known.values())
