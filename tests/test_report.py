@@ -174,7 +174,7 @@ def test_what_holds_at_any_scale_says_so():
 def test_sums_that_a_bias_brings_back_are_not_proven():
     """Below 2^24 at their end, and beyond on the way: float32 drops bits there."""
     kernel = np.full((1 << 11, 1), 127.0, np.float32)
-    bias = np.float32([-(127.0 * 127 * 1024)])
+    bias = np.float32([[-(127.0 * 127 * 1024)]])
 
     def fn(x):
         y = _point(x, 1.0, site="x") @ _point(jnp.asarray(kernel), 1.0, site="w")
@@ -206,7 +206,7 @@ def test_a_bias_that_varies_by_place_is_certified(kind):
             y = jnp.einsum("io,bti->bto", w, x)
         else:
             y = x @ w
-        return _point(y + bias, 1.0, 16, site="y")
+        return _point(y + bias[None], 1.0, 16, site="y")
 
     x = np.zeros((2, 5, 3), np.float32)
     program = qjax.lower(fn, x)

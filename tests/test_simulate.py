@@ -9,6 +9,8 @@ from jax import lax
 import qjax
 from tests.models import images
 
+pytestmark = pytest.mark.slow
+
 WORDS = qjax.QSpec(8, narrow_range=True, axis=-1)
 POWERS = qjax.Scheme(
     qjax.QSpec(8, narrow_range=True, axis=-1, power_of_two=True),

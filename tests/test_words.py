@@ -18,6 +18,8 @@ from qjax import quantizers as qz
 from qjax.affine import QSpec
 from qjax.scheme import Rule, Scheme, Where
 
+pytestmark = pytest.mark.slow
+
 W8 = QSpec(8, narrow_range=True, axis=-1)
 
 
