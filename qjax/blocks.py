@@ -175,11 +175,13 @@ class _Finder:
         if not x or self._serves_statistics(out):
             return
         self._check_call(e)
-        if self._is_dropout(e) or out in self.masks:
+        if out in self.masks:
+            return
+        self._check_fill(e)
+        if self._is_dropout(e):
             return
         if not self.model.shape(out):
             return  # A number, such as a loss, is no activation.
-        self._check_fill(e)
         if out in self.bent and not self._absorbs(e, x):
             if out in self.functions and self.model.is_real(out):
                 self._start(Block(self.functions[out], e, out, is_function=True))

@@ -164,6 +164,7 @@ class _Finder:
         """The values between the scores and a softmax, if a mask is among them."""
         passed: set[int] = set()
         found: set[int] = set()
+        moves = (*_NEUTRAL, *_AXES, "transpose")
         while (e := self.source.get(v)) is not None and v not in self.model.outputs:
             if not all(readers.issuperset(u.outputs) for u in self.users[v]):
                 break
@@ -173,15 +174,17 @@ class _Finder:
                 cases = [u for u in e.inputs[1:] if u not in others]
             elif name in ("add", "sub") and len(others) == 1 and e.inputs[0] != v:
                 cases = [u for u in e.inputs if u not in others]
-            elif name in (*_NEUTRAL, *_AXES, "transpose"):
+            elif name in moves:
                 cases = [e.inputs[0]]
+            elif name in AFFINE and not (name == "div" and e.inputs[1] in self.data):
+                cases = self._operands(e)  # A temperature, a bias by place.
             else:
                 break
             if len(cases) != 1 or cases[0] not in self.data:
                 break
             passed.add(v)
             readers = readers | passed
-            if name not in (*_NEUTRAL, *_AXES, "transpose"):
+            if others and name in ("add", "sub", "select_n"):
                 found |= passed
             (v,) = cases
         return found

@@ -10,7 +10,15 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from qjax.affine import QParams, fake_quant_bias, qpoint_p
-from qjax.blocks import SHAPE_MOVES, Block, Plan, data_of, find_blocks, path_name
+from qjax.blocks import (
+    SHAPE_MOVES,
+    Block,
+    Plan,
+    data_of,
+    find_blocks,
+    is_quantizer,
+    path_name,
+)
 from qjax.quantizers.point import straight
 from qjax.rounding import ceil_power_of_two, half_even
 from qjax.scheme import Site
@@ -141,6 +149,8 @@ class Simulation:
             self._grids[v] = grid
 
     def _keep_grid(self, e: Equation) -> None:
+        if is_quantizer(e):
+            return  # Its own grid is none that is known here.
         x = next((v for v in e.inputs if v in self._grids), None)
         if x is None:
             return

@@ -94,7 +94,9 @@ def cast(trace: Trace, e: Equation, x: Real) -> Real:
             f"  equation: {e}\nRound it outside of the program, or quantize it first."
         )
     steps = {**x.steps, e.outputs[0]: e}
-    is_plain = x.is_plain and _keeps(trace, e, ends)
+    # What has another unit is an integer no more, and a cast cuts it.
+    is_itself = x.rescaling == (1.0, 0.0) or trace.is_real(e.outputs[0])
+    is_plain = x.is_plain and is_itself and _keeps(trace, e, ends)
     return dataclasses.replace(x, steps=steps, is_plain=is_plain)
 
 

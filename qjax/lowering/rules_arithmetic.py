@@ -105,6 +105,10 @@ def _add_known(
             f"\n  equation: {e}\nA channel of the kernel or of the normalisation "
             "before it is all but zero; `qjax.quantize_model` handles that case."
         )
+    is_sum = x.shift is None  # Of codes: it takes one whole number.
+    most = max(abs(x.low), abs(x.high)) + np.max(np.abs(bias), initial=0)
+    if is_sum and (bias.size != 1 or not np.all(steps == bias) or most > x.most):
+        raise refuse(e, x, "operand")
     # After a factor float32 rounds twice: the product, then the sum.
     rounds_once = x.is_gain_exact and x.gain is None
     exact = x.is_bias_exact and bool(np.all(steps == bias))

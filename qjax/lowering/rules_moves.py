@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -124,9 +124,7 @@ def _embed(
     return Integers(out, scale, 0, low, high, is_codes=not scale.ndim, path=e.path)
 
 
-def _chosen_ends(
-    e: Equation, trace: Trace, index: Real, rows: int
-) -> tuple[int, int] | None:
+def _chosen_ends(e: Equation, trace: Trace, index: Real, rows: int) -> "_Chosen | None":
     """The integers that choose rows as `embed` counts them; None if others do."""
     assert index.input is not None
     v = trace.inputs[index.input]
@@ -134,6 +132,7 @@ def _chosen_ends(
     if ends is None or dtype == np.bool_ or rows > _MOST_ROWS:
         return None
     is_clipped = e.params["mode"] == lax.GatherScatterMode.CLIP
+    is_filled = e.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
 
     def rows_of(ids: np.ndarray) -> np.ndarray:
         env = {v: jnp.asarray(ids, dtype)} | dict(index.known)
@@ -144,10 +143,27 @@ def _chosen_ends(
     ids = np.arange(low, high + 1)
     found = rows_of(ids)
     if np.array_equal(found, np.where(ids < 0, ids + rows, ids)):
-        return low, high
-    if np.array_equal(found, np.clip(ids, 0, rows - 1)):
-        return 0, high
-    return None
+        chosen = low, high
+    elif np.array_equal(found, np.clip(ids, 0, rows - 1)):
+        chosen = 0, high
+    else:
+        return None
+    # Beyond the ends a program takes the last row there is: does the model, too?
+    far = [
+        s * n * rows + k for n in (1, 2, 10) for s in (-1, 1) for k in range(-3, 300)
+    ]
+    probes = np.clip([*ends, *far], *ends)
+    held = np.clip(rows_of(np.clip(probes, *chosen)), 0, rows - 1)
+    is_held = np.array_equal(np.clip(rows_of(probes), 0, rows - 1), held)
+    return _Chosen(*chosen, is_held and not is_filled)
+
+
+class _Chosen(NamedTuple):
+    """The integers that choose rows, and whether others choose the row at their end."""
+
+    low: int
+    high: int
+    is_held: bool
 
 
 def _place_input(
@@ -155,23 +171,26 @@ def _place_input(
     e: Equation,
     trace: Trace,
     index: Real,
-    ends: tuple[int, int],
+    chosen: _Chosen,
 ) -> Integers:
     """The input of a program that chooses rows, moved as the model moves it."""
     k = index.input
     assert k is not None
-    fills = e.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    ends = chosen.low, chosen.high
     if k not in builder.inputs:
         shape = trace.shape(trace.inputs[k])
         value = builder.add_value(shape, *ends, Grid(1.0, 0), dtype="int32")
         builder.inputs[k] = value
         builder.values[value] = dataclasses.replace(
-            builder.values[value], is_place=fills
+            builder.values[value], is_place=not chosen.is_held
         )
     value = builder.inputs[k]
     own = builder.values[value]
     same = (own.low, own.high) == ends
     is_other = own.grid != Grid(1.0, 0) or own.dtype != "int32"
+    if same and not chosen.is_held:
+        own = dataclasses.replace(own, is_place=True)
+        builder.values[value] = own
     if is_other or not (same or own.is_place):
         raise ValueError(
             f"Input {k} of the program chooses rows in {where(e)} and is something "

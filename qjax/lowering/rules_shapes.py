@@ -136,18 +136,20 @@ def _sum(
         )
 
     def emit(bias: np.ndarray, shift: int) -> tuple[int, int, int]:
-        assert not np.any(bias) and not shift
-        value = builder.add_value(shape, low, high, dtype="int32")
+        assert not shift
+        own = int(bias.reshape(-1)[0])
+        least, most = low + own, high + own
+        value = builder.add_value(shape, least, most, dtype="int32")
         builder.add_node(
             operation,
             (source,),
             value,
             path=where(e).strip("'"),
-            bias=-taps * x.zero_point,
+            bias=own - taps * x.zero_point,
             padding_code=x.zero_point,
             **attributes,
         )
-        return value, low, high
+        return value, least, most
 
     found = Integers(None, x.scale, 0, low, high, gain=x.gain, emit=emit, path=e.path)
     exact = x.is_gain_exact and x.rescaled is None

@@ -37,12 +37,16 @@ def find_fixed(
     fixed: dict[int, str] = {}
     for size in dict.fromkeys(x.shape[0] for x in shapes if x.shape):
         own = [k for k, x in enumerate(shapes) if x.shape and x.shape[0] == size]
-        others = [
-            jax.ShapeDtypeStruct((size + 1, *x.shape[1:]), x.dtype) if k in own else x
-            for k, x in enumerate(shapes)
-        ]
-        if reason := _reason(lower, jax.tree.unflatten(tree, others), found, size):
-            fixed.update(dict.fromkeys(own, reason))
+        for other in (4 * size + 3, 1):  # Many more, and the least there is.
+            resized = [
+                jax.ShapeDtypeStruct((other, *x.shape[1:]), x.dtype) if k in own else x
+                for k, x in enumerate(shapes)
+            ]
+            again = jax.tree.unflatten(tree, resized)
+            pair = size, other
+            if reason := "" if size == other else _reason(lower, again, found, pair):
+                fixed.update(dict.fromkeys(own, reason))
+                break
     return fixed
 
 
@@ -54,18 +58,18 @@ def _reason(
     lower: Callable[[tuple[Any, ...]], Lowered],
     inputs: tuple[Any, ...],
     found: Lowered,
-    size: int,
+    sizes: tuple[int, int],
 ) -> str:
-    """What fixes a size; empty if nothing does."""
+    """What fixes a size, which is the first one; empty if nothing does."""
     try:
         other = lower(inputs)
     except Exception as error:  # Whatever the model raises for another size.
         text = str(error).strip().partition("\n")[0]
-        return f"the model: with {size + 1} it raises {type(error).__name__}: {text}"
+        return f"the model: with {sizes[1]} it raises {type(error).__name__}: {text}"
     node = _first_difference(found[1:], other[1:])
     if node is None:
         return ""
-    if (e := _first_change(found[0], other[0], size)) is not None:
+    if (e := _first_change(found[0], other[0], sizes)) is not None:
         return f"`{e.primitive.name}` in {where(e)}: {e}"
     if isinstance(node, Node):
         return f"`{node.operation}` in {node.path or 'the traced function'!r}"
@@ -93,7 +97,7 @@ def _first_difference(a: Any, b: Any) -> Node | str | None:
     return None if same and len(graph.values) == len(other.values) else "end"
 
 
-def _first_change(a: Trace, b: Trace, size: int) -> Equation | None:
+def _first_change(a: Trace, b: Trace, sizes: tuple[int, int]) -> Equation | None:
     """The first equation that another leading size changes in more than sizes."""
     for e, other in zip(a.equations, b.equations, strict=False):
         if e.primitive is not other.primitive or e.inputs != other.inputs:
@@ -104,7 +108,7 @@ def _first_change(a: Trace, b: Trace, size: int) -> Equation | None:
                 return e
         pairs = itertools.zip_longest(_numbers(e.params), _numbers(other.params))
         for m, n in pairs:
-            grown = m is not None and n is not None and m * (size + 1) == n * size
+            grown = m is not None and n is not None and m * sizes[1] == n * sizes[0]
             if m != n and not grown:
                 return e
     return None
