@@ -554,6 +554,11 @@ _MASKED = {
     "subtracted": (lambda s, m: s - 1e30 * (1.0 - m), np.float32),
     "cast": (lambda s, m: (1.0 - m.astype(jnp.float32)) * -1e9 + s, bool),
     "chosen": (lambda s, m: s + jnp.where(m, 0.0, -jnp.inf), bool),
+    "under a temperature": (lambda s, m: jnp.where(m, s, -1e9) * 0.5, bool),
+    "under a bias by place": (
+        lambda s, m: jnp.where(m, s, -1e9) + 0.1 * jnp.arange(6.0)[None, None],
+        bool,
+    ),
 }
 
 

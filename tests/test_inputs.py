@@ -82,6 +82,20 @@ def test_arithmetic_of_integers_before_their_cast(name):
     np.testing.assert_array_equal(program(u), fn(jnp.asarray(u)))
 
 
+CUTS = {
+    "scaled": lambda x: (x * 0.3).astype(jnp.int8),
+    "shifted": lambda x: (x + 0.5).astype(jnp.int32),
+    "moved": lambda x: (x * 0.3).astype(jnp.int32)[:, ::-1] * 2,
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_a_cast_of_what_has_another_unit_cuts_it(name):
+    fn = lambda x: point(CUTS[name](x.astype(jnp.float32)).astype(jnp.float32), 1.0)
+    x = integers("int8", 4, 8)
+    np.testing.assert_array_equal(qjax.lower(fn, x)(x), jax.jit(fn)(x))
+
+
 def test_arithmetic_of_32_bits_is_refused():
     fn = lambda u: point((u + 1).astype(jnp.float32))
     u = np.arange(8, dtype=np.int32).reshape(2, 4)
@@ -144,6 +158,24 @@ def test_rows_that_are_not_there_are_refused():
     held = lambda i: jnp.take(point(table, site="t"), i, axis=0, mode="clip")
     wild = np.int32([[0, 100, -5, 3]])
     np.testing.assert_array_equal(qjax.lower(held, ids)(wild), held(wild))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        lambda t, i: jnp.take(t, i, axis=0, mode="wrap"),
+        lambda t, i: t[i % 8],
+        lambda t, i: jnp.take(t, i.astype(jnp.int8), axis=0, mode="clip"),
+    ],
+    ids=["wrap", "remainder", "narrow"],
+)
+def test_rows_that_the_model_counts_another_way_are_refused(row):
+    ids, table = np.int32([[0, 7, 3]]), jnp.asarray(KERNEL)
+    fn = lambda i: row(point(table, site="t"), i)
+    program = qjax.lower(fn, ids)
+    np.testing.assert_array_equal(program(ids), fn(jnp.asarray(ids)))
+    with pytest.raises(ValueError, match="must lie in"):
+        program(np.int32([[0, 257, 300]]))
 
 
 def test_known_places_that_are_not_there_are_refused():

@@ -454,3 +454,22 @@ def test_a_constant_is_not_merged_before_a_discontinuity():
     wanted = np.floor(real)
     assert np.any(wanted != codes)
     np.testing.assert_array_equal(qjax.lower(fn, x)(x), wanted)
+
+
+NUMBERS = {
+    "mean": lambda x: point(x).mean(1) + 1.5,
+    "sum": lambda x: point(x).sum(1) * 2 - 1.5,
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_is_added_to_a_sum(name):
+    fn = lambda x: point(NUMBERS[name](x), 0.5, 16, site="y")
+    checked(fn, Y[..., 0], exact=name == "sum")
+
+
+@pytest.mark.parametrize("by", [lambda n: 0.3, lambda n: jnp.arange(float(n))[None]])
+def test_what_a_sum_cannot_hold_is_refused(by):
+    fn = lambda x: point(point(x).sum(1) + by(3), 0.5, site="y")
+    with pytest.raises(ValueError, match="not quantized"):
+        qjax.lower(fn, Y)

@@ -38,6 +38,12 @@ FIXED = {
     "one row": (lambda x: point(x).reshape(1, -1), "reshape"),
     "halves": (lambda x: point(x).T.reshape(2, -1), "reshape"),
     "times its size": (lambda x: point(x) * x.shape[0], "mul"),
+    "at most eight": (lambda x: point(x)[:8], "outputs"),
+    "times what it is at most": (lambda x: point(x) * min(len(x), 4), "mul"),
+    "at least three": (
+        lambda x: jnp.pad(point(x), ((0, max(0, 3 - len(x))), (0, 0))),
+        "pad",
+    ),
     "mean of examples": (lambda x: point(point(x).mean(0), site="y"), "div"),
     "rolled": (lambda x: jnp.roll(point(x), 1, 0), "slice"),
     "picked": (lambda x: point(x)[jnp.array([2, 0, 0])], "add"),

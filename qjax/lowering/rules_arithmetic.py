@@ -107,7 +107,7 @@ def _add_known(
         )
     is_sum = x.shift is None  # Of codes: it takes one whole number.
     most = max(abs(x.low), abs(x.high)) + np.max(np.abs(bias), initial=0)
-    if is_sum and (bias.size != 1 or not np.all(steps == bias) or most > x.most):
+    if is_sum and (bias.size != 1 or not _is_whole(steps) or most > x.most):
         raise refuse(e, x, "operand")
     # After a factor float32 rounds twice: the product, then the sum.
     rounds_once = x.is_gain_exact and x.gain is None

@@ -165,7 +165,8 @@ class _Target:
 
     def range(self, bounds: tuple[float, float]) -> tuple[int, int]:
         """The codes that an activation with these bounds leaves."""
-        low, high = (self.codes(b) for b in bounds)
+        low = self.qmin if bounds[0] == -np.inf else self.codes(bounds[0])
+        high = self.qmax if bounds[1] == np.inf else self.codes(bounds[1])
         return low, high
 
     def integers(self, builder: Builder, value: int) -> Integers:
