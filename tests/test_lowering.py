@@ -377,9 +377,9 @@ def test_codes_are_checked():
 def test_lowering_before_calibration_names_the_site():
     fn, params, x = examples()["linen_mlp"]
     qmodel = qjax.quantize_model(fn, params, x)
-    with pytest.raises(ValueError, match=r"site 'input:0' has no scale yet"):
+    with pytest.raises(ValueError, match=r"site 'input:0' has no range yet"):
         qjax.lower(qmodel, params, qmodel.init(params, x), x)
-    with pytest.raises(ValueError, match=r"no range for the site 'input:0'"):
+    with pytest.raises(ValueError, match=r"does not know the site 'input:0'"):
         qjax.lower(qmodel, params, {}, x)
     with pytest.raises(TypeError, match="params, qstate"):
         qjax.lower(qmodel, x)

@@ -165,7 +165,7 @@ def test_an_uncalibrated_site_is_refused():
     fn = lambda params, x: x @ params["w"]
     x, params = np.ones((2, 3), np.float32), {"w": np.eye(3, dtype=np.float32)}
     qmodel = qjax.quantize_model(fn, params, x)
-    with pytest.raises(ValueError, match="'input:0' has no scale yet"):
+    with pytest.raises(ValueError, match="'input:0' has no range yet"):
         qjax.lower(qmodel, params, qmodel.init(params, x), x)
 
 
