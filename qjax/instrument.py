@@ -212,7 +212,7 @@ class QuantizedModel:
             check_rules(scheme, self.sites)
         chosen = self.scheme if scheme is None else scheme
         check_words(chosen, self.sites)
-        if not _is_alike(_kinds(inputs), _kinds(self.example), inputs, self.example):
+        if _kinds(inputs) != _kinds(self.example):
             raise ValueError(
                 f"The model was made for inputs of {_shapes(self.example)}, got "
                 f"{_shapes(inputs)}. Pass as many, nested and of the same kind of type."
@@ -565,8 +565,8 @@ def _fault(inputs: Any, example: Any, first: _Shapes | None = None) -> str:
     if any(0 in shape for shape, _ in shapes) and first is not None:
         return f"is empty: its inputs have the shapes {[s for s, _ in shapes]}."
     rest = lambda all_: [(shape[1:], dtype) for shape, dtype in all_]
-    kinds = lambda all_: [(len(s), _kind(t)) for s, t in all_]
-    is_alike = _is_alike(kinds(shapes), kinds(wanted), inputs, example)
+    ranks = lambda all_: [len(shape) for shape, _ in all_]
+    is_alike = _kinds(inputs) == _kinds(example) and ranks(shapes) == ranks(wanted)
     if is_alike and first and rest(shapes) != rest(first):
         return (
             f"has inputs of {shapes}, the first one had {first}. Batches may differ in "
@@ -580,14 +580,10 @@ def _fault(inputs: Any, example: Any, first: _Shapes | None = None) -> str:
     )
 
 
-def _is_alike(kinds: Any, wanted: Any, inputs: Any, example: Any) -> bool:
-    """Whether inputs are nested as the example is, and of its kinds."""
-    structure: Any = jax.tree.structure(inputs)
-    return bool(structure == jax.tree.structure(example) and kinds == wanted)
-
-
-def _kinds(inputs: Any) -> list[str]:
-    return [_kind(dtype) for _, dtype in _shapes(inputs)]
+def _kinds(inputs: Any) -> tuple[Any, list[str]]:
+    """How inputs are nested, and the kind of each."""
+    kinds = [_kind(dtype) for _, dtype in _shapes(inputs)]
+    return jax.tree.structure(inputs), kinds
 
 
 def _kind(dtype: Any) -> str:

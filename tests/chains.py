@@ -77,8 +77,7 @@ class Chain:
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Computes it."""
-        if self.dtype == "uint8":
-            x = jnp.asarray(x)
+        x = jnp.asarray(x)
         for k, step in enumerate(self.steps):
             x = _step(step, x, f"s{k}")
         return x

@@ -21,6 +21,7 @@ from qjax.lowering.values import (
     Real,
     Sum,
     compact,
+    is_power_of_two,
 )
 from qjax.trace import Equation, Trace
 
@@ -81,7 +82,7 @@ def _add_known(
         assert isinstance(known, Known)
         gain, offset = x.rescaling
         shifted = gain, offset + sign * float(known.value.flat[0])
-        exact = x.is_exact and _is_power_of_two(gain) and not offset
+        exact = x.is_exact and is_power_of_two(gain) and not offset
         return rescaled(e, x, _numbers(e, known), shifted, exact)
     if not isinstance(x, Integers) or x.emit is None or x.is_bounded:
         raise refuse(e, x, "operand")
@@ -214,7 +215,7 @@ def _rescaled(
     scale = x.scale * factor
     if factor <= 0 or x.value is None or x.dtype or not _MOST <= scale < 1 / _MOST:
         raise refuse(e, x, "operand")
-    if x.rescaled is None and _is_power_of_two(factor):
+    if x.rescaled is None and is_power_of_two(factor):
         return dataclasses.replace(x, scale=scale, bounded=None)
     chain = None
     if x.high - x.low < 1 << 16 and not np.ndim(x.scale):
@@ -247,12 +248,12 @@ def _scaled(
     is_quotient: bool = False,
 ) -> Abstract:
     """A factor that waits for the next grid."""
-    is_power = _is_power_of_two(factor)
+    is_power = is_power_of_two(factor)
     if isinstance(x, Real) and x.input is not None and factor.size == 1:
         by = float(factor.flat[0])
         gain, offset = (by * number for number in x.rescaling)
         before, shift = x.rescaling
-        once = not is_quotient and _is_power_of_two(before) and not shift
+        once = not is_quotient and is_power_of_two(before) and not shift
         exact = x.is_exact and (is_power or once)
         return rescaled(e, x, _numbers(e, known), (gain, offset), exact)
     if not isinstance(x, Integers) or x.is_codes or x.is_bounded or x.dtype:
@@ -273,10 +274,6 @@ def _numbers(e: Equation, known: Abstract | None) -> dict[int, np.ndarray]:
         return {}
     found = (v for v in e.inputs if np.size(known.value) == 1)
     return {v: np.asarray(known.value).reshape(()) for v in found}
-
-
-def _is_power_of_two(x: Any) -> bool:
-    return bool(np.all(np.abs(np.frexp(np.asarray(x, np.float64))[0]) == 0.5))
 
 
 @rule("max", "min")

@@ -25,6 +25,7 @@ from qjax.lowering.values import (
     KnownCodes,
     Real,
     Sum,
+    is_power_of_two,
 )
 from qjax.rounding import half_even
 from qjax.trace import Equation, Trace
@@ -265,9 +266,9 @@ def _requantize(
         x.gain is not None
         and x.is_gain_exact
         and not target.is_double
-        and _is_power_of_two(x.scale)
-        and _is_power_of_two(np.asarray(target.scale))
-        and not _is_power_of_two(x.gain)
+        and is_power_of_two(x.scale)
+        and is_power_of_two(np.asarray(target.scale))
+        and not is_power_of_two(x.gain)
     )
     multiplier, shift = _at_site(fixed_point, ratio, target.site)
     params = {
@@ -317,13 +318,13 @@ def _is_exact(x: Integers, target: _Target) -> bool:
     units = np.abs(x.real_scale()[x.real_scale() != 0])
     ends = (*scales, units, 1 / scales[1])
     is_normal = all(np.all((s >= 2.0**-126) & (s <= 2.0**100)) for s in ends)
-    return is_normal and all(map(_is_power_of_two, scales)) and _most_steps(x) < _EXACT
+    return is_normal and all(map(is_power_of_two, scales)) and _most_steps(x) < _EXACT
 
 
 def _is_exact_sum(x: Sum, target: _Target) -> bool:
     """Whether float32 adds codes exactly: on powers of two, within 24 bits."""
     scales = np.array([*(float(t.scale) for t, _ in x.terms), target.scale])
-    if not _is_power_of_two(scales) or any(t.rescaled is not None for t, _ in x.terms):
+    if not is_power_of_two(scales) or any(t.rescaled is not None for t, _ in x.terms):
         return False
     finest = scales[:-1].min()
     most = sum(_most_steps(t) * float(t.scale) / finest for t, _ in x.terms)
@@ -378,10 +379,6 @@ def _at_site(
         return convert(ratio)
     except ValueError as error:
         raise ValueError(f"The site {site!r} cannot be requantized. {error}") from error
-
-
-def _is_power_of_two(x: np.ndarray) -> bool:
-    return bool(np.all(np.abs(np.frexp(np.asarray(x, np.float64))[0]) == 0.5))
 
 
 def _constant(e: Equation, x: Abstract) -> np.ndarray:

@@ -273,3 +273,8 @@ def compact(x: np.ndarray) -> np.ndarray:
         if x.shape[axis] > 1 and np.all(x == first):
             x = first
     return x
+
+
+def is_power_of_two(x: Any) -> bool:
+    """Returns whether all real numbers are powers of two, of either sign."""
+    return bool(np.all(np.abs(np.frexp(np.asarray(x, np.float64))[0]) == 0.5))
