@@ -86,6 +86,7 @@ CUTS = {
     "scaled": lambda x: (x * 0.3).astype(jnp.int8),
     "shifted": lambda x: (x + 0.5).astype(jnp.int32),
     "moved": lambda x: (x * 0.3).astype(jnp.int32)[:, ::-1] * 2,
+    "by an array": lambda x: (x * jnp.full((4, 8), 0.3)).astype(jnp.int8),
 }
 
 

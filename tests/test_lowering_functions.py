@@ -351,6 +351,23 @@ def test_arithmetic_after_whole_numbers(name):
         assert ours.dtype == theirs.dtype
 
 
+def test_whole_numbers_beyond_int32_are_refused():
+    fn = lambda x: jnp.argmax(point(x), -1).astype(jnp.uint32) + np.uint32(2**31)
+    with pytest.raises(ValueError, match="Use a narrower type"):
+        qjax.lower(fn, Y)
+
+
+def test_what_the_compiler_decides_is_not_called_proven():
+    """A step at every code: a quotient may be a product with a reciprocal."""
+    x = np.linspace(-1, 1, 256, dtype=np.float32).reshape(2, 128)
+    fn = lambda x: point(
+        jnp.floor(point(x, 1 / 127) / (1 / 127)), 2.0**-6, 16, site="b"
+    )
+    claim = qjax.lower(fn, x).report().agreement["b"]
+    assert claim.is_proven or (claim.most is None and "fuses" in claim.reason)
+    assert not claim.is_proven or qjax.verify(qjax.lower(fn, x), fn, x).is_exact
+
+
 def test_whole_numbers_of_two_values_are_refused():
     fn = lambda x: jnp.argmax(point(x), -1) + jnp.argmin(point(x), -1)
     with pytest.raises(ValueError, match="quantized"):

@@ -395,7 +395,7 @@ def _output(
         return x.value
     if value.grid == grid and not value.dtype_of_model:
         return x.value
-    return _copy(builder, x.value, grid=grid, dtype_of_model="")
+    return _copy(builder, x.value, grid)
 
 
 def _whole_output(builder: Builder, k: int, x: Abstract, traced: Trace) -> int:
@@ -404,7 +404,7 @@ def _whole_output(builder: Builder, k: int, x: Abstract, traced: Trace) -> int:
     dtype = str(traced.avals[v].dtype)
     if isinstance(x, Curve):
         value = builder.add_value(traced.shape(v), *_INT32_RANGE, dtype="int32")
-        ends = add_table(builder, x, _as_int32, value, x.path or "output")
+        ends = add_table(builder, x, lambda y: y, value, x.path or "output")
         builder.values[value] = dataclasses.replace(
             builder.values[value], low=ends[0], high=ends[1], dtype_of_model=dtype
         )
@@ -414,23 +414,20 @@ def _whole_output(builder: Builder, k: int, x: Abstract, traced: Trace) -> int:
     assert np.all(x.scale == 1) and not x.zero_point
     x = rules_shapes.settled(builder, last, traced, x)
     assert x.value is not None
-    return _copy(builder, x.value, grid=None, dtype_of_model=dtype)
+    return _copy(builder, x.value, None, dtype)
 
 
 _INT32_RANGE = (-(2**31), 2**31 - 1)
 
 
-def _as_int32(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.int32)
-
-
-def _copy(builder: Builder, v: int, **changes: Any) -> int:
-    """The same integers as another value."""
-    value = builder.values[v]
-    new = dataclasses.replace(value, rescaling=(1.0, 0.0), is_place=False, **changes)
-    builder.values.append(dataclasses.replace(new, is_rescaling_exact=True))
-    own, low, high = len(builder.values) - 1, value.low, value.high
-    return builder.add_node("clip", (v,), own, low=low, high=high)
+def _copy(builder: Builder, v: int, grid: Grid | None, dtype_of_model: str = "") -> int:
+    """The same integers as another value, which says what they mean."""
+    x = builder.values[v]
+    own = builder.add_value(x.shape, x.low, x.high, grid, dtype=x.dtype)
+    builder.values[own] = dataclasses.replace(
+        builder.values[own], dtype_of_model=dtype_of_model
+    )
+    return builder.add_node("clip", (v,), own, low=x.low, high=x.high)
 
 
 def _check_range(k: int, x: Any, v: Value) -> None:

@@ -11,9 +11,7 @@ from qjax.lowering.packing import nbytes
 
 _EXACT_FLOAT32 = 1 << 24  # Integers below are exact in float32.
 _HALF_ULP = 2.0**-24  # Relative rounding of one float32 operation.
-_OTHER_ROUNDINGS = (
-    8  # Of bias, factor, scales and their products, beside those of a sum.
-)
+_OTHER_ROUNDINGS = 8  # Beside those of a sum: bias, factor, scales, their products.
 _ACCUMULATORS = frozenset(
     "dot conv multiply dot_codes multiply_codes sum sum_pool".split()
 )
@@ -55,7 +53,7 @@ class Agreement:
         the site.
       reason: What proves it, or what rounds.
       most: How many codes they can differ by, given the same codes before the site: 0
-        if proven; None where no bound is known.
+        if proven, else 1; None where no bound is known.
     """
 
     is_proven: bool
@@ -66,7 +64,7 @@ class Agreement:
         if self.is_proven:
             return f"proven: {self.reason}"
         bound = "not bounded" if self.most is None else f"within {self.most} code"
-        return f"{bound}{'' if self.most in (None, 1) else 's'}: {self.reason}"
+        return f"{bound}: {self.reason}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,8 +226,7 @@ def _agreement(
         worst = [a for a in own if not a.is_proven]
         if not worst:
             return _proven(f"{node.operation} of codes on one grid, {_AT_ANY_SCALE}")
-        unknown = (a for a in worst if a.most is None)
-        return next(unknown, max(worst, key=lambda a: a.most or 0))
+        return next((a for a in worst if a.most is None), worst[0])
     return Agreement(False, f"no proof is known of {node.operation}", None)
 
 
@@ -261,7 +258,8 @@ def _of_table(node: Node, arrays: Mapping[str, np.ndarray]) -> Agreement:
     text = f"a table of the float function on all {table.shape[0]} codes"
     if not off:
         return _proven(f"{text}, {_AT_ANY_SCALE}")
-    return Agreement(False, f"{text}; how the compiler fuses it changes some", off)
+    text += f"; how the compiler fuses it changes some by up to {off} codes"
+    return Agreement(False, text, None)
 
 
 def _of_requantizer(

@@ -269,11 +269,9 @@ def _scaled(
 
 
 def _numbers(e: Equation, known: Abstract | None) -> dict[int, np.ndarray]:
-    """The operand of an equation that is one number; none if it has none."""
-    if not isinstance(known, Known):
-        return {}
-    found = (v for v in e.inputs if np.size(known.value) == 1)
-    return {v: np.asarray(known.value).reshape(()) for v in found}
+    """The number of a known operand by the operands of an equation; none if several."""
+    number = compact(known.value) if isinstance(known, Known) else np.zeros(0)
+    return dict.fromkeys(e.inputs, number.reshape(())) if number.size == 1 else {}
 
 
 @rule("max", "min")

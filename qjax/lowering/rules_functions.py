@@ -203,6 +203,12 @@ def add_table(
     assert x.source.value is not None
     table, axis, off = tabulate(x, finish)
     dtype = builder.values[value].dtype
+    if not np.array_equal(table.astype(dtype), table):
+        raise ValueError(
+            f"The function in {x.path or 'the traced function'!r} has values of "
+            f"{table.dtype} from {table.min()} to {table.max()}, which {dtype} does "
+            "not hold. Use a narrower type."
+        )
     builder.add_node(
         "table",
         (x.source.value,),
