@@ -643,9 +643,10 @@ def _check_steps(step, y, wanted):
 
 
 def _check_untrained(qmodel, params, x, wanted):
-    """Their first range of the input is empty, so all is 0; here it is NaN, loudly."""
+    """Their first range of the input is empty, so all is 0; here it is an error."""
     qstate = qmodel.init(params, x)
-    assert np.all(np.isnan(qmodel.apply(params, qstate, x)))
+    with pytest.raises(ValueError, match="'input:0' has no range yet"):
+        qmodel.apply(params, qstate, x)
     one = jnp.int32(1)
     for site, *_ in qmodel.calibrated():
         state = qstate[site.name]._replace(step=one)
