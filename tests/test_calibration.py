@@ -396,9 +396,9 @@ class MeanStdTest(chex.TestCase):
         mean, std = (f(np.float64(batches), axis=over) for f in (np.mean, np.std))
         np.testing.assert_allclose(np.ravel(state.mean), np.ravel(mean), 1e-5)
         got = mean_std(2.0).params(state, spec)
-        low, high = (
-            np.float32(mean + k * std).reshape(state.mean.shape) for k in (-2, 2)
-        )
+        seen = [f(np.float64(batches), axis=over) for f in (np.min, np.max)]
+        ends = (np.clip(mean + k * std, *seen) for k in (-2, 2))  # As far as was seen.
+        low, high = (np.float32(end).reshape(state.mean.shape) for end in ends)
         wanted = min_max_params(low, high, spec)
         np.testing.assert_allclose(got.scale, wanted.scale, 1e-5)
 
