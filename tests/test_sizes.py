@@ -26,7 +26,6 @@ def _adjacent(x):
 FREE = {
     "elementwise": lambda x: point(jnp.tanh(point(x)), site="y"),
     "tail": lambda x: point(x)[1:],
-    "first two": lambda x: point(x)[:2],
     "every other": lambda x: point(x)[::2],
     "turned round": lambda x: point(x)[::-1],
     "transposed": lambda x: point(x).T,
@@ -38,6 +37,7 @@ FIXED = {
     "one row": (lambda x: point(x).reshape(1, -1), "reshape"),
     "halves": (lambda x: point(x).T.reshape(2, -1), "reshape"),
     "times its size": (lambda x: point(x) * x.shape[0], "mul"),
+    "at most two": (lambda x: point(x)[:2], "slice"),
     "at most eight": (lambda x: point(x)[:8], "outputs"),
     "times what it is at most": (lambda x: point(x) * min(len(x), 4), "mul"),
     "at least three": (
