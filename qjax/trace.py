@@ -15,6 +15,7 @@ import jax.extend.core as jex
 import numpy as np
 from jax.extend.core import primitives as p
 
+from qjax.leaves import leaf_names
 from qjax.quantizers.point import SCOPE
 
 _QUANTIZER = re.compile(re.escape(SCOPE) + r"(\w+)")
@@ -62,6 +63,7 @@ class Trace:
     outputs: tuple[int, ...]
     constants: dict[int, Any]
     avals: dict[int, Any]
+    names: tuple[str, ...] = ()  # Of the inputs: input 0, input:1['image'].
 
     def shape(self, value: int) -> tuple[int, ...]:
         """The shape of a value."""
@@ -92,7 +94,8 @@ def trace(
         lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x)), args
     )
     closed, out = jax.make_jaxpr(fn, return_shape=True)(*shapes)
-    return _prune(_flatten(closed, keep_derivatives)), out
+    whole = _prune(_flatten(closed, keep_derivatives))
+    return dataclasses.replace(whole, names=tuple(leaf_names(args))), out
 
 
 def evaluate(equation: Equation, *values: Any) -> Sequence[Any]:
