@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -444,4 +446,5 @@ def test_objects_print_what_was_chosen():
     shown = f"Scheme(weights={weights!r}, activations=QSpec(bits=8), "
     assert repr(scheme) == shown + "rules=(Rule('a', None),))"
     assert " at 0x" not in repr(jax.tree.map(lambda b: jnp.int32(b), scheme))
-    assert " at 0x" not in repr(Scheme(rules=(Rule(lambda site: True, None),)))
+    for own in (lambda site: True, functools.partial(Where(), None), jax.jit(jnp.sum)):
+        assert " at 0x" not in repr(Scheme(rules=(Rule(own, None),), estimator=own))
