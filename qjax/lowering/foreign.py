@@ -14,6 +14,7 @@ from qjax.integer import RequantizeRule
 from qjax.lowering import tflite_moves, tflite_products, tflite_rules
 from qjax.lowering.program import IntegerProgram, float_values
 from qjax.lowering.tflite_graph import RULES, Call, Growth, Operator, Rules, Tensor
+from qjax.lowering.validation import validate
 
 # Importing them fills the rule table.
 assert tflite_products and tflite_rules
@@ -78,6 +79,7 @@ def build_tflite(
     params = {name: jnp.asarray(p) for name, p in growth.builder.params.items()}
     trees = [(0,) * len(inputs), 0 if len(ends) == 1 else (0,) * len(ends)]
     program = IntegerProgram(graph, params, *map(jax.tree.structure, trees))
+    validate(graph, params)
     found = float_values(program)
     assert not found, f"the integer program computes floating-point values: {found}"
     return program
