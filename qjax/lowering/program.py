@@ -268,6 +268,17 @@ def lower(
         default; names the input that does it.
       NotImplementedError: for an operation without an integer rule.
     """
+    try:
+        return _lower(model, args, strict)
+    except (ValueError, NotImplementedError) as error:
+        # What reads files knows what its caller can do.
+        advise = getattr(model, "advise", None)
+        if advise is None or type(error) not in (ValueError, NotImplementedError):
+            raise
+        raise type(error)(advise(str(error))) from error
+
+
+def _lower(model: Any, args: tuple[Any, ...], strict: bool) -> IntegerProgram:
     fn, inputs = bind_model(model, args)
     traced, out = trace(fn, *inputs, keep_derivatives=False)
     residues: list[Residue] | None = None if strict else []

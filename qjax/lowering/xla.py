@@ -29,9 +29,19 @@ def run(
     """
     env: dict[int, jax.Array] = dict(zip(graph.inputs, inputs, strict=True))
     for node in graph.nodes:
-        out = _BODIES[node.operation](node, params, [env[v] for v in node.inputs])
-        env[node.output] = out.astype(graph.values[node.output].dtype)
+        env[node.output] = apply(graph, node, params, [env[v] for v in node.inputs])
     return [env[v] for v in range(len(graph.values))]
+
+
+def apply(
+    graph: Graph,
+    node: Node,
+    params: Mapping[str, jax.Array],
+    inputs: Sequence[jax.Array],
+) -> jax.Array:
+    """Computes one node, in the type that the graph gives its output."""
+    out = _BODIES[node.operation](node, params, inputs)
+    return out.astype(graph.values[node.output].dtype)
 
 
 def _multiply(node, params, inputs):
