@@ -19,6 +19,7 @@ from qjax.blocks import (
     is_quantizer,
     path_name,
 )
+from qjax.channels import kernel_axes, move_scale, output_scale
 from qjax.quantizers.point import straight
 from qjax.rounding import ceil_power_of_two, half_even
 from qjax.scheme import Site
@@ -160,7 +161,7 @@ class Simulation:
         elif e.primitive.name in SHAPE_MOVES:
             moved = move_scale(e, scale, self._model.shape(x))
             if moved is not None:
-                zeros = jnp.zeros(moved.shape, zero_point.dtype)
+                zeros = move_scale(e, zero_point, self._model.shape(x))
                 self._grids[e.outputs[0]] = QParams(moved, zeros)
 
     # A block in the form that lowers exactly.
@@ -333,84 +334,12 @@ def _whole(x: jax.Array) -> jax.Array:
 _whole.defjvp(lambda primals, tangents: (_whole(*primals), tangents[0]))
 
 
-def move_scale(e: Equation, scale: Any, shape: tuple[int, ...]) -> Any:
-    """Takes the scale of a value of ``shape`` through a shape move.
-
-    Args:
-      e: An equation with a primitive of ``SHAPE_MOVES``.
-      scale: ``[]``, or the rank of the value with size 1 where it is constant. NumPy or
-        JAX.
-      shape: Of the value that is moved.
-
-    Returns:
-      The scale of the output, in the same form; None if it has none.
-    """
-    name = e.primitive.name
-    if scale.ndim == 0 or name in ("copy", "copy_p", "convert_element_type"):
-        return scale
-    if name in ("stop_gradient", "optimization_barrier", "reduce_precision"):
-        return scale
-    if name == "transpose":
-        return scale.transpose(e.params["permutation"])
-    if name != "reshape":
-        return None
-    sizes = e.params["new_sizes"]
-    # Axes that survive at the end (or at the start) keep their scales.
-    k = _shared(shape[::-1], sizes[::-1])
-    if all(n == 1 for n in scale.shape[: len(shape) - k]):
-        return scale.reshape((1,) * (len(sizes) - k) + scale.shape[len(shape) - k :])
-    k = _shared(shape, sizes)
-    if all(n == 1 for n in scale.shape[k:]):
-        return scale.reshape(scale.shape[:k] + (1,) * (len(sizes) - k))
-    return None
-
-
-def output_scale(e: Equation, operand: int, scale: Any, rank: int) -> Any:
-    """Takes the scale of a weight to the output of its product.
-
-    Args:
-      e: A ``dot_general`` or a ``conv_general_dilated``.
-      operand: Which operand the weight is.
-      scale: ``[]`` or the rank of the weight.
-      rank: Of the output.
-
-    Returns:
-      The scale in the rank of the output, or ``[]``; None if it varies inside a sum.
-    """
-    if scale.ndim == 0:
-        return scale
-    dimensions = e.params["dimension_numbers"]
-    if e.primitive.name == "dot_general":
-        contract, batch = (pair[operand] for pair in dimensions)
-        free = [d for d in range(scale.ndim) if d not in contract and d not in batch]
-        if any(scale.shape[d] != 1 for d in contract):
-            return None
-        first, kept = (tuple(scale.shape[d] for d in axes) for axes in (batch, free))
-        ones = (1,) * (rank - len(kept) - len(first))
-        scale = scale.transpose(*batch, *free, *contract)
-        return scale.reshape(first + (ones + kept if operand == 1 else kept + ones))
-    channel = dimensions.rhs_spec[0]
-    if operand != 1 or any(n != 1 for d, n in enumerate(scale.shape) if d != channel):
-        return None
-    sizes = [1] * rank
-    sizes[dimensions.out_spec[1]] = scale.shape[channel]
-    return scale.reshape(sizes)
-
-
 def _scope(block: Block, plan: Plan) -> str:
     """The module path of a block, and the sites that serve it, for error messages."""
     output = plan.sites[plan.activations[block.value]].name
     at = plan.weights.get(-1 if block.weight is None else block.weight)
     weight = "" if at is None else plan.sites[at].name
     return f"{block.root.path or block.name}/{SITE_MARK}{output},{weight}"
-
-
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading sizes are equal."""
-    return next(
-        (k for k, (m, n) in enumerate(zip(a, b, strict=False)) if m != n),
-        min(len(a), len(b)),
-    )
 
 
 def _hold(
@@ -467,27 +396,6 @@ def _rounded(x: jax.Array, share: jax.Array, grid: QParams, site: Site) -> jax.A
     """A weight on its grid, times a share of it, on the same grid."""
     ends = jnp.int32(-(2**31)), jnp.int32(2**31 - 1)
     return qpoint_p.bind(x * share, *grid, *ends, site=site.name, rounding=half_even)
-
-
-def kernel_axes(e: Equation, operand: int, rank: int, out_rank: int) -> dict[int, int]:
-    """Returns the axes that the output of a product has of its kernel.
-
-    Args:
-      e: A ``dot_general`` or a ``conv_general_dilated``.
-      operand: Which operand the kernel is.
-      rank: Of the kernel.
-      out_rank: Of the output.
-
-    Returns:
-      Axis of the output -> axis of the kernel.
-    """
-    dimensions = e.params["dimension_numbers"]
-    if e.primitive.name != "dot_general":
-        return {dimensions.out_spec[1]: dimensions.rhs_spec[0]} if operand == 1 else {}
-    contract, batch = (pair[operand] for pair in dimensions)
-    free = [d for d in range(rank) if d not in contract and d not in batch]
-    start = out_rank - len(free) if operand == 1 else len(batch)
-    return dict(enumerate(batch)) | dict(enumerate(free, start))
 
 
 def _to_kernel(

@@ -17,6 +17,7 @@ from jax import lax
 
 from qjax.affine import QParams, QSpec, dequantize, grid_codes
 from qjax.blocks import SHAPE_MOVES, Block, bounds_of
+from qjax.channels import output_scale
 from qjax.instrument import Quantizer
 from qjax.integer import (
     RequantizeRule,
@@ -36,7 +37,7 @@ from qjax.lowering.rules_products import (
 from qjax.quantizers.point import make_point, straight
 from qjax.quantizers.spec import Spec, is_known
 from qjax.scheme import Site
-from qjax.simulate import Simulation, Visit, output_scale
+from qjax.simulate import Simulation, Visit
 from qjax.trace import CALLS, POINTWISE, Equation, evaluate
 
 _NEUTRAL = frozenset("convert_element_type copy copy_p reduce_precision".split())

@@ -21,6 +21,7 @@ from qjax.lowering.values import (
     KnownCodes,
     Real,
     Sum,
+    compact,
 )
 from qjax.simulate import SITE_MARK
 from qjax.trace import Equation, Trace, evaluate
@@ -89,6 +90,8 @@ def interpret(
             # Folded already; only weights go on as codes, through shape moves.
             moves = on_grid and e.primitive.name in SHAPE_MOVES
             if not moves and e.primitive is not qpoint_p:
+                if e.primitive.name in _CHOICES:
+                    env.update(_chosen(e, operands))
                 continue
         name = e.primitive.name
         try:
@@ -105,6 +108,30 @@ def interpret(
         results = found if isinstance(found, tuple) else (found,)
         env.update(zip(e.outputs, results, strict=True))
     return [env[v] for v in trace.outputs]
+
+
+# What they return are numbers of their operands, or of the first alone.
+_CHOICES = frozenset("concatenate dynamic_slice gather split".split())
+
+
+def _chosen(e: Equation, operands: list[Abstract]) -> dict[int, Abstract]:
+    """Weights that an equation takes apart or joins; empty if it makes others."""
+    count = len(operands) if e.primitive.name == "concatenate" else 1
+    parts = [x for x in operands[:count] if isinstance(x, KnownCodes)]
+    places = [x.value for x in operands[count:] if isinstance(x, Known)]
+    is_whole = len(parts) + len(places) == len(operands) and bool(parts)
+    if not is_whole or any(np.any(x.zero_point) for x in parts):
+        return {}
+    codes = evaluate(e, *(x.codes.astype(np.int32) for x in parts), *places)
+    whole = (np.broadcast_to(x.scale, x.codes.shape) for x in parts)
+    scales = [compact(np.asarray(s)) for s in evaluate(e, *whole, *places)]
+    if not all(np.all(np.isfinite(s)) for s in scales):
+        return {}  # Places that are not there.
+    site, zeros = parts[0].site, [np.zeros(s.shape, np.int32) for s in scales]
+    return {
+        v: KnownCodes(np.asarray(q, np.int64), scale, zero, site)
+        for v, q, scale, zero in zip(e.outputs, codes, scales, zeros, strict=True)
+    }
 
 
 def _rule_of(e: Equation) -> Rule:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from qjax.channels import output_scale
 from qjax.lowering.interpret import refuse, rule, sites_of, where
 from qjax.lowering.values import (
     Abstract,
@@ -15,7 +16,6 @@ from qjax.lowering.values import (
     KnownCodes,
     compact,
 )
-from qjax.simulate import output_scale
 from qjax.trace import Equation, Trace
 
 _INT32 = np.iinfo(np.int32)
@@ -159,7 +159,8 @@ def _product(
             f"The scale of the kernel {w.site!r} varies inside the sum of "
             f"`{e.primitive.name}` in {where(e)}: its shape is {w.scale.shape}, and "
             f"axes {over} are summed over.\n  equation: {e}\n"
-            f"Set `axis` of {w.site!r} to an axis of the output."
+            f'Use `axis="output"` for {w.site!r} in the scheme, or `axis=None`: one '
+            "scale per tensor."
         )
     total = to_output(e, operand, w.codes.sum(over, keepdims=True), len(shape))
     positive = np.maximum(w.codes, 0).sum(over, keepdims=True)

@@ -10,6 +10,7 @@ import numpy as np
 from jax.extend.core.primitives import copy_p
 
 from qjax.affine import QParams, dequantize
+from qjax.channels import move_scale
 from qjax.lowering.inputs import cast, moved
 from qjax.lowering.interpret import refuse, rule, sites_of, where
 from qjax.lowering.rules_functions import curve
@@ -26,7 +27,6 @@ from qjax.lowering.values import (
     Sum,
     compact,
 )
-from qjax.simulate import move_scale
 from qjax.trace import Equation, Trace, evaluate
 
 
@@ -286,8 +286,8 @@ def move(
     x = _emitted(builder, e, x)
     assert x.value is not None
     shape = builder.values[x.value].shape
-    scale = _move_array(e, trace, x.scale, shape)
-    gain = None if x.gain is None else _move_array(e, trace, x.gain, shape)
+    scale = _move_array(e, x.scale, shape)
+    gain = None if x.gain is None else _move_array(e, x.gain, shape)
     lost = scale is None or (gain is None and x.gain is not None)
     if lost or (e.primitive.name == "pad" and not x.bounds[0] <= 0 <= x.bounds[1]):
         raise refuse(e, x, "input")
@@ -319,16 +319,12 @@ def _move_curve(builder: Builder, e: Equation, trace: Trace, x: Curve) -> Curve:
 
 
 def _move_array(
-    e: Equation, trace: Trace, x: np.ndarray, shape: tuple[int, ...]
+    e: Equation, x: np.ndarray, shape: tuple[int, ...]
 ) -> np.ndarray | None:
     """Takes what broadcasts against a value of ``shape`` through a shape move."""
     moved = move_scale(e, x, shape)
-    sizes = trace.shape(e.outputs[0])
-    if moved is not None or e.primitive.name != "reshape" or not sizes:
-        return moved
-    if x.shape[0] == 1 and shape[0] == sizes[0]:  # The same at all leading places.
-        shape, sizes = (1, *shape[1:]), (1, *sizes[1:])
-    return compact(np.broadcast_to(x, shape).reshape(sizes))
+    # Axes that fell together repeat what was the same along one of them.
+    return moved if moved is None or moved.size <= x.size else compact(moved)
 
 
 def _moved(
@@ -451,37 +447,24 @@ _MOVES = {
 }
 
 
-def _broadcast_rank(x: np.ndarray, rank: int, dims: tuple[int, ...]) -> np.ndarray:
-    """Gives an array the rank of a broadcast; ``[]`` stays."""
-    if x.ndim == 0:
-        return x
-    sizes = [1] * rank
-    for d, n in zip(dims, x.shape, strict=True):
-        sizes[d] = n
-    return x.reshape(sizes)
-
-
 def _move_known(e: Equation, trace: Trace, x: KnownCodes) -> KnownCodes:
     """A weight goes through a shape move with its scales."""
-    if e.primitive.name == "broadcast_in_dim":  # A bias, to the rank of its sum.
-        shape, dims = trace.shape(e.outputs[0]), e.params["broadcast_dimensions"]
-        parts = (x.codes, x.scale, x.zero_point)
-        codes, scale, zero_point = (_broadcast_rank(v, len(shape), dims) for v in parts)
-        return KnownCodes(np.broadcast_to(codes, shape), scale, zero_point, x.site)
-    moved = _move_array(e, trace, x.scale, x.codes.shape)
-    if moved is None or np.any(x.zero_point):
-        raise ValueError(
-            f"`{e.primitive.name}` moves the weight {x.site!r} in {where(e)} in a "
-            f"way that its scales of shape {x.scale.shape} cannot follow.\n"
-            f"  equation: {e}\nUse `axis=None` for {x.site!r}."
-        )
-    name = e.primitive.name
-    if name in ("reshape", "squeeze", "expand_dims"):
-        codes = x.codes.reshape(trace.shape(e.outputs[0]))
-    elif name == "transpose":
-        codes = x.codes.transpose(e.params["permutation"])
-    else:
+    scale, zero_point = (
+        _move_array(e, part, x.codes.shape) for part in (x.scale, x.zero_point)
+    )
+    if scale is None or zero_point is None:
         raise NotImplementedError(
-            f"There is no rule for `{name}` on the weight {x.site!r}, in {where(e)}."
+            f"There is no rule for `{e.primitive.name}` on the weight {x.site!r}, in "
+            f"{where(e)}.\n  equation: {e}\nQuantize what it returns: call "
+            "`qjax.fake_quant` after it."
         )
-    return KnownCodes(codes, moved, np.zeros(moved.shape, np.int32), x.site)
+    if e.primitive.name == "broadcast_in_dim":  # A bias, to the shape of its sum.
+        shape, dims = trace.shape(e.outputs[0]), e.params["broadcast_dimensions"]
+        sizes = [1] * len(shape)
+        for d, n in zip(dims, x.codes.shape, strict=True):
+            sizes[d] = n
+        codes = np.broadcast_to(x.codes.reshape(sizes), shape)
+    else:
+        moved = evaluate(e, jnp.asarray(x.codes.astype(np.int32)))[0]
+        codes = np.asarray(moved).astype(np.int64)
+    return KnownCodes(codes, scale, zero_point, x.site)
