@@ -14,6 +14,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 
+from qjax.mesh_axes import axes_of, vary
 from qjax.rounding import ceil_power_of_two, check_bits, half_even, int_range
 
 Rounding = Callable[[jax.Array], jax.Array]
@@ -167,6 +168,8 @@ def fake_quant(
     """
     _check_params_shape(x, params, spec.axis)
     estimate = clipped_ste if estimator is None else estimator
+    for grid in params:
+        x = vary(x, axes_of(jax.typeof(grid)))
     return estimate(x, *params, *_code_range(spec), site, spec.rounding)
 
 

@@ -1,6 +1,7 @@
 """Runs a traced model equation by equation, with a visitor at its sites."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -108,7 +109,7 @@ class Simulation:
         self._lines: dict[int, _Line] = {}  # Product -> what follows it.
         self._visitor = visitor
         for v, x in zip(self._model.inputs, self._arguments, strict=True):
-            self._env[v] = x
+            self._env[v] = self._typed(v, x)
             self._visit(v)
         for e in self._model.equations:
             with jax.named_scope(self._scopes.get(e.outputs[0]) or e.path or "model"):
@@ -130,7 +131,8 @@ class Simulation:
         values: Sequence[Any] | None = self._fused(block) if block else None
         if values is None:
             values = evaluate(e, *(self._env[v] for v in e.inputs))
-        self._env.update(zip(e.outputs, values, strict=True))
+        for v, x in zip(e.outputs, values, strict=True):
+            self._env[v] = x if v in self._units else self._typed(v, x)
         self._keep_grid(e)
         self._follow(e)
 
@@ -142,12 +144,26 @@ class Simulation:
         if v in plan.activations:
             site = plan.sites[plan.activations[v]]
             x, unit = self._env[v], self._units.get(v)
-            self._env[v], grid = self._visitor.activation(site, x, unit)
+            x, grid = self._visitor.activation(site, x, unit)
+            self._env[v] = self._typed(v, x)
         elif v in plan.weights:
             site = plan.sites[plan.weights[v]]
             self._env[v], grid = self._visitor.weight(site, self._env[v])
         if grid is not None:
             self._grids[v] = grid
+
+    def _typed(self, v: int, x: Any) -> Any:
+        """A value in the type that it has in the trace."""
+        return _of_type(x, self._model.avals[v].dtype)
+
+    def _wide(self, block: Block, v: int) -> Any:
+        """The type in which the affine part of a block is one product and one sum.
+
+        At least float32: half precision rounds once, at the end of the block.
+        """
+        known = (u for e in block.affine for u in e.inputs)
+        types = (self._model.avals[u].dtype for u in (v, *known))
+        return functools.reduce(jnp.promote_types, types, jnp.dtype(jnp.float32))
 
     def _keep_grid(self, e: Equation) -> None:
         if is_quantizer(e):
@@ -185,7 +201,7 @@ class Simulation:
             return self._fused_average(block, acc, factor)
         scale = self._accumulator_scale(block)
         before, factor, after = self._compose(block, acc)
-        value = self._env[acc]
+        value = self._env[acc].astype(self._wide(block, acc))
         if scale is None:
             return None
         if before is None and after is None:
@@ -225,7 +241,8 @@ class Simulation:
         share = _to_kernel(line.share, axes, kernel.ndim, shape)
         site = self._plan.sites[self._plan.weights[block.weight]]
         grid = self._grids[e.inputs[operand]]
-        return {e.inputs[operand]: _rounded(kernel, share, grid, site)}
+        held = _rounded(kernel, share, grid, site)
+        return {e.inputs[operand]: held.astype(kernel.dtype)}
 
     def _line(
         self,
@@ -246,10 +263,11 @@ class Simulation:
     ) -> list[jax.Array]:
         """Sums codes: the ties of an average are exact only in integers."""
         end, x = block.affine[-1].outputs[0], block.root.inputs[0]
-        grid = self._grids.get(x)
+        grid, value = self._grids.get(x), self._env[acc].astype(factor.dtype)
         if grid is None or grid.scale.ndim or block.value != end:
-            return [self._env[acc] * factor]
-        codes = _whole(self._env[x] * (1.0 / grid.scale).astype(self._env[x].dtype))
+            return [value * factor]
+        real = self._env[x].astype(factor.dtype)
+        codes = _whole(real * (1.0 / grid.scale).astype(real.dtype))
         self._units[end] = Unit(jnp.asarray(factor), grid.scale)
         for e in (block.root, *block.moves):
             (codes,) = evaluate(e, codes)
@@ -262,7 +280,7 @@ class Simulation:
         before, factor, after = self._compose(block, x)
         value = self._env[x]
         if factor is None:
-            factor = jnp.ones((1,) * value.ndim, value.dtype)
+            factor = jnp.ones((1,) * value.ndim, self._wide(block, x))
         factor = jnp.reshape(factor, jnp.shape(factor) or (1,) * value.ndim)
         if before is not None:
             before = before * factor
@@ -287,16 +305,16 @@ class Simulation:
         self, site: Site, x: int, end: int, factor: jax.Array, grid: QParams
     ) -> jax.Array:
         """A value times a factor that is the weight of a site: the product ``end``."""
-        return self._env[x] * factor
+        return self._env[x].astype(factor.dtype) * factor
 
     def _compose(self, block: Block, x: int) -> tuple[Any, Any, Any]:
         """The affine equations as ``(x + before) * factor + after``; None: absent."""
         before = factor = after = None
+        dtype = self._wide(block, x)
         for e in block.affine:
             name = e.primitive.name
-            known = [self._env[v] for v in e.inputs if v != x]
+            known = [_of_type(self._env[v], dtype) for v in e.inputs if v != x]
             if name == "neg" or (name == "sub" and e.inputs[1] == x):
-                dtype = self._model.avals[x].dtype
                 factor = jnp.asarray(-1, dtype) if factor is None else -factor
                 after = None if after is None else -after
             if name in ("add", "sub"):
@@ -382,7 +400,8 @@ def _hold(
     least = jnp.max(steps, places, keepdims=True, initial=0.0)
     is_finer = (jnp.abs(factor).astype(jnp.float32) < least) | (is_zero & (least > 0))
     is_held = is_finer | (factor == 0)
-    unit = ceil_power_of_two(jnp.maximum(least, jnp.finfo(dtype).tiny)).astype(dtype)
+    tiny = jnp.finfo(jnp.float32).tiny
+    unit = ceil_power_of_two(jnp.maximum(least, tiny)).astype(dtype)
     own = jnp.where(factor == 0, jnp.ones_like(factor), factor)
     held = jnp.where(is_finer, unit, own)
     share = jnp.where(is_held, factor / lax.stop_gradient(held), jnp.ones((), dtype))
@@ -395,7 +414,8 @@ def _hold(
 def _rounded(x: jax.Array, share: jax.Array, grid: QParams, site: Site) -> jax.Array:
     """A weight on its grid, times a share of it, on the same grid."""
     ends = jnp.int32(-(2**31)), jnp.int32(2**31 - 1)
-    return qpoint_p.bind(x * share, *grid, *ends, site=site.name, rounding=half_even)
+    x = x.astype(share.dtype) * share
+    return qpoint_p.bind(x, *grid, *ends, site=site.name, rounding=half_even)
 
 
 def _to_kernel(
@@ -410,6 +430,10 @@ def _to_kernel(
     for out, own in axes.items():
         sizes[own] = shape[out]
     return x.reshape(sizes)
+
+
+def _of_type(x: Any, dtype: Any) -> Any:
+    return x if getattr(x, "dtype", None) == dtype else jnp.asarray(x, dtype)
 
 
 def _exceeds(shape: Sequence[int], sizes: Sequence[int]) -> bool:

@@ -15,6 +15,7 @@ import jax.extend.core as jex
 import numpy as np
 from jax.extend.core import primitives as p
 
+from qjax.mesh_axes import aligned, axes_of, vary
 from qjax.quantizers.point import SCOPE
 
 _QUANTIZER = re.compile(re.escape(SCOPE) + r"(\w+)")
@@ -79,7 +80,7 @@ def trace(
 
     Args:
       fn: Any function that JAX can trace.
-      *args: Example arguments; only shapes and dtypes are read.
+      *args: Example arguments; only their types are read.
       keep_derivatives: Whether calls with their own derivative rules (``custom_jvp``,
         ``custom_vjp``) stay single equations, as do jitted elementwise functions of one
         argument that are more than a line and a bound (``jax.nn.gelu``), and the
@@ -88,18 +89,39 @@ def trace(
     Returns:
       The trace without dead equations, and the tree of shapes that ``fn`` returns.
     """
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x)), args
-    )
-    closed, out = jax.make_jaxpr(fn, return_shape=True)(*shapes)
+    is_type = lambda x: isinstance(x, jax.ShapeDtypeStruct | jax.core.ShapedArray)
+    types = jax.tree.map(lambda x: x if is_type(x) else jax.typeof(x), args)
+    closed, out = jax.make_jaxpr(fn, return_shape=True)(*types)
     return _prune(_flatten(closed, keep_derivatives)), out
+
+
+def is_key(x: Any) -> bool:
+    """Whether a value is a typed key of ``jax.random``: no array of numbers."""
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
 
 
 def evaluate(equation: Equation, *values: Any) -> Sequence[Any]:
     """Applies the primitive of an equation to values, traced or not."""
+    if equation.primitive in CALLS:
+        types = [v.aval for v in _called(equation).invars]
+        pairs = zip(values, types, strict=True)
+        values = tuple(vary(x, axes_of(aval)) for x, aval in pairs)
+    elif len(values) > 1:
+        values = tuple(aligned(values))
     params = equation.primitive.get_bind_params(equation.params)
     out = equation.primitive.bind(*values, **params)
     return out if equation.primitive.multiple_results else (out,)
+
+
+def _inner(e: Any) -> Any:
+    """What a call calls."""
+    return e.params["jaxpr" if "jaxpr" in e.params else "call_jaxpr"]
+
+
+def _called(e: Any) -> Any:
+    """The jaxpr of a call."""
+    return getattr(_inner(e), "jaxpr", _inner(e))
 
 
 def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
@@ -134,16 +156,14 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
             stack = _QUANTIZER.sub(r"\1", str(eqn.source_info.name_stack))
             here = "/".join(s for s in (path, stack) if s)
             is_kept = keep_derivatives and _is_function(eqn)
-            if (
-                eqn.primitive is p.cond_p
-                and (at := known_number(inputs[0])) is not None
-            ):
+            if eqn.primitive is p.cond_p and (at := known_value(inputs[0])) is not None:
                 branches = eqn.params["branches"]
-                branch = branches[min(max(at, 0), len(branches) - 1)]
+                branch = branches[min(max(int(at), 0), len(branches) - 1)]
                 outputs = call(branch, inputs[1:], here)
             elif eqn.primitive in inlined and not is_kept:
-                inner = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
-                outputs = call(inner, inputs, here)
+                outputs = call(_inner(eqn), inputs, here)
+            elif eqn.primitive.name == "pvary":
+                outputs = inputs  # `evaluate` does it where it is needed.
             else:
                 outputs = [number(v.aval) for v in eqn.outvars]
                 equations.append(
@@ -154,20 +174,17 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
-    def known_number(v: int) -> int | None:
-        """The value of a number that does not depend on an argument."""
+    def known_value(v: int) -> Any:
+        """What does not depend on an argument; None if it does."""
         if v in constants:
             value = constants[v]
-            return None if isinstance(value, jax.core.Tracer) else int(value)
+            return None if isinstance(value, jax.core.Tracer) else value
         e = next((e for e in reversed(equations) if v in e.outputs), None)
-        numbers = [known_number(u) for u in e.inputs] if e is not None else [None]
-        if e is None or any(n is None for n in numbers):
+        values = [known_value(u) for u in e.inputs] if e is not None else [None]
+        if e is None or any(value is None for value in values):
             return None
-        typed = [
-            jax.numpy.asarray(n, avals[u].dtype)
-            for n, u in zip(numbers, e.inputs, strict=True)
-        ]
-        return int(evaluate(e, *typed)[0])
+        with jax.ensure_compile_time_eval():
+            return evaluate(e, *values)[e.outputs.index(v)]
 
     def call(inner: Any, inputs: list[int], path: str) -> list[int]:
         jaxpr = getattr(inner, "jaxpr", inner)
@@ -284,8 +301,8 @@ def _as_call(jaxpr: Any, eqns: Sequence[Any], name: str) -> Any:
         return [env[v] for v in outputs]
 
     quantizer.__name__ = quantizer.__qualname__ = name
-    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in inputs]
-    (call,) = jax.make_jaxpr(jax.jit(quantizer))(*shapes).jaxpr.eqns
+    types = [v.aval for v in inputs]
+    (call,) = jax.make_jaxpr(jax.jit(quantizer))(*types).jaxpr.eqns
     source = eqns[-1].source_info
     return call.replace(invars=inputs, outvars=outputs, source_info=source)
 

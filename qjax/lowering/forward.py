@@ -27,6 +27,7 @@ from qjax.integer import (
 )
 from qjax.lowering import bodies
 from qjax.lowering.graph import Node, storage
+from qjax.lowering.precision import find_half
 from qjax.lowering.rules_products import (
     contracted_axes,
     conv_attributes,
@@ -121,7 +122,11 @@ class IntegerForward(Simulation):
 
         Raises:
           ValueError: at a site that has no integers.
+          NotImplementedError: for arithmetic in half precision.
         """
+        half = find_half(self._model, tuple(self._inputs))
+        if half is not None:
+            raise NotImplementedError(half.message)
         self._seen = visitor.words
         self._words: dict[int, str] = {}  # Value on a grid -> type of its codes.
         self._late: dict[int, _Late] = {}

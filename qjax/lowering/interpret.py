@@ -24,7 +24,7 @@ from qjax.lowering.values import (
     compact,
 )
 from qjax.simulate import SITE_MARK
-from qjax.trace import Equation, Trace, evaluate
+from qjax.trace import Equation, Trace, evaluate, is_key
 
 Rule = Callable[..., Abstract | tuple[Abstract, ...]]
 
@@ -79,7 +79,8 @@ def interpret(
       OverflowError: for an accumulator that could leave int32.
     """
     env: dict[int, Abstract] = {
-        v: Known(np.asarray(x)) for v, x in fold_known(trace).items()
+        v: _FOLDED if is_key(x) else Known(np.asarray(x))
+        for v, x in fold_known(trace).items()
     }
     for k, v in enumerate(trace.inputs):
         env[v] = Real(f"input {k} of the program", f"input:{k}", input=k)
@@ -210,9 +211,7 @@ def _digest(
     equations: list[Equation], wanted: set[int], constants: dict[int, Any]
 ) -> str | None:
     """Tells computations apart; None where text and bytes do not show all of one."""
-    if any(
-        jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) for x in constants.values()
-    ):
+    if any(map(is_key, constants.values())):
         return None
     found = hashlib.sha256(repr(sorted(wanted)).encode())
     for e in equations:

@@ -26,6 +26,7 @@ from qjax.lowering.graph import Graph, Grid, Value
 from qjax.lowering.interpret import Residue, interpret, refuse
 from qjax.lowering.packing import nbytes
 from qjax.lowering.passes import drop_dead, merge_equal
+from qjax.lowering.precision import find_half
 from qjax.lowering.report import Report, certify
 from qjax.lowering.rules_functions import add_table
 from qjax.lowering.sizes import Lowered, find_fixed
@@ -283,6 +284,12 @@ def _lower(model: Any, args: tuple[Any, ...], strict: bool) -> IntegerProgram:
     traced, out = trace(fn, *inputs, keep_derivatives=False)
     residues: list[Residue] | None = None if strict else []
     builder = Builder(_buffer_bits(model), is_open=not strict)
+    is_model = isinstance(model, QuantizedModel)
+    half = find_half(traced, traced.inputs, is_model=is_model)
+    if half is not None and strict:
+        raise NotImplementedError(half.message)
+    if half is not None:
+        return _partial(builder, [], [half])
     outputs = interpret(traced, builder, residues)
     if residues:
         return _partial(builder, outputs, residues)
