@@ -24,6 +24,7 @@ from qjax.quantizers.spec import Spec, is_known
 from qjax.quantizers.strings import closest, parse
 from qjax.scheme import Rule, Scheme, Site, Word
 from qjax.scheme_json import SchemeError, check_keys
+from qjax.tables import html_table
 
 _WEIGHT = QSpec(bits=8, narrow_range=True, axis="output")
 _OUTPUT = QSpec(bits=8, symmetric=True, power_of_two=True)
@@ -147,6 +148,12 @@ class Explanation(dict[str, tuple[Any, str]]):
         rows = [(k, str(v), reason) for k, (v, reason) in self.items()]
         wide = [max((len(row[k]) for row in rows), default=0) for k in (0, 1)]
         return "\n".join(f"{a:<{wide[0]}}  {b:<{wide[1]}}  {c}" for a, b, c in rows)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        rows = [(field, *pair) for field, pair in self.items()]
+        return html_table(("field", "value", "decided by"), rows)
 
 
 def explain_site(scheme: Scheme, site: Site) -> Explanation:

@@ -141,6 +141,13 @@ class QuantizationParams:
             reasons = _reasons(bits=made + field, buffer_bits=made + "buffer_bits")
             return Rule(where, spec, buffer_bits=buffer, reasons=reasons)
 
+        def why_one_scale(ranks: tuple[int, ...], channels: bool) -> str:
+            if not channels:
+                return "one scale"
+            if self.per_tensor_activations or not ranks:
+                return made + "per_tensor_activations"
+            return "one scale for at most two axes"
+
         def value(
             field: str, *, signed: bool = True, channels: bool = True, **where: Any
         ) -> list[Rule]:
@@ -148,8 +155,8 @@ class QuantizationParams:
             rules = []
             for ranks, a in (((0, 1, 2), None), ((), axis if channels else None)):
                 spec = _output(bits, signed, a)
-                by = made + field, made + "per_tensor_activations"
-                reasons = _reasons(bits=by[0], axis=by[1] if channels else "one scale")
+                by = why_one_scale(ranks, channels)
+                reasons = _reasons(bits=made + field, axis=by)
                 here = Where(role="activation", ranks=ranks, **where)
                 rules.append(Rule(here, spec, reasons=reasons))
             return rules
@@ -186,7 +193,7 @@ class QuantizationParams:
         return Scheme(
             weights=QSpec(self.weight_bits, narrow_range=True, axis="output"),
             activations=_output(self.output_bits, True, axis),
-            rules=tuple(rules),
+            rules=_optional(*rules),
             calibrator=moving_max(),
             buffer_bits=self.buffer_bits,
         )
@@ -201,8 +208,14 @@ class QuantizationParams:
         reasons = _reasons(
             bits="QuantizationParams.input_dtype",
             signed="QuantizationParams.input_dtype",
+            axis="QuantizationParams.per_tensor_activations",
         )
         return Rule(Where(name="input:*"), spec, calibrator, reasons=reasons)
+
+
+def _optional(*rules: Rule) -> tuple[Rule, ...]:
+    """Returns rules that may match nothing: a preset is for many models."""
+    return tuple(dataclasses.replace(rule, optional=True) for rule in rules)
 
 
 def _is_integer_type(name: str) -> bool:
@@ -235,7 +248,7 @@ def tflite_int8() -> Scheme:
     References:
       LiteRT 8-bit quantization specification; the converter of TensorFlow 2.19.1.
     """
-    return Scheme(rules=_fixed_8_bit())
+    return Scheme(rules=_optional(*_fixed_8_bit()))
 
 
 def tflite_int16x8() -> Scheme:
@@ -248,7 +261,7 @@ def tflite_int16x8() -> Scheme:
     word = QSpec(bits=16, symmetric=True, narrow_range=True)
     whole = constant(-32767 / 32768, 32767 / 32768)
     bounded = ("logistic", "sigmoid", "softmax", "tanh")
-    return Scheme(activations=word, rules=(_fixed(bounded, word, whole),))
+    return Scheme(activations=word, rules=_optional(_fixed(bounded, word, whole)))
 
 
 def _fixed_8_bit() -> tuple[Rule, Rule]:
@@ -294,7 +307,7 @@ def tfmot_int8() -> Scheme:
     whole = QSpec(bits=8, narrow_range=True)
     per_tensor = Where(role="weight", op=("dense", "conv_transpose"))
     return Scheme(
-        rules=(
+        rules=_optional(
             Rule(per_tensor, whole),
             Rule(Where(name="input:*"), QSpec(bits=8), tfmot_all_values()),
             *_fixed_8_bit(),
@@ -324,7 +337,7 @@ def binary(*, activation_bits: int = 8) -> Scheme:
     return Scheme(
         weights=Binary(alpha="auto"),
         activations=QSpec(bits=activation_bits),
-        rules=(Rule(_FIRST, word), Rule(_LAST, word)),
+        rules=_optional(Rule(_FIRST, word), Rule(_LAST, word)),
     )
 
 

@@ -354,9 +354,10 @@ _whole.defjvp(lambda primals, tangents: (_whole(*primals), tangents[0]))
 
 def _scope(block: Block, plan: Plan) -> str:
     """The module path of a block, and the sites that serve it, for error messages."""
-    output = plan.sites[plan.activations[block.value]].name
+    quoted = lambda k: plan.sites[k].name.replace("%", "%25").replace(",", "%2C")
+    output = quoted(plan.activations[block.value])
     at = plan.weights.get(-1 if block.weight is None else block.weight)
-    weight = "" if at is None else plan.sites[at].name
+    weight = "" if at is None else quoted(at)
     return f"{block.root.path or block.name}/{SITE_MARK}{output},{weight}"
 
 

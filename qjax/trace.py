@@ -15,6 +15,7 @@ import jax.extend.core as jex
 import numpy as np
 from jax.extend.core import primitives as p
 
+from qjax.leaves import leaf_names
 from qjax.mesh_axes import aligned, axes_of, vary
 from qjax.quantizers.point import SCOPE
 
@@ -63,6 +64,7 @@ class Trace:
     outputs: tuple[int, ...]
     constants: dict[int, Any]
     avals: dict[int, Any]
+    names: tuple[str, ...] = ()  # Of the inputs: input 0, input:1['image'].
 
     def shape(self, value: int) -> tuple[int, ...]:
         """The shape of a value."""
@@ -92,7 +94,8 @@ def trace(
     is_type = lambda x: isinstance(x, jax.ShapeDtypeStruct | jax.core.ShapedArray)
     types = jax.tree.map(lambda x: x if is_type(x) else jax.typeof(x), args)
     closed, out = jax.make_jaxpr(fn, return_shape=True)(*types)
-    return _prune(_flatten(closed, keep_derivatives)), out
+    whole = _prune(_flatten(closed, keep_derivatives))
+    return dataclasses.replace(whole, names=tuple(leaf_names(args))), out
 
 
 def is_key(x: Any) -> bool:

@@ -4,19 +4,13 @@ The oracle is NumPy: scales from largest magnitudes over the axes that a sum tak
 from these, and the same slices and reshapes applied to the codes.
 """
 
-import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from flax import linen as nn
-from jax import lax
 
 import qjax
-from qjax import QSpec, Rule, Scheme
-from qjax.affine import QParams, fake_quant
-from qjax.quantizers import QuantizedBits
+from qjax import Rule, Scheme
 
 
 def _values(*shape, seed=0):

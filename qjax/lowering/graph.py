@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from qjax.lowering.operations import OPERATIONS
+from qjax.tables import show_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +94,14 @@ class Graph:
             lines.append(f"{self._show(n.output)} = {n.operation}({args}){where}")
         return "\n".join(
             [*lines, f"outputs: {', '.join(map(self._show, self.outputs))}"]
+        )
+
+    def __repr__(self) -> str:
+        ends = [[self.values[v] for v in vs] for vs in (self.inputs, self.outputs)]
+        inputs, outputs = map(show_types, ends)
+        return (
+            f"Graph({len(self.nodes)} operations, inputs={inputs}, outputs={outputs}; "
+            "print it to see them)"
         )
 
     def _show(self, v: int) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import unquote
 
 import jax
 import jax.extend.core as jex
@@ -83,7 +84,7 @@ def interpret(
         for v, x in fold_known(trace).items()
     }
     for k, v in enumerate(trace.inputs):
-        env[v] = Real(f"input {k} of the program", f"input:{k}", input=k)
+        env[v] = Real(f"{trace.names[k]} of the program", f"input:{k}", input=k)
     for e in trace.equations:
         operands = [env.get(v, _FOLDED) for v in e.inputs]
         on_grid = any(isinstance(x, KnownCodes) for x in operands)
@@ -264,4 +265,4 @@ def refuse(e: Equation, x: Abstract, role: str) -> ValueError:
 def sites_of(path: str) -> tuple[str, str]:
     """Reads the names of output and weight that `qjax.simulate` left in a path."""
     output, _, weight = path.partition(SITE_MARK)[2].partition(",")
-    return output, weight
+    return unquote(output), unquote(weight)

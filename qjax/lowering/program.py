@@ -13,6 +13,7 @@ import numpy as np
 
 from qjax.affine import QParams, dequantize, grid_codes
 from qjax.instrument import QuantizedModel
+from qjax.leaves import difference, leaf_names
 from qjax.lowering import (
     rules_arithmetic,
     rules_functions,
@@ -31,6 +32,7 @@ from qjax.lowering.report import Report, certify
 from qjax.lowering.rules_functions import add_table
 from qjax.lowering.sizes import Lowered, find_fixed
 from qjax.lowering.values import Abstract, Builder, Curve, Integers
+from qjax.tables import show_types
 from qjax.trace import Trace, trace
 
 # Importing them fills the rule table.
@@ -45,7 +47,8 @@ class IntegerProgram:
     Attributes:
       graph: What it computes.
       params: The integer parameters, name -> array: kernels, biases, multipliers and
-        shifts. An explicit pytree.
+        shifts. An explicit pytree. A kernel has the name of its site, by which
+        `qjax.scales` and `qjax.integer_weights` give its scale.
       input_tree: How inputs are nested: a tuple of positional arguments.
       output_tree: How outputs are nested.
       residues: What would stay float; only of `lower` with ``strict=False``. The graph
@@ -57,6 +60,14 @@ class IntegerProgram:
     input_tree: Any
     output_tree: Any
     residues: tuple[Residue, ...] = ()
+
+    def __repr__(self) -> str:
+        left = f", {len(self.residues)} residues in float" if self.residues else ""
+        return (
+            f"IntegerProgram({len(self.graph.nodes)} operations, {self.nbytes:,} "
+            f"bytes, inputs={show_types(self._inputs)}, "
+            f"outputs={show_types(self._outputs)}{left})"
+        )
 
     def __call__(self, *inputs: Any) -> Any:
         """Computes real outputs from real inputs: quantize, `codes`, dequantize.
@@ -91,13 +102,13 @@ class IntegerProgram:
         """
         flat = self._flat(codes)
         typed = []
-        for k, (x, v) in enumerate(zip(flat, self._inputs, strict=True)):
+        for name, x, v in zip(self.input_names, flat, self._inputs, strict=True):
             if not jnp.issubdtype(jax.dtypes.result_type(x), jnp.integer):
                 raise TypeError(
                     f"`codes` takes integers, got {jax.dtypes.result_type(x)} for "
-                    f"input {k}. Call the program itself on real values."
+                    f"{name}. Call the program itself on real values."
                 )
-            _check_range(k, x, v)
+            _check_range(name, x, v)
             typed.append(jnp.asarray(x).astype(v.dtype))
         return self._unflatten(self.run_codes(self.params, *typed))
 
@@ -113,6 +124,12 @@ class IntegerProgram:
         """Computes the input codes of real inputs."""
         flat = self._run_quantize(self._flat(inputs))
         return jax.tree.unflatten(self.input_tree, flat)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The names of the inputs, flat: ``input 0``, ``input:1['image']``."""
+        places = range(self.input_tree.num_leaves)
+        return tuple(leaf_names(jax.tree.unflatten(self.input_tree, places)))
 
     @property
     def input_grids(self) -> tuple[Grid, ...]:
@@ -184,33 +201,37 @@ class IntegerProgram:
             raise ValueError(f"This program is not whole. In float remain:\n{listed}")
         flat, tree = jax.tree.flatten(inputs)
         if tree != self.input_tree:
+            places = range(self.input_tree.num_leaves)
+            wanted = jax.tree.unflatten(self.input_tree, places)
+            where = difference(inputs, wanted)
             raise ValueError(
-                f"The program takes inputs nested as {self.input_tree}, got {tree}."
+                f"The program takes inputs nested as {self.input_tree}, got {tree}. "
+                f"{where}".rstrip()
             )
-        leading: dict[int, tuple[int, Any]] = {}  # Traced size -> input, its size now.
-        for k, (x, v) in enumerate(zip(flat, self._inputs, strict=True)):
-            shape = np.shape(x)
+        leading: dict[int, tuple[str, Any]] = {}  # Traced size -> input, its size now.
+        for name, x, v in zip(self.input_names, flat, self._inputs, strict=True):
+            shape, called = np.shape(x), _capital(name)
             if len(shape) != len(v.shape) or shape[1:] != v.shape[1:]:
                 raise ValueError(
-                    f"Input {k} of the program must have shape "
+                    f"{called} of the program must have shape "
                     f"{('batch', *v.shape[1:])}, got {shape}."
                 )
             if v.is_place:
-                _check_range(k, x, v)
+                _check_range(name, x, v)
             if not shape:
                 continue
             if v.fixed_by and shape[0] != v.shape[0]:
                 raise ValueError(
-                    f"Input {k} of the program must have shape {v.shape}, got {shape}: "
+                    f"{called} of the program must have shape {v.shape}, got {shape}: "
                     f"its leading size is fixed by {v.fixed_by}.\nLower the model for "
                     "inputs of this size."
                 )
-            first, size = leading.setdefault(v.shape[0], (k, shape[0]))
+            first, size = leading.setdefault(v.shape[0], (name, shape[0]))
             if size != shape[0]:
                 raise ValueError(
-                    f"Inputs {first} and {k} of the program had the same leading size "
-                    f"when it was lowered, got {size} and {shape[0]}. Lower the model "
-                    "for inputs whose sizes differ."
+                    f"{_capital(first)} and {name} of the program had the same leading "
+                    f"size when it was lowered, got {size} and {shape[0]}. Lower the "
+                    "model for inputs whose sizes differ."
                 )
         return flat
 
@@ -264,7 +285,8 @@ def lower(
       The program. A checker has made sure that no floating-point value occurs in it.
 
     Raises:
-      ValueError: if a site is not calibrated, or an operand is not quantized.
+      ValueError: if a site is not calibrated, an operand is not quantized, or no
+        activation has a grid.
       OverflowError: if an accumulator could leave its ``buffer_bits``, int32 by
         default; names the input that does it.
       NotImplementedError: for an operation without an integer rule.
@@ -281,6 +303,8 @@ def lower(
 
 def _lower(model: Any, args: tuple[Any, ...], strict: bool) -> IntegerProgram:
     fn, inputs = bind_model(model, args)
+    if strict and isinstance(model, QuantizedModel):
+        _check_activations(model)
     traced, out = trace(fn, *inputs, keep_derivatives=False)
     residues: list[Residue] | None = None if strict else []
     builder = Builder(_buffer_bits(model), is_open=not strict)
@@ -320,9 +344,10 @@ def _whole(builder: Builder, outputs: Sequence[Abstract], traced: Trace) -> Grap
         ends.append(_output(builder, k, x, traced, ends))
     missing = [k for k in range(len(traced.inputs)) if k not in builder.inputs]
     if missing:
+        name = _capital(traced.names[missing[0]])
         raise ValueError(
-            f"Input {missing[0]} reaches no quantization point, so it has no codes. "
-            "Quantize it, or take it out of the function."
+            f"{name} reaches no quantization point, so it has no codes. Quantize it, "
+            "or take it out of the function."
         )
     order = tuple(builder.inputs[k] for k in range(len(traced.inputs)))
     return merge_equal(builder.graph(order, tuple(ends)), builder.params)
@@ -364,6 +389,20 @@ def bind_model(
         )
     params, qstate, *inputs = args
     return lambda *xs: model.apply(params, qstate, *xs), tuple(inputs)
+
+
+def _check_activations(model: QuantizedModel) -> None:
+    """Raises for a model of which only weights are quantized."""
+    words = [(site.role, model.scheme.spec(site)) for site in model.sites]
+    is_on_grid = any(role == "activation" and word is not None for role, word in words)
+    has_weights = any(role == "weight" and word is not None for role, word in words)
+    if has_weights and not is_on_grid:
+        raise ValueError(
+            "No activation of this model has a grid, so its products have no integer "
+            "operand beside the weights: `qjax.integer_weights(qmodel, params)` gives "
+            "the integers of the weights with their scales. For a program of integers "
+            "only, give `Scheme.activations` a word such as `QSpec(bits=8)`."
+        )
 
 
 def check_integer_only(program: IntegerProgram) -> None:
@@ -448,15 +487,19 @@ def _copy(builder: Builder, v: int, grid: Grid | None, dtype_of_model: str = "")
     return builder.add_node("clip", (v,), own, low=x.low, high=x.high)
 
 
-def _check_range(k: int, x: Any, v: Value) -> None:
+def _capital(name: str) -> str:
+    """A name at the start of a sentence; that of a nested input stays as it is."""
+    return name if ":" in name else name.capitalize()
+
+
+def _check_range(name: str, x: Any, v: Value) -> None:
     """Raises for known codes outside of their range."""
     if isinstance(x, jax.core.Tracer) or not np.size(x):
         return
     low, high = int(np.min(x)), int(np.max(x))
     if low < v.low or high > v.high:
         raise ValueError(
-            f"The codes of input {k} must lie in [{v.low}, {v.high}], got "
-            f"[{low}, {high}]."
+            f"The codes of {name} must lie in [{v.low}, {v.high}], got [{low}, {high}]."
         )
 
 

@@ -97,6 +97,8 @@ class Report:
         found = ", ".join(self.float_values) or "none"
         return "\n".join([*lines, "", f"float values: {found}; {self.nbytes} bytes"])
 
+    __repr__ = __str__
+
 
 def certify(
     graph: Graph, params: Mapping[str, Any], float_values: tuple[str, ...]
