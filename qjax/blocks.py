@@ -28,7 +28,7 @@ SHAPE_MOVES = frozenset(
 )
 _MAXIMA = frozenset({"reduce_max", "reduce_window_max"})
 _MINIMA = frozenset({"reduce_min", "reduce_window_min"})
-_GRID_KEEPING = SHAPE_MOVES | _MAXIMA | _MINIMA | {"split"}
+_GRID_KEEPING = SHAPE_MOVES | _MAXIMA | _MINIMA | {"split", "cummax", "cummin"}
 _SCALING = frozenset("mul div".split())
 _PRODUCTS = frozenset("dot_general conv_general_dilated".split())
 _SUMS = {"reduce_sum": "sum", "reduce_window_sum": "sum_pool"}
@@ -180,7 +180,7 @@ class _Finder:
         self._check_fill(e)
         if self._is_dropout(e):
             return
-        if not self.model.shape(out):
+        if not any(map(self.model.shape, e.outputs)):
             return  # A number, such as a loss, is no activation.
         if out in self.bent and not self._absorbs(e, x):
             if out in self.functions and self.model.is_real(out):
@@ -213,7 +213,7 @@ class _Finder:
         else:
             kind = _SUMS.get(name) or (_TWO_OPERANDS.get(name) if len(x) == 2 else None)
             called = e.params.get("name")
-            for v in e.outputs:
+            for v in filter(self.model.shape, e.outputs):
                 if self.model.is_real(v) and (self.users[v] or v in self.model.outputs):
                     self._start(Block(kind or str(called or name), e, v))
 

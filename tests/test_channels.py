@@ -4,7 +4,6 @@ The oracle is NumPy: scales from largest magnitudes over the axes that a sum tak
 from these, and the same slices and reshapes applied to the codes.
 """
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

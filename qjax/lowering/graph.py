@@ -10,6 +10,7 @@ Operations (``q`` codes of the input, ``k`` a parameter, all integers):
     embed         code = kernel[q], rows counted from the end below zero
     take          code = q[places], places counted within each example; or, if they
                   cross it, within all of the value
+    constant      code = value; a first size of 1 becomes that of the input, if any
     compare       1 where (a - z_0) * m_0 * 2^e_0 kind (b - z_1) * m_1 * 2^e_1, else 0;
                   each side rounded to the 24 bits of float32
     select        code = the case with the number that the first input has
@@ -176,6 +177,12 @@ def storage(low: int, high: int) -> str:
         if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
             return dtype
     raise ValueError(f"Codes in [{low}, {high}] do not fit int32.")
+
+
+def holds(dtype: str, low: int, high: int) -> bool:
+    """Returns whether a type holds integers."""
+    info = np.iinfo(dtype)
+    return bool(info.min <= low and high <= info.max)
 
 
 def _check_keys(data: Any, kind: type) -> None:

@@ -366,12 +366,12 @@ def _pad(o: Operands) -> Interval:
     return min(o.x.low, code), max(o.x.high, code)
 
 
-# What graphs of TFLite have.
-
-
 def _constant(o: Operands) -> Interval:
     value = o.params["value"]
-    return int(value.min(initial=0)), int(value.max(initial=0))
+    return (int(value.min()), int(value.max())) if value.size else (0, 0)
+
+
+# What graphs of TFLite have.
 
 
 def _tflite_add(o: Operands) -> Interval:
@@ -466,6 +466,7 @@ _RULES: Mapping[str, Callable[[Operands], Interval]] = {
     "rev": _of_input,
     "pad": _pad,
     "broadcast": _of_input,
+    "constant": _constant,
     "tflite_constant": _constant,
     "tflite_add": _tflite_add,
     "tflite_average": _average,

@@ -43,6 +43,7 @@ def _choice(*names: Any) -> Kind:
 
 
 _INTEGER = Kind("an integer of 32 bits", _is_int32)
+_WIDE = Kind("an integer of 62 bits", lambda x: is_integer(x) and abs(x) < 1 << 62)
 _FLAG = Kind("true or false", lambda x: isinstance(x, bool))
 _COUNT = Kind("an integer, 0 or more", lambda x: _is_int32(x) and x >= 0)
 _SIZE = Kind("an integer, 1 or more", lambda x: _is_int32(x) and x >= 1)
@@ -77,7 +78,7 @@ class Operation:
     """The form of an operation.
 
     Attributes:
-      inputs: How many; None for one or more.
+      inputs: How many, or the numbers there may be; None for one or more.
       attributes: Name -> kind of what must be there.
       roles: Of its parameters; each must be there.
       optional: Name -> kind of what may be there.
@@ -85,7 +86,7 @@ class Operation:
       each_axis: Names of the lists that have an item for each axis of the first input.
     """
 
-    inputs: int | None
+    inputs: int | tuple[int, ...] | None
     attributes: Mapping[str, Kind] = dataclasses.field(default_factory=dict)
     roles: tuple[str, ...] = ()
     optional: Mapping[str, Kind] = dataclasses.field(default_factory=dict)
@@ -163,12 +164,12 @@ OPERATIONS: Mapping[str, Operation] = {
     ),
     "sum": Operation(
         1,
-        {"axes": _AXES, "sizes": _INTEGERS, "bias": _INTEGER},
+        {"axes": _AXES, "sizes": _INTEGERS, "bias": _WIDE},
         optional={"padding_code": _INTEGER},
     ),
     "sum_pool": Operation(
         1,
-        {"bias": _INTEGER, "padding_code": _INTEGER, **_WINDOW},
+        {"bias": _WIDE, "padding_code": _INTEGER, **_WINDOW},
         each_axis=tuple(_WINDOW),
     ),
     "requantize": Operation(
@@ -189,6 +190,7 @@ OPERATIONS: Mapping[str, Operation] = {
     ),
     "embed": Operation(1, roles=("kernel",)),
     "take": Operation(1, roles=("places",), optional={"crosses_examples": _SIZE}),
+    "constant": Operation((0, 1), roles=("value",)),
     "compare": Operation(
         2, _COMPARE, each_input=("zero_points", "multipliers", "exponents")
     ),

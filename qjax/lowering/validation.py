@@ -164,7 +164,10 @@ def _check_node(graph: Graph, node: Node) -> None:
     _need(known, where, f"its inputs must be among {size} values", node.inputs)
     wanted = "at least 1" if form.inputs is None else form.inputs
     count = len(node.inputs)
-    fits = count >= 1 if form.inputs is None else count == form.inputs
+    if form.inputs is None:
+        fits = count >= 1
+    else:
+        fits = count in np.atleast_1d(form.inputs)
     _need(fits, where, f"the number of its inputs must be {wanted}", count)
     _check_names(where, "parameters", node.params, form.roles, ())
     names = all(isinstance(name, str) for name in node.params.values())
