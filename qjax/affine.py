@@ -6,7 +6,7 @@ real = scale * (code - zero_point),    code in [qmin, qmax]
 import dataclasses
 import numbers
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,13 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 
+from qjax.mesh_axes import axes_of, vary
 from qjax.rounding import ceil_power_of_two, check_bits, half_even, int_range
 from qjax.tables import show_fields
 
 Rounding = Callable[[jax.Array], jax.Array]
 Estimator = Callable[..., jax.Array]
+Axis = int | tuple[int, ...] | Literal["output"] | None
 
 _INT32 = jnp.iinfo(jnp.int32)
 
@@ -44,7 +46,9 @@ class QSpec:
       power_of_two: Whether scales are powers of two (rounded up, so that the range
         still fits).
       axis: The channel axis or axes, each with scales of its own; None for one scale
-        per tensor. Negative ones count from the end.
+        per tensor. Negative ones count from the end. ``"output"``, of a weight in a
+        `Scheme` or a layer: the axes that no product with it sums over, whatever its
+        layout; of an activation there: None.
       rounding: From real to integer, of ``qjax.rounding``.
 
     Raises:
@@ -57,9 +61,7 @@ class QSpec:
     narrow_range: bool = dataclasses.field(default=False, metadata={"static": True})
     symmetric: bool = dataclasses.field(default=False, metadata={"static": True})
     power_of_two: bool = dataclasses.field(default=False, metadata={"static": True})
-    axis: int | tuple[int, ...] | None = dataclasses.field(
-        default=None, metadata={"static": True}
-    )
+    axis: Axis = dataclasses.field(default=None, metadata={"static": True})
     rounding: Rounding = dataclasses.field(default=half_even, metadata={"static": True})
 
     def __post_init__(self):
@@ -95,13 +97,17 @@ class QSpec:
         return int_range(self.bits, self.signed, self.narrow_range)[1]
 
 
-def _as_axis(axis: Any) -> int | tuple[int, ...] | None:
+def _as_axis(axis: Any) -> Axis:
     """Returns an axis as Python numbers, which hash, compare and go into JSON."""
+    if axis == "output":
+        return axis
     if axis is None or _is_whole(axis):
         return None if axis is None else int(axis)
     if isinstance(axis, tuple) and all(map(_is_whole, axis)):
         return tuple(map(int, axis))
-    raise TypeError(f"`axis` must be an int, a tuple or None, got {axis!r}.")
+    raise (ValueError if isinstance(axis, str) else TypeError)(
+        f'`axis` must be an int, a tuple, "output" or None, got {axis!r}.'
+    )
 
 
 def _is_whole(x: Any) -> bool:
@@ -212,6 +218,8 @@ def fake_quant(
         x = x.astype(params.scale.dtype)
     _check_params_shape(x, params, _checked(spec).axis)
     estimate = clipped_ste if estimator is None else estimator
+    for grid in params:
+        x = vary(x, axes_of(jax.typeof(grid)))
     return estimate(x, *params, *_code_range(spec), site, spec.rounding)
 
 
@@ -365,9 +373,7 @@ def fake_quant_bias(bias: jax.Array, scale: jax.Array, *, site: str = "") -> jax
     return fake_quant(jnp.broadcast_to(bias, shape), grid, spec, site=site)
 
 
-def reduce_range(
-    x: jax.Array, axis: int | tuple[int, ...] | None
-) -> tuple[jax.Array, jax.Array]:
+def reduce_range(x: jax.Array, axis: Axis) -> tuple[jax.Array, jax.Array]:
     """Returns the least and the largest value, float32, in the shape of a scale.
 
     An empty ``x`` has the range (0, 0).
@@ -381,12 +387,16 @@ def reduce_range(
     return jnp.min(x, over, keepdims=keep), jnp.max(x, over, keepdims=keep)
 
 
-def scale_shape(
-    shape: tuple[int, ...], axis: int | tuple[int, ...] | None
-) -> tuple[int, ...]:
+def scale_shape(shape: tuple[int, ...], axis: Axis) -> tuple[int, ...]:
     """Returns the shape of a scale: ``()``, or size 1 everywhere but at ``axis``."""
     if axis is None:
         return ()
+    if isinstance(axis, str):
+        raise ValueError(
+            f"`axis={axis!r}` is an axis of a weight in a model, where its products "
+            f"are known; an array of shape {shape} alone has none. Use an axis in "
+            f"{-len(shape)}..{len(shape) - 1}, or None for one scale per tensor."
+        )
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     for a in axes:
         if not -len(shape) <= a < len(shape):
@@ -449,9 +459,7 @@ def _code_range(spec: QSpec) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(qmin).astype(jnp.int32), jnp.asarray(qmax).astype(jnp.int32)
 
 
-def _check_params_shape(
-    x: jax.Array, params: QParams, axis: int | tuple[int, ...] | None
-) -> None:
+def _check_params_shape(x: jax.Array, params: QParams, axis: Axis) -> None:
     expected = scale_shape(x.shape, axis)
     for name, value in params._asdict().items():
         if jnp.shape(value) != expected:

@@ -26,7 +26,7 @@ from qjax.scheme import Rule, Scheme, Site, Word
 from qjax.scheme_json import SchemeError, check_keys
 from qjax.tables import html_table
 
-_WEIGHT = QSpec(bits=8, narrow_range=True, axis=-1)
+_WEIGHT = QSpec(bits=8, narrow_range=True, axis="output")
 _OUTPUT = QSpec(bits=8, symmetric=True, power_of_two=True)
 _WEIGHT_KEYS = tuple("bitwidth signed axis quantizer narrow_range power_of_two".split())
 _OUTPUT_KEYS = (
@@ -123,7 +123,7 @@ def accumulator_bits(site: Site, scheme: Scheme, inputs: Sequence[Site]) -> int 
     """Returns the bits that the accumulator of any weight of a shape may take.
 
     Args:
-      site: A weight whose last axis is that of the outputs.
+      site: A weight.
       scheme: With known bits.
       inputs: The sites that its product reads.
 
@@ -136,7 +136,8 @@ def accumulator_bits(site: Site, scheme: Scheme, inputs: Sequence[Site]) -> int 
     if not is_known(*(w.bits for w in words)):  # type: ignore[union-attr]
         return None
     reach = max(map(_reach, words[1:]))  # type: ignore[arg-type]
-    most = math.prod(site.shape[:-1]) * _reach(words[0]) * reach  # type: ignore[arg-type]
+    taps = math.prod(site.shape[:-1]) if site.taps is None else site.taps
+    most = taps * _reach(words[0]) * reach  # type: ignore[arg-type]
     return int(most).bit_length() + 1
 
 
@@ -175,6 +176,10 @@ def explain_site(scheme: Scheme, site: Site) -> Explanation:
             value = getattr(spec, field.name)
             value = getattr(value, "__name__", value)
             reason = reasons.get(field.name, own)
+            if field.name == "axis" and scheme.word(site) != spec:
+                is_weight = site.role == "weight"
+                why = site.note or "the output axis" if is_weight else "one scale"
+                reason = f"{reason}: {why}"
             if field.name == "symmetric" and site.role == "weight":
                 value, reason = True, "weights are symmetric"
             found[field.name] = value, reason
@@ -221,8 +226,9 @@ def _weight_out(scheme: Scheme, base: Scheme, site: Site) -> dict[str, Any] | No
         return None if spec is None else {"quantizer": str(spec)}
     found: dict[str, Any] = {"bitwidth": _bits(site, spec)}
     is_depthwise = site.op.startswith("depthwise")
-    if spec.axis != -1 or is_depthwise:
-        found["axis"] = -2 if spec.axis == -1 else spec.axis
+    is_output = spec.axis == site.axis and spec.axis is not None
+    if is_depthwise or not is_output:  # In the layout of Keras, whatever is ours.
+        found["axis"] = -2 if is_output else spec.axis
     usual = _usual(base.spec(site), site)
     return found | _differences(spec, usual, ("signed", "narrow_range"))
 
@@ -382,7 +388,7 @@ def _axis(path: str, axis: Any, site: Site) -> Any:
             f"{path}['axis']: {channel}, the channels of the output, or null is wanted "
             f"for a {site.op}, got {axis!r}."
         )
-    return None if axis is None else -1
+    return None if axis is None else site.axis
 
 
 def _calibrator(path: str, text: Any) -> Calibrator:

@@ -46,6 +46,7 @@ from qjax.scheme import (
 )
 from qjax.simulate import Simulation, Unit, Visit
 from qjax.tables import html_table, show, show_types
+from qjax.trace import is_key
 
 # Of a weight: times that of its input it is no denormal number, which counts as 0.
 _LEAST_SCALE = 2.0**-96
@@ -169,6 +170,7 @@ class QuantizedModel:
         Raises:
           ValueError: as `apply`; for a site that has no integers: an operand without a
             quantizer, a BatchNorm in training.
+          NotImplementedError: for arithmetic in half precision.
         """
         # A lower room, so imported late: the arithmetic is that of lowering.
         from qjax.lowering.forward import IntegerForward, Words
@@ -641,7 +643,7 @@ def _start(
     )
     if isinstance(place, NamedSharding):
         place = NamedSharding(place.mesh, PartitionSpec())
-        copy = lambda x: jax.device_put(jax.device_get(x), place)
+        copy = lambda x: jax.device_put(x if is_key(x) else jax.device_get(x), place)
         params = jax.tree.map(lambda x: x if is_spread(x) else copy(x), params)
     if place is not None:
         qstate = jax.device_put(qstate, place)

@@ -26,6 +26,9 @@ class Site(NamedTuple):
     inputs: tuple[str, ...] = ()  # Names of the sites that the op reads.
     feeds: tuple[str, ...] = ()  # Who reads the value, or what a weight makes: ops, and
     # "return" if the model returns it.
+    axis: int | tuple[int, ...] | None = -1  # Of a weight: that of its outputs, if any.
+    taps: int | None = None  # Of a weight: how many of its numbers one sum adds.
+    note: str = ""  # Why `axis` is not what a use of the weight asks for.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -136,7 +136,7 @@ class QuantizationParams:
         readers = (*_PRODUCTS, *FUNCTIONS, "residual", "concatenate", "matmul", "mul")
 
         def weight(where: Where, field: str) -> Rule:
-            spec = QSpec(getattr(self, field), narrow_range=True, axis=-1)
+            spec = QSpec(getattr(self, field), narrow_range=True, axis="output")
             buffer = min(self.buffer_bits, 28)
             reasons = _reasons(bits=made + field, buffer_bits=made + "buffer_bits")
             return Rule(where, spec, buffer_bits=buffer, reasons=reasons)
@@ -191,7 +191,7 @@ class QuantizationParams:
         unread = _reasons(spec="no product, sum or function reads it")
         rules.append(Rule(Where(role="activation"), None, reasons=unread))
         return Scheme(
-            weights=QSpec(self.weight_bits, narrow_range=True, axis=-1),
+            weights=QSpec(self.weight_bits, narrow_range=True, axis="output"),
             activations=_output(self.output_bits, True, axis),
             rules=_optional(*rules),
             calibrator=moving_max(),
@@ -319,7 +319,7 @@ def tfmot_int8() -> Scheme:
 
 def w4a8() -> Scheme:
     """Weights of 4 bits per output channel, activations of 8."""
-    return Scheme(weights=QSpec(bits=4, narrow_range=True, axis=-1))
+    return Scheme(weights=QSpec(bits=4, narrow_range=True, axis="output"))
 
 
 def binary(*, activation_bits: int = 8) -> Scheme:
@@ -333,7 +333,7 @@ def binary(*, activation_bits: int = 8) -> Scheme:
     References:
       Rastegari et al., "XNOR-Net", 2016, sections 3.1 and 4 (arXiv:1603.05279).
     """
-    word = QSpec(bits=8, narrow_range=True, axis=-1)
+    word = QSpec(bits=8, narrow_range=True, axis="output")
     return Scheme(
         weights=Binary(alpha="auto"),
         activations=QSpec(bits=activation_bits),

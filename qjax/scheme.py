@@ -118,9 +118,9 @@ class Scheme:
 
     Example:
       >>> scheme = Scheme(
-      ...     weights=QSpec(bits=4, narrow_range=True, axis=-1),
+      ...     weights=QSpec(bits=4, narrow_range=True, axis="output"),
       ...     rules=(
-      ...         Rule("conv1/*", QSpec(bits=8, axis=-1)),
+      ...         Rule("conv1/*", QSpec(bits=8, axis="output")),
       ...         Rule(Where(op="residual"), QSpec(bits=16)),
       ...     ),
       ... )
@@ -128,7 +128,7 @@ class Scheme:
       4
     """
 
-    weights: Word | None = QSpec(bits=8, narrow_range=True, axis=-1)
+    weights: Word | None = QSpec(bits=8, narrow_range=True, axis="output")
     activations: Word | None = QSpec(bits=8)
     rules: tuple[Rule, ...] = ()
     calibrator: Calibrator = dataclasses.field(
@@ -157,7 +157,14 @@ class Scheme:
         return show_fields(self, always=("weights", "activations"))
 
     def spec(self, site: Site) -> Word | None:
-        """Returns the word of the codes at a site; None if it stays float."""
+        """Returns the word of the codes at a site; None if it stays float.
+
+        Its axis is known: `at_site`.
+        """
+        return at_site(self.word(site), site)
+
+    def word(self, site: Site) -> Word | None:
+        """Returns the word of a site as the scheme has it: `spec` before `at_site`."""
         rule = self.rule(site)
         if rule is not None:
             return rule.spec
@@ -194,6 +201,32 @@ class Scheme:
         from qjax.scheme_json import from_json
 
         return from_json(text)
+
+
+def at_site(word: Word | None, site: Site) -> Word | None:
+    """Returns a word with the axis of its scales at a site.
+
+    Args:
+      word: Its axis may be ``"output"``: that of a weight, none of an activation. A
+        quantizer of `qjax.quantizers` that finds its scales (``alpha="auto"``) and
+        names no ``scale_axis`` has them per output channel as well.
+      site: Where it is used.
+
+    Returns:
+      The word. Others are returned as they are.
+    """
+    axis = site.axis if site.role == "weight" else None
+    if isinstance(word, QSpec):
+        is_open = word.axis == "output"
+        return dataclasses.replace(word, axis=axis) if is_open else word
+    finds = isinstance(getattr(word, "alpha", None), str)
+    is_open = finds and getattr(word, "scale_axis", ()) is None
+    is_grouped = getattr(word, "elements_per_scale", None) is not None
+    # None of theirs is the last axis; one scale for all is an empty tuple.
+    if word is None or not is_open or is_grouped or site.role != "weight":
+        return word
+    fields: dict[str, Any] = {"scale_axis": () if axis is None else axis}
+    return word if axis == -1 else dataclasses.replace(word, **fields)
 
 
 def check_rules(scheme: Scheme, sites: Sequence[Site]) -> None:

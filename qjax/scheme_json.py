@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from qjax import estimators, rounding
-from qjax.affine import Estimator, QSpec, clipped_ste
+from qjax.affine import Axis, Estimator, QSpec, clipped_ste
 from qjax.calibration import Calibrator, parse_calibrator
 from qjax.quantizers.spec import Spec, is_known
 from qjax.quantizers.strings import closest, parse
@@ -26,7 +26,7 @@ class SchemeError(ValueError):
 def to_json(scheme: Scheme, *, indent: int | None = 2) -> str:
     """Writes a scheme as JSON.
 
-        {"weights": {"bits": 8, "narrow_range": true, "axis": -1},
+        {"weights": {"bits": 8, "narrow_range": true, "axis": "output"},
          "activations": {"bits": 8}, "calibrator": "min_max()",
          "rules": [{"where": {"op": "residual"}, "spec": {"bits": 16}},
                    {"pattern": "conv1/*", "spec": "quantized_bits(bits=4)"},
@@ -77,7 +77,7 @@ def from_json(text: str) -> Scheme:
         closest key there is.
 
     Example:
-      >>> from_json('{"weights": {"bits": 4, "axis": -1}}').weights.bits
+      >>> from_json('{"weights": {"bits": 4, "axis": "output"}}').weights.bits
       4
     """
     try:
@@ -342,9 +342,14 @@ def _bool_in(path: str, data: Any) -> bool:
     return data
 
 
-def _axis_in(path: str, data: Any) -> int | tuple[int, ...] | None:
-    if data is None:
-        return None
+def _axis_in(path: str, data: Any) -> Axis:
+    if data is None or data == "output":
+        return data
+    if isinstance(data, str):
+        raise SchemeError(
+            f'{path}: a whole number, a list of them, "output" or null is wanted, got '
+            f"{data!r}."
+        )
     if isinstance(data, list):
         return tuple(_int_in(f"{path}[{k}]", a) for k, a in enumerate(data))
     return _int_in(path, data)

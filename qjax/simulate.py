@@ -1,6 +1,7 @@
 """Runs a traced model equation by equation, with a visitor at its sites."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +20,7 @@ from qjax.blocks import (
     is_quantizer,
     path_name,
 )
+from qjax.channels import kernel_axes, move_scale, output_scale
 from qjax.quantizers.point import straight
 from qjax.rounding import ceil_power_of_two, half_even
 from qjax.scheme import Site
@@ -107,7 +109,7 @@ class Simulation:
         self._lines: dict[int, _Line] = {}  # Product -> what follows it.
         self._visitor = visitor
         for v, x in zip(self._model.inputs, self._arguments, strict=True):
-            self._env[v] = x
+            self._env[v] = self._typed(v, x)
             self._visit(v)
         for e in self._model.equations:
             with jax.named_scope(self._scopes.get(e.outputs[0]) or e.path or "model"):
@@ -129,7 +131,8 @@ class Simulation:
         values: Sequence[Any] | None = self._fused(block) if block else None
         if values is None:
             values = evaluate(e, *(self._env[v] for v in e.inputs))
-        self._env.update(zip(e.outputs, values, strict=True))
+        for v, x in zip(e.outputs, values, strict=True):
+            self._env[v] = x if v in self._units else self._typed(v, x)
         self._keep_grid(e)
         self._follow(e)
 
@@ -141,12 +144,26 @@ class Simulation:
         if v in plan.activations:
             site = plan.sites[plan.activations[v]]
             x, unit = self._env[v], self._units.get(v)
-            self._env[v], grid = self._visitor.activation(site, x, unit)
+            x, grid = self._visitor.activation(site, x, unit)
+            self._env[v] = self._typed(v, x)
         elif v in plan.weights:
             site = plan.sites[plan.weights[v]]
             self._env[v], grid = self._visitor.weight(site, self._env[v])
         if grid is not None:
             self._grids[v] = grid
+
+    def _typed(self, v: int, x: Any) -> Any:
+        """A value in the type that it has in the trace."""
+        return _of_type(x, self._model.avals[v].dtype)
+
+    def _wide(self, block: Block, v: int) -> Any:
+        """The type in which the affine part of a block is one product and one sum.
+
+        At least float32: half precision rounds once, at the end of the block.
+        """
+        known = (u for e in block.affine for u in e.inputs)
+        types = (self._model.avals[u].dtype for u in (v, *known))
+        return functools.reduce(jnp.promote_types, types, jnp.dtype(jnp.float32))
 
     def _keep_grid(self, e: Equation) -> None:
         if is_quantizer(e):
@@ -160,7 +177,7 @@ class Simulation:
         elif e.primitive.name in SHAPE_MOVES:
             moved = move_scale(e, scale, self._model.shape(x))
             if moved is not None:
-                zeros = jnp.zeros(moved.shape, zero_point.dtype)
+                zeros = move_scale(e, zero_point, self._model.shape(x))
                 self._grids[e.outputs[0]] = QParams(moved, zeros)
 
     # A block in the form that lowers exactly.
@@ -184,7 +201,7 @@ class Simulation:
             return self._fused_average(block, acc, factor)
         scale = self._accumulator_scale(block)
         before, factor, after = self._compose(block, acc)
-        value = self._env[acc]
+        value = self._env[acc].astype(self._wide(block, acc))
         if scale is None:
             return None
         if before is None and after is None:
@@ -224,7 +241,8 @@ class Simulation:
         share = _to_kernel(line.share, axes, kernel.ndim, shape)
         site = self._plan.sites[self._plan.weights[block.weight]]
         grid = self._grids[e.inputs[operand]]
-        return {e.inputs[operand]: _rounded(kernel, share, grid, site)}
+        held = _rounded(kernel, share, grid, site)
+        return {e.inputs[operand]: held.astype(kernel.dtype)}
 
     def _line(
         self,
@@ -245,10 +263,11 @@ class Simulation:
     ) -> list[jax.Array]:
         """Sums codes: the ties of an average are exact only in integers."""
         end, x = block.affine[-1].outputs[0], block.root.inputs[0]
-        grid = self._grids.get(x)
+        grid, value = self._grids.get(x), self._env[acc].astype(factor.dtype)
         if grid is None or grid.scale.ndim or block.value != end:
-            return [self._env[acc] * factor]
-        codes = _whole(self._env[x] * (1.0 / grid.scale).astype(self._env[x].dtype))
+            return [value * factor]
+        real = self._env[x].astype(factor.dtype)
+        codes = _whole(real * (1.0 / grid.scale).astype(real.dtype))
         self._units[end] = Unit(jnp.asarray(factor), grid.scale)
         for e in (block.root, *block.moves):
             (codes,) = evaluate(e, codes)
@@ -261,7 +280,7 @@ class Simulation:
         before, factor, after = self._compose(block, x)
         value = self._env[x]
         if factor is None:
-            factor = jnp.ones((1,) * value.ndim, value.dtype)
+            factor = jnp.ones((1,) * value.ndim, self._wide(block, x))
         factor = jnp.reshape(factor, jnp.shape(factor) or (1,) * value.ndim)
         if before is not None:
             before = before * factor
@@ -286,16 +305,16 @@ class Simulation:
         self, site: Site, x: int, end: int, factor: jax.Array, grid: QParams
     ) -> jax.Array:
         """A value times a factor that is the weight of a site: the product ``end``."""
-        return self._env[x] * factor
+        return self._env[x].astype(factor.dtype) * factor
 
     def _compose(self, block: Block, x: int) -> tuple[Any, Any, Any]:
         """The affine equations as ``(x + before) * factor + after``; None: absent."""
         before = factor = after = None
+        dtype = self._wide(block, x)
         for e in block.affine:
             name = e.primitive.name
-            known = [self._env[v] for v in e.inputs if v != x]
+            known = [_of_type(self._env[v], dtype) for v in e.inputs if v != x]
             if name == "neg" or (name == "sub" and e.inputs[1] == x):
-                dtype = self._model.avals[x].dtype
                 factor = jnp.asarray(-1, dtype) if factor is None else -factor
                 after = None if after is None else -after
             if name in ("add", "sub"):
@@ -333,70 +352,6 @@ def _whole(x: jax.Array) -> jax.Array:
 _whole.defjvp(lambda primals, tangents: (_whole(*primals), tangents[0]))
 
 
-def move_scale(e: Equation, scale: Any, shape: tuple[int, ...]) -> Any:
-    """Takes the scale of a value of ``shape`` through a shape move.
-
-    Args:
-      e: An equation with a primitive of ``SHAPE_MOVES``.
-      scale: ``[]``, or the rank of the value with size 1 where it is constant. NumPy or
-        JAX.
-      shape: Of the value that is moved.
-
-    Returns:
-      The scale of the output, in the same form; None if it has none.
-    """
-    name = e.primitive.name
-    if scale.ndim == 0 or name in ("copy", "copy_p", "convert_element_type"):
-        return scale
-    if name in ("stop_gradient", "optimization_barrier", "reduce_precision"):
-        return scale
-    if name == "transpose":
-        return scale.transpose(e.params["permutation"])
-    if name != "reshape":
-        return None
-    sizes = e.params["new_sizes"]
-    # Axes that survive at the end (or at the start) keep their scales.
-    k = _shared(shape[::-1], sizes[::-1])
-    if all(n == 1 for n in scale.shape[: len(shape) - k]):
-        return scale.reshape((1,) * (len(sizes) - k) + scale.shape[len(shape) - k :])
-    k = _shared(shape, sizes)
-    if all(n == 1 for n in scale.shape[k:]):
-        return scale.reshape(scale.shape[:k] + (1,) * (len(sizes) - k))
-    return None
-
-
-def output_scale(e: Equation, operand: int, scale: Any, rank: int) -> Any:
-    """Takes the scale of a weight to the output of its product.
-
-    Args:
-      e: A ``dot_general`` or a ``conv_general_dilated``.
-      operand: Which operand the weight is.
-      scale: ``[]`` or the rank of the weight.
-      rank: Of the output.
-
-    Returns:
-      The scale in the rank of the output, or ``[]``; None if it varies inside a sum.
-    """
-    if scale.ndim == 0:
-        return scale
-    dimensions = e.params["dimension_numbers"]
-    if e.primitive.name == "dot_general":
-        contract, batch = (pair[operand] for pair in dimensions)
-        free = [d for d in range(scale.ndim) if d not in contract and d not in batch]
-        if any(scale.shape[d] != 1 for d in contract):
-            return None
-        first, kept = (tuple(scale.shape[d] for d in axes) for axes in (batch, free))
-        ones = (1,) * (rank - len(kept) - len(first))
-        scale = scale.transpose(*batch, *free, *contract)
-        return scale.reshape(first + (ones + kept if operand == 1 else kept + ones))
-    channel = dimensions.rhs_spec[0]
-    if operand != 1 or any(n != 1 for d, n in enumerate(scale.shape) if d != channel):
-        return None
-    sizes = [1] * rank
-    sizes[dimensions.out_spec[1]] = scale.shape[channel]
-    return scale.reshape(sizes)
-
-
 def _scope(block: Block, plan: Plan) -> str:
     """The module path of a block, and the sites that serve it, for error messages."""
     quoted = lambda k: plan.sites[k].name.replace("%", "%25").replace(",", "%2C")
@@ -404,14 +359,6 @@ def _scope(block: Block, plan: Plan) -> str:
     at = plan.weights.get(-1 if block.weight is None else block.weight)
     weight = "" if at is None else quoted(at)
     return f"{block.root.path or block.name}/{SITE_MARK}{output},{weight}"
-
-
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading sizes are equal."""
-    return next(
-        (k for k, (m, n) in enumerate(zip(a, b, strict=False)) if m != n),
-        min(len(a), len(b)),
-    )
 
 
 def _hold(
@@ -454,7 +401,8 @@ def _hold(
     least = jnp.max(steps, places, keepdims=True, initial=0.0)
     is_finer = (jnp.abs(factor).astype(jnp.float32) < least) | (is_zero & (least > 0))
     is_held = is_finer | (factor == 0)
-    unit = ceil_power_of_two(jnp.maximum(least, jnp.finfo(dtype).tiny)).astype(dtype)
+    tiny = jnp.finfo(jnp.float32).tiny
+    unit = ceil_power_of_two(jnp.maximum(least, tiny)).astype(dtype)
     own = jnp.where(factor == 0, jnp.ones_like(factor), factor)
     held = jnp.where(is_finer, unit, own)
     share = jnp.where(is_held, factor / lax.stop_gradient(held), jnp.ones((), dtype))
@@ -467,28 +415,8 @@ def _hold(
 def _rounded(x: jax.Array, share: jax.Array, grid: QParams, site: Site) -> jax.Array:
     """A weight on its grid, times a share of it, on the same grid."""
     ends = jnp.int32(-(2**31)), jnp.int32(2**31 - 1)
-    return qpoint_p.bind(x * share, *grid, *ends, site=site.name, rounding=half_even)
-
-
-def kernel_axes(e: Equation, operand: int, rank: int, out_rank: int) -> dict[int, int]:
-    """Returns the axes that the output of a product has of its kernel.
-
-    Args:
-      e: A ``dot_general`` or a ``conv_general_dilated``.
-      operand: Which operand the kernel is.
-      rank: Of the kernel.
-      out_rank: Of the output.
-
-    Returns:
-      Axis of the output -> axis of the kernel.
-    """
-    dimensions = e.params["dimension_numbers"]
-    if e.primitive.name != "dot_general":
-        return {dimensions.out_spec[1]: dimensions.rhs_spec[0]} if operand == 1 else {}
-    contract, batch = (pair[operand] for pair in dimensions)
-    free = [d for d in range(rank) if d not in contract and d not in batch]
-    start = out_rank - len(free) if operand == 1 else len(batch)
-    return dict(enumerate(batch)) | dict(enumerate(free, start))
+    x = x.astype(share.dtype) * share
+    return qpoint_p.bind(x, *grid, *ends, site=site.name, rounding=half_even)
 
 
 def _to_kernel(
@@ -503,6 +431,10 @@ def _to_kernel(
     for out, own in axes.items():
         sizes[own] = shape[out]
     return x.reshape(sizes)
+
+
+def _of_type(x: Any, dtype: Any) -> Any:
+    return x if getattr(x, "dtype", None) == dtype else jnp.asarray(x, dtype)
 
 
 def _exceeds(shape: Sequence[int], sizes: Sequence[int]) -> bool:

@@ -17,6 +17,7 @@ from jax import lax
 
 from qjax.affine import QParams, QSpec, dequantize, grid_codes
 from qjax.blocks import SHAPE_MOVES, Block, bounds_of
+from qjax.channels import output_scale
 from qjax.instrument import Quantizer
 from qjax.integer import (
     RequantizeRule,
@@ -26,6 +27,7 @@ from qjax.integer import (
 )
 from qjax.lowering import bodies
 from qjax.lowering.graph import Node, storage
+from qjax.lowering.precision import find_half
 from qjax.lowering.rules_products import (
     contracted_axes,
     conv_attributes,
@@ -36,7 +38,7 @@ from qjax.lowering.rules_products import (
 from qjax.quantizers.point import make_point, straight
 from qjax.quantizers.spec import Spec, is_known
 from qjax.scheme import Site
-from qjax.simulate import Simulation, Visit, output_scale
+from qjax.simulate import Simulation, Visit
 from qjax.trace import CALLS, POINTWISE, Equation, evaluate
 
 _NEUTRAL = frozenset("convert_element_type copy copy_p reduce_precision".split())
@@ -120,7 +122,11 @@ class IntegerForward(Simulation):
 
         Raises:
           ValueError: at a site that has no integers.
+          NotImplementedError: for arithmetic in half precision.
         """
+        half = find_half(self._model, tuple(self._inputs))
+        if half is not None:
+            raise NotImplementedError(half.message)
         self._seen = visitor.words
         self._words: dict[int, str] = {}  # Value on a grid -> type of its codes.
         self._late: dict[int, _Late] = {}

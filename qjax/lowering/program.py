@@ -16,6 +16,7 @@ from qjax.instrument import QuantizedModel
 from qjax.leaves import difference, leaf_names
 from qjax.lowering import (
     rules_arithmetic,
+    rules_choices,
     rules_functions,
     rules_moves,
     rules_points,
@@ -24,18 +25,25 @@ from qjax.lowering import (
     xla,
 )
 from qjax.lowering.graph import Graph, Grid, Value
-from qjax.lowering.interpret import Residue, interpret, refuse
+from qjax.lowering.interpret import InputTwiceError, Residue, interpret, refuse
 from qjax.lowering.packing import nbytes
 from qjax.lowering.passes import drop_dead, merge_equal
+from qjax.lowering.precision import find_half
 from qjax.lowering.report import Report, certify
-from qjax.lowering.rules_functions import add_table
+from qjax.lowering.rules_functions import add_exact_table, add_table
 from qjax.lowering.sizes import Lowered, find_fixed
 from qjax.lowering.values import Abstract, Builder, Curve, Integers
 from qjax.tables import show_types
-from qjax.trace import Trace, trace
+from qjax.trace import Equation, Trace, trace
 
 # Importing them fills the rule table.
-assert rules_arithmetic and rules_functions and rules_moves and rules_points
+assert (
+    rules_arithmetic
+    and rules_choices
+    and rules_functions
+    and rules_moves
+    and rules_points
+)
 assert rules_products and rules_shapes
 
 
@@ -290,25 +298,48 @@ def lower(
         default; names the input that does it.
       NotImplementedError: for an operation without an integer rule.
     """
+    try:
+        return _lower(model, args, strict)
+    except (ValueError, NotImplementedError) as error:
+        # What reads files knows what its caller can do.
+        advise = getattr(model, "advise", None)
+        if advise is None or type(error) not in (ValueError, NotImplementedError):
+            raise
+        raise type(error)(advise(str(error))) from error
+
+
+def _lower(model: Any, args: tuple[Any, ...], strict: bool) -> IntegerProgram:
     fn, inputs = bind_model(model, args)
-    if strict and isinstance(model, QuantizedModel):
+    is_model = isinstance(model, QuantizedModel)
+    if strict and is_model:
         _check_activations(model)
-    traced, out = trace(fn, *inputs, keep_derivatives=False)
-    residues: list[Residue] | None = None if strict else []
-    builder = Builder(_buffer_bits(model), is_open=not strict)
-    outputs = interpret(traced, builder, residues)
+    example = jax.tree.map(_with_example, inputs)
+    traced, out = trace(fn, *example, keep_derivatives=False)
+    half = find_half(traced, traced.inputs, is_model=is_model)
+    if half is not None and strict:
+        raise NotImplementedError(half.message)
+    if half is not None:
+        return _partial(Builder(_buffer_bits(model), is_open=True), [], [half])
+    builder, outputs, residues = _interpreted(traced, model, strict)
     if residues:
         return _partial(builder, outputs, residues)
     graph = _whole(builder, outputs, traced)
 
     def lower_again(other: tuple[Any, ...]) -> Lowered:
         again, _ = trace(fn, *other, keep_derivatives=False)
-        own = Builder(_buffer_bits(model), is_open=not strict)
-        return again, _whole(own, interpret(again, own), again), own.params
+        own, ends, _ = _interpreted(again, model, strict=True)
+        return again, _whole(own, ends, again), own.params
 
-    fixed = find_fixed(lower_again, inputs, (traced, graph, builder.params))
+    fixed = find_fixed(lower_again, example, (traced, graph, builder.params))
     values = list(graph.values)
+    shapes = [np.shape(x) for x in jax.tree.leaves(inputs)]
     for k, reason in fixed.items():
+        if shapes[k][0] == 0:
+            raise ValueError(
+                f"{_capital(traced.names[k])} has shape {shapes[k]}: no example, and its "
+                f"leading size is fixed by {reason}.\nLower the model for the size "
+                "that it is called with."
+            )
         v = graph.inputs[k]
         values[v] = dataclasses.replace(values[v], fixed_by=reason)
     graph = dataclasses.replace(graph, values=tuple(values))
@@ -317,6 +348,32 @@ def lower(
     program = IntegerProgram(graph, params, *trees)
     check_integer_only(program)
     return program
+
+
+def _with_example(x: Any) -> Any:
+    """An input of no examples as one of one: models divide by their number."""
+    shape = np.shape(x)
+    if shape[:1] != (0,):
+        return x
+    return jax.ShapeDtypeStruct((1, *shape[1:]), jax.dtypes.result_type(x))
+
+
+def _interpreted(
+    traced: Trace, model: Any, strict: bool
+) -> tuple[Builder, list[Abstract], list[Residue]]:
+    """The graph of a trace, what is known of its outputs, and what stays float."""
+    is_raw: frozenset[int] = frozenset()
+    while True:
+        residues: list[Residue] = []
+        builder = Builder(_buffer_bits(model), is_open=not strict, is_raw=is_raw)
+        try:
+            outputs = interpret(traced, builder, None if strict else residues)
+        except InputTwiceError as error:  # A few integers can be their own codes.
+            if not error.is_raw or error.input in is_raw:
+                raise
+            is_raw |= {error.input}
+            continue
+        return builder, outputs, residues
 
 
 def _whole(builder: Builder, outputs: Sequence[Abstract], traced: Trace) -> Graph:
@@ -420,9 +477,11 @@ def _output(
     """
     if not traced.equations:
         raise ValueError("The function computes nothing.")
-    last, v = traced.equations[-1], traced.outputs[k]
+    last, v = _maker(traced, k), traced.outputs[k]
     if not traced.is_real(v):
         return _whole_output(builder, k, x, traced)
+    if isinstance(x, Curve):
+        x = add_exact_table(builder, x, traced.shape(v), x.path or "output") or x
     if not isinstance(x, Integers) or x.dtype:
         raise refuse(last, x, f"output {k}")
     x = rules_shapes.settled(builder, last, traced, x)
@@ -437,9 +496,15 @@ def _output(
     return _copy(builder, x.value, grid)
 
 
+def _maker(traced: Trace, k: int) -> Equation:
+    """The equation that an output comes from."""
+    v = traced.outputs[k]
+    return next((e for e in traced.equations if v in e.outputs), traced.equations[-1])
+
+
 def _whole_output(builder: Builder, k: int, x: Abstract, traced: Trace) -> int:
     """The value of an output of whole numbers, which stand for themselves."""
-    last, v = traced.equations[-1], traced.outputs[k]
+    last, v = _maker(traced, k), traced.outputs[k]
     dtype = str(traced.avals[v].dtype)
     if isinstance(x, Curve):
         value = builder.add_value(traced.shape(v), *_INT32_RANGE, dtype="int32")

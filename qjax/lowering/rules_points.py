@@ -10,9 +10,10 @@ import numpy as np
 
 from qjax.affine import grid_codes
 from qjax.integer import common_fixed_point, fixed_point
+from qjax.lowering.constants import add_constant, like_of
+from qjax.lowering.entries import raw
 from qjax.lowering.graph import Grid, storage
-from qjax.lowering.inputs import integer_range
-from qjax.lowering.interpret import refuse, rule, where
+from qjax.lowering.interpret import InputTwiceError, refuse, rule, where
 from qjax.lowering.rules_functions import add_table
 from qjax.lowering.rules_shapes import move_again
 from qjax.lowering.values import (
@@ -100,23 +101,33 @@ def _table(builder: Builder, x: Curve, target: "_Target", shape: Any) -> Integer
 def _join(builder: Builder, e: Equation, x: Joined, target: "_Target") -> Integers:
     """Each part goes on the grid, then all are joined: rounding keeps their order."""
     part = dataclasses.replace(target, is_part=True)
-    values = []
-    for p, shape in zip(x.parts, x.shapes, strict=True):
+    pairs = list(zip(x.parts, x.shapes, strict=True))
+    onto: dict[int, int] = {}
+    for k, (p, shape) in enumerate(pairs):
+        if not isinstance(p, Known):
+            own = _onto(builder, e, p, part, shape)
+            assert own.value is not None
+            onto[k] = own.value
+    for k, (p, shape) in enumerate(pairs):
         if isinstance(p, Known):
-            values.append(_constant_codes(builder, e, x, p, part))
-            continue
-        own = _onto(builder, e, p, part, shape)
-        assert own.value is not None
-        values.append(own.value)
+            likes = [*onto.values(), *x.others]
+            like = like_of(builder, x, likes, shape)
+            onto[k] = _constant_codes(builder, x, p, part, shape, like)
+    values = [onto[k] for k in range(len(pairs))]
     bounds = [builder.values[v] for v in values]
+    ends = [min(b.low for b in bounds), max(b.high for b in bounds)]
+    options = dict(x.attributes)
+    if x.operation == "pad":
+        options["padding_code"] = target.codes(x.fill)
+        ends = [
+            f(n, options["padding_code"]) for f, n in zip((min, max), ends, strict=True)
+        ]
     low, high = target.range(x.bounds)
-    low = max(low, min(b.low for b in bounds))
-    high = min(high, max(b.high for b in bounds))
-    joined = target.add_value(
-        builder, x.shape, min(b.low for b in bounds), max(b.high for b in bounds)
+    low, high = max(low, ends[0]), min(high, ends[1])
+    joined = target.add_value(builder, x.shape, *ends)
+    builder.add_node(
+        x.operation, (*x.others, *values), joined, path=target.site, **options
     )
-    inputs = (*x.others, *values)
-    builder.add_node(x.operation, inputs, joined, path=target.site, **x.attributes)
     if x.bounds == (-np.inf, np.inf):
         return target.integers(builder, joined)
     value = target.add_value(builder, x.shape, low, high)
@@ -125,15 +136,29 @@ def _join(builder: Builder, e: Equation, x: Joined, target: "_Target") -> Intege
 
 
 def _constant_codes(
-    builder: Builder, e: Equation, x: Joined, known: Known, target: "_Target"
+    builder: Builder,
+    x: Joined,
+    known: Known,
+    target: "_Target",
+    shape: tuple[int, ...],
+    like: int | None,
 ) -> int:
-    """A number as codes in the shape of the mask that chooses it."""
-    if known.value.size == 0 or np.any(known.value != known.value.flat[0]):
-        raise refuse(e, known, "case")
-    if not x.others:
-        raise refuse(e, known, "part")
-    code = target.codes(float(known.value.flat[0]))
-    value = target.add_value(builder, x.shape, code, code)
+    """A constant on the grid of a site, or the code that a mask chooses."""
+    real = np.asarray(known.value)
+    if np.any(np.isnan(real)):
+        raise ValueError(
+            f"A constant that goes into the site {target.site!r} is NaN, which no code "
+            "stands for. Replace it by a number."
+        )
+    grid = Grid(float(np.float32(target.scale)), target.zero_point)
+    dtype = storage(target.qmin, target.qmax)
+    if not x.others or not real.size or np.any(real != real.flat[0]):
+        codes = np.asarray(target.codes_of(jnp.asarray(real, jnp.float32)), np.int64)
+        codes = np.broadcast_to(codes, shape)
+        options = {"name": f"{target.site}/constant", "path": x.path, "dtype": dtype}
+        return add_constant(builder, codes, grid, like=like, **options)
+    code = target.codes(float(real.flat[0]))
+    value = target.add_value(builder, shape, code, code)
     table = np.full(2, code, builder.values[value].dtype)
     name = builder.add_param(f"{target.site}/case", table)
     params = {"table": name}
@@ -192,58 +217,26 @@ def _quantize_input(
 ) -> Abstract:
     if x.input is None:
         raise refuse(e, x, "input")
-    if not x.is_plain:
-        return _table(builder, _raw(builder, e, trace, x), target, shape)
-    if x.input in builder.inputs:
-        raise _twice(e, x.input)
+    if not x.is_plain or x.input in builder.raw or x.input in builder.is_raw:
+        return _table(builder, raw(builder, e, trace, x), target, shape)
     own = trace.shape(trace.inputs[x.input])
-    value = target.add_value(builder, own, target.qmin, target.qmax)
-    builder.inputs[x.input] = value
-    builder.values[value] = dataclasses.replace(
-        builder.values[value], rescaling=x.rescaling, is_rescaling_exact=x.is_exact
+    fresh = Builder()
+    target.add_value(fresh, own, target.qmin, target.qmax)
+    wanted = dataclasses.replace(
+        fresh.values[0], rescaling=x.rescaling, is_rescaling_exact=x.is_exact
     )
+    value = builder.inputs.get(x.input)
+    if value is None:
+        value = builder.inputs[x.input] = len(builder.values)
+        builder.values.append(wanted)
+    elif builder.values[value] != wanted:
+        raise InputTwiceError(e, trace, x)
     codes: Abstract = dataclasses.replace(target, is_part=True).integers(builder, value)
     codes = move_again(builder, x, trace, codes)
     assert isinstance(codes, Integers) and codes.value is not None
     if not target.is_part:
         builder.add_site(target.site, codes.value)
     return codes
-
-
-def _raw(builder: Builder, e: Equation, trace: Trace, x: Real) -> Curve:
-    """An integer input as codes of its own, and what was made of it as a function."""
-    k = x.input
-    assert k is not None
-    v, ends = trace.inputs[k], integer_range(trace, x)
-    if ends is None or ends[1] - ends[0] >= 1 << 16:
-        raise ValueError(
-            f"{x.source.capitalize()} goes through integer arithmetic before it is "
-            f"quantized, in {where(e)}.\n  equation: {e}\nThat is a table of at most "
-            "16 bits: pass the input as uint8, int8, uint16 or int16, or do the "
-            "arithmetic outside of the program."
-        )
-    if k not in builder.raw and k in builder.inputs:
-        raise _twice(e, k)
-    if k not in builder.raw:
-        value = builder.add_value(trace.shape(v), *ends, Grid(1.0, 0))
-        dtype = str(trace.avals[v].dtype)
-        builder.inputs[k] = value
-        builder.raw[k] = Integers(
-            value, np.ones(()), 0, *ends, path=e.path, dtype=dtype
-        )
-    codes: Abstract = builder.raw[k]
-    codes = move_again(builder, x, trace, codes)
-    assert isinstance(codes, Integers)
-    rank = len(trace.shape(e.outputs[0]))
-    known = {u: np.reshape(n, (1,) * rank) for u, n in x.known.items()}
-    return Curve(codes, {v: codes}, known, x.steps, e.inputs[0], path=e.path)
-
-
-def _twice(e: Equation, k: int) -> ValueError:
-    return ValueError(
-        f"Input {k} of the program is quantized twice, on two paths ({where(e)}). "
-        "Quantize it once and share the result."
-    )
 
 
 def _requantize(
@@ -270,6 +263,8 @@ def _requantize(
         and is_power_of_two(np.asarray(target.scale))
         and not is_power_of_two(x.gain)
     )
+    if x.is_still is not None:  # Zero is zero in any unit.
+        ratio = np.where(x.is_still, 0.0, ratio)
     multiplier, shift = _at_site(fixed_point, ratio, target.site)
     params = {
         "multiplier": builder.add_param(f"{target.site}/multiplier", multiplier),
