@@ -95,7 +95,8 @@ def test_codes_of_every_word_are_the_values_of_the_model(word, bits, dtype):
     if row.scale is None:
         real = np.asarray(row.levels)[np.asarray(row.codes)]
     else:
-        real = np.asarray(row.scale) * np.float32(row.codes - row.zero_point)
+        codes = np.asarray(row.codes, np.int64) - np.asarray(row.zero_point)
+        real = np.asarray(row.scale) * codes.astype(np.float32)
     np.testing.assert_array_equal(real, qmodel.apply(params, {}, eye))
 
 
