@@ -171,9 +171,12 @@ def test_errors_of_lowering_name_the_leaf():
     qjax.lower(qmodel, PARAMS, qstate, x)
     with pytest.raises(ValueError, match=r"^input:0\['mask'\] reaches no quantization"):
         qjax.lower(lambda g: qjax.fake_quant(g["image"], GRID, QSpec(8)), x)
+    twice = lambda g: [qjax.fake_quant(g["Image"], p, QSpec(8)) for p in (GRID, FINE)]
+    with pytest.raises(ValueError, match=r"^input:0\['Image'\] of the program is quantized"):
+        qjax.lower(twice, {"Image": X})
 
 
-GRID = qjax.QParams(0.5, 0)
+GRID, FINE = qjax.QParams(0.5, 0), qjax.QParams(0.25, 0)
 
 
 @pytest.mark.parametrize("name", ["a,b", "50%,x", "k%2C"])
