@@ -172,7 +172,8 @@ def test_errors_of_lowering_name_the_leaf():
     with pytest.raises(ValueError, match=r"^input:0\['mask'\] reaches no quantization"):
         qjax.lower(lambda g: qjax.fake_quant(g["image"], GRID, QSpec(8)), x)
     twice = lambda g: [qjax.fake_quant(g["Image"], p, QSpec(8)) for p in (GRID, FINE)]
-    with pytest.raises(ValueError, match=r"^input:0\['Image'\] of the program is quantized"):
+    two_grids = r"^input:0\['Image'\] of the program is quantized on two"
+    with pytest.raises(ValueError, match=two_grids):
         qjax.lower(twice, {"Image": X})
 
 
