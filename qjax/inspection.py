@@ -125,10 +125,10 @@ class _GridRecorder(Quantizer):
 
     def _keep(self, site: Site, x: jax.Array, visit: Visit) -> Visit:
         spec = self.scheme.spec(site)
-        if visit[1] is not None and spec is not None:
+        if visit.grid is not None and spec is not None:
             word = spec if isinstance(spec, QSpec) else make_point(spec, None, x)
             ends = (jnp.asarray(q).astype(jnp.int32) for q in (word.qmin, word.qmax))
-            self.grids[site.name] = visit[1], (*ends,)
+            self.grids[site.name] = visit.grid, (*ends,)
         return visit
 
 

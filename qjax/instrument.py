@@ -17,6 +17,7 @@ from qjax import quantizers
 from qjax.affine import QParams, QSpec, abs_max_params, fake_quant, reduce_range
 from qjax.batches import Schedule, check_axes, cut, progress_bar, random_samples
 from qjax.calibration import Calibrator, check_calibrated
+from qjax.channels import held_scale
 from qjax.config import accumulator_bits, config_rules, find_layer
 from qjax.presets import QuantizationParams
 from qjax.quantizers.spec import Spec, is_known
@@ -75,6 +76,7 @@ class QuantizedModel:
       sites: Where they are, in the order of computation.
       example: Shapes and dtypes of the inputs it was made for, a tuple.
       base: What a config of the model is read over, if it comes alone.
+      biases: The biases of products, which rules may name.
     """
 
     fn: Callable[..., Any]
@@ -82,6 +84,7 @@ class QuantizedModel:
     sites: tuple[Site, ...]
     example: Any
     base: Scheme
+    biases: tuple[Site, ...] = ()
 
     def apply(
         self, params: Any, qstate: QState, *inputs: Any, scheme: Scheme | None = None
@@ -209,9 +212,9 @@ class QuantizedModel:
         if scheme is not None:
             if not isinstance(scheme, Scheme):
                 raise TypeError(f"`scheme` must be a `Scheme`, got {scheme!r}.")
-            check_rules(scheme, self.sites)
+            check_rules(scheme, self.sites, self.biases)
         chosen = self.scheme if scheme is None else scheme
-        check_words(chosen, self.sites)
+        check_words(chosen, self.sites, self.biases)
         if _kinds(inputs) != _kinds(self.example):
             raise ValueError(
                 f"The model was made for inputs of {_shapes(self.example)}, got "
@@ -286,7 +289,8 @@ def quantize_model(
     reader = (qparams or QuantizationParams()).scheme()
     if scheme is None:
         scheme = Scheme() if qparams is None and q_config is None else reader
-    sites = Simulation(fn, params, inputs).sites
+    simulation = Simulation(fn, params, inputs)
+    sites, biases = simulation.sites, simulation.biases
     if quantize_until is not None:
         after = sites[find_layer(quantize_until, sites) + 1 :]
         names = tuple(glob.escape(site.name) for site in after)
@@ -296,13 +300,13 @@ def quantize_model(
             dataclasses.replace(s, rules=(rule, *s.rules)) for s in (scheme, reader)
         )
     if q_config is not None:
-        rules = config_rules(q_config, sites, scheme)
+        rules = config_rules(q_config, sites, scheme, biases)
         scheme = dataclasses.replace(scheme, rules=(*rules, *scheme.rules))
-    check_rules(scheme, sites)
-    check_words(scheme, sites)
+    check_rules(scheme, sites, biases)
+    check_words(scheme, sites, biases)
     _warn_of_buffers(scheme, sites)
     shapes = jax.eval_shape(lambda: inputs)
-    qmodel = QuantizedModel(fn, scheme, sites, shapes, reader)
+    qmodel = QuantizedModel(fn, scheme, sites, shapes, reader, biases)
     # A dry run: an axis that does not exist raises here, before any data is spent.
     state = qmodel.init(params, *inputs)
     jax.eval_shape(lambda qstate: qmodel.apply(params, qstate, *inputs), state)
@@ -674,10 +678,16 @@ class _Recorder:
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
         x = x if unit is None else x * unit.per(1.0)
         self.values[site.name] = x
-        return x, None
+        return Visit(x)
 
     def weight(self, site: Site, x: jax.Array) -> Visit:
-        return x, None
+        return Visit(x)
+
+    def bias(self, site: Site, x: jax.Array) -> Visit:
+        return Visit(x)
+
+    def takes_factors(self, site: Site) -> bool:
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -702,20 +712,35 @@ class Quantizer:
         state = self.qstate[site.name]
         params = calibrator.params(state, spec)
         check_calibrated(params, site.name)
+        if params.scale.ndim and spec.symmetric:
+            params = _filled(params, calibrator, state, spec)
         if _is_fresh(state):
             # A constant of the traced program, which is looked at outside of it.
             with jax.ensure_compile_time_eval():
                 known = calibrator.params(state, dataclasses.replace(spec, bits=8))
             check_calibrated(known, site.name)
+        word = spec if spec.symmetric else None
         if unit is None:
-            return self._round(site, x, params, spec), params
+            return Visit(self._round(site, x, params, spec), params, word)
         if params.scale.ndim:
-            return self._round(site, x * unit.per(1.0), params, spec), params
+            x = x * unit.per(1.0)
+            return Visit(self._round(site, x, params, spec), params, word)
         # On a grid of scale 1, where a tie between two codes is exactly one.
         steps = x * unit.per(params.scale)
         ones = params._replace(scale=jnp.ones_like(params.scale))
         codes = self._round(site, steps, ones, spec)
-        return codes * params.scale.astype(x.dtype), params
+        return Visit(codes * params.scale.astype(x.dtype), params, word)
+
+    def bias(self, site: Site, x: jax.Array) -> Visit:
+        """Rounds by a quantizer; an affine word waits for the accumulator."""
+        spec = self.scheme.bias_spec(site)
+        if isinstance(spec, QSpec):
+            return Visit(x, None, spec)
+        return self._apply(site, x, spec)
+
+    def takes_factors(self, site: Site) -> bool:
+        """Whether the range of a weight is found in its values."""
+        return isinstance(self.scheme.spec(site), QSpec)
 
     def weight(self, site: Site, x: jax.Array) -> Visit:
         """Rounds to the grid of the weight's own range."""
@@ -724,20 +749,35 @@ class Quantizer:
             return self._apply(site, x, spec)
         scale, zero_point = abs_max_params(x, spec)
         params = QParams(jnp.maximum(scale, _LEAST_SCALE), zero_point)
-        return self._round(site, x, params, spec), params
+        return Visit(self._round(site, x, params, spec), params)
 
     def _apply(self, site: Site, x: jax.Array, spec: Spec | None) -> Visit:
         """A quantizer that finds its grid by itself; None: no quantizer."""
         if spec is None:
-            return x, None
+            return Visit(x)
         value = quantizers.apply(spec, x, site=site.name)
-        return value, quantizers.encode(spec, x).params
+        return Visit(value, quantizers.encode(spec, x).params)
 
     def _round(
         self, site: Site, x: jax.Array, params: QParams, spec: QSpec
     ) -> jax.Array:
         estimator = self.scheme.estimator
         return fake_quant(x, params, spec, site=site.name, estimator=estimator)
+
+
+def _filled(
+    params: QParams, calibrator: Calibrator, state: Any, spec: QSpec
+) -> QParams:
+    """Gives channels whose range is empty the scale of the widest.
+
+    Theirs is 1 whatever the word is; beside it others may be of no account.
+    """
+    words = (dataclasses.replace(spec, bits=bits) for bits in (4, 5))
+    ones = [calibrator.params(state, word).scale == 1 for word in words]
+    is_empty = ones[0] & ones[1]
+    most = jnp.max(jnp.where(is_empty, 0.0, params.scale))
+    scale = jnp.where(is_empty & (most > 0), most, params.scale)
+    return params._replace(scale=held_scale(scale))
 
 
 @dataclasses.dataclass(frozen=True)

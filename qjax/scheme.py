@@ -14,7 +14,7 @@ from qjax.affine import Estimator, QSpec, clipped_ste
 from qjax.calibration import Calibrator, min_max
 from qjax.quantizers.spec import Spec, is_known
 
-Role = Literal["weight", "activation"]
+Role = Literal["weight", "activation", "bias"]
 Word = QSpec | Spec  # An affine grid; or a quantizer of qjax.quantizers by its options.
 Globs = str | tuple[str, ...]
 
@@ -41,7 +41,8 @@ class Where:
 
     Attributes:
       name: Of the site.
-      role: "weight" or "activation"; None for both.
+      role: "weight" or "activation"; None for both. "bias" for the bias of a product,
+        which no other rule speaks of but one with its very name.
       layer: Module path that the site belongs to.
       op: What makes the value, or what a weight serves.
       activation: What the value has passed; ``"?*"`` for any.
@@ -172,6 +173,10 @@ class Scheme:
             return rule.spec
         return self.weights if site.role == "weight" else self.activations
 
+    def bias_spec(self, site: Site) -> Word | None:
+        """Returns the word of a bias; None for the grid of its accumulator."""
+        return next((r.spec for r in self.rules if speaks_of_bias(r, site)), None)
+
     def site_calibrator(self, site: Site) -> Calibrator:
         """Returns how the range at a site is found."""
         rule = self.rule(site)
@@ -205,7 +210,16 @@ class Scheme:
         return from_json(text)
 
 
-def check_rules(scheme: Scheme, sites: Sequence[Site]) -> None:
+def speaks_of_bias(rule: Rule, site: Site) -> bool:
+    """Whether a rule is meant for a bias: by its role, or by its very name."""
+    if isinstance(rule.pattern, Where):
+        return rule.pattern.role == "bias" and rule.pattern(site)
+    return rule.pattern == site.name
+
+
+def check_rules(
+    scheme: Scheme, sites: Sequence[Site], biases: Sequence[Site] = ()
+) -> None:
     """Raises if a rule that names sites or a layer matches nothing.
 
     Other predicates may match nothing: presets are made for many models.
@@ -214,6 +228,8 @@ def check_rules(scheme: Scheme, sites: Sequence[Site]) -> None:
       ValueError: naming the sites or layers there are, and the closest.
     """
     for rule in scheme.rules:
+        if any(speaks_of_bias(rule, site) for site in biases):
+            continue
         kind, name = "site", rule.pattern
         if isinstance(rule.pattern, Where):
             layer = rule.pattern.layer
@@ -299,10 +315,14 @@ def check_word(name: str, role: Role, word: Word | None) -> None:
             )
 
 
-def check_words(scheme: Scheme, sites: Sequence[Site]) -> None:
+def check_words(
+    scheme: Scheme, sites: Sequence[Site], biases: Sequence[Site] = ()
+) -> None:
     """Raises for a word of a scheme that cannot hold the values of its site."""
     for site in sites:
         check_word(site.name, site.role, scheme.spec(site))
+    for site in biases:
+        check_word(site.name, "weight", scheme.bias_spec(site))
 
 
 def _check_alone(scheme: Scheme) -> None:

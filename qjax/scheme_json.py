@@ -235,8 +235,10 @@ def _globs_in(path: str, data: Any) -> str | tuple[str, ...]:
 
 
 def _role_in(path: str, data: Any) -> str:
-    if data not in ("weight", "activation"):
-        raise SchemeError(f'{path}: "weight" or "activation" is wanted, got {data!r}.')
+    if data not in ("weight", "activation", "bias"):
+        raise SchemeError(
+            f'{path}: "weight", "activation" or "bias" is wanted, got {data!r}.'
+        )
     return str(data)
 
 
