@@ -337,9 +337,12 @@ def _requantize(
     same_grid = is_one and x.is_codes and x.scale == np.float32(target.scale)
     if same_grid and x.zero_point == target.zero_point and not x.is_bounded:
         is_whole = x.rescaled is None or x.high - x.low < _MOST_WHOLE
+        assert x.value is not None
+        # Parts are joined in one type.
+        fits = builder.values[x.value].dtype == storage(target.qmin, target.qmax)
+        is_whole &= fits or not target.is_part
         if is_whole and target.qmin <= x.low and x.high <= target.qmax:
             if not target.is_part:
-                assert x.value is not None
                 builder.add_site(target.site, x.value)
             return x
     x = x.emitted()
