@@ -68,7 +68,9 @@ class QuantizationParams:
     Attributes:
       activation_bits: After activations, 1 to 16.
       per_tensor_activations: Whether activations have one scale, not one per channel.
-        Products that sum over channels of different scales do not lower.
+        The kernel of a product takes the scales of its input in before it is rounded;
+        for other readers values are brought to one scale, exactly. The input of the
+        model has one scale, where QuantizeML's may have one per channel.
       weight_bits: Of weights, 2 to 16.
       output_bits: Of values that no activation makes.
       input_weight_bits: Of the weights of the first product.

@@ -1,6 +1,7 @@
 """Models as texts describe them: "Add of 3 tensors", "ReLU negative_slope"."""
 
 import ast
+import functools
 import json
 import re
 
@@ -39,17 +40,24 @@ def reading(text):
         text = re.sub(words, plain, text, flags=re.IGNORECASE)
     for words, f in _OF_CALLS.items():
         if match := re.search(words, text, re.IGNORECASE):
-            return _as_model(lambda: f(*match.groups()))
+            return Described(functools.partial(f, *match.groups()))
     kinds = re.findall(r"\b[A-Z][A-Za-z]*(?:\dD)?[A-Za-z]*\b", text)
     known = {*keras._LAYERS, *_RECURRENT, "Embedding"}
     if not kinds or not known.issuperset(kinds):
         return None
-    return _as_model(lambda: _works(_example(text, kinds)))
+    return Described(lambda: _works(_example(text, kinds)))
 
 
-def _as_model(do):
-    do.is_model = True
-    return do
+class Described:
+    """What a text asks of a model: it works here, or is refused."""
+
+    is_model = True
+
+    def __init__(self, do):
+        self._do = do
+
+    def __call__(self):
+        self._do()
 
 
 def _example(text, kinds):
@@ -155,7 +163,7 @@ def _several_inputs(count):
 
 
 def _works(example):
-    """The whole model is quantized with QuantizeML's defaults, and its config is JSON."""
+    """The whole model is quantized by QuantizeML's defaults; its config is JSON."""
     qmodel = models._check_works(example, qparams=qjax.QuantizationParams())
     config = qjax.dump_config(qmodel)
     assert json.loads(json.dumps(config)) == config and config

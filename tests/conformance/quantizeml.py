@@ -5,6 +5,7 @@ that the case holds of it, and what no reader understands fails.
 """
 
 import ast
+import functools
 import re
 
 import jax
@@ -242,8 +243,8 @@ def _result(p, name, *args):
 def qml_fixed_point(case, arrays):
     p = _known(
         case,
-        *"op other buffer_value_bits value_bits s clamp bits frac_bits scale_bits".split(),
-        *"n power exponent".split(),
+        *"op other buffer_value_bits value_bits s clamp bits frac_bits".split(),
+        *"scale_bits n power exponent".split(),
     )
     wanted = {n.split("/")[1] for n in arrays if n.startswith("out/")}
     names = sorted({"/".join(n.split("/")[:2]) for n in arrays if n[:3] == "in/"})
@@ -435,7 +436,7 @@ def _reading(text):
     """What a text describes, as a function that does it."""
     for words, f in MISUSES.items():
         if match := re.fullmatch(words, text):
-            return lambda: f(*match.groups())
+            return functools.partial(f, *match.groups())
     found = _call(text) or _operation(text) or described.reading(text)
     return found or pytest.fail(f"no check reads {text!r}")
 

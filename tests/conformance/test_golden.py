@@ -173,8 +173,8 @@ CHECKS |= qkeras.CHECKS | quantizeml.CHECKS
 
 # Kinds of what the package has not: layers of Keras, QTools and its reports.
 ELSEWHERE = frozenset(
-    "convert estimate export layer layer_stateful model_forward qml_layer qstats qtools "
-    "table".split()
+    "convert estimate export layer layer_stateful model_forward qml_layer qstats "
+    "qtools table".split()
 )
 
 
