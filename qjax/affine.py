@@ -16,7 +16,13 @@ from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 
 from qjax.mesh_axes import axes_of, vary
-from qjax.rounding import ceil_power_of_two, check_bits, half_even, int_range
+from qjax.rounding import (
+    ceil_power_of_two,
+    check_bits,
+    half_even,
+    int_range,
+    power_of_two,
+)
 from qjax.tables import show_fields
 
 Rounding = Callable[[jax.Array], jax.Array]
@@ -356,21 +362,34 @@ def abs_max_params(x: ArrayLike, spec: QSpec) -> QParams:
     return min_max_params(*reduce_range(_as_numbers(x, "x"), spec.axis), symmetric)
 
 
-def fake_quant_bias(bias: jax.Array, scale: jax.Array, *, site: str = "") -> jax.Array:
+def fake_quant_bias(
+    bias: jax.Array, scale: jax.Array, *, bits: ArrayLike = 32, site: str = ""
+) -> jax.Array:
     """Rounds a bias to the grid of its accumulator: 32 bits at ``scale_x * scale_w``.
+
+    Fewer bits are steps of ``2^k`` of that grid, with the least ``k >= 0`` for each
+    channel that holds the bias, for all of them if there are at most 4 bits: what
+    QuantizeML's aligned weight quantizer does.
 
     Args:
       bias: Real values, any shape.
       scale: Of the accumulator, broadcasts against ``bias``.
+      bits: Of the codes, sign included. What goes beyond saturates.
       site: Name of this quantization point.
 
     Returns:
       Values on the grid, in the shape of both.
     """
     shape = jnp.broadcast_shapes(jnp.shape(bias), jnp.shape(scale))
-    grid = QParams(jnp.broadcast_to(scale, shape), jnp.zeros(shape, jnp.int32))
-    spec = QSpec(bits=32, symmetric=True, axis=tuple(range(len(shape))) or None)
-    return fake_quant(jnp.broadcast_to(bias, shape), grid, spec, site=site)
+    bias, scale = jnp.broadcast_to(bias, shape), jnp.broadcast_to(scale, shape)
+    if not isinstance(bits, int) or bits < 32:
+        most = jnp.abs(jax.lax.stop_gradient(bias)).astype(scale.dtype) / scale
+        steps = most * power_of_two(1 - jnp.asarray(bits))
+        steps = jnp.where(jnp.asarray(bits) > 4, steps, jnp.max(steps, initial=0.0))
+        scale = scale * ceil_power_of_two(jnp.maximum(steps, 1.0))
+    grid = QParams(scale, jnp.zeros(shape, jnp.int32))
+    spec = QSpec(bits=bits, symmetric=True, axis=tuple(range(len(shape))) or None)
+    return fake_quant(bias, grid, spec, site=site)
 
 
 def reduce_range(x: jax.Array, axis: Axis) -> tuple[jax.Array, jax.Array]:

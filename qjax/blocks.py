@@ -83,6 +83,7 @@ class Plan:
       blocks: All that end at a site.
       fused: Last affine value of a block -> the block, where constants alone scale
         and shift it.
+      biases: Parameter -> its site, of those that are added to a product.
       on_grid: Values on the grid of the data that they are made of: inputs, and what
         shape moves, max-pools and relus return.
     """
@@ -93,6 +94,7 @@ class Plan:
     blocks: tuple[Block, ...]
     fused: dict[int, Block]
     on_grid: frozenset[int]
+    biases: dict[int, Site] = dataclasses.field(default_factory=dict)
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -570,8 +572,26 @@ class _Finder:
         blocks = tuple(b for b in self.blocks if b.value in activations)
         constant = (b for b in self.blocks if b.affine and not b.has_statistics)
         fused = {b.affine[-1].outputs[0]: b for b in constant}
-        on_grid = frozenset(self.on_grid)
-        return Plan(tuple(sites), activations, weights, blocks, fused, on_grid)
+        on_grid, biases = frozenset(self.on_grid), self._biases(weights)
+        return Plan(tuple(sites), activations, weights, blocks, fused, on_grid, biases)
+
+    def _biases(self, weights: dict[int, int]) -> dict[int, Site]:
+        """The parameters that are added to products before anything else is done."""
+        found: dict[int, Site] = {}
+        for block in self.blocks:
+            first = (
+                block.affine[0] if block.kind == "product" and block.affine else None
+            )
+            if first is None or first.primitive.name != "add":
+                continue
+            known = (v for v in first.inputs if v not in self.data)
+            leaf = next((self._leaf(v, SHAPE_MOVES) for v in known), None)
+            if leaf is not None and leaf not in weights:
+                name = self.names[leaf]
+                layer = name.rpartition("/")[0] or name
+                site = Site(name, "bias", self.model.shape(leaf), layer)
+                found.setdefault(leaf, site)
+        return found
 
     def _block_name(self, block: Block, kinds: collections.Counter[str]) -> str:
         if block.kind == "affine":

@@ -140,8 +140,8 @@ class _GridRecorder(Quantizer):
 
     def _keep(self, site: Site, x: jax.Array, visit: Visit) -> Visit:
         spec = self.scheme.spec(site)
-        if visit[1] is not None and spec is not None:
-            self.grids[site.name] = visit[1], _extent(spec, x)
+        if visit.grid is not None and spec is not None:
+            self.grids[site.name] = visit.grid, _extent(spec, x)
         return visit
 
 
@@ -270,13 +270,13 @@ class _WeightRecorder(Quantizer):
     weights: dict[str, Any]
 
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
-        return x if unit is None else x * unit.per(1.0), None
+        return Visit(x if unit is None else x * unit.per(1.0))
 
     def weight(self, site: Site, x: jax.Array) -> Visit:
         spec, visit, table = self.scheme.spec(site), super().weight(site, x), None
         if spec is None:
             return visit
-        extent, grid = _extent(spec, x), visit[1]
+        extent, grid = _extent(spec, x), visit.grid
         if isinstance(spec, Spec):
             _, codes, grid = encode(spec, x)
             if grid is None:

@@ -30,6 +30,7 @@ from qjax.batches import (
     same_kind,
 )
 from qjax.calibration import Calibrator, check_calibrated
+from qjax.common_scales import held_scale
 from qjax.config import accumulator_bits, config_rules, find_layer
 from qjax.leaves import difference, shapes_of, show_leaves
 from qjax.presets import QuantizationParams
@@ -92,6 +93,7 @@ class QuantizedModel:
       sites: Where they are, in the order of computation.
       example: Shapes and dtypes of the inputs it was made for, a tuple.
       base: What a config of the model is read over, if it comes alone.
+      biases: The biases of products, which rules may name.
     """
 
     fn: Callable[..., Any]
@@ -99,6 +101,7 @@ class QuantizedModel:
     sites: tuple[Site, ...]
     example: Any
     base: Scheme
+    biases: tuple[Site, ...] = ()
 
     def __repr__(self) -> str:
         weights = sum(site.role == "weight" for site in self.sites)
@@ -244,9 +247,9 @@ class QuantizedModel:
         if scheme is not None:
             if not isinstance(scheme, Scheme):
                 raise TypeError(f"`scheme` must be a `Scheme`, got {scheme!r}.")
-            check_rules(scheme, self.sites)
+            check_rules(scheme, self.sites, self.biases)
         chosen = self.scheme if scheme is None else scheme
-        check_words(chosen, self.sites)
+        check_words(chosen, self.sites, self.biases)
         check_leaves("inputs", inputs)
         if not have_same_kinds(inputs, self.example):
             where = difference(inputs, self.example, same_kind)
@@ -328,7 +331,8 @@ def quantize_model(
     reader = (qparams or QuantizationParams()).scheme()
     if scheme is None:
         scheme = Scheme() if qparams is None and q_config is None else reader
-    sites = Simulation(fn, params, inputs).sites
+    simulation = Simulation(fn, params, inputs)
+    sites, biases = simulation.sites, simulation.biases
     if not sites:
         raise ValueError(
             "The model has no site: `fn` computes nothing from real values of "
@@ -345,14 +349,14 @@ def quantize_model(
             dataclasses.replace(s, rules=(rule, *s.rules)) for s in (scheme, reader)
         )
     if q_config is not None:
-        rules = config_rules(q_config, sites, scheme)
+        rules = config_rules(q_config, sites, scheme, biases)
         scheme = dataclasses.replace(scheme, rules=(*rules, *scheme.rules))
-    check_rules(scheme, sites)
-    check_words(scheme, sites)
+    check_rules(scheme, sites, biases)
+    check_words(scheme, sites, biases)
     _warn_of_shadows(own, sites)
     _warn_of_buffers(scheme, sites)
     shapes = jax.eval_shape(lambda: inputs)
-    qmodel = QuantizedModel(fn, scheme, sites, shapes, reader)
+    qmodel = QuantizedModel(fn, scheme, sites, shapes, reader, biases)
     # A dry run: an axis that does not exist raises here, before any data is spent.
     state = qmodel.init(params, *inputs)
     jax.eval_shape(lambda qstate: qmodel.apply(params, qstate, *inputs), state)
@@ -704,10 +708,16 @@ class _Recorder:
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
         x = x if unit is None else x * unit.per(1.0)
         self.values[site.name] = x
-        return x, None
+        return Visit(x)
 
     def weight(self, site: Site, x: jax.Array) -> Visit:
-        return x, None
+        return Visit(x)
+
+    def bias(self, site: Site, x: jax.Array) -> Visit:
+        return Visit(x)
+
+    def takes_factors(self, site: Site) -> bool:
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -732,20 +742,35 @@ class Quantizer:
         state = self.qstate[site.name]
         params = calibrator.params(state, spec)
         check_calibrated(params, site.name)
+        if params.scale.ndim and spec.symmetric:
+            params = _filled(params, calibrator, state, spec)
         if _is_fresh(state):
             # A constant of the traced program, which is looked at outside of it.
             with jax.ensure_compile_time_eval():
                 known = calibrator.params(state, dataclasses.replace(spec, bits=8))
             check_calibrated(known, site.name)
+        word = spec if spec.symmetric else None
         if unit is None:
-            return self._round(site, x, params, spec), params
+            return Visit(self._round(site, x, params, spec), params, word)
         if params.scale.ndim:
-            return self._round(site, x * unit.per(1.0), params, spec), params
+            x = x * unit.per(1.0)
+            return Visit(self._round(site, x, params, spec), params, word)
         # On a grid of scale 1, where a tie between two codes is exactly one.
         steps = x * unit.per(params.scale)
         ones = params._replace(scale=jnp.ones_like(params.scale))
         codes = self._round(site, steps, ones, spec)
-        return codes * params.scale.astype(x.dtype), params
+        return Visit(codes * params.scale.astype(x.dtype), params, word)
+
+    def bias(self, site: Site, x: jax.Array) -> Visit:
+        """Rounds by a quantizer; an affine word waits for the accumulator."""
+        spec = self.scheme.bias_spec(site)
+        if isinstance(spec, QSpec):
+            return Visit(x, None, spec)
+        return self._apply(site, x, spec)
+
+    def takes_factors(self, site: Site) -> bool:
+        """Whether the range of a weight is found in its values."""
+        return isinstance(self.scheme.spec(site), QSpec)
 
     def weight(self, site: Site, x: jax.Array) -> Visit:
         """Rounds to the grid of the weight's own range."""
@@ -754,20 +779,35 @@ class Quantizer:
             return self._apply(site, x, spec)
         scale, zero_point = abs_max_params(x, spec)
         params = QParams(jnp.maximum(scale, _LEAST_SCALE), zero_point)
-        return self._round(site, x, params, spec), params
+        return Visit(self._round(site, x, params, spec), params)
 
     def _apply(self, site: Site, x: jax.Array, spec: Spec | None) -> Visit:
         """A quantizer that finds its grid by itself; None: no quantizer."""
         if spec is None:
-            return x, None
+            return Visit(x)
         value = quantizers.apply(spec, x, site=site.name)
-        return value, quantizers.encode(spec, x).params
+        return Visit(value, quantizers.encode(spec, x).params)
 
     def _round(
         self, site: Site, x: jax.Array, params: QParams, spec: QSpec
     ) -> jax.Array:
         estimator = self.scheme.estimator
         return fake_quant(x, params, spec, site=site.name, estimator=estimator)
+
+
+def _filled(
+    params: QParams, calibrator: Calibrator, state: Any, spec: QSpec
+) -> QParams:
+    """Gives channels whose range is empty the scale of the widest.
+
+    Theirs is 1 whatever the word is; beside it others may be of no account.
+    """
+    words = (dataclasses.replace(spec, bits=bits) for bits in (4, 5))
+    ones = [calibrator.params(state, word).scale == 1 for word in words]
+    is_empty = ones[0] & ones[1]
+    most = jnp.max(jnp.where(is_empty, 0.0, params.scale))
+    scale = jnp.where(is_empty & (most > 0), most, params.scale)
+    return params._replace(scale=held_scale(scale))
 
 
 @dataclasses.dataclass(frozen=True)

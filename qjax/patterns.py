@@ -6,11 +6,11 @@ import fnmatch
 import glob
 import numbers
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from qjax.tables import show_fields
 
-Role = Literal["weight", "activation"]
+Role = Literal["weight", "activation", "bias"]
 Globs = str | tuple[str, ...]
 
 
@@ -40,7 +40,8 @@ class Where:
 
     Attributes:
       name: Of the site.
-      role: "weight" or "activation"; None for both.
+      role: "weight" or "activation"; None for both. "bias" for the bias of a product,
+        which no other rule speaks of but one with its very name.
       layer: Module path that the site belongs to.
       op: What makes the value, or what a weight serves.
       activation: What the value has passed; ``"?*"`` for any.
@@ -82,10 +83,10 @@ class Where:
                     f"{value!r}."
                 )
             object.__setattr__(self, name, globs)
-        if self.role not in (None, "weight", "activation"):
+        if self.role not in (None, *get_args(Role)):
             raise ValueError(
-                "`role` of a `Where` must be 'weight', 'activation' or None, got "
-                f"{self.role!r}."
+                "`role` of a `Where` must be 'weight', 'activation', 'bias' or None, "
+                f"got {self.role!r}."
             )
         ranks = (self.ranks,) if isinstance(self.ranks, int) else self.ranks
         if not isinstance(ranks, tuple | list) or not all(map(is_whole, ranks)):

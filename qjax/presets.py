@@ -19,6 +19,7 @@ from qjax.calibration import (
     moving_min_max,
     named,
 )
+from qjax.patterns import Globs
 from qjax.quantizers.low_bit import (
     Bernoulli,
     Binary,
@@ -68,7 +69,9 @@ class QuantizationParams:
     Attributes:
       activation_bits: After activations, 1 to 16.
       per_tensor_activations: Whether activations have one scale, not one per channel.
-        Products that sum over channels of different scales do not lower.
+        The kernel of a product takes the scales of its input in before it is rounded;
+        for other readers values are brought to one scale, exactly. The input of the
+        model has one scale, where QuantizeML's may have one per channel.
       weight_bits: Of weights, 2 to 16.
       output_bits: Of values that no activation makes.
       input_weight_bits: Of the weights of the first product.
@@ -168,7 +171,7 @@ class QuantizationParams:
             weight(dataclasses.replace(_FIRST, op=_PRODUCTS), "input_weight_bits"),
             weight(Where(role="weight", op=_PRODUCTS), "weight_bits"),
             Rule(Where(role="weight"), None, reasons=_reasons(spec="no product")),
-            self._input(axis),
+            self._input(),
             Rule(looked_up, _output(11, True, None), reasons=_reasons(bits="a table")),
             *value(
                 "activation_bits",
@@ -198,10 +201,10 @@ class QuantizationParams:
             buffer_bits=self.buffer_bits,
         )
 
-    def _input(self, axis: int | None) -> Rule:
+    def _input(self) -> Rule:
         info = np.iinfo(self.input_dtype)
         signed, calibrator = info.min < 0, moving_max()
-        spec = _output(info.bits, signed, axis)
+        spec = _output(info.bits, signed, None)
         if not signed:
             spec = dataclasses.replace(spec, symmetric=False)
             calibrator = moving_min_max()
@@ -342,21 +345,31 @@ def binary(*, activation_bits: int = 8) -> Scheme:
 
 
 def qkeras(
-    layers: Mapping[str, Mapping[str, str | None]], base: Scheme | None = None
+    layers: Mapping[str, Mapping[str, str | Spec | None]], base: Scheme | None = None
 ) -> Scheme:
     """QKeras's way: the names of quantizers, layer by layer.
 
-        qkeras({"conv1": {"kernel_quantizer": "quantized_bits(4,0,1)",
+        qkeras({"input:0": {"activation": "quantized_bits(8,0,1)"},
+                "conv1": {"kernel_quantizer": "quantized_bits(4,0,1)",
+                          "bias_quantizer": "quantized_bits(4)",
                           "activation": "quantized_relu(4)"}, "fc": {...}})
 
-    Biases take the grid of their accumulator, which holds those of QKeras wherever it
-    is the finer one. A quantized model has no random key: what draws in QKeras's
-    training is replaced by what QKeras computes in inference, with a warning.
+    A bias has the very value that its quantizer gives it: its accumulator is made finer
+    where its grid does not hold that. Without a quantizer it takes the grid of the
+    accumulator. A kernel's ``alpha`` is what its string says, 1 if nothing; QKeras's
+    layers make it "auto_po2". A quantized model has no random key: what draws in
+    QKeras's training is replaced by what QKeras computes in inference, with a warning.
 
     Args:
-      layers: Module path, or a glob of module paths -> ``kernel_quantizer`` (also
-        ``depthwise_quantizer``) and ``activation``, each a string as
-        `qjax.quantizers.parse` reads it, or None for none.
+      layers: Module path, or a glob of module paths, ``input:0`` for an input -> names
+        of quantizers, each a string as `qjax.quantizers.parse` reads it, a spec, or
+        None for none:
+
+        - ``kernel_quantizer``, also ``depthwise_quantizer``, ``pointwise_quantizer``:
+          together they tell the weights of a separable convolution apart;
+        - ``bias_quantizer``;
+        - ``activation``, also ``activation_quantizer``, of what the layer returns.
+          Keras's own functions, such as "relu", stay what the model makes of them.
       base: What other sites get; None: they stay float, as layers that QKeras is not
         told of.
 
@@ -364,26 +377,22 @@ def qkeras(
       The scheme.
 
     Raises:
-      ValueError: for an unknown key, or a string that is no quantizer.
+      ValueError: for an unknown key, or a string that is no quantizer, with the layer
+        and the key.
 
     Warns:
       UserWarning: for quantizers that draw at random, with what stands for them.
     """
-    roles: dict[str, Role] = {
-        "kernel_quantizer": "weight",
-        "depthwise_quantizer": "weight",
-        "activation": "activation",
-    }
     rules, settled = [], []
     for layer, texts in layers.items():
+        if not isinstance(texts, Mapping):
+            raise ValueError(
+                f"{layer}: names of quantizers by key are wanted, as in "
+                f'{{"kernel_quantizer": "quantized_bits(4,0,1)"}}, got {texts!r}.'
+            )
         for key, text in texts.items():
-            if key not in roles:
-                raise ValueError(
-                    f"{layer}.{key}: wanted is one of {', '.join(roles)}. Biases take "
-                    "the grid of their accumulator."
-                )
-            where = Where(role=roles[key], layer=layer)
-            word = None if text is None else parse(text)
+            word = _named_word(f"{layer}.{key}", key, text)
+            where = _qkeras_site(layer, key, {_DEPTHWISE, _POINTWISE} <= set(texts))
             if word is not None and is_random(word):
                 still = _deterministic(word)
                 settled.append(f"{layer}.{key}: {word} -> {still}")
@@ -398,6 +407,50 @@ def qkeras(
     if base is None:
         base = Scheme(weights=None, activations=None)
     return dataclasses.replace(base, rules=(*rules, *base.rules))
+
+
+_DEPTHWISE, _POINTWISE = "depthwise_quantizer", "pointwise_quantizer"
+_QKERAS_KEYS: dict[str, Role] = {
+    "kernel_quantizer": "weight",
+    _DEPTHWISE: "weight",
+    _POINTWISE: "weight",
+    "bias_quantizer": "bias",
+    "activation": "activation",
+    "activation_quantizer": "activation",
+}
+# Functions of Keras, which quantize nothing.
+_KERAS = frozenset(
+    "elu exponential gelu linear relu relu6 selu sigmoid silu softmax softplus "
+    "softsign swish tanh".split()
+)
+
+
+def _named_word(path: str, key: str, text: Any) -> Spec | None:
+    """The quantizer that an entry names; None for none."""
+    if key not in _QKERAS_KEYS:
+        raise ValueError(
+            f"{path}: wanted is one of {', '.join(_QKERAS_KEYS)}. A BatchNorm is part "
+            "of its product; averages and states have no quantizer of their own."
+        )
+    if text is None or isinstance(text, Spec):
+        return text
+    if _QKERAS_KEYS[key] == "activation" and text in _KERAS:
+        return None
+    try:
+        return parse(text)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _qkeras_site(layer: str, key: str, is_separable: bool) -> Where:
+    """The sites that a key of a layer means."""
+    where = Where(role=_QKERAS_KEYS[key], layer=layer)
+    ops: dict[str, Globs] = {_DEPTHWISE: "depthwise_*", _POINTWISE: ("conv*", "dense")}
+    if not is_separable or where.role == "activation":
+        return where
+    return dataclasses.replace(
+        where, layer=(layer, f"{layer}/*"), op=ops.get(key, where.op)
+    )
 
 
 def _deterministic(word: Spec) -> Spec:

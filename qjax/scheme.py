@@ -170,6 +170,10 @@ class Scheme:
             return rule.spec
         return self.weights if site.role == "weight" else self.activations
 
+    def bias_spec(self, site: Site) -> Word | None:
+        """Returns the word of a bias; None for the grid of its accumulator."""
+        return next((r.spec for r in self.rules if speaks_of_bias(r, site)), None)
+
     def site_calibrator(self, site: Site) -> Calibrator:
         """Returns how the range at a site is found."""
         rule = self.rule(site)
@@ -229,7 +233,16 @@ def at_site(word: Word | None, site: Site) -> Word | None:
     return word if axis == -1 else dataclasses.replace(word, **fields)
 
 
-def check_rules(scheme: Scheme, sites: Sequence[Site]) -> None:
+def speaks_of_bias(rule: Rule, site: Site) -> bool:
+    """Returns whether a rule is meant for a bias: by its role, or by its very name."""
+    if isinstance(rule.pattern, Where):
+        return rule.pattern.role == "bias" and rule.pattern(site)
+    return rule.pattern == site.name
+
+
+def check_rules(
+    scheme: Scheme, sites: Sequence[Site], biases: Sequence[Site] = ()
+) -> None:
     """Raises if a rule that is not optional matches nothing.
 
     Each name and each layer of a `Where` must be there.
@@ -239,6 +252,8 @@ def check_rules(scheme: Scheme, sites: Sequence[Site]) -> None:
         site that, read as a glob, matches others as well.
     """
     for rule in scheme.rules:
+        if any(speaks_of_bias(rule, site) for site in biases):
+            continue
         pattern = rule.pattern
         if isinstance(pattern, str):
             check_name(pattern, sites)
@@ -409,10 +424,14 @@ def check_word(name: str, role: Role, word: Word | None) -> None:
             )
 
 
-def check_words(scheme: Scheme, sites: Sequence[Site]) -> None:
+def check_words(
+    scheme: Scheme, sites: Sequence[Site], biases: Sequence[Site] = ()
+) -> None:
     """Raises for a word of a scheme that cannot hold the values of its site."""
     for site in sites:
         check_word(site.name, site.role, scheme.spec(site))
+    for site in biases:
+        check_word(site.name, "weight", scheme.bias_spec(site))
 
 
 def _check_alone(scheme: Scheme) -> None:

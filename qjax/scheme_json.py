@@ -266,9 +266,9 @@ def _globs_in(path: str, data: Any) -> str | tuple[str, ...]:
 
 
 def _role_in(path: str, data: Any) -> str:
-    if data not in ("weight", "activation"):
+    if data not in ("weight", "activation", "bias"):
         raise SchemeError(
-            f'{path}: "weight" or "activation" is wanted, got {_short(data)}.'
+            f'{path}: "weight", "activation" or "bias" is wanted, got {_short(data)}.'
         )
     return str(data)
 

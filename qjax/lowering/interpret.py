@@ -18,6 +18,7 @@ from qjax.lowering.inputs import MOST_RANGE, follow, integer_range, is_place
 from qjax.lowering.values import (
     Abstract,
     Builder,
+    ByChannel,
     Curve,
     Integers,
     Joined,
@@ -298,6 +299,15 @@ def refuse(e: Equation, x: Abstract, role: str) -> ValueError:
       role: What the operand is to the equation: "input", "kernel".
     """
     site = ""
+    if isinstance(x, ByChannel):
+        word = "QSpec(bits=8, symmetric=True, power_of_two=True, axis=-1)"
+        return ValueError(
+            f"The {role} of `{e.primitive.name}` in {where(e)} has a scale per channel,"
+            f" that of {x.site!r}, which only the kernel of a product takes in.\n"
+            f"  equation: {e}\nUse one scale, Rule({x.site!r}, QSpec(bits=8)), or "
+            f"powers of two, which are brought to one scale exactly: Rule({x.site!r}, "
+            f"{word})."
+        )
     if isinstance(x, Real):
         what, site = x.source, x.remedy
     elif isinstance(x, Known):

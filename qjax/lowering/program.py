@@ -335,9 +335,10 @@ def _lower(model: Any, args: tuple[Any, ...], strict: bool) -> IntegerProgram:
     shapes = [np.shape(x) for x in jax.tree.leaves(inputs)]
     for k, reason in fixed.items():
         if shapes[k][0] == 0:
+            name = at_start(traced.names[k])
             raise ValueError(
-                f"{at_start(traced.names[k])} has shape {shapes[k]}: no example, and "
-                f"its leading size is fixed by {reason}.\nLower the model for the size "
+                f"{name} has shape {shapes[k]}: no example, and its leading "
+                f"size is fixed by {reason}.\nLower the model for the size "
                 "that it is called with."
             )
         v = graph.inputs[k]

@@ -14,6 +14,7 @@ from qjax.lowering.rules_shapes import settled
 from qjax.lowering.values import (
     Abstract,
     Builder,
+    ByChannel,
     Curve,
     Integers,
     Joined,
@@ -189,6 +190,8 @@ def _mul(builder: Builder, e: Equation, trace: Trace, *operands: Abstract) -> Ab
             return found
         return _scaled(e, operands[0], np.asarray(-1.0), None)
     a, b = operands
+    if isinstance(a, ByChannel) and isinstance(b, Known) and e.primitive.name == "mul":
+        return _one_unit(e, a, b)
     if _bends(a, b) and not _is_unit(e, a, b):
         if (found := curve(builder, e, trace, a, b)) is not None:
             return found
@@ -215,6 +218,17 @@ def _mul(builder: Builder, e: Equation, trace: Trace, *operands: Abstract) -> Ab
     if isinstance(x, Integers) and _is_of_codes(x) and factor.size == 1:
         return _rescaled(builder, e, trace, (a, b), factor.reshape(()))
     return _scaled(e, x, factor, known)
+
+
+def _one_unit(e: Equation, x: ByChannel, known: Known) -> Integers:
+    """Codes with a scale per channel, brought to one scale by a factor per channel."""
+    scale = compact(x.scale * np.asarray(known.value, np.float64))
+    most = np.max(scale, initial=0)
+    if most <= 0 or np.any(np.abs(scale / most - 1) > _ROUNDING):
+        raise refuse(e, x, "operand")
+    is_exact = is_power_of_two(x.scale) and scale.size == 1
+    common = np.asarray(np.float64(np.float32(x.codes.scale)))
+    return dataclasses.replace(x.codes, scale=common, is_gain_exact=is_exact)
 
 
 def _is_unit(e: Equation, a: Abstract, b: Abstract) -> bool:

@@ -203,7 +203,7 @@ def _product(
         0,
         int(low.min(initial=0)),
         int(high.max(initial=0)),
-        is_gain_exact=x.rescaled is None,
+        is_gain_exact=x.rescaled is None and x.is_gain_exact,
         emit=emit,
         shift=0,
         path=e.path,

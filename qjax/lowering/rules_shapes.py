@@ -56,13 +56,13 @@ def settled(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Integer
 def _emitted(builder: Builder, e: Equation, x: Abstract) -> Integers:
     """Integers in the graph."""
     if isinstance(x, Sum):
-        x = _added(builder, e, x)
+        x = added(builder, e, x)
     if not isinstance(x, Integers):
         raise refuse(e, x, "input")
     return x.emitted()
 
 
-def _added(builder: Builder, e: Equation, x: Sum) -> Integers:
+def added(builder: Builder, e: Equation, x: Sum) -> Integers:
     """A sum of codes as an accumulator, where one grid holds all of them exactly."""
     terms = [t for t, _ in x.terms]
     scale = min(float(t.scale) for t in terms)

@@ -186,7 +186,22 @@ class Joined:
     fill: float = 0.0  # Of a pad.
 
 
-Abstract = Known | KnownCodes | Real | Integers | Sum | Curve | Joined
+@dataclasses.dataclass(frozen=True)
+class ByChannel:
+    """Codes with a scale per channel: ``real = scale * integer``.
+
+    Attributes:
+      codes: The same integers in the unit of the coarsest channel.
+      scale: float64, the rank of the value.
+      site: Where they are made.
+    """
+
+    codes: Integers
+    scale: np.ndarray
+    site: str
+
+
+Abstract = Known | KnownCodes | Real | Integers | Sum | Curve | Joined | ByChannel
 
 
 class Builder:
