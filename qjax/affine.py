@@ -231,6 +231,8 @@ def fake_quant(
 
 def _as_numbers(x: Any, name: str) -> jax.Array:
     """Returns an array of real or whole numbers, or of truth values."""
+    if any(isinstance(part, str | bytes) for part in jax.tree.leaves(x)):
+        raise TypeError(f"`{name}` must be an array of numbers, got {x!r}.")
     try:
         found = jnp.asarray(x)
     except (TypeError, ValueError) as error:

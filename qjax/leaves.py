@@ -30,6 +30,11 @@ def leaf_names(inputs: Any) -> list[str]:
     ]
 
 
+def at_start(name: str) -> str:
+    """Returns a name at the start of a sentence; a leaf keeps the name that it has."""
+    return name if name.startswith("input:") else name[:1].upper() + name[1:]
+
+
 def is_array(x: Any) -> bool:
     """Returns whether JAX takes a leaf for an array: numbers, keys, truth values."""
     try:

@@ -1,6 +1,7 @@
 """What objects print: fields that were chosen, tables for terminals and notebooks."""
 
 import dataclasses
+import functools
 import html
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -30,10 +31,13 @@ def show_fields(obj: Any, always: Collection[str] = ()) -> str:
 
 def show(value: Any) -> str:
     """Returns the ``repr`` of a value; of a function its name, without an address."""
-    if callable(value) and type(value).__repr__ is not object.__repr__:
-        name = getattr(value, "__qualname__", "")
-        return name.rpartition("<locals>.")[2] if name else repr(value)
-    return repr(value)
+    if isinstance(value, functools.partial):
+        return f"partial({show(value.func)})"
+    name = getattr(value, "__qualname__", "") if callable(value) else ""
+    if name:
+        return str(name).rpartition("<locals>.")[2]
+    has_own = type(value).__repr__ is not object.__repr__
+    return repr(value) if has_own else type(value).__name__
 
 
 def text_table(head: Row, rows: Sequence[Row]) -> str:

@@ -929,3 +929,115 @@ class QpointTest(chex.TestCase):
         f = lambda x: fake_quant(x, _grid(0.5, 0), QSpec(4), site="conv1/output")
         text = str(jax.make_jaxpr(transform(f))(jnp.ones(3)))
         assert "qpoint" in text and "site=conv1/output" in text
+
+
+# What is taken for an array, a grid, a word.
+
+GRID = QParams(jnp.float32(0.02), jnp.int32(7))
+VALUES = [[0.25, -1.0, 3.0], [0.0, 0.03, -9.0]]
+CODES = np.clip(np.rint(np.float32(VALUES) * (1 / np.float32(0.02))) + 7, -128, 127)
+
+
+@pytest.mark.parametrize("x", [VALUES, np.float32(VALUES), np.float64(VALUES)])
+@pytest.mark.parametrize(
+    "params",
+    [
+        QParams(0.02, 7),
+        QParams(np.float32(0.02), np.int64(7)),
+        QParams(np.float64(0.02), 7),
+        QParams(jnp.float32(0.02), 7),
+        QParams(0.02, jnp.int8(7)),
+        (0.02, 7),
+    ],
+)
+def test_numbers_arrays_and_lists_are_values_and_grids(x, params):
+    q = quantize(x, params, QSpec(8))
+    np.testing.assert_array_equal(q, CODES)
+    assert q.dtype == np.int32
+    real = dequantize(CODES.astype(int).tolist(), params)
+    np.testing.assert_array_equal(real, np.float32(CODES - 7) * np.float32(0.02))
+    np.testing.assert_array_equal(fake_quant(x, params, QSpec(8)), real)
+
+
+def test_grids_of_numbers_where_values_are_traced():
+    for params in (QParams(0.02, 7), QParams(np.float32(0.02), np.int32(7))):
+        q = jax.jit(lambda x, p=params: quantize(x, p, QSpec(8)))(jnp.float32(VALUES))
+        np.testing.assert_array_equal(q, CODES)
+    by_scale = jax.jit(
+        lambda s: quantize(VALUES, QParams([[s, s, s]], [[7, 7, 7]]), P8)
+    )
+    np.testing.assert_array_equal(by_scale(0.02), CODES)
+    slope = jax.grad(lambda x: fake_quant(x, QParams(0.5, 0), QSpec(8)))(0.3)
+    assert slope == 1.0
+
+
+P8 = QSpec(8, axis=-1)
+
+
+def test_whole_numbers_and_truth_values_are_rounded_as_real_ones():
+    grid = QParams(0.5, 0)
+    for x in ([1, 2, 3], np.uint8([1, 2, 3]), jnp.int32([1, 2, 3])):
+        found = fake_quant(x, grid, QSpec(3))
+        np.testing.assert_array_equal(found, np.float32([1.0, 1.5, 1.5]))
+        assert found.dtype == np.float32
+    np.testing.assert_array_equal(fake_quant([True, False], grid, QSpec(3)), [1, 0])
+    assert fake_quant(jnp.bfloat16([1.0]), grid, QSpec(3)).dtype == jnp.bfloat16
+    assert fake_quant(np.zeros((0, 3)), grid, QSpec(3)).shape == (0, 3)
+    with jax.enable_x64(True):
+        assert fake_quant(np.float64([1.0]), grid, QSpec(3)).dtype == np.float64
+        assert dequantize(np.int64([1]), grid).dtype == np.float32
+
+
+def test_grids_of_lists_are_grids_of_weights():
+    spec = QSpec(8, narrow_range=True, axis=-1)
+    found = abs_max_params([[1.0, -2.0], [0.5, 1.0]], spec)
+    np.testing.assert_allclose(found.scale * 127, [[1, 2]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: quantize("a", GRID, P8), TypeError, "`x` must be an array"),
+        (lambda: quantize(None, GRID, P8), TypeError, "`x` must be an array"),
+        (lambda: quantize(1j, GRID, P8), TypeError, "numbers, got dtype complex64"),
+        (lambda: quantize(jax.random.key(0), GRID, P8), TypeError, "got dtype key"),
+        (lambda: quantize(0.5, QParams("a", 0), P8), TypeError, "`scale` must be"),
+        (lambda: quantize(0.5, QParams(0.0, 0), P8), ValueError, "positive and finite"),
+        (lambda: quantize(0.5, QParams(-1, 0), P8), ValueError, "positive and finite"),
+        (lambda: quantize(0.5, QParams(np.nan, 0), P8), ValueError, "got nan"),
+        (lambda: quantize(0.5, QParams([0.5, np.inf], 0), P8), ValueError, "finite"),
+        (lambda: quantize(0.5, QParams(0.5, 7.5), P8), TypeError, "a whole number"),
+        (lambda: quantize(0.5, QParams(0.5, 2**40), P8), ValueError, "must fit int32"),
+        (lambda: quantize(0.5, {"scale": 1}, P8), TypeError, "`QParams.*got dict"),
+        (lambda: quantize(0.5, 0.02, P8), TypeError, "`QParams.*got float"),
+        (lambda: quantize(0.5, GRID, 8), TypeError, r"`QSpec\(bits=8\)`, got 8"),
+        (lambda: fake_quant(0.5, GRID, None), TypeError, "`spec` must be a word"),
+        (lambda: abs_max_params(0.5, 8), TypeError, "`spec` must be a word"),
+        (lambda: dequantize([1.5], GRID), TypeError, "integer type, got float32"),
+        (lambda: quantize([0.5], QParams([0.5], 0), QSpec(8)), ValueError, "`scale`"),
+    ],
+)
+def test_what_is_no_array_grid_or_word_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_fields_of_a_word_are_those_of_python():
+    spec = QSpec(8, np.bool_(False), axis=(np.int64(-1), np.int8(0)))
+    assert spec == QSpec(8, False, axis=(-1, 0)) and hash(spec) == hash(
+        QSpec(8, signed=False, axis=(-1, 0))
+    )
+    assert all(type(a) is int for a in spec.axis) and spec.signed is False
+    for options in (
+        {"axis": 1.5},
+        {"axis": True},
+        {"axis": "last"},
+        {"axis": (0, 1.0)},
+        {"signed": "no"},
+        {"rounding": "half_even"},
+    ):
+        error = pytest.raises(
+            (TypeError, ValueError), match=f"`{[*options][0]}` must be"
+        )
+        with error:
+            QSpec(8, **options)

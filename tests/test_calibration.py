@@ -19,8 +19,9 @@ from qjax.calibration import (
     min_max,
     moving_max,
     moving_min_max,
+    parse_calibrator,
 )
-from qjax.histograms import mse, percentile
+from qjax.histograms import histogram, mse, percentile
 from qjax.quantizers import tensorflow
 
 TRACKERS = {  # Of the same batch again and again, the range.
@@ -466,3 +467,42 @@ def test_a_range_per_channel_has_a_state_per_channel_in_all_of_tfmots_rules(
 def test_impossible_options_are_refused(wrong, match):
     with pytest.raises(ValueError, match=match):
         wrong()
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: ema_min_max(0.9, (6, -6)), "low < high"),
+        (lambda: ema_min_max(0.9, (np.nan, 6)), "finite ends"),
+        (lambda: ema_min_max(0.9, (1,)), "a pair"),
+        (lambda: ema_min_max(0.9, 6), "a pair"),
+        (lambda: ema_min_max(0.9, (False, True)), "must be a number"),
+        (lambda: ema_min_max(np.nan), r"lie in \[0, 1\), got nan"),
+        (lambda: ema_min_max("0.9"), "must be a number, got '0.9'"),
+        (lambda: ema_min_max(True), "must be a number, got True"),
+        (lambda: ema_min_max(reduce="max"), "`reduce` must be a function"),
+        (lambda: min_max(3), "`reduce` must be a function, got 3"),
+        (lambda: last_value(None), "`reduce` must be a function"),
+        (lambda: moving_max([0.9]), "must be a number"),
+        (lambda: moving_min_max(1.0), "lie in"),
+        (lambda: constant(0.0, np.inf), "finite ends"),
+        (lambda: constant("0", 1.0), "must be a number"),
+        (lambda: mean_std({}), "must be a number"),
+        (lambda: percentile("99"), "must be a number, got '99'"),
+        (lambda: percentile(50), "lie in"),
+        (lambda: (mse(1), mse(True)), "a whole number, got True"),
+        (lambda: mse(2.5), "a whole number, got 2.5"),
+        (lambda: histogram(3), "`search` must be a function"),
+        (lambda: jax.jit(ema_min_max)(0.9), "must be a number"),
+    ],
+)
+def test_options_of_calibrators_are_checked(make, match):
+    with pytest.raises((TypeError, ValueError), match=match):
+        make()
+
+
+def test_options_of_other_types_make_the_same_calibrator():
+    assert ema_min_max(np.float64(0.5)) is ema_min_max(jnp.float32(0.5))
+    assert ema_min_max(0.5, [-1, 1]) is ema_min_max(0.5, (-1, np.int32(1)))
+    for calibrator in (ema_min_max(np.float32(0.9), [-1, 1]), mse(np.int64(7))):
+        assert parse_calibrator(calibrator.name) is calibrator

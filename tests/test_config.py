@@ -266,6 +266,26 @@ def test_explain_names_what_decided(net):
         qjax.explain(qmodel, "dw/outputs")
 
 
+def test_explain_names_the_rank_where_it_decides(net):
+    why = lambda site, **options: qjax.explain(
+        quantized(net, qparams=qjax.QuantizationParams(**options)), site
+    )["axis"]
+    per_tensor = "QuantizationParams.per_tensor_activations"
+    assert why("dw/output") == (-1, per_tensor)
+    assert why("dw/output", per_tensor_activations=True) == (None, per_tensor)
+    assert why("input:0") == (-1, per_tensor)
+    vector = qjax.quantize_model(
+        lambda params, x: jax.nn.relu(x @ params["a"]) @ params["b"],
+        {"a": jnp.eye(3), "b": jnp.eye(3)},
+        jnp.ones((2, 3)),
+        qparams=qjax.QuantizationParams(),
+    )
+    found = qjax.explain(vector, "a/output")
+    assert found["axis"] == (None, "one scale for at most two axes")
+    assert repr(found) == str(found)
+    assert "<td>one scale for at most two axes</td>" in found._repr_html_()
+
+
 def test_a_users_calibrator_has_no_text(net):
     own = qjax.min_max()._replace(name="")
     qmodel = quantized(net, scheme=qjax.Scheme(calibrator=own))

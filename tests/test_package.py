@@ -50,8 +50,8 @@ def test_rooms_import_only_from_rooms_above():
     order = (
         "tables leaves mesh_axes rounding affine estimators quantizers calibration "
         "histograms patterns scheme scheme_json presets rescaling trace common_scales "
-        "elementwise blocks channels sites config simulate batches arguments instrument "
-        "inspection layers linen nnx integer lowering formats"
+        "elementwise blocks channels sites config simulate batches arguments "
+        "instrument inspection layers linen nnx integer lowering formats"
     ).split()
     for path in sorted((ROOT / "qjax").rglob("*.py")):
         parts = path.relative_to(ROOT / "qjax").with_suffix("").parts

@@ -401,6 +401,37 @@ def test_json_there_and_back(name):
         ('{"rules": [{"where": {"ranks": 2}}]}', r"where\.ranks: a list of"),
         ('{"rules": [{"where": {"op": [1]}}]}', r"where\.op\[0\]: text"),
         ('{"rules": [{"pattern": "a", "reasons": 1}]}', r"reasons: an object"),
+        ('{"rules": [{"pattern": "a", "optional": 1}]}', r"optional: true or false"),
+        ('{"estimator": [1]}', r"estimator: one of .* got \[1\]"),
+        ('{"estimator": {}}', "estimator: one of"),
+        ('{"weights": {"rounding": [[]]}}', r"weights\.rounding: one of"),
+        ('{"weights": {"bits": {}}}', r"weights\.bits: a whole number"),
+        ('{"buffer_bits": 99}', "buffer_bits: a number from 2 to 32 is wanted, got 99"),
+        ('{"buffer_bits": -3}', "buffer_bits: a number from 2 to 32"),
+        (
+            '{"rules": [{"pattern": "a", "buffer_bits": 33}]}',
+            r"rules\[0\]\.buffer_bits: a number",
+        ),
+        ('{"weights": null, "weights": null}', "weights: this key is there twice"),
+        (
+            '{"rules": [{"pattern": "a", "spec": {"bits": 4, "bits": 8}}]}',
+            r"rules\[0\]\.spec\.bits: this key is there twice",
+        ),
+        (
+            '{"rules": [{"pattern": "a", "reasons": {"*": "b", "*": "c"}}]}',
+            r"rules\[0\]\.reasons\.\*: this key is there twice",
+        ),
+        ('{"calibrator": "mse(candidates=2.5)"}', "calibrator: `candidates` must be"),
+        ('{"calibrator": "ema_min_max(initial=[1])"}', "calibrator: `initial` must"),
+        ('{"calibrator": "ema_min_max(initial=[[[1]]])"}', "calibrator: `initial`"),
+        ('{"calibrator": "min_max(reduce=3)"}', "calibrator: `reduce` must be"),
+        ('{"calibrator": "percentile(\'99\')"}', "calibrator: `share` must be"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"weights": ' + "[" * 200 + "]" * 200 + "}", "weights: an object is wanted"),
+        ('{"weights": "quantized_bits(' + "[" * 5000 + '"}', "weights: .*too deeply"),
+        ('{"weights": {"bits": ' + "9" * 5000 + "}}", "No JSON: "),
+        (b"\xff", "No JSON: "),
+        (None, "No JSON: "),
     ],
 )
 def test_bad_json_says_where(text, message):
@@ -426,6 +457,19 @@ def test_bad_json_says_where(text, message):
 def test_what_has_no_text(scheme, message):
     with pytest.raises(ValueError, match=message):
         scheme.to_json()
+
+
+def test_other_whole_numbers_have_a_text():
+    spec = QSpec(np.int8(4), np.bool_(False), axis=(np.int64(-1), 0))
+    scheme = qjax.Scheme(activations=spec, buffer_bits=np.int64(20))
+    assert from_json(scheme.to_json()) == scheme
+    assert issubclass(qjax.SchemeError, ValueError)
+
+
+def test_presets_speak_of_many_models_and_their_text_says_so():
+    for name in ("tflite_int8", "tflite_int16x8", "tfmot_int8", "quantizeml", "binary"):
+        assert all(r.optional for r in from_json(SCHEMES[name].to_json()).rules)
+    assert not any(rule.optional for rule in SCHEMES["qkeras"].rules)
 
 
 def test_traced_bits_have_no_text():

@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,17 @@ from absl.testing import parameterized
 
 from qjax.affine import QSpec
 from qjax.calibration import ema_min_max, min_max
-from qjax.scheme import Rule, Scheme, Site, Where, check_rules, stack_schemes
+from qjax.histograms import percentile
+from qjax.quantizers import Binary, QuantizedBits, quantized_bits
+from qjax.scheme import (
+    Rule,
+    Scheme,
+    Site,
+    Where,
+    check_rules,
+    shadowed_rules,
+    stack_schemes,
+)
 
 KERNEL = Site("conv1/kernel", "weight", (3, 3, 1, 8))
 OUTPUT = Site("conv1/output", "activation", (1, 8, 8, 8))
@@ -242,8 +254,7 @@ def test_a_layer_that_is_not_there_is_named_with_the_layers():
         ValueError, match="'conv2' matches no layer. The closest is 'conv1'"
     ):
         check_rules(Scheme(rules=(rule,)), layers)
-    check_rules(Scheme(rules=(Rule(Where(layer="conv2*")),)), layers)
-    check_rules(Scheme(rules=(Rule(Where(op="lstm")),)), layers)
+    check_rules(Scheme(rules=(Rule(Where(layer="conv2"), optional=True),)), layers)
 
 
 def test_buffers_of_rules_come_before_those_of_the_scheme():
@@ -251,3 +262,189 @@ def test_buffers_of_rules_come_before_those_of_the_scheme():
     scheme = Scheme(rules=rules, buffer_bits=24)
     bits = [scheme.site_buffer_bits(site) for site in SITES]
     assert bits == [20, 20, 24, 24]
+
+
+# Rules that match nothing, names with brackets, rules behind others.
+
+NET = (
+    Site("input:0", "activation", (1, 4), "input:0", "input", feeds=("dense",)),
+    Site("aa/kernel", "weight", (4, 3), "aa", "dense", "", ("input:0",), ("dense",)),
+    Site(
+        "aa/output", "activation", (1, 3), "aa", "dense", "relu", ("input:0",), ("mul",)
+    ),
+    Site("a2[0]/kernel", "weight", (2, 3, 4), "a2[0]", "conv", "", ("aa/output",)),
+    Site("output:0", "activation", (1, 4), "a2[0]", "conv", "", ("aa/output",)),
+)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message", "remedy"),
+    [
+        ("aa/kernal", "'aa/kernal' matches no site. The closest is 'aa/kernel'", None),
+        ("bb/*", "'bb/\\*' matches no site", "aa/*"),
+        (Where(name="bb/kernel"), "'bb/kernel' matches no site.*'aa/kernel'", None),
+        (Where(name=("aa/*", "bb/*")), "'bb/\\*' matches no site", None),
+        (Where(layer=("aa", "bb")), "'bb' matches no layer.*layers are: .*aa", None),
+        (Where(layer="b*"), "'b\\*' matches no layer", Where(layer="a*")),
+        (Where(op="Dense"), "'Dense' matches no op. The closest is 'dense'", None),
+        (Where(op=("lstm", "gru")), "matches no op.* are: input, dense, conv", None),
+        (Where(activation="rlu"), "'rlu' matches no activation.*'relu'", None),
+        (Where(inputs="inputs:0"), "matches no input.*'input:0'", None),
+        (Where(feeds="conv"), "matches no reader.*readers are: dense, mul", None),
+        (Where(feeds_only="mull"), "matches no reader.* closest is 'mul'", None),
+        (Where(ranks=(4, 5)), "matches no number of axes.* are: 2, 3", None),
+        (Where(op=()), "`op` is an empty tuple. Leave it out", Where()),
+        (Where(name=()), "`name` is an empty tuple", Where()),
+        (
+            Where(role="weight", activation="relu"),
+            "each of its fields does, no site has all of them. The closest is 'aa/",
+            Where(role="activation", activation="relu"),
+        ),
+        (lambda site: site.op == "lstm", "matches no site.*optional=True", lambda s: 1),
+    ],
+)
+def test_every_rule_that_matches_nothing_is_refused(pattern, message, remedy):
+    with pytest.raises(ValueError, match=message) as caught:
+        check_rules(Scheme(rules=(Rule(pattern, QSpec(4)),)), NET)
+    check_rules(Scheme(rules=(Rule(pattern, QSpec(4), optional=True),)), NET)
+    if remedy is None:
+        # What the message calls the closest, in place of what is wrong.
+        text = str(caught.value).partition("The closest is '")[2].partition("'.")[0]
+        remedy = text
+        if isinstance(pattern, Where):
+            found = [
+                f for f in ("name", "layer", "op", "activation", "inputs", "feeds")
+            ]
+            found += ["feeds_only", "ranks"]
+            field = next(f for f in found if getattr(pattern, f) != getattr(Where(), f))
+            remedy = Where(**{field: (int(text),) if field == "ranks" else text})
+    check_rules(Scheme(rules=(Rule(remedy, QSpec(4)),)), NET)
+
+
+def test_a_model_without_weights_has_no_role_of_them():
+    with pytest.raises(ValueError, match="'weight' matches no role.*are: activation"):
+        check_rules(Scheme(rules=(Rule(Where(role="weight")),)), NET[:1])
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"role": "weights"}, ValueError),
+        ({"op": 3}, TypeError),
+        ({"name": ("a", None)}, TypeError),
+        ({"ranks": "two"}, TypeError),
+        ({"ranks": (2.0,)}, TypeError),
+    ],
+)
+def test_a_predicate_of_other_types_is_refused(options, error):
+    with pytest.raises(error, match="of a `Where` must be"):
+        Where(**options)
+    assert hash(Where(op=["a", "b"], ranks=2)) == hash(Where(op=("a", "b"), ranks=(2,)))
+
+
+def test_a_name_with_brackets_is_its_own_pattern():
+    kernel = NET[3]
+    for pattern in (
+        "a2[0]/kernel",
+        "a2[[]0]/kernel",
+        Where(name="a2[0]/kernel"),
+        Where(layer="a2[0]", role="weight"),
+        "a2[?]/kernel",
+    ):
+        rule = Rule(pattern, QSpec(4))
+        assert rule.matches(kernel) == (pattern != "a2[?]/kernel")
+        assert not rule.matches(kernel._replace(name="aa/kernel", layer="aa"))
+    with pytest.raises(ValueError, match=r"The closest is 'a2\[0\]/kernel'"):
+        check_rules(Scheme(rules=(Rule("a2[0]/kernal"),)), NET)
+    check_rules(Scheme(rules=(Rule("a2[0]/kernel"),)), NET)
+
+
+def test_a_name_that_is_a_glob_for_others_is_refused_with_the_one_that_is_not():
+    sites = (*NET, NET[3]._replace(name="a20/kernel"))
+    with pytest.raises(ValueError, match="also matches 'a20/kernel'") as caught:
+        check_rules(Scheme(rules=(Rule("a2[0]/kernel"),)), sites)
+    name = str(caught.value).partition("Write '")[2].partition("'")[0]
+    rule = Rule(name)
+    check_rules(Scheme(rules=(rule,)), sites)
+    assert [site.name for site in sites if rule.matches(site)] == ["a2[0]/kernel"]
+    with pytest.raises(ValueError, match="closest is '") as caught:
+        check_rules(Scheme(rules=(Rule("a2[0]/kernal"),)), sites)
+    name = str(caught.value).partition("closest is '")[2].partition("'")[0]
+    check_rules(Scheme(rules=(Rule(name),)), sites)
+
+
+def test_rules_behind_others_are_found():
+    rules = (
+        Rule("aa/*", QSpec(4)),
+        Rule("a2*", QSpec(4)),
+        Rule("*/kernel", QSpec(2)),  # All of its sites are decided.
+        Rule("*", QSpec(5)),
+        Rule("a*", QSpec(5), optional=True),
+        Rule("nothing", QSpec(5)),
+    )
+    assert shadowed_rules(Scheme(rules=rules), NET) == [(2, (0, 1))]
+    assert not shadowed_rules(Scheme(rules=rules[::-1][1:]), NET[:1])
+
+
+# What stands for a word, a rule, a calibrator.
+
+
+def test_texts_are_read():
+    rule = Rule("a/kernel", "quantized_bits(4)", "percentile(99.0)")
+    assert rule.spec == QuantizedBits(4) and rule.calibrator is percentile(99.0)
+    scheme = Scheme("binary(alpha='auto')", None, [("a", "quantized_bits(4)")], "mse")
+    assert scheme.weights == Binary(alpha="auto") and scheme.calibrator.name == "mse()"
+    assert scheme.rules == (Rule("a", QuantizedBits(4)),)
+    assert jax.tree.leaves(scheme.rules) == [*jax.tree.leaves(rule)]
+    assert Rule("a", None, buffer_bits=np.int64(20)).buffer_bits == 20
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Rule("a/kernel", 4), TypeError, r"Write `QSpec\(bits=4\)`"),
+        (lambda: Rule("a/kernel", np.int8(4)), TypeError, r"QSpec\(bits=4\)"),
+        (lambda: Rule("a", QSpec), TypeError, r"Write `QSpec\(...\)`"),
+        (lambda: Rule("a", quantized_bits), TypeError, "options, such as"),
+        (lambda: Rule("a", {"bits": 4}), TypeError, "`spec` must be a `QSpec`"),
+        (lambda: Rule("a", "quantised_bits(4)"), ValueError, "quantized_bits"),
+        (lambda: Rule(3, QSpec(4)), TypeError, "`pattern` of a `Rule` must be"),
+        (lambda: Rule("a", None, min_max), TypeError, r"Write `min_max\(\)`"),
+        (lambda: Rule("a", None, "mode()"), ValueError, "Unknown calibrator 'mode'"),
+        (lambda: Rule("a", None, buffer_bits=99), ValueError, "2 to 32, got 99"),
+        (lambda: Rule("a", None, buffer_bits=8.0), TypeError, "2 to 32, got 8.0"),
+        (lambda: Scheme(8), TypeError, "`weights` must be a `QSpec`"),
+        (lambda: Scheme(activations=(8,)), TypeError, "`activations` must be"),
+        (lambda: Scheme(buffer_bits=-3), ValueError, "2 to 32, got -3"),
+        (lambda: Scheme(estimator="ste"), TypeError, "`estimator` must be a function"),
+        (lambda: Scheme(calibrator=None), TypeError, "`calibrator` must be"),
+        (lambda: Scheme(rules=Rule("a")), TypeError, r"Write `rules=\(rule,\)`"),
+        (lambda: Scheme(rules={"a": 1}), TypeError, "Rule.k, v. for k, v in"),
+        (lambda: Scheme(rules=("a", QSpec(4))), TypeError, r"rules\[0\]"),
+        (lambda: Scheme(rules=(("a",),)), TypeError, r"`rules\[0\]` must be a `Rule`"),
+        (lambda: Scheme(rules=(("a", 4),)), TypeError, r"QSpec\(bits=4\)"),
+    ],
+)
+def test_what_is_no_word_or_rule_is_refused_where_it_is_written(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_objects_print_what_was_chosen():
+    assert repr(QSpec(4, axis=-1)) == "QSpec(bits=4, axis=-1)"
+    assert repr(min_max()) == "min_max()"
+    own = min_max()._replace(name="")
+    assert (
+        repr(own) == "Calibrator(init=init, update=update, merge=merge, params=params)"
+    )
+    assert repr(Rule("a", QSpec(4))) == "Rule('a', QSpec(bits=4))"
+    rule = Rule(Where(op="conv"), None, ema_min_max(0.5), optional=True)
+    shown = "Rule(Where(op='conv'), None, calibrator=ema_min_max(decay=0.5), "
+    assert repr(rule) == shown + "optional=True)"
+    weights = QSpec(8, narrow_range=True, axis=-1)
+    scheme = Scheme(weights, QSpec(8), (Rule("a"),))
+    shown = f"Scheme(weights={weights!r}, activations=QSpec(bits=8), "
+    assert repr(scheme) == shown + "rules=(Rule('a', None),))"
+    assert " at 0x" not in repr(jax.tree.map(lambda b: jnp.int32(b), scheme))
+    for own in (lambda site: True, functools.partial(Where(), None), jax.jit(jnp.sum)):
+        assert " at 0x" not in repr(Scheme(rules=(Rule(own, None),), estimator=own))

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from qjax.leaves import at_start
 from qjax.lowering.graph import Grid
 from qjax.lowering.inputs import MOST_RANGE, integer_range
 from qjax.lowering.interpret import InputTwiceError, where
@@ -34,7 +35,7 @@ def raw(
     v, ends = trace.inputs[k], integer_range(trace, x)
     if ends is None or ends[1] - ends[0] >= MOST_RANGE:
         raise ValueError(
-            f"{x.source.capitalize()} goes through integer arithmetic before it is "
+            f"{at_start(x.source)} goes through integer arithmetic before it is "
             f"quantized, in {where(e)}.\n  equation: {e}\nThat is a table of at most "
             "16 bits: pass the input as uint8, int8, uint16 or int16, or do the "
             "arithmetic outside of the program."

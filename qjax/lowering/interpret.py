@@ -13,6 +13,7 @@ from jax.extend.core.primitives import broadcast_in_dim_p
 
 from qjax.affine import qpoint_p
 from qjax.blocks import SHAPE_MOVES
+from qjax.leaves import at_start
 from qjax.lowering.inputs import MOST_RANGE, follow, integer_range, is_place
 from qjax.lowering.values import (
     Abstract,
@@ -61,7 +62,7 @@ class InputTwiceError(ValueError):
         self.input = x.input
         self.is_raw = ends is not None and ends[1] - ends[0] < MOST_RANGE
         super().__init__(
-            f"{x.source.capitalize()} is quantized on two grids, the second one in "
+            f"{at_start(x.source)} is quantized on two grids, the second one in "
             f"{where(e)}.\n  equation: {e}\nA program takes the codes of one. Quantize "
             "it once and share the result, or pass it as two arguments."
         )

@@ -13,7 +13,7 @@ import numpy as np
 
 from qjax.affine import QParams, dequantize, grid_codes
 from qjax.instrument import QuantizedModel
-from qjax.leaves import difference, leaf_names
+from qjax.leaves import at_start, difference, leaf_names
 from qjax.lowering import (
     rules_arithmetic,
     rules_choices,
@@ -217,7 +217,7 @@ class IntegerProgram:
             )
         leading: dict[int, tuple[str, Any]] = {}  # Traced size -> input, its size now.
         for name, x, v in zip(self.input_names, flat, self._inputs, strict=True):
-            shape, called = np.shape(x), _capital(name)
+            shape, called = np.shape(x), at_start(name)
             if len(shape) != len(v.shape) or shape[1:] != v.shape[1:]:
                 raise ValueError(
                     f"{called} of the program must have shape "
@@ -236,7 +236,7 @@ class IntegerProgram:
             first, size = leading.setdefault(v.shape[0], (name, shape[0]))
             if size != shape[0]:
                 raise ValueError(
-                    f"{_capital(first)} and {name} of the program had the same leading "
+                    f"{at_start(first)} and {name} of the program had the same leading "
                     f"size when it was lowered, got {size} and {shape[0]}. Lower the "
                     "model for inputs whose sizes differ."
                 )
@@ -335,7 +335,7 @@ def _lower(model: Any, args: tuple[Any, ...], strict: bool) -> IntegerProgram:
     shapes = [np.shape(x) for x in jax.tree.leaves(inputs)]
     for k, reason in fixed.items():
         if shapes[k][0] == 0:
-            name = _capital(traced.names[k])
+            name = at_start(traced.names[k])
             raise ValueError(
                 f"{name} has shape {shapes[k]}: no example, and its leading "
                 f"size is fixed by {reason}.\nLower the model for the size "
@@ -384,7 +384,7 @@ def _whole(builder: Builder, outputs: Sequence[Abstract], traced: Trace) -> Grap
         ends.append(_output(builder, k, x, traced, ends))
     missing = [k for k in range(len(traced.inputs)) if k not in builder.inputs]
     if missing:
-        name = _capital(traced.names[missing[0]])
+        name = at_start(traced.names[missing[0]])
         raise ValueError(
             f"{name} reaches no quantization point, so it has no codes. Quantize it, "
             "or take it out of the function."
@@ -533,11 +533,6 @@ def _copy(builder: Builder, v: int, grid: Grid | None, dtype_of_model: str = "")
         builder.values[own], dtype_of_model=dtype_of_model
     )
     return builder.add_node("clip", (v,), own, low=x.low, high=x.high)
-
-
-def _capital(name: str) -> str:
-    """A name at the start of a sentence; that of a nested input stays as it is."""
-    return name if ":" in name else name.capitalize()
 
 
 def _check_range(name: str, x: Any, v: Value) -> None:

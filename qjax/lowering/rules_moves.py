@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from qjax.leaves import at_start
 from qjax.lowering.graph import Grid
 from qjax.lowering.inputs import integer_range
 from qjax.lowering.interpret import refuse, rule, where
@@ -195,8 +196,8 @@ def _place_input(
         builder.values[value] = own
     if is_other or not (same or own.is_place):
         raise ValueError(
-            f"Input {k} of the program chooses rows in {where(e)} and is something "
-            f"else as well.\n  equation: {e}\nPass it as two inputs."
+            f"{at_start(trace.names[k])} of the program chooses rows in {where(e)} and "
+            f"is something else as well.\n  equation: {e}\nPass it as two inputs."
         )
     if not same:  # Rows that all tables have: others are refused.
         low, high = max(own.low, ends[0]), min(own.high, ends[1])
