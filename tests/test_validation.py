@@ -215,7 +215,11 @@ def _edits(file):
 def _other_arrays(x):
     ends = np.iinfo(x.dtype)
     found = {"gone": None, "real": np.float32(x), "wide": np.int64(x), "byte": x > 0}
-    found |= {"axis": x[None], "flat": x.reshape(-1), "next": np.add(x, 1, out=x.copy())}
+    found |= {
+        "axis": x[None],
+        "flat": x.reshape(-1),
+        "next": np.add(x, 1, out=x.copy()),
+    }
     found |= {k: np.full_like(x, getattr(ends, k)) for k in ("min", "max")}
     if x.ndim and len(x):
         found |= {"short": x[:-1], "long": np.concatenate([x, x[-1:]])}

@@ -274,7 +274,10 @@ def _clip(o: Operands) -> Interval:
 def _table(o: Operands) -> Interval:
     table, first = o.params["table"], o.x.low - o["low"]
     last = o.x.high - o["low"]
-    rank = 1 if o["axis"] is None else 2
+    axis, axes = o["axis"], len(o.output.shape)
+    known = axis is None or -axes <= axis < axes
+    o.check(known, f"`axis` must be one of {axes}, or counted from the last", axis)
+    rank = 1 if axis is None else 2
     o.check(table.ndim == rank, f"the table must have {rank} axes", table.ndim)
     o.check(
         0 <= first and last < len(table),
