@@ -25,7 +25,18 @@ def describe(model: Trace, plan: Plan, names: Sequence[str]) -> Plan:
 
     Returns:
       The plan with whole sites.
+
+    Raises:
+      ValueError: for a name that is no text, which neither traces nor files hold.
     """
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"The parameter {name!r} has half of a surrogate pair in its name, "
+                "which is no text. Rename it."
+            ) from error
     return dataclasses.replace(plan, sites=_Describer(model, plan, names).sites())
 
 

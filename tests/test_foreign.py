@@ -779,6 +779,8 @@ class MovesTest(chex.TestCase):
             lambda x: x.repeat(2, 1)[:, :, ::2],
         ),
         ("most", "REDUCE_MAX", [[1, 2]], {}, lambda x: x.max((1, 2))),
+        ("tile", "TILE", [[1, 2, 1, 3]], {}, lambda x: np.tile(x, (1, 2, 1, 3))),
+        ("again", "TILE", [[2, 1, 2, 1]], {}, lambda x: np.tile(x, (2, 1, 2, 1))),
     )
     def test_codes_move(self, kind, operands, options, move):
         x = _codes(np.random.default_rng(14), "int8", (3, 4, 6, 4))
@@ -786,6 +788,18 @@ class MovesTest(chex.TestCase):
         tensors = [_tensor("x", (1, 4, 6, 4), zero_point=7), *map(_whole, operands)]
         y = _tensor("y", (1, *wanted.shape[1:]), zero_point=7)
         _check(_build(kind, tensors, [y], **options), [x], wanted)
+
+    @parameterized.product(
+        kind=["ARG_MAX", "ARG_MIN"], axis=[-1, 1], dtype=["int32", "int64"]
+    )
+    def test_places_of_extremes_are_the_first(self, kind, axis, dtype):
+        x = np.random.default_rng(21).integers(-2, 3, (3, 4, 5)).astype(np.int8)
+        wanted = getattr(np, kind.lower().replace("_", ""))(x, axis)
+        operands = [_tensor("x", (1, 4, 5)), _whole([axis])]
+        program = _build(kind, operands, [Tensor("y", (1, *wanted.shape[1:]), dtype)])
+        _check(program, [x], wanted)
+        found = program.codes(x)
+        assert found.dtype == jnp.int32 and program.graph.values[-1].grid is None
 
     def test_splits_and_joins(self):
         x = _codes(np.random.default_rng(15), "int8", (2, 4, 6))
@@ -906,6 +920,48 @@ class ProgramTest(chex.TestCase):
             path = os.path.join(folder, "program.qjax")
             program.save(path)
             np.testing.assert_array_equal(qjax.load(path)(x), program(x))
+
+    def test_other_batches_are_those_of_the_operators_or_refused(self):
+        """Beside NumPy at another leading size; a refusal names what fixes it."""
+        free = {
+            "TRANSPOSE": ([[1, 0, 2]], lambda x: x.transpose(1, 0, 2)),
+            "RESHAPE": ([[2, 12]], lambda x: x.reshape(-1, 12)),
+            "REDUCE_MAX": ([[0]], lambda x: x.max(0)),
+            "TILE": ([[2, 1, 1]], lambda x: np.tile(x, (2, 1, 1))),
+        }
+        x = _codes(np.random.default_rng(22), "int8", (5, 3, 4))
+        for kind, (operands, move) in free.items():
+            operands = [_tensor("x", (2, 3, 4)), *map(_whole, operands)]
+            y = _tensor("y", move(x[:2]).shape)
+            program = _build(kind, operands, [y])
+            for size in (2, 5, 1):
+                np.testing.assert_array_equal(program.codes(x[:size]), move(x[:size]))
+        fixed = {
+            "MEAN": ([[0]], (3, 4), "`sum` in 'y'"),
+            "SLICE": ([[0, 0, 0], [1, 3, 4]], (1, 3, 4), "`slice` in 'y'"),
+            "RESHAPE": ([[3, 8]], (3, 8), r"Operator 0 \(RESHAPE, output 'y'\)"),
+        }
+        for kind, (operands, shape, reason) in fixed.items():
+            operands = [_tensor("x", (2, 3, 4)), *map(_whole, operands)]
+            program = _build(kind, operands, [_tensor("y", shape)])
+            assert program.codes(x[:2]).shape == shape
+            match = f"leading size is fixed by .*{reason}"
+            with pytest.raises(ValueError, match=match):
+                program.codes(x)
+
+    def test_errors_name_the_operator(self):
+        x, y = _tensor("x", (1, 4)), _tensor("y", (1, 4), scale=1e-30)
+        middle = _tensor("middle", (1, 4))
+        operators = [Operator("RELU", (0,), (1,)), Operator("QUANTIZE", (1,), (2,))]
+        match = r"Operator 1 \(QUANTIZE, output 'y'\): A ratio of scales"
+        with pytest.raises(ValueError, match=match):
+            build_tflite([x, middle, y], operators, [0], [2])
+        tensors = [x, middle, _tensor("y", (1, 4))]
+        assert len(build_tflite(tensors, operators, [0], [2]).graph.nodes) == 2
+        for kind in ("SVDF", "UNIDIRECTIONAL_SEQUENCE_LSTM"):
+            match = rf"Operator 0 \({kind}, output 'y'\): .*keeps a state between calls"
+            with pytest.raises(NotImplementedError, match=match):
+                _build(kind, [x], [y])
 
     def test_names_what_has_no_rule(self):
         x, y = _tensor("x", (1, 4)), _tensor("y", (1, 4))

@@ -1,8 +1,10 @@
 """Saved programs: equal after loading, written whole or not at all, checked."""
 
+import dataclasses
 import json
 import os
 import pathlib
+import stat
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 import qjax
+from qjax.formats import files
 from tests.models import images
 
 
@@ -120,6 +123,105 @@ def test_a_failed_write_leaves_the_old_file(program, path, monkeypatch):
         program.save(path)
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == ["model.qjax"]
+
+
+@pytest.mark.parametrize("step", ["write", "fsync", "link", "replace"])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_whatever_ends_a_write_leaves_nothing(program, path, monkeypatch, step, error):
+    """At each step, with files without a name and with named ones only."""
+    before = path.read_bytes()
+
+    def fail(*args, **options):
+        raise error("ended")
+
+    if step == "write":
+        monkeypatch.setattr(files, "_fill", fail)
+    else:
+        monkeypatch.setattr(os, step, fail)
+    for nameless in (files._open_nameless, lambda folder: None):
+        monkeypatch.setattr(files, "_open_nameless", nameless)
+        if step == "link" and error is OSError:  # There is another way.
+            program.save(path)
+        elif step != "link" or nameless("."):
+            with pytest.raises(error, match="ended"):
+                program.save(path)
+        assert path.read_bytes() == before
+        assert os.listdir(path.parent) == ["model.qjax"]
+
+
+@pytest.mark.parametrize("is_nameless", [True, False])
+def test_the_mode_is_that_of_the_umask_or_of_the_file(
+    program, tmp_path, monkeypatch, is_nameless
+):
+    if not is_nameless:
+        monkeypatch.setattr(files, "_open_nameless", lambda folder: None)
+    mode = lambda path: stat.S_IMODE(os.stat(path).st_mode)
+    for umask in (0o022, 0o077, 0o002):
+        path, before = tmp_path / f"{umask}.qjax", os.umask(umask)
+        try:
+            program.save(path)
+        finally:
+            os.umask(before)
+        assert mode(path) == 0o666 & ~umask
+        path.chmod(0o640)
+        program.save(path)
+        assert mode(path) == 0o640
+
+
+def test_a_link_stays_and_its_file_is_written(program, tmp_path):
+    (tmp_path / "models").mkdir()
+    link = tmp_path / "latest.qjax"
+    link.symlink_to("models/first.qjax")
+    for _ in range(2):  # The file is not there, then it is.
+        program.save(link)
+        assert os.readlink(link) == "models/first.qjax"
+        assert qjax.load(link).graph == program.graph
+    assert os.listdir(tmp_path / "models") == ["first.qjax"]
+    turning = tmp_path / "turning.qjax"
+    turning.symlink_to("turning.qjax")
+    with pytest.raises(OSError, match="symbolic links"):
+        program.save(turning)
+    assert sorted(os.listdir(tmp_path)) == ["latest.qjax", "models", "turning.qjax"]
+
+
+def test_file_and_folder_are_on_disk(program, path, monkeypatch):
+    synced, sync = [], os.fsync
+
+    def note(handle):
+        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", note)
+    program.save(path)
+    assert len(synced) == 2 and synced[1] == str(path.parent)
+
+
+def test_names_that_no_file_holds(program, tmp_path):
+    name = next(iter(program.params))
+    for other in ("w\ud800", "__metadata__"):
+        nodes = tuple(
+            dataclasses.replace(
+                node,
+                params={k: other if p == name else p for k, p in node.params.items()},
+            )
+            for node in program.graph.nodes
+        )
+        renamed = dataclasses.replace(
+            program,
+            graph=dataclasses.replace(program.graph, nodes=nodes),
+            params={other if k == name else k: p for k, p in program.params.items()},
+        )
+        with pytest.raises(ValueError, match="Rename .* in the model"):
+            renamed.save(tmp_path / "model.qjax")
+        assert not list(tmp_path.iterdir())
+
+
+def test_what_stays_in_float_is_not_saved(tmp_path):
+    program = qjax.lower(lambda x: jnp.sin(x), images(2, 3), strict=False)
+    assert program.residues
+    with pytest.raises(ValueError, match="not whole, so no file can hold it"):
+        program.save(tmp_path / "model.qjax")
+    assert not list(tmp_path.iterdir())
 
 
 def test_outputs_that_no_file_can_name(tmp_path):

@@ -460,6 +460,73 @@ def test_softmax_stays_outside_and_inputs_get_a_grid():
     np.testing.assert_allclose(soft, jax.nn.softmax(wanted), rtol=1e-6)
 
 
+def test_files_of_operator_set_9_fold_their_constants():
+    """Axes are attributes there: alone, the nodes would be of the newest set."""
+    rng = np.random.default_rng(11)
+    net = Net((1, 6), opset=9)
+    w = net.quant(rng.normal(size=(4, 1, 6)), 0.25, 4)
+    w = net.add("Transpose", net.add("Squeeze", w, axes=[1]), perm=[1, 0])
+    y = net.add("MatMul", net.quant("x", 0.5, 4), w)
+    bias = np.ldexp(np.round(np.ldexp(rng.normal(size=4), 3)), -3)
+    y = net.add("Add", y, net.add("Unsqueeze", bias, axes=[0]))
+    y = net.add("Clip", y, min=-2.0, max=3.0)
+    check(net.model(net.quant(y, 0.25, 5)), _dyadic(rng, (16, 6)))
+
+
+def test_older_operator_sets_are_refused():
+    net = Net((1, 4), opset=6)
+    net.quant("x", 0.5, 4)
+    with pytest.raises(
+        NotImplementedError, match=r"operator set 6 .*version_converter"
+    ):
+        read_qonnx(net.model("quant0").SerializeToString())
+
+
+_MAPS = {
+    "(x + 1) / 2": lambda n, x: n.add("Div", n.add("Add", x, 1.0), 2.0),
+    "(x - 0.375) / 0.25": lambda n, x: n.add("Div", n.add("Sub", x, 0.375), 0.25),
+    "1 - x": lambda n, x: n.add("Sub", 1.0, x),
+    "x + 1/32": lambda n, x: n.add("Add", x, 1 / 32),  # Half a step.
+}
+
+
+@pytest.mark.parametrize("name", _MAPS)
+def test_an_affine_map_of_an_input_on_a_grid(name):
+    rng = np.random.default_rng(12)
+    net = Net((1, 6))
+    w = net.quant(rng.normal(size=(6, 4)), 0.25, 4)
+    y = net.quant(net.add("MatMul", _MAPS[name](net, "x"), w), 0.5, 6)
+    model, x = net.model(y), _dyadic(rng, (16, 6), bits=4)
+    grid = qjax.QParams(np.float32(2**-4), np.int32(3)), qjax.QSpec(8)
+    read = read_qonnx(model.SerializeToString(), input_grid=grid)
+    program = qjax.lower(read, *read.inputs)
+    np.testing.assert_array_equal(program(x), oracle(model, x))
+
+
+def test_remedies_are_those_of_a_reader():
+    """Each one is followed, until the network lowers."""
+    rng = np.random.default_rng(13)
+    net = Net((1, 6))
+    w = net.quant(rng.normal(size=(6, 4)), 0.25, 4)
+    logits = net.add("MatMul", "x", w)
+    tail = net.add("Softmax", logits)
+    data = net.model(tail).SerializeToString()
+    read = read_qonnx(data)
+    with pytest.raises(ValueError, match=r"`input_grid=\(QParams") as error:
+        qjax.lower(read, *read.inputs)
+    assert "fake_quant" not in str(error.value) and "Rule" not in str(error.value)
+    grid = qjax.QParams(np.float32(2**-4), np.int32(3)), qjax.QSpec(8)
+    read = read_qonnx(data, input_grid=grid)
+    with pytest.raises((ValueError, NotImplementedError)) as error:
+        qjax.lower(read, *read.inputs)
+    assert "fake_quant" not in str(error.value) and "Rule" not in str(error.value)
+    assert f"`outputs=({logits!r},)`" in str(error.value)
+    read = read_qonnx(data, input_grid=grid, outputs=(logits,))
+    x = _dyadic(rng, (8, 6), bits=4)
+    found = qjax.lower(read, *read.inputs)(x)
+    np.testing.assert_array_equal(found, oracle(net.model(logits), x))
+
+
 def test_gradients_pass_straight_through():
     model, x = _residual()
     read = read_qonnx(model.SerializeToString())

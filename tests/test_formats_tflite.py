@@ -470,6 +470,18 @@ def test_contradictions_are_refused(name):
         read_tflite(write(model))
 
 
+def test_the_axis_of_a_bias_is_its_only_one():
+    """Some writers give it that of the kernel, 3; the remedy is applied."""
+    model = copy.deepcopy(_network("int8"))
+    bias = next(t for t in model["Subgraphs"][0]["Tensors"] if t["Name"] == "bias")
+    bias["Quantization"]["QuantizedDimension"] = 3
+    with pytest.raises(ValueError, match=r"\(2,\), got 3 for 'bias'.*to 0 for a bias"):
+        read_tflite(write(model))
+    bias["Quantization"]["QuantizedDimension"] = 0
+    wanted = read_tflite(write(_network("int8")))
+    assert read_tflite(write(model)).graph == wanted.graph
+
+
 _MISSING = {
     "LSTM": _set("OperatorCodes", 0, {"DeprecatedBuiltinCode": 16, "BuiltinCode": 16}),
     "CUSTOM Mine": _set(

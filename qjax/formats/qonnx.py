@@ -82,6 +82,8 @@ class QonnxModel:
         Args:
           refusal: What `qjax.lower` says, with its own remedy.
         """
+        if "fake_quant" not in refusal and "Rule(" not in refusal:
+            return refusal
         why, equation, rest = refusal.partition("\n  equation: ")
         why += equation + rest.partition("\n")[0]
         if self._input_grid is None and re.search(r"\binput \d", refusal):

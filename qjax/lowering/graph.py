@@ -126,7 +126,9 @@ class Graph:
             values = tuple(_value(v) for v in data["values"])
             nodes = tuple(_node(n) for n in data["nodes"])
             ends = tuple(data["inputs"]), tuple(data["outputs"])
-            return Graph(values, nodes, *ends, dict(data["sites"]))
+            graph = Graph(values, nodes, *ends, dict(data["sites"]))
+            check(graph)
+            return graph
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"This is not an integer graph: {error}.") from error
 

@@ -136,11 +136,12 @@ def _check_offset(o: Operands) -> int:
 def _ends(o: Operands, x: Interval, over: Sequence[int]) -> list[np.ndarray]:
     """The ends of the sums of a kernel times codes, over axes of the kernel."""
     kernel = o.params["kernel"]
-    reach = max(abs(end) for end in x) * float(np.abs(kernel.astype(float)).sum())
-    o.check(reach < _MOST_SUM, "sums must be below 2^62", reach)
-    kernel = kernel.astype(np.int64)
-    up = np.maximum(kernel, 0).sum(tuple(over), keepdims=True)
-    down = np.minimum(kernel, 0).sum(tuple(over), keepdims=True)
+    top = max(abs(int(kernel.min(initial=0))), int(kernel.max(initial=0)))
+    reach = max(abs(end) for end in x) * top * kernel.size
+    o.check(reach < _MOST_SUM, "sums must stay below 2^62", reach)
+    options: Any = {"axis": tuple(over), "dtype": np.int64, "keepdims": True}
+    up = np.sum(kernel, where=kernel > 0, **options)
+    down = np.sum(kernel, where=kernel < 0, **options)
     return [up * x[0] + down * x[1], up * x[1] + down * x[0]]
 
 
@@ -241,20 +242,11 @@ def _clipped(o: Operands) -> Interval:
 def _requantize(o: Operands) -> Interval:
     _check_output_zero_point(o)
     _check_zero_points(o, "input_zero_point", [o["input_zero_point"]])
-    multiplier = o.check_range("multiplier", _INT32.min, _INT32.max)
+    o.check_range("multiplier", _INT32.min, _INT32.max)
     o.check_range("shift", 0, 62)
     if not o.attributes.get("is_wide"):
         _check_distance(o, o.x, o["input_zero_point"])
-    if o.attributes.get("is_exact") and o["rule"] != "fp32_half_even":
-        _check_exact(o, multiplier)
     return _clipped(o)
-
-
-def _check_exact(o: Operands, multipliers: np.ndarray) -> None:
-    sizes = np.abs(multipliers)
-    is_power = bool(np.all(sizes & (sizes - 1) == 0))
-    wanted = "multipliers must be powers of two where `is_exact`"
-    o.check(is_power, wanted, multipliers.ravel()[:4].tolist())
 
 
 def _add(o: Operands) -> Interval:
@@ -265,7 +257,9 @@ def _add(o: Operands) -> Interval:
     most = sum(n * abs(m) for n, m in zip(steps, o["multipliers"], strict=True))
     o.check(most <= _MOST_SUM, "`multipliers` must give sums up to 2^62", most)
     if o.attributes.get("is_exact"):
-        _check_exact(o, np.array(o["multipliers"], np.int64))
+        powers = all(m & (m - 1) == 0 for m in map(abs, o["multipliers"]))
+        wanted = "`multipliers` must be powers of two where `is_exact`"
+        o.check(powers, wanted, o["multipliers"])
     return _clipped(o)
 
 
@@ -280,7 +274,10 @@ def _clip(o: Operands) -> Interval:
 def _table(o: Operands) -> Interval:
     table, first = o.params["table"], o.x.low - o["low"]
     last = o.x.high - o["low"]
-    rank = 1 if o["axis"] is None else 2
+    axis, axes = o["axis"], len(o.output.shape)
+    known = axis is None or -axes <= axis < axes
+    o.check(known, f"`axis` must be one of {axes}, or counted from the last", axis)
+    rank = 1 if axis is None else 2
     o.check(table.ndim == rank, f"the table must have {rank} axes", table.ndim)
     o.check(
         0 <= first and last < len(table),
