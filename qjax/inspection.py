@@ -1,6 +1,7 @@
 """What a quantized model consists of: its grids, its config, and why."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,15 @@ class SiteScale(NamedTuple):
 
 
 class Scales(dict[str, SiteScale]):
-    """Name of a site -> its grid, in the order of computation. ``str`` is a table."""
+    """Name of a site -> its grid, in the order of computation. ``str`` is a table.
+
+    Attributes:
+      notes: Name of a site -> why its scales are not what its word asks for.
+    """
+
+    def __init__(self, rows: Any = (), notes: Iterable[tuple[str, str]] = ()):
+        super().__init__(rows)
+        self.notes = dict(notes)
 
     def __str__(self) -> str:
         head = f"{'site':<32} {'bits':>4} {'scale':>13} {'zero':>6} {'range':>25}"
@@ -40,15 +49,17 @@ class Scales(dict[str, SiteScale]):
                 f"{name:<32} {bits!s:>4} {_span(scale, '.5g'):>13} "
                 f"{_span(zero, 'd'):>6} {span:>25}"
             )
+        lines += [f"{name}: {note}" for name, note in self.notes.items()]
         return "\n".join(lines)
 
 
 def _flatten_scales(scales: Scales) -> tuple[Any, Any]:
-    return tuple(scales.values()), tuple(scales)
+    return tuple(scales.values()), (tuple(scales), tuple(scales.notes.items()))
 
 
-def _unflatten_scales(names: Any, rows: Any) -> Scales:
-    return Scales(zip(names, rows, strict=True))
+def _unflatten_scales(aux: Any, rows: Any) -> Scales:
+    names, notes = aux
+    return Scales(zip(names, rows, strict=True), notes)
 
 
 jax.tree_util.register_pytree_node(Scales, _flatten_scales, _unflatten_scales)
@@ -97,6 +108,8 @@ def scales(qmodel: QuantizedModel, params: Any, qstate: QState) -> Scales:
             spec = qmodel.scheme.spec(site)
             bits = spec.bits if isinstance(spec, QSpec) else _word_length(*ends)
             table[site.name] = SiteScale(bits, scale, zero_point, low, high)
+            if site.note and spec != qmodel.scheme.word(site):
+                table.notes[site.name] = site.note
     return table
 
 
