@@ -16,7 +16,7 @@ from jax import lax
 import qjax
 from qjax import QSpec, Rule, Scheme
 from qjax.affine import QParams, fake_quant
-from qjax.quantizers import QuantizedBits
+from qjax.quantizers import QuantizedBits, encode
 
 
 def _values(*shape, seed=0):
@@ -45,8 +45,8 @@ MATRICES = {
 
 # Those that the tests lower; of the others they read the axis.
 LOWERED = tuple(
-    "out_in columns rows turned of_a_stack_out_in inputs_merged outputs_merged mixed "
-    "fused heads blocks first vector chosen joined oihw grouped transposed".split()
+    "out_in turned of_a_stack_out_in outputs_merged mixed fused heads first vector "
+    "joined oihw grouped transposed".split()
 )
 
 
@@ -199,7 +199,8 @@ def test_other_products_have_a_scale_for_each_output_as_well():
         scale, codes = _rounded(values, cases[name][2])
         found = np.asarray(scales[name].scale)
         np.testing.assert_allclose(np.broadcast_to(found, scale.shape), scale, 1e-6)
-        codes = codes[::-1, ::-1] if name == "transposed" else codes
+        if name == "transposed":
+            codes = codes[::-1, ::-1].swapaxes(2, 3)
         np.testing.assert_array_equal(program.params[name], codes)
     report = qjax.verify(program, qmodel, params, qstate, x, y)
     assert all(site.max_difference <= 1 for site in report.sites.values())
@@ -244,35 +245,26 @@ def dense():
     return params, _values(4, 6)
 
 
-def test_kernels_of_flax_get_the_integers_of_their_last_axis():
-    model = nn.Sequential([nn.Conv(4, (3, 3)), nn.relu, lambda y: y.mean((1, 2))])
-    model = nn.Sequential([*model.layers, nn.Dense(3)])
+def test_kernels_of_flax_keep_their_last_axis():
+    layers = [nn.Conv(4, (3, 3)), nn.relu, nn.Conv(8, (3, 3), feature_group_count=4)]
+    model = nn.Sequential([*layers, lambda y: y.mean((1, 2)), nn.Dense(3)])
     y = _values(2, 5, 5, 2)
-    params = model.init(jax.random.key(0), y)
-    default, _, program = _lowered(model.apply, params, y)
-    last = Scheme(QSpec(8, narrow_range=True, axis=-1))
-    other = _lowered(model.apply, params, y, scheme=last)[2]
-    assert program.params.keys() == other.params.keys()
-    jax.tree.map(
-        np.testing.assert_array_equal, dict(program.params), dict(other.params)
-    )
-    assert {default.scheme.spec(s) for s in default.sites if s.role == "weight"} == {
-        last.weights
-    }
+    qmodel = qjax.quantize_model(model.apply, model.init(jax.random.key(0), y), y)
+    words = [qmodel.scheme.spec(s) for s in qmodel.sites if s.role == "weight"]
+    assert words == [QSpec(8, narrow_range=True, axis=-1)] * 3
 
 
 def test_an_axis_that_is_summed_is_refused_and_the_remedies_lower(dense):
-    params, x = dense
+    params, x = {"a": dense[0]["a"]}, dense[1]
+    fn = lambda p, x: x @ p["a"].T
     scheme = Scheme(rules=(Rule("a", QSpec(8, axis=-1)),))
     with pytest.raises(ValueError, match="`axis=\"output\"` for 'a'.*`axis=None`"):
-        _lowered(_dense, params, x, scheme=scheme)
-    for axis, shape in ("output", (5, 1)), (None, ()):
-        scheme = Scheme(rules=(Rule("a", QSpec(8, axis=axis)),))
-        qmodel, qstate, program = _lowered(_dense, params, x, scheme=scheme)
-        assert qjax.scales(qmodel, params, qstate)["a"].scale.shape == shape
-        summed = (1,) if shape else (0, 1)
+        _lowered(fn, params, x, scheme=scheme)
+    for axis, summed in ("output", (1,)), (None, (0, 1)):
+        word = QSpec(8, narrow_range=True, axis=axis)
+        program = _lowered(fn, params, x, scheme=Scheme(rules=(Rule("a", word),)))[2]
         codes = _rounded(params["a"], summed)[1]
-        np.testing.assert_allclose(program.params["a"].T, codes, atol=1)
+        np.testing.assert_array_equal(program.params["a"].T, codes)
 
 
 def test_a_scale_for_each_row_of_a_table_is_refused_and_the_remedies_lower():
@@ -331,9 +323,8 @@ def test_quantizers_that_find_their_scales_find_one_for_each_output(dense):
     qmodel, qstate, program = _lowered(_dense, params, x, scheme=scheme)
     scales = qjax.scales(qmodel, params, qstate)
     assert scales["a"].scale.shape == (5, 1) and scales["b"].scale.shape == (1, 3)
-    transposed = lambda p, x: _dense({**p, "a": p["a"].T}, x)
-    other = _lowered(transposed, {**params, "a": params["a"].T}, x, scheme=scheme)[2]
-    np.testing.assert_array_equal(program.params["a"], other.params["a"])
+    codes = encode(scheme.weights, jnp.asarray(params["a"].T)).codes  # Last axis.
+    np.testing.assert_array_equal(program.params["a"], codes)
     config = qjax.dump_config(qmodel)
     again = qjax.quantize_model(_dense, params, x, scheme=scheme, q_config=config)
     assert qjax.dump_config(again) == config
