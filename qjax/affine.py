@@ -10,11 +10,20 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 
-from qjax.rounding import ceil_power_of_two, check_bits, half_even, int_range
+from qjax.mesh_axes import axes_of, vary
+from qjax.rounding import (
+    ceil_power_of_two,
+    check_bits,
+    half_even,
+    int_range,
+    power_of_two,
+)
+from qjax.tables import show_fields
 
 Rounding = Callable[[jax.Array], jax.Array]
 Estimator = Callable[..., jax.Array]
@@ -47,6 +56,10 @@ class QSpec:
         `Scheme` or a layer: the axes that no product with it sums over, whatever its
         layout; of an activation there: None.
       rounding: From real to integer, of ``qjax.rounding``.
+
+    Raises:
+      TypeError: for fields of another type.
+      ValueError: for bits outside 1 to 32, and words without a code for zero.
     """
 
     bits: ArrayLike = 8
@@ -64,14 +77,20 @@ class QSpec:
                 "An unsigned symmetric word of narrow range has no code for zero. Use "
                 "`narrow_range=False`, or `signed=True`."
             )
-        if isinstance(self.axis, list):
+        object.__setattr__(self, "axis", _as_axis(self.axis))
+        for name in ("signed", "narrow_range", "symmetric", "power_of_two"):
+            value = getattr(self, name)
+            if not isinstance(value, bool | np.bool_ | int) or value not in (0, 1):
+                raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+            object.__setattr__(self, name, bool(value))
+        if not callable(self.rounding):
             raise TypeError(
-                f'`axis` must be an int, a tuple, "output" or None, got {self.axis}.'
+                "`rounding` must be a function of `qjax.rounding`, such as half_even, "
+                f"got {self.rounding!r}."
             )
-        if isinstance(self.axis, str) and self.axis != "output":
-            raise ValueError(
-                f'`axis` must be an int, a tuple, "output" or None, got {self.axis!r}.'
-            )
+
+    def __repr__(self) -> str:
+        return show_fields(self, always=("bits",))
 
     @property
     def qmin(self) -> ArrayLike:
@@ -84,7 +103,24 @@ class QSpec:
         return int_range(self.bits, self.signed, self.narrow_range)[1]
 
 
-def quantize(x: jax.Array, params: QParams, spec: QSpec) -> jax.Array:
+def _as_axis(axis: Any) -> Axis:
+    """Returns an axis as Python numbers, which hash, compare and go into JSON."""
+    if axis == "output":
+        return axis
+    if axis is None or _is_whole(axis):
+        return None if axis is None else int(axis)
+    if isinstance(axis, tuple) and all(map(_is_whole, axis)):
+        return tuple(map(int, axis))
+    raise (ValueError if isinstance(axis, str) else TypeError)(
+        f'`axis` must be an int, a tuple, "output" or None, got {axis!r}.'
+    )
+
+
+def _is_whole(x: Any) -> bool:
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def quantize(x: ArrayLike, params: QParams, spec: QSpec) -> jax.Array:
     """Maps real values to the nearest integer codes.
 
         q = clip(round(x * (1 / scale)) + zero_point, qmin, qmax)
@@ -94,8 +130,9 @@ def quantize(x: jax.Array, params: QParams, spec: QSpec) -> jax.Array:
 
     Args:
       x: Real values, shape ``[...]``. float16 and bfloat16 are computed in float32.
-      params: Grid. ``scale`` in units of ``x`` per code, shape ``[]``; if ``spec.axis``
-        is set, the rank of ``x`` with size 1 everywhere but there.
+      params: Grid, of arrays or numbers. ``scale`` in units of ``x`` per code, shape
+        ``[]``; if ``spec.axis`` is set, the rank of ``x`` with size 1 everywhere but
+        there.
       spec: Word length and range of the codes.
 
     Returns:
@@ -105,11 +142,13 @@ def quantize(x: jax.Array, params: QParams, spec: QSpec) -> jax.Array:
       int32, which only a word of 32 bits with a zero point can tell.
 
     Raises:
-      ValueError: if ``params.scale`` has another shape, or the codes need more than
-        int32 (unsigned, 32 bits).
+      TypeError: if ``x`` or the grid are no numbers, ``zero_point`` no whole ones, or
+        ``spec`` is no `QSpec`.
+      ValueError: if ``params.scale`` has another shape, is a number that is not
+        positive, or the codes need more than int32 (unsigned, 32 bits).
 
     Example:
-      >>> params = QParams(scale=jnp.float32(0.5), zero_point=jnp.int32(0))
+      >>> params = QParams(scale=0.5, zero_point=0)
       >>> quantize(jnp.array([0.7, -0.25, 99.0]), params, QSpec(bits=4))
       Array([1, 0, 7], dtype=int32)
 
@@ -117,27 +156,41 @@ def quantize(x: jax.Array, params: QParams, spec: QSpec) -> jax.Array:
       Jacob et al., "Quantization and Training of Neural Networks for Efficient
       Integer-Arithmetic-Only Inference", 2018, eq. 1 (arXiv:1712.05877).
     """
-    _check_params_shape(x, params, spec.axis)
+    x, params = _as_numbers(x, "x"), _as_params(params)
+    _check_params_shape(x, params, _checked(spec).axis)
     return grid_codes(x, *params, *_code_range(spec), rounding=spec.rounding)
 
 
-def dequantize(q: jax.Array, params: QParams) -> jax.Array:
+def dequantize(q: ArrayLike, params: QParams) -> jax.Array:
     """Maps integer codes to real values: ``x = (q - zero_point) * scale``.
 
     Args:
       q: Codes, any integer type, shape ``[...]``.
-      params: Grid, its shapes broadcast against ``q``.
+      params: Grid, of arrays or numbers, its shapes broadcast against ``q``.
 
     Returns:
       Real values in the dtype of ``params.scale``, shape of ``q``. Exact before the
       product while codes and zero point stay below 2^24.
+
+    Raises:
+      TypeError: if codes are no whole numbers, or as `quantize`.
+
+    Example:
+      >>> dequantize([1, 7], QParams(scale=0.5, zero_point=3))
+      Array([-1.,  2.], dtype=float32)
     """
+    q, params = _as_numbers(q, "q"), _as_params(params)
+    if not jnp.issubdtype(q.dtype, jnp.integer):
+        raise TypeError(
+            f"`q` must be codes of an integer type, got {q.dtype}. Real values go "
+            "through `quantize` first."
+        )
     dtype = params.scale.dtype
     return (q.astype(dtype) - params.zero_point.astype(dtype)) * params.scale
 
 
 def fake_quant(
-    x: jax.Array,
+    x: ArrayLike,
     params: QParams,
     spec: QSpec,
     *,
@@ -155,19 +208,82 @@ def fake_quant(
         the default.
 
     Returns:
-      Values on the grid, shape and dtype of ``x``. NaN stays NaN.
+      Values on the grid, shape and dtype of ``x``, the dtype of the scale where those
+      of ``x`` are whole numbers. NaN stays NaN.
 
     Raises:
-      ValueError: as `quantize`.
+      TypeError, ValueError: as `quantize`.
 
     Example:
-      >>> params = QParams(scale=jnp.float32(0.5), zero_point=jnp.int32(0))
+      >>> params = QParams(scale=0.5, zero_point=0)
       >>> fake_quant(jnp.array([0.7, -0.25, 99.0]), params, QSpec(bits=4))
       Array([0.5, 0. , 3.5], dtype=float32)
     """
-    _check_params_shape(x, params, spec.axis)
+    x, params = _as_numbers(x, "x"), _as_params(params)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(params.scale.dtype)
+    _check_params_shape(x, params, _checked(spec).axis)
     estimate = clipped_ste if estimator is None else estimator
+    for grid in params:
+        x = vary(x, axes_of(jax.typeof(grid)))
     return estimate(x, *params, *_code_range(spec), site, spec.rounding)
+
+
+def _as_numbers(x: Any, name: str) -> jax.Array:
+    """Returns an array of real or whole numbers, or of truth values."""
+    try:
+        found = jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`{name}` must be an array of numbers, got {x!r}.") from error
+    kinds = (jnp.floating, jnp.integer, jnp.bool_)
+    if not any(jnp.issubdtype(found.dtype, kind) for kind in kinds):
+        kind = found.dtype
+        raise TypeError(f"`{name}` must be an array of numbers, got dtype {kind}.")
+    return found
+
+
+def _as_params(params: Any) -> QParams:
+    """Returns a grid as arrays: a real scale, a whole zero point."""
+    if not isinstance(params, tuple) or len(params) != 2:
+        raise TypeError(
+            "`params` must be a grid, `QParams(scale, zero_point)`, got "
+            f"{type(params).__name__}."
+        )
+    scale, zero_point = params
+    if not isinstance(scale, jax.Array):
+        _check_scale(scale)
+    is_real = jnp.issubdtype(_as_numbers(scale, "scale").dtype, jnp.floating)
+    if not is_real or not hasattr(scale, "dtype"):
+        scale = jnp.asarray(scale, jnp.float32)  # Also where Python's are of 64 bits.
+    if isinstance(zero_point, int | np.integer | np.ndarray):
+        whole = np.asarray(zero_point)
+        if np.any((whole < _INT32.min) | (whole > _INT32.max)):
+            raise ValueError(f"`zero_point` must fit int32, got {zero_point!r}.")
+    zero = _as_numbers(zero_point, "zero_point")
+    if not jnp.issubdtype(zero.dtype, jnp.integer):
+        raise TypeError(f"`zero_point` must be a whole number, got {zero_point!r}.")
+    return QParams(jnp.asarray(scale), zero.astype(jnp.int32))
+
+
+def _check_scale(scale: Any) -> None:
+    """Raises for a scale of Python or NumPy that is known to be none."""
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(scale)):
+        return
+    try:
+        known = np.asarray(scale, np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`scale` must be a number, got {scale!r}.") from error
+    if not np.all(known > 0) or not np.all(np.isfinite(known)):
+        raise ValueError(f"`scale` must be positive and finite, got {scale!r}.")
+
+
+def _checked(spec: Any) -> QSpec:
+    if not isinstance(spec, QSpec):
+        raise TypeError(
+            f"`spec` must be a word of codes such as `QSpec(bits=8)`, got {spec!r}. "
+            "Quantizers of `qjax.quantizers` have `apply` and `encode`."
+        )
+    return spec
 
 
 def min_max_params(low: ArrayLike, high: ArrayLike, spec: QSpec) -> QParams:
@@ -225,7 +341,7 @@ def min_max_params(low: ArrayLike, high: ArrayLike, spec: QSpec) -> QParams:
     return QParams(scale, (qmin.astype(jnp.uint32) + above).astype(jnp.int32))
 
 
-def abs_max_params(x: jax.Array, spec: QSpec) -> QParams:
+def abs_max_params(x: ArrayLike, spec: QSpec) -> QParams:
     """Returns the finest symmetric grid of ``spec`` that holds ``x``: that of weights.
 
     Args:
@@ -240,25 +356,38 @@ def abs_max_params(x: jax.Array, spec: QSpec) -> QParams:
       >>> abs_max_params(x, QSpec(bits=8, narrow_range=True, axis=-1)).scale * 127
       Array([[0.5, 2. ]], dtype=float32)
     """
-    symmetric = dataclasses.replace(spec, symmetric=True)
-    return min_max_params(*reduce_range(x, spec.axis), symmetric)
+    symmetric = dataclasses.replace(_checked(spec), symmetric=True)
+    return min_max_params(*reduce_range(_as_numbers(x, "x"), spec.axis), symmetric)
 
 
-def fake_quant_bias(bias: jax.Array, scale: jax.Array, *, site: str = "") -> jax.Array:
+def fake_quant_bias(
+    bias: jax.Array, scale: jax.Array, *, bits: ArrayLike = 32, site: str = ""
+) -> jax.Array:
     """Rounds a bias to the grid of its accumulator: 32 bits at ``scale_x * scale_w``.
+
+    Fewer bits are steps of ``2^k`` of that grid, with the least ``k >= 0`` for each
+    channel that holds the bias, for all of them if there are at most 4 bits: what
+    QuantizeML's aligned weight quantizer does.
 
     Args:
       bias: Real values, any shape.
       scale: Of the accumulator, broadcasts against ``bias``.
+      bits: Of the codes, sign included. What goes beyond saturates.
       site: Name of this quantization point.
 
     Returns:
       Values on the grid, in the shape of both.
     """
     shape = jnp.broadcast_shapes(jnp.shape(bias), jnp.shape(scale))
-    grid = QParams(jnp.broadcast_to(scale, shape), jnp.zeros(shape, jnp.int32))
-    spec = QSpec(bits=32, symmetric=True, axis=tuple(range(len(shape))) or None)
-    return fake_quant(jnp.broadcast_to(bias, shape), grid, spec, site=site)
+    bias, scale = jnp.broadcast_to(bias, shape), jnp.broadcast_to(scale, shape)
+    if not isinstance(bits, int) or bits < 32:
+        most = jnp.abs(jax.lax.stop_gradient(bias)).astype(scale.dtype) / scale
+        steps = most * power_of_two(1 - jnp.asarray(bits))
+        steps = jnp.where(jnp.asarray(bits) > 4, steps, jnp.max(steps, initial=0.0))
+        scale = scale * ceil_power_of_two(jnp.maximum(steps, 1.0))
+    grid = QParams(scale, jnp.zeros(shape, jnp.int32))
+    spec = QSpec(bits=bits, symmetric=True, axis=tuple(range(len(shape))) or None)
+    return fake_quant(bias, grid, spec, site=site)
 
 
 def reduce_range(x: jax.Array, axis: Axis) -> tuple[jax.Array, jax.Array]:

@@ -13,7 +13,16 @@ import jax
 import jax.extend.core as jex
 import numpy as np
 
-from qjax.trace import AFFINE, BOUNDS, CALLS, POINTWISE, Equation, Trace, kinds_of
+from qjax.trace import (
+    AFFINE,
+    BOUNDS,
+    CALLS,
+    POINTWISE,
+    Equation,
+    Trace,
+    is_key,
+    kinds_of,
+)
 
 _NEUTRAL = frozenset("convert_element_type copy reduce_precision stop_gradient".split())
 
@@ -289,7 +298,4 @@ class _Finder:
 
 def _real(value: object) -> np.ndarray:
     """A constant as numbers; zero for what is none, such as a random key."""
-    dtype = getattr(value, "dtype", None)
-    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
-        return np.zeros(1)
-    return np.asarray(value).astype(np.float64)
+    return np.zeros(1) if is_key(value) else np.asarray(value).astype(np.float64)
