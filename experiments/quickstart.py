@@ -160,7 +160,7 @@ def run(config: Config) -> Result:
     calibration = [data.x_train[i : i + 128] for i in range(0, 1024, 128)]
     for bits, label in ((8, "8-bit"), (4, "4-bit trained")):
         kernels = qjax.QSpec(
-            bits, narrow_range=True, axis=-1, power_of_two=config.power_of_two
+            bits, narrow_range=True, axis="output", power_of_two=config.power_of_two
         )
         values = qjax.QSpec(bits=8, power_of_two=config.power_of_two)
         scheme = qjax.Scheme(kernels, values)

@@ -1,6 +1,7 @@
 """What a quantized model consists of: its grids, its config, and why."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,15 @@ class SiteScale(NamedTuple):
 
 
 class Scales(dict[str, SiteScale]):
-    """Name of a site -> its grid, in the order of computation. ``str`` is a table."""
+    """Name of a site -> its grid, in the order of computation. ``str`` is a table.
+
+    Attributes:
+      notes: Name of a site -> why its scales are not what its word asks for.
+    """
+
+    def __init__(self, rows: Any = (), notes: Iterable[tuple[str, str]] = ()):
+        super().__init__(rows)
+        self.notes = dict(notes)
 
     def __str__(self) -> str:
         head = f"{'site':<32} {'bits':>4} {'scale':>13} {'zero':>6} {'range':>25}"
@@ -38,7 +47,8 @@ class Scales(dict[str, SiteScale]):
             f"{name:<32} {bits:>4} {scale:>13} {zero:>6} {ends:>25}"
             for name, bits, scale, zero, ends in self._rows()
         ]
-        return "\n".join([head, *lines])
+        notes = [f"{name}: {note}" for name, note in self.notes.items()]
+        return "\n".join([head, *lines, *notes])
 
     __repr__ = __str__
 
@@ -59,11 +69,12 @@ class Scales(dict[str, SiteScale]):
 
 
 def _flatten_scales(scales: Scales) -> tuple[Any, Any]:
-    return tuple(scales.values()), tuple(scales)
+    return tuple(scales.values()), (tuple(scales), tuple(scales.notes.items()))
 
 
-def _unflatten_scales(names: Any, rows: Any) -> Scales:
-    return Scales(zip(names, rows, strict=True))
+def _unflatten_scales(aux: Any, rows: Any) -> Scales:
+    names, notes = aux
+    return Scales(zip(names, rows, strict=True), notes)
 
 
 jax.tree_util.register_pytree_node(Scales, _flatten_scales, _unflatten_scales)
@@ -109,8 +120,11 @@ def scales(qmodel: QuantizedModel, params: Any, qstate: QState) -> Scales:
         if site.name in grids:
             (scale, zero_point), (*ends, levels) = grids[site.name]
             low, high = (dequantize(q, QParams(scale, zero_point)) for q in ends)
-            bits = _word_length(qmodel.scheme.spec(site), levels)
+            spec = qmodel.scheme.spec(site)
+            bits = _word_length(spec, levels)
             table[site.name] = SiteScale(bits, scale, zero_point, low, high)
+            if site.note and spec != qmodel.scheme.word(site):
+                table.notes[site.name] = site.note
     return table
 
 

@@ -179,13 +179,18 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
                 outputs = inputs  # `evaluate` does it where it is needed.
             else:
                 outputs = [number(v.aval) for v in eqn.outvars]
-                if not data.isdisjoint(inputs):
-                    data.update(outputs)
-                equations.append(
-                    Equation(
-                        eqn.primitive, eqn.params, tuple(inputs), tuple(outputs), here
+                parts: Any = [(inputs, outputs)]
+                if eqn.primitive.name == "optimization_barrier":
+                    # It returns each of its operands: as many moves of one value.
+                    parts = zip(zip(inputs), zip(outputs), strict=True)
+                for own, made in parts:
+                    if not data.isdisjoint(own):
+                        data.update(made)
+                    equations.append(
+                        Equation(
+                            eqn.primitive, eqn.params, tuple(own), tuple(made), here
+                        )
                     )
-                )
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(v) for v in jaxpr.outvars]
 

@@ -42,7 +42,7 @@ def compare(batch: int, rounds: int, channels: int) -> dict[str, Any]:
     reps = -(-batch // len(data.x_train))
     x = jnp.tile(data.x_train, (reps, 1, 1, 1))[:batch]
     y = jnp.tile(data.y_train, reps)[:batch]
-    scheme = qjax.Scheme(qjax.QSpec(4, narrow_range=True, axis=-1))
+    scheme = qjax.Scheme(qjax.QSpec(4, narrow_range=True, axis="output"))
     qmodel = qjax.quantize_model(infer, state, x, scheme=scheme)
     qstate = qjax.calibrate(qmodel, state, [x])
     trained = qjax.quantize_model(train, state, x, scheme=scheme)
