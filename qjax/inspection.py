@@ -28,13 +28,19 @@ class SiteScale(NamedTuple):
 
 
 class Scales(dict[str, SiteScale]):
-    """Name of a site -> its grid, in the order of computation. ``str`` is a table."""
+    """Name of a site -> its grid, in the order of computation. ``str`` is a table.
+
+    A site whose state has seen no batch has the scale NaN: it is not calibrated.
+    """
 
     def __str__(self) -> str:
         head = f"{'site':<32} {'bits':>4} {'scale':>13} {'zero':>6} {'range':>25}"
         lines = [head]
         for name, row in self.items():
             bits, scale, zero, low, high = (np.asarray(v) for v in row)
+            if np.isnan(scale).any():
+                lines.append(f"{name:<32} {bits!s:>4} {'not calibrated':>46}")
+                continue
             span = f"[{np.min(low):.5g}, {np.max(high):.5g}]"
             lines.append(
                 f"{name:<32} {bits!s:>4} {_span(scale, '.5g'):>13} "

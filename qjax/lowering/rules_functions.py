@@ -126,12 +126,15 @@ def _per_channel(e: Equation, x: Known | KnownCodes) -> np.ndarray:
     return value
 
 
-def tabulate(x: Curve, finish: Any) -> tuple[np.ndarray, int | None, int]:
+def tabulate(
+    x: Curve, finish: Any, types: Mapping[int, Any]
+) -> tuple[np.ndarray, int | None, int]:
     """Computes a function on all codes of its source, as the float model does.
 
     Args:
       x: The function.
       finish: What makes integers of its values.
+      types: Value of the trace -> its dtype.
 
     Returns:
       ``(table, axis, off)``: shape ``[codes]``, or ``[codes, channels]`` with the axis
@@ -139,7 +142,7 @@ def tabulate(x: Curve, finish: Any) -> tuple[np.ndarray, int | None, int]:
       the compiler does not fuse the function (``a * b + c`` into one rounding, say).
     """
     low, high = x.source.low, x.source.high
-    types = {v: a.dtype for v, a in x.aliases.items()}
+    whole = {v for v, a in x.aliases.items() if a.dtype}
     constants = (*x.known.values(), *(a.scale for a in x.aliases.values()))
     rank = max(map(np.ndim, constants))
     codes = np.arange(low, high + 1, dtype=np.int32).reshape((-1,) + (1,) * rank)
@@ -151,8 +154,8 @@ def tabulate(x: Curve, finish: Any) -> tuple[np.ndarray, int | None, int]:
     def table(codes: Any, grids: Mapping[int, QParams], known: Any) -> Any:
         env = dict(known)
         for v, grid in grids.items():
-            is_whole = bool(types[v])
-            env[v] = codes.astype(types[v]) if is_whole else dequantize(codes, grid)
+            value = codes if v in whole else dequantize(codes, grid)
+            env[v] = value.astype(types[v])
         return finish(run_steps(env, x.steps)[x.end])
 
     with jax.numpy_rank_promotion("allow"):
@@ -201,7 +204,7 @@ def add_table(
 ) -> tuple[int, int]:
     """Puts a function into the graph; returns the least and the largest entry."""
     assert x.source.value is not None
-    table, axis, off = tabulate(x, finish)
+    table, axis, off = tabulate(x, finish, builder.types)
     dtype = builder.values[value].dtype
     if not np.array_equal(table.astype(dtype), table):
         raise ValueError(
@@ -287,10 +290,10 @@ def _compare(
     return Integers(value, np.ones(()), 0, 0, 1, path=e.path, dtype="bool")
 
 
-@rule("select_n")
-def _select(
+def select(
     builder: Builder, e: Equation, trace: Trace, which: Abstract, *cases: Abstract
 ) -> Abstract:
+    """Chooses between cases by truth values that are known, or made of codes."""
     if isinstance(which, Known):
         flat = np.unique(which.value)
         if flat.size == 1:

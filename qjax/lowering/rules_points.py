@@ -13,7 +13,7 @@ from qjax.integer import common_fixed_point, fixed_point
 from qjax.lowering.graph import Grid, storage
 from qjax.lowering.inputs import integer_range
 from qjax.lowering.interpret import refuse, rule, where
-from qjax.lowering.rules_functions import add_table
+from qjax.lowering.rules_functions import add_table, select
 from qjax.lowering.rules_shapes import move_again
 from qjax.lowering.values import (
     Abstract,
@@ -208,6 +208,16 @@ def _quantize_input(
     if not target.is_part:
         builder.add_site(target.site, codes.value)
     return codes
+
+
+@rule("select_n")
+def _select(
+    builder: Builder, e: Equation, trace: Trace, which: Abstract, *cases: Abstract
+) -> Abstract:
+    is_mask = isinstance(which, Real) and which.input is not None
+    if is_mask and integer_range(trace, which) is not None:
+        which = _raw(builder, e, trace, which)  # An input that chooses.
+    return select(builder, e, trace, which, *cases)
 
 
 def _raw(builder: Builder, e: Equation, trace: Trace, x: Real) -> Curve:
