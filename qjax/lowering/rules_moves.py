@@ -216,8 +216,9 @@ def _place_input(
 
 def _check_real(e: Equation, trace: Trace, x: Abstract) -> None:
     """Raises for an integer input that has not become real yet."""
-    is_own = isinstance(x, Real) and x.input is not None
-    if is_own and integer_range(trace, x) is not None:
+    if not isinstance(x, Real) or x.input is None:
+        return
+    if integer_range(trace, x) is not None:
         raise NotImplementedError(
             f"There is no integer rule for `{e.primitive.name}` of {x.source} before "
             f"its cast, met in {where(e)}.\n  equation: {e}\nMake it real first, with "

@@ -214,9 +214,9 @@ def _quantize_input(
 def _select(
     builder: Builder, e: Equation, trace: Trace, which: Abstract, *cases: Abstract
 ) -> Abstract:
-    is_mask = isinstance(which, Real) and which.input is not None
-    if is_mask and integer_range(trace, which) is not None:
-        which = _raw(builder, e, trace, which)  # An input that chooses.
+    if isinstance(which, Real) and which.input is not None:
+        if integer_range(trace, which) is not None:  # An input that chooses.
+            which = _raw(builder, e, trace, which)
     return select(builder, e, trace, which, *cases)
 
 
