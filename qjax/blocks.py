@@ -272,7 +272,7 @@ class _Finder:
 
     def _cast(self, e: Equation, x: int) -> None:
         """Integers become real: an input of the model has its site here."""
-        while x in self.source and self.source[x].primitive.name in SHAPE_MOVES:
+        while x in self.source and self._keeps_grid(self.source[x]):
             x = self.source[x].inputs[0]
         if x in self.inputs and self.model.is_real(e.outputs[0]):
             self._add_input(e.outputs[0], self.inputs.index(x))

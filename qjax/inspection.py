@@ -33,6 +33,8 @@ class SiteScale(NamedTuple):
 class Scales(dict[str, SiteScale]):
     """Name of a site -> its grid, in the order of computation. ``str`` is a table.
 
+    A site whose state has seen no batch has the scale NaN: it is not calibrated.
+
     Attributes:
       notes: Name of a site -> why its scales are not what its word asks for.
     """
@@ -62,6 +64,9 @@ class Scales(dict[str, SiteScale]):
                 rows.append((name, "?", "?", "?", "?"))  # Inside of a transformation.
                 continue
             bits, scale, zero, low, high = (np.asarray(v) for v in row)
+            if np.isnan(scale).any():
+                rows.append((name, f"{bits!s}", "", "", "not calibrated"))
+                continue
             ends = f"[{np.min(low):.5g}, {np.max(high):.5g}]"
             texts = f"{bits!s}", _span(scale, ".5g"), _span(zero, "d"), ends
             rows.append((name, *texts))

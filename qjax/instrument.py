@@ -172,7 +172,7 @@ class QuantizedModel:
 
         Raises:
           ValueError: as `apply`; for a site that has no integers: an operand without a
-            quantizer, a BatchNorm in training.
+            quantizer, a BatchNorm in training; for a model with quantizers of its own.
           NotImplementedError: for arithmetic in half precision.
         """
         # A lower room, so imported late: the arithmetic is that of lowering.

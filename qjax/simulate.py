@@ -132,6 +132,11 @@ class Simulation:
         self._made_of_weights = {
             b.root.outputs[0]: b for b in blocks if b.kind == "product"
         }
+        self._tables = {
+            b.value: b.root.inputs[0] for b in blocks if b.kind == "embedding"
+        }
+        moves = (e for e in order if e.primitive.name in SHAPE_MOVES)
+        self._moves = {e.outputs[0]: e.inputs[0] for e in moves}
         self._scopes = {b.root.outputs[0]: _scope(b, self._plan) for b in blocks}
         self.sites = self._plan.sites
         self.biases = tuple(self._plan.biases.values())
@@ -512,11 +517,22 @@ class Simulation:
         if after is None:
             product = self._scaled(site, x, end, factor, grid)
             return [self._line(block, end, product, None, scale, None)]
-        line = _hold(None, None, after, scale, factor == 0, factor.shape)
-        factor = _rounded(factor, line.share, grid, site)
-        product = self._scaled(site, x, end, factor, grid)
+        is_zero = self._is_of_zeros(x)
+        line = _hold(None, None, after, scale, (factor == 0) | is_zero, factor.shape)
+        own = _rounded(jnp.where(is_zero, 0, factor), line.share, grid, site)
+        product = self._scaled(site, x, end, own, grid)
         found = self._line(block, end, product, line.bias, scale, line.held)
-        return [straight(line.real(product), found)]
+        real = line.real(product)
+        if is_zero is not False:
+            whole = value.astype(factor.dtype) * factor + line.offset
+            real = jnp.where(is_zero, whole, real)
+        return [straight(real, found)]
+
+    def _is_of_zeros(self, x: int) -> jax.Array | bool:
+        """Whether a value is a row of a table of zeros, whose site has no unit."""
+        while x not in self._tables and x in self._moves:
+            x = self._moves[x]
+        return jnp.all(self._env[self._tables[x]] == 0) if x in self._tables else False
 
     def _scaled(
         self, site: Site, x: int, end: int, factor: jax.Array, grid: QParams

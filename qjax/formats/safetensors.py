@@ -210,7 +210,8 @@ def _tree_to_json(tree: Any) -> Any:
             return [type(node).__name__, [encode(v) for v in node]]
         raise ValueError(
             "Programs are saved if their inputs and outputs are nested in tuples, "
-            f"lists and dicts with string keys only, got {type(node).__name__}."
+            f"lists and dicts with string keys only, got {type(node).__name__}. "
+            "Quantize a function that takes and returns these and calls the model."
         )
 
     return encode(jax.tree.unflatten(tree, range(tree.num_leaves)))

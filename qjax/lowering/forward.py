@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax.affine import QParams, QSpec, dequantize, grid_codes
-from qjax.blocks import SHAPE_MOVES, Block, bounds_of
+from qjax.affine import QParams, QSpec, dequantize, grid_codes, qpoint_p
+from qjax.blocks import SHAPE_MOVES, Block, bounds_of, is_quantizer
 from qjax.channels import output_scale
 from qjax.common_scales import Word
 from qjax.instrument import Quantizer
@@ -28,6 +29,7 @@ from qjax.integer import (
 )
 from qjax.lowering import bodies
 from qjax.lowering.graph import Node, storage
+from qjax.lowering.interpret import where
 from qjax.lowering.precision import find_half
 from qjax.lowering.rules_products import (
     contracted_axes,
@@ -40,7 +42,7 @@ from qjax.quantizers.point import make_point, straight
 from qjax.quantizers.spec import Spec, is_known
 from qjax.scheme import Site
 from qjax.simulate import Simulation, Visit
-from qjax.trace import CALLS, POINTWISE, Equation, evaluate
+from qjax.trace import CALLS, POINTWISE, Equation, evaluate, quantizer_of
 
 _NEUTRAL = frozenset("convert_element_type copy copy_p reduce_precision".split())
 _EXTREMES = frozenset(
@@ -122,12 +124,16 @@ class IntegerForward(Simulation):
         """Returns what the model returns, computed as the integer program does.
 
         Raises:
-          ValueError: at a site that has no integers.
+          ValueError: for a quantizer in the model itself; at a site that has no
+            integers.
           NotImplementedError: for arithmetic in half precision.
         """
         half = find_half(self._model, tuple(self._inputs))
         if half is not None:
             raise NotImplementedError(half.message)
+        own = next(filter(is_quantizer, self._model.equations), None)
+        if own is not None:
+            raise _own_quantizer(own)
         self._seen = visitor.words
         self._words: dict[int, str] = {}  # Value on a grid -> type of its codes.
         self._late: dict[int, _Late] = {}
@@ -468,6 +474,24 @@ class IntegerForward(Simulation):
         """Codes in the type of their word."""
         codes = self._steps(v) + self._grids[v].zero_point
         return codes.astype(self._words[v])
+
+
+def _site_in(e: Any) -> str:
+    """The name of the quantization point that an equation is or calls."""
+    inner = (getattr(j, "jaxpr", j) for j in jex.jaxprs_in_params(e.params))
+    names = (_site_in(eqn) for jaxpr in inner for eqn in jaxpr.eqns)
+    is_point = e.primitive is qpoint_p
+    return e.params["site"] if is_point else next(filter(None, names), "")
+
+
+def _own_quantizer(e: Equation) -> ValueError:
+    name = _site_in(e) or quantizer_of(e) or "fake_quant"
+    return ValueError(
+        f"`apply_integer` knows the grids of the scheme alone, and the model has a "
+        f"quantizer of its own in {where(e)}: `{name}`.\n  equation: {e}\nTrain with "
+        "`apply`, which `lower` takes as it is; or take the quantizer out of the model "
+        "and name its word in the scheme: `Rule(site, word)`."
+    )
 
 
 class SiteWord(NamedTuple):

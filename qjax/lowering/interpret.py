@@ -107,6 +107,7 @@ def interpret(
         v: _FOLDED if is_key(x) else Known(np.asarray(x))
         for v, x in fold_known(trace).items()
     }
+    builder.types = {v: aval.dtype for v, aval in trace.avals.items()}
     for k, v in enumerate(trace.inputs):
         env[v] = Real(f"{trace.names[k]} of the program", f"input:{k}", input=k)
     for e in trace.equations:

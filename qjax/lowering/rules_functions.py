@@ -123,12 +123,15 @@ def _per_channel(e: Equation, x: Known | KnownCodes) -> np.ndarray:
     return value
 
 
-def tabulate(x: Curve, finish: Any) -> tuple[np.ndarray, int | None, int]:
+def tabulate(
+    x: Curve, finish: Any, types: Mapping[int, Any]
+) -> tuple[np.ndarray, int | None, int]:
     """Computes a function on all codes of its source, as the float model does.
 
     Args:
       x: The function.
       finish: What makes integers of its values.
+      types: Value of the trace -> its dtype.
 
     Returns:
       ``(table, axis, off)``: shape ``[codes]``, or ``[codes, channels]`` with the axis
@@ -136,7 +139,7 @@ def tabulate(x: Curve, finish: Any) -> tuple[np.ndarray, int | None, int]:
       the compiler does not fuse the function (``a * b + c`` into one rounding, say).
     """
     low, high = x.source.low, x.source.high
-    types = {v: a.dtype for v, a in x.aliases.items()}
+    whole = {v for v, a in x.aliases.items() if a.dtype}
     constants = (*x.known.values(), *(a.scale for a in x.aliases.values()))
     rank = max(map(np.ndim, constants))
     codes = np.arange(low, high + 1, dtype=np.int32).reshape((-1,) + (1,) * rank)
@@ -148,8 +151,8 @@ def tabulate(x: Curve, finish: Any) -> tuple[np.ndarray, int | None, int]:
     def table(codes: Any, grids: Mapping[int, QParams], known: Any) -> Any:
         env = dict(known)
         for v, grid in grids.items():
-            is_whole = bool(types[v])
-            env[v] = codes.astype(types[v]) if is_whole else dequantize(codes, grid)
+            value = codes if v in whole else dequantize(codes, grid)
+            env[v] = value.astype(types[v])
         return finish(run_steps(env, x.steps)[x.end])
 
     with jax.numpy_rank_promotion("allow"):
@@ -198,7 +201,7 @@ def add_table(
 ) -> tuple[int, int]:
     """Puts a function into the graph; returns the least and the largest entry."""
     assert x.source.value is not None
-    table, axis, off = tabulate(x, finish)
+    table, axis, off = tabulate(x, finish, builder.types)
     dtype = builder.values[value].dtype
     if not np.array_equal(table.astype(dtype), table):
         raise ValueError(
@@ -231,7 +234,7 @@ def add_exact_table(
     def bits(real: jax.Array) -> jax.Array:
         return jax.lax.bitcast_convert_type(real.astype(jnp.float32), jnp.int32)
 
-    found, axis, off = tabulate(x, bits)
+    found, axis, off = tabulate(x, bits, builder.types)
     exact = exact_grid(found.view(np.float32))
     if exact is None or off or x.source.value is None:
         return None

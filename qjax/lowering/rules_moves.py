@@ -53,6 +53,7 @@ def _taken(
     builder: Builder, e: Equation, trace: Trace, x: Abstract, *places: np.ndarray
 ) -> Integers:
     """Moves that are known: each example is read at the same places."""
+    _check_real(e, trace, x)
     x = settled(builder, e, trace, x)
     if np.ndim(x.scale) or x.gain is not None:
         raise refuse(e, x, "input")
@@ -216,10 +217,23 @@ def _place_input(
     return codes
 
 
+def _check_real(e: Equation, trace: Trace, x: Abstract) -> None:
+    """Raises for an integer input that has not become real yet."""
+    if not isinstance(x, Real) or x.input is None:
+        return
+    if integer_range(trace, x) is not None:
+        raise NotImplementedError(
+            f"There is no integer rule for `{e.primitive.name}` of {x.source} before "
+            f"its cast, met in {where(e)}.\n  equation: {e}\nMake it real first, with "
+            "`.astype(jnp.float32)`: codes can be moved so."
+        )
+
+
 @rule("split")
 def _split(
     builder: Builder, e: Equation, trace: Trace, x: Abstract
 ) -> tuple[Abstract, ...]:
+    _check_real(e, trace, x)
     x = settled(builder, e, trace, x)
     axis, sizes = int(e.params["axis"]), [int(n) for n in e.params["sizes"]]
     if np.ndim(x.scale) and x.scale.shape[axis] > 1:

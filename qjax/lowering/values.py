@@ -230,6 +230,7 @@ class Builder:
         self.inputs: dict[int, int] = {}  # Input of the program -> value.
         self.raw: dict[int, Integers] = {}  # Integer input -> itself, as codes.
         self.is_raw = frozenset(is_raw)
+        self.types: dict[int, Any] = {}  # Value of the trace -> its dtype.
 
     def most(self, site: str) -> int:
         """The largest magnitude in the accumulator that the weight of a site makes."""
