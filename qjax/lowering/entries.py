@@ -4,7 +4,7 @@ import numpy as np
 
 from qjax.lowering.graph import Grid
 from qjax.lowering.inputs import MOST_RANGE, integer_range
-from qjax.lowering.interpret import InputTwiceError, where
+from qjax.lowering.interpret import InputTwiceError, sentence, where
 from qjax.lowering.rules_shapes import move_again
 from qjax.lowering.values import Abstract, Builder, Curve, Integers, Real
 from qjax.trace import Equation, Trace
@@ -34,7 +34,7 @@ def raw(
     v, ends = trace.inputs[k], integer_range(trace, x)
     if ends is None or ends[1] - ends[0] >= MOST_RANGE:
         raise ValueError(
-            f"{x.source.capitalize()} goes through integer arithmetic before it is "
+            f"{sentence(x.source)} goes through integer arithmetic before it is "
             f"quantized, in {where(e)}.\n  equation: {e}\nThat is a table of at most "
             "16 bits: pass the input as uint8, int8, uint16 or int16, or do the "
             "arithmetic outside of the program."

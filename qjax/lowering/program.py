@@ -54,8 +54,9 @@ class IntegerProgram:
         shifts. An explicit pytree.
       input_tree: How inputs are nested: a tuple of positional arguments.
       output_tree: How outputs are nested.
-      residues: What would stay float; only of `lower` with ``strict=False``. The graph
-        has what lies between then, and cannot be called.
+      residues: What would stay float, causes before what follows from them; only of
+        `lower` with ``strict=False``. The graph has what lies between then, and cannot
+        be called.
     """
 
     graph: Graph
@@ -186,8 +187,13 @@ class IntegerProgram:
 
     def _flat(self, inputs: tuple[Any, ...]) -> list[Any]:
         if self.residues:
-            listed = "\n".join(residue.message for residue in self.residues)
-            raise ValueError(f"This program is not whole. In float remain:\n{listed}")
+            causes = [r.message for r in self.residues if not r.is_follower]
+            follows = len(self.residues) - len(causes)
+            listed = "\n".join(causes)
+            raise ValueError(
+                f"This program is not whole. In float remain:\n{listed}\nand {follows} "
+                "equations that only follow from these."
+            )
         flat, tree = jax.tree.flatten(inputs)
         if tree != self.input_tree:
             raise ValueError(
@@ -277,15 +283,20 @@ def lower(
     """
     fn, inputs = bind_model(model, args)
     example = jax.tree.map(_with_example, inputs)
-    traced, out = trace(fn, *example, keep_derivatives=False)
-    builder, outputs, residues = _interpreted(traced, model, strict)
+    traced, out = _traced(fn, model, example)
+    names = leaf_names(inputs)
+    try:
+        builder, outputs, residues = _interpreted(traced, model, strict, names)
+    except (NotImplementedError, OverflowError, ValueError) as error:
+        error.args = (str(error) + _others(traced, model), *error.args[1:])
+        raise
     if residues:
         return _partial(builder, outputs, residues)
     graph = _whole(builder, outputs, traced)
 
     def lower_again(other: tuple[Any, ...]) -> Lowered:
-        again, _ = trace(fn, *other, keep_derivatives=False)
-        own, ends, _ = _interpreted(again, model, strict=True)
+        again, _ = _traced(fn, model, other)
+        own, ends, _ = _interpreted(again, model, True, names)
         return again, _whole(own, ends, again), own.params
 
     fixed = find_fixed(lower_again, example, (traced, graph, builder.params))
@@ -316,14 +327,54 @@ def _with_example(x: Any) -> Any:
     return jax.ShapeDtypeStruct((1, *shape[1:]), jax.dtypes.result_type(x))
 
 
+def _traced(fn: Callable[..., Any], model: Any, inputs: Any) -> tuple[Trace, Any]:
+    traced, out = trace(fn, *inputs, keep_derivatives=False)
+    if isinstance(model, QuantizedModel):
+        marked = (dataclasses.replace(e, is_simulated=True) for e in traced.equations)
+        traced = dataclasses.replace(traced, equations=tuple(marked))
+    return traced, out
+
+
+def leaf_names(inputs: Any) -> list[str]:
+    """Returns the path of each nested input, ``[0]['tokens']``; empty if not nested."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(inputs)
+    return [jax.tree_util.keystr(p) if len(p) > 1 else "" for p, _ in leaves]
+
+
+def _others(traced: Trace, model: Any) -> str:
+    """What else has no integers, for the end of an error: causes and their number."""
+    try:
+        _, _, residues = _interpreted(traced, model, strict=False)
+    except Exception:  # The first error says enough.
+        return ""
+    causes = [r for r in residues if not r.is_follower]
+    followers = len(residues) - len(causes)
+    if len(residues) < 2:
+        return ""
+    more = f"{followers} more equations only follow from"
+    if len(causes) == 1:
+        return f"\n{more} this one."
+    shown = [f"`{r.primitive}`" + (f" in {r.path!r}" if r.path else "") for r in causes]
+    rest = f", and {len(shown) - _MOST_SHOWN} more" if len(shown) > _MOST_SHOWN else ""
+    return (
+        f"\nIn all {len(causes)} parts of the model have no integers: "
+        f"{', '.join(shown[:_MOST_SHOWN])}{rest}; {more} them. `strict=False` lists all."
+    )
+
+
+_MOST_SHOWN = 8  # Causes in one error.
+
+
 def _interpreted(
-    traced: Trace, model: Any, strict: bool
+    traced: Trace, model: Any, strict: bool, names: Sequence[str] = ()
 ) -> tuple[Builder, list[Abstract], list[Residue]]:
     """The graph of a trace, what is known of its outputs, and what stays float."""
     is_raw: frozenset[int] = frozenset()
     while True:
         residues: list[Residue] = []
-        builder = Builder(_buffer_bits(model), is_open=not strict, is_raw=is_raw)
+        builder = Builder(
+            _buffer_bits(model), is_open=not strict, is_raw=is_raw, input_names=names
+        )
         try:
             outputs = interpret(traced, builder, None if strict else residues)
         except InputTwiceError as error:  # A few integers can be their own codes.
@@ -358,7 +409,8 @@ def _partial(
     ]
     graph = builder.graph(tuple(builder.inputs.values()), tuple(whole))
     inputs, outputs = map(jax.tree.structure, (graph.inputs, graph.outputs))
-    return IntegerProgram(graph, _arrays(builder), inputs, outputs, tuple(residues))
+    listed = tuple(sorted(residues, key=lambda residue: residue.is_follower))
+    return IntegerProgram(graph, _arrays(builder), inputs, outputs, listed)
 
 
 def _arrays(builder: Builder) -> dict[str, jax.Array]:

@@ -18,6 +18,7 @@ from qjax.lowering.rules_shapes import move_again, placed, settled
 from qjax.lowering.values import Abstract, Builder, Integers, Known, KnownCodes, Real
 from qjax.trace import Equation, Trace, evaluate
 
+_CHOOSE = "Choose outside of the program, or by `jnp.where` over all places."
 _MOST_ROWS = 1 << 24  # Numbers of rows are exact in float32.
 
 
@@ -27,10 +28,12 @@ def _gather(
 ) -> Abstract:
     if isinstance(x, KnownCodes):
         return _embed(builder, e, trace, x, index)
+    if isinstance(x, Known):
+        raise refuse(e, x, "table")
     if not isinstance(index, Known):
         raise NotImplementedError(
             f"There is no integer rule for `gather` from data at places that depend on "
-            f"an input, met in {where(e)}.\n  equation: {e}"
+            f"an input, met in {where(e)}.\n  equation: {e}\n{_CHOOSE}"
         )
     return _taken(builder, e, trace, x, index.value)
 
@@ -42,7 +45,7 @@ def _dynamic_slice(
     if not all(isinstance(s, Known) for s in starts):
         raise NotImplementedError(
             f"There is no integer rule for `dynamic_slice` at a place that depends on "
-            f"an input, met in {where(e)}.\n  equation: {e}"
+            f"an input, met in {where(e)}.\n  equation: {e}\n{_CHOOSE}"
         )
     known = (s.value for s in starts if isinstance(s, Known))
     return _taken(builder, e, trace, x, *known)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -197,6 +197,7 @@ class Builder:
         others.
       is_open: Whether quantization points of what stays float become inputs.
       is_raw: Integer inputs that are their own codes: several grids are tables of them.
+      input_names: What errors call the leaves of nested inputs.
     """
 
     def __init__(
@@ -205,6 +206,7 @@ class Builder:
         *,
         is_open: bool = False,
         is_raw: Collection[int] = (),
+        input_names: Sequence[str] = (),
     ) -> None:
         self.is_open = is_open
         self._buffer_bits = dict(buffer_bits or {})
@@ -215,6 +217,17 @@ class Builder:
         self.inputs: dict[int, int] = {}  # Input of the program -> value.
         self.raw: dict[int, Integers] = {}  # Integer input -> itself, as codes.
         self.is_raw = frozenset(is_raw)
+        self.input_names = tuple(input_names)
+
+    def input_name(self, k: int) -> str:
+        """Names an input for an error, with its place in a nested argument."""
+        leaf = self.input_names[k] if k < len(self.input_names) else ""
+        return f"input {k} of the program" + (f", `{leaf}`" if leaf else "")
+
+    def site_of_input(self, k: int) -> str:
+        """Returns the site that a rule can name to quantize an input; empty if none."""
+        name = f"input:{k}"
+        return name if name in self._buffer_bits else ""
 
     def most(self, site: str) -> int:
         """The largest magnitude in the accumulator that the weight of a site makes."""
