@@ -277,7 +277,7 @@ REFUSED = {
     "softmax": (lambda x: jax.nn.softmax(x), NotImplementedError, "reduce_sum|exp"),
     "sort": (lambda x: jnp.sort(x, axis=-1), NotImplementedError, "`sort`"),
     "scan": (
-        lambda x: lax.scan(lambda c, y: (c + y, c), x[0], x)[1],
+        lambda x: lax.scan(lambda c, y: (jnp.tanh(c), c), x[0], None, 300)[1],
         NotImplementedError,
         "`scan`",
     ),

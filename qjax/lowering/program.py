@@ -354,11 +354,12 @@ def _others(traced: Trace, model: Any) -> str:
     more = f"{followers} more equations only follow from"
     if len(causes) == 1:
         return f"\n{more} this one."
-    shown = [f"`{r.primitive}`" + (f" in {r.path!r}" if r.path else "") for r in causes]
-    rest = f", and {len(shown) - _MOST_SHOWN} more" if len(shown) > _MOST_SHOWN else ""
+    named = [f"`{r.primitive}`" + (f" in {r.path!r}" if r.path else "") for r in causes]
+    rest = f", and {len(named) - _MOST_SHOWN} more" if len(named) > _MOST_SHOWN else ""
+    shown = ", ".join(named[:_MOST_SHOWN])
     return (
-        f"\nIn all {len(causes)} parts of the model have no integers: "
-        f"{', '.join(shown[:_MOST_SHOWN])}{rest}; {more} them. `strict=False` lists all."
+        f"\nIn all {len(causes)} parts of the model have no integers: {shown}{rest}; "
+        f"{more} them. `strict=False` lists all."
     )
 
 

@@ -147,8 +147,8 @@ def _chosen_ends(e: Equation, trace: Trace, index: Real, rows: int) -> "_Chosen 
     found = rows_of(ids)
     if np.array_equal(found, np.where(ids < 0, ids + rows, ids)):
         chosen = low, high
-    elif np.array_equal(found, np.clip(ids, 0, rows - 1)):
-        chosen = 0, high
+    elif np.array_equal(found, np.clip(ids, *_ends(found, rows))):
+        chosen = _ends(found, rows)
     else:
         return None
     # Beyond the ends a program takes the last row there is: does the model, too?
@@ -157,8 +157,15 @@ def _chosen_ends(e: Equation, trace: Trace, index: Real, rows: int) -> "_Chosen 
     ]
     probes = np.clip([*ends, *far], *ends)
     held = np.clip(rows_of(np.clip(probes, *chosen)), 0, rows - 1)
-    is_held = np.array_equal(np.clip(rows_of(probes), 0, rows - 1), held)
-    return _Chosen(*chosen, is_held and not is_filled)
+    theirs = rows_of(probes)
+    is_held = np.array_equal(np.clip(theirs, 0, rows - 1), held)
+    is_there = bool(np.all((theirs >= 0) & (theirs < rows)))
+    return _Chosen(*chosen, is_held and (is_there or not is_filled))
+
+
+def _ends(found: np.ndarray, rows: int) -> tuple[int, int]:
+    """The first and the last row that is chosen, of those that are there."""
+    return max(0, int(found.min())), min(rows - 1, int(found.max()))
 
 
 class _Chosen(NamedTuple):
