@@ -17,8 +17,18 @@ import numpy as np
 
 from qjax.affine import qpoint_p
 from qjax.elementwise import find_functions
+from qjax.origin import origin_of
 from qjax.scheme import Role, Site
-from qjax.trace import AFFINE, BOUNDS, Equation, Trace, is_key, quantizer_of, trace
+from qjax.trace import (
+    AFFINE,
+    BOUNDS,
+    MOST_STEPS,
+    Equation,
+    Trace,
+    is_key,
+    quantizer_of,
+    trace,
+)
 
 # One data operand, the first: the output lies on its grid.
 SHAPE_MOVES = frozenset(
@@ -36,7 +46,7 @@ MEANS = {"sum": "mean", "sum_pool": "avg_pool"}  # The same, divided by a consta
 _TWO_OPERANDS = {"add": "residual", "add_any": "residual", "sub": "residual"}
 _MOST_FILL = 1e6  # A constant from here on is a mask.
 # What to write in place of a call that no site is inside of.
-_REMEDIES = {
+REMEDIES = {
     "scan": "Write it as a Python loop, which is unrolled",
     "while": "Write it as a Python loop, which is unrolled",
     "cond": "Compute both branches and choose with `jnp.where`",
@@ -44,7 +54,7 @@ _REMEDIES = {
     "custom_jvp_call": "Call the function without its own derivative",
     "custom_vjp_call": "Call the function without its own derivative",
 }
-_RANDOM = ("random_", "threefry", "rng_")
+RANDOM = ("random_", "threefry", "rng_")
 
 
 @dataclasses.dataclass
@@ -115,7 +125,7 @@ def data_of(model: Trace, inputs: Iterable[int]) -> set[int]:
     """Returns the values that depend on ``inputs``, random numbers aside."""
     data = set(inputs)
     for e in model.equations:
-        is_random = e.primitive.name.startswith(_RANDOM)
+        is_random = e.primitive.name.startswith(RANDOM)
         if data.intersection(e.inputs) and not is_random:
             data.update(e.outputs)
     return data
@@ -244,12 +254,21 @@ class _Finder:
         is_layer = name in ("scan", "while", "cond", "shard_map") and inside
         if not is_layer and not any(map(_has_product, jaxprs)):
             return
-        what = f"holds {', '.join(inside)}" if inside else "holds a product"
-        remedy = _REMEDIES.get(name, "Call what is inside directly")
+        found = ", ".join(filter(None, inside)) or "a parameter"
+        what = f"holds {found}" if inside else "holds a product"
+        remedy = REMEDIES.get(name, "Call what is inside directly")
+        # Quantized inside, these are what `lower` can enter.
+        is_entered = name.startswith("custom") or (
+            name == "scan" and e.params["length"] <= MOST_STEPS
+        )
+        library = origin_of(e.source).library
+        if library and name in ("scan", "while"):
+            remedy = f"Replace {library!r} by a Python loop over its cell"
+        is_own = is_entered and not library
+        own = ", or quantize inside with `qjax.fake_quant`" if is_own else ""
         raise NotImplementedError(
-            f"`{name}` in {e.path or 'the traced function'!r} {what}, and no site is "
-            f"inside of it: this part of the model would stay float. {remedy}, or "
-            "quantize inside with `qjax.fake_quant`."
+            f"`{name}` in {place_of(e)} {what}, and no site is inside of it: this part "
+            f"of the model would stay float. {remedy}{own}."
         )
 
     def _check_fill(self, e: Equation) -> None:
@@ -264,7 +283,7 @@ class _Finder:
             most = np.max(np.abs(value.astype(np.float64)))
             if most >= _MOST_FILL:
                 raise ValueError(
-                    f"`{e.primitive.name}` in {e.path or 'the traced function'!r} puts "
+                    f"`{e.primitive.name}` in {place_of(e)} puts "
                     f"a constant of {most:g} among the values of a site, whose grid "
                     "would hold nothing else. Use a constant within their range, or "
                     "mask right before a softmax."
@@ -625,6 +644,15 @@ class _Finder:
                 if uses or not [u for u in self.users[v] if not self._is_statistic(u)]:
                     found.setdefault(v, len(found))
         return found
+
+
+def place_of(e: Equation) -> str:
+    """Names the module of an equation for an error, or the line that it is from."""
+    found = origin_of(e.source)
+    if e.path or not found.place:
+        return repr(e.path or "the traced function")
+    inside = f", in {found.library!r}" if found.library else ""
+    return f"`{found.function}` ({found.place}{inside})"
 
 
 def bounds_of(model: Trace, e: Equation) -> list[tuple[str, Any]] | None:

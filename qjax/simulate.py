@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.source_info_util import user_context
 from jax.typing import ArrayLike
 
 from qjax.affine import QParams, QSpec, fake_quant_bias, qpoint_p
@@ -157,7 +158,9 @@ class Simulation:
             self._env[v] = self._typed(v, x)
             self._visit(v)
         for e in self._model.equations:
-            with jax.named_scope(self._scopes.get(e.outputs[0]) or e.path or "model"):
+            traceback = getattr(e.source, "traceback", None)
+            scope = self._scopes.get(e.outputs[0]) or e.path or "model"
+            with jax.named_scope(scope), user_context(traceback):
                 self._step(e)
         out = [self._env[v] for v in self._model.outputs]
         return jax.tree.unflatten(jax.tree.structure(self._out), out)

@@ -44,6 +44,10 @@ class Equation:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     path: str  # Module path: the name stack. Empty where the tracer knew none.
+    # Where it was written, as JAX has it: `qjax.origin` reads it.
+    source: Any = dataclasses.field(default=None, compare=False, repr=False)
+    # Whether `quantize_model` put the quantization points.
+    is_simulated: bool = dataclasses.field(default=False, compare=False, repr=False)
 
     def __str__(self):
         shown = {
@@ -146,7 +150,9 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
         constants[i] = value
         return i
 
-    def walk(jaxpr: Any, args: Sequence[int], path: str) -> list[int]:
+    def walk(
+        jaxpr: Any, args: Sequence[int], path: str, source: Any = None
+    ) -> list[int]:
         env = dict(zip(jaxpr.invars, args, strict=True))
 
         def read(atom: Any) -> int:
@@ -160,21 +166,23 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
             inputs = [read(v) for v in eqn.invars]
             stack = _QUANTIZER.sub(r"\1", str(eqn.source_info.name_stack))
             here = "/".join(s for s in (path, stack) if s)
+            # What is inside of a call that JAX has cached names its first caller.
+            origin = eqn.source_info if source is None else source
             is_kept = keep_derivatives and _is_function(eqn)
             if (whole := expansion(eqn, keep_derivatives)) is not None and (
                 eqn.primitive is not p.scan_p or not data.isdisjoint(inputs)
             ):
                 types = [v.aval for v in eqn.invars]
-                outputs = call(jax.make_jaxpr(whole)(*types), inputs, here)
+                outputs = call(jax.make_jaxpr(whole)(*types), inputs, here, origin)
             elif (
                 eqn.primitive is p.cond_p
                 and (at := known_number(inputs[0])) is not None
             ):
                 branches = eqn.params["branches"]
                 branch = branches[min(max(at, 0), len(branches) - 1)]
-                outputs = call(branch, inputs[1:], here)
+                outputs = call(branch, inputs[1:], here, origin)
             elif eqn.primitive in inlined and not is_kept:
-                outputs = call(_inner(eqn), inputs, here)
+                outputs = call(_inner(eqn), inputs, here, origin)
             elif eqn.primitive.name == "pvary":
                 outputs = inputs  # `evaluate` does it where it is needed.
             else:
@@ -186,10 +194,9 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
                 for own, made in parts:
                     if not data.isdisjoint(own):
                         data.update(made)
+                    ends = tuple(own), tuple(made)
                     equations.append(
-                        Equation(
-                            eqn.primitive, eqn.params, tuple(own), tuple(made), here
-                        )
+                        Equation(eqn.primitive, eqn.params, *ends, here, origin)
                     )
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(v) for v in jaxpr.outvars]
@@ -214,14 +221,14 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
             ]
             return evaluate(e, *typed)[e.outputs.index(v)]
 
-    def call(inner: Any, inputs: list[int], path: str) -> list[int]:
+    def call(inner: Any, inputs: list[int], path: str, source: Any) -> list[int]:
         jaxpr = getattr(inner, "jaxpr", inner)
         consts = [
             constant(c, v.aval)
             for v, c in zip(jaxpr.constvars, getattr(inner, "consts", ()), strict=True)
         ]
         jaxpr = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
-        return walk(jaxpr, [*consts, *inputs], path)
+        return walk(jaxpr, [*consts, *inputs], path, source)
 
     arguments = [number(v.aval) for v in closed.jaxpr.invars]
     data.update(arguments)

@@ -105,7 +105,7 @@ def test_sixteen_bits_are_tabulated_and_more_are_refused():
 
 def test_an_accumulator_is_no_input_of_a_table():
     fn = lambda x: point(jnp.tanh(point(x) @ point(jnp.eye(3))))
-    with pytest.raises(ValueError, match="`tanh` in the traced function is not quant"):
+    with pytest.raises(ValueError, match=r"`tanh` in `.*` \(test_low.*not quant"):
         qjax.lower(fn, X)
 
 
@@ -277,7 +277,7 @@ REFUSED = {
     "softmax": (lambda x: jax.nn.softmax(x), NotImplementedError, "reduce_sum|exp"),
     "sort": (lambda x: jnp.sort(x, axis=-1), NotImplementedError, "`sort`"),
     "scan": (
-        lambda x: lax.scan(lambda c, y: (c + y, c), x[0], x)[1],
+        lambda x: lax.scan(lambda c, y: (jnp.tanh(c), c), x[0], None, 300)[1],
         NotImplementedError,
         "`scan`",
     ),

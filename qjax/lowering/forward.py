@@ -105,6 +105,10 @@ class _Accumulator(NamedTuple):
     def codes(self, target: _Target) -> jax.Array:
         """Requantizes: one rounding, or that of float32 where lowering takes it."""
         multiplier, shift = traced_fixed_point(self.factors, target.scale)
+        # So coarse a step saturates; a channel that is dead stays at zero in any unit.
+        most = jnp.sign(multiplier) * jnp.int32(2**31 - 1)
+        multiplier = jnp.where(shift < 0, most, multiplier)
+        shift = jnp.maximum(shift, 0)
         terms = [(self.value, multiplier)]
         if self.gain is None:
             return target.rounded(terms, shift)

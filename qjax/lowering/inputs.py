@@ -39,7 +39,9 @@ def follow(trace: Trace, e: Equation, operands: Sequence[Abstract]) -> Real:
     """
     own = [x for x in operands if isinstance(x, Real)]
     name, first = e.primitive.name, own[0]
-    lost = Real(f"`{name}` of {first.source}", first.remedy)
+    lost = Real(f"`{name}` of {first.source}", first.remedy, is_left=first.is_left)
+    if integer := next((x.dtype for x in own if x.dtype), ""):
+        lost = dataclasses.replace(lost, dtype=integer)
     if first.input is None or integer_range(trace, first) is None:
         return lost
     others = [x for x in operands if not isinstance(x, Real)]

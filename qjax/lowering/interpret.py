@@ -12,7 +12,7 @@ import numpy as np
 from jax.extend.core.primitives import broadcast_in_dim_p
 
 from qjax.affine import qpoint_p
-from qjax.blocks import SHAPE_MOVES
+from qjax.blocks import RANDOM, REMEDIES, SHAPE_MOVES, place_of
 from qjax.leaves import at_start
 from qjax.lowering.inputs import MOST_RANGE, follow, integer_range, is_place
 from qjax.lowering.values import (
@@ -28,8 +28,9 @@ from qjax.lowering.values import (
     Sum,
     compact,
 )
+from qjax.origin import origin_of
 from qjax.simulate import SITE_MARK
-from qjax.trace import POINTWISE, Equation, Trace, evaluate, is_key
+from qjax.trace import MOST_STEPS, POINTWISE, Equation, Trace, evaluate, is_key
 
 Rule = Callable[..., Abstract | tuple[Abstract, ...]]
 
@@ -41,11 +42,14 @@ class Residue(NamedTuple):
       primitive: Of the equation.
       path: Module path.
       message: The equation, and what would remove it.
+      is_follower: Whether it reads what stays float for a cause before it: with the
+        cause it goes.
     """
 
     primitive: str
     path: str
     message: str
+    is_follower: bool = False
 
 
 class InputTwiceError(ValueError):
@@ -109,19 +113,26 @@ def interpret(
     }
     builder.types = {v: aval.dtype for v, aval in trace.avals.items()}
     for k, v in enumerate(trace.inputs):
-        env[v] = Real(f"{trace.names[k]} of the program", f"input:{k}", input=k)
+        dtype = "" if trace.is_real(v) else str(trace.avals[v].dtype)
+        source, remedy = f"{trace.names[k]} of the program", builder.site_of_input(k)
+        env[v] = Real(source, remedy, input=k, dtype=dtype)
+    blamed: set[int | None] = set()  # Inputs that a cause names.
+    drawn: set[int] = set()  # Random numbers, and what is made of them alone.
     for e in trace.equations:
         operands = [env.get(v, _FOLDED) for v in e.inputs]
         on_grid = any(isinstance(x, KnownCodes) for x in operands)
         if all(isinstance(x, Known | KnownCodes) for x in operands):
             # Folded already; only weights go on as codes, through shape moves.
             moves = on_grid and e.primitive.name in SHAPE_MOVES
+            if e.primitive.name.startswith(RANDOM) or not drawn.isdisjoint(e.inputs):
+                drawn.update(e.outputs)
             if not moves and e.primitive is not qpoint_p:
                 if e.primitive.name in _CHOICES:
                     env.update(_chosen(e, operands))
                 continue
         name = e.primitive.name
         try:
+            _check_drawn(e, operands, drawn)
             e, trace, operands = _spread(builder, e, trace, operands)
             if is_place(trace, e, operands):
                 found: Abstract | tuple[Abstract, ...] = follow(trace, e, operands)
@@ -129,11 +140,18 @@ def interpret(
                 found = _rule_of(e)(builder, e, trace, *operands)
             _check_type(trace, e, found)
         except (NotImplementedError, OverflowError, ValueError) as error:
+            error.args = (_placed(str(error), e), *error.args[1:])
             again = isinstance(error, InputTwiceError) and error.is_raw
             if residues is None or again:
                 raise
-            residues.append(Residue(e.primitive.name, _module(e), str(error)))
-            found = (Real(f"left in float: `{name}`", ""),) * len(e.outputs)
+            own = [x for x in operands if isinstance(x, Real)]
+            left = [x for x in own if x.is_left]
+            known = {x.input for x in own} - {None}
+            is_follower = bool(left) or bool(known & blamed)
+            residues.append(Residue(name, _module(e), str(error), is_follower))
+            blamed |= known
+            source = left[0].source if left else f"left in float: `{name}`"
+            found = (Real(source, "", is_left=True),) * len(e.outputs)
         results = found if isinstance(found, tuple) else (found,)
         env.update(zip(e.outputs, results, strict=True))
     return [env[v] for v in trace.outputs]
@@ -196,10 +214,24 @@ def _rule_of(e: Equation) -> Rule:
     if name not in _RULES:
         raise NotImplementedError(
             f"There is no integer rule for `{name}`, met in {where(e)}.\n"
-            f"  equation: {e}\nRegister one with `qjax.lowering.interpret.rule"
-            f"({name!r})`, or keep this part of the model out of `lower`."
+            f"  equation: {e}\n{_way_around(e)}."
         )
     return _RULES[name]
+
+
+def _way_around(e: Equation) -> str:
+    """What to do about a primitive without a rule."""
+    name = e.primitive.name
+    if name == "scan":
+        return (
+            f"Scans of at most {MOST_STEPS} steps are unrolled, this one has "
+            f"{e.params['length']}: shorten it, or call the program once for each step"
+        )
+    return REMEDIES.get(
+        name,
+        f"Register one with `qjax.lowering.interpret.rule({name!r})`, or keep this "
+        "part of the model out of `lower`",
+    )
 
 
 def _check_type(trace: Trace, e: Equation, found: Any) -> None:
@@ -211,6 +243,39 @@ def _check_type(trace: Trace, e: Equation, found: Any) -> None:
             f"Integer programs replace float32 arithmetic, not {dtype}, met in "
             f"{where(e)}.\n  equation: {e}\nCompute this part of the model in float32."
         )
+
+
+def _check_drawn(e: Equation, operands: list[Abstract], drawn: set[int]) -> None:
+    """Raises for a mask of random numbers: each call of the model would draw it."""
+    name, made = e.primitive.name, [v in drawn for v in e.inputs]
+    is_choice = name == "select_n" and made[0]
+    masks = [m and _is_mask(x) for x, m in zip(operands, made, strict=True)]
+    if is_choice or (name == "mul" and any(masks)):
+        raise ValueError(
+            f"`{name}` in {where(e)} drops values by a mask of random numbers, which "
+            f"an integer program would freeze.\n  equation: {e}\nLower the model in "
+            "inference: `deterministic=True` in Linen, `model.eval()` in NNX, no "
+            "dropout elsewhere."
+        )
+
+
+def _is_mask(x: Abstract) -> bool:
+    """Whether a constant is zero or one other number."""
+    if not isinstance(x, Known):
+        return False
+    numbers = np.unique(x.value)
+    return numbers.size == 2 and bool(np.any(numbers == 0))
+
+
+def _placed(message: str, e: Equation) -> str:
+    """Names the line of code where a message knows no module."""
+    if not origin_of(e.source).place:
+        return message
+    place = place_of(dataclasses.replace(e, path=""))
+    if UNKNOWN in message:
+        return message.replace(UNKNOWN, place)
+    line = "\n  equation: "
+    return message.replace(line, f"\n  code: {place}{line}", 1)
 
 
 _FOLDED = Known(np.zeros(0))  # A known value that no rule reads.
@@ -281,10 +346,13 @@ def _digest(
     return found.hexdigest()
 
 
+UNKNOWN = "the traced function"
+
+
 def where(e: Equation) -> str:
     """Names the place of an equation for an error."""
     path = _module(e)
-    return repr(path) if path else "the traced function"
+    return repr(path) if path else UNKNOWN
 
 
 def _module(e: Equation) -> str:
@@ -313,17 +381,51 @@ def refuse(e: Equation, x: Abstract, role: str) -> ValueError:
         what, site = x.source, x.remedy
     elif isinstance(x, Known):
         what, site = "a constant that is on no grid", sites_of(e.path)[1]
-    elif isinstance(x, Integers | Sum | Curve | Joined):
-        module = x.path.partition(SITE_MARK)[0].strip("/")
-        what = f"the output of {module!r}" if module else "an accumulator"
-        site = sites_of(x.path)[0]
-    else:
+    elif isinstance(x, KnownCodes):
         what = f"on the grid of {x.site!r}, which does not fit"
-    rule = f'with a rule like Rule("{site}", QSpec(bits=8)), or ' if site else ""
+    else:
+        module = x.path.partition(SITE_MARK)[0].strip("/")
+        made = _KINDS[type(x)]
+        what = f"the output of {module!r}, {made}" if module else made
+        site = sites_of(x.path)[0]
     return ValueError(
         f"The {role} of `{e.primitive.name}` in {where(e)} is not quantized: it is "
-        f"{what}.\n  equation: {e}\nQuantize it {rule}with `qjax.fake_quant`."
+        f"{what}.\n  equation: {e}\n{_remedy(e, x, role, site)}"
     )
+
+
+_KINDS: dict[type, str] = {
+    Integers: "an accumulator",
+    Sum: "a sum of codes on several grids",
+    Curve: "a function of codes that is on no grid",
+    Joined: "a choice of values that are on no common grid",
+}
+
+
+def _remedy(e: Equation, x: Abstract, role: str, site: str) -> str:
+    """What to do about an operand without integers, in one sentence."""
+    library = origin_of(e.source).library
+    is_input = isinstance(x, Real) and x.input is not None
+    if isinstance(x, Real) and x.dtype:
+        return (
+            f"It holds {x.dtype}, which no quantizer is for: pass what is computed of "
+            "it as an input of its own, or cast it to float32 where it is a number."
+        )
+    if site and e.is_simulated:
+        return f'Quantize it with a rule like Rule("{site}", QSpec(bits=8)).'
+    if library and not is_input and e.is_simulated:
+        return (
+            f"It is inside of {library!r}: replace this layer by one of your own, or "
+            "compute it outside of the program."
+        )
+    if library and not is_input:
+        return (
+            f"It is inside of {library!r}: give the model to `qjax.quantize_model`, "
+            "which quantizes such layers too, or use a layer of `qjax.nnx` or "
+            "`qjax.linen`."
+        )
+    rule = f'with a rule like Rule("{site}", QSpec(bits=8)), or ' if site else ""
+    return f"Quantize it {rule}with `qjax.fake_quant`."
 
 
 def sites_of(path: str) -> tuple[str, str]:

@@ -58,8 +58,9 @@ class IntegerProgram:
         `qjax.scales` and `qjax.integer_weights` give its scale.
       input_tree: How inputs are nested: a tuple of positional arguments.
       output_tree: How outputs are nested.
-      residues: What would stay float; only of `lower` with ``strict=False``. The graph
-        has what lies between then, and cannot be called.
+      residues: What would stay float, causes before what follows from them; only of
+        `lower` with ``strict=False``. The graph has what lies between then, and cannot
+        be called.
     """
 
     graph: Graph
@@ -204,8 +205,13 @@ class IntegerProgram:
 
     def _flat(self, inputs: tuple[Any, ...]) -> list[Any]:
         if self.residues:
-            listed = "\n".join(residue.message for residue in self.residues)
-            raise ValueError(f"This program is not whole. In float remain:\n{listed}")
+            causes = [r.message for r in self.residues if not r.is_follower]
+            follows = len(self.residues) - len(causes)
+            listed = "\n".join(causes)
+            raise ValueError(
+                f"This program is not whole. In float remain:\n{listed}\nand {follows} "
+                "equations that only follow from these."
+            )
         flat, tree = jax.tree.flatten(inputs)
         if tree != self.input_tree:
             places = range(self.input_tree.num_leaves)
@@ -314,19 +320,23 @@ def _lower(model: Any, args: tuple[Any, ...], strict: bool) -> IntegerProgram:
     if strict and is_model:
         _check_activations(model)
     example = jax.tree.map(_with_example, inputs)
-    traced, out = trace(fn, *example, keep_derivatives=False)
+    traced, out = _traced(fn, model, example)
     half = find_half(traced, traced.inputs, is_model=is_model)
     if half is not None and strict:
         raise NotImplementedError(half.message)
     if half is not None:
         return _partial(Builder(_buffer_bits(model), is_open=True), [], [half])
-    builder, outputs, residues = _interpreted(traced, model, strict)
+    try:
+        builder, outputs, residues = _interpreted(traced, model, strict)
+    except (NotImplementedError, OverflowError, ValueError) as error:
+        error.args = (str(error) + _others(traced, model), *error.args[1:])
+        raise
     if residues:
         return _partial(builder, outputs, residues)
     graph = _whole(builder, outputs, traced)
 
     def lower_again(other: tuple[Any, ...]) -> Lowered:
-        again, _ = trace(fn, *other, keep_derivatives=False)
+        again, _ = _traced(fn, model, other)
         own, ends, _ = _interpreted(again, model, strict=True)
         return again, _whole(own, ends, again), own.params
 
@@ -357,6 +367,39 @@ def _with_example(x: Any) -> Any:
     if shape[:1] != (0,):
         return x
     return jax.ShapeDtypeStruct((1, *shape[1:]), jax.dtypes.result_type(x))
+
+
+def _traced(fn: Callable[..., Any], model: Any, inputs: Any) -> tuple[Trace, Any]:
+    traced, out = trace(fn, *inputs, keep_derivatives=False)
+    if isinstance(model, QuantizedModel):
+        marked = (dataclasses.replace(e, is_simulated=True) for e in traced.equations)
+        traced = dataclasses.replace(traced, equations=tuple(marked))
+    return traced, out
+
+
+def _others(traced: Trace, model: Any) -> str:
+    """What else has no integers, for the end of an error: causes and their number."""
+    try:
+        _, _, residues = _interpreted(traced, model, strict=False)
+    except Exception:  # The first error says enough.
+        return ""
+    causes = [r for r in residues if not r.is_follower]
+    followers = len(residues) - len(causes)
+    if len(residues) < 2:
+        return ""
+    more = f"{followers} more equations only follow from"
+    if len(causes) == 1:
+        return f"\n{more} this one."
+    named = [f"`{r.primitive}`" + (f" in {r.path!r}" if r.path else "") for r in causes]
+    rest = f", and {len(named) - _MOST_SHOWN} more" if len(named) > _MOST_SHOWN else ""
+    shown = ", ".join(named[:_MOST_SHOWN])
+    return (
+        f"\nIn all {len(causes)} parts of the model have no integers: {shown}{rest}; "
+        f"{more} them. `strict=False` lists all."
+    )
+
+
+_MOST_SHOWN = 8  # Causes in one error.
 
 
 def _interpreted(
@@ -402,7 +445,8 @@ def _partial(
     ]
     graph = builder.graph(tuple(builder.inputs.values()), tuple(whole))
     inputs, outputs = map(jax.tree.structure, (graph.inputs, graph.outputs))
-    return IntegerProgram(graph, _arrays(builder), inputs, outputs, tuple(residues))
+    listed = tuple(sorted(residues, key=lambda residue: residue.is_follower))
+    return IntegerProgram(graph, _arrays(builder), inputs, outputs, listed)
 
 
 def _arrays(builder: Builder) -> dict[str, jax.Array]:

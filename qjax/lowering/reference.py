@@ -262,6 +262,13 @@ def _broadcast(a, own, inputs):
     return np.broadcast_to(inputs[0].reshape(shape), sizes)
 
 
+def _reshape(a, own, inputs):
+    first, *rest = a["sizes"] or [1]
+    if first == -1 and not math.prod(rest):
+        return inputs[0].reshape([len(inputs[0]), *rest])
+    return inputs[0].reshape(a["sizes"])
+
+
 def _slice(a, own, inputs):
     ends = zip(a["start"], a["stop"], a["steps"], strict=True)
     return inputs[0][tuple(slice(*end) for end in ends)]
@@ -295,7 +302,7 @@ _BODIES: dict[str, Callable[..., np.ndarray]] = {
     "concatenate": lambda a, own, xs: np.concatenate(xs, a["axis"]),
     "argmax": lambda a, own, xs: xs[0].argmax(a["axis"]),
     "argmin": lambda a, own, xs: xs[0].argmin(a["axis"]),
-    "reshape": lambda a, own, xs: xs[0].reshape(a["sizes"]),
+    "reshape": _reshape,
     "transpose": lambda a, own, xs: xs[0].transpose(a["permutation"]),
     "rev": lambda a, own, xs: np.flip(xs[0], a["axes"]),
     "slice": _slice,

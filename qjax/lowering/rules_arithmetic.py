@@ -116,8 +116,8 @@ def _add_known(
         raise OverflowError(
             f"The constant added in {where(e)} does not fit an int32 bias: it is up to "
             f"{np.max(np.abs(real)):g}, at {np.min(np.abs(x.real_scale())):g} per code."
-            f"\n  equation: {e}\nA channel of the kernel or of the normalisation "
-            "before it is all but zero; `qjax.quantize_model` handles that case."
+            f"\n  equation: {e}\nA channel of what it is added to is all but zero: "
+            "quantize that before the sum, or make its weights zero."
         )
     # After a factor float32 rounds twice: the product, then the sum.
     rounds_once = x.is_gain_exact and x.gain is None

@@ -113,10 +113,15 @@ def _concatenate(
     builder: Builder, e: Equation, trace: Trace, *parts: Abstract
 ) -> Abstract:
     axis = int(e.params["dimension"])
+    shapes, shape = _shapes(e, trace, e.inputs)
+    kept = [k for k, s in enumerate(shapes) if s[axis]] or [0]  # Pieces of length 0.
+    if len(kept) == 1 and shapes[kept[0]] == shape:
+        return _ready(parts[kept[0]])
     joined = Joined(
         "concatenate",
-        tuple(map(_ready, parts)),
-        *_shapes(e, trace, e.inputs),
+        tuple(_ready(parts[k]) for k in kept),
+        tuple(shapes[k] for k in kept),
+        shape,
         attributes={"axis": axis},
         path=e.path,
     )

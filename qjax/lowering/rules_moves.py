@@ -19,6 +19,7 @@ from qjax.lowering.rules_shapes import move_again, placed, settled
 from qjax.lowering.values import Abstract, Builder, Integers, Known, KnownCodes, Real
 from qjax.trace import Equation, Trace, evaluate
 
+_CHOOSE = "Choose outside of the program, or by `jnp.where` over all places."
 _MOST_ROWS = 1 << 24  # Numbers of rows are exact in float32.
 
 
@@ -28,10 +29,12 @@ def _gather(
 ) -> Abstract:
     if isinstance(x, KnownCodes):
         return _embed(builder, e, trace, x, index)
+    if isinstance(x, Known):
+        raise refuse(e, x, "table")
     if not isinstance(index, Known):
         raise NotImplementedError(
             f"There is no integer rule for `gather` from data at places that depend on "
-            f"an input, met in {where(e)}.\n  equation: {e}"
+            f"an input, met in {where(e)}.\n  equation: {e}\n{_CHOOSE}"
         )
     return _taken(builder, e, trace, x, index.value)
 
@@ -43,7 +46,7 @@ def _dynamic_slice(
     if not all(isinstance(s, Known) for s in starts):
         raise NotImplementedError(
             f"There is no integer rule for `dynamic_slice` at a place that depends on "
-            f"an input, met in {where(e)}.\n  equation: {e}"
+            f"an input, met in {where(e)}.\n  equation: {e}\n{_CHOOSE}"
         )
     known = (s.value for s in starts if isinstance(s, Known))
     return _taken(builder, e, trace, x, *known)
@@ -148,8 +151,8 @@ def _chosen_ends(e: Equation, trace: Trace, index: Real, rows: int) -> "_Chosen 
     found = rows_of(ids)
     if np.array_equal(found, np.where(ids < 0, ids + rows, ids)):
         chosen = low, high
-    elif np.array_equal(found, np.clip(ids, 0, rows - 1)):
-        chosen = 0, high
+    elif np.array_equal(found, np.clip(ids, *_ends(found, rows))):
+        chosen = _ends(found, rows)
     else:
         return None
     # Beyond the ends a program takes the last row there is: does the model, too?
@@ -158,8 +161,15 @@ def _chosen_ends(e: Equation, trace: Trace, index: Real, rows: int) -> "_Chosen 
     ]
     probes = np.clip([*ends, *far], *ends)
     held = np.clip(rows_of(np.clip(probes, *chosen)), 0, rows - 1)
-    is_held = np.array_equal(np.clip(rows_of(probes), 0, rows - 1), held)
-    return _Chosen(*chosen, is_held and not is_filled)
+    theirs = rows_of(probes)
+    is_held = np.array_equal(np.clip(theirs, 0, rows - 1), held)
+    is_there = bool(np.all((theirs >= 0) & (theirs < rows)))
+    return _Chosen(*chosen, is_held and (is_there or not is_filled))
+
+
+def _ends(found: np.ndarray, rows: int) -> tuple[int, int]:
+    """The first and the last row that is chosen, of those that are there."""
+    return max(0, int(found.min())), min(rows - 1, int(found.max()))
 
 
 class _Chosen(NamedTuple):

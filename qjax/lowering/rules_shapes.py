@@ -494,6 +494,9 @@ def _moved_chain(x: Curve, source: Integers, e: Equation, rank: int, end: int) -
 def _reshape(e: Equation, trace: Trace, x: Integers) -> tuple[str, dict[str, Any]]:
     sizes = [int(n) for n in trace.shape(e.outputs[0])]
     # The leading size may differ at call time: `lower` finds out.
+    own = trace.shape(e.inputs[0])
+    if not math.prod(sizes[1:]) and own[:1] != tuple(sizes[:1]):
+        return "reshape", {"sizes": sizes}  # Nothing tells the leading size.
     return "reshape", {"sizes": [-1, *sizes[1:]] if sizes else []}
 
 

@@ -232,6 +232,11 @@ class Builder:
         self.is_raw = frozenset(is_raw)
         self.types: dict[int, Any] = {}  # Value of the trace -> its dtype.
 
+    def site_of_input(self, k: int) -> str:
+        """Returns the site that a rule can name to quantize an input; empty if none."""
+        name = f"input:{k}"
+        return name if name in self._buffer_bits else ""
+
     def most(self, site: str) -> int:
         """The largest magnitude in the accumulator that the weight of a site makes."""
         return int(2 ** (self._buffer_bits.get(site, 32) - 1) - 1)

@@ -235,6 +235,9 @@ def _clip(node, params, inputs):
 
 
 def _reshape(node, params, inputs):
+    first, *rest = node.attributes["sizes"] or [1]
+    if first == -1 and not math.prod(rest):
+        return inputs[0].reshape([inputs[0].shape[0], *rest])
     return inputs[0].reshape(node.attributes["sizes"])
 
 
