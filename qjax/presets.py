@@ -29,7 +29,7 @@ from qjax.quantizers.low_bit import (
 from qjax.quantizers.spec import Spec
 from qjax.quantizers.strings import parse
 from qjax.quantizers.tensorflow import tfmot_range
-from qjax.scheme import Role, Rule, Scheme, Where, is_random
+from qjax.scheme import Globs, Role, Rule, Scheme, Where, is_random
 
 FUNCTIONS = (
     "celu elu erf exp function gelu hard_sigmoid hard_silu hard_swish hard_tanh "
@@ -431,7 +431,7 @@ def _named_word(path: str, key: str, text: Any) -> Spec | None:
 def _qkeras_site(layer: str, key: str, is_separable: bool) -> Where:
     """The sites that a key of a layer means."""
     where = Where(role=_QKERAS_KEYS[key], layer=layer)
-    ops = {_DEPTHWISE: "depthwise_*", _POINTWISE: ("conv*", "dense")}
+    ops: dict[str, Globs] = {_DEPTHWISE: "depthwise_*", _POINTWISE: ("conv*", "dense")}
     if not is_separable or where.role == "activation":
         return where
     return dataclasses.replace(

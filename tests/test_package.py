@@ -49,8 +49,9 @@ def test_rooms_import_only_from_rooms_above():
     """In the order of the README's layout; only `IntegerProgram.save` reaches down."""
     order = (
         "rounding affine estimators quantizers calibration histograms scheme "
-        "scheme_json presets rescaling trace channels elementwise blocks sites config simulate "
-        "batches instrument inspection layers linen nnx integer lowering formats"
+        "scheme_json presets rescaling trace channels elementwise blocks sites config "
+        "simulate batches instrument inspection layers linen nnx integer lowering "
+        "formats"
     ).split()
     for path in sorted((ROOT / "qjax").rglob("*.py")):
         parts = path.relative_to(ROOT / "qjax").with_suffix("").parts

@@ -193,8 +193,8 @@ def _two_products():
     }
 
     def fn(p, x):
-        h = jax.nn.relu(x @ p["a"]["kernel"] + p["a"]["bias"])
-        return h @ p["b"]["kernel"] + p["b"]["bias"]
+        h = jax.nn.relu(x @ p["a"]["kernel"] + p["a"]["bias"][None])
+        return h @ p["b"]["kernel"] + p["b"]["bias"][None]
 
     return fn, params, draw(9, 4)
 
@@ -271,7 +271,7 @@ def test_the_weights_of_a_separable_convolution():
         h = jax.lax.conv_general_dilated(
             h, own["pointwise_kernel"], (1, 1), "SAME", dimension_numbers=spec
         )
-        return h + own["bias"]
+        return h + own["bias"][None, None, None]
 
     params = {
         "sep": {
@@ -397,7 +397,7 @@ def test_json_there_and_back(name):
             r"rules\[0\]: either",
         ),
         ('{"rules": [{"where": {"ops": "a"}}]}', r"rules\[0\]\.where\.ops: .*op"),
-        ('{"rules": [{"where": {"role": "biases"}}]}', r'where\.role: "weight" or'),
+        ('{"rules": [{"where": {"role": "biases"}}]}', r'where\.role: "weight", '),
         ('{"rules": [{"where": {"ranks": 2}}]}', r"where\.ranks: a list of"),
         ('{"rules": [{"where": {"op": [1]}}]}', r"where\.op\[0\]: text"),
         ('{"rules": [{"pattern": "a", "reasons": 1}]}', r"reasons: an object"),

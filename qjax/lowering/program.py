@@ -29,8 +29,8 @@ from qjax.lowering.passes import drop_dead, merge_equal
 from qjax.lowering.report import Report, certify
 from qjax.lowering.rules_functions import add_table
 from qjax.lowering.sizes import Lowered, find_fixed
-from qjax.lowering.values import Abstract, Builder, Curve, Integers
-from qjax.trace import Trace, trace
+from qjax.lowering.values import Abstract, Builder, Curve, Integers, Sum
+from qjax.trace import Equation, Trace, trace
 
 # Importing them fills the rule table.
 assert rules_arithmetic and rules_functions and rules_moves and rules_points
@@ -384,6 +384,8 @@ def _output(
     last, v = traced.equations[-1], traced.outputs[k]
     if not traced.is_real(v):
         return _whole_output(builder, k, x, traced)
+    if isinstance(x, Sum):
+        x = _summed(builder, last, x, k)
     if not isinstance(x, Integers) or x.dtype:
         raise refuse(last, x, f"output {k}")
     x = rules_shapes.settled(builder, last, traced, x)
@@ -396,6 +398,14 @@ def _output(
     if value.grid == grid and not value.dtype_of_model:
         return x.value
     return _copy(builder, x.value, grid)
+
+
+def _summed(builder: Builder, e: Equation, x: Sum, k: int) -> Integers:
+    """A sum of codes that the model returns, where one grid holds it exactly."""
+    try:
+        return rules_shapes.added(builder, e, x)
+    except ValueError:
+        raise refuse(e, x, f"output {k}") from None
 
 
 def _whole_output(builder: Builder, k: int, x: Abstract, traced: Trace) -> int:
