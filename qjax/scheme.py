@@ -13,6 +13,7 @@ import numpy as np
 from qjax.affine import Estimator, QSpec, clipped_ste
 from qjax.calibration import Calibrator, min_max
 from qjax.quantizers.spec import Spec, is_known
+from qjax.quantizers.strings import parse
 
 Role = Literal["weight", "activation", "bias"]
 Word = QSpec | Spec  # An affine grid; or a quantizer of qjax.quantizers by its options.
@@ -135,7 +136,8 @@ class Scheme:
 
     Attributes:
       weights: For kernels. A `QSpec` is taken as symmetric; ranges come from the
-        weights themselves. None leaves them in float.
+        weights themselves. None leaves them in float; `qjax.quantizers.parse` reads a
+        string, here and below.
       activations: For inputs and outputs of blocks.
       rules: The first one that matches a site decides it.
       calibrator: How ranges of activations are found.
@@ -165,6 +167,11 @@ class Scheme:
         default=clipped_ste, metadata={"static": True}
     )
     buffer_bits: int = dataclasses.field(default=32, metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "activations"):
+            if isinstance(word := getattr(self, name), str):
+                object.__setattr__(self, name, parse(word))
 
     def spec(self, site: Site) -> Word | None:
         """Returns the word of the codes at a site; None if it stays float."""
