@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
+from qjax.rounding import power_of_two
 from qjax.trace import Equation
 
-# Exponents between the coarsest and the finest scale of a value: its codes as steps of
-# the finest fit int32.
+# Exponents between the coarsest and the finest scale of a value.
 _MOST_EXPONENTS = 14
 
 _SAME = frozenset(
@@ -64,9 +65,13 @@ def channels_of(x: jax.Array, scale: jax.Array, word: Word) -> Channels:
     return Channels(whole, common, ratio.reshape(-1), index, *word)
 
 
-def held_scale(scale: jax.Array) -> jax.Array:
-    """Raises scales that are too fine beside the coarsest one: see `aligned_ends`."""
-    return jnp.maximum(scale, jnp.max(scale) * 2.0**-_MOST_EXPONENTS)
+def held_scale(scale: jax.Array, bits: ArrayLike) -> jax.Array:
+    """Raises scales that are too fine beside the coarsest one.
+
+    Codes of ``bits`` as steps of the finest scale fit int32 then.
+    """
+    exponents = jnp.clip(30 - jnp.asarray(bits), 0, _MOST_EXPONENTS)
+    return jnp.maximum(scale, jnp.max(scale) * power_of_two(-exponents))
 
 
 def aligned_ends(scale: jax.Array, word: Word) -> tuple[jax.Array, Word]:

@@ -807,7 +807,9 @@ def _filled(
     is_empty = ones[0] & ones[1]
     most = jnp.max(jnp.where(is_empty, 0.0, params.scale))
     scale = jnp.where(is_empty & (most > 0), most, params.scale)
-    return params._replace(scale=held_scale(scale))
+    if spec.power_of_two:
+        scale = held_scale(scale, spec.bits)
+    return params._replace(scale=scale)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,7 +102,8 @@ class Scheme:
 
     Attributes:
       weights: For kernels. A `QSpec` is taken as symmetric; ranges come from the
-        weights themselves. None leaves them in float.
+        weights themselves. None leaves them in float; `qjax.quantizers.parse` reads a
+        string, here and below.
       activations: For inputs and outputs of blocks.
       rules: The first one that matches a site decides it. Tuples of the arguments of a
         `Rule` are taken for it.

@@ -297,8 +297,9 @@ class Simulation:
         if x is not None and e.primitive.name in SHAPE_MOVES and len(e.inputs) == 1:
             kernel = self._kernels[x]
             self._kernels[e.outputs[0]] = kernel._replace(moves=(*kernel.moves, e))
-        if e.inputs[0] in self._biased and e.primitive.name in SHAPE_MOVES:
-            self._biased[e.outputs[0]] = self._biased[e.inputs[0]]
+        x = next((v for v in e.inputs if v in self._biased), None)
+        if x is not None and e.primitive.name in SHAPE_MOVES:
+            self._biased[e.outputs[0]] = self._biased[x]
         x = next(
             (v for v in e.inputs if v in self._aligned or v in self._channels), None
         )

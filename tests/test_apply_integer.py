@@ -175,7 +175,7 @@ def forced(qmodel, params, qstate, x):
 
     class Forced(Quantizer):
         def activation(self, site, value, unit):
-            found, grid = super().activation(site, value, unit)
+            found, grid, *_ = super().activation(site, value, unit)
             if grid is None or site.name not in shipped:
                 return found, grid
             codes = shipped[site.name].astype(jnp.int32)

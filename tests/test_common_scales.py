@@ -94,7 +94,7 @@ def test_a_kernel_takes_in_the_scales_of_its_input(power_of_two):
 
 def graph_of_readers(p, x):
     """A product, a depthwise one, a sum, a maximum, a concatenation, a mean."""
-    h = jax.nn.relu(conv(x, p["a"]["kernel"]) + p["a"]["bias"])
+    h = jax.nn.relu(conv(x, p["a"]["kernel"]) + p["a"]["bias"][None, None, None])
     g = jax.nn.relu6(conv(h, p["dw"]["kernel"], 4))
     h = jax.nn.relu(h + conv(g, p["b"]["kernel"]))
     h = lax.reduce_window(h, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")

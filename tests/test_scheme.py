@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
+import qjax
 from qjax.affine import QSpec
 from qjax.calibration import ema_min_max, min_max
 from qjax.histograms import percentile
@@ -262,6 +263,15 @@ def test_buffers_of_rules_come_before_those_of_the_scheme():
     scheme = Scheme(rules=rules, buffer_bits=24)
     bits = [scheme.site_buffer_bits(site) for site in SITES]
     assert bits == [20, 20, 24, 24]
+
+
+def test_strings_are_words():
+    text = "quantized_bits(4,0,1,alpha=1)"
+    scheme = qjax.Scheme(weights=text, activations="quantized_relu(4,2)")
+    assert scheme.weights == qjax.quantizers.QuantizedBits(4, 0, True, alpha=1)
+    assert scheme.activations == qjax.quantizers.QuantizedRelu(4, 2)
+    with pytest.raises(ValueError, match="The closest: quantized_bits"):
+        qjax.Scheme(weights="quantised_bits(4)")
 
 
 # Rules that match nothing, names with brackets, rules behind others.

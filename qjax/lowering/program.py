@@ -32,7 +32,7 @@ from qjax.lowering.precision import find_half
 from qjax.lowering.report import Report, certify
 from qjax.lowering.rules_functions import add_exact_table, add_table
 from qjax.lowering.sizes import Lowered, find_fixed
-from qjax.lowering.values import Abstract, Builder, Curve, Integers
+from qjax.lowering.values import Abstract, Builder, Curve, Integers, Sum
 from qjax.tables import show_types
 from qjax.trace import Equation, Trace, trace
 
@@ -527,6 +527,8 @@ def _output(
         return _whole_output(builder, k, x, traced)
     if isinstance(x, Curve):
         x = add_exact_table(builder, x, traced.shape(v), x.path or "output") or x
+    if isinstance(x, Sum):
+        x = _summed(builder, last, x, k)
     if not isinstance(x, Integers) or x.dtype:
         raise refuse(last, x, f"output {k}")
     x = rules_shapes.settled(builder, last, traced, x)
@@ -545,6 +547,14 @@ def _maker(traced: Trace, k: int) -> Equation:
     """The equation that an output comes from."""
     v = traced.outputs[k]
     return next((e for e in traced.equations if v in e.outputs), traced.equations[-1])
+
+
+def _summed(builder: Builder, e: Equation, x: Sum, k: int) -> Integers:
+    """A sum of codes that the model returns, where one grid holds it exactly."""
+    try:
+        return rules_shapes.added(builder, e, x)
+    except ValueError:
+        raise refuse(e, x, f"output {k}") from None
 
 
 def _whole_output(builder: Builder, k: int, x: Abstract, traced: Trace) -> int:
