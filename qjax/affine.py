@@ -402,7 +402,8 @@ def reduce_range(x: jax.Array, axis: Axis) -> tuple[jax.Array, jax.Array]:
     keep = bool(shape)
     x = x.astype(jnp.float32)
     if x.size == 0:
-        return jnp.zeros(shape), jnp.zeros(shape)
+        zeros = jnp.zeros(shape, jnp.float32)
+        return zeros, zeros
     return jnp.min(x, over, keepdims=keep), jnp.max(x, over, keepdims=keep)
 
 

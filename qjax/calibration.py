@@ -237,7 +237,9 @@ def min_max(reduce: Reduce = value_range) -> Calibrator:
     def init(x: jax.Array, spec: QSpec) -> MinMaxState:
         shape = scale_shape(x.shape, spec.axis)
         return MinMaxState(
-            jnp.int32(0), jnp.full(shape, jnp.inf), jnp.full(shape, -jnp.inf)
+            jnp.int32(0),
+            jnp.full(shape, jnp.inf, jnp.float32),
+            jnp.full(shape, -jnp.inf, jnp.float32),
         )
 
     def update(x: jax.Array, state: MinMaxState, spec: QSpec) -> MinMaxState:
@@ -294,7 +296,11 @@ def constant(low: float, high: float) -> Calibrator:
 
     def init(x: jax.Array, spec: QSpec) -> MinMaxState:
         shape = scale_shape(x.shape, spec.axis)
-        return MinMaxState(jnp.int32(0), jnp.full(shape, low), jnp.full(shape, high))
+        return MinMaxState(
+            jnp.int32(0),
+            jnp.full(shape, low, jnp.float32),
+            jnp.full(shape, high, jnp.float32),
+        )
 
     def update(x: jax.Array, state: MinMaxState, spec: QSpec) -> MinMaxState:
         return state._replace(step=state.step + 1)
@@ -346,7 +352,9 @@ def _ema_min_max(decay: float, reduce: Reduce) -> Calibrator:
 
     def init(x: jax.Array, spec: QSpec) -> EmaMinMaxState:
         shape = scale_shape(x.shape, spec.axis)
-        return EmaMinMaxState(jnp.int32(0), jnp.zeros(shape), jnp.zeros(shape))
+        return EmaMinMaxState(
+            jnp.int32(0), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
+        )
 
     def update(x: jax.Array, state: EmaMinMaxState, spec: QSpec) -> EmaMinMaxState:
         low, high = reduce(x, spec)
@@ -373,7 +381,9 @@ def _started_ema(
 ) -> Calibrator:
     def init(x: jax.Array, spec: QSpec) -> EmaMinMaxState:
         shape = scale_shape(x.shape, spec.axis)
-        return EmaMinMaxState(jnp.int32(0), *(jnp.full(shape, v) for v in initial))
+        return EmaMinMaxState(
+            jnp.int32(0), *(jnp.full(shape, v, jnp.float32) for v in initial)
+        )
 
     def update(x: jax.Array, state: EmaMinMaxState, spec: QSpec) -> EmaMinMaxState:
         low, high = _follow((state.low, state.high), reduce(x, spec), decay)
@@ -444,7 +454,7 @@ def moving_min_max(momentum: float = 0.9, reduce: Reduce = value_range) -> Calib
 
 def _moving(momentum: float, reduce: Reduce) -> Calibrator:
     def init(x: jax.Array, spec: QSpec) -> MovingState:
-        zeros = jnp.zeros(scale_shape(x.shape, spec.axis))
+        zeros = jnp.zeros(scale_shape(x.shape, spec.axis), jnp.float32)
         return MovingState(jnp.int32(0), zeros, zeros, zeros, zeros)
 
     def update(x: jax.Array, state: MovingState, spec: QSpec) -> MovingState:
@@ -495,8 +505,11 @@ def mean_std(sigmas: float = 3.0) -> Calibrator:
 
     def init(x: jax.Array, spec: QSpec) -> MeanStdState:
         shape = scale_shape(x.shape, spec.axis)
-        ends = jnp.full(shape, jnp.inf), jnp.full(shape, -jnp.inf)
-        zeros = jnp.zeros(shape)
+        ends = (
+            jnp.full(shape, jnp.inf, jnp.float32),
+            jnp.full(shape, -jnp.inf, jnp.float32),
+        )
+        zeros = jnp.zeros(shape, jnp.float32)
         return MeanStdState(jnp.int32(0), jnp.float32(0), zeros, zeros, *ends)
 
     def update(x: jax.Array, state: MeanStdState, spec: QSpec) -> MeanStdState:

@@ -267,11 +267,11 @@ def _histogram(find: _Find) -> Calibrator:
             jnp.int32(0),
             jnp.full(shape, _NARROWEST, jnp.int32),
             jnp.zeros((*shape, BINS), jnp.int32),
-            jnp.full((*shape, BINS), jnp.inf),
-            jnp.full((*shape, BINS), -jnp.inf),
+            jnp.full((*shape, BINS), jnp.inf, jnp.float32),
+            jnp.full((*shape, BINS), -jnp.inf, jnp.float32),
             jnp.zeros(shape, jnp.int32),
-            jnp.full(shape, jnp.inf),
-            jnp.full(shape, -jnp.inf),
+            jnp.full(shape, jnp.inf, jnp.float32),
+            jnp.full(shape, -jnp.inf, jnp.float32),
         )
 
     def update(x: jax.Array, state: HistogramState, spec: QSpec) -> HistogramState:
@@ -289,12 +289,12 @@ def _histogram(find: _Find) -> Calibrator:
         bins = jnp.zeros(number * BINS, jnp.int32)
         counts = bins.at[flat].add(1)
         least = (
-            jnp.full(bins.shape, jnp.inf)
+            jnp.full(bins.shape, jnp.inf, jnp.float32)
             .at[flat]
             .min(jnp.where(is_zero, jnp.inf, values))
         )
         most = (
-            jnp.full(bins.shape, -jnp.inf)
+            jnp.full(bins.shape, -jnp.inf, jnp.float32)
             .at[flat]
             .max(jnp.where(is_zero, -jnp.inf, values))
         )
