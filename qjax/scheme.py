@@ -261,9 +261,10 @@ def check_rules(
         if rule.optional:
             continue
         if isinstance(pattern, Where):
-            check_fields(pattern, sites)
+            is_of_bias = pattern.role == "bias" and bool(biases)
+            check_fields(pattern, biases if is_of_bias else sites)
         if not any(map(rule.matches, sites)):
-            names = [site.name for site in sites]
+            names = [site.name for site in (*sites, *biases)]
             shown = show(pattern)
             found = repr(pattern) if isinstance(pattern, str) else f"{shown}: it"
             raise ValueError(f"The rule {found} {no_match(pattern, 'site', names)}")

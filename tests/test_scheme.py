@@ -336,6 +336,20 @@ def test_a_model_without_weights_has_no_role_of_them():
         check_rules(Scheme(rules=(Rule(Where(role="weight")),)), NET[:1])
 
 
+def test_rules_of_biases_are_told_of_biases():
+    bias = Site("aa/bias", "bias", (3,), "aa", "dense")
+    for pattern, message in (
+        (Where(role="bias", layer="bb"), "'bb' matches no layer.*layers are: aa"),
+        ("aa/bais", "The closest is 'aa/bias'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_rules(Scheme(rules=(Rule(pattern),)), NET, (bias,))
+    with pytest.raises(ValueError, match="'bias' matches no role"):
+        check_rules(Scheme(rules=(Rule(Where(role="bias")),)), NET)
+    rules = Rule(Where(role="bias", layer="aa")), Rule("aa/bias")
+    check_rules(Scheme(rules=rules), NET, (bias,))
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [
