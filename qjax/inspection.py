@@ -14,7 +14,8 @@ from qjax.instrument import QState, QuantizedModel, Quantizer
 from qjax.quantizers.point import make_point
 from qjax.quantizers.strings import closest
 from qjax.scheme import Site
-from qjax.simulate import Simulation, Unit, Visit
+from qjax.sharing import leaders
+from qjax.simulate import Biases, Unit, Visit
 
 
 class SiteScale(NamedTuple):
@@ -85,8 +86,9 @@ def scales(qmodel: QuantizedModel, params: Any, qstate: QState) -> Scales:
         params: Any, qstate: QState
     ) -> dict[str, tuple[QParams, tuple[jax.Array, ...]]]:
         inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), qmodel.example)
-        recorder = _GridRecorder(qmodel.scheme, qstate, {})
-        Simulation(qmodel.fn, params, inputs).run(recorder)
+        of = leaders(qmodel.sites, qmodel.scheme)
+        recorder = _GridRecorder(qmodel.scheme, qstate, of, {})
+        qmodel.simulation(params, inputs).run(recorder)
         return recorder.grids
 
     grids, table = run(params, qstate), Scales()
@@ -120,8 +122,8 @@ class _GridRecorder(Quantizer):
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
         return self._keep(site, x, super().activation(site, x, unit))
 
-    def weight(self, site: Site, x: jax.Array) -> Visit:
-        return self._keep(site, x, super().weight(site, x))
+    def weight(self, site: Site, x: jax.Array, biases: Biases = list) -> Visit:
+        return self._keep(site, x, super().weight(site, x, biases))
 
     def _keep(self, site: Site, x: jax.Array, visit: Visit) -> Visit:
         spec = self.scheme.spec(site)

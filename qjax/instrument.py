@@ -29,7 +29,8 @@ from qjax.scheme import (
     check_words,
     is_one_sided,
 )
-from qjax.simulate import Simulation, Unit, Visit
+from qjax.sharing import leaders, overwriters
+from qjax.simulate import Biases, Simulation, Unit, Visit
 
 # Of a weight: times that of its input it is no denormal number, which counts as 0.
 _LEAST_SCALE = 2.0**-96
@@ -109,7 +110,8 @@ class QuantizedModel:
             into: without a range it gives NaN.
         """
         scheme = self._checked(qstate, inputs, scheme)
-        return Simulation(self.fn, params, inputs).run(Quantizer(scheme, qstate))
+        quantizer = Quantizer(scheme, qstate, leaders(self.sites, scheme))
+        return self.simulation(params, inputs).run(quantizer)
 
     def apply_integer(
         self, params: Any, qstate: QState, *inputs: Any, scheme: Scheme | None = None
@@ -141,7 +143,9 @@ class QuantizedModel:
         from qjax.lowering.forward import IntegerForward, Words
 
         scheme = self._checked(qstate, inputs, scheme)
-        return IntegerForward(self.fn, params, inputs).run(Words(scheme, qstate))
+        words = Words(scheme, qstate, leaders(self.sites, scheme))
+        split = self.scheme.constraints.split
+        return IntegerForward(self.fn, params, inputs, split).run(words)
 
     def apply_and_update(
         self, params: Any, qstate: QState, *inputs: Any
@@ -165,8 +169,9 @@ class QuantizedModel:
             are none of this model.
         """
         self._checked(qstate, inputs)
-        updater = _Updater(self.scheme, dict(qstate))
-        outputs = Simulation(self.fn, params, inputs).run(updater)
+        of = leaders(self.sites, self.scheme)
+        updater = _Updater(self.scheme, dict(qstate), of)
+        outputs = self.simulation(params, inputs).run(updater)
         return outputs, updater.qstate
 
     def init(self, params: Any, *inputs: Any) -> QState:
@@ -187,10 +192,15 @@ class QuantizedModel:
         return self._update(self._float_values(params, inputs), qstate)
 
     def _update(self, seen: dict[str, jax.Array], qstate: QState) -> QState:
-        return {
-            site.name: calibrator.update(seen[site.name], qstate[site.name], spec)
-            for site, spec, calibrator in self.calibrated()
-        }
+        after = overwriters(self.sites, self.scheme)
+        found = {}
+        for site, spec, calibrator in self.calibrated():
+            x = seen[site.name]
+            if site.name in after and spec.axis is None:
+                x = jnp.concatenate([x, seen[after[site.name]]])
+            update = calibrator.observe or calibrator.update
+            found[site.name] = update(x, qstate[site.name], spec)
+        return found
 
     def calibrated(
         self, scheme: Scheme | None = None
@@ -222,8 +232,12 @@ class QuantizedModel:
 
     def _float_values(self, params: Any, inputs: Any) -> dict[str, jax.Array]:
         recorder = _Recorder({})
-        Simulation(self.fn, params, inputs).run(recorder)
+        self.simulation(params, inputs).run(recorder)
         return recorder.values
+
+    def simulation(self, params: Any, inputs: Any) -> Simulation:
+        """Returns the model as something that a visitor runs through."""
+        return Simulation(self.fn, params, inputs, self.scheme.constraints.split)
 
 
 def quantize_model(
@@ -286,7 +300,7 @@ def quantize_model(
     reader = (qparams or QuantizationParams()).scheme()
     if scheme is None:
         scheme = Scheme() if qparams is None and q_config is None else reader
-    sites = Simulation(fn, params, inputs).sites
+    sites = Simulation(fn, params, inputs, scheme.constraints.split).sites
     if quantize_until is not None:
         after = sites[find_layer(quantize_until, sites) + 1 :]
         names = tuple(glob.escape(site.name) for site in after)
@@ -676,16 +690,21 @@ class _Recorder:
         self.values[site.name] = x
         return x, None
 
-    def weight(self, site: Site, x: jax.Array) -> Visit:
+    def weight(self, site: Site, x: jax.Array, biases: Biases = list) -> Visit:
         return x, None
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantizer:
-    """Puts values on the grids of a scheme."""
+    """Puts values on the grids of a scheme.
+
+    Attributes:
+      leaders: Name of a site -> the site whose grid it has, if it is not its own.
+    """
 
     scheme: Scheme
     qstate: QState
+    leaders: Mapping[str, Site]
 
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
         """Rounds to the grid that the state has a range for, or to a known one."""
@@ -698,15 +717,7 @@ class Quantizer:
                 f"The state has no range for the site {site.name!r}: calibrate this "
                 f"model. The state knows {', '.join(self.qstate) or 'no site'}."
             )
-        calibrator = self.scheme.site_calibrator(site)
-        state = self.qstate[site.name]
-        params = calibrator.params(state, spec)
-        check_calibrated(params, site.name)
-        if _is_fresh(state):
-            # A constant of the traced program, which is looked at outside of it.
-            with jax.ensure_compile_time_eval():
-                known = calibrator.params(state, dataclasses.replace(spec, bits=8))
-            check_calibrated(known, site.name)
+        params = self._grid(site, spec)
         if unit is None:
             return self._round(site, x, params, spec), params
         if params.scale.ndim:
@@ -717,14 +728,58 @@ class Quantizer:
         codes = self._round(site, steps, ones, spec)
         return codes * params.scale.astype(x.dtype), params
 
-    def weight(self, site: Site, x: jax.Array) -> Visit:
+    def weight(self, site: Site, x: jax.Array, biases: Biases = list) -> Visit:
         """Rounds to the grid of the weight's own range."""
         spec = self.scheme.spec(site)
         if not isinstance(spec, QSpec):
             return self._apply(site, x, spec)
         scale, zero_point = abs_max_params(x, spec)
+        least = self._least_scale(spec, scale, biases)
+        if least is not None:
+            low, high = reduce_range(x, spec.axis)
+            is_zero = (low == 0) & (high == 0)  # Of scale 1.
+            scale = jnp.where(is_zero, least, jnp.maximum(scale, least))
         params = QParams(jnp.maximum(scale, _LEAST_SCALE), zero_point)
         return self._round(site, x, params, spec), params
+
+    def _grid(self, site: Site, spec: QSpec) -> QParams:
+        """The grid of a site, or of the one that leads it."""
+        leader = self.leaders.get(site.name, site)
+        calibrator = self.scheme.site_calibrator(leader)
+        state = self.qstate[leader.name]
+        params = calibrator.params(state, spec)
+        check_calibrated(params, leader.name)
+        if _is_fresh(state):
+            # A constant of the traced program, which is looked at outside of it.
+            with jax.ensure_compile_time_eval():
+                known = calibrator.params(state, dataclasses.replace(spec, bits=8))
+            check_calibrated(known, leader.name)
+        return params
+
+    def _least_scale(
+        self, spec: QSpec, scale: jax.Array, biases: Biases
+    ) -> jax.Array | float:
+        """The scale that a weight needs at least for what its constraints say.
+
+        scale >= |bias| / (scale_x * qmax of the bias),  least_range / |factor| / qmax
+        """
+        constraints, floors = self.scheme.constraints, []
+        if constraints.bias_bits is None and not constraints.least_range:
+            return None
+        top = jnp.asarray(spec.qmax).astype(jnp.float32)
+        found = biases()
+        if not found:
+            floors.append(jnp.float32(constraints.least_range) / top)
+        for data, bias, factor in found:
+            bias, factor = (jax.lax.stop_gradient(v) for v in (bias, factor))
+            gain = jnp.where(factor == 0, 1.0, jnp.abs(factor)).astype(jnp.float32)
+            floors.append(constraints.least_range / top / gain)
+            word = self.scheme.spec(data)
+            if constraints.bias_bits is not None and isinstance(word, QSpec):
+                most = 2.0 ** (constraints.bias_bits - 1) - 1.0
+                step = jnp.min(self._grid(data, word).scale)
+                floors.append(jnp.abs(bias).astype(jnp.float32) / (step * most))
+        return functools.reduce(jnp.maximum, (_over(f, scale) for f in floors))
 
     def _apply(self, site: Site, x: jax.Array, spec: Spec | None) -> Visit:
         """A quantizer that finds its grid by itself; None: no quantizer."""
@@ -738,6 +793,14 @@ class Quantizer:
     ) -> jax.Array:
         estimator = self.scheme.estimator
         return fake_quant(x, params, spec, site=site.name, estimator=estimator)
+
+
+def _over(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """The largest of some numbers for each scale of a weight."""
+    if not scale.ndim or not jnp.ndim(x):
+        return jnp.max(x)
+    over = tuple(d for d, n in enumerate(scale.shape) if n == 1)
+    return jnp.max(x, over, keepdims=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import fnmatch
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -31,6 +32,9 @@ class Site(NamedTuple):
     inputs: tuple[str, ...] = ()  # Names of the sites that the op reads.
     feeds: tuple[str, ...] = ()  # Who reads the value, or what a weight makes: ops, and
     # "return" if the model returns it.
+    reads: tuple[str, ...] = ()  # Site of each operand of the op, in order; "" for one
+    # that several sites make.
+    overwrites: str = ""  # The first operand that nothing else reads, of this shape.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +80,16 @@ class Where:
     def __call__(self, site: Site) -> bool:
         """Whether all fields match."""
         return (
-            _matches(site.name, self.name)
+            matches(site.name, self.name)
             and self.role in (None, site.role)
-            and _matches(site.layer, self.layer)
-            and _matches(site.op, self.op)
-            and _matches(site.activation, self.activation)
+            and matches(site.layer, self.layer)
+            and matches(site.op, self.op)
+            and matches(site.activation, self.activation)
             and (self.inputs == "*" or bool(site.inputs))
-            and all(_matches(name, self.inputs) for name in site.inputs)
-            and (self.feeds == "*" or any(_matches(f, self.feeds) for f in site.feeds))
+            and all(matches(name, self.inputs) for name in site.inputs)
+            and (self.feeds == "*" or any(matches(f, self.feeds) for f in site.feeds))
             and (self.feeds_only == "*" or bool(site.feeds))
-            and all(_matches(op, self.feeds_only) for op in site.feeds)
+            and all(matches(op, self.feeds_only) for op in site.feeds)
             and (not self.ranks or len(site.shape) in self.ranks)
         )
 
@@ -124,6 +128,52 @@ class Rule:
         return fnmatch.fnmatchcase(site.name, self.pattern)
 
 
+@dataclasses.dataclass(frozen=True)
+class Constraints:
+    """What a runtime asks of grids beyond their words: `qjax.sharing` has the rules.
+
+    Fields of names are globs of ops (`Site.op`), one of which must match. A site whose
+    rule has a calibrator of its own keeps its own grid.
+
+    Attributes:
+      kept: Ops whose value has the grid of their first operand: a pool of averages.
+      joined: Ops whose operands have the grid of their value: a concatenation.
+      overwritten: Ops whose value counts in the range of the operand that it may
+        overwrite, while `calibrate` looks.
+      split: Functions that end at a site also where lines and functions follow:
+        ``tanh(x) * 5`` is two sites.
+      least_range: Least ``max|w|`` that the scale of a weight holds.
+      bias_bits: Bits that hold the bias of a product, sign included: its weight gets a
+        larger scale where it needs more. None: as many as it takes.
+    """
+
+    kept: tuple[str, ...] = ()
+    joined: tuple[str, ...] = ()
+    overwritten: tuple[str, ...] = ()
+    split: tuple[str, ...] = ()
+    least_range: float = 0.0
+    bias_bits: int | None = None
+
+    def __post_init__(self):
+        for name in ("kept", "joined", "overwritten", "split"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(
+                isinstance(op, str) for op in value
+            ):
+                raise TypeError(
+                    f"`{name}` must be a tuple of names of ops, got {value!r}."
+                )
+        if not 0 <= self.least_range < math.inf:
+            raise ValueError(
+                f"`least_range` must be finite and not negative, got "
+                f"{self.least_range}."
+            )
+        if self.bias_bits is not None and not 2 <= self.bias_bits <= 32:
+            raise ValueError(
+                f"`bias_bits` must lie in 2..32, or be None, got {self.bias_bits}."
+            )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scheme:
@@ -141,6 +191,7 @@ class Scheme:
       estimator: Backward pass of all affine grids, of `qjax.estimators`. A quantizer of
         `qjax.quantizers` has its own.
       buffer_bits: Most bits of an accumulator, at most 32: checked by lowering.
+      constraints: What a runtime asks of grids beyond their words.
 
     Example:
       >>> scheme = Scheme(
@@ -164,6 +215,9 @@ class Scheme:
         default=clipped_ste, metadata={"static": True}
     )
     buffer_bits: int = dataclasses.field(default=32, metadata={"static": True})
+    constraints: Constraints = dataclasses.field(
+        default=Constraints(), metadata={"static": True}
+    )
 
     def spec(self, site: Site) -> Word | None:
         """Returns the word of the codes at a site; None if it stays float."""
@@ -356,6 +410,7 @@ def _numbers(leaves: Sequence[Any]) -> list[jax.Array]:
     return [jnp.asarray(x, jnp.int32 if whole else jnp.float32) for x in leaves]
 
 
-def _matches(text: str, globs: Globs) -> bool:
+def matches(text: str, globs: Globs) -> bool:
+    """Returns whether a text matches a glob, or one of several."""
     several = (globs,) if isinstance(globs, str) else globs
     return any(fnmatch.fnmatchcase(text, glob) for glob in several)

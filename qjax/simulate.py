@@ -1,6 +1,7 @@
 """Runs a traced model equation by equation, with a visitor at its sites."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -29,6 +30,17 @@ SITE_MARK = "site="  # In the scope of the root of a block: its output, its weig
 _MOST_BIAS = 2.0**30  # Codes of a bias stay below it, as accumulators are int32.
 
 Visit = tuple[jax.Array, QParams | None]
+
+
+class Bias(NamedTuple):
+    """What follows the product of a weight, ``(acc + bias) * factor``, by channel."""
+
+    data: Site  # Of the other operand.
+    bias: jax.Array  # Broadcasts against the weight.
+    factor: jax.Array  # Broadcasts against the weight.
+
+
+Biases = Callable[[], list[Bias]]
 
 
 class Unit(NamedTuple):
@@ -68,22 +80,29 @@ class Visitor(Protocol):
         ``x`` is real if ``unit`` is None.
         """
 
-    def weight(self, site: Site, x: jax.Array) -> Visit:
-        """Visits a weight."""
+    def weight(self, site: Site, x: jax.Array, biases: "Biases" = list) -> Visit:
+        """Visits a weight; ``biases`` follow the products it is an operand of."""
 
 
 class Simulation:
     """A model, traced for the shapes of some arguments.
 
     Attributes:
-      sites: Its sites, in the order of the equations.
+      sites: Its sites, in the order of the equations; ``split`` is that of the scheme's
+        `Constraints`.
     """
 
-    def __init__(self, fn: Callable[..., Any], params: Any, inputs: Sequence[Any]):
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        params: Any,
+        inputs: Sequence[Any],
+        split: Sequence[str] = (),
+    ):
         leaves, _ = jax.tree_util.tree_flatten_with_path(params)
         names = [path_name(path) for path, _ in leaves]
         self._model, self._out = trace(fn, params, *inputs, keep_derivatives=True)
-        plan = find_blocks(self._model, names)
+        plan = find_blocks(self._model, names, split)
         self._plan = describe(self._model, plan, names)
         self._arguments = [_unfolded(x) for _, x in leaves] + jax.tree.leaves(inputs)
         self._inputs = self._model.inputs[len(leaves) :]
@@ -95,6 +114,7 @@ class Simulation:
         self._model = dataclasses.replace(self._model, equations=tuple(order))
         fused = self._plan.fused.values()
         self._products = {b.root.outputs[0]: b for b in fused if b.kind == "product"}
+        self._source = {v: e for e in order for v in e.outputs}
         blocks = self._plan.blocks
         self._scopes = {b.root.outputs[0]: _scope(b, self._plan) for b in blocks}
         self.sites = self._plan.sites
@@ -106,6 +126,8 @@ class Simulation:
         self._units: dict[int, Unit] = {}
         self._lines: dict[int, _Line] = {}  # Product -> what follows it.
         self._visitor = visitor
+        self._raw: dict[int, Any] = dict(self._model.constants)
+        self._raw.update(zip(self._model.inputs, self._arguments, strict=True))
         for v, x in zip(self._model.inputs, self._arguments, strict=True):
             self._env[v] = x
             self._visit(v)
@@ -144,7 +166,8 @@ class Simulation:
             self._env[v], grid = self._visitor.activation(site, x, unit)
         elif v in plan.weights:
             site = plan.sites[plan.weights[v]]
-            self._env[v], grid = self._visitor.weight(site, self._env[v])
+            biases = functools.partial(self._biases, v, jnp.ndim(self._env[v]))
+            self._env[v], grid = self._visitor.weight(site, self._env[v], biases)
         if grid is not None:
             self._grids[v] = grid
 
@@ -162,6 +185,65 @@ class Simulation:
             if moved is not None:
                 zeros = jnp.zeros(moved.shape, zero_point.dtype)
                 self._grids[e.outputs[0]] = QParams(moved, zeros)
+
+    # What follows the products of a weight, before these are computed.
+
+    def _biases(self, v: int, rank: int) -> list[Bias]:
+        """The biases of all blocks that multiply by a weight of a known layout."""
+        found = []
+        for block in self._products.values():
+            order = self._order(block, v, rank)
+            if block.weight != v or order is None:
+                continue
+            e, operand = block.root, block.weight_operand
+            acc = e.outputs[0]
+            before, factor, after = self._compose(block, acc, self._known)
+            if before is None and after is None:
+                continue
+            shape = self._model.shape(acc)
+            axes = kernel_axes(e, operand, rank, len(shape))
+            sizes = tuple(n if d in axes else 1 for d, n in enumerate(shape))
+            zero, one = (jnp.full((), n, self._model.avals[acc].dtype) for n in (0, 1))
+            factor = one if factor is None else factor
+            own = jnp.where(factor == 0, one, factor)
+            bias = zero if before is None else before
+            bias = bias if after is None else bias + after / own
+            parts = [jnp.where(factor == 0, zero, bias), factor]
+            if any(_exceeds(jnp.shape(part), sizes) for part in parts):
+                continue
+            parts = [_ranked(part, len(shape)) for part in parts]
+            parts = [_to_kernel(part, axes, rank, shape) for part in parts]
+            bias, factor = (part.transpose(order) for part in parts)
+            names = self._plan.sites[self._plan.weights[v]].inputs
+            data = (site for site in self.sites if site.name in names)
+            found += [Bias(site, bias, factor) for site in data]
+        return found
+
+    def _order(self, block: Block, leaf: int, rank: int) -> tuple[int, ...] | None:
+        """The axes of the operand of a product in the order of its weight's own.
+
+        None if they are not the same axes.
+        """
+        v, order = block.root.inputs[block.weight_operand], tuple(range(rank))
+        while v != leaf:
+            e = self._source.get(v)
+            if e is None or e.primitive.name not in SHAPE_MOVES:
+                return None
+            if e.primitive.name == "transpose":
+                turned = e.params["permutation"]
+                order = tuple(order[turned.index(d)] for d in range(rank))
+            elif self._model.shape(e.inputs[0]) != self._model.shape(v):
+                return None
+            v = e.inputs[0]
+        return order
+
+    def _known(self, v: int) -> Any:
+        """A value that depends on parameters alone, which are not rounded for it."""
+        if v not in self._raw:
+            e = self._source[v]
+            values = evaluate(e, *map(self._known, e.inputs))
+            self._raw.update(zip(e.outputs, values, strict=True))
+        return self._raw[v]
 
     # A block in the form that lowers exactly.
 
@@ -268,7 +350,7 @@ class Simulation:
             after = before if after is None else before + after
         assert block.scale_site is not None
         site = self._plan.sites[block.scale_site]
-        factor, grid = self._visitor.weight(site, factor)
+        factor, grid = self._visitor.weight(site, factor, list)
         if grid is None:
             return None
         scale = self._grids[x].scale * grid.scale
@@ -288,12 +370,15 @@ class Simulation:
         """A value times a factor that is the weight of a site: the product ``end``."""
         return self._env[x] * factor
 
-    def _compose(self, block: Block, x: int) -> tuple[Any, Any, Any]:
+    def _compose(
+        self, block: Block, x: int, read: Callable[[int], Any] | None = None
+    ) -> tuple[Any, Any, Any]:
         """The affine equations as ``(x + before) * factor + after``; None: absent."""
         before = factor = after = None
+        read = self._env.__getitem__ if read is None else read
         for e in block.affine:
             name = e.primitive.name
-            known = [self._env[v] for v in e.inputs if v != x]
+            known = [read(v) for v in e.inputs if v != x]
             if name == "neg" or (name == "sub" and e.inputs[1] == x):
                 dtype = self._model.avals[x].dtype
                 factor = jnp.asarray(-1, dtype) if factor is None else -factor
