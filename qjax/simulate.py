@@ -192,27 +192,28 @@ class Simulation:
         """The biases of all blocks that multiply by a weight of a known layout."""
         found = []
         for block in self._products.values():
-            order = self._order(block, v, rank)
-            if block.weight != v or order is None:
+            order = self._order(block, v, rank) if block.weight == v else None
+            if order is None:
                 continue
             e, operand = block.root, block.weight_operand
             acc = e.outputs[0]
             before, factor, after = self._compose(block, acc, self._known)
             if before is None and after is None:
                 continue
-            shape = self._model.shape(acc)
+            shape, dtype = self._model.shape(acc), self._model.avals[acc].dtype
             axes = kernel_axes(e, operand, rank, len(shape))
             sizes = tuple(n if d in axes else 1 for d, n in enumerate(shape))
-            zero, one = (jnp.full((), n, self._model.avals[acc].dtype) for n in (0, 1))
-            factor = one if factor is None else factor
-            own = jnp.where(factor == 0, one, factor)
-            bias = zero if before is None else before
-            bias = bias if after is None else bias + after / own
-            parts = [jnp.where(factor == 0, zero, bias), factor]
-            if any(_exceeds(jnp.shape(part), sizes) for part in parts):
+            terms = (
+                _ranked(jnp.full((), usual, dtype) if x is None else x, len(shape))
+                for x, usual in ((before, 0), (factor, 1), (after, 0))
+            )
+            before, factor, after = terms
+            own = jnp.where(factor == 0, jnp.ones_like(factor), factor)
+            bias = before + after / own
+            bias = jnp.where(factor == 0, jnp.zeros_like(bias), bias)
+            if any(_exceeds(part.shape, sizes) for part in (bias, factor)):
                 continue
-            parts = [_ranked(part, len(shape)) for part in parts]
-            parts = [_to_kernel(part, axes, rank, shape) for part in parts]
+            parts = (_to_kernel(part, axes, rank, shape) for part in (bias, factor))
             bias, factor = (part.transpose(order) for part in parts)
             names = self._plan.sites[self._plan.weights[v]].inputs
             data = (site for site in self.sites if site.name in names)
