@@ -36,12 +36,13 @@ from qjax.lowering import IntegerProgram, Verification, lower, verify
 from qjax.presets import QuantizationParams
 from qjax.rescaling import insert_rescaling
 from qjax.rounding import int_range
-from qjax.scheme import Rule, Scheme, Site, Where, stack_schemes
+from qjax.scheme import Constraints, Rule, Scheme, Site, Where, stack_schemes
 
 __all__ = (
     "CalibrationError",
     "CalibrationInterrupt",
     "Calibrator",
+    "Constraints",
     "IntegerProgram",
     "QParams",
     "QSpec",

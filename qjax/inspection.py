@@ -189,4 +189,8 @@ def explain(qmodel: QuantizedModel, site: str) -> Explanation:
     if found is None:
         names = [s.name for s in qmodel.sites]
         raise ValueError(f"There is no site {site!r}. {closest(site, names)}")
-    return explain_site(qmodel.scheme, found)
+    explanation = explain_site(qmodel.scheme, found)
+    leader = leaders(qmodel.sites, qmodel.scheme).get(site)
+    if leader is not None:
+        explanation["calibrator"] = f"as {leader.name}", "Scheme.constraints"
+    return explanation

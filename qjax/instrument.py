@@ -197,7 +197,8 @@ class QuantizedModel:
         for site, spec, calibrator in self.calibrated():
             x = seen[site.name]
             if site.name in after and spec.axis is None:
-                x = jnp.concatenate([x, seen[after[site.name]]])
+                both = x, seen[after[site.name]]
+                x = jnp.concatenate([v.astype(jnp.float32) for v in both])
             update = calibrator.observe or calibrator.update
             found[site.name] = update(x, qstate[site.name], spec)
         return found

@@ -48,11 +48,12 @@ _PRODUCTS = (
     "depthwise_conv_transpose",
     "grouped_conv",
     "grouped_conv_transpose",
+    "resize",
 )
 _SIGMOIDS = ("logistic", "sigmoid")
 _BOUNDED = (*_SIGMOIDS, "tanh")  # Functions of one value with a grid that is known.
 _KEPT = ("avg_pool", "resize")
-_JOINED = ("concatenate", "max", "min", "pad", "select_n", "dynamic_update_slice")
+_JOINED = tuple("concatenate dynamic_update_slice max min pad select_n stack".split())
 _OVERWRITTEN = ("residual", "mul", "div", "softmax")
 _FIRST = Where(role="weight", inputs="input:*")
 _LAST = Where(role="weight", feeds="return")
@@ -323,13 +324,20 @@ def _fixed_8_bit() -> tuple[Rule, ...]:
     word, below = QSpec(bits=8), constant(-255 / 16, 0.0)
     return (
         _fixed((*_SIGMOIDS, "softmax"), word, unit),
-        _fixed(("tanh", "l2_normalize"), word, both),
-        _fixed("log_softmax", word, below),
+        _fixed("tanh", word, both),
+        _fixed(("mul", "div"), word, both, "l2_normalize"),
+        _fixed("residual", word, below, "log_softmax"),
     )
 
 
-def _fixed(op: str | tuple[str, ...], word: QSpec, calibrator: Calibrator) -> Rule:
-    return Rule(Where(role="activation", op=op), word, calibrator)
+def _fixed(
+    op: str | tuple[str, ...],
+    word: QSpec,
+    calibrator: Calibrator,
+    activation: str = "*",
+) -> Rule:
+    where = Where(role="activation", op=op, activation=activation)
+    return Rule(where, word, calibrator)
 
 
 @named
@@ -389,7 +397,7 @@ def tfmot_int8() -> Scheme:
       tensorflow-model-optimization 0.8.0, default_8bit_quantize_registry.py.
     """
     whole = QSpec(bits=8, narrow_range=True)
-    per_tensor = Where(role="weight", op=("dense", "conv_transpose"))
+    per_tensor = Where(role="weight", op=("dense", "conv_transpose", "resize"))
     return Scheme(
         rules=(
             Rule(per_tensor, whole),

@@ -151,14 +151,9 @@ class _Describer:
         return ""
 
     def _op(self, block: Block) -> str:
-        """The name of what a block computes, also if others come before its root."""
-        e = block.root
+        """The name of what a block computes, by the value of its weight too."""
         if block.weight is not None and self._is_interpolation(block):
             return "resize"
-        if e.primitive.name == "sub" and self._is_log_softmax(e):
-            return "log_softmax"
-        if e.primitive.name in ("mul", "div") and self._is_l2_normalize(e):
-            return "l2_normalize"
         return op_of(self.model, block)
 
     def _is_interpolation(self, block: Block) -> bool:
@@ -248,6 +243,11 @@ class _Describer:
             return _BOUNDS.get(tuple(block.bounds), "clip")
         if op in ("mean", "avg_pool", "concatenate"):
             return min(passed, default="")
+        name = block.root.primitive.name
+        if name == "sub" and self._is_log_softmax(block.root):
+            return "log_softmax"
+        if name in ("mul", "div") and self._is_l2_normalize(block.root):
+            return "l2_normalize"
         return op if block.is_function else ""
 
 

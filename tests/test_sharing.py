@@ -210,6 +210,13 @@ def test_a_model_gets_the_grids_of_the_converter(lowered):
     )
 
 
+def test_explain_names_the_site_whose_grid_it_is(lowered):
+    qmodel, *_ = lowered
+    wanted = "as concatenate_0/output", "Scheme.constraints"
+    assert qjax.explain(qmodel, "avg_pool_0/output")["calibrator"] == wanted
+    assert qjax.explain(qmodel, "d/output")["calibrator"][0] == "tflite_min_max()"
+
+
 def test_it_lowers_and_agrees(lowered):
     qmodel, params, qstate, x = lowered
     program = qjax.lower(qmodel, params, qstate, x)
@@ -242,8 +249,8 @@ def test_functions_with_bounds_have_their_grids_whatever_follows(name, is_own):
     params = {"w": np.float32(np.eye(3))}
     qmodel = qjax.quantize_model(fn, params, x, scheme=scheme)
     found = qjax.scales(qmodel, params, qjax.calibrate(qmodel, params, [x]))
-    ops = ("tanh", "sigmoid", "logistic", "log_softmax", "l2_normalize")
-    (site,) = (s for s in qmodel.sites if Where(op=ops, role="activation")(s))
+    names = ("tanh", "sigmoid", "logistic", "log_softmax", "l2_normalize")
+    (site,) = (s for s in qmodel.sites if Where(activation=names)(s))
     assert found[site.name].scale == scale
     assert found[site.name].zero_point == zero_point
 
