@@ -142,11 +142,14 @@ class _Describer:
             k = by_name.get(name)
             if k is None or sites[k].op == "input" or len(feeds[k]) != 1:
                 continue
-            is_moved = any(u.primitive.name in SHAPE_MOVES for u in self.users[of[k]])
-            shape = self.model.shape(of[k])
+            shape, users = self.model.shape(of[k]), self.users[of[k]]
+            if block.is_function:
+                is_direct = not any(u.primitive.name in SHAPE_MOVES for u in users)
+            else:
+                is_direct = of[k] in block.root.inputs
             is_same = shape == self.model.shape(block.root.outputs[0])
             once = end.reads.count(name) == 1
-            if is_same and once and not is_moved and math.prod(shape[1:]) > 1:
+            if is_direct and is_same and once and math.prod(shape[1:]) > 1:
                 return name
         return ""
 

@@ -324,15 +324,12 @@ def _split_conv2d(config: Any, own: Any, x: jax.Array) -> jax.Array:
     ]
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     b, h, w, c = x.shape
-    x = x.reshape(b, h // m, m, w // n, n, c).transpose(2, 4, 0, 1, 3, 5)
+    x = x.reshape(b, h // m, m, w // n, n, c).transpose(0, 2, 4, 1, 3, 5)
     plain = {**config, "dilation_rate": (1, 1), "padding": "valid"}
     y = _convolve(plain, x.reshape(-1, h // m, w // n, c), own["kernel"])
     _, h, w, c = y.shape
-    y = (
-        y.reshape(m, n, b, h, w, c)
-        .transpose(2, 3, 0, 4, 1, 5)
-        .reshape(b, h * m, w * n, c)
-    )
+    y = y.reshape(b, m, n, h, w, c).transpose(0, 3, 1, 4, 2, 5)
+    y = y.reshape(b, h * m, w * n, c)
     ends = [s - r for s, r in zip(whole, reach, strict=True)]
     return _end(config, own, y[:, : ends[0], : ends[1]])
 
