@@ -738,7 +738,7 @@ class Quantizer:
         least = self._least_scale(spec, scale, biases)
         if least is not None:
             low, high = reduce_range(x, spec.axis)
-            is_zero = (low == 0) & (high == 0)  # Of scale 1.
+            is_zero = (low == 0) & (high == 0) & (least > 0)  # It has scale 1.
             scale = jnp.where(is_zero, least, jnp.maximum(scale, least))
         params = QParams(jnp.maximum(scale, _LEAST_SCALE), zero_point)
         return self._round(site, x, params, spec), params
@@ -759,10 +759,13 @@ class Quantizer:
 
     def _least_scale(
         self, spec: QSpec, scale: jax.Array, biases: Biases
-    ) -> jax.Array | float:
+    ) -> jax.Array | None:
         """The scale that a weight needs at least for what its constraints say.
 
-        scale >= |bias| / (scale_x * qmax of the bias),  least_range / |factor| / qmax
+            scale >= |bias| / (scale_x * qmax of the bias)
+            scale >= least_range / (|factor| * qmax)
+
+        None if they say nothing.
         """
         constraints, floors = self.scheme.constraints, []
         if constraints.bias_bits is None and not constraints.least_range:

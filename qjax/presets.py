@@ -406,6 +406,7 @@ def tfmot_int8() -> Scheme:
             Rule(Where(role="activation", feeds_only="concatenate"), None),
         ),
         calibrator=tfmot_moving_average(),
+        constraints=Constraints(split=_BOUNDED),
     )
 
 

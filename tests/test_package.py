@@ -48,7 +48,7 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 def test_rooms_import_only_from_rooms_above():
     """In the order of the README's layout; only `IntegerProgram.save` reaches down."""
     order = (
-        "rounding affine estimators quantizers calibration histograms scheme "
+        "rounding affine estimators quantizers calibration histograms scheme sharing "
         "scheme_json presets rescaling trace elementwise blocks sites config simulate "
         "batches instrument inspection layers linen nnx integer lowering formats"
     ).split()
