@@ -45,13 +45,14 @@ from qjax.lowering import IntegerProgram, Verification, lower, verify
 from qjax.presets import QuantizationParams
 from qjax.rescaling import insert_rescaling
 from qjax.rounding import int_range
-from qjax.scheme import Rule, Scheme, Site, Where, stack_schemes
+from qjax.scheme import Constraints, Rule, Scheme, Site, Where, stack_schemes
 from qjax.scheme_json import SchemeError
 
 __all__ = (
     "CalibrationError",
     "CalibrationInterrupt",
     "Calibrator",
+    "Constraints",
     "IntegerProgram",
     "IntegerWeight",
     "IntegerWeights",

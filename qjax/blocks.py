@@ -131,17 +131,18 @@ def data_of(model: Trace, inputs: Iterable[int]) -> set[int]:
     return data
 
 
-def find_blocks(model: Trace, names: Sequence[str]) -> Plan:
+def find_blocks(model: Trace, names: Sequence[str], split: Sequence[str] = ()) -> Plan:
     """Finds the sites of a model.
 
     Args:
       model: Trace of ``fn(params, *inputs)``, derivative calls kept whole.
       names: Names of the parameters, which are the first inputs of the trace.
+      split: Functions that end at a site also where more follows: `Constraints`.
 
     Returns:
       The plan. Its sites have the same names in training and in inference.
     """
-    finder = _Finder(model, names)
+    finder = _Finder(model, names, split)
     for equation in model.equations:
         finder.visit(equation)
     return finder.plan()
@@ -150,7 +151,7 @@ def find_blocks(model: Trace, names: Sequence[str]) -> Plan:
 class _Finder:
     """Walks over the equations, then names what it found."""
 
-    def __init__(self, model: Trace, names: Sequence[str]):
+    def __init__(self, model: Trace, names: Sequence[str], split: Sequence[str]):
         self.model = model
         self.names = dict(zip(model.inputs[: len(names)], names, strict=True))
         self.inputs = model.inputs[len(names) :]
@@ -172,7 +173,7 @@ class _Finder:
         self.on_grid: set[int] = set()
         self.pooled: dict[int, int] = {}  # A maximum -> the end of a block it is of.
         self.functions, self.bent, self.masks = find_functions(
-            model, self.data, self._is_apart
+            model, self.data, self._is_apart, split
         )
         for k, v in enumerate(self.inputs):
             if model.is_real(v) and self.users[v] and v not in self.masks:

@@ -32,6 +32,8 @@ class Calibrator(NamedTuple):
       update: ``(x, state, spec) -> state``. Sees one batch.
       merge: ``(a, b) -> state``. The state after what ``a`` saw, then what ``b`` saw.
       params: ``(state, spec) -> QParams``. The scale is NaN before the first batch.
+      observe: As ``update``, of the float model, where training moves ranges by another
+        rule than `qjax.calibrate` finds them; None: by the same.
     """
 
     init: Callable[[jax.Array, QSpec], Any]
@@ -39,6 +41,7 @@ class Calibrator(NamedTuple):
     merge: Callable[[Any, Any], Any]
     params: Callable[[Any, QSpec], QParams]
     name: str = ""  # What made it: "ema_min_max(decay=0.9)". Empty: no text says it.
+    observe: Callable[[jax.Array, Any, QSpec], Any] | None = None
 
     def __repr__(self) -> str:
         own = (f"{k}={show(v)}" for k, v in self._asdict().items() if k != "name")

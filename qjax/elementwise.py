@@ -7,7 +7,7 @@ no table.
 """
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.extend.core as jex
@@ -37,7 +37,10 @@ NAME = "function"  # Of one that is made of several.
 
 
 def find_functions(
-    model: Trace, data: set[int], is_left_out: Callable[[Equation], bool]
+    model: Trace,
+    data: set[int],
+    is_left_out: Callable[[Equation], bool],
+    split: Sequence[str] = (),
 ) -> tuple[dict[int, str], frozenset[int], frozenset[int]]:
     """Finds the elementwise functions of a model.
 
@@ -45,20 +48,27 @@ def find_functions(
       model: Trace, derivative calls kept whole.
       data: Values that depend on an input.
       is_left_out: Equations that belong to none.
+      split: Names of functions that end where nothing but their value is read by what
+        follows: ``tanh(x) * 5`` is two, ``x * tanh(x)`` is one.
 
     Returns:
       ``(ends, members, masks)``: the last value of each function -> its name; all
       values that belong to one, the ends too; what a mask before a softmax makes, and
       what makes the mask. Values that others read as well are ends.
     """
-    return _Finder(model, data, is_left_out).functions()
+    return _Finder(model, data, is_left_out, split).functions()
 
 
 class _Finder:
     def __init__(
-        self, model: Trace, data: set[int], is_left_out: Callable[[Equation], bool]
+        self,
+        model: Trace,
+        data: set[int],
+        is_left_out: Callable[[Equation], bool],
+        split: Sequence[str],
     ):
         self.model, self.data = model, data
+        self.split = split
         self.source = {v: e for e in model.equations for v in e.outputs}
         self.users: dict[int, list[Equation]] = collections.defaultdict(list)
         for e in model.equations:
@@ -71,7 +81,7 @@ class _Finder:
         }
 
     def functions(self) -> tuple[dict[int, str], frozenset[int], frozenset[int]]:
-        cuts: set[int] = set()
+        cuts = self._waists()
         while True:
             origin = self._origins(cuts)
             inside = {v for v, root in origin.items() if root != v}
@@ -96,6 +106,25 @@ class _Finder:
                 names[v] = self._name(v, slice_)
                 members |= slice_
         return names, frozenset(members), frozenset(masks)
+
+    def _waists(self) -> set[int]:
+        """Values of functions to split, which all that follows is made of."""
+        found: set[int] = set()
+        for e in self.model.equations if self.split else ():
+            v, name = e.outputs[0], str(e.params.get("name") or e.primitive.name)
+            if v not in self.kinds or name not in self.split:
+                continue
+            origin, after = self._origins(found), self._origins(found | {v})
+            follows, todo = {v}, [v]
+            while todo:
+                for u in self.users[todo.pop()]:
+                    inside = origin[u.outputs[0]] == origin[v]
+                    if inside and u.outputs[0] not in follows:
+                        follows.add(u.outputs[0])
+                        todo.append(u.outputs[0])
+            if len(follows) > 1 and all(after[u] == v for u in follows - {v}):
+                found.add(v)
+        return found
 
     def _origins(self, cuts: set[int]) -> dict[int, int]:
         """What each value is an elementwise function of: itself, or one before it."""

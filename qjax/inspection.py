@@ -16,7 +16,8 @@ from qjax.quantizers.point import Point, encode, levels, make_point
 from qjax.quantizers.spec import Spec, is_known
 from qjax.quantizers.strings import closest
 from qjax.scheme import Site
-from qjax.simulate import Simulation, Unit, Visit
+from qjax.sharing import leaders
+from qjax.simulate import Biases, Unit, Visit
 from qjax.tables import html_table, show_types, text_table
 
 
@@ -116,8 +117,9 @@ def scales(qmodel: QuantizedModel, params: Any, qstate: QState) -> Scales:
         params: Any, qstate: QState
     ) -> dict[str, tuple[QParams, tuple[jax.Array, ...]]]:
         inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), qmodel.example)
-        recorder = _GridRecorder(qmodel.scheme, qstate, {})
-        Simulation(qmodel.fn, params, inputs).run(recorder)
+        of = leaders(qmodel.sites, qmodel.scheme)
+        recorder = _GridRecorder(qmodel.scheme, qstate, of, {})
+        qmodel.simulation(params, inputs).run(recorder)
         return recorder.grids
 
     grids, table = run(params, qstate), Scales()
@@ -154,8 +156,8 @@ class _GridRecorder(Quantizer):
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
         return self._keep(site, x, super().activation(site, x, unit))
 
-    def weight(self, site: Site, x: jax.Array) -> Visit:
-        return self._keep(site, x, super().weight(site, x))
+    def weight(self, site: Site, x: jax.Array, biases: Biases = list) -> Visit:
+        return self._keep(site, x, super().weight(site, x, biases))
 
     def _keep(self, site: Site, x: jax.Array, visit: Visit) -> Visit:
         spec = self.scheme.spec(site)
@@ -230,7 +232,8 @@ def integer_weights(qmodel: QuantizedModel, params: Any) -> IntegerWeights:
       word. What the scheme leaves in float is not there.
 
     Raises:
-      ValueError: for a quantizer whose values have no codes.
+      ValueError: for a quantizer whose values have no codes; for a scheme whose
+        `Constraints` ask for scales that hold biases, as these depend on ranges.
 
     Example:
       >>> import qjax
@@ -243,12 +246,18 @@ def integer_weights(qmodel: QuantizedModel, params: Any) -> IntegerWeights:
       [[ 2 -4]
        [ 1  7]] 2.0
     """
+    if qmodel.scheme.constraints.bias_bits is not None:
+        raise ValueError(
+            "The scales of weights depend on the ranges of activations, as the scheme "
+            "has `Constraints(bias_bits=...)`: take the integers from "
+            "`lower(...).params`, and the scales from `scales`."
+        )
 
     @jax.jit
     def run(params: Any) -> dict[str, Any]:
         inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), qmodel.example)
-        recorder = _WeightRecorder(qmodel.scheme, {}, {})
-        Simulation(qmodel.fn, params, inputs).run(recorder)
+        recorder = _WeightRecorder(qmodel.scheme, {}, {}, {})
+        qmodel.simulation(params, inputs).run(recorder)
         return recorder.weights
 
     rows, found = run(params), IntegerWeights()
@@ -291,7 +300,7 @@ class _WeightRecorder(Quantizer):
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
         return Visit(x if unit is None else x * unit.per(1.0))
 
-    def weight(self, site: Site, x: jax.Array) -> Visit:
+    def weight(self, site: Site, x: jax.Array, biases: Biases = list) -> Visit:
         spec, visit, table = self.scheme.spec(site), super().weight(site, x), None
         if spec is None:
             return visit
@@ -363,4 +372,8 @@ def explain(qmodel: QuantizedModel, site: str) -> Explanation:
     if found is None:
         names = [s.name for s in qmodel.sites]
         raise ValueError(f"There is no site {site!r}. {closest(site, names)}")
-    return explain_site(qmodel.scheme, found)
+    explanation = explain_site(qmodel.scheme, found)
+    leader = leaders(qmodel.sites, qmodel.scheme).get(site)
+    if leader is not None:
+        explanation["calibrator"] = f"as {leader.name}", "Scheme.constraints"
+    return explanation

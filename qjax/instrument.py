@@ -45,7 +45,8 @@ from qjax.scheme import (
     is_one_sided,
     shadowed_rules,
 )
-from qjax.simulate import Simulation, Unit, Visit
+from qjax.sharing import leaders, overwriters
+from qjax.simulate import Biases, Simulation, Unit, Visit
 from qjax.tables import html_table, show, show_types
 from qjax.trace import is_key
 
@@ -146,7 +147,8 @@ class QuantizedModel:
             into: without a range it gives NaN.
         """
         scheme = self._checked(qstate, inputs, scheme)
-        return Simulation(self.fn, params, inputs).run(Quantizer(scheme, qstate))
+        quantizer = Quantizer(scheme, qstate, leaders(self.sites, scheme))
+        return self.simulation(params, inputs).run(quantizer)
 
     def apply_integer(
         self, params: Any, qstate: QState, *inputs: Any, scheme: Scheme | None = None
@@ -179,7 +181,9 @@ class QuantizedModel:
         from qjax.lowering.forward import IntegerForward, Words
 
         scheme = self._checked(qstate, inputs, scheme)
-        return IntegerForward(self.fn, params, inputs).run(Words(scheme, qstate))
+        words = Words(scheme, qstate, leaders(self.sites, scheme))
+        split = self.scheme.constraints.split
+        return IntegerForward(self.fn, params, inputs, split).run(words)
 
     def apply_and_update(
         self, params: Any, qstate: QState, *inputs: Any
@@ -203,8 +207,9 @@ class QuantizedModel:
             are none of this model.
         """
         self._checked(qstate, inputs)
-        updater = _Updater(self.scheme, dict(qstate))
-        outputs = Simulation(self.fn, params, inputs).run(updater)
+        of = leaders(self.sites, self.scheme)
+        updater = _Updater(self.scheme, dict(qstate), of)
+        outputs = self.simulation(params, inputs).run(updater)
         return outputs, updater.qstate
 
     def init(self, params: Any, *inputs: Any) -> QState:
@@ -225,10 +230,16 @@ class QuantizedModel:
         return self._update(self._float_values(params, inputs), qstate)
 
     def _update(self, seen: dict[str, jax.Array], qstate: QState) -> QState:
-        return {
-            site.name: calibrator.update(seen[site.name], qstate[site.name], spec)
-            for site, spec, calibrator in self.calibrated()
-        }
+        after = overwriters(self.sites, self.scheme)
+        found = {}
+        for site, spec, calibrator in self.calibrated():
+            x = seen[site.name]
+            if site.name in after and spec.axis is None:
+                both = x, seen[after[site.name]]
+                x = jnp.concatenate([v.astype(jnp.float32) for v in both])
+            update = calibrator.observe or calibrator.update
+            found[site.name] = update(x, qstate[site.name], spec)
+        return found
 
     def calibrated(
         self, scheme: Scheme | None = None
@@ -263,8 +274,12 @@ class QuantizedModel:
 
     def _float_values(self, params: Any, inputs: Any) -> dict[str, jax.Array]:
         recorder = _Recorder({})
-        Simulation(self.fn, params, inputs).run(recorder)
+        self.simulation(params, inputs).run(recorder)
         return recorder.values
+
+    def simulation(self, params: Any, inputs: Any) -> Simulation:
+        """Returns the model as something that a visitor runs through."""
+        return Simulation(self.fn, params, inputs, self.scheme.constraints.split)
 
 
 def quantize_model(
@@ -331,7 +346,7 @@ def quantize_model(
     reader = (qparams or QuantizationParams()).scheme()
     if scheme is None:
         scheme = Scheme() if qparams is None and q_config is None else reader
-    simulation = Simulation(fn, params, inputs)
+    simulation = Simulation(fn, params, inputs, scheme.constraints.split)
     sites, biases = simulation.sites, simulation.biases
     if not sites:
         raise ValueError(
@@ -710,7 +725,7 @@ class _Recorder:
         self.values[site.name] = x
         return Visit(x)
 
-    def weight(self, site: Site, x: jax.Array) -> Visit:
+    def weight(self, site: Site, x: jax.Array, biases: Biases = list) -> Visit:
         return Visit(x)
 
     def bias(self, site: Site, x: jax.Array) -> Visit:
@@ -722,10 +737,15 @@ class _Recorder:
 
 @dataclasses.dataclass(frozen=True)
 class Quantizer:
-    """Puts values on the grids of a scheme."""
+    """Puts values on the grids of a scheme.
+
+    Attributes:
+      leaders: Name of a site -> the site whose grid it has, if it is not its own.
+    """
 
     scheme: Scheme
     qstate: QState
+    leaders: Mapping[str, Site]
 
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
         """Rounds to the grid that the state has a range for, or to a known one."""
@@ -738,17 +758,7 @@ class Quantizer:
                 f"The state has no range for the site {site.name!r}: calibrate this "
                 f"model. The state knows {', '.join(self.qstate) or 'no site'}."
             )
-        calibrator = self.scheme.site_calibrator(site)
-        state = self.qstate[site.name]
-        params = calibrator.params(state, spec)
-        check_calibrated(params, site.name)
-        if params.scale.ndim and spec.symmetric:
-            params = _filled(params, calibrator, state, spec)
-        if _is_fresh(state):
-            # A constant of the traced program, which is looked at outside of it.
-            with jax.ensure_compile_time_eval():
-                known = calibrator.params(state, dataclasses.replace(spec, bits=8))
-            check_calibrated(known, site.name)
+        params = self._grid(site, spec)
         word = spec if spec.symmetric else None
         if unit is None:
             return Visit(self._round(site, x, params, spec), params, word)
@@ -772,14 +782,63 @@ class Quantizer:
         """Whether the range of a weight is found in its values."""
         return isinstance(self.scheme.spec(site), QSpec)
 
-    def weight(self, site: Site, x: jax.Array) -> Visit:
+    def weight(self, site: Site, x: jax.Array, biases: Biases = list) -> Visit:
         """Rounds to the grid of the weight's own range."""
         spec = self.scheme.spec(site)
         if not isinstance(spec, QSpec):
             return self._apply(site, x, spec)
         scale, zero_point = abs_max_params(x, spec)
+        least = self._least_scale(spec, scale, biases)
+        if least is not None:
+            low, high = reduce_range(x, spec.axis)
+            is_zero = (low == 0) & (high == 0) & (least > 0)  # It has scale 1.
+            scale = jnp.where(is_zero, least, jnp.maximum(scale, least))
         params = QParams(jnp.maximum(scale, _LEAST_SCALE), zero_point)
         return Visit(self._round(site, x, params, spec), params)
+
+    def _grid(self, site: Site, spec: QSpec) -> QParams:
+        """The grid of a site, or of the one that leads it."""
+        leader = self.leaders.get(site.name, site)
+        calibrator = self.scheme.site_calibrator(leader)
+        state = self.qstate[leader.name]
+        params = calibrator.params(state, spec)
+        check_calibrated(params, leader.name)
+        if params.scale.ndim and spec.symmetric:
+            params = _filled(params, calibrator, state, spec)
+        if _is_fresh(state):
+            # A constant of the traced program, which is looked at outside of it.
+            with jax.ensure_compile_time_eval():
+                known = calibrator.params(state, dataclasses.replace(spec, bits=8))
+            check_calibrated(known, leader.name)
+        return params
+
+    def _least_scale(
+        self, spec: QSpec, scale: jax.Array, biases: Biases
+    ) -> jax.Array | None:
+        """The scale that a weight needs at least for what its constraints say.
+
+            scale >= |bias| / (scale_x * qmax of the bias)
+            scale >= least_range / (|factor| * qmax)
+
+        None if they say nothing.
+        """
+        constraints, floors = self.scheme.constraints, []
+        if constraints.bias_bits is None and not constraints.least_range:
+            return None
+        top = jnp.asarray(spec.qmax).astype(jnp.float32)
+        found = biases()
+        if not found:
+            floors.append(jnp.float32(constraints.least_range) / top)
+        for data, bias, factor in found:
+            bias, factor = (jax.lax.stop_gradient(v) for v in (bias, factor))
+            gain = jnp.where(factor == 0, 1.0, jnp.abs(factor)).astype(jnp.float32)
+            floors.append(constraints.least_range / top / gain)
+            word = self.scheme.spec(data)
+            if constraints.bias_bits is not None and isinstance(word, QSpec):
+                most = 2.0 ** (constraints.bias_bits - 1) - 1.0
+                step = jnp.min(self._grid(data, word).scale)
+                floors.append(jnp.abs(bias).astype(jnp.float32) / (step * most))
+        return functools.reduce(jnp.maximum, (_over(f, scale) for f in floors))
 
     def _apply(self, site: Site, x: jax.Array, spec: Spec | None) -> Visit:
         """A quantizer that finds its grid by itself; None: no quantizer."""
@@ -810,6 +869,14 @@ def _filled(
     if spec.power_of_two:
         scale = held_scale(scale, spec.bits)
     return params._replace(scale=scale)
+
+
+def _over(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """The largest of some numbers for each scale of a weight."""
+    if not scale.ndim or not jnp.ndim(x):
+        return jnp.max(x)
+    over = tuple(d for d, n in enumerate(scale.shape) if n == 1)
+    return jnp.max(x, over, keepdims=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,9 @@ class Site(NamedTuple):
     axis: int | tuple[int, ...] | None = -1  # Of a weight: that of its outputs, if any.
     taps: int | None = None  # Of a weight: how many of its numbers one sum adds.
     note: str = ""  # Why `axis` is not what a use of the weight asks for.
+    reads: tuple[str, ...] = ()  # Site of each operand of the op, in order; "" for one
+    # that several sites make.
+    overwrites: str = ""  # The first operand that nothing else reads, of this shape.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Which grid at which site: defaults, and rules on sites."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -90,6 +91,52 @@ class Rule:
         return matches(site.name, self.pattern)
 
 
+@dataclasses.dataclass(frozen=True)
+class Constraints:
+    """What a runtime asks of grids beyond their words: `qjax.sharing` has the rules.
+
+    Fields of names are globs of ops (`Site.op`), one of which must match. A site whose
+    rule has a calibrator of its own keeps its own grid.
+
+    Attributes:
+      kept: Ops whose value has the grid of their first operand: a pool of averages.
+      joined: Ops whose operands have the grid of their value: a concatenation.
+      overwritten: Ops whose value counts in the range of the operand that it may
+        overwrite, while `calibrate` looks.
+      split: Functions that end at a site also where lines and functions follow:
+        ``tanh(x) * 5`` is two sites.
+      least_range: Least ``max|w|`` that the scale of a weight holds.
+      bias_bits: Bits that hold the bias of a product, sign included: its weight gets a
+        larger scale where it needs more. None: as many as it takes.
+    """
+
+    kept: tuple[str, ...] = ()
+    joined: tuple[str, ...] = ()
+    overwritten: tuple[str, ...] = ()
+    split: tuple[str, ...] = ()
+    least_range: float = 0.0
+    bias_bits: int | None = None
+
+    def __post_init__(self):
+        for name in ("kept", "joined", "overwritten", "split"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(
+                isinstance(op, str) for op in value
+            ):
+                raise TypeError(
+                    f"`{name}` must be a tuple of names of ops, got {value!r}."
+                )
+        if not 0 <= self.least_range < math.inf:
+            raise ValueError(
+                f"`least_range` must be finite and not negative, got "
+                f"{self.least_range}."
+            )
+        if self.bias_bits is not None and not 2 <= self.bias_bits <= 32:
+            raise ValueError(
+                f"`bias_bits` must lie in 2..32, or be None, got {self.bias_bits}."
+            )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scheme:
@@ -111,6 +158,7 @@ class Scheme:
       estimator: Backward pass of all affine grids, of `qjax.estimators`. A quantizer of
         `qjax.quantizers` has its own.
       buffer_bits: Most bits of an accumulator, 2 to 32: checked by lowering.
+      constraints: What a runtime asks of grids beyond their words.
 
     Raises:
       TypeError: for fields of another type.
@@ -139,6 +187,9 @@ class Scheme:
         default=clipped_ste, metadata={"static": True}
     )
     buffer_bits: int = dataclasses.field(default=32, metadata={"static": True})
+    constraints: Constraints = dataclasses.field(
+        default=Constraints(), metadata={"static": True}
+    )
 
     def __post_init__(self) -> None:
         for name in ("weights", "activations"):

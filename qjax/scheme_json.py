@@ -10,7 +10,7 @@ from qjax.affine import Axis, Estimator, QSpec, clipped_ste
 from qjax.calibration import Calibrator, parse_calibrator
 from qjax.quantizers.spec import Spec, is_known
 from qjax.quantizers.strings import closest, parse
-from qjax.scheme import Rule, Scheme, Where, Word
+from qjax.scheme import Constraints, Rule, Scheme, Where, Word
 
 _ESTIMATORS: dict[str, Estimator] = {
     "clipped_ste": clipped_ste,
@@ -57,6 +57,10 @@ def to_json(scheme: Scheme, *, indent: int | None = 2) -> str:
         found["estimator"] = _name_of("estimator", _ESTIMATORS, scheme.estimator)
     if scheme.buffer_bits != default.buffer_bits:
         found["buffer_bits"] = scheme.buffer_bits
+    fields = dataclasses.asdict(scheme.constraints)
+    usual = dataclasses.asdict(default.constraints)
+    if fields != usual:
+        found["constraints"] = {k: v for k, v in fields.items() if v != usual[k]}
     rules = [_rule_out(f"rules[{k}]", rule) for k, rule in enumerate(scheme.rules)]
     if rules:
         found["rules"] = rules
@@ -93,6 +97,7 @@ def from_json(text: str) -> Scheme:
         "calibrator": _calibrator_in,
         "estimator": _chosen(_ESTIMATORS),
         "buffer_bits": _buffer_in,
+        "constraints": _constraints_in,
     }
     return _made("", Scheme, _read("", data, fields))
 
@@ -257,6 +262,28 @@ def _where_in(path: str, data: Any) -> Where:
     }
     where: Where = _made(path, Where, _read(path, data, fields))
     return where
+
+
+def _constraints_in(path: str, data: Any) -> Constraints:
+    fields: dict[str, _In] = {
+        **dict.fromkeys(("kept", "joined", "overwritten", "split"), _names_in),
+        "least_range": _number_in,
+        "bias_bits": _int_in,
+    }
+    found: Constraints = _made(path, Constraints, _read(path, data, fields))
+    return found
+
+
+def _names_in(path: str, data: Any) -> tuple[str, ...]:
+    if not isinstance(data, list):
+        raise SchemeError(f"{path}: a list of names is wanted, got {data!r}.")
+    return tuple(_text_in(f"{path}[{k}]", name) for k, name in enumerate(data))
+
+
+def _number_in(path: str, data: Any) -> float:
+    if isinstance(data, bool) or not isinstance(data, int | float):
+        raise SchemeError(f"{path}: a number is wanted, got {data!r}.")
+    return float(data)
 
 
 def _globs_in(path: str, data: Any) -> str | tuple[str, ...]:

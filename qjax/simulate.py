@@ -50,6 +50,17 @@ class Visit(NamedTuple):
     word: QSpec | None = None  # Of codes about zero: channels may be told apart.
 
 
+class Bias(NamedTuple):
+    """What follows the product of a weight, ``(acc + bias) * factor``, by channel."""
+
+    data: Site  # Of the other operand.
+    bias: jax.Array  # Broadcasts against the weight.
+    factor: jax.Array  # Broadcasts against the weight.
+
+
+Biases = Callable[[], list[Bias]]
+
+
 class Unit(NamedTuple):
     """Of a sum of codes: ``real = x * factor * scale``."""
 
@@ -95,8 +106,8 @@ class Visitor(Protocol):
         ``x`` is real if ``unit`` is None.
         """
 
-    def weight(self, site: Site, x: jax.Array) -> Visit:
-        """Visits a weight."""
+    def weight(self, site: Site, x: jax.Array, biases: "Biases" = list) -> Visit:
+        """Visits a weight; ``biases`` follow the products it is an operand of."""
 
     def bias(self, site: Site, x: jax.Array) -> Visit:
         """Visits a bias: without a grid and a word it gets that of its accumulator."""
@@ -109,15 +120,22 @@ class Simulation:
     """A model, traced for the shapes of some arguments.
 
     Attributes:
-      sites: Its sites, in the order of the equations.
+      sites: Its sites, in the order of the equations; ``split`` is that of the scheme's
+        `Constraints`.
       biases: The biases of its products.
     """
 
-    def __init__(self, fn: Callable[..., Any], params: Any, inputs: Sequence[Any]):
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        params: Any,
+        inputs: Sequence[Any],
+        split: Sequence[str] = (),
+    ):
         leaves, _ = jax.tree_util.tree_flatten_with_path(params)
         names = [path_name(path) for path, _ in leaves]
         self._model, self._out = trace(fn, params, *inputs, keep_derivatives=True)
-        plan = find_blocks(self._model, names)
+        plan = find_blocks(self._model, names, split)
         self._plan = describe(self._model, plan, names)
         self._arguments = [_unfolded(x) for _, x in leaves] + jax.tree.leaves(inputs)
         self._inputs = self._model.inputs[len(leaves) :]
@@ -129,6 +147,7 @@ class Simulation:
         self._model = dataclasses.replace(self._model, equations=tuple(order))
         fused = self._plan.fused.values()
         self._products = {b.root.outputs[0]: b for b in fused if b.kind == "product"}
+        self._source = {v: e for e in order for v in e.outputs}
         blocks = self._plan.blocks
         self._made_of_weights = {
             b.root.outputs[0]: b for b in blocks if b.kind == "product"
@@ -154,6 +173,8 @@ class Simulation:
         self._biased: dict[int, Visit] = {}  # Biases with a quantizer of their own.
         self._kernels: dict[int, _Kernel] = {}  # Value -> the weight that it is.
         self._visitor = visitor
+        self._raw: dict[int, Any] = dict(self._model.constants)
+        self._raw.update(zip(self._model.inputs, self._arguments, strict=True))
         for v, x in zip(self._model.inputs, self._arguments, strict=True):
             self._env[v] = self._typed(v, x)
             self._visit(v)
@@ -214,7 +235,8 @@ class Simulation:
         elif v in plan.weights:
             site = plan.sites[plan.weights[v]]
             self._kernels[v] = _Kernel(site, self._env[v], ())
-            found = Visit(*self._visitor.weight(site, self._env[v]))
+            biases = functools.partial(self._biases, v, jnp.ndim(self._env[v]))
+            found = Visit(*self._visitor.weight(site, self._env[v], biases))
         elif v in plan.biases:
             found = Visit(*self._visitor.bias(plan.biases[v], self._env[v]))
             self._env[v] = found.value
@@ -389,6 +411,66 @@ class Simulation:
                 zeros = move_scale(e, zero_point, self._model.shape(x))
                 self._grids[e.outputs[0]] = QParams(moved, zeros)
 
+    # What follows the products of a weight, before these are computed.
+
+    def _biases(self, v: int, rank: int) -> list[Bias]:
+        """The biases of all blocks that multiply by a weight of a known layout."""
+        found = []
+        for block in self._products.values():
+            order = self._order(block, v, rank) if block.weight == v else None
+            if order is None:
+                continue
+            e, operand = block.root, block.weight_operand
+            acc = e.outputs[0]
+            before, factor, after = self._compose(block, acc, self._known)
+            if before is None and after is None:
+                continue
+            shape, dtype = self._model.shape(acc), self._model.avals[acc].dtype
+            axes = kernel_axes(e, operand, rank, len(shape))
+            sizes = tuple(n if d in axes else 1 for d, n in enumerate(shape))
+            terms = (
+                _ranked(jnp.full((), usual, dtype) if x is None else x, len(shape))
+                for x, usual in ((before, 0), (factor, 1), (after, 0))
+            )
+            before, factor, after = terms
+            own = jnp.where(factor == 0, jnp.ones_like(factor), factor)
+            bias = before + after / own
+            bias = jnp.where(factor == 0, jnp.zeros_like(bias), bias)
+            if any(_exceeds(part.shape, sizes) for part in (bias, factor)):
+                continue
+            parts = (_to_kernel(part, axes, rank, shape) for part in (bias, factor))
+            bias, factor = (part.transpose(order) for part in parts)
+            names = self._plan.sites[self._plan.weights[v]].inputs
+            data = (site for site in self.sites if site.name in names)
+            found += [Bias(site, bias, factor) for site in data]
+        return found
+
+    def _order(self, block: Block, leaf: int, rank: int) -> tuple[int, ...] | None:
+        """The axes of the operand of a product in the order of its weight's own.
+
+        None if they are not the same axes.
+        """
+        v, order = block.root.inputs[block.weight_operand], tuple(range(rank))
+        while v != leaf:
+            e = self._source.get(v)
+            if e is None or e.primitive.name not in SHAPE_MOVES:
+                return None
+            if e.primitive.name == "transpose":
+                turned = e.params["permutation"]
+                order = tuple(order[turned.index(d)] for d in range(rank))
+            elif self._model.shape(e.inputs[0]) != self._model.shape(v):
+                return None
+            v = e.inputs[0]
+        return order
+
+    def _known(self, v: int) -> Any:
+        """A value that depends on parameters alone, which are not rounded for it."""
+        if v not in self._raw:
+            e = self._source[v]
+            values = evaluate(e, *map(self._known, e.inputs))
+            self._raw.update(zip(e.outputs, values, strict=True))
+        return self._raw[v]
+
     # A block in the form that lowers exactly.
 
     def _fused(self, block: Block) -> list[jax.Array] | None:
@@ -544,13 +626,16 @@ class Simulation:
         """A value times a factor that is the weight of a site: the product ``end``."""
         return self._env[x].astype(factor.dtype) * factor
 
-    def _compose(self, block: Block, x: int) -> tuple[Any, Any, Any]:
+    def _compose(
+        self, block: Block, x: int, read: Callable[[int], Any] | None = None
+    ) -> tuple[Any, Any, Any]:
         """The affine equations as ``(x + before) * factor + after``; None: absent."""
         before = factor = after = None
         dtype = self._wide(block, x)
+        read = self._env.__getitem__ if read is None else read
         for e in block.affine:
             name = e.primitive.name
-            known = [_of_type(self._env[v], dtype) for v in e.inputs if v != x]
+            known = [_of_type(read(v), dtype) for v in e.inputs if v != x]
             if name == "neg" or (name == "sub" and e.inputs[1] == x):
                 factor = jnp.asarray(-1, dtype) if factor is None else -factor
                 after = None if after is None else -after

@@ -49,7 +49,7 @@ def test_rooms_import_only_from_rooms_above():
     """In the order of the README's layout; only `IntegerProgram.save` reaches down."""
     order = (
         "tables leaves mesh_axes origin rounding affine estimators quantizers "
-        "calibration histograms patterns scheme scheme_json presets rescaling "
+        "calibration histograms patterns scheme sharing scheme_json presets rescaling "
         "trace common_scales elementwise blocks channels sites config simulate "
         "batches arguments instrument inspection layers linen nnx integer "
         "lowering formats"

@@ -331,12 +331,35 @@ def test_functions_have_tflites_fixed_grids():
     assert row.scale == 1 / 256 and row.zero_point == -128
 
 
+def test_tfmot_is_good_after_calibration_alone_and_moves_from_there():
+    """Ranges of the data, which training's moving averages then go on from."""
+    rng = np.random.default_rng(2)
+    draw = lambda *shape: np.float32(rng.normal(size=shape))
+    params, x = {"a": draw(8, 16) / 3, "b": draw(16, 4) / 4}, draw(40, 8)
+    fn = lambda params, x: jax.nn.relu(x @ params["a"]) @ params["b"]
+    qmodel = qjax.quantize_model(fn, params, x, scheme=presets.tfmot_int8())
+    qstate = qjax.calibrate(qmodel, params, [x[:7], x[7:]])
+    exact = np.asarray(fn(params, x))
+    state = qstate["output:0"]
+    np.testing.assert_allclose(
+        [state.low, state.high], [exact.min(), exact.max()], 1e-5
+    )
+    off = np.asarray(qmodel.apply(params, qstate, x)) - exact
+    assert 10 * np.log10(np.sum(exact**2) / np.sum(off**2)) > 32  # [-6, 6]: 24.
+    y, moved = qmodel.apply_and_update(params, qstate, 3 * x)
+    most = np.float32(state.high)
+    share = np.float32(1 - 0.999)
+    grown = most - (most - max(np.max(y), 0)) * share  # What is seen is not clipped:
+    assert most < moved["output:0"].high and abs(moved["output:0"].high - grown) < 0.01
+
+
 # Schemes as JSON.
 
 SCHEMES = {
     "default": qjax.Scheme(),
     "tflite_int8": presets.tflite_int8(),
     "tflite_int16x8": presets.tflite_int16x8(),
+    "same_scales": presets.tflite_int8(same_scales=True),
     "tfmot_int8": presets.tfmot_int8(),
     "quantizeml": presets.quantizeml(activation_bits=4, last_output_bits=16),
     "w4a8": presets.w4a8(),
@@ -428,6 +451,10 @@ def test_json_there_and_back(name):
         ('{"weights": {"bits": ' + "9" * 5000 + "}}", "No JSON: "),
         (b"\xff", "No JSON: "),
         (None, "No JSON: "),
+        ('{"constraints": {"keep": []}}', r"constraints\.keep: .*kept"),
+        ('{"constraints": {"kept": "pool"}}', r"constraints\.kept: a list of names"),
+        ('{"constraints": {"least_range": "1"}}', "least_range: a number is wanted"),
+        ('{"constraints": {"bias_bits": 40}}', "constraints: `bias_bits` must lie"),
     ],
 )
 def test_bad_json_says_where(text, message):

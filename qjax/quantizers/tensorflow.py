@@ -26,8 +26,9 @@ from jax.typing import ArrayLike
 
 from qjax.affine import QParams, QSpec, reduce_range, scale_shape
 from qjax.quantizers.point import SCOPE, Quantized
-from qjax.rounding import power_of_two, product, quotient
+from qjax.rounding import floor_log2, half_away, power_of_two, product, quotient
 
+_NEAR_ZERO = 1e-6  # A range that is no wider has no scale of its own.
 UINT8 = QSpec(8, signed=False)
 
 
@@ -158,6 +159,67 @@ def tfmot_range(x: jax.Array, spec: QSpec) -> tuple[jax.Array, jax.Array]:
     ratio = jnp.ones(()) if spec.narrow_range else (levels - 2.0) * (1.0 / levels)
     # Each end from the extremes: `low` would come back an ulp apart from a quotient.
     return jnp.minimum(low, quotient(-high, ratio)), jnp.maximum(high, -low * ratio)
+
+
+def tflite_params(low: jax.Array, high: jax.Array, spec: QSpec) -> QParams:
+    """Returns the grid that TFLite's converter makes of a range.
+
+        asymmetric:  scale = (high - low) / (qmax - qmin)
+                     zero_point = round_half_away(qmin - low / scale)
+        symmetric:   scale = max(high, -low) / qmax,  zero_point = 0
+
+    after widening the range to contain 0 and, if it is at most 1e-6 wide, 5e-7 on both
+    sides. float32, but for the quotient of the zero point, which is float64 rounded to
+    float32.
+
+    Args:
+      low: Least value, shape ``[]``.
+      high: Largest value, same shape.
+      spec: Word length and range of the codes.
+
+    Returns:
+      `QParams`, shape of ``low``.
+
+    References:
+      TensorFlow 2.19.1, compiler/mlir/quantization/common/quantization_lib; symmetric:
+      its 16x8 quantizer. Checked by `tests/conformance`.
+    """
+    low = jnp.minimum(jnp.asarray(low, jnp.float32), 0.0)
+    high = jnp.maximum(jnp.asarray(high, jnp.float32), 0.0)
+    is_narrow = high - low <= _NEAR_ZERO
+    low = jnp.where(is_narrow, jnp.minimum(low, -0.5 * _NEAR_ZERO), low)
+    high = jnp.where(is_narrow, jnp.maximum(high, 0.5 * _NEAR_ZERO), high)
+    ends = jnp.asarray(spec.qmin), jnp.asarray(spec.qmax)
+    qmin, qmax = (end.astype(jnp.float32) for end in ends)
+    if spec.symmetric:
+        scale = quotient(jnp.maximum(high, -low), qmax)
+        return QParams(scale, jnp.zeros(scale.shape, jnp.int32))
+    scale = quotient(high - low, qmax - qmin)
+    steps, rest = _long_quotient(low, scale)
+    # What the compiler knows it may move from one difference to the next.
+    qmin = jax.lax.optimization_barrier(qmin)
+    zero = qmin - steps
+    # What the difference has lost, and the quotient: together as float64 has them.
+    above = zero - qmin
+    lost = (qmin - (zero - above)) + (-steps - above)
+    zero = jnp.clip(half_away(zero + (lost - rest)), qmin, qmax)
+    return QParams(scale, zero.astype(jnp.int32))
+
+
+def _long_quotient(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``a / b`` as a float32 and what is left of it (Dekker, 1971)."""
+    unit = power_of_two(-floor_log2(b))
+    a, b = a * unit, b * unit
+    near = quotient(a, b)
+    halves = []
+    for x in (near, b):
+        wide = product(x, 4097.0)
+        high = wide - (wide - x)
+        halves.append((high, x - high))
+    (p, q), (r, s) = halves
+    whole = product(near, b)
+    error = ((p * r - whole) + p * s + q * r) + q * s  # All exact, fused or not.
+    return near, quotient((a - whole) - error, b)
 
 
 def _quantize(

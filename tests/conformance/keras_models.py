@@ -71,6 +71,60 @@ def split_separable(
     return tuple(found), new
 
 
+def fold_batch_norms(
+    layers: Sequence[Layer], params: Params
+) -> tuple[tuple[Layer, ...], Params]:
+    """A BatchNorm that is all that reads a product, in its kernel and its bias."""
+    readers = [name for layer in layers for name in layer.inputs]
+    by_name, new = {layer.name: layer for layer in layers}, dict(params)
+    last: dict[str, str] = {}
+    for layer in layers:
+        inputs = tuple(last.get(name, name) for name in layer.inputs)
+        by_name[layer.name] = layer._replace(inputs=inputs)
+        if layer.kind != "BatchNormalization":
+            continue
+        before = by_name[inputs[0]]
+        own = new.get(before.name, {})
+        kernel = next((n for n in ("kernel", "depthwise_kernel") if n in own), None)
+        is_linear = before.config.get("activation") in (None, "linear")
+        if kernel is None or readers.count(before.name) > 1 or not is_linear:
+            continue
+        norm = new.pop(layer.name)
+        gamma = norm.get("gamma", np.float32(1))
+        factor = gamma / np.sqrt(norm["moving_variance"] + layer.config["epsilon"])
+        bias = own.get("bias", np.float32(0)) - norm["moving_mean"]
+        bias = np.float32(bias * factor + norm.get("beta", np.float32(0)))
+        folded = np.float32(own[kernel] * np.float32(factor))
+        new[before.name] = {**own, kernel: folded, "bias": bias}
+        config = {**before.config, "use_bias": True}
+        by_name[before.name] = before._replace(config=config)
+        last[layer.name] = before.name
+        del by_name[layer.name]
+    return tuple(by_name.values()), new
+
+
+def resolve_lambdas(
+    layers: Sequence[Layer], operators: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> tuple[Layer, ...]:
+    """Lambda layers as the operators of TFLite that a converter made of them."""
+    found = []
+    for layer in layers:
+        if layer.kind == "Lambda":
+            config = {"operators": operators[layer.name]}
+            layer = layer._replace(kind="Operators", config=config)
+        found.append(layer)
+    return tuple(found)
+
+
+def dilate_by_batch(layers: Sequence[Layer]) -> tuple[Layer, ...]:
+    """Dilated convolutions over parts of the image, the bias after they are joined."""
+    rate = lambda layer: max(layer.config.get("dilation_rate", [1]))
+    return tuple(
+        layer._replace(kind=f"Split{layer.kind}") if rate(layer) > 1 else layer
+        for layer in layers
+    )
+
+
 def read_params(
     arrays: Mapping[str, np.ndarray], prefix: str, layers: Sequence[Layer]
 ) -> Params:
@@ -254,6 +308,32 @@ def _depthwise(config: Any, own: Any, x: jax.Array) -> jax.Array:
     return _end(config, own, y)
 
 
+def _split_conv2d(config: Any, own: Any, x: jax.Array) -> jax.Array:
+    """A dilated convolution as one over every so many places: a part of the batch.
+
+    The bias comes after the parts are an image again.
+    """
+    (m, n), sizes, window = config["dilation_rate"], x.shape[1:3], config["kernel_size"]
+    reach = [(k - 1) * d for k, d in zip(window, (m, n), strict=True)]
+    is_same = config["padding"] == "same"
+    low = [r // 2 if is_same else 0 for r in reach]
+    whole = [s + (r if is_same else 0) for s, r in zip(sizes, reach, strict=True)]
+    more = [-w % d for w, d in zip(whole, (m, n), strict=True)]
+    pads = [
+        (a, w - s - a + e) for a, w, s, e in zip(low, whole, sizes, more, strict=True)
+    ]
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // m, m, w // n, n, c).transpose(0, 2, 4, 1, 3, 5)
+    plain = {**config, "dilation_rate": (1, 1), "padding": "valid"}
+    y = _convolve(plain, x.reshape(-1, h // m, w // n, c), own["kernel"])
+    _, h, w, c = y.shape
+    y = y.reshape(b, m, n, h, w, c).transpose(0, 3, 1, 4, 2, 5)
+    y = y.reshape(b, h * m, w * n, c)
+    ends = [s - r for s, r in zip(whole, reach, strict=True)]
+    return _end(config, own, y[:, : ends[0], : ends[1]])
+
+
 def _separable(config: Any, own: Any, x: jax.Array) -> jax.Array:
     y = _convolve(config, x, own["depthwise_kernel"], x.shape[-1])
     return _end(config, own, _convolve(_POINTWISE, y, own["pointwise_kernel"]))
@@ -337,10 +417,17 @@ def _rescaling(config: Any, own: Any, x: jax.Array) -> jax.Array:
 
 
 def _up_sampling(config: Any, own: Any, x: jax.Array) -> jax.Array:
+    if config["interpolation"] == "bilinear":
+        return _resize(x, config["size"])
     assert config["interpolation"] == "nearest"
     for axis, times in enumerate(config["size"], start=1):
         x = jnp.repeat(x, times, axis)
     return x
+
+
+def _resize(x: jax.Array, times: Sequence[int]) -> jax.Array:
+    sizes = (n * k for n, k in zip(x.shape[1:-1], times, strict=True))
+    return jax.image.resize(x, (x.shape[0], *sizes, x.shape[-1]), "bilinear")
 
 
 def _cropping(config: Any, own: Any, x: jax.Array) -> jax.Array:
@@ -356,6 +443,35 @@ def _average(config: Any, own: Any, x: jax.Array) -> jax.Array:
 def _largest(config: Any, own: Any, x: jax.Array) -> jax.Array:
     return jnp.max(x, _space(x), keepdims=bool(config.get("keepdims")))
 
+
+def _operators(config: Any, own: Any, x: jax.Array) -> jax.Array:
+    """What a converter made of a layer of one input, by the names of TFLite."""
+    for op in config["operators"]:
+        x = _OPERATORS[op["op"]](op["options"], x)
+    return x
+
+
+_OPERATORS: dict[str, Callable[[Any, jax.Array], jax.Array]] = {
+    "ABS": lambda options, x: jnp.abs(x),
+    "ELU": lambda options, x: jax.nn.elu(x),
+    "EXP": lambda options, x: jnp.exp(x),
+    "GELU": lambda options, x: jax.nn.gelu(x, bool(options.get("approximate"))),
+    "HARD_SWISH": lambda options, x: jax.nn.hard_swish(x),
+    "L2_NORMALIZATION": lambda options, x: (
+        x * lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-6))
+    ),
+    "LEAKY_RELU": lambda options, x: jax.nn.leaky_relu(x, options["alpha"]),
+    "LOGISTIC": lambda options, x: jax.nn.sigmoid(x),
+    "LOG_SOFTMAX": lambda options, x: jax.nn.log_softmax(x),
+    "MEAN": lambda options, x: jnp.mean(
+        x, _space(x), keepdims=bool(options.get("keepDims"))
+    ),
+    "RELU": lambda options, x: jax.nn.relu(x),
+    "RELU6": lambda options, x: jax.nn.relu6(x),
+    "RESIZE_BILINEAR": lambda options, x: _resize(x, (2, 2)),
+    "SOFTMAX": lambda options, x: jax.nn.softmax(x),
+    "TANH": lambda options, x: jnp.tanh(x),
+}
 
 _same = lambda config, own, x: x
 _pad = lambda config, own, x: jnp.pad(x, ((0, 0), *config["padding"], (0, 0)))
@@ -384,9 +500,12 @@ _LAYERS: dict[str, Callable[..., jax.Array]] = {
     "InputLayer": _input,
     "LayerNormalization": _layer_norm,
     "LeakyReLU": lambda config, own, x: jax.nn.leaky_relu(x, config["alpha"]),
+    "Maximum": lambda config, own, a, b: jnp.maximum(a, b),
     "MaxPooling1D": _max_pool,
     "MaxPooling2D": _max_pool,
+    "Minimum": lambda config, own, a, b: jnp.minimum(a, b),
     "Multiply": lambda config, own, a, b: a * b,
+    "Operators": _operators,
     "PReLU": lambda config, own, x: jnp.where(x >= 0, x, x * own["alpha"][None]),
     "PaddedConv2D": _padded_conv2d,
     "Permute": lambda config, own, x: jnp.transpose(x, (0, *config["dims"])),
@@ -394,6 +513,7 @@ _LAYERS: dict[str, Callable[..., jax.Array]] = {
     "Rescaling": _rescaling,
     "Reshape": lambda config, own, x: x.reshape((x.shape[0], *config["target_shape"])),
     "SeparableConv2D": _separable,
+    "SplitConv2D": _split_conv2d,
     "Softmax": lambda config, own, x: jax.nn.softmax(x, config.get("axis", -1)),
     "Subtract": lambda config, own, a, b: a - b,
     "UpSampling2D": _up_sampling,

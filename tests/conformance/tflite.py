@@ -8,6 +8,7 @@ import numpy as np
 
 from qjax.lowering import reference, xla
 from qjax.lowering.foreign import Operator, Tensor, build_tflite
+from tests.conformance.tflite_grids import check_grids
 
 # What XNNPACK computes by its own rule. In graphs with others the reference kernels, or
 # kernels that nobody has described, take over.
@@ -106,4 +107,10 @@ def _snake(name):
     return re.sub("([A-Z])", r"_\1", name).lower()
 
 
-CHECKS = {"tflite_full_integer": full_integer, "qat_to_tflite": full_integer}
+def tflite_full_integer(case, arrays):
+    """The integers of a graph, and the grids that a preset makes of its float model."""
+    full_integer(case, arrays)
+    check_grids(case, arrays)
+
+
+CHECKS = {"tflite_full_integer": tflite_full_integer, "qat_to_tflite": full_integer}
