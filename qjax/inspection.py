@@ -14,7 +14,7 @@ from qjax.instrument import QState, QuantizedModel, Quantizer
 from qjax.quantizers.point import make_point
 from qjax.quantizers.strings import closest
 from qjax.scheme import Site
-from qjax.simulate import Simulation, Unit, Visit
+from qjax.simulate import Unit, Visit
 
 
 class SiteScale(NamedTuple):
@@ -86,7 +86,7 @@ def scales(qmodel: QuantizedModel, params: Any, qstate: QState) -> Scales:
     ) -> dict[str, tuple[QParams, tuple[jax.Array, ...]]]:
         inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), qmodel.example)
         recorder = _GridRecorder(qmodel.scheme, qstate, {})
-        Simulation(qmodel.fn, params, inputs).run(recorder)
+        qmodel.simulation(params, inputs).run(recorder)
         return recorder.grids
 
     grids, table = run(params, qstate), Scales()

@@ -75,6 +75,7 @@ class QuantizedModel:
       sites: Where they are, in the order of computation.
       example: Shapes and dtypes of the inputs it was made for, a tuple.
       base: What a config of the model is read over, if it comes alone.
+      whole_norms: Whether normalisations that would lower in parts are one site each.
     """
 
     fn: Callable[..., Any]
@@ -82,6 +83,7 @@ class QuantizedModel:
     sites: tuple[Site, ...]
     example: Any
     base: Scheme
+    whole_norms: bool = False
 
     def apply(
         self, params: Any, qstate: QState, *inputs: Any, scheme: Scheme | None = None
@@ -109,7 +111,7 @@ class QuantizedModel:
             into: without a range it gives NaN.
         """
         scheme = self._checked(qstate, inputs, scheme)
-        return Simulation(self.fn, params, inputs).run(Quantizer(scheme, qstate))
+        return self.simulation(params, inputs).run(Quantizer(scheme, qstate))
 
     def apply_integer(
         self, params: Any, qstate: QState, *inputs: Any, scheme: Scheme | None = None
@@ -141,7 +143,8 @@ class QuantizedModel:
         from qjax.lowering.forward import IntegerForward, Words
 
         scheme = self._checked(qstate, inputs, scheme)
-        return IntegerForward(self.fn, params, inputs).run(Words(scheme, qstate))
+        forward = IntegerForward(self.fn, params, inputs, self.whole_norms)
+        return forward.run(Words(scheme, qstate))
 
     def apply_and_update(
         self, params: Any, qstate: QState, *inputs: Any
@@ -166,7 +169,7 @@ class QuantizedModel:
         """
         self._checked(qstate, inputs)
         updater = _Updater(self.scheme, dict(qstate))
-        outputs = Simulation(self.fn, params, inputs).run(updater)
+        outputs = self.simulation(params, inputs).run(updater)
         return outputs, updater.qstate
 
     def init(self, params: Any, *inputs: Any) -> QState:
@@ -222,8 +225,12 @@ class QuantizedModel:
 
     def _float_values(self, params: Any, inputs: Any) -> dict[str, jax.Array]:
         recorder = _Recorder({})
-        Simulation(self.fn, params, inputs).run(recorder)
+        self.simulation(params, inputs).run(recorder)
         return recorder.values
+
+    def simulation(self, params: Any, inputs: Any) -> Simulation:
+        """Traces the model for some inputs, to run it with a visitor at its sites."""
+        return Simulation(self.fn, params, inputs, self.whole_norms)
 
 
 def quantize_model(
@@ -234,12 +241,18 @@ def quantize_model(
     qparams: QuantizationParams | None = None,
     q_config: Mapping[str, Any] | None = None,
     quantize_until: str | None = None,
+    whole_norms: bool = False,
 ) -> QuantizedModel:
     """Puts quantization points into a model. Changes no weight.
 
     Quantized are each input, each weight, and the output of each block: a product with
     a weight, a residual sum, an average or a nonlinear function, with the bias,
     BatchNorm and activation that follow. Biases get the grid of their accumulator.
+
+    A softmax and a normalisation are one site each, at their end, and float inside;
+    masks are no part of a range, and a normalisation reads the accumulators of the
+    product before it. `lower` refuses them. Those that lower in parts (GroupNorm, or
+    ``x * rsqrt(mean(x**2) + epsilon)``) have a site for each part instead.
 
     Args:
       fn: ``fn(params, *inputs)``: ``model.apply`` of Linen, or a function that merges
@@ -252,6 +265,8 @@ def quantize_model(
       q_config: Quantizers by layer, as `dump_config` writes them. They win where they
         speak; the scheme or ``qparams`` fill the rest.
       quantize_until: Layer after which everything stays float.
+      whole_norms: Makes one site of those softmaxes and normalisations as well that
+        would lower in parts: closer to the float model, but `lower` refuses them.
 
     Returns:
       The quantized model, to calibrate next.
@@ -286,7 +301,7 @@ def quantize_model(
     reader = (qparams or QuantizationParams()).scheme()
     if scheme is None:
         scheme = Scheme() if qparams is None and q_config is None else reader
-    sites = Simulation(fn, params, inputs).sites
+    sites = Simulation(fn, params, inputs, whole_norms).sites
     if quantize_until is not None:
         after = sites[find_layer(quantize_until, sites) + 1 :]
         names = tuple(glob.escape(site.name) for site in after)
@@ -302,7 +317,7 @@ def quantize_model(
     check_words(scheme, sites)
     _warn_of_buffers(scheme, sites)
     shapes = jax.eval_shape(lambda: inputs)
-    qmodel = QuantizedModel(fn, scheme, sites, shapes, reader)
+    qmodel = QuantizedModel(fn, scheme, sites, shapes, reader, whole_norms)
     # A dry run: an axis that does not exist raises here, before any data is spent.
     state = qmodel.init(params, *inputs)
     jax.eval_shape(lambda qstate: qmodel.apply(params, qstate, *inputs), state)

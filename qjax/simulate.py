@@ -19,6 +19,7 @@ from qjax.blocks import (
     is_quantizer,
     path_name,
 )
+from qjax.normalisations import fold_normalisations
 from qjax.quantizers.point import straight
 from qjax.rounding import ceil_power_of_two, half_even
 from qjax.scheme import Site
@@ -75,14 +76,28 @@ class Visitor(Protocol):
 class Simulation:
     """A model, traced for the shapes of some arguments.
 
+    Args:
+      fn: ``fn(params, *inputs)``.
+      params: Its parameters.
+      inputs: Its inputs.
+      whole_norms: Whether a normalisation is one site though its parts would lower.
+
     Attributes:
       sites: Its sites, in the order of the equations.
     """
 
-    def __init__(self, fn: Callable[..., Any], params: Any, inputs: Sequence[Any]):
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        params: Any,
+        inputs: Sequence[Any],
+        whole_norms: bool = False,
+    ):
         leaves, _ = jax.tree_util.tree_flatten_with_path(params)
         names = [path_name(path) for path, _ in leaves]
         self._model, self._out = trace(fn, params, *inputs, keep_derivatives=True)
+        data = data_of(self._model, self._model.inputs[len(leaves) :])
+        self._model = fold_normalisations(self._model, data, in_parts=not whole_norms)
         plan = find_blocks(self._model, names)
         self._plan = describe(self._model, plan, names)
         self._arguments = [_unfolded(x) for _, x in leaves] + jax.tree.leaves(inputs)

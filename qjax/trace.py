@@ -17,6 +17,7 @@ from jax.extend.core import primitives as p
 
 from qjax.quantizers.point import SCOPE
 
+WHOLE = "qjax.whole."  # A call with the kind of what it computes whole behind it.
 _QUANTIZER = re.compile(re.escape(SCOPE) + r"(\w+)")
 _CALLS = (p.jit_p, p.closed_call_p, p.remat_p)
 _DERIVATIVE_CALLS = (p.custom_jvp_call_p, p.custom_vjp_call_p)
@@ -133,7 +134,7 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
             inputs = [read(v) for v in eqn.invars]
             stack = _QUANTIZER.sub(r"\1", str(eqn.source_info.name_stack))
             here = "/".join(s for s in (path, stack) if s)
-            is_kept = keep_derivatives and _is_function(eqn)
+            is_kept = bool(whole_of(eqn)) or (keep_derivatives and _is_function(eqn))
             if (
                 eqn.primitive is p.cond_p
                 and (at := known_number(inputs[0])) is not None
@@ -219,6 +220,12 @@ def quantizer_of(e: Any) -> str:
     """Returns the name of the quantizer that an equation applies whole, or ""."""
     name = str(e.params.get("name", ""))
     return name.removeprefix(SCOPE) if name.startswith(SCOPE) else ""
+
+
+def whole_of(e: Any) -> str:
+    """Returns the kind of the softmax or normalisation that an equation is, or ""."""
+    name = str(e.params.get("name", ""))
+    return name.removeprefix(WHOLE) if name.startswith(WHOLE) else ""
 
 
 def _has_quantizer(eqn: Any) -> bool:

@@ -23,7 +23,7 @@ from qjax.lowering.values import (
     Sum,
 )
 from qjax.simulate import SITE_MARK
-from qjax.trace import Equation, Trace, evaluate
+from qjax.trace import Equation, Trace, evaluate, whole_of
 
 Rule = Callable[..., Abstract | tuple[Abstract, ...]]
 
@@ -90,7 +90,7 @@ def interpret(
             moves = on_grid and e.primitive.name in SHAPE_MOVES
             if not moves and e.primitive is not qpoint_p:
                 continue
-        name = e.primitive.name
+        name = whole_of(e) or e.primitive.name
         try:
             if is_place(trace, e, operands):
                 found: Abstract | tuple[Abstract, ...] = follow(trace, e, operands)
@@ -100,7 +100,7 @@ def interpret(
         except (NotImplementedError, OverflowError, ValueError) as error:
             if residues is None:
                 raise
-            residues.append(Residue(e.primitive.name, _module(e), str(error)))
+            residues.append(Residue(name, _module(e), str(error)))
             found = (Real(f"left in float: `{name}`", ""),) * len(e.outputs)
         results = found if isinstance(found, tuple) else (found,)
         env.update(zip(e.outputs, results, strict=True))
@@ -109,6 +109,8 @@ def interpret(
 
 def _rule_of(e: Equation) -> Rule:
     name = e.primitive.name
+    if whole_of(e):
+        raise _refuse_whole(e)
     if name not in _RULES:
         raise NotImplementedError(
             f"There is no integer rule for `{name}`, met in {where(e)}.\n"
@@ -116,6 +118,21 @@ def _rule_of(e: Equation) -> Rule:
             f"({name!r})`, or keep this part of the model out of `lower`."
         )
     return _RULES[name]
+
+
+def _refuse_whole(e: Equation) -> NotImplementedError:
+    kind = whole_of(e)
+    site = sites_of(e.path)[0]
+    place = repr(_module(e) or site) if _module(e) or site else "the traced function"
+    if kind == "norm":
+        what, others = "normalisation", ", or use BatchNorm or GroupNorm in its place"
+    else:
+        what, others = kind.replace("_", "-"), ""
+    return NotImplementedError(
+        f"The {what} in {place} has no integer rule: it is computed in float, as one "
+        "site. Lower the model up to it and the model from there on as two programs"
+        f"{others}."
+    )
 
 
 def _check_type(trace: Trace, e: Equation, found: Any) -> None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.affine import QParams, dequantize, grid_codes
+from qjax.blocks import data_of
 from qjax.instrument import QuantizedModel
 from qjax.lowering import (
     rules_arithmetic,
@@ -30,6 +31,7 @@ from qjax.lowering.report import Report, certify
 from qjax.lowering.rules_functions import add_table
 from qjax.lowering.sizes import Lowered, find_fixed
 from qjax.lowering.values import Abstract, Builder, Curve, Integers
+from qjax.normalisations import fold_normalisations
 from qjax.trace import Trace, trace
 
 # Importing them fills the rule table.
@@ -269,7 +271,7 @@ def lower(
       NotImplementedError: for an operation without an integer rule.
     """
     fn, inputs = bind_model(model, args)
-    traced, out = trace(fn, *inputs, keep_derivatives=False)
+    traced, out = _traced(fn, inputs)
     residues: list[Residue] | None = None if strict else []
     builder = Builder(_buffer_bits(model), is_open=not strict)
     outputs = interpret(traced, builder, residues)
@@ -278,7 +280,7 @@ def lower(
     graph = _whole(builder, outputs, traced)
 
     def lower_again(other: tuple[Any, ...]) -> Lowered:
-        again, _ = trace(fn, *other, keep_derivatives=False)
+        again, _ = _traced(fn, other)
         own = Builder(_buffer_bits(model), is_open=not strict)
         return again, _whole(own, interpret(again, own), again), own.params
 
@@ -293,6 +295,12 @@ def lower(
     program = IntegerProgram(graph, params, *trees)
     check_integer_only(program)
     return program
+
+
+def _traced(fn: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[Trace, Any]:
+    """The trace, each softmax and each normalisation in it as one equation."""
+    traced, out = trace(fn, *inputs, keep_derivatives=False)
+    return fold_normalisations(traced, data_of(traced, traced.inputs)), out
 
 
 def _whole(builder: Builder, outputs: Sequence[Abstract], traced: Trace) -> Graph:
