@@ -71,6 +71,11 @@ class _Whole:
     is_masked: bool
 
 
+def said(kind: str) -> str:
+    """Returns the word for a kind of whole: norm is a normalisation."""
+    return "normalisation" if kind == NORM else kind.replace("_", "-")
+
+
 def fold_normalisations(
     model: Trace, data: set[int], *, in_parts: bool = False
 ) -> Trace:
@@ -453,8 +458,17 @@ class _Finder:
         if name in AFFINE and len(data) == 1:
             return self._size(data[0]) == self._size(out)
         if name == "select_n":
-            return e.inputs[0] in self.data
+            return e.inputs[0] in self.data or self._is_number(e.inputs[0])
         return name not in ("pow", "reduce_prod", "reduce_and", "reduce_or")
+
+
+    def _is_number(self, v: int) -> bool:
+        """Whether a known value is one number, at every place."""
+        while (e := self.source.get(v)) is not None:
+            if e.primitive.name not in _SAME | _MOVES | {"broadcast_in_dim"}:
+                break
+            v = e.inputs[0]
+        return self._size(v) == 1
 
 
 def _contracts(e: Equation) -> bool:

@@ -22,6 +22,7 @@ from qjax.lowering.values import (
     Real,
     Sum,
 )
+from qjax.normalisations import NORM, said
 from qjax.simulate import SITE_MARK
 from qjax.trace import Equation, Trace, evaluate, whole_of
 
@@ -121,17 +122,13 @@ def _rule_of(e: Equation) -> Rule:
 
 
 def _refuse_whole(e: Equation) -> NotImplementedError:
-    kind = whole_of(e)
-    site = sites_of(e.path)[0]
-    place = repr(_module(e) or site) if _module(e) or site else "the traced function"
-    if kind == "norm":
-        what, others = "normalisation", ", or use BatchNorm or GroupNorm in its place"
-    else:
-        what, others = kind.replace("_", "-"), ""
+    kind, site = whole_of(e), sites_of(e.path)[0]
+    place = where(e) if _module(e) or not site else repr(site)
+    other = ", or use BatchNorm or GroupNorm in its place" if kind == NORM else ""
     return NotImplementedError(
-        f"The {what} in {place} has no integer rule: it is computed in float, as one "
-        "site. Lower the model up to it and the model from there on as two programs"
-        f"{others}."
+        f"The {said(kind)} in {place} has no integer rule: it is computed in float, as "
+        "one site. Lower what comes before it and what comes after it as two programs"
+        f"{other}."
     )
 
 
