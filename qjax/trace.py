@@ -44,13 +44,15 @@ class Equation:
     path: str  # Module path: the name stack. Empty where the tracer knew none.
 
     def __str__(self):
+        args = " ".join(f"%{i}" for i in self.inputs)
+        outs = ", ".join(f"%{i}" for i in self.outputs)
+        if kind := whole_of(self):
+            return f"{outs} = {kind} {args}"
         shown = {
             k: v
             for k, v in self.params.items()
             if isinstance(v, int | float | str | tuple) and k != "site"
         }
-        args = " ".join(f"%{i}" for i in self.inputs)
-        outs = ", ".join(f"%{i}" for i in self.outputs)
         return f"{outs} = {self.primitive.name}{shown or ''} {args}"
 
 

@@ -127,8 +127,8 @@ def _refuse_whole(e: Equation) -> NotImplementedError:
     other = ", or use BatchNorm or GroupNorm in its place" if kind == NORM else ""
     return NotImplementedError(
         f"The {said(kind)} in {place} has no integer rule: it is computed in float, as "
-        "one site. Lower what comes before it and what comes after it as two programs"
-        f"{other}."
+        f"one site.\n  equation: {e}\nLower what comes before it and what comes after "
+        f"it as two programs{other}."
     )
 
 
