@@ -308,9 +308,7 @@ class _Finder:
         name = e.primitive.name
         if len(operands) != 1 or operands[0] not in e.inputs:
             return False
-        masks = name == "select_n" or (
-            name == "mul" and any(v in self.side for v in e.inputs)
-        )
+        masks = name == "select_n" or (name == "mul" and len({*e.inputs}) == 2)
         return name in _SAME | _MOVES | {"broadcast_in_dim"} or masks
 
     def _widened(self, x: int, is_softmax: bool) -> int:
@@ -460,7 +458,6 @@ class _Finder:
         if name == "select_n":
             return e.inputs[0] in self.data or self._is_number(e.inputs[0])
         return name not in ("pow", "reduce_prod", "reduce_and", "reduce_or")
-
 
     def _is_number(self, v: int) -> bool:
         """Whether a known value is one number, at every place."""

@@ -64,7 +64,9 @@ def schemes() -> dict[str, qjax.Scheme]:
     }
 
 
-def compare(features: int, tokens: int) -> list[dict[str, Any]]:
+def compare(
+    features: int, tokens: int, schemes: dict[str, qjax.Scheme]
+) -> list[dict[str, Any]]:
     """Decibels of each scheme, on the data that it was calibrated on."""
     rng = np.random.default_rng(0)
     scales = np.exp(rng.uniform(-3, 3, (16, tokens, 1)))
@@ -73,7 +75,7 @@ def compare(features: int, tokens: int) -> list[dict[str, Any]]:
     params = network.init(jax.random.key(0), x)
     wanted = jax.jit(network.apply)(params, x)
     rows = []
-    for name, scheme in schemes().items():
+    for name, scheme in schemes.items():
         qmodel = qjax.quantize_model(network.apply, params, x, scheme=scheme)
         qstate = qjax.calibrate(qmodel, params, [x])
         found = jax.jit(qmodel.apply)(params, qstate, x)
@@ -90,7 +92,7 @@ def decibels(wanted: jax.Array, found: jax.Array) -> float:
 def main(config: Config) -> list[dict[str, Any]]:
     """Prints a row for each scheme, with what it loses beside the kernels alone."""
     tokens = 16 if config.quick else config.tokens
-    rows = compare(config.features, tokens)
+    rows = compare(config.features, tokens, schemes())
     for row in rows:
         row["loss"] = rows[0]["decibels"] - row["decibels"]
         print(f"{row['scheme']:<26} {row['decibels']:6.1f} dB {row['loss']:6.1f}")
