@@ -83,13 +83,15 @@ class _Finder:
         for e in model.equations:
             for v in dict.fromkeys(e.inputs):
                 self.users[v].append(e)
-        self.kinds = {
-            e.outputs[0]: kind
-            for e in model.equations
-            if not is_left_out(e) and (kind := self._kind(e)) is not None
-        }
+        self.is_left_out = is_left_out
+        self.kinds: dict[int, str] = {}
 
     def functions(self) -> tuple[dict[int, str], frozenset[int], frozenset[int]]:
+        self.kinds = {
+            e.outputs[0]: kind
+            for e in self.model.equations
+            if not self.is_left_out(e) and (kind := self._kind(e)) is not None
+        }
         cuts: set[int] = set()
         while True:
             origin = self._origins(cuts)

@@ -100,6 +100,9 @@ def trace(
 
 def evaluate(equation: Equation, *values: Any) -> Sequence[Any]:
     """Applies the primitive of an equation to values, traced or not."""
+    if whole_of(equation) and not any(isinstance(x, jax.core.Tracer) for x in values):
+        # Compiled whole it would be compiled again with each trace.
+        return jex.jaxpr_as_fun(equation.params["jaxpr"])(*values)
     params = equation.primitive.get_bind_params(equation.params)
     out = equation.primitive.bind(*values, **params)
     return out if equation.primitive.multiple_results else (out,)
