@@ -23,7 +23,16 @@ from qjax.calibration import (
 )
 from qjax.formats.safetensors import load
 from qjax.histograms import entropy, histogram, mse, percentile
-from qjax.inspection import Scales, SiteScale, dump_config, explain, scales
+from qjax.inspection import (
+    IntegerWeight,
+    IntegerWeights,
+    Scales,
+    SiteScale,
+    dump_config,
+    explain,
+    integer_weights,
+    scales,
+)
 from qjax.instrument import (
     CalibrationError,
     CalibrationInterrupt,
@@ -37,12 +46,15 @@ from qjax.presets import QuantizationParams
 from qjax.rescaling import insert_rescaling
 from qjax.rounding import int_range
 from qjax.scheme import Rule, Scheme, Site, Where, stack_schemes
+from qjax.scheme_json import SchemeError
 
 __all__ = (
     "CalibrationError",
     "CalibrationInterrupt",
     "Calibrator",
     "IntegerProgram",
+    "IntegerWeight",
+    "IntegerWeights",
     "QParams",
     "QSpec",
     "QuantizationParams",
@@ -50,6 +62,7 @@ __all__ = (
     "Rule",
     "Scales",
     "Scheme",
+    "SchemeError",
     "Site",
     "SiteScale",
     "Verification",
@@ -69,6 +82,7 @@ __all__ = (
     "histogram",
     "insert_rescaling",
     "int_range",
+    "integer_weights",
     "last_value",
     "load",
     "lower",

@@ -6,18 +6,28 @@ real = scale * (code - zero_point),    code in [qmin, qmax]
 import dataclasses
 import numbers
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 
-from qjax.rounding import ceil_power_of_two, check_bits, half_even, int_range
+from qjax.mesh_axes import axes_of, vary
+from qjax.rounding import (
+    ceil_power_of_two,
+    check_bits,
+    half_even,
+    int_range,
+    power_of_two,
+)
+from qjax.tables import show_fields
 
 Rounding = Callable[[jax.Array], jax.Array]
 Estimator = Callable[..., jax.Array]
+Axis = int | tuple[int, ...] | Literal["output"] | None
 
 _INT32 = jnp.iinfo(jnp.int32)
 
@@ -42,8 +52,14 @@ class QSpec:
       power_of_two: Whether scales are powers of two (rounded up, so that the range
         still fits).
       axis: The channel axis or axes, each with scales of its own; None for one scale
-        per tensor. Negative ones count from the end.
+        per tensor. Negative ones count from the end. ``"output"``, of a weight in a
+        `Scheme` or a layer: the axes that no product with it sums over, whatever its
+        layout; of an activation there: None.
       rounding: From real to integer, of ``qjax.rounding``.
+
+    Raises:
+      TypeError: for fields of another type.
+      ValueError: for bits outside 1 to 32, and words without a code for zero.
     """
 
     bits: ArrayLike = 8
@@ -51,9 +67,7 @@ class QSpec:
     narrow_range: bool = dataclasses.field(default=False, metadata={"static": True})
     symmetric: bool = dataclasses.field(default=False, metadata={"static": True})
     power_of_two: bool = dataclasses.field(default=False, metadata={"static": True})
-    axis: int | tuple[int, ...] | None = dataclasses.field(
-        default=None, metadata={"static": True}
-    )
+    axis: Axis = dataclasses.field(default=None, metadata={"static": True})
     rounding: Rounding = dataclasses.field(default=half_even, metadata={"static": True})
 
     def __post_init__(self):
@@ -63,8 +77,20 @@ class QSpec:
                 "An unsigned symmetric word of narrow range has no code for zero. Use "
                 "`narrow_range=False`, or `signed=True`."
             )
-        if isinstance(self.axis, list):
-            raise TypeError(f"`axis` must be an int, a tuple or None, got {self.axis}.")
+        object.__setattr__(self, "axis", _as_axis(self.axis))
+        for name in ("signed", "narrow_range", "symmetric", "power_of_two"):
+            value = getattr(self, name)
+            if not isinstance(value, bool | np.bool_ | int) or value not in (0, 1):
+                raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+            object.__setattr__(self, name, bool(value))
+        if not callable(self.rounding):
+            raise TypeError(
+                "`rounding` must be a function of `qjax.rounding`, such as half_even, "
+                f"got {self.rounding!r}."
+            )
+
+    def __repr__(self) -> str:
+        return show_fields(self, always=("bits",))
 
     @property
     def qmin(self) -> ArrayLike:
@@ -77,7 +103,24 @@ class QSpec:
         return int_range(self.bits, self.signed, self.narrow_range)[1]
 
 
-def quantize(x: jax.Array, params: QParams, spec: QSpec) -> jax.Array:
+def _as_axis(axis: Any) -> Axis:
+    """Returns an axis as Python numbers, which hash, compare and go into JSON."""
+    if axis == "output":
+        return axis
+    if axis is None or _is_whole(axis):
+        return None if axis is None else int(axis)
+    if isinstance(axis, tuple) and all(map(_is_whole, axis)):
+        return tuple(map(int, axis))
+    raise (ValueError if isinstance(axis, str) else TypeError)(
+        f'`axis` must be an int, a tuple, "output" or None, got {axis!r}.'
+    )
+
+
+def _is_whole(x: Any) -> bool:
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def quantize(x: ArrayLike, params: QParams, spec: QSpec) -> jax.Array:
     """Maps real values to the nearest integer codes.
 
         q = clip(round(x * (1 / scale)) + zero_point, qmin, qmax)
@@ -87,8 +130,9 @@ def quantize(x: jax.Array, params: QParams, spec: QSpec) -> jax.Array:
 
     Args:
       x: Real values, shape ``[...]``. float16 and bfloat16 are computed in float32.
-      params: Grid. ``scale`` in units of ``x`` per code, shape ``[]``; if ``spec.axis``
-        is set, the rank of ``x`` with size 1 everywhere but there.
+      params: Grid, of arrays or numbers. ``scale`` in units of ``x`` per code, shape
+        ``[]``; if ``spec.axis`` is set, the rank of ``x`` with size 1 everywhere but
+        there.
       spec: Word length and range of the codes.
 
     Returns:
@@ -98,11 +142,13 @@ def quantize(x: jax.Array, params: QParams, spec: QSpec) -> jax.Array:
       int32, which only a word of 32 bits with a zero point can tell.
 
     Raises:
-      ValueError: if ``params.scale`` has another shape, or the codes need more than
-        int32 (unsigned, 32 bits).
+      TypeError: if ``x`` or the grid are no numbers, ``zero_point`` no whole ones, or
+        ``spec`` is no `QSpec`.
+      ValueError: if ``params.scale`` has another shape, is a number that is not
+        positive, or the codes need more than int32 (unsigned, 32 bits).
 
     Example:
-      >>> params = QParams(scale=jnp.float32(0.5), zero_point=jnp.int32(0))
+      >>> params = QParams(scale=0.5, zero_point=0)
       >>> quantize(jnp.array([0.7, -0.25, 99.0]), params, QSpec(bits=4))
       Array([1, 0, 7], dtype=int32)
 
@@ -110,27 +156,41 @@ def quantize(x: jax.Array, params: QParams, spec: QSpec) -> jax.Array:
       Jacob et al., "Quantization and Training of Neural Networks for Efficient
       Integer-Arithmetic-Only Inference", 2018, eq. 1 (arXiv:1712.05877).
     """
-    _check_params_shape(x, params, spec.axis)
+    x, params = _as_numbers(x, "x"), _as_params(params)
+    _check_params_shape(x, params, _checked(spec).axis)
     return grid_codes(x, *params, *_code_range(spec), rounding=spec.rounding)
 
 
-def dequantize(q: jax.Array, params: QParams) -> jax.Array:
+def dequantize(q: ArrayLike, params: QParams) -> jax.Array:
     """Maps integer codes to real values: ``x = (q - zero_point) * scale``.
 
     Args:
       q: Codes, any integer type, shape ``[...]``.
-      params: Grid, its shapes broadcast against ``q``.
+      params: Grid, of arrays or numbers, its shapes broadcast against ``q``.
 
     Returns:
       Real values in the dtype of ``params.scale``, shape of ``q``. Exact before the
       product while codes and zero point stay below 2^24.
+
+    Raises:
+      TypeError: if codes are no whole numbers, or as `quantize`.
+
+    Example:
+      >>> dequantize([1, 7], QParams(scale=0.5, zero_point=3))
+      Array([-1.,  2.], dtype=float32)
     """
+    q, params = _as_numbers(q, "q"), _as_params(params)
+    if not jnp.issubdtype(q.dtype, jnp.integer):
+        raise TypeError(
+            f"`q` must be codes of an integer type, got {q.dtype}. Real values go "
+            "through `quantize` first."
+        )
     dtype = params.scale.dtype
     return (q.astype(dtype) - params.zero_point.astype(dtype)) * params.scale
 
 
 def fake_quant(
-    x: jax.Array,
+    x: ArrayLike,
     params: QParams,
     spec: QSpec,
     *,
@@ -148,19 +208,82 @@ def fake_quant(
         the default.
 
     Returns:
-      Values on the grid, shape and dtype of ``x``. NaN stays NaN.
+      Values on the grid, shape and dtype of ``x``, the dtype of the scale where those
+      of ``x`` are whole numbers. NaN stays NaN.
 
     Raises:
-      ValueError: as `quantize`.
+      TypeError, ValueError: as `quantize`.
 
     Example:
-      >>> params = QParams(scale=jnp.float32(0.5), zero_point=jnp.int32(0))
+      >>> params = QParams(scale=0.5, zero_point=0)
       >>> fake_quant(jnp.array([0.7, -0.25, 99.0]), params, QSpec(bits=4))
       Array([0.5, 0. , 3.5], dtype=float32)
     """
-    _check_params_shape(x, params, spec.axis)
+    x, params = _as_numbers(x, "x"), _as_params(params)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(params.scale.dtype)
+    _check_params_shape(x, params, _checked(spec).axis)
     estimate = clipped_ste if estimator is None else estimator
+    for grid in params:
+        x = vary(x, axes_of(jax.typeof(grid)))
     return estimate(x, *params, *_code_range(spec), site, spec.rounding)
+
+
+def _as_numbers(x: Any, name: str) -> jax.Array:
+    """Returns an array of real or whole numbers, or of truth values."""
+    try:
+        found = jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`{name}` must be an array of numbers, got {x!r}.") from error
+    kinds = (jnp.floating, jnp.integer, jnp.bool_)
+    if not any(jnp.issubdtype(found.dtype, kind) for kind in kinds):
+        kind = found.dtype
+        raise TypeError(f"`{name}` must be an array of numbers, got dtype {kind}.")
+    return found
+
+
+def _as_params(params: Any) -> QParams:
+    """Returns a grid as arrays: a real scale, a whole zero point."""
+    if not isinstance(params, tuple) or len(params) != 2:
+        raise TypeError(
+            "`params` must be a grid, `QParams(scale, zero_point)`, got "
+            f"{type(params).__name__}."
+        )
+    scale, zero_point = params
+    if not isinstance(scale, jax.Array):
+        _check_scale(scale)
+    is_real = jnp.issubdtype(_as_numbers(scale, "scale").dtype, jnp.floating)
+    if not is_real or not hasattr(scale, "dtype"):
+        scale = jnp.asarray(scale, jnp.float32)  # Also where Python's are of 64 bits.
+    if isinstance(zero_point, int | np.integer | np.ndarray):
+        whole = np.asarray(zero_point)
+        if np.any((whole < _INT32.min) | (whole > _INT32.max)):
+            raise ValueError(f"`zero_point` must fit int32, got {zero_point!r}.")
+    zero = _as_numbers(zero_point, "zero_point")
+    if not jnp.issubdtype(zero.dtype, jnp.integer):
+        raise TypeError(f"`zero_point` must be a whole number, got {zero_point!r}.")
+    return QParams(jnp.asarray(scale), zero.astype(jnp.int32))
+
+
+def _check_scale(scale: Any) -> None:
+    """Raises for a scale of Python or NumPy that is known to be none."""
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(scale)):
+        return
+    try:
+        known = np.asarray(scale, np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`scale` must be a number, got {scale!r}.") from error
+    if not np.all(known > 0) or not np.all(np.isfinite(known)):
+        raise ValueError(f"`scale` must be positive and finite, got {scale!r}.")
+
+
+def _checked(spec: Any) -> QSpec:
+    if not isinstance(spec, QSpec):
+        raise TypeError(
+            f"`spec` must be a word of codes such as `QSpec(bits=8)`, got {spec!r}. "
+            "Quantizers of `qjax.quantizers` have `apply` and `encode`."
+        )
+    return spec
 
 
 def min_max_params(low: ArrayLike, high: ArrayLike, spec: QSpec) -> QParams:
@@ -218,7 +341,7 @@ def min_max_params(low: ArrayLike, high: ArrayLike, spec: QSpec) -> QParams:
     return QParams(scale, (qmin.astype(jnp.uint32) + above).astype(jnp.int32))
 
 
-def abs_max_params(x: jax.Array, spec: QSpec) -> QParams:
+def abs_max_params(x: ArrayLike, spec: QSpec) -> QParams:
     """Returns the finest symmetric grid of ``spec`` that holds ``x``: that of weights.
 
     Args:
@@ -233,30 +356,41 @@ def abs_max_params(x: jax.Array, spec: QSpec) -> QParams:
       >>> abs_max_params(x, QSpec(bits=8, narrow_range=True, axis=-1)).scale * 127
       Array([[0.5, 2. ]], dtype=float32)
     """
-    symmetric = dataclasses.replace(spec, symmetric=True)
-    return min_max_params(*reduce_range(x, spec.axis), symmetric)
+    symmetric = dataclasses.replace(_checked(spec), symmetric=True)
+    return min_max_params(*reduce_range(_as_numbers(x, "x"), spec.axis), symmetric)
 
 
-def fake_quant_bias(bias: jax.Array, scale: jax.Array, *, site: str = "") -> jax.Array:
+def fake_quant_bias(
+    bias: jax.Array, scale: jax.Array, *, bits: ArrayLike = 32, site: str = ""
+) -> jax.Array:
     """Rounds a bias to the grid of its accumulator: 32 bits at ``scale_x * scale_w``.
+
+    Fewer bits are steps of ``2^k`` of that grid, with the least ``k >= 0`` for each
+    channel that holds the bias, for all of them if there are at most 4 bits: what
+    QuantizeML's aligned weight quantizer does.
 
     Args:
       bias: Real values, any shape.
       scale: Of the accumulator, broadcasts against ``bias``.
+      bits: Of the codes, sign included. What goes beyond saturates.
       site: Name of this quantization point.
 
     Returns:
       Values on the grid, in the shape of both.
     """
     shape = jnp.broadcast_shapes(jnp.shape(bias), jnp.shape(scale))
-    grid = QParams(jnp.broadcast_to(scale, shape), jnp.zeros(shape, jnp.int32))
-    spec = QSpec(bits=32, symmetric=True, axis=tuple(range(len(shape))) or None)
-    return fake_quant(jnp.broadcast_to(bias, shape), grid, spec, site=site)
+    bias, scale = jnp.broadcast_to(bias, shape), jnp.broadcast_to(scale, shape)
+    if not isinstance(bits, int) or bits < 32:
+        most = jnp.abs(jax.lax.stop_gradient(bias)).astype(scale.dtype) / scale
+        steps = most * power_of_two(1 - jnp.asarray(bits))
+        steps = jnp.where(jnp.asarray(bits) > 4, steps, jnp.max(steps, initial=0.0))
+        scale = scale * ceil_power_of_two(jnp.maximum(steps, 1.0))
+    grid = QParams(scale, jnp.zeros(shape, jnp.int32))
+    spec = QSpec(bits=bits, symmetric=True, axis=tuple(range(len(shape))) or None)
+    return fake_quant(bias, grid, spec, site=site)
 
 
-def reduce_range(
-    x: jax.Array, axis: int | tuple[int, ...] | None
-) -> tuple[jax.Array, jax.Array]:
+def reduce_range(x: jax.Array, axis: Axis) -> tuple[jax.Array, jax.Array]:
     """Returns the least and the largest value, float32, in the shape of a scale.
 
     An empty ``x`` has the range (0, 0).
@@ -270,12 +404,16 @@ def reduce_range(
     return jnp.min(x, over, keepdims=keep), jnp.max(x, over, keepdims=keep)
 
 
-def scale_shape(
-    shape: tuple[int, ...], axis: int | tuple[int, ...] | None
-) -> tuple[int, ...]:
+def scale_shape(shape: tuple[int, ...], axis: Axis) -> tuple[int, ...]:
     """Returns the shape of a scale: ``()``, or size 1 everywhere but at ``axis``."""
     if axis is None:
         return ()
+    if isinstance(axis, str):
+        raise ValueError(
+            f"`axis={axis!r}` is an axis of a weight in a model, where its products "
+            f"are known; an array of shape {shape} alone has none. Use an axis in "
+            f"{-len(shape)}..{len(shape) - 1}, or None for one scale per tensor."
+        )
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     for a in axes:
         if not -len(shape) <= a < len(shape):
@@ -338,9 +476,7 @@ def _code_range(spec: QSpec) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(qmin).astype(jnp.int32), jnp.asarray(qmax).astype(jnp.int32)
 
 
-def _check_params_shape(
-    x: jax.Array, params: QParams, axis: int | tuple[int, ...] | None
-) -> None:
+def _check_params_shape(x: jax.Array, params: QParams, axis: Axis) -> None:
     expected = scale_shape(x.shape, axis)
     for name, value in params._asdict().items():
         if jnp.shape(value) != expected:

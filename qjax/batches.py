@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,10 @@ import rich.console
 import rich.progress
 import rich.text
 from jax.typing import DTypeLike
+
+from qjax.leaves import difference, is_array, leaf_names, shapes_of, show_leaves
+
+MOST_SAMPLES = 1024  # QuantizeML's.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Schedule:
       ValueError: for what is no whole number of at least 1.
     """
 
-    num_samples: int = 1024
+    num_samples: int = MOST_SAMPLES
     batch_size: int | None = None
     epochs: int = 1
 
@@ -52,11 +56,13 @@ class Batches:
       inputs: The samples of each input of the model, the first axis that of examples.
       number: How many examples are used.
       schedule: How they are cut.
+      left_out: How many examples are not used.
     """
 
     inputs: tuple[Any, ...]
     number: int
     schedule: Schedule
+    left_out: int = 0
 
     def __len__(self) -> int:
         return self.schedule.epochs * len(self._starts)
@@ -92,7 +98,8 @@ def cut(samples: Any, example: tuple[Any, ...], schedule: Schedule) -> Batches:
             "`samples` must be an array, got an iterator. Pass what yields batches as "
             "`batches`."
         )
-    inputs = samples if isinstance(samples, tuple) else (samples,)
+    is_list = isinstance(samples, list)
+    inputs = (samples,) if is_list else as_inputs(samples, example)
     shapes = [np.shape(x) for x in jax.tree.leaves(inputs)]
     wanted = [x.shape for x in jax.tree.leaves(example)]
     structure: Any = jax.tree.structure(inputs)
@@ -101,7 +108,8 @@ def cut(samples: Any, example: tuple[Any, ...], schedule: Schedule) -> Batches:
         raise ValueError(
             "`samples` must be an array of the axes of a batch, examples first, or a "
             f"tuple of one for each input. A batch has inputs of {wanted}, `samples` "
-            f"has {shapes}. Pass what is in batches already as `batches`."
+            f"has {shapes}. Pass what is in batches already as `batches`. "
+            f"{difference(inputs, example)}".rstrip()
         )
     sizes = {shape[0] if shape else 0 for shape in shapes}
     if len(sizes) != 1 or 0 in sizes:
@@ -109,19 +117,49 @@ def cut(samples: Any, example: tuple[Any, ...], schedule: Schedule) -> Batches:
             "`samples` must hold at least one example, and as many of each input; got "
             f"inputs of {shapes}."
         )
-    return Batches(inputs, min(*sizes, schedule.num_samples), schedule)
+    (size,) = sizes
+    number = min(size, schedule.num_samples)
+    return Batches(inputs, number, schedule, size - number)
 
 
-def check_axes(batches: Any, example: tuple[Any, ...]) -> None:
-    """Raises for an array that is no row of batches.
+def as_inputs(batch: Any, example: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns a batch as the inputs of a model.
 
     Args:
-      batches: Of any type; arrays are looked at.
+      batch: A tuple or a list of inputs, or the only input, which may itself be a
+        tuple, a named one, a dictionary or any other pytree.
+      example: The inputs that the model was made for, or their shapes.
+
+    Returns:
+      A tuple of inputs, nested as ``example`` if ``batch`` can be read so.
+    """
+    structure: Any = jax.tree.structure(example)
+    several = tuple(batch) if isinstance(batch, list) else batch
+    for inputs in (several, (batch,)):
+        if isinstance(inputs, tuple) and jax.tree.structure(inputs) == structure:
+            return inputs
+    return batch if type(batch) is tuple else (batch,)
+
+
+def check_batches(batches: Any, example: tuple[Any, ...]) -> None:
+    """Raises for what is no iterable of batches, before it is used.
+
+    Args:
+      batches: Of any type; of arrays the axes are looked at.
       example: Shapes of the inputs of a batch.
 
     Raises:
-      ValueError: if it has not one axis more than the input of the model.
+      TypeError: for a batch, or a model, in place of several batches.
+      ValueError: for an array that has not one axis more than the input of the model.
     """
+    is_one = isinstance(batches, Mapping | str | bytes) or hasattr(batches, "_fields")
+    is_many = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    if is_one or not is_many:
+        raise TypeError(
+            "`batches` must be an iterable of batches, such as a list or a generator, "
+            f"got {type(batches).__name__}{_no_data(batches)}. Pass one batch as "
+            "`[batch]`, examples that are to be cut into batches as `samples=`."
+        )
     rank = getattr(batches, "ndim", None)
     wanted = [x.shape for x in jax.tree.leaves(example)]
     if rank is None or [rank] == [len(shape) + 1 for shape in wanted]:
@@ -132,6 +170,80 @@ def check_axes(batches: Any, example: tuple[Any, ...]) -> None:
         f"the array has shape {tuple(batches.shape)}. Pass the examples themselves as "
         "`samples=`."
     )
+
+
+def fault(inputs: tuple[Any, ...], example: Any, first: Any) -> str:
+    """Says what is wrong with a batch: itself, or next to the first one.
+
+    Args:
+      inputs: Of the batch, from `as_inputs`.
+      example: Shapes of the inputs that the model was made for.
+      first: Those of the first batch; None for that one.
+
+    Returns:
+      The rest of a sentence that begins with the batch, or "".
+    """
+    leaves = zip(leaf_names(inputs), jax.tree.leaves(inputs), strict=True)
+    for name, x in leaves:
+        if not is_array(x):
+            return (
+                f"has at {name} a {type(x).__name__} in place of an array. Convert it "
+                "with `numpy.asarray`."
+            )
+    found = shapes_of(inputs)
+    shapes = [x.shape for x in jax.tree.leaves(found)]
+    if any(0 in shape for shape in shapes):
+        return f"is empty: its inputs have the shapes {shapes}."
+    if not have_same_kinds(found, example) or difference(found, example, _same_rank):
+        where = difference(found, example, _same_rank)
+        return (
+            f"has inputs of {show_leaves(found)}, the model was made for "
+            f"{show_leaves(example)}. A batch is an array of the same rank and kind, "
+            f"or a tuple of one for each input{_no_data(*inputs)}. {where}".rstrip()
+        )
+    where = "" if first is None else difference(found, first, _same_rest)
+    if where:
+        return (
+            f"has inputs of {show_leaves(found)}, the first one had "
+            f"{show_leaves(first)}. Batches may differ in their number of examples "
+            f"alone. {where}"
+        )
+    return ""
+
+
+def _no_data(*inputs: Any) -> str:
+    """Says that a module or a state of Flax NNX is no data."""
+    is_flax = any(type(x).__module__.startswith("flax.nnx") for x in inputs)
+    return ", and no state of a module: that holds parameters" if is_flax else ""
+
+
+def have_same_kinds(inputs: Any, example: Any) -> bool:
+    """Returns whether inputs are nested alike, and of the same kinds of types."""
+    kinds = lambda tree: [_kind(x.dtype) for x in jax.tree.leaves(shapes_of(tree))]
+    structure: Any = jax.tree.structure(inputs)
+    same: bool = structure == jax.tree.structure(example)
+    return same and kinds(inputs) == kinds(example)
+
+
+def same_kind(a: Any, b: Any) -> bool:
+    """Returns whether both hold real numbers, integers, or the same type."""
+    return _kind(a.dtype) == _kind(b.dtype)
+
+
+def _same_rank(a: Any, b: Any) -> bool:
+    return same_kind(a, b) and len(a.shape) == len(b.shape)
+
+
+def _same_rest(a: Any, b: Any) -> bool:
+    return bool(a.shape[1:] == b.shape[1:] and a.dtype == b.dtype)
+
+
+def _kind(dtype: Any) -> str:
+    """Whether a type holds real numbers, integers, or what it is."""
+    for kind in (jnp.floating, jnp.integer):
+        if jnp.issubdtype(dtype, kind):
+            return str(kind.__name__)
+    return str(dtype)
 
 
 def random_samples(

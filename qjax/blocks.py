@@ -25,6 +25,7 @@ from qjax.trace import (
     BOUNDS,
     Equation,
     Trace,
+    is_key,
     quantizer_of,
     trace,
     whole_of,
@@ -38,7 +39,7 @@ SHAPE_MOVES = frozenset(
 )
 _MAXIMA = frozenset({"reduce_max", "reduce_window_max"})
 _MINIMA = frozenset({"reduce_min", "reduce_window_min"})
-_GRID_KEEPING = SHAPE_MOVES | _MAXIMA | _MINIMA | {"split"}
+_GRID_KEEPING = SHAPE_MOVES | _MAXIMA | _MINIMA | {"split", "cummax", "cummin"}
 _SCALING = frozenset("mul div".split())
 _PRODUCTS = frozenset("dot_general conv_general_dilated".split())
 _SUMS = {"reduce_sum": "sum", "reduce_window_sum": "sum_pool"}
@@ -95,6 +96,7 @@ class Plan:
       inner: Products without one, as a normalisation reads their accumulators.
       fused: Last affine value of a block -> the block, where constants alone scale
         and shift it.
+      biases: Parameter -> its site, of those that are added to a product.
       on_grid: Values on the grid of the data that they are made of: inputs, and what
         shape moves, max-pools and relus return.
     """
@@ -106,6 +108,7 @@ class Plan:
     inner: tuple[Block, ...]
     fused: dict[int, Block]
     on_grid: frozenset[int]
+    biases: dict[int, Site] = dataclasses.field(default_factory=dict)
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -196,7 +199,7 @@ class _Finder:
         self._check_fill(e)
         if self._is_dropout(e):
             return
-        if not self.model.shape(out):
+        if not any(map(self.model.shape, e.outputs)):
             return  # A number, such as a loss, is no activation.
         if out in self.bent and not self._absorbs(e, x):
             if out in self.functions and self.model.is_real(out):
@@ -215,6 +218,8 @@ class _Finder:
             block = self.open[x[0]]
             block.moves.append(e)
             self._extend(block, e)
+        elif self._is_cast(e) and x[0] in self.open and self._is_only(e, x[0]):
+            self._cast_block(self.open[x[0]], e)
         elif self._keeps_grid(e):
             if x[0] in self.on_grid or x[0] in self.open:
                 self.on_grid.update(e.outputs)
@@ -227,7 +232,7 @@ class _Finder:
         else:
             kind = _SUMS.get(name) or (_TWO_OPERANDS.get(name) if len(x) == 2 else None)
             called = e.params.get("name")
-            for v in e.outputs:
+            for v in filter(self.model.shape, e.outputs):
                 if self.model.is_real(v) and (self.users[v] or v in self.model.outputs):
                     self._start(Block(kind or str(called or name), e, v))
 
@@ -345,10 +350,11 @@ class _Finder:
 
     def _affine(self, e: Equation, x: int) -> None:
         block = self.open.get(x)
-        if x in self.input_sites and self._is_only(e, x) and self._is_rescaling(e, x):
+        own = self._before_casts(x)
+        if own in self.input_sites and self._is_only(e, x) and self._is_rescaling(e, x):
             # The site of an input is where its values have got their unit.
-            self.on_grid.discard(x)
-            self.input_sites[e.outputs[0]] = self.input_sites.pop(x)
+            self.on_grid -= {x, own}
+            self.input_sites[e.outputs[0]] = self.input_sites.pop(own)
             self.on_grid.add(e.outputs[0])
             return
         if not (block is not None and self._goes_on(block, e, x)):
@@ -358,6 +364,27 @@ class _Finder:
         block.affine.append(e)
         self._extend(block, e)
 
+    def _is_cast(self, e: Equation) -> bool:
+        """Whether an equation makes real values of another type of real ones."""
+        is_cast = e.primitive.name == "convert_element_type"
+        return is_cast and all(map(self.model.is_real, (*e.inputs, *e.outputs)))
+
+    def _cast_block(self, block: Block, e: Equation) -> None:
+        """Goes on with a block in another type: in half precision they come between."""
+        is_affine = block.kind in ("product", "affine") or bool(block.affine)
+        if is_affine and not block.is_bounded:
+            block.affine.append(e)
+        self._extend(block, e)
+
+    def _before_casts(self, x: int) -> int:
+        """The input of the model that casts alone made a value of; else the value."""
+        v = x
+        while (e := self.source.get(v)) is not None and self._is_cast(e):
+            if not self._is_only(e, e.inputs[0]):
+                return x
+            v = e.inputs[0]
+        return v if v in self.input_sites else x
+
     def _absorbs(self, e: Equation, x: list[int]) -> bool:
         """Whether a function begins with an equation that an open block takes in."""
         block = self.open.get(x[0])
@@ -365,6 +392,8 @@ class _Finder:
             return False
         if e.primitive.name in AFFINE:
             return not self._is_divisor(e, x[0]) and self._goes_on(block, e, x[0])
+        if self._is_cast(e):
+            return block.kind in ("product", "affine")
         return bounds_of(self.model, e) is not None
 
     def _goes_on(self, block: Block, e: Equation, x: int) -> bool:
@@ -546,8 +575,28 @@ class _Finder:
         inner = tuple(b for b in self.blocks if b.is_inner)
         constant = (b for b in self.blocks if b.affine and not b.has_statistics)
         fused = {b.affine[-1].outputs[0]: b for b in constant}
-        on_grid = frozenset(self.on_grid)
-        return Plan(tuple(sites), activations, weights, blocks, inner, fused, on_grid)
+        on_grid, biases = frozenset(self.on_grid), self._biases(weights)
+        return Plan(
+            tuple(sites), activations, weights, blocks, inner, fused, on_grid, biases
+        )
+
+    def _biases(self, weights: dict[int, int]) -> dict[int, Site]:
+        """The parameters that are added to products before anything else is done."""
+        found: dict[int, Site] = {}
+        for block in self.blocks:
+            first = (
+                block.affine[0] if block.kind == "product" and block.affine else None
+            )
+            if first is None or first.primitive.name != "add":
+                continue
+            known = (v for v in first.inputs if v not in self.data)
+            leaf = next((self._leaf(v, SHAPE_MOVES) for v in known), None)
+            if leaf is not None and leaf not in weights:
+                name = self.names[leaf]
+                layer = name.rpartition("/")[0] or name
+                site = Site(name, "bias", self.model.shape(leaf), layer)
+                found.setdefault(leaf, site)
+        return found
 
     def _block_name(self, block: Block, kinds: collections.Counter[str]) -> str:
         if block.kind == "affine":
@@ -597,8 +646,7 @@ def bounds_of(model: Trace, e: Equation) -> list[tuple[str, Any]] | None:
     if name != "custom_jvp_call":
         return None
     call = e.params["call_jaxpr"]
-    args = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in call.in_avals]
-    body, _ = trace(jex.jaxpr_as_fun(call), *args, keep_derivatives=True)
+    body, _ = trace(jex.jaxpr_as_fun(call), *call.in_avals, keep_derivatives=True)
     bounds: list[tuple[str, Any]] = []
     for inner in body.equations:
         if inner.primitive.name in ("max", "min"):
@@ -614,7 +662,8 @@ def constant_of(
     """Returns the value of a constant, seen through shape moves; None if it is none."""
     if v in model.constants:
         value = model.constants[v]
-        return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+        is_number = not isinstance(value, jax.core.Tracer) and not is_key(value)
+        return np.asarray(value) if is_number else None
     if source is None:
         source = {o: e for e in model.equations for o in e.outputs}
     e = source.get(v)

@@ -17,6 +17,7 @@ import numpy as np
 from qjax.affine import QParams, QSpec, min_max_params, reduce_range, scale_shape
 from qjax.quantizers.strings import closest, read_call
 from qjax.rounding import floor_log2, power_of_two, product
+from qjax.tables import show
 
 _LARGEST = float(np.finfo(np.float32).max)
 _Options = ParamSpec("_Options")
@@ -38,6 +39,10 @@ class Calibrator(NamedTuple):
     merge: Callable[[Any, Any], Any]
     params: Callable[[Any, QSpec], QParams]
     name: str = ""  # What made it: "ema_min_max(decay=0.9)". Empty: no text says it.
+
+    def __repr__(self) -> str:
+        own = (f"{k}={show(v)}" for k, v in self._asdict().items() if k != "name")
+        return self.name or f"Calibrator({', '.join(own)})"
 
 
 _CALIBRATORS: dict[str, Callable[..., Calibrator]] = {}
@@ -65,10 +70,41 @@ def named(make: Callable[_Options, Calibrator]) -> Callable[_Options, Calibrator
     def call(*args: _Options.args, **kwargs: _Options.kwargs) -> Calibrator:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        return cached(*bound.arguments.values())
+        options = {k: _plain(k, v) for k, v in bound.arguments.items()}
+        for option, p in signature.parameters.items():
+            is_function = p.default is not p.empty and callable(p.default)
+            if is_function and not callable(options[option]):
+                found = options[option]
+                raise TypeError(f"`{option}` must be a function, got {found!r}.")
+        if _has_truth(tuple(options.values())):
+            maker(*options.values())  # For its error: True is 1 to a cache.
+        return cached(*options.values())
 
     _CALIBRATORS[make.__name__] = call
     return call
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Returns an option as a value of Python, which hashes and has a text.
+
+    Raises:
+      TypeError: for what has no hash.
+    """
+    if isinstance(value, tuple | list):
+        return tuple(_plain(name, part) for part in value)
+    if isinstance(value, np.generic | np.ndarray | jax.Array) and np.ndim(value) == 0:
+        if not isinstance(value, jax.core.Tracer):
+            value = np.asarray(value).item()
+    if isinstance(value, np.ndarray | jax.Array | dict | set):
+        raise TypeError(f"`{name}` must be a number of Python, got {value!r}.")
+    return value
+
+
+def _has_truth(value: Any) -> bool:
+    """Whether a truth value is among options."""
+    if isinstance(value, tuple):
+        return any(map(_has_truth, value))
+    return isinstance(value, bool)
 
 
 def _text(value: Any) -> str:
@@ -295,7 +331,8 @@ def ema_min_max(
       reduce: ``(x, spec) -> (low, high)`` of one batch.
 
     Raises:
-      TypeError: if ``decay`` is no number, or ``initial`` no pair.
+      TypeError: if ``decay`` is no number, ``initial`` no pair, or ``reduce`` no
+        function.
       ValueError: if ``decay`` is outside [0, 1), or ``initial`` no range.
     """
     _check_share("decay", decay)

@@ -5,6 +5,12 @@
                                    "axis": "per-tensor", "buffer_bitwidth": 32},
               "buffer_bitwidth": 32}}
 
+``bias_quantizer`` has a ``bitwidth``: a bias of so many bits on steps of its
+accumulator (`qjax.affine.fake_quant_bias`). A separable convolution is two layers, or
+two weights of one: ``dw_weight_quantizer`` and ``pw_weight_quantizer`` tell them apart
+under the name of both. ``scale_bits`` is read and changes nothing: scales are
+multipliers of 31 bits here.
+
 Beside the keys of QuantizeML there are some for what it lacks: ``quantizer`` (a string
 of `qjax.quantizers.parse`), ``symmetric``, ``narrow_range``, ``power_of_two``,
 ``calibrator``; they appear where they differ from QuantizeML's ways. ``null`` in place
@@ -24,23 +30,24 @@ from qjax.quantizers.spec import Spec, is_known
 from qjax.quantizers.strings import closest, parse
 from qjax.scheme import Rule, Scheme, Site, Word
 from qjax.scheme_json import SchemeError, check_keys
+from qjax.tables import html_table
 
-_WEIGHT = QSpec(bits=8, narrow_range=True, axis=-1)
+_WEIGHT = QSpec(bits=8, narrow_range=True, axis="output")
 _OUTPUT = QSpec(bits=8, symmetric=True, power_of_two=True)
 _WEIGHT_KEYS = tuple("bitwidth signed axis quantizer narrow_range power_of_two".split())
 _OUTPUT_KEYS = (
     *_WEIGHT_KEYS,
     *"symmetric calibrator scale_bits buffer_bitwidth".split(),
 )
-_LAYER_KEYS = tuple(
-    "weight_quantizer output_quantizer buffer_bitwidth lut_bitwidth".split()
+_LAYER_KEYS = (
+    *"weight_quantizer output_quantizer bias_quantizer".split(),
+    *"buffer_bitwidth lut_bitwidth".split(),
 )
+_BIAS_KEYS = ("bitwidth", "quantizer")
+_SEPARABLE = {"dw_weight_quantizer": "depthwise", "pw_weight_quantizer": "pointwise"}
 _ELSEWHERE = {
-    "bias_quantizer": "biases take the grid of their accumulator, 32 bits",
     "max_value_quantizer": "a bound lies on the grid of the accumulator, 32 bits",
     "a_quantizer": "recurrent states have no quantizer of their own",
-    "dw_weight_quantizer": "the depthwise part is a layer of its own",
-    "pw_weight_quantizer": "the pointwise part is a layer of its own",
 }
 _LUT_BITS = 14  # Of a table, as QuantizeML writes it.
 
@@ -79,7 +86,10 @@ def dump_layers(scheme: Scheme, sites: Sequence[Site], base: Scheme) -> dict[str
 
 
 def config_rules(
-    config: Mapping[str, Any], sites: Sequence[Site], base: Scheme
+    config: Mapping[str, Any],
+    sites: Sequence[Site],
+    base: Scheme,
+    biases: Sequence[Site] = (),
 ) -> tuple[Rule, ...]:
     """Reads a config as rules that come before those of a scheme.
 
@@ -87,6 +97,7 @@ def config_rules(
       config: As `dump_layers` writes it. What it leaves out, ``base`` fills in.
       sites: Of the model.
       base: The scheme under it.
+      biases: Of the model.
 
     Returns:
       One rule for each site that the config speaks of.
@@ -98,31 +109,104 @@ def config_rules(
     layers = _layers(sites)
     if not isinstance(config, Mapping):
         raise SchemeError(f"A config maps layers to quantizers, got {config!r}.")
-    check_keys("q_config", config, layers)
+    separable = _separable(layers)
+    check_keys("q_config", config, [*layers, *separable])
     rules: list[Rule] = []
     for layer, entry in config.items():
-        path, slots = f"q_config[{layer!r}]", layers[layer]
+        path, slots = f"q_config[{layer!r}]", layers.get(layer, {})
         if not isinstance(entry, Mapping):
             raise SchemeError(f"{path}: an object is wanted, got {entry!r}.")
-        for key in entry:
-            if key in _ELSEWHERE:
-                raise SchemeError(f"{path}[{key!r}]: leave it out: {_ELSEWHERE[key]}.")
-            if key.endswith("_quantizer") and key in _LAYER_KEYS and key not in slots:
-                raise SchemeError(
-                    f"{path}[{key!r}]: this layer has none. It has {', '.join(slots)}."
-                )
-        check_keys(path, entry, _LAYER_KEYS)
+        if not entry:
+            raise SchemeError(
+                f"{path}: it is empty, which says nothing. Leave the layer out, or "
+                "write `null` for a quantizer to leave its values in float."
+            )
+        rest = dict(entry)
+        for key in [key for key in entry if key in _SEPARABLE]:
+            site = _part(path, key, separable.get(layer, {}))
+            own = {"weight_quantizer": rest.pop(key)}
+            if "buffer_bitwidth" in entry:
+                own["buffer_bitwidth"] = entry["buffer_bitwidth"]
+            rule = _rule(path, "weight_quantizer", own, site, base, said=key)
+            rules.append(rule)
+        if rest and not slots and set(rest) != {"buffer_bitwidth"}:
+            check_keys(path, rest, list(_SEPARABLE))
+        if "bias_quantizer" in rest:
+            own_biases = [site for site in biases if site.layer == layer]
+            rules.append(_bias_rule(path, rest.pop("bias_quantizer"), own_biases))
+        _check_slots(path, rest, slots)
         for slot, site in slots.items():
-            if slot in entry or "buffer_bitwidth" in entry:
-                rules.append(_rule(path, slot, entry, site, base))
+            if slot in rest or "buffer_bitwidth" in rest:
+                rules.append(_rule(path, slot, rest, site, base))
     return tuple(rules)
+
+
+def _check_slots(path: str, entry: Mapping[str, Any], slots: _Slots) -> None:
+    for key in entry:
+        if key in _ELSEWHERE:
+            raise SchemeError(f"{path}[{key!r}]: leave it out: {_ELSEWHERE[key]}.")
+        if key.endswith("_quantizer") and key in _LAYER_KEYS and key not in slots:
+            raise SchemeError(
+                f"{path}[{key!r}]: this layer has none. It has {', '.join(slots)}."
+            )
+    check_keys(path, entry, (*_LAYER_KEYS, *_SEPARABLE))
+    if "lut_bitwidth" in entry:
+        _whole(path, entry, "lut_bitwidth", 2, 16)
+
+
+def _separable(layers: Mapping[str, _Slots]) -> dict[str, dict[str, Site]]:
+    """Name over a depthwise and a pointwise weight -> both."""
+    found: dict[str, dict[str, Site]] = {}
+    for slots in layers.values():
+        site = slots.get("weight_quantizer")
+        if site is None or not site.op.startswith(("depthwise_conv", "conv", "dense")):
+            continue
+        part = "depthwise" if site.op.startswith("depthwise") else "pointwise"
+        for name in dict.fromkeys((site.layer, site.layer.rpartition("/")[0])):
+            if name:
+                found.setdefault(name, {}).setdefault(part, site)
+    return {name: parts for name, parts in found.items() if len(parts) == 2}
+
+
+def _part(path: str, key: str, parts: Mapping[str, Site]) -> Site:
+    if not parts:
+        raise SchemeError(
+            f"{path}[{key!r}]: this layer is no separable convolution, which has a "
+            "depthwise and a pointwise weight. Use 'weight_quantizer'."
+        )
+    return parts[_SEPARABLE[key]]
+
+
+def _bias_rule(path: str, data: Any, biases: Sequence[Site]) -> Rule:
+    """The rule for the bias of a layer."""
+    here = f"{path}['bias_quantizer']"
+    if not biases:
+        raise SchemeError(f"{here}: this layer has no bias that is added to a product.")
+    name = biases[0].name
+    reasons = (("*", here),)
+    if data is None:
+        return Rule(name, None, reasons=reasons)
+    if not isinstance(data, Mapping):
+        raise SchemeError(f"{here}: an object or null is wanted, got {data!r}.")
+    check_keys(here, data, _BIAS_KEYS)
+    if "quantizer" in data:
+        return Rule(name, _parsed(here, data["quantizer"]), reasons=reasons)
+    bits = _whole(here, data, "bitwidth", 2, 32) if "bitwidth" in data else 8
+    return Rule(name, QSpec(bits, symmetric=True), reasons=reasons)
+
+
+def _parsed(path: str, text: Any) -> Spec:
+    try:
+        return parse(text)
+    except (TypeError, ValueError) as error:
+        raise SchemeError(f"{path}['quantizer']: {error}") from error
 
 
 def accumulator_bits(site: Site, scheme: Scheme, inputs: Sequence[Site]) -> int | None:
     """Returns the bits that the accumulator of any weight of a shape may take.
 
     Args:
-      site: A weight whose last axis is that of the outputs.
+      site: A weight.
       scheme: With known bits.
       inputs: The sites that its product reads.
 
@@ -135,7 +219,8 @@ def accumulator_bits(site: Site, scheme: Scheme, inputs: Sequence[Site]) -> int 
     if not is_known(*(w.bits for w in words)):  # type: ignore[union-attr]
         return None
     reach = max(map(_reach, words[1:]))  # type: ignore[arg-type]
-    most = math.prod(site.shape[:-1]) * _reach(words[0]) * reach  # type: ignore[arg-type]
+    taps = math.prod(site.shape[:-1]) if site.taps is None else site.taps
+    most = taps * _reach(words[0]) * reach  # type: ignore[arg-type]
     return int(most).bit_length() + 1
 
 
@@ -146,6 +231,12 @@ class Explanation(dict[str, tuple[Any, str]]):
         rows = [(k, str(v), reason) for k, (v, reason) in self.items()]
         wide = [max((len(row[k]) for row in rows), default=0) for k in (0, 1)]
         return "\n".join(f"{a:<{wide[0]}}  {b:<{wide[1]}}  {c}" for a, b, c in rows)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        rows = [(field, *pair) for field, pair in self.items()]
+        return html_table(("field", "value", "decided by"), rows)
 
 
 def explain_site(scheme: Scheme, site: Site) -> Explanation:
@@ -168,6 +259,10 @@ def explain_site(scheme: Scheme, site: Site) -> Explanation:
             value = getattr(spec, field.name)
             value = getattr(value, "__name__", value)
             reason = reasons.get(field.name, own)
+            if field.name == "axis" and scheme.word(site) != spec:
+                is_weight = site.role == "weight"
+                why = site.note or "the output axis" if is_weight else "one scale"
+                reason = f"{reason}: {why}"
             if field.name == "symmetric" and site.role == "weight":
                 value, reason = True, "weights are symmetric"
             found[field.name] = value, reason
@@ -214,8 +309,9 @@ def _weight_out(scheme: Scheme, base: Scheme, site: Site) -> dict[str, Any] | No
         return None if spec is None else {"quantizer": str(spec)}
     found: dict[str, Any] = {"bitwidth": _bits(site, spec)}
     is_depthwise = site.op.startswith("depthwise")
-    if spec.axis != -1 or is_depthwise:
-        found["axis"] = -2 if spec.axis == -1 else spec.axis
+    is_output = spec.axis == site.axis and spec.axis is not None
+    if is_depthwise or not is_output:  # In the layout of Keras, whatever is ours.
+        found["axis"] = -2 if is_output else spec.axis
     usual = _usual(base.spec(site), site)
     return found | _differences(spec, usual, ("signed", "narrow_range"))
 
@@ -294,7 +390,13 @@ def _bits(site: Site, spec: QSpec) -> int:
 
 
 def _rule(
-    path: str, slot: str, entry: Mapping[str, Any], site: Site, base: Scheme
+    path: str,
+    slot: str,
+    entry: Mapping[str, Any],
+    site: Site,
+    base: Scheme,
+    *,
+    said: str = "",
 ) -> Rule:
     """The rule for one site: what the entry says, over what the scheme says."""
     under, rule = base.spec(site), base.rule(site)
@@ -305,7 +407,7 @@ def _rule(
         buffer = _whole(path, entry, "buffer_bitwidth", 2, 32)
         reasons["buffer_bits"] = f"{path}['buffer_bitwidth']"
     if slot in entry:
-        here, data = f"{path}[{slot!r}]", entry[slot]
+        here, data = f"{path}[{(said or slot)!r}]", entry[slot]
         if data is None:
             word, reasons["spec"] = None, here
         elif not isinstance(data, Mapping):
@@ -329,10 +431,7 @@ _FIELDS = {"bitwidth": "bits", "buffer_bitwidth": "buffer_bits"}
 
 def _word(path: str, data: Mapping[str, Any], site: Site, under: Word | None) -> Word:
     if "quantizer" in data:
-        try:
-            return parse(data["quantizer"])
-        except (TypeError, ValueError) as error:
-            raise SchemeError(f"{path}['quantizer']: {error}") from error
+        return _parsed(path, data["quantizer"])
     spec = _usual(under, site)
     options: dict[str, Any] = {}
     for key in ("signed", "symmetric", "narrow_range", "power_of_two"):
@@ -375,7 +474,7 @@ def _axis(path: str, axis: Any, site: Site) -> Any:
             f"{path}['axis']: {channel}, the channels of the output, or null is wanted "
             f"for a {site.op}, got {axis!r}."
         )
-    return None if axis is None else -1
+    return None if axis is None else site.axis
 
 
 def _calibrator(path: str, text: Any) -> Calibrator:

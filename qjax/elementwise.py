@@ -20,6 +20,7 @@ from qjax.trace import (
     POINTWISE,
     Equation,
     Trace,
+    is_key,
     kinds_of,
     whole_of,
 )
@@ -272,7 +273,4 @@ class _Finder:
 
 def _real(value: object) -> np.ndarray:
     """A constant as numbers; zero for what is none, such as a random key."""
-    dtype = getattr(value, "dtype", None)
-    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
-        return np.zeros(1)
-    return np.asarray(value).astype(np.float64)
+    return np.zeros(1) if is_key(value) else np.asarray(value).astype(np.float64)

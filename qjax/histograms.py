@@ -242,7 +242,12 @@ def histogram(search: Search) -> Calibrator:
 
     Returns:
       A calibrator. Values count by magnitude from 2^-126 on.
+
+    Raises:
+      TypeError: if ``search`` is no function.
     """
+    if not callable(search):
+        raise TypeError(f"`search` must be a function, got {search!r}.")
 
     def find(values: Histogram, spec: QSpec) -> Ends:
         whole, unit = jnp.arange(-_HALF, _HALF + 1, dtype=jnp.float32), values.unit

@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from qjax.affine import QParams, QSpec, dequantize
+from qjax.affine import QParams, QSpec, dequantize, quantize
 from qjax.config import Explanation, dump_layers, explain_site
 from qjax.instrument import QState, QuantizedModel, Quantizer
-from qjax.quantizers.point import make_point
+from qjax.quantizers.point import Point, encode, levels, make_point
+from qjax.quantizers.spec import Spec, is_known
 from qjax.quantizers.strings import closest
 from qjax.scheme import Site
 from qjax.simulate import Unit, Visit
+from qjax.tables import html_table, show_types, text_table
 
 
 class SiteScale(NamedTuple):
@@ -32,15 +34,28 @@ class Scales(dict[str, SiteScale]):
 
     def __str__(self) -> str:
         head = f"{'site':<32} {'bits':>4} {'scale':>13} {'zero':>6} {'range':>25}"
-        lines = [head]
+        lines = [
+            f"{name:<32} {bits:>4} {scale:>13} {zero:>6} {ends:>25}"
+            for name, bits, scale, zero, ends in self._rows()
+        ]
+        return "\n".join([head, *lines])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table(("site", "bits", "scale", "zero", "range"), self._rows())
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = []
         for name, row in self.items():
+            if not all(is_known(value) for value in row):
+                rows.append((name, "?", "?", "?", "?"))  # Inside of a transformation.
+                continue
             bits, scale, zero, low, high = (np.asarray(v) for v in row)
-            span = f"[{np.min(low):.5g}, {np.max(high):.5g}]"
-            lines.append(
-                f"{name:<32} {bits!s:>4} {_span(scale, '.5g'):>13} "
-                f"{_span(zero, 'd'):>6} {span:>25}"
-            )
-        return "\n".join(lines)
+            ends = f"[{np.min(low):.5g}, {np.max(high):.5g}]"
+            texts = f"{bits!s}", _span(scale, ".5g"), _span(zero, "d"), ends
+            rows.append((name, *texts))
+        return rows
 
 
 def _flatten_scales(scales: Scales) -> tuple[Any, Any]:
@@ -92,17 +107,17 @@ def scales(qmodel: QuantizedModel, params: Any, qstate: QState) -> Scales:
     grids, table = run(params, qstate), Scales()
     for site in qmodel.sites:
         if site.name in grids:
-            (scale, zero_point), ends = grids[site.name]
+            (scale, zero_point), (*ends, levels) = grids[site.name]
             low, high = (dequantize(q, QParams(scale, zero_point)) for q in ends)
-            spec = qmodel.scheme.spec(site)
-            bits = spec.bits if isinstance(spec, QSpec) else _word_length(*ends)
+            bits = _word_length(qmodel.scheme.spec(site), levels)
             table[site.name] = SiteScale(bits, scale, zero_point, low, high)
     return table
 
 
-def _word_length(least: jax.Array, most: jax.Array) -> int:
-    """The bits that tell the codes from ``least`` to ``most`` apart."""
-    return int(most - least).bit_length()
+def _word_length(word: Any, levels: jax.Array) -> ArrayLike:
+    """The bits of a word, or those that tell its levels apart: 1 for two signs."""
+    bits: ArrayLike | None = getattr(word, "bits", None)
+    return (int(levels) - 1).bit_length() if bits is None else bits
 
 
 def _span(values: np.ndarray, form: str) -> str:
@@ -125,10 +140,152 @@ class _GridRecorder(Quantizer):
 
     def _keep(self, site: Site, x: jax.Array, visit: Visit) -> Visit:
         spec = self.scheme.spec(site)
-        if visit[1] is not None and spec is not None:
-            word = spec if isinstance(spec, QSpec) else make_point(spec, None, x)
-            ends = (jnp.asarray(q).astype(jnp.int32) for q in (word.qmin, word.qmax))
-            self.grids[site.name] = visit[1], (*ends,)
+        if visit.grid is not None and spec is not None:
+            self.grids[site.name] = visit.grid, _extent(spec, x)
+        return visit
+
+
+class IntegerWeight(NamedTuple):
+    """A weight as integers: ``real = scale * (codes - zero_point)``.
+
+    Where codes are not linear, ``scale`` and ``zero_point`` are None and ``real =
+    levels[codes]``.
+    """
+
+    codes: jax.Array  # Shape of the weight, the least integer type that holds the word.
+    scale: jax.Array | None  # float32, [] or the rank of the weight. Units per code.
+    zero_point: jax.Array | None  # int32, same shape. The code of 0.0: 0 for weights.
+    bits: ArrayLike  # Word length, sign included.
+    levels: jax.Array | None = None  # float32. The value of each code.
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class IntegerWeights(dict[str, IntegerWeight]):
+    """Name of a weight -> its integers and their scale. Printed, a table."""
+
+    def __str__(self) -> str:
+        return text_table(_WEIGHT_HEAD, self._rows())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table(_WEIGHT_HEAD, self._rows())
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        """Returns the rows with their names, for JAX."""
+        return tuple((jax.tree_util.DictKey(k), v) for k, v in self.items()), (*self,)
+
+    @classmethod
+    def tree_unflatten(cls, names: Any, rows: Any) -> "IntegerWeights":
+        """Returns rows under their names, for JAX."""
+        return cls(zip(names, rows, strict=True))
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = []
+        for name, row in self.items():
+            scale = "levels" if row.scale is None else "?"
+            if row.scale is not None and is_known(row.scale):
+                scale = _span(np.asarray(row.scale), ".5g")
+            bits = f"{row.bits}" if is_known(row.bits) else "?"
+            rows.append((name, bits, show_types([row.codes]), scale))
+        return rows
+
+
+_WEIGHT_HEAD = ("weight", "bits", "codes", "scale")
+
+
+def integer_weights(qmodel: QuantizedModel, params: Any) -> IntegerWeights:
+    """Returns the weights as integers, with their scales, by the name of their site.
+
+    No activation is needed, so that models of which only weights are quantized
+    (``Scheme(activations=None)``) have their integers, too. In a program of `lower`,
+    ``program.params`` holds the same codes under the same names, unless its arithmetic
+    asks for another unit: a bias too large for int32, a BatchNorm of no gain.
+
+    Args:
+      qmodel: The model; no state is asked for.
+      params: As its ``fn`` takes them.
+
+    Returns:
+      Name -> `IntegerWeight`, in the order of computation: the weights that have a
+      word. What the scheme leaves in float is not there.
+
+    Raises:
+      ValueError: for a quantizer whose values have no codes.
+
+    Example:
+      >>> import qjax
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> params = {"kernel": jnp.array([[0.5, -1.0], [0.25, 2.0]])}
+      >>> scheme = qjax.Scheme(qjax.QSpec(4, narrow_range=True), activations=None)
+      >>> qmodel = qjax.quantize_model(fn, params, jnp.ones((1, 2)), scheme=scheme)
+      >>> row = integer_weights(qmodel, params)["kernel"]
+      >>> print(row.codes, row.scale * 7)
+      [[ 2 -4]
+       [ 1  7]] 2.0
+    """
+
+    @jax.jit
+    def run(params: Any) -> dict[str, Any]:
+        inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), qmodel.example)
+        recorder = _WeightRecorder(qmodel.scheme, {}, {})
+        qmodel.simulation(params, inputs).run(recorder)
+        return recorder.weights
+
+    rows, found = run(params), IntegerWeights()
+    for site in qmodel.sites:
+        if site.name in rows:
+            codes, grid, (low, high, count), table = rows[site.name]
+            bits = _word_length(qmodel.scheme.spec(site), count)
+            codes = codes.astype(_storage(low, high))
+            scale, zero_point = grid
+            found[site.name] = IntegerWeight(codes, scale, zero_point, bits, table)
+    return found
+
+
+def _storage(low: jax.Array, high: jax.Array) -> Any:
+    """The least type that holds codes; int32 where their bits are traced."""
+    if is_known(low, high):
+        for dtype in (jnp.int8, jnp.uint8, jnp.int16, jnp.uint16):
+            info = jnp.iinfo(dtype)
+            if info.min <= np.min(low) and np.max(high) <= info.max:
+                return dtype
+    return jnp.int32
+
+
+def _extent(spec: QSpec | Spec, x: jax.Array) -> tuple[jax.Array, ...]:
+    """Least code, largest code, and number of levels of a word."""
+    word = spec if isinstance(spec, QSpec) else make_point(spec, None, x)
+    count = jnp.asarray(word.qmax) - jnp.asarray(word.qmin) + 1
+    if isinstance(word, Point):
+        count = jnp.max(word.highest - word.lowest) + 1
+    ends = (jnp.asarray(q).astype(jnp.int32) for q in (word.qmin, word.qmax, count))
+    return (*ends,)
+
+
+@dataclasses.dataclass(frozen=True)
+class _WeightRecorder(Quantizer):
+    """Leaves activations in float and remembers weights, their grids and extents."""
+
+    weights: dict[str, Any]
+
+    def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
+        return Visit(x if unit is None else x * unit.per(1.0))
+
+    def weight(self, site: Site, x: jax.Array) -> Visit:
+        spec, visit, table = self.scheme.spec(site), super().weight(site, x), None
+        if spec is None:
+            return visit
+        extent, grid = _extent(spec, x), visit.grid
+        if isinstance(spec, Spec):
+            _, codes, grid = encode(spec, x)
+            if grid is None:
+                table = levels(spec)
+                extent = jnp.int32(0), jnp.int32(len(table) - 1), jnp.int32(len(table))
+        else:
+            assert grid is not None
+            codes = quantize(x, grid, spec)
+        self.weights[site.name] = codes, grid or (None, None), extent, table
         return visit
 
 

@@ -1,5 +1,6 @@
 """What the layers of `qjax.linen` and `qjax.nnx` compute, as functions of arrays."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -18,7 +19,7 @@ from qjax.scheme import Role, check_word
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 Padding = str | int | Sequence[int | tuple[int, int]]
 
-KERNEL_SPEC = QSpec(bits=8, narrow_range=True, axis=-1)
+KERNEL_SPEC = QSpec(bits=8, narrow_range=True, axis="output")
 INPUT_SPEC = QSpec(bits=8)
 CALIBRATOR = ema_min_max()
 
@@ -43,7 +44,7 @@ def quantized_product(
       bias: ``[out]``, put on the grid of the accumulator; or None.
       x_params: Grid of the input, one per tensor.
       x_spec: Word of the input codes.
-      kernel_spec: Word of the kernel codes; ``axis`` is -1 or None.
+      kernel_spec: Word of the kernel codes; ``axis`` is "output", which is -1, or None.
       site: Prefix of the names ``input``, ``kernel`` and ``bias``.
 
     Returns:
@@ -57,6 +58,8 @@ def quantized_product(
     prefix = f"{site}/" if site else ""
     check_specs(x_spec, kernel_spec, site)
     check_calibrated(x_params, f"{prefix}input")
+    if kernel_spec.axis == "output":
+        kernel_spec = dataclasses.replace(kernel_spec, axis=-1)
     kernel_params = abs_max_params(kernel, kernel_spec)
     x = fake_quant(x, x_params, x_spec, site=f"{prefix}input")
     kernel = fake_quant(kernel, kernel_params, kernel_spec, site=f"{prefix}kernel")

@@ -538,10 +538,8 @@ def _call(model: Trace, whole: _Whole, finder: _Finder) -> Equation:
         return [env[v] for v in outputs]
 
     run.__name__ = run.__qualname__ = WHOLE + whole.kind
-    shapes = [
-        jax.ShapeDtypeStruct(model.shape(v), model.avals[v].dtype) for v in inputs
-    ]
-    (call,) = jax.make_jaxpr(jax.jit(run))(*shapes).jaxpr.eqns
+    types = (model.avals[v] for v in inputs)
+    (call,) = jax.make_jaxpr(jax.jit(run))(*types).jaxpr.eqns
     return Equation(call.primitive, call.params, inputs, outputs, whole.end.path)
 
 

@@ -19,6 +19,7 @@ from qjax.calibration import (
     moving_min_max,
     named,
 )
+from qjax.patterns import Globs
 from qjax.quantizers.low_bit import (
     Bernoulli,
     Binary,
@@ -68,7 +69,9 @@ class QuantizationParams:
     Attributes:
       activation_bits: After activations, 1 to 16.
       per_tensor_activations: Whether activations have one scale, not one per channel.
-        Products that sum over channels of different scales do not lower.
+        The kernel of a product takes the scales of its input in before it is rounded;
+        for other readers values are brought to one scale, exactly. The input of the
+        model has one scale, where QuantizeML's may have one per channel.
       weight_bits: Of weights, 2 to 16.
       output_bits: Of values that no activation makes.
       input_weight_bits: Of the weights of the first product.
@@ -136,10 +139,17 @@ class QuantizationParams:
         readers = (*_PRODUCTS, *FUNCTIONS, "residual", "concatenate", "matmul", "mul")
 
         def weight(where: Where, field: str) -> Rule:
-            spec = QSpec(getattr(self, field), narrow_range=True, axis=-1)
+            spec = QSpec(getattr(self, field), narrow_range=True, axis="output")
             buffer = min(self.buffer_bits, 28)
             reasons = _reasons(bits=made + field, buffer_bits=made + "buffer_bits")
             return Rule(where, spec, buffer_bits=buffer, reasons=reasons)
+
+        def why_one_scale(ranks: tuple[int, ...], channels: bool) -> str:
+            if not channels:
+                return "one scale"
+            if self.per_tensor_activations or not ranks:
+                return made + "per_tensor_activations"
+            return "one scale for at most two axes"
 
         def value(
             field: str, *, signed: bool = True, channels: bool = True, **where: Any
@@ -148,8 +158,8 @@ class QuantizationParams:
             rules = []
             for ranks, a in (((0, 1, 2), None), ((), axis if channels else None)):
                 spec = _output(bits, signed, a)
-                by = made + field, made + "per_tensor_activations"
-                reasons = _reasons(bits=by[0], axis=by[1] if channels else "one scale")
+                by = why_one_scale(ranks, channels)
+                reasons = _reasons(bits=made + field, axis=by)
                 here = Where(role="activation", ranks=ranks, **where)
                 rules.append(Rule(here, spec, reasons=reasons))
             return rules
@@ -161,7 +171,7 @@ class QuantizationParams:
             weight(dataclasses.replace(_FIRST, op=_PRODUCTS), "input_weight_bits"),
             weight(Where(role="weight", op=_PRODUCTS), "weight_bits"),
             Rule(Where(role="weight"), None, reasons=_reasons(spec="no product")),
-            self._input(axis),
+            self._input(),
             Rule(looked_up, _output(11, True, None), reasons=_reasons(bits="a table")),
             *value(
                 "activation_bits",
@@ -184,25 +194,31 @@ class QuantizationParams:
         unread = _reasons(spec="no product, sum or function reads it")
         rules.append(Rule(Where(role="activation"), None, reasons=unread))
         return Scheme(
-            weights=QSpec(self.weight_bits, narrow_range=True, axis=-1),
+            weights=QSpec(self.weight_bits, narrow_range=True, axis="output"),
             activations=_output(self.output_bits, True, axis),
-            rules=tuple(rules),
+            rules=_optional(*rules),
             calibrator=moving_max(),
             buffer_bits=self.buffer_bits,
         )
 
-    def _input(self, axis: int | None) -> Rule:
+    def _input(self) -> Rule:
         info = np.iinfo(self.input_dtype)
         signed, calibrator = info.min < 0, moving_max()
-        spec = _output(info.bits, signed, axis)
+        spec = _output(info.bits, signed, None)
         if not signed:
             spec = dataclasses.replace(spec, symmetric=False)
             calibrator = moving_min_max()
         reasons = _reasons(
             bits="QuantizationParams.input_dtype",
             signed="QuantizationParams.input_dtype",
+            axis="QuantizationParams.per_tensor_activations",
         )
         return Rule(Where(name="input:*"), spec, calibrator, reasons=reasons)
+
+
+def _optional(*rules: Rule) -> tuple[Rule, ...]:
+    """Returns rules that may match nothing: a preset is for many models."""
+    return tuple(dataclasses.replace(rule, optional=True) for rule in rules)
 
 
 def _is_integer_type(name: str) -> bool:
@@ -235,7 +251,7 @@ def tflite_int8() -> Scheme:
     References:
       LiteRT 8-bit quantization specification; the converter of TensorFlow 2.19.1.
     """
-    return Scheme(rules=_fixed_8_bit())
+    return Scheme(rules=_optional(*_fixed_8_bit()))
 
 
 def tflite_int16x8() -> Scheme:
@@ -248,7 +264,7 @@ def tflite_int16x8() -> Scheme:
     word = QSpec(bits=16, symmetric=True, narrow_range=True)
     whole = constant(-32767 / 32768, 32767 / 32768)
     bounded = ("logistic", "sigmoid", "softmax", "tanh")
-    return Scheme(activations=word, rules=(_fixed(bounded, word, whole),))
+    return Scheme(activations=word, rules=_optional(_fixed(bounded, word, whole)))
 
 
 def _fixed_8_bit() -> tuple[Rule, Rule]:
@@ -294,7 +310,7 @@ def tfmot_int8() -> Scheme:
     whole = QSpec(bits=8, narrow_range=True)
     per_tensor = Where(role="weight", op=("dense", "conv_transpose"))
     return Scheme(
-        rules=(
+        rules=_optional(
             Rule(per_tensor, whole),
             Rule(Where(name="input:*"), QSpec(bits=8), tfmot_all_values()),
             *_fixed_8_bit(),
@@ -306,7 +322,7 @@ def tfmot_int8() -> Scheme:
 
 def w4a8() -> Scheme:
     """Weights of 4 bits per output channel, activations of 8."""
-    return Scheme(weights=QSpec(bits=4, narrow_range=True, axis=-1))
+    return Scheme(weights=QSpec(bits=4, narrow_range=True, axis="output"))
 
 
 def binary(*, activation_bits: int = 8) -> Scheme:
@@ -320,30 +336,40 @@ def binary(*, activation_bits: int = 8) -> Scheme:
     References:
       Rastegari et al., "XNOR-Net", 2016, sections 3.1 and 4 (arXiv:1603.05279).
     """
-    word = QSpec(bits=8, narrow_range=True, axis=-1)
+    word = QSpec(bits=8, narrow_range=True, axis="output")
     return Scheme(
         weights=Binary(alpha="auto"),
         activations=QSpec(bits=activation_bits),
-        rules=(Rule(_FIRST, word), Rule(_LAST, word)),
+        rules=_optional(Rule(_FIRST, word), Rule(_LAST, word)),
     )
 
 
 def qkeras(
-    layers: Mapping[str, Mapping[str, str | None]], base: Scheme | None = None
+    layers: Mapping[str, Mapping[str, str | Spec | None]], base: Scheme | None = None
 ) -> Scheme:
     """QKeras's way: the names of quantizers, layer by layer.
 
-        qkeras({"conv1": {"kernel_quantizer": "quantized_bits(4,0,1)",
+        qkeras({"input:0": {"activation": "quantized_bits(8,0,1)"},
+                "conv1": {"kernel_quantizer": "quantized_bits(4,0,1)",
+                          "bias_quantizer": "quantized_bits(4)",
                           "activation": "quantized_relu(4)"}, "fc": {...}})
 
-    Biases take the grid of their accumulator, which holds those of QKeras wherever it
-    is the finer one. A quantized model has no random key: what draws in QKeras's
-    training is replaced by what QKeras computes in inference, with a warning.
+    A bias has the very value that its quantizer gives it: its accumulator is made finer
+    where its grid does not hold that. Without a quantizer it takes the grid of the
+    accumulator. A kernel's ``alpha`` is what its string says, 1 if nothing; QKeras's
+    layers make it "auto_po2". A quantized model has no random key: what draws in
+    QKeras's training is replaced by what QKeras computes in inference, with a warning.
 
     Args:
-      layers: Module path, or a glob of module paths -> ``kernel_quantizer`` (also
-        ``depthwise_quantizer``) and ``activation``, each a string as
-        `qjax.quantizers.parse` reads it, or None for none.
+      layers: Module path, or a glob of module paths, ``input:0`` for an input -> names
+        of quantizers, each a string as `qjax.quantizers.parse` reads it, a spec, or
+        None for none:
+
+        - ``kernel_quantizer``, also ``depthwise_quantizer``, ``pointwise_quantizer``:
+          together they tell the weights of a separable convolution apart;
+        - ``bias_quantizer``;
+        - ``activation``, also ``activation_quantizer``, of what the layer returns.
+          Keras's own functions, such as "relu", stay what the model makes of them.
       base: What other sites get; None: they stay float, as layers that QKeras is not
         told of.
 
@@ -351,26 +377,22 @@ def qkeras(
       The scheme.
 
     Raises:
-      ValueError: for an unknown key, or a string that is no quantizer.
+      ValueError: for an unknown key, or a string that is no quantizer, with the layer
+        and the key.
 
     Warns:
       UserWarning: for quantizers that draw at random, with what stands for them.
     """
-    roles: dict[str, Role] = {
-        "kernel_quantizer": "weight",
-        "depthwise_quantizer": "weight",
-        "activation": "activation",
-    }
     rules, settled = [], []
     for layer, texts in layers.items():
+        if not isinstance(texts, Mapping):
+            raise ValueError(
+                f"{layer}: names of quantizers by key are wanted, as in "
+                f'{{"kernel_quantizer": "quantized_bits(4,0,1)"}}, got {texts!r}.'
+            )
         for key, text in texts.items():
-            if key not in roles:
-                raise ValueError(
-                    f"{layer}.{key}: wanted is one of {', '.join(roles)}. Biases take "
-                    "the grid of their accumulator."
-                )
-            where = Where(role=roles[key], layer=layer)
-            word = None if text is None else parse(text)
+            word = _named_word(f"{layer}.{key}", key, text)
+            where = _qkeras_site(layer, key, {_DEPTHWISE, _POINTWISE} <= set(texts))
             if word is not None and is_random(word):
                 still = _deterministic(word)
                 settled.append(f"{layer}.{key}: {word} -> {still}")
@@ -385,6 +407,50 @@ def qkeras(
     if base is None:
         base = Scheme(weights=None, activations=None)
     return dataclasses.replace(base, rules=(*rules, *base.rules))
+
+
+_DEPTHWISE, _POINTWISE = "depthwise_quantizer", "pointwise_quantizer"
+_QKERAS_KEYS: dict[str, Role] = {
+    "kernel_quantizer": "weight",
+    _DEPTHWISE: "weight",
+    _POINTWISE: "weight",
+    "bias_quantizer": "bias",
+    "activation": "activation",
+    "activation_quantizer": "activation",
+}
+# Functions of Keras, which quantize nothing.
+_KERAS = frozenset(
+    "elu exponential gelu linear relu relu6 selu sigmoid silu softmax softplus "
+    "softsign swish tanh".split()
+)
+
+
+def _named_word(path: str, key: str, text: Any) -> Spec | None:
+    """The quantizer that an entry names; None for none."""
+    if key not in _QKERAS_KEYS:
+        raise ValueError(
+            f"{path}: wanted is one of {', '.join(_QKERAS_KEYS)}. A BatchNorm is part "
+            "of its product; averages and states have no quantizer of their own."
+        )
+    if text is None or isinstance(text, Spec):
+        return text
+    if _QKERAS_KEYS[key] == "activation" and text in _KERAS:
+        return None
+    try:
+        return parse(text)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _qkeras_site(layer: str, key: str, is_separable: bool) -> Where:
+    """The sites that a key of a layer means."""
+    where = Where(role=_QKERAS_KEYS[key], layer=layer)
+    ops: dict[str, Globs] = {_DEPTHWISE: "depthwise_*", _POINTWISE: ("conv*", "dense")}
+    if not is_separable or where.role == "activation":
+        return where
+    return dataclasses.replace(
+        where, layer=(layer, f"{layer}/*"), op=ops.get(key, where.op)
+    )
 
 
 def _deterministic(word: Spec) -> Spec:

@@ -1,6 +1,7 @@
 """Raw integers as the input of a model: the rescaling goes in, and loses nothing."""
 
 import fractions
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -42,8 +43,10 @@ def insert_rescaling(
       ``input:0``, to be put first in a scheme.
 
     Raises:
+      TypeError: for what is no function.
       ValueError: for a scale that is not positive and finite, numbers per channel
-        (they belong in the first kernel and its bias), or another dtype.
+        (they belong in the first kernel and its bias), or another dtype; for a function
+        of its parameters alone.
 
     Example:
       >>> fn = lambda params, x: x @ params["kernel"]
@@ -53,6 +56,7 @@ def insert_rescaling(
       >>> raw({"kernel": jnp.eye(2)}, jnp.array([[0, 255]], jnp.uint8))
       Array([[0., 1.]], dtype=float32)
     """
+    _check_takes_input(fn)
     if np.ndim(scale) or np.ndim(offset):
         raise ValueError(
             "`scale` and `offset` must be one number each: the input has one grid. Put "
@@ -88,3 +92,22 @@ def insert_rescaling(
         return fn(params, real, *inputs, **options)
 
     return rescaled, rule
+
+
+def _check_takes_input(fn: Any) -> None:
+    """Raises for what has no input that a rescaling could go in front of."""
+    if not callable(fn):
+        raise TypeError(
+            f"`fn` must be a function `fn(params, x, *inputs)`, got {fn!r}."
+        )
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):
+        return  # Not every callable has one.
+    try:
+        signature.bind_partial(None, None)
+    except TypeError as error:
+        raise ValueError(
+            "`fn` takes no input after its parameters, so there is nothing to rescale. "
+            "Use `fn(params, x, *inputs)`, where `x` is real."
+        ) from error

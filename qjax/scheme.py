@@ -1,93 +1,30 @@
 """Which grid at which site: defaults, and rules on sites."""
 
 import dataclasses
-import difflib
-import fnmatch
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qjax.affine import Estimator, QSpec, clipped_ste
-from qjax.calibration import Calibrator, min_max
+from qjax.calibration import Calibrator, min_max, parse_calibrator
+from qjax.patterns import (
+    Role,
+    Site,
+    Where,
+    check_fields,
+    check_name,
+    is_whole,
+    matches,
+    no_match,
+)
 from qjax.quantizers.spec import Spec, is_known
+from qjax.quantizers.strings import parse
+from qjax.tables import show, show_fields
 
-Role = Literal["weight", "activation"]
 Word = QSpec | Spec  # An affine grid; or a quantizer of qjax.quantizers by its options.
-Globs = str | tuple[str, ...]
-
-
-class Site(NamedTuple):
-    """A place in a model where values are put on a grid."""
-
-    name: str  # conv1/kernel, conv1/output, input:0, residual_2/output, output:0.
-    role: Role
-    shape: tuple[int, ...]  # Of the value in the traced example.
-    layer: str = ""  # Module path: of what the weight serves; of where a value is made.
-    op: str = ""  # What makes the value; of a weight, what it serves: conv, dense, ...
-    activation: str = ""  # What the value has passed: relu, relu6, clip, gelu, ...
-    inputs: tuple[str, ...] = ()  # Names of the sites that the op reads.
-    feeds: tuple[str, ...] = ()  # Who reads the value, or what a weight makes: ops, and
-    # "return" if the model returns it.
-
-
-@dataclasses.dataclass(frozen=True)
-class Where:
-    """A predicate on sites: true where all of its fields match.
-
-    Patterns are globs, or tuples of globs of which one must match.
-
-    Attributes:
-      name: Of the site.
-      role: "weight" or "activation"; None for both.
-      layer: Module path that the site belongs to.
-      op: What makes the value, or what a weight serves.
-      activation: What the value has passed; ``"?*"`` for any.
-      inputs: Of the names of the sites that the op reads; all must match, and at least
-        one be there.
-      feeds: Of the ops that read the value; one must match.
-      feeds_only: Of the ops that read the value; all must match, and at least one be
-        there.
-      ranks: Numbers of axes of the value; empty for any.
-
-    Example:
-      >>> is_first = Where(role="weight", inputs="input:*")
-      >>> is_first(Site("conv1/kernel", "weight", (3, 3, 1, 8), inputs=("input:0",)))
-      True
-    """
-
-    name: Globs = "*"
-    role: Role | None = None
-    layer: Globs = "*"
-    op: Globs = "*"
-    activation: Globs = "*"
-    inputs: Globs = "*"
-    feeds: Globs = "*"
-    feeds_only: Globs = "*"
-    ranks: tuple[int, ...] = ()
-
-    def __repr__(self) -> str:
-        fields = ((f.name, f.default) for f in dataclasses.fields(self))
-        said = (f"{k}={v!r}" for k, d in fields if (v := getattr(self, k)) != d)
-        return f"Where({', '.join(said)})"
-
-    def __call__(self, site: Site) -> bool:
-        """Whether all fields match."""
-        return (
-            _matches(site.name, self.name)
-            and self.role in (None, site.role)
-            and _matches(site.layer, self.layer)
-            and _matches(site.op, self.op)
-            and _matches(site.activation, self.activation)
-            and (self.inputs == "*" or bool(site.inputs))
-            and all(_matches(name, self.inputs) for name in site.inputs)
-            and (self.feeds == "*" or any(_matches(f, self.feeds) for f in site.feeds))
-            and (self.feeds_only == "*" or bool(site.feeds))
-            and all(_matches(op, self.feeds_only) for op in site.feeds)
-            and (not self.ranks or len(site.shape) in self.ranks)
-        )
 
 
 @jax.tree_util.register_dataclass
@@ -96,15 +33,25 @@ class Rule:
     """A choice for the sites that it matches.
 
     Attributes:
-      pattern: Glob on the whole name of a site, where ``*`` also crosses ``/``; or a
-        predicate, any function of a `Site`. `Where` makes those that go into JSON.
-      spec: The word of the codes, a `QSpec` or the options of a quantizer of
-        `qjax.quantizers`; None leaves the site in float.
-      calibrator: How the range is found; None keeps that of the scheme.
-      buffer_bits: Most bits of the accumulator that a weight makes; None keeps that of
-        the scheme.
+      pattern: The name of a site; a glob on the whole name, where ``*`` also crosses
+        ``/``; or a predicate, any function of a `Site`. `Where` makes those that go
+        into JSON.
+      spec: The word of the codes: a `QSpec`, the options of a quantizer of
+        `qjax.quantizers`, or the text of one, ``"quantized_bits(4)"``. None leaves the
+        site in float.
+      calibrator: How the range is found, also as text, ``"percentile(99.9)"``; None
+        keeps that of the scheme.
+      buffer_bits: Most bits of the accumulator that a weight makes, 2 to 32; None keeps
+        that of the scheme.
       reasons: Pairs of a field and what decided it, for `explain`; "*" for all other
         fields. The rule itself, where they are silent.
+      optional: Whether the rule may match nothing, as those of presets, which are made
+        for many models; for others that is an error.
+
+    Raises:
+      TypeError: for fields of another type.
+      ValueError: for texts that are no quantizer or calibrator, and ``buffer_bits``
+        outside of 2 to 32.
     """
 
     pattern: str | Callable[[Site], bool] = dataclasses.field(metadata={"static": True})
@@ -116,12 +63,31 @@ class Rule:
     reasons: tuple[tuple[str, str], ...] = dataclasses.field(
         default=(), metadata={"static": True}
     )
+    optional: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str) and not callable(self.pattern):
+            raise TypeError(
+                "`pattern` of a `Rule` must be a name of a site, a glob or a `Where`, "
+                f"got {self.pattern!r}."
+            )
+        object.__setattr__(self, "spec", _as_word("spec", self.spec))
+        if self.calibrator is not None:
+            calibrator = _as_calibrator(self.calibrator)
+            object.__setattr__(self, "calibrator", calibrator)
+        if self.buffer_bits is not None:
+            bits = _as_buffer_bits(self.buffer_bits)
+            object.__setattr__(self, "buffer_bits", bits)
+
+    def __repr__(self) -> str:
+        options = show_fields(self, always=("pattern", "spec"))
+        return options.replace("pattern=", "", 1).replace("spec=", "", 1)
 
     def matches(self, site: Site) -> bool:
         """Whether the rule speaks of a site."""
         if callable(self.pattern):
             return bool(self.pattern(site))
-        return fnmatch.fnmatchcase(site.name, self.pattern)
+        return matches(site.name, self.pattern)
 
 
 @jax.tree_util.register_dataclass
@@ -132,21 +98,29 @@ class Scheme:
     A pytree whose leaves are bit widths: schemes that differ in nothing else stack
     (`stack_schemes`) and ``vmap``. As JSON: `to_json`, `from_json`.
 
+    Words and calibrators may be given as their texts.
+
     Attributes:
       weights: For kernels. A `QSpec` is taken as symmetric; ranges come from the
         weights themselves. None leaves them in float.
       activations: For inputs and outputs of blocks.
-      rules: The first one that matches a site decides it.
+      rules: The first one that matches a site decides it. Tuples of the arguments of a
+        `Rule` are taken for it.
       calibrator: How ranges of activations are found.
       estimator: Backward pass of all affine grids, of `qjax.estimators`. A quantizer of
         `qjax.quantizers` has its own.
-      buffer_bits: Most bits of an accumulator, at most 32: checked by lowering.
+      buffer_bits: Most bits of an accumulator, 2 to 32: checked by lowering.
+
+    Raises:
+      TypeError: for fields of another type.
+      ValueError: for texts that are no quantizer or calibrator, and ``buffer_bits``
+        outside of 2 to 32.
 
     Example:
       >>> scheme = Scheme(
-      ...     weights=QSpec(bits=4, narrow_range=True, axis=-1),
+      ...     weights=QSpec(bits=4, narrow_range=True, axis="output"),
       ...     rules=(
-      ...         Rule("conv1/*", QSpec(bits=8, axis=-1)),
+      ...         Rule("conv1/*", QSpec(bits=8, axis="output")),
       ...         Rule(Where(op="residual"), QSpec(bits=16)),
       ...     ),
       ... )
@@ -154,7 +128,7 @@ class Scheme:
       4
     """
 
-    weights: Word | None = QSpec(bits=8, narrow_range=True, axis=-1)
+    weights: Word | None = QSpec(bits=8, narrow_range=True, axis="output")
     activations: Word | None = QSpec(bits=8)
     rules: tuple[Rule, ...] = ()
     calibrator: Calibrator = dataclasses.field(
@@ -165,12 +139,40 @@ class Scheme:
     )
     buffer_bits: int = dataclasses.field(default=32, metadata={"static": True})
 
+    def __post_init__(self) -> None:
+        for name in ("weights", "activations"):
+            object.__setattr__(self, name, _as_word(name, getattr(self, name)))
+        object.__setattr__(self, "rules", _as_rules(self.rules))
+        calibrator = _as_calibrator(self.calibrator)
+        object.__setattr__(self, "calibrator", calibrator)
+        if not callable(self.estimator):
+            raise TypeError(
+                "`estimator` must be a function of `qjax.estimators`, got "
+                f"{self.estimator!r}."
+            )
+        bits = _as_buffer_bits(self.buffer_bits)
+        object.__setattr__(self, "buffer_bits", bits)
+
+    def __repr__(self) -> str:
+        return show_fields(self, always=("weights", "activations"))
+
     def spec(self, site: Site) -> Word | None:
-        """Returns the word of the codes at a site; None if it stays float."""
+        """Returns the word of the codes at a site; None if it stays float.
+
+        Its axis is known: `at_site`.
+        """
+        return at_site(self.word(site), site)
+
+    def word(self, site: Site) -> Word | None:
+        """Returns the word of a site as the scheme has it: `spec` before `at_site`."""
         rule = self.rule(site)
         if rule is not None:
             return rule.spec
         return self.weights if site.role == "weight" else self.activations
+
+    def bias_spec(self, site: Site) -> Word | None:
+        """Returns the word of a bias; None for the grid of its accumulator."""
+        return next((r.spec for r in self.rules if speaks_of_bias(r, site)), None)
 
     def site_calibrator(self, site: Site) -> Calibrator:
         """Returns how the range at a site is found."""
@@ -205,31 +207,154 @@ class Scheme:
         return from_json(text)
 
 
-def check_rules(scheme: Scheme, sites: Sequence[Site]) -> None:
-    """Raises if a rule that names sites or a layer matches nothing.
+def at_site(word: Word | None, site: Site) -> Word | None:
+    """Returns a word with the axis of its scales at a site.
 
-    Other predicates may match nothing: presets are made for many models.
+    Args:
+      word: Its axis may be ``"output"``: that of a weight, none of an activation. A
+        quantizer of `qjax.quantizers` that finds its scales (``alpha="auto"``) and
+        names no ``scale_axis`` has them per output channel as well.
+      site: Where it is used.
+
+    Returns:
+      The word. Others are returned as they are.
+    """
+    axis = site.axis if site.role == "weight" else None
+    if isinstance(word, QSpec):
+        is_open = word.axis == "output"
+        return dataclasses.replace(word, axis=axis) if is_open else word
+    finds = isinstance(getattr(word, "alpha", None), str)
+    is_open = finds and getattr(word, "scale_axis", ()) is None
+    is_grouped = getattr(word, "elements_per_scale", None) is not None
+    # None of theirs is the last axis; one scale for all is an empty tuple.
+    if word is None or not is_open or is_grouped or site.role != "weight":
+        return word
+    fields: dict[str, Any] = {"scale_axis": () if axis is None else axis}
+    return word if axis == -1 else dataclasses.replace(word, **fields)
+
+
+def speaks_of_bias(rule: Rule, site: Site) -> bool:
+    """Returns whether a rule is meant for a bias: by its role, or by its very name."""
+    if isinstance(rule.pattern, Where):
+        return rule.pattern.role == "bias" and rule.pattern(site)
+    return rule.pattern == site.name
+
+
+def check_rules(
+    scheme: Scheme, sites: Sequence[Site], biases: Sequence[Site] = ()
+) -> None:
+    """Raises if a rule that is not optional matches nothing.
+
+    Each name and each layer of a `Where` must be there.
 
     Raises:
-      ValueError: naming the sites or layers there are, and the closest.
+      ValueError: naming the rule, what there is, and the closest; for the name of a
+        site that, read as a glob, matches others as well.
     """
     for rule in scheme.rules:
-        kind, name = "site", rule.pattern
-        if isinstance(rule.pattern, Where):
-            layer = rule.pattern.layer
-            if not isinstance(layer, str) or any(c in layer for c in "*?["):
-                continue
-            kind, name = "layer", layer
-        if not isinstance(name, str) or any(map(rule.matches, sites)):
+        if any(speaks_of_bias(rule, site) for site in biases):
             continue
-        found = (site.name if kind == "site" else site.layer for site in sites)
-        there = [*dict.fromkeys(found)]
-        close = difflib.get_close_matches(name, there, n=1, cutoff=0.0)
-        hint = f" The closest is {close[0]!r}." if close else ""
-        raise ValueError(
-            f"The rule {name!r} matches no {kind}.{hint} The {kind}s are: "
-            f"{', '.join(there)}."
+        pattern = rule.pattern
+        if isinstance(pattern, str):
+            check_name(pattern, sites)
+        if rule.optional:
+            continue
+        if isinstance(pattern, Where):
+            check_fields(pattern, sites)
+        if not any(map(rule.matches, sites)):
+            names = [site.name for site in sites]
+            shown = show(pattern)
+            found = repr(pattern) if isinstance(pattern, str) else f"{shown}: it"
+            raise ValueError(f"The rule {found} {no_match(pattern, 'site', names)}")
+
+
+def shadowed_rules(
+    scheme: Scheme, sites: Sequence[Site]
+) -> list[tuple[int, tuple[int, ...]]]:
+    """Returns the rules that decide nothing, with those that come before them.
+
+    Args:
+      scheme: Its optional rules are not looked at.
+      sites: Of the model.
+
+    Returns:
+      Pairs of the place of a rule, and the places of those that decide its sites.
+    """
+    found = []
+    deciding = {
+        site: next((k for k, r in enumerate(scheme.rules) if r.matches(site)), None)
+        for site in sites
+    }
+    for k, rule in enumerate(scheme.rules):
+        firsts = {deciding[site] for site in sites if rule.matches(site)}
+        if firsts and k not in firsts and not rule.optional:
+            found.append((k, tuple(sorted(n for n in firsts if n is not None))))
+    return found
+
+
+def _as_word(name: str, word: Any) -> Any:
+    """Returns a word, read if it is a text. JAX builds trees with bare objects."""
+    if word is None or isinstance(word, QSpec | Spec) or type(word) is object:
+        return word
+    if isinstance(word, str):
+        return parse(word)
+    hint = "Write `QSpec(bits=8)`, or `'quantized_bits(8)'`."
+    if is_whole(word):
+        hint = f"Write `QSpec(bits={word})`."
+    elif callable(word):
+        hint = f"Write `{show(word)}(...)`, with its options."
+        if not isinstance(word, type):
+            hint = "Write its options, such as `qjax.quantizers.QuantizedBits(4)`."
+    raise TypeError(
+        f"`{name}` must be a `QSpec`, the options of a quantizer of `qjax.quantizers`, "
+        f"their text, or None for float; got {show(word)}. {hint}"
+    )
+
+
+def _as_rules(rules: Any) -> Any:
+    """Returns rules, made of their arguments where these stand in tuples."""
+    if type(rules) is object:
+        return rules  # JAX builds trees with bare objects.
+    if not isinstance(rules, tuple | list):
+        remedy = "`rules=(rule,)`" if isinstance(rules, Rule) else "`(Rule(...), ...)`"
+        if isinstance(rules, Mapping):
+            remedy = "`rules=tuple(Rule(k, v) for k, v in rules.items())`"
+        raise TypeError(
+            f"`rules` must be a tuple of `Rule`, got {type(rules).__name__}. Write "
+            f"{remedy}."
         )
+    found: list[Any] = []
+    for k, rule in enumerate(rules):
+        if isinstance(rule, tuple) and len(rule) > 1:
+            rule = Rule(*rule)
+        if not isinstance(rule, Rule) and type(rule) is not object:
+            raise TypeError(
+                f"`rules[{k}]` must be a `Rule`, or a tuple of its arguments such as "
+                f"('conv1/*', QSpec(bits=4)), got {rule!r}."
+            )
+        found.append(rule)
+    return tuple(found)
+
+
+def _as_calibrator(calibrator: Any) -> Calibrator:
+    """Returns a calibrator, read if it is a text."""
+    if isinstance(calibrator, str):
+        return parse_calibrator(calibrator)
+    if not isinstance(calibrator, Calibrator):
+        called = f"Write `{show(calibrator)}()`." if callable(calibrator) else ""
+        raise TypeError(
+            "`calibrator` must be a `Calibrator` such as `qjax.min_max()` or its text, "
+            f"got {show(calibrator)}. {called}".rstrip()
+        )
+    return calibrator
+
+
+def _as_buffer_bits(bits: Any) -> int:
+    if not is_whole(bits) or not 2 <= bits <= 32:
+        raise (ValueError if is_whole(bits) else TypeError)(
+            f"`buffer_bits` must be a whole number from 2 to 32, got {bits!r}."
+        )
+    return int(bits)
 
 
 # Quantizers whose values are never negative: those of activations.
@@ -299,10 +424,14 @@ def check_word(name: str, role: Role, word: Word | None) -> None:
             )
 
 
-def check_words(scheme: Scheme, sites: Sequence[Site]) -> None:
+def check_words(
+    scheme: Scheme, sites: Sequence[Site], biases: Sequence[Site] = ()
+) -> None:
     """Raises for a word of a scheme that cannot hold the values of its site."""
     for site in sites:
         check_word(site.name, site.role, scheme.spec(site))
+    for site in biases:
+        check_word(site.name, "weight", scheme.bias_spec(site))
 
 
 def _check_alone(scheme: Scheme) -> None:
@@ -354,8 +483,3 @@ def _numbers(leaves: Sequence[Any]) -> list[jax.Array]:
     """Whole numbers as int32, others as float32."""
     whole = all(jnp.issubdtype(jax.dtypes.result_type(x), jnp.integer) for x in leaves)
     return [jnp.asarray(x, jnp.int32 if whole else jnp.float32) for x in leaves]
-
-
-def _matches(text: str, globs: Globs) -> bool:
-    several = (globs,) if isinstance(globs, str) else globs
-    return any(fnmatch.fnmatchcase(text, glob) for glob in several)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from qjax import estimators, rounding
-from qjax.affine import Estimator, QSpec, clipped_ste
+from qjax.affine import Axis, Estimator, QSpec, clipped_ste
 from qjax.calibration import Calibrator, parse_calibrator
 from qjax.quantizers.spec import Spec, is_known
 from qjax.quantizers.strings import closest, parse
@@ -26,7 +26,7 @@ class SchemeError(ValueError):
 def to_json(scheme: Scheme, *, indent: int | None = 2) -> str:
     """Writes a scheme as JSON.
 
-        {"weights": {"bits": 8, "narrow_range": true, "axis": -1},
+        {"weights": {"bits": 8, "narrow_range": true, "axis": "output"},
          "activations": {"bits": 8}, "calibrator": "min_max()",
          "rules": [{"where": {"op": "residual"}, "spec": {"bits": 16}},
                    {"pattern": "conv1/*", "spec": "quantized_bits(bits=4)"},
@@ -77,12 +77,14 @@ def from_json(text: str) -> Scheme:
         closest key there is.
 
     Example:
-      >>> from_json('{"weights": {"bits": 4, "axis": -1}}').weights.bits
+      >>> from_json('{"weights": {"bits": 4, "axis": "output"}}').weights.bits
       4
     """
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
+        data = json.loads(text, object_pairs_hook=_Object)
+    except RecursionError as error:
+        raise SchemeError("No JSON of a scheme: it is nested too deeply.") from error
+    except (TypeError, ValueError) as error:
         raise SchemeError(f"No JSON: {error}.") from error
     fields = {
         "weights": _word_in,
@@ -90,7 +92,7 @@ def from_json(text: str) -> Scheme:
         "rules": _rules_in,
         "calibrator": _calibrator_in,
         "estimator": _chosen(_ESTIMATORS),
-        "buffer_bits": _int_in,
+        "buffer_bits": _buffer_in,
     }
     return _made("", Scheme, _read("", data, fields))
 
@@ -98,20 +100,43 @@ def from_json(text: str) -> Scheme:
 _In = Callable[[str, Any], Any]
 
 
+class _Object(dict[str, Any]):
+    """An object of JSON, with the first key that it has twice."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]):
+        super().__init__(pairs)
+        keys = [key for key, _ in pairs]
+        is_whole = len(keys) == len(self)
+        self.twice = None if is_whole else next(k for k in keys if keys.count(k) > 1)
+
+
 def _read(path: str, data: Any, fields: Mapping[str, _In]) -> dict[str, Any]:
     """Reads the fields of an object."""
     if not isinstance(data, dict):
-        raise SchemeError(f"{path or 'The scheme'}: an object is wanted, got {data!r}.")
+        raise SchemeError(
+            f"{path or 'The scheme'}: an object is wanted, got {_short(data)}."
+        )
     check_keys(path, data, fields)
     return {key: fields[key](_join(path, key), value) for key, value in data.items()}
 
 
 def check_keys(path: str, data: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raises for a key that is not known, with the closest that is."""
+    """Raises for a key that is there twice, or not known, with the closest that is."""
+    if isinstance(data, _Object) and data.twice is not None:
+        raise SchemeError(f"{_join(path, data.twice)}: this key is there twice.")
     for key in data:
         if key not in known:
             at = _join(path, key)
             raise SchemeError(f"{at}: no such key is known. {closest(key, known)}")
+
+
+def _short(data: Any) -> str:
+    """Returns what was found, cut where it is long."""
+    try:
+        text = repr(data)
+    except RecursionError:
+        text = f"a {type(data).__name__} that is nested too deeply"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _join(path: str, key: str) -> str:
@@ -121,8 +146,10 @@ def _join(path: str, key: str) -> str:
 def _made(path: str, make: Callable[..., Any], options: dict[str, Any]) -> Any:
     try:
         return make(**options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise SchemeError(f"{path or 'The scheme'}: {error}") from error
+    except RecursionError as error:
+        raise SchemeError(f"{path}: it is nested too deeply.") from error
 
 
 def _word_out(path: str, word: Word | None) -> Any:
@@ -191,12 +218,14 @@ def _rule_out(path: str, rule: Rule) -> dict[str, Any]:
         found["buffer_bits"] = rule.buffer_bits
     if rule.reasons:
         found["reasons"] = dict(rule.reasons)
+    if rule.optional:
+        found["optional"] = True
     return found
 
 
 def _rules_in(path: str, data: Any) -> tuple[Rule, ...]:
     if not isinstance(data, list):
-        raise SchemeError(f"{path}: a list of rules is wanted, got {data!r}.")
+        raise SchemeError(f"{path}: a list of rules is wanted, got {_short(data)}.")
     return tuple(_rule_in(f"{path}[{k}]", rule) for k, rule in enumerate(data))
 
 
@@ -206,13 +235,15 @@ def _rule_in(path: str, data: Any) -> Rule:
         "where": _where_in,
         "spec": _word_in,
         "calibrator": _calibrator_in,
-        "buffer_bits": _int_in,
+        "buffer_bits": _buffer_in,
         "reasons": _reasons_in,
+        "optional": _bool_in,
     }
     found = _read(path, data, fields)
     if ("pattern" in found) == ("where" in found):
         raise SchemeError(f"{path}: either `pattern` or `where` is wanted.")
-    found["pattern"] = found.pop("where", None) or found["pattern"]
+    if "where" in found:
+        found["pattern"] = found.pop("where")
     rule: Rule = _made(path, Rule, found)
     return rule
 
@@ -235,20 +266,23 @@ def _globs_in(path: str, data: Any) -> str | tuple[str, ...]:
 
 
 def _role_in(path: str, data: Any) -> str:
-    if data not in ("weight", "activation"):
-        raise SchemeError(f'{path}: "weight" or "activation" is wanted, got {data!r}.')
+    if data not in ("weight", "activation", "bias"):
+        raise SchemeError(
+            f'{path}: "weight", "activation" or "bias" is wanted, got {_short(data)}.'
+        )
     return str(data)
 
 
 def _ranks_in(path: str, data: Any) -> tuple[int, ...]:
     if not isinstance(data, list):
-        raise SchemeError(f"{path}: a list of numbers is wanted, got {data!r}.")
+        raise SchemeError(f"{path}: a list of numbers is wanted, got {_short(data)}.")
     return tuple(_int_in(f"{path}[{k}]", n) for k, n in enumerate(data))
 
 
 def _reasons_in(path: str, data: Any) -> tuple[tuple[str, str], ...]:
     if not isinstance(data, dict):
-        raise SchemeError(f"{path}: an object is wanted, got {data!r}.")
+        raise SchemeError(f"{path}: an object is wanted, got {_short(data)}.")
+    check_keys(path, data, data)
     return tuple((key, _text_in(_join(path, key), v)) for key, v in data.items())
 
 
@@ -275,8 +309,10 @@ def _name_of(path: str, names: Mapping[str, Any], value: Any) -> str:
 
 def _chosen(names: Mapping[str, Any]) -> _In:
     def read(path: str, data: Any) -> Any:
-        if data not in names:
-            raise SchemeError(f"{path}: one of {', '.join(names)} is wanted, {data!r}.")
+        if not isinstance(data, str) or data not in names:
+            raise SchemeError(
+                f"{path}: one of {', '.join(names)} is wanted, got {_short(data)}."
+            )
         return names[data]
 
     return read
@@ -284,25 +320,36 @@ def _chosen(names: Mapping[str, Any]) -> _In:
 
 def _text_in(path: str, data: Any) -> str:
     if not isinstance(data, str):
-        raise SchemeError(f"{path}: text is wanted, got {data!r}.")
+        raise SchemeError(f"{path}: text is wanted, got {_short(data)}.")
     return data
 
 
 def _int_in(path: str, data: Any) -> int:
     if not isinstance(data, int) or isinstance(data, bool):
-        raise SchemeError(f"{path}: a whole number is wanted, got {data!r}.")
+        raise SchemeError(f"{path}: a whole number is wanted, got {_short(data)}.")
     return data
+
+
+def _buffer_in(path: str, data: Any) -> int:
+    if not 2 <= _int_in(path, data) <= 32:
+        raise SchemeError(f"{path}: a number from 2 to 32 is wanted, got {data}.")
+    return int(data)
 
 
 def _bool_in(path: str, data: Any) -> bool:
     if not isinstance(data, bool):
-        raise SchemeError(f"{path}: true or false is wanted, got {data!r}.")
+        raise SchemeError(f"{path}: true or false is wanted, got {_short(data)}.")
     return data
 
 
-def _axis_in(path: str, data: Any) -> int | tuple[int, ...] | None:
-    if data is None:
-        return None
+def _axis_in(path: str, data: Any) -> Axis:
+    if data is None or data == "output":
+        return data
+    if isinstance(data, str):
+        raise SchemeError(
+            f'{path}: a whole number, a list of them, "output" or null is wanted, got '
+            f"{data!r}."
+        )
     if isinstance(data, list):
         return tuple(_int_in(f"{path}[{k}]", a) for k, a in enumerate(data))
     return _int_in(path, data)

@@ -1,15 +1,17 @@
 """Runs a traced model equation by equation, with a visitor at its sites."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from qjax.affine import QParams, fake_quant_bias, qpoint_p
+from qjax.affine import QParams, QSpec, fake_quant_bias, qpoint_p
 from qjax.blocks import (
     SHAPE_MOVES,
     Block,
@@ -18,6 +20,16 @@ from qjax.blocks import (
     find_blocks,
     is_quantizer,
     path_name,
+)
+from qjax.channels import kernel_axes, move_scale, output_scale
+from qjax.common_scales import (
+    Channels,
+    Word,
+    aligned_ends,
+    channels_of,
+    join_ends,
+    kernel_index,
+    move_index,
 )
 from qjax.normalisations import fold_normalisations
 from qjax.quantizers.point import straight
@@ -29,7 +41,13 @@ from qjax.trace import Equation, evaluate, trace
 SITE_MARK = "site="  # In the scope of the root of a block: its output, its weight.
 _MOST_BIAS = 2.0**30  # Codes of a bias stay below it, as accumulators are int32.
 
-Visit = tuple[jax.Array, QParams | None]
+
+class Visit(NamedTuple):
+    """What a visitor makes of the value at a site."""
+
+    value: jax.Array
+    grid: QParams | None = None
+    word: QSpec | None = None  # Of codes about zero: channels may be told apart.
 
 
 class Unit(NamedTuple):
@@ -60,6 +78,14 @@ class _Line(NamedTuple):
         return acc * self.held + self.offset
 
 
+class _Kernel(NamedTuple):
+    """A weight as its product reads it: after moves."""
+
+    site: Site
+    value: jax.Array  # Real, before the moves.
+    moves: tuple[Equation, ...]
+
+
 class Visitor(Protocol):
     """What to do at a site: returns the value to go on with, and its grid if any."""
 
@@ -71,6 +97,12 @@ class Visitor(Protocol):
 
     def weight(self, site: Site, x: jax.Array) -> Visit:
         """Visits a weight."""
+
+    def bias(self, site: Site, x: jax.Array) -> Visit:
+        """Visits a bias: without a grid and a word it gets that of its accumulator."""
+
+    def takes_factors(self, site: Site) -> bool:
+        """Whether the grid of a weight follows its values, so that it may be scaled."""
 
 
 class Simulation:
@@ -84,6 +116,7 @@ class Simulation:
 
     Attributes:
       sites: Its sites, in the order of the equations.
+      biases: The biases of its products.
     """
 
     def __init__(
@@ -111,8 +144,12 @@ class Simulation:
         fused = self._plan.fused.values()
         self._products = {b.root.outputs[0]: b for b in fused if b.kind == "product"}
         blocks = self._plan.blocks
+        self._made_of_weights = {
+            b.root.outputs[0]: b for b in blocks if b.kind == "product"
+        }
         self._scopes = {b.root.outputs[0]: _scope(b, self._plan) for b in blocks}
         self.sites = self._plan.sites
+        self.biases = tuple(self._plan.biases.values())
 
     def run(self, visitor: Visitor) -> Any:
         """Returns what the model returns, computed on the values of the visitor."""
@@ -120,9 +157,14 @@ class Simulation:
         self._grids: dict[int, QParams] = {}
         self._units: dict[int, Unit] = {}
         self._lines: dict[int, _Line] = {}  # Product -> what follows it.
+        self._channels: dict[int, Channels] = {}  # Values with a scale per channel.
+        self._aligned: dict[int, Word] = {}  # Value on a power of two about zero.
+        self._folded: dict[int, tuple[QParams, QParams]] = {}  # Product -> its grids.
+        self._biased: dict[int, Visit] = {}  # Biases with a quantizer of their own.
+        self._kernels: dict[int, _Kernel] = {}  # Value -> the weight that it is.
         self._visitor = visitor
         for v, x in zip(self._model.inputs, self._arguments, strict=True):
-            self._env[v] = x
+            self._env[v] = self._typed(v, x)
             self._visit(v)
         for e in self._model.equations:
             with jax.named_scope(self._scopes.get(e.outputs[0]) or e.path or "model"):
@@ -131,20 +173,24 @@ class Simulation:
         return jax.tree.unflatten(jax.tree.structure(self._out), out)
 
     def _step(self, e: Equation) -> None:
-        kernels = self._hold_kernel(e)
-        unheld = {v: self._env[v] for v in kernels}
-        self._env.update(kernels)
+        env = {v: self._env[v] for v in e.inputs}
+        grids = {v: self._grids[v] for v in e.inputs if v in self._grids}
+        self._fold(e)
+        self._env.update(self._hold_kernel(e))
         self._compute(e)
-        self._env.update(unheld)
+        self._env.update(env)
+        self._grids.update(grids)
         for v in e.outputs:
             self._visit(v)
+        self._join_parts(e)
 
     def _compute(self, e: Equation) -> None:
         block = self._plan.fused.get(e.outputs[0])
         values: Sequence[Any] | None = self._fused(block) if block else None
         if values is None:
             values = evaluate(e, *(self._env[v] for v in e.inputs))
-        self._env.update(zip(e.outputs, values, strict=True))
+        for v, x in zip(e.outputs, values, strict=True):
+            self._env[v] = x if v in self._units else self._typed(v, x)
         self._keep_grid(e)
         self._follow(e)
 
@@ -152,20 +198,191 @@ class Simulation:
         """What else there is to know of an equation before its sites are visited."""
 
     def _visit(self, v: int) -> None:
-        plan, grid = self._plan, None
+        word = self._place(v)
+        if v not in self._grids or word is None or v not in self._plan.activations:
+            return
+        scale, ends = self._grids[v].scale, Word(word.qmin, word.qmax)
+        name = self._plan.sites[self._plan.activations[v]].name
+        if scale.ndim:
+            self._channels[v] = channels_of(self._env[v], scale, ends)
+        if word.power_of_two:
+            self._aligned[v] = ends
+            if scale.ndim:
+                self._align(v, name, *aligned_ends(scale, ends))
+
+    def _place(self, v: int) -> QSpec | None:
+        """Lets the visitor put a value on its grid."""
+        plan, found = self._plan, None
         if v in plan.activations:
             site = plan.sites[plan.activations[v]]
             x, unit = self._env[v], self._units.get(v)
-            self._env[v], grid = self._visitor.activation(site, x, unit)
+            found = Visit(*self._visitor.activation(site, x, unit))
+            found = found._replace(value=self._typed(v, found.value))
         elif v in plan.weights:
             site = plan.sites[plan.weights[v]]
-            self._env[v], grid = self._visitor.weight(site, self._env[v])
-        if grid is not None:
-            self._grids[v] = grid
+            self._kernels[v] = _Kernel(site, self._env[v], ())
+            found = Visit(*self._visitor.weight(site, self._env[v]))
+        elif v in plan.biases:
+            found = Visit(*self._visitor.bias(plan.biases[v], self._env[v]))
+            self._env[v] = found.value
+            if found.grid is not None or found.word is not None:
+                self._biased[v] = found
+            return None
+        if found is None:
+            return None
+        self._env[v] = found.value
+        if found.grid is not None:
+            self._grids[v] = found.grid
+        return found.word
+
+    # Scales per channel.
+
+    def _align(self, v: int, name: str, scale: jax.Array, ends: Word) -> None:
+        """Gives a value one scale that holds all of it: the same value, more bits."""
+        grid = QParams(scale, jnp.int32(0))
+        self._env[v] = qpoint_p.bind(
+            self._env[v], *grid, *ends, site=f"{name}/aligned", rounding=half_even
+        )
+        self._grids[v], self._aligned[v] = grid, ends
+
+    def _fold(self, e: Equation) -> None:
+        """Lets the kernel of a product take in the scales of the channels it reads."""
+        block = self._made_of_weights.get(e.outputs[0])
+        if block is None or block.weight is None:
+            return
+        operand = block.weight_operand
+        x, w = e.inputs[1 - operand], e.inputs[operand]
+        channels, kernel = self._channels.get(x), self._kernels.get(w)
+        if channels is None or kernel is None:
+            return
+        shape = self._model.shape(w)
+        index = kernel_index(e, operand, channels.channel, shape)
+        if index is None or not self._visitor.takes_factors(kernel.site):
+            return
+        found = self._scaled_kernel(kernel, channels.ratio[index], shape)
+        if found is None:
+            return
+        self._env[x], self._env[w] = channels.value, found[0]
+        grids = QParams(channels.common, jnp.int32(0)), found[1]
+        self._grids[x], self._grids[w] = grids
+        self._folded[e.outputs[0]] = grids
+
+    def _scaled_kernel(
+        self, kernel: "_Kernel", factor: jax.Array, shape: Sequence[int]
+    ) -> tuple[jax.Array, QParams] | None:
+        """A weight times a factor on its grid, as the product reads it."""
+
+        def moved(x: Any) -> Any:
+            for e in kernel.moves:
+                (x,) = evaluate(e, x)
+            return x
+
+        raw = kernel.value
+        if kernel.moves:
+            if np.prod(shape) != raw.size:
+                return None
+            whole = jnp.broadcast_to(factor, shape)
+            out = jax.eval_shape(moved, raw)
+            _, back = jax.vjp(moved, raw)
+            factor = back(whole.astype(out.dtype))[0]
+        factor = lax.stop_gradient(factor).astype(raw.dtype)
+        value, grid, *_ = self._visitor.weight(kernel.site, raw * factor)
+        if grid is None:
+            return None
+        scale, sizes = grid.scale, raw.shape
+        for e in kernel.moves:
+            scale = move_scale(e, scale, sizes)
+            sizes = self._model.shape(e.outputs[0])
+            if scale is None:
+                return None
+        zeros = jnp.zeros(scale.shape, grid.zero_point.dtype)
+        return moved(value), QParams(scale, zeros)
+
+    def _carry(self, e: Equation) -> None:
+        """Takes weights through shape moves, and channels through what keeps them."""
+        x = next((v for v in e.inputs if v in self._kernels), None)
+        if x is not None and e.primitive.name in SHAPE_MOVES and len(e.inputs) == 1:
+            kernel = self._kernels[x]
+            self._kernels[e.outputs[0]] = kernel._replace(moves=(*kernel.moves, e))
+        if e.inputs[0] in self._biased and e.primitive.name in SHAPE_MOVES:
+            self._biased[e.outputs[0]] = self._biased[e.inputs[0]]
+        x = next(
+            (v for v in e.inputs if v in self._aligned or v in self._channels), None
+        )
+        if x is None or e.outputs[0] not in self._plan.on_grid | self._moved(e):
+            return
+        if x in self._aligned:
+            self._aligned.update(dict.fromkeys(e.outputs, self._aligned[x]))
+        found = None
+        if x in self._channels:
+            found = move_index(e, self._channels[x].channel, self._model.shape(x))
+        if found is None:
+            return
+        own = self._channels[x]
+        values = (own.value if v == x else self._env[v] for v in e.inputs)
+        outs = zip(e.outputs, evaluate(e, *values), found, strict=True)
+        for v, value, index in outs:
+            self._channels[v] = own._replace(value=value, channel=index)
+
+    def _moved(self, e: Equation) -> frozenset[int]:
+        """The outputs of a shape move, whatever the grid of its operand is."""
+        is_move = e.primitive.name in SHAPE_MOVES
+        return frozenset(e.outputs) if is_move else frozenset()
+
+    def _join_parts(self, e: Equation) -> None:
+        """Joins parts that have grids of their own where the whole has none."""
+        (out, *_), parts = e.outputs, e.inputs
+        is_open = out in self._plan.activations and out not in self._grids
+        if e.primitive.name != "concatenate" or not is_open:
+            return
+        if any(v not in self._aligned or self._grids[v].scale.ndim for v in parts):
+            return
+        name = self._plan.sites[self._plan.activations[out]].name
+        own = [self._channels.get(v) or self._alone(v) for v in parts]
+        if (index := _join_index(e, own)) is not None:
+            common = functools.reduce(jnp.maximum, (c.common for c in own))
+            rates = [c.common * (1.0 / common) for c in own]
+            values = (
+                c.value * (1.0 / rate).astype(c.value.dtype)
+                for c, rate in zip(own, rates, strict=True)
+            )
+            low = functools.reduce(jnp.minimum, (jnp.asarray(c.qmin) for c in own))
+            high = functools.reduce(jnp.maximum, (jnp.asarray(c.qmax) for c in own))
+            ends = low.astype(jnp.int32), high.astype(jnp.int32)
+            (value,) = evaluate(e, *values)
+            value = qpoint_p.bind(
+                value, common, jnp.int32(0), *ends, site=name, rounding=half_even
+            )
+            ratio = [c.ratio * rate for c, rate in zip(own, rates, strict=True)]
+            self._channels[out] = Channels(
+                value, common, jnp.concatenate(ratio), index, *ends
+            )
+        scales = [self._grids[v].scale for v in parts]
+        self._align(out, name, *join_ends(scales, [self._aligned[v] for v in parts]))
+
+    def _alone(self, v: int) -> Channels:
+        """A value with one scale as one channel."""
+        index = np.zeros((1,) * self._env[v].ndim, int)
+        scale = self._grids[v].scale
+        return Channels(self._env[v], scale, jnp.ones(1), index, *self._aligned[v])
+
+    def _typed(self, v: int, x: Any) -> Any:
+        """A value in the type that it has in the trace."""
+        return _of_type(x, self._model.avals[v].dtype)
+
+    def _wide(self, block: Block, v: int) -> Any:
+        """The type in which the affine part of a block is one product and one sum.
+
+        At least float32: half precision rounds once, at the end of the block.
+        """
+        known = (u for e in block.affine for u in e.inputs)
+        types = (self._model.avals[u].dtype for u in (v, *known))
+        return functools.reduce(jnp.promote_types, types, jnp.dtype(jnp.float32))
 
     def _keep_grid(self, e: Equation) -> None:
         if is_quantizer(e):
             return  # Its own grid is none that is known here.
+        self._carry(e)
         x = next((v for v in e.inputs if v in self._grids), None)
         if x is None:
             return
@@ -175,7 +392,7 @@ class Simulation:
         elif e.primitive.name in SHAPE_MOVES:
             moved = move_scale(e, scale, self._model.shape(x))
             if moved is not None:
-                zeros = jnp.zeros(moved.shape, zero_point.dtype)
+                zeros = move_scale(e, zero_point, self._model.shape(x))
                 self._grids[e.outputs[0]] = QParams(moved, zeros)
 
     # A block in the form that lowers exactly.
@@ -199,7 +416,7 @@ class Simulation:
             return self._fused_average(block, acc, factor)
         scale = self._accumulator_scale(block)
         before, factor, after = self._compose(block, acc)
-        value = self._env[acc]
+        value = self._env[acc].astype(self._wide(block, acc))
         if scale is None:
             return None
         if before is None and after is None:
@@ -239,7 +456,8 @@ class Simulation:
         share = _to_kernel(line.share, axes, kernel.ndim, shape)
         site = self._plan.sites[self._plan.weights[block.weight]]
         grid = self._grids[e.inputs[operand]]
-        return {e.inputs[operand]: _rounded(kernel, share, grid, site)}
+        held = _rounded(kernel, share, grid, site)
+        return {e.inputs[operand]: held.astype(kernel.dtype)}
 
     def _line(
         self,
@@ -252,18 +470,36 @@ class Simulation:
     ) -> jax.Array:
         """``(value + bias) * factor``, the bias on the grid ``scale`` of a product."""
         if bias is not None:
-            value = value + fake_quant_bias(bias, scale, site=f"{block.name}/bias")
+            value = value + self._rounded_bias(block, bias, scale)
         return value if factor is None else value * factor
+
+    def _rounded_bias(
+        self, block: Block, bias: jax.Array, scale: jax.Array
+    ) -> jax.Array:
+        """A bias on the grid of its accumulator, or as a quantizer of its own says."""
+        own, site = self._own_bias(block), f"{block.name}/bias"
+        if own is None:
+            return fake_quant_bias(bias, scale, site=site)
+        if own.word is not None:
+            return fake_quant_bias(bias, scale, bits=own.word.bits, site=site)
+        return bias  # Lowering makes the accumulator as fine as it needs.
+
+    def _own_bias(self, block: Block) -> Visit | None:
+        """What the quantizer of a bias makes of it, if it has one."""
+        first = block.affine[:1] if block.kind == "product" else []
+        known = (self._biased.get(v) for e in first for v in e.inputs)
+        return next((found for found in known if found is not None), None)
 
     def _fused_average(
         self, block: Block, acc: int, factor: jax.Array
     ) -> list[jax.Array]:
         """Sums codes: the ties of an average are exact only in integers."""
         end, x = block.affine[-1].outputs[0], block.root.inputs[0]
-        grid = self._grids.get(x)
+        grid, value = self._grids.get(x), self._env[acc].astype(factor.dtype)
         if grid is None or grid.scale.ndim or block.value != end:
-            return [self._env[acc] * factor]
-        codes = _whole(self._env[x] * (1.0 / grid.scale).astype(self._env[x].dtype))
+            return [value * factor]
+        real = self._env[x].astype(factor.dtype)
+        codes = _whole(real * (1.0 / grid.scale).astype(real.dtype))
         self._units[end] = Unit(jnp.asarray(factor), grid.scale)
         for e in (block.root, *block.moves):
             (codes,) = evaluate(e, codes)
@@ -276,14 +512,14 @@ class Simulation:
         before, factor, after = self._compose(block, x)
         value = self._env[x]
         if factor is None:
-            factor = jnp.ones((1,) * value.ndim, value.dtype)
+            factor = jnp.ones((1,) * value.ndim, self._wide(block, x))
         factor = jnp.reshape(factor, jnp.shape(factor) or (1,) * value.ndim)
         if before is not None:
             before = before * factor
             after = before if after is None else before + after
         assert block.scale_site is not None
         site = self._plan.sites[block.scale_site]
-        factor, grid = self._visitor.weight(site, factor)
+        factor, grid, *_ = self._visitor.weight(site, factor)
         if grid is None:
             return None
         scale = self._grids[x].scale * grid.scale
@@ -301,16 +537,16 @@ class Simulation:
         self, site: Site, x: int, end: int, factor: jax.Array, grid: QParams
     ) -> jax.Array:
         """A value times a factor that is the weight of a site: the product ``end``."""
-        return self._env[x] * factor
+        return self._env[x].astype(factor.dtype) * factor
 
     def _compose(self, block: Block, x: int) -> tuple[Any, Any, Any]:
         """The affine equations as ``(x + before) * factor + after``; None: absent."""
         before = factor = after = None
+        dtype = self._wide(block, x)
         for e in block.affine:
             name = e.primitive.name
-            known = [self._env[v] for v in e.inputs if v != x]
+            known = [_of_type(self._env[v], dtype) for v in e.inputs if v != x]
             if name == "neg" or (name == "sub" and e.inputs[1] == x):
-                dtype = self._model.avals[x].dtype
                 factor = jnp.asarray(-1, dtype) if factor is None else -factor
                 after = None if after is None else -after
             if name in ("add", "sub"):
@@ -328,15 +564,15 @@ class Simulation:
 
     def _accumulator_scale(self, block: Block) -> jax.Array | None:
         """``scale_x * scale_w`` in the rank of the product; None if there is none."""
+        out = block.root.outputs[0]
         w = block.root.inputs[block.weight_operand]
         x = block.root.inputs[1 - block.weight_operand]
-        if w not in self._grids or x not in self._grids or self._grids[x].scale.ndim:
+        own = self._folded.get(out, (self._grids.get(x), self._grids.get(w)))
+        if own[0] is None or own[1] is None or own[0].scale.ndim:
             return None
-        rank = len(self._model.shape(block.root.outputs[0]))
-        scale = output_scale(
-            block.root, block.weight_operand, self._grids[w].scale, rank
-        )
-        return None if scale is None else self._grids[x].scale * scale
+        rank = len(self._model.shape(out))
+        scale = output_scale(block.root, block.weight_operand, own[1].scale, rank)
+        return None if scale is None else own[0].scale * scale
 
 
 @jax.custom_jvp
@@ -348,84 +584,13 @@ def _whole(x: jax.Array) -> jax.Array:
 _whole.defjvp(lambda primals, tangents: (_whole(*primals), tangents[0]))
 
 
-def move_scale(e: Equation, scale: Any, shape: tuple[int, ...]) -> Any:
-    """Takes the scale of a value of ``shape`` through a shape move.
-
-    Args:
-      e: An equation with a primitive of ``SHAPE_MOVES``.
-      scale: ``[]``, or the rank of the value with size 1 where it is constant. NumPy or
-        JAX.
-      shape: Of the value that is moved.
-
-    Returns:
-      The scale of the output, in the same form; None if it has none.
-    """
-    name = e.primitive.name
-    if scale.ndim == 0 or name in ("copy", "copy_p", "convert_element_type"):
-        return scale
-    if name in ("stop_gradient", "optimization_barrier", "reduce_precision"):
-        return scale
-    if name == "transpose":
-        return scale.transpose(e.params["permutation"])
-    if name != "reshape":
-        return None
-    sizes = e.params["new_sizes"]
-    # Axes that survive at the end (or at the start) keep their scales.
-    k = _shared(shape[::-1], sizes[::-1])
-    if all(n == 1 for n in scale.shape[: len(shape) - k]):
-        return scale.reshape((1,) * (len(sizes) - k) + scale.shape[len(shape) - k :])
-    k = _shared(shape, sizes)
-    if all(n == 1 for n in scale.shape[k:]):
-        return scale.reshape(scale.shape[:k] + (1,) * (len(sizes) - k))
-    return None
-
-
-def output_scale(e: Equation, operand: int, scale: Any, rank: int) -> Any:
-    """Takes the scale of a weight to the output of its product.
-
-    Args:
-      e: A ``dot_general`` or a ``conv_general_dilated``.
-      operand: Which operand the weight is.
-      scale: ``[]`` or the rank of the weight.
-      rank: Of the output.
-
-    Returns:
-      The scale in the rank of the output, or ``[]``; None if it varies inside a sum.
-    """
-    if scale.ndim == 0:
-        return scale
-    dimensions = e.params["dimension_numbers"]
-    if e.primitive.name == "dot_general":
-        contract, batch = (pair[operand] for pair in dimensions)
-        free = [d for d in range(scale.ndim) if d not in contract and d not in batch]
-        if any(scale.shape[d] != 1 for d in contract):
-            return None
-        first, kept = (tuple(scale.shape[d] for d in axes) for axes in (batch, free))
-        ones = (1,) * (rank - len(kept) - len(first))
-        scale = scale.transpose(*batch, *free, *contract)
-        return scale.reshape(first + (ones + kept if operand == 1 else kept + ones))
-    channel = dimensions.rhs_spec[0]
-    if operand != 1 or any(n != 1 for d, n in enumerate(scale.shape) if d != channel):
-        return None
-    sizes = [1] * rank
-    sizes[dimensions.out_spec[1]] = scale.shape[channel]
-    return scale.reshape(sizes)
-
-
 def _scope(block: Block, plan: Plan) -> str:
     """The module path of a block, and the sites that serve it, for error messages."""
-    output = plan.sites[plan.activations[block.value]].name
+    quoted = lambda k: plan.sites[k].name.replace("%", "%25").replace(",", "%2C")
+    output = quoted(plan.activations[block.value])
     at = plan.weights.get(-1 if block.weight is None else block.weight)
-    weight = "" if at is None else plan.sites[at].name
+    weight = "" if at is None else quoted(at)
     return f"{block.root.path or block.name}/{SITE_MARK}{output},{weight}"
-
-
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading sizes are equal."""
-    return next(
-        (k for k, (m, n) in enumerate(zip(a, b, strict=False)) if m != n),
-        min(len(a), len(b)),
-    )
 
 
 def _hold(
@@ -468,7 +633,8 @@ def _hold(
     least = jnp.max(steps, places, keepdims=True, initial=0.0)
     is_finer = (jnp.abs(factor).astype(jnp.float32) < least) | (is_zero & (least > 0))
     is_held = is_finer | (factor == 0)
-    unit = ceil_power_of_two(jnp.maximum(least, jnp.finfo(dtype).tiny)).astype(dtype)
+    tiny = jnp.finfo(jnp.float32).tiny
+    unit = ceil_power_of_two(jnp.maximum(least, tiny)).astype(dtype)
     own = jnp.where(factor == 0, jnp.ones_like(factor), factor)
     held = jnp.where(is_finer, unit, own)
     share = jnp.where(is_held, factor / lax.stop_gradient(held), jnp.ones((), dtype))
@@ -481,28 +647,8 @@ def _hold(
 def _rounded(x: jax.Array, share: jax.Array, grid: QParams, site: Site) -> jax.Array:
     """A weight on its grid, times a share of it, on the same grid."""
     ends = jnp.int32(-(2**31)), jnp.int32(2**31 - 1)
-    return qpoint_p.bind(x * share, *grid, *ends, site=site.name, rounding=half_even)
-
-
-def kernel_axes(e: Equation, operand: int, rank: int, out_rank: int) -> dict[int, int]:
-    """Returns the axes that the output of a product has of its kernel.
-
-    Args:
-      e: A ``dot_general`` or a ``conv_general_dilated``.
-      operand: Which operand the kernel is.
-      rank: Of the kernel.
-      out_rank: Of the output.
-
-    Returns:
-      Axis of the output -> axis of the kernel.
-    """
-    dimensions = e.params["dimension_numbers"]
-    if e.primitive.name != "dot_general":
-        return {dimensions.out_spec[1]: dimensions.rhs_spec[0]} if operand == 1 else {}
-    contract, batch = (pair[operand] for pair in dimensions)
-    free = [d for d in range(rank) if d not in contract and d not in batch]
-    start = out_rank - len(free) if operand == 1 else len(batch)
-    return dict(enumerate(batch)) | dict(enumerate(free, start))
+    x = x.astype(share.dtype) * share
+    return qpoint_p.bind(x, *grid, *ends, site=site.name, rounding=half_even)
 
 
 def _to_kernel(
@@ -517,6 +663,24 @@ def _to_kernel(
     for out, own in axes.items():
         sizes[own] = shape[out]
     return x.reshape(sizes)
+
+
+def _of_type(x: Any, dtype: Any) -> Any:
+    return x if getattr(x, "dtype", None) == dtype else jnp.asarray(x, dtype)
+
+
+def _join_index(e: Equation, parts: Sequence[Channels]) -> np.ndarray | None:
+    """The channels of parts in a row; None if they lie along two axes."""
+    axis = e.params["dimension"]
+    if any(n > 1 for c in parts for d, n in enumerate(c.channel.shape) if d != axis):
+        return None
+    found, start = [], 0
+    for c in parts:
+        sizes = [1] * c.channel.ndim
+        sizes[axis] = c.value.shape[axis]
+        found.append(np.broadcast_to(c.channel, sizes) + start)
+        start += c.ratio.size
+    return np.concatenate(found, axis)
 
 
 def _exceeds(shape: Sequence[int], sizes: Sequence[int]) -> bool:

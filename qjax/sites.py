@@ -4,7 +4,8 @@ import collections
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from qjax.blocks import MEANS, Block, Plan
+from qjax.blocks import MEANS, Block, Plan, data_of
+from qjax.channels import Uses, factor_channels
 from qjax.normalisations import NORM
 from qjax.scheme import Site
 from qjax.trace import Equation, Trace
@@ -33,6 +34,7 @@ class _Describer:
     def __init__(self, model: Trace, plan: Plan, names: Sequence[str]):
         self.model, self.plan = model, plan
         self.source = {v: e for e in model.equations for v in e.outputs}
+        self.uses = Uses(model, data_of(model, model.inputs[len(names) :]))
         self.modules = {""}
         for name in names:
             parts = name.split("/")[:-1]
@@ -43,6 +45,12 @@ class _Describer:
     def sites(self) -> tuple[Site, ...]:
         plan = self.plan
         sites = list(plan.sites)
+        for v, k in plan.weights.items():
+            sites[k] = sites[k]._replace(**self.uses.channels(v)._asdict())
+        for at in (b.scale_site for b in plan.blocks):
+            if at is not None:
+                found = factor_channels(sites[at].shape)
+                sites[at] = sites[at]._replace(**found._asdict())
         feeds: dict[int, list[str]] = collections.defaultdict(list)
         makes: dict[int, list[int]] = collections.defaultdict(list)  # A weight -> ends.
         for k, site in enumerate(sites):

@@ -7,14 +7,17 @@ once, here, and nowhere else.
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.extend.core as jex
 import numpy as np
+from jax import lax
 from jax.extend.core import primitives as p
 
+from qjax.leaves import leaf_names
+from qjax.mesh_axes import aligned, axes_of, vary
 from qjax.quantizers.point import SCOPE
 
 WHOLE = "qjax.whole."  # A call with the kind of what it computes whole behind it.
@@ -65,6 +68,7 @@ class Trace:
     outputs: tuple[int, ...]
     constants: dict[int, Any]
     avals: dict[int, Any]
+    names: tuple[str, ...] = ()  # Of the inputs: input 0, input:1['image'].
 
     def shape(self, value: int) -> tuple[int, ...]:
         """The shape of a value."""
@@ -82,7 +86,7 @@ def trace(
 
     Args:
       fn: Any function that JAX can trace.
-      *args: Example arguments; only shapes and dtypes are read.
+      *args: Example arguments; only their types are read.
       keep_derivatives: Whether calls with their own derivative rules (``custom_jvp``,
         ``custom_vjp``) stay single equations, as do jitted elementwise functions of one
         argument that are more than a line and a bound (``jax.nn.gelu``), and the
@@ -91,11 +95,17 @@ def trace(
     Returns:
       The trace without dead equations, and the tree of shapes that ``fn`` returns.
     """
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x)), args
-    )
-    closed, out = jax.make_jaxpr(fn, return_shape=True)(*shapes)
-    return _prune(_flatten(closed, keep_derivatives)), out
+    is_type = lambda x: isinstance(x, jax.ShapeDtypeStruct | jax.core.ShapedArray)
+    types = jax.tree.map(lambda x: x if is_type(x) else jax.typeof(x), args)
+    closed, out = jax.make_jaxpr(fn, return_shape=True)(*types)
+    whole = _prune(_flatten(closed, keep_derivatives))
+    return dataclasses.replace(whole, names=tuple(leaf_names(args))), out
+
+
+def is_key(x: Any) -> bool:
+    """Whether a value is a typed key of ``jax.random``: no array of numbers."""
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
 
 
 def evaluate(equation: Equation, *values: Any) -> Sequence[Any]:
@@ -103,9 +113,25 @@ def evaluate(equation: Equation, *values: Any) -> Sequence[Any]:
     if whole_of(equation) and not any(isinstance(x, jax.core.Tracer) for x in values):
         # Compiled whole it would be compiled again with each trace.
         return jex.jaxpr_as_fun(equation.params["jaxpr"])(*values)
+    if equation.primitive in CALLS:
+        types = [v.aval for v in _called(equation).invars]
+        pairs = zip(values, types, strict=True)
+        values = tuple(vary(x, axes_of(aval)) for x, aval in pairs)
+    elif len(values) > 1:
+        values = tuple(aligned(values))
     params = equation.primitive.get_bind_params(equation.params)
     out = equation.primitive.bind(*values, **params)
     return out if equation.primitive.multiple_results else (out,)
+
+
+def _inner(e: Any) -> Any:
+    """What a call calls."""
+    return e.params["jaxpr" if "jaxpr" in e.params else "call_jaxpr"]
+
+
+def _called(e: Any) -> Any:
+    """The jaxpr of a call."""
+    return getattr(_inner(e), "jaxpr", _inner(e))
 
 
 def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
@@ -113,6 +139,7 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
     constants: dict[int, Any] = {}
     avals: dict[int, Any] = {}
     equations: list[Equation] = []
+    data: set[int] = set()  # What depends on an argument.
     inlined = _CALLS if keep_derivatives else _CALLS + _DERIVATIVE_CALLS
 
     def number(aval: Any) -> int:
@@ -140,7 +167,12 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
             stack = _QUANTIZER.sub(r"\1", str(eqn.source_info.name_stack))
             here = "/".join(s for s in (path, stack) if s)
             is_kept = bool(whole_of(eqn)) or (keep_derivatives and _is_function(eqn))
-            if (
+            if (whole := expansion(eqn, keep_derivatives)) is not None and (
+                eqn.primitive is not p.scan_p or not data.isdisjoint(inputs)
+            ):
+                types = [v.aval for v in eqn.invars]
+                outputs = call(jax.make_jaxpr(whole)(*types), inputs, here)
+            elif (
                 eqn.primitive is p.cond_p
                 and (at := known_number(inputs[0])) is not None
             ):
@@ -148,10 +180,13 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
                 branch = branches[min(max(at, 0), len(branches) - 1)]
                 outputs = call(branch, inputs[1:], here)
             elif eqn.primitive in inlined and not is_kept:
-                inner = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
-                outputs = call(inner, inputs, here)
+                outputs = call(_inner(eqn), inputs, here)
+            elif eqn.primitive.name == "pvary":
+                outputs = inputs  # `evaluate` does it where it is needed.
             else:
                 outputs = [number(v.aval) for v in eqn.outvars]
+                if not data.isdisjoint(inputs):
+                    data.update(outputs)
                 equations.append(
                     Equation(
                         eqn.primitive, eqn.params, tuple(inputs), tuple(outputs), here
@@ -162,18 +197,23 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
 
     def known_number(v: int) -> int | None:
         """The value of a number that does not depend on an argument."""
+        value = None if v in data else known_value(v)
+        return None if value is None else int(value)
+
+    def known_value(v: int) -> Any:
+        """A value that does not depend on an argument; None if a tracer is in it."""
         if v in constants:
-            value = constants[v]
-            return None if isinstance(value, jax.core.Tracer) else int(value)
-        e = next((e for e in reversed(equations) if v in e.outputs), None)
-        numbers = [known_number(u) for u in e.inputs] if e is not None else [None]
-        if e is None or any(n is None for n in numbers):
+            return None if isinstance(constants[v], jax.core.Tracer) else constants[v]
+        e = next(e for e in reversed(equations) if v in e.outputs)
+        values = [known_value(u) for u in e.inputs]
+        if any(value is None for value in values):
             return None
-        typed = [
-            jax.numpy.asarray(n, avals[u].dtype)
-            for n, u in zip(numbers, e.inputs, strict=True)
-        ]
-        return int(evaluate(e, *typed)[0])
+        with jax.ensure_compile_time_eval():
+            typed = [
+                jax.numpy.asarray(value, avals[u].dtype)
+                for value, u in zip(values, e.inputs, strict=True)
+            ]
+            return evaluate(e, *typed)[e.outputs.index(v)]
 
     def call(inner: Any, inputs: list[int], path: str) -> list[int]:
         jaxpr = getattr(inner, "jaxpr", inner)
@@ -185,6 +225,7 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
         return walk(jaxpr, [*consts, *inputs], path)
 
     arguments = [number(v.aval) for v in closed.jaxpr.invars]
+    data.update(arguments)
     consts = [
         constant(c, v.aval)
         for v, c in zip(closed.jaxpr.constvars, closed.consts, strict=True)
@@ -195,6 +236,60 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
     return Trace(
         tuple(equations), tuple(arguments), tuple(outputs), constants, dict(avals)
     )
+
+
+def expansion(eqn: Any, keep_derivatives: bool) -> Callable[..., Any] | None:
+    """Returns what an equation is made of simpler ones; None if it stays.
+
+    Stacks and tiles are concatenations and broadcasts. A scan of few steps is unrolled
+    where it is lowered; as a part of a model that is trained it stays.
+    """
+    params = eqn.params
+    if eqn.primitive.name == "stack":
+        axis = params["axis"]
+        return lambda *xs: lax.concatenate(
+            [lax.expand_dims(x, (axis,)) for x in xs], axis
+        )
+    if eqn.primitive.name == "unstack":
+        axis, sizes = params["axis"], (1,) * len(eqn.outvars)
+        return lambda x: [lax.squeeze(y, (axis,)) for y in lax.split(x, sizes, axis)]
+    if eqn.primitive.name == "tile":
+        return lambda x: _tiled(x, params["reps"])
+    is_short = eqn.primitive is p.scan_p and params["length"] <= MOST_STEPS
+    return _unrolled(params) if is_short and not keep_derivatives else None
+
+
+MOST_STEPS = 256  # Of a scan that is unrolled.
+
+
+def _tiled(x: jax.Array, reps: Sequence[int]) -> jax.Array:
+    for axis, n in enumerate(reps):
+        if n != 1:
+            shape = (*x.shape[:axis], n, *x.shape[axis:])
+            kept = tuple(d for d in range(len(shape)) if d != axis)
+            whole = (*x.shape[:axis], n * x.shape[axis], *x.shape[axis + 1 :])
+            x = lax.reshape(lax.broadcast_in_dim(x, shape, kept), whole)
+    return x
+
+
+def _unrolled(params: Mapping[str, Any]) -> Callable[..., list[Any]]:
+    """A scan as a Python loop."""
+    step, length = jex.jaxpr_as_fun(params["jaxpr"]), params["length"]
+    first, kept = params["num_consts"], params["num_carry"]
+    order = range(length)[::-1] if params["reverse"] else range(length)
+
+    def loop(*args: Any) -> list[Any]:
+        consts, xs = args[:first], args[first + kept :]
+        carry, found = list(args[first : first + kept]), {}
+        for t in order:
+            now = [lax.index_in_dim(x, t, keepdims=False) for x in xs]
+            out = step(*consts, *carry, *now)
+            carry, found[t] = list(out[:kept]), out[kept:]
+        columns = zip(*(found[t] for t in range(length)), strict=True)
+        rows = [[lax.expand_dims(y, (0,)) for y in column] for column in columns]
+        return carry + [lax.concatenate(column, 0) for column in rows]
+
+    return loop
 
 
 def _prune(trace: Trace) -> Trace:
@@ -296,8 +391,8 @@ def _as_call(jaxpr: Any, eqns: Sequence[Any], name: str) -> Any:
         return [env[v] for v in outputs]
 
     quantizer.__name__ = quantizer.__qualname__ = name
-    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in inputs]
-    (call,) = jax.make_jaxpr(jax.jit(quantizer))(*shapes).jaxpr.eqns
+    types = [v.aval for v in inputs]
+    (call,) = jax.make_jaxpr(jax.jit(quantizer))(*types).jaxpr.eqns
     source = eqns[-1].source_info
     return call.replace(invars=inputs, outvars=outputs, source_info=source)
 

@@ -114,9 +114,10 @@ def _schemes(draw: Any, power_of_two: bool) -> qjax.Scheme:
     rules = []
     if draw(st.booleans()):
         wide = dataclasses.replace(activations, bits=draw(st.sampled_from((9, 16))))
-        rules.append(qjax.Rule(Where(op="function"), wide))
+        rules.append(qjax.Rule(Where(op="function"), wide, optional=True))
     if draw(st.booleans()):
-        rules.append(qjax.Rule(Where(role="activation", op="residual"), activations))
+        residual = Where(role="activation", op="residual")
+        rules.append(qjax.Rule(residual, activations, optional=True))
     calibrator = draw(
         st.sampled_from((qjax.min_max(), qjax.moving_max(), qjax.percentile(99.0)))
     )

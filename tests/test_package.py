@@ -48,9 +48,11 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 def test_rooms_import_only_from_rooms_above():
     """In the order of the README's layout; only `IntegerProgram.save` reaches down."""
     order = (
-        "rounding affine estimators quantizers calibration histograms scheme "
-        "scheme_json presets rescaling trace elementwise blocks sites config simulate "
-        "batches instrument inspection layers linen nnx integer lowering formats"
+        "tables leaves mesh_axes rounding affine estimators quantizers calibration "
+        "histograms patterns scheme scheme_json presets rescaling trace common_scales "
+        "elementwise statistics normalisations blocks channels sites config simulate "
+        "batches arguments instrument "
+        "inspection layers linen nnx integer lowering formats"
     ).split()
     for path in sorted((ROOT / "qjax").rglob("*.py")):
         parts = path.relative_to(ROOT / "qjax").with_suffix("").parts

@@ -8,7 +8,8 @@ import pytest
 
 import qjax
 from qjax.affine import QParams, QSpec, fake_quant
-from qjax.lowering.passes import drop_dead, validate
+from qjax.lowering.passes import drop_dead
+from qjax.lowering.validation import validate
 
 
 def _point(x, site=""):

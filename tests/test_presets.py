@@ -43,7 +43,7 @@ def words(model, scheme):
 
 WEIGHT, OUTPUT = QSpec(8, narrow_range=True, axis=-1), QSpec(8)
 QML_OUT = QSpec(8, symmetric=True, power_of_two=True, axis=-1)
-QML_IN = QSpec(8, signed=False, power_of_two=True, axis=-1)
+QML_IN = QSpec(8, signed=False, power_of_two=True)
 
 
 @pytest.mark.parametrize(
@@ -167,13 +167,145 @@ def test_qkeras_names_quantizers_by_layer(net):
     }
     both = words(net, presets.qkeras(layers, base=presets.w4a8()))
     assert both["dw/kernel"].bits == 4 and both["head/kernel"] is None
-    with pytest.raises(ValueError, match="stem.bias_quantizer: wanted is one of"):
-        presets.qkeras({"stem": {"bias_quantizer": "quantized_bits(8)"}})
-    with pytest.raises(ValueError, match="quantized_bit"):
+    with pytest.raises(ValueError, match="stem.gamma_quantizer: wanted is one of"):
+        presets.qkeras({"stem": {"gamma_quantizer": "quantized_bits(8)"}})
+    with pytest.raises(ValueError, match="stem: names of quantizers by key"):
+        presets.qkeras({"stem": "quantized_bits(8)"})
+    with pytest.raises(ValueError, match="stem.kernel_quantizer: .*quantized_bit"):
         presets.qkeras({"stem": {"kernel_quantizer": "quantized_bit(8)"}})
     one = {"stim": {"kernel_quantizer": "quantized_bits(8)"}}
     with pytest.raises(ValueError, match="'stim' matches no layer. The closest is"):
         words(net, presets.qkeras(one))
+
+
+def _bits_in_numpy(x, bits, integer):
+    """QKeras's ``quantized_bits(bits, integer, 1)``."""
+    n = 2.0 ** (bits - 1)
+    return 2.0**integer * np.clip(np.rint(x * n / 2.0**integer), 1 - n, n - 1) / n
+
+
+def _two_products():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype("f")
+    params = {
+        "a": {"kernel": draw(4, 6), "bias": draw(6)},
+        "b": {"kernel": draw(6, 3), "bias": draw(3)},
+    }
+
+    def fn(p, x):
+        h = jax.nn.relu(x @ p["a"]["kernel"] + p["a"]["bias"])
+        return h @ p["b"]["kernel"] + p["b"]["bias"]
+
+    return fn, params, draw(9, 4)
+
+
+def test_biases_are_those_of_qkeras():
+    fn, params, x = _two_products()
+    kernel = {"kernel_quantizer": "quantized_bits(4,1,1,alpha=1)"}
+    a = {"bias_quantizer": "quantized_bits(6,1,1)", "activation": "quantized_relu(4,2)"}
+    b = {"bias_quantizer": "quantized_po2(4)", "activation": "linear"}
+    first = {"activation": "quantized_bits(8,2,1)"}
+    layers = {"input:0": first, "a": {**kernel, **a}, "b": {**kernel, **b}}
+    scheme = presets.qkeras(layers)
+    assert qjax.Scheme.from_json(scheme.to_json()) == scheme
+    qmodel = qjax.quantize_model(fn, params, x, scheme=scheme)
+    qstate = qjax.calibrate(qmodel, params, [x])
+    own, end = params["a"], params["b"]
+    h = _bits_in_numpy(x, 8, 2) @ _bits_in_numpy(own["kernel"], 4, 1)
+    h = np.maximum(h + _bits_in_numpy(own["bias"], 6, 1), 0)
+    h = 4 * np.clip(np.rint(h * 4) / 16, 0, 15 / 16)
+    exponent = np.clip(np.rint(np.log2(np.abs(end["bias"]))), -4, 3)
+    bias = np.sign(end["bias"]) * 2.0**exponent
+    wanted = h @ _bits_in_numpy(end["kernel"], 4, 1) + bias
+    np.testing.assert_array_equal(qmodel.apply(params, qstate, x), wanted)
+    program = qjax.lower(qmodel, params, qstate, x)
+    np.testing.assert_array_equal(program(x), wanted)
+    assert qjax.verify(program, qmodel, params, qstate, x).is_exact
+    with pytest.raises(ValueError, match="bias of 'a' .* Use `apply`"):
+        qmodel.apply_integer(params, qstate, x)
+    grads = jax.grad(lambda p: qmodel.apply(p, qstate, x).sum())(params)
+    np.testing.assert_array_equal(grads["b"]["bias"], np.full(3, 9.0))
+
+
+def test_biases_of_fewer_bits_on_steps_of_their_accumulator():
+    fn, params, x = _two_products()
+    config = {
+        "a": {"bias_quantizer": {"bitwidth": 8}},
+        "b": {"bias_quantizer": {"bitwidth": 4}},
+    }
+    qparams = qjax.QuantizationParams()
+    qmodel = qjax.quantize_model(fn, params, x, qparams=qparams, q_config=config)
+    qstate = qjax.calibrate(qmodel, params, [x])
+    program = qjax.lower(qmodel, params, qstate, x)
+    assert qjax.verify(program, qmodel, params, qstate, x).is_exact
+    y = program(x)
+    np.testing.assert_array_equal(qmodel.apply_integer(params, qstate, x), y)
+    grids = qjax.scales(qmodel, params, qstate)
+    unit = np.ravel(grids["input:0"].scale * grids["a/kernel"].scale)
+    zero = int(grids["input:0"].zero_point)
+    kernel = np.int64(program.params["a/kernel"])
+    shift = zero - 128 if zero >= 0 else zero  # Of codes that are stored as int8.
+    for offset in (zero, shift):
+        codes = np.int64(program.params["a/bias"]) + offset * kernel.sum(0)
+        if np.all(np.abs(codes * unit - params["a"]["bias"]) < 0.1):
+            break
+    # At most 7 bits and the sign, then zeros.
+    steps = 2.0 ** np.maximum(
+        np.ceil(np.log2(np.abs(params["a"]["bias"]) / unit)) - 7, 0
+    )
+    wanted = np.clip(np.rint(params["a"]["bias"] / unit / steps), -128, 127) * steps
+    np.testing.assert_array_equal(codes, wanted)
+
+
+def test_the_weights_of_a_separable_convolution():
+    def fn(p, x):
+        own, spec = p["sep"], ("NHWC", "HWIO", "NHWC")
+        h = jax.lax.conv_general_dilated(
+            x,
+            own["depthwise_kernel"],
+            (1, 1),
+            "SAME",
+            dimension_numbers=spec,
+            feature_group_count=3,
+        )
+        h = jax.lax.conv_general_dilated(
+            h, own["pointwise_kernel"], (1, 1), "SAME", dimension_numbers=spec
+        )
+        return h + own["bias"]
+
+    params = {
+        "sep": {
+            "depthwise_kernel": jnp.ones((3, 3, 1, 3)),
+            "pointwise_kernel": jnp.ones((1, 1, 3, 4)),
+            "bias": jnp.ones(4),
+        }
+    }
+    x = jnp.ones((2, 4, 4, 3))
+    config = {
+        "sep": {
+            "dw_weight_quantizer": {"bitwidth": 6},
+            "pw_weight_quantizer": {"bitwidth": 3},
+            "bias_quantizer": {"bitwidth": 5},
+        }
+    }
+    qmodel = qjax.quantize_model(fn, params, x, q_config=config)
+    bits = {
+        s.name: qmodel.scheme.spec(s).bits for s in qmodel.sites if "kern" in s.name
+    }
+    assert bits == {"sep/depthwise_kernel": 6, "sep/pointwise_kernel": 3}
+    assert qmodel.scheme.bias_spec(qmodel.biases[0]).bits == 5
+    names = {
+        "depthwise_quantizer": "quantized_bits(4,0,1)",
+        "pointwise_quantizer": "quantized_bits(3,0,1)",
+        "bias_quantizer": "quantized_bits(3)",
+    }
+    scheme = presets.qkeras({"sep": names})
+    qmodel = qjax.quantize_model(fn, params, x, scheme=scheme)
+    bits = {
+        s.name: qmodel.scheme.spec(s).bits for s in qmodel.sites if "kern" in s.name
+    }
+    assert bits == {"sep/depthwise_kernel": 4, "sep/pointwise_kernel": 3}
+    assert qmodel.scheme.bias_spec(qmodel.biases[0]) == QuantizedBits(3)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +397,7 @@ def test_json_there_and_back(name):
             r"rules\[0\]: either",
         ),
         ('{"rules": [{"where": {"ops": "a"}}]}', r"rules\[0\]\.where\.ops: .*op"),
-        ('{"rules": [{"where": {"role": "bias"}}]}', r'where\.role: "weight" or'),
+        ('{"rules": [{"where": {"role": "biases"}}]}', r'where\.role: "weight" or'),
         ('{"rules": [{"where": {"ranks": 2}}]}', r"where\.ranks: a list of"),
         ('{"rules": [{"where": {"op": [1]}}]}', r"where\.op\[0\]: text"),
         ('{"rules": [{"pattern": "a", "reasons": 1}]}', r"reasons: an object"),

@@ -887,3 +887,21 @@ def test_the_namespace():
     assert list(qml.__all__) == sorted(qml.__all__)
     for name in qml.__all__:
         assert getattr(qml, name).__doc__, name
+
+
+def test_powers_saturate_once():
+    codes = np.array([[-128, -12, -1, 0], [1, 2, 11, 127]])
+    x = qml.from_codes(jnp.int32(codes), 7, jnp.int32([0, 1, -2, 3]))
+    for n in range(6):
+        y = x**n
+        np.testing.assert_array_equal(y.codes, np.clip(codes**n, -128, 127))
+        np.testing.assert_array_equal(y.frac_bits, n * np.array([0, 1, -2, 3]))
+    for n in (-1, 0.5, True):
+        with pytest.raises(ValueError, match="`n` must be a whole number"):
+            qml.power(x, n)
+
+
+def test_division_by_the_integer_0():
+    x = qml.from_codes(jnp.int32([7, -7]), 7)
+    with pytest.raises(ValueError, match="got the divisor 0"):
+        qml.divide(x, 0)

@@ -262,3 +262,50 @@ def test_a_parsed_spec_quantizes_as_the_one_it_came_from(options):
 def test_position_after_name_is_refused_also_in_order(text):
     with pytest.raises(ValueError, match="position come before"):
         parse(text)
+
+
+@pytest.mark.parametrize(
+    "text, today",
+    [
+        ("quantized_po2(4, -1)", qz.QuantizedPo2(4)),
+        ("quantized_relu_po2(bits=8, max_value=-1)", qz.QuantizedReluPo2(8)),
+        ("binary(alpha=1)", qz.Binary(alpha=1)),
+        ("binary(0.5)", qz.Binary(alpha=0.5)),
+        ("binary('auto')", qz.Binary(alpha="auto")),
+        ("binary(1)", qz.Binary(True)),
+        ("stochastic_ternary('auto')", qz.StochasticTernary("auto")),
+        ("ternary(1.0, 0.33)", qz.Ternary(1.0, 0.33)),
+        ("quantized_tanh(8, 0, 1)", qz.QuantizedTanh(8, symmetric=True)),
+        ("quantized_tanh(bits=8, integer=0)", qz.QuantizedTanh(8)),
+        ("quantized_relu(4,2)", qz.QuantizedRelu(4, 2)),
+        ("quantized_bits(4, 0, 1)", qz.QuantizedBits(4, 0, True)),
+        ("hard_tanh", qz.HardTanh()),
+    ],
+)
+def test_forms_of_older_qkeras(text, today):
+    assert parse(text) == today
+
+
+@pytest.mark.parametrize(
+    "text", ["quantized_tanh(6, 2, 1)", "quantized_tanh(bits=6, integer=2)"]
+)
+def test_older_forms_that_mean_something_else_show_todays(text):
+    form = r"quantized_tanh\(bits=8, use_stochastic_rounding=False, symmetric=False"
+    with pytest.raises(ValueError, match=form):
+        parse(text)
+    assert parse("quantized_tanh(6, symmetric=True)") == qz.QuantizedTanh(
+        6, False, True
+    )
+
+
+def test_errors_show_the_form():
+    with pytest.raises(
+        ValueError, match=r"Its form: quantized_relu\(bits=8, integer=0"
+    ):
+        parse("quantized_relu(4, alpha=1)")
+    with pytest.raises(ValueError, match=r"Its form: ternary\(alpha=None"):
+        parse("ternary('outo')")
+    with pytest.raises(ValueError, match="`use_01` is True or False"):
+        parse("binary('auto', alpha=1)")
+    with pytest.raises(TypeError, match="named by a string"):
+        parse(4)

@@ -117,3 +117,12 @@ def test_the_function_keeps_its_other_arguments():
     raw, _ = qjax.insert_rescaling(fn, 0.5)
     x = jnp.array([2, 4], jnp.uint8)
     np.testing.assert_array_equal(jax.jit(raw)(2.0, x, 1.0, k=3.0), [6.0, 8.0])
+
+
+def test_a_rescaling_needs_an_input():
+    with pytest.raises(ValueError, match="takes no input after its parameters"):
+        qjax.insert_rescaling(lambda params: params["w"], 1 / 255)
+    with pytest.raises(TypeError, match="`fn` must be a function"):
+        qjax.insert_rescaling("x", 1 / 255)
+    fn, rule = qjax.insert_rescaling(lambda params, x: x * params["w"], 1 / 255)
+    np.testing.assert_array_equal(fn({"w": 2.0}, np.uint8([0, 255])), [0, 2])

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ _DOMAINS = (
     ),
 )
 _QUANTIZERS = ("BipolarQuant", "IntQuant", "Quant", "Trunc")
+_OLDEST, _NEWEST = 7, 13  # Operator sets: read, and taken for one that is not named.
 _SAME_CODES = ("Identity", "Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 
 
@@ -73,6 +75,30 @@ class QonnxModel:
             values[node.operator.site] = node.run(values)
         found = tuple(_ended(values[name]) for name in self.output_names)
         return found[0] if len(found) == 1 else found
+
+    def advise(self, refusal: str) -> str:
+        """Returns why `qjax.lower` refuses the network, with what its reader can do.
+
+        Args:
+          refusal: What `qjax.lower` says, with its own remedy.
+        """
+        why, equation, rest = refusal.partition("\n  equation: ")
+        why += equation + rest.partition("\n")[0]
+        if self._input_grid is None and re.search(r"\binput \d", refusal):
+            return (
+                f"{why}\nThe file does not quantize it: read it with `input_grid="
+                "(QParams(scale, zero_point), QSpec(bits))`."
+            )
+        before = [
+            name
+            for node in self._nodes
+            if node.name in why
+            for name in node.inputs
+            if name and name not in self._constants and name not in self.input_names
+        ]
+        if not before:
+            return f"{why}\nQuantize it in the file, before it is exported."
+        return f"{why}\nEnd before it: read the file with `outputs=({before[0]!r},)`."
 
 
 def read_qonnx(
@@ -284,10 +310,19 @@ class _Node:
 
     def _folded(self, operands: list[Any]) -> np.ndarray:
         """Computes a constant by ONNX's own reference."""
+        onnx = importlib.import_module("onnx")
         reference = importlib.import_module("onnx.reference")
-        session = reference.ReferenceEvaluator(self.proto, opsets={"": self.opset})
-        feeds = dict(zip(self.inputs, operands, strict=True))
-        (found, *_) = session.run(None, {k: v for k, v in feeds.items() if k})
+        named = zip(self.inputs, operands, strict=True)
+        feeds = {name: value for name, value in named if name}
+        # Alone, a node would be of the newest operator set.
+        ends = (
+            [onnx.helper.make_empty_tensor_value_info(n) for n in names]
+            for names in (feeds, [self.operator.site])
+        )
+        graph = onnx.helper.make_graph([self.proto], "constant", *ends)
+        opset = onnx.helper.make_opsetid("", self.opset)
+        model = onnx.helper.make_model(graph, opset_imports=[opset])
+        (found,) = reference.ReferenceEvaluator(model).run(None, feeds)
         return _converted(np.asarray(found))
 
 
@@ -302,8 +337,16 @@ def _node(onnx: Any, proto: Any, opsets: Mapping[str, int], batch: int) -> _Node
             f"which has no rules. Known are {', '.join(map(repr, _DOMAINS))}."
         )
     attributes = {a.name: _attribute(onnx, a) for a in proto.attribute}
+    opset = opsets.get("", opsets.get("ai.onnx", _NEWEST))
+    if opset < _OLDEST:
+        raise NotImplementedError(
+            f"Files of operator set {opset} have no rules, those of {_OLDEST} and up "
+            "have. Convert it by `onnx.version_converter.convert_version`."
+        )
+    if proto.op_type == "Softmax" and opset < 13:
+        attributes = {"axis": 1, **attributes, "is_flat": True}
     operator = Operator(proto.op_type, site, attributes, batch)
-    return _Node(operator, tuple(proto.input), name, proto, opsets.get("", 13))
+    return _Node(operator, tuple(proto.input), name, proto, opset)
 
 
 def _attribute(onnx: Any, proto: Any) -> Any:

@@ -325,7 +325,10 @@ def _function(op: Operator, x: Data) -> Value:
 
 @rule("Softmax")
 def _softmax(op: Operator, x: Data) -> Value:
-    return Data(jax.nn.softmax(x.real(), axis=op.attributes.get("axis", -1)))
+    axis = op.attributes.get("axis", -1) % len(x.shape)
+    # Before operator set 13 all axes from this one on are one.
+    last = len(x.shape) if op.attributes.get("is_flat", False) else axis + 1
+    return Data(jax.nn.softmax(x.real(), axis=tuple(range(axis, last))))
 
 
 def _in_rank(x: np.ndarray, rank: int) -> np.ndarray:

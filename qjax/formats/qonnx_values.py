@@ -6,6 +6,7 @@ accumulator there.
 """
 
 import dataclasses
+import fractions
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,8 @@ _MOST_CODES = 1 << 16  # Of the accumulator that a table is indexed by.
 _MOST_ENTRIES = 1 << 22  # Of that table, all channels together.
 _MOST_INT32 = 2**31 - 1
 _MOST_SHIFT = 24  # Of an accumulator, for a finer bias.
+_MOST_PARTS = 128  # Of a step, so that a sum with a number is whole.
+_WHOLE = 1e-6  # How far from it that may be.
 _UNBOUNDED = (-np.inf, np.inf)
 
 Step = Callable[[jax.Array], jax.Array]
@@ -361,6 +364,7 @@ def product(
     Returns:
       The product.
     """
+    v = _shifted_grid(v, site)
     codes, scale = kernel.codes, kernel.scale
     on_grid = codes is not None and scale is not None and v.grid is not None
     if not on_grid or np.any(np.ptp(scale, axis=over) != 0):  # type: ignore[arg-type]
@@ -376,6 +380,33 @@ def product(
     gain = channels(np.asarray(scale, np.float64)[first].reshape(positive.shape))
     acc = multiply(v.x, _unit_kernel(codes, f"{site}/kernel"))
     return accumulated(acc, v.grid.scale, low, high, gain, site=f"{site}/sum")
+
+
+def _shifted_grid(v: Data, site: str) -> Data:
+    """Codes times a factor plus a number as codes of a grid that holds them all.
+
+    gain * unit * n + bias = step * (parts * n + shift)
+    """
+    line = v.line
+    if v.grid is not None or line is None or not v.is_pointwise:
+        return v
+    if line.gain.size > 1 or line.bias.size > 1 or line.bounds != _UNBOUNDED:
+        return v
+    unit = line.gain.item() * line.unit
+    if not unit:
+        return v
+    shift = line.bias.item() / unit
+    ratio = fractions.Fraction(shift).limit_denominator(_MOST_PARTS)
+    if abs(float(ratio) - shift) > _WHOLE * max(1.0, abs(shift)):
+        return v
+    parts = ratio.denominator
+    low, high = (int(f(end)) for f, end in ((np.min, line.low), (np.max, line.high)))
+    ends = sorted(
+        round(np.sign(unit)) * (parts * end + ratio.numerator) for end in (low, high)
+    )
+    if ends[1] - ends[0] >= _MOST_CODES or max(map(abs, ends)) >= _MOST_CODES:
+        return v
+    return point(v.real(), abs(unit) / parts, 0, *ends, site=f"{site}/shifted")
 
 
 def _unit_kernel(codes: np.ndarray, site: str) -> jax.Array:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +12,12 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from qjax.lowering.graph import Graph
+from qjax.formats.files import write_atomically
+from qjax.lowering.graph import Graph, read_json
+from qjax.lowering.operations import is_integer
 from qjax.lowering.packing import pack, storage_bits, unpack
 from qjax.lowering.program import IntegerProgram
+from qjax.lowering.validation import validate
 
 _FORMAT = "qjax.integer_program"
 _VERSION = 1
@@ -30,12 +32,24 @@ def save(program: IntegerProgram, path: str | os.PathLike[str]) -> None:
 
     Args:
       program: What to write.
-      path: Where. An existing file is replaced once the new one is complete.
+      path: Where. An existing file is replaced once the new one is complete, and keeps
+        its mode; a symbolic link stays, and what it points to is written.
 
     Raises:
-      ValueError: if inputs or outputs are nested in other than tuples, lists, dicts.
-      OSError: if the file cannot be written; nothing is left behind then.
+      ValueError: if inputs or outputs are nested in other than tuples, lists, dicts; if
+        a parameter has a name that no file holds; if something of the program stays in
+        float; if `load` would refuse it. Nothing is written then.
+      OSError: if the file cannot be written. An old one stays as it was.
     """
+    if program.residues:
+        listed = "\n".join(residue.message for residue in program.residues)
+        raise ValueError(
+            "This program is not whole, so no file can hold it. In float remain:\n"
+            f"{listed}"
+        )
+    for name in program.params:
+        _check_name(name)
+    validate(program.graph, program.params)
     arrays = {k: np.asarray(v, order="C") for k, v in program.params.items()}
     packed: dict[str, tuple[int, list[int]]] = {}
     for name, array in arrays.items():
@@ -53,7 +67,7 @@ def save(program: IntegerProgram, path: str | os.PathLike[str]) -> None:
     }
     header["sha256"] = _checksum(header, arrays)
     data = safetensors.numpy.save(arrays, header)
-    _write_atomically(path, data)
+    write_atomically(path, data)
 
 
 def load(path: str | os.PathLike[str]) -> IntegerProgram:
@@ -67,7 +81,7 @@ def load(path: str | os.PathLike[str]) -> IntegerProgram:
 
     Raises:
       ValueError: if the file is no such program, is truncated or altered, or comes from
-        a later version.
+        a later version; if what it holds is no program: `qjax.lowering.validation`.
       OSError: if it cannot be read.
     """
     with open(path, "rb"):
@@ -95,14 +109,80 @@ def load(path: str | os.PathLike[str]) -> IntegerProgram:
             f"{os.fspath(path)!r} was altered: its contents do not have the checksum "
             "in its header. Save the program again."
         )
-    for name, (bits, shape) in json.loads(header.get("packed", "{}")).items():
-        arrays[name] = unpack(arrays[name], bits, tuple(shape))
-    return IntegerProgram(
-        Graph.from_json(header["graph"]),
-        {name: jnp.asarray(array) for name, array in arrays.items()},
-        _tree_from_json(json.loads(header["inputs"])),
-        _tree_from_json(json.loads(header["outputs"])),
-    )
+    try:
+        return _program(header, arrays)
+    except ValueError as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} holds no integer program that could run. {error}"
+        ) from error
+
+
+_KEYS = ("format", "version", "graph", "packed", "inputs", "outputs")
+
+
+def _program(
+    header: Mapping[str, str], arrays: Mapping[str, np.ndarray]
+) -> IntegerProgram:
+    """Returns the program of a file.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    if set(header) != set(_KEYS):
+        raise ValueError(f"Its header must hold {_KEYS}, got {sorted(header)}.")
+    unpacked = {**arrays, **_unpacked(read_json(header["packed"]), arrays)}
+    graph = Graph.from_json(header["graph"])
+    validate(graph, unpacked)
+    trees = []
+    for name, ends in (("inputs", graph.inputs), ("outputs", graph.outputs)):
+        tree = _tree_from_json(read_json(header[name]))
+        if tree.num_leaves != len(ends):
+            raise ValueError(
+                f"Its {name} must be nested as {len(ends)} values, got {tree}."
+            )
+        trees.append(tree)
+    top = jax.tree.unflatten(trees[0], range(trees[0].num_leaves))
+    if not isinstance(top, tuple):
+        raise ValueError(f"Its inputs must be a tuple, got {trees[0]}.")
+    params = {name: jnp.asarray(array) for name, array in unpacked.items()}
+    return IntegerProgram(graph, params, *trees)
+
+
+def _unpacked(packed: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The parameters of 2 and 4 bits, from their bytes."""
+    if not isinstance(packed, dict):
+        raise ValueError(f"Packed parameters must have names, got {packed!r}.")
+    found = {}
+    for name, form in packed.items():
+        if name not in arrays:
+            raise ValueError(f"The packed parameter {name!r} is not there.")
+        is_form = isinstance(form, list) and len(form) == 2 and is_integer(form[0])
+        if not is_form or not isinstance(form[1], list):
+            raise ValueError(f"{name!r} must be packed as [bits, shape], got {form!r}.")
+        bits, shape = form
+        if not all(is_integer(n) and 0 <= n < 1 << 31 for n in shape):
+            raise ValueError(f"{name!r} must have a shape, got {shape!r}.")
+        try:
+            found[name] = unpack(arrays[name], bits, tuple(shape))
+        except ValueError as error:
+            raise ValueError(f"The parameter {name!r}: {error}") from error
+    return found
+
+
+def _check_name(name: str) -> None:
+    """Raises ValueError for a parameter that no file can name."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"The parameter {name!r} has half of a surrogate pair in its name, which "
+            "no file holds. Rename it in the model, and lower it anew."
+        ) from error
+    if name == "__metadata__":
+        raise ValueError(
+            "Safetensors files keep the name '__metadata__' for their header. Rename "
+            "this parameter in the model, and lower it anew."
+        )
 
 
 def _checksum(header: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> str:
@@ -114,20 +194,6 @@ def _checksum(header: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> st
         digest.update(f"{name} {array.dtype.str} {array.shape}\0".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
-
-
-def _write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _tree_to_json(tree: Any) -> Any:
@@ -154,11 +220,21 @@ def _tree_from_json(data: Any) -> Any:
     def decode(node: Any) -> Any:
         if node is None:
             return 0
+        if not isinstance(node, list) or len(node) != 2:
+            raise ValueError(f"A container must be [kind, children], got {node!r}.")
         kind, children = node
-        if kind == "none":
+        if kind == "none" and children == []:
             return None
-        if kind == "dict":
+        if kind == "dict" and isinstance(children, dict):
             return {k: decode(v) for k, v in children.items()}
-        return {"tuple": tuple, "list": list}[kind](map(decode, children))
+        if kind in ("tuple", "list") and isinstance(children, list):
+            parts = map(decode, children)
+            return tuple(parts) if kind == "tuple" else list(parts)
+        raise ValueError(
+            f"Programs are nested in tuples, lists and dicts only, got {node!r}."
+        )
 
-    return jax.tree.structure(decode(data))
+    try:
+        return jax.tree.structure(decode(data))
+    except RecursionError as error:
+        raise ValueError("Inputs or outputs are nested too deep.") from error

@@ -305,7 +305,10 @@ def _grid(
     if not scale.size:
         return (), (), 0
     if not 0 <= axis < max(len(shape), 1):
-        raise ValueError(f"must have axes within {shape}, got {axis} for {name!r}.")
+        raise ValueError(
+            f"must have axes within {shape}, got {axis} for {name!r}. LiteRT takes no "
+            "other either: set its `quantized_dimension`, to 0 for a bias."
+        )
     if scale.size not in {1, *shape[axis : axis + 1]} or zero_point.size != scale.size:
         raise ValueError(
             f"must have one scale and zero point, or one along axis {axis} of {shape}, "

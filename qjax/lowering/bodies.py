@@ -97,13 +97,18 @@ def conv(
     x = lax.pad(x, fill, config) if any(map(any, config)) else x
     x, kernel = x.transpose(b, *space, c), kernel.transpose(*taps, i, o)
     window = Window(tuple(a["strides"]), tuple(a["dilation"]), a["groups"])
+    order = np.argsort((out[0], *out[2:], out[1]))
+    if not x.size or not kernel.size:  # Sums of nothing.
+        sizes = window.sizes(x.shape, kernel.shape)
+        acc = jnp.zeros((x.shape[0], *sizes, kernel.shape[-1]), jnp.int32)
+        return acc.transpose(order) + params[node.params["bias"]]
     body = choose(x.shape, kernel.shape, window)
     product = lambda x, kernel: _alone(body, x, kernel, window)
     if body is products:
         acc = product(x, kernel)
     else:
         acc = in_bytes(product, x, kernel, window.least(x.shape, kernel.shape))
-    acc = acc.transpose(np.argsort((out[0], *out[2:], out[1])))
+    acc = acc.transpose(order)
     return shifted(acc, node) + params[node.params["bias"]]
 
 

@@ -5,15 +5,23 @@ program. The codes are those of TFLite's reference kernels. Weights and scales s
 they are; what differs from native programs is how they round, which the nodes name.
 """
 
-from collections.abc import Sequence
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qjax.integer import RequantizeRule
 from qjax.lowering import tflite_moves, tflite_products, tflite_rules
+from qjax.lowering.graph import Graph
 from qjax.lowering.program import IntegerProgram, float_values
+from qjax.lowering.sizes import Lowered, find_fixed
 from qjax.lowering.tflite_graph import RULES, Call, Growth, Operator, Rules, Tensor
+from qjax.lowering.validation import validate
+from qjax.trace import Trace
 
 # Importing them fills the rule table.
 assert tflite_products and tflite_rules
@@ -47,8 +55,11 @@ def build_tflite(
         None for ``rule``.
 
     Returns:
-      The program. Its sites are the tensors, under their names. Where an operator keeps
-      the leading axis, its size may differ at call time.
+      The program. Its sites are the tensors, under their names. The leading size of an
+      input may differ at call time where the operators are the same with another one,
+      as TFLite has them for inputs that are resized; shapes that the file fixes have
+      the batch as their leading size. Else calls with another one are refused. Whole
+      numbers, of ``ARG_MAX``, are int32.
 
     Raises:
       NotImplementedError: for an operator or an option that has no rule, by name.
@@ -57,17 +68,48 @@ def build_tflite(
     """
     is_xnnpack = rule == "fp32_half_even"
     integer: RequantizeRule = "tflite_double" if is_xnnpack else rule
-    growth = Growth(tensors, Rules(integer, dense_rule or integer, is_xnnpack))
+    rules = Rules(integer, dense_rule or integer, is_xnnpack)
+
+    def grow(*shaped: Any) -> Lowered:
+        shapes = {k: x.shape for k, x in zip(inputs, shaped, strict=True)}
+        growth = Growth(tensors, rules, shapes)
+        return Trace((), (), (), {}, {}), *_grown(growth, operators, inputs, outputs)
+
+    given = tuple(jax.ShapeDtypeStruct(tensors[k].shape, jnp.int32) for k in inputs)
+    _, graph, arrays = found = grow(*given)
+    values = list(graph.values)
+    for k, reason in find_fixed(lambda xs: grow(*xs), given, found).items():
+        v = graph.inputs[k]
+        values[v] = dataclasses.replace(values[v], fixed_by=reason)
+    graph = dataclasses.replace(graph, values=tuple(values))
+    params = {name: jnp.asarray(p) for name, p in arrays.items()}
+    count = len(graph.outputs)
+    trees = [(0,) * len(inputs), 0 if count == 1 else (0,) * count]
+    program = IntegerProgram(graph, params, *map(jax.tree.structure, trees))
+    validate(graph, params)
+    floats = float_values(program)
+    assert not floats, f"the integer program computes floating-point values: {floats}"
+    return program
+
+
+def _grown(
+    growth: Growth,
+    operators: Sequence[Operator],
+    inputs: Sequence[int],
+    outputs: Sequence[int],
+) -> tuple[Graph, dict[str, np.ndarray]]:
+    """The integer graph of the operators, and its parameters."""
     for k in inputs:
-        if tensors[k].dtype != "float32":
+        if growth.tensors[k].dtype != "float32":
             growth.add_input(k, k)
-    for op in operators:
+    for number, op in enumerate(operators):
         call = Call(op, growth)
-        if _gives_shape(call):
-            tflite_moves.fold(call)
-        else:
-            _add(call)
-    missing = [tensors[k].name for k in inputs if k not in growth.inputs]
+        with _named(number, call):
+            if _gives_shape(call):
+                tflite_moves.fold(call)
+            else:
+                _add(call)
+    missing = [growth.tensors[k].name for k in inputs if k not in growth.inputs]
     if missing:
         raise NotImplementedError(
             f"The input {missing[0]!r} is float32 and goes to no QUANTIZE. Only the "
@@ -75,22 +117,47 @@ def build_tflite(
         )
     ends = tuple(growth.value(k) for k in outputs)
     graph = growth.builder.graph(tuple(growth.inputs[k] for k in inputs), ends)
-    params = {name: jnp.asarray(p) for name, p in growth.builder.params.items()}
-    trees = [(0,) * len(inputs), 0 if len(ends) == 1 else (0,) * len(ends)]
-    program = IntegerProgram(graph, params, *map(jax.tree.structure, trees))
-    found = float_values(program)
-    assert not found, f"the integer program computes floating-point values: {found}"
-    return program
+    return graph, growth.builder.params
+
+
+@contextlib.contextmanager
+def _named(number: int, call: Call) -> Iterator[None]:
+    """Puts the operator before whatever its rule says of it."""
+    try:
+        yield
+    except Exception as error:
+        kinds = (NotImplementedError, OverflowError)
+        kind = next((k for k in kinds if isinstance(error, k)), ValueError)
+        text = str(error) if kind in kinds or type(error) is ValueError else repr(error)
+        name = call.output().name
+        raise kind(
+            f"Operator {number} ({call.op.name}, output {name!r}): {text}"
+        ) from error
 
 
 def _gives_shape(call: Call) -> bool:
     """Whether an operator computes integers that are no codes."""
     outputs = [call.output(place) for place in range(len(call.op.outputs))]
+    if call.op.name in ("ARG_MAX", "ARG_MIN"):
+        return False
     return all(not t.scale and t.dtype in ("int32", "int64") for t in outputs)
+
+
+_STATEFUL = (
+    *("SVDF", "LSTM", "RNN", "UNIDIRECTIONAL_SEQUENCE_LSTM"),
+    *("UNIDIRECTIONAL_SEQUENCE_RNN", "BIDIRECTIONAL_SEQUENCE_LSTM"),
+    *("BIDIRECTIONAL_SEQUENCE_RNN", "VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE"),
+)
 
 
 def _add(call: Call) -> None:
     name = call.op.name
+    if name in _STATEFUL:
+        raise NotImplementedError(
+            f"TFLite's {name} keeps a state between calls, which a program of inputs "
+            "and outputs does not have, so it has no rule. Convert the model with its "
+            "steps unrolled."
+        )
     if name not in RULES:
         known = ", ".join(sorted(RULES))
         raise NotImplementedError(

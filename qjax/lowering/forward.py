@@ -17,6 +17,8 @@ from jax import lax
 
 from qjax.affine import QParams, QSpec, dequantize, grid_codes
 from qjax.blocks import SHAPE_MOVES, Block, bounds_of
+from qjax.channels import output_scale
+from qjax.common_scales import Word
 from qjax.instrument import Quantizer
 from qjax.integer import (
     RequantizeRule,
@@ -26,6 +28,7 @@ from qjax.integer import (
 )
 from qjax.lowering import bodies
 from qjax.lowering.graph import Node, storage
+from qjax.lowering.precision import find_half
 from qjax.lowering.rules_products import (
     contracted_axes,
     conv_attributes,
@@ -37,7 +40,7 @@ from qjax.normalisations import said
 from qjax.quantizers.point import make_point, straight
 from qjax.quantizers.spec import Spec, is_known
 from qjax.scheme import Site
-from qjax.simulate import Simulation, Visit, output_scale
+from qjax.simulate import Simulation, Visit
 from qjax.trace import CALLS, POINTWISE, Equation, evaluate, whole_of
 
 _NEUTRAL = frozenset("convert_element_type copy copy_p reduce_precision".split())
@@ -52,7 +55,7 @@ _SUMS = frozenset("reduce_sum reduce_window_sum".split())
 class _Target(NamedTuple):
     """The grid of a site, and the ends of its word."""
 
-    scale: jax.Array  # [].
+    scale: jax.Array  # [], or the rank of the value.
     zero_point: jax.Array
     qmin: jax.Array
     qmax: jax.Array
@@ -121,7 +124,11 @@ class IntegerForward(Simulation):
 
         Raises:
           ValueError: at a site that has no integers.
+          NotImplementedError: for arithmetic in half precision.
         """
+        half = find_half(self._model, tuple(self._inputs))
+        if half is not None:
+            raise NotImplementedError(half.message)
         self._seen = visitor.words
         self._words: dict[int, str] = {}  # Value on a grid -> type of its codes.
         self._late: dict[int, _Late] = {}
@@ -139,28 +146,34 @@ class IntegerForward(Simulation):
 
     # Sites.
 
-    def _visit(self, v: int) -> None:
+    def _align(self, v: int, name: str, scale: jax.Array, ends: Word) -> None:
+        super()._align(v, name, scale, ends)
+        self._words[v] = "int32"
+
+    def _place(self, v: int) -> QSpec | None:
         before = self._env[v]
-        super()._visit(v)
+        found = super()._place(v)
         if v in self._plan.weights:
             site = self._plan.sites[self._plan.weights[v]]
             if v in self._grids:
                 self._words[v] = self._seen[site.name].dtype
         if v not in self._plan.activations:
-            return
+            return found
         site = self._plan.sites[self._plan.activations[v]]
         late, grid = self._late.pop(v, None), self._grids.get(v)
         if grid is None:
-            return
+            return found
         word = self._seen[site.name]
         self._words[v] = word.dtype
         self._shipped.pop(v, None)
-        if late is not None and grid.scale.ndim == 0 and word.is_direct:
+        is_folded = grid.scale.ndim == 0 or found is not None
+        if late is not None and is_folded and word.is_direct:
             codes = late(_Target(*grid, word.qmin, word.qmax))
             value = dequantize(codes, grid).astype(before.dtype)
             self._env[v] = straight(self._env[v], value)
         elif not self._is_input(v) and v not in self._of_codes:
             raise self._refusal(site, v)
+        return found
 
     def _is_input(self, v: int) -> bool:
         return self._plan.sites[self._plan.activations[v]].name.startswith("input:")
@@ -423,6 +436,13 @@ class IntegerForward(Simulation):
             return real
         steps = found.value
         if bias is not None:
+            if (own := self._own_bias(block)) is not None and own.word is None:
+                raise ValueError(
+                    f"The bias of {block.name!r} has a quantizer of its own, whose "
+                    "accumulator may be finer: `apply_integer` does not compute it. "
+                    "Use `apply`, or leave the bias to the grid of its accumulator."
+                )
+            bias = self._rounded_bias(block, bias, scale)
             low, high = (jnp.int32(q) for q in (-(2**31), 2**31 - 1))
             bias = jnp.broadcast_to(bias, np.broadcast_shapes(bias.shape, scale.shape))
             steps = steps + grid_codes(bias, scale, jnp.int32(0), low, high)
@@ -456,7 +476,7 @@ class IntegerForward(Simulation):
         return codes.astype(self._words[v])
 
 
-class Word(NamedTuple):
+class SiteWord(NamedTuple):
     """What a site makes of values."""
 
     qmin: jax.Array
@@ -469,7 +489,7 @@ class Word(NamedTuple):
 class Words(Quantizer):
     """A `Quantizer` that remembers the words of its sites."""
 
-    words: dict[str, Word] = dataclasses.field(default_factory=dict)
+    words: dict[str, SiteWord] = dataclasses.field(default_factory=dict)
 
     def _apply(self, site: Site, x: jax.Array, spec: Spec | None) -> Visit:
         if spec is not None:
@@ -495,7 +515,7 @@ class Words(Quantizer):
         known = is_known(low, high) and np.ndim(low) == np.ndim(high) == 0
         dtype = storage(int(low), int(high)) if known else "int32"
         low, high = (jnp.asarray(q).astype(jnp.int32) for q in (low, high))
-        self.words[site.name] = Word(low, high, dtype, is_direct)
+        self.words[site.name] = SiteWord(low, high, dtype, is_direct)
 
 
 def _whole_steps(x: jax.Array, scale: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ Operations (``q`` codes of the input, ``k`` a parameter, all integers):
     embed         code = kernel[q], rows counted from the end below zero
     take          code = q[places], places counted within each example; or, if they
                   cross it, within all of the value
+    constant      code = value; a first size of 1 becomes that of the input, if any
     compare       1 where (a - z_0) * m_0 * 2^e_0 kind (b - z_1) * m_1 * 2^e_1, else 0;
                   each side rounded to the 24 bits of float32
     select        code = the case with the number that the first input has
@@ -29,12 +30,8 @@ from typing import Any
 
 import numpy as np
 
-OPERATIONS = frozenset(
-    "dot conv multiply dot_codes multiply_codes sum sum_pool requantize add clip table "
-    "embed take compare select maximum minimum concatenate argmax argmin max min "
-    "max_pool min_pool reshape transpose slice rev pad broadcast tflite_constant "
-    "tflite_add tflite_average tflite_resize tflite_softmax tflite_softmax16".split()
-)
+from qjax.lowering.operations import OPERATIONS
+from qjax.tables import show_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +97,14 @@ class Graph:
             [*lines, f"outputs: {', '.join(map(self._show, self.outputs))}"]
         )
 
+    def __repr__(self) -> str:
+        ends = [[self.values[v] for v in vs] for vs in (self.inputs, self.outputs)]
+        inputs, outputs = map(show_types, ends)
+        return (
+            f"Graph({len(self.nodes)} operations, inputs={inputs}, outputs={outputs}; "
+            "print it to see them)"
+        )
+
     def _show(self, v: int) -> str:
         value = self.values[v]
         return f"%{v}:{value.dtype}[{','.join(map(str, value.shape))}]"
@@ -110,21 +115,43 @@ class Graph:
 
     @staticmethod
     def from_json(text: str) -> "Graph":
-        """Reads what `to_json` wrote.
+        """Reads what `to_json` wrote; `qjax.lowering.validation` says if it is right.
 
         Raises:
           ValueError: if the text is no graph.
         """
+        data = read_json(text)
         try:
-            data = json.loads(text)
+            _check_keys(data, Graph)
             values = tuple(_value(v) for v in data["values"])
             nodes = tuple(_node(n) for n in data["nodes"])
             ends = tuple(data["inputs"]), tuple(data["outputs"])
-            graph = Graph(values, nodes, *ends, dict(data["sites"]))
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"This is not an integer graph: {error!r}.") from error
-        check(graph)
-        return graph
+            return Graph(values, nodes, *ends, dict(data["sites"]))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"This is not an integer graph: {error}.") from error
+
+
+def read_json(text: str) -> Any:
+    """Reads JSON in which each key stands once and each number is finite.
+
+    Raises:
+      ValueError: if the text is anything else.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"This is no JSON: {error}.") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"a key of {[key for key, _ in pairs]} stands twice")
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
 
 
 def check(graph: Graph) -> None:
@@ -152,11 +179,32 @@ def storage(low: int, high: int) -> str:
     raise ValueError(f"Codes in [{low}, {high}] do not fit int32.")
 
 
-def _value(data: dict[str, Any]) -> Value:
-    grid = None if data["grid"] is None else Grid(**data["grid"])
-    tuples = {k: tuple(v) for k, v in data.items() if k in ("shape", "rescaling")}
+def holds(dtype: str, low: int, high: int) -> bool:
+    """Returns whether a type holds integers."""
+    info = np.iinfo(dtype)
+    return bool(info.min <= low and high <= info.max)
+
+
+def _check_keys(data: Any, kind: type) -> None:
+    """Raises ValueError unless there is a value for each field, and for no other."""
+    wanted = {field.name for field in dataclasses.fields(kind)}
+    if not isinstance(data, dict) or set(data) != wanted:
+        found = sorted(data) if isinstance(data, dict) else data
+        raise ValueError(
+            f"a {kind.__name__.lower()} must have {sorted(wanted)}, got {found!r}"
+        )
+
+
+def _value(data: Any) -> Value:
+    _check_keys(data, Value)
+    grid = data["grid"]
+    if grid is not None:
+        _check_keys(grid, Grid)
+        grid = Grid(**grid)
+    tuples = {k: tuple(data[k]) for k in ("shape", "rescaling")}
     return Value(**(data | tuples | {"grid": grid}))
 
 
-def _node(data: dict[str, Any]) -> Node:
+def _node(data: Any) -> Node:
+    _check_keys(data, Node)
     return Node(**{**data, "inputs": tuple(data["inputs"])})

@@ -11,7 +11,7 @@ from qjax.blocks import SHAPE_MOVES
 from qjax.lowering.values import Abstract, Known, Real, compact
 from qjax.trace import POINTWISE, Equation, Trace
 
-_MOST_RANGE = 1 << 16  # Of integers that are tried one by one.
+MOST_RANGE = 1 << 16  # Of integers that are tried one by one.
 _CASTS = ("convert_element_type", "reduce_precision")
 _NEUTRAL = ("copy", "copy_p", "stop_gradient", "optimization_barrier")
 
@@ -72,7 +72,7 @@ def moved(e: Equation, x: Real) -> Real:
       ValueError: for a pad with zeros of what has been shifted: they need a code.
     """
     if e.primitive.name == "pad" and (not x.is_plain or x.rescaling[1]):
-        raise _refuse_pad(e, x)  # Zero is no zero any more.
+        raise refuse_pad(e, x)  # Zero is no zero any more.
     kept = e.primitive.name in _NEUTRAL
     moves = x.moves if kept else (*x.moves, e)
     same = Equation(copy_p, {}, e.inputs[:1], e.outputs[:1], e.path)
@@ -120,7 +120,7 @@ def rescaled(
       ValueError: for an offset after a pad.
     """
     if rescaling[1] and any(m.primitive.name == "pad" for m in x.moves):
-        raise _refuse_pad(e, x)
+        raise refuse_pad(e, x)
     found = dataclasses.replace(x, rescaling=rescaling, is_exact=is_exact)
     if not x.steps:
         return found
@@ -129,11 +129,13 @@ def rescaled(
     return dataclasses.replace(found, steps=steps, known={**x.known, **numbers})
 
 
-def _refuse_pad(e: Equation, x: Real) -> ValueError:
+def refuse_pad(e: Equation, x: Real) -> ValueError:
+    """Returns the error for an input that is padded before it is quantized."""
     return ValueError(
         f"`{e.primitive.name}` in {e.path or 'the traced function'!r}: {x.source} is "
-        f"padded with zeros and has an offset, so that they need a code of their own.\n"
-        f"  equation: {e}\nQuantize the input before it is padded."
+        f"padded before it is quantized, with what needs a code of its own: a number "
+        f"that is not zero, or zeros beside an offset.\n  equation: {e}\nQuantize the "
+        "input before it is padded."
     )
 
 
@@ -153,7 +155,7 @@ def _keeps(trace: Trace, e: Equation, ends: tuple[int, int]) -> bool:
     dtype = trace.avals[e.outputs[0]].dtype
     if e.primitive.name == "reduce_precision":
         return False
-    if ends[1] - ends[0] >= _MOST_RANGE:
+    if ends[1] - ends[0] >= MOST_RANGE:
         if jnp.issubdtype(dtype, jnp.integer):
             info = jnp.iinfo(dtype)
             return bool(info.min <= ends[0] and ends[1] <= info.max)

@@ -1,19 +1,23 @@
 """The pass: walks a traced program once and builds its integer graph."""
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import unquote
 
 import jax
 import jax.extend.core as jex
 import numpy as np
+from jax.extend.core.primitives import broadcast_in_dim_p
 
 from qjax.affine import qpoint_p
 from qjax.blocks import SHAPE_MOVES
-from qjax.lowering.inputs import follow, is_place
+from qjax.lowering.inputs import MOST_RANGE, follow, integer_range, is_place
 from qjax.lowering.values import (
     Abstract,
     Builder,
+    ByChannel,
     Curve,
     Integers,
     Joined,
@@ -21,10 +25,11 @@ from qjax.lowering.values import (
     KnownCodes,
     Real,
     Sum,
+    compact,
 )
 from qjax.normalisations import NORM, said
 from qjax.simulate import SITE_MARK
-from qjax.trace import Equation, Trace, evaluate, whole_of
+from qjax.trace import POINTWISE, Equation, Trace, evaluate, is_key, whole_of
 
 Rule = Callable[..., Abstract | tuple[Abstract, ...]]
 
@@ -41,6 +46,26 @@ class Residue(NamedTuple):
     primitive: str
     path: str
     message: str
+
+
+class InputTwiceError(ValueError):
+    """An input is quantized on two grids.
+
+    Attributes:
+      input: Which one.
+      is_raw: Whether it has few enough integers to be its own codes.
+    """
+
+    def __init__(self, e: Equation, trace: Trace, x: Real):
+        assert x.input is not None
+        ends = integer_range(trace, x)
+        self.input = x.input
+        self.is_raw = ends is not None and ends[1] - ends[0] < MOST_RANGE
+        super().__init__(
+            f"{x.source.capitalize()} is quantized on two grids, the second one in "
+            f"{where(e)}.\n  equation: {e}\nA program takes the codes of one. Quantize "
+            "it once and share the result, or pass it as two arguments."
+        )
 
 
 # By name: a few primitives have no public object (optimization_barrier, JAX 0.10.2).
@@ -79,10 +104,11 @@ def interpret(
       OverflowError: for an accumulator that could leave int32.
     """
     env: dict[int, Abstract] = {
-        v: Known(np.asarray(x)) for v, x in fold_known(trace).items()
+        v: _FOLDED if is_key(x) else Known(np.asarray(x))
+        for v, x in fold_known(trace).items()
     }
     for k, v in enumerate(trace.inputs):
-        env[v] = Real(f"input {k} of the program", f"input:{k}", input=k)
+        env[v] = Real(f"{trace.names[k]} of the program", f"input:{k}", input=k)
     for e in trace.equations:
         operands = [env.get(v, _FOLDED) for v in e.inputs]
         on_grid = any(isinstance(x, KnownCodes) for x in operands)
@@ -90,22 +116,78 @@ def interpret(
             # Folded already; only weights go on as codes, through shape moves.
             moves = on_grid and e.primitive.name in SHAPE_MOVES
             if not moves and e.primitive is not qpoint_p:
+                if e.primitive.name in _CHOICES:
+                    env.update(_chosen(e, operands))
                 continue
         name = whole_of(e) or e.primitive.name
         try:
+            e, trace, operands = _spread(builder, e, trace, operands)
             if is_place(trace, e, operands):
                 found: Abstract | tuple[Abstract, ...] = follow(trace, e, operands)
             else:
                 found = _rule_of(e)(builder, e, trace, *operands)
             _check_type(trace, e, found)
         except (NotImplementedError, OverflowError, ValueError) as error:
-            if residues is None:
+            again = isinstance(error, InputTwiceError) and error.is_raw
+            if residues is None or again:
                 raise
             residues.append(Residue(name, _module(e), str(error)))
             found = (Real(f"left in float: `{name}`", ""),) * len(e.outputs)
         results = found if isinstance(found, tuple) else (found,)
         env.update(zip(e.outputs, results, strict=True))
     return [env[v] for v in trace.outputs]
+
+
+# What they return are numbers of their operands, or of the first alone.
+_CHOICES = frozenset("concatenate dynamic_slice gather split".split())
+
+
+def _chosen(e: Equation, operands: list[Abstract]) -> dict[int, Abstract]:
+    """Weights that an equation takes apart or joins; empty if it makes others."""
+    count = len(operands) if e.primitive.name == "concatenate" else 1
+    parts = [x for x in operands[:count] if isinstance(x, KnownCodes)]
+    places = [x.value for x in operands[count:] if isinstance(x, Known)]
+    is_whole = len(parts) + len(places) == len(operands) and bool(parts)
+    if not is_whole or any(np.any(x.zero_point) for x in parts):
+        return {}
+    codes = evaluate(e, *(x.codes.astype(np.int32) for x in parts), *places)
+    whole = (np.broadcast_to(x.scale, x.codes.shape) for x in parts)
+    scales = [compact(np.asarray(s)) for s in evaluate(e, *whole, *places)]
+    if not all(np.all(np.isfinite(s)) for s in scales):
+        return {}  # Places that are not there.
+    site, zeros = parts[0].site, [np.zeros(s.shape, np.int32) for s in scales]
+    return {
+        v: KnownCodes(np.asarray(q, np.int64), scale, zero, site)
+        for v, q, scale, zero in zip(e.outputs, codes, scales, zeros, strict=True)
+    }
+
+
+def _spread(
+    builder: Builder, e: Equation, trace: Trace, operands: list[Abstract]
+) -> tuple[Equation, Trace, list[Abstract]]:
+    """Repeats a value where only the constants that it meets have the whole shape.
+
+    Elementwise equations broadcast axes of size 1 without a move; integers do not.
+    """
+    shape = trace.shape(e.outputs[0])
+    data = [k for k, x in enumerate(operands) if not isinstance(x, Known | KnownCodes)]
+    own = [trace.shape(e.inputs[k]) for k in data]
+    if e.primitive.name not in POINTWISE or np.broadcast_shapes(*own) == shape:
+        return e, trace, operands
+    k, fresh = data[0], max(trace.avals) + 1
+    dimensions = tuple(range(len(shape) - len(own[0]), len(shape)))
+    params = {"shape": shape, "broadcast_dimensions": dimensions, "sharding": None}
+    ends = (e.inputs[k],), (fresh,)
+    move = dataclasses.replace(
+        e, primitive=broadcast_in_dim_p, params=params, inputs=ends[0], outputs=ends[1]
+    )
+    aval = trace.avals[e.inputs[k]].update(shape=shape)
+    trace = dataclasses.replace(trace, avals={**trace.avals, fresh: aval})
+    found = _rule_of(move)(builder, move, trace, operands[k])
+    assert not isinstance(found, tuple)
+    inputs = (*e.inputs[:k], fresh, *e.inputs[k + 1 :])
+    whole = [*operands[:k], found, *operands[k + 1 :]]
+    return dataclasses.replace(e, inputs=inputs), trace, whole
 
 
 def _rule_of(e: Equation) -> Rule:
@@ -197,9 +279,7 @@ def _digest(
     equations: list[Equation], wanted: set[int], constants: dict[int, Any]
 ) -> str | None:
     """Tells computations apart; None where text and bytes do not show all of one."""
-    if any(
-        jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) for x in constants.values()
-    ):
+    if any(map(is_key, constants.values())):
         return None
     found = hashlib.sha256(repr(sorted(wanted)).encode())
     for e in equations:
@@ -232,6 +312,15 @@ def refuse(e: Equation, x: Abstract, role: str) -> ValueError:
       role: What the operand is to the equation: "input", "kernel".
     """
     site = ""
+    if isinstance(x, ByChannel):
+        word = "QSpec(bits=8, symmetric=True, power_of_two=True, axis=-1)"
+        return ValueError(
+            f"The {role} of `{e.primitive.name}` in {where(e)} has a scale per channel,"
+            f" that of {x.site!r}, which only the kernel of a product takes in.\n"
+            f"  equation: {e}\nUse one scale, Rule({x.site!r}, QSpec(bits=8)), or "
+            f"powers of two, which are brought to one scale exactly: Rule({x.site!r}, "
+            f"{word})."
+        )
     if isinstance(x, Real):
         what, site = x.source, x.remedy
     elif isinstance(x, Known):
@@ -252,4 +341,4 @@ def refuse(e: Equation, x: Abstract, role: str) -> ValueError:
 def sites_of(path: str) -> tuple[str, str]:
     """Reads the names of output and weight that `qjax.simulate` left in a path."""
     output, _, weight = path.partition(SITE_MARK)[2].partition(",")
-    return output, weight
+    return unquote(output), unquote(weight)

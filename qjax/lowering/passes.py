@@ -6,12 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from qjax.lowering import xla
-from qjax.lowering.graph import Graph, check
+from qjax.lowering.graph import Graph
+from qjax.lowering.validation import validate
 
 
 def merge_equal(graph: Graph, params: Mapping[str, Any]) -> Graph:
@@ -87,38 +85,3 @@ def drop_dead(graph: Graph, params: Mapping[str, Any]) -> tuple[Graph, dict[str,
     left = {name: array for name, array in params.items() if name in names}
     validate(pruned, left)
     return pruned, left
-
-
-def validate(graph: Graph, params: Mapping[str, Any]) -> None:
-    """Raises ValueError unless a graph is what it says: order, types, shapes, bounds.
-
-    Args:
-      graph: Any graph.
-      params: Its parameters.
-
-    Raises:
-      ValueError: for a value that is used before it is computed, a parameter that is
-        not there, an interval that its type does not hold, an operation that gives
-        another shape than the graph names.
-    """
-    check(graph)
-    for node in graph.nodes:
-        for name in node.params.values():
-            if name not in params:
-                raise ValueError(f"The parameter {name!r} of {node} is not there.")
-    for v, value in enumerate(graph.values):
-        info = np.iinfo(value.dtype)
-        if not info.min <= value.low <= value.high <= info.max:
-            raise ValueError(
-                f"Value %{v} of type {value.dtype} does not hold its interval "
-                f"[{value.low}, {value.high}]."
-            )
-    inputs = [graph.values[v] for v in graph.inputs]
-    shapes = [jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype)) for x in inputs]
-    found = jax.eval_shape(lambda p, *xs: xla.run(graph, p, xs), dict(params), *shapes)
-    for v, (value, got) in enumerate(zip(graph.values, found, strict=True)):
-        if got.shape != value.shape or got.dtype != value.dtype:
-            raise ValueError(
-                f"Value %{v} is {value.dtype}{list(value.shape)} in the graph, and is "
-                f"computed as {got.dtype}{list(got.shape)}."
-            )

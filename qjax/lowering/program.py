@@ -14,8 +14,10 @@ import numpy as np
 from qjax.affine import QParams, dequantize, grid_codes
 from qjax.blocks import data_of
 from qjax.instrument import QuantizedModel
+from qjax.leaves import difference, leaf_names
 from qjax.lowering import (
     rules_arithmetic,
+    rules_choices,
     rules_functions,
     rules_moves,
     rules_points,
@@ -24,18 +26,26 @@ from qjax.lowering import (
     xla,
 )
 from qjax.lowering.graph import Graph, Grid, Value
-from qjax.lowering.interpret import Residue, interpret, refuse
+from qjax.lowering.interpret import InputTwiceError, Residue, interpret, refuse
 from qjax.lowering.packing import nbytes
 from qjax.lowering.passes import drop_dead, merge_equal
+from qjax.lowering.precision import find_half
 from qjax.lowering.report import Report, certify
-from qjax.lowering.rules_functions import add_table
+from qjax.lowering.rules_functions import add_exact_table, add_table
 from qjax.lowering.sizes import Lowered, find_fixed
 from qjax.lowering.values import Abstract, Builder, Curve, Integers
 from qjax.normalisations import fold_normalisations
-from qjax.trace import Trace, trace
+from qjax.tables import show_types
+from qjax.trace import Equation, Trace, trace
 
 # Importing them fills the rule table.
-assert rules_arithmetic and rules_functions and rules_moves and rules_points
+assert (
+    rules_arithmetic
+    and rules_choices
+    and rules_functions
+    and rules_moves
+    and rules_points
+)
 assert rules_products and rules_shapes
 
 
@@ -46,7 +56,8 @@ class IntegerProgram:
     Attributes:
       graph: What it computes.
       params: The integer parameters, name -> array: kernels, biases, multipliers and
-        shifts. An explicit pytree.
+        shifts. An explicit pytree. A kernel has the name of its site, by which
+        `qjax.scales` and `qjax.integer_weights` give its scale.
       input_tree: How inputs are nested: a tuple of positional arguments.
       output_tree: How outputs are nested.
       residues: What would stay float; only of `lower` with ``strict=False``. The graph
@@ -58,6 +69,14 @@ class IntegerProgram:
     input_tree: Any
     output_tree: Any
     residues: tuple[Residue, ...] = ()
+
+    def __repr__(self) -> str:
+        left = f", {len(self.residues)} residues in float" if self.residues else ""
+        return (
+            f"IntegerProgram({len(self.graph.nodes)} operations, {self.nbytes:,} "
+            f"bytes, inputs={show_types(self._inputs)}, "
+            f"outputs={show_types(self._outputs)}{left})"
+        )
 
     def __call__(self, *inputs: Any) -> Any:
         """Computes real outputs from real inputs: quantize, `codes`, dequantize.
@@ -92,13 +111,13 @@ class IntegerProgram:
         """
         flat = self._flat(codes)
         typed = []
-        for k, (x, v) in enumerate(zip(flat, self._inputs, strict=True)):
+        for name, x, v in zip(self.input_names, flat, self._inputs, strict=True):
             if not jnp.issubdtype(jax.dtypes.result_type(x), jnp.integer):
                 raise TypeError(
                     f"`codes` takes integers, got {jax.dtypes.result_type(x)} for "
-                    f"input {k}. Call the program itself on real values."
+                    f"{name}. Call the program itself on real values."
                 )
-            _check_range(k, x, v)
+            _check_range(name, x, v)
             typed.append(jnp.asarray(x).astype(v.dtype))
         return self._unflatten(self.run_codes(self.params, *typed))
 
@@ -114,6 +133,12 @@ class IntegerProgram:
         """Computes the input codes of real inputs."""
         flat = self._run_quantize(self._flat(inputs))
         return jax.tree.unflatten(self.input_tree, flat)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The names of the inputs, flat: ``input 0``, ``input:1['image']``."""
+        places = range(self.input_tree.num_leaves)
+        return tuple(leaf_names(jax.tree.unflatten(self.input_tree, places)))
 
     @property
     def input_grids(self) -> tuple[Grid, ...]:
@@ -185,33 +210,37 @@ class IntegerProgram:
             raise ValueError(f"This program is not whole. In float remain:\n{listed}")
         flat, tree = jax.tree.flatten(inputs)
         if tree != self.input_tree:
+            places = range(self.input_tree.num_leaves)
+            wanted = jax.tree.unflatten(self.input_tree, places)
+            where = difference(inputs, wanted)
             raise ValueError(
-                f"The program takes inputs nested as {self.input_tree}, got {tree}."
+                f"The program takes inputs nested as {self.input_tree}, got {tree}. "
+                f"{where}".rstrip()
             )
-        leading: dict[int, tuple[int, Any]] = {}  # Traced size -> input, its size now.
-        for k, (x, v) in enumerate(zip(flat, self._inputs, strict=True)):
-            shape = np.shape(x)
+        leading: dict[int, tuple[str, Any]] = {}  # Traced size -> input, its size now.
+        for name, x, v in zip(self.input_names, flat, self._inputs, strict=True):
+            shape, called = np.shape(x), _capital(name)
             if len(shape) != len(v.shape) or shape[1:] != v.shape[1:]:
                 raise ValueError(
-                    f"Input {k} of the program must have shape "
+                    f"{called} of the program must have shape "
                     f"{('batch', *v.shape[1:])}, got {shape}."
                 )
             if v.is_place:
-                _check_range(k, x, v)
+                _check_range(name, x, v)
             if not shape:
                 continue
             if v.fixed_by and shape[0] != v.shape[0]:
                 raise ValueError(
-                    f"Input {k} of the program must have shape {v.shape}, got {shape}: "
+                    f"{called} of the program must have shape {v.shape}, got {shape}: "
                     f"its leading size is fixed by {v.fixed_by}.\nLower the model for "
                     "inputs of this size."
                 )
-            first, size = leading.setdefault(v.shape[0], (k, shape[0]))
+            first, size = leading.setdefault(v.shape[0], (name, shape[0]))
             if size != shape[0]:
                 raise ValueError(
-                    f"Inputs {first} and {k} of the program had the same leading size "
-                    f"when it was lowered, got {size} and {shape[0]}. Lower the model "
-                    "for inputs whose sizes differ."
+                    f"{_capital(first)} and {name} of the program had the same leading "
+                    f"size when it was lowered, got {size} and {shape[0]}. Lower the "
+                    "model for inputs whose sizes differ."
                 )
         return flat
 
@@ -265,28 +294,55 @@ def lower(
       The program. A checker has made sure that no floating-point value occurs in it.
 
     Raises:
-      ValueError: if a site is not calibrated, or an operand is not quantized.
+      ValueError: if a site is not calibrated, an operand is not quantized, or no
+        activation has a grid.
       OverflowError: if an accumulator could leave its ``buffer_bits``, int32 by
         default; names the input that does it.
       NotImplementedError: for an operation without an integer rule.
     """
+    try:
+        return _lower(model, args, strict)
+    except (ValueError, NotImplementedError) as error:
+        # What reads files knows what its caller can do.
+        advise = getattr(model, "advise", None)
+        if advise is None or type(error) not in (ValueError, NotImplementedError):
+            raise
+        raise type(error)(advise(str(error))) from error
+
+
+def _lower(model: Any, args: tuple[Any, ...], strict: bool) -> IntegerProgram:
     fn, inputs = bind_model(model, args)
-    traced, out = _traced(fn, inputs)
-    residues: list[Residue] | None = None if strict else []
-    builder = Builder(_buffer_bits(model), is_open=not strict)
-    outputs = interpret(traced, builder, residues)
+    is_model = isinstance(model, QuantizedModel)
+    if strict and is_model:
+        _check_activations(model)
+    example = jax.tree.map(_with_example, inputs)
+    traced, out = _traced(fn, example)
+    half = find_half(traced, traced.inputs, is_model=is_model)
+    if half is not None and strict:
+        raise NotImplementedError(half.message)
+    if half is not None:
+        return _partial(Builder(_buffer_bits(model), is_open=True), [], [half])
+    builder, outputs, residues = _interpreted(traced, model, strict)
     if residues:
         return _partial(builder, outputs, residues)
     graph = _whole(builder, outputs, traced)
 
     def lower_again(other: tuple[Any, ...]) -> Lowered:
         again, _ = _traced(fn, other)
-        own = Builder(_buffer_bits(model), is_open=not strict)
-        return again, _whole(own, interpret(again, own), again), own.params
+        own, ends, _ = _interpreted(again, model, strict=True)
+        return again, _whole(own, ends, again), own.params
 
-    fixed = find_fixed(lower_again, inputs, (traced, graph, builder.params))
+    fixed = find_fixed(lower_again, example, (traced, graph, builder.params))
     values = list(graph.values)
+    shapes = [np.shape(x) for x in jax.tree.leaves(inputs)]
     for k, reason in fixed.items():
+        if shapes[k][0] == 0:
+            name = _capital(traced.names[k])
+            raise ValueError(
+                f"{name} has shape {shapes[k]}: no example, and its leading "
+                f"size is fixed by {reason}.\nLower the model for the size "
+                "that it is called with."
+            )
         v = graph.inputs[k]
         values[v] = dataclasses.replace(values[v], fixed_by=reason)
     graph = dataclasses.replace(graph, values=tuple(values))
@@ -303,6 +359,32 @@ def _traced(fn: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[Trace, Any
     return fold_normalisations(traced, data_of(traced, traced.inputs)), out
 
 
+def _with_example(x: Any) -> Any:
+    """An input of no examples as one of one: models divide by their number."""
+    shape = np.shape(x)
+    if shape[:1] != (0,):
+        return x
+    return jax.ShapeDtypeStruct((1, *shape[1:]), jax.dtypes.result_type(x))
+
+
+def _interpreted(
+    traced: Trace, model: Any, strict: bool
+) -> tuple[Builder, list[Abstract], list[Residue]]:
+    """The graph of a trace, what is known of its outputs, and what stays float."""
+    is_raw: frozenset[int] = frozenset()
+    while True:
+        residues: list[Residue] = []
+        builder = Builder(_buffer_bits(model), is_open=not strict, is_raw=is_raw)
+        try:
+            outputs = interpret(traced, builder, None if strict else residues)
+        except InputTwiceError as error:  # A few integers can be their own codes.
+            if not error.is_raw or error.input in is_raw:
+                raise
+            is_raw |= {error.input}
+            continue
+        return builder, outputs, residues
+
+
 def _whole(builder: Builder, outputs: Sequence[Abstract], traced: Trace) -> Graph:
     """The graph of a program without residues, dead values in it."""
     ends: list[int] = []
@@ -310,9 +392,10 @@ def _whole(builder: Builder, outputs: Sequence[Abstract], traced: Trace) -> Grap
         ends.append(_output(builder, k, x, traced, ends))
     missing = [k for k in range(len(traced.inputs)) if k not in builder.inputs]
     if missing:
+        name = _capital(traced.names[missing[0]])
         raise ValueError(
-            f"Input {missing[0]} reaches no quantization point, so it has no codes. "
-            "Quantize it, or take it out of the function."
+            f"{name} reaches no quantization point, so it has no codes. Quantize it, "
+            "or take it out of the function."
         )
     order = tuple(builder.inputs[k] for k in range(len(traced.inputs)))
     return merge_equal(builder.graph(order, tuple(ends)), builder.params)
@@ -356,6 +439,20 @@ def bind_model(
     return lambda *xs: model.apply(params, qstate, *xs), tuple(inputs)
 
 
+def _check_activations(model: QuantizedModel) -> None:
+    """Raises for a model of which only weights are quantized."""
+    words = [(site.role, model.scheme.spec(site)) for site in model.sites]
+    is_on_grid = any(role == "activation" and word is not None for role, word in words)
+    has_weights = any(role == "weight" and word is not None for role, word in words)
+    if has_weights and not is_on_grid:
+        raise ValueError(
+            "No activation of this model has a grid, so its products have no integer "
+            "operand beside the weights: `qjax.integer_weights(qmodel, params)` gives "
+            "the integers of the weights with their scales. For a program of integers "
+            "only, give `Scheme.activations` a word such as `QSpec(bits=8)`."
+        )
+
+
 def check_integer_only(program: IntegerProgram) -> None:
     """Raises AssertionError if a floating-point value occurs in `program.codes`."""
     found = float_values(program)
@@ -389,9 +486,11 @@ def _output(
     """
     if not traced.equations:
         raise ValueError("The function computes nothing.")
-    last, v = traced.equations[-1], traced.outputs[k]
+    last, v = _maker(traced, k), traced.outputs[k]
     if not traced.is_real(v):
         return _whole_output(builder, k, x, traced)
+    if isinstance(x, Curve):
+        x = add_exact_table(builder, x, traced.shape(v), x.path or "output") or x
     if not isinstance(x, Integers) or x.dtype:
         raise refuse(last, x, f"output {k}")
     x = rules_shapes.settled(builder, last, traced, x)
@@ -406,9 +505,15 @@ def _output(
     return _copy(builder, x.value, grid)
 
 
+def _maker(traced: Trace, k: int) -> Equation:
+    """The equation that an output comes from."""
+    v = traced.outputs[k]
+    return next((e for e in traced.equations if v in e.outputs), traced.equations[-1])
+
+
 def _whole_output(builder: Builder, k: int, x: Abstract, traced: Trace) -> int:
     """The value of an output of whole numbers, which stand for themselves."""
-    last, v = traced.equations[-1], traced.outputs[k]
+    last, v = _maker(traced, k), traced.outputs[k]
     dtype = str(traced.avals[v].dtype)
     if isinstance(x, Curve):
         value = builder.add_value(traced.shape(v), *_INT32_RANGE, dtype="int32")
@@ -438,15 +543,19 @@ def _copy(builder: Builder, v: int, grid: Grid | None, dtype_of_model: str = "")
     return builder.add_node("clip", (v,), own, low=x.low, high=x.high)
 
 
-def _check_range(k: int, x: Any, v: Value) -> None:
+def _capital(name: str) -> str:
+    """A name at the start of a sentence; that of a nested input stays as it is."""
+    return name if ":" in name else name.capitalize()
+
+
+def _check_range(name: str, x: Any, v: Value) -> None:
     """Raises for known codes outside of their range."""
     if isinstance(x, jax.core.Tracer) or not np.size(x):
         return
     low, high = int(np.min(x)), int(np.max(x))
     if low < v.low or high > v.high:
         raise ValueError(
-            f"The codes of input {k} must lie in [{v.low}, {v.high}], got "
-            f"[{low}, {high}]."
+            f"The codes of {name} must lie in [{v.low}, {v.high}], got [{low}, {high}]."
         )
 
 

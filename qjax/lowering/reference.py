@@ -4,6 +4,7 @@ The oracle of every backend.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -207,7 +208,15 @@ def _embed(a, own, inputs):
 def _take(a, own, inputs):
     if a.get("crosses_examples"):
         return inputs[0].reshape(-1)[own["places"]]
-    return inputs[0].reshape(len(inputs[0]), -1)[:, own["places"]]
+    size = math.prod(inputs[0].shape[1:])
+    return inputs[0].reshape(len(inputs[0]), size)[:, own["places"]]
+
+
+def _constant(a, own, inputs):
+    value = own["value"]
+    if not inputs or len(value) != 1:
+        return value
+    return np.repeat(value, len(inputs[0]), axis=0)
 
 
 _KINDS = {
@@ -278,6 +287,7 @@ _BODIES: dict[str, Callable[..., np.ndarray]] = {
     "table": _table,
     "embed": _embed,
     "take": _take,
+    "constant": _constant,
     "compare": _compare,
     "select": _select,
     "maximum": lambda a, own, xs: np.maximum(*xs),

@@ -97,6 +97,8 @@ class Report:
         found = ", ".join(self.float_values) or "none"
         return "\n".join([*lines, "", f"float values: {found}; {self.nbytes} bytes"])
 
+    __repr__ = __str__
+
 
 def certify(
     graph: Graph, params: Mapping[str, Any], float_values: tuple[str, ...]
@@ -134,7 +136,8 @@ def _overflow(graph: Graph, node: Node, arrays: Mapping[str, np.ndarray]) -> Ove
     value = graph.values[node.output]
     low, high = np.array(value.low), np.array(value.high)
     witness = np.zeros(0, np.int64)
-    if node.operation in ("dot", "conv"):
+    kernel = arrays[node.params["kernel"]] if "kernel" in node.params else low
+    if node.operation in ("dot", "conv") and kernel.size:
         low, high, witness = _of_kernel(graph, node, arrays)
     most = max(int(high.max(initial=0)), -1 - int(low.min(initial=0)))
     bits = most.bit_length() + 1
@@ -215,6 +218,8 @@ def _agreement(
         return _of_requantizer(graph, makers, node, arrays)
     if node.operation == "embed":
         return _proven(f"rows of a table, {_AT_ANY_SCALE}")
+    if node.operation == "constant":
+        return _proven("a constant, rounded as the model rounds it")
     if node.operation == "compare":
         return _proven(f"products compared as float32 rounds them, {_AT_ANY_SCALE}")
     if node.operation == "add":
@@ -318,7 +323,14 @@ def _reach(
     if node.operation in _MOVES:
         found = [_reach(graph, makers, i, arrays) for i in node.inputs]
         return max(n for n, _ in found), max(most, *(m for _, m in found))
+    if node.operation == "multiply" and graph.values[node.inputs[0]].grid is None:
+        terms, inner = _reach(graph, makers, node.inputs[0], arrays)
+        kernel = np.abs(arrays[node.params["kernel"]].astype(np.int64))
+        times = int(kernel.max(initial=0)) << node.attributes.get("shift", 0)
+        return terms, max(most, inner * times)
     if node.operation in ("dot", "conv"):
+        if not arrays[node.params["kernel"]].size:
+            return 0, most
         kernel, x = _by_channel(node, arrays), graph.values[node.inputs[0]]
         zero = 0 if x.grid is None else x.grid.zero_point
         step = max(abs(x.low - zero), abs(x.high - zero))

@@ -7,12 +7,14 @@ import numpy as np
 
 from qjax.lowering.inputs import rescaled
 from qjax.lowering.interpret import refuse, rule, where
-from qjax.lowering.rules_functions import curve, extremum
-from qjax.lowering.rules_products import multiply, multiply_codes
+from qjax.lowering.rules_choices import extremum
+from qjax.lowering.rules_functions import curve
+from qjax.lowering.rules_products import multiply, multiply_codes, reopened
 from qjax.lowering.rules_shapes import settled
 from qjax.lowering.values import (
     Abstract,
     Builder,
+    ByChannel,
     Curve,
     Integers,
     Joined,
@@ -36,15 +38,20 @@ def _add(
     builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
 ) -> Abstract:
     sign = -1.0 if e.primitive.name == "sub" else 1.0
+    if isinstance(a, Integers) and isinstance(b, Known) and not np.any(b.value):
+        return a
+    if isinstance(b, Integers) and isinstance(a, Known) and not np.any(a.value):
+        if sign > 0:
+            return b
     if _bends(a, b) and (found := curve(builder, e, trace, a, b)) is not None:
         return found
     if isinstance(a, Known | KnownCodes):
         if sign < 0:
             b, sign = _scaled(e, b, np.asarray(-1.0), None), 1.0
         a, b = b, a
-        return _add_known(e, trace, a, b, sign)
+        return _add_known(builder, e, a, b, sign)
     if isinstance(b, Known | KnownCodes):
-        return _add_known(e, trace, a, b, sign)
+        return _add_known(builder, e, a, b, sign)
     left, right = _terms(e, a), _terms(e, b)
     right = tuple((t, s * sign) for t, s in right)
     return Sum(left + right, path=e.path)
@@ -76,7 +83,7 @@ def _terms(e: Equation, x: Abstract) -> tuple[tuple[Integers, float], ...]:
 
 
 def _add_known(
-    e: Equation, trace: Trace, x: Abstract, known: Abstract, sign: float
+    builder: Builder, e: Equation, x: Abstract, known: Abstract, sign: float
 ) -> Abstract:
     if isinstance(x, Real) and x.input is not None and _is_number(known):
         assert isinstance(known, Known)
@@ -84,8 +91,10 @@ def _add_known(
         shifted = gain, offset + sign * float(known.value.flat[0])
         exact = x.is_exact and is_power_of_two(gain) and not offset
         return rescaled(e, x, _numbers(e, known), shifted, exact)
-    if not isinstance(x, Integers) or x.emit is None or x.is_bounded:
+    if not isinstance(x, Integers) or _is_of_codes(x) or x.is_bounded:
         raise refuse(e, x, "operand")
+    if x.emit is None:
+        x = reopened(builder, e, x)
     if isinstance(known, KnownCodes):
         if sign > 0 and _is_on_grid_of(x, known):
             return _with_bias(x, known.codes)
@@ -95,6 +104,10 @@ def _add_known(
         real = np.asarray(known.value, np.float64)
     if not np.any(real):
         return x
+    if not np.all(np.isfinite(real)):
+        raise _not_finite(e)
+    if x.shift is None and not _is_one_step(x, compact(real)):
+        x = reopened(builder, e, x)
     x = _refined(x, compact(real))
     with np.errstate(divide="ignore", invalid="ignore"):
         steps = compact(sign * real) / x.real_scale()
@@ -106,15 +119,28 @@ def _add_known(
             f"\n  equation: {e}\nA channel of the kernel or of the normalisation "
             "before it is all but zero; `qjax.quantize_model` handles that case."
         )
-    is_sum = x.shift is None  # Of codes: it takes one whole number.
-    most = max(abs(x.low), abs(x.high)) + np.max(np.abs(bias), initial=0)
-    if is_sum and (bias.size != 1 or not _is_whole(steps) or most > x.most):
-        raise refuse(e, x, "operand")
     # After a factor float32 rounds twice: the product, then the sum.
     rounds_once = x.is_gain_exact and x.gain is None
     exact = x.is_bias_exact and bool(np.all(steps == bias))
     x = dataclasses.replace(x, is_gain_exact=rounds_once, is_bias_exact=exact)
     return _with_bias(x, bias)
+
+
+def _is_one_step(x: Integers, real: np.ndarray) -> bool:
+    """Whether a constant is one whole number of steps, as a sum of codes takes it."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        steps = real / x.real_scale()
+    if steps.size != 1 or not np.all(np.isfinite(steps)) or not _is_whole(steps):
+        return False
+    return bool(max(abs(x.low), abs(x.high)) + np.max(np.abs(steps)) <= x.most)
+
+
+def _not_finite(e: Equation) -> ValueError:
+    return ValueError(
+        f"A constant of `{e.primitive.name}` in {where(e)} is infinite or NaN, or "
+        f"divides by zero, and no integers are.\n  equation: {e}\nReplace it by a "
+        "number; an average over no values has none."
+    )
 
 
 def _is_on_grid_of(x: Integers, known: KnownCodes) -> bool:
@@ -164,13 +190,16 @@ def _mul(builder: Builder, e: Equation, trace: Trace, *operands: Abstract) -> Ab
             return found
         return _scaled(e, operands[0], np.asarray(-1.0), None)
     a, b = operands
+    if isinstance(a, ByChannel) and isinstance(b, Known) and e.primitive.name == "mul":
+        return _one_unit(e, a, b)
     if _bends(a, b) and not _is_unit(e, a, b):
         if (found := curve(builder, e, trace, a, b)) is not None:
             return found
     if e.primitive.name == "div":
         if not isinstance(b, Known):
             raise refuse(e, b, "divisor")
-        reciprocal = np.float32(1) / np.asarray(b.value, np.float32)
+        with np.errstate(divide="ignore", over="ignore"):
+            reciprocal = np.float32(1) / np.asarray(b.value, np.float32)
         factor = compact(np.asarray(reciprocal, np.float64))
         if isinstance(a, Integers) and _is_of_codes(a) and factor.size == 1:
             return _rescaled(builder, e, trace, (a, b), factor.reshape(()))
@@ -189,6 +218,17 @@ def _mul(builder: Builder, e: Equation, trace: Trace, *operands: Abstract) -> Ab
     if isinstance(x, Integers) and _is_of_codes(x) and factor.size == 1:
         return _rescaled(builder, e, trace, (a, b), factor.reshape(()))
     return _scaled(e, x, factor, known)
+
+
+def _one_unit(e: Equation, x: ByChannel, known: Known) -> Integers:
+    """Codes with a scale per channel, brought to one scale by a factor per channel."""
+    scale = compact(x.scale * np.asarray(known.value, np.float64))
+    most = np.max(scale, initial=0)
+    if most <= 0 or np.any(np.abs(scale / most - 1) > _ROUNDING):
+        raise refuse(e, x, "operand")
+    is_exact = is_power_of_two(x.scale) and scale.size == 1
+    common = np.asarray(np.float64(np.float32(x.codes.scale)))
+    return dataclasses.replace(x.codes, scale=common, is_gain_exact=is_exact)
 
 
 def _is_unit(e: Equation, a: Abstract, b: Abstract) -> bool:
@@ -248,6 +288,8 @@ def _scaled(
     is_quotient: bool = False,
 ) -> Abstract:
     """A factor that waits for the next grid."""
+    if not np.all(np.isfinite(factor)):
+        raise _not_finite(e)
     is_power = is_power_of_two(factor)
     if isinstance(x, Real) and x.input is not None and factor.size == 1:
         by = float(factor.flat[0])

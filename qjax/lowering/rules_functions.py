@@ -1,7 +1,7 @@
-"""Rules of elementwise functions and of choices: tables, values joined on a grid."""
+"""Rules of elementwise functions and comparisons: tables of codes."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,13 +10,13 @@ import numpy as np
 from jax.extend.core.primitives import copy_p
 
 from qjax.affine import QParams, dequantize
+from qjax.lowering.constants import exact_grid, real_values
 from qjax.lowering.interpret import refuse, rule, where
 from qjax.lowering.values import (
     Abstract,
     Builder,
     Curve,
     Integers,
-    Joined,
     Known,
     KnownCodes,
     compact,
@@ -26,7 +26,6 @@ from qjax.trace import POINTWISE, Equation, Trace, evaluate
 _MOST_CODES = 1 << 16  # Of the value that a table is indexed by.
 _MOST_ENTRIES = 1 << 22  # Of a table with a row for each channel.
 _COMPARISONS = ("eq", "ge", "gt", "le", "lt", "ne")
-_EXTREMA = {"max": "maximum", "min": "minimum"}
 
 
 def curve(
@@ -111,11 +110,9 @@ def _as_curve(e: Equation, v: int, x: Abstract) -> Curve:
 
 def _per_channel(e: Equation, x: Known | KnownCodes) -> np.ndarray:
     """A known operand, with size 1 where it repeats."""
-    if isinstance(x, KnownCodes):
-        grid = QParams(jnp.asarray(x.scale), jnp.asarray(x.zero_point))
-        value = np.asarray(dequantize(jnp.asarray(x.codes), grid))
-    else:
-        value = compact(np.asarray(x.value))
+    value = compact(
+        real_values(x) if isinstance(x, KnownCodes) else np.asarray(x.value)
+    )
     if sum(n > 1 for n in value.shape) > 1:
         raise ValueError(
             f"`{e.primitive.name}` in {where(e)} has a constant of shape {value.shape} "
@@ -222,15 +219,34 @@ def add_table(
     return int(table.min()), int(table.max())
 
 
-def mask(builder: Builder, e: Equation, trace: Trace, x: Abstract, v: int) -> int:
-    """The truth values of a selection as codes 0 and 1."""
-    if isinstance(x, Integers) and x.value is not None:
-        return x.value
-    if not isinstance(x, Curve):
-        raise refuse(e, x, "condition")
-    value = builder.add_value(trace.shape(v), 0, 1, dtype="int8")
-    add_table(builder, x, lambda y: y.astype(jnp.int32), value, where(e).strip("'"))
-    return value
+def add_exact_table(
+    builder: Builder, x: Curve, shape: tuple[int, ...], name: str
+) -> Integers | None:
+    """Puts a function into the graph on the grid that its own values lie on.
+
+    Returns:
+      Its codes; None if no grid holds all values exactly, as that of most functions.
+    """
+
+    def bits(real: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(real.astype(jnp.float32), jnp.int32)
+
+    found, axis, off = tabulate(x, bits)
+    exact = exact_grid(found.view(np.float32))
+    if exact is None or off or x.source.value is None:
+        return None
+    scale, codes = exact
+    low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
+    value = builder.add_value(shape, low, high)
+    table = builder.add_param(
+        f"{name}/table", codes.astype(builder.values[value].dtype)
+    )
+    ends: dict[str, Any] = {"low": x.source.low, "axis": axis}
+    params = {"table": table}
+    builder.add_node(
+        "table", (x.source.value,), value, params=params, path=x.path, **ends
+    )
+    return Integers(value, np.asarray(scale), 0, low, high, is_codes=True, path=x.path)
 
 
 _ELSEWHERE = frozenset(
@@ -285,99 +301,6 @@ def _compare(
         zero_points=[x.zero_point for x in pair],
     )
     return Integers(value, np.ones(()), 0, 0, 1, path=e.path, dtype="bool")
-
-
-@rule("select_n")
-def _select(
-    builder: Builder, e: Equation, trace: Trace, which: Abstract, *cases: Abstract
-) -> Abstract:
-    if isinstance(which, Known):
-        flat = np.unique(which.value)
-        if flat.size == 1:
-            return cases[int(flat[0])]
-        raise refuse(e, which, "condition")
-    if isinstance(which, Curve):
-        codes = [c for c in cases if not isinstance(c, Known)]
-        same = all(_is_source(c, which.source) for c in codes)
-        if same and (found := curve(builder, e, trace, which, *cases)) is not None:
-            return found
-    shapes, shape = _shapes(e, trace, e.inputs[1:])
-    others = (mask(builder, e, trace, which, e.inputs[0]),)
-    joined = Joined("select", cases, shapes, shape, others, path=e.path)
-    return _joined_now(builder, joined)
-
-
-def _is_source(x: Abstract, source: Integers) -> bool:
-    own = x.source if isinstance(x, Curve) else x
-    return isinstance(own, Integers) and own.value == source.value
-
-
-@rule("concatenate")
-def _concatenate(
-    builder: Builder, e: Equation, trace: Trace, *parts: Abstract
-) -> Abstract:
-    axis = int(e.params["dimension"])
-    for x in parts:
-        if isinstance(x, Known | KnownCodes):
-            raise refuse(e, x, "part")
-    joined = Joined(
-        "concatenate",
-        parts,
-        *_shapes(e, trace, e.inputs),
-        attributes={"axis": axis},
-        path=e.path,
-    )
-    return _joined_now(builder, joined)
-
-
-def extremum(
-    builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
-) -> Abstract:
-    """The larger or the smaller of two quantized values."""
-    shapes, shape = _shapes(e, trace, e.inputs)
-    joined = Joined(_EXTREMA[e.primitive.name], (a, b), shapes, shape, path=e.path)
-    return _joined_now(builder, joined)
-
-
-def _shapes(
-    e: Equation, trace: Trace, parts: Sequence[int]
-) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
-    """Those of the parts, and that of the result."""
-    return tuple(map(trace.shape, parts)), trace.shape(e.outputs[0])
-
-
-def _joined_now(builder: Builder, x: Joined) -> Abstract:
-    """Joins codes that are on one grid already."""
-    first = x.parts[0]
-    if not isinstance(first, Integers):
-        return x
-    for part in x.parts:
-        same = (
-            isinstance(part, Integers)
-            and part.is_codes
-            and not np.ndim(part.scale)
-            and part.scale == first.scale
-            and part.zero_point == first.zero_point
-        )
-        if not same:
-            return x
-    if any(isinstance(p, Integers) and p.rescaled is not None for p in x.parts):
-        return x  # Each part has functions of its own.
-    assert first.value is not None
-    inputs = tuple(
-        p.value for p in x.parts if isinstance(p, Integers) and p.value is not None
-    )
-    types = [builder.values[v].dtype for v in inputs]
-    low, high = (
-        f(getattr(p, k) for p in x.parts) for f, k in ((min, "low"), (max, "high"))
-    )
-    dtype = types[0] if len(set(types)) == 1 else None
-    grid = builder.values[first.value].grid
-    value = builder.add_value(x.shape, low, high, grid, dtype=dtype)
-    builder.add_node(
-        x.operation, (*x.others, *inputs), value, path=x.path, **x.attributes
-    )
-    return first.elsewhere(value, low=low, high=high, path=x.path)
 
 
 @rule("argmax", "argmin")

@@ -116,8 +116,10 @@ def _embed(
     if scale.ndim:  # One a column.
         if scale.shape[0] != 1:
             raise ValueError(
-                f"The table {w.site!r} has a scale for each row, which depends on the "
-                "input. Use one scale, or one for each column: `axis=-1`."
+                f"The table {w.site!r} has a scale for each row, and the input chooses "
+                f"rows, in {where(e)}.\n  equation: {e}\n"
+                f'Use `axis="output"` for {w.site!r} in the scheme, one scale for each '
+                "column, or `axis=None`: one scale per tensor."
             )
         rank = len(trace.shape(e.outputs[0]))
         scale = scale.reshape((1,) * (rank - scale.ndim + 1) + scale.shape[1:])

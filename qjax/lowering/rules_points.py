@@ -10,14 +10,16 @@ import numpy as np
 
 from qjax.affine import grid_codes
 from qjax.integer import common_fixed_point, fixed_point
+from qjax.lowering.constants import add_constant, like_of
+from qjax.lowering.entries import raw
 from qjax.lowering.graph import Grid, storage
-from qjax.lowering.inputs import integer_range
-from qjax.lowering.interpret import refuse, rule, where
+from qjax.lowering.interpret import InputTwiceError, refuse, rule, where
 from qjax.lowering.rules_functions import add_table
-from qjax.lowering.rules_shapes import move_again
+from qjax.lowering.rules_shapes import added, move_again
 from qjax.lowering.values import (
     Abstract,
     Builder,
+    ByChannel,
     Curve,
     Integers,
     Joined,
@@ -55,15 +57,18 @@ def _qpoint(
     if isinstance(x, Known):
         codes = jax.jit(grid_codes)(x.value, scale, zero_point, qmin, qmax)
         return KnownCodes(np.asarray(codes, np.int64), scale, zero_point, site)
-    if scale.ndim:
-        raise ValueError(
-            f"The activation at {site or where(e)!r} has a scale per channel (shape "
-            f"{scale.shape}), which a sum over channels cannot use. Use `axis=None`."
-        )
     is_double = trace.avals[e.outputs[0]].dtype == np.float64
-    word = int(zero_point), int(qmin), int(qmax)
-    target = _Target(float(scale), *word, site, is_double=is_double)
-    shape = trace.shape(e.outputs[0])
+    shape, ends = trace.shape(e.outputs[0]), (int(qmin), int(qmax))
+    if scale.size > 1:
+        _check_channels(e, x, zero_point, site)
+        units = np.asarray(scale, np.float64)
+        common = float(scale.max())
+        target = _Target(common, 0, *ends, site, is_double=is_double, units=units)
+        return ByChannel(_by_channel(builder, e, x, target, shape), units, site)
+    word = int(zero_point.reshape(())), *ends
+    target = _Target(float(scale.reshape(())), *word, site, is_double=is_double)
+    if isinstance(x, ByChannel):
+        x = dataclasses.replace(x.codes, scale=x.scale)
     if isinstance(x, Real):
         if x.input is None and builder.is_open:  # Float before it: begin anew here.
             value = target.add_value(builder, shape, target.qmin, target.qmax)
@@ -71,6 +76,74 @@ def _qpoint(
             return target.integers(builder, value)
         return _quantize_input(builder, e, trace, x, target, shape)
     return _onto(builder, e, x, target, shape)
+
+
+def _check_channels(
+    e: Equation, x: Abstract, zero_point: np.ndarray, site: str
+) -> None:
+    """Raises where a scale per channel has no integers."""
+    at, rule = site or where(e), f'Rule("{site or "..."}", QSpec(bits=8))'
+    if np.any(zero_point):
+        raise ValueError(
+            f"The activation at {at!r} has a scale per channel and zero points, which "
+            "no kernel takes in. Use `symmetric=True` in its word, or one scale: "
+            f"`axis=None`, as in {rule}."
+        )
+    if isinstance(x, Real):
+        raise ValueError(
+            f"The input of the program at {at!r} has a scale per channel; its codes "
+            f"have one scale. Use `axis=None`, as in {rule}."
+        )
+
+
+def _by_channel(
+    builder: Builder, e: Equation, x: Abstract, target: "_Target", shape: Any
+) -> Integers:
+    """Codes with a scale per channel, in the unit of the coarsest one."""
+    if isinstance(x, Sum):
+        x = added(builder, e, x)
+    if isinstance(x, Curve):
+        known = {**x.known, -1: np.asarray(target.units)}  # For its rank.
+        return _table(builder, dataclasses.replace(x, known=known), target, shape)
+    if not isinstance(x, Integers):
+        raise refuse(e, x, "input")
+    found = _requantize(builder, x, target, shape)
+    low, high = (target.bound_codes(b) for b in x.bounds)
+    if np.all(low <= found.low) and np.all(high >= found.high):
+        return found
+    return _capped(builder, e, found, target, (low, high), shape)
+
+
+def _capped(
+    builder: Builder,
+    e: Equation,
+    x: Integers,
+    target: "_Target",
+    ends: tuple[np.ndarray, np.ndarray],
+    shape: Any,
+) -> Integers:
+    """Bounds that are another code in each channel, as a table with a row for each."""
+    axes = [d for d, n in enumerate(target.units_of().shape) if n > 1]
+    low, high = (np.broadcast_to(q, target.units_of().shape).reshape(-1) for q in ends)
+    codes = np.arange(x.low, x.high + 1)[:, None]
+    if len(axes) != 1 or codes.size * low.size > 1 << 20:
+        raise refuse(e, x, "input")
+    assert x.value is not None
+    table = np.clip(codes, low, high)
+    value = target.add_value(builder, shape, int(table.min()), int(table.max()))
+    dtype = builder.values[value].dtype
+    params = {"table": builder.add_param(f"{target.site}/bounds", table.astype(dtype))}
+    builder.add_node(
+        "table",
+        (x.value,),
+        value,
+        params=params,
+        path=target.site,
+        low=x.low,
+        axis=axes[0] - len(shape),
+    )
+    builder.sites.pop(target.site, None)
+    return target.integers(builder, value)
 
 
 def _onto(
@@ -100,23 +173,33 @@ def _table(builder: Builder, x: Curve, target: "_Target", shape: Any) -> Integer
 def _join(builder: Builder, e: Equation, x: Joined, target: "_Target") -> Integers:
     """Each part goes on the grid, then all are joined: rounding keeps their order."""
     part = dataclasses.replace(target, is_part=True)
-    values = []
-    for p, shape in zip(x.parts, x.shapes, strict=True):
+    pairs = list(zip(x.parts, x.shapes, strict=True))
+    onto: dict[int, int] = {}
+    for k, (p, shape) in enumerate(pairs):
+        if not isinstance(p, Known):
+            own = _onto(builder, e, p, part, shape)
+            assert own.value is not None
+            onto[k] = own.value
+    for k, (p, shape) in enumerate(pairs):
         if isinstance(p, Known):
-            values.append(_constant_codes(builder, e, x, p, part))
-            continue
-        own = _onto(builder, e, p, part, shape)
-        assert own.value is not None
-        values.append(own.value)
+            likes = [*onto.values(), *x.others]
+            like = like_of(builder, x, likes, shape)
+            onto[k] = _constant_codes(builder, x, p, part, shape, like)
+    values = [onto[k] for k in range(len(pairs))]
     bounds = [builder.values[v] for v in values]
+    ends = [min(b.low for b in bounds), max(b.high for b in bounds)]
+    options = dict(x.attributes)
+    if x.operation == "pad":
+        options["padding_code"] = target.codes(x.fill)
+        ends = [
+            f(n, options["padding_code"]) for f, n in zip((min, max), ends, strict=True)
+        ]
     low, high = target.range(x.bounds)
-    low = max(low, min(b.low for b in bounds))
-    high = min(high, max(b.high for b in bounds))
-    joined = target.add_value(
-        builder, x.shape, min(b.low for b in bounds), max(b.high for b in bounds)
+    low, high = max(low, ends[0]), min(high, ends[1])
+    joined = target.add_value(builder, x.shape, *ends)
+    builder.add_node(
+        x.operation, (*x.others, *values), joined, path=target.site, **options
     )
-    inputs = (*x.others, *values)
-    builder.add_node(x.operation, inputs, joined, path=target.site, **x.attributes)
     if x.bounds == (-np.inf, np.inf):
         return target.integers(builder, joined)
     value = target.add_value(builder, x.shape, low, high)
@@ -125,15 +208,29 @@ def _join(builder: Builder, e: Equation, x: Joined, target: "_Target") -> Intege
 
 
 def _constant_codes(
-    builder: Builder, e: Equation, x: Joined, known: Known, target: "_Target"
+    builder: Builder,
+    x: Joined,
+    known: Known,
+    target: "_Target",
+    shape: tuple[int, ...],
+    like: int | None,
 ) -> int:
-    """A number as codes in the shape of the mask that chooses it."""
-    if known.value.size == 0 or np.any(known.value != known.value.flat[0]):
-        raise refuse(e, known, "case")
-    if not x.others:
-        raise refuse(e, known, "part")
-    code = target.codes(float(known.value.flat[0]))
-    value = target.add_value(builder, x.shape, code, code)
+    """A constant on the grid of a site, or the code that a mask chooses."""
+    real = np.asarray(known.value)
+    if np.any(np.isnan(real)):
+        raise ValueError(
+            f"A constant that goes into the site {target.site!r} is NaN, which no code "
+            "stands for. Replace it by a number."
+        )
+    grid = Grid(float(np.float32(target.scale)), target.zero_point)
+    dtype = storage(target.qmin, target.qmax)
+    if not x.others or not real.size or np.any(real != real.flat[0]):
+        codes = np.asarray(target.codes_of(jnp.asarray(real, jnp.float32)), np.int64)
+        codes = np.broadcast_to(codes, shape)
+        options = {"name": f"{target.site}/constant", "path": x.path, "dtype": dtype}
+        return add_constant(builder, codes, grid, like=like, **options)
+    code = target.codes(float(real.flat[0]))
+    value = target.add_value(builder, shape, code, code)
     table = np.full(2, code, builder.values[value].dtype)
     name = builder.add_param(f"{target.site}/case", table)
     params = {"table": name}
@@ -154,11 +251,23 @@ class _Target:
     site: str
     is_part: bool = False  # Of what ends at the site.
     is_double: bool = False  # Whether the model computes in float64.
+    units: np.ndarray | None = None  # Scales of the channels, if there are several.
+
+    def units_of(self) -> np.ndarray:
+        """The scales, float64: one, or those of the channels."""
+        if self.units is not None:
+            return self.units
+        return np.asarray(np.float64(np.float32(self.scale)))
 
     def codes_of(self, real: Any) -> Any:
         """The codes of real values, by the formula of the tag itself."""
         zero, low, high = map(jnp.int32, (self.zero_point, self.qmin, self.qmax))
-        return grid_codes(real, jnp.float32(self.scale), zero, low, high)
+        return grid_codes(real, jnp.float32(self.units_of()), zero, low, high)
+
+    def bound_codes(self, bound: float) -> np.ndarray:
+        """The codes of a bound, by channel."""
+        real = jnp.full(self.units_of().shape, bound, jnp.float32)
+        return np.asarray(self.codes_of(real))
 
     def codes(self, real: float) -> int:
         """The code of one real value."""
@@ -166,9 +275,8 @@ class _Target:
 
     def range(self, bounds: tuple[float, float]) -> tuple[int, int]:
         """The codes that an activation with these bounds leaves."""
-        low = self.qmin if bounds[0] == -np.inf else self.codes(bounds[0])
-        high = self.qmax if bounds[1] == np.inf else self.codes(bounds[1])
-        return low, high
+        low, high = (self.bound_codes(bound) for bound in bounds)
+        return int(low.min()), int(high.max())
 
     def integers(self, builder: Builder, value: int) -> Integers:
         if not self.is_part:
@@ -192,16 +300,20 @@ def _quantize_input(
 ) -> Abstract:
     if x.input is None:
         raise refuse(e, x, "input")
-    if not x.is_plain:
-        return _table(builder, _raw(builder, e, trace, x), target, shape)
-    if x.input in builder.inputs:
-        raise _twice(e, x.input)
+    if not x.is_plain or x.input in builder.raw or x.input in builder.is_raw:
+        return _table(builder, raw(builder, e, trace, x), target, shape)
     own = trace.shape(trace.inputs[x.input])
-    value = target.add_value(builder, own, target.qmin, target.qmax)
-    builder.inputs[x.input] = value
-    builder.values[value] = dataclasses.replace(
-        builder.values[value], rescaling=x.rescaling, is_rescaling_exact=x.is_exact
+    fresh = Builder()
+    target.add_value(fresh, own, target.qmin, target.qmax)
+    wanted = dataclasses.replace(
+        fresh.values[0], rescaling=x.rescaling, is_rescaling_exact=x.is_exact
     )
+    value = builder.inputs.get(x.input)
+    if value is None:
+        value = builder.inputs[x.input] = len(builder.values)
+        builder.values.append(wanted)
+    elif builder.values[value] != wanted:
+        raise InputTwiceError(e, trace, x)
     codes: Abstract = dataclasses.replace(target, is_part=True).integers(builder, value)
     codes = move_again(builder, x, trace, codes)
     assert isinstance(codes, Integers) and codes.value is not None
@@ -210,66 +322,36 @@ def _quantize_input(
     return codes
 
 
-def _raw(builder: Builder, e: Equation, trace: Trace, x: Real) -> Curve:
-    """An integer input as codes of its own, and what was made of it as a function."""
-    k = x.input
-    assert k is not None
-    v, ends = trace.inputs[k], integer_range(trace, x)
-    if ends is None or ends[1] - ends[0] >= 1 << 16:
-        raise ValueError(
-            f"{x.source.capitalize()} goes through integer arithmetic before it is "
-            f"quantized, in {where(e)}.\n  equation: {e}\nThat is a table of at most "
-            "16 bits: pass the input as uint8, int8, uint16 or int16, or do the "
-            "arithmetic outside of the program."
-        )
-    if k not in builder.raw and k in builder.inputs:
-        raise _twice(e, k)
-    if k not in builder.raw:
-        value = builder.add_value(trace.shape(v), *ends, Grid(1.0, 0))
-        dtype = str(trace.avals[v].dtype)
-        builder.inputs[k] = value
-        builder.raw[k] = Integers(
-            value, np.ones(()), 0, *ends, path=e.path, dtype=dtype
-        )
-    codes: Abstract = builder.raw[k]
-    codes = move_again(builder, x, trace, codes)
-    assert isinstance(codes, Integers)
-    rank = len(trace.shape(e.outputs[0]))
-    known = {u: np.reshape(n, (1,) * rank) for u, n in x.known.items()}
-    return Curve(codes, {v: codes}, known, x.steps, e.inputs[0], path=e.path)
-
-
-def _twice(e: Equation, k: int) -> ValueError:
-    return ValueError(
-        f"Input {k} of the program is quantized twice, on two paths ({where(e)}). "
-        "Quantize it once and share the result."
-    )
-
-
 def _requantize(
     builder: Builder, x: Integers, target: _Target, shape: tuple[int, ...]
 ) -> Integers:
     low, high = target.range(x.bounds)
-    same_grid = x.is_codes and float(x.scale) == float(np.float32(target.scale))
+    is_one = target.units is None and np.ndim(x.scale) == 0
+    same_grid = is_one and x.is_codes and x.scale == np.float32(target.scale)
     if same_grid and x.zero_point == target.zero_point and not x.is_bounded:
         is_whole = x.rescaled is None or x.high - x.low < _MOST_WHOLE
+        assert x.value is not None
+        # Parts are joined in one type.
+        fits = builder.values[x.value].dtype == storage(target.qmin, target.qmax)
+        is_whole &= fits or not target.is_part
         if is_whole and target.qmin <= x.low and x.high <= target.qmax:
             if not target.is_part:
-                assert x.value is not None
                 builder.add_site(target.site, x.value)
             return x
     x = x.emitted()
     assert x.value is not None
-    ratio = x.real_scale() / float(np.float32(target.scale))
+    ratio = x.real_scale() / target.units_of()
     # Where float32 arithmetic has one operation that rounds, round as it does.
     one_rounding = (
         x.gain is not None
         and x.is_gain_exact
         and not target.is_double
         and is_power_of_two(x.scale)
-        and is_power_of_two(np.asarray(target.scale))
+        and is_power_of_two(target.units_of())
         and not is_power_of_two(x.gain)
     )
+    if x.is_still is not None:  # Zero is zero in any unit.
+        ratio = np.where(x.is_still, 0.0, ratio)
     multiplier, shift = _at_site(fixed_point, ratio, target.site)
     params = {
         "multiplier": builder.add_param(f"{target.site}/multiplier", multiplier),
@@ -312,7 +394,7 @@ def _is_exact(x: Integers, target: _Target) -> bool:
     most rounds: a product with a factor, which is the last one.
     """
     once = x.is_gain_exact and not x.is_quotient
-    scales = np.asarray(x.scale), np.asarray(np.float64(np.float32(target.scale)))
+    scales = np.asarray(x.scale), target.units_of()
     if not once or x.rescaled is not None or not x.is_bias_exact:
         return False
     units = np.abs(x.real_scale()[x.real_scale() != 0])

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from qjax.channels import output_scale
 from qjax.lowering.interpret import refuse, rule, sites_of, where
 from qjax.lowering.values import (
     Abstract,
@@ -15,7 +16,6 @@ from qjax.lowering.values import (
     KnownCodes,
     compact,
 )
-from qjax.simulate import output_scale
 from qjax.trace import Equation, Trace
 
 _INT32 = np.iinfo(np.int32)
@@ -159,7 +159,8 @@ def _product(
             f"The scale of the kernel {w.site!r} varies inside the sum of "
             f"`{e.primitive.name}` in {where(e)}: its shape is {w.scale.shape}, and "
             f"axes {over} are summed over.\n  equation: {e}\n"
-            f"Set `axis` of {w.site!r} to an axis of the output."
+            f'Use `axis="output"` for {w.site!r} in the scheme, or `axis=None`: one '
+            "scale per tensor."
         )
     total = to_output(e, operand, w.codes.sum(over, keepdims=True), len(shape))
     positive = np.maximum(w.codes, 0).sum(over, keepdims=True)
@@ -178,7 +179,7 @@ def _product(
         folded = bias - ((x.zero_point - offset) * total << shift)
         _check_overflow(e, folded, folded, w, x, _INT32.max)
         params = _add_params(builder, w.site or "kernel", w.codes, folded)
-        lowest, highest = int(least.min()), int(most.max())
+        lowest, highest = _ends(least, most)
         value = builder.add_value(shape, lowest, highest, dtype="int32")
         is_dot = e.primitive.name == "dot_general"
         attributes = (
@@ -202,12 +203,18 @@ def _product(
         0,
         int(low.min(initial=0)),
         int(high.max(initial=0)),
-        is_gain_exact=x.rescaled is None,
+        is_gain_exact=x.rescaled is None and x.is_gain_exact,
         emit=emit,
         shift=0,
         path=e.path,
         most=limit,
+        is_still=(low == 0) & (high == 0),
     )
+
+
+def _ends(low: np.ndarray, high: np.ndarray) -> tuple[int, int]:
+    """The least and the largest of sums; 0 where there are none."""
+    return (int(low.min()), int(high.max())) if low.size and high.size else (0, 0)
 
 
 def to_output(e: Equation, operand: int, sums: Any, rank: int) -> Any:
@@ -247,10 +254,10 @@ def _check_overflow(
     x: Integers,
     limit: int,
 ) -> None:
+    if -limit - 1 <= low.min(initial=0) and high.max(initial=0) <= limit:
+        return
     worst = high if high.max() > -low.min() else low
     reach = int(worst.flat[np.argmax(np.abs(worst))])
-    if -limit - 1 <= low.min() and high.max() <= limit:
-        return
     channel = int(np.argmax(np.abs(worst)))
     up, down = (x.high, x.low) if reach > 0 else (x.low, x.high)
     witness = np.where(w.codes > 0, up, down)
@@ -286,6 +293,38 @@ def storage_offset(dtype: str) -> int:
     return 0 if info.min < 0 else (info.max + 1) // 2
 
 
+def reopened(builder: Builder, e: Equation, x: Integers) -> Integers:
+    """Returns an accumulator that takes a bias though it is in the graph already."""
+    x = x.emitted()
+    source, path = x.value, where(e).strip("'")
+    assert source is not None and not x.zero_point
+
+    def emit(bias: np.ndarray, shift: int) -> tuple[int, int, int]:
+        assert source is not None
+        low, high = (np.asarray(end << shift) + bias for end in (x.low, x.high))
+        if low.min(initial=0) < -x.most - 1 or high.max(initial=0) > x.most:
+            raise AccumulatorOverflowError(
+                f"The accumulator of `{e.primitive.name}` in {where(e)} could reach "
+                f"{high.max() if high.max() > -low.min() else low.min()}, beyond "
+                f"{x.most}.\n  equation: {e}\nUse fewer bits for what it sums, or more "
+                "`buffer_bits`.",
+                np.array([x.low, x.high]),
+            )
+        params = {
+            "kernel": builder.add_param(f"{path}/one", np.ones((), np.int8)),
+            "bias": builder.add_param(f"{path}/bias", bias.astype(np.int32)),
+        }
+        ends = _ends(low, high)
+        value = builder.add_value(builder.values[source].shape, *ends, dtype="int32")
+        options: dict[str, Any] = {"offset": 0, "shift": shift}
+        builder.add_node(
+            "multiply", (source,), value, params=params, path=path, **options
+        )
+        return value, *ends
+
+    return dataclasses.replace(x, value=None, emit=emit, shift=0)
+
+
 def multiply(
     builder: Builder, e: Equation, trace: Trace, x: Integers, w: KnownCodes
 ) -> Integers:
@@ -303,7 +342,7 @@ def multiply(
         folded = bias - ((x.zero_point - offset) * codes << shift)
         _check_overflow(e, folded, folded, w, x, _INT32.max)
         params = _add_params(builder, w.site or "scale", codes, folded)
-        lowest, highest = int(low.min()), int(high.max())
+        lowest, highest = _ends(low, high)
         value = builder.add_value(shape, lowest, highest, dtype="int32")
         path = where(e).strip("'")
         builder.add_node(

@@ -10,7 +10,9 @@ import numpy as np
 from jax.extend.core.primitives import copy_p
 
 from qjax.affine import QParams, dequantize
-from qjax.lowering.inputs import cast, moved
+from qjax.channels import move_scale
+from qjax.lowering.constants import codes_on, wider
+from qjax.lowering.inputs import cast, moved, refuse_pad
 from qjax.lowering.interpret import refuse, rule, sites_of, where
 from qjax.lowering.rules_functions import curve
 from qjax.lowering.rules_products import AccumulatorOverflowError
@@ -26,7 +28,6 @@ from qjax.lowering.values import (
     Sum,
     compact,
 )
-from qjax.simulate import move_scale
 from qjax.trace import Equation, Trace, evaluate
 
 
@@ -55,13 +56,13 @@ def settled(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Integer
 def _emitted(builder: Builder, e: Equation, x: Abstract) -> Integers:
     """Integers in the graph."""
     if isinstance(x, Sum):
-        x = _added(builder, e, x)
+        x = added(builder, e, x)
     if not isinstance(x, Integers):
         raise refuse(e, x, "input")
     return x.emitted()
 
 
-def _added(builder: Builder, e: Equation, x: Sum) -> Integers:
+def added(builder: Builder, e: Equation, x: Sum) -> Integers:
     """A sum of codes as an accumulator, where one grid holds all of them exactly."""
     terms = [t for t, _ in x.terms]
     scale = min(float(t.scale) for t in terms)
@@ -198,6 +199,43 @@ def _window(e: Equation) -> dict[str, Any]:
     return {**found, "padding": [[int(n) for n in p] for p in e.params["padding"]]}
 
 
+@rule("cumsum")
+def _running_sum(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
+    e, size = _running(e, trace)
+    return _sum(builder, e, trace, x, size, "sum_pool", _window(e)) if size else x
+
+
+@rule("cummax", "cummin")
+def _running_extreme(
+    builder: Builder, e: Equation, trace: Trace, x: Abstract
+) -> Abstract:
+    name, (e, size) = e.primitive.name, _running(e, trace)
+    x = _emitted(builder, e, x)
+    if not size:
+        return x
+    if np.any(x.real_scale() < 0):
+        raise refuse(e, x, "input")
+    x = _reduced(e, x)
+    return _moved(builder, e, trace, x, x.scale, f"{name[-3:]}_pool", _window(e))
+
+
+def _running(e: Equation, trace: Trace) -> tuple[Equation, int]:
+    """What a value has come to along an axis, as a window over all before it."""
+    shape, axis = trace.shape(e.inputs[0]), e.params["axis"]
+    size, ones = shape[axis], (1,) * len(shape)
+    window, padding = list(ones), [(0, 0)] * len(shape)
+    window[axis] = size
+    padding[axis] = (0, size - 1) if e.params["reverse"] else (size - 1, 0)
+    params = {
+        "window_dimensions": tuple(window),
+        "window_strides": ones,
+        "base_dilation": ones,
+        "window_dilation": ones,
+        "padding": tuple(padding),
+    }
+    return dataclasses.replace(e, params=params), size
+
+
 @rule("stop_gradient", "copy", "copy_p", "optimization_barrier", "sharding_constraint")
 def _same(
     builder: Builder, e: Equation, trace: Trace, *xs: Abstract
@@ -272,9 +310,9 @@ def move(
 ) -> Abstract:
     """Moves codes, and what is known of them, as the equation moves real values."""
     if e.primitive.name == "pad":
-        fill = rest[0]
-        if not isinstance(fill, Known) or np.any(fill.value != 0):
-            raise refuse(e, fill, "padding value")
+        fill = _fill(e, rest[0])
+        if fill or isinstance(x, Curve | Joined) or _bounds_away(x):
+            return _padded(builder, e, trace, x, fill)
     if isinstance(x, Real):
         return moved(e, x)
     if isinstance(x, Known):
@@ -286,14 +324,58 @@ def move(
     x = _emitted(builder, e, x)
     assert x.value is not None
     shape = builder.values[x.value].shape
-    scale = _move_array(e, trace, x.scale, shape)
-    gain = None if x.gain is None else _move_array(e, trace, x.gain, shape)
-    lost = scale is None or (gain is None and x.gain is not None)
-    if lost or (e.primitive.name == "pad" and not x.bounds[0] <= 0 <= x.bounds[1]):
+    scale = _move_units(e, x.scale, shape)
+    gain = None if x.gain is None else _move_units(e, x.gain, shape)
+    if scale is None or (gain is None and x.gain is not None):
         raise refuse(e, x, "input")
     x = dataclasses.replace(x, gain=gain)
     assert scale is not None
     return _moved(builder, e, trace, x, scale, *_MOVES[e.primitive.name](e, trace, x))
+
+
+def _fill(e: Equation, x: Abstract) -> float:
+    """The number that a pad puts around a value."""
+    if not isinstance(x, Known) or np.any(np.isnan(x.value)):
+        raise refuse(e, x, "padding value")
+    return float(np.asarray(x.value).reshape(-1)[0])
+
+
+def _bounds_away(x: Abstract) -> bool:
+    """Whether an activation that waits does not leave zero alone."""
+    return isinstance(x, Integers) and not x.bounds[0] <= 0 <= x.bounds[1]
+
+
+def _padded(
+    builder: Builder, e: Equation, trace: Trace, x: Abstract, fill: float
+) -> Abstract:
+    """Codes around which a code is put; what is on no grid yet waits for one."""
+    if isinstance(x, Real) and x.input is not None:
+        raise refuse_pad(e, x)
+    if not isinstance(x, Integers | Curve | Sum | Joined):
+        raise refuse(e, x, "input")
+    config = _padding(e)
+    shapes = trace.shape(e.inputs[0]), trace.shape(e.outputs[0])
+    x = x.emitted() if isinstance(x, Integers) else x
+    is_ready = isinstance(x, Integers) and x.is_codes and not np.ndim(x.scale)
+    if (
+        isinstance(x, Integers)
+        and is_ready
+        and x.rescaled is None
+        and x.value is not None
+    ):
+        codes = codes_on(np.asarray(fill, np.float32), float(x.scale), x.zero_point)
+        if codes is not None and not x.is_bounded and np.isfinite(fill):
+            code, own = int(codes), builder.values[x.value]
+            low, high = min(own.low, code), max(own.high, code)
+            dtype = wider({own.dtype}, low, high)
+            value = builder.add_value(shapes[1], low, high, own.grid, dtype=dtype)
+            path = where(e).strip("'")
+            ends: dict[str, Any] = {"padding": config, "padding_code": code}
+            builder.add_node("pad", (x.value,), value, path=path, **ends)
+            return x.elsewhere(value, low=low, high=high)
+    attributes = {"padding": config}
+    pair = (x,), (shapes[0],), shapes[1]
+    return Joined("pad", *pair, attributes=attributes, path=e.path, fill=fill)
 
 
 def move_again(
@@ -308,27 +390,34 @@ def move_again(
 
 def _move_curve(builder: Builder, e: Equation, trace: Trace, x: Curve) -> Curve:
     """A function of codes is the same function of codes that have moved."""
+    rank = len(trace.shape(e.outputs[0]))
     is_uniform = all(np.size(k) == 1 for k in x.known.values())
+    keeps = e.params.get("broadcast_dimensions") == tuple(range(rank))  # The axes.
     units = all(np.ndim(a.scale) == 0 for a in x.aliases.values())
-    if e.primitive.name == "pad" or not is_uniform or not units:
+    if e.primitive.name == "pad" or not (is_uniform or keeps) or not units:
         raise refuse(e, x, "input")
     source = move(builder, e, trace, x.source)
     assert isinstance(source, Integers)
-    rank = len(trace.shape(e.outputs[0]))
     return _moved_chain(x, source, e, rank, e.outputs[0])
 
 
 def _move_array(
-    e: Equation, trace: Trace, x: np.ndarray, shape: tuple[int, ...]
+    e: Equation, x: np.ndarray, shape: tuple[int, ...]
 ) -> np.ndarray | None:
     """Takes what broadcasts against a value of ``shape`` through a shape move."""
     moved = move_scale(e, x, shape)
-    sizes = trace.shape(e.outputs[0])
-    if moved is not None or e.primitive.name != "reshape" or not sizes:
-        return moved
-    if x.shape[0] == 1 and shape[0] == sizes[0]:  # The same at all leading places.
-        shape, sizes = (1, *shape[1:]), (1, *sizes[1:])
-    return compact(np.broadcast_to(x, shape).reshape(sizes))
+    # Axes that fell together repeat what was the same along one of them.
+    return moved if moved is None or moved.size <= x.size else compact(moved)
+
+
+def _move_units(
+    e: Equation, x: np.ndarray, shape: tuple[int, ...]
+) -> np.ndarray | None:
+    """Takes one unit per channel through a move; axes that it does not have stay."""
+    if x.ndim == 0 or e.primitive.name != "pad":
+        return _move_array(e, x, shape)
+    config = zip(x.shape, e.params["padding_config"], strict=True)
+    return x if all(n == 1 or not any(triple) for n, triple in config) else None
 
 
 def _moved(
@@ -389,7 +478,10 @@ def placed(
 
 def _moved_chain(x: Curve, source: Integers, e: Equation, rank: int, end: int) -> Curve:
     """A function of codes is the same function of codes that have moved."""
-    known = {v: np.reshape(k, (1,) * rank) for v, k in x.known.items()}
+    known = {
+        v: np.reshape(k, (1,) * rank) if np.size(k) == 1 else k
+        for v, k in x.known.items()
+    }
     aliases = {
         v: dataclasses.replace(a, value=source.value) for v, a in x.aliases.items()
     }
@@ -427,8 +519,11 @@ def _slice(e: Equation, trace: Trace, x: Integers) -> tuple[str, dict[str, Any]]
 
 
 def _pad(e: Equation, trace: Trace, x: Integers) -> tuple[str, dict[str, Any]]:
-    config = [[int(n) for n in triple] for triple in e.params["padding_config"]]
-    return "pad", {"padding": config, "padding_code": x.zero_point}
+    return "pad", {"padding": _padding(e), "padding_code": x.zero_point}
+
+
+def _padding(e: Equation) -> list[list[int]]:
+    return [[int(n) for n in triple] for triple in e.params["padding_config"]]
 
 
 def _transpose(e: Equation, trace: Trace, x: Integers) -> tuple[str, dict[str, Any]]:
@@ -451,37 +546,24 @@ _MOVES = {
 }
 
 
-def _broadcast_rank(x: np.ndarray, rank: int, dims: tuple[int, ...]) -> np.ndarray:
-    """Gives an array the rank of a broadcast; ``[]`` stays."""
-    if x.ndim == 0:
-        return x
-    sizes = [1] * rank
-    for d, n in zip(dims, x.shape, strict=True):
-        sizes[d] = n
-    return x.reshape(sizes)
-
-
 def _move_known(e: Equation, trace: Trace, x: KnownCodes) -> KnownCodes:
     """A weight goes through a shape move with its scales."""
-    if e.primitive.name == "broadcast_in_dim":  # A bias, to the rank of its sum.
-        shape, dims = trace.shape(e.outputs[0]), e.params["broadcast_dimensions"]
-        parts = (x.codes, x.scale, x.zero_point)
-        codes, scale, zero_point = (_broadcast_rank(v, len(shape), dims) for v in parts)
-        return KnownCodes(np.broadcast_to(codes, shape), scale, zero_point, x.site)
-    moved = _move_array(e, trace, x.scale, x.codes.shape)
-    if moved is None or np.any(x.zero_point):
-        raise ValueError(
-            f"`{e.primitive.name}` moves the weight {x.site!r} in {where(e)} in a "
-            f"way that its scales of shape {x.scale.shape} cannot follow.\n"
-            f"  equation: {e}\nUse `axis=None` for {x.site!r}."
-        )
-    name = e.primitive.name
-    if name in ("reshape", "squeeze", "expand_dims"):
-        codes = x.codes.reshape(trace.shape(e.outputs[0]))
-    elif name == "transpose":
-        codes = x.codes.transpose(e.params["permutation"])
-    else:
+    scale, zero_point = (
+        _move_array(e, part, x.codes.shape) for part in (x.scale, x.zero_point)
+    )
+    if scale is None or zero_point is None:
         raise NotImplementedError(
-            f"There is no rule for `{name}` on the weight {x.site!r}, in {where(e)}."
+            f"There is no rule for `{e.primitive.name}` on the weight {x.site!r}, in "
+            f"{where(e)}.\n  equation: {e}\nQuantize what it returns: call "
+            "`qjax.fake_quant` after it."
         )
-    return KnownCodes(codes, moved, np.zeros(moved.shape, np.int32), x.site)
+    if e.primitive.name == "broadcast_in_dim":  # A bias, to the shape of its sum.
+        shape, dims = trace.shape(e.outputs[0]), e.params["broadcast_dimensions"]
+        sizes = [1] * len(shape)
+        for d, n in zip(dims, x.codes.shape, strict=True):
+            sizes[d] = n
+        codes = np.broadcast_to(x.codes.reshape(sizes), shape)
+    else:
+        moved = evaluate(e, jnp.asarray(x.codes.astype(np.int32)))[0]
+        codes = np.asarray(moved).astype(np.int64)
+    return KnownCodes(codes, scale, zero_point, x.site)

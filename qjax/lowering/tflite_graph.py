@@ -101,14 +101,24 @@ class Growth:
     Attributes:
       tensors: Of TFLite's graph; with the shapes that they turn out to have, and the
         integers that shapes are computed from.
+      file: Of TFLite's graph, as the file has them.
       rules: How to rescale.
       builder: Of the integer graph.
       inputs: Tensor that is an input -> value of its codes.
       values: Tensor -> value.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], rules: Rules) -> None:
-        self.tensors = list(tensors)
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        rules: Rules,
+        shapes: Mapping[int, tuple[int, ...]],
+    ) -> None:
+        self.file = tuple(tensors)
+        self.tensors = [
+            dataclasses.replace(t, shape=shapes.get(k, t.shape))
+            for k, t in enumerate(tensors)
+        ]
         self.rules = rules
         self.builder = Builder()
         self.inputs: dict[int, int] = {}
@@ -118,7 +128,8 @@ class Growth:
         """Makes tensor ``k`` an input of the program, of the codes of another."""
         t = self.tensors[codes]
         low, high = t.codes()[2:]
-        value = self.builder.add_value(t.shape, low, high, t.grid(), dtype=t.dtype)
+        shape = self.tensors[k].shape
+        value = self.builder.add_value(shape, low, high, t.grid(), dtype=t.dtype)
         self.inputs[k] = value
         self.bind(codes, value)
 

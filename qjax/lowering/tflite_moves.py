@@ -37,9 +37,18 @@ def _expand_dims(call: Call) -> None:
 
 
 def _into(call: Call, shape: Sequence[int]) -> None:
-    """The same codes in another shape; one size may be -1."""
+    """The same codes in another shape; one size may be -1.
+
+    A shape that the file fixes has the batch of the file as its leading size: another
+    one takes its place.
+    """
     value = call.value()
-    whole = np.broadcast_to(0, call.known(value).shape).reshape(shape).shape
+    own = call.known(value).shape
+    file = call.growth.file[call.op.inputs[0]].shape
+    is_batch = bool(len(shape)) and own[:1] != file[:1] == tuple(shape[:1])
+    if is_batch and math.prod(shape) == math.prod(file):
+        shape = [-1, *shape[1:]]
+    whole = np.broadcast_to(0, own).reshape(shape).shape
     call.move("reshape", (value,), whole, sizes=any_batch(whole))
 
 
@@ -106,7 +115,34 @@ def _reduce_extreme(call: Call) -> None:
     call.move("reshape", (found,), after, sizes=any_batch(after))
 
 
+@tflite_rule("ARG_MAX", "ARG_MIN")
+def _arg_extreme(call: Call) -> None:
+    """The first place of the largest code: whole numbers, which have no grid."""
+    value, shape = call.value(), call.tensor().shape
+    axis = int(np.ravel(call.constant(1))[0]) % len(shape)
+    operation = call.op.name.lower().replace("_", "")
+    ends = 0, shape[axis] - 1
+    left = [n for d, n in enumerate(shape) if d != axis]
+    found = call.add(operation, (value,), left, ends, axis=axis)
+    call.growth.bind(call.op.outputs[0], found)
+
+
 # Joining and cutting.
+
+
+@tflite_rule("TILE")
+def _tile(call: Call) -> None:
+    first, *rest = (int(n) for n in np.ravel(call.constant(1)))
+    value = call.value()
+    v = call.known(value)
+    if first * math.prod(rest) == 0 or any(n < 0 for n in rest):
+        raise call.refuse(f"multiples {[first, *rest]}")
+    if first > 1:
+        ends, shape = (v.low, v.high), (first * v.shape[0], *v.shape[1:])
+        value = call.add(
+            "concatenate", (value,) * first, shape, ends, like=value, axis=0
+        )
+    _take(call, lambda x: np.tile(x, rest), value)
 
 
 @tflite_rule("CONCATENATION")
@@ -294,12 +330,15 @@ def _transposed(call: Call, value: int, order: list[int]) -> int:
 # Places within each example.
 
 
-def _take(call: Call, move: Callable[[np.ndarray], np.ndarray]) -> None:
+def _take(
+    call: Call, move: Callable[[np.ndarray], np.ndarray], value: int | None = None
+) -> None:
     """Moves the codes of each example as ``move`` moves their places."""
-    batch, *shape = call.tensor().shape
+    value = call.value() if value is None else value
+    batch, *shape = call.known(value).shape
     places = move(np.arange(math.prod(shape), dtype=np.int32).reshape(shape))
     params = {"places": np.ascontiguousarray(places)}
-    call.move("take", (call.value(),), (batch, *places.shape), params=params)
+    call.move("take", (value,), (batch, *places.shape), params=params)
 
 
 @tflite_rule("GATHER")

@@ -42,6 +42,8 @@ class Real:
     known: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
     is_plain: bool = True  # Whether moves, exact casts and the rescaling are all.
     is_exact: bool = True  # Whether the rescaling rounds as these steps do.
+    dtype: str = ""  # Of an input of whole numbers or truth values.
+    is_left: bool = False  # It follows from what has no integers itself.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,8 @@ class Integers:
         of codes on a grid, with the roundings of the model. Functions start from it.
       dtype: Of whole numbers that stand for themselves: their type in the model; empty
         for real values.
+      is_still: Whether a channel is zero but for its bias, in the rank of the value or
+        ``[]``; None where that is not known.
     """
 
     value: int | None
@@ -96,6 +100,7 @@ class Integers:
     bounded: "Curve | None" = None
     rescaled: "Curve | None" = None
     dtype: str = ""
+    is_still: np.ndarray | None = None
 
     def emitted(self) -> "Integers":
         """Itself, in the graph."""
@@ -103,15 +108,16 @@ class Integers:
             return self
         bias = np.zeros((), np.int64) if self.bias is None else self.bias
         value, low, high = self.emit(bias, self.shift or 0)
-        return dataclasses.replace(
+        still = None if self.is_still is None else self.is_still & (bias == 0)
+        found = dataclasses.replace(
             self, value=value, low=low, high=high, bias=None, emit=None, shift=None
         )
+        return dataclasses.replace(found, is_still=still)
 
     def elsewhere(self, value: int, **changes: Any) -> "Integers":
         """The same numbers as another value of the graph."""
-        return dataclasses.replace(
-            self, value=value, bounded=None, rescaled=None, **changes
-        )
+        changes = {"bounded": None, "rescaled": None, "is_still": None, **changes}
+        return dataclasses.replace(self, value=value, **changes)
 
     def real_scale(self) -> np.ndarray:
         """Units per integer: scale and gain together."""
@@ -158,7 +164,7 @@ class Joined:
     """Values that an operation joins once all are on one grid.
 
     Attributes:
-      operation: Of the graph: concatenate, maximum, minimum, select.
+      operation: Of the graph: concatenate, maximum, minimum, select, pad.
       parts: The values.
       shapes: Theirs, as traced.
       shape: Of the result, as traced.
@@ -166,6 +172,7 @@ class Joined:
       attributes: Of the operation.
       bounds: Of an activation.
       path: Where it was met.
+      fill: What a pad puts around its one part.
     """
 
     operation: str
@@ -176,9 +183,25 @@ class Joined:
     attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     bounds: tuple[float, float] = (-np.inf, np.inf)
     path: str = ""
+    fill: float = 0.0  # Of a pad.
 
 
-Abstract = Known | KnownCodes | Real | Integers | Sum | Curve | Joined
+@dataclasses.dataclass(frozen=True)
+class ByChannel:
+    """Codes with a scale per channel: ``real = scale * integer``.
+
+    Attributes:
+      codes: The same integers in the unit of the coarsest channel.
+      scale: float64, the rank of the value.
+      site: Where they are made.
+    """
+
+    codes: Integers
+    scale: np.ndarray
+    site: str
+
+
+Abstract = Known | KnownCodes | Real | Integers | Sum | Curve | Joined | ByChannel
 
 
 class Builder:
@@ -188,10 +211,15 @@ class Builder:
       buffer_bits: Site of a weight -> most bits of the accumulator it makes; 32 for
         others.
       is_open: Whether quantization points of what stays float become inputs.
+      is_raw: Integer inputs that are their own codes: several grids are tables of them.
     """
 
     def __init__(
-        self, buffer_bits: Mapping[str, int] | None = None, *, is_open: bool = False
+        self,
+        buffer_bits: Mapping[str, int] | None = None,
+        *,
+        is_open: bool = False,
+        is_raw: Collection[int] = (),
     ) -> None:
         self.is_open = is_open
         self._buffer_bits = dict(buffer_bits or {})
@@ -201,6 +229,7 @@ class Builder:
         self.sites: dict[str, int] = {}
         self.inputs: dict[int, int] = {}  # Input of the program -> value.
         self.raw: dict[int, Integers] = {}  # Integer input -> itself, as codes.
+        self.is_raw = frozenset(is_raw)
 
     def most(self, site: str) -> int:
         """The largest magnitude in the accumulator that the weight of a site makes."""

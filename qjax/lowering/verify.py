@@ -15,6 +15,7 @@ from qjax.lowering.bodies import alone
 from qjax.lowering.interpret import fold_known
 from qjax.lowering.program import IntegerProgram, bind_model
 from qjax.lowering.values import unique_name
+from qjax.tables import html_table, text_table
 from qjax.trace import Trace, evaluate, trace
 
 
@@ -50,17 +51,30 @@ class Verification:
         rows = (*self.sites.values(), *self.outputs)
         return all(row.equal == row.codes for row in rows)
 
-    def __str__(self):
-        rows = [(f"{name}", a) for name, a in self.sites.items()]
+    def __str__(self) -> str:
+        return text_table(_HEAD, self._rows())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table(_HEAD, self._rows())
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows = [*self.sites.items()]
         rows += [(f"end to end: output {k}", a) for k, a in enumerate(self.outputs)]
-        width = max(len(name) for name, _ in rows)
-        head = f"{'site':<{width}} {'codes':>10} {'equal':>10} {'%':>9} {'off by':>7}"
-        lines = [
-            f"{name:<{width}} {a.codes:>10} {a.equal:>10} {100 * a.share:>9.4f} "
-            f"{a.max_difference:>7}"
+        return [
+            (
+                name,
+                f"{a.codes}",
+                f"{a.equal}",
+                f"{100 * a.share:.4f}",
+                f"{a.max_difference}",
+            )
             for name, a in rows
         ]
-        return "\n".join([head, *lines])
+
+
+_HEAD = ("site", "codes", "equal", "%", "off by")
 
 
 def verify(

@@ -1,5 +1,6 @@
 """The integer graph as a traced JAX function: integers in, integers out."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from jax import lax
 
 from qjax.integer import align_products, requantize, requantize_sum
 from qjax.lowering import bodies, tflite_ops
-from qjax.lowering.graph import Graph, Node
+from qjax.lowering.graph import Graph, Node, holds
 
 Body = Callable[[Node, Mapping[str, jax.Array], Sequence[jax.Array]], jax.Array]
 
@@ -29,9 +30,19 @@ def run(
     """
     env: dict[int, jax.Array] = dict(zip(graph.inputs, inputs, strict=True))
     for node in graph.nodes:
-        out = _BODIES[node.operation](node, params, [env[v] for v in node.inputs])
-        env[node.output] = out.astype(graph.values[node.output].dtype)
+        env[node.output] = apply(graph, node, params, [env[v] for v in node.inputs])
     return [env[v] for v in range(len(graph.values))]
+
+
+def apply(
+    graph: Graph,
+    node: Node,
+    params: Mapping[str, jax.Array],
+    inputs: Sequence[jax.Array],
+) -> jax.Array:
+    """Computes one node, in the type that the graph gives its output."""
+    out = _BODIES[node.operation](node, params, inputs)
+    return out.astype(graph.values[node.output].dtype)
 
 
 def _multiply(node, params, inputs):
@@ -50,7 +61,12 @@ def _sum(node, params, inputs):
             "Lower the model for this shape."
         )
     total = lax.reduce(inputs[0].astype(jnp.int32), jnp.int32(0), lax.add, axes)
-    return total + node.attributes["bias"]
+    return total + _wrapped(node.attributes["bias"])
+
+
+def _wrapped(number: int) -> jax.Array:
+    """An integer modulo 2^32: sums wrap and come back."""
+    return jnp.int32((number + (1 << 31)) % (1 << 32) - (1 << 31))
 
 
 def _sum_pool(node, params, inputs):
@@ -59,7 +75,7 @@ def _sum_pool(node, params, inputs):
     config = [(low, high, 0) for low, high in a["padding"]]
     x = lax.pad(inputs[0].astype(jnp.int32), fill, config)
     total = lax.reduce_window(x, jnp.int32(0), lax.add, **_window(node, x.ndim))
-    return total + a["bias"]
+    return total + _wrapped(a["bias"])
 
 
 def _extreme_pool(node, params, inputs):
@@ -123,8 +139,15 @@ def _take(node, params, inputs):
     places = params[node.params["places"]]
     if node.attributes.get("crosses_examples"):
         return jnp.take(inputs[0].reshape(-1), places, mode="clip")
-    flat = inputs[0].reshape((inputs[0].shape[0], -1))
+    flat = inputs[0].reshape((inputs[0].shape[0], math.prod(inputs[0].shape[1:])))
     return jnp.take(flat, places, axis=1, mode="clip")
+
+
+def _constant(node, params, inputs):
+    value = params[node.params["value"]]
+    if not inputs or value.shape[0] != 1:
+        return value
+    return jnp.broadcast_to(value, (inputs[0].shape[0], *value.shape[1:]))
 
 
 def _compare(node, params, inputs):
@@ -140,11 +163,18 @@ def _compare(node, params, inputs):
 
 def _select(node, params, inputs):
     which, *cases = inputs
-    return lax.select_n(which != 0 if len(cases) == 2 else which, *cases)
+    return lax.select_n(which != 0 if len(cases) == 2 else which, *_aligned(cases))
 
 
 def _concatenate(node, params, inputs):
-    return lax.concatenate(inputs, node.attributes["axis"])
+    return lax.concatenate(_aligned(inputs), node.attributes["axis"])
+
+
+def _aligned(inputs: Sequence[jax.Array]) -> Sequence[jax.Array]:
+    """Values of one type."""
+    if len({x.dtype for x in inputs}) == 1:
+        return inputs
+    return [x.astype(jnp.int32) for x in inputs]
 
 
 def _arg_extreme(node, params, inputs):
@@ -230,8 +260,9 @@ def _slice(node, params, inputs):
 
 
 def _pad(node, params, inputs):
-    x = inputs[0]
-    fill = jnp.asarray(node.attributes["padding_code"], x.dtype)
+    x, code = inputs[0], node.attributes["padding_code"]
+    x = x if holds(str(x.dtype), code, code) else x.astype(jnp.int32)
+    fill = jnp.asarray(code, x.dtype)
     return lax.pad(x, fill, [tuple(c) for c in node.attributes["padding"]])
 
 
@@ -249,10 +280,11 @@ _BODIES: dict[str, Body] = {
     "table": _table,
     "embed": _embed,
     "take": _take,
+    "constant": _constant,
     "compare": _compare,
     "select": _select,
-    "maximum": lambda node, params, inputs: jnp.maximum(*inputs),
-    "minimum": lambda node, params, inputs: jnp.minimum(*inputs),
+    "maximum": lambda node, params, inputs: jnp.maximum(*_aligned(inputs)),
+    "minimum": lambda node, params, inputs: jnp.minimum(*_aligned(inputs)),
     "concatenate": _concatenate,
     "argmax": _arg_extreme,
     "argmin": _arg_extreme,

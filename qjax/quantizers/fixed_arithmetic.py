@@ -306,11 +306,14 @@ def divide(a: FixedPoint, b: FixedPoint | int) -> FixedPoint:
 
     Args:
       a: Numbers.
-      b: Numbers or a Python integer; shapes broadcast. Division by 0 saturates; 0 / 0
-        is 0.
+      b: Numbers or a Python integer; shapes broadcast. Division by codes that are 0
+        saturates; 0 / 0 is 0.
 
     Returns:
       `FixedPoint` with ``a.frac_bits - b.frac_bits`` and the ``value_bits`` of ``a``.
+
+    Raises:
+      ValueError: if ``b`` is the integer 0.
 
     Example:
       >>> divide(from_codes(jnp.int32([7, -7]), 7, frac_bits=2), 2).codes
@@ -319,6 +322,8 @@ def divide(a: FixedPoint, b: FixedPoint | int) -> FixedPoint:
     References:
       QuantizeML 1.2.5, FixedPoint.
     """
+    if isinstance(b, int) and b == 0:
+        raise ValueError("`divide` got the divisor 0. Use an integer that is not 0.")
     b = _as_number(b)
     frac_bits = jnp.subtract(*_frac_bits(a, b))
     return make_number(_truncated, a.value_bits, frac_bits, *lifted(a.codes, b.codes))

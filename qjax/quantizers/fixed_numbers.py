@@ -57,6 +57,10 @@ class FixedPoint:
         scale = power_of_two(-lift(frac_bits, self.codes.ndim))
         return QParams(scale, jnp.zeros(scale.shape, jnp.int32))
 
+    def __pow__(self, n: int) -> "FixedPoint":
+        """Returns `power` of the numbers."""
+        return power(self, n)
+
 
 @final
 @jax.tree_util.register_dataclass
@@ -113,6 +117,37 @@ def from_codes(
     _check_integers("codes", codes)
     frac_bits = _fitting_bits(frac_bits, np.shape(codes))
     return make_number(lambda x: x, value_bits, frac_bits, codes)
+
+
+def power(x: FixedPoint, n: int) -> FixedPoint:
+    """Raises numbers to a whole power: ``clip(codes^n)``, ``n * frac_bits``.
+
+    Args:
+      x: Numbers.
+      n: Whole, 0 or more.
+
+    Returns:
+      `FixedPoint` of the ``value_bits`` of ``x``.
+
+    Raises:
+      ValueError: for another ``n``.
+
+    Example:
+      >>> y = from_codes(jnp.int32([3, -5, 100]), 7, frac_bits=1) ** 2
+      >>> y.codes, y.frac_bits
+      (Array([  9,  25, 127], dtype=int32), Array(2, dtype=int32))
+    """
+    if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+        raise ValueError(f"`n` must be a whole number, 0 or more, got {n!r}.")
+
+    def raised(codes: jax.Array) -> jax.Array:
+        found = jnp.ones_like(codes)
+        for _ in range(n):  # What is beyond 2^31 saturates all the same.
+            found = jnp.clip(found * codes, -(1 << 31), 1 << 31)
+        return found
+
+    frac_bits = n * as_integers("frac_bits", x.frac_bits)
+    return make_number(raised, x.value_bits, frac_bits, x.codes)
 
 
 def to_float(x: Number) -> jax.Array:

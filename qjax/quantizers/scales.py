@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from qjax.mesh_axes import axes_of, vary
 from qjax.rounding import power_of_two, quotient, round_log2
 
 EPSILON = 1e-7  # Of Keras.
@@ -84,10 +85,12 @@ def refine(
         new = jnp.broadcast_to(step(old), old.shape)
         return i + 1, jnp.any(new != old), new
 
-    # The shape that steps settle to.
-    shape = jax.eval_shape(step, scale).shape
-    start = jnp.broadcast_to(scale, jnp.broadcast_shapes(shape, scale.shape))
-    return jax.lax.while_loop(go_on, body, (jnp.int32(0), jnp.bool_(True), start))[2]
+    # The shape that steps settle to, and the axes of a mesh they vary over.
+    found = jax.eval_shape(step, scale)
+    start = jnp.broadcast_to(scale, jnp.broadcast_shapes(found.shape, scale.shape))
+    start = vary(start, axes_of(found))
+    is_moving = vary(jnp.bool_(True), axes_of(jax.typeof(start)))
+    return jax.lax.while_loop(go_on, body, (jnp.int32(0), is_moving, start))[2]
 
 
 def divide(a: jax.Array, b: ArrayLike) -> jax.Array:

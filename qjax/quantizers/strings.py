@@ -34,27 +34,85 @@ def parse(text: str) -> Spec:
     Args:
       text: Name of a quantizer, with or without its options in parentheses: first by
         position, in the order of the fields, then by name. Numbers, ``True``,
-        ``False``, ``None``, quoted strings, and lists with commas or spaces.
+        ``False``, ``None``, quoted strings, and lists with commas or spaces. Forms of
+        older QKeras are read where they cannot be meant as today's:
+        ``quantized_po2(4, -1)``, ``binary('auto')``.
 
     Returns:
       A spec: `apply` and `encode` take it. ``parse(str(spec)) == spec``.
 
     Raises:
+      TypeError: for what is no string.
       ValueError: with the place of what cannot be read; for an unknown quantizer or
         option, with the closest there are; for options that a quantizer cannot have.
+        The message shows today's form.
 
     Example:
       >>> parse("quantized_bits(4, 0, 1, alpha='auto_po2')")
       QuantizedBits(bits=4, symmetric=True, alpha='auto_po2')
     """
+    if not isinstance(text, str):
+        raise TypeError(f"A quantizer is named by a string, got {text!r}.")
     name, options = read_call(text, _positional)
+    options = _of_today(text, name, options)
     fields = [field.name for field in dataclasses.fields(SPECS[name])]
     for option in options:
         if option not in fields and option not in _KERAS_ONLY:
             hint = closest(option, fields)
-            raise ValueError(f"`{name}` has no option {option!r}. {hint}")
+            raise ValueError(
+                f"`{name}` has no option {option!r}. {hint} Its form: {form(name)}."
+            )
     kept = {k: v for k, v in options.items() if k not in _KERAS_ONLY}
-    return SPECS[name](**kept)
+    try:
+        return SPECS[name](**kept)
+    except ValueError as error:
+        raise ValueError(f"{error} Its form: {form(name)}.") from error
+
+
+def form(name: str) -> str:
+    """Returns how a quantizer is written: its options by position, with defaults.
+
+    Example:
+      >>> form("quantized_ulaw")
+      'quantized_ulaw(bits=8, integer=0, symmetric=False, u=255.0)'
+    """
+    fields = [f for f in dataclasses.fields(SPECS[name]) if not f.kw_only]
+    return f"{name}({', '.join(f'{f.name}={f.default!r}' for f in fields)})"
+
+
+def _of_today(text: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Reads the signatures of older QKeras where they can be told from today's.
+
+    ``quantized_tanh(bits, integer, symmetric)`` had integer bits, which today's has
+    not; ``max_value=-1`` was none; `binary` began with ``alpha``, which is a real
+    number or a word where today's first option is a truth value.
+    """
+    found = dict(options)
+    if name == "quantized_tanh":
+        second = found.get("use_stochastic_rounding", False)
+        integer = found.pop("integer", 0 if second in (0, 1) else second)
+        if integer != 0:
+            raise ValueError(
+                f"Cannot read {text!r}: it is of an older QKeras, where `integer` came "
+                "second. Today's values lie between -1 and 1, without integer bits: "
+                f"{form(name)}. For others use `quantized_bits(bits, integer)`."
+            )
+    if name in ("quantized_po2", "quantized_relu_po2"):
+        if _is_minus_one(found.get("max_value")):
+            found["max_value"] = None
+    if name == "binary" and isinstance(found.get("use_01"), float | str):
+        if "alpha" in found:
+            raise ValueError(
+                f"Cannot read {text!r}: `use_01` is True or False. Its form: "
+                f"{form(name)}."
+            )
+        found["alpha"] = found.pop("use_01")
+    return found
+
+
+def _is_minus_one(value: Any) -> bool:
+    """Whether a value is the number -1, which stood for none."""
+    return isinstance(value, int | float) and value == -1
 
 
 def _positional(name: str) -> list[str]:
@@ -109,7 +167,8 @@ def _item(
     if reader.has_named:
         reader.fail("options by position come before those by name")
     if position >= len(by_position):
-        reader.fail(f"at most {len(by_position)} options may go by position")
+        known = f": {', '.join(by_position)}" if by_position else ""
+        reader.fail(f"at most {len(by_position)} options may go by position{known}")
     return by_position[position], _value(reader)
 
 

@@ -134,7 +134,7 @@ def tfmot_range(x: jax.Array, spec: QSpec) -> tuple[jax.Array, jax.Array]:
     and, if ``spec.symmetric``, with ``r = (2^bits - 2) / 2^bits``, or 1 for a narrow
     range, from the extremes themselves:
 
-        low = min(min(x), -max(x) / r),  high = max(max(x), -low * r)
+        low = min(min(x), -max(x) / r),  high = max(max(x), -min(x) * r)
 
     so that zero is in the middle of the unsigned codes. The ``reduce`` of
     `qjax.min_max`, `qjax.last_value` and `qjax.ema_min_max`.
@@ -156,8 +156,8 @@ def tfmot_range(x: jax.Array, spec: QSpec) -> tuple[jax.Array, jax.Array]:
         return jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
     levels = power_of_two(spec.bits)
     ratio = jnp.ones(()) if spec.narrow_range else (levels - 2.0) * (1.0 / levels)
-    low = jnp.minimum(low, quotient(-high, ratio))
-    return low, jnp.maximum(high, -low * ratio)
+    # Each end from the extremes: `low` would come back an ulp apart from a quotient.
+    return jnp.minimum(low, quotient(-high, ratio)), jnp.maximum(high, -low * ratio)
 
 
 def _quantize(

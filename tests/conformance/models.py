@@ -176,35 +176,6 @@ def _two_branches(kind):
     return _model(layers, _draw(8, 5))
 
 
-def _add_of_three():
-    convs = [
-        _layer(name, "Conv2D", "in", filters=4, kernel_size=(k, k))
-        for name, k in (("a", 3), ("b", 1), ("c", 5))
-    ]
-    layers = [
-        _layer("in", "InputLayer"),
-        *convs,
-        _layer("sum", "Add", "a", "b", "c"),
-        _layer("relu", "ReLU", "sum"),
-        _layer("mean", "GlobalAveragePooling2D", "relu"),
-        _layer("d", "Dense", "mean", units=3),
-    ]
-    return _model(layers, _draw(8, *IMAGE))
-
-
-def _two_inputs():
-    layers = [
-        _layer("in_a", "InputLayer"),
-        _layer("in_b", "InputLayer"),
-        _layer("a", "Dense", "in_a", units=6),
-        _layer("b", "Dense", "in_b", units=6),
-        _layer("sum", "Add", "a", "b"),
-        _layer("relu", "ReLU", "sum"),
-        _layer("c", "Dense", "relu", units=3),
-    ]
-    return _model(layers, _draw(8, 5), _draw(8, 4, seed=1))
-
-
 def _embedding():
     def fn(params, ids):
         with jax.named_scope("embedding"):
@@ -322,82 +293,6 @@ def tfmot_unsupported(case, arrays):
     except (NotImplementedError, ValueError) as error:
         if name not in LOOPS or "scan" not in str(error):
             raise
-
-
-def _check_dumped(example, *layers, **options):
-    """The model works, and its config quantizes the named layers."""
-    qmodel = _check_works(example, qparams=qjax.QuantizationParams(**options))
-    config = qjax.dump_config(qmodel)
-    for layer in layers:
-        entry = config[layer]
-        assert entry.get("weight_quantizer") or entry.get("output_quantizer")
-
-
-def _add_of_three_works():
-    _check_dumped(_add_of_three(), "a", "b", "c", "d")
-
-
-def _average_pool_works():
-    pool = "AveragePooling2D", {"pool_size": (2, 2), "strides": (2, 2)}
-    example = _chain(IMAGE, _conv(4), RELU, pool, _conv(4), FLAT, _dense(3))
-    _check_dumped(example, "layer_0", "layer_2", "layer_3", "layer_5")
-
-
-def _layer_norm_works():
-    _check_dumped(UNSUPPORTED["layernorm"](), "layer_0", "layer_2")
-
-
-def _negative_slope_works():
-    relu = "ReLU", {"negative_slope": 0.1}
-    example = _chain(VECTOR, _dense(6), relu, _dense(3))
-    _check_dumped(example, "layer_0", "layer_1", "layer_2")
-
-
-def _softmax_works():
-    example = _chain(VECTOR, _dense(6), RELU, _dense(4), ("Softmax", {}))
-    _check_dumped(example, "layer_0", "layer_2")
-    fn, params, inputs = example
-    qmodel = _check_works(example, 0.02, scheme=presets.tflite_int8())
-    qstate = qjax.calibrate(qmodel, params, [inputs])
-    assert qjax.scales(qmodel, params, qstate)["output:0"].scale == 1 / 256
-
-
-def _input_dtype_fails():
-    with pytest.raises(ValueError, match="`input_dtype` must be an integer type"):
-        qjax.QuantizationParams(input_dtype="float32")
-
-
-def _config_is_plain_json():
-    fn, params, inputs = _chain(VECTOR, _dense(6), RELU, _dense(3))
-    qmodel = qjax.quantize_model(fn, params, *inputs, qparams=qjax.QuantizationParams())
-    config = qjax.dump_config(qmodel)
-    assert json.loads(json.dumps(config)) == config and config
-
-
-def _text_is_no_model():
-    with pytest.raises((TypeError, ValueError), match="`fn`"):
-        qjax.quantize_model("x", {}, _draw(2, 3))
-
-
-def _list_is_no_samples():
-    fn, params, inputs = _chain(VECTOR, _dense(3))
-    qmodel = qjax.quantize_model(fn, params, *inputs)
-    with pytest.raises((TypeError, ValueError), match="`samples` must be"):
-        qjax.calibrate(qmodel, params, samples=[*inputs])
-
-
-MODEL_ERRORS = {
-    "Add of 3 tensors": _add_of_three_works,
-    "AveragePooling2D in the middle": _average_pool_works,
-    "Dense->Softmax (partial)": _softmax_works,
-    "LayerNormalization": _layer_norm_works,
-    "QuantizationParams(input_dtype='float32')": _input_dtype_fails,
-    "ReLU negative_slope": _negative_slope_works,
-    "json.dumps(dump_config(q)) without indent": _config_is_plain_json,
-    "quantize('x')": _text_is_no_model,
-    "samples is a list": _list_is_no_samples,
-    "two inputs": lambda: _check_dumped(_two_inputs(), "a", "b", "relu", "c"),
-}
 
 
 # TFMOT.

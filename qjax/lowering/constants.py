@@ -1,0 +1,151 @@
+"""Constants of a model as codes: on the grid of others, or on one of their own."""
+
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.affine import QParams, dequantize
+from qjax.lowering.graph import Grid, holds, storage
+from qjax.lowering.values import (
+    Abstract,
+    Builder,
+    Curve,
+    Integers,
+    Joined,
+    KnownCodes,
+    Sum,
+)
+
+_MOST = 1 << 24  # Codes up to here are exact in float32.
+_LEAST_UNIT = -126  # Exponent of the least normal float32 number.
+
+
+def codes_on(value: np.ndarray, scale: float, zero_point: int) -> np.ndarray | None:
+    """Returns the codes that mean exactly these values; None if a value has none.
+
+    Args:
+      value: float32.
+      scale: Of the grid.
+      zero_point: Of the grid.
+
+    Returns:
+      int64 with ``float32(scale) * float32(code - zero_point) == value``.
+    """
+    value, unit = np.asarray(value, np.float32), np.float32(scale)
+    steps = np.rint(value.astype(np.float64) / np.float64(unit))
+    if not np.all(np.abs(steps) <= _MOST):  # NaN and infinity as well.
+        return None
+    if np.any(steps.astype(np.float32) * unit != value):
+        return None
+    return steps.astype(np.int64) + zero_point
+
+
+def exact_grid(values: np.ndarray) -> tuple[float, np.ndarray] | None:
+    """Returns the coarsest grid that holds values exactly, and their codes.
+
+    Args:
+      values: float32.
+
+    Returns:
+      ``(scale, codes)``, zero point 0; None if codes would be none of float32.
+    """
+    values = np.asarray(values, np.float32)
+    nonzero = np.abs(values[values != 0]).astype(np.float64)
+    if not np.all(np.isfinite(values)):
+        return None
+    if not nonzero.size:
+        return 1.0, np.zeros(values.shape, np.int64)
+    mantissas, exponents = np.frexp(nonzero)
+    if exponents.max() - exponents.min() > 24:
+        return None
+    unit = int(exponents.min()) - 24
+    whole = [int(m) for m in np.ldexp(mantissas, exponents - unit)]
+    common = math.gcd(*whole)
+    unit += (common & -common).bit_length() - 1
+    scale = math.ldexp(common // (common & -common), unit)
+    is_normal = scale >= 2.0**_LEAST_UNIT and float(np.float32(scale)) == scale
+    codes = codes_on(values, scale, 0) if is_normal else None
+    return None if codes is None else (scale, codes)
+
+
+def add_constant(
+    builder: Builder,
+    codes: np.ndarray,
+    grid: Grid | None,
+    *,
+    name: str,
+    path: str,
+    like: int | None = None,
+    dtype: str | None = None,
+) -> int:
+    """Puts a constant into the graph.
+
+    Args:
+      builder: Receives it.
+      codes: Its integers, in the shape of the value.
+      grid: What they mean.
+      name: Of the parameter.
+      path: Where it was met.
+      like: A value whose leading size it has, whatever that is; None: its own.
+      dtype: By default the smallest type that holds it.
+
+    Returns:
+      The number of the value.
+    """
+    low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
+    if codes.size:
+        low, high = int(codes.min()), int(codes.max())
+    value = builder.add_value(codes.shape, low, high, grid, dtype=dtype)
+    if like is not None and codes.ndim and np.all(codes == codes[:1]):
+        codes = codes[:1]  # The same for each example.
+    elif like is not None and codes.ndim == 0:
+        like = None
+    stored = codes.astype(builder.values[value].dtype)
+    params = {"value": builder.add_param(name, stored)}
+    inputs = () if like is None else (like,)
+    return builder.add_node("constant", inputs, value, params=params, path=path)
+
+
+def anchor(builder: Builder, x: Abstract, shape: Sequence[int]) -> int | None:
+    """Returns a value of the graph that a value is made of and has its leading size."""
+    if isinstance(x, Joined):
+        found = (anchor(builder, p, shape) for p in x.parts)
+        return next((v for v in found if v is not None), None)
+    own = (
+        x.source if isinstance(x, Curve) else x.terms[0][0] if isinstance(x, Sum) else x
+    )
+    v = own.value if isinstance(own, Integers) else None
+    if v is None or not shape:
+        return None
+    sizes = builder.values[v].shape
+    return v if sizes and sizes[0] == shape[0] else None
+
+
+def like_of(
+    builder: Builder, x: Joined, data: Sequence[int], shape: Sequence[int]
+) -> int | None:
+    """Returns the value whose leading size a constant part of a join has; None if none.
+
+    Args:
+      builder: Has the values.
+      x: The join.
+      data: The parts that are no constants.
+      shape: Of the constant.
+    """
+    if not shape or (x.operation == "concatenate" and x.attributes["axis"] == 0):
+        return None
+    return next((v for v in data if builder.values[v].shape[:1] == shape[:1]), None)
+
+
+def real_values(x: KnownCodes) -> np.ndarray:
+    """Returns the real values of a weight."""
+    grid = QParams(jnp.asarray(x.scale), jnp.asarray(x.zero_point))
+    return np.asarray(dequantize(jnp.asarray(x.codes.astype(np.int32)), grid))
+
+
+def wider(dtypes: set[str], low: int, high: int) -> str:
+    """Returns the one type of several if it holds integers, else one that does."""
+    only = next(iter(dtypes)) if len(dtypes) == 1 else ""
+    return only if only and holds(only, low, high) else storage(low, high)

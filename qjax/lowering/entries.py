@@ -1,0 +1,64 @@
+"""Inputs of the program become codes."""
+
+import numpy as np
+
+from qjax.lowering.graph import Grid
+from qjax.lowering.inputs import MOST_RANGE, integer_range
+from qjax.lowering.interpret import InputTwiceError, where
+from qjax.lowering.rules_shapes import move_again
+from qjax.lowering.values import Abstract, Builder, Curve, Integers, Real
+from qjax.trace import Equation, Trace
+
+
+def raw(
+    builder: Builder, e: Equation, trace: Trace, x: Real, end: int | None = None
+) -> Curve:
+    """Returns an integer input as codes of its own, and what was made of it.
+
+    Args:
+      builder: Receives the input.
+      e: The equation that reads it.
+      trace: The program.
+      x: The input, and what was done to it.
+      end: The value of the trace that it is; by default what ``e`` reads first.
+
+    Returns:
+      A function of the integers.
+
+    Raises:
+      ValueError: for more than 16 bits.
+      InputTwiceError: if the input has other codes already.
+    """
+    k = x.input
+    assert k is not None
+    v, ends = trace.inputs[k], integer_range(trace, x)
+    if ends is None or ends[1] - ends[0] >= MOST_RANGE:
+        raise ValueError(
+            f"{x.source.capitalize()} goes through integer arithmetic before it is "
+            f"quantized, in {where(e)}.\n  equation: {e}\nThat is a table of at most "
+            "16 bits: pass the input as uint8, int8, uint16 or int16, or do the "
+            "arithmetic outside of the program."
+        )
+    if k not in builder.raw and k in builder.inputs:
+        raise InputTwiceError(e, trace, x)
+    if k not in builder.raw:
+        value = builder.add_value(trace.shape(v), *ends, Grid(1.0, 0))
+        dtype = str(trace.avals[v].dtype)
+        builder.inputs[k] = value
+        builder.raw[k] = Integers(
+            value, np.ones(()), 0, *ends, path=e.path, dtype=dtype
+        )
+    codes: Abstract = builder.raw[k]
+    codes = move_again(builder, x, trace, codes)
+    assert isinstance(codes, Integers)
+    rank = len(trace.shape(e.outputs[0]))
+    known = {u: np.reshape(n, (1,) * rank) for u, n in x.known.items()}
+    end = e.inputs[0] if end is None else end
+    return Curve(codes, {v: codes}, known, x.steps, end, path=e.path)
+
+
+def as_codes(builder: Builder, e: Equation, trace: Trace, x: Real) -> Abstract:
+    """Returns what ``e`` reads first as codes, if it is an integer or boolean input."""
+    if x.input is None or integer_range(trace, x) is None:
+        return x
+    return raw(builder, e, trace, x)
