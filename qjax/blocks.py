@@ -8,7 +8,7 @@ what a requantizer absorbs: bias, BatchNorm, activation. Its end is one site.
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,8 +17,10 @@ import numpy as np
 
 from qjax.affine import qpoint_p
 from qjax.elementwise import find_functions
+from qjax.normalisations import NORM
 from qjax.origin import origin_of
 from qjax.scheme import Role, Site
+from qjax.statistics import batch_statistics
 from qjax.trace import (
     AFFINE,
     BOUNDS,
@@ -28,6 +30,7 @@ from qjax.trace import (
     is_key,
     quantizer_of,
     trace,
+    whole_of,
 )
 
 # One data operand, the first: the output lies on its grid.
@@ -72,6 +75,7 @@ class Block:
     scale_site: int | None = None  # Of a lone affine block: its factor is a weight.
     has_statistics: bool = False  # Normalised by statistics of the batch itself.
     has_quantizer: bool = False  # The user's own, at its end.
+    is_inner: bool = False  # A normalisation reads its accumulators.
     is_function: bool = False  # Elementwise, of one value.
     bounds: list[tuple[str, Any]] = dataclasses.field(default_factory=list)
     end: Equation | None = None  # The last one, if it is not the root.
@@ -91,6 +95,7 @@ class Plan:
       activations: Value -> index of its site.
       weights: Value -> index of its site. Parameters, or values made of them.
       blocks: All that end at a site.
+      inner: Products without one, as a normalisation reads their accumulators.
       fused: Last affine value of a block -> the block, where constants alone scale
         and shift it.
       biases: Parameter -> its site, of those that are added to a product.
@@ -102,6 +107,7 @@ class Plan:
     activations: dict[int, int]
     weights: dict[int, int]
     blocks: tuple[Block, ...]
+    inner: tuple[Block, ...]
     fused: dict[int, Block]
     on_grid: frozenset[int]
     biases: dict[int, Site] = dataclasses.field(default_factory=dict)
@@ -164,7 +170,7 @@ class _Finder:
             self.order.update((v, i) for v in e.outputs)
             for v in dict.fromkeys(e.inputs):
                 self.users[v].append(e)
-        self.statistics = self._find_statistics()
+        self.statistics = batch_statistics(model, self.data)
         self._servants = self._find_servants()
         self.blocks: list[Block] = []
         self.open: dict[int, Block] = {}  # End so far -> a block that may go on.
@@ -186,6 +192,9 @@ class _Finder:
         name, out = e.primitive.name, e.outputs[0]
         x = [v for v in e.inputs if v in self.data and v not in self.statistics]
         if not x or self._serves_statistics(out):
+            return
+        if whole_of(e):
+            self._whole(e, whole_of(e))
             return
         self._check_call(e)
         if out in self.masks:
@@ -229,6 +238,38 @@ class _Finder:
             for v in filter(self.model.shape, e.outputs):
                 if self.model.is_real(v) and (self.users[v] or v in self.model.outputs):
                     self._start(Block(kind or str(called or name), e, v))
+
+    def _whole(self, e: Equation, kind: str) -> None:
+        """A softmax or a normalisation; its statistics where others read them."""
+        name = self._name_of(e.inputs)
+        for v in e.outputs:
+            if self.model.is_real(v) and self.model.shape(v):
+                block = Block(kind, e, v, name=name.rpartition("/")[0] or name)
+                block.is_function = kind != NORM
+                self._start(block)
+        before = self.open.get(self._moved_from(e.inputs[0]))
+        if before is not None and before.kind in ("product", "embedding"):
+            before.is_inner = self._feeds_norms(before.value)
+
+    def _moved_from(self, x: int) -> int:
+        """The value that shape moves made another one of."""
+        while x not in self.open and (e := self.source.get(x)) is not None:
+            if e.primitive.name not in SHAPE_MOVES:
+                break
+            x = e.inputs[0]
+        return x
+
+    def _feeds_norms(self, v: int) -> bool:
+        """Whether normalisations alone read a value, after shape moves."""
+        if v in self.model.outputs or not self.users[v]:
+            return False
+        for e in self.users[v]:
+            if e.primitive.name in SHAPE_MOVES and not self._is_dropout(e):
+                if not self._feeds_norms(e.outputs[0]):
+                    return False
+            elif whole_of(e) != NORM or e.inputs.index(v) or v in e.inputs[1:]:
+                return False
+        return True
 
     def _own_quantizer(self, e: Equation, x: int) -> None:
         """What ends at a quantizer of the user has no site of its own."""
@@ -493,56 +534,7 @@ class _Finder:
         leaves = (self._leaf(v, through=None) for v in known)
         return next((self.names[leaf] for leaf in leaves if leaf is not None), "")
 
-    # Statistics of a batch, as BatchNorm takes them in training: sums over all axes
-    # but the channel that come back to the values they were taken from.
-
-    def _find_statistics(self) -> set[int]:
-        found: set[int] = set()
-        for e in self.model.equations:
-            if e.primitive.name == "reduce_sum" and e.inputs[0] in self.data:
-                axes, rank = e.params["axes"], len(self.model.shape(e.inputs[0]))
-                if 0 in axes and len(axes) == rank - 1:
-                    found |= self._statistics_from(e) or set()
-        return found
-
-    def _statistics_from(self, root: Equation) -> set[int] | None:
-        """What follows from a sum until it meets its own data.
-
-        None if it never does, or if it is used as data.
-        """
-        origin = set(self._pointwise(root.inputs[0]))
-        found, returns = set(root.outputs), False
-        todo = list(root.outputs)
-        while todo:
-            for e in self.users[todo.pop()]:
-                name = e.primitive.name
-                if name in _PRODUCTS or name in _SUMS or "window" in name:
-                    return None
-                others = [v for v in e.inputs if v in self.data and v not in found]
-                if any(origin.intersection(self._pointwise(v)) for v in others):
-                    returns = True
-                elif all(map(self._is_vector, others)):
-                    todo += [v for v in e.outputs if v not in found]
-                    found.update(e.outputs)
-                else:
-                    return None
-        return found if returns else None
-
-    def _is_vector(self, v: int) -> bool:
-        return sum(n > 1 for n in self.model.shape(v)) <= 1
-
-    def _pointwise(self, v: int) -> Iterator[int]:
-        """``v`` and the data of its shape that it was computed from pointwise."""
-        todo, seen = [v], {v}
-        while todo:
-            v = todo.pop()
-            yield v
-            e = self.source.get(v)
-            if e is not None and e.primitive.name not in _PRODUCTS:
-                same = [u for u in e.inputs if u in self.data and u not in seen]
-                same = [u for u in same if self.model.shape(u) == self.model.shape(v)]
-                todo += same
-                seen.update(same)
+    # Statistics of a batch.
 
     def _find_servants(self) -> set[int]:
         """Statistics, and what is used for nothing but statistics."""
@@ -583,6 +575,8 @@ class _Finder:
                 weights[block.weight] = add(name, "weight", block.weight)
             if block.has_quantizer or self._serves_statistics(block.value):
                 continue
+            if block.is_inner:
+                continue
             name = block.name or self._block_name(block, kinds)
             if block.kind == "affine":
                 block.scale_site = add(f"{name}/scale", "weight", self._factor(block))
@@ -590,10 +584,13 @@ class _Finder:
             name = f"{name}/output" if end is None else f"output:{end}"
             activations[block.value] = add(name, "activation", block.value)
         blocks = tuple(b for b in self.blocks if b.value in activations)
+        inner = tuple(b for b in self.blocks if b.is_inner)
         constant = (b for b in self.blocks if b.affine and not b.has_statistics)
         fused = {b.affine[-1].outputs[0]: b for b in constant}
         on_grid, biases = frozenset(self.on_grid), self._biases(weights)
-        return Plan(tuple(sites), activations, weights, blocks, fused, on_grid, biases)
+        return Plan(
+            tuple(sites), activations, weights, blocks, inner, fused, on_grid, biases
+        )
 
     def _biases(self, weights: dict[int, int]) -> dict[int, Site]:
         """The parameters that are added to products before anything else is done."""

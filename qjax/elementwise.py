@@ -2,8 +2,8 @@
 
 A function is all that computes one value from one other value of its shape, number by
 number: ``x * sigmoid(x)`` as well as what ``jax.nn.gelu`` inlines. Lines and bounds
-alone are none: a requantizer holds those. A softmax is found too, whole, though it is
-no table.
+alone are none: a requantizer holds those. Masks before a softmax are found too: they
+are no part of any range.
 """
 
 import collections
@@ -22,6 +22,7 @@ from qjax.trace import (
     Trace,
     is_key,
     kinds_of,
+    whole_of,
 )
 
 _NEUTRAL = frozenset("convert_element_type copy reduce_precision stop_gradient".split())
@@ -33,6 +34,7 @@ _MASKING = POINTWISE | frozenset(
     (*_AXES, "iota", "transpose", "slice", "concatenate", "pad", "squeeze")
 )
 
+SOFTMAXES = ("softmax", "log_softmax")  # Kinds that may have a mask before them.
 NAME = "function"  # Of one that is made of several.
 
 
@@ -53,10 +55,28 @@ def find_functions(
 
     Returns:
       ``(ends, members, masks)``: the last value of each function -> its name; all
-      values that belong to one, the ends too; what a mask before a softmax makes, and
-      what makes the mask. Values that others read as well are ends.
+      values that belong to one, the ends too; what is computed for the masks of
+      softmaxes alone, inputs too. Values that others read as well are ends.
     """
     return _Finder(model, data, is_left_out, split).functions()
+
+
+def find_masks(
+    model: Trace, data: set[int], scores: int, readers: set[int]
+) -> tuple[set[int], int]:
+    """Finds what masks make of the scores of a softmax.
+
+    Args:
+      model: Trace.
+      data: Values that depend on an input.
+      scores: What the softmax is of.
+      readers: Values that are computed of the scores for the softmax alone.
+
+    Returns:
+      The values between the scores before their masks and the softmax, and these
+      scores. Without a mask there are no such values.
+    """
+    return _Finder(model, data, lambda e: False, ()).masked(scores, readers)
 
 
 class _Finder:
@@ -74,13 +94,15 @@ class _Finder:
         for e in model.equations:
             for v in dict.fromkeys(e.inputs):
                 self.users[v].append(e)
-        self.kinds = {
-            e.outputs[0]: kind
-            for e in model.equations
-            if not is_left_out(e) and (kind := self._kind(e)) is not None
-        }
+        self.is_left_out = is_left_out
+        self.kinds: dict[int, str] = {}
 
     def functions(self) -> tuple[dict[int, str], frozenset[int], frozenset[int]]:
+        self.kinds = {
+            e.outputs[0]: kind
+            for e in self.model.equations
+            if not self.is_left_out(e) and (kind := self._kind(e)) is not None
+        }
         cuts = self._waists()
         while True:
             origin = self._origins(cuts)
@@ -92,20 +114,13 @@ class _Finder:
             cuts |= also_read
         names: dict[int, str] = {}
         members: set[int] = set()
-        masked: set[int] = set()
-        for e in self.model.equations:
-            if found := self._softmax(e):
-                scores, inner = found
-                names[e.outputs[0]] = "softmax"
-                members |= inner
-                masked |= self._masked(scores, inner)
-        masks = masked | self._only_for(masked)
+        masks = self._masks()
         for v in ends - members - masks:
             slice_ = self._slice(v, origin, cuts)
             if any(self.kinds[u] == "bent" for u in slice_):
                 names[v] = self._name(v, slice_)
                 members |= slice_
-        return names, frozenset(members), frozenset(masks)
+        return names, frozenset(members), masks
 
     def _waists(self) -> set[int]:
         """Values of functions to split, which all that follows is made of."""
@@ -162,44 +177,11 @@ class _Finder:
                     todo.append(v)
         return found
 
-    def _softmax(self, e: Equation) -> tuple[int, set[int]] | None:
-        """``x`` and the values of ``exp(x - max(x)) / sum(exp(x - max(x)))``."""
-        if e.primitive.name != "div":
-            return None
-        power, total = (self._before(v) for v in e.inputs)
-        if total is None or total.primitive.name != "reduce_sum" or power is None:
-            return None
-        shifted = (
-            self._before(power.inputs[0]) if power.primitive.name == "exp" else None
-        )
-        if shifted is None or shifted.primitive.name != "sub":
-            return None
-        largest = self._before(shifted.inputs[1])
-        while largest is not None and largest.primitive.name == "max":
-            data = self._operands(largest)
-            largest = self._before(data[0]) if data else None
-        is_softmax = (
-            largest is not None
-            and largest.primitive.name == "reduce_max"
-            and largest.inputs[0] == shifted.inputs[0]
-            and total.inputs[0] == power.outputs[0]
-        )
-        if not is_softmax:
-            return None
-        found, todo = {e.outputs[0]}, [e]
-        while todo:
-            for v in self._operands(todo.pop()):
-                if v != shifted.inputs[0] and v not in found:
-                    found.add(v)
-                    todo.append(self.source[v])
-        inner = found - {e.outputs[0]}
-        readers = {u.outputs[0] for v in inner for u in self.users[v]}
-        return (shifted.inputs[0], found) if readers <= found else None
-
     # Masks.
 
-    def _masked(self, v: int, readers: set[int]) -> set[int]:
-        """The values between the scores and a softmax, if a mask is among them."""
+    def masked(self, v: int, readers: set[int]) -> tuple[set[int], int]:
+        """The values between the scores before masks and a softmax, and the scores."""
+        scores = v
         passed: set[int] = set()
         found: set[int] = set()
         moves = (*_NEUTRAL, *_AXES, "transpose")
@@ -224,8 +206,9 @@ class _Finder:
             readers = readers | passed
             if others and name in ("add", "sub", "select_n"):
                 found |= passed
+                scores = cases[0]
             (v,) = cases
-        return found
+        return found, scores
 
     def _is_mask(self, v: int) -> bool:
         """Whether a value is large where it is not 0: made of inputs and a constant."""
@@ -252,30 +235,22 @@ class _Finder:
             v = e.inputs[0]
         return v in self.model.inputs and len(self.users[v]) == 1
 
-    def _only_for(self, masked: set[int]) -> set[int]:
-        """What is computed for masks alone, inputs too."""
+    def _masks(self) -> frozenset[int]:
+        """What softmaxes read as their masks, and what is computed for it alone."""
         found: set[int] = set()
-        scores = {v for v in masked if v in self.source}
-        for e in reversed(self.model.equations):
-            if e.outputs[0] not in scores and e.outputs[0] not in found:
-                continue
-            for v in e.inputs:
-                is_side = v in self.data and v not in masked
-                if e.outputs[0] in scores:
-                    is_side &= self._is_mask(v) or not self.model.is_real(v)
-                users = (u.outputs[0] for u in self.users[v])
-                whole = found | scores
-                if is_side and all(u in whole for u in users):
-                    if v not in self.model.outputs:
-                        found.add(v)
-        return found
 
-    def _before(self, v: int) -> Equation | None:
-        """What made a value, seen through moves and ``stop_gradient``."""
-        e = self.source.get(v)
-        while e is not None and e.primitive.name in (*_NEUTRAL, *_AXES):
-            e = self.source.get(e.inputs[0])
-        return e
+        def serves(e: Equation, v: int) -> bool:
+            if whole_of(e) in SOFTMAXES:
+                return v != e.inputs[0]
+            return found.issuperset(e.outputs)
+
+        values = [v for e in reversed(self.model.equations) for v in e.outputs]
+        for v in (*values, *self.model.inputs):
+            users = self.users[v]
+            is_read = v in self.data and v not in self.model.outputs and users
+            if is_read and all(serves(e, v) for e in users):
+                found.add(v)
+        return frozenset(found)
 
     def _operands(self, e: Equation) -> list[int]:
         return [v for v in dict.fromkeys(e.inputs) if v in self.data]

@@ -94,6 +94,7 @@ class QuantizedModel:
       sites: Where they are, in the order of computation.
       example: Shapes and dtypes of the inputs it was made for, a tuple.
       base: What a config of the model is read over, if it comes alone.
+      whole_norms: Whether normalisations that would lower in parts are one site each.
       biases: The biases of products, which rules may name.
     """
 
@@ -103,6 +104,7 @@ class QuantizedModel:
     example: Any
     base: Scheme
     biases: tuple[Site, ...] = ()
+    whole_norms: bool = False
 
     def __repr__(self) -> str:
         weights = sum(site.role == "weight" for site in self.sites)
@@ -183,7 +185,8 @@ class QuantizedModel:
         scheme = self._checked(qstate, inputs, scheme)
         words = Words(scheme, qstate, leaders(self.sites, scheme))
         split = self.scheme.constraints.split
-        return IntegerForward(self.fn, params, inputs, split).run(words)
+        forward = IntegerForward(self.fn, params, inputs, split, self.whole_norms)
+        return forward.run(words)
 
     def apply_and_update(
         self, params: Any, qstate: QState, *inputs: Any
@@ -278,8 +281,9 @@ class QuantizedModel:
         return recorder.values
 
     def simulation(self, params: Any, inputs: Any) -> Simulation:
-        """Returns the model as something that a visitor runs through."""
-        return Simulation(self.fn, params, inputs, self.scheme.constraints.split)
+        """Traces the model for some inputs, to run it with a visitor at its sites."""
+        split = self.scheme.constraints.split
+        return Simulation(self.fn, params, inputs, split, self.whole_norms)
 
 
 def quantize_model(
@@ -290,12 +294,18 @@ def quantize_model(
     qparams: QuantizationParams | None = None,
     q_config: Mapping[str, Any] | None = None,
     quantize_until: str | None = None,
+    whole_norms: bool = False,
 ) -> QuantizedModel:
     """Puts quantization points into a model. Changes no weight.
 
     Quantized are each input, each weight, and the output of each block: a product with
     a weight, a residual sum, an average or a nonlinear function, with the bias,
     BatchNorm and activation that follow. Biases get the grid of their accumulator.
+
+    A softmax and a normalisation are one site each, at their end, and float inside;
+    masks are no part of a range, and a normalisation reads the accumulators of the
+    product before it. `lower` refuses them. Those that lower in parts (GroupNorm, or
+    ``x * rsqrt(mean(x**2) + epsilon)``) have a site for each part instead.
 
     Args:
       fn: ``fn(params, *inputs)``: ``model.apply`` of Linen, or a function that merges
@@ -308,6 +318,8 @@ def quantize_model(
       q_config: Quantizers by layer, as `dump_config` writes them. They win where they
         speak; the scheme or ``qparams`` fill the rest.
       quantize_until: Layer after which everything stays float.
+      whole_norms: Makes one site of those softmaxes and normalisations as well that
+        would lower in parts: closer to the float model, but `lower` refuses them.
 
     Returns:
       The quantized model, to calibrate next.
@@ -346,7 +358,8 @@ def quantize_model(
     reader = (qparams or QuantizationParams()).scheme()
     if scheme is None:
         scheme = Scheme() if qparams is None and q_config is None else reader
-    simulation = Simulation(fn, params, inputs, scheme.constraints.split)
+    split = scheme.constraints.split
+    simulation = Simulation(fn, params, inputs, split, whole_norms)
     sites, biases = simulation.sites, simulation.biases
     if not sites:
         raise ValueError(
@@ -371,7 +384,7 @@ def quantize_model(
     _warn_of_shadows(own, sites)
     _warn_of_buffers(scheme, sites)
     shapes = jax.eval_shape(lambda: inputs)
-    qmodel = QuantizedModel(fn, scheme, sites, shapes, reader, biases)
+    qmodel = QuantizedModel(fn, scheme, sites, shapes, reader, biases, whole_norms)
     # A dry run: an axis that does not exist raises here, before any data is spent.
     state = qmodel.init(params, *inputs)
     jax.eval_shape(lambda qstate: qmodel.apply(params, qstate, *inputs), state)

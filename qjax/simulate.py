@@ -32,6 +32,7 @@ from qjax.common_scales import (
     kernel_index,
     move_index,
 )
+from qjax.normalisations import fold_normalisations
 from qjax.quantizers.point import straight
 from qjax.rounding import ceil_power_of_two, half_even
 from qjax.scheme import Site
@@ -119,9 +120,15 @@ class Visitor(Protocol):
 class Simulation:
     """A model, traced for the shapes of some arguments.
 
+    Args:
+      fn: ``fn(params, *inputs)``.
+      params: Its parameters.
+      inputs: Its inputs.
+      split: Functions that end at a site whatever follows: `Constraints`.
+      whole_norms: Whether a normalisation is one site though its parts would lower.
+
     Attributes:
-      sites: Its sites, in the order of the equations; ``split`` is that of the scheme's
-        `Constraints`.
+      sites: Its sites, in the order of the equations.
       biases: The biases of its products.
     """
 
@@ -131,10 +138,13 @@ class Simulation:
         params: Any,
         inputs: Sequence[Any],
         split: Sequence[str] = (),
+        whole_norms: bool = False,
     ):
         leaves, _ = jax.tree_util.tree_flatten_with_path(params)
         names = [path_name(path) for path, _ in leaves]
         self._model, self._out = trace(fn, params, *inputs, keep_derivatives=True)
+        data = data_of(self._model, self._model.inputs[len(leaves) :])
+        self._model = fold_normalisations(self._model, data, in_parts=not whole_norms)
         plan = find_blocks(self._model, names, split)
         self._plan = describe(self._model, plan, names)
         self._arguments = [_unfolded(x) for _, x in leaves] + jax.tree.leaves(inputs)

@@ -11,6 +11,7 @@ import numpy as np
 
 from qjax.blocks import MEANS, SHAPE_MOVES, Block, Plan, constant_of, data_of
 from qjax.channels import Uses, factor_channels
+from qjax.normalisations import NORM
 from qjax.scheme import Site
 from qjax.trace import Equation, Trace, evaluate
 
@@ -75,6 +76,15 @@ class _Describer:
         for k, site in enumerate(sites):
             if site.role == "activation":
                 sites[k] = site._replace(layer=site.name, op="input")
+        for block in plan.inner:
+            before = sorted(self._origins(block.root.inputs))
+            inputs = tuple(sites[i].name for i in before)
+            op = self._op(block)
+            for i in before:
+                feeds[i].append(op)
+            if (at := self._weight_site(block)) is not None:
+                sites[at] = self._of_weight(sites[at], op, inputs)
+                feeds[at].append(NORM)
         for block in plan.blocks:
             k, op = plan.activations[block.value], self._op(block)
             own = block.name or plan.sites[k].name.rpartition("/output")[0]
@@ -90,18 +100,13 @@ class _Describer:
             )
             for i in before:
                 feeds[i].append(op)
-            at = block.scale_site
-            if block.weight is not None:
-                at = plan.weights[block.weight]
-            if at is not None:
-                inputs = tuple(dict.fromkeys((*sites[at].inputs, *inputs)))
-                layer = sites[at].name.rpartition("/")[0] or sites[at].name
-                sites[at] = sites[at]._replace(layer=layer, op=op, inputs=inputs)
+            if (at := self._weight_site(block)) is not None:
+                sites[at] = self._of_weight(sites[at], op, inputs)
                 makes[at].append(k)
         for i in self._origins(self.model.outputs):
             feeds[i].append("return")
         for at, ends in makes.items():
-            feeds[at] = [op for k in ends for op in feeds[k]]
+            feeds[at] += [op for k in ends for op in feeds[k]]
         for block in plan.blocks:
             k = plan.activations[block.value]
             name = self._overwritten(block, sites, feeds)
@@ -110,6 +115,17 @@ class _Describer:
             site._replace(feeds=tuple(dict.fromkeys(feeds[k])))
             for k, site in enumerate(sites)
         )
+
+    def _weight_site(self, block: Block) -> int | None:
+        """The site of the factor of a block."""
+        if block.weight is None:
+            return block.scale_site
+        return self.plan.weights[block.weight]
+
+    def _of_weight(self, site: Site, op: str, inputs: tuple[str, ...]) -> Site:
+        inputs = tuple(dict.fromkeys((*site.inputs, *inputs)))
+        layer = site.name.rpartition("/")[0] or site.name
+        return site._replace(layer=layer, op=op, inputs=inputs)
 
     def _origins(self, values: Iterable[int]) -> frozenset[int]:
         """The activation sites that values are made of, up to the nearest ones."""

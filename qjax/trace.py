@@ -20,6 +20,7 @@ from qjax.leaves import leaf_names
 from qjax.mesh_axes import aligned, axes_of, vary
 from qjax.quantizers.point import SCOPE
 
+WHOLE = "qjax.whole."  # A call with the kind of what it computes whole behind it.
 _QUANTIZER = re.compile(re.escape(SCOPE) + r"(\w+)")
 _CALLS = (p.jit_p, p.closed_call_p, p.remat_p)
 _DERIVATIVE_CALLS = (p.custom_jvp_call_p, p.custom_vjp_call_p)
@@ -50,13 +51,15 @@ class Equation:
     is_simulated: bool = dataclasses.field(default=False, compare=False, repr=False)
 
     def __str__(self):
+        args = " ".join(f"%{i}" for i in self.inputs)
+        outs = ", ".join(f"%{i}" for i in self.outputs)
+        if kind := whole_of(self):
+            return f"{outs} = {kind} {args}"
         shown = {
             k: v
             for k, v in self.params.items()
             if isinstance(v, int | float | str | tuple) and k != "site"
         }
-        args = " ".join(f"%{i}" for i in self.inputs)
-        outs = ", ".join(f"%{i}" for i in self.outputs)
         return f"{outs} = {self.primitive.name}{shown or ''} {args}"
 
 
@@ -111,6 +114,9 @@ def is_key(x: Any) -> bool:
 
 def evaluate(equation: Equation, *values: Any) -> Sequence[Any]:
     """Applies the primitive of an equation to values, traced or not."""
+    if whole_of(equation) and not any(isinstance(x, jax.core.Tracer) for x in values):
+        # Compiled whole it would be compiled again with each trace.
+        return jex.jaxpr_as_fun(equation.params["jaxpr"])(*values)
     if equation.primitive in CALLS:
         types = [v.aval for v in _called(equation).invars]
         pairs = zip(values, types, strict=True)
@@ -168,7 +174,7 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
             here = "/".join(s for s in (path, stack) if s)
             # What is inside of a call that JAX has cached names its first caller.
             origin = eqn.source_info if source is None else source
-            is_kept = keep_derivatives and _is_function(eqn)
+            is_kept = bool(whole_of(eqn)) or (keep_derivatives and _is_function(eqn))
             if (whole := expansion(eqn, keep_derivatives)) is not None and (
                 eqn.primitive is not p.scan_p or not data.isdisjoint(inputs)
             ):
@@ -326,6 +332,12 @@ def quantizer_of(e: Any) -> str:
     """Returns the name of the quantizer that an equation applies whole, or ""."""
     name = str(e.params.get("name", ""))
     return name.removeprefix(SCOPE) if name.startswith(SCOPE) else ""
+
+
+def whole_of(e: Any) -> str:
+    """Returns the kind of the softmax or normalisation that an equation is, or ""."""
+    name = str(e.params.get("name", ""))
+    return name.removeprefix(WHOLE) if name.startswith(WHOLE) else ""
 
 
 def _has_quantizer(eqn: Any) -> bool:

@@ -49,10 +49,10 @@ def test_rooms_import_only_from_rooms_above():
     """In the order of the README's layout; only `IntegerProgram.save` reaches down."""
     order = (
         "tables leaves mesh_axes origin rounding affine estimators quantizers "
-        "calibration histograms patterns scheme sharing scheme_json presets rescaling "
-        "trace common_scales elementwise blocks channels sites config simulate "
-        "batches arguments instrument inspection layers linen nnx integer "
-        "lowering formats"
+        "calibration histograms patterns scheme sharing scheme_json presets "
+        "rescaling trace common_scales elementwise statistics normalisations "
+        "blocks channels sites config simulate batches arguments instrument "
+        "inspection layers linen nnx integer lowering formats"
     ).split()
     for path in sorted((ROOT / "qjax").rglob("*.py")):
         parts = path.relative_to(ROOT / "qjax").with_suffix("").parts

@@ -38,11 +38,12 @@ from qjax.lowering.rules_products import (
     storage_offset,
     to_output,
 )
+from qjax.normalisations import said
 from qjax.quantizers.point import make_point, straight
 from qjax.quantizers.spec import Spec, is_known
 from qjax.scheme import Site
 from qjax.simulate import Simulation, Visit
-from qjax.trace import CALLS, POINTWISE, Equation, evaluate, quantizer_of
+from qjax.trace import CALLS, POINTWISE, Equation, evaluate, quantizer_of, whole_of
 
 _NEUTRAL = frozenset("convert_element_type copy copy_p reduce_precision".split())
 _EXTREMES = frozenset(
@@ -195,6 +196,11 @@ class IntegerForward(Simulation):
                 f"The site {site.name!r} is normalised by statistics of the batch, "
                 "which no integer program computes. Train with `apply` until they "
                 "have settled, then with BatchNorm in inference mode."
+            )
+        if block is not None and (kind := whole_of(block.root)):
+            return ValueError(
+                f"The site {site.name!r} is a {said(kind)}, which is computed in float "
+                "and has no integer arithmetic. Train with `apply`."
             )
         return ValueError(
             f"The site {site.name!r}{root} has no integer arithmetic: what it is made "

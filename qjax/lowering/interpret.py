@@ -28,9 +28,18 @@ from qjax.lowering.values import (
     Sum,
     compact,
 )
+from qjax.normalisations import NORM, said
 from qjax.origin import origin_of
 from qjax.simulate import SITE_MARK
-from qjax.trace import MOST_STEPS, POINTWISE, Equation, Trace, evaluate, is_key
+from qjax.trace import (
+    MOST_STEPS,
+    POINTWISE,
+    Equation,
+    Trace,
+    evaluate,
+    is_key,
+    whole_of,
+)
 
 Rule = Callable[..., Abstract | tuple[Abstract, ...]]
 
@@ -130,7 +139,7 @@ def interpret(
                 if e.primitive.name in _CHOICES:
                     env.update(_chosen(e, operands))
                 continue
-        name = e.primitive.name
+        name = whole_of(e) or e.primitive.name
         try:
             _check_drawn(e, operands, drawn)
             e, trace, operands = _spread(builder, e, trace, operands)
@@ -211,6 +220,8 @@ def _spread(
 
 def _rule_of(e: Equation) -> Rule:
     name = e.primitive.name
+    if whole_of(e):
+        raise _refuse_whole(e)
     if name not in _RULES:
         raise NotImplementedError(
             f"There is no integer rule for `{name}`, met in {where(e)}.\n"
@@ -231,6 +242,17 @@ def _way_around(e: Equation) -> str:
         name,
         f"Register one with `qjax.lowering.interpret.rule({name!r})`, or keep this "
         "part of the model out of `lower`",
+    )
+
+
+def _refuse_whole(e: Equation) -> NotImplementedError:
+    kind, site = whole_of(e), sites_of(e.path)[0]
+    place = where(e) if _module(e) or not site else repr(site)
+    other = ", or use BatchNorm or GroupNorm in its place" if kind == NORM else ""
+    return NotImplementedError(
+        f"The {said(kind)} in {place} has no integer rule: it is computed in float, as "
+        f"one site.\n  equation: {e}\nLower what comes before it and what comes after "
+        f"it as two programs{other}."
     )
 
 

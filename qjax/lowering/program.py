@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.affine import QParams, dequantize, grid_codes
+from qjax.blocks import data_of
 from qjax.instrument import QuantizedModel
 from qjax.leaves import at_start, difference, leaf_names
 from qjax.lowering import (
@@ -33,6 +34,7 @@ from qjax.lowering.report import Report, certify
 from qjax.lowering.rules_functions import add_exact_table, add_table
 from qjax.lowering.sizes import Lowered, find_fixed
 from qjax.lowering.values import Abstract, Builder, Curve, Integers, Sum
+from qjax.normalisations import fold_normalisations
 from qjax.tables import show_types
 from qjax.trace import Equation, Trace, trace
 
@@ -370,7 +372,9 @@ def _with_example(x: Any) -> Any:
 
 
 def _traced(fn: Callable[..., Any], model: Any, inputs: Any) -> tuple[Trace, Any]:
+    """The trace, each softmax and each normalisation in it as one equation."""
     traced, out = trace(fn, *inputs, keep_derivatives=False)
+    traced = fold_normalisations(traced, data_of(traced, traced.inputs))
     if isinstance(model, QuantizedModel):
         marked = (dataclasses.replace(e, is_simulated=True) for e in traced.equations)
         traced = dataclasses.replace(traced, equations=tuple(marked))
