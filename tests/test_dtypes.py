@@ -174,7 +174,7 @@ def test_numpy_doubles_and_python_numbers_are_what_jax_takes_them_for():
     x = images(6, 5).astype(np.float64)
     for dtype, wanted in ((np.float64, np.float32), (jnp.bfloat16, jnp.bfloat16)):
         params = {"w": images(5, 4).astype(dtype), "factor": 0.5}
-        own = x.astype(dtype)
+        own = x if dtype == np.float64 else jnp.asarray(x, dtype)
         qmodel = qjax.quantize_model(fn, params, own)
         qstate = qjax.calibrate(qmodel, params, [own])
         y = qmodel.apply(params, qstate, own)
