@@ -175,6 +175,13 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
             # What is inside of a call that JAX has cached names its first caller.
             origin = eqn.source_info if source is None else source
             is_kept = bool(whole_of(eqn)) or (keep_derivatives and _is_function(eqn))
+            if eqn.primitive is p.concatenate_p:  # Pieces of length 0 are none.
+                axis = eqn.params["dimension"]
+                long = [v for v in inputs if avals[v].shape[axis]]
+                inputs = long or inputs
+                if len(inputs) == 1:
+                    env[eqn.outvars[0]] = inputs[0]
+                    continue
             if (whole := expansion(eqn, keep_derivatives)) is not None and (
                 eqn.primitive is not p.scan_p or not data.isdisjoint(inputs)
             ):

@@ -164,7 +164,7 @@ def test_axes_of_size_0():
     for found, wanted in zip(program(x, x), fn(x, x), strict=True):
         np.testing.assert_array_equal(found, wanted)
     assert program.report().float_values == ()
-    with pytest.raises(ValueError, match="divides by zero.*average over no values"):
+    with pytest.raises(ValueError, match=r"divides by zero(.|\n)*average over no"):
         qjax.lower(lambda x: point(jnp.mean(point(x)[:, :0], -1)), x)
 
 

@@ -153,9 +153,9 @@ def test_one_input_on_two_grids_is_two_arguments():
     np.testing.assert_array_equal(qjax.lower(once, X)(X), once(X))
 
 
-def test_whole_numbers_need_no_quantizer():
+def test_whole_numbers_are_cast_first():
     batch = {"x": X, "n": np.arange(4, dtype=np.int32)[:, None]}
-    fn = lambda b: point(b["x"]) + b["n"]
+    fn = lambda b: point(b["x"]) + b["n"].astype(jnp.float32)
     with pytest.raises(ValueError, match=r"input 0 .*\[0\]\['n'\]") as error:
         qjax.lower(fn, batch)
     assert "fake_quant" not in str(error.value) and "holds int32" in str(error.value)

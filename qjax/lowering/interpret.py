@@ -430,8 +430,8 @@ def _remedy(e: Equation, x: Abstract, role: str, site: str) -> str:
     is_input = isinstance(x, Real) and x.input is not None
     if isinstance(x, Real) and x.dtype:
         return (
-            f"It holds {x.dtype}, which no quantizer is for: pass what is computed of "
-            "it as an input of its own, or cast it to float32 where it is a number."
+            f"It holds {x.dtype}: cast it to float32 and quantize that where it is a "
+            "number, or pass what is computed of it as an input of its own."
         )
     if site and e.is_simulated:
         return f'Quantize it with a rule like Rule("{site}", QSpec(bits=8)).'

@@ -114,13 +114,10 @@ def _concatenate(
 ) -> Abstract:
     axis = int(e.params["dimension"])
     shapes, shape = _shapes(e, trace, e.inputs)
-    kept = [k for k, s in enumerate(shapes) if s[axis]] or [0]  # Pieces of length 0.
-    if len(kept) == 1 and shapes[kept[0]] == shape:
-        return _ready(parts[kept[0]])
     joined = Joined(
         "concatenate",
-        tuple(_ready(parts[k]) for k in kept),
-        tuple(shapes[k] for k in kept),
+        tuple(map(_ready, parts)),
+        shapes,
         shape,
         attributes={"axis": axis},
         path=e.path,
