@@ -247,6 +247,12 @@ def check_rules(
             continue
         found = (site.name if kind == "site" else site.layer for site in sites)
         there = [*dict.fromkeys(found)]
+        if isinstance(rule.pattern, Where) and rule.pattern.role == "bias":
+            known = ", ".join(site.name for site in biases) or "none"
+            raise ValueError(
+                f"The layer {name!r} has no bias that is added to a product. Leave its "
+                f"rule (`bias_quantizer`) out. The biases are: {known}."
+            )
         close = difflib.get_close_matches(name, there, n=1, cutoff=0.0)
         hint = f" The closest is {close[0]!r}." if close else ""
         raise ValueError(
