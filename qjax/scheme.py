@@ -313,6 +313,13 @@ def check_rules(
             continue
         if isinstance(pattern, Where):
             is_of_bias = pattern.role == "bias" and bool(biases)
+            if is_of_bias and pattern.layer in {site.layer for site in sites}:
+                known = ", ".join(site.name for site in biases)
+                raise ValueError(
+                    f"The layer {pattern.layer!r} has no bias that is added to a "
+                    "product. Leave its rule (`bias_quantizer`) out. The biases are: "
+                    f"{known}."
+                )
             check_fields(pattern, biases if is_of_bias else sites)
         if not any(map(rule.matches, sites)):
             names = [site.name for site in (*sites, *biases)]

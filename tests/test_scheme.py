@@ -472,3 +472,16 @@ def test_objects_print_what_was_chosen():
     assert " at 0x" not in repr(jax.tree.map(lambda b: jnp.int32(b), scheme))
     for own in (lambda site: True, functools.partial(Where(), None), jax.jit(jnp.sum)):
         assert " at 0x" not in repr(Scheme(rules=(Rule(own, None),), estimator=own))
+
+
+def test_a_layer_without_a_bias_is_said():
+    sites = [Site("fc/kernel", "weight", (2, 2), layer="fc")]
+    biases = [Site("a/bias", "bias", (2,), layer="a")]
+    rule = Rule(Where(role="bias", layer="fc"), QSpec(8, symmetric=True))
+    with pytest.raises(ValueError, match="'fc' has no bias .* The biases are: a/bias"):
+        check_rules(Scheme(rules=(rule,)), sites, biases)
+    # Globs on sites mean no bias; its name, or its role, does.
+    for pattern in ("a/bias", Where(role="bias"), Where(role="bias", layer="a")):
+        scheme = Scheme(rules=(Rule("a/*", QSpec(4)), Rule(pattern, QSpec(6))))
+        check_rules(scheme, [*sites, Site("a/kernel", "weight", (2, 2))], biases)
+        assert scheme.bias_spec(biases[0]) == QSpec(6)
