@@ -118,7 +118,7 @@ def scales(qmodel: QuantizedModel, params: Any, qstate: QState) -> Scales:
     ) -> dict[str, tuple[QParams, tuple[jax.Array, ...]]]:
         inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), qmodel.example)
         of = leaders(qmodel.sites, qmodel.scheme)
-        recorder = _GridRecorder(qmodel.scheme, qstate, of, {})
+        recorder = _GridRecorder(qmodel.scheme, qstate, of)
         qmodel.simulation(params, inputs).run(recorder)
         return recorder.grids
 
@@ -151,7 +151,9 @@ def _span(values: np.ndarray, form: str) -> str:
 class _GridRecorder(Quantizer):
     """Puts values on grids and remembers them by site, with the ends of the codes."""
 
-    grids: dict[str, tuple[QParams, tuple[jax.Array, ...]]]
+    grids: dict[str, tuple[QParams, tuple[jax.Array, ...]]] = dataclasses.field(
+        default_factory=dict
+    )
 
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
         return self._keep(site, x, super().activation(site, x, unit))

@@ -758,7 +758,7 @@ class Quantizer:
 
     scheme: Scheme
     qstate: QState
-    leaders: Mapping[str, Site]
+    leaders: Mapping[str, Site] = dataclasses.field(default_factory=dict)
 
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
         """Rounds to the grid that the state has a range for, or to a known one."""
