@@ -253,7 +253,9 @@ def _cut(
     """A part of an input; an axis that stays whole may have any size."""
     value = call.value(source)
     v = call.known(value)
-    whole = [cut.indices(n) == (0, n, 1) for cut, n in zip(cuts, v.shape, strict=True)]
+    file = call.growth.file[call.op.inputs[source]].shape
+    sizes = (*file[:1], *v.shape[1:])  # All of the batch that the file has is all.
+    whole = [cut.indices(n) == (0, n, 1) for cut, n in zip(cuts, sizes, strict=True)]
     cuts = [slice(0, None, 1) if w else c for w, c in zip(whole, cuts, strict=True)]
     out = tuple(len(range(n)[cut]) for cut, n in zip(cuts, v.shape, strict=True))
     ends = (v.low, v.high)
@@ -300,6 +302,8 @@ def _batch_to_space(call: Call) -> None:
     value = call.value()
     v, (block, crops) = call.known(value), _blocks(call)
     n, ends, batch = len(block), (v.low, v.high), v.shape[0] // math.prod(block)
+    if v.shape[0] % math.prod(block):
+        raise ValueError(f"{v.shape[0]} examples are no blocks of {block}")
     sizes = [*block, -1, *v.shape[1:]]
     shape = [*block, batch, *v.shape[1:]]
     value = call.add("reshape", (value,), shape, ends, like=value, sizes=sizes)
