@@ -198,7 +198,11 @@ def _pack(call: Call) -> None:
 @tflite_rule("SLICE")
 def _slice(call: Call) -> None:
     starts, sizes = call.constant(1).tolist(), call.constant(2).tolist()
-    pairs = zip(starts, sizes, strict=True)
+    pairs = list(zip(starts, sizes, strict=True))
+    known = (call.known(call.value()).shape, call.growth.file[call.op.inputs[0]].shape)
+    for (a, n), size, file in zip(pairs, *known, strict=True):
+        if a + n > size and (a, n) != (0, file):
+            raise ValueError(f"{a} to {a + n} lie not within {size}")
     _cut(call, [slice(a, None if n == -1 else a + n) for a, n in pairs])
 
 
@@ -254,8 +258,8 @@ def _cut(
     value = call.value(source)
     v = call.known(value)
     file = call.growth.file[call.op.inputs[source]].shape
-    sizes = (*file[:1], *v.shape[1:])  # All of the batch that the file has is all.
-    whole = [cut.indices(n) == (0, n, 1) for cut, n in zip(cuts, sizes, strict=True)]
+    own = (*file[:1], *v.shape[1:])  # All of the batch that the file has is all.
+    whole = [cut.indices(n) == (0, n, 1) for cut, n in zip(cuts, own, strict=True)]
     cuts = [slice(0, None, 1) if w else c for w, c in zip(whole, cuts, strict=True)]
     out = tuple(len(range(n)[cut]) for cut, n in zip(cuts, v.shape, strict=True))
     ends = (v.low, v.high)
