@@ -938,7 +938,11 @@ class ProgramTest(chex.TestCase):
                 np.testing.assert_array_equal(program.codes(x[:size]), move(x[:size]))
         fixed = {
             "MEAN": ([[0]], (3, 4), "`sum` in 'y'"),
-            "SLICE": ([[0, 0, 0], [1, 3, 4]], (1, 3, 4), "`slice` in 'y'"),
+            "SLICE": (
+                [[1, 0, 0], [1, 3, 4]],
+                (1, 3, 4),
+                "Operator 0 .SLICE, output 'y'",
+            ),
             "RESHAPE": ([[3, 8]], (3, 8), r"Operator 0 \(RESHAPE, output 'y'\)"),
         }
         for kind, (operands, shape, reason) in fixed.items():

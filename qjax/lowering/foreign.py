@@ -70,10 +70,14 @@ def build_tflite(
     integer: RequantizeRule = "tflite_double" if is_xnnpack else rule
     rules = Rules(integer, dense_rule or integer, is_xnnpack)
 
+    file: list[Tensor] = []  # Once they are known.
+
     def grow(*shaped: Any) -> Lowered:
         shapes = {k: x.shape for k, x in zip(inputs, shaped, strict=True)}
-        growth = Growth(tensors, rules, shapes)
-        return Trace((), (), (), {}, {}), *_grown(growth, operators, inputs, outputs)
+        growth = Growth(tensors, rules, shapes, file or None)
+        grown = _grown(growth, operators, inputs, outputs)
+        file[:] = file or growth.tensors
+        return Trace((), (), (), {}, {}), *grown
 
     given = tuple(jax.ShapeDtypeStruct(tensors[k].shape, jnp.int32) for k in inputs)
     _, graph, arrays = found = grow(*given)

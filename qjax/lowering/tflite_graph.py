@@ -101,7 +101,7 @@ class Growth:
     Attributes:
       tensors: Of TFLite's graph; with the shapes that they turn out to have, and the
         integers that shapes are computed from.
-      file: Of TFLite's graph, as the file has them.
+      file: The same with the inputs of the file's sizes.
       rules: How to rescale.
       builder: Of the integer graph.
       inputs: Tensor that is an input -> value of its codes.
@@ -113,12 +113,13 @@ class Growth:
         tensors: Sequence[Tensor],
         rules: Rules,
         shapes: Mapping[int, tuple[int, ...]],
+        file: Sequence[Tensor] | None = None,
     ) -> None:
-        self.file = tuple(tensors)
         self.tensors = [
             dataclasses.replace(t, shape=shapes.get(k, t.shape))
             for k, t in enumerate(tensors)
         ]
+        self.file = self.tensors if file is None else file
         self.rules = rules
         self.builder = Builder()
         self.inputs: dict[int, int] = {}

@@ -198,7 +198,11 @@ def _pack(call: Call) -> None:
 @tflite_rule("SLICE")
 def _slice(call: Call) -> None:
     starts, sizes = call.constant(1).tolist(), call.constant(2).tolist()
-    pairs = zip(starts, sizes, strict=True)
+    pairs = list(zip(starts, sizes, strict=True))
+    known = (call.known(call.value()).shape, call.growth.file[call.op.inputs[0]].shape)
+    for (a, n), size, file in zip(pairs, *known, strict=True):
+        if a + n > size and (a, n) != (0, file):
+            raise ValueError(f"{a} to {a + n} lie not within {size}")
     _cut(call, [slice(a, None if n == -1 else a + n) for a, n in pairs])
 
 
@@ -253,7 +257,9 @@ def _cut(
     """A part of an input; an axis that stays whole may have any size."""
     value = call.value(source)
     v = call.known(value)
-    whole = [cut.indices(n) == (0, n, 1) for cut, n in zip(cuts, v.shape, strict=True)]
+    file = call.growth.file[call.op.inputs[source]].shape
+    own = (*file[:1], *v.shape[1:])  # All of the batch that the file has is all.
+    whole = [cut.indices(n) == (0, n, 1) for cut, n in zip(cuts, own, strict=True)]
     cuts = [slice(0, None, 1) if w else c for w, c in zip(whole, cuts, strict=True)]
     out = tuple(len(range(n)[cut]) for cut, n in zip(cuts, v.shape, strict=True))
     ends = (v.low, v.high)
@@ -300,6 +306,8 @@ def _batch_to_space(call: Call) -> None:
     value = call.value()
     v, (block, crops) = call.known(value), _blocks(call)
     n, ends, batch = len(block), (v.low, v.high), v.shape[0] // math.prod(block)
+    if v.shape[0] % math.prod(block):
+        raise ValueError(f"{v.shape[0]} examples are no blocks of {block}")
     sizes = [*block, -1, *v.shape[1:]]
     shape = [*block, batch, *v.shape[1:]]
     value = call.add("reshape", (value,), shape, ends, like=value, sizes=sizes)
