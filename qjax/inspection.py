@@ -258,7 +258,7 @@ def integer_weights(qmodel: QuantizedModel, params: Any) -> IntegerWeights:
     @jax.jit
     def run(params: Any) -> dict[str, Any]:
         inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), qmodel.example)
-        recorder = _WeightRecorder(qmodel.scheme, {}, {}, {})
+        recorder = _WeightRecorder(qmodel.scheme, {})
         qmodel.simulation(params, inputs).run(recorder)
         return recorder.weights
 
@@ -297,7 +297,7 @@ def _extent(spec: QSpec | Spec, x: jax.Array) -> tuple[jax.Array, ...]:
 class _WeightRecorder(Quantizer):
     """Leaves activations in float and remembers weights, their grids and extents."""
 
-    weights: dict[str, Any]
+    weights: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
         return Visit(x if unit is None else x * unit.per(1.0))
