@@ -240,7 +240,7 @@ def integer_weights(qmodel: QuantizedModel, params: Any) -> IntegerWeights:
     Example:
       >>> import qjax
       >>> fn = lambda params, x: x @ params["kernel"]
-      >>> params = {"kernel": jnp.array([[0.5, -1.0], [0.25, 2.0]])}
+      >>> params = {"kernel": jnp.array([[0.5, -1.1], [0.25, 2.0]])}
       >>> scheme = qjax.Scheme(qjax.QSpec(4, narrow_range=True), activations=None)
       >>> qmodel = qjax.quantize_model(fn, params, jnp.ones((1, 2)), scheme=scheme)
       >>> row = integer_weights(qmodel, params)["kernel"]
