@@ -221,7 +221,7 @@ class QuantizationParams:
         reasons = _reasons(
             bits="QuantizationParams.input_dtype",
             signed="QuantizationParams.input_dtype",
-            axis="QuantizationParams.per_tensor_activations",
+            axis="one scale for an input",
         )
         return Rule(Where(name="input:*"), spec, calibrator, reasons=reasons)
 

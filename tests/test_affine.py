@@ -713,7 +713,9 @@ class QSpecTest(chex.TestCase):
             QSpec(1, narrow_range=True)
         with pytest.raises(ValueError, match="no code for zero"):
             QSpec(8, signed=False, narrow_range=True, symmetric=True)
-        with pytest.raises(TypeError, match="`axis` must be an int, a tuple, \"output\" or None"):
+        with pytest.raises(
+            TypeError, match='`axis` must be an int, a tuple, "output" or None'
+        ):
             QSpec(axis=[0, 1])
 
     def test_maps_over_bits(self):

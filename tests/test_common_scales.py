@@ -1,6 +1,7 @@
 """Scales per channel: kernels take them in, all else gets one scale for them."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -182,8 +183,7 @@ def test_one_scale_is_said_where_no_kernel_takes_several():
     ):
         with pytest.raises(ValueError, match=message) as error:
             lowered(mlp, params, x, scheme=Scheme(rules=(rule,)))
-        text = str(error.value)
-        said = text[text.index("Rule(") :].rstrip(".")
+        said = re.search(r"Rule\(.*?\)\)", str(error.value)).group()
         one = eval(said, {"Rule": Rule, "QSpec": qjax.QSpec})
         qmodel, qstate, program = lowered(mlp, params, x, scheme=Scheme(rules=(one,)))
         rows = qjax.verify(program, qmodel, params, qstate, x).sites.values()

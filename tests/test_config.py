@@ -273,7 +273,7 @@ def test_explain_names_the_rank_where_it_decides(net):
     per_tensor = "QuantizationParams.per_tensor_activations"
     assert why("dw/output") == (-1, per_tensor)
     assert why("dw/output", per_tensor_activations=True) == (None, per_tensor)
-    assert why("input:0") == (-1, per_tensor)
+    assert why("input:0") == (None, "one scale for an input")
     vector = qjax.quantize_model(
         lambda params, x: jax.nn.relu(x @ params["a"]) @ params["b"],
         {"a": jnp.eye(3), "b": jnp.eye(3)},
