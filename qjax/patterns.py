@@ -172,7 +172,8 @@ def check_fields(where: Where, sites: Sequence[Site]) -> None:
             )
         is_each = isinstance(wanted, tuple) and field in ("name", "layer")
         for part in wanted if is_each else (wanted,):
-            alone = dataclasses.replace(Where(), **{field: part})
+            same = _with_inner(part, wanted) if is_each else part
+            alone = dataclasses.replace(Where(), **{field: same})
             if not any(alone.holds(field, site) for site in sites):
                 there = [text for site in sites for text in found_at(site, field)]
                 text = no_match(part, kind, there)
@@ -186,6 +187,13 @@ def check_fields(where: Where, sites: Sequence[Site]) -> None:
         f"The rule {where} matches no site: each of its fields does, no site has all "
         f"of them. The closest is {near.name!r}, where `{wrong}` meets {found}. {_MANY}"
     )
+
+
+def _with_inner(part: str, wanted: Globs) -> tuple[str, ...]:
+    """A layer and the layers inside of it, where a pattern names both: ``a, a/*``."""
+    outer = part.removesuffix("/*")
+    pair = outer, f"{outer}/*"
+    return pair if set(pair) <= set(wanted) else (part,)
 
 
 def no_match(wanted: Any, kind: str, there: Sequence[Any]) -> str:

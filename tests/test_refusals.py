@@ -156,7 +156,7 @@ def test_one_input_on_two_grids_is_two_arguments():
 def test_whole_numbers_are_cast_first():
     batch = {"x": X, "n": np.arange(4, dtype=np.int32)[:, None]}
     fn = lambda b: point(b["x"]) + b["n"].astype(jnp.float32)
-    with pytest.raises(ValueError, match=r"input 0 .*\[0\]\['n'\]") as error:
+    with pytest.raises(ValueError, match=r"input:0\['n'\]") as error:
         qjax.lower(fn, batch)
     assert "fake_quant" not in str(error.value) and "holds int32" in str(error.value)
     cast = lambda b: point(b["x"]) + point(b["n"].astype(jnp.float32), 1.0, "n")

@@ -200,7 +200,8 @@ def _spread(
     shape = trace.shape(e.outputs[0])
     data = [k for k, x in enumerate(operands) if not isinstance(x, Known | KnownCodes)]
     own = [trace.shape(e.inputs[k]) for k in data]
-    if e.primitive.name not in POINTWISE or np.broadcast_shapes(*own) == shape:
+    is_whole = not data or np.broadcast_shapes(*own) == shape
+    if e.primitive.name not in POINTWISE or is_whole:
         return e, trace, operands
     k, fresh = data[0], max(trace.avals) + 1
     dimensions = tuple(range(len(shape) - len(own[0]), len(shape)))
