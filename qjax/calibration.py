@@ -44,7 +44,8 @@ class Calibrator(NamedTuple):
     observe: Callable[[jax.Array, Any, QSpec], Any] | None = None
 
     def __repr__(self) -> str:
-        own = (f"{k}={show(v)}" for k, v in self._asdict().items() if k != "name")
+        fields = (pair for pair in self._asdict().items() if pair[0] != "name")
+        own = (f"{k}={show(v)}" for k, v in fields if v is not None)
         return self.name or f"Calibrator({', '.join(own)})"
 
 

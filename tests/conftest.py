@@ -1,5 +1,8 @@
 """Strict JAX flags for all tests: no silent promotion, no silent rank changes."""
 
+import collections
+import re
+
 import jax
 import pytest
 
@@ -14,10 +17,33 @@ def flax_promotion():
         yield
 
 
+MOST_CASES = 12  # Of one test function in a run of the whole suite.
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leaves thousands of random programs out unless they are asked for."""
-    if "fuzz" in config.option.markexpr:
-        return
-    left_out = [item for item in items if item.get_closest_marker("fuzz")]
+    """Leaves out what is heavy, unless it is asked for.
+
+    Thousands of random programs and deep ones run with `-m fuzz`. Of a function with
+    more than a dozen cases the whole suite runs a dozen, spread over all; a run that
+    names files, or `-m "more or not more"`, runs each.
+    """
+    expression = config.option.markexpr
+    is_whole = not config.option.file_or_dir and "more" not in expression
+    for item in _further_cases(items) if is_whole else ():
+        item.add_marker("more")
+    skipped = {name for name in ("fuzz", "more") if name not in expression}
+    left_out = [i for i in items if any(map(i.get_closest_marker, skipped))]
     config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if not item.get_closest_marker("fuzz")]
+    gone = {id(item) for item in left_out}
+    items[:] = [item for item in items if id(item) not in gone]
+
+
+def _further_cases(items):
+    """All cases of a test function but `MOST_CASES`, which are spread over them."""
+    cases = collections.defaultdict(list)
+    for item in items:
+        cases[re.sub(r"\d*$", "", item.nodeid.partition("[")[0])].append(item)
+    for own in cases.values():
+        if (n := len(own)) > MOST_CASES:
+            kept = {k * (n - 1) // (MOST_CASES - 1) for k in range(MOST_CASES)}
+            yield from (item for k, item in enumerate(own) if k not in kept)

@@ -80,7 +80,9 @@ def _nnx(make):
 
 
 def _names(fn, params, *inputs, whole=False):
-    return [site.name for site in Simulation(fn, params, inputs, whole_norms=whole).sites]
+    return [
+        site.name for site in Simulation(fn, params, inputs, whole_norms=whole).sites
+    ]
 
 
 LAYERS = {
