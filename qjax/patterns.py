@@ -172,7 +172,7 @@ def check_fields(where: Where, sites: Sequence[Site]) -> None:
             )
         is_each = isinstance(wanted, tuple) and field in ("name", "layer")
         for part in wanted if is_each else (wanted,):
-            same = _with_inner(part, wanted) if is_each else part
+            same: Any = _with_inner(part, wanted) if is_each else part
             alone = dataclasses.replace(Where(), **{field: same})
             if not any(alone.holds(field, site) for site in sites):
                 there = [text for site in sites for text in found_at(site, field)]
