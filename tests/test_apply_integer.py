@@ -75,6 +75,25 @@ def test_moves_joins_and_products(scheme):
     assert_ships(*quantized(Moves(), ids, scheme), ids)
 
 
+CONSTANTS = {  # Beside what a product makes.
+    "token": lambda p, y: jnp.concatenate([jnp.broadcast_to(p["c"], (4, 6)), y]),
+    "pad": lambda p, y: jnp.pad(y, ((0, 1), (0, 0)), constant_values=1.3),
+    "choice": lambda p, y: jnp.where(y > 0.1, y, 0.5),
+    "mask": lambda p, y: jnp.tril(y),
+    "running sum": lambda p, y: jnp.cumsum(y, 1),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_constants_and_running_sums(name):
+    fn = lambda p, x: CONSTANTS[name](p, x @ p["w"]) @ p["v"]
+    shapes = {"w": (5, 6), "v": (6, 3), "c": (1, 6)}
+    params = {k: images(*shape, seed=n) for n, (k, shape) in enumerate(shapes.items())}
+    x = images(8, 5, seed=4)
+    qmodel = qjax.quantize_model(fn, params, x, scheme=FLOATS)
+    assert_ships(qmodel, params, qjax.calibrate(qmodel, params, [x]), x)
+
+
 def test_an_output_without_a_site_is_its_accumulator():
     x = images(2, 8, 8, 3)
     rules = (qjax.Rule("output:0", None),)

@@ -51,7 +51,7 @@ _EXTREMES = frozenset(
 )
 _CHOICES = SHAPE_MOVES | _EXTREMES | {"pad", "gather", "dynamic_slice", "split"}
 _JOINS = frozenset("concatenate max min select_n".split())
-_SUMS = frozenset("reduce_sum reduce_window_sum".split())
+_SUMS = frozenset("cumsum reduce_sum reduce_window_sum".split())
 
 
 class _Target(NamedTuple):
@@ -240,10 +240,12 @@ class IntegerForward(Simulation):
             self._embedding(e)
         elif name in ("add", "add_any", "sub", "mul") and len(data) == 2:
             self._of_two(e)
-        elif name in _JOINS and len(data) > 1:
-            self._join(e)
         elif len(data) == 1 and bounds_of(self._model, e) is not None:
             self._bound(e, data[0])
+        elif name in _JOINS:
+            self._join(e)
+        elif name == "pad":
+            self._pad(e)
         elif name in _CHOICES and e.inputs[0] in self._late:
             self._choose(e)
 
@@ -383,6 +385,12 @@ class IntegerForward(Simulation):
                 is_whole, acc.codes(target), target.codes_of(real)
             )
 
+    def _pad(self, e: Equation) -> None:
+        """Numbers around a value go on its grid with it."""
+        before, fill = self._part(e.inputs[0]), self._env[e.inputs[1]]
+        if before is not None and e.inputs[1] not in self._data:
+            self._late[e.outputs[0]] = lambda t: _padded(e, before(t), fill, t)
+
     def _choose(self, e: Equation) -> None:
         before, name = self._late[e.inputs[0]], e.primitive.name
         rest = [self._env[v] for v in e.inputs[1:]]
@@ -391,8 +399,6 @@ class IntegerForward(Simulation):
             codes = before(target)
             if name in _NEUTRAL:
                 return codes
-            if name == "pad":
-                return evaluate(e, codes, target.zero_point.astype(codes.dtype))[0]
             return evaluate(e, codes, *rest)[k]
 
         for k, v in enumerate(e.outputs):
@@ -544,6 +550,18 @@ class Words(Quantizer):
         dtype = storage(int(low), int(high)) if known else "int32"
         low, high = (jnp.asarray(q).astype(jnp.int32) for q in (low, high))
         self.words[site.name] = SiteWord(low, high, dtype, is_direct)
+
+
+def _padded(
+    e: Equation, codes: jax.Array, fill: jax.Array, target: _Target
+) -> jax.Array:
+    """Pads codes with the codes of a real number, which channels may have apart."""
+    if target.scale.ndim == 0:
+        return evaluate(e, codes, target.codes_of(fill).astype(codes.dtype))[0]
+    (is_pad,) = evaluate(e, jnp.zeros(codes.shape, jnp.int8), jnp.int8(1))
+    (found,) = evaluate(e, codes, jnp.zeros((), codes.dtype))
+    fills = target.codes_of(jnp.broadcast_to(fill, found.shape))
+    return jnp.where(is_pad == 1, fills.astype(codes.dtype), found)
 
 
 def _whole_steps(x: jax.Array, scale: jax.Array) -> jax.Array:
