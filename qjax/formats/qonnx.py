@@ -82,7 +82,7 @@ class QonnxModel:
         Args:
           refusal: What `qjax.lower` says, with its own remedy.
         """
-        if "fake_quant" not in refusal and "Rule(" not in refusal:
+        if not any(part in refusal for part in _REMEDIES):
             return refusal
         why, equation, rest = refusal.partition("\n  equation: ")
         why += equation + rest.partition("\n")[0]
@@ -101,6 +101,10 @@ class QonnxModel:
         if not before:
             return f"{why}\nQuantize it in the file, before it is exported."
         return f"{why}\nEnd before it: read the file with `outputs=({before[0]!r},)`."
+
+
+# Of `qjax.lower`: who reads a file has neither the function nor a scheme.
+_REMEDIES = "fake_quant", "Rule(", "as two programs"
 
 
 def read_qonnx(
