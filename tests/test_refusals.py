@@ -188,3 +188,14 @@ def test_rows_that_the_model_clips_are_clipped():
     )
     ids = np.int32([-4, 3, 99])
     np.testing.assert_array_equal(program(ids), table[[0, 3, 9]])
+
+
+def test_a_bound_for_each_channel_becomes_one_for_all():
+    bounds = jnp.float32([[0.1, 0.2, 0.5, 0.0]])
+    product = lambda x: point(x) @ point(jnp.asarray(W), site="w")
+    fn = lambda x, bound: point(jnp.maximum(product(x), bound), site="y")
+    with pytest.raises(NotImplementedError, match="Use one bound for all") as error:
+        qjax.lower(lambda x: fn(x, bounds), X)
+    assert "jnp.maximum(x, 0.5)" in str(error.value)
+    one = lambda x: fn(x, 0.5)
+    np.testing.assert_array_equal(qjax.lower(one, X)(X), one(X))

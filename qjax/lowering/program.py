@@ -391,7 +391,8 @@ def _others(traced: Trace, model: Any) -> str:
     followers = len(residues) - len(causes)
     if len(residues) < 2:
         return ""
-    more = f"{followers} more equations only follow from"
+    one = followers == 1
+    more = f"{followers} more equation{'' if one else 's'} only follow{'s' * one} from"
     if len(causes) == 1:
         return f"\n{more} this one."
     named = [f"`{r.primitive}`" + (f" in {r.path!r}" if r.path else "") for r in causes]

@@ -336,7 +336,7 @@ def _bound(
     if np.any(known.value != bound):
         raise NotImplementedError(
             f"There is no integer rule for a bound per channel, met in {where(e)}.\n"
-            f"  equation: {e}"
+            f"  equation: {e}\nUse one bound for all, as in `jnp.maximum(x, 0.5)`."
         )
     return _within(builder, e, trace, x, ends, (a, b))
 

@@ -10,6 +10,7 @@ import pytest
 
 from qjax import quantizers
 from qjax.affine import dequantize
+from tests.conformance.nearness import check_near
 
 
 def _both_ways(f, *args):
@@ -80,19 +81,9 @@ def _compared(case, arrays):
     return np.ones(arrays["x"].shape, bool)
 
 
-def _within(got, wanted, rtol, atol, message=""):
-    np.testing.assert_allclose(
-        np.asarray(got, np.float64),
-        np.asarray(wanted, np.float64),
-        rtol=rtol,
-        atol=atol,
-        err_msg=message,
-    )
-
-
 def _check_close(case, got, wanted, at, rtol=1e-4, atol=1e-5, message=""):
     rtol, atol = (1e-4, 1e-5) if case["exactness"] == "allclose" else (rtol, atol)
-    _within(np.asarray(got)[at], wanted[at], rtol, atol, message)
+    check_near(np.asarray(got)[at], wanted[at], rtol, atol, message)
 
 
 def quantizer(case, arrays):
@@ -211,7 +202,7 @@ def quantizer_stateful(case, arrays):
             got["msqe_weight"] = state.msqe_weight
             for name in ("y", "dx", *states):
                 if f"{name}{i}" in arrays:
-                    _within(got[name], arrays[f"{name}{i}"], 1e-4, 1e-5, name)
+                    check_near(got[name], arrays[f"{name}{i}"], 1e-4, 1e-5, name)
 
 
 CHECKS = {f.__name__: f for f in (quantizer, quantizer_statistics, quantizer_stateful)}

@@ -18,6 +18,7 @@ from qjax.affine import QSpec, dequantize
 from qjax.quantizers import quantizeml as qml
 from qjax.rounding import floor_log2, round_log2
 from tests.conformance import described
+from tests.conformance.nearness import check_near
 
 
 def _both_ways(f, *args):
@@ -31,16 +32,6 @@ def _known(case, *names):
     if unread:
         pytest.fail(f"no check reads the fields {sorted(unread)}")
     return case["params"]
-
-
-def _check_near(got, wanted, rtol, atol, message=""):
-    np.testing.assert_allclose(
-        np.asarray(got, np.float64),
-        np.asarray(wanted, np.float64),
-        rtol=rtol,
-        atol=atol,
-        err_msg=message,
-    )
 
 
 def qml_observer(case, arrays):
@@ -64,10 +55,10 @@ def qml_observer(case, arrays):
             wanted = reduce(batches[0])
             for x in batches[1 : i + 1]:
                 wanted = wanted - (wanted - reduce(x)) * (1 - momentum)
-            _check_near(np.ravel(states[0].high), np.ravel(wanted), 1e-6, 1e-7)
+            check_near(np.ravel(states[0].high), np.ravel(wanted), 1e-6, 1e-7)
             continue
         for name, value in got.items():
-            _check_near(np.ravel(value), np.ravel(arrays[name][i]), 1e-6, 1e-7, name)
+            check_near(np.ravel(value), np.ravel(arrays[name][i]), 1e-6, 1e-7, name)
 
 
 # QuantizeML's numbers and quantizers.
