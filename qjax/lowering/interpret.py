@@ -197,11 +197,12 @@ def _spread(
 
     Elementwise equations broadcast axes of size 1 without a move; integers do not.
     """
+    if e.primitive.name not in POINTWISE:
+        return e, trace, operands
     shape = trace.shape(e.outputs[0])
     data = [k for k, x in enumerate(operands) if not isinstance(x, Known | KnownCodes)]
     own = [trace.shape(e.inputs[k]) for k in data]
-    is_whole = not data or np.broadcast_shapes(*own) == shape
-    if e.primitive.name not in POINTWISE or is_whole:
+    if not data or np.broadcast_shapes(*own) == shape:
         return e, trace, operands
     k, fresh = data[0], max(trace.avals) + 1
     dimensions = tuple(range(len(shape) - len(own[0]), len(shape)))
