@@ -11,7 +11,7 @@ from qjax.affine import (
     min_max_params,
     quantize,
 )
-from qjax.calibration import (
+from qjax.calibration.calibrators import (
     Calibrator,
     constant,
     ema_min_max,
@@ -21,8 +21,7 @@ from qjax.calibration import (
     moving_max,
     moving_min_max,
 )
-from qjax.formats.safetensors import load
-from qjax.histograms import entropy, histogram, mse, percentile
+from qjax.calibration.histograms import entropy, histogram, mse, percentile
 from qjax.inspection import (
     IntegerWeight,
     IntegerWeights,
@@ -33,20 +32,18 @@ from qjax.inspection import (
     integer_weights,
     scales,
 )
-from qjax.instrument import (
-    CalibrationError,
-    CalibrationInterrupt,
-    QuantizedModel,
-    calibrate,
-    quantize_model,
-)
 from qjax.integer import fixed_point, requantize
-from qjax.lowering import IntegerProgram, Verification, lower, verify
-from qjax.presets import QuantizationParams
-from qjax.rescaling import insert_rescaling
+from qjax.lowering import Verification, lower, verify
+from qjax.observation import CalibrationError, CalibrationInterrupt, calibrate
+from qjax.program import IntegerProgram, load
+from qjax.quantized_model import QuantizedModel, quantize_model
 from qjax.rounding import int_range
-from qjax.scheme import Constraints, Rule, Scheme, Site, Where, stack_schemes
-from qjax.scheme_json import SchemeError
+from qjax.schemes.codec import SchemeError
+from qjax.schemes.patterns import Site, Where
+from qjax.schemes.presets import QuantizationParams
+from qjax.schemes.rescaling import insert_rescaling
+from qjax.schemes.rules import Constraints, Rule
+from qjax.schemes.scheme import Scheme, stack_schemes
 
 __all__ = (
     "CalibrationError",

@@ -10,14 +10,15 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from qjax.affine import QParams, QSpec, dequantize, quantize
-from qjax.config import Explanation, dump_layers, explain_site
-from qjax.instrument import QState, QuantizedModel, Quantizer
+from qjax.model.simulate import Biases, Unit, Visit
+from qjax.model.visitors import QState, Quantizer
+from qjax.quantized_model import QuantizedModel
 from qjax.quantizers.point import Point, encode, levels, make_point
 from qjax.quantizers.spec import Spec, is_known
 from qjax.quantizers.strings import closest
-from qjax.scheme import Site
-from qjax.sharing import leaders
-from qjax.simulate import Biases, Unit, Visit
+from qjax.schemes.patterns import Site
+from qjax.schemes.quantizeml import Explanation, dump_layers, explain_site
+from qjax.schemes.sharing import leaders
 from qjax.tables import html_table, show_types, text_table
 
 
@@ -323,7 +324,8 @@ def dump_config(qmodel: QuantizedModel, qstate: QState | None = None) -> dict[st
     """Returns the quantizers of a model by layer: QuantizeML's JSON.
 
     ``quantize_model(..., q_config=...)`` takes it back, with the same ``qparams`` if
-    there were any; dumping after loading gives the same. The format: `qjax.config`.
+    there were any; dumping after loading gives the same. The format:
+    `qjax.schemes.quantizeml`.
 
     Args:
       qmodel: The model.

@@ -1,4 +1,4 @@
-"""Quantized layers for Flax Linen: thin shells over `qjax.layers`."""
+"""Quantized layers for Flax Linen: thin shells over `qjax.layers.products`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from qjax.affine import QParams, QSpec
-from qjax.calibration import Calibrator
-from qjax.layers import (
+from qjax.calibration.calibrators import Calibrator
+from qjax.layers.products import (
     CALIBRATOR,
     INPUT_SPEC,
     KERNEL_SPEC,
@@ -70,7 +70,8 @@ class QConv(nn.Module):
       features: Channels of the output.
       kernel_size: Per spatial axis.
       strides: Per spatial axis, or one for all.
-      padding: ``"SAME"``, ``"VALID"``, or sizes as `qjax.layers.conv` takes them.
+      padding: ``"SAME"``, ``"VALID"``, or sizes as
+        `qjax.layers.products.conv` takes them.
       kernel_dilation: As ``strides``.
       feature_group_count: Groups of channels.
       use_bias: Whether a bias is added.

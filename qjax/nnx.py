@@ -1,4 +1,4 @@
-"""Quantized layers for Flax NNX: thin shells over `qjax.layers`."""
+"""Quantized layers for Flax NNX: thin shells over `qjax.layers.products`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qjax.affine import QParams, QSpec
-from qjax.calibration import Calibrator
-from qjax.layers import (
+from qjax.calibration.calibrators import Calibrator
+from qjax.layers.products import (
     CALIBRATOR,
     INPUT_SPEC,
     KERNEL_SPEC,
@@ -85,7 +85,7 @@ class QConv(nnx.Module):
         site: str = "",
         rngs: nnx.Rngs,
     ):
-        """Makes the layer; windows as `qjax.layers.conv` takes them."""
+        """Makes the layer; windows as `qjax.layers.products.conv` takes them."""
         check_specs(x_spec, kernel_spec, site)
         init = nnx.initializers.lecun_normal()
         shape = (*kernel_size, in_features // feature_group_count, out_features)

@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import qjax
 from qjax.affine import QSpec
-from qjax.scheme import Rule, Scheme
+from qjax.schemes.rules import Rule
+from qjax.schemes.scheme import Scheme
 
 CALIBRATORS = {
     "min_max": qjax.min_max(),

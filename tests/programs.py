@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import qjax
 from qjax.affine import QSpec
 from qjax.quantizers import parse
-from qjax.scheme import Where
+from qjax.schemes.patterns import Where
 
 Step = tuple[str, tuple[Any, ...]]
 

@@ -7,10 +7,10 @@ import pytest
 from flax import linen as nn
 
 import qjax
-from qjax.instrument import Quantizer
+from qjax.model.simulate import Simulation
+from qjax.model.visitors import Quantizer
 from qjax.quantizers import parse
 from qjax.quantizers.point import straight
-from qjax.simulate import Simulation
 from tests.models import images, linen_example
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("flax_promotion")]

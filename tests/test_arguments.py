@@ -13,9 +13,10 @@ from flax import nnx
 
 import qjax
 from qjax.affine import QSpec
-from qjax.batches import as_inputs
+from qjax.calibration.batches import as_inputs
 from qjax.leaves import leaf_names
-from qjax.scheme import Rule, Scheme
+from qjax.schemes.rules import Rule
+from qjax.schemes.scheme import Scheme
 
 pytestmark = pytest.mark.usefixtures("flax_promotion")
 RNG = np.random.default_rng(0)

@@ -10,8 +10,9 @@ from jax import lax
 
 from qjax import quantizers
 from qjax.affine import QParams, QSpec, fake_quant
-from qjax.instrument import calibrate, quantize_model
 from qjax.lowering import lower, verify
+from qjax.observation import calibrate
+from qjax.quantized_model import quantize_model
 from tests.models import (
     NAMES,
     LinenResidual,

@@ -11,9 +11,11 @@ import pytest
 from absl.testing import parameterized
 from jax import lax
 
-from qjax.lowering import bodies, reference, xla
-from qjax.lowering.bodies import Window
-from qjax.lowering.graph import Graph, Node, Value
+from qjax.backends.xla import bodies
+from qjax.backends.xla import run as xla
+from qjax.backends.xla.bodies import Window
+from qjax.graph import reference
+from qjax.graph.graph import Graph, Node, Value
 
 pytestmark = pytest.mark.slow  # Many compilations.
 

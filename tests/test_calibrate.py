@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax import instrument
+from qjax import observation
 from qjax.affine import QSpec
-from qjax.batches import Schedule, cut, random_samples
-from qjax.scheme import Rule, Scheme
+from qjax.calibration.batches import Schedule, cut, random_samples
+from qjax.schemes.rules import Rule
+from qjax.schemes.scheme import Scheme
 from tests import calibrate_sharded
 from tests.calibrate_sharded import CALIBRATORS, eighths
 
@@ -379,7 +380,7 @@ def test_progress_shows_the_rate_and_what_remains(capfd):
 
 
 def test_an_xla_without_the_option_runs_without_it(monkeypatch):
-    options = instrument._compiler_options
+    options = observation._compiler_options
     assert options() is None or set(options()) == {
         "xla_cpu_experimental_ynn_fusion_type"
     }

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qjax.affine import QSpec, min_max_params
-from qjax.calibration import (
+from qjax.calibration.calibrators import (
     constant,
     ema_min_max,
     last_value,
@@ -21,7 +21,7 @@ from qjax.calibration import (
     moving_min_max,
     parse_calibrator,
 )
-from qjax.histograms import histogram, mse, percentile
+from qjax.calibration.histograms import histogram, mse, percentile
 from qjax.quantizers import tensorflow
 
 TRACKERS = {  # Of the same batch again and again, the range.

@@ -286,7 +286,9 @@ def test_schemes_with_it_stack_and_go_through_json(dense):
     schemes = [Scheme(QSpec(b, narrow_range=True, axis="output")) for b in (2, 4, 8)]
     for scheme in (*schemes, Scheme(QSpec(3, axis=None)), Scheme(QSpec(3, axis=-2))):
         assert Scheme.from_json(scheme.to_json()) == scheme
-    with pytest.raises(qjax.scheme_json.SchemeError, match=r'weights\.axis.*"output"'):
+    with pytest.raises(
+        qjax.schemes.codec.SchemeError, match=r'weights\.axis.*"output"'
+    ):
         Scheme.from_json('{"weights": {"axis": "outputs"}}')
     with pytest.raises(ValueError, match="\"output\" or None, got 'out'"):
         QSpec(axis="out")

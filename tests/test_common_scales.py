@@ -11,9 +11,10 @@ from jax import lax
 
 import qjax
 from qjax.affine import QParams, fake_quant
-from qjax.common_scales import kernel_index, move_index
-from qjax.scheme import Rule, Scheme
-from qjax.trace import evaluate, trace
+from qjax.model.common_scales import kernel_index, move_index
+from qjax.model.trace import evaluate, trace
+from qjax.schemes.rules import Rule
+from qjax.schemes.scheme import Scheme
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 RNG = np.random.default_rng(0)

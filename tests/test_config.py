@@ -13,8 +13,9 @@ import qjax
 from qjax import presets
 from qjax.affine import QSpec
 from qjax.quantizers import QuantizedBits
-from qjax.scheme import Rule, Where
-from qjax.scheme_json import SchemeError
+from qjax.schemes.codec import SchemeError
+from qjax.schemes.patterns import Where
+from qjax.schemes.rules import Rule
 from tests.models import images, linen_example
 
 pytestmark = pytest.mark.usefixtures("flax_promotion")

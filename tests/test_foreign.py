@@ -14,9 +14,10 @@ import pytest
 from absl.testing import parameterized
 
 import qjax
+from qjax.formats.tflite.build import Operator, Tensor, build_tflite
+from qjax.graph import reference
+from qjax.graph.operations import tflite as tflite_ops
 from qjax.integer import fixed_point, requantize, requantize_sum, tflite_multiplier
-from qjax.lowering import reference, tflite_ops
-from qjax.lowering.foreign import Operator, Tensor, build_tflite
 
 pytestmark = pytest.mark.slow  # Many compilations.
 

@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 import qjax
-from qjax.formats import files
+from qjax.graph import atomic as files
 from tests.models import images
 
 

@@ -13,7 +13,7 @@ import pytest
 import tflite
 
 from qjax.formats.tflite import read_tflite
-from qjax.lowering import reference
+from qjax.graph import reference
 
 pytestmark = pytest.mark.slow  # Many compilations.
 

@@ -17,8 +17,9 @@ from flax import nnx
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import qjax
-from qjax.lowering import AccumulatorOverflowError, graph, reference
-from qjax.lowering.passes import validate
+from qjax.graph import graph, reference
+from qjax.graph.passes import validate
+from qjax.lowering import AccumulatorOverflowError
 from tests.chains import Chain, chains
 from tests.models import images, linen_example, nnx_example
 from tests.programs import Linen, Nnx, Program, programs

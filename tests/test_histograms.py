@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 import qjax
 from qjax.affine import QSpec
-from qjax.histograms import BINS, entropy, histogram, mse, percentile
+from qjax.calibration.histograms import BINS, entropy, histogram, mse, percentile
 
 pytestmark = pytest.mark.slow  # Many compilations.
 

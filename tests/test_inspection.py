@@ -8,7 +8,8 @@ import pytest
 import qjax
 from qjax.affine import QSpec
 from qjax.quantizers import Binary, QuantizedBits, QuantizedUlaw, Ternary
-from qjax.scheme import Rule, Scheme
+from qjax.schemes.rules import Rule
+from qjax.schemes.scheme import Scheme
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(6, 5)).astype(np.float32)

@@ -11,7 +11,8 @@ import pytest
 
 import qjax
 from qjax.affine import QSpec
-from qjax.scheme import Rule, Scheme
+from qjax.schemes.rules import Rule
+from qjax.schemes.scheme import Scheme
 from tests.models import NAMES, Example, examples, images
 
 pytestmark = pytest.mark.usefixtures("flax_promotion")

@@ -12,8 +12,8 @@ import qjax
 import qjax.linen
 import qjax.nnx
 from qjax.affine import QSpec
-from qjax.layers import conv, quantized_product
-from qjax.lowering import reference
+from qjax.graph import reference
+from qjax.layers.products import conv, quantized_product
 from tests.models import images
 
 pytestmark = pytest.mark.usefixtures("flax_promotion")

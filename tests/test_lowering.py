@@ -11,11 +11,13 @@ from flax import nnx
 
 import qjax
 from qjax.affine import QParams, QSpec, fake_quant
+from qjax.graph import reference
 from qjax.integer import requantize
-from qjax.lowering import AccumulatorOverflowError, Graph, reference
-from qjax.lowering.program import check_integer_only
+from qjax.lowering import AccumulatorOverflowError, Graph
+from qjax.program import check_integer_only
 from qjax.rounding import half_away
-from qjax.scheme import Rule, Scheme
+from qjax.schemes.rules import Rule
+from qjax.schemes.scheme import Scheme
 from tests.models import NAMES, examples, images
 
 pytestmark = pytest.mark.usefixtures("flax_promotion")

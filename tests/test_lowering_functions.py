@@ -9,7 +9,7 @@ from jax import lax
 
 import qjax
 from qjax.affine import QParams, QSpec, fake_quant
-from qjax.lowering import reference
+from qjax.graph import reference
 from tests.models import images, linen_example
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("flax_promotion")]

@@ -8,8 +8,8 @@ from jax import lax
 
 import qjax
 from qjax.affine import QParams, QSpec, fake_quant
+from qjax.graph.reference import run
 from qjax.lowering.constants import codes_on, exact_grid
-from qjax.lowering.reference import run
 
 
 def point(x, scale=2.0**-5, site="a", bits=8, zero_point=0):

@@ -13,9 +13,11 @@ from jax import lax
 import qjax
 from experiments.benchmarks import norm
 from qjax.affine import QParams, QSpec, abs_max_params, fake_quant
-from qjax.instrument import calibrate, quantize_model
-from qjax.scheme import Rule, Scheme
-from qjax.simulate import Simulation
+from qjax.model.simulate import Simulation
+from qjax.observation import calibrate
+from qjax.quantized_model import quantize_model
+from qjax.schemes.rules import Rule
+from qjax.schemes.scheme import Scheme
 from tests.models import images
 
 pytestmark = pytest.mark.usefixtures("flax_promotion")

@@ -1,9 +1,12 @@
 """The face of the package: names, docstrings, README, no private JAX."""
 
+import ast
 import doctest
+import graphlib
 import importlib
 import pathlib
 import re
+import sys
 
 import pytest
 
@@ -45,23 +48,77 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert qmodel.scheme.rules
 
 
+# In the order of the README's layout: a line imports only from lines above its own.
+ROOMS = (
+    ("tables", "leaves", "mesh_axes", "rounding", "integer", "affine", "estimators"),
+    ("graph",),
+    ("backends",),
+    ("program",),
+    ("quantizers",),
+    ("calibration",),
+    ("schemes", "presets"),
+    ("layers",),
+    ("linen", "nnx"),
+    ("model",),
+    ("lowering",),
+    ("quantized_model",),
+    ("observation", "inspection"),
+    ("formats",),
+)
+EXCEPTIONS = {("qjax.graph.validation", "qjax.backends.xla.run")}
+
+
+def imports():
+    """Yields each module and each module that it imports, wherever it does."""
+    paths = sorted((ROOT / "qjax").rglob("*.py"))
+    dotted = lambda path: ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    names = {dotted(path).removesuffix(".__init__"): path for path in paths}
+    for name, path in names.items():
+        tree = ast.parse(path.read_text())
+        top = set(map(id, tree.body))
+        for node in ast.walk(tree):
+            found = []
+            if isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{name} imports by a relative name"
+                own = [f"{node.module}.{alias.name}" for alias in node.names]
+                found = [x if x in names else node.module for x in own]
+            for other in {x for x in found if x.partition(".")[0] == "qjax"}:
+                yield name, other, id(node) in top
+
+
 def test_rooms_import_only_from_rooms_above():
-    """In the order of the README's layout; only `IntegerProgram.save` reaches down."""
-    order = (
-        "tables leaves mesh_axes origin rounding affine estimators quantizers "
-        "calibration histograms patterns scheme sharing scheme_json presets "
-        "rescaling trace common_scales elementwise statistics normalisations "
-        "blocks channels sites config simulate batches arguments instrument "
-        "inspection layers linen nnx integer lowering formats"
-    ).split()
-    for path in sorted((ROOT / "qjax").rglob("*.py")):
-        parts = path.relative_to(ROOT / "qjax").with_suffix("").parts
-        if parts[0] == "__init__":
+    order = {room: k for k, line in enumerate(ROOMS) for room in line}
+    for name, other, is_at_top in imports():
+        assert is_at_top, f"{name} imports {other} late"
+        if name == "qjax" or other == "qjax" and name.count(".") == 0:
             continue
-        text = path.read_text()
-        assert "jax._src" not in text
-        for found in re.findall(r"^from qjax\.(\w+)", text, re.MULTILINE):
-            assert order.index(found) <= order.index(parts[0]), (path, found)
+        if (name, other) in EXCEPTIONS:
+            continue
+        ends = [x.split(".")[1] for x in (name, other)]
+        assert set(ends) <= set(order), f"{name} or {other} is in no room"
+        assert order[ends[1]] <= order[ends[0]], f"{name} imports {other}"
+
+
+def test_modules_import_each_other_in_no_circle():
+    edges = {}
+    for name, other, _ in imports():
+        if name != other and not name.startswith(f"{other}."):
+            edges.setdefault(name, set()).add(other)
+    assert len(edges) > 50
+    graphlib.TopologicalSorter(edges).prepare()  # Raises for a circle.
+
+
+def test_no_module_has_the_name_of_a_public_function():
+    paths = (ROOT / "qjax").rglob("*.py")
+    modules = {path.stem for path in paths} - {"__init__"}
+    public = {name for name in qjax.__all__ if callable(getattr(qjax, name))}
+    assert not modules & public
+    for name, module in list(sys.modules.items()):
+        package, _, base = name.rpartition(".")
+        if package.partition(".")[0] == "qjax":
+            assert getattr(sys.modules[package], base) is module, name
 
 
 def test_flax_is_imported_by_the_layers_alone():
@@ -72,7 +129,10 @@ def test_flax_is_imported_by_the_layers_alone():
 
 def test_examples_in_docstrings_exist():
     finder = doctest.DocTestFinder(exclude_empty=True)
-    names = ("affine", "rounding", "calibration", "scheme", "instrument", "integer")
+    names = (
+        *("affine", "rounding", "integer", "calibration.calibrators"),
+        *("schemes.scheme", "quantized_model", "observation"),
+    )
     for name in names:
         module = importlib.import_module(f"qjax.{name}")
         assert any(test.examples for test in finder.find(module)), name

@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 
 import qjax
 from qjax.affine import QSpec
-from qjax.lowering.packing import nbytes, pack, storage_bits, unpack
+from qjax.graph.packing import nbytes, pack, storage_bits, unpack
 
 _SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5)
 

@@ -8,8 +8,8 @@ import pytest
 
 import qjax
 from qjax.affine import QParams, QSpec, fake_quant
-from qjax.lowering.passes import drop_dead
-from qjax.lowering.validation import validate
+from qjax.graph.passes import drop_dead
+from qjax.graph.validation import validate
 
 
 def _point(x, site=""):

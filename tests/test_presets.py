@@ -13,8 +13,8 @@ from qjax import presets
 from qjax.affine import QSpec
 from qjax.quantizers import QuantizedBits, QuantizedRelu, parse
 from qjax.quantizers.low_bit import Binary
-from qjax.scheme import Where
-from qjax.scheme_json import SchemeError, from_json
+from qjax.schemes.codec import SchemeError
+from qjax.schemes.patterns import Where
 from tests.models import images, linen_example
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("flax_promotion")]
@@ -459,7 +459,7 @@ def test_json_there_and_back(name):
 )
 def test_bad_json_says_where(text, message):
     with pytest.raises(SchemeError, match=message):
-        from_json(text)
+        qjax.Scheme.from_json(text)
 
 
 @pytest.mark.parametrize(
@@ -485,13 +485,15 @@ def test_what_has_no_text(scheme, message):
 def test_other_whole_numbers_have_a_text():
     spec = QSpec(np.int8(4), np.bool_(False), axis=(np.int64(-1), 0))
     scheme = qjax.Scheme(activations=spec, buffer_bits=np.int64(20))
-    assert from_json(scheme.to_json()) == scheme
+    assert qjax.Scheme.from_json(scheme.to_json()) == scheme
     assert issubclass(qjax.SchemeError, ValueError)
 
 
 def test_presets_speak_of_many_models_and_their_text_says_so():
     for name in ("tflite_int8", "tflite_int16x8", "tfmot_int8", "quantizeml", "binary"):
-        assert all(r.optional for r in from_json(SCHEMES[name].to_json()).rules)
+        assert all(
+            r.optional for r in qjax.Scheme.from_json(SCHEMES[name].to_json()).rules
+        )
     assert not any(rule.optional for rule in SCHEMES["qkeras"].rules)
 
 

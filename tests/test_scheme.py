@@ -9,18 +9,12 @@ from absl.testing import parameterized
 
 import qjax
 from qjax.affine import QSpec
-from qjax.calibration import ema_min_max, min_max
-from qjax.histograms import percentile
+from qjax.calibration.calibrators import ema_min_max, min_max
+from qjax.calibration.histograms import percentile
 from qjax.quantizers import Binary, QuantizedBits, quantized_bits
-from qjax.scheme import (
-    Rule,
-    Scheme,
-    Site,
-    Where,
-    check_rules,
-    shadowed_rules,
-    stack_schemes,
-)
+from qjax.schemes.patterns import Site, Where
+from qjax.schemes.rules import Rule
+from qjax.schemes.scheme import Scheme, check_rules, shadowed_rules, stack_schemes
 
 KERNEL = Site("conv1/kernel", "weight", (3, 3, 1, 8))
 OUTPUT = Site("conv1/output", "activation", (1, 8, 8, 8))

@@ -10,8 +10,10 @@ import qjax
 from qjax import presets
 from qjax.affine import QSpec
 from qjax.quantizers.tensorflow import tflite_params
-from qjax.scheme import Constraints, Rule, Scheme, Site, Where
-from qjax.sharing import leaders, overwriters
+from qjax.schemes.patterns import Site, Where
+from qjax.schemes.rules import Constraints, Rule
+from qjax.schemes.scheme import Scheme
+from qjax.schemes.sharing import leaders, overwriters
 
 SAME = presets.tflite_int8(same_scales=True)
 

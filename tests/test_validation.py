@@ -20,10 +20,9 @@ from jax import lax
 
 import qjax
 from qjax.affine import QSpec, fake_quant
-from qjax.formats import safetensors as files
 from qjax.formats.tflite import read_tflite
-from qjax.lowering import reference
-from qjax.lowering.validation import validate
+from qjax.graph import files, reference
+from qjax.graph.validation import validate
 from tests import test_formats_tflite
 from tests.models import images
 

@@ -16,7 +16,9 @@ import qjax.nnx
 from qjax import presets
 from qjax import quantizers as qz
 from qjax.affine import QSpec
-from qjax.scheme import Rule, Scheme, Where
+from qjax.schemes.patterns import Where
+from qjax.schemes.rules import Rule
+from qjax.schemes.scheme import Scheme
 
 pytestmark = pytest.mark.slow
 

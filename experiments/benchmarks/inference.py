@@ -45,7 +45,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import qjax  # noqa: E402
 from experiments import models  # noqa: E402
 from experiments.config import option, parse  # noqa: E402
-from qjax.lowering import bodies  # noqa: E402
+from qjax.backends.xla import bodies
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """The integer compiler: from a traced program to integers only."""
 
-from qjax.lowering.graph import Graph
-from qjax.lowering.program import IntegerProgram, lower
-from qjax.lowering.rules_products import AccumulatorOverflowError
-from qjax.lowering.verify import Verification, verify
+from qjax.graph.graph import Graph
+from qjax.lowering.binding import Bound
+from qjax.lowering.pipeline import lower
+from qjax.lowering.rules.products import AccumulatorOverflowError
+from qjax.lowering.verification import Verification, verify
+from qjax.program import IntegerProgram
 
 __all__ = (
     "AccumulatorOverflowError",
+    "Bound",
     "Graph",
     "IntegerProgram",
     "Verification",

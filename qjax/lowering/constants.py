@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.affine import QParams, dequantize
-from qjax.lowering.graph import Grid, holds, storage
+from qjax.graph.graph import Grid, holds, storage
 from qjax.lowering.values import (
     Abstract,
     Builder,

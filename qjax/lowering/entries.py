@@ -2,13 +2,13 @@
 
 import numpy as np
 
+from qjax.graph.graph import Grid
 from qjax.leaves import at_start
-from qjax.lowering.graph import Grid
 from qjax.lowering.inputs import MOST_RANGE, integer_range
 from qjax.lowering.interpret import InputTwiceError, where
-from qjax.lowering.rules_shapes import move_again
+from qjax.lowering.rules.shapes import move_again
 from qjax.lowering.values import Abstract, Builder, Curve, Integers, Real
-from qjax.trace import Equation, Trace
+from qjax.model.trace import Equation, Trace
 
 
 def raw(

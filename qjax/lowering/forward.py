@@ -1,8 +1,8 @@
 """The arithmetic of the integer program inside a model that has derivatives.
 
-Runs a traced model as `qjax.simulate` does. What lies between two sites is computed in
-int32 and requantized as the integer program does it, with multipliers that are traced;
-derivatives are those of the fake-quantized model.
+Runs a traced model as `qjax.model.simulate` does. What lies between two sites is
+computed in int32 and requantized as the integer program does it, with multipliers that
+are traced; derivatives are those of the fake-quantized model.
 """
 
 import dataclasses
@@ -17,33 +17,40 @@ import numpy as np
 from jax import lax
 
 from qjax.affine import QParams, QSpec, dequantize, grid_codes, qpoint_p
-from qjax.blocks import SHAPE_MOVES, Block, bounds_of, is_quantizer
-from qjax.channels import output_scale
-from qjax.common_scales import Word
-from qjax.instrument import Quantizer
+from qjax.backends.xla import bodies
+from qjax.graph.graph import Node, storage
 from qjax.integer import (
     RequantizeRule,
     requantize_sum,
     traced_common_fixed_point,
     traced_fixed_point,
 )
-from qjax.lowering import bodies
-from qjax.lowering.graph import Node, storage
 from qjax.lowering.interpret import where
 from qjax.lowering.precision import find_half
-from qjax.lowering.rules_products import (
+from qjax.lowering.rules.products import (
     contracted_axes,
     conv_attributes,
     dot_attributes,
     storage_offset,
     to_output,
 )
-from qjax.normalisations import said
+from qjax.model.blocks import SHAPE_MOVES, Block, bounds_of, is_quantizer
+from qjax.model.channels import output_scale
+from qjax.model.common_scales import Word
+from qjax.model.normalisations import said
+from qjax.model.simulate import Simulation, Visit
+from qjax.model.trace import (
+    CALLS,
+    POINTWISE,
+    Equation,
+    evaluate,
+    quantizer_of,
+    whole_of,
+)
+from qjax.model.visitors import Quantizer
 from qjax.quantizers.point import make_point, straight
 from qjax.quantizers.spec import Spec, is_known
-from qjax.scheme import Site
-from qjax.simulate import Simulation, Visit
-from qjax.trace import CALLS, POINTWISE, Equation, evaluate, quantizer_of, whole_of
+from qjax.schemes.patterns import Site
 
 _NEUTRAL = frozenset("convert_element_type copy copy_p reduce_precision".split())
 _EXTREMES = frozenset(

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core.primitives import copy_p
 
-from qjax.blocks import SHAPE_MOVES
-from qjax.lowering.values import Abstract, Known, Real, compact
-from qjax.trace import POINTWISE, Equation, Trace
+from qjax.graph.builder import compact
+from qjax.lowering.values import Abstract, Known, Real
+from qjax.model.blocks import SHAPE_MOVES
+from qjax.model.trace import POINTWISE, Equation, Trace
 
 MOST_RANGE = 1 << 16  # Of integers that are tried one by one.
 _CASTS = ("convert_element_type", "reduce_precision")

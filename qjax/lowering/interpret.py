@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from jax.extend.core.primitives import broadcast_in_dim_p
 
 from qjax.affine import qpoint_p
-from qjax.blocks import RANDOM, REMEDIES, SHAPE_MOVES, place_of
+from qjax.graph.builder import compact
 from qjax.leaves import at_start
 from qjax.lowering.inputs import MOST_RANGE, follow, integer_range, is_place
 from qjax.lowering.values import (
@@ -26,12 +26,12 @@ from qjax.lowering.values import (
     KnownCodes,
     Real,
     Sum,
-    compact,
 )
-from qjax.normalisations import NORM, said
-from qjax.origin import origin_of
-from qjax.simulate import SITE_MARK
-from qjax.trace import (
+from qjax.model.blocks import RANDOM, REMEDIES, SHAPE_MOVES, place_of
+from qjax.model.normalisations import NORM, said
+from qjax.model.origin import origin_of
+from qjax.model.simulate import SITE_MARK
+from qjax.model.trace import (
     MOST_STEPS,
     POINTWISE,
     Equation,
@@ -40,25 +40,9 @@ from qjax.trace import (
     is_key,
     whole_of,
 )
+from qjax.program import Residue
 
 Rule = Callable[..., Abstract | tuple[Abstract, ...]]
-
-
-class Residue(NamedTuple):
-    """A part of a program that would stay float.
-
-    Attributes:
-      primitive: Of the equation.
-      path: Module path.
-      message: The equation, and what would remove it.
-      is_follower: Whether it reads what stays float for a cause before it: with the
-        cause it goes.
-    """
-
-    primitive: str
-    path: str
-    message: str
-    is_follower: bool = False
 
 
 class InputTwiceError(ValueError):
@@ -453,6 +437,6 @@ def _remedy(e: Equation, x: Abstract, role: str, site: str) -> str:
 
 
 def sites_of(path: str) -> tuple[str, str]:
-    """Reads the names of output and weight that `qjax.simulate` left in a path."""
+    """Reads the names of output and weight that `Simulation` left in a path."""
     output, _, weight = path.partition(SITE_MARK)[2].partition(",")
     return unquote(output), unquote(weight)

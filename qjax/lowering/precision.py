@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from qjax.lowering.interpret import Residue, where
-from qjax.trace import Equation, Trace
+from qjax.model.trace import Equation, Trace
 
 
 def find_half(

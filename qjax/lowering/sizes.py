@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from qjax.lowering.graph import Graph, Node
+from qjax.graph.graph import Graph, Node
 from qjax.lowering.interpret import where
-from qjax.trace import Equation, Trace, is_key
+from qjax.model.trace import Equation, Trace, is_key
 
 Lowered = tuple[Trace, Graph, Mapping[str, np.ndarray]]
 

@@ -15,10 +15,7 @@ from qjax.quantizers.activations import (
     smooth_sigmoid,
     smooth_tanh,
 )
-from qjax.quantizers.companding import (
-    QuantizedUlaw,
-    quantized_ulaw,
-)
+from qjax.quantizers.companding import QuantizedUlaw, quantized_ulaw
 from qjax.quantizers.curves import (
     QuantizedHswish,
     QuantizedRelu,
@@ -28,12 +25,6 @@ from qjax.quantizers.curves import (
     quantized_relu,
     quantized_sigmoid,
     quantized_tanh,
-)
-from qjax.quantizers.fixed_point import (
-    QuantizedBits,
-    QuantizedLinear,
-    quantized_bits,
-    quantized_linear,
 )
 from qjax.quantizers.learned import (
     LSQ,
@@ -50,6 +41,12 @@ from qjax.quantizers.learned import (
     lsq_plus_params,
     lsq_scale,
     pact,
+)
+from qjax.quantizers.linear import (
+    QuantizedBits,
+    QuantizedLinear,
+    quantized_bits,
+    quantized_linear,
 )
 from qjax.quantizers.low_bit import (
     Bernoulli,
@@ -72,26 +69,15 @@ from qjax.quantizers.msqe import (
     quantized_bits_msqe_po2,
     update_msqe_weight,
 )
-from qjax.quantizers.point import (
-    Quantized,
-    apply,
-    blend_noise,
-    encode,
-    levels,
-)
+from qjax.quantizers.point import Quantized, apply, blend_noise, encode, levels
 from qjax.quantizers.power_of_two import (
     QuantizedPo2,
     QuantizedReluPo2,
     quantized_po2,
     quantized_relu_po2,
 )
-from qjax.quantizers.spec import (
-    SPECS,
-    Spec,
-)
-from qjax.quantizers.strings import (
-    parse,
-)
+from qjax.quantizers.spec import SPECS, Spec
+from qjax.quantizers.strings import parse
 
 __all__ = (
     "LSQ",

@@ -11,9 +11,9 @@ from jax.typing import ArrayLike
 
 from qjax.affine import Estimator
 from qjax.quantizers.activations import InternalSigmoid, internal_sigmoid
-from qjax.quantizers.fixed_point import QuantizedBits, bits_point
+from qjax.quantizers.linear import QuantizedBits, bits_point
 from qjax.quantizers.point import Point, apply, point_of, round_steps
-from qjax.quantizers.scales import Axes, divide
+from qjax.quantizers.scaling import Axes, divide
 from qjax.quantizers.spec import Spec, check_number, is_known, require, static
 from qjax.quantizers.words import (
     Alpha,

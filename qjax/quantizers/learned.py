@@ -23,7 +23,7 @@ from qjax.quantizers.point import (
     sign,
     straight,
 )
-from qjax.quantizers.scales import divide
+from qjax.quantizers.scaling import divide
 from qjax.quantizers.spec import Spec, check_number, static
 from qjax.quantizers.words import as_float, check_word, settled
 from qjax.rounding import int_range, power_of_two

@@ -25,7 +25,7 @@ from qjax.quantizers.point import (
     sign_line,
     snap,
 )
-from qjax.quantizers.scales import (
+from qjax.quantizers.scaling import (
     EPSILON,
     LAST,
     Axes,

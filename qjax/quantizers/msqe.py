@@ -23,7 +23,7 @@ from jax.typing import ArrayLike
 
 from qjax.affine import Estimator, scale_shape
 from qjax.quantizers.point import Point, apply, finite, point_of
-from qjax.quantizers.scales import EPSILON, divide, spread
+from qjax.quantizers.scaling import EPSILON, divide, spread
 from qjax.quantizers.spec import Spec, check_number, require, static
 from qjax.quantizers.words import as_int, check_word, settled
 from qjax.rounding import power_of_two, round_log2

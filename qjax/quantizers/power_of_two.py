@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from qjax.affine import Estimator
 from qjax.quantizers.curves import leaky_relu
 from qjax.quantizers.point import Point, apply, finite, levels_of, point_of, sign
-from qjax.quantizers.scales import EPSILON
+from qjax.quantizers.scaling import EPSILON
 from qjax.quantizers.spec import Spec, check_number, is_known, require, static
 from qjax.quantizers.words import as_float, as_int, check_slope, check_word, settled
 from qjax.rounding import floor_log2, power_of_two, round_log2

@@ -19,7 +19,9 @@ from qjax import presets
 from qjax.affine import QSpec, scale_shape
 from qjax.presets import FUNCTIONS
 from qjax.quantizers import tensorflow as tf
-from qjax.scheme import Rule, Scheme, Site
+from qjax.schemes.patterns import Site
+from qjax.schemes.rules import Rule
+from qjax.schemes.scheme import Scheme
 from tests.conformance import keras_models as keras
 from tests.conformance.keras_models import Layer
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from qjax.batches import random_samples
+from qjax.calibration.batches import random_samples
 
 
 def qml_random(case, arrays):

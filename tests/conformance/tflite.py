@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.lowering import reference, xla
-from qjax.lowering.foreign import Operator, Tensor, build_tflite
+from qjax.backends.xla import run as xla
+from qjax.formats.tflite.build import Operator, Tensor, build_tflite
+from qjax.graph import reference
 from tests.conformance.tflite_grids import check_grids
 
 # What XNNPACK computes by its own rule. In graphs with others the reference kernels, or

@@ -1,0 +1,1 @@
+"""Bodies that run an integer graph."""

@@ -1,0 +1,306 @@
+"""The integer graph as a traced JAX function: integers in, integers out."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qjax.backends.xla import bodies
+from qjax.graph.graph import Graph, Node, holds
+from qjax.graph.operations import tflite as tflite_ops
+from qjax.integer import align_products, requantize, requantize_sum
+
+Body = Callable[[Node, Mapping[str, jax.Array], Sequence[jax.Array]], jax.Array]
+
+
+def run(
+    graph: Graph, params: Mapping[str, jax.Array], inputs: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """Computes all values of a graph.
+
+    Args:
+      graph: What to compute.
+      params: Its parameters, by name.
+      inputs: Codes, in the types of the graph.
+
+    Returns:
+      Every value by number. Under `jax.jit` those that are not used cost nothing.
+    """
+    env: dict[int, jax.Array] = dict(zip(graph.inputs, inputs, strict=True))
+    for node in graph.nodes:
+        env[node.output] = apply(graph, node, params, [env[v] for v in node.inputs])
+    return [env[v] for v in range(len(graph.values))]
+
+
+def apply(
+    graph: Graph,
+    node: Node,
+    params: Mapping[str, jax.Array],
+    inputs: Sequence[jax.Array],
+) -> jax.Array:
+    """Computes one node, in the type that the graph gives its output."""
+    out = _BODIES[node.operation](node, params, inputs)
+    return out.astype(graph.values[node.output].dtype)
+
+
+def _multiply(node, params, inputs):
+    x = inputs[0].astype(jnp.int32) - node.attributes["offset"]
+    kernel = params[node.params["kernel"]].astype(jnp.int32)
+    return bodies.shifted(x * kernel, node) + params[node.params["bias"]]
+
+
+def _sum(node, params, inputs):
+    axes = tuple(node.attributes["axes"])
+    sizes = [inputs[0].shape[a] for a in axes]
+    if sizes != node.attributes["sizes"]:
+        raise ValueError(
+            f"This program sums over axes {axes}, which had sizes "
+            f"{node.attributes['sizes']} when it was lowered and now have {sizes}. "
+            "Lower the model for this shape."
+        )
+    total = lax.reduce(inputs[0].astype(jnp.int32), jnp.int32(0), lax.add, axes)
+    return total + _wrapped(node.attributes["bias"])
+
+
+def _wrapped(number: int) -> jax.Array:
+    """An integer modulo 2^32: sums wrap and come back."""
+    return jnp.int32((number + (1 << 31)) % (1 << 32) - (1 << 31))
+
+
+def _sum_pool(node, params, inputs):
+    a = node.attributes
+    fill = jnp.int32(a["padding_code"])
+    config = [(low, high, 0) for low, high in a["padding"]]
+    x = lax.pad(inputs[0].astype(jnp.int32), fill, config)
+    total = lax.reduce_window(x, jnp.int32(0), lax.add, **_window(node, x.ndim))
+    return total + _wrapped(a["bias"])
+
+
+def _extreme_pool(node, params, inputs):
+    x = inputs[0]
+    window = _window(node, x.ndim)
+    window["padding"] = [tuple(pair) for pair in node.attributes["padding"]]
+    return lax.reduce_window(x, *_extreme(node, x), **window)
+
+
+def _reduce_extreme(node, params, inputs):
+    x = inputs[0]
+    return lax.reduce(x, *_extreme(node, x), tuple(node.attributes["axes"]))
+
+
+def _extreme(node: Node, x: jax.Array) -> tuple[jax.Array, Any]:
+    """What a maximum or a minimum starts from, and how it goes on."""
+    info = jnp.iinfo(x.dtype)
+    if node.operation.startswith("max"):
+        return jnp.asarray(info.min, x.dtype), lax.max
+    return jnp.asarray(info.max, x.dtype), lax.min
+
+
+def _dot_codes(node, params, inputs):
+    a = node.attributes
+    dimensions: Any = (tuple(map(tuple, a["contract"])), tuple(map(tuple, a["batch"])))
+    left, right = _differences(node, inputs)
+    return lax.dot_general(left, right, dimensions, preferred_element_type=jnp.int32)
+
+
+def _multiply_codes(node, params, inputs):
+    a, b = _differences(node, inputs)
+    return a * b
+
+
+def _differences(node: Node, inputs: Sequence[jax.Array]) -> list[jax.Array]:
+    """Codes less their zero points."""
+    pairs = zip(inputs, node.attributes["zero_points"], strict=True)
+    return [x.astype(jnp.int32) - z for x, z in pairs]
+
+
+def _table(node, params, inputs):
+    table, axis = params[node.params["table"]], node.attributes["axis"]
+    places = inputs[0].astype(jnp.int32) - node.attributes["low"]
+    if axis is None:
+        return jnp.take(table, places, axis=0, mode="clip")
+    sizes = [1] * places.ndim
+    sizes[axis] = places.shape[axis] if places.shape[axis] > 1 else table.shape[1]
+    channels = jnp.arange(sizes[axis], dtype=jnp.int32).reshape(sizes)
+    shape = jnp.broadcast_shapes(places.shape, channels.shape)
+    places, channels = (jnp.broadcast_to(v, shape) for v in (places, channels))
+    return table.reshape(-1).take(places * table.shape[1] + channels, mode="clip")
+
+
+def _embed(node, params, inputs):
+    kernel = params[node.params["kernel"]]
+    rows = jnp.where(inputs[0] < 0, inputs[0] + kernel.shape[0], inputs[0])
+    return jnp.take(kernel, rows, axis=0, mode="clip")
+
+
+def _take(node, params, inputs):
+    places = params[node.params["places"]]
+    if node.attributes.get("crosses_examples"):
+        return jnp.take(inputs[0].reshape(-1), places, mode="clip")
+    flat = inputs[0].reshape((inputs[0].shape[0], math.prod(inputs[0].shape[1:])))
+    return jnp.take(flat, places, axis=1, mode="clip")
+
+
+def _constant(node, params, inputs):
+    value = params[node.params["value"]]
+    if not inputs or value.shape[0] != 1:
+        return value
+    return jnp.broadcast_to(value, (inputs[0].shape[0], *value.shape[1:]))
+
+
+def _compare(node, params, inputs):
+    a = node.attributes
+    with jax.enable_x64(True):
+        left, right = (
+            x.astype(jnp.int64) - z
+            for x, z in zip(inputs, a["zero_points"], strict=True)
+        )
+        pair = align_products(left, right, a["multipliers"], a["exponents"])
+        return getattr(lax, a["kind"])(*pair).astype(jnp.int8)
+
+
+def _select(node, params, inputs):
+    which, *cases = inputs
+    return lax.select_n(which != 0 if len(cases) == 2 else which, *_aligned(cases))
+
+
+def _concatenate(node, params, inputs):
+    return lax.concatenate(_aligned(inputs), node.attributes["axis"])
+
+
+def _aligned(inputs: Sequence[jax.Array]) -> Sequence[jax.Array]:
+    """Values of one type."""
+    if len({x.dtype for x in inputs}) == 1:
+        return inputs
+    return [x.astype(jnp.int32) for x in inputs]
+
+
+def _arg_extreme(node, params, inputs):
+    find = lax.argmax if node.operation == "argmax" else lax.argmin
+    return find(inputs[0], node.attributes["axis"], jnp.int32)
+
+
+def _window(node: Node, rank: int) -> dict[str, Any]:
+    a = node.attributes
+    return {
+        "window_dimensions": a["window"],
+        "window_strides": a["strides"],
+        "padding": [(0, 0)] * rank,
+        "base_dilation": a["base_dilation"],
+        "window_dilation": a["dilation"],
+    }
+
+
+def _requantize(node, params, inputs):
+    a = node.attributes
+
+    def rescale(acc):
+        return requantize(
+            acc - a["input_zero_point"],
+            params[node.params["multiplier"]],
+            params[node.params["shift"]],
+            a["zero_point"],
+            qmin=a["low"],
+            qmax=a["high"],
+            rule=a["rule"],
+        )
+
+    if a.get("is_wide"):  # 32-bit codes, more than 31 bits from their zero point.
+        with jax.enable_x64(True):
+            return rescale(inputs[0].astype(jnp.int64))
+    return rescale(inputs[0].astype(jnp.int32))
+
+
+def _add(node, params, inputs):
+    a = node.attributes
+    offsets = (jnp.int32(z) for z in a["input_zero_points"])
+    multipliers = (jnp.int32(m) for m in a["multipliers"])
+
+    def add(*inputs):
+        codes = (x.astype(jnp.int32) - z for x, z in zip(inputs, offsets, strict=True))
+        terms = list(zip(codes, multipliers, strict=True))
+        ends = {"qmin": a["low"], "qmax": a["high"]}
+        return requantize_sum(terms, jnp.int32(a["shift"]), a["zero_point"], **ends)
+
+    # Or XLA:CPU fuses a chain of residual sums into each of its readers.
+    return bodies.alone(add, *inputs)
+
+
+def _clip(node, params, inputs):
+    x = inputs[0]
+    ends = (jnp.asarray(node.attributes[k], x.dtype) for k in ("low", "high"))
+    return jnp.clip(x, *ends)
+
+
+def _reshape(node, params, inputs):
+    first, *rest = node.attributes["sizes"] or [1]
+    if first == -1 and not math.prod(rest):
+        return inputs[0].reshape([inputs[0].shape[0], *rest])
+    return inputs[0].reshape(node.attributes["sizes"])
+
+
+def _broadcast(node, params, inputs):
+    a = node.attributes
+    own = dict(zip(a["dimensions"], inputs[0].shape, strict=True))
+    sizes = [own[d] if n is None else n for d, n in enumerate(a["sizes"])]
+    return lax.broadcast_in_dim(inputs[0], sizes, a["dimensions"])
+
+
+def _transpose(node, params, inputs):
+    return inputs[0].transpose(node.attributes["permutation"])
+
+
+def _rev(node, params, inputs):
+    return lax.rev(inputs[0], node.attributes["axes"])
+
+
+def _slice(node, params, inputs):
+    a = node.attributes
+    ends = zip(a["start"], a["stop"], a["steps"], strict=True)
+    return inputs[0][tuple(slice(*end) for end in ends)]
+
+
+def _pad(node, params, inputs):
+    x, code = inputs[0], node.attributes["padding_code"]
+    x = x if holds(str(x.dtype), code, code) else x.astype(jnp.int32)
+    fill = jnp.asarray(code, x.dtype)
+    return lax.pad(x, fill, [tuple(c) for c in node.attributes["padding"]])
+
+
+_BODIES: dict[str, Body] = {
+    "dot": bodies.dot,
+    "conv": bodies.conv,
+    "multiply": _multiply,
+    "sum": _sum,
+    "sum_pool": _sum_pool,
+    "requantize": _requantize,
+    "add": _add,
+    "clip": _clip,
+    "dot_codes": _dot_codes,
+    "multiply_codes": _multiply_codes,
+    "table": _table,
+    "embed": _embed,
+    "take": _take,
+    "constant": _constant,
+    "compare": _compare,
+    "select": _select,
+    "maximum": lambda node, params, inputs: jnp.maximum(*_aligned(inputs)),
+    "minimum": lambda node, params, inputs: jnp.minimum(*_aligned(inputs)),
+    "concatenate": _concatenate,
+    "argmax": _arg_extreme,
+    "argmin": _arg_extreme,
+    "max": _reduce_extreme,
+    "min": _reduce_extreme,
+    "max_pool": _extreme_pool,
+    "min_pool": _extreme_pool,
+    "reshape": _reshape,
+    "transpose": _transpose,
+    "slice": _slice,
+    "rev": _rev,
+    "pad": _pad,
+    "broadcast": _broadcast,
+    **tflite_ops.XLA_BODIES,
+}

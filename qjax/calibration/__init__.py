@@ -1,0 +1,1 @@
+"""Finds the range of values: calibrators, histograms, batches."""

@@ -1,0 +1,106 @@
+"""Rules of QONNX graphs that move values, and choose among them."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from qjax.formats.qonnx.ops import Operator, Value, rule
+from qjax.formats.qonnx.values import Data, Known, moved, of_codes
+
+
+@rule("ArgMax")
+def _arg_max(op: Operator, x: Data) -> Value:
+    axis = op.attributes.get("axis", 0)
+    keepdims = bool(op.attributes.get("keepdims", 1))
+    return Data(jnp.argmax(x.real(), axis, keepdims=keepdims))
+
+
+@rule("Reshape")
+def _reshape(op: Operator, x: Data, shape: Known | None = None) -> Value:
+    found = op.attributes["shape"] if shape is None else shape.value.tolist()
+    sizes = [x.shape[d] if n == 0 else int(n) for d, n in enumerate(found)]
+    if not sizes:
+        raise NotImplementedError("A tensor without axes has no batch.")
+    return _reshaped(x, sizes, op.batch)
+
+
+def _reshaped(x: Data, sizes: list[int], batch: int) -> Data:
+    """Gives values a shape; a leading size of the batch in the file is the batch."""
+
+    def move(y: Any) -> Any:
+        own = list(sizes)
+        if own[0] in (batch, x.shape[0]):
+            own[0] = y.shape[0]
+        return y.reshape(own)
+
+    return moved(x, move, is_order_kept=False)
+
+
+@rule("Flatten")
+def _flatten(op: Operator, x: Data) -> Value:
+    axis = op.attributes.get("axis", 1) % len(x.shape)
+    if axis != 1:
+        raise NotImplementedError("Flatten must keep the batch: axis = 1.")
+    return _reshaped(x, [x.shape[0], math.prod(x.shape[1:])], op.batch)
+
+
+@rule("Transpose")
+def _transpose(op: Operator, x: Data) -> Value:
+    order = op.attributes.get("perm", range(len(x.shape))[::-1])
+    return moved(x, lambda y: y.transpose(order), is_order_kept=False)
+
+
+@rule("Squeeze")
+def _squeeze(op: Operator, x: Data, axes: Known | None = None) -> Value:
+    found = _axes(op, axes, len(x.shape))
+    if not found:
+        found = tuple(d for d, n in enumerate(x.shape) if d and n == 1)
+    return moved(x, lambda y: y.squeeze(found), is_order_kept=False)
+
+
+@rule("Unsqueeze")
+def _unsqueeze(op: Operator, x: Data, axes: Known | None = None) -> Value:
+    count = len(op.attributes.get("axes", ())) if axes is None else axes.value.size
+    found = _axes(op, axes, len(x.shape) + count)
+    sizes = list(x.shape)
+    for d in sorted(found):
+        sizes.insert(d, 1)
+    return _reshaped(x, sizes, x.shape[0])
+
+
+def _axes(op: Operator, axes: Known | None, rank: int) -> tuple[int, ...]:
+    found = op.attributes.get("axes", ()) if axes is None else axes.value.tolist()
+    return tuple(int(d) % rank for d in found)
+
+
+@rule("Pad")
+def _pad(op: Operator, x: Data, *rest: Known | None) -> Value:
+    known = [None if r is None else r.value for r in (*rest, None, None)]
+    pads = op.attributes.get("pads") if known[0] is None else known[0].tolist()
+    fill = op.attributes.get("value", 0.0) if known[1] is None else known[1].item()
+    mode = op.attributes.get("mode", "constant")
+    if mode != "constant" or fill or len(rest) > 2 or pads is None:
+        raise NotImplementedError("Pad must be by a constant 0, over all axes.")
+    rank = len(x.shape)
+    widths = list(zip(pads[:rank], pads[rank:], strict=True))
+    y = jnp.pad(x.real(), [(int(a), int(b)) for a, b in widths])
+    if x.grid is None:
+        return Data(y)
+    ends = min(x.grid.low, 0), max(x.grid.high, 0)
+    return of_codes(y, dataclasses.replace(x.grid, low=ends[0], high=ends[1]))
+
+
+@rule("Concat")
+def _concat(op: Operator, *parts: Value) -> Value:
+    axis = op.attributes["axis"]
+    data = [p for p in parts if isinstance(p, Data)]
+    if len(data) != len(parts):
+        raise NotImplementedError("Concat of constants and values has no rule.")
+    y = jnp.concatenate([p.real() for p in data], axis)
+    grids = [p.grid for p in data if p.grid is not None]
+    if len(grids) < len(data) or len({g.scale for g in grids}) > 1:
+        return Data(y)
+    low, high = min(g.low for g in grids), max(g.high for g in grids)
+    return of_codes(y, dataclasses.replace(grids[0], low=low, high=high))

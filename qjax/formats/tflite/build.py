@@ -1,0 +1,173 @@
+"""Graphs of TFLite operators as integer programs that give its codes, bit for bit.
+
+What reads a file describes it as `Tensor`s and `Operator`s; `build_tflite` makes the
+program. The codes are those of TFLite's reference kernels. Weights and scales stay as
+they are; what differs from native programs is how they round, which the nodes name.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.formats.tflite import moves as tflite_moves
+from qjax.formats.tflite import products as tflite_products
+from qjax.formats.tflite import rules as tflite_rules
+from qjax.formats.tflite.tensors import RULES, Call, Growth, Operator, Rules, Tensor
+from qjax.graph.graph import Graph
+from qjax.graph.validation import validate
+from qjax.integer import RequantizeRule
+from qjax.lowering.sizes import Lowered, find_fixed
+from qjax.model.trace import Trace
+from qjax.program import IntegerProgram, float_values
+
+# Importing them fills the rule table.
+assert tflite_products and tflite_rules
+
+__all__ = ("Operator", "Tensor", "build_tflite")
+
+
+def build_tflite(
+    tensors: Sequence[Tensor],
+    operators: Sequence[Operator],
+    inputs: Sequence[int],
+    outputs: Sequence[int],
+    *,
+    rule: RequantizeRule = "tflite_double",
+    dense_rule: RequantizeRule | None = None,
+) -> IntegerProgram:
+    """Builds the integer program of a TFLite graph.
+
+    Args:
+      tensors: All tensors.
+      operators: In the order of their execution.
+      inputs: Numbers of the input tensors. One of float32 must go to a ``QUANTIZE``
+        and nowhere else; its codes become the input.
+      outputs: Numbers of the output tensors, codes or what ``DEQUANTIZE`` makes of
+        them.
+      rule: How 32-bit accumulators are rescaled. ``tflite_double`` is what TFLite's
+        reference kernels do, ``tflite_single`` what they do when built to round once.
+        ``fp32_half_even`` is what XNNPACK does to products and, but for exact ties, to
+        means; ``QUANTIZE`` has 8 bits then, and the rest stays as it is.
+      dense_rule: The same for ``FULLY_CONNECTED`` alone, which LiteRT 2 rounds once;
+        None for ``rule``.
+
+    Returns:
+      The program. Its sites are the tensors, under their names. The leading size of an
+      input may differ at call time where the operators are the same with another one,
+      as TFLite has them for inputs that are resized; shapes that the file fixes have
+      the batch as their leading size. Else calls with another one are refused. Whole
+      numbers, of ``ARG_MAX``, are int32.
+
+    Raises:
+      NotImplementedError: for an operator or an option that has no rule, by name.
+      OverflowError: if an accumulator could leave int32.
+      ValueError: if the graph contradicts itself.
+    """
+    is_xnnpack = rule == "fp32_half_even"
+    integer: RequantizeRule = "tflite_double" if is_xnnpack else rule
+    rules = Rules(integer, dense_rule or integer, is_xnnpack)
+
+    file: list[Tensor] = []  # Once they are known.
+
+    def grow(*shaped: Any) -> Lowered:
+        shapes = {k: x.shape for k, x in zip(inputs, shaped, strict=True)}
+        growth = Growth(tensors, rules, shapes, file or None)
+        grown = _grown(growth, operators, inputs, outputs)
+        file[:] = file or growth.tensors
+        return Trace((), (), (), {}, {}), *grown
+
+    given = tuple(jax.ShapeDtypeStruct(tensors[k].shape, jnp.int32) for k in inputs)
+    _, graph, arrays = found = grow(*given)
+    values = list(graph.values)
+    for k, reason in find_fixed(lambda xs: grow(*xs), given, found).items():
+        v = graph.inputs[k]
+        values[v] = dataclasses.replace(values[v], fixed_by=reason)
+    graph = dataclasses.replace(graph, values=tuple(values))
+    params = {name: jnp.asarray(p) for name, p in arrays.items()}
+    count = len(graph.outputs)
+    trees = [(0,) * len(inputs), 0 if count == 1 else (0,) * count]
+    program = IntegerProgram(graph, params, *map(jax.tree.structure, trees))
+    validate(graph, params)
+    floats = float_values(program)
+    assert not floats, f"the integer program computes floating-point values: {floats}"
+    return program
+
+
+def _grown(
+    growth: Growth,
+    operators: Sequence[Operator],
+    inputs: Sequence[int],
+    outputs: Sequence[int],
+) -> tuple[Graph, dict[str, np.ndarray]]:
+    """The integer graph of the operators, and its parameters."""
+    for k in inputs:
+        if growth.tensors[k].dtype != "float32":
+            growth.add_input(k, k)
+    for number, op in enumerate(operators):
+        call = Call(op, growth)
+        with _named(number, call):
+            if _gives_shape(call):
+                tflite_moves.fold(call)
+            else:
+                _add(call)
+    missing = [growth.tensors[k].name for k in inputs if k not in growth.inputs]
+    if missing:
+        raise NotImplementedError(
+            f"The input {missing[0]!r} is float32 and goes to no QUANTIZE. Only the "
+            "integer part of a graph can be built."
+        )
+    ends = tuple(growth.value(k) for k in outputs)
+    graph = growth.builder.graph(tuple(growth.inputs[k] for k in inputs), ends)
+    return graph, growth.builder.params
+
+
+@contextlib.contextmanager
+def _named(number: int, call: Call) -> Iterator[None]:
+    """Puts the operator before whatever its rule says of it."""
+    try:
+        yield
+    except Exception as error:
+        kinds = (NotImplementedError, OverflowError)
+        kind = next((k for k in kinds if isinstance(error, k)), ValueError)
+        text = str(error) if kind in kinds or type(error) is ValueError else repr(error)
+        name = call.output().name
+        raise kind(
+            f"Operator {number} ({call.op.name}, output {name!r}): {text}"
+        ) from error
+
+
+def _gives_shape(call: Call) -> bool:
+    """Whether an operator computes integers that are no codes."""
+    outputs = [call.output(place) for place in range(len(call.op.outputs))]
+    if call.op.name in ("ARG_MAX", "ARG_MIN"):
+        return False
+    return all(not t.scale and t.dtype in ("int32", "int64") for t in outputs)
+
+
+_STATEFUL = (
+    *("SVDF", "LSTM", "RNN", "UNIDIRECTIONAL_SEQUENCE_LSTM"),
+    *("UNIDIRECTIONAL_SEQUENCE_RNN", "BIDIRECTIONAL_SEQUENCE_LSTM"),
+    *("BIDIRECTIONAL_SEQUENCE_RNN", "VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE"),
+)
+
+
+def _add(call: Call) -> None:
+    name = call.op.name
+    if name in _STATEFUL:
+        raise NotImplementedError(
+            f"TFLite's {name} keeps a state between calls, which a program of inputs "
+            "and outputs does not have, so it has no rule. Convert the model with its "
+            "steps unrolled."
+        )
+    if name not in RULES:
+        known = ", ".join(sorted(RULES))
+        raise NotImplementedError(
+            f"TFLite's {name} has no rule. Its output is {call.output().name!r}. Known "
+            f"are {known}."
+        )
+    RULES[name](call)

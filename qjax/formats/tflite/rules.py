@@ -1,0 +1,267 @@
+"""Rules of the TFLite operators that compute, but for products."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qjax.formats.tflite import tables
+from qjax.formats.tflite.products import (
+    Rescaling,
+    broadcast,
+    byte_rescaling,
+    exact_rescaling,
+    float_rescaling,
+    operands,
+    requantize,
+    strides,
+    window,
+)
+from qjax.formats.tflite.tensors import Call, bounds, tflite_rule
+from qjax.integer import tflite_multiplier
+
+# From grid to grid.
+
+
+@tflite_rule("QUANTIZE")
+def _quantize(call: Call) -> None:
+    if call.tensor().dtype == "float32":
+        if call.op.inputs[0] in call.growth.inputs:
+            raise call.refuse("an input that another QUANTIZE has taken")
+        call.growth.add_input(call.op.inputs[0], call.op.outputs[0])
+        return
+    x, y = call.codes(), call.y
+    rescaling = exact_rescaling(call, np.float64(x.scale) / np.float64(y.scale))
+    same = call.tensor().dtype == call.output().dtype
+    if call.growth.rules.is_xnnpack and same and not x.is_wide:
+        rescaling = byte_rescaling(x.scale / y.scale)
+    requantize(call, call.value(), rescaling, (y.low, y.high), x.zero_point)
+
+
+@tflite_rule("DEQUANTIZE")
+def _dequantize(call: Call) -> None:
+    """The end of the integers: the program itself gives real numbers."""
+    call.growth.values[call.op.outputs[0]] = call.value()
+
+
+@tflite_rule("RELU", "RELU6", "RELU_N1_TO_1")
+def _relu(call: Call) -> None:
+    x, y = call.codes(), call.y
+    rescaling = exact_rescaling(call, np.float64(x.scale / y.scale))
+    ends = bounds(call.op.name, y)
+    requantize(call, call.value(), rescaling, ends, x.zero_point)
+
+
+# Sums and means.
+
+
+@tflite_rule("ADD", "SUB")
+def _add(call: Call) -> None:
+    a, b, y = call.codes(0), call.codes(1), call.y
+    ends = call.activation()
+    left = 15 if y.is_wide else 20
+    twice = 2.0 * float(max(a.scale, b.scale))
+    pairs = [tflite_multiplier(float(c.scale) / twice) for c in (a, b)]
+    signs = (1, -1 if call.op.name == "SUB" else 1)
+    multiplier, shift = tflite_multiplier(twice / (2.0**left * float(y.scale)))
+    values = operands(call)
+    call.emit(
+        "tflite_add",
+        values,
+        ends,
+        shape=broadcast(call, values),
+        left_shift=left,
+        zero_points=[a.zero_point, b.zero_point],
+        multipliers=[sign * int(m) for sign, (m, _) in zip(signs, pairs, strict=True)],
+        shifts=[int(n) for _, n in pairs],
+        multiplier=int(multiplier),
+        shift=int(shift),
+        zero_point=y.zero_point,
+        low=ends[0],
+        high=ends[1],
+        rule=call.growth.rules.integer,
+    )
+
+
+@tflite_rule("AVERAGE_POOL_2D")
+def _average_pool(call: Call) -> None:
+    value, (low, high) = call.value(), call.activation()
+    v, (shape, attributes) = call.known(value), pool(call)
+    taps = math.prod(attributes["window"])
+    ends = min(taps * v.low, 0), max(taps * v.high, 0)
+    total = call.add(
+        "sum_pool", (value,), shape, ends, bias=0, padding_code=0, **attributes
+    )
+    params = {"counts": _counts(attributes, v.shape, shape)}
+    ends = low, high
+    call.emit("tflite_average", (total,), ends, params=params, low=low, high=high)
+
+
+def pool(call: Call) -> tuple[list[int], dict[str, Any]]:
+    """The shape and the attributes of a pool."""
+    n, *spatial, c = call.tensor().shape
+    taps = [int(call.op.options[f"filter_{d}"]) for d in ("height", "width")]
+    steps = strides(call)
+    axes = zip(spatial, taps, steps, strict=True)
+    sizes, pads = zip(*(window(call, *axis) for axis in axes), strict=True)
+    return [n, *sizes, c], {
+        "window": [1, *taps, 1],
+        "strides": [1, *steps, 1],
+        "padding": [[0, 0], *pads, [0, 0]],
+        "base_dilation": [1, 1, 1, 1],
+        "dilation": [1, 1, 1, 1],
+    }
+
+
+def _counts(
+    pool: Mapping[str, Any], size: Sequence[int], out: Sequence[int]
+) -> np.ndarray:
+    """How many inputs lie in each window: padding does not count."""
+    found = []
+    for d in (1, 2):
+        start = np.arange(out[d]) * pool["strides"][d] - pool["padding"][d][0]
+        stop = np.minimum(start + pool["window"][d], size[d])
+        found.append(stop - np.maximum(start, 0))
+    counts = found[0][:, None] * found[1]
+    return counts.reshape(1, *counts.shape, 1).astype(np.int32)
+
+
+@tflite_rule("MEAN", "SUM")
+def _mean(call: Call) -> None:
+    """Of SUM these are the codes of all kernels but 2.19's reference, which wraps."""
+    x, y, value = call.codes(), call.y, call.value()
+    v, over = call.known(value), axes(call)
+    sizes = [v.shape[d] for d in over]
+    taps = math.prod(sizes)
+    total = call.add(
+        "sum",
+        (value,),
+        [n for d, n in enumerate(v.shape) if d not in over],
+        (taps * (v.low - x.zero_point), taps * (v.high - x.zero_point)),
+        axes=over,
+        sizes=sizes,
+        bias=-taps * x.zero_point,
+    )
+    total = call.reshaped(total, reduced_shape(call, v.shape, over))
+    divisor = taps if call.op.name == "MEAN" else 1
+    multiplier, shift, rule = exact_rescaling(
+        call, np.float64(x.scale) / np.float64(y.scale)
+    )
+    # The division goes into the multiplier.
+    more = min(divisor.bit_length() - 1, 32, 62 - int(shift))
+    rescaling = Rescaling((int(multiplier) << more) // divisor, int(shift) + more, rule)
+    if call.growth.rules.is_xnnpack and not x.is_wide:
+        rescaling = float_rescaling(x.scale / (y.scale * np.float32(divisor)))
+    requantize(call, total, rescaling, (y.low, y.high))
+
+
+def reduced_shape(call: Call, shape: Sequence[int], over: Sequence[int]) -> list[int]:
+    """What is left of a shape."""
+    keeps = bool(call.option("keep_dims", False))
+    return [
+        1 if d in over else n for d, n in enumerate(shape) if keeps or d not in over
+    ]
+
+
+def axes(call: Call) -> list[int]:
+    """The axes that an operator reduces."""
+    rank = len(call.tensor().shape)
+    return sorted({int(d) % rank for d in np.ravel(call.constant(1))})
+
+
+@tflite_rule("SOFTMAX")
+def _softmax(call: Call) -> None:
+    x, y, value = call.codes(), call.y, call.value()
+    beta, ends = float(call.option("beta", 1.0)), (y.low, y.high)
+    check_output(call, 2.0**-15 if y.is_wide else 2.0**-8, 0 if y.is_wide else y.low)
+    if call.tensor().dtype != call.output().dtype:
+        raise call.refuse(f"an input of type {call.tensor().dtype}")
+    if call.tensor().shape[-1] > 4095:
+        raise call.refuse("more than 4,095 numbers, which overflow its sum,")
+    if y.is_wide:
+        pair = tables.wide_softmax_tables(x.scale, beta)
+        named = zip(("exponentials", "reciprocals"), pair, strict=True)
+        params = {role: table.astype(np.int32) for role, table in named}
+        ends = (0, y.high)
+        call.emit("tflite_softmax16", (value,), ends, params=params, high=y.high)
+        return
+    params = {"exponentials": tables.exponential_table(x.scale, beta).astype(np.int32)}
+    low, high = ends
+    call.emit("tflite_softmax", (value,), ends, params=params, low=low, high=high)
+
+
+def check_output(call: Call, scale: float, zero_point: int) -> None:
+    """Raises NotImplementedError if the output has another grid than it must have."""
+    found = float(call.y.scale), call.y.zero_point
+    if found != (scale, zero_point):
+        raise call.refuse(
+            f"the output scale and zero point {found}",
+            f" Known is {scale, zero_point}.",
+        )
+
+
+# Functions of codes: tables.
+
+
+def _table(call: Call, table: np.ndarray, axis: int | None = None) -> None:
+    """Looks codes up in a table of all codes of their type."""
+    value = call.value()
+    v, least = call.known(value), call.codes().low
+    table = table[v.low - least : v.high - least + 1].astype(call.output().dtype)
+    ends = int(table.min()), int(table.max())
+    call.emit("table", (value,), ends, params={"table": table}, low=v.low, axis=axis)
+
+
+_FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "ELU": lambda x: np.where(x < 0, np.expm1(x), x),
+    "EXP": np.exp,
+    "GELU": tables.gelu,
+    "LOGISTIC": tables.sigmoid,
+    "TANH": np.tanh,
+}
+_WIDE_TABLES = {"LOGISTIC": tables.wide_sigmoid_table, "TANH": tables.wide_tanh_table}
+
+
+@tflite_rule(*_FUNCTIONS)
+def _function(call: Call) -> None:
+    x, y, name = call.codes(), call.y, call.op.name
+    if x.is_wide and name in _WIDE_TABLES:
+        check_output(call, 2.0**-15, 0)
+        _table(call, _WIDE_TABLES[name](x))
+        return
+    if x.is_wide and name != "EXP":
+        raise call.refuse("codes of int16")
+    function = _FUNCTIONS[name]
+    if call.option("approximate", False):
+        function = tables.gelu_tanh
+    make = tables.wide_function_table if x.is_wide else tables.function_table
+    _table(call, make(function, x, y))
+
+
+@tflite_rule("LEAKY_RELU")
+def _leaky_relu(call: Call) -> None:
+    alpha, rule = float(call.option("alpha", 0.0)), call.growth.rules.integer
+    _table(call, tables.leaky_relu_table(alpha, call.codes(), call.y, rule))
+
+
+@tflite_rule("PRELU")
+def _prelu(call: Call) -> None:
+    """A table for each channel."""
+    rank, alpha = len(call.tensor().shape), call.constant(1)
+    if alpha.size != alpha.shape[-1] or alpha.size != call.tensor().shape[-1]:
+        raise call.refuse(f"slopes of shape {alpha.shape}")
+    if call.codes().is_wide:
+        raise call.refuse("codes of int16")
+    grid = call.codes(1)
+    slopes = alpha.reshape(-1).astype(np.int64) - grid.zero_point
+    rule = call.growth.rules.integer
+    table = tables.prelu_table(slopes, grid.scale, call.codes(), call.y, rule)
+    _table(call, table, rank - 1)
+
+
+@tflite_rule("HARD_SWISH")
+def _hard_swish(call: Call) -> None:
+    if call.codes().is_wide:
+        raise call.refuse("codes of int16")
+    _table(call, tables.hard_swish_table(call.codes(), call.y))

@@ -1,0 +1,354 @@
+"""TFLite's tensors and operators, and the integer graph that grows from them."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qjax.formats.tflite.tables import Codes
+from qjax.graph.builder import GraphBuilder
+from qjax.graph.graph import Grid, Value
+from qjax.integer import RequantizeRule
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tensor:
+    """A tensor of a TFLite graph.
+
+    Attributes:
+      name: Its name; need not be unique.
+      shape: Its shape, as the file has it.
+      dtype: NumPy's name of its type.
+      scale: Units per code, one or one per channel; none if it is not quantized.
+      zero_point: The code of zero, one for each scale.
+      axis: The axis of the channels.
+      data: Its value, if it is a constant.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    scale: tuple[float, ...] = ()
+    zero_point: tuple[int, ...] = ()
+    axis: int = 0
+    data: np.ndarray | None = None
+
+    def codes(self) -> Codes:
+        """Its grid.
+
+        Raises:
+          NotImplementedError: unless it has one scale, and a type of codes.
+        """
+        if len(self.scale) != 1 or self.dtype not in ("int8", "uint8", "int16"):
+            raise NotImplementedError(
+                f"The tensor {self.name!r} must be int8, uint8, int16 with one scale, "
+                f"got {self.dtype} with {len(self.scale)}. Only the integer part of a "
+                "graph can be built."
+            )
+        info = np.iinfo(self.dtype)
+        scale, zero_point = np.float32(self.scale[0]), int(self.zero_point[0])
+        return Codes(scale, zero_point, int(info.min), int(info.max))
+
+    def grid(self) -> Grid:
+        """Its grid, as the integer graph has it."""
+        codes = self.codes()
+        return Grid(float(codes.scale), codes.zero_point)
+
+    @property
+    def short_name(self) -> str:
+        """The first of the names that a fused tensor has."""
+        return self.name.partition(";")[0]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Operator:
+    """An operator of a TFLite graph.
+
+    Attributes:
+      name: As TFLite's schema has it: ``CONV_2D``.
+      inputs: Numbers of tensors; -1 for one that is left out.
+      outputs: Numbers of tensors.
+      options: As the schema names them: ``stride_w``. Enumerations as their names.
+    """
+
+    name: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """How accumulators are rescaled.
+
+    Attributes:
+      integer: Where TFLite computes in integers, but for dense layers.
+      dense: In dense layers.
+      is_xnnpack: Whether products have XNNPACK's float32 instead.
+    """
+
+    integer: RequantizeRule
+    dense: RequantizeRule
+    is_xnnpack: bool
+
+
+class Growth:
+    """The integer graph so far.
+
+    Attributes:
+      tensors: Of TFLite's graph; with the shapes that they turn out to have, and the
+        integers that shapes are computed from.
+      file: The same with the inputs of the file's sizes.
+      rules: How to rescale.
+      builder: Of the integer graph.
+      inputs: Tensor that is an input -> value of its codes.
+      values: Tensor -> value.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        rules: Rules,
+        shapes: Mapping[int, tuple[int, ...]],
+        file: Sequence[Tensor] | None = None,
+    ) -> None:
+        self.tensors = [
+            dataclasses.replace(t, shape=shapes.get(k, t.shape))
+            for k, t in enumerate(tensors)
+        ]
+        self.file = self.tensors if file is None else file
+        self.rules = rules
+        self.builder = GraphBuilder()
+        self.inputs: dict[int, int] = {}
+        self.values: dict[int, int] = {}
+
+    def add_input(self, k: int, codes: int) -> None:
+        """Makes tensor ``k`` an input of the program, of the codes of another."""
+        t = self.tensors[codes]
+        low, high = t.codes()[2:]
+        shape = self.tensors[k].shape
+        value = self.builder.add_value(shape, low, high, t.grid(), dtype=t.dtype)
+        self.inputs[k] = value
+        self.bind(codes, value)
+
+    def bind(self, k: int, value: int) -> None:
+        """Says which value a tensor is."""
+        shape = self.builder.values[value].shape
+        self.tensors[k] = dataclasses.replace(self.tensors[k], shape=shape)
+        self.values[k] = value
+        self.builder.add_site(self.tensors[k].name, value)
+
+    def value(self, k: int) -> int:
+        """The value of a tensor; a constant becomes one."""
+        if k not in self.values:
+            t = self.tensors[k]
+            grid = t.grid()
+            if t.data is None:
+                raise ValueError(
+                    f"The tensor {t.name!r} is used before it is computed."
+                )
+            ends = int(np.min(t.data, initial=0)), int(np.max(t.data, initial=0))
+            value = self.builder.add_value(t.data.shape, *ends, grid, dtype=t.dtype)
+            name = self.builder.add_param(t.short_name, np.asarray(t.data, t.dtype))
+            self.builder.add_node("tflite_constant", (), value, params={"value": name})
+            self.values[k] = value
+        return self.values[k]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One operator, about to be added to the graph."""
+
+    op: Operator
+    growth: Growth
+
+    # What there is.
+
+    def tensor(self, place: int = 0) -> Tensor:
+        """An input."""
+        return self.growth.tensors[self.op.inputs[place]]
+
+    def output(self, place: int = 0) -> Tensor:
+        """An output."""
+        return self.growth.tensors[self.op.outputs[place]]
+
+    def codes(self, place: int = 0) -> Codes:
+        """The grid of an input."""
+        return self.tensor(place).codes()
+
+    @functools.cached_property
+    def y(self) -> Codes:
+        """The grid of the output."""
+        return self.output().codes()
+
+    def has(self, place: int) -> bool:
+        """Whether there is such an input."""
+        return place < len(self.op.inputs) and self.op.inputs[place] >= 0
+
+    def value(self, place: int = 0) -> int:
+        """The number of an input in the graph."""
+        return self.growth.value(self.op.inputs[place])
+
+    def known(self, value: int) -> Value:
+        """What is known of a value."""
+        return self.growth.builder.values[value]
+
+    def constant(self, place: int) -> np.ndarray:
+        """An input that must not depend on others."""
+        t = self.tensor(place)
+        if t.data is None:
+            raise self.refuse(f"input {place}, {t.name!r}, computed at run time")
+        return np.asarray(t.data)
+
+    def option(self, name: str, default: Any, *supported: Any) -> Any:
+        """An option, if it is one of those that have a rule."""
+        found = self.op.options.get(name, default)
+        if supported and found not in supported:
+            known = ", ".join(map(repr, supported))
+            raise self.refuse(f"{name}={found!r}", f" Known are {known}.")
+        return found
+
+    def refuse(self, what: str, hint: str = "") -> NotImplementedError:
+        """Returns the error for what has no rule."""
+        return NotImplementedError(
+            f"TFLite's {self.op.name} with {what} has no rule.{hint} Its output is "
+            f"{self.output().name!r}."
+        )
+
+    def activation(self) -> tuple[int, int]:
+        """The codes that the fused activation leaves."""
+        name = "fused_activation_function"
+        return bounds(self.option(name, "NONE", *_REAL_BOUNDS), self.y)
+
+    # What is added.
+
+    def add(
+        self,
+        operation: str,
+        inputs: Sequence[int],
+        shape: Sequence[int],
+        ends: tuple[int, int],
+        *,
+        like: int | None = None,
+        params: Mapping[str, np.ndarray] | None = None,
+        **attributes: Any,
+    ) -> int:
+        """Adds a node and returns its value.
+
+        Args:
+          operation: Of the graph.
+          inputs: Values.
+          shape: Of the output.
+          ends: Least and largest of its integers.
+          like: A value with the same grid and type; an int32 accumulator if None.
+          params: Role -> array.
+          **attributes: Of the node.
+        """
+        grid, dtype = None, "int32"
+        if like is not None:
+            grid, dtype = self.known(like).grid, self.known(like).dtype
+        value = self.growth.builder.add_value(tuple(shape), *ends, grid, dtype=dtype)
+        self._node(operation, inputs, value, params, attributes)
+        return value
+
+    def emit(
+        self,
+        operation: str,
+        inputs: Sequence[int],
+        ends: tuple[int, int],
+        *,
+        shape: Sequence[int] | None = None,
+        place: int = 0,
+        params: Mapping[str, np.ndarray] | None = None,
+        **attributes: Any,
+    ) -> None:
+        """Adds the node that computes an output, in the shape of its input if None."""
+        t = self.output(place)
+        shape = self.known(inputs[0]).shape if shape is None else tuple(shape)
+        value = self.growth.builder.add_value(shape, *ends, t.grid(), dtype=t.dtype)
+        self._node(operation, inputs, value, params, attributes)
+        self.growth.bind(self.op.outputs[place], value)
+
+    def move(
+        self,
+        operation: str,
+        inputs: Sequence[int],
+        shape: Sequence[int] | None = None,
+        **attributes: Any,
+    ) -> None:
+        """Adds the node of an operator that takes its codes from its inputs."""
+        own = [self.known(v) for v in inputs]
+        if any(v.dtype != self.output().dtype for v in own):
+            raise self.refuse("an output of another type")
+        ends = min(v.low for v in own), max(v.high for v in own)
+        self.emit(operation, inputs, ends, shape=shape, **attributes)
+
+    def reshaped(self, value: int, shape: Sequence[int]) -> int:
+        """A value in another shape."""
+        v = self.known(value)
+        shape = tuple(map(int, shape))
+        if v.shape == shape:
+            return value
+        ends, sizes = (v.low, v.high), any_batch(shape)
+        if v.grid is None:
+            return self.add("reshape", (value,), shape, ends, sizes=sizes)
+        return self.add("reshape", (value,), shape, ends, like=value, sizes=sizes)
+
+    def _node(
+        self,
+        operation: str,
+        inputs: Sequence[int],
+        value: int,
+        params: Mapping[str, np.ndarray] | None,
+        attributes: Mapping[str, Any],
+    ) -> None:
+        builder, path = self.growth.builder, self.output().short_name
+        names = {
+            role: builder.add_param(f"{path}/{role}", array)
+            for role, array in (params or {}).items()
+        }
+        builder.add_node(
+            operation, tuple(inputs), value, params=names, path=path, **attributes
+        )
+
+
+_REAL_BOUNDS = {
+    "NONE": (-math.inf, math.inf),
+    "RELU": (0.0, math.inf),
+    "RELU6": (0.0, 6.0),
+    "RELU_N1_TO_1": (-1.0, 1.0),
+}
+
+
+def bounds(activation: str, y: Codes) -> tuple[int, int]:
+    """The codes that an activation leaves."""
+    low, high = _REAL_BOUNDS[activation]
+    least = y.low if low == -math.inf else max(y.low, _code(low, y))
+    return least, y.high if high == math.inf else min(y.high, _code(high, y))
+
+
+def _code(real: float, y: Codes) -> int:
+    quotient = float(np.float32(real) / y.scale)
+    return y.zero_point + int(math.copysign(math.floor(abs(quotient) + 0.5), quotient))
+
+
+def any_batch(shape: Sequence[int]) -> list[int]:
+    """A shape for `reshape`, the leading axis of any size."""
+    return [-1, *map(int, shape[1:])] if shape else []
+
+
+TfliteRule = Callable[[Call], None]
+RULES: dict[str, TfliteRule] = {}
+
+
+def tflite_rule(*names: str) -> Callable[[TfliteRule], TfliteRule]:
+    """Registers the rule of operators."""
+
+    def register(fn: TfliteRule) -> TfliteRule:
+        RULES.update(dict.fromkeys(names, fn))
+        return fn
+
+    return register

@@ -1,0 +1,1 @@
+"""The integer graph: what a lowered model computes, checked, printed and saved."""

@@ -1,0 +1,352 @@
+"""What is proven of an integer program: no overflow, no float, how well it agrees."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from qjax.graph.graph import Graph, Node, Value
+from qjax.graph.packing import nbytes
+
+_EXACT_FLOAT32 = 1 << 24  # Integers below are exact in float32.
+_HALF_ULP = 2.0**-24  # Relative rounding of one float32 operation.
+_OTHER_ROUNDINGS = 8  # Beside those of a sum: bias, factor, scales, their products.
+_ACCUMULATORS = frozenset(
+    "dot conv multiply dot_codes multiply_codes sum sum_pool".split()
+)
+_MOVES = frozenset(
+    "max min max_pool min_pool maximum minimum concatenate select reshape transpose "
+    "slice rev pad broadcast take clip argmax argmin".split()
+)
+_AT_ANY_SCALE = "at any scale, given equal input codes"
+
+
+@dataclasses.dataclass(frozen=True)
+class Overflow:
+    """The bound of one accumulator, from the integer weights themselves.
+
+    Attributes:
+      path: Where it is.
+      low: Least sum, for each output channel where there are weights.
+      high: Largest sum, same shape.
+      bits: What an accumulator needs, its sign included.
+      value: Number of the accumulator in the graph.
+      witness: Input codes that attain the bound, in the shape of the kernel of the
+        worst channel; empty where all codes at one end do.
+    """
+
+    path: str
+    low: np.ndarray
+    high: np.ndarray
+    bits: int
+    value: int
+    witness: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """Why a site has the codes of the fake-quantized model.
+
+    Attributes:
+      is_proven: Whether they are equal whatever the input, given the same codes before
+        the site.
+      reason: What proves it, or what rounds.
+      most: How many codes they can differ by, given the same codes before the site: 0
+        if proven, else 1; None where no bound is known.
+    """
+
+    is_proven: bool
+    reason: str
+    most: int | None
+
+    def __str__(self):
+        if self.is_proven:
+            return f"proven: {self.reason}"
+        bound = "not bounded" if self.most is None else f"within {self.most} code"
+        return f"{bound}: {self.reason}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Certificates of a program. Its ``str`` is a table.
+
+    Attributes:
+      overflow: For each accumulator.
+      agreement: For each quantization point.
+      float_values: Types of floating-point values in ``program.codes``; empty.
+      nbytes: Of the parameters, 2 and 4 bits packed.
+    """
+
+    overflow: tuple[Overflow, ...]
+    agreement: Mapping[str, Agreement]
+    float_values: tuple[str, ...]
+    nbytes: int
+
+    def __str__(self):
+        wide = max(
+            [4, *(len(o.path) for o in self.overflow), *map(len, self.agreement)]
+        )
+        lines = [f"{'accumulator':<{wide}} {'bits':>4} {'least':>12} {'largest':>12}"]
+        lines += [
+            f"{o.path:<{wide}} {o.bits:>4} {o.low.min():>12} {o.high.max():>12}"
+            for o in self.overflow
+        ]
+        lines += ["", f"{'site':<{wide}} agreement"]
+        lines += [f"{name:<{wide}} {a}" for name, a in self.agreement.items()]
+        found = ", ".join(self.float_values) or "none"
+        return "\n".join([*lines, "", f"float values: {found}; {self.nbytes} bytes"])
+
+    __repr__ = __str__
+
+
+def certify(
+    graph: Graph, params: Mapping[str, Any], float_values: tuple[str, ...]
+) -> Report:
+    """Reads off a graph what is certain.
+
+    Args:
+      graph: Of a program.
+      params: Its parameters.
+      float_values: Found in its jaxpr.
+
+    Returns:
+      The certificates.
+    """
+    arrays = {name: np.asarray(p) for name, p in params.items()}
+    makers = {node.output: node for node in graph.nodes}
+    overflow = []
+    for node in graph.nodes:
+        if _accumulates(node):
+            overflow.append(_overflow(graph, node, arrays))
+    agreement = {
+        name: _agreement(graph, makers, arrays, v) for name, v in graph.sites.items()
+    }
+    size = sum(map(nbytes, arrays.values()))
+    return Report(tuple(overflow), agreement, float_values, size)
+
+
+def _accumulates(node: Node) -> bool:
+    """Whether an operation makes accumulators: sums without a rescaling among them."""
+    is_sum = node.operation == "add" and node.attributes["shift"] == 0
+    return node.operation in _ACCUMULATORS or is_sum
+
+
+def _overflow(graph: Graph, node: Node, arrays: Mapping[str, np.ndarray]) -> Overflow:
+    value = graph.values[node.output]
+    low, high = np.array(value.low), np.array(value.high)
+    witness = np.zeros(0, np.int64)
+    kernel = arrays[node.params["kernel"]] if "kernel" in node.params else low
+    if node.operation in ("dot", "conv") and kernel.size:
+        low, high, witness = _of_kernel(graph, node, arrays)
+    most = max(int(high.max(initial=0)), -1 - int(low.min(initial=0)))
+    bits = most.bit_length() + 1
+    return Overflow(node.path, low, high, bits, node.output, witness)
+
+
+def _by_channel(node: Node, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The kernel of a product, ``[..., channels]``: what is summed over comes first."""
+    a = node.attributes
+    kernel = arrays[node.params["kernel"]].astype(np.int64)
+    if node.operation == "conv":
+        kernel = np.moveaxis(kernel, a["dimensions"][1][0], -1)
+        return kernel
+    side = a["kernel_operand"]
+    summed, batch = a["contract"][side], a.get("batch", ((), ()))[side]
+    free = [d for d in range(kernel.ndim) if d not in (*summed, *batch)]
+    kernel = kernel.transpose(*summed, *batch, *free)
+    return kernel.reshape(*kernel.shape[: len(summed)], -1)
+
+
+def _channel_axes(graph: Graph, node: Node) -> tuple[int, ...]:
+    """The axes of the output of a product along which its kernel varies."""
+    a, rank = node.attributes, len(graph.values[node.output].shape)
+    if node.operation == "conv":
+        return (a["dimensions"][2][1],)
+    side = a["kernel_operand"]
+    summed, batch = a["contract"][side], a.get("batch", ((), ()))[side]
+    x_rank = len(graph.values[node.inputs[0]].shape)
+    own = rank - len(batch) - (x_rank - len(batch) - len(summed))
+    first = len(batch) if side == 0 else rank - own
+    return (*range(len(batch)), *range(first, first + own))
+
+
+def _of_kernel(
+    graph: Graph, node: Node, arrays: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The ends of a sum over a kernel, by output channel, and what attains them."""
+    a, kernel = node.attributes, _by_channel(node, arrays)
+    bias = arrays[node.params["bias"]].astype(np.int64)
+    axes, rank = _channel_axes(graph, node), len(graph.values[node.output].shape)
+    if bias.ndim == rank:  # One may vary by place too: its ends count at each channel.
+        sizes = [
+            graph.values[node.output].shape[d] if d in axes else 1 for d in range(rank)
+        ]
+        over = tuple(d for d in range(rank) if d not in axes)
+        least, most = (
+            np.broadcast_to(f(bias, axis=over, keepdims=True), sizes).reshape(-1)
+            for f in (np.min, np.max)
+        )
+    else:
+        least = most = np.broadcast_to(bias.reshape(-1), (kernel.shape[-1],))
+    x = graph.values[node.inputs[0]]
+    low, high = x.low - a["offset"], x.high - a["offset"]
+    over = tuple(range(kernel.ndim - 1))
+    up, down = np.maximum(kernel, 0).sum(over), np.minimum(kernel, 0).sum(over)
+    shift = a.get("shift", 0)
+    lows = (up * low + down * high << shift) + least
+    highs = (up * high + down * low << shift) + most
+    is_high = highs.max(initial=0) >= -lows.min(initial=0)
+    channel = int(np.argmax(highs) if is_high else np.argmin(lows))
+    ends = (x.high, x.low) if is_high else (x.low, x.high)
+    witness = np.where(kernel[..., channel] > 0, *ends)
+    return lows, highs, witness
+
+
+def _agreement(
+    graph: Graph,
+    makers: Mapping[int, Node],
+    arrays: Mapping[str, np.ndarray],
+    v: int,
+) -> Agreement:
+    node = makers.get(v)
+    if node is None:
+        return _of_input(graph.values[v])
+    if node.operation == "table":
+        return _of_table(node, arrays)
+    if node.operation == "requantize":
+        return _of_requantizer(graph, makers, node, arrays)
+    if node.operation == "embed":
+        return _proven(f"rows of a table, {_AT_ANY_SCALE}")
+    if node.operation == "constant":
+        return _proven("a constant, rounded as the model rounds it")
+    if node.operation == "compare":
+        return _proven(f"products compared as float32 rounds them, {_AT_ANY_SCALE}")
+    if node.operation == "add":
+        if node.attributes.get("is_exact"):
+            return _proven("a sum on scales that are powers of two, within 24 bits")
+        return _rounded(_error_of_sum(graph, node), "a sum of codes on other scales")
+    if node.operation in _MOVES:
+        own = [_agreement(graph, makers, arrays, i) for i in node.inputs]
+        worst = [a for a in own if not a.is_proven]
+        if not worst:
+            return _proven(f"{node.operation} of codes on one grid, {_AT_ANY_SCALE}")
+        return next((a for a in worst if a.most is None), worst[0])
+    return Agreement(False, f"no proof is known of {node.operation}", None)
+
+
+def _proven(reason: str) -> Agreement:
+    return Agreement(True, reason, 0)
+
+
+def _rounded(error: float, reason: str) -> Agreement:
+    """What float32 rounds otherwise, by at most ``error`` steps before codes are made.
+
+    Below half a step, codes are one apart at most.
+    """
+    if error >= 0.5:
+        return Agreement(False, f"{reason}; float32 may lose {error:.1f} steps", None)
+    return Agreement(False, reason, 1)
+
+
+def _of_input(value: Value) -> Agreement:
+    if value.is_rescaling_exact:
+        return _proven("quantized by the formula of the model")
+    steps = max(abs(value.low), abs(value.high))
+    error = steps * _OTHER_ROUNDINGS * _HALF_ULP
+    return _rounded(error, "an input that is rescaled in float32 first")
+
+
+def _of_table(node: Node, arrays: Mapping[str, np.ndarray]) -> Agreement:
+    table = arrays[node.params["table"]]
+    off = node.attributes.get("most_off", 0)
+    text = f"a table of the float function on all {table.shape[0]} codes"
+    if not off:
+        return _proven(f"{text}, {_AT_ANY_SCALE}")
+    text += f"; how the compiler fuses it changes some by up to {off} codes"
+    return Agreement(False, text, None)
+
+
+def _of_requantizer(
+    graph: Graph,
+    makers: Mapping[int, Node],
+    node: Node,
+    arrays: Mapping[str, np.ndarray],
+) -> Agreement:
+    """Proven where float32 is exact but for one rounding that the integers repeat."""
+    a, acc = node.attributes, graph.values[node.inputs[0]]
+    terms, most = _reach(graph, makers, node.inputs[0], arrays)
+    z = a["input_zero_point"]
+    most = max(most, abs(acc.low - z), abs(acc.high - z))
+    if most < _EXACT_FLOAT32 and a.get("is_exact"):
+        if a["rule"] == "fp32_half_even":
+            return _proven("one factor, rounded as float32 rounds it")
+        return _proven("a shift: scales are powers of two")
+    multiplier = np.abs(arrays[node.params["multiplier"]].astype(np.float64))
+    ratio = float(np.max(multiplier * 2.0 ** -arrays[node.params["shift"]], initial=0))
+    error = (terms + _OTHER_ROUNDINGS) * _HALF_ULP * most * ratio
+    if a.get("is_bias_rounded"):
+        reason = "a bias that is rounded to the unit of its accumulator"
+        error += ratio
+    elif most >= _EXACT_FLOAT32:
+        reason = f"accumulators up to {most}, beyond float32's 2^24"
+    elif np.all(_is_power_of_two(arrays[node.params["multiplier"]])):
+        reason = "scales that are no powers of two, though their ratio is"
+    else:
+        reason = "scales that are no powers of two: ties may fall elsewhere"
+    return _rounded(error, reason)
+
+
+def _error_of_sum(graph: Graph, node: Node) -> float:
+    """How many steps float32 may be off in a sum of codes on different grids."""
+    a = node.attributes
+    terms = zip(node.inputs, a["input_zero_points"], a["multipliers"], strict=True)
+    steps = sum(
+        max(abs(graph.values[v].low - z), abs(graph.values[v].high - z)) * abs(m)
+        for v, z, m in terms
+    )
+    roundings = len(node.inputs) + _OTHER_ROUNDINGS
+    return float(steps * 2.0 ** -a["shift"] * roundings * _HALF_ULP)
+
+
+def _reach(
+    graph: Graph,
+    makers: Mapping[int, Node],
+    v: int,
+    arrays: Mapping[str, np.ndarray],
+) -> tuple[int, int]:
+    """How many terms an accumulator sums, and what their magnitudes add up to."""
+    node, value = makers.get(v), graph.values[v]
+    most = max(abs(value.low), abs(value.high))
+    if node is None:
+        return 1, most
+    if node.operation in _MOVES:
+        found = [_reach(graph, makers, i, arrays) for i in node.inputs]
+        return max(n for n, _ in found), max(most, *(m for _, m in found))
+    if node.operation == "multiply" and graph.values[node.inputs[0]].grid is None:
+        terms, inner = _reach(graph, makers, node.inputs[0], arrays)
+        kernel = np.abs(arrays[node.params["kernel"]].astype(np.int64))
+        times = int(kernel.max(initial=0)) << node.attributes.get("shift", 0)
+        return terms, max(most, inner * times)
+    if node.operation in ("dot", "conv"):
+        if not arrays[node.params["kernel"]].size:
+            return 0, most
+        kernel, x = _by_channel(node, arrays), graph.values[node.inputs[0]]
+        zero = 0 if x.grid is None else x.grid.zero_point
+        step = max(abs(x.low - zero), abs(x.high - zero))
+        terms = kernel.size // max(kernel.shape[-1], 1)
+        sums = np.abs(kernel).sum(tuple(range(kernel.ndim - 1)))
+        return terms, max(most, step * int(sums.max(initial=0)))
+    if node.operation == "dot_codes":
+        sizes = graph.values[node.inputs[0]].shape
+        return int(np.prod([sizes[d] for d in node.attributes["contract"][0]])), most
+    if node.operation == "sum":
+        return int(np.prod(node.attributes["sizes"])), most
+    if node.operation == "sum_pool":
+        return int(np.prod(node.attributes["window"])), most
+    return len(node.inputs), most
+
+
+def _is_power_of_two(x: Any) -> Any:
+    x = np.abs(np.asarray(x, np.int64))
+    return (x & (x - 1)) == 0

@@ -1,0 +1,212 @@
+"""The integer graph: what a lowered model computes. Backends read it and nothing else.
+
+Operations (``q`` codes of the input, ``k`` a parameter, all integers):
+
+    dot, conv     acc = sum((q - offset) * kernel) + bias
+    multiply      acc = (q - offset) * kernel + bias
+    dot_codes     acc = sum((a - zero_points[0]) * (b - zero_points[1]))
+    multiply_codes acc = (a - zero_points[0]) * (b - zero_points[1])
+    table         code = table[q - low], of each channel its own if there is an axis
+    embed         code = kernel[q], rows counted from the end below zero
+    take          code = q[places], places counted within each example; or, if they
+                  cross it, within all of the value
+    constant      code = value; a first size of 1 becomes that of the input, if any
+    compare       1 where (a - z_0) * m_0 * 2^e_0 kind (b - z_1) * m_1 * 2^e_1, else 0;
+                  each side rounded to the 24 bits of float32
+    select        code = the case with the number that the first input has
+    sum, sum_pool acc = sum(q) + bias
+    requantize    code = clip(round((q - input_zero_point) * multiplier * 2^-shift) + z)
+    add           code = clip(round(sum((q_i - z_i) * m_i) * 2^-shift) + z)
+    clip          code = clip(q, low, high)
+    maximum, minimum, concatenate, argmax, argmin, max, min, max_pool, min_pool,
+    reshape, transpose, slice, rev, pad, broadcast: as in `jax.lax`
+    tflite_*      what only TensorFlow Lite has: `qjax.graph.operations.tflite`
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from qjax.graph.operations.forms import OPERATIONS
+from qjax.tables import show_types
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Where integers lie on the real line: ``real = scale * (code - zero_point)``."""
+
+    scale: Any  # A float, or nested lists in the rank of the value. float32 numbers.
+    zero_point: int
+
+    def array(self) -> np.ndarray:
+        """The scale as float32."""
+        return np.asarray(self.scale, np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """Integers of one type. ``low`` and ``high`` bound what they can be."""
+
+    shape: tuple[int, ...]  # As traced.
+    dtype: str
+    low: int
+    high: int
+    grid: Grid | None = None
+    # Of an input: real = gain * input + offset.
+    rescaling: tuple[float, float] = (1.0, 0.0)
+    is_rescaling_exact: bool = True  # Whether it rounds as the model does.
+    # Of an input: the equation that fixes its leading size. Empty: it may differ at
+    # call time, if it stays that of all inputs that were traced with the same one.
+    fixed_by: str = ""
+    is_place: bool = False  # Of an input that chooses rows: there are no others.
+    dtype_of_model: str = ""  # Of an output of whole numbers: their type in the model.
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """One operation."""
+
+    operation: str
+    inputs: tuple[int, ...]
+    output: int
+    params: Mapping[str, str]  # Role -> name in the parameters of the program.
+    attributes: Mapping[str, Any]  # JSON: numbers, strings, lists.
+    path: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """Nodes in order, over numbered values."""
+
+    values: tuple[Value, ...]
+    nodes: tuple[Node, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    sites: Mapping[str, int]  # Name of a quantization point -> its codes.
+
+    def __str__(self):
+        lines = [f"inputs: {', '.join(self._show(v) for v in self.inputs)}"]
+        for n in self.nodes:
+            args = ", ".join([*(f"%{v}" for v in n.inputs), *n.params.values()])
+            where = f"  # {n.path}" if n.path else ""
+            lines.append(f"{self._show(n.output)} = {n.operation}({args}){where}")
+        return "\n".join(
+            [*lines, f"outputs: {', '.join(map(self._show, self.outputs))}"]
+        )
+
+    def __repr__(self) -> str:
+        ends = [[self.values[v] for v in vs] for vs in (self.inputs, self.outputs)]
+        inputs, outputs = map(show_types, ends)
+        return (
+            f"Graph({len(self.nodes)} operations, inputs={inputs}, outputs={outputs}; "
+            "print it to see them)"
+        )
+
+    def _show(self, v: int) -> str:
+        value = self.values[v]
+        return f"%{v}:{value.dtype}[{','.join(map(str, value.shape))}]"
+
+    def to_json(self) -> str:
+        """Returns the graph as JSON, the same text for the same graph."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> "Graph":
+        """Reads what `to_json` wrote; `qjax.graph.validation` says if it is right.
+
+        Raises:
+          ValueError: if the text is no graph.
+        """
+        data = read_json(text)
+        try:
+            _check_keys(data, Graph)
+            values = tuple(_value(v) for v in data["values"])
+            nodes = tuple(_node(n) for n in data["nodes"])
+            ends = tuple(data["inputs"]), tuple(data["outputs"])
+            graph = Graph(values, nodes, *ends, dict(data["sites"]))
+            check(graph)
+            return graph
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"This is not an integer graph: {error}.") from error
+
+
+def read_json(text: str) -> Any:
+    """Reads JSON in which each key stands once and each number is finite.
+
+    Raises:
+      ValueError: if the text is anything else.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"This is no JSON: {error}.") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"a key of {[key for key, _ in pairs]} stands twice")
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
+def check(graph: Graph) -> None:
+    """Raises ValueError unless each value is defined before use and known by type."""
+    defined = set(graph.inputs)
+    for n in graph.nodes:
+        if n.operation not in OPERATIONS:
+            raise ValueError(f"There is no integer operation {n.operation!r}.")
+        if not defined.issuperset(n.inputs) or n.output in defined:
+            raise ValueError(f"The graph is out of order at {n}.")
+        defined.add(n.output)
+    used = {*graph.outputs, *graph.sites.values()}
+    if not used <= defined or max(defined, default=-1) >= len(graph.values):
+        raise ValueError("The graph returns or names values that it does not compute.")
+    for v in graph.values:
+        if not np.issubdtype(np.dtype(v.dtype), np.integer):
+            raise ValueError(f"The graph holds a value of type {v.dtype}.")
+
+
+def storage(low: int, high: int) -> str:
+    """Returns the smallest type for codes in ``[low, high]``."""
+    for dtype in ("int8", "uint8", "int16", "uint16", "int32"):
+        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+            return dtype
+    raise ValueError(f"Codes in [{low}, {high}] do not fit int32.")
+
+
+def holds(dtype: str, low: int, high: int) -> bool:
+    """Returns whether a type holds integers."""
+    info = np.iinfo(dtype)
+    return bool(info.min <= low and high <= info.max)
+
+
+def _check_keys(data: Any, kind: type) -> None:
+    """Raises ValueError unless there is a value for each field, and for no other."""
+    wanted = {field.name for field in dataclasses.fields(kind)}
+    if not isinstance(data, dict) or set(data) != wanted:
+        found = sorted(data) if isinstance(data, dict) else data
+        raise ValueError(
+            f"a {kind.__name__.lower()} must have {sorted(wanted)}, got {found!r}"
+        )
+
+
+def _value(data: Any) -> Value:
+    _check_keys(data, Value)
+    grid = data["grid"]
+    if grid is not None:
+        _check_keys(grid, Grid)
+        grid = Grid(**grid)
+    tuples = {k: tuple(data[k]) for k in ("shape", "rescaling")}
+    return Value(**(data | tuples | {"grid": grid}))
+
+
+def _node(data: Any) -> Node:
+    _check_keys(data, Node)
+    return Node(**{**data, "inputs": tuple(data["inputs"])})

@@ -1,0 +1,87 @@
+"""Passes over the integer graph; a validator runs after each."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from qjax.graph.graph import Graph
+from qjax.graph.validation import validate
+
+
+def merge_equal(graph: Graph, params: Mapping[str, Any]) -> Graph:
+    """Merges operations that compute the same of the same: requantizers first of all.
+
+    Codes that two readers put on one grid are requantized once.
+
+    Args:
+      graph: Any graph.
+      params: Its parameters.
+
+    Returns:
+      The graph; values that nobody reads any more are still in it (`drop_dead`).
+    """
+    number = list(range(len(graph.values)))
+    known: dict[Any, int] = {}
+    nodes = []
+    for node in graph.nodes:
+        inputs = tuple(number[v] for v in node.inputs)
+        arrays = {k: _content(params[name]) for k, name in node.params.items()}
+        attributes = json.dumps(node.attributes, sort_keys=True)
+        made = graph.values[node.output], tuple(sorted(arrays.items()))
+        key = node.operation, inputs, attributes, repr(made)
+        number[node.output] = known.setdefault(key, node.output)
+        nodes.append(dataclasses.replace(node, inputs=inputs))
+    return dataclasses.replace(
+        graph,
+        nodes=tuple(nodes),
+        outputs=tuple(number[v] for v in graph.outputs),
+        sites={name: number[v] for name, v in graph.sites.items()},
+    )
+
+
+def _content(array: Any) -> tuple[Any, ...]:
+    array = np.asarray(array)
+    digest = hashlib.sha256(array.tobytes()).hexdigest()
+    return str(array.dtype), array.shape, digest
+
+
+def drop_dead(graph: Graph, params: Mapping[str, Any]) -> tuple[Graph, dict[str, Any]]:
+    """Drops what neither an output nor a site needs, and numbers the rest anew.
+
+    Args:
+      graph: Any graph.
+      params: Its parameters.
+
+    Returns:
+      The graph and the parameters that are left. Inputs stay.
+    """
+    needed = {*graph.inputs, *graph.outputs, *graph.sites.values()}
+    nodes = []
+    for node in reversed(graph.nodes):
+        if node.output in needed:
+            needed.update(node.inputs)
+            nodes.append(node)
+    number = {v: k for k, v in enumerate(sorted(needed))}
+    renumbered = tuple(
+        dataclasses.replace(
+            node,
+            inputs=tuple(number[v] for v in node.inputs),
+            output=number[node.output],
+        )
+        for node in reversed(nodes)
+    )
+    names = {name for node in nodes for name in node.params.values()}
+    pruned = Graph(
+        tuple(graph.values[v] for v in sorted(needed)),
+        renumbered,
+        tuple(number[v] for v in graph.inputs),
+        tuple(number[v] for v in graph.outputs),
+        {name: number[v] for name, v in graph.sites.items()},
+    )
+    left = {name: array for name, array in params.items() if name in names}
+    validate(pruned, left)
+    return pruned, left

@@ -1,0 +1,329 @@
+"""Says whether a graph with its parameters is an integer program, before it runs.
+
+Order and references, the form of each operation (`qjax.graph.operations.forms`), shapes
+as the operations themselves give them, intervals recomputed from the parameters
+(`qjax.graph.intervals`), grids. What passes computes what
+`qjax.graph.reference` computes, whether or not it is what was meant.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.backends.xla import run as xla
+from qjax.graph.graph import Graph, Grid, Node, Value, check
+from qjax.graph.intervals import Operands, interval
+from qjax.graph.operations.forms import OPERATIONS, Kind, is_integer
+
+_TYPES = ("int8", "uint8", "int16", "uint16", "int32")
+_MODEL_TYPES = ("", "bool", *_TYPES, "uint32", "int64", "uint64")
+_MOST_NUMBERS = 1 << 40  # In a value; what has more is no program.
+_PARAM_TYPES = {"bias": ("int32",), "multiplier": ("int32",), "shift": ("int32",)}
+
+
+def validate(graph: Graph, params: Mapping[str, Any]) -> None:
+    """Raises ValueError unless a graph is what it says.
+
+    Args:
+      graph: Any graph.
+      params: Its parameters, by name.
+
+    Raises:
+      ValueError: names what is wrong, and where: a value that is used before it is
+        computed, a parameter that is not there or does not fit, an attribute of
+        another type, an interval that its type or its operation does not hold, an
+        operation that gives another shape than the graph names, a scale that is not
+        finite, and the like.
+    """
+    for v, value in enumerate(graph.values):
+        _check_value(f"Value %{v}", value)
+    for node in graph.nodes:
+        _check_node(graph, node)
+    _check_ends(graph)
+    check(graph)
+    _check_computed(graph)
+    arrays = {name: np.asarray(p) for name, p in params.items()}
+    _check_params(graph, arrays)
+    _check_roles(graph)
+    _check_shapes(graph, params)
+    for node in graph.nodes:
+        _check_interval(graph, node, arrays)
+
+
+def _need(holds: bool, where: str, wanted: str, found: Any) -> None:
+    if not holds:
+        raise ValueError(f"{where}: {wanted}, got {found!r}.")
+
+
+def _at(node: Node) -> str:
+    path = f" in {node.path!r}" if node.path else ""
+    return f"The operation %{node.output} = {node.operation}{path}"
+
+
+# Values.
+
+
+def _check_value(where: str, v: Value) -> None:
+    sizes = isinstance(v.shape, tuple) and all(
+        is_integer(n) and 0 <= n < 1 << 31 for n in v.shape
+    )
+    _need(sizes, where, "`shape` must hold sizes", v.shape)
+    few = math.prod(v.shape) < _MOST_NUMBERS
+    _need(few, where, f"`shape` must hold fewer than {_MOST_NUMBERS} numbers", v.shape)
+    if v.dtype not in _TYPES:
+        raise ValueError(
+            f"The graph holds a value of type {v.dtype}: {where}. Known are "
+            f"{', '.join(_TYPES)}."
+        )
+    for name in ("low", "high"):
+        found = getattr(v, name)
+        _need(is_integer(found), where, f"`{name}` must be an integer", found)
+    info = np.iinfo(v.dtype)
+    if not info.min <= v.low <= v.high <= info.max:
+        raise ValueError(
+            f"{where} of type {v.dtype} does not hold its interval [{v.low}, {v.high}]."
+        )
+    if v.grid is not None:
+        _check_grid(where, v, v.grid)
+    pair = isinstance(v.rescaling, tuple) and len(v.rescaling) == 2
+    finite = pair and all(_is_float32(x) for x in v.rescaling) and v.rescaling[0] != 0
+    _need(finite, where, "`rescaling` must be a finite gain and offset", v.rescaling)
+    for name in ("is_rescaling_exact", "is_place"):
+        found = getattr(v, name)
+        _need(isinstance(found, bool), where, f"`{name}` must be true or false", found)
+    _need(isinstance(v.fixed_by, str), where, "`fixed_by` must be a text", v.fixed_by)
+    _need(
+        isinstance(v.dtype_of_model, str) and v.dtype_of_model in _MODEL_TYPES,
+        where,
+        "`dtype_of_model` must be an integer type",
+        v.dtype_of_model,
+    )
+
+
+def _is_float32(x: Any) -> bool:
+    """Whether ``x`` is a number that float32 does not take for infinite."""
+    with np.errstate(over="ignore"):
+        return isinstance(x, float) and bool(np.isfinite(np.float32(x)))
+
+
+def _check_grid(where: str, v: Value, grid: Grid) -> None:
+    info = np.iinfo(v.dtype)
+    z = grid.zero_point
+    _need(
+        is_integer(z) and info.min <= z <= info.max,
+        where,
+        f"`zero_point` must be an integer of type {v.dtype}",
+        z,
+    )
+    scales = _leaves(grid.scale)
+    _need(
+        all(map(_is_float32, scales)),
+        where,
+        "scales must be finite numbers",
+        grid.scale,
+    )
+    try:
+        shape = grid.array().shape
+    except ValueError as error:
+        raise ValueError(f"{where}: the scale has no shape: {error}.") from error
+    fits = not shape or (
+        len(shape) == len(v.shape)
+        and all(n in (1, m) for n, m in zip(shape, v.shape, strict=True))
+    )
+    _need(fits, where, f"a scale must broadcast to {v.shape}", shape)
+
+
+def _leaves(scale: Any) -> list[Any]:
+    if not isinstance(scale, list | tuple):
+        return [scale]
+    return [leaf for part in scale for leaf in _leaves(part)]
+
+
+# Operations.
+
+
+def _check_node(graph: Graph, node: Node) -> None:
+    if not isinstance(node.operation, str) or node.operation not in OPERATIONS:
+        raise ValueError(f"There is no integer operation {node.operation!r}.")
+    size = len(graph.values)
+    _need(
+        is_integer(node.output) and 0 <= node.output < size,
+        f"The operation {node.operation}",
+        f"its output must be one of {size} values",
+        node.output,
+    )
+    _need(
+        isinstance(node.path, str), "An operation", "`path` must be a text", node.path
+    )
+    where, form = _at(node), OPERATIONS[node.operation]
+    known = all(is_integer(v) and 0 <= v < size for v in node.inputs)
+    _need(known, where, f"its inputs must be among {size} values", node.inputs)
+    wanted = "at least 1" if form.inputs is None else form.inputs
+    count = len(node.inputs)
+    if form.inputs is None:
+        fits = count >= 1
+    else:
+        fits = count in np.atleast_1d(form.inputs)
+    _need(fits, where, f"the number of its inputs must be {wanted}", count)
+    _check_names(where, "parameters", node.params, form.roles, ())
+    names = all(isinstance(name, str) for name in node.params.values())
+    _need(names, where, "parameters must be texts", node.params)
+    own = node.attributes
+    _check_names(where, "attributes", own, form.attributes, form.optional)
+    for name, found in own.items():
+        kind = form.attributes.get(name) or form.optional[name]
+        _check_attribute(where, name, kind, found)
+    for name in form.each_input:
+        wanted = f"`{name}` must hold one for each of {count} inputs"
+        _need(len(own[name]) == count, where, wanted, own[name])
+    for name in form.each_axis:
+        rank = len(graph.values[node.inputs[0]].shape)
+        wanted = f"`{name}` must hold one for each of {rank} axes"
+        _need(len(own[name]) == rank, where, wanted, own[name])
+
+
+def _check_attribute(where: str, name: str, kind: Kind, found: Any) -> None:
+    _need(kind.holds(found), where, f"`{name}` must be {kind.wanted}", found)
+
+
+def _check_names(where: str, what: str, found: Any, wanted: Any, optional: Any) -> None:
+    _need(isinstance(found, Mapping), where, f"{what} must have names", found)
+    missing = sorted(set(wanted) - set(found))
+    _need(not missing, where, f"{what} must hold {missing}", sorted(map(str, found)))
+    unknown = [name for name in found if name not in wanted and name not in optional]
+    _need(not unknown, where, f"{what} must be {sorted({*wanted, *optional})}", unknown)
+
+
+# Ends.
+
+
+def _check_ends(graph: Graph) -> None:
+    size = len(graph.values)
+    _need(
+        isinstance(graph.sites, Mapping), "The graph", "sites have names", graph.sites
+    )
+    sites = {repr(name): v for name, v in graph.sites.items()}
+    named = all(isinstance(name, str) for name in graph.sites)
+    _need(named, "The graph", "sites must have names", list(graph.sites))
+    inputs = {f"input {k}": v for k, v in enumerate(graph.inputs)}
+    outputs = {f"output {k}": v for k, v in enumerate(graph.outputs)}
+    for name, v in {**inputs, **outputs, **sites}.items():
+        if not (is_integer(v) and 0 <= v < size):
+            raise ValueError(
+                f"The graph returns or names values that it does not compute: {name} "
+                f"must be one of {size}, got {v!r}."
+            )
+    once = len(set(graph.inputs)) == len(graph.inputs)
+    _need(once, "The graph", "inputs must differ", graph.inputs)
+
+
+def _check_computed(graph: Graph) -> None:
+    computed = {*graph.inputs, *(node.output for node in graph.nodes)}
+    for v in range(len(graph.values)):
+        if v not in computed:
+            raise ValueError(f"Value %{v} is no input, and no operation computes it.")
+
+
+def _check_roles(graph: Graph) -> None:
+    """Raises for what is said of values that are no inputs, outputs or codes."""
+    plain = Value((), "int32", 0, 0)
+    names = ("rescaling", "is_rescaling_exact", "fixed_by", "is_place")
+    for v, value in enumerate(graph.values):
+        where = f"Value %{v}"
+        if v not in graph.inputs:
+            for name in names:
+                found = getattr(value, name)
+                same = found == getattr(plain, name)
+                _need(same, where, f"only inputs have `{name}`", found)
+        is_whole = value.grid is None and v in graph.outputs
+        if not is_whole and value.dtype_of_model:
+            raise ValueError(f"{where}: only whole outputs have `dtype_of_model`.")
+        # Of accumulators they are factors, which may have a sign.
+        is_codes = v in graph.inputs or value.dtype != "int32"
+        is_codes = is_codes or v in graph.sites.values()
+        if value.grid is not None and is_codes:
+            scale = value.grid.array()
+            is_positive = bool(np.all(scale > 0))
+            _need(
+                is_positive, where, "scales of codes must be positive", scale.tolist()
+            )
+        if value.dtype_of_model not in ("", "bool"):
+            info = np.iinfo(value.dtype_of_model)
+            holds = info.min <= value.low and value.high <= info.max
+            wanted = f"`dtype_of_model` must hold [{value.low}, {value.high}]"
+            _need(holds, where, wanted, value.dtype_of_model)
+
+
+# Parameters.
+
+
+def _check_params(graph: Graph, arrays: Mapping[str, np.ndarray]) -> None:
+    used = set()
+    for node in graph.nodes:
+        for role, name in node.params.items():
+            if name not in arrays:
+                raise ValueError(f"The parameter {name!r} of {node} is not there.")
+            used.add(name)
+            types = _PARAM_TYPES.get(role, _TYPES)
+            dtype = str(arrays[name].dtype)
+            wanted = f"the parameter {name!r} must have a type of {', '.join(types)}"
+            _need(dtype in types, _at(node), wanted, dtype)
+    unused = sorted(map(repr, set(arrays) - used))
+    _need(not unused, "The graph", "each parameter must have a reader", unused)
+
+
+# Shapes and intervals.
+
+
+def _check_shapes(graph: Graph, params: Mapping[str, Any]) -> None:
+    """Raises unless the operations themselves give the shapes of the graph."""
+
+    def run(params: Mapping[str, jax.Array], *inputs: jax.Array) -> None:
+        env = dict(zip(graph.inputs, inputs, strict=True))
+        for node in graph.nodes:
+            own = [env[v] for v in node.inputs]
+            env[node.output] = _apply(graph, node, params, own)
+
+    inputs = [graph.values[v] for v in graph.inputs]
+    shapes = [jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype)) for x in inputs]
+    jax.eval_shape(run, dict(params), *shapes)
+
+
+def _apply(
+    graph: Graph, node: Node, params: Any, inputs: Sequence[jax.Array]
+) -> jax.Array:
+    try:
+        out = xla.apply(graph, node, params, inputs)
+    except Exception as error:  # Whatever sizes that do not fit make of its body.
+        text = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{_at(node)} does not fit its inputs of shapes "
+            f"{[x.shape for x in inputs]}: {type(error).__name__}: {text}"
+        ) from error
+    value = graph.values[node.output]
+    if out.shape != value.shape:
+        raise ValueError(
+            f"Value %{node.output} is {value.dtype}{list(value.shape)} in the graph, "
+            f"and is computed as {out.dtype}{list(out.shape)} by {node.operation}"
+            f"{f' in {node.path!r}' if node.path else ''}."
+        )
+    return out
+
+
+def _check_interval(graph: Graph, node: Node, arrays: Mapping[str, Any]) -> None:
+    value = graph.values[node.output]
+    own = {role: arrays[name] for role, name in node.params.items()}
+    inputs = [graph.values[v] for v in node.inputs]
+    try:
+        low, high = interval(node.operation, Operands(node, inputs, value, own))
+    except ValueError as error:
+        raise ValueError(f"{_at(node)}: {error}.") from error
+    if math.prod(value.shape) and not value.low <= low <= high <= value.high:
+        raise ValueError(
+            f"{_at(node)} gives integers in [{low}, {high}], and its output is said to "
+            f"lie in [{value.low}, {value.high}]."
+        )

@@ -1,0 +1,38 @@
+"""Models as functions of their inputs, for `lower` and `verify`."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A function of inputs alone, and what its model says of it.
+
+    Attributes:
+      fn: ``fn(*inputs)``.
+      inputs: Example inputs.
+      buffer_bits: Site of a weight -> most bits of the accumulator that it makes.
+      has_sites: Whether quantization points are the sites of a model, which have names.
+      refusal: Why no program of integers only can come of it; empty if one may.
+    """
+
+    fn: Callable[..., Any]
+    inputs: tuple[Any, ...]
+    buffer_bits: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    has_sites: bool = False
+    refusal: str = ""
+
+
+def bind(model: Any, args: tuple[Any, ...]) -> Bound:
+    """Binds a model to the arguments of `lower` and `verify`.
+
+    Args:
+      model: With a method ``bind(*args)`` that returns a `Bound`; or any function.
+      args: What follows the model; of a function, its inputs.
+
+    Returns:
+      The bound model.
+    """
+    method = getattr(model, "bind", None)
+    return Bound(model, args) if method is None else method(*args)

@@ -1,0 +1,89 @@
+"""Outputs of a traced program as values of the integer graph."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from qjax.graph.graph import Grid
+from qjax.lowering.interpret import refuse
+from qjax.lowering.rules.functions import add_exact_table, add_table
+from qjax.lowering.rules.shapes import added, settled
+from qjax.lowering.values import Abstract, Builder, Curve, Integers, Sum
+from qjax.model.trace import Equation, Trace
+
+
+def add_output(
+    builder: Builder, k: int, x: Abstract, traced: Trace, taken: Sequence[int]
+) -> int:
+    """Returns the value of an output: codes, or accumulators with a scale per channel.
+
+    It is a value of its own, unless nothing else says what its integers mean.
+    """
+    if not traced.equations:
+        raise ValueError("The function computes nothing.")
+    last, v = _maker(traced, k), traced.outputs[k]
+    if not traced.is_real(v):
+        return _whole_output(builder, k, x, traced)
+    if isinstance(x, Curve):
+        x = add_exact_table(builder, x, traced.shape(v), x.path or "output") or x
+    if isinstance(x, Sum):
+        x = _summed(builder, last, x, k)
+    if not isinstance(x, Integers) or x.dtype:
+        raise refuse(last, x, f"output {k}")
+    x = settled(builder, last, traced, x)
+    assert x.value is not None
+    grid = Grid(np.float32(x.real_scale()).tolist(), x.zero_point)
+    value = builder.values[x.value]
+    if value.grid is None and x.value not in (*taken, *builder.inputs.values()):
+        builder.values[x.value] = dataclasses.replace(value, grid=grid)
+        return x.value
+    if value.grid == grid and not value.dtype_of_model:
+        return x.value
+    return _copy(builder, x.value, grid)
+
+
+def _maker(traced: Trace, k: int) -> Equation:
+    """The equation that an output comes from."""
+    v = traced.outputs[k]
+    return next((e for e in traced.equations if v in e.outputs), traced.equations[-1])
+
+
+def _summed(builder: Builder, e: Equation, x: Sum, k: int) -> Integers:
+    """A sum of codes that the model returns, where one grid holds it exactly."""
+    try:
+        return added(builder, e, x)
+    except ValueError:
+        raise refuse(e, x, f"output {k}") from None
+
+
+def _whole_output(builder: Builder, k: int, x: Abstract, traced: Trace) -> int:
+    """The value of an output of whole numbers, which stand for themselves."""
+    last, v = _maker(traced, k), traced.outputs[k]
+    dtype = str(traced.avals[v].dtype)
+    if isinstance(x, Curve):
+        value = builder.add_value(traced.shape(v), *_INT32_RANGE, dtype="int32")
+        ends = add_table(builder, x, lambda y: y, value, x.path or "output")
+        builder.values[value] = dataclasses.replace(
+            builder.values[value], low=ends[0], high=ends[1], dtype_of_model=dtype
+        )
+        return value
+    if not isinstance(x, Integers) or not x.dtype or x.gain is not None:
+        raise refuse(last, x, f"output {k}")
+    assert np.all(x.scale == 1) and not x.zero_point
+    x = settled(builder, last, traced, x)
+    assert x.value is not None
+    return _copy(builder, x.value, None, dtype)
+
+
+_INT32_RANGE = (-(2**31), 2**31 - 1)
+
+
+def _copy(builder: Builder, v: int, grid: Grid | None, dtype_of_model: str = "") -> int:
+    """The same integers as another value, which says what they mean."""
+    x = builder.values[v]
+    own = builder.add_value(x.shape, x.low, x.high, grid, dtype=x.dtype)
+    builder.values[own] = dataclasses.replace(
+        builder.values[own], dtype_of_model=dtype_of_model
+    )
+    return builder.add_node("clip", (v,), own, low=x.low, high=x.high)

@@ -1,0 +1,216 @@
+"""From a traced model to its integer program."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.graph.graph import Graph
+from qjax.graph.passes import drop_dead, merge_equal
+from qjax.leaves import at_start
+from qjax.lowering.binding import Bound, bind
+from qjax.lowering.interpret import InputTwiceError, interpret
+from qjax.lowering.outputs import add_output
+from qjax.lowering.precision import find_half
+from qjax.lowering.rules import (
+    arithmetic,
+    choices,
+    functions,
+    lookups,
+    points,
+    products,
+    shapes,
+)
+from qjax.lowering.sizes import Lowered, find_fixed
+from qjax.lowering.values import Abstract, Builder, Integers
+from qjax.model.blocks import data_of
+from qjax.model.normalisations import fold_normalisations
+from qjax.model.trace import Trace, trace
+from qjax.program import IntegerProgram, Residue, check_integer_only
+
+# Importing them fills the rule table.
+assert arithmetic and choices and functions and lookups
+assert points and products and shapes
+
+
+def lower(model: Any, *args: Any, strict: bool = True) -> IntegerProgram:
+    """Lowers a quantized model to a program of integers only.
+
+    Traces the model, walks the traced program once and replaces what lies between two
+    quantization points by integer operations: int8 products with int32 accumulators,
+    and a requantizer in which bias, BatchNorm and activation are folded.
+
+    Args:
+      model: A `QuantizedModel`; or any function of real inputs that has quantization
+        points in it and its parameters closed over. Any other object whose method
+        ``bind(*args)`` returns a `qjax.lowering.Bound` is taken as well.
+      *args: ``params, qstate, *inputs`` for a `QuantizedModel`, else ``*inputs``. Of
+        the inputs only shapes are read. The size of the leading axis may differ when
+        the program is called if the model lowers to the same program with another one,
+        which is tried here; else it is fixed.
+      strict: Whether what has no integers raises. If not, the ``residues`` of the
+        program list it, each with its equation, its module path and the quantizer that
+        would remove it.
+
+    Returns:
+      The program. A checker has made sure that no floating-point value occurs in it.
+
+    Raises:
+      ValueError: if a site is not calibrated, an operand is not quantized, or no
+        activation has a grid.
+      OverflowError: if an accumulator could leave its ``buffer_bits``, int32 by
+        default; names the input that does it.
+      NotImplementedError: for an operation without an integer rule.
+    """
+    try:
+        return _lower(model, args, strict)
+    except (ValueError, NotImplementedError) as error:
+        # What reads files knows what its caller can do.
+        advise = getattr(model, "advise", None)
+        if advise is None or type(error) not in (ValueError, NotImplementedError):
+            raise
+        raise type(error)(advise(str(error))) from error
+
+
+def _lower(model: Any, args: tuple[Any, ...], strict: bool) -> IntegerProgram:
+    bound = bind(model, args)
+    if strict and bound.refusal:
+        raise ValueError(bound.refusal)
+    example = jax.tree.map(_with_example, bound.inputs)
+    traced, out = _traced(bound, example)
+    half = find_half(traced, traced.inputs, is_model=bound.has_sites)
+    if half is not None and strict:
+        raise NotImplementedError(half.message)
+    if half is not None:
+        return _partial(Builder(bound.buffer_bits, is_open=True), [], [half])
+    try:
+        builder, outputs, residues = _interpreted(traced, bound, strict)
+    except (NotImplementedError, OverflowError, ValueError) as error:
+        error.args = (str(error) + _others(traced, bound), *error.args[1:])
+        raise
+    if residues:
+        return _partial(builder, outputs, residues)
+    graph = _whole(builder, outputs, traced)
+
+    def lower_again(other: tuple[Any, ...]) -> Lowered:
+        again, _ = _traced(bound, other)
+        own, ends, _ = _interpreted(again, bound, strict=True)
+        return again, _whole(own, ends, again), own.params
+
+    fixed = find_fixed(lower_again, example, (traced, graph, builder.params))
+    values = list(graph.values)
+    shapes = [np.shape(x) for x in jax.tree.leaves(bound.inputs)]
+    for k, reason in fixed.items():
+        if shapes[k][0] == 0:
+            name = at_start(traced.names[k])
+            raise ValueError(
+                f"{name} has shape {shapes[k]}: no example, and its leading "
+                f"size is fixed by {reason}.\nLower the model for the size "
+                "that it is called with."
+            )
+        v = graph.inputs[k]
+        values[v] = dataclasses.replace(values[v], fixed_by=reason)
+    graph = dataclasses.replace(graph, values=tuple(values))
+    graph, params = drop_dead(graph, _arrays(builder))
+    trees = jax.tree.structure(tuple(bound.inputs)), jax.tree.structure(out)
+    program = IntegerProgram(graph, params, *trees)
+    check_integer_only(program)
+    return program
+
+
+def _with_example(x: Any) -> Any:
+    """An input of no examples as one of one: models divide by their number."""
+    shape = np.shape(x)
+    if shape[:1] != (0,):
+        return x
+    return jax.ShapeDtypeStruct((1, *shape[1:]), jax.dtypes.result_type(x))
+
+
+def _traced(bound: Bound, inputs: Any) -> tuple[Trace, Any]:
+    """The trace, each softmax and each normalisation in it as one equation."""
+    traced, out = trace(bound.fn, *inputs, keep_derivatives=False)
+    traced = fold_normalisations(traced, data_of(traced, traced.inputs))
+    if bound.has_sites:
+        marked = (dataclasses.replace(e, is_simulated=True) for e in traced.equations)
+        traced = dataclasses.replace(traced, equations=tuple(marked))
+    return traced, out
+
+
+def _others(traced: Trace, bound: Bound) -> str:
+    """What else has no integers, for the end of an error: causes and their number."""
+    try:
+        _, _, residues = _interpreted(traced, bound, strict=False)
+    except Exception:  # The first error says enough.
+        return ""
+    causes = [r for r in residues if not r.is_follower]
+    followers = len(residues) - len(causes)
+    if len(residues) < 2:
+        return ""
+    one = followers == 1
+    more = f"{followers} more equation{'' if one else 's'} only follow{'s' * one} from"
+    if len(causes) == 1:
+        return f"\n{more} this one."
+    named = [f"`{r.primitive}`" + (f" in {r.path!r}" if r.path else "") for r in causes]
+    rest = f", and {len(named) - _MOST_SHOWN} more" if len(named) > _MOST_SHOWN else ""
+    shown = ", ".join(named[:_MOST_SHOWN])
+    return (
+        f"\nIn all {len(causes)} parts of the model have no integers: {shown}{rest}; "
+        f"{more} them. `strict=False` lists all."
+    )
+
+
+_MOST_SHOWN = 8  # Causes in one error.
+
+
+def _interpreted(
+    traced: Trace, bound: Bound, strict: bool
+) -> tuple[Builder, list[Abstract], list[Residue]]:
+    """The graph of a trace, what is known of its outputs, and what stays float."""
+    is_raw: frozenset[int] = frozenset()
+    while True:
+        residues: list[Residue] = []
+        builder = Builder(bound.buffer_bits, is_open=not strict, is_raw=is_raw)
+        try:
+            outputs = interpret(traced, builder, None if strict else residues)
+        except InputTwiceError as error:  # A few integers can be their own codes.
+            if not error.is_raw or error.input in is_raw:
+                raise
+            is_raw |= {error.input}
+            continue
+        return builder, outputs, residues
+
+
+def _whole(builder: Builder, outputs: Sequence[Abstract], traced: Trace) -> Graph:
+    """The graph of a program without residues, dead values in it."""
+    ends: list[int] = []
+    for k, x in enumerate(outputs):
+        ends.append(add_output(builder, k, x, traced, ends))
+    missing = [k for k in range(len(traced.inputs)) if k not in builder.inputs]
+    if missing:
+        name = at_start(traced.names[missing[0]])
+        raise ValueError(
+            f"{name} reaches no quantization point, so it has no codes. Quantize it, "
+            "or take it out of the function."
+        )
+    order = tuple(builder.inputs[k] for k in range(len(traced.inputs)))
+    return merge_equal(builder.graph(order, tuple(ends)), builder.params)
+
+
+def _partial(
+    builder: Builder, outputs: Sequence[Abstract], residues: list[Residue]
+) -> IntegerProgram:
+    """What lies between the residues."""
+    whole = [
+        x.value for x in outputs if isinstance(x, Integers) and x.value is not None
+    ]
+    graph = builder.graph(tuple(builder.inputs.values()), tuple(whole))
+    inputs, outputs = map(jax.tree.structure, (graph.inputs, graph.outputs))
+    listed = tuple(sorted(residues, key=lambda residue: residue.is_follower))
+    return IntegerProgram(graph, _arrays(builder), inputs, outputs, listed)
+
+
+def _arrays(builder: Builder) -> dict[str, jax.Array]:
+    return {name: jnp.asarray(array) for name, array in builder.params.items()}

@@ -1,0 +1,1 @@
+"""Integer rules of JAX primitives."""

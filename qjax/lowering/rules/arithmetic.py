@@ -1,0 +1,390 @@
+"""Rules of sums, factors and bounds: what the next requantizer absorbs."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from qjax.graph.builder import compact
+from qjax.lowering.inputs import rescaled
+from qjax.lowering.interpret import refuse, rule, where
+from qjax.lowering.rules.choices import extremum
+from qjax.lowering.rules.functions import curve
+from qjax.lowering.rules.products import multiply, multiply_codes, reopened
+from qjax.lowering.rules.shapes import settled
+from qjax.lowering.values import (
+    Abstract,
+    Builder,
+    ByChannel,
+    Curve,
+    Integers,
+    Joined,
+    Known,
+    KnownCodes,
+    Real,
+    Sum,
+    is_power_of_two,
+)
+from qjax.model.trace import Equation, Trace
+
+_INT32 = np.iinfo(np.int32)
+_MOST_SHIFT = 24  # Of a product that a finer bias is added to.
+_ROUNDING = 2.0**-20  # Relative, of float32 scales and of their products.
+_MOST_OFF = 2.0**-6
+
+
+@rule("add", "add_any", "sub")
+def _add(
+    builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
+) -> Abstract:
+    sign = -1.0 if e.primitive.name == "sub" else 1.0
+    if isinstance(a, Integers) and isinstance(b, Known) and not np.any(b.value):
+        return a
+    if isinstance(b, Integers) and isinstance(a, Known) and not np.any(a.value):
+        if sign > 0:
+            return b
+    if _bends(a, b) and (found := curve(builder, e, trace, a, b)) is not None:
+        return found
+    if isinstance(a, Known | KnownCodes):
+        if sign < 0:
+            b, sign = _scaled(e, b, np.asarray(-1.0), None), 1.0
+        a, b = b, a
+        return _add_known(builder, e, a, b, sign)
+    if isinstance(b, Known | KnownCodes):
+        return _add_known(builder, e, a, b, sign)
+    left, right = _terms(e, a), _terms(e, b)
+    right = tuple((t, s * sign) for t, s in right)
+    return Sum(left + right, path=e.path)
+
+
+def _bends(*operands: Abstract) -> bool:
+    """Whether an operand is a function of codes, or codes meet a number.
+
+    Accumulators absorb numbers; codes with a number are a function.
+    """
+    if any(isinstance(x, Curve) for x in operands):
+        return True
+    codes = [x for x in operands if isinstance(x, Integers) and _is_of_codes(x)]
+    known = [x for x in operands if isinstance(x, Known)]
+    return len(codes) == 1 and len(known) == len(operands) - 1
+
+
+def _is_of_codes(x: Integers) -> bool:
+    """Whether integers are codes, or whole numbers that stand for themselves."""
+    return x.is_codes or bool(x.dtype)
+
+
+def _terms(e: Equation, x: Abstract) -> tuple[tuple[Integers, float], ...]:
+    if isinstance(x, Sum) and x.bounds == (-np.inf, np.inf):
+        return x.terms
+    if isinstance(x, Integers) and x.is_codes:
+        return ((x, 1.0),)
+    raise refuse(e, x, "operand")
+
+
+def _add_known(
+    builder: Builder, e: Equation, x: Abstract, known: Abstract, sign: float
+) -> Abstract:
+    if isinstance(x, Real) and x.input is not None and _is_number(known):
+        assert isinstance(known, Known)
+        gain, offset = x.rescaling
+        shifted = gain, offset + sign * float(known.value.flat[0])
+        exact = x.is_exact and is_power_of_two(gain) and not offset
+        return rescaled(e, x, _numbers(e, known), shifted, exact)
+    if not isinstance(x, Integers) or _is_of_codes(x) or x.is_bounded:
+        raise refuse(e, x, "operand")
+    if x.emit is None:
+        x = reopened(builder, e, x)
+    if isinstance(known, KnownCodes):
+        if sign > 0 and _is_on_grid_of(x, known):
+            return _with_bias(x, known.codes)
+        real = known.codes * np.float64(known.scale)
+    else:
+        assert isinstance(known, Known)
+        real = np.asarray(known.value, np.float64)
+    if not np.any(real):
+        return x
+    if not np.all(np.isfinite(real)):
+        raise _not_finite(e)
+    if x.shift is None and not _is_one_step(x, compact(real)):
+        x = reopened(builder, e, x)
+    x = _refined(x, compact(real))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        steps = compact(sign * real) / x.real_scale()
+        bias = np.rint(steps)
+    if not np.all(np.isfinite(bias)) or np.any(np.abs(bias) > _INT32.max):
+        raise OverflowError(
+            f"The constant added in {where(e)} does not fit an int32 bias: it is up to "
+            f"{np.max(np.abs(real)):g}, at {np.min(np.abs(x.real_scale())):g} per code."
+            f"\n  equation: {e}\nA channel of what it is added to is all but zero: "
+            "quantize that before the sum, or make its weights zero."
+        )
+    # After a factor float32 rounds twice: the product, then the sum.
+    rounds_once = x.is_gain_exact and x.gain is None
+    exact = x.is_bias_exact and bool(np.all(steps == bias))
+    x = dataclasses.replace(x, is_gain_exact=rounds_once, is_bias_exact=exact)
+    return _with_bias(x, bias)
+
+
+def _is_one_step(x: Integers, real: np.ndarray) -> bool:
+    """Whether a constant is one whole number of steps, as a sum of codes takes it."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        steps = real / x.real_scale()
+    if steps.size != 1 or not np.all(np.isfinite(steps)) or not _is_whole(steps):
+        return False
+    return bool(max(abs(x.low), abs(x.high)) + np.max(np.abs(steps)) <= x.most)
+
+
+def _not_finite(e: Equation) -> ValueError:
+    return ValueError(
+        f"A constant of `{e.primitive.name}` in {where(e)} is infinite or NaN, or "
+        f"divides by zero, and no integers are.\n  equation: {e}\nReplace it by a "
+        "number; an average over no values has none."
+    )
+
+
+def _is_on_grid_of(x: Integers, known: KnownCodes) -> bool:
+    """Whether a bias has the unit of its accumulator, up to the float32 rounding."""
+    if x.gain is not None or np.any(known.zero_point):
+        return False
+    fits = np.all(np.abs(known.codes) <= x.most)
+    return bool(fits and np.all(np.abs(known.scale / x.scale - 1) <= _ROUNDING))
+
+
+def _is_number(known: Abstract) -> bool:
+    return isinstance(known, Known) and known.value.size == 1
+
+
+def _refined(x: Integers, bias: np.ndarray) -> Integers:
+    """A product on a grid that holds a bias, or that is as fine as its word allows."""
+    if x.shift is None or x.bias is not None:
+        return x
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = bias / x.real_scale()
+    if not np.all(np.isfinite(ratio)):
+        return x
+    top = max(abs(x.low), abs(x.high)) + np.max(np.abs(ratio), initial=1.0)
+    shifts = range(1 + min(int(np.log2(x.most / top)), _MOST_SHIFT))
+    shift = next((k for k in shifts if _is_whole(ratio * 2.0**k)), None)
+    if shift is None:  # The bias will be rounded.
+        shift = shifts[-1] if shifts else 0
+    scale, low, high = x.scale / 2.0**shift, x.low << shift, x.high << shift
+    return dataclasses.replace(x, scale=scale, low=low, high=high, shift=shift)
+
+
+def _is_whole(x: np.ndarray) -> bool:
+    """Up to the float32 rounding of scales."""
+    off = np.abs(x - np.rint(x))
+    return bool(np.all(off <= np.minimum(_ROUNDING * np.abs(x), _MOST_OFF)))
+
+
+def _with_bias(x: Integers, bias: np.ndarray) -> Integers:
+    bias = compact(bias.astype(np.int64))
+    return dataclasses.replace(x, bias=bias if x.bias is None else x.bias + bias)
+
+
+@rule("mul", "div", "neg")
+def _mul(builder: Builder, e: Equation, trace: Trace, *operands: Abstract) -> Abstract:
+    if e.primitive.name == "neg":
+        if _bends(*operands) and (found := curve(builder, e, trace, *operands)):
+            return found
+        return _scaled(e, operands[0], np.asarray(-1.0), None)
+    a, b = operands
+    if isinstance(a, ByChannel) and isinstance(b, Known) and e.primitive.name == "mul":
+        return _one_unit(e, a, b)
+    if _bends(a, b) and not _is_unit(e, a, b):
+        if (found := curve(builder, e, trace, a, b)) is not None:
+            return found
+    if e.primitive.name == "div":
+        if not isinstance(b, Known):
+            raise refuse(e, b, "divisor")
+        with np.errstate(divide="ignore", over="ignore"):
+            reciprocal = np.float32(1) / np.asarray(b.value, np.float32)
+        factor = compact(np.asarray(reciprocal, np.float64))
+        if isinstance(a, Integers) and _is_of_codes(a) and factor.size == 1:
+            return _rescaled(builder, e, trace, (a, b), factor.reshape(()))
+        return _scaled(e, a, factor, b, is_quotient=True)
+    x, known = (b, a) if isinstance(a, Known | KnownCodes) else (a, b)
+    if isinstance(x, Integers) and isinstance(known, Integers):
+        if x.is_codes and x.value == known.value and x.high - x.low < 1 << 16:
+            if (found := curve(builder, e, trace, a, b)) is not None:
+                return found
+        return multiply_codes(builder, e, trace, x, known)
+    if isinstance(known, KnownCodes) and isinstance(x, Integers) and x.is_codes:
+        return multiply(builder, e, trace, x, known)
+    if not isinstance(known, Known):
+        raise refuse(e, known, "operand")
+    factor = compact(np.asarray(known.value, np.float64))
+    if isinstance(x, Integers) and _is_of_codes(x) and factor.size == 1:
+        return _rescaled(builder, e, trace, (a, b), factor.reshape(()))
+    return _scaled(e, x, factor, known)
+
+
+def _one_unit(e: Equation, x: ByChannel, known: Known) -> Integers:
+    """Codes with a scale per channel, brought to one scale by a factor per channel."""
+    scale = compact(x.scale * np.asarray(known.value, np.float64))
+    most = np.max(scale, initial=0)
+    if most <= 0 or np.any(np.abs(scale / most - 1) > _ROUNDING):
+        raise refuse(e, x, "operand")
+    is_exact = is_power_of_two(x.scale) and scale.size == 1
+    common = np.asarray(np.float64(np.float32(x.codes.scale)))
+    return dataclasses.replace(x.codes, scale=common, is_gain_exact=is_exact)
+
+
+def _is_unit(e: Equation, a: Abstract, b: Abstract) -> bool:
+    """Whether codes meet one positive factor: they stay, in another unit."""
+    x, known = (b, a) if isinstance(a, Known) else (a, b)
+    if not (isinstance(x, Integers) and x.is_codes and isinstance(known, Known)):
+        return False
+    if x.dtype:  # Whole numbers have no unit.
+        return False
+    is_divisor = e.primitive.name == "div" and known is a
+    value = compact(np.asarray(known.value))
+    return value.size == 1 and bool(np.all(value > 0)) and not is_divisor
+
+
+def _rescaled(
+    builder: Builder,
+    e: Equation,
+    trace: Trace,
+    operands: tuple[Abstract, Abstract],
+    factor: np.ndarray,
+) -> Integers:
+    """The same codes, in another unit; a function of them keeps the model's product."""
+    x = next(o for o in operands if isinstance(o, Integers))
+    scale = x.scale * factor
+    if factor <= 0 or x.value is None or x.dtype or not _MOST <= scale < 1 / _MOST:
+        raise refuse(e, x, "operand")
+    if x.rescaled is None and is_power_of_two(factor):
+        return dataclasses.replace(x, scale=scale, bounded=None)
+    chain = None
+    if x.high - x.low < 1 << 16 and not np.ndim(x.scale):
+        chain = curve(builder, e, trace, *operands)
+    return dataclasses.replace(x, scale=scale, bounded=None, rescaled=chain)
+
+
+_MOST = 2.0**-126  # Scales and their reciprocals stay normal float32 numbers.
+
+
+@rule("round")
+def _round(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
+    """Codes in units of one are whole already, float error in the unit aside."""
+    if isinstance(x, Integers) and x.is_codes and not np.ndim(x.scale):
+        most = max(abs(x.low - x.zero_point), abs(x.high - x.zero_point))
+        if most * (abs(x.scale - 1) + 2.0**-22) < 0.25:
+            one = np.ones(())
+            return dataclasses.replace(x, scale=one, bounded=None, rescaled=None)
+    found = curve(builder, e, trace, x)
+    assert found is not None
+    return found
+
+
+def _scaled(
+    e: Equation,
+    x: Abstract,
+    factor: np.ndarray,
+    known: Abstract | None,
+    *,
+    is_quotient: bool = False,
+) -> Abstract:
+    """A factor that waits for the next grid."""
+    if not np.all(np.isfinite(factor)):
+        raise _not_finite(e)
+    is_power = is_power_of_two(factor)
+    if isinstance(x, Real) and x.input is not None and factor.size == 1:
+        by = float(factor.flat[0])
+        gain, offset = (by * number for number in x.rescaling)
+        before, shift = x.rescaling
+        once = not is_quotient and is_power_of_two(before) and not shift
+        exact = x.is_exact and (is_power or once)
+        return rescaled(e, x, _numbers(e, known), (gain, offset), exact)
+    if not isinstance(x, Integers) or x.is_codes or x.is_bounded or x.dtype:
+        raise refuse(e, x, "operand")
+    factor = compact(factor)
+    if np.all(factor == 1):
+        return x
+    quotient = x.is_quotient or (is_quotient and not is_power)
+    x = dataclasses.replace(x, is_quotient=quotient)
+    if x.gain is None:
+        return dataclasses.replace(x, gain=factor)
+    return dataclasses.replace(x, gain=x.gain * factor, is_gain_exact=False)
+
+
+def _numbers(e: Equation, known: Abstract | None) -> dict[int, np.ndarray]:
+    """The number of a known operand by the operands of an equation; none if several."""
+    number = compact(known.value) if isinstance(known, Known) else np.zeros(0)
+    return dict.fromkeys(e.inputs, number.reshape(())) if number.size == 1 else {}
+
+
+@rule("max", "min")
+def _bound(
+    builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
+) -> Abstract:
+    x, known = (b, a) if isinstance(a, Known) else (a, b)
+    if isinstance(a, Curve) or isinstance(b, Curve):
+        if (found := curve(builder, e, trace, a, b)) is not None:
+            return found
+    if not isinstance(known, Known | KnownCodes):
+        return extremum(builder, e, trace, a, b)
+    if not isinstance(known, Known) or known.value.size == 0:
+        raise refuse(e, known, "bound")
+    bound = float(known.value.flat[0])
+    ends = (bound, np.inf) if e.primitive.name == "max" else (-np.inf, bound)
+    if _is_off_grid(x, ends) or (np.any(known.value != bound) and _bends(x)):
+        if (found := curve(builder, e, trace, a, b)) is not None:
+            return found
+    if np.any(known.value != bound):
+        raise NotImplementedError(
+            f"There is no integer rule for a bound per channel, met in {where(e)}.\n"
+            f"  equation: {e}\nUse one bound for all, as in `jnp.maximum(x, 0.5)`."
+        )
+    return _within(builder, e, trace, x, ends, (a, b))
+
+
+@rule("clamp")
+def _clamp(
+    builder: Builder, e: Equation, trace: Trace, low: Abstract, x: Abstract, high: Any
+) -> Abstract:
+    if isinstance(x, Curve):
+        if (found := curve(builder, e, trace, low, x, high)) is not None:
+            return found
+    ends = []
+    for end in (low, high):
+        if not isinstance(end, Known) or end.value.size != 1:
+            raise refuse(e, end, "bound")
+        ends.append(float(end.value.flat[0]))
+    if _is_off_grid(x, (ends[0], ends[1])):
+        if (found := curve(builder, e, trace, low, x, high)) is not None:
+            return found
+    return _within(builder, e, trace, x, (ends[0], ends[1]), (low, x, high))
+
+
+def _is_off_grid(x: Abstract, ends: tuple[float, float]) -> bool:
+    """Whether a bound lies between two codes."""
+    if not (isinstance(x, Integers) and x.is_codes and not np.ndim(x.scale)):
+        return False
+    codes = (end / float(x.scale) for end in ends if np.isfinite(end))
+    return any(code != round(code) for code in codes)
+
+
+def _within(
+    builder: Builder,
+    e: Equation,
+    trace: Trace,
+    x: Abstract,
+    ends: tuple[float, float],
+    operands: tuple[Abstract, ...],
+) -> Abstract:
+    if not isinstance(x, Integers | Sum | Joined):
+        raise refuse(e, x, "operand")
+    low, high = (min(max(b, ends[0]), ends[1]) for b in x.bounds)
+    bounded = dataclasses.replace(x, bounds=(low, high))
+    if isinstance(bounded, Integers) and bounded.is_codes:
+        clipped = settled(builder, e, trace, bounded)
+        if bounded.high - bounded.low < 1 << 16 and np.ndim(bounded.scale) == 0:
+            before = curve(builder, e, trace, *operands)
+            if isinstance(x, Integers) and x.rescaled is not None:
+                return dataclasses.replace(clipped, rescaled=before)
+            return dataclasses.replace(clipped, bounded=before)
+        return clipped
+    return bounded

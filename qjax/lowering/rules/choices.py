@@ -1,0 +1,199 @@
+"""Rules of what joins several values on one grid: selections, concatenations."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.graph.builder import compact
+from qjax.lowering.constants import (
+    add_constant,
+    anchor,
+    codes_on,
+    like_of,
+    real_values,
+    wider,
+)
+from qjax.lowering.entries import as_codes
+from qjax.lowering.interpret import refuse, rule, where
+from qjax.lowering.rules.functions import add_table, curve
+from qjax.lowering.values import (
+    Abstract,
+    Builder,
+    Curve,
+    Integers,
+    Joined,
+    Known,
+    KnownCodes,
+    Real,
+)
+from qjax.model.trace import Equation, Trace
+
+_EXTREMA = {"max": "maximum", "min": "minimum"}
+
+
+def mask(builder: Builder, e: Equation, trace: Trace, x: Abstract, v: int) -> int:
+    """The truth values of a selection as codes 0 and 1."""
+    if isinstance(x, Integers) and x.dtype and x.value is not None:
+        return x.value
+    if not isinstance(x, Curve):
+        raise refuse(e, x, "condition")
+    value = builder.add_value(trace.shape(v), 0, 1, dtype="int8")
+    add_table(builder, x, lambda y: y.astype(jnp.int32), value, where(e).strip("'"))
+    return value
+
+
+@rule("select_n")
+def _select(
+    builder: Builder, e: Equation, trace: Trace, which: Abstract, *cases: Abstract
+) -> Abstract:
+    cases = tuple(_ready(c) for c in cases)
+    if isinstance(which, Real):
+        which = as_codes(builder, e, trace, which)
+    if isinstance(which, Known):
+        flat = np.unique(which.value)
+        if flat.size == 1:
+            return cases[int(flat[0])]
+    if isinstance(which, Curve) or (isinstance(which, Integers) and which.dtype):
+        codes = [c for c in cases if not isinstance(c, Known)]
+        source = which.source if isinstance(which, Curve) else which
+        same = all(_is_source(c, source) for c in codes)
+        if same and all(map(_is_uniform, cases)):
+            if (found := curve(builder, e, trace, which, *cases)) is not None:
+                return found
+    shapes, shape = _shapes(e, trace, e.inputs[1:])
+    if isinstance(which, Known):
+        others = (_known_mask(builder, e, which, cases, shape),)
+    else:
+        others = (mask(builder, e, trace, which, e.inputs[0]),)
+    joined = Joined("select", cases, shapes, shape, others, path=e.path)
+    return _joined_now(builder, joined)
+
+
+def _ready(x: Abstract) -> Abstract:
+    """Accumulators in the graph, weights as numbers."""
+    if isinstance(x, KnownCodes):
+        return Known(real_values(x))
+    return x.emitted() if isinstance(x, Integers) else x
+
+
+def _is_uniform(x: Abstract) -> bool:
+    """Whether a constant is one number, or one for each channel: a table has those."""
+    if not isinstance(x, Known):
+        return True
+    return sum(n > 1 for n in compact(x.value).shape) <= 1
+
+
+def _is_source(x: Abstract, source: Integers) -> bool:
+    own = x.source if isinstance(x, Curve) else x
+    return isinstance(own, Integers) and own.value == source.value
+
+
+def _known_mask(
+    builder: Builder,
+    e: Equation,
+    which: Known,
+    cases: Sequence[Abstract],
+    shape: tuple[int, ...],
+) -> int:
+    """A selection that does not depend on an input, as codes."""
+    codes = np.broadcast_to(which.value, shape).astype(np.int64)
+    name = f"{where(e).strip(_QUOTE)}/mask"
+    like = next(
+        (v for c in cases if (v := anchor(builder, c, shape)) is not None), None
+    )
+    return add_constant(builder, codes, None, name=name, path=e.path, like=like)
+
+
+_QUOTE = "'"
+
+
+@rule("concatenate")
+def _concatenate(
+    builder: Builder, e: Equation, trace: Trace, *parts: Abstract
+) -> Abstract:
+    axis = int(e.params["dimension"])
+    shapes, shape = _shapes(e, trace, e.inputs)
+    joined = Joined(
+        "concatenate",
+        tuple(map(_ready, parts)),
+        shapes,
+        shape,
+        attributes={"axis": axis},
+        path=e.path,
+    )
+    return _joined_now(builder, joined)
+
+
+def extremum(
+    builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
+) -> Abstract:
+    """The larger or the smaller of two quantized values."""
+    shapes, shape = _shapes(e, trace, e.inputs)
+    joined = Joined(_EXTREMA[e.primitive.name], (a, b), shapes, shape, path=e.path)
+    return _joined_now(builder, joined)
+
+
+def _shapes(
+    e: Equation, trace: Trace, parts: Sequence[int]
+) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
+    """Those of the parts, and that of the result."""
+    return tuple(map(trace.shape, parts)), trace.shape(e.outputs[0])
+
+
+def _joined_now(builder: Builder, x: Joined) -> Abstract:
+    """Joins codes that are on one grid already, and constants that are on it."""
+    first = next((p for p in x.parts if isinstance(p, Integers)), None)
+    if first is None or first.value is None or not first.is_codes:
+        return x
+    if np.ndim(first.scale):
+        return x
+    found: list[int | np.ndarray] = []
+    for part in x.parts:
+        if isinstance(part, Known):
+            codes = codes_on(part.value, float(first.scale), first.zero_point)
+            if codes is None:
+                return x
+            found.append(codes)
+        elif isinstance(part, Integers) and _is_on_grid_of(part, first):
+            assert part.value is not None
+            found.append(part.value)
+        else:
+            return x
+    data = [v for v in found if isinstance(v, int)]
+    lows = [
+        int(builder.values[v].low) if isinstance(v, int) else int(v.min())
+        for v in found
+        if isinstance(v, int) or v.size
+    ]
+    highs = [
+        int(builder.values[v].high) if isinstance(v, int) else int(v.max())
+        for v in found
+        if isinstance(v, int) or v.size
+    ]
+    types = {builder.values[v].dtype for v in data}
+    low, high = min(lows), max(highs)
+    grid = builder.values[data[0]].grid
+    inputs = [
+        v
+        if isinstance(v, int)
+        else add_constant(
+            builder,
+            np.broadcast_to(v, shape),
+            grid,
+            name=f"{x.path.strip('/') or x.operation}/constant",
+            path=x.path,
+            like=like_of(builder, x, data, shape),
+        )
+        for v, shape in zip(found, x.shapes, strict=True)
+    ]
+    value = builder.add_value(x.shape, low, high, grid, dtype=wider(types, low, high))
+    builder.add_node(
+        x.operation, (*x.others, *inputs), value, path=x.path, **x.attributes
+    )
+    return first.elsewhere(value, low=low, high=high, path=x.path)
+
+
+def _is_on_grid_of(x: Integers, other: Integers) -> bool:
+    same = x.is_codes and not np.ndim(x.scale) and x.rescaled is None
+    return bool(same and x.scale == other.scale and x.zero_point == other.zero_point)

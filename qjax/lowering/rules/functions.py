@@ -1,0 +1,321 @@
+"""Rules of elementwise functions and comparisons: tables of codes."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core.primitives import copy_p
+
+from qjax.affine import QParams, dequantize
+from qjax.graph.builder import compact
+from qjax.lowering.constants import exact_grid, real_values
+from qjax.lowering.interpret import refuse, rule, where
+from qjax.lowering.values import Abstract, Builder, Curve, Integers, Known, KnownCodes
+from qjax.model.trace import POINTWISE, Equation, Trace, evaluate
+
+_MOST_CODES = 1 << 16  # Of the value that a table is indexed by.
+_MOST_ENTRIES = 1 << 22  # Of a table with a row for each channel.
+_COMPARISONS = ("eq", "ge", "gt", "le", "lt", "ne")
+
+
+def curve(
+    builder: Builder, e: Equation, trace: Trace, *operands: Abstract
+) -> Curve | None:
+    """Goes on with a function of the codes of one value.
+
+    Args:
+      builder: Receives accumulators that become the source of a table.
+      e: An elementwise equation.
+      trace: Its program.
+      *operands: Of the equation, at least one of them no constant.
+
+    Returns:
+      The function; None if the operands are functions of two values.
+
+    Raises:
+      ValueError: for an operand that has no codes, or more than 16 bits of them.
+    """
+    own = [
+        None if isinstance(x, Known | KnownCodes) else _as_curve(e, v, x)
+        for v, x in zip(e.inputs, operands, strict=True)
+    ]
+    curves = [c for c in own if c is not None]
+    sources = [{s.value for s in _sources(c)} for c in curves]
+    common = set.intersection(*sources)
+    if not common:
+        return None
+    curves = [_since(c, min(v for v in common if v is not None)) for c in curves]
+    aliases: dict[int, Integers] = {}
+    known = {
+        v: _per_channel(e, x)
+        for v, x in zip(e.inputs, operands, strict=True)
+        if isinstance(x, Known | KnownCodes)
+    }
+    steps: dict[int, Equation] = {}
+    for c in curves:
+        aliases.update(c.aliases)
+        known.update(c.known)
+        steps.update(c.steps)
+    end = e.outputs[0]
+    source = curves[0].source
+    return Curve(source, aliases, known, {**steps, end: e}, end, path=e.path)
+
+
+def _sources(x: Curve) -> list[Integers]:
+    """The codes that a function may start from: its own, and those before a bound."""
+    if x.source.bounded is None or set(x.aliases) != {x.end}:
+        return [x.source]
+    return [x.source, *_sources(x.source.bounded)]
+
+
+def _since(x: Curve, value: int) -> Curve:
+    """The function from other codes on."""
+    while x.source.value != value:
+        assert x.source.bounded is not None
+        x = _ending(x.source.bounded, x.end)
+    return x
+
+
+def _ending(x: Curve, end: int) -> Curve:
+    """The function under the number that another equation reads it by."""
+    if x.end == end:
+        return x
+    same = Equation(copy_p, {}, (x.end,), (end,), x.path)
+    return dataclasses.replace(x, steps={**x.steps, end: same}, end=end)
+
+
+def _as_curve(e: Equation, v: int, x: Abstract) -> Curve:
+    """Codes as a function of themselves."""
+    if isinstance(x, Curve):
+        return _ending(x, v)
+    if isinstance(x, Integers) and x.rescaled is not None:
+        return _ending(x.rescaled, v)
+    if isinstance(x, Integers) and x.dtype:
+        x = x.emitted()
+    if isinstance(x, Integers) and x.emit is None and x.value is not None:
+        if x.high - x.low < _MOST_CODES and not x.is_bounded and x.gain is None:
+            return Curve(x, {v: x}, {}, {}, v, path=x.path)
+    raise refuse(e, x, "input")
+
+
+def _per_channel(e: Equation, x: Known | KnownCodes) -> np.ndarray:
+    """A known operand, with size 1 where it repeats."""
+    value = compact(
+        real_values(x) if isinstance(x, KnownCodes) else np.asarray(x.value)
+    )
+    if sum(n > 1 for n in value.shape) > 1:
+        raise ValueError(
+            f"`{e.primitive.name}` in {where(e)} has a constant of shape {value.shape} "
+            "that varies along more than one axis: a function of codes has one number, "
+            f"or one for each channel.\n  equation: {e}\nQuantize its operands first, "
+            "with `qjax.fake_quant`."
+        )
+    return value
+
+
+def tabulate(
+    x: Curve, finish: Any, types: Mapping[int, Any]
+) -> tuple[np.ndarray, int | None, int]:
+    """Computes a function on all codes of its source, as the float model does.
+
+    Args:
+      x: The function.
+      finish: What makes integers of its values.
+      types: Value of the trace -> its dtype.
+
+    Returns:
+      ``(table, axis, off)``: shape ``[codes]``, or ``[codes, channels]`` with the axis
+      of the value along which the rows are chosen; and by how much an entry changes if
+      the compiler does not fuse the function (``a * b + c`` into one rounding, say).
+    """
+    low, high = x.source.low, x.source.high
+    whole = {v for v, a in x.aliases.items() if a.dtype}
+    constants = (*x.known.values(), *(a.scale for a in x.aliases.values()))
+    rank = max(map(np.ndim, constants))
+    codes = np.arange(low, high + 1, dtype=np.int32).reshape((-1,) + (1,) * rank)
+    grids = {
+        v: QParams(jnp.float32(a.scale), jnp.int32(a.zero_point))
+        for v, a in x.aliases.items()
+    }
+
+    def table(codes: Any, grids: Mapping[int, QParams], known: Any) -> Any:
+        env = dict(known)
+        for v, grid in grids.items():
+            value = codes if v in whole else dequantize(codes, grid)
+            env[v] = value.astype(types[v])
+        return finish(run_steps(env, x.steps)[x.end])
+
+    with jax.numpy_rank_promotion("allow"):
+        found = np.asarray(jax.jit(table)(codes, grids, dict(x.known)))
+        alone = np.asarray(table(jnp.asarray(codes), grids, dict(x.known)))
+    off = int(np.max(np.abs(found.astype(np.int64) - alone), initial=0))
+    axes = [d for d in range(1, found.ndim) if found.shape[d] > 1]
+    if not axes:
+        return found.reshape(-1), None, off
+    if len(axes) > 1 or found.size > _MOST_ENTRIES:
+        raise ValueError(
+            f"The function in {x.path or 'the traced function'!r} would need a table "
+            f"of shape {found.shape}. Use fewer bits for its input, or numbers that "
+            "vary along one axis only."
+        )
+    return found.reshape(len(codes), -1), axes[0] - found.ndim, off
+
+
+def run_steps(
+    env: Mapping[int, Any], steps: Mapping[int, Equation]
+) -> dict[int, jax.Array]:
+    """Evaluates elementwise equations, in order, on values that broadcast.
+
+    Args:
+      env: Value of the trace -> array, for what the steps start from.
+      steps: Value of the trace -> the equation that computes it.
+
+    Returns:
+      All values.
+    """
+    found = dict(env)
+    for e in steps.values():
+        args = [found[v] for v in e.inputs]
+        shape = jnp.broadcast_shapes(*map(jnp.shape, args))
+        args = [jnp.broadcast_to(arg, shape) for arg in args]
+        found.update(zip(e.outputs, evaluate(e, *args), strict=True))
+    return found
+
+
+def add_table(
+    builder: Builder,
+    x: Curve,
+    finish: Any,
+    value: int,
+    name: str,
+) -> tuple[int, int]:
+    """Puts a function into the graph; returns the least and the largest entry."""
+    assert x.source.value is not None
+    table, axis, off = tabulate(x, finish, builder.types)
+    dtype = builder.values[value].dtype
+    if not np.array_equal(table.astype(dtype), table):
+        raise ValueError(
+            f"The function in {x.path or 'the traced function'!r} has values of "
+            f"{table.dtype} from {table.min()} to {table.max()}, which {dtype} does "
+            "not hold. Use a narrower type."
+        )
+    builder.add_node(
+        "table",
+        (x.source.value,),
+        value,
+        params={"table": builder.add_param(f"{name}/table", table.astype(dtype))},
+        path=x.path,
+        low=x.source.low,
+        axis=axis,
+        **({"most_off": off} if off else {}),
+    )
+    return int(table.min()), int(table.max())
+
+
+def add_exact_table(
+    builder: Builder, x: Curve, shape: tuple[int, ...], name: str
+) -> Integers | None:
+    """Puts a function into the graph on the grid that its own values lie on.
+
+    Returns:
+      Its codes; None if no grid holds all values exactly, as that of most functions.
+    """
+
+    def bits(real: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(real.astype(jnp.float32), jnp.int32)
+
+    found, axis, off = tabulate(x, bits, builder.types)
+    exact = exact_grid(found.view(np.float32))
+    if exact is None or off or x.source.value is None:
+        return None
+    scale, codes = exact
+    low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
+    value = builder.add_value(shape, low, high)
+    table = builder.add_param(
+        f"{name}/table", codes.astype(builder.values[value].dtype)
+    )
+    ends: dict[str, Any] = {"low": x.source.low, "axis": axis}
+    params = {"table": table}
+    builder.add_node(
+        "table", (x.source.value,), value, params=params, path=x.path, **ends
+    )
+    return Integers(value, np.asarray(scale), 0, low, high, is_codes=True, path=x.path)
+
+
+_ELSEWHERE = frozenset(
+    "add sub mul div neg max min clamp round convert_element_type reduce_precision "
+    "copy stop_gradient select_n".split()
+)
+
+
+@rule(*(POINTWISE - _ELSEWHERE - {*_COMPARISONS}))
+def _function(
+    builder: Builder, e: Equation, trace: Trace, *operands: Abstract
+) -> Abstract:
+    found = curve(builder, e, trace, *operands)
+    if found is None:
+        raise NotImplementedError(
+            f"There is no integer rule for `{e.primitive.name}` of two different "
+            f"values, met in {where(e)}.\n  equation: {e}\nKeep this part of the model "
+            "out of `lower`."
+        )
+    return found
+
+
+@rule(*_COMPARISONS)
+def _compare(
+    builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
+) -> Abstract:
+    known = isinstance(a, Known | KnownCodes) or isinstance(b, Known | KnownCodes)
+    if known or isinstance(a, Curve) or isinstance(b, Curve):
+        return _function(builder, e, trace, a, b)
+    pair = []
+    for x in (a, b):
+        if not isinstance(x, Integers) or not x.is_codes or np.ndim(x.scale):
+            raise refuse(e, x, "operand")
+        most = max(abs(n) for n in (x.low, x.high, x.zero_point))
+        if x.rescaled is not None or most > 1 << 24 or most * x.scale >= 2.0**127:
+            raise ValueError(
+                f"`{e.primitive.name}` in {where(e)} compares products that float32 "
+                f"rounds more than once.\n  equation: {e}\nQuantize its operands right "
+                "before it, in words of at most 24 bits."
+            )
+        pair.append(x)
+    parts = [np.frexp(np.float32(x.scale)) for x in pair]
+    value = builder.add_value(trace.shape(e.outputs[0]), 0, 1, dtype="int8")
+    builder.add_node(
+        "compare",
+        tuple(x.value for x in pair if x.value is not None),
+        value,
+        path=where(e).strip("'"),
+        kind=e.primitive.name,
+        multipliers=[int(mantissa * 2**24) for mantissa, _ in parts],
+        exponents=[int(exponent) - 24 for _, exponent in parts],
+        zero_points=[x.zero_point for x in pair],
+    )
+    return Integers(value, np.ones(()), 0, 0, 1, path=e.path, dtype="bool")
+
+
+@rule("argmax", "argmin")
+def _argmax(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
+    if not isinstance(x, Integers) or not x.is_codes or np.ndim(x.scale):
+        raise refuse(e, x, "input")
+    (axis,) = e.params["axes"]
+    size = trace.shape(e.inputs[0])[axis]
+    most = max(abs(n) for n in (x.low, x.high, x.zero_point))
+    if most > 1 << 22:
+        raise ValueError(
+            f"`{e.primitive.name}` in {where(e)} is of codes up to {most}, of which "
+            f"float32 takes several for one.\n  equation: {e}\nQuantize its input to "
+            "at most 22 bits."
+        )
+    value = builder.add_value(trace.shape(e.outputs[0]), 0, size - 1, dtype="int32")
+    assert x.value is not None
+    builder.add_node(
+        e.primitive.name, (x.value,), value, path=where(e).strip("'"), axis=int(axis)
+    )
+    dtype = str(trace.avals[e.outputs[0]].dtype)
+    return Integers(value, np.ones(()), 0, 0, size - 1, path=e.path, dtype=dtype)

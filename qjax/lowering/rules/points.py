@@ -1,0 +1,472 @@
+"""Rules of quantization points: inputs are quantized, accumulators requantized."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.affine import grid_codes
+from qjax.graph.graph import Grid, storage
+from qjax.integer import common_fixed_point, fixed_point
+from qjax.lowering.constants import add_constant, like_of
+from qjax.lowering.entries import raw
+from qjax.lowering.interpret import InputTwiceError, refuse, rule, where
+from qjax.lowering.rules.functions import add_table
+from qjax.lowering.rules.shapes import added, move_again
+from qjax.lowering.values import (
+    Abstract,
+    Builder,
+    ByChannel,
+    Curve,
+    Integers,
+    Joined,
+    Known,
+    KnownCodes,
+    Real,
+    Sum,
+    is_power_of_two,
+)
+from qjax.model.trace import Equation, Trace
+from qjax.rounding import half_even
+
+
+@rule("qpoint")
+def _qpoint(
+    builder: Builder, e: Equation, trace: Trace, x: Abstract, *operands: Abstract
+) -> Abstract:
+    scale, zero_point, qmin, qmax = (_constant(e, o) for o in operands)
+    site = e.params["site"]
+    if isinstance(x, Known) and not np.all(np.isfinite(x.value)):
+        raise ValueError(
+            f"The constant at {site or where(e)!r} holds NaN or infinity, which no "
+            "code stands for. Check the parameters."
+        )
+    if not np.all(np.isfinite(scale) & (scale > 0)):
+        raise ValueError(
+            f"The site {site or where(e)!r} has no scale yet: it is not calibrated. "
+            "Run `qjax.calibrate` (or train the layer) before `qjax.lower`."
+        )
+    if e.params["rounding"] is not half_even:
+        raise ValueError(
+            f"The site {site!r} rounds by `{e.params['rounding'].__name__}`; integer "
+            "programs round half to even. Use `rounding=half_even`."
+        )
+    if isinstance(x, Known):
+        codes = jax.jit(grid_codes)(x.value, scale, zero_point, qmin, qmax)
+        return KnownCodes(np.asarray(codes, np.int64), scale, zero_point, site)
+    is_double = trace.avals[e.outputs[0]].dtype == np.float64
+    shape, ends = trace.shape(e.outputs[0]), (int(qmin), int(qmax))
+    if scale.size > 1:
+        _check_channels(e, x, zero_point, site)
+        units = np.asarray(scale, np.float64)
+        common = float(scale.max())
+        target = _Target(common, 0, *ends, site, is_double=is_double, units=units)
+        return ByChannel(_by_channel(builder, e, x, target, shape), units, site)
+    word = int(zero_point.reshape(())), *ends
+    target = _Target(float(scale.reshape(())), *word, site, is_double=is_double)
+    if isinstance(x, ByChannel):
+        x = dataclasses.replace(x.codes, scale=x.scale)
+    if isinstance(x, Real):
+        if x.input is None and builder.is_open:  # Float before it: begin anew here.
+            value = target.add_value(builder, shape, target.qmin, target.qmax)
+            builder.inputs[-1 - len(builder.inputs)] = value
+            return target.integers(builder, value)
+        return _quantize_input(builder, e, trace, x, target, shape)
+    return _onto(builder, e, x, target, shape)
+
+
+def _check_channels(
+    e: Equation, x: Abstract, zero_point: np.ndarray, site: str
+) -> None:
+    """Raises where a scale per channel has no integers."""
+    at, rule = site or where(e), f'Rule("{site or "..."}", QSpec(bits=8))'
+    if np.any(zero_point):
+        raise ValueError(
+            f"The activation at {at!r} has a scale per channel and zero points, which "
+            "no kernel takes in. Use `symmetric=True` in its word, or one scale: "
+            f"`axis=None`, as in {rule}."
+        )
+    if isinstance(x, Real):
+        raise ValueError(
+            f"The input of the program at {at!r} has a scale per channel; its codes "
+            f"have one scale. Use `axis=None`, as in {rule}."
+        )
+
+
+def _by_channel(
+    builder: Builder, e: Equation, x: Abstract, target: "_Target", shape: Any
+) -> Integers:
+    """Codes with a scale per channel, in the unit of the coarsest one."""
+    if isinstance(x, Sum):
+        x = added(builder, e, x)
+    if isinstance(x, Curve):
+        known = {**x.known, -1: np.asarray(target.units)}  # For its rank.
+        return _table(builder, dataclasses.replace(x, known=known), target, shape)
+    if not isinstance(x, Integers):
+        raise refuse(e, x, "input")
+    found = _requantize(builder, x, target, shape)
+    low, high = (target.bound_codes(b) for b in x.bounds)
+    if np.all(low <= found.low) and np.all(high >= found.high):
+        return found
+    return _capped(builder, e, found, target, (low, high), shape)
+
+
+def _capped(
+    builder: Builder,
+    e: Equation,
+    x: Integers,
+    target: "_Target",
+    ends: tuple[np.ndarray, np.ndarray],
+    shape: Any,
+) -> Integers:
+    """Bounds that are another code in each channel, as a table with a row for each."""
+    axes = [d for d, n in enumerate(target.units_of().shape) if n > 1]
+    low, high = (np.broadcast_to(q, target.units_of().shape).reshape(-1) for q in ends)
+    codes = np.arange(x.low, x.high + 1)[:, None]
+    if len(axes) != 1 or codes.size * low.size > 1 << 20:
+        raise refuse(e, x, "input")
+    assert x.value is not None
+    table = np.clip(codes, low, high)
+    value = target.add_value(builder, shape, int(table.min()), int(table.max()))
+    dtype = builder.values[value].dtype
+    params = {"table": builder.add_param(f"{target.site}/bounds", table.astype(dtype))}
+    builder.add_node(
+        "table",
+        (x.value,),
+        value,
+        params=params,
+        path=target.site,
+        low=x.low,
+        axis=axes[0] - len(shape),
+    )
+    builder.sites.pop(target.site, None)
+    return target.integers(builder, value)
+
+
+def _onto(
+    builder: Builder, e: Equation, x: Abstract, target: "_Target", shape: Any
+) -> Integers:
+    """Puts what is at a quantization point on its grid."""
+    if isinstance(x, Sum):
+        return _requantize_sum(builder, x, target, shape)
+    if isinstance(x, Integers):
+        return _requantize(builder, x, target, shape)
+    if isinstance(x, Curve):
+        return _table(builder, x, target, shape)
+    if isinstance(x, Joined):
+        return _join(builder, e, x, target)
+    raise refuse(e, x, "input")
+
+
+def _table(builder: Builder, x: Curve, target: "_Target", shape: Any) -> Integers:
+    value = target.add_value(builder, shape, target.qmin, target.qmax)
+    low, high = add_table(builder, x, target.codes_of, value, target.site)
+    builder.values[value] = dataclasses.replace(
+        builder.values[value], low=low, high=high
+    )
+    return target.integers(builder, value)
+
+
+def _join(builder: Builder, e: Equation, x: Joined, target: "_Target") -> Integers:
+    """Each part goes on the grid, then all are joined: rounding keeps their order."""
+    part = dataclasses.replace(target, is_part=True)
+    pairs = list(zip(x.parts, x.shapes, strict=True))
+    onto: dict[int, int] = {}
+    for k, (p, shape) in enumerate(pairs):
+        if not isinstance(p, Known):
+            own = _onto(builder, e, p, part, shape)
+            assert own.value is not None
+            onto[k] = own.value
+    for k, (p, shape) in enumerate(pairs):
+        if isinstance(p, Known):
+            likes = [*onto.values(), *x.others]
+            like = like_of(builder, x, likes, shape)
+            onto[k] = _constant_codes(builder, x, p, part, shape, like)
+    values = [onto[k] for k in range(len(pairs))]
+    bounds = [builder.values[v] for v in values]
+    ends = [min(b.low for b in bounds), max(b.high for b in bounds)]
+    options = dict(x.attributes)
+    if x.operation == "pad":
+        options["padding_code"] = target.codes(x.fill)
+        ends = [
+            f(n, options["padding_code"]) for f, n in zip((min, max), ends, strict=True)
+        ]
+    low, high = target.range(x.bounds)
+    low, high = max(low, ends[0]), min(high, ends[1])
+    joined = target.add_value(builder, x.shape, *ends)
+    builder.add_node(
+        x.operation, (*x.others, *values), joined, path=target.site, **options
+    )
+    if x.bounds == (-np.inf, np.inf):
+        return target.integers(builder, joined)
+    value = target.add_value(builder, x.shape, low, high)
+    builder.add_node("clip", (joined,), value, path=target.site, low=low, high=high)
+    return target.integers(builder, value)
+
+
+def _constant_codes(
+    builder: Builder,
+    x: Joined,
+    known: Known,
+    target: "_Target",
+    shape: tuple[int, ...],
+    like: int | None,
+) -> int:
+    """A constant on the grid of a site, or the code that a mask chooses."""
+    real = np.asarray(known.value)
+    if np.any(np.isnan(real)):
+        raise ValueError(
+            f"A constant that goes into the site {target.site!r} is NaN, which no code "
+            "stands for. Replace it by a number."
+        )
+    grid = Grid(float(np.float32(target.scale)), target.zero_point)
+    dtype = storage(target.qmin, target.qmax)
+    if not x.others or not real.size or np.any(real != real.flat[0]):
+        codes = np.asarray(target.codes_of(jnp.asarray(real, jnp.float32)), np.int64)
+        codes = np.broadcast_to(codes, shape)
+        options = {"name": f"{target.site}/constant", "path": x.path, "dtype": dtype}
+        return add_constant(builder, codes, grid, like=like, **options)
+    code = target.codes(float(real.flat[0]))
+    value = target.add_value(builder, shape, code, code)
+    table = np.full(2, code, builder.values[value].dtype)
+    name = builder.add_param(f"{target.site}/case", table)
+    params = {"table": name}
+    builder.add_node(
+        "table", x.others, value, params=params, path=x.path, low=0, axis=None
+    )
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """The grid of a quantization point."""
+
+    scale: float
+    zero_point: int
+    qmin: int
+    qmax: int
+    site: str
+    is_part: bool = False  # Of what ends at the site.
+    is_double: bool = False  # Whether the model computes in float64.
+    units: np.ndarray | None = None  # Scales of the channels, if there are several.
+
+    def units_of(self) -> np.ndarray:
+        """The scales, float64: one, or those of the channels."""
+        if self.units is not None:
+            return self.units
+        return np.asarray(np.float64(np.float32(self.scale)))
+
+    def codes_of(self, real: Any) -> Any:
+        """The codes of real values, by the formula of the tag itself."""
+        zero, low, high = map(jnp.int32, (self.zero_point, self.qmin, self.qmax))
+        return grid_codes(real, jnp.float32(self.units_of()), zero, low, high)
+
+    def bound_codes(self, bound: float) -> np.ndarray:
+        """The codes of a bound, by channel."""
+        real = jnp.full(self.units_of().shape, bound, jnp.float32)
+        return np.asarray(self.codes_of(real))
+
+    def codes(self, real: float) -> int:
+        """The code of one real value."""
+        return int(self.codes_of(jnp.float32(real)))
+
+    def range(self, bounds: tuple[float, float]) -> tuple[int, int]:
+        """The codes that an activation with these bounds leaves."""
+        low, high = (self.bound_codes(bound) for bound in bounds)
+        return int(low.min()), int(high.max())
+
+    def integers(self, builder: Builder, value: int) -> Integers:
+        if not self.is_part:
+            builder.add_site(self.site, value)
+        v = builder.values[value]
+        scale = np.asarray(np.float64(np.float32(self.scale)))
+        return Integers(
+            value, scale, self.zero_point, v.low, v.high, is_codes=True, path=self.site
+        )
+
+    def add_value(
+        self, builder: Builder, shape: tuple[int, ...], low: int, high: int
+    ) -> int:
+        grid = Grid(float(np.float32(self.scale)), self.zero_point)
+        dtype = storage(self.qmin, self.qmax)
+        return builder.add_value(shape, low, high, grid, dtype=dtype)
+
+
+def _quantize_input(
+    builder: Builder, e: Equation, trace: Trace, x: Real, target: _Target, shape: Any
+) -> Abstract:
+    if x.input is None:
+        raise refuse(e, x, "input")
+    if not x.is_plain or x.input in builder.raw or x.input in builder.is_raw:
+        return _table(builder, raw(builder, e, trace, x), target, shape)
+    own = trace.shape(trace.inputs[x.input])
+    fresh = Builder()
+    target.add_value(fresh, own, target.qmin, target.qmax)
+    wanted = dataclasses.replace(
+        fresh.values[0], rescaling=x.rescaling, is_rescaling_exact=x.is_exact
+    )
+    value = builder.inputs.get(x.input)
+    if value is None:
+        value = builder.inputs[x.input] = len(builder.values)
+        builder.values.append(wanted)
+    elif builder.values[value] != wanted:
+        raise InputTwiceError(e, trace, x)
+    codes: Abstract = dataclasses.replace(target, is_part=True).integers(builder, value)
+    codes = move_again(builder, x, trace, codes)
+    assert isinstance(codes, Integers) and codes.value is not None
+    if not target.is_part:
+        builder.add_site(target.site, codes.value)
+    return codes
+
+
+def _requantize(
+    builder: Builder, x: Integers, target: _Target, shape: tuple[int, ...]
+) -> Integers:
+    low, high = target.range(x.bounds)
+    is_one = target.units is None and np.ndim(x.scale) == 0
+    same_grid = is_one and x.is_codes and x.scale == np.float32(target.scale)
+    if same_grid and x.zero_point == target.zero_point and not x.is_bounded:
+        is_whole = x.rescaled is None or x.high - x.low < _MOST_WHOLE
+        assert x.value is not None
+        # Parts are joined in one type.
+        fits = builder.values[x.value].dtype == storage(target.qmin, target.qmax)
+        is_whole &= fits or not target.is_part
+        if is_whole and target.qmin <= x.low and x.high <= target.qmax:
+            if not target.is_part:
+                builder.add_site(target.site, x.value)
+            return x
+    x = x.emitted()
+    assert x.value is not None
+    ratio = x.real_scale() / target.units_of()
+    # Where float32 arithmetic has one operation that rounds, round as it does.
+    one_rounding = (
+        x.gain is not None
+        and x.is_gain_exact
+        and not target.is_double
+        and is_power_of_two(x.scale)
+        and is_power_of_two(target.units_of())
+        and not is_power_of_two(x.gain)
+    )
+    if x.is_still is not None:  # Zero is zero in any unit.
+        ratio = np.where(x.is_still, 0.0, ratio)
+    multiplier, shift = _at_site(fixed_point, ratio, target.site)
+    params = {
+        "multiplier": builder.add_param(f"{target.site}/multiplier", multiplier),
+        "shift": builder.add_param(f"{target.site}/shift", shift),
+    }
+    value = target.add_value(builder, shape, low, high)
+    builder.add_node(
+        "requantize",
+        (x.value,),
+        value,
+        params=params,
+        path=target.site,
+        input_zero_point=x.zero_point,
+        zero_point=target.zero_point,
+        low=low,
+        high=high,
+        rule="fp32_half_even" if one_rounding else "half_even",
+        is_exact=_is_exact(x, target)
+        and bool(np.all(multiplier * 2.0 ** -shift.astype(float) == ratio)),
+        **({} if x.is_bias_exact else {"is_bias_rounded": True}),
+        **({"is_wide": True} if _most_steps(x) >= 1 << 31 else {}),
+    )
+    return target.integers(builder, value)
+
+
+_MOST_WHOLE = 1 << 20  # Float error in a unit is no step below it.
+_EXACT = 1 << 24  # Integers below are exact in float32.
+_MOST_SUM = 1 << 62  # Of products without their signs: `requantize_sum`.
+
+
+def _most_steps(x: Integers) -> int:
+    """The largest distance of codes from their zero point."""
+    return max(abs(x.low - x.zero_point), abs(x.high - x.zero_point))
+
+
+def _is_exact(x: Integers, target: _Target) -> bool:
+    """Whether float32 rounds accumulators as the requantizer does.
+
+    All scales are powers of two, nothing overflows or is denormal, and one operation at
+    most rounds: a product with a factor, which is the last one.
+    """
+    once = x.is_gain_exact and not x.is_quotient
+    scales = np.asarray(x.scale), target.units_of()
+    if not once or x.rescaled is not None or not x.is_bias_exact:
+        return False
+    units = np.abs(x.real_scale()[x.real_scale() != 0])
+    ends = (*scales, units, 1 / scales[1])
+    is_normal = all(np.all((s >= 2.0**-126) & (s <= 2.0**100)) for s in ends)
+    return is_normal and all(map(is_power_of_two, scales)) and _most_steps(x) < _EXACT
+
+
+def _is_exact_sum(x: Sum, target: _Target) -> bool:
+    """Whether float32 adds codes exactly: on powers of two, within 24 bits."""
+    scales = np.array([*(float(t.scale) for t, _ in x.terms), target.scale])
+    if not is_power_of_two(scales) or any(t.rescaled is not None for t, _ in x.terms):
+        return False
+    finest = scales[:-1].min()
+    most = sum(_most_steps(t) * float(t.scale) / finest for t, _ in x.terms)
+    is_normal = np.all((scales >= 2.0**-126) & (scales <= 2.0**100))
+    return bool(is_normal and most < _EXACT)
+
+
+def _requantize_sum(
+    builder: Builder, x: Sum, target: _Target, shape: tuple[int, ...]
+) -> Integers:
+    ratios = np.array([sign * float(t.scale) / target.scale for t, sign in x.terms])
+    multipliers, shift = _at_site(common_fixed_point, ratios, target.site)
+    most = [_most_steps(t) for t, _ in x.terms]
+
+    def total() -> int:
+        pairs = zip(most, multipliers, strict=True)
+        return sum(n * abs(int(m)) for n, m in pairs)
+
+    while total() > _MOST_SUM and shift > 0 and not np.any(multipliers % 2):
+        multipliers, shift = multipliers // 2, shift - 1
+    if total() > _MOST_SUM or max(most) >= 1 << 31:
+        raise ValueError(
+            f"The sum at {target.site!r} is of codes up to {max(most)} from their zero "
+            "point, more than 64 bits hold after rescaling. Use words of at most 30 "
+            "bits, or `symmetric=True`."
+        )
+    low, high = target.range(x.bounds)
+    value = target.add_value(builder, shape, low, high)
+    inputs = tuple(t.value for t, _ in x.terms if t.value is not None)
+    builder.add_node(
+        "add",
+        inputs,
+        value,
+        path=target.site,
+        input_zero_points=[t.zero_point for t, _ in x.terms],
+        multipliers=[int(m) for m in multipliers],
+        shift=int(shift),
+        zero_point=target.zero_point,
+        low=low,
+        high=high,
+        is_exact=_is_exact_sum(x, target),
+    )
+    return target.integers(builder, value)
+
+
+def _at_site(
+    convert: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    ratio: np.ndarray,
+    site: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        return convert(ratio)
+    except ValueError as error:
+        raise ValueError(f"The site {site!r} cannot be requantized. {error}") from error
+
+
+def _constant(e: Equation, x: Abstract) -> np.ndarray:
+    if not isinstance(x, Known):
+        raise ValueError(
+            f"The scale of the quantization point in {where(e)} depends on an input. "
+            f"Integer programs have fixed scales.\n  equation: {e}"
+        )
+    return np.asarray(x.value)

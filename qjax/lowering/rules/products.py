@@ -1,0 +1,355 @@
+"""Rules of products: dot, convolution, a factor per channel, two activations."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from qjax.graph.builder import compact
+from qjax.lowering.interpret import refuse, rule, sites_of, where
+from qjax.lowering.values import Abstract, Builder, Integers, Known, KnownCodes
+from qjax.model.channels import output_scale
+from qjax.model.trace import Equation, Trace
+
+_INT32 = np.iinfo(np.int32)
+
+
+class AccumulatorOverflowError(OverflowError):
+    """An accumulator could leave its buffer, int32 by default.
+
+    Attributes:
+      witness: Input codes that take it there, in the shape of one kernel.
+    """
+
+    def __init__(self, message: str, witness: np.ndarray):
+        super().__init__(message)
+        self.witness = witness
+
+
+@rule("dot_general")
+def _dot_general(
+    builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
+) -> Abstract:
+    if not isinstance(a, Known | KnownCodes) and not isinstance(b, Known | KnownCodes):
+        return _dot_codes(builder, e, trace, a, b)
+    operand = 0 if isinstance(a, Known | KnownCodes) else 1
+    x, w = (b, a) if operand == 0 else (a, b)
+    return _product(builder, e, trace, x, w, operand)
+
+
+def _dot_codes(
+    builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
+) -> Integers:
+    """A product of two activations, both on grids."""
+    pair = _two_codes(e, a, b)
+    (contract, batch) = e.params["dimension_numbers"]
+    sizes = trace.shape(e.inputs[0])
+    taps = math.prod(sizes[d] for d in contract[0])
+    attributes = {
+        "contract": [list(map(int, axes)) for axes in contract],
+        "batch": [list(map(int, axes)) for axes in batch],
+    }
+    return _of_two(builder, e, trace, pair, "dot_codes", taps, attributes)
+
+
+def multiply_codes(
+    builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
+) -> Integers:
+    """A product of two activations, number by number."""
+    pair = _two_codes(e, a, b)
+    return _of_two(builder, e, trace, pair, "multiply_codes", 1, {})
+
+
+def _two_codes(e: Equation, *operands: Abstract) -> list[Integers]:
+    for x in operands:
+        if not isinstance(x, Integers) or not x.is_codes or np.ndim(x.scale):
+            raise refuse(e, x, "operand")
+    return [x for x in operands if isinstance(x, Integers)]
+
+
+def _of_two(
+    builder: Builder,
+    e: Equation,
+    trace: Trace,
+    pair: list[Integers],
+    operation: str,
+    taps: int,
+    attributes: dict[str, Any],
+) -> Integers:
+    ends = [(x.low - x.zero_point, x.high - x.zero_point) for x in pair]
+    products = [taps * p * q for p in ends[0] for q in ends[1]]
+    low, high = min(*products, 0), max(*products, 0)
+    limit = builder.most(sites_of(e.path)[0])
+    if low < -limit - 1 or high > limit:
+        raise AccumulatorOverflowError(
+            f"The accumulator of `{e.primitive.name}` in {where(e)} could reach "
+            f"{high if high > -low else low}, {taps} products of codes in {ends[0]} "
+            f"and {ends[1]} about their zero points, beyond {limit}.\n  equation: {e}\n"
+            "Use fewer bits for its operands, or more `buffer_bits`.",
+            np.array(ends),
+        )
+    shape = trace.shape(e.outputs[0])
+    inputs = tuple(x.value for x in pair if x.value is not None)
+    value = builder.add_value(shape, low, high, dtype="int32")
+    zero_points = [x.zero_point for x in pair]
+    builder.add_node(
+        operation,
+        inputs,
+        value,
+        path=where(e).strip("'"),
+        zero_points=zero_points,
+        **attributes,
+    )
+    scale = np.asarray(float(pair[0].scale) * float(pair[1].scale))
+    found = Integers(value, scale, 0, low, high, path=e.path, most=limit)
+    return dataclasses.replace(
+        found, is_gain_exact=all(x.rescaled is None for x in pair)
+    )
+
+
+@rule("conv_general_dilated")
+def _conv(
+    builder: Builder, e: Equation, trace: Trace, x: Abstract, w: Abstract
+) -> Abstract:
+    if e.params["batch_group_count"] != 1 or isinstance(x, Known | KnownCodes):
+        raise NotImplementedError(
+            f"There is no integer rule for this convolution, met in {where(e)}.\n"
+            f"  equation: {e}"
+        )
+    return _product(builder, e, trace, x, w, 1)
+
+
+def contracted_axes(e: Equation, operand: int, rank: int) -> tuple[int, ...]:
+    """The axes of a kernel that a product with it sums over."""
+    dimensions = e.params["dimension_numbers"]
+    if e.primitive.name == "dot_general":
+        return tuple(dimensions[0][operand])
+    return tuple(d for d in range(rank) if d != dimensions.rhs_spec[0])
+
+
+def _product(
+    builder: Builder,
+    e: Equation,
+    trace: Trace,
+    x: Abstract,
+    w: Abstract,
+    operand: int,
+) -> Abstract:
+    if not isinstance(x, Integers) or not x.is_codes:
+        raise refuse(e, x, "input")
+    if not isinstance(w, KnownCodes):
+        raise refuse(e, w, "kernel")
+    if np.any(w.zero_point):
+        raise ValueError(
+            f"The kernel {w.site!r} has a zero point, which would cost a second "
+            "product. Use `symmetric=True` for weights."
+        )
+    shape = trace.shape(e.outputs[0])
+    over = contracted_axes(e, operand, w.codes.ndim)
+    scale = output_scale(e, operand, w.scale, len(shape))
+    if scale is None:
+        raise ValueError(
+            f"The scale of the kernel {w.site!r} varies inside the sum of "
+            f"`{e.primitive.name}` in {where(e)}: its shape is {w.scale.shape}, and "
+            f"axes {over} are summed over.\n  equation: {e}\n"
+            f'Use `axis="output"` for {w.site!r} in the scheme, or `axis=None`: one '
+            "scale per tensor."
+        )
+    total = to_output(e, operand, w.codes.sum(over, keepdims=True), len(shape))
+    positive = np.maximum(w.codes, 0).sum(over, keepdims=True)
+    negative = np.minimum(w.codes, 0).sum(over, keepdims=True)
+    # Padding has the code of zero.
+    up, down = max(x.high - x.zero_point, 0), min(x.low - x.zero_point, 0)
+    high = to_output(e, operand, positive * up + negative * down, len(shape))
+    low = to_output(e, operand, positive * down + negative * up, len(shape))
+    assert x.value is not None
+    offset = storage_offset(builder.values[x.value].dtype)
+    source, limit = x.value, builder.most(w.site or "")
+
+    def emit(bias: np.ndarray, shift: int) -> tuple[int, int, int]:
+        least, most = (low << shift) + bias, (high << shift) + bias
+        _check_overflow(e, least, most, w, x, limit)
+        folded = bias - ((x.zero_point - offset) * total << shift)
+        _check_overflow(e, folded, folded, w, x, _INT32.max)
+        params = _add_params(builder, w.site or "kernel", w.codes, folded)
+        lowest, highest = _ends(least, most)
+        value = builder.add_value(shape, lowest, highest, dtype="int32")
+        is_dot = e.primitive.name == "dot_general"
+        attributes = (
+            dot_attributes(e, operand) if is_dot else conv_attributes(e, x.zero_point)
+        )
+        builder.add_node(
+            "dot" if is_dot else "conv",
+            (source,),
+            value,
+            params=params,
+            path=where(e).strip("'"),
+            offset=offset,
+            shift=shift,
+            **attributes,
+        )
+        return value, lowest, highest
+
+    return Integers(
+        None,
+        np.asarray(scale, np.float64) * x.scale,
+        0,
+        int(low.min(initial=0)),
+        int(high.max(initial=0)),
+        is_gain_exact=x.rescaled is None and x.is_gain_exact,
+        emit=emit,
+        shift=0,
+        path=e.path,
+        most=limit,
+        is_still=(low == 0) & (high == 0),
+    )
+
+
+def _ends(low: np.ndarray, high: np.ndarray) -> tuple[int, int]:
+    """The least and the largest of sums; 0 where there are none."""
+    return (int(low.min()), int(high.max())) if low.size and high.size else (0, 0)
+
+
+def to_output(e: Equation, operand: int, sums: Any, rank: int) -> Any:
+    """Per-channel sums of a kernel, in the rank of the output. NumPy or JAX."""
+    return output_scale(e, operand, sums, rank)
+
+
+def dot_attributes(e: Equation, operand: int) -> dict[str, Any]:
+    """Of the node `dot`, for a kernel that is this operand."""
+    contract, batch = (
+        [list(map(int, axes)) for axes in pair]
+        for pair in e.params["dimension_numbers"]
+    )
+    return {"contract": contract, "batch": batch, "kernel_operand": operand}
+
+
+def conv_attributes(e: Equation, zero_point: Any) -> dict[str, Any]:
+    """Of the node `conv`; its padding has the code of zero."""
+    dimensions = e.params["dimension_numbers"]
+    specs = dimensions.lhs_spec, dimensions.rhs_spec, dimensions.out_spec
+    return {
+        "strides": list(map(int, e.params["window_strides"])),
+        "padding": [list(map(int, pair)) for pair in e.params["padding"]],
+        "input_dilation": list(map(int, e.params["lhs_dilation"])),
+        "dilation": list(map(int, e.params["rhs_dilation"])),
+        "groups": int(e.params["feature_group_count"]),
+        "dimensions": [list(map(int, spec)) for spec in specs],
+        "padding_code": zero_point,
+    }
+
+
+def _check_overflow(
+    e: Equation,
+    low: np.ndarray,
+    high: np.ndarray,
+    w: KnownCodes,
+    x: Integers,
+    limit: int,
+) -> None:
+    if -limit - 1 <= low.min(initial=0) and high.max(initial=0) <= limit:
+        return
+    worst = high if high.max() > -low.min() else low
+    reach = int(worst.flat[np.argmax(np.abs(worst))])
+    channel = int(np.argmax(np.abs(worst)))
+    up, down = (x.high, x.low) if reach > 0 else (x.low, x.high)
+    witness = np.where(w.codes > 0, up, down)
+    width = "int32" if limit == _INT32.max else f"{limit.bit_length() + 1} bits"
+    raise AccumulatorOverflowError(
+        f"The accumulator of `{e.primitive.name}` in {where(e)} could reach {reach} in "
+        f"output channel {channel}, beyond {width}: with input code {up} where "
+        f"{w.site!r} is positive and {down} where it is not.\n  equation: {e}\n"
+        "Use fewer bits for the input or for the kernel, or more `buffer_bits`.",
+        witness,
+    )
+
+
+def _add_params(
+    builder: Builder, site: str, kernel: np.ndarray, bias: np.ndarray
+) -> dict[str, str]:
+    """Kernel and bias, named as their module names them."""
+    parent = site.rpartition("/")[0] or site
+    return {
+        "kernel": builder.add_param(site, _smallest(kernel)),
+        "bias": builder.add_param(f"{parent}/bias", bias.astype(np.int32)),
+    }
+
+
+def _smallest(codes: np.ndarray) -> np.ndarray:
+    top = max(int(codes.max(initial=0)), -1 - int(codes.min(initial=0)))
+    return codes.astype("int8" if top < 128 else "int16" if top < 32768 else "int32")
+
+
+def storage_offset(dtype: str) -> int:
+    """What takes an unsigned type to the signed one of its size."""
+    info = np.iinfo(dtype)
+    return 0 if info.min < 0 else (info.max + 1) // 2
+
+
+def reopened(builder: Builder, e: Equation, x: Integers) -> Integers:
+    """Returns an accumulator that takes a bias though it is in the graph already."""
+    x = x.emitted()
+    source, path = x.value, where(e).strip("'")
+    assert source is not None and not x.zero_point
+
+    def emit(bias: np.ndarray, shift: int) -> tuple[int, int, int]:
+        assert source is not None
+        low, high = (np.asarray(end << shift) + bias for end in (x.low, x.high))
+        if low.min(initial=0) < -x.most - 1 or high.max(initial=0) > x.most:
+            raise AccumulatorOverflowError(
+                f"The accumulator of `{e.primitive.name}` in {where(e)} could reach "
+                f"{high.max() if high.max() > -low.min() else low.min()}, beyond "
+                f"{x.most}.\n  equation: {e}\nUse fewer bits for what it sums, or more "
+                "`buffer_bits`.",
+                np.array([x.low, x.high]),
+            )
+        params = {
+            "kernel": builder.add_param(f"{path}/one", np.ones((), np.int8)),
+            "bias": builder.add_param(f"{path}/bias", bias.astype(np.int32)),
+        }
+        ends = _ends(low, high)
+        value = builder.add_value(builder.values[source].shape, *ends, dtype="int32")
+        options: dict[str, Any] = {"offset": 0, "shift": shift}
+        builder.add_node(
+            "multiply", (source,), value, params=params, path=path, **options
+        )
+        return value, *ends
+
+    return dataclasses.replace(x, value=None, emit=emit, shift=0)
+
+
+def multiply(
+    builder: Builder, e: Equation, trace: Trace, x: Integers, w: KnownCodes
+) -> Integers:
+    """Codes times a constant on a grid: a channel's factor."""
+    assert x.value is not None
+    source, shape = x.value, trace.shape(e.outputs[0])
+    codes, limit = compact(w.codes), builder.most(w.site or "")
+    offset = storage_offset(builder.values[source].dtype)
+    ends = [codes * (bound - x.zero_point) for bound in (x.low, x.high)]
+
+    def emit(bias: np.ndarray, shift: int) -> tuple[int, int, int]:
+        low = (np.minimum(*ends) << shift) + bias
+        high = (np.maximum(*ends) << shift) + bias
+        _check_overflow(e, low, high, w, x, limit)
+        folded = bias - ((x.zero_point - offset) * codes << shift)
+        _check_overflow(e, folded, folded, w, x, _INT32.max)
+        params = _add_params(builder, w.site or "scale", codes, folded)
+        lowest, highest = _ends(low, high)
+        value = builder.add_value(shape, lowest, highest, dtype="int32")
+        path = where(e).strip("'")
+        builder.add_node(
+            "multiply",
+            (source,),
+            value,
+            params=params,
+            path=path,
+            offset=offset,
+            shift=shift,
+        )
+        return value, lowest, highest
+
+    scale = np.asarray(np.float64(w.scale) * x.scale)
+    found = Integers(None, scale, 0, 0, 0, emit=emit, shift=0, path=e.path, most=limit)
+    return dataclasses.replace(found, is_gain_exact=x.rescaled is None)

@@ -1,0 +1,1 @@
+"""A traced model: its equations, blocks and sites, and its run on grids."""

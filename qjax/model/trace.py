@@ -1,0 +1,456 @@
+"""A traced function as a flat list of equations over numbered values.
+
+Both passes (`qjax.model.blocks`, `qjax.lowering`) read this list: nested calls are
+inlined once, here, and nowhere else.
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import numpy as np
+from jax import lax
+from jax.extend.core import primitives as p
+
+from qjax.leaves import leaf_names
+from qjax.mesh_axes import aligned, axes_of, vary
+from qjax.quantizers.point import SCOPE
+
+WHOLE = "qjax.whole."  # A call with the kind of what it computes whole behind it.
+_QUANTIZER = re.compile(re.escape(SCOPE) + r"(\w+)")
+_CALLS = (p.jit_p, p.closed_call_p, p.remat_p)
+_DERIVATIVE_CALLS = (p.custom_jvp_call_p, p.custom_vjp_call_p)
+CALLS = (p.jit_p, *_DERIVATIVE_CALLS)  # That a trace may keep whole.
+AFFINE = frozenset("add sub mul div neg".split())
+BOUNDS = frozenset("max min clamp".split())
+POINTWISE = frozenset(
+    "abs acos acosh asin asinh atan atanh atan2 cbrt ceil convert_element_type copy "
+    "cos cosh eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le "
+    "log log1p logistic lt ne not or and pow reduce_precision rem round rsqrt select_n "
+    "sign sin sinh sqrt square stop_gradient tan tanh xor".split()
+)
+POINTWISE |= AFFINE | BOUNDS
+
+
+@dataclasses.dataclass(frozen=True)
+class Equation:
+    """One primitive applied to values."""
+
+    primitive: jex.Primitive
+    params: dict[str, Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    path: str  # Module path: the name stack. Empty where the tracer knew none.
+    # Where it was written, as JAX has it: `qjax.model.origin` reads it.
+    source: Any = dataclasses.field(default=None, compare=False, repr=False)
+    # Whether `quantize_model` put the quantization points.
+    is_simulated: bool = dataclasses.field(default=False, compare=False, repr=False)
+
+    def __str__(self):
+        args = " ".join(f"%{i}" for i in self.inputs)
+        outs = ", ".join(f"%{i}" for i in self.outputs)
+        if kind := whole_of(self):
+            return f"{outs} = {kind} {args}"
+        shown = {
+            k: v
+            for k, v in self.params.items()
+            if isinstance(v, int | float | str | tuple) and k != "site"
+        }
+        return f"{outs} = {self.primitive.name}{shown or ''} {args}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """Equations in order. Values are numbers; ``avals`` gives their types."""
+
+    equations: tuple[Equation, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    constants: dict[int, Any]
+    avals: dict[int, Any]
+    names: tuple[str, ...] = ()  # Of the inputs: input 0, input:1['image'].
+
+    def shape(self, value: int) -> tuple[int, ...]:
+        """The shape of a value."""
+        return self.avals[value].shape
+
+    def is_real(self, value: int) -> bool:
+        """Whether a value is of a floating-point type."""
+        return jax.numpy.issubdtype(self.avals[value].dtype, np.floating)
+
+
+def trace(
+    fn: Callable[..., Any], *args: Any, keep_derivatives: bool
+) -> tuple[Trace, Any]:
+    """Traces a function of pytrees.
+
+    Args:
+      fn: Any function that JAX can trace.
+      *args: Example arguments; only their types are read.
+      keep_derivatives: Whether calls with their own derivative rules (``custom_jvp``,
+        ``custom_vjp``) stay single equations, as do jitted elementwise functions of one
+        argument that are more than a line and a bound (``jax.nn.gelu``), and the
+        quantizers of `qjax.quantizers`. Inlined, the former lose these rules.
+
+    Returns:
+      The trace without dead equations, and the tree of shapes that ``fn`` returns.
+    """
+    is_type = lambda x: isinstance(x, jax.ShapeDtypeStruct | jax.core.ShapedArray)
+    types = jax.tree.map(lambda x: x if is_type(x) else jax.typeof(x), args)
+    closed, out = jax.make_jaxpr(fn, return_shape=True)(*types)
+    whole = _prune(_flatten(closed, keep_derivatives))
+    return dataclasses.replace(whole, names=tuple(leaf_names(args))), out
+
+
+def is_key(x: Any) -> bool:
+    """Whether a value is a typed key of ``jax.random``: no array of numbers."""
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
+
+
+def evaluate(equation: Equation, *values: Any) -> Sequence[Any]:
+    """Applies the primitive of an equation to values, traced or not."""
+    if whole_of(equation) and not any(isinstance(x, jax.core.Tracer) for x in values):
+        # Compiled whole it would be compiled again with each trace.
+        return jex.jaxpr_as_fun(equation.params["jaxpr"])(*values)
+    if equation.primitive in CALLS:
+        types = [v.aval for v in _called(equation).invars]
+        pairs = zip(values, types, strict=True)
+        values = tuple(vary(x, axes_of(aval)) for x, aval in pairs)
+    elif len(values) > 1:
+        values = tuple(aligned(values))
+    params = equation.primitive.get_bind_params(equation.params)
+    out = equation.primitive.bind(*values, **params)
+    return out if equation.primitive.multiple_results else (out,)
+
+
+def _inner(e: Any) -> Any:
+    """What a call calls."""
+    return e.params["jaxpr" if "jaxpr" in e.params else "call_jaxpr"]
+
+
+def _called(e: Any) -> Any:
+    """The jaxpr of a call."""
+    return getattr(_inner(e), "jaxpr", _inner(e))
+
+
+def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
+    fresh = itertools.count()
+    constants: dict[int, Any] = {}
+    avals: dict[int, Any] = {}
+    equations: list[Equation] = []
+    data: set[int] = set()  # What depends on an argument.
+    inlined = _CALLS if keep_derivatives else _CALLS + _DERIVATIVE_CALLS
+
+    def number(aval: Any) -> int:
+        i = next(fresh)
+        avals[i] = aval
+        return i
+
+    def constant(value: Any, aval: Any) -> int:
+        i = number(aval)
+        constants[i] = value
+        return i
+
+    def walk(
+        jaxpr: Any, args: Sequence[int], path: str, source: Any = None
+    ) -> list[int]:
+        env = dict(zip(jaxpr.invars, args, strict=True))
+
+        def read(atom: Any) -> int:
+            if isinstance(atom, jex.Literal):
+                aval: Any = atom.aval
+                value = np.asarray(atom.val, aval.dtype)
+                return constant(value, aval)
+            return env[atom]
+
+        for eqn in _with_quantizers(jaxpr) if keep_derivatives else jaxpr.eqns:
+            inputs = [read(v) for v in eqn.invars]
+            stack = _QUANTIZER.sub(r"\1", str(eqn.source_info.name_stack))
+            here = "/".join(s for s in (path, stack) if s)
+            # What is inside of a call that JAX has cached names its first caller.
+            origin = eqn.source_info if source is None else source
+            is_kept = bool(whole_of(eqn)) or (keep_derivatives and _is_function(eqn))
+            if eqn.primitive is p.concatenate_p:  # Pieces of length 0 are none.
+                axis = eqn.params["dimension"]
+                long = [v for v in inputs if avals[v].shape[axis]]
+                inputs = long or inputs
+                if len(inputs) == 1:
+                    env[eqn.outvars[0]] = inputs[0]
+                    continue
+            if (whole := expansion(eqn, keep_derivatives)) is not None and (
+                eqn.primitive is not p.scan_p or not data.isdisjoint(inputs)
+            ):
+                types = [v.aval for v in eqn.invars]
+                outputs = call(jax.make_jaxpr(whole)(*types), inputs, here, origin)
+            elif (
+                eqn.primitive is p.cond_p
+                and (at := known_number(inputs[0])) is not None
+            ):
+                branches = eqn.params["branches"]
+                branch = branches[min(max(at, 0), len(branches) - 1)]
+                outputs = call(branch, inputs[1:], here, origin)
+            elif eqn.primitive in inlined and not is_kept:
+                outputs = call(_inner(eqn), inputs, here, origin)
+            elif eqn.primitive.name == "pvary":
+                outputs = inputs  # `evaluate` does it where it is needed.
+            else:
+                outputs = [number(v.aval) for v in eqn.outvars]
+                parts: Any = [(inputs, outputs)]
+                if eqn.primitive.name == "optimization_barrier":
+                    # It returns each of its operands: as many moves of one value.
+                    parts = zip(zip(inputs), zip(outputs), strict=True)
+                for own, made in parts:
+                    if not data.isdisjoint(own):
+                        data.update(made)
+                    ends = tuple(own), tuple(made)
+                    equations.append(
+                        Equation(eqn.primitive, eqn.params, *ends, here, origin)
+                    )
+            env.update(zip(eqn.outvars, outputs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def known_number(v: int) -> int | None:
+        """The value of a number that does not depend on an argument."""
+        value = None if v in data else known_value(v)
+        return None if value is None else int(value)
+
+    def known_value(v: int) -> Any:
+        """A value that does not depend on an argument; None if a tracer is in it."""
+        if v in constants:
+            return None if isinstance(constants[v], jax.core.Tracer) else constants[v]
+        e = next(e for e in reversed(equations) if v in e.outputs)
+        values = [known_value(u) for u in e.inputs]
+        if any(value is None for value in values):
+            return None
+        with jax.ensure_compile_time_eval():
+            typed = [
+                jax.numpy.asarray(value, avals[u].dtype)
+                for value, u in zip(values, e.inputs, strict=True)
+            ]
+            return evaluate(e, *typed)[e.outputs.index(v)]
+
+    def call(inner: Any, inputs: list[int], path: str, source: Any) -> list[int]:
+        jaxpr = getattr(inner, "jaxpr", inner)
+        consts = [
+            constant(c, v.aval)
+            for v, c in zip(jaxpr.constvars, getattr(inner, "consts", ()), strict=True)
+        ]
+        jaxpr = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
+        return walk(jaxpr, [*consts, *inputs], path, source)
+
+    arguments = [number(v.aval) for v in closed.jaxpr.invars]
+    data.update(arguments)
+    consts = [
+        constant(c, v.aval)
+        for v, c in zip(closed.jaxpr.constvars, closed.consts, strict=True)
+    ]
+    jaxpr = closed.jaxpr
+    jaxpr = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
+    outputs = walk(jaxpr, [*consts, *arguments], "")
+    return Trace(
+        tuple(equations), tuple(arguments), tuple(outputs), constants, dict(avals)
+    )
+
+
+def expansion(eqn: Any, keep_derivatives: bool) -> Callable[..., Any] | None:
+    """Returns what an equation is made of simpler ones; None if it stays.
+
+    Stacks and tiles are concatenations and broadcasts. A scan of few steps is unrolled
+    where it is lowered; as a part of a model that is trained it stays.
+    """
+    params = eqn.params
+    if eqn.primitive.name == "stack":
+        axis = params["axis"]
+        return lambda *xs: lax.concatenate(
+            [lax.expand_dims(x, (axis,)) for x in xs], axis
+        )
+    if eqn.primitive.name == "unstack":
+        axis, sizes = params["axis"], (1,) * len(eqn.outvars)
+        return lambda x: [lax.squeeze(y, (axis,)) for y in lax.split(x, sizes, axis)]
+    if eqn.primitive.name == "tile":
+        return lambda x: _tiled(x, params["reps"])
+    is_short = eqn.primitive is p.scan_p and params["length"] <= MOST_STEPS
+    return _unrolled(params) if is_short and not keep_derivatives else None
+
+
+MOST_STEPS = 256  # Of a scan that is unrolled.
+
+
+def _tiled(x: jax.Array, reps: Sequence[int]) -> jax.Array:
+    for axis, n in enumerate(reps):
+        if n != 1:
+            shape = (*x.shape[:axis], n, *x.shape[axis:])
+            kept = tuple(d for d in range(len(shape)) if d != axis)
+            whole = (*x.shape[:axis], n * x.shape[axis], *x.shape[axis + 1 :])
+            x = lax.reshape(lax.broadcast_in_dim(x, shape, kept), whole)
+    return x
+
+
+def _unrolled(params: Mapping[str, Any]) -> Callable[..., list[Any]]:
+    """A scan as a Python loop."""
+    step, length = jex.jaxpr_as_fun(params["jaxpr"]), params["length"]
+    first, kept = params["num_consts"], params["num_carry"]
+    order = range(length)[::-1] if params["reverse"] else range(length)
+
+    def loop(*args: Any) -> list[Any]:
+        consts, xs = args[:first], args[first + kept :]
+        carry, found = list(args[first : first + kept]), {}
+        for t in order:
+            now = [lax.index_in_dim(x, t, keepdims=False) for x in xs]
+            out = step(*consts, *carry, *now)
+            carry, found[t] = list(out[:kept]), out[kept:]
+        columns = zip(*(found[t] for t in range(length)), strict=True)
+        rows = [[lax.expand_dims(y, (0,)) for y in column] for column in columns]
+        return carry + [lax.concatenate(column, 0) for column in rows]
+
+    return loop
+
+
+def _prune(trace: Trace) -> Trace:
+    """Drops equations that no output needs."""
+    needed = set(trace.outputs)
+    kept = []
+    for equation in reversed(trace.equations):
+        if needed.intersection(equation.outputs):
+            needed.update(equation.inputs)
+            kept.append(equation)
+    return dataclasses.replace(trace, equations=tuple(reversed(kept)))
+
+
+def _is_function(eqn: Any) -> bool:
+    """Whether an equation calls an elementwise function that is no line, no bound."""
+    if eqn.primitive is not p.jit_p:
+        return False
+    if str(eqn.params["name"]).startswith(SCOPE):
+        return True
+    if len(eqn.invars) != 1 or len(eqn.outvars) != 1 or _has_quantizer(eqn):
+        return False
+    same = eqn.invars[0].aval.shape == eqn.outvars[0].aval.shape
+    kinds = kinds_of(eqn.params["jaxpr"].jaxpr) if same else None
+    return kinds is not None and "bent" in kinds
+
+
+def quantizer_of(e: Any) -> str:
+    """Returns the name of the quantizer that an equation applies whole, or ""."""
+    name = str(e.params.get("name", ""))
+    return name.removeprefix(SCOPE) if name.startswith(SCOPE) else ""
+
+
+def whole_of(e: Any) -> str:
+    """Returns the kind of the softmax or normalisation that an equation is, or ""."""
+    name = str(e.params.get("name", ""))
+    return name.removeprefix(WHOLE) if name.startswith(WHOLE) else ""
+
+
+def _has_quantizer(eqn: Any) -> bool:
+    """Whether a call has an equation of a quantizer inside."""
+    jaxprs = [getattr(j, "jaxpr", j) for j in jex.jaxprs_in_params(eqn.params)]
+    inner = [e for jaxpr in jaxprs for e in jaxpr.eqns]
+    return any(
+        SCOPE in str(e.source_info.name_stack) or _has_quantizer(e) for e in inner
+    )
+
+
+def _with_quantizers(jaxpr: Any) -> list[Any]:
+    """The equations of a jaxpr, those of each quantizer as one call."""
+    marks = [_mark(eqn) for eqn in jaxpr.eqns]
+    found: list[Any] = []
+    at = 0
+    for mark, run in itertools.groupby(marks):
+        eqns = jaxpr.eqns[at : at + len(list(run))]
+        at += len(eqns)
+        if not mark:
+            found += eqns
+            continue
+        for part in _connected(eqns):
+            found.append(_as_call(jaxpr, part, mark))
+    return found
+
+
+def _mark(eqn: Any) -> str:
+    match = _QUANTIZER.search(str(eqn.source_info.name_stack))
+    return match.group(0) if match else ""
+
+
+def _connected(eqns: Sequence[Any]) -> list[list[Any]]:
+    """Splits equations into groups that read nothing of each other."""
+    groups: list[tuple[set[Any], list[Any]]] = []
+    for eqn in eqns:
+        reads = {v for v in eqn.invars if not isinstance(v, jex.Literal)}
+        own = [g for g in groups if reads & g[0]]
+        others = [g for g in groups if not reads & g[0]]
+        made = set(eqn.outvars).union(*(g[0] for g in own))
+        groups = [*others, (made, [e for g in own for e in g[1]] + [eqn])]
+    return [part for _, part in groups]
+
+
+def _as_call(jaxpr: Any, eqns: Sequence[Any], name: str) -> Any:
+    """Equations of a jaxpr as one equation, a jitted call of this name."""
+    made = {v for eqn in eqns for v in eqn.outvars}
+    reads = [v for eqn in eqns for v in eqn.invars if not isinstance(v, jex.Literal)]
+    inputs = [v for v in dict.fromkeys(reads) if v not in made]
+    rest = [eqn for eqn in jaxpr.eqns if not any(eqn is e for e in eqns)]
+    used = {v for eqn in rest for v in eqn.invars if not isinstance(v, jex.Literal)}
+    used.update(v for v in jaxpr.outvars if not isinstance(v, jex.Literal))
+    outputs = [v for eqn in eqns for v in eqn.outvars if v in used]
+
+    def quantizer(*values: Any) -> list[Any]:
+        env = dict(zip(inputs, values, strict=True))
+        for eqn in eqns:
+            read = lambda v: v.val if isinstance(v, jex.Literal) else env[v]
+            params = eqn.primitive.get_bind_params(eqn.params)
+            out = eqn.primitive.bind(*map(read, eqn.invars), **params)
+            several = eqn.primitive.multiple_results
+            env.update(zip(eqn.outvars, out if several else (out,), strict=True))
+        return [env[v] for v in outputs]
+
+    quantizer.__name__ = quantizer.__qualname__ = name
+    types = [v.aval for v in inputs]
+    (call,) = jax.make_jaxpr(jax.jit(quantizer))(*types).jaxpr.eqns
+    source = eqns[-1].source_info
+    return call.replace(invars=inputs, outvars=outputs, source_info=source)
+
+
+def kinds_of(jaxpr: Any, is_known: Sequence[bool] = (False,)) -> set[str] | None:
+    """Returns the kinds of the equations of an elementwise function.
+
+    Args:
+      jaxpr: Of the function.
+      is_known: By argument, whether it is a number that does not depend on data.
+
+    Returns:
+      "line", "bound", "bent"; None if an equation is not elementwise.
+    """
+    arguments = zip(jaxpr.invars, is_known, strict=False)
+    known = {*jaxpr.constvars, *(v for v, is_number in arguments if is_number)}
+    found: set[str] = set()
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        inner = [*jex.jaxprs_in_params(eqn.params)]
+        data = [
+            v for v in eqn.invars if not isinstance(v, jex.Literal) and v not in known
+        ]
+        if not data:
+            known.update(eqn.outvars)
+        elif inner:
+            for jaxpr_inner in inner:
+                numbers = [not any(v is x for x in data) for v in eqn.invars]
+                kinds = kinds_of(getattr(jaxpr_inner, "jaxpr", jaxpr_inner), numbers)
+                if kinds is None:
+                    return None
+                found |= kinds
+        elif name in AFFINE and len(data) == 1:
+            is_divisor = name == "div" and eqn.invars[1] is data[0]
+            found.add("bent" if is_divisor else "line")
+        elif name in BOUNDS and len(data) == 1:
+            found.add("bound")
+        elif name in POINTWISE:
+            found.add("bent")
+        elif name != "broadcast_in_dim" or data[0].aval.shape:
+            return None
+    return found

@@ -1,0 +1,215 @@
+"""Visitors of a simulation: what happens to the values at its sites."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax import quantizers
+from qjax.affine import QParams, QSpec, abs_max_params, fake_quant, reduce_range
+from qjax.calibration.calibrators import Calibrator, check_calibrated
+from qjax.model.common_scales import held_scale
+from qjax.model.simulate import Biases, Unit, Visit
+from qjax.quantizers.spec import Spec
+from qjax.schemes.patterns import Site
+from qjax.schemes.scheme import Scheme
+
+# Of a weight: times that of its input it is no denormal number, which counts as 0.
+_LEAST_SCALE = 2.0**-96
+
+
+QState = dict[str, Any]  # Name of an activation site -> state of its calibrator.
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorder:
+    """Leaves values in float and remembers them by site."""
+
+    values: dict[str, jax.Array]
+
+    def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
+        """Remembers the values."""
+        x = x if unit is None else x * unit.per(1.0)
+        self.values[site.name] = x
+        return Visit(x)
+
+    def weight(self, site: Site, x: jax.Array, biases: Biases = list) -> Visit:
+        """Leaves a weight as it is."""
+        return Visit(x)
+
+    def bias(self, site: Site, x: jax.Array) -> Visit:
+        """Leaves a bias as it is."""
+        return Visit(x)
+
+    def takes_factors(self, site: Site) -> bool:
+        """Returns that no factor goes into a weight."""
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantizer:
+    """Puts values on the grids of a scheme.
+
+    Attributes:
+      leaders: Name of a site -> the site whose grid it has, if it is not its own.
+    """
+
+    scheme: Scheme
+    qstate: QState
+    leaders: Mapping[str, Site] = dataclasses.field(default_factory=dict)
+
+    def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
+        """Rounds to the grid that the state has a range for, or to a known one."""
+        spec = self.scheme.spec(site)
+        if not isinstance(spec, QSpec):
+            x = x if unit is None else x * unit.per(1.0)
+            return self._apply(site, x, spec)
+        if site.name not in self.qstate:
+            raise ValueError(
+                f"The state has no range for the site {site.name!r}: calibrate this "
+                f"model. The state knows {', '.join(self.qstate) or 'no site'}."
+            )
+        params = self._grid(site, spec)
+        word = spec if spec.symmetric else None
+        if unit is None:
+            return Visit(self._round(site, x, params, spec), params, word)
+        if params.scale.ndim:
+            x = x * unit.per(1.0)
+            return Visit(self._round(site, x, params, spec), params, word)
+        # On a grid of scale 1, where a tie between two codes is exactly one.
+        steps = x * unit.per(params.scale)
+        ones = params._replace(scale=jnp.ones_like(params.scale))
+        codes = self._round(site, steps, ones, spec)
+        return Visit(codes * params.scale.astype(x.dtype), params, word)
+
+    def bias(self, site: Site, x: jax.Array) -> Visit:
+        """Rounds by a quantizer; an affine word waits for the accumulator."""
+        spec = self.scheme.bias_spec(site)
+        if isinstance(spec, QSpec):
+            return Visit(x, None, spec)
+        return self._apply(site, x, spec)
+
+    def takes_factors(self, site: Site) -> bool:
+        """Whether the range of a weight is found in its values."""
+        return isinstance(self.scheme.spec(site), QSpec)
+
+    def weight(self, site: Site, x: jax.Array, biases: Biases = list) -> Visit:
+        """Rounds to the grid of the weight's own range."""
+        spec = self.scheme.spec(site)
+        if not isinstance(spec, QSpec):
+            return self._apply(site, x, spec)
+        scale, zero_point = abs_max_params(x, spec)
+        least = self._least_scale(spec, scale, biases)
+        if least is not None:
+            low, high = reduce_range(x, spec.axis)
+            is_zero = (low == 0) & (high == 0) & (least > 0)  # It has scale 1.
+            scale = jnp.where(is_zero, least, jnp.maximum(scale, least))
+        params = QParams(jnp.maximum(scale, _LEAST_SCALE), zero_point)
+        return Visit(self._round(site, x, params, spec), params)
+
+    def _grid(self, site: Site, spec: QSpec) -> QParams:
+        """The grid of a site, or of the one that leads it."""
+        leader = self.leaders.get(site.name, site)
+        calibrator = self.scheme.site_calibrator(leader)
+        state = self.qstate[leader.name]
+        params = calibrator.params(state, spec)
+        check_calibrated(params, leader.name)
+        if params.scale.ndim and spec.symmetric:
+            params = _filled(params, calibrator, state, spec)
+        if _is_fresh(state):
+            # A constant of the traced program, which is looked at outside of it.
+            with jax.ensure_compile_time_eval():
+                known = calibrator.params(state, dataclasses.replace(spec, bits=8))
+            check_calibrated(known, leader.name)
+        return params
+
+    def _least_scale(
+        self, spec: QSpec, scale: jax.Array, biases: Biases
+    ) -> jax.Array | None:
+        """The scale that a weight needs at least for what its constraints say.
+
+            scale >= |bias| / (scale_x * qmax of the bias)
+            scale >= least_range / (|factor| * qmax)
+
+        None if they say nothing.
+        """
+        constraints, floors = self.scheme.constraints, []
+        if constraints.bias_bits is None and not constraints.least_range:
+            return None
+        top = jnp.asarray(spec.qmax).astype(jnp.float32)
+        found = biases()
+        if not found:
+            floors.append(jnp.float32(constraints.least_range) / top)
+        for data, bias, factor in found:
+            bias, factor = (jax.lax.stop_gradient(v) for v in (bias, factor))
+            gain = jnp.where(factor == 0, 1.0, jnp.abs(factor)).astype(jnp.float32)
+            floors.append(constraints.least_range / top / gain)
+            word = self.scheme.spec(data)
+            if constraints.bias_bits is not None and isinstance(word, QSpec):
+                most = 2.0 ** (constraints.bias_bits - 1) - 1.0
+                step = jnp.min(self._grid(data, word).scale)
+                floors.append(jnp.abs(bias).astype(jnp.float32) / (step * most))
+        return functools.reduce(jnp.maximum, (_over(f, scale) for f in floors))
+
+    def _apply(self, site: Site, x: jax.Array, spec: Spec | None) -> Visit:
+        """A quantizer that finds its grid by itself; None: no quantizer."""
+        if spec is None:
+            return Visit(x)
+        value = quantizers.apply(spec, x, site=site.name)
+        return Visit(value, quantizers.encode(spec, x).params)
+
+    def _round(
+        self, site: Site, x: jax.Array, params: QParams, spec: QSpec
+    ) -> jax.Array:
+        estimator = self.scheme.estimator
+        return fake_quant(x, params, spec, site=site.name, estimator=estimator)
+
+
+@dataclasses.dataclass(frozen=True)
+class Updater(Quantizer):
+    """Shows values to the calibrators of its state before it rounds them."""
+
+    def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
+        """Moves the range of the site, then rounds by it."""
+        spec = self.scheme.spec(site)
+        if isinstance(spec, QSpec) and site.name in self.qstate:
+            real = jax.lax.stop_gradient(x if unit is None else x * unit.per(1.0))
+            calibrator = self.scheme.site_calibrator(site)
+            state = calibrator.update(real, self.qstate[site.name], spec)
+            self.qstate[site.name] = state
+        return super().activation(site, x, unit)
+
+
+def _filled(
+    params: QParams, calibrator: Calibrator, state: Any, spec: QSpec
+) -> QParams:
+    """Gives channels whose range is empty the scale of the widest.
+
+    Theirs is 1 whatever the word is; beside it others may be of no account.
+    """
+    words = (dataclasses.replace(spec, bits=bits) for bits in (4, 5))
+    ones = [calibrator.params(state, word).scale == 1 for word in words]
+    is_empty = ones[0] & ones[1]
+    most = jnp.max(jnp.where(is_empty, 0.0, params.scale))
+    scale = jnp.where(is_empty & (most > 0), most, params.scale)
+    if spec.power_of_two:
+        scale = held_scale(scale, spec.bits)
+    return params._replace(scale=scale)
+
+
+def _over(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """The largest of some numbers for each scale of a weight."""
+    if not scale.ndim or not jnp.ndim(x):
+        return jnp.max(x)
+    over = tuple(d for d, n in enumerate(scale.shape) if n == 1)
+    return jnp.max(x, over, keepdims=True)
+
+
+def _is_fresh(state: Any) -> bool:
+    """Whether a state is known, and has seen no batch."""
+    is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(state))
+    return not is_traced and bool(np.all(np.asarray(getattr(state, "step", 1)) == 0))

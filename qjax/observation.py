@@ -1,0 +1,323 @@
+"""Calibration: finds the ranges of activations by running the float model on data."""
+
+import functools
+import operator
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from qjax.affine import QSpec, reduce_range
+from qjax.calibration.batches import (
+    MOST_SAMPLES,
+    Batches,
+    Schedule,
+    as_inputs,
+    check_batches,
+    cut,
+    fault,
+    progress_bar,
+    random_samples,
+)
+from qjax.leaves import shapes_of
+from qjax.model.trace import is_key
+from qjax.model.visitors import QState
+from qjax.quantized_model import QuantizedModel, check_state
+from qjax.quantizers.spec import is_known
+from qjax.schemes.words import is_one_sided
+
+
+class CalibrationError(ValueError):
+    """Calibration met a batch that it cannot use.
+
+    Attributes:
+      qstate: The state after the last good batch, to go on from; None before the first.
+      batch: Number of the batch, from 0 on.
+    """
+
+    def __init__(self, message: str, qstate: QState | None, batch: int):
+        super().__init__(message)
+        self.qstate = qstate
+        self.batch = batch
+
+
+class CalibrationInterrupt(KeyboardInterrupt):
+    """Calibration was interrupted.
+
+    Attributes:
+      qstate: The state after the last whole batch; None before the first.
+    """
+
+    def __init__(self, qstate: QState | None):
+        super().__init__(
+            "Calibration was interrupted; `qstate` holds its state so far."
+        )
+        self.qstate = qstate
+
+
+def calibrate(
+    qmodel: QuantizedModel,
+    params: Any,
+    batches: Iterable[Any] | None = None,
+    *,
+    samples: Any = None,
+    num_samples: int | None = None,
+    batch_size: int | None = None,
+    epochs: int = 1,
+    qstate: QState | None = None,
+    progress: bool | None = None,
+) -> QState:
+    """Finds the ranges of the activations by running the float model on data.
+
+    The data are ``batches``, or ``samples`` that are cut into batches here. With
+    neither, they are random, by QuantizeML's rule: all values of an integer input; for
+    a real one the integers that the codes of its site can tell apart, 0 to 255 by
+    default (`random_samples`).
+
+    The state is all there is: saved, it resumes a calibration bit for bit. Over several
+    devices or processes, shard each batch along its examples, ``NamedSharding(mesh, P(
+    "data"))``; each process then passes as many global arrays. The state is that of one
+    device, up to the rounding of float sums: of the model's, and of `mean_std`.
+
+    Args:
+      qmodel: The model.
+      params: As its ``fn`` takes them.
+      batches: Any iterable, also a generator. A batch is one input, or a tuple of
+        inputs, nested as the example of the model; batches may differ in their number
+        of examples. An array is read along its first axis, ``[batches, examples,
+        ...]``.
+      samples: An array ``[examples, ...]``, or a tuple of one for each input; nested
+        inputs as they are.
+      num_samples: How many samples are used, the first ones. None: at most 1,024, as in
+        QuantizeML, with a warning if there are more.
+      batch_size: Samples of a batch, the last of an epoch may be smaller. None: one, as
+        in QuantizeML. 32 to 256 are many times faster; averages such as `moving_max`
+        are then of other maxima.
+      epochs: How often the samples are gone through. No state is reset in between.
+      qstate: State to go on from; from the beginning by default.
+      progress: Whether a bar on standard error shows batches, batches per second and,
+        if ``batches`` has a length, the time that remains; None: if it is a terminal.
+
+    Returns:
+      The state of the calibrators by site, an explicit pytree.
+
+    Raises:
+      ValueError: for ``batches`` and ``samples`` together, arrays of a rank that they
+        do not have, numbers below 1, the state of another model: before anything runs.
+      CalibrationError: if there are no batches, a batch is empty or has another shape
+        or dtype than the first, a value at a site is NaN or infinite, or anything else
+        fails, as the iterable may: with the number of the batch and the state so far.
+      CalibrationInterrupt: instead of KeyboardInterrupt, with the state so far.
+
+    Warns:
+      UserWarning: if the data are random; if samples are left out and ``num_samples``
+        does not say so; for sites where all values were 0: they get
+        scale 1; for sites whose word is unsigned and symmetric, and whose values are
+        not.
+
+    Example:
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> x, params = jnp.arange(20.0).reshape(10, 2), {"kernel": jnp.eye(2)}
+      >>> qmodel = quantize_model(fn, params, x[:1])
+      >>> qstate = calibrate(qmodel, params, samples=x, batch_size=4)
+      >>> print(qstate["input:0"].step, qstate["input:0"].high)
+      3 19.0
+      >>> qstate = calibrate(qmodel, params, [3 * x], qstate=qstate)  # Goes on.
+      >>> print(qstate["input:0"].step, qstate["input:0"].high)
+      4 57.0
+    """
+    most = MOST_SAMPLES if num_samples is None else num_samples
+    data = _data(qmodel, batches, samples, Schedule(most, batch_size, epochs))
+    if num_samples is None and isinstance(data, Batches) and data.left_out:
+        warnings.warn(
+            f"`samples` holds {data.number + data.left_out} examples, of which the "
+            f"first {data.number} are used. Say `num_samples=` how many you mean.",
+            stacklevel=2,
+        )
+    names = [site.name for site, *_ in qmodel.calibrated()]
+    if qstate is not None:
+        check_state(qmodel, qstate, qmodel.scheme)
+    first: Any = None
+    number, step, state = 0, None, qstate
+    reached, is_cut = np.zeros((2, len(names)), bool)
+    try:
+        with progress_bar(operator.length_hint(data) or None, progress) as advance:
+            for batch in data:
+                inputs = as_inputs(batch, qmodel.example)
+                wrong = fault(inputs, qmodel.example, first)
+                if wrong:
+                    raise CalibrationError(f"Batch {number} {wrong}", qstate, number)
+                if step is None:
+                    first = shapes_of(inputs)
+                    step, params, state = _start(qmodel, params, state, inputs)
+                new, flags = step(params, state, *inputs)
+                is_finite, is_reached, is_below = np.asarray(flags)
+                if not is_finite.all():
+                    raise CalibrationError(
+                        "Calibration met NaN or infinity at the site "
+                        f"{names[np.argmin(is_finite)]!r} in batch {number}. Check the "
+                        "data and the parameters.",
+                        qstate,
+                        number,
+                    )
+                qstate = state = new
+                reached |= is_reached
+                is_cut |= is_below
+                number += 1
+                advance()
+    except KeyboardInterrupt as error:
+        raise CalibrationInterrupt(qstate) from error
+    except CalibrationError:
+        raise
+    except Exception as error:
+        text = f"Batch {number} failed: {type(error).__name__}: {error}"
+        raise CalibrationError(text, qstate, number) from error
+    if qstate is None or not number:
+        raise CalibrationError(
+            "`calibrate` got no batches, so no range can be found. Pass an iterable of "
+            "at least one batch; a generator can be used only once.",
+            qstate,
+            0,
+        )
+    if not reached.all():
+        zeros = (name for name, seen in zip(names, reached, strict=True) if not seen)
+        warnings.warn(
+            f"All values were 0 at {', '.join(zeros)}: the scale is 1 unless the state "
+            "knows a range. Does the data reach this part of the model?",
+            stacklevel=2,
+        )
+    if is_cut.any():
+        below = (name for name, cut_ in zip(names, is_cut, strict=True) if cut_)
+        warnings.warn(
+            f"Negative values were seen at {', '.join(below)}, whose word is unsigned "
+            "and symmetric: they become 0. Use `signed=True`, or `symmetric=False` for "
+            "a zero point.",
+            stacklevel=2,
+        )
+    return qstate
+
+
+def _data(
+    qmodel: QuantizedModel, batches: Any, samples: Any, schedule: Schedule
+) -> Iterable[Any]:
+    """The batches; random ones if there are no data."""
+    if batches is not None and samples is not None:
+        raise ValueError(
+            "`calibrate` takes `batches` or `samples`, not both: pass what is in "
+            "batches already as `batches`, an array of examples as `samples`."
+        )
+    if batches is not None:
+        if schedule != Schedule():
+            raise ValueError(
+                "`num_samples`, `batch_size` and `epochs` say how `samples` are cut; "
+                "with `batches`, cut and repeat these, or pass `samples=` instead."
+            )
+        check_batches(batches, qmodel.example)
+        return batches
+    if samples is None:
+        warnings.warn(
+            "Without `batches` and `samples`, ranges come from random integers. They "
+            "are no substitute for data: pass `samples=`.",
+            stacklevel=3,
+        )
+        samples = _random_inputs(qmodel, schedule.num_samples)
+    return cut(samples, qmodel.example, schedule)
+
+
+def _random_inputs(qmodel: QuantizedModel, number: int) -> Any:
+    """Random samples of each input, by its type or the word of its site."""
+    words = {site.name: qmodel.scheme.spec(site) for site in qmodel.sites}
+    leaves, structure = jax.tree.flatten(qmodel.example)
+
+    def draw(k: int, x: Any) -> np.ndarray:
+        shape = (number, *x.shape[1:])
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return random_samples(shape, x.dtype, seed=k)
+        low, high = _codes(words.get(f"input:{k}"))
+        samples = random_samples(shape, "int32", low=low, high=high, seed=k)
+        return samples.astype(x.dtype)
+
+    return jax.tree.unflatten(structure, [draw(k, x) for k, x in enumerate(leaves)])
+
+
+def _codes(word: Any) -> tuple[int, int]:
+    """The least and the largest integer of an input; an asymmetric grid may shift."""
+    if not isinstance(word, QSpec) or not is_known(word.bits):
+        return 0, 255
+    low, high = (int(np.asarray(q)) for q in (word.qmin, word.qmax))
+    return (low, high) if word.symmetric else (0, high - low)
+
+
+_Step = Callable[..., tuple[QState, jax.Array]]
+
+
+def _start(
+    qmodel: QuantizedModel, params: Any, qstate: QState | None, inputs: Any
+) -> tuple[_Step, Any, QState]:
+    """The jitted step, and its arguments where the first batch or the model is."""
+    if qstate is None:
+        qstate = qmodel.init(params, *inputs)
+    # As what a step returns, or the second one would compile again: not weakly typed,
+    # and committed to a place if anything is.
+    qstate = jax.device_get(qstate)
+    is_spread = lambda x: isinstance(getattr(x, "sharding", None), NamedSharding)
+    leaves = jax.tree.leaves((inputs, params))
+    place: Any = next(
+        (x.sharding for x in leaves if getattr(x, "committed", False)), None
+    )
+    if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, PartitionSpec())
+        copy = lambda x: jax.device_put(x if is_key(x) else jax.device_get(x), place)
+        params = jax.tree.map(lambda x: x if is_spread(x) else copy(x), params)
+    if place is not None:
+        qstate = jax.device_put(qstate, place)
+    observe = _observe(qmodel, isinstance(place, NamedSharding))
+    options = _compiler_options()
+    step = jax.jit(observe, out_shardings=place, compiler_options=options)
+    return step, params, qstate
+
+
+@functools.cache
+def _compiler_options() -> dict[str, bool | int | str] | None:
+    """Those without which XLA:CPU runs a lone convolution on one thread.
+
+    By default (jaxlib 0.10) YNNPACK takes it, which is fast only if all up to a
+    reduction is one kernel. Where every layer is looked at, none is: a ResNet-8 takes
+    1.24 to 1.40 times the float pass, 1.1 times with the convolutions of Eigen
+    (`experiments/benchmarks/calibrate.py`).
+    """
+    kinds = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+    options: Any = {"xla_cpu_experimental_ynn_fusion_type": kinds}
+    try:
+        jax.jit(lambda: 0, compiler_options=options)()
+    except jax.errors.JaxRuntimeError:  # Another XLA, without it.
+        return None
+    return options
+
+
+def _observe(qmodel: QuantizedModel, is_sharded: bool) -> _Step:
+    """One batch: the new state; and by site, what `calibrate` raises or warns of.
+
+    Whether all values are finite, not all are 0, and some are lost below zero.
+    """
+
+    def flags(x: jax.Array, spec: QSpec) -> list[jax.Array]:
+        # NaN and infinity show in the range, which most calibrators look for anyway;
+        # but not in one over several devices: collectives may drop NaN.
+        low_high = jnp.stack(reduce_range(x, spec.axis))
+        is_finite = jnp.isfinite(x if is_sharded else low_high)
+        low, high = low_high
+        # What is left of zero after a relu, by rounding, is nothing to speak of.
+        is_below = (-low > high * 2.0**-17) & is_one_sided(spec)
+        return [jnp.all(is_finite), jnp.any(low_high != 0), jnp.any(is_below)]
+
+    def observe(params: Any, qstate: QState, *inputs: Any) -> tuple[QState, jax.Array]:
+        seen = qmodel.float_values(params, inputs)
+        rows = [flags(seen[site.name], spec) for site, spec, _ in qmodel.calibrated()]
+        return qmodel.update(seen, qstate), jnp.array(rows, bool).reshape(-1, 3).T
+
+    return observe

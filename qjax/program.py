@@ -1,0 +1,339 @@
+"""Integer programs: a graph with its parameters, jitted."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.affine import QParams, dequantize, grid_codes
+from qjax.backends.xla import run as xla
+from qjax.graph import files
+from qjax.graph.certificate import Report, certify
+from qjax.graph.graph import Graph, Grid, Value
+from qjax.graph.packing import nbytes
+from qjax.leaves import at_start, difference, leaf_names
+from qjax.tables import show_types
+
+
+class Residue(NamedTuple):
+    """A part of a program that would stay float.
+
+    Attributes:
+      primitive: Of the equation.
+      path: Module path.
+      message: The equation, and what would remove it.
+      is_follower: Whether it reads what stays float for a cause before it: with the
+        cause it goes.
+    """
+
+    primitive: str
+    path: str
+    message: str
+    is_follower: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class IntegerProgram:
+    """A lowered model: integers from input to output.
+
+    Attributes:
+      graph: What it computes.
+      params: The integer parameters, name -> array: kernels, biases, multipliers and
+        shifts. An explicit pytree. A kernel has the name of its site, by which
+        `qjax.scales` and `qjax.integer_weights` give its scale.
+      input_tree: How inputs are nested: a tuple of positional arguments.
+      output_tree: How outputs are nested.
+      residues: What would stay float, causes before what follows from them; only of
+        `lower` with ``strict=False``. The graph has what lies between then, and cannot
+        be called.
+    """
+
+    graph: Graph
+    params: Mapping[str, jax.Array]
+    input_tree: Any
+    output_tree: Any
+    residues: tuple[Residue, ...] = ()
+
+    def __repr__(self) -> str:
+        left = f", {len(self.residues)} residues in float" if self.residues else ""
+        return (
+            f"IntegerProgram({len(self.graph.nodes)} operations, {self.nbytes:,} "
+            f"bytes, inputs={show_types(self._inputs)}, "
+            f"outputs={show_types(self._outputs)}{left})"
+        )
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Computes real outputs from real inputs: quantize, `codes`, dequantize.
+
+        Args:
+          *inputs: As the model takes them. The size of the leading axis may differ from
+            the traced one where `lower` found that nothing depends on it; inputs that
+            were traced with the same size keep the same size.
+
+        Returns:
+          As the model returns them, real values as float32.
+
+        Raises:
+          ValueError: if an input has another shape, or a leading size that an equation
+            has fixed, which is named; if an input chooses rows of a table that are not
+            there, unless it is traced: the first or the last row is taken then.
+        """
+        return self._unflatten(self._run_real(self.params, *self._flat(inputs)))
+
+    def codes(self, *codes: Any) -> Any:
+        """Computes output codes from input codes. No floating-point value occurs.
+
+        Args:
+          *codes: Integers on the grids of `input_grids`, nested as the inputs are.
+
+        Returns:
+          Integers on the grids of `output_grids`, nested as the outputs are.
+
+        Raises:
+          TypeError: if codes are not integers.
+          ValueError: if they have another shape, or lie outside their range.
+        """
+        flat = self._flat(codes)
+        typed = []
+        for name, x, v in zip(self.input_names, flat, self._inputs, strict=True):
+            if not jnp.issubdtype(jax.dtypes.result_type(x), jnp.integer):
+                raise TypeError(
+                    f"`codes` takes integers, got {jax.dtypes.result_type(x)} for "
+                    f"{name}. Call the program itself on real values."
+                )
+            _check_range(name, x, v)
+            typed.append(jnp.asarray(x).astype(v.dtype))
+        return self._unflatten(self.run_codes(self.params, *typed))
+
+    def site_codes(self, *inputs: Any) -> dict[str, jax.Array]:
+        """Computes the codes at every quantization point, from real inputs."""
+        return self.run_sites(*inputs)[0]
+
+    def run_sites(self, *inputs: Any) -> tuple[dict[str, jax.Array], list[jax.Array]]:
+        """Computes the codes at every quantization point and of the outputs, flat."""
+        return self._run_sites(self.params, *self._flat(inputs))
+
+    def quantize_inputs(self, *inputs: Any) -> Any:
+        """Computes the input codes of real inputs."""
+        flat = self._run_quantize(self._flat(inputs))
+        return jax.tree.unflatten(self.input_tree, flat)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The names of the inputs, flat: ``input 0``, ``input:1['image']``."""
+        places = range(self.input_tree.num_leaves)
+        return tuple(leaf_names(jax.tree.unflatten(self.input_tree, places)))
+
+    @property
+    def input_grids(self) -> tuple[Grid, ...]:
+        """The grids of the inputs, flat."""
+        return tuple(_grid(v) for v in self._inputs)
+
+    @property
+    def output_grids(self) -> tuple[Grid, ...]:
+        """The grids of the outputs, flat."""
+        return tuple(_grid(v) for v in self._outputs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameters as `save` writes them, 2 and 4 bits packed."""
+        return sum(nbytes(np.asarray(p)) for p in self.params.values())
+
+    def report(self) -> Report:
+        """Certifies the program: no overflow, no float, how well each site agrees."""
+        return certify(self.graph, self.params, tuple(float_values(self)))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the program to one file, which `qjax.load` reads, all or nothing.
+
+        Args:
+          path: Where. An existing file is replaced once the new one is complete, and
+            keeps its mode; a symbolic link stays, and what it points to is written.
+
+        Raises:
+          ValueError: if inputs or outputs are nested in other than tuples, lists,
+            dicts; if a parameter has a name that no file holds; if something of the
+            program stays in float; if `qjax.load` would refuse it. Nothing is written
+            then.
+          OSError: if the file cannot be written. An old one stays as it was.
+        """
+        if self.residues:
+            listed = "\n".join(residue.message for residue in self.residues)
+            raise ValueError(
+                "This program is not whole, so no file can hold it. In float remain:\n"
+                f"{listed}"
+            )
+        trees = self.input_tree, self.output_tree
+        files.save(path, self.graph, self.params, *trees)
+
+    @functools.cached_property
+    def run_codes(self) -> Callable[..., list[jax.Array]]:
+        """``(params, *codes) -> codes``, flat and jitted: the program itself."""
+
+        def codes(params: Mapping[str, jax.Array], *inputs: jax.Array) -> Any:
+            values = xla.run(self.graph, params, inputs)
+            return [values[v] for v in self.graph.outputs]
+
+        return jax.jit(codes)
+
+    @functools.cached_property
+    def _run_sites(self) -> Callable[..., Any]:
+        def sites(params: Mapping[str, jax.Array], *inputs: jax.Array) -> Any:
+            values = xla.run(self.graph, params, self._quantize(inputs))
+            found = {name: values[v] for name, v in self.graph.sites.items()}
+            return found, [values[v] for v in self.graph.outputs]
+
+        return jax.jit(sites)
+
+    @functools.cached_property
+    def _run_real(self) -> Callable[..., list[jax.Array]]:
+        def real(params: Mapping[str, jax.Array], *inputs: jax.Array) -> Any:
+            return self._dequantize(self.run_codes(params, *self._quantize(inputs)))
+
+        return jax.jit(real)
+
+    @functools.cached_property
+    def _run_quantize(self) -> Callable[..., list[jax.Array]]:
+        return jax.jit(self._quantize)
+
+    @property
+    def _inputs(self) -> list[Value]:
+        return [self.graph.values[v] for v in self.graph.inputs]
+
+    @property
+    def _outputs(self) -> list[Value]:
+        return [self.graph.values[v] for v in self.graph.outputs]
+
+    def _flat(self, inputs: tuple[Any, ...]) -> list[Any]:
+        if self.residues:
+            causes = [r.message for r in self.residues if not r.is_follower]
+            follows = len(self.residues) - len(causes)
+            listed = "\n".join(causes)
+            raise ValueError(
+                f"This program is not whole. In float remain:\n{listed}\nand {follows} "
+                "equations that only follow from these."
+            )
+        flat, tree = jax.tree.flatten(inputs)
+        if tree != self.input_tree:
+            places = range(self.input_tree.num_leaves)
+            wanted = jax.tree.unflatten(self.input_tree, places)
+            where = difference(inputs, wanted)
+            raise ValueError(
+                f"The program takes inputs nested as {self.input_tree}, got {tree}. "
+                f"{where}".rstrip()
+            )
+        leading: dict[int, tuple[str, Any]] = {}  # Traced size -> input, its size now.
+        for name, x, v in zip(self.input_names, flat, self._inputs, strict=True):
+            shape, called = np.shape(x), at_start(name)
+            if len(shape) != len(v.shape) or shape[1:] != v.shape[1:]:
+                raise ValueError(
+                    f"{called} of the program must have shape "
+                    f"{('batch', *v.shape[1:])}, got {shape}."
+                )
+            if v.is_place:
+                _check_range(name, x, v)
+            if not shape:
+                continue
+            if v.fixed_by and shape[0] != v.shape[0]:
+                raise ValueError(
+                    f"{called} of the program must have shape {v.shape}, got {shape}: "
+                    f"its leading size is fixed by {v.fixed_by}.\nLower the model for "
+                    "inputs of this size."
+                )
+            first, size = leading.setdefault(v.shape[0], (name, shape[0]))
+            if size != shape[0]:
+                raise ValueError(
+                    f"{at_start(first)} and {name} of the program had the same leading "
+                    f"size when it was lowered, got {size} and {shape[0]}. Lower the "
+                    "model for inputs whose sizes differ."
+                )
+        return flat
+
+    def _unflatten(self, outputs: Sequence[Any]) -> Any:
+        return jax.tree.unflatten(self.output_tree, outputs)
+
+    def _quantize(self, inputs: Sequence[Any]) -> list[jax.Array]:
+        found = []
+        for x, v in zip(inputs, self._inputs, strict=True):
+            grid, operands = _grid(v), (v.low, v.high)
+            zero, low, high = (jnp.int32(n) for n in (grid.zero_point, *operands))
+            scale = jnp.asarray(grid.array())
+            gain, offset = map(jnp.float32, v.rescaling)
+            x = jnp.asarray(x).astype(jnp.float32) * gain + offset
+            found.append(grid_codes(x, scale, zero, low, high).astype(v.dtype))
+        return found
+
+    def _dequantize(self, outputs: Sequence[jax.Array]) -> list[jax.Array]:
+        found = []
+        for q, v in zip(outputs, self._outputs, strict=True):
+            if v.grid is None:
+                found.append(q.astype(v.dtype_of_model) if v.dtype_of_model else q)
+                continue
+            grid = _grid(v)
+            scale = jnp.asarray(grid.array())
+            found.append(dequantize(q, QParams(scale, jnp.int32(grid.zero_point))))
+        return found
+
+
+def load(path: str | os.PathLike[str]) -> IntegerProgram:
+    """Reads a program that `IntegerProgram.save` wrote.
+
+    Args:
+      path: The file.
+
+    Returns:
+      The program, equal to the one saved.
+
+    Raises:
+      ValueError: if the file is no such program, is truncated or altered, or comes from
+        a later version; if what it holds is no program: `qjax.graph.validation`.
+      OSError: if it cannot be read.
+    """
+    graph, params, *trees = files.load(path)
+    return IntegerProgram(graph, params, *trees)
+
+
+def check_integer_only(program: IntegerProgram) -> None:
+    """Raises AssertionError if a floating-point value occurs in `program.codes`."""
+    found = float_values(program)
+    assert not found, f"the integer program computes floating-point values: {found}"
+
+
+def float_values(program: IntegerProgram) -> list[str]:
+    """Returns the types of floating-point values in `program.codes`: none."""
+    shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in program._inputs]
+    closed = jax.make_jaxpr(program.run_codes)(program.params, *shapes)
+    return sorted(set(_float_values(closed.jaxpr)))
+
+
+def _float_values(jaxpr: Any) -> list[str]:
+    found = []
+    atoms = [*jaxpr.constvars, *jaxpr.invars, *jaxpr.outvars]
+    for eqn in jaxpr.eqns:
+        atoms += [*eqn.invars, *eqn.outvars]
+        for inner in jex.jaxprs_in_params(eqn.params):
+            found += _float_values(getattr(inner, "jaxpr", inner))
+    inexact = (a for a in atoms if jnp.issubdtype(a.aval.dtype, jnp.inexact))
+    return [*found, *(str(a.aval) for a in inexact)]
+
+
+def _check_range(name: str, x: Any, v: Value) -> None:
+    """Raises for known codes outside of their range."""
+    if isinstance(x, jax.core.Tracer) or not np.size(x):
+        return
+    low, high = int(np.min(x)), int(np.max(x))
+    if low < v.low or high > v.high:
+        raise ValueError(
+            f"The codes of {name} must lie in [{v.low}, {v.high}], got [{low}, {high}]."
+        )
+
+
+def _grid(value: Value) -> Grid:
+    """The grid of an input or output; whole numbers stand for themselves."""
+    return Grid(1.0, 0) if value.grid is None else value.grid

@@ -1,0 +1,1 @@
+"""Says which grid stands where: schemes, presets, configs."""

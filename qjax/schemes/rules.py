@@ -1,0 +1,154 @@
+"""Rules on sites, and constraints between their grids."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from qjax.calibration.calibrators import Calibrator
+from qjax.schemes.patterns import Site, Where, matches
+from qjax.schemes.words import Word, as_buffer_bits, as_calibrator, as_word
+from qjax.tables import show_fields
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A choice for the sites that it matches.
+
+    Attributes:
+      pattern: The name of a site; a glob on the whole name, where ``*`` also crosses
+        ``/``; or a predicate, any function of a `Site`. `Where` makes those that go
+        into JSON.
+      spec: The word of the codes: a `QSpec`, the options of a quantizer of
+        `qjax.quantizers`, or the text of one, ``"quantized_bits(4)"``. None leaves the
+        site in float.
+      calibrator: How the range is found, also as text, ``"percentile(99.9)"``; None
+        keeps that of the scheme.
+      buffer_bits: Most bits of the accumulator that a weight makes, 2 to 32; None keeps
+        that of the scheme.
+      reasons: Pairs of a field and what decided it, for `explain`; "*" for all other
+        fields. The rule itself, where they are silent.
+      optional: Whether the rule may match nothing, as those of presets, which are made
+        for many models; for others that is an error.
+
+    Raises:
+      TypeError: for fields of another type.
+      ValueError: for texts that are no quantizer or calibrator, and ``buffer_bits``
+        outside of 2 to 32.
+    """
+
+    pattern: str | Callable[[Site], bool] = dataclasses.field(metadata={"static": True})
+    spec: Word | None = None
+    calibrator: Calibrator | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
+    buffer_bits: int | None = dataclasses.field(default=None, metadata={"static": True})
+    reasons: tuple[tuple[str, str], ...] = dataclasses.field(
+        default=(), metadata={"static": True}
+    )
+    optional: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str) and not callable(self.pattern):
+            raise TypeError(
+                "`pattern` of a `Rule` must be a name of a site, a glob or a `Where`, "
+                f"got {self.pattern!r}."
+            )
+        object.__setattr__(self, "spec", as_word("spec", self.spec))
+        if self.calibrator is not None:
+            calibrator = as_calibrator(self.calibrator)
+            object.__setattr__(self, "calibrator", calibrator)
+        if self.buffer_bits is not None:
+            bits = as_buffer_bits(self.buffer_bits)
+            object.__setattr__(self, "buffer_bits", bits)
+
+    def __repr__(self) -> str:
+        options = show_fields(self, always=("pattern", "spec"))
+        return options.replace("pattern=", "", 1).replace("spec=", "", 1)
+
+    def matches(self, site: Site) -> bool:
+        """Whether the rule speaks of a site."""
+        if callable(self.pattern):
+            return bool(self.pattern(site))
+        return matches(site.name, self.pattern)
+
+
+@dataclasses.dataclass(frozen=True)
+class Constraints:
+    """What a runtime asks of grids beyond their words: `sharing` has the rules.
+
+    Fields of names are globs of ops (`Site.op`), one of which must match. A site whose
+    rule has a calibrator of its own keeps its own grid.
+
+    Attributes:
+      kept: Ops whose value has the grid of their first operand: a pool of averages.
+      joined: Ops whose operands have the grid of their value: a concatenation.
+      overwritten: Ops whose value counts in the range of the operand that it may
+        overwrite, while `calibrate` looks.
+      split: Functions that end at a site also where lines and functions follow:
+        ``tanh(x) * 5`` is two sites.
+      least_range: Least ``max|w|`` that the scale of a weight holds.
+      bias_bits: Bits that hold the bias of a product, sign included: its weight gets a
+        larger scale where it needs more. None: as many as it takes.
+    """
+
+    kept: tuple[str, ...] = ()
+    joined: tuple[str, ...] = ()
+    overwritten: tuple[str, ...] = ()
+    split: tuple[str, ...] = ()
+    least_range: float = 0.0
+    bias_bits: int | None = None
+
+    def __post_init__(self):
+        for name in ("kept", "joined", "overwritten", "split"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(
+                isinstance(op, str) for op in value
+            ):
+                raise TypeError(
+                    f"`{name}` must be a tuple of names of ops, got {value!r}."
+                )
+        if not 0 <= self.least_range < math.inf:
+            raise ValueError(
+                f"`least_range` must be finite and not negative, got "
+                f"{self.least_range}."
+            )
+        if self.bias_bits is not None and not 2 <= self.bias_bits <= 32:
+            raise ValueError(
+                f"`bias_bits` must lie in 2..32, or be None, got {self.bias_bits}."
+            )
+
+
+def as_rules(rules: Any) -> Any:
+    """Returns rules, made of their arguments where these stand in tuples."""
+    if type(rules) is object:
+        return rules  # JAX builds trees with bare objects.
+    if not isinstance(rules, tuple | list):
+        remedy = "`rules=(rule,)`" if isinstance(rules, Rule) else "`(Rule(...), ...)`"
+        if isinstance(rules, Mapping):
+            remedy = "`rules=tuple(Rule(k, v) for k, v in rules.items())`"
+        raise TypeError(
+            f"`rules` must be a tuple of `Rule`, got {type(rules).__name__}. Write "
+            f"{remedy}."
+        )
+    found: list[Any] = []
+    for k, rule in enumerate(rules):
+        if isinstance(rule, tuple) and len(rule) > 1:
+            rule = Rule(*rule)
+        if not isinstance(rule, Rule) and type(rule) is not object:
+            raise TypeError(
+                f"`rules[{k}]` must be a `Rule`, or a tuple of its arguments such as "
+                f"('conv1/*', QSpec(bits=4)), got {rule!r}."
+            )
+        found.append(rule)
+    return tuple(found)
+
+
+def speaks_of_bias(rule: Rule, site: Site) -> bool:
+    """Returns whether a rule is meant for a bias: by its role, or by its very name."""
+    if isinstance(rule.pattern, Where):
+        return rule.pattern.role == "bias" and rule.pattern(site)
+    return rule.pattern == site.name
