@@ -16,7 +16,7 @@ from absl.testing import parameterized
 import qjax
 from qjax.formats.tflite.build import Operator, Tensor, build_tflite
 from qjax.graph import reference
-from qjax.graph.operations import tflite as tflite_ops
+from qjax.graph.operations.shifts import rescale
 from qjax.integer import fixed_point, requantize, requantize_sum, tflite_multiplier
 
 pytestmark = pytest.mark.slow  # Many compilations.
@@ -166,7 +166,7 @@ class RulesTest(chex.TestCase):
         wanted = np.clip(_map(_RULES[rule], acc, multiplier, shift), *INT32)
         np.testing.assert_array_equal(self.variant(f)(*args), wanted)
         wide = [np.int64(a) for a in (acc, multiplier, shift)]
-        got = np.clip(tflite_ops.rescale(*wide, rule), *INT32)
+        got = np.clip(rescale(*wide, rule), *INT32)
         np.testing.assert_array_equal(got, wanted)
 
     @parameterized.parameters(*_RULES)

@@ -7,18 +7,13 @@ from typing import Any
 import numpy as np
 
 from qjax.graph.graph import Graph, Node, Value
+from qjax.graph.operations import OPERATIONS, Operands
+from qjax.graph.operations.products import by_channel
 from qjax.graph.packing import nbytes
 
 _EXACT_FLOAT32 = 1 << 24  # Integers below are exact in float32.
 _HALF_ULP = 2.0**-24  # Relative rounding of one float32 operation.
 _OTHER_ROUNDINGS = 8  # Beside those of a sum: bias, factor, scales, their products.
-_ACCUMULATORS = frozenset(
-    "dot conv multiply dot_codes multiply_codes sum sum_pool".split()
-)
-_MOVES = frozenset(
-    "max min max_pool min_pool maximum minimum concatenate select reshape transpose "
-    "slice rev pad broadcast take clip argmax argmin".split()
-)
 _AT_ANY_SCALE = "at any scale, given equal input codes"
 
 
@@ -129,7 +124,7 @@ def certify(
 def _accumulates(node: Node) -> bool:
     """Whether an operation makes accumulators: sums without a rescaling among them."""
     is_sum = node.operation == "add" and node.attributes["shift"] == 0
-    return node.operation in _ACCUMULATORS or is_sum
+    return OPERATIONS[node.operation].kind == "accumulator" or is_sum
 
 
 def _overflow(graph: Graph, node: Node, arrays: Mapping[str, np.ndarray]) -> Overflow:
@@ -144,62 +139,25 @@ def _overflow(graph: Graph, node: Node, arrays: Mapping[str, np.ndarray]) -> Ove
     return Overflow(node.path, low, high, bits, node.output, witness)
 
 
-def _by_channel(node: Node, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The kernel of a product, ``[..., channels]``: what is summed over comes first."""
-    a = node.attributes
-    kernel = arrays[node.params["kernel"]].astype(np.int64)
-    if node.operation == "conv":
-        kernel = np.moveaxis(kernel, a["dimensions"][1][0], -1)
-        return kernel
-    side = a["kernel_operand"]
-    summed, batch = a["contract"][side], a.get("batch", ((), ()))[side]
-    free = [d for d in range(kernel.ndim) if d not in (*summed, *batch)]
-    kernel = kernel.transpose(*summed, *batch, *free)
-    return kernel.reshape(*kernel.shape[: len(summed)], -1)
-
-
-def _channel_axes(graph: Graph, node: Node) -> tuple[int, ...]:
-    """The axes of the output of a product along which its kernel varies."""
-    a, rank = node.attributes, len(graph.values[node.output].shape)
-    if node.operation == "conv":
-        return (a["dimensions"][2][1],)
-    side = a["kernel_operand"]
-    summed, batch = a["contract"][side], a.get("batch", ((), ()))[side]
-    x_rank = len(graph.values[node.inputs[0]].shape)
-    own = rank - len(batch) - (x_rank - len(batch) - len(summed))
-    first = len(batch) if side == 0 else rank - own
-    return (*range(len(batch)), *range(first, first + own))
-
-
 def _of_kernel(
     graph: Graph, node: Node, arrays: Mapping[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The ends of a sum over a kernel, by output channel, and what attains them."""
-    a, kernel = node.attributes, _by_channel(node, arrays)
-    bias = arrays[node.params["bias"]].astype(np.int64)
-    axes, rank = _channel_axes(graph, node), len(graph.values[node.output].shape)
-    if bias.ndim == rank:  # One may vary by place too: its ends count at each channel.
-        sizes = [
-            graph.values[node.output].shape[d] if d in axes else 1 for d in range(rank)
-        ]
-        over = tuple(d for d in range(rank) if d not in axes)
-        least, most = (
-            np.broadcast_to(f(bias, axis=over, keepdims=True), sizes).reshape(-1)
-            for f in (np.min, np.max)
-        )
-    else:
-        least = most = np.broadcast_to(bias.reshape(-1), (kernel.shape[-1],))
-    x = graph.values[node.inputs[0]]
-    low, high = x.low - a["offset"], x.high - a["offset"]
-    over = tuple(range(kernel.ndim - 1))
-    up, down = np.maximum(kernel, 0).sum(over), np.minimum(kernel, 0).sum(over)
-    shift = a.get("shift", 0)
-    lows = (up * low + down * high << shift) + least
-    highs = (up * high + down * low << shift) + most
+    """Computes the ends of a sum by output channel, and the codes that attain them."""
+    inputs = [graph.values[v] for v in node.inputs]
+    own = {role: arrays[name] for role, name in node.params.items()}
+    plain = Operands(node.attributes, inputs, {**own, "bias": np.zeros((), np.int64)})
+    record = OPERATIONS[node.operation]
+    axes = [d for d, n in enumerate(record.interval(plain)[0].shape) if n > 1]
+    # A bias may vary by place too: its ends count at each channel.
+    ends = record.interval(Operands(node.attributes, inputs, own))
+    over = tuple(d for d in range(ends[0].ndim) if d not in axes)
+    lows, highs = ends[0].min(over).reshape(-1), ends[1].max(over).reshape(-1)
     is_high = highs.max(initial=0) >= -lows.min(initial=0)
     channel = int(np.argmax(highs) if is_high else np.argmin(lows))
-    ends = (x.high, x.low) if is_high else (x.low, x.high)
-    witness = np.where(kernel[..., channel] > 0, *ends)
+    x, kernel = inputs[0], by_channel(node.operation, node.attributes, own["kernel"])
+    witness = np.where(
+        kernel[..., channel] > 0, *((x.high, x.low) if is_high else (x.low, x.high))
+    )
     return lows, highs, witness
 
 
@@ -226,7 +184,7 @@ def _agreement(
         if node.attributes.get("is_exact"):
             return _proven("a sum on scales that are powers of two, within 24 bits")
         return _rounded(_error_of_sum(graph, node), "a sum of codes on other scales")
-    if node.operation in _MOVES:
+    if OPERATIONS[node.operation].kind in ("move", "choice"):
         own = [_agreement(graph, makers, arrays, i) for i in node.inputs]
         worst = [a for a in own if not a.is_proven]
         if not worst:
@@ -320,7 +278,7 @@ def _reach(
     most = max(abs(value.low), abs(value.high))
     if node is None:
         return 1, most
-    if node.operation in _MOVES:
+    if OPERATIONS[node.operation].kind in ("move", "choice"):
         found = [_reach(graph, makers, i, arrays) for i in node.inputs]
         return max(n for n, _ in found), max(most, *(m for _, m in found))
     if node.operation == "multiply" and graph.values[node.inputs[0]].grid is None:
@@ -331,8 +289,11 @@ def _reach(
     if node.operation in ("dot", "conv"):
         if not arrays[node.params["kernel"]].size:
             return 0, most
-        kernel, x = _by_channel(node, arrays), graph.values[node.inputs[0]]
-        zero = 0 if x.grid is None else x.grid.zero_point
+        kernel = by_channel(
+            node.operation, node.attributes, arrays[node.params["kernel"]]
+        )
+        x = graph.values[node.inputs[0]]
+        zero = x.zero_point
         step = max(abs(x.low - zero), abs(x.high - zero))
         terms = kernel.size // max(kernel.shape[-1], 1)
         sums = np.abs(kernel).sum(tuple(range(kernel.ndim - 1)))

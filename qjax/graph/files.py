@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from qjax.graph.atomic import write_atomically
 from qjax.graph.graph import Graph, read_json
-from qjax.graph.operations.forms import is_integer
+from qjax.graph.operations.record import is_integer
 from qjax.graph.packing import pack, storage_bits, unpack
 from qjax.graph.validation import validate
 

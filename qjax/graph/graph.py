@@ -1,26 +1,6 @@
 """The integer graph: what a lowered model computes. Backends read it and nothing else.
 
-Operations (``q`` codes of the input, ``k`` a parameter, all integers):
-
-    dot, conv     acc = sum((q - offset) * kernel) + bias
-    multiply      acc = (q - offset) * kernel + bias
-    dot_codes     acc = sum((a - zero_points[0]) * (b - zero_points[1]))
-    multiply_codes acc = (a - zero_points[0]) * (b - zero_points[1])
-    table         code = table[q - low], of each channel its own if there is an axis
-    embed         code = kernel[q], rows counted from the end below zero
-    take          code = q[places], places counted within each example; or, if they
-                  cross it, within all of the value
-    constant      code = value; a first size of 1 becomes that of the input, if any
-    compare       1 where (a - z_0) * m_0 * 2^e_0 kind (b - z_1) * m_1 * 2^e_1, else 0;
-                  each side rounded to the 24 bits of float32
-    select        code = the case with the number that the first input has
-    sum, sum_pool acc = sum(q) + bias
-    requantize    code = clip(round((q - input_zero_point) * multiplier * 2^-shift) + z)
-    add           code = clip(round(sum((q_i - z_i) * m_i) * 2^-shift) + z)
-    clip          code = clip(q, low, high)
-    maximum, minimum, concatenate, argmax, argmin, max, min, max_pool, min_pool,
-    reshape, transpose, slice, rev, pad, broadcast: as in `jax.lax`
-    tflite_*      what only TensorFlow Lite has: `qjax.graph.operations.tflite`
+What each operation computes stands in its record: `qjax.graph.operations`.
 """
 
 import dataclasses
@@ -30,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from qjax.graph.operations.forms import OPERATIONS
 from qjax.tables import show_types
 
 
@@ -63,6 +42,11 @@ class Value:
     fixed_by: str = ""
     is_place: bool = False  # Of an input that chooses rows: there are no others.
     dtype_of_model: str = ""  # Of an output of whole numbers: their type in the model.
+
+    @property
+    def zero_point(self) -> int:
+        """The code of 0; accumulators have 0."""
+        return 0 if self.grid is None else self.grid.zero_point
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,8 +144,6 @@ def check(graph: Graph) -> None:
     """Raises ValueError unless each value is defined before use and known by type."""
     defined = set(graph.inputs)
     for n in graph.nodes:
-        if n.operation not in OPERATIONS:
-            raise ValueError(f"There is no integer operation {n.operation!r}.")
         if not defined.issuperset(n.inputs) or n.output in defined:
             raise ValueError(f"The graph is out of order at {n}.")
         defined.add(n.output)

@@ -1,23 +1,19 @@
 """Says whether a graph with its parameters is an integer program, before it runs.
 
-Order and references, the form of each operation (`qjax.graph.operations.forms`), shapes
-as the operations themselves give them, intervals recomputed from the parameters
-(`qjax.graph.intervals`), grids. What passes computes what
+Order and references, the form of each operation, shapes and intervals as the records of
+the operations give them (`qjax.graph.operations`), grids. What passes computes what
 `qjax.graph.reference` computes, whether or not it is what was meant.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from qjax.backends.xla import run as xla
 from qjax.graph.graph import Graph, Grid, Node, Value, check
-from qjax.graph.intervals import Operands, interval
-from qjax.graph.operations.forms import OPERATIONS, Kind, is_integer
+from qjax.graph.operations import OPERATIONS, Operands
+from qjax.graph.operations.record import Attribute, is_integer
 
 _TYPES = ("int8", "uint8", "int16", "uint16", "int32")
 _MODEL_TYPES = ("", "bool", *_TYPES, "uint32", "int64", "uint64")
@@ -49,9 +45,8 @@ def validate(graph: Graph, params: Mapping[str, Any]) -> None:
     arrays = {name: np.asarray(p) for name, p in params.items()}
     _check_params(graph, arrays)
     _check_roles(graph)
-    _check_shapes(graph, params)
     for node in graph.nodes:
-        _check_interval(graph, node, arrays)
+        _check_operation(graph, node, arrays)
 
 
 def _need(holds: bool, where: str, wanted: str, found: Any) -> None:
@@ -186,7 +181,7 @@ def _check_node(graph: Graph, node: Node) -> None:
         _need(len(own[name]) == rank, where, wanted, own[name])
 
 
-def _check_attribute(where: str, name: str, kind: Kind, found: Any) -> None:
+def _check_attribute(where: str, name: str, kind: Attribute, found: Any) -> None:
     _need(kind.holds(found), where, f"`{name}` must be {kind.wanted}", found)
 
 
@@ -279,51 +274,47 @@ def _check_params(graph: Graph, arrays: Mapping[str, np.ndarray]) -> None:
 # Shapes and intervals.
 
 
-def _check_shapes(graph: Graph, params: Mapping[str, Any]) -> None:
-    """Raises unless the operations themselves give the shapes of the graph."""
-
-    def run(params: Mapping[str, jax.Array], *inputs: jax.Array) -> None:
-        env = dict(zip(graph.inputs, inputs, strict=True))
-        for node in graph.nodes:
-            own = [env[v] for v in node.inputs]
-            env[node.output] = _apply(graph, node, params, own)
-
-    inputs = [graph.values[v] for v in graph.inputs]
-    shapes = [jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype)) for x in inputs]
-    jax.eval_shape(run, dict(params), *shapes)
-
-
-def _apply(
-    graph: Graph, node: Node, params: Any, inputs: Sequence[jax.Array]
-) -> jax.Array:
+def _check_operation(graph: Graph, node: Node, arrays: Mapping[str, Any]) -> None:
+    """Raises unless its record gives what the graph says of the output of a node."""
+    record, value = OPERATIONS[node.operation], graph.values[node.output]
+    inputs = [graph.values[v] for v in node.inputs]
+    own = {role: arrays[name] for role, name in node.params.items()}
+    operands = Operands(node.attributes, inputs, own)
     try:
-        out = xla.apply(graph, node, params, inputs)
-    except Exception as error:  # Whatever sizes that do not fit make of its body.
-        text = str(error).strip().partition("\n")[0]
+        shape = record.shape(operands)
+    except ValueError as error:
         raise ValueError(
-            f"{_at(node)} does not fit its inputs of shapes "
-            f"{[x.shape for x in inputs]}: {type(error).__name__}: {text}"
+            f"{_at(node)} does not fit its inputs of shapes {operands.shapes}: {error}."
         ) from error
-    value = graph.values[node.output]
-    if out.shape != value.shape:
+    if shape != value.shape:
         raise ValueError(
             f"Value %{node.output} is {value.dtype}{list(value.shape)} in the graph, "
-            f"and is computed as {out.dtype}{list(out.shape)} by {node.operation}"
+            f"and is computed as {list(shape)} by {node.operation}"
             f"{f' in {node.path!r}' if node.path else ''}."
         )
-    return out
-
-
-def _check_interval(graph: Graph, node: Node, arrays: Mapping[str, Any]) -> None:
-    value = graph.values[node.output]
-    own = {role: arrays[name] for role, name in node.params.items()}
-    inputs = [graph.values[v] for v in node.inputs]
+    _check_ends_of_output(node, value)
     try:
-        low, high = interval(node.operation, Operands(node, inputs, value, own))
+        ends = record.interval(operands)
     except ValueError as error:
         raise ValueError(f"{_at(node)}: {error}.") from error
-    if math.prod(value.shape) and not value.low <= low <= high <= value.high:
-        raise ValueError(
-            f"{_at(node)} gives integers in [{low}, {high}], and its output is said to "
-            f"lie in [{value.low}, {value.high}]."
-        )
+    if math.prod(value.shape) and all(np.size(end) for end in ends):
+        low, high = int(np.min(ends[0])), int(np.max(ends[1]))
+        if not value.low <= low <= high <= value.high:
+            raise ValueError(
+                f"{_at(node)} gives integers in [{low}, {high}], and its output is "
+                f"said to lie in [{value.low}, {value.high}]."
+            )
+
+
+def _check_ends_of_output(node: Node, value: Value) -> None:
+    """Raises unless attributes that speak of the output say what the graph says."""
+    a = node.attributes
+    if "zero_point" in a:
+        wanted = f"`zero_point` must be {value.zero_point}, of the output"
+        same = a["zero_point"] == value.zero_point
+        _need(same, _at(node), wanted, a["zero_point"])
+    if "low" in a and "high" in a:
+        ends = [value.low, value.high]
+        wanted = f"`low` and `high` must be {ends}, of the output"
+        found = [a["low"], a["high"]]
+        _need(found == ends, _at(node), wanted, found)

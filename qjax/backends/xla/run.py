@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.backends.xla import bodies
+from qjax.backends.xla.tflite import TFLITE
 from qjax.graph.graph import Graph, Node, holds
-from qjax.graph.operations import tflite as tflite_ops
 from qjax.integer import align_products, requantize, requantize_sum
 
 Body = Callable[[Node, Mapping[str, jax.Array], Sequence[jax.Array]], jax.Array]
@@ -42,7 +42,7 @@ def apply(
     inputs: Sequence[jax.Array],
 ) -> jax.Array:
     """Computes one node, in the type that the graph gives its output."""
-    out = _BODIES[node.operation](node, params, inputs)
+    out = BODIES[node.operation](node, params, inputs)
     return out.astype(graph.values[node.output].dtype)
 
 
@@ -73,9 +73,11 @@ def _wrapped(number: int) -> jax.Array:
 def _sum_pool(node, params, inputs):
     a = node.attributes
     fill = jnp.int32(a["padding_code"])
-    config = [(low, high, 0) for low, high in a["padding"]]
+    pairs = zip(a["padding"], a["base_dilation"], strict=True)
+    config = [(low, high, step - 1) for (low, high), step in pairs]
     x = lax.pad(inputs[0].astype(jnp.int32), fill, config)
-    total = lax.reduce_window(x, jnp.int32(0), lax.add, **_window(node, x.ndim))
+    window = _window(node, x.ndim) | {"base_dilation": [1] * x.ndim}
+    total = lax.reduce_window(x, jnp.int32(0), lax.add, **window)
     return total + _wrapped(a["bias"])
 
 
@@ -270,7 +272,7 @@ def _pad(node, params, inputs):
     return lax.pad(x, fill, [tuple(c) for c in node.attributes["padding"]])
 
 
-_BODIES: dict[str, Body] = {
+BODIES: dict[str, Body] = {
     "dot": bodies.dot,
     "conv": bodies.conv,
     "multiply": _multiply,
@@ -302,5 +304,5 @@ _BODIES: dict[str, Body] = {
     "rev": _rev,
     "pad": _pad,
     "broadcast": _broadcast,
-    **tflite_ops.XLA_BODIES,
+    **TFLITE,
 }

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qjax.graph.operations.tflite import (
+from qjax.graph.operations.shifts import (
     divide_by_power,
     half_away,
     high_product,

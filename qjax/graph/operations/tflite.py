@@ -1,192 +1,50 @@
-"""Operations that only graphs made from TFLite have, and TFLite's roundings.
-
-Operations (``q`` codes of the input, all integers; ``rescale`` by a rule of
-`qjax.integer.requantize`):
-
-    tflite_constant  code = parameter
-    tflite_add       code = clip(rescale(sum(rescale((q_i - z_i) << left_shift))) + z)
-    tflite_average   code = clip(round(q / counts)), halves away from zero
-    tflite_resize    code = round(rows @ q @ columns * 2^-20), halves away from zero
-    tflite_softmax   code = clip(round(256 * exp / sum(exp)) + least code), the
-                     quotient by three steps of Newton's method in fixed point
-    tflite_softmax16 the same for codes of 16 bits, the quotient from a table
-
-XLA's bodies compute in integers only. NumPy's are written apart from them, after the
-formulas of gemmlowp.
+"""Operations that only graphs made from TFLite have.
 
 References:
   TensorFlow Lite 2.19, lite/kernels/internal/reference; gemmlowp,
   fixedpoint/fixedpoint.h.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from qjax.integer import requantize
+from qjax.graph.operations.lookups import constant_interval
+from qjax.graph.operations.record import (
+    CLIP,
+    INT32,
+    INTEGER,
+    INTEGERS,
+    LEFT,
+    RULE,
+    SHIFT,
+    SHIFTS,
+    Ends,
+    Operands,
+    Operation,
+    Shape,
+    broadcast_shape,
+    clip_interval,
+    same_interval,
+    same_shape,
+)
+from qjax.graph.operations.shifts import (
+    divide_by_power,
+    high_product,
+    rescale,
+    truncated,
+)
 
-_INT32 = np.iinfo(np.int32)
-
-
-# Rounding, in NumPy. int64 in, int64 out.
-
-
-def rescale(acc: np.ndarray, multiplier: Any, shift: Any, rule: str) -> np.ndarray:
-    """``acc * multiplier * 2^-shift`` by one of TFLite's two rules.
-
-    Args:
-      acc: int64 that fit int32.
-      multiplier: int64 that fit int32.
-      shift: int64, 0 to 62.
-      rule: ``tflite_double`` or ``tflite_single``.
-
-    Returns:
-      int64.
-    """
-    if rule == "tflite_single":
-        return (acc * multiplier + ((np.int64(1) << shift) >> 1)) >> shift
-    left, right = np.maximum(31 - shift, 0), np.maximum(shift - 31, 0)
-    wrapped = (acc << left).astype(np.int32).astype(np.int64)
-    return divide_by_power(high_product(wrapped, multiplier), right)
-
-
-def high_product(a: Any, b: Any) -> np.ndarray:
-    """``a * b / 2^31``, halves up: a nudge, then towards zero. Saturates at 2^31."""
-    product = np.asarray(a, np.int64) * np.asarray(b, np.int64)
-    nudged = product + np.where(product >= 0, 1 << 30, 1 - (1 << 30))
-    return np.minimum(truncated(nudged, np.int64(1) << 31), _INT32.max)
+_MOST_SUMMANDS = 4095  # Of a softmax: its sum has 31 bits.
 
 
-def divide_by_power(x: np.ndarray, n: Any) -> np.ndarray:
-    """``x / 2^n`` to nearest, halves away from zero."""
-    rest = (np.int64(1) << n) - 1
-    return (x >> n) + ((x & rest) > (rest >> 1) + (x < 0))
+def _add_interval(o: Operands) -> Ends:
+    o.check_zero_points("zero_points", o["zero_points"])
+    for x, z in zip(o.inputs, o["zero_points"], strict=True):
+        most = o.check_distance(x, z) << o["left_shift"]
+        o.check(most <= INT32.max, "shifted codes must fit int32", most)
+    return clip_interval(o)
 
 
-def truncated(a: np.ndarray, b: Any) -> np.ndarray:
-    """The quotient towards zero, as C has it."""
-    return np.sign(a) * (np.abs(a) // b)
-
-
-def half_away(x: np.ndarray) -> np.ndarray:
-    """C's ``round`` of floating-point numbers."""
-    whole = np.trunc(x)
-    return whole + np.sign(x) * (np.abs(x - whole) >= 0.5)
-
-
-# Bodies for XLA.
-
-
-def _constant(node, params, inputs):
-    return params[node.params["value"]]
-
-
-def _add(node, params, inputs):
-    a = node.attributes
-    parts = zip(inputs, a["zero_points"], a["multipliers"], a["shifts"], strict=True)
-    total = sum(
-        _whole((x.astype(jnp.int32) - z) << a["left_shift"], m, s, a["rule"])
-        for x, z, m, s in parts
-    )
-    ends = {"qmin": a["low"], "qmax": a["high"], "rule": a["rule"]}
-    return requantize(total, a["multiplier"], a["shift"], a["zero_point"], **ends)
-
-
-def _whole(acc, multiplier, shift, rule):
-    ends = {"qmin": _INT32.min, "qmax": _INT32.max}
-    return requantize(acc, multiplier, shift, **ends, rule=rule)
-
-
-def _average(node, params, inputs):
-    a, counts = node.attributes, params[node.params["counts"]]
-    acc = inputs[0].astype(jnp.int32)
-    shape = jnp.broadcast_shapes(acc.shape, counts.shape)
-    quotient = lax.div(jnp.abs(acc) + counts // 2, jnp.broadcast_to(counts, shape))
-    return jnp.clip(jnp.sign(acc) * quotient, a["low"], a["high"])
-
-
-def _resize(node, params, inputs):
-    with jax.enable_x64(True):
-        x = inputs[0].astype(jnp.int64)
-        for axis, role in ((1, "rows"), (2, "columns")):
-            before, after, rest = params[node.params[role]]
-            sides = [jnp.take(x, at, axis=axis, mode="clip") for at in (before, after)]
-            rest = rest.astype(jnp.int64).reshape([-1] + [1] * (3 - axis))
-            rest = jnp.expand_dims(rest, tuple(range(axis)))
-            x = sides[0] * ((1 << 10) - rest) + sides[1] * rest
-        return jnp.sign(x) * _half_up(jnp.abs(x), jnp.int64(20))
-
-
-def _softmax(node, params, inputs):
-    a = node.attributes
-    x = inputs[0].astype(jnp.int32)
-    below = jnp.max(x, axis=-1, keepdims=True) - x
-    exps = jnp.take(params[node.params["exponentials"]], below, mode="clip")
-    total = jnp.sum(((exps >> 11) + 1) >> 1, -1, keepdims=True, dtype=jnp.int32)
-    room = lax.clz(total)
-    with jax.enable_x64(True):
-        wide, room = total.astype(jnp.int64), room.astype(jnp.int64)
-        quotient = _reciprocal((wide << room) - (1 << 31))
-        share = _half_up(quotient * exps.astype(jnp.int64), jnp.int64(31))
-        code = _half_up(share, 35 - room) + a["low"]
-        return jnp.clip(code, a["low"], a["high"])
-
-
-def _reciprocal(x: jax.Array) -> jax.Array:
-    """``1 / (1 + x)`` for x in [0, 1), both with 31 bits after the point."""
-    product = lambda a, b: _half_up(a * b, jnp.int64(31))
-    half = (x + (1 << 31)) >> 1  # Half the denominator.
-    y = 1515870810 + product(half, jnp.int64(-1010580540))  # 48/17 - 32/17 half.
-    for _ in range(3):
-        step = product(y, (1 << 29) - product(half, y)) << 2
-        y = y + jnp.clip(step, _INT32.min, _INT32.max)
-    return jnp.minimum(y << 1, _INT32.max)
-
-
-def _softmax16(node, params, inputs):
-    x = inputs[0].astype(jnp.int32)
-    below = jnp.max(x, axis=-1, keepdims=True) - x
-    exps = jnp.take(params[node.params["exponentials"]], below, mode="clip")
-    total = jnp.sum(exps, -1, keepdims=True, dtype=jnp.int32)
-    room = lax.clz(total)
-    with jax.enable_x64(True):
-        wide, room = total.astype(jnp.int64), room.astype(jnp.int64)
-        place = _half_up(wide << (room - 1), jnp.int64(14)) - (1 << 16)
-        reciprocals = params[node.params["reciprocals"]]
-        quotient = jnp.take(reciprocals, place, mode="clip").astype(jnp.int64)
-        code = _half_up(exps.astype(jnp.int64) * quotient, 31 - room)
-        return jnp.clip(code, 0, node.attributes["high"])
-
-
-def _half_up(value: jax.Array, shift: jax.Array) -> jax.Array:
-    return (value + ((jnp.ones_like(shift) << shift) >> 1)) >> shift
-
-
-XLA_BODIES: dict[str, Callable[..., jax.Array]] = {
-    "tflite_constant": _constant,
-    "tflite_add": _add,
-    "tflite_average": _average,
-    "tflite_resize": _resize,
-    "tflite_softmax": _softmax,
-    "tflite_softmax16": _softmax16,
-}
-
-
-# Bodies in NumPy, on int64.
-
-_Own = Mapping[str, np.ndarray]
-_Inputs = Sequence[np.ndarray]
-
-
-def _constant_reference(a: Mapping[str, Any], own: _Own, inputs: _Inputs):
-    return own["value"]
-
-
-def _add_reference(a: Mapping[str, Any], own: _Own, inputs: _Inputs):
+def _add(a, own, inputs):
     parts = zip(inputs, a["zero_points"], a["multipliers"], a["shifts"], strict=True)
     total = sum(
         rescale((x - z) * 2 ** a["left_shift"], np.int64(m), np.int64(s), a["rule"])
@@ -197,13 +55,44 @@ def _add_reference(a: Mapping[str, Any], own: _Own, inputs: _Inputs):
     return np.clip(code, a["low"], a["high"])
 
 
-def _average_reference(a: Mapping[str, Any], own: _Own, inputs: _Inputs):
+def _average_interval(o: Operands) -> Ends:
+    counts = o.check_range("counts", 1, INT32.max)
+    most = max(abs(o.x.low), abs(o.x.high)) + int(counts.max(initial=1)) // 2
+    o.check(most <= INT32.max, "sums and half their counts must fit int32", most)
+    return clip_interval(o)
+
+
+def _average(a, own, inputs):
     acc, half = inputs[0], own["counts"] // 2
     code = truncated(acc + np.where(acc > 0, half, -half), own["counts"])
     return np.clip(code, a["low"], a["high"])
 
 
-def _resize_reference(a: Mapping[str, Any], own: _Own, inputs: _Inputs):
+def _resize_shape(o: Operands) -> Shape:
+    o.check(len(o.x.shape) == 4, "an image must have 4 axes", o.x.shape)
+    for role in ("rows", "columns"):
+        shape = o.params[role].shape
+        o.check(len(shape) == 2 and shape[0] == 3, f"three {role}", shape)
+    rows, columns = (o.params[role].shape[1] for role in ("rows", "columns"))
+    return (o.x.shape[0], rows, columns, o.x.shape[3])
+
+
+def _resize_interval(o: Operands) -> Ends:
+    for axis, role in ((1, "rows"), (2, "columns")):
+        places, size = o.params[role].astype(np.int64), o.x.shape[axis]
+        before, after, rest = places
+        there = np.all((before >= 0) & (before < size) & (after >= 0) & (after < size))
+        between = (rest >= 0) & (rest <= 1 << 10)
+        o.check(
+            bool(there and np.all(between | (before == after))),
+            f"`{role}` must lie between places of an axis of size {size}",
+            places.tolist(),
+        )
+        o.check(bool(np.all(np.abs(rest) <= 1 << 10)), "rests up to 2^10", rest)
+    return same_interval(o)
+
+
+def _resize(a, own, inputs):
     x, (y0, y1, down), (x0, x1, right) = inputs[0], own["rows"], own["columns"]
     down, right = down[:, None, None], right[:, None]
     one = 1 << 10
@@ -217,7 +106,27 @@ def _resize_reference(a: Mapping[str, Any], own: _Own, inputs: _Inputs):
     return truncated(total + np.where(total > 0, 1 << 19, -(1 << 19)), 1 << 20)
 
 
-def _softmax_reference(a: Mapping[str, Any], own: _Own, inputs: _Inputs):
+def _check_exponentials(o: Operands, most: int, first: int) -> None:
+    exponentials = o.check_range("exponentials", 0, most)
+    codes = o.x.high - o.x.low + 1
+    o.check(
+        exponentials.ndim == 1 and len(exponentials) >= codes,
+        f"`exponentials` must hold one for each of {codes} codes",
+        exponentials.shape,
+    )
+    wanted = f"`exponentials` must start at {first} or above"
+    o.check(bool(exponentials[0] >= first), wanted, exponentials[0])
+    size = o.x.shape[-1] if o.x.shape else 0
+    wanted = f"the last axis must have at most {_MOST_SUMMANDS} numbers"
+    o.check(0 < size <= _MOST_SUMMANDS, wanted, size)
+
+
+def _softmax_interval(o: Operands) -> Ends:
+    _check_exponentials(o, INT32.max, INT32.max)
+    return clip_interval(o)
+
+
+def _softmax(a, own, inputs):
     x = inputs[0]
     exps = own["exponentials"][x.max(-1, keepdims=True) - x]
     total = divide_by_power(exps, 12).sum(-1, keepdims=True)
@@ -230,16 +139,25 @@ def _softmax_reference(a: Mapping[str, Any], own: _Own, inputs: _Inputs):
 
 def _newton(x: np.ndarray) -> np.ndarray:
     """``1 / (1 + x)`` for x in [0, 1), as gemmlowp has it: 31 bits after the point."""
-    total = x + _INT32.max
+    total = x + INT32.max
     half = truncated(total + np.where(total >= 0, 1, -1), 2)
     y = 1515870810 + high_product(half, -1010580540)
     for _ in range(3):
         rest = (1 << 29) - high_product(half, y)
-        y = y + np.clip(high_product(y, rest) << 2, _INT32.min, _INT32.max)
-    return np.clip(y << 1, _INT32.min, _INT32.max)
+        y = y + np.clip(high_product(y, rest) << 2, INT32.min, INT32.max)
+    return np.clip(y << 1, INT32.min, INT32.max)
 
 
-def _softmax16_reference(a: Mapping[str, Any], own: _Own, inputs: _Inputs):
+def _softmax16_interval(o: Operands) -> Ends:
+    _check_exponentials(o, 0x7FFF, 1)
+    reciprocals = o.check_range("reciprocals", 0, 0x7FFF)
+    wanted = "`reciprocals` must be 65536 numbers"
+    o.check(reciprocals.shape == (1 << 16,), wanted, reciprocals.shape)
+    o.check(o["high"] >= 0, "`high` must not be negative", o["high"])
+    return 0, o["high"]
+
+
+def _softmax16(a, own, inputs):
     x = inputs[0]
     exps = own["exponentials"][x.max(-1, keepdims=True) - x]
     total = exps.sum(-1, keepdims=True)
@@ -251,11 +169,76 @@ def _softmax16_reference(a: Mapping[str, Any], own: _Own, inputs: _Inputs):
     return np.clip(code, 0, a["high"])
 
 
-REFERENCE_BODIES: dict[str, Callable[..., np.ndarray]] = {
-    "tflite_constant": _constant_reference,
-    "tflite_add": _add_reference,
-    "tflite_average": _average_reference,
-    "tflite_resize": _resize_reference,
-    "tflite_softmax": _softmax_reference,
-    "tflite_softmax16": _softmax16_reference,
-}
+TFLITE = (
+    Operation(
+        "tflite_constant",
+        "code = value",
+        "number",
+        lambda o: o.params["value"].shape,
+        constant_interval,
+        lambda a, own, xs: own["value"],
+        inputs=0,
+        roles=("value",),
+    ),
+    Operation(
+        "tflite_add",
+        "code = clip(rescale(sum(rescale((q_i - z_i) << left_shift))) + zero_point)",
+        "rescale",
+        broadcast_shape,
+        _add_interval,
+        _add,
+        inputs=2,
+        attributes={
+            "left_shift": LEFT,
+            "zero_points": INTEGERS,
+            "multipliers": INTEGERS,
+            "shifts": SHIFTS,
+            "multiplier": INTEGER,
+            "shift": SHIFT,
+            "zero_point": INTEGER,
+            "rule": RULE,
+            **CLIP,
+        },
+        each_input=("zero_points", "multipliers", "shifts"),
+    ),
+    Operation(
+        "tflite_average",
+        "code = clip(round(q / counts)), halves away from zero",
+        "rescale",
+        broadcast_shape,
+        _average_interval,
+        _average,
+        attributes=CLIP,
+        roles=("counts",),
+    ),
+    Operation(
+        "tflite_resize",
+        "code = round(rows @ q @ columns * 2^-20), halves away from zero",
+        "rescale",
+        _resize_shape,
+        _resize_interval,
+        _resize,
+        roles=("rows", "columns"),
+    ),
+    Operation(
+        "tflite_softmax",
+        "code = clip(round(256 * exp / sum(exp)) + low), the quotient by three steps "
+        "of Newton's method in fixed point",
+        "rescale",
+        same_shape,
+        _softmax_interval,
+        _softmax,
+        attributes=CLIP,
+        roles=("exponentials",),
+    ),
+    Operation(
+        "tflite_softmax16",
+        "code = round(2^15 * exp / sum(exp)) up to high, the quotient from a table",
+        "rescale",
+        same_shape,
+        _softmax16_interval,
+        _softmax16,
+        attributes={"high": INTEGER},
+        roles=("exponentials", "reciprocals"),
+    ),
+)
