@@ -1,12 +1,13 @@
 """Collects the values, nodes and parameters of an integer graph."""
 
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from qjax.graph.graph import Graph, Grid, Node, Value, check, storage
+from qjax.graph.operations import OPERATIONS, Operands
 
 
 class GraphBuilder:
@@ -39,19 +40,69 @@ class GraphBuilder:
         self.values.append(Value(tuple(shape), dtype, int(low), int(high), grid))
         return len(self.values) - 1
 
-    def add_node(
+    def outcome(
         self,
         operation: str,
-        inputs: tuple[int, ...],
-        value: int,
+        inputs: Sequence[int],
+        params: Mapping[str, np.ndarray],
+        attributes: Mapping[str, Any],
+    ) -> tuple[tuple[int, ...], int, int]:
+        """Computes what an operation would give, by its record.
+
+        Args:
+          operation: Its name.
+          inputs: Values.
+          params: Role -> array.
+          attributes: Of the node.
+
+        Returns:
+          The shape of the output, and the least and the largest of its integers; 0 and
+          0 where it has none.
+
+        Raises:
+          ValueError: if the operands do not fit each other.
+        """
+        record = OPERATIONS[operation]
+        operands = Operands(attributes, [self.values[v] for v in inputs], params)
+        shape, ends = record.shape(operands), record.interval(operands)
+        if not all(np.size(end) for end in ends):
+            return shape, 0, 0
+        return shape, int(np.min(ends[0])), int(np.max(ends[1]))
+
+    def add(
+        self,
+        operation: str,
+        inputs: Sequence[int],
+        attributes: Mapping[str, Any] | None = None,
         *,
         params: Mapping[str, str] | None = None,
+        grid: Grid | None = None,
+        dtype: str | None = None,
         path: str = "",
-        **attributes: Any,
     ) -> int:
-        """Adds an operation that computes ``value``."""
-        params = {} if params is None else params
-        self.nodes.append(Node(operation, inputs, value, params, attributes, path))
+        """Adds an operation; its record gives shape and interval of what it computes.
+
+        Args:
+          operation: Its name.
+          inputs: Values.
+          attributes: Of the node.
+          params: Role -> name of a parameter of the graph.
+          grid: Of the output.
+          dtype: Of the output; by default the smallest type that holds it.
+          path: Where it was met.
+
+        Returns:
+          The number of the output.
+
+        Raises:
+          ValueError: if the operands do not fit each other.
+        """
+        attributes, params = dict(attributes or {}), dict(params or {})
+        own = {role: self.params[name] for role, name in params.items()}
+        found = self.outcome(operation, inputs, own, attributes)
+        value = self.add_value(*found, grid, dtype=dtype)
+        node = Node(operation, tuple(inputs), value, params, attributes, path)
+        self.nodes.append(node)
         return value
 
     def add_param(self, name: str, array: np.ndarray) -> str:

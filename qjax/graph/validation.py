@@ -313,7 +313,7 @@ def _check_ends_of_output(node: Node, value: Value) -> None:
         wanted = f"`zero_point` must be {value.zero_point}, of the output"
         same = a["zero_point"] == value.zero_point
         _need(same, _at(node), wanted, a["zero_point"])
-    if "low" in a and "high" in a:
+    if OPERATIONS[node.operation].kind == "rescale" and {"low", "high"} <= set(a):
         ends = [value.low, value.high]
         wanted = f"`low` and `high` must be {ends}, of the output"
         found = [a["low"], a["high"]]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -94,18 +95,16 @@ def add_constant(
     Returns:
       The number of the value.
     """
-    low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
-    if codes.size:
-        low, high = int(codes.min()), int(codes.max())
-    value = builder.add_value(codes.shape, low, high, grid, dtype=dtype)
+    ends = (int(codes.min()), int(codes.max())) if codes.size else (0, 0)
+    dtype = storage(*ends) if dtype is None else dtype
     if like is not None and codes.ndim and np.all(codes == codes[:1]):
         codes = codes[:1]  # The same for each example.
     elif like is not None and codes.ndim == 0:
         like = None
-    stored = codes.astype(builder.values[value].dtype)
-    params = {"value": builder.add_param(name, stored)}
+    params = {"value": builder.add_param(name, codes.astype(dtype))}
     inputs = () if like is None else (like,)
-    return builder.add_node("constant", inputs, value, params=params, path=path)
+    options: Any = {"params": params, "grid": grid, "dtype": dtype, "path": path}
+    return builder.add("constant", inputs, **options)
 
 
 def anchor(builder: Builder, x: Abstract, shape: Sequence[int]) -> int | None:

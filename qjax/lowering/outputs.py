@@ -62,11 +62,10 @@ def _whole_output(builder: Builder, k: int, x: Abstract, traced: Trace) -> int:
     last, v = _maker(traced, k), traced.outputs[k]
     dtype = str(traced.avals[v].dtype)
     if isinstance(x, Curve):
-        value = builder.add_value(traced.shape(v), *_INT32_RANGE, dtype="int32")
-        ends = add_table(builder, x, lambda y: y, value, x.path or "output")
-        builder.values[value] = dataclasses.replace(
-            builder.values[value], low=ends[0], high=ends[1], dtype_of_model=dtype
-        )
+        name = x.path or "output"
+        value = add_table(builder, x, lambda y: y, name, dtype="int32")
+        own = dataclasses.replace(builder.values[value], dtype_of_model=dtype)
+        builder.values[value] = own
         return value
     if not isinstance(x, Integers) or not x.dtype or x.gain is not None:
         raise refuse(last, x, f"output {k}")
@@ -76,14 +75,12 @@ def _whole_output(builder: Builder, k: int, x: Abstract, traced: Trace) -> int:
     return _copy(builder, x.value, None, dtype)
 
 
-_INT32_RANGE = (-(2**31), 2**31 - 1)
-
-
 def _copy(builder: Builder, v: int, grid: Grid | None, dtype_of_model: str = "") -> int:
     """The same integers as another value, which says what they mean."""
     x = builder.values[v]
-    own = builder.add_value(x.shape, x.low, x.high, grid, dtype=x.dtype)
+    ends = {"low": x.low, "high": x.high}
+    own = builder.add("clip", (v,), ends, grid=grid, dtype=x.dtype)
     builder.values[own] = dataclasses.replace(
         builder.values[own], dtype_of_model=dtype_of_model
     )
-    return builder.add_node("clip", (v,), own, low=x.low, high=x.high)
+    return own

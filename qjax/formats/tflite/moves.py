@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from qjax.formats.tflite import tables
-from qjax.formats.tflite.products import broadcast, operands
+from qjax.formats.tflite.products import operands
 from qjax.formats.tflite.rules import axes, pool, reduced_shape
 from qjax.formats.tflite.tensors import Call, any_batch, tflite_rule
 
@@ -49,14 +49,13 @@ def _into(call: Call, shape: Sequence[int]) -> None:
     if is_batch and math.prod(shape) == math.prod(file):
         shape = [-1, *shape[1:]]
     whole = np.broadcast_to(0, own).reshape(shape).shape
-    call.move("reshape", (value,), whole, sizes=any_batch(whole))
+    call.move("reshape", (value,), sizes=any_batch(whole))
 
 
 @tflite_rule("TRANSPOSE")
 def _transpose(call: Call) -> None:
     order = [int(d) for d in np.ravel(call.constant(1))]
-    shape = [call.tensor().shape[d] for d in order]
-    call.move("transpose", (call.value(),), shape, permutation=order)
+    call.move("transpose", (call.value(),), permutation=order)
 
 
 @tflite_rule("PAD", "PADV2")
@@ -64,12 +63,8 @@ def _pad(call: Call) -> None:
     code = call.y.zero_point
     if call.op.name == "PADV2":
         code = int(np.ravel(call.constant(2))[0])
-    value = call.value()
-    v = call.known(value)
-    ends = min(v.low, code), max(v.high, code)
     padding = [[int(a), int(b), 0] for a, b in call.constant(1)]
-    shape = [n + a + b for n, (a, b, _) in zip(v.shape, padding, strict=True)]
-    call.emit("pad", (value,), ends, shape=shape, padding=padding, padding_code=code)
+    call.emit("pad", (call.value(),), padding=padding, padding_code=code)
 
 
 # Largest and smallest.
@@ -78,8 +73,7 @@ def _pad(call: Call) -> None:
 @tflite_rule("MAXIMUM", "MINIMUM")
 def _extreme(call: Call) -> None:
     _check_same_grids(call)
-    values = operands(call)
-    call.move(call.op.name.lower(), values, broadcast(call, values))
+    call.move(call.op.name.lower(), operands(call))
 
 
 def _check_same_grids(call: Call, count: int | None = None) -> None:
@@ -90,18 +84,12 @@ def _check_same_grids(call: Call, count: int | None = None) -> None:
 
 @tflite_rule("MAX_POOL_2D")
 def _max_pool(call: Call) -> None:
-    value, (low, high), (shape, attributes) = (
-        call.value(),
-        call.activation(),
-        pool(call),
-    )
-    v = call.known(value)
+    value, (low, high), (_, attributes) = call.value(), call.activation(), pool(call)
     if (low, high) == (call.y.low, call.y.high):
-        call.move("max_pool", (value,), shape, **attributes)
+        call.move("max_pool", (value,), **attributes)
         return
-    ends = (v.low, v.high)
-    found = call.add("max_pool", (value,), shape, ends, like=value, **attributes)
-    call.emit("clip", (found,), (low, high), low=low, high=high)
+    found = call.add("max_pool", (value,), like=value, **attributes)
+    call.emit("clip", (found,), low=low, high=high)
 
 
 @tflite_rule("REDUCE_MAX", "REDUCE_MIN")
@@ -109,10 +97,9 @@ def _reduce_extreme(call: Call) -> None:
     _check_same_grids(call, 1)
     value, over = call.value(), axes(call)
     v, operation = call.known(value), call.op.name.removeprefix("REDUCE_").lower()
-    shape, ends = [n for d, n in enumerate(v.shape) if d not in over], (v.low, v.high)
-    found = call.add(operation, (value,), shape, ends, like=value, axes=over)
+    found = call.add(operation, (value,), like=value, axes=over)
     after = reduced_shape(call, v.shape, over)
-    call.move("reshape", (found,), after, sizes=any_batch(after))
+    call.move("reshape", (found,), sizes=any_batch(after))
 
 
 @tflite_rule("ARG_MAX", "ARG_MIN")
@@ -121,9 +108,7 @@ def _arg_extreme(call: Call) -> None:
     value, shape = call.value(), call.tensor().shape
     axis = int(np.ravel(call.constant(1))[0]) % len(shape)
     operation = call.op.name.lower().replace("_", "")
-    ends = 0, shape[axis] - 1
-    left = [n for d, n in enumerate(shape) if d != axis]
-    found = call.add(operation, (value,), left, ends, axis=axis)
+    found = call.add(operation, (value,), axis=axis)
     call.growth.bind(call.op.outputs[0], found)
 
 
@@ -134,14 +119,10 @@ def _arg_extreme(call: Call) -> None:
 def _tile(call: Call) -> None:
     first, *rest = (int(n) for n in np.ravel(call.constant(1)))
     value = call.value()
-    v = call.known(value)
     if first * math.prod(rest) == 0 or any(n < 0 for n in rest):
         raise call.refuse(f"multiples {[first, *rest]}")
     if first > 1:
-        ends, shape = (v.low, v.high), (first * v.shape[0], *v.shape[1:])
-        value = call.add(
-            "concatenate", (value,) * first, shape, ends, like=value, axis=0
-        )
+        value = call.add("concatenate", (value,) * first, like=value, axis=0)
     _take(call, lambda x: np.tile(x, rest), value)
 
 
@@ -154,10 +135,7 @@ def _concatenate(call: Call) -> None:
 
 
 def _joined(call: Call, values: Sequence[int], axis: int) -> None:
-    shapes = [list(call.known(v).shape) for v in values]
-    shape = shapes[0]
-    shape[axis] = sum(part[axis] for part in shapes)
-    call.move("concatenate", values, shape, axis=axis)
+    call.move("concatenate", values, axis=axis)
 
 
 def _on_output_grid(call: Call, place: int) -> int:
@@ -169,20 +147,9 @@ def _on_output_grid(call: Call, place: int) -> int:
     if v.dtype != "uint8":
         raise call.refuse(f"different scales of {v.dtype}")
     table = tables.requantized_table(x, y)[v.low - x.low : v.high - x.low + 1]
-    ends, params = (
-        (int(table.min()), int(table.max())),
-        {"table": table.astype(v.dtype)},
-    )
-    return call.add(
-        "table",
-        (value,),
-        v.shape,
-        ends,
-        like=value,
-        params=params,
-        low=v.low,
-        axis=None,
-    )
+    params = {"table": table.astype(v.dtype)}
+    ends = {"low": v.low, "axis": None}
+    return call.add("table", (value,), like=value, params=params, **ends)
 
 
 @tflite_rule("PACK")
@@ -261,20 +228,18 @@ def _cut(
     own = (*file[:1], *v.shape[1:])  # All of the batch that the file has is all.
     whole = [cut.indices(n) == (0, n, 1) for cut, n in zip(cuts, own, strict=True)]
     cuts = [slice(0, None, 1) if w else c for w, c in zip(whole, cuts, strict=True)]
-    out = tuple(len(range(n)[cut]) for cut, n in zip(cuts, v.shape, strict=True))
-    ends = (v.low, v.high)
     attributes: dict[str, Any] = {
         "start": [cut.start for cut in cuts],
         "stop": [cut.stop for cut in cuts],
         "steps": [cut.step for cut in cuts],
     }
     if not dropped:
-        call.emit("slice", (value,), ends, shape=out, place=place, **attributes)
+        call.emit("slice", (value,), place=place, **attributes)
         return
-    found = call.add("slice", (value,), out, ends, like=value, **attributes)
-    shape = [n for d, n in enumerate(out) if d not in dropped]
-    sizes = any_batch(shape)
-    call.emit("reshape", (found,), ends, shape=shape, place=place, sizes=sizes)
+    found = call.add("slice", (value,), like=value, **attributes)
+    shape = call.known(found).shape
+    sizes = any_batch([n for d, n in enumerate(shape) if d not in dropped])
+    call.emit("reshape", (found,), place=place, sizes=sizes)
 
 
 # Blocks.
@@ -287,10 +252,8 @@ def _space_to_batch(call: Call) -> None:
     n, rest = len(block), v.shape[1 + len(block) :]
     config = [[0, 0, 0], *([a, b, 0] for a, b in padding), *[[0, 0, 0]] * len(rest)]
     shape = [m + a + b for m, (a, b, _) in zip(v.shape, config, strict=True)]
-    ends = min(v.low, code), max(v.high, code)
-    value = call.add(
-        "pad", (value,), shape, ends, like=value, padding=config, padding_code=code
-    )
+    pad: dict[str, Any] = {"padding": config, "padding_code": code}
+    value = call.add("pad", (value,), like=value, **pad)
     pairs = [k for m, b in zip(shape[1:], block, strict=False) for k in (m // b, b)]
     value = call.reshaped(value, (shape[0], *pairs, *rest))
     tail = range(2 * n + 1, 2 * n + 1 + len(rest))
@@ -298,19 +261,19 @@ def _space_to_batch(call: Call) -> None:
     value = _transposed(call, value, order)
     inner = [m // b for m, b in zip(shape[1:], block, strict=False)]
     after = [shape[0] * math.prod(block), *inner, *rest]
-    call.move("reshape", (value,), after, sizes=any_batch(after))
+    call.move("reshape", (value,), sizes=any_batch(after))
 
 
 @tflite_rule("BATCH_TO_SPACE_ND")
 def _batch_to_space(call: Call) -> None:
     value = call.value()
     v, (block, crops) = call.known(value), _blocks(call)
-    n, ends, batch = len(block), (v.low, v.high), v.shape[0] // math.prod(block)
+    n, batch = len(block), v.shape[0] // math.prod(block)
     if v.shape[0] % math.prod(block):
         raise ValueError(f"{v.shape[0]} examples are no blocks of {block}")
     sizes = [*block, -1, *v.shape[1:]]
     shape = [*block, batch, *v.shape[1:]]
-    value = call.add("reshape", (value,), shape, ends, like=value, sizes=sizes)
+    value = call.add("reshape", (value,), like=value, sizes=sizes)
     tail = range(2 * n + 1, len(shape))
     order = [n, *(k for d in range(n) for k in (n + 1 + d, d)), *tail]
     value = _transposed(call, value, order)
@@ -319,9 +282,8 @@ def _batch_to_space(call: Call) -> None:
     kept = [[a, m - b] for m, (a, b) in zip(inner, crops, strict=True)]
     ends_ = [[0, None], *kept, *[[0, None]] * len(tail)]
     start, stop = (list(part) for part in zip(*ends_, strict=True))
-    shape = [batch, *(b - a for a, b in kept), *v.shape[1 + n :]]
     steps = [1] * len(start)
-    call.move("slice", (value,), shape, start=start, stop=stop, steps=steps)
+    call.move("slice", (value,), start=start, stop=stop, steps=steps)
 
 
 def _blocks(call: Call) -> tuple[list[int], list[list[int]]]:
@@ -330,9 +292,7 @@ def _blocks(call: Call) -> tuple[list[int], list[list[int]]]:
 
 
 def _transposed(call: Call, value: int, order: list[int]) -> int:
-    v = call.known(value)
-    shape, ends = [v.shape[d] for d in order], (v.low, v.high)
-    return call.add("transpose", (value,), shape, ends, like=value, permutation=order)
+    return call.add("transpose", (value,), like=value, permutation=order)
 
 
 # Places within each example.
@@ -343,10 +303,10 @@ def _take(
 ) -> None:
     """Moves the codes of each example as ``move`` moves their places."""
     value = call.value() if value is None else value
-    batch, *shape = call.known(value).shape
+    shape = call.known(value).shape[1:]
     places = move(np.arange(math.prod(shape), dtype=np.int32).reshape(shape))
     params = {"places": np.ascontiguousarray(places)}
-    call.move("take", (value,), (batch, *places.shape), params=params)
+    call.move("take", (value,), params=params)
 
 
 @tflite_rule("GATHER")
@@ -405,9 +365,7 @@ def _resize_bilinear(call: Call) -> None:
     if rows is None or columns is None:
         raise call.refuse("places of uint8 that float32 arithmetic rounds")
     params = {"rows": np.int32(rows), "columns": np.int32(columns)}
-    n, _, _, c = call.tensor().shape
-    shape = (n, rows.shape[1], columns.shape[1], c)
-    call.move("tflite_resize", (call.value(),), shape, params=params)
+    call.move("tflite_resize", (call.value(),), params=params)
 
 
 def _aligned(call: Call) -> dict[str, bool]:

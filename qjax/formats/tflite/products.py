@@ -61,7 +61,6 @@ def requantize(
     call.emit(
         "requantize",
         (acc,),
-        ends,
         params=params,
         input_zero_point=zero_point,
         zero_point=call.y.zero_point,
@@ -196,8 +195,6 @@ def _product(
     acc = call.add(
         operation,
         (value,),
-        shape,
-        (int(low.min()), int(high.max())),
         params={
             "kernel": kernel.astype(np.int8 if is_byte else np.int16),
             "bias": per_channel(folded.astype(np.int32)),
@@ -246,15 +243,10 @@ def operands(call: Call) -> list[int]:
     return [call.reshaped(v, s) for v, s in zip(values, padded, strict=True)]
 
 
-def broadcast(call: Call, values: Sequence[int]) -> tuple[int, ...]:
-    """The shape of what is computed from values number by number."""
-    return np.broadcast_shapes(*(call.known(v).shape for v in values))
-
-
 @tflite_rule("MUL")
 def _multiply(call: Call) -> None:
     codes, values = [call.codes(0), call.codes(1)], operands(call)
-    acc = _of_two(call, "multiply_codes", codes, values, broadcast(call, values), 1)
+    acc = _of_two(call, "multiply_codes", codes, values, 1)
     ratio = codes[0].scale * codes[1].scale / call.y.scale
     is_float = call.growth.rules.is_xnnpack and not call.y.is_wide
     rescaling = (
@@ -275,9 +267,7 @@ def _batch_matmul(call: Call) -> None:
     taps = shapes[0][contract[0][0]]
     batch = [list(range(rank - 2))] * 2
     attributes = {"contract": contract, "batch": batch}
-    rows, columns = shapes[0][-1 - (not adjoint[0])], shapes[1][-1 - adjoint[1]]
-    shape = (*shapes[0][:-2], rows, columns)
-    acc = _of_two(call, "dot_codes", codes, values, shape, taps, **attributes)
+    acc = _of_two(call, "dot_codes", codes, values, taps, **attributes)
     ratio = np.float64(codes[0].scale * codes[1].scale) / np.float64(call.y.scale)
     requantize(call, acc, exact_rescaling(call, ratio), (call.y.low, call.y.high))
 
@@ -287,7 +277,6 @@ def _of_two(
     operation: str,
     codes: Sequence[Codes],
     values: Sequence[int],
-    shape: Sequence[int],
     taps: int,
     **attributes: Any,
 ) -> int:
@@ -299,7 +288,4 @@ def _of_two(
     corners = [taps * p * q for p in sides[0] for q in sides[1]]
     _check_overflow(call, np.array(min(corners)), np.array(max(corners)), np.zeros(1))
     zero_points = [c.zero_point for c in codes]
-    ends = min(*corners, 0), max(*corners, 0)
-    return call.add(
-        operation, values, shape, ends, zero_points=zero_points, **attributes
-    )
+    return call.add(operation, values, zero_points=zero_points, **attributes)

@@ -9,7 +9,6 @@ import numpy as np
 from qjax.formats.tflite import tables
 from qjax.formats.tflite.products import (
     Rescaling,
-    broadcast,
     byte_rescaling,
     exact_rescaling,
     float_rescaling,
@@ -69,8 +68,6 @@ def _add(call: Call) -> None:
     call.emit(
         "tflite_add",
         values,
-        ends,
-        shape=broadcast(call, values),
         left_shift=left,
         zero_points=[a.zero_point, b.zero_point],
         multipliers=[sign * int(m) for sign, (m, _) in zip(signs, pairs, strict=True)],
@@ -88,14 +85,9 @@ def _add(call: Call) -> None:
 def _average_pool(call: Call) -> None:
     value, (low, high) = call.value(), call.activation()
     v, (shape, attributes) = call.known(value), pool(call)
-    taps = math.prod(attributes["window"])
-    ends = min(taps * v.low, 0), max(taps * v.high, 0)
-    total = call.add(
-        "sum_pool", (value,), shape, ends, bias=0, padding_code=0, **attributes
-    )
+    total = call.add("sum_pool", (value,), bias=0, padding_code=0, **attributes)
     params = {"counts": _counts(attributes, v.shape, shape)}
-    ends = low, high
-    call.emit("tflite_average", (total,), ends, params=params, low=low, high=high)
+    call.emit("tflite_average", (total,), params=params, low=low, high=high)
 
 
 def pool(call: Call) -> tuple[list[int], dict[str, Any]]:
@@ -137,8 +129,6 @@ def _mean(call: Call) -> None:
     total = call.add(
         "sum",
         (value,),
-        [n for d, n in enumerate(v.shape) if d not in over],
-        (taps * (v.low - x.zero_point), taps * (v.high - x.zero_point)),
         axes=over,
         sizes=sizes,
         bias=-taps * x.zero_point,
@@ -173,7 +163,7 @@ def axes(call: Call) -> list[int]:
 @tflite_rule("SOFTMAX")
 def _softmax(call: Call) -> None:
     x, y, value = call.codes(), call.y, call.value()
-    beta, ends = float(call.option("beta", 1.0)), (y.low, y.high)
+    beta = float(call.option("beta", 1.0))
     check_output(call, 2.0**-15 if y.is_wide else 2.0**-8, 0 if y.is_wide else y.low)
     if call.tensor().dtype != call.output().dtype:
         raise call.refuse(f"an input of type {call.tensor().dtype}")
@@ -183,12 +173,11 @@ def _softmax(call: Call) -> None:
         pair = tables.wide_softmax_tables(x.scale, beta)
         named = zip(("exponentials", "reciprocals"), pair, strict=True)
         params = {role: table.astype(np.int32) for role, table in named}
-        ends = (0, y.high)
-        call.emit("tflite_softmax16", (value,), ends, params=params, high=y.high)
+        call.emit("tflite_softmax16", (value,), params=params, high=y.high)
         return
     params = {"exponentials": tables.exponential_table(x.scale, beta).astype(np.int32)}
-    low, high = ends
-    call.emit("tflite_softmax", (value,), ends, params=params, low=low, high=high)
+    ends = {"low": y.low, "high": y.high}
+    call.emit("tflite_softmax", (value,), params=params, **ends)
 
 
 def check_output(call: Call, scale: float, zero_point: int) -> None:
@@ -209,8 +198,7 @@ def _table(call: Call, table: np.ndarray, axis: int | None = None) -> None:
     value = call.value()
     v, least = call.known(value), call.codes().low
     table = table[v.low - least : v.high - least + 1].astype(call.output().dtype)
-    ends = int(table.min()), int(table.max())
-    call.emit("table", (value,), ends, params={"table": table}, low=v.low, axis=axis)
+    call.emit("table", (value,), params={"table": table}, low=v.low, axis=axis)
 
 
 _FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {

@@ -150,11 +150,9 @@ class Growth:
                 raise ValueError(
                     f"The tensor {t.name!r} is used before it is computed."
                 )
-            ends = int(np.min(t.data, initial=0)), int(np.max(t.data, initial=0))
-            value = self.builder.add_value(t.data.shape, *ends, grid, dtype=t.dtype)
             name = self.builder.add_param(t.short_name, np.asarray(t.data, t.dtype))
-            self.builder.add_node("tflite_constant", (), value, params={"value": name})
-            self.values[k] = value
+            options: Any = {"params": {"value": name}, "grid": grid, "dtype": t.dtype}
+            self.values[k] = self.builder.add("tflite_constant", (), **options)
         return self.values[k]
 
 
@@ -229,8 +227,6 @@ class Call:
         self,
         operation: str,
         inputs: Sequence[int],
-        shape: Sequence[int],
-        ends: tuple[int, int],
         *,
         like: int | None = None,
         params: Mapping[str, np.ndarray] | None = None,
@@ -241,8 +237,6 @@ class Call:
         Args:
           operation: Of the graph.
           inputs: Values.
-          shape: Of the output.
-          ends: Least and largest of its integers.
           like: A value with the same grid and type; an int32 accumulator if None.
           params: Role -> array.
           **attributes: Of the node.
@@ -250,69 +244,54 @@ class Call:
         grid, dtype = None, "int32"
         if like is not None:
             grid, dtype = self.known(like).grid, self.known(like).dtype
-        value = self.growth.builder.add_value(tuple(shape), *ends, grid, dtype=dtype)
-        self._node(operation, inputs, value, params, attributes)
-        return value
+        return self._node(operation, inputs, params, attributes, grid, dtype)
 
     def emit(
         self,
         operation: str,
         inputs: Sequence[int],
-        ends: tuple[int, int],
         *,
-        shape: Sequence[int] | None = None,
         place: int = 0,
         params: Mapping[str, np.ndarray] | None = None,
         **attributes: Any,
     ) -> None:
-        """Adds the node that computes an output, in the shape of its input if None."""
+        """Adds the node that computes an output."""
         t = self.output(place)
-        shape = self.known(inputs[0]).shape if shape is None else tuple(shape)
-        value = self.growth.builder.add_value(shape, *ends, t.grid(), dtype=t.dtype)
-        self._node(operation, inputs, value, params, attributes)
+        own = attributes, t.grid(), t.dtype
+        value = self._node(operation, inputs, params, *own)
         self.growth.bind(self.op.outputs[place], value)
 
-    def move(
-        self,
-        operation: str,
-        inputs: Sequence[int],
-        shape: Sequence[int] | None = None,
-        **attributes: Any,
-    ) -> None:
+    def move(self, operation: str, inputs: Sequence[int], **options: Any) -> None:
         """Adds the node of an operator that takes its codes from its inputs."""
-        own = [self.known(v) for v in inputs]
-        if any(v.dtype != self.output().dtype for v in own):
+        if any(self.known(v).dtype != self.output().dtype for v in inputs):
             raise self.refuse("an output of another type")
-        ends = min(v.low for v in own), max(v.high for v in own)
-        self.emit(operation, inputs, ends, shape=shape, **attributes)
+        self.emit(operation, inputs, **options)
 
     def reshaped(self, value: int, shape: Sequence[int]) -> int:
-        """A value in another shape."""
+        """Returns a value in another shape."""
         v = self.known(value)
         shape = tuple(map(int, shape))
         if v.shape == shape:
             return value
-        ends, sizes = (v.low, v.high), any_batch(shape)
-        if v.grid is None:
-            return self.add("reshape", (value,), shape, ends, sizes=sizes)
-        return self.add("reshape", (value,), shape, ends, like=value, sizes=sizes)
+        like = None if v.grid is None else value
+        return self.add("reshape", (value,), like=like, sizes=any_batch(shape))
 
     def _node(
         self,
         operation: str,
         inputs: Sequence[int],
-        value: int,
         params: Mapping[str, np.ndarray] | None,
         attributes: Mapping[str, Any],
-    ) -> None:
+        grid: Grid | None,
+        dtype: str,
+    ) -> int:
         builder, path = self.growth.builder, self.output().short_name
         names = {
             role: builder.add_param(f"{path}/{role}", array)
             for role, array in (params or {}).items()
         }
-        builder.add_node(
-            operation, tuple(inputs), value, params=names, path=path, **attributes
-        )
+        options: Any = {"params": names, "grid": grid, "dtype": dtype, "path": path}
+        return builder.add(operation, inputs, attributes, **options)
 
 
 _REAL_BOUNDS = {

@@ -81,23 +81,26 @@ def _concatenate_shape(o: Operands) -> Shape:
 
 def _reshape_sizes(sizes: Any, shape: Shape) -> list[int]:
     """Returns the sizes with the one that is open, -1, filled in."""
-    first, *rest = sizes or [1]
-    known = math.prod(rest)
-    if first != -1:
+    if -1 not in sizes:
         return list(sizes)
-    return [shape[0] if not known else math.prod(shape) // known, *rest]
+    known = math.prod(n for n in sizes if n != -1)
+    if not known:  # What is left of nothing: the leading size, if it is open.
+        return [shape[0] if n == -1 else n for n in sizes]
+    return [math.prod(shape) // known if n == -1 else n for n in sizes]
 
 
 def _reshape_shape(o: Operands) -> Shape:
-    open_sizes = o["sizes"][1:] if o["sizes"] else []
-    fits = all(n >= 0 for n in open_sizes) and (o["sizes"] or [0])[0] >= -1
-    o.check(fits, "`sizes` must be 0 or more, the first may be -1", o["sizes"])
-    is_whole = bool(o.x.shape) or (o["sizes"] or [1])[0] != -1
-    o.check(is_whole, "an input of open size must have axes", o.x.shape)
-    sizes = _reshape_sizes(o["sizes"], o.x.shape)
-    same = math.prod(sizes) == math.prod(o.x.shape)
-    o.check(same, f"`sizes` must be those of {o.x.shape}", o["sizes"])
-    return tuple(sizes)
+    sizes = o["sizes"]
+    fits = all(n >= -1 for n in sizes) and list(sizes).count(-1) < 2
+    o.check(fits, "`sizes` must be 0 or more, one may be open: -1", sizes)
+    is_open = -1 in sizes
+    o.check(not is_open or bool(o.x.shape), "an open size needs axes", o.x.shape)
+    if is_open and 0 in sizes:
+        o.check(sizes[0] == -1, "beside 0 only the first may be open", sizes)
+    found = _reshape_sizes(sizes, o.x.shape)
+    same = math.prod(found) == math.prod(o.x.shape)
+    o.check(same, f"`sizes` must be those of {o.x.shape}", sizes)
+    return tuple(found)
 
 
 def _transpose_shape(o: Operands) -> Shape:
@@ -242,7 +245,7 @@ MOVES = (
     ),
     Operation(
         "reshape",
-        "code = q in another shape; a first size of -1 is open",
+        "code = q in another shape; a size of -1 is what is left",
         "move",
         _reshape_shape,
         same_interval,

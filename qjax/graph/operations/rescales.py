@@ -71,6 +71,7 @@ def _add(a, own, inputs):
 
 def _clip_ends(o: Operands) -> Ends:
     low, high = clip_interval(o)
+    o.check(low <= high, "`low` must not be above `high`", [low, high])
     return min(max(o.x.low, low), high), max(min(o.x.high, high), low)
 
 

@@ -1,6 +1,7 @@
 """Rules of what joins several values on one grid: selections, concatenations."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,9 +39,8 @@ def mask(builder: Builder, e: Equation, trace: Trace, x: Abstract, v: int) -> in
         return x.value
     if not isinstance(x, Curve):
         raise refuse(e, x, "condition")
-    value = builder.add_value(trace.shape(v), 0, 1, dtype="int8")
-    add_table(builder, x, lambda y: y.astype(jnp.int32), value, where(e).strip("'"))
-    return value
+    name, finish = where(e).strip("'"), lambda y: y.astype(jnp.int32)
+    return add_table(builder, x, finish, name, dtype="int8")
 
 
 @rule("select_n")
@@ -187,10 +187,8 @@ def _joined_now(builder: Builder, x: Joined) -> Abstract:
         )
         for v, shape in zip(found, x.shapes, strict=True)
     ]
-    value = builder.add_value(x.shape, low, high, grid, dtype=wider(types, low, high))
-    builder.add_node(
-        x.operation, (*x.others, *inputs), value, path=x.path, **x.attributes
-    )
+    options: Any = {"grid": grid, "dtype": wider(types, low, high), "path": x.path}
+    value = builder.add(x.operation, (*x.others, *inputs), x.attributes, **options)
     return first.elsewhere(value, low=low, high=high, path=x.path)
 
 

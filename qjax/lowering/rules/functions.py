@@ -11,6 +11,7 @@ from jax.extend.core.primitives import copy_p
 
 from qjax.affine import QParams, dequantize
 from qjax.graph.builder import compact
+from qjax.graph.graph import Grid, storage
 from qjax.lowering.constants import exact_grid, real_values
 from qjax.lowering.interpret import refuse, rule, where
 from qjax.lowering.values import Abstract, Builder, Curve, Integers, Known, KnownCodes
@@ -189,30 +190,44 @@ def add_table(
     builder: Builder,
     x: Curve,
     finish: Any,
-    value: int,
     name: str,
-) -> tuple[int, int]:
-    """Puts a function into the graph; returns the least and the largest entry."""
+    *,
+    dtype: str,
+    grid: Grid | None = None,
+) -> int:
+    """Puts a function of codes into the graph as a lookup table.
+
+    Args:
+      builder: Receives it.
+      x: The function.
+      finish: From its real values to the integers that the table holds.
+      name: Of the parameter, before ``/table``.
+      dtype: Of the integers.
+      grid: What they mean.
+
+    Returns:
+      The number of the value.
+
+    Raises:
+      ValueError: if the type does not hold an entry.
+    """
     assert x.source.value is not None
     table, axis, off = tabulate(x, finish, builder.types)
-    dtype = builder.values[value].dtype
     if not np.array_equal(table.astype(dtype), table):
         raise ValueError(
             f"The function in {x.path or 'the traced function'!r} has values of "
             f"{table.dtype} from {table.min()} to {table.max()}, which {dtype} does "
             "not hold. Use a narrower type."
         )
-    builder.add_node(
+    return builder.add(
         "table",
         (x.source.value,),
-        value,
+        {"low": x.source.low, "axis": axis, **({"most_off": off} if off else {})},
         params={"table": builder.add_param(f"{name}/table", table.astype(dtype))},
+        grid=grid,
+        dtype=dtype,
         path=x.path,
-        low=x.source.low,
-        axis=axis,
-        **({"most_off": off} if off else {}),
     )
-    return int(table.min()), int(table.max())
 
 
 def add_exact_table(
@@ -233,15 +248,11 @@ def add_exact_table(
         return None
     scale, codes = exact
     low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
-    value = builder.add_value(shape, low, high)
-    table = builder.add_param(
-        f"{name}/table", codes.astype(builder.values[value].dtype)
-    )
-    ends: dict[str, Any] = {"low": x.source.low, "axis": axis}
-    params = {"table": table}
-    builder.add_node(
-        "table", (x.source.value,), value, params=params, path=x.path, **ends
-    )
+    dtype = storage(low, high)
+    params = {"table": builder.add_param(f"{name}/table", codes.astype(dtype))}
+    ends = {"low": x.source.low, "axis": axis}
+    options: Any = {"params": params, "dtype": dtype, "path": x.path}
+    value = builder.add("table", (x.source.value,), ends, **options)
     return Integers(value, np.asarray(scale), 0, low, high, is_codes=True, path=x.path)
 
 
@@ -285,16 +296,17 @@ def _compare(
             )
         pair.append(x)
     parts = [np.frexp(np.float32(x.scale)) for x in pair]
-    value = builder.add_value(trace.shape(e.outputs[0]), 0, 1, dtype="int8")
-    builder.add_node(
+    value = builder.add(
         "compare",
-        tuple(x.value for x in pair if x.value is not None),
-        value,
+        [x.value for x in pair if x.value is not None],
+        {
+            "kind": e.primitive.name,
+            "multipliers": [int(mantissa * 2**24) for mantissa, _ in parts],
+            "exponents": [int(exponent) - 24 for _, exponent in parts],
+            "zero_points": [x.zero_point for x in pair],
+        },
+        dtype="int8",
         path=where(e).strip("'"),
-        kind=e.primitive.name,
-        multipliers=[int(mantissa * 2**24) for mantissa, _ in parts],
-        exponents=[int(exponent) - 24 for _, exponent in parts],
-        zero_points=[x.zero_point for x in pair],
     )
     return Integers(value, np.ones(()), 0, 0, 1, path=e.path, dtype="bool")
 
@@ -312,10 +324,8 @@ def _argmax(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstrac
             f"float32 takes several for one.\n  equation: {e}\nQuantize its input to "
             "at most 22 bits."
         )
-    value = builder.add_value(trace.shape(e.outputs[0]), 0, size - 1, dtype="int32")
     assert x.value is not None
-    builder.add_node(
-        e.primitive.name, (x.value,), value, path=where(e).strip("'"), axis=int(axis)
-    )
+    options: Any = {"dtype": "int32", "path": where(e).strip("'")}
+    value = builder.add(e.primitive.name, (x.value,), {"axis": int(axis)}, **options)
     dtype = str(trace.avals[e.outputs[0]].dtype)
     return Integers(value, np.ones(()), 0, 0, size - 1, path=e.path, dtype=dtype)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax.graph.graph import Grid
+from qjax.graph.graph import Grid, storage
 from qjax.leaves import at_start
 from qjax.lowering.inputs import integer_range
 from qjax.lowering.interpret import refuse, rule, where
@@ -79,11 +79,10 @@ def _taken(
 
     def place(source: int) -> int:
         v = builder.values[source]
-        value = builder.add_value(out, v.low, v.high, v.grid, dtype=v.dtype)
-        options = {"crosses_examples": shape[0]} if crosses else {}
-        return builder.add_node(
-            "take", (source,), value, params={"places": name}, path=path, **options
-        )
+        attributes = {"crosses_examples": shape[0]} if crosses else {}
+        options: Any = {"params": {"places": name}, "path": path}
+        options |= {"grid": v.grid, "dtype": v.dtype}
+        return builder.add("take", (source,), attributes, **options)
 
     return placed(x, place, e, len(out))
 
@@ -111,12 +110,10 @@ def _embed(
     ids = _place_input(builder, e, trace, index, ends)
     assert ids.value is not None
     low, high = int(w.codes.min(initial=0)), int(w.codes.max(initial=0))
-    out = builder.add_value(trace.shape(e.outputs[0]), low, high)
-    kernel = w.codes.astype(builder.values[out].dtype)
+    kernel = w.codes.astype(storage(low, high))
     params = {"kernel": builder.add_param(w.site or "embedding", kernel)}
-    builder.add_node(
-        "embed", (ids.value,), out, params=params, path=where(e).strip("'")
-    )
+    path = where(e).strip("'")
+    out = builder.add("embed", (ids.value,), params=params, path=path)
     scale = np.asarray(w.scale, np.float64)
     if scale.ndim:  # One a column.
         if scale.shape[0] != 1:
@@ -274,6 +271,5 @@ def _part(
     """Puts a slice of a value into the graph."""
     v = builder.values[source]
     ends: dict[str, Any] = {"start": start, "stop": stop, "steps": steps}
-    value = builder.add_value(shape, v.low, v.high, v.grid, dtype=v.dtype)
-    path = where(e).strip("'")
-    return builder.add_node("slice", (source,), value, path=path, **ends)
+    options: Any = {"grid": v.grid, "dtype": v.dtype, "path": where(e).strip("'")}
+    return builder.add("slice", (source,), ends, **options)

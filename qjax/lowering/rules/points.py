@@ -1,7 +1,7 @@
 """Rules of quantization points: inputs are quantized, accumulators requantized."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -71,7 +71,7 @@ def _qpoint(
         x = dataclasses.replace(x.codes, scale=x.scale)
     if isinstance(x, Real):
         if x.input is None and builder.is_open:  # Float before it: begin anew here.
-            value = target.add_value(builder, shape, target.qmin, target.qmax)
+            value = target.add_input(builder, shape)
             builder.inputs[-1 - len(builder.inputs)] = value
             return target.integers(builder, value)
         return _quantize_input(builder, e, trace, x, target, shape)
@@ -130,18 +130,10 @@ def _capped(
         raise refuse(e, x, "input")
     assert x.value is not None
     table = np.clip(codes, low, high)
-    value = target.add_value(builder, shape, int(table.min()), int(table.max()))
-    dtype = builder.values[value].dtype
-    params = {"table": builder.add_param(f"{target.site}/bounds", table.astype(dtype))}
-    builder.add_node(
-        "table",
-        (x.value,),
-        value,
-        params=params,
-        path=target.site,
-        low=x.low,
-        axis=axes[0] - len(shape),
-    )
+    stored = table.astype(target.dtype)
+    params = {"table": builder.add_param(f"{target.site}/bounds", stored)}
+    attributes = {"low": x.low, "axis": axes[0] - len(shape)}
+    value = target.add(builder, "table", (x.value,), attributes, params=params)
     builder.sites.pop(target.site, None)
     return target.integers(builder, value)
 
@@ -162,11 +154,8 @@ def _onto(
 
 
 def _table(builder: Builder, x: Curve, target: "_Target", shape: Any) -> Integers:
-    value = target.add_value(builder, shape, target.qmin, target.qmax)
-    low, high = add_table(builder, x, target.codes_of, value, target.site)
-    builder.values[value] = dataclasses.replace(
-        builder.values[value], low=low, high=high
-    )
+    options: Any = {"dtype": target.dtype, "grid": target.grid}
+    value = add_table(builder, x, target.codes_of, target.site, **options)
     return target.integers(builder, value)
 
 
@@ -186,24 +175,15 @@ def _join(builder: Builder, e: Equation, x: Joined, target: "_Target") -> Intege
             like = like_of(builder, x, likes, shape)
             onto[k] = _constant_codes(builder, x, p, part, shape, like)
     values = [onto[k] for k in range(len(pairs))]
-    bounds = [builder.values[v] for v in values]
-    ends = [min(b.low for b in bounds), max(b.high for b in bounds)]
-    options = dict(x.attributes)
+    attributes = dict(x.attributes)
     if x.operation == "pad":
-        options["padding_code"] = target.codes(x.fill)
-        ends = [
-            f(n, options["padding_code"]) for f, n in zip((min, max), ends, strict=True)
-        ]
-    low, high = target.range(x.bounds)
-    low, high = max(low, ends[0]), min(high, ends[1])
-    joined = target.add_value(builder, x.shape, *ends)
-    builder.add_node(
-        x.operation, (*x.others, *values), joined, path=target.site, **options
-    )
+        attributes["padding_code"] = target.codes(x.fill)
+    joined = target.add(builder, x.operation, (*x.others, *values), attributes)
     if x.bounds == (-np.inf, np.inf):
         return target.integers(builder, joined)
-    value = target.add_value(builder, x.shape, low, high)
-    builder.add_node("clip", (joined,), value, path=target.site, low=low, high=high)
+    whole, (low, high) = builder.values[joined], target.range(x.bounds)
+    ends = {"low": max(low, whole.low), "high": min(high, whole.high)}
+    value = target.add(builder, "clip", (joined,), ends)
     return target.integers(builder, value)
 
 
@@ -222,22 +202,17 @@ def _constant_codes(
             f"A constant that goes into the site {target.site!r} is NaN, which no code "
             "stands for. Replace it by a number."
         )
-    grid = Grid(float(np.float32(target.scale)), target.zero_point)
-    dtype = storage(target.qmin, target.qmax)
+    grid, dtype = target.grid, target.dtype
     if not x.others or not real.size or np.any(real != real.flat[0]):
         codes = np.asarray(target.codes_of(jnp.asarray(real, jnp.float32)), np.int64)
         codes = np.broadcast_to(codes, shape)
         options = {"name": f"{target.site}/constant", "path": x.path, "dtype": dtype}
         return add_constant(builder, codes, grid, like=like, **options)
     code = target.codes(float(real.flat[0]))
-    value = target.add_value(builder, shape, code, code)
-    table = np.full(2, code, builder.values[value].dtype)
-    name = builder.add_param(f"{target.site}/case", table)
-    params = {"table": name}
-    builder.add_node(
-        "table", x.others, value, params=params, path=x.path, low=0, axis=None
-    )
-    return value
+    table = np.full(2, code, dtype)
+    params = {"table": builder.add_param(f"{target.site}/case", table)}
+    ends = {"low": 0, "axis": None}
+    return target.add(builder, "table", x.others, ends, params=params, path=x.path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,12 +262,33 @@ class _Target:
             value, scale, self.zero_point, v.low, v.high, is_codes=True, path=self.site
         )
 
-    def add_value(
-        self, builder: Builder, shape: tuple[int, ...], low: int, high: int
+    @property
+    def grid(self) -> Grid:
+        return Grid(float(np.float32(self.scale)), self.zero_point)
+
+    @property
+    def dtype(self) -> str:
+        return storage(self.qmin, self.qmax)
+
+    def add(
+        self,
+        builder: Builder,
+        operation: str,
+        inputs: Sequence[int],
+        attributes: Mapping[str, Any],
+        *,
+        params: Mapping[str, str] | None = None,
+        path: str | None = None,
     ) -> int:
-        grid = Grid(float(np.float32(self.scale)), self.zero_point)
-        dtype = storage(self.qmin, self.qmax)
-        return builder.add_value(shape, low, high, grid, dtype=dtype)
+        """Adds an operation whose output is on this grid."""
+        options: Any = {"grid": self.grid, "dtype": self.dtype, "params": params}
+        options["path"] = self.site if path is None else path
+        return builder.add(operation, inputs, attributes, **options)
+
+    def add_input(self, builder: Builder, shape: tuple[int, ...]) -> int:
+        """Adds a value on this grid that nothing computes."""
+        ends = self.qmin, self.qmax
+        return builder.add_value(shape, *ends, self.grid, dtype=self.dtype)
 
 
 def _quantize_input(
@@ -304,7 +300,7 @@ def _quantize_input(
         return _table(builder, raw(builder, e, trace, x), target, shape)
     own = trace.shape(trace.inputs[x.input])
     fresh = Builder()
-    target.add_value(fresh, own, target.qmin, target.qmax)
+    target.add_input(fresh, own)
     wanted = dataclasses.replace(
         fresh.values[0], rescaling=x.rescaling, is_rescaling_exact=x.is_exact
     )
@@ -357,23 +353,18 @@ def _requantize(
         "multiplier": builder.add_param(f"{target.site}/multiplier", multiplier),
         "shift": builder.add_param(f"{target.site}/shift", shift),
     }
-    value = target.add_value(builder, shape, low, high)
-    builder.add_node(
-        "requantize",
-        (x.value,),
-        value,
-        params=params,
-        path=target.site,
-        input_zero_point=x.zero_point,
-        zero_point=target.zero_point,
-        low=low,
-        high=high,
-        rule="fp32_half_even" if one_rounding else "half_even",
-        is_exact=_is_exact(x, target)
-        and bool(np.all(multiplier * 2.0 ** -shift.astype(float) == ratio)),
+    is_power = np.all(multiplier * 2.0 ** -shift.astype(float) == ratio)
+    attributes = {
+        "input_zero_point": x.zero_point,
+        "zero_point": target.zero_point,
+        "low": low,
+        "high": high,
+        "rule": "fp32_half_even" if one_rounding else "half_even",
+        "is_exact": _is_exact(x, target) and bool(is_power),
         **({} if x.is_bias_exact else {"is_bias_rounded": True}),
         **({"is_wide": True} if _most_steps(x) >= 1 << 31 else {}),
-    )
+    }
+    value = target.add(builder, "requantize", (x.value,), attributes, params=params)
     return target.integers(builder, value)
 
 
@@ -434,21 +425,17 @@ def _requantize_sum(
             "bits, or `symmetric=True`."
         )
     low, high = target.range(x.bounds)
-    value = target.add_value(builder, shape, low, high)
-    inputs = tuple(t.value for t, _ in x.terms if t.value is not None)
-    builder.add_node(
-        "add",
-        inputs,
-        value,
-        path=target.site,
-        input_zero_points=[t.zero_point for t, _ in x.terms],
-        multipliers=[int(m) for m in multipliers],
-        shift=int(shift),
-        zero_point=target.zero_point,
-        low=low,
-        high=high,
-        is_exact=_is_exact_sum(x, target),
-    )
+    attributes = {
+        "input_zero_points": [t.zero_point for t, _ in x.terms],
+        "multipliers": [int(m) for m in multipliers],
+        "shift": int(shift),
+        "zero_point": target.zero_point,
+        "low": low,
+        "high": high,
+        "is_exact": _is_exact_sum(x, target),
+    }
+    inputs = [t.value for t, _ in x.terms if t.value is not None]
+    value = target.add(builder, "add", inputs, attributes)
     return target.integers(builder, value)
 
 

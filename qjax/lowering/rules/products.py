@@ -89,18 +89,10 @@ def _of_two(
             "Use fewer bits for its operands, or more `buffer_bits`.",
             np.array(ends),
         )
-    shape = trace.shape(e.outputs[0])
-    inputs = tuple(x.value for x in pair if x.value is not None)
-    value = builder.add_value(shape, low, high, dtype="int32")
-    zero_points = [x.zero_point for x in pair]
-    builder.add_node(
-        operation,
-        inputs,
-        value,
-        path=where(e).strip("'"),
-        zero_points=zero_points,
-        **attributes,
-    )
+    attributes = {**attributes, "zero_points": [x.zero_point for x in pair]}
+    inputs = [x.value for x in pair if x.value is not None]
+    path = where(e).strip("'")
+    value = builder.add(operation, inputs, attributes, dtype="int32", path=path)
     scale = np.asarray(float(pair[0].scale) * float(pair[1].scale))
     found = Integers(value, scale, 0, low, high, path=e.path, most=limit)
     return dataclasses.replace(
@@ -173,23 +165,13 @@ def _product(
         folded = bias - ((x.zero_point - offset) * total << shift)
         _check_overflow(e, folded, folded, w, x, _INT32.max)
         params = _add_params(builder, w.site or "kernel", w.codes, folded)
-        lowest, highest = _ends(least, most)
-        value = builder.add_value(shape, lowest, highest, dtype="int32")
         is_dot = e.primitive.name == "dot_general"
         attributes = (
             dot_attributes(e, operand) if is_dot else conv_attributes(e, x.zero_point)
         )
-        builder.add_node(
-            "dot" if is_dot else "conv",
-            (source,),
-            value,
-            params=params,
-            path=where(e).strip("'"),
-            offset=offset,
-            shift=shift,
-            **attributes,
-        )
-        return value, lowest, highest
+        attributes |= {"offset": offset, "shift": shift}
+        operation = "dot" if is_dot else "conv"
+        return _accumulated(builder, operation, source, attributes, params, where(e))
 
     return Integers(
         None,
@@ -206,9 +188,19 @@ def _product(
     )
 
 
-def _ends(low: np.ndarray, high: np.ndarray) -> tuple[int, int]:
-    """The least and the largest of sums; 0 where there are none."""
-    return (int(low.min()), int(high.max())) if low.size and high.size else (0, 0)
+def _accumulated(
+    builder: Builder,
+    operation: str,
+    source: int,
+    attributes: dict[str, Any],
+    params: dict[str, str],
+    place: str,
+) -> tuple[int, int, int]:
+    """Adds an accumulator; returns its value, and its ends."""
+    path = place.strip("'")
+    options: Any = {"params": params, "dtype": "int32", "path": path}
+    value = builder.add(operation, (source,), attributes, **options)
+    return value, builder.values[value].low, builder.values[value].high
 
 
 def to_output(e: Equation, operand: int, sums: Any, rank: int) -> Any:
@@ -308,13 +300,8 @@ def reopened(builder: Builder, e: Equation, x: Integers) -> Integers:
             "kernel": builder.add_param(f"{path}/one", np.ones((), np.int8)),
             "bias": builder.add_param(f"{path}/bias", bias.astype(np.int32)),
         }
-        ends = _ends(low, high)
-        value = builder.add_value(builder.values[source].shape, *ends, dtype="int32")
-        options: dict[str, Any] = {"offset": 0, "shift": shift}
-        builder.add_node(
-            "multiply", (source,), value, params=params, path=path, **options
-        )
-        return value, *ends
+        attributes = {"offset": 0, "shift": shift}
+        return _accumulated(builder, "multiply", source, attributes, params, path)
 
     return dataclasses.replace(x, value=None, emit=emit, shift=0)
 
@@ -324,7 +311,7 @@ def multiply(
 ) -> Integers:
     """Codes times a constant on a grid: a channel's factor."""
     assert x.value is not None
-    source, shape = x.value, trace.shape(e.outputs[0])
+    source = x.value
     codes, limit = compact(w.codes), builder.most(w.site or "")
     offset = storage_offset(builder.values[source].dtype)
     ends = [codes * (bound - x.zero_point) for bound in (x.low, x.high)]
@@ -336,19 +323,8 @@ def multiply(
         folded = bias - ((x.zero_point - offset) * codes << shift)
         _check_overflow(e, folded, folded, w, x, _INT32.max)
         params = _add_params(builder, w.site or "scale", codes, folded)
-        lowest, highest = _ends(low, high)
-        value = builder.add_value(shape, lowest, highest, dtype="int32")
-        path = where(e).strip("'")
-        builder.add_node(
-            "multiply",
-            (source,),
-            value,
-            params=params,
-            path=path,
-            offset=offset,
-            shift=shift,
-        )
-        return value, lowest, highest
+        attributes = {"offset": offset, "shift": shift}
+        return _accumulated(builder, "multiply", source, attributes, params, where(e))
 
     scale = np.asarray(np.float64(w.scale) * x.scale)
     found = Integers(None, scale, 0, 0, 0, emit=emit, shift=0, path=e.path, most=limit)

@@ -47,9 +47,9 @@ def settled(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Integer
         ends.append(code)
     low, high = max(ends[0], x.low), min(ends[1], x.high)
     before = builder.values[x.value]
-    value = builder.add_value(before.shape, low, high, before.grid, dtype=before.dtype)
-    path = where(e).strip("'")
-    builder.add_node("clip", (x.value,), value, path=path, low=low, high=high)
+    options: Any = {"grid": before.grid, "dtype": before.dtype}
+    options["path"] = where(e).strip("'")
+    value = builder.add("clip", (x.value,), {"low": low, "high": high}, **options)
     return x.elsewhere(value, low=low, high=high, bounds=(-np.inf, np.inf))
 
 
@@ -76,19 +76,19 @@ def added(builder: Builder, e: Equation, x: Sum) -> Integers:
     if any(f != int(f) for f in factors) or not -limit - 1 <= low <= high <= limit:
         raise refuse(e, x, "input")
     inputs = tuple(t.value for t in terms if t.value is not None)
-    shape = np.broadcast_shapes(*(builder.values[v].shape for v in inputs))
-    value = builder.add_value(shape, int(low), int(high), dtype="int32")
-    builder.add_node(
+    value = builder.add(
         "add",
         inputs,
-        value,
+        {
+            "input_zero_points": [t.zero_point for t in terms],
+            "multipliers": [int(f) for f in factors],
+            "shift": 0,
+            "zero_point": 0,
+            "low": int(low),
+            "high": int(high),
+        },
+        dtype="int32",
         path=where(e).strip("'"),
-        input_zero_points=[t.zero_point for t in terms],
-        multipliers=[int(f) for f in factors],
-        shift=0,
-        zero_point=0,
-        low=int(low),
-        high=int(high),
     )
     found = Integers(value, np.asarray(scale), 0, int(low), int(high), path=x.path)
     exact = all(t.rescaled is None for t in terms)
@@ -122,7 +122,7 @@ def _sum(
     x = _reduced(e, settled(builder, e, trace, x))
     if x.dtype and x.dtype != "int32":
         raise refuse(e, x, "input")  # Sums of narrow types wrap.
-    source, shape = x.value, trace.shape(e.outputs[0])
+    source = x.value
     assert source is not None
     low = taps * min(x.low - x.zero_point, 0)
     high = taps * max(x.high - x.zero_point, 0)
@@ -139,18 +139,11 @@ def _sum(
     def emit(bias: np.ndarray, shift: int) -> tuple[int, int, int]:
         assert not shift
         own = int(bias.reshape(-1)[0])
-        least, most = low + own, high + own
-        value = builder.add_value(shape, least, most, dtype="int32")
-        builder.add_node(
-            operation,
-            (source,),
-            value,
-            path=where(e).strip("'"),
-            bias=own - taps * x.zero_point,
-            padding_code=x.zero_point,
-            **attributes,
-        )
-        return value, least, most
+        bias_of_codes = own - taps * x.zero_point
+        options = {"bias": bias_of_codes, "padding_code": x.zero_point, **attributes}
+        path = where(e).strip("'")
+        value = builder.add(operation, (source,), options, dtype="int32", path=path)
+        return value, builder.values[value].low, builder.values[value].high
 
     found = Integers(None, x.scale, 0, low, high, gain=x.gain, emit=emit, path=e.path)
     exact = x.is_gain_exact and x.rescaled is None
@@ -368,10 +361,10 @@ def _padded(
             code, own = int(codes), builder.values[x.value]
             low, high = min(own.low, code), max(own.high, code)
             dtype = wider({own.dtype}, low, high)
-            value = builder.add_value(shapes[1], low, high, own.grid, dtype=dtype)
-            path = where(e).strip("'")
-            ends: dict[str, Any] = {"padding": config, "padding_code": code}
-            builder.add_node("pad", (x.value,), value, path=path, **ends)
+            ends = {"padding": config, "padding_code": code}
+            options: Any = {"grid": own.grid, "dtype": dtype}
+            options["path"] = where(e).strip("'")
+            value = builder.add("pad", (x.value,), ends, **options)
             return x.elsewhere(value, low=low, high=high)
     attributes = {"padding": config}
     pair = (x,), (shapes[0],), shapes[1]
@@ -433,9 +426,8 @@ def _moved(
 
     def place(source: int) -> int:
         v = builder.values[source]
-        shape, path = trace.shape(e.outputs[0]), where(e).strip("'")
-        value = builder.add_value(shape, v.low, v.high, v.grid, dtype=v.dtype)
-        return builder.add_node(operation, (source,), value, path=path, **attributes)
+        options: Any = {"grid": v.grid, "dtype": v.dtype, "path": where(e).strip("'")}
+        return builder.add(operation, (source,), attributes, **options)
 
     rank = len(trace.shape(e.outputs[0]))
     return placed(x, place, e, rank, scale=scale)
