@@ -11,11 +11,14 @@ import pytest
 from absl.testing import parameterized
 from jax import lax
 
+import qjax
+from qjax.affine import QParams, QSpec
 from qjax.backends.xla import bodies
 from qjax.backends.xla import run as xla
 from qjax.backends.xla.bodies import Window
 from qjax.graph import reference
 from qjax.graph.graph import Graph, Node, Value
+from qjax.graph.operations import OPERATIONS
 
 pytestmark = pytest.mark.slow  # Many compilations.
 
@@ -419,3 +422,41 @@ class DotTest(chex.TestCase):
         assert math.prod(params["kernel"].shape) >= 1 << 15
         closed = jax.make_jaxpr(lambda x: xla.run(graph, params, [x])[1])(x)
         assert "i32[4,128]" in str(closed)
+
+
+def test_the_backend_has_every_operation():
+    assert set(xla.BODIES) == set(OPERATIONS)
+
+
+@pytest.mark.parametrize("name", sorted(OPERATIONS))
+def test_a_record_says_what_its_operation_computes(name):
+    record = OPERATIONS[name]
+    assert record.name == name
+    assert " = " in record.contract
+    lists = {*record.each_input, *record.each_axis}
+    assert lists <= {*record.attributes, *record.optional}
+
+
+@pytest.mark.parametrize("dilation", [(2, 3), (1, 1), (3, 1)])
+def test_sums_over_spread_codes_hold_the_code_of_zero(dilation):
+    """Between codes that are spread stands 0.0, which is no code 0 on this grid."""
+
+    def fn(x):
+        x = qjax.fake_quant(x, QParams(jnp.float32(0.25), jnp.int32(5)), QSpec(8))
+        return jax.lax.reduce_window(
+            x,
+            0.0,
+            jax.lax.add,
+            (1, 2, 3),
+            (1, 1, 2),
+            ((0, 0), (1, 2), (0, 1)),
+            base_dilation=(1, *dilation),
+        )
+
+    x = np.float32(np.random.default_rng(0).integers(-40, 40, (2, 5, 6))) / 4
+    program = qjax.lower(fn, x)
+    np.testing.assert_array_equal(program(x), fn(x))
+    codes = [np.asarray(program.quantize_inputs(x)[0])]
+    values = reference.run(program.graph, program.params, codes)
+    found = program.codes(*program.quantize_inputs(x))
+    np.testing.assert_array_equal(found, values[program.graph.outputs[0]])

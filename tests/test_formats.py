@@ -34,6 +34,19 @@ def path(program, tmp_path):
     return path
 
 
+# Written by qjax 0.1 in format version 1: inputs, what the program gave, the program.
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "programs"
+
+
+def test_files_of_format_version_1_load():
+    program = qjax.load(GOLDEN / "version1.qjax")
+    wanted = np.load(GOLDEN / "version1.npz")
+    found = program.codes(wanted["x"], wanted["ids"])
+    assert set(found) == {"best", "out"}
+    for name, codes in found.items():
+        np.testing.assert_array_equal(codes, wanted[name], err_msg=name)
+
+
 def test_a_loaded_program_is_equal(program, path):
     loaded = qjax.load(path)
     assert loaded.graph == program.graph
