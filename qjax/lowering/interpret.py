@@ -2,8 +2,8 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any
 from urllib.parse import unquote
 
 import jax
@@ -65,31 +65,18 @@ class InputTwiceError(ValueError):
         )
 
 
-# By name: a few primitives have no public object (optimization_barrier, JAX 0.10.2).
-_RULES: dict[str, Rule] = {}
-
-
-_R = TypeVar("_R", bound=Rule)
-
-
-def rule(*names: str) -> Callable[[_R], _R]:
-    """Registers ``rule(builder, equation, trace, *operands) -> result``."""
-
-    def register(function: _R) -> _R:
-        _RULES.update(dict.fromkeys(names, function))
-        return function
-
-    return register
-
-
 def interpret(
-    trace: Trace, builder: Builder, residues: list[Residue] | None = None
+    trace: Trace,
+    builder: Builder,
+    rules: Mapping[str, Rule],
+    residues: list[Residue] | None = None,
 ) -> list[Abstract]:
     """Builds the integer graph of a traced program.
 
     Args:
       trace: Program, derivative calls inlined. Parameters are its constants.
       builder: Receives the graph.
+      rules: Name of a primitive -> its rule; a few primitives have no public object.
       residues: Receives what has no integers, in place of errors; None raises them.
 
     Returns:
@@ -126,11 +113,11 @@ def interpret(
         name = whole_of(e) or e.primitive.name
         try:
             _check_drawn(e, operands, drawn)
-            e, trace, operands = _spread(builder, e, trace, operands)
+            e, trace, operands = _spread(builder, rules, e, trace, operands)
             if is_place(trace, e, operands):
                 found: Abstract | tuple[Abstract, ...] = follow(trace, e, operands)
             else:
-                found = _rule_of(e)(builder, e, trace, *operands)
+                found = _rule_of(rules, e)(builder, e, trace, *operands)
             _check_type(trace, e, found)
         except (NotImplementedError, OverflowError, ValueError) as error:
             error.args = (_placed(str(error), e), *error.args[1:])
@@ -175,7 +162,11 @@ def _chosen(e: Equation, operands: list[Abstract]) -> dict[int, Abstract]:
 
 
 def _spread(
-    builder: Builder, e: Equation, trace: Trace, operands: list[Abstract]
+    builder: Builder,
+    rules: Mapping[str, Rule],
+    e: Equation,
+    trace: Trace,
+    operands: list[Abstract],
 ) -> tuple[Equation, Trace, list[Abstract]]:
     """Repeats a value where only the constants that it meets have the whole shape.
 
@@ -197,23 +188,23 @@ def _spread(
     )
     aval = trace.avals[e.inputs[k]].update(shape=shape)
     trace = dataclasses.replace(trace, avals={**trace.avals, fresh: aval})
-    found = _rule_of(move)(builder, move, trace, operands[k])
+    found = _rule_of(rules, move)(builder, move, trace, operands[k])
     assert not isinstance(found, tuple)
     inputs = (*e.inputs[:k], fresh, *e.inputs[k + 1 :])
     whole = [*operands[:k], found, *operands[k + 1 :]]
     return dataclasses.replace(e, inputs=inputs), trace, whole
 
 
-def _rule_of(e: Equation) -> Rule:
+def _rule_of(rules: Mapping[str, Rule], e: Equation) -> Rule:
     name = e.primitive.name
     if whole_of(e):
         raise _refuse_whole(e)
-    if name not in _RULES:
+    if name not in rules:
         raise NotImplementedError(
             f"There is no integer rule for `{name}`, met in {where(e)}.\n"
             f"  equation: {e}\n{_way_around(e)}."
         )
-    return _RULES[name]
+    return rules[name]
 
 
 def _way_around(e: Equation) -> str:

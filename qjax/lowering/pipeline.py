@@ -15,25 +15,13 @@ from qjax.lowering.binding import Bound, bind
 from qjax.lowering.interpret import InputTwiceError, interpret
 from qjax.lowering.outputs import add_output
 from qjax.lowering.precision import find_half
-from qjax.lowering.rules import (
-    arithmetic,
-    choices,
-    functions,
-    lookups,
-    points,
-    products,
-    shapes,
-)
+from qjax.lowering.rules import RULES
 from qjax.lowering.sizes import Lowered, find_fixed
 from qjax.lowering.values import Abstract, Builder, Integers
 from qjax.model.blocks import data_of
 from qjax.model.normalisations import fold_normalisations
 from qjax.model.trace import Trace, trace
 from qjax.program import IntegerProgram, Residue, check_integer_only
-
-# Importing them fills the rule table.
-assert arithmetic and choices and functions and lookups
-assert points and products and shapes
 
 
 def lower(model: Any, *args: Any, strict: bool = True) -> IntegerProgram:
@@ -174,7 +162,7 @@ def _interpreted(
         residues: list[Residue] = []
         builder = Builder(bound.buffer_bits, is_open=not strict, is_raw=is_raw)
         try:
-            outputs = interpret(traced, builder, None if strict else residues)
+            outputs = interpret(traced, builder, RULES, None if strict else residues)
         except InputTwiceError as error:  # A few integers can be their own codes.
             if not error.is_raw or error.input in is_raw:
                 raise

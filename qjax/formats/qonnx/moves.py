@@ -2,22 +2,21 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
-from qjax.formats.qonnx.ops import Operator, Value, rule
+from qjax.formats.qonnx.ops import Operator, Rule, Value
 from qjax.formats.qonnx.values import Data, Known, moved, of_codes
 
 
-@rule("ArgMax")
 def _arg_max(op: Operator, x: Data) -> Value:
     axis = op.attributes.get("axis", 0)
     keepdims = bool(op.attributes.get("keepdims", 1))
     return Data(jnp.argmax(x.real(), axis, keepdims=keepdims))
 
 
-@rule("Reshape")
 def _reshape(op: Operator, x: Data, shape: Known | None = None) -> Value:
     found = op.attributes["shape"] if shape is None else shape.value.tolist()
     sizes = [x.shape[d] if n == 0 else int(n) for d, n in enumerate(found)]
@@ -38,7 +37,6 @@ def _reshaped(x: Data, sizes: list[int], batch: int) -> Data:
     return moved(x, move, is_order_kept=False)
 
 
-@rule("Flatten")
 def _flatten(op: Operator, x: Data) -> Value:
     axis = op.attributes.get("axis", 1) % len(x.shape)
     if axis != 1:
@@ -46,13 +44,11 @@ def _flatten(op: Operator, x: Data) -> Value:
     return _reshaped(x, [x.shape[0], math.prod(x.shape[1:])], op.batch)
 
 
-@rule("Transpose")
 def _transpose(op: Operator, x: Data) -> Value:
     order = op.attributes.get("perm", range(len(x.shape))[::-1])
     return moved(x, lambda y: y.transpose(order), is_order_kept=False)
 
 
-@rule("Squeeze")
 def _squeeze(op: Operator, x: Data, axes: Known | None = None) -> Value:
     found = _axes(op, axes, len(x.shape))
     if not found:
@@ -60,7 +56,6 @@ def _squeeze(op: Operator, x: Data, axes: Known | None = None) -> Value:
     return moved(x, lambda y: y.squeeze(found), is_order_kept=False)
 
 
-@rule("Unsqueeze")
 def _unsqueeze(op: Operator, x: Data, axes: Known | None = None) -> Value:
     count = len(op.attributes.get("axes", ())) if axes is None else axes.value.size
     found = _axes(op, axes, len(x.shape) + count)
@@ -75,7 +70,6 @@ def _axes(op: Operator, axes: Known | None, rank: int) -> tuple[int, ...]:
     return tuple(int(d) % rank for d in found)
 
 
-@rule("Pad")
 def _pad(op: Operator, x: Data, *rest: Known | None) -> Value:
     known = [None if r is None else r.value for r in (*rest, None, None)]
     pads = op.attributes.get("pads") if known[0] is None else known[0].tolist()
@@ -92,7 +86,6 @@ def _pad(op: Operator, x: Data, *rest: Known | None) -> Value:
     return of_codes(y, dataclasses.replace(x.grid, low=ends[0], high=ends[1]))
 
 
-@rule("Concat")
 def _concat(op: Operator, *parts: Value) -> Value:
     axis = op.attributes["axis"]
     data = [p for p in parts if isinstance(p, Data)]
@@ -104,3 +97,16 @@ def _concat(op: Operator, *parts: Value) -> Value:
         return Data(y)
     low, high = min(g.low for g in grids), max(g.high for g in grids)
     return of_codes(y, dataclasses.replace(grids[0], low=low, high=high))
+
+
+# Operator -> its rule.
+MOVES: Mapping[str, Rule] = {
+    "ArgMax": _arg_max,
+    "Reshape": _reshape,
+    "Flatten": _flatten,
+    "Transpose": _transpose,
+    "Squeeze": _squeeze,
+    "Unsqueeze": _unsqueeze,
+    "Pad": _pad,
+    "Concat": _concat,
+}

@@ -55,24 +55,12 @@ class Operator:
 
 
 Value = Known | Data
-Rule = Callable[..., Value]
-RULES: dict[str, Rule] = {}
-
-
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Registers ``rule(operator, *values)``; inputs left out are None."""
-
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
-        return function
-
-    return register
+Rule = Callable[..., Value]  # Of an operator and values; inputs left out are None.
 
 
 # Quantizers.
 
 
-@rule("Quant", "IntQuant")
 def _int_quant(op: Operator, x: Value, *params: Known) -> Value:
     scale, zero, bits = _arrays(op, params, 3)
     is_signed = bool(op.attributes.get("signed", 1))
@@ -84,13 +72,11 @@ def _int_quant(op: Operator, x: Value, *params: Known) -> Value:
     return int_quant(x, _word(op, scale, zero, ends, "ROUND"), op.site)
 
 
-@rule("BipolarQuant")
 def _bipolar_quant(op: Operator, x: Value, *params: Known) -> Value:
     (scale,) = _arrays(op, params, 1)
     return bipolar_quant(x, _positive(scale), op.site)
 
 
-@rule("Trunc")
 def _trunc(op: Operator, x: Value, *params: Known) -> Value:
     """Version 1 has 5 inputs and keeps its scale; version 2 has an output scale."""
     arrays = _arrays(op, params, 4)
@@ -108,7 +94,6 @@ def _trunc(op: Operator, x: Value, *params: Known) -> Value:
     return trunc(x, (own, _word(op, out, last, ends, "FLOOR")), bits, op.site)
 
 
-@rule("MultiThreshold")
 def _multi_threshold(op: Operator, x: Data, thresholds: Known) -> Value:
     layout = op.attributes.get("data_layout", "NCHW")
     axis = len(x.shape) - 1 if layout == "NHWC" or len(x.shape) == 2 else 1
@@ -163,7 +148,6 @@ def _ends(bits: np.ndarray, is_signed: bool, is_narrow: bool) -> tuple[int, int]
 # Lines.
 
 
-@rule("Add", "Sub", "Mul", "Div")
 def arithmetic(op: Operator, a: Value, b: Value) -> Value:
     """A line, if one operand is constant; else a sum or a product of two values."""
     if isinstance(a, Data) and isinstance(b, Data):
@@ -231,13 +215,11 @@ def of_two(op: Operator, a: Data, b: Data, taps: int, acc: jax.Array) -> Data:
 _PAIRS = {"Add": _added, "Sub": _added, "Mul": _multiplied, "Div": _divided}
 
 
-@rule("Neg")
 def _neg(op: Operator, x: Data) -> Value:
     one = np.ones((1,) * len(x.shape))
     return affine(x, -one, 0 * one, lambda y: -y)
 
 
-@rule("BatchNormalization")
 def _batch_norm(op: Operator, x: Data, *params: Known) -> Value:
     if op.attributes.get("training_mode", 0):
         raise NotImplementedError(
@@ -254,7 +236,6 @@ def _batch_norm(op: Operator, x: Data, *params: Known) -> Value:
     return affine(x, gain, offset, lambda y: (y - wide[0]) * wide[1] + wide[2])
 
 
-@rule("Identity", "Cast", "Dropout")
 def _identity(op: Operator, x: Data, *rest: Any) -> Value:
     return x
 
@@ -262,12 +243,10 @@ def _identity(op: Operator, x: Data, *rest: Any) -> Value:
 # Functions.
 
 
-@rule("Relu")
 def _relu(op: Operator, x: Data) -> Value:
     return _clipped(op, x, 0.0, np.inf)
 
 
-@rule("Clip")
 def _clip(op: Operator, x: Data, *ends: Known | None) -> Value:
     found = [
         op.attributes.get(name, default)
@@ -317,13 +296,11 @@ _FUNCTIONS: dict[str, Callable[..., jax.Array]] = {
 }
 
 
-@rule(*_FUNCTIONS)
 def _function(op: Operator, x: Data) -> Value:
     function = _FUNCTIONS[op.name]
     return pointwise(x, lambda y: function(y, **op.attributes))
 
 
-@rule("Softmax")
 def _softmax(op: Operator, x: Data) -> Value:
     axis = op.attributes.get("axis", -1) % len(x.shape)
     # Before operator set 13 all axes from this one on are one.
@@ -338,3 +315,26 @@ def _in_rank(x: np.ndarray, rank: int) -> np.ndarray:
             f"{rank} it meets."
         )
     return x.reshape((1,) * (rank - x.ndim) + x.shape)
+
+
+# Operator -> its rule.
+POINTWISE: Mapping[str, Rule] = {
+    "Quant": _int_quant,
+    "IntQuant": _int_quant,
+    "BipolarQuant": _bipolar_quant,
+    "Trunc": _trunc,
+    "MultiThreshold": _multi_threshold,
+    "Add": arithmetic,
+    "Sub": arithmetic,
+    "Mul": arithmetic,
+    "Div": arithmetic,
+    "Neg": _neg,
+    "BatchNormalization": _batch_norm,
+    "Identity": _identity,
+    "Cast": _identity,
+    "Dropout": _identity,
+    "Relu": _relu,
+    "Clip": _clip,
+    **dict.fromkeys(_FUNCTIONS, _function),
+    "Softmax": _softmax,
+}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax.formats.qonnx.ops import Operator, Value, arithmetic, of_two, rule
+from qjax.formats.qonnx.ops import Operator, Rule, Value, arithmetic, of_two
 from qjax.formats.qonnx.values import (
     Data,
     Known,
@@ -23,7 +23,6 @@ from qjax.formats.qonnx.values import (
 )
 
 
-@rule("MatMul")
 def _matmul(op: Operator, a: Value, b: Value) -> Value:
     if isinstance(a, Data) and isinstance(b, Data):
         acc = jnp.matmul(a.real(), b.real())
@@ -52,7 +51,6 @@ def _dense(op: Operator, x: Data, kernel: Known) -> Data:
     )
 
 
-@rule("Gemm")
 def _gemm(op: Operator, x: Data, kernel: Known, bias: Known | None = None) -> Value:
     if op.attributes.get("transA", 0) or not isinstance(kernel, Known):
         raise NotImplementedError("Gemm must have transA = 0 and a constant kernel.")
@@ -76,7 +74,6 @@ def _shifted(op: Operator, x: Data, bias: Value) -> Value:
     return arithmetic(dataclasses.replace(op, name="Add"), x, bias)
 
 
-@rule("Conv")
 def _conv(op: Operator, x: Data, kernel: Known, bias: Known | None = None) -> Value:
     if not isinstance(kernel, Known):
         raise NotImplementedError("Conv must have a constant kernel.")
@@ -136,7 +133,6 @@ def _same(n: int, k: int, stride: int, dilation: int, is_upper: bool) -> Any:
 # Pools and sums.
 
 
-@rule("MaxPool")
 def _max_pool(op: Operator, x: Data) -> Value:
     w = _window(op, x.shape, op.attributes["kernel_shape"])
 
@@ -158,13 +154,11 @@ def _max_pool(op: Operator, x: Data) -> Value:
     return moved(x, move)
 
 
-@rule("GlobalMaxPool")
 def _global_max_pool(op: Operator, x: Data) -> Value:
     sizes = list(x.shape[2:])
     return _max_pool(dataclasses.replace(op, attributes={"kernel_shape": sizes}), x)
 
 
-@rule("AveragePool")
 def _average_pool(op: Operator, x: Data) -> Value:
     w = _window(op, x.shape, op.attributes["kernel_shape"])
     if np.any(w.padding) and not op.attributes.get("count_include_pad", 0):
@@ -184,13 +178,11 @@ def _average_pool(op: Operator, x: Data) -> Value:
     return _mean(op, x, acc, math.prod(w.size))
 
 
-@rule("GlobalAveragePool")
 def _global_average_pool(op: Operator, x: Data) -> Value:
     axes = tuple(range(2, len(x.shape)))
     return _mean_over(op, x, axes, keepdims=True)
 
 
-@rule("ReduceMean")
 def _reduce_mean(op: Operator, x: Data, axes: Known | None = None) -> Value:
     found = op.attributes.get("axes") if axes is None else axes.value.tolist()
     if not found:
@@ -215,3 +207,16 @@ def _mean(op: Operator, x: Data, acc: jax.Array, taps: int) -> Data:
     high = np.full(one.shape, max(x.grid.high, 0) * taps)
     y = accumulated(acc, x.grid.scale, low, high, one, site=f"{op.site}/sum")
     return affine(y, one / taps, 0 * one, lambda v: v / jnp.float32(taps))
+
+
+# Operator -> its rule.
+PRODUCTS: Mapping[str, Rule] = {
+    "MatMul": _matmul,
+    "Gemm": _gemm,
+    "Conv": _conv,
+    "MaxPool": _max_pool,
+    "GlobalMaxPool": _global_max_pool,
+    "AveragePool": _average_pool,
+    "GlobalAveragePool": _global_average_pool,
+    "ReduceMean": _reduce_mean,
+}

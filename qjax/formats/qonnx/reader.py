@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.affine import QParams, QSpec
-from qjax.formats.qonnx import moves as qonnx_moves
-from qjax.formats.qonnx import products as qonnx_products
-from qjax.formats.qonnx.ops import RULES, Operator, Rule
+from qjax.formats.qonnx.moves import MOVES
+from qjax.formats.qonnx.ops import POINTWISE, Operator, Rule
+from qjax.formats.qonnx.products import PRODUCTS
 from qjax.formats.qonnx.values import Data, Known, each, point, settled
 from qjax.rounding import half_even
 
-# Importing them fills the rule table.
-assert qonnx_moves and qonnx_products
+RULES: Mapping[str, Rule] = {**MOVES, **POINTWISE, **PRODUCTS}
 
 _DOMAINS = (
     *("", "ai.onnx", "onnx.brevitas", "brevitas"),

@@ -7,17 +7,24 @@ they are; what differs from native programs is how they round, which the nodes n
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.formats.tflite import moves as tflite_moves
-from qjax.formats.tflite import products as tflite_products
-from qjax.formats.tflite import rules as tflite_rules
-from qjax.formats.tflite.tensors import RULES, Call, Growth, Operator, Rules, Tensor
+from qjax.formats.tflite.moves import MOVES, fold
+from qjax.formats.tflite.products import PRODUCTS
+from qjax.formats.tflite.rules import FUNCTIONS
+from qjax.formats.tflite.tensors import (
+    Call,
+    Growth,
+    Operator,
+    Rules,
+    Tensor,
+    TfliteRule,
+)
 from qjax.graph.graph import Graph
 from qjax.graph.validation import validate
 from qjax.integer import RequantizeRule
@@ -25,10 +32,9 @@ from qjax.lowering.sizes import Lowered, find_fixed
 from qjax.model.trace import Trace
 from qjax.program import IntegerProgram, float_values
 
-# Importing them fills the rule table.
-assert tflite_products and tflite_rules
-
 __all__ = ("Operator", "Tensor", "build_tflite")
+
+RULES: Mapping[str, TfliteRule] = {**FUNCTIONS, **MOVES, **PRODUCTS}
 
 
 def build_tflite(
@@ -112,7 +118,7 @@ def _grown(
         call = Call(op, growth)
         with _named(number, call):
             if _gives_shape(call):
-                tflite_moves.fold(call)
+                fold(call)
             else:
                 _add(call)
     missing = [growth.tensors[k].name for k in inputs if k not in growth.inputs]

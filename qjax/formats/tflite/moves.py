@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,9 @@ import numpy as np
 from qjax.formats.tflite import tables
 from qjax.formats.tflite.products import operands
 from qjax.formats.tflite.rules import axes, pool, reduced_shape
-from qjax.formats.tflite.tensors import Call, any_batch, tflite_rule
+from qjax.formats.tflite.tensors import Call, TfliteRule, any_batch
 
 
-@tflite_rule("RESHAPE")
 def _reshape(call: Call) -> None:
     sizes = call.constant(1) if call.has(1) else call.option("new_shape", None)
     if sizes is None:
@@ -21,7 +20,6 @@ def _reshape(call: Call) -> None:
     _into(call, [int(n) for n in np.ravel(sizes)])
 
 
-@tflite_rule("SQUEEZE")
 def _squeeze(call: Call) -> None:
     shape = call.tensor().shape
     axes = [d % len(shape) for d in call.option("squeeze_dims", ())]
@@ -29,7 +27,6 @@ def _squeeze(call: Call) -> None:
     _into(call, [n for d, n in enumerate(shape) if d not in axes])
 
 
-@tflite_rule("EXPAND_DIMS")
 def _expand_dims(call: Call) -> None:
     shape, axis = call.tensor().shape, int(np.ravel(call.constant(1))[0])
     axis %= len(shape) + 1
@@ -52,13 +49,11 @@ def _into(call: Call, shape: Sequence[int]) -> None:
     call.move("reshape", (value,), sizes=any_batch(whole))
 
 
-@tflite_rule("TRANSPOSE")
 def _transpose(call: Call) -> None:
     order = [int(d) for d in np.ravel(call.constant(1))]
     call.move("transpose", (call.value(),), permutation=order)
 
 
-@tflite_rule("PAD", "PADV2")
 def _pad(call: Call) -> None:
     code = call.y.zero_point
     if call.op.name == "PADV2":
@@ -70,7 +65,6 @@ def _pad(call: Call) -> None:
 # Largest and smallest.
 
 
-@tflite_rule("MAXIMUM", "MINIMUM")
 def _extreme(call: Call) -> None:
     _check_same_grids(call)
     call.move(call.op.name.lower(), operands(call))
@@ -82,7 +76,6 @@ def _check_same_grids(call: Call, count: int | None = None) -> None:
         raise call.refuse("different scales")
 
 
-@tflite_rule("MAX_POOL_2D")
 def _max_pool(call: Call) -> None:
     value, (low, high), (_, attributes) = call.value(), call.activation(), pool(call)
     if (low, high) == (call.y.low, call.y.high):
@@ -92,7 +85,6 @@ def _max_pool(call: Call) -> None:
     call.emit("clip", (found,), low=low, high=high)
 
 
-@tflite_rule("REDUCE_MAX", "REDUCE_MIN")
 def _reduce_extreme(call: Call) -> None:
     _check_same_grids(call, 1)
     value, over = call.value(), axes(call)
@@ -102,7 +94,6 @@ def _reduce_extreme(call: Call) -> None:
     call.move("reshape", (found,), sizes=any_batch(after))
 
 
-@tflite_rule("ARG_MAX", "ARG_MIN")
 def _arg_extreme(call: Call) -> None:
     """The first place of the largest code: whole numbers, which have no grid."""
     value, shape = call.value(), call.tensor().shape
@@ -115,7 +106,6 @@ def _arg_extreme(call: Call) -> None:
 # Joining and cutting.
 
 
-@tflite_rule("TILE")
 def _tile(call: Call) -> None:
     first, *rest = (int(n) for n in np.ravel(call.constant(1)))
     value = call.value()
@@ -126,7 +116,6 @@ def _tile(call: Call) -> None:
     _take(call, lambda x: np.tile(x, rest), value)
 
 
-@tflite_rule("CONCATENATION")
 def _concatenate(call: Call) -> None:
     call.option("fused_activation_function", "NONE", "NONE")
     values = [_on_output_grid(call, place) for place in range(len(call.op.inputs))]
@@ -152,7 +141,6 @@ def _on_output_grid(call: Call, place: int) -> int:
     return call.add("table", (value,), like=value, params=params, **ends)
 
 
-@tflite_rule("PACK")
 def _pack(call: Call) -> None:
     _check_same_grids(call)
     shape = call.tensor().shape
@@ -162,7 +150,6 @@ def _pack(call: Call) -> None:
     _joined(call, [call.reshaped(call.value(place), part) for place in places], axis)
 
 
-@tflite_rule("SLICE")
 def _slice(call: Call) -> None:
     starts, sizes = call.constant(1).tolist(), call.constant(2).tolist()
     pairs = list(zip(starts, sizes, strict=True))
@@ -173,7 +160,6 @@ def _slice(call: Call) -> None:
     _cut(call, [slice(a, None if n == -1 else a + n) for a, n in pairs])
 
 
-@tflite_rule("STRIDED_SLICE")
 def _strided_slice(call: Call) -> None:
     for name in ("ellipsis_mask", "new_axis_mask"):
         call.option(name, 0, 0)
@@ -193,7 +179,6 @@ def _strided_slice(call: Call) -> None:
     _cut(call, cuts, dropped=dropped)
 
 
-@tflite_rule("SPLIT", "SPLIT_V", "UNPACK")
 def _split(call: Call) -> None:
     source = 1 if call.op.name == "SPLIT" else 0
     shape = call.tensor(source).shape
@@ -245,7 +230,6 @@ def _cut(
 # Blocks.
 
 
-@tflite_rule("SPACE_TO_BATCH_ND")
 def _space_to_batch(call: Call) -> None:
     value, code = call.value(), call.y.zero_point
     v, (block, padding) = call.known(value), _blocks(call)
@@ -264,7 +248,6 @@ def _space_to_batch(call: Call) -> None:
     call.move("reshape", (value,), sizes=any_batch(after))
 
 
-@tflite_rule("BATCH_TO_SPACE_ND")
 def _batch_to_space(call: Call) -> None:
     value = call.value()
     v, (block, crops) = call.known(value), _blocks(call)
@@ -309,7 +292,6 @@ def _take(
     call.move("take", (value,), params=params)
 
 
-@tflite_rule("GATHER")
 def _gather(call: Call) -> None:
     axis = int(call.option("axis", 0)) % len(call.tensor().shape)
     call.option("batch_dims", 0, 0)
@@ -319,7 +301,6 @@ def _gather(call: Call) -> None:
     _take(call, lambda x: np.take(x, places, axis - 1))
 
 
-@tflite_rule("MIRROR_PAD")
 def _mirror_pad(call: Call) -> None:
     mode = call.option("mode", "REFLECT", "REFLECT", "SYMMETRIC").lower()
     first, *padding = call.constant(1).tolist()
@@ -328,7 +309,6 @@ def _mirror_pad(call: Call) -> None:
     _take(call, lambda x: np.pad(x, padding, mode))
 
 
-@tflite_rule("SPACE_TO_DEPTH")
 def _space_to_depth(call: Call) -> None:
     (_, h, w, c), b = call.tensor().shape, int(call.option("block_size", 1))
 
@@ -339,7 +319,6 @@ def _space_to_depth(call: Call) -> None:
     _take(call, move)
 
 
-@tflite_rule("DEPTH_TO_SPACE")
 def _depth_to_space(call: Call) -> None:
     (_, h, w, c), b = call.tensor().shape, int(call.option("block_size", 1))
 
@@ -350,13 +329,11 @@ def _depth_to_space(call: Call) -> None:
     _take(call, move)
 
 
-@tflite_rule("RESIZE_NEAREST_NEIGHBOR")
 def _resize_nearest(call: Call) -> None:
     rows, columns = (tables.nearest_places(*s, **_aligned(call)) for s in _sizes(call))
     _take(call, lambda x: x[rows][:, columns])
 
 
-@tflite_rule("RESIZE_BILINEAR")
 def _resize_bilinear(call: Call) -> None:
     make: Callable[..., Any] = tables.bilinear_places
     if call.tensor().dtype == "uint8":
@@ -417,4 +394,38 @@ _FOLDS: dict[str, Callable[..., np.ndarray]] = {
     "SQUEEZE": lambda call, x: np.squeeze(x),
     "STRIDED_SLICE": _fold_slice,
     "SUB": lambda call, a, b: a - b,
+}
+
+
+# Operator -> its rule.
+MOVES: Mapping[str, TfliteRule] = {
+    "RESHAPE": _reshape,
+    "SQUEEZE": _squeeze,
+    "EXPAND_DIMS": _expand_dims,
+    "TRANSPOSE": _transpose,
+    "PAD": _pad,
+    "PADV2": _pad,
+    "MAXIMUM": _extreme,
+    "MINIMUM": _extreme,
+    "MAX_POOL_2D": _max_pool,
+    "REDUCE_MAX": _reduce_extreme,
+    "REDUCE_MIN": _reduce_extreme,
+    "ARG_MAX": _arg_extreme,
+    "ARG_MIN": _arg_extreme,
+    "TILE": _tile,
+    "CONCATENATION": _concatenate,
+    "PACK": _pack,
+    "SLICE": _slice,
+    "STRIDED_SLICE": _strided_slice,
+    "SPLIT": _split,
+    "SPLIT_V": _split,
+    "UNPACK": _split,
+    "SPACE_TO_BATCH_ND": _space_to_batch,
+    "BATCH_TO_SPACE_ND": _batch_to_space,
+    "GATHER": _gather,
+    "MIRROR_PAD": _mirror_pad,
+    "SPACE_TO_DEPTH": _space_to_depth,
+    "DEPTH_TO_SPACE": _depth_to_space,
+    "RESIZE_NEAREST_NEIGHBOR": _resize_nearest,
+    "RESIZE_BILINEAR": _resize_bilinear,
 }

@@ -8,7 +8,7 @@ import numpy as np
 
 from qjax.formats.tflite import tables
 from qjax.formats.tflite.tables import Codes
-from qjax.formats.tflite.tensors import Call, tflite_rule
+from qjax.formats.tflite.tensors import Call, TfliteRule
 from qjax.integer import RequantizeRule, fixed_point, tflite_multiplier
 
 _INT32 = np.iinfo(np.int32)
@@ -73,7 +73,6 @@ def requantize(
 # Products with weights.
 
 
-@tflite_rule("CONV_2D", "DEPTHWISE_CONV_2D")
 def _conv(call: Call) -> None:
     x, w = call.tensor().shape, call.tensor(1).shape
     depthwise = call.op.name == "DEPTHWISE_CONV_2D"
@@ -93,7 +92,6 @@ def _conv(call: Call) -> None:
     _product(call, "conv", _kernel(call), channel, attributes, shape)
 
 
-@tflite_rule("TRANSPOSE_CONV")
 def _transpose_conv(call: Call) -> None:
     """A convolution of codes put apart by the stride, with the kernel turned around."""
     x, w, sizes = call.tensor(2).shape, call.tensor(1).shape, call.constant(0).tolist()
@@ -133,7 +131,6 @@ def _conv_attributes(kernel: Sequence[int], **attributes: Any) -> dict[str, Any]
     return defaults | attributes | {"dimensions": [features, list(kernel), features]}
 
 
-@tflite_rule("FULLY_CONNECTED")
 def _fully_connected(call: Call) -> None:
     call.option("weights_format", "DEFAULT", "DEFAULT", 0)
     kernel, shape = _kernel(call), call.tensor().shape
@@ -243,7 +240,6 @@ def operands(call: Call) -> list[int]:
     return [call.reshaped(v, s) for v, s in zip(values, padded, strict=True)]
 
 
-@tflite_rule("MUL")
 def _multiply(call: Call) -> None:
     codes, values = [call.codes(0), call.codes(1)], operands(call)
     acc = _of_two(call, "multiply_codes", codes, values, 1)
@@ -255,7 +251,6 @@ def _multiply(call: Call) -> None:
     requantize(call, acc, rescaling, call.activation())
 
 
-@tflite_rule("BATCH_MATMUL")
 def _batch_matmul(call: Call) -> None:
     codes, values = [call.codes(0), call.codes(1)], [call.value(0), call.value(1)]
     shapes = [call.known(v).shape for v in values]
@@ -289,3 +284,14 @@ def _of_two(
     _check_overflow(call, np.array(min(corners)), np.array(max(corners)), np.zeros(1))
     zero_points = [c.zero_point for c in codes]
     return call.add(operation, values, zero_points=zero_points, **attributes)
+
+
+# Operator -> its rule.
+PRODUCTS: Mapping[str, TfliteRule] = {
+    "CONV_2D": _conv,
+    "DEPTHWISE_CONV_2D": _conv,
+    "TRANSPOSE_CONV": _transpose_conv,
+    "FULLY_CONNECTED": _fully_connected,
+    "MUL": _multiply,
+    "BATCH_MATMUL": _batch_matmul,
+}

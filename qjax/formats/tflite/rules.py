@@ -17,13 +17,12 @@ from qjax.formats.tflite.products import (
     strides,
     window,
 )
-from qjax.formats.tflite.tensors import Call, bounds, tflite_rule
+from qjax.formats.tflite.tensors import Call, TfliteRule, bounds
 from qjax.integer import tflite_multiplier
 
 # From grid to grid.
 
 
-@tflite_rule("QUANTIZE")
 def _quantize(call: Call) -> None:
     if call.tensor().dtype == "float32":
         if call.op.inputs[0] in call.growth.inputs:
@@ -38,13 +37,11 @@ def _quantize(call: Call) -> None:
     requantize(call, call.value(), rescaling, (y.low, y.high), x.zero_point)
 
 
-@tflite_rule("DEQUANTIZE")
 def _dequantize(call: Call) -> None:
     """The end of the integers: the program itself gives real numbers."""
     call.growth.values[call.op.outputs[0]] = call.value()
 
 
-@tflite_rule("RELU", "RELU6", "RELU_N1_TO_1")
 def _relu(call: Call) -> None:
     x, y = call.codes(), call.y
     rescaling = exact_rescaling(call, np.float64(x.scale / y.scale))
@@ -55,7 +52,6 @@ def _relu(call: Call) -> None:
 # Sums and means.
 
 
-@tflite_rule("ADD", "SUB")
 def _add(call: Call) -> None:
     a, b, y = call.codes(0), call.codes(1), call.y
     ends = call.activation()
@@ -81,7 +77,6 @@ def _add(call: Call) -> None:
     )
 
 
-@tflite_rule("AVERAGE_POOL_2D")
 def _average_pool(call: Call) -> None:
     value, (low, high) = call.value(), call.activation()
     v, (shape, attributes) = call.known(value), pool(call)
@@ -119,7 +114,6 @@ def _counts(
     return counts.reshape(1, *counts.shape, 1).astype(np.int32)
 
 
-@tflite_rule("MEAN", "SUM")
 def _mean(call: Call) -> None:
     """Of SUM these are the codes of all kernels but 2.19's reference, which wraps."""
     x, y, value = call.codes(), call.y, call.value()
@@ -160,7 +154,6 @@ def axes(call: Call) -> list[int]:
     return sorted({int(d) % rank for d in np.ravel(call.constant(1))})
 
 
-@tflite_rule("SOFTMAX")
 def _softmax(call: Call) -> None:
     x, y, value = call.codes(), call.y, call.value()
     beta = float(call.option("beta", 1.0))
@@ -211,7 +204,6 @@ _FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 _WIDE_TABLES = {"LOGISTIC": tables.wide_sigmoid_table, "TANH": tables.wide_tanh_table}
 
 
-@tflite_rule(*_FUNCTIONS)
 def _function(call: Call) -> None:
     x, y, name = call.codes(), call.y, call.op.name
     if x.is_wide and name in _WIDE_TABLES:
@@ -227,13 +219,11 @@ def _function(call: Call) -> None:
     _table(call, make(function, x, y))
 
 
-@tflite_rule("LEAKY_RELU")
 def _leaky_relu(call: Call) -> None:
     alpha, rule = float(call.option("alpha", 0.0)), call.growth.rules.integer
     _table(call, tables.leaky_relu_table(alpha, call.codes(), call.y, rule))
 
 
-@tflite_rule("PRELU")
 def _prelu(call: Call) -> None:
     """A table for each channel."""
     rank, alpha = len(call.tensor().shape), call.constant(1)
@@ -248,8 +238,27 @@ def _prelu(call: Call) -> None:
     _table(call, table, rank - 1)
 
 
-@tflite_rule("HARD_SWISH")
 def _hard_swish(call: Call) -> None:
     if call.codes().is_wide:
         raise call.refuse("codes of int16")
     _table(call, tables.hard_swish_table(call.codes(), call.y))
+
+
+# Operator -> its rule.
+FUNCTIONS: Mapping[str, TfliteRule] = {
+    "QUANTIZE": _quantize,
+    "DEQUANTIZE": _dequantize,
+    "RELU": _relu,
+    "RELU6": _relu,
+    "RELU_N1_TO_1": _relu,
+    "ADD": _add,
+    "SUB": _add,
+    "AVERAGE_POOL_2D": _average_pool,
+    "MEAN": _mean,
+    "SUM": _mean,
+    "SOFTMAX": _softmax,
+    **dict.fromkeys(_FUNCTIONS, _function),
+    "LEAKY_RELU": _leaky_relu,
+    "PRELU": _prelu,
+    "HARD_SWISH": _hard_swish,
+}

@@ -320,14 +320,3 @@ def any_batch(shape: Sequence[int]) -> list[int]:
 
 
 TfliteRule = Callable[[Call], None]
-RULES: dict[str, TfliteRule] = {}
-
-
-def tflite_rule(*names: str) -> Callable[[TfliteRule], TfliteRule]:
-    """Registers the rule of operators."""
-
-    def register(fn: TfliteRule) -> TfliteRule:
-        RULES.update(dict.fromkeys(names, fn))
-        return fn
-
-    return register

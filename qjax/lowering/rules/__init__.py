@@ -1,1 +1,28 @@
-"""Integer rules of JAX primitives."""
+"""Integer rules of JAX primitives, in one table.
+
+A rule is ``rule(builder, equation, trace, *operands) -> result``: what is known of the
+outputs of an equation, given what is known of its operands.
+"""
+
+from collections.abc import Mapping
+
+from qjax.lowering.interpret import Rule
+from qjax.lowering.rules.arithmetic import ARITHMETIC
+from qjax.lowering.rules.choices import CHOICES
+from qjax.lowering.rules.functions import FUNCTIONS
+from qjax.lowering.rules.lookups import LOOKUPS
+from qjax.lowering.rules.points import POINTS
+from qjax.lowering.rules.products import PRODUCTS
+from qjax.lowering.rules.shapes import SHAPES
+
+__all__ = ("RULES",)
+
+RULES: Mapping[str, Rule] = {
+    **ARITHMETIC,
+    **CHOICES,
+    **FUNCTIONS,
+    **LOOKUPS,
+    **POINTS,
+    **PRODUCTS,
+    **SHAPES,
+}

@@ -1,13 +1,14 @@
 """Rules of sums, factors and bounds: what the next requantizer absorbs."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from qjax.graph.builder import compact
 from qjax.lowering.inputs import rescaled
-from qjax.lowering.interpret import refuse, rule, where
+from qjax.lowering.interpret import Rule, refuse, where
 from qjax.lowering.rules.choices import extremum
 from qjax.lowering.rules.functions import curve
 from qjax.lowering.rules.products import multiply, multiply_codes, reopened
@@ -33,7 +34,6 @@ _ROUNDING = 2.0**-20  # Relative, of float32 scales and of their products.
 _MOST_OFF = 2.0**-6
 
 
-@rule("add", "add_any", "sub")
 def _add(
     builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
 ) -> Abstract:
@@ -183,7 +183,6 @@ def _with_bias(x: Integers, bias: np.ndarray) -> Integers:
     return dataclasses.replace(x, bias=bias if x.bias is None else x.bias + bias)
 
 
-@rule("mul", "div", "neg")
 def _mul(builder: Builder, e: Equation, trace: Trace, *operands: Abstract) -> Abstract:
     if e.primitive.name == "neg":
         if _bends(*operands) and (found := curve(builder, e, trace, *operands)):
@@ -266,7 +265,6 @@ def _rescaled(
 _MOST = 2.0**-126  # Scales and their reciprocals stay normal float32 numbers.
 
 
-@rule("round")
 def _round(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
     """Codes in units of one are whole already, float error in the unit aside."""
     if isinstance(x, Integers) and x.is_codes and not np.ndim(x.scale):
@@ -316,7 +314,6 @@ def _numbers(e: Equation, known: Abstract | None) -> dict[int, np.ndarray]:
     return dict.fromkeys(e.inputs, number.reshape(())) if number.size == 1 else {}
 
 
-@rule("max", "min")
 def _bound(
     builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
 ) -> Abstract:
@@ -341,7 +338,6 @@ def _bound(
     return _within(builder, e, trace, x, ends, (a, b))
 
 
-@rule("clamp")
 def _clamp(
     builder: Builder, e: Equation, trace: Trace, low: Abstract, x: Abstract, high: Any
 ) -> Abstract:
@@ -388,3 +384,18 @@ def _within(
             return dataclasses.replace(clipped, bounded=before)
         return clipped
     return bounded
+
+
+# Primitive -> its rule.
+ARITHMETIC: Mapping[str, Rule] = {
+    "add": _add,
+    "add_any": _add,
+    "sub": _add,
+    "mul": _mul,
+    "div": _mul,
+    "neg": _mul,
+    "round": _round,
+    "max": _bound,
+    "min": _bound,
+    "clamp": _clamp,
+}

@@ -1,6 +1,6 @@
 """Rules of what joins several values on one grid: selections, concatenations."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from qjax.lowering.constants import (
     wider,
 )
 from qjax.lowering.entries import as_codes
-from qjax.lowering.interpret import refuse, rule, where
+from qjax.lowering.interpret import Rule, refuse, where
 from qjax.lowering.rules.functions import add_table, curve
 from qjax.lowering.values import (
     Abstract,
@@ -43,7 +43,6 @@ def mask(builder: Builder, e: Equation, trace: Trace, x: Abstract, v: int) -> in
     return add_table(builder, x, finish, name, dtype="int8")
 
 
-@rule("select_n")
 def _select(
     builder: Builder, e: Equation, trace: Trace, which: Abstract, *cases: Abstract
 ) -> Abstract:
@@ -108,7 +107,6 @@ def _known_mask(
 _QUOTE = "'"
 
 
-@rule("concatenate")
 def _concatenate(
     builder: Builder, e: Equation, trace: Trace, *parts: Abstract
 ) -> Abstract:
@@ -195,3 +193,10 @@ def _joined_now(builder: Builder, x: Joined) -> Abstract:
 def _is_on_grid_of(x: Integers, other: Integers) -> bool:
     same = x.is_codes and not np.ndim(x.scale) and x.rescaled is None
     return bool(same and x.scale == other.scale and x.zero_point == other.zero_point)
+
+
+# Primitive -> its rule.
+CHOICES: Mapping[str, Rule] = {
+    "select_n": _select,
+    "concatenate": _concatenate,
+}

@@ -13,7 +13,7 @@ from qjax.affine import QParams, dequantize
 from qjax.graph.builder import compact
 from qjax.graph.graph import Grid, storage
 from qjax.lowering.constants import exact_grid, real_values
-from qjax.lowering.interpret import refuse, rule, where
+from qjax.lowering.interpret import Rule, refuse, where
 from qjax.lowering.values import Abstract, Builder, Curve, Integers, Known, KnownCodes
 from qjax.model.trace import POINTWISE, Equation, Trace, evaluate
 
@@ -262,7 +262,6 @@ _ELSEWHERE = frozenset(
 )
 
 
-@rule(*(POINTWISE - _ELSEWHERE - {*_COMPARISONS}))
 def _function(
     builder: Builder, e: Equation, trace: Trace, *operands: Abstract
 ) -> Abstract:
@@ -276,7 +275,6 @@ def _function(
     return found
 
 
-@rule(*_COMPARISONS)
 def _compare(
     builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
 ) -> Abstract:
@@ -311,7 +309,6 @@ def _compare(
     return Integers(value, np.ones(()), 0, 0, 1, path=e.path, dtype="bool")
 
 
-@rule("argmax", "argmin")
 def _argmax(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
     if not isinstance(x, Integers) or not x.is_codes or np.ndim(x.scale):
         raise refuse(e, x, "input")
@@ -329,3 +326,12 @@ def _argmax(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstrac
     value = builder.add(e.primitive.name, (x.value,), {"axis": int(axis)}, **options)
     dtype = str(trace.avals[e.outputs[0]].dtype)
     return Integers(value, np.ones(()), 0, 0, size - 1, path=e.path, dtype=dtype)
+
+
+# Primitive -> its rule.
+FUNCTIONS: Mapping[str, Rule] = {
+    **dict.fromkeys((POINTWISE - _ELSEWHERE - {*_COMPARISONS}), _function),
+    **dict.fromkeys(_COMPARISONS, _compare),
+    "argmax": _argmax,
+    "argmin": _argmax,
+}

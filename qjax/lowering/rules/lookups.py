@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax import lax
 from qjax.graph.graph import Grid, storage
 from qjax.leaves import at_start
 from qjax.lowering.inputs import integer_range
-from qjax.lowering.interpret import refuse, rule, where
+from qjax.lowering.interpret import Rule, refuse, where
 from qjax.lowering.rules.functions import run_steps
 from qjax.lowering.rules.shapes import move_again, placed, settled
 from qjax.lowering.values import Abstract, Builder, Integers, Known, KnownCodes, Real
@@ -23,7 +24,6 @@ _CHOOSE = "Choose outside of the program, or by `jnp.where` over all places."
 _MOST_ROWS = 1 << 24  # Numbers of rows are exact in float32.
 
 
-@rule("gather")
 def _gather(
     builder: Builder, e: Equation, trace: Trace, x: Abstract, index: Abstract
 ) -> Abstract:
@@ -39,7 +39,6 @@ def _gather(
     return _taken(builder, e, trace, x, index.value)
 
 
-@rule("dynamic_slice")
 def _dynamic_slice(
     builder: Builder, e: Equation, trace: Trace, x: Abstract, *starts: Abstract
 ) -> Abstract:
@@ -236,7 +235,6 @@ def _check_real(e: Equation, trace: Trace, x: Abstract) -> None:
         )
 
 
-@rule("split")
 def _split(
     builder: Builder, e: Equation, trace: Trace, x: Abstract
 ) -> tuple[Abstract, ...]:
@@ -273,3 +271,11 @@ def _part(
     ends: dict[str, Any] = {"start": start, "stop": stop, "steps": steps}
     options: Any = {"grid": v.grid, "dtype": v.dtype, "path": where(e).strip("'")}
     return builder.add("slice", (source,), ends, **options)
+
+
+# Primitive -> its rule.
+LOOKUPS: Mapping[str, Rule] = {
+    "gather": _gather,
+    "dynamic_slice": _dynamic_slice,
+    "split": _split,
+}

@@ -13,7 +13,7 @@ from qjax.graph.graph import Grid, storage
 from qjax.integer import common_fixed_point, fixed_point
 from qjax.lowering.constants import add_constant, like_of
 from qjax.lowering.entries import raw
-from qjax.lowering.interpret import InputTwiceError, refuse, rule, where
+from qjax.lowering.interpret import InputTwiceError, Rule, refuse, where
 from qjax.lowering.rules.functions import add_table
 from qjax.lowering.rules.shapes import added, move_again
 from qjax.lowering.values import (
@@ -33,7 +33,6 @@ from qjax.model.trace import Equation, Trace
 from qjax.rounding import half_even
 
 
-@rule("qpoint")
 def _qpoint(
     builder: Builder, e: Equation, trace: Trace, x: Abstract, *operands: Abstract
 ) -> Abstract:
@@ -457,3 +456,9 @@ def _constant(e: Equation, x: Abstract) -> np.ndarray:
             f"Integer programs have fixed scales.\n  equation: {e}"
         )
     return np.asarray(x.value)
+
+
+# Primitive -> its rule.
+POINTS: Mapping[str, Rule] = {
+    "qpoint": _qpoint,
+}

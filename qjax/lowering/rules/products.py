@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from qjax.graph.builder import compact
-from qjax.lowering.interpret import refuse, rule, sites_of, where
+from qjax.lowering.interpret import Rule, refuse, sites_of, where
 from qjax.lowering.values import Abstract, Builder, Integers, Known, KnownCodes
 from qjax.model.channels import output_scale
 from qjax.model.trace import Equation, Trace
@@ -27,7 +28,6 @@ class AccumulatorOverflowError(OverflowError):
         self.witness = witness
 
 
-@rule("dot_general")
 def _dot_general(
     builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
 ) -> Abstract:
@@ -100,7 +100,6 @@ def _of_two(
     )
 
 
-@rule("conv_general_dilated")
 def _conv(
     builder: Builder, e: Equation, trace: Trace, x: Abstract, w: Abstract
 ) -> Abstract:
@@ -329,3 +328,10 @@ def multiply(
     scale = np.asarray(np.float64(w.scale) * x.scale)
     found = Integers(None, scale, 0, 0, 0, emit=emit, shift=0, path=e.path, most=limit)
     return dataclasses.replace(found, is_gain_exact=x.rescaled is None)
+
+
+# Primitive -> its rule.
+PRODUCTS: Mapping[str, Rule] = {
+    "dot_general": _dot_general,
+    "conv_general_dilated": _conv,
+}

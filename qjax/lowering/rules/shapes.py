@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from qjax.affine import QParams, dequantize
 from qjax.graph.builder import compact
 from qjax.lowering.constants import codes_on, wider
 from qjax.lowering.inputs import cast, moved, refuse_pad
-from qjax.lowering.interpret import refuse, rule, sites_of, where
+from qjax.lowering.interpret import Rule, refuse, sites_of, where
 from qjax.lowering.rules.functions import curve
 from qjax.lowering.rules.products import AccumulatorOverflowError
 from qjax.lowering.values import (
@@ -95,7 +95,6 @@ def added(builder: Builder, e: Equation, x: Sum) -> Integers:
     return dataclasses.replace(found, bounds=x.bounds, is_gain_exact=exact)
 
 
-@rule("reduce_sum")
 def _reduce_sum(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
     axes = [int(a) for a in e.params["axes"]]
     sizes = trace.shape(e.inputs[0])
@@ -104,7 +103,6 @@ def _reduce_sum(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abs
     return _sum(builder, e, trace, x, taps, "sum", summed)
 
 
-@rule("reduce_window_sum")
 def _sum_pool(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
     taps = math.prod(e.params["window_dimensions"])
     return _sum(builder, e, trace, x, taps, "sum_pool", _window(e))
@@ -150,7 +148,6 @@ def _sum(
     return dataclasses.replace(found, dtype=x.dtype, is_gain_exact=exact)
 
 
-@rule("reduce_window_max", "reduce_max", "reduce_window_min", "reduce_min")
 def _max_pool(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
     # A bound may wait: it never changes which value is largest.
     x = _emitted(builder, e, x)
@@ -192,13 +189,11 @@ def _window(e: Equation) -> dict[str, Any]:
     return {**found, "padding": [[int(n) for n in p] for p in e.params["padding"]]}
 
 
-@rule("cumsum")
 def _running_sum(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
     e, size = _running(e, trace)
     return _sum(builder, e, trace, x, size, "sum_pool", _window(e)) if size else x
 
 
-@rule("cummax", "cummin")
 def _running_extreme(
     builder: Builder, e: Equation, trace: Trace, x: Abstract
 ) -> Abstract:
@@ -229,7 +224,6 @@ def _running(e: Equation, trace: Trace) -> tuple[Equation, int]:
     return dataclasses.replace(e, params=params), size
 
 
-@rule("stop_gradient", "copy", "copy_p", "optimization_barrier", "sharding_constraint")
 def _same(
     builder: Builder, e: Equation, trace: Trace, *xs: Abstract
 ) -> tuple[Abstract, ...]:
@@ -238,7 +232,6 @@ def _same(
     )
 
 
-@rule("convert_element_type", "reduce_precision")
 def _convert(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
     """A cast is what it is to JAX: nothing where it keeps every value there can be."""
     before, dtype = (trace.avals[v].dtype for v in (e.inputs[0], e.outputs[0]))
@@ -294,10 +287,6 @@ def _keeps_weight(e: Equation, x: KnownCodes) -> bool:
     return bool(np.array_equal(other, np.asarray(real, np.float64)))
 
 
-@rule(
-    *("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim"),
-    *("rev", "slice", "pad"),
-)
 def move(
     builder: Builder, e: Equation, trace: Trace, x: Abstract, *rest: Abstract
 ) -> Abstract:
@@ -562,3 +551,32 @@ def _move_known(e: Equation, trace: Trace, x: KnownCodes) -> KnownCodes:
         moved = evaluate(e, jnp.asarray(x.codes.astype(np.int32)))[0]
         codes = np.asarray(moved).astype(np.int64)
     return KnownCodes(codes, scale, zero_point, x.site)
+
+
+# Primitive -> its rule.
+SHAPES: Mapping[str, Rule] = {
+    "reduce_sum": _reduce_sum,
+    "reduce_window_sum": _sum_pool,
+    "reduce_window_max": _max_pool,
+    "reduce_max": _max_pool,
+    "reduce_window_min": _max_pool,
+    "reduce_min": _max_pool,
+    "cumsum": _running_sum,
+    "cummax": _running_extreme,
+    "cummin": _running_extreme,
+    "stop_gradient": _same,
+    "copy": _same,
+    "copy_p": _same,
+    "optimization_barrier": _same,
+    "sharding_constraint": _same,
+    "convert_element_type": _convert,
+    "reduce_precision": _convert,
+    "reshape": move,
+    "transpose": move,
+    "squeeze": move,
+    "expand_dims": move,
+    "broadcast_in_dim": move,
+    "rev": move,
+    "slice": move,
+    "pad": move,
+}
