@@ -382,3 +382,35 @@ def test_weights_on_grids_of_the_user_are_taken_apart_and_joined():
     np.testing.assert_array_equal(program.params["w:1"], joined)
     for found, expected in zip(program(x), fn(x), strict=True):
         np.testing.assert_allclose(found, expected, 1e-5, 1e-5)
+
+
+def _closing(fn, weights):
+    """A function of no parameters that closes over its weights; and one of them."""
+    return (lambda params, x: fn(weights, x)), fn
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_a_weight_that_a_function_closes_over_is_a_weight(power_of_two):
+    """It has a site, so it is rounded: the codes are those of the same as parameter."""
+    weights = {"a": _values(3, 3, 2, 4), "b": _values(4, 5, seed=1), "c": _values(1, 5)}
+
+    def fn(w, x):
+        form = ("NHWC", "HWIO", "NHWC")
+        y = lax.conv_general_dilated(x, w["a"], (1, 1), "SAME", dimension_numbers=form)
+        return jnp.mean(nn.relu(y), (1, 2)) @ w["b"] + w["c"]
+
+    x, found = _values(2, 4, 4, 2, seed=2), []
+    word = QSpec(4, axis="output", power_of_two=power_of_two)
+    scheme = Scheme(word, QSpec(8, power_of_two=power_of_two))
+    for own, params in zip(_closing(fn, weights), ({}, weights), strict=True):
+        qmodel = qjax.quantize_model(own, params, x, scheme=scheme)
+        qstate = qjax.calibrate(qmodel, params, [x])
+        program = qjax.lower(qmodel, params, qstate, x)
+        exact = jax.jit(qmodel.apply_integer)(params, qstate, x)
+        np.testing.assert_array_equal(exact, program(x))
+        found.append(np.asarray(program(x)))
+        roles = [site.role for site in qmodel.sites]
+        assert roles.count("weight") == 2
+        scales = qjax.scales(qmodel, params, qstate)
+        assert len(scales) == len(qmodel.sites)
+    np.testing.assert_array_equal(*found)

@@ -185,6 +185,11 @@ class Simulation:
         self._visitor = visitor
         self._raw: dict[int, Any] = dict(self._model.constants)
         self._raw.update(zip(self._model.inputs, self._arguments, strict=True))
+        own = {*self._plan.weights, *self._plan.biases}
+        # Weights that a function closes over are weights like others.
+        for v in sorted(own & self._model.constants.keys()):
+            self._env[v] = self._typed(v, jnp.asarray(self._env[v]))
+            self._visit(v)
         for v, x in zip(self._model.inputs, self._arguments, strict=True):
             self._env[v] = self._typed(v, x)
             self._visit(v)
