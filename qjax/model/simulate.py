@@ -183,6 +183,7 @@ class Simulation:
         self._biased: dict[int, Visit] = {}  # Biases with a quantizer of their own.
         self._kernels: dict[int, _Kernel] = {}  # Value -> the weight that it is.
         self._visitor = visitor
+        self._met: set[int] = set()  # Values that have been visited.
         self._raw: dict[int, Any] = dict(self._model.constants)
         self._raw.update(zip(self._model.inputs, self._arguments, strict=True))
         own = {*self._plan.weights, *self._plan.biases}
@@ -198,8 +199,20 @@ class Simulation:
             scope = self._scopes.get(e.outputs[0]) or e.path or "model"
             with jax.named_scope(scope), user_context(traceback):
                 self._step(e)
+        self._check_seen()
         out = [self._env[v] for v in self._model.outputs]
         return jax.tree.unflatten(jax.tree.structure(self._out), out)
+
+    def _check_seen(self) -> None:
+        """Raises for a site that was never put on its grid: it would stay float."""
+        places = {**self._plan.activations, **self._plan.weights}
+        missed = [k for v, k in places.items() if v not in self._met]
+        if missed:
+            raise NotImplementedError(
+                f"The site {self.sites[missed[0]].name!r} of this model cannot be quantized: nothing "
+                "that runs computes its values. Compute them from the parameters or "
+                "the inputs of the function."
+            )
 
     def _step(self, e: Equation) -> None:
         env = {v: self._env[v] for v in e.inputs}
@@ -227,6 +240,7 @@ class Simulation:
         """What else there is to know of an equation before its sites are visited."""
 
     def _visit(self, v: int) -> None:
+        self._met.add(v)
         word = self._place(v)
         if v not in self._grids or word is None or v not in self._plan.activations:
             return
