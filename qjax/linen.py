@@ -23,7 +23,7 @@ Initializer = Callable[..., Any]
 
 
 class QDense(nn.Module):
-    """Dense layer on quantized values. Variables: params/kernel, params/bias, quant/x.
+    """A dense layer on quantized values. Variables: params/{kernel, bias}, quant/x.
 
     Attributes:
       features: Size of the output.
@@ -64,7 +64,7 @@ class QDense(nn.Module):
 
 
 class QConv(nn.Module):
-    """Convolution on quantized values. Variables as of `QDense`.
+    """A convolution on quantized values, with the variables of `QDense`.
 
     Attributes:
       features: Channels of the output.
@@ -118,7 +118,7 @@ class QConv(nn.Module):
 
 
 def _input_params(layer: Any, x: jax.Array, train: bool) -> QParams:
-    """Moves the range of the input in training, and returns its grid."""
+    """Updates the range of the input in training, and returns its grid."""
     spec, calibrator = layer.x_spec, layer.calibrator
     state = layer.variable("quant", "x", calibrator.init, x, spec)
     if layer.is_initializing():

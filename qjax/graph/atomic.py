@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic file writes: a file is there whole or not at all."""
 
 import contextlib
 import errno
@@ -63,7 +63,7 @@ def _write(path: str, folder: str, data: bytes, mode: int | None) -> None:
 
 
 def _fill(file: IO[bytes], data: bytes, mode: int | None) -> None:
-    """Puts data on disk, and gives the file its mode."""
+    """Writes data to disk, and gives the file its mode."""
     file.write(data)
     file.flush()
     if mode is not None and hasattr(os, "fchmod"):
@@ -72,7 +72,7 @@ def _fill(file: IO[bytes], data: bytes, mode: int | None) -> None:
 
 
 def _link(handle: int, folder: str, path: str) -> bool:
-    """Names an open file; returns whether the system can."""
+    """Links an open file to a name; returns whether the system can."""
     place = os.open(folder, os.O_RDONLY)
     try:
         # With `src_dir_fd` Python follows the link, without it never.
@@ -85,7 +85,7 @@ def _link(handle: int, folder: str, path: str) -> bool:
 
 
 def _open_nameless(folder: str) -> int | None:
-    """A file without a name, to be linked; None where there are none."""
+    """Opens a file without a name, to be linked later; None where there are none."""
     if not hasattr(os, "O_TMPFILE") or not os.path.isdir("/proc/self/fd"):
         return None
     try:
@@ -95,7 +95,7 @@ def _open_nameless(folder: str) -> int | None:
 
 
 def _sync_folder(folder: str) -> None:
-    """Makes a new name last, where folders can be synchronized."""
+    """Makes a new name durable, where folders can be synchronized."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

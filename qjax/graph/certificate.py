@@ -1,4 +1,4 @@
-"""What is proven of an integer program: no overflow, no float, how well it agrees."""
+"""The certificate of an integer program: no overflow, no float, agreement of sites."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ class Overflow:
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """Why a site has the codes of the fake-quantized model.
+    """The reason that a site has the codes of the fake-quantized model.
 
     Attributes:
       is_proven: Whether they are equal whatever the input, given the same codes before
@@ -64,7 +64,7 @@ class Agreement:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Certificates of a program. Its ``str`` is a table.
+    """The certificates of a program. Its ``str`` is a table.
 
     Attributes:
       overflow: For each accumulator.
@@ -98,7 +98,7 @@ class Report:
 def certify(
     graph: Graph, params: Mapping[str, Any], float_values: tuple[str, ...]
 ) -> Report:
-    """Reads off a graph what is certain.
+    """Reads from a graph what is certain.
 
     Args:
       graph: Of a program.
@@ -122,7 +122,7 @@ def certify(
 
 
 def _accumulates(node: Node) -> bool:
-    """Whether an operation makes accumulators: sums without a rescaling among them."""
+    """Returns whether an operation makes accumulators; plain sums are among them."""
     is_sum = node.operation == "add" and node.attributes["shift"] == 0
     return OPERATIONS[node.operation].kind == "accumulator" or is_sum
 
@@ -198,7 +198,7 @@ def _proven(reason: str) -> Agreement:
 
 
 def _rounded(error: float, reason: str) -> Agreement:
-    """What float32 rounds otherwise, by at most ``error`` steps before codes are made.
+    """Returns the agreement of a site where float32 is off by at most ``error`` steps.
 
     Below half a step, codes are one apart at most.
     """
@@ -231,7 +231,7 @@ def _of_requantizer(
     node: Node,
     arrays: Mapping[str, np.ndarray],
 ) -> Agreement:
-    """Proven where float32 is exact but for one rounding that the integers repeat."""
+    """Returns the agreement of a requantizer, proven where float32 rounds only once."""
     a, acc = node.attributes, graph.values[node.inputs[0]]
     terms, most = _reach(graph, makers, node.inputs[0], arrays)
     z = a["input_zero_point"]
@@ -256,7 +256,7 @@ def _of_requantizer(
 
 
 def _error_of_sum(graph: Graph, node: Node) -> float:
-    """How many steps float32 may be off in a sum of codes on different grids."""
+    """Bounds the float32 error, in steps, of a sum of codes on different grids."""
     a = node.attributes
     terms = zip(node.inputs, a["input_zero_points"], a["multipliers"], strict=True)
     steps = sum(
@@ -273,7 +273,7 @@ def _reach(
     v: int,
     arrays: Mapping[str, np.ndarray],
 ) -> tuple[int, int]:
-    """How many terms an accumulator sums, and what their magnitudes add up to."""
+    """Returns the number of terms of an accumulator, and their total magnitude."""
     node, value = makers.get(v), graph.values[v]
     most = max(abs(value.low), abs(value.high))
     if node is None:

@@ -76,7 +76,7 @@ def save(
 
 
 def load(path: str | os.PathLike[str]) -> Contents:
-    """Reads what `save` wrote.
+    """Reads a file written by `save`.
 
     Args:
       path: The file.
@@ -126,7 +126,7 @@ _KEYS = ("format", "version", "graph", "packed", "inputs", "outputs")
 
 
 def _contents(header: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> Contents:
-    """Returns what a file holds.
+    """Returns the contents of a file.
 
     Raises:
       ValueError: if there is none.
@@ -152,7 +152,7 @@ def _contents(header: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> Co
 
 
 def _unpacked(packed: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The parameters of 2 and 4 bits, from their bytes."""
+    """Unpacks the parameters of 2 and 4 bits from their bytes."""
     if not isinstance(packed, dict):
         raise ValueError(f"Packed parameters must have names, got {packed!r}.")
     found = {}
@@ -173,7 +173,7 @@ def _unpacked(packed: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.nda
 
 
 def _check_name(name: str) -> None:
-    """Raises ValueError for a parameter that no file can name."""
+    """Raises ValueError for a parameter name that no file can hold."""
     try:
         name.encode()
     except UnicodeEncodeError as error:
@@ -200,7 +200,7 @@ def _checksum(header: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> st
 
 
 def _tree_to_json(tree: Any) -> Any:
-    """Containers as ``[kind, children]``, leaves as null."""
+    """Writes containers as ``[kind, children]`` and leaves as null."""
 
     def encode(node: Any) -> Any:
         if isinstance(node, int):

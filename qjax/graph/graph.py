@@ -1,4 +1,4 @@
-"""The integer graph: what a lowered model computes. Backends read it and nothing else.
+"""The integer graph of a lowered model. Backends read it and nothing else.
 
 What each operation computes stands in its record: `qjax.graph.operations`.
 """
@@ -15,19 +15,19 @@ from qjax.tables import show_types
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Where integers lie on the real line: ``real = scale * (code - zero_point)``."""
+    """A grid of integers on the real line: ``real = scale * (code - zero_point)``."""
 
     scale: Any  # A float, or nested lists in the rank of the value. float32 numbers.
     zero_point: int
 
     def array(self) -> np.ndarray:
-        """The scale as float32."""
+        """Returns the scale as float32."""
         return np.asarray(self.scale, np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """Integers of one type. ``low`` and ``high`` bound what they can be."""
+    """A value of the graph: integers of one type within ``[low, high]``."""
 
     shape: tuple[int, ...]  # As traced.
     dtype: str
@@ -45,13 +45,13 @@ class Value:
 
     @property
     def zero_point(self) -> int:
-        """The code of 0; accumulators have 0."""
+        """Returns the code of 0; accumulators have 0."""
         return 0 if self.grid is None else self.grid.zero_point
 
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """One operation."""
+    """One operation of the graph, applied to values."""
 
     operation: str
     inputs: tuple[int, ...]
@@ -63,7 +63,7 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """Nodes in order, over numbered values."""
+    """A graph of nodes in order, over numbered values."""
 
     values: tuple[Value, ...]
     nodes: tuple[Node, ...]
@@ -99,7 +99,7 @@ class Graph:
 
     @staticmethod
     def from_json(text: str) -> "Graph":
-        """Reads what `to_json` wrote; `qjax.graph.validation` says if it is right.
+        """Reads a graph from `to_json` text, which `qjax.graph.validation` then checks.
 
         Raises:
           ValueError: if the text is no graph.
@@ -141,7 +141,7 @@ def _no_number(name: str) -> Any:
 
 
 def check(graph: Graph) -> None:
-    """Raises ValueError unless each value is defined before use and known by type."""
+    """Raises ValueError unless each value is defined before use and well typed."""
     defined = set(graph.inputs)
     for n in graph.nodes:
         if not defined.issuperset(n.inputs) or n.output in defined:
@@ -170,7 +170,7 @@ def holds(dtype: str, low: int, high: int) -> bool:
 
 
 def _check_keys(data: Any, kind: type) -> None:
-    """Raises ValueError unless there is a value for each field, and for no other."""
+    """Raises ValueError unless the keys are exactly the fields of a class."""
     wanted = {field.name for field in dataclasses.fields(kind)}
     if not isinstance(data, dict) or set(data) != wanted:
         found = sorted(data) if isinstance(data, dict) else data

@@ -13,7 +13,7 @@ from qjax.graph.validation import validate
 
 
 def merge_equal(graph: Graph, params: Mapping[str, Any]) -> Graph:
-    """Merges operations that compute the same of the same: requantizers first of all.
+    """Merges operations that compute the same of the same, above all requantizers.
 
     Codes that two readers put on one grid are requantized once.
 
@@ -50,7 +50,7 @@ def _content(array: Any) -> tuple[Any, ...]:
 
 
 def drop_dead(graph: Graph, params: Mapping[str, Any]) -> tuple[Graph, dict[str, Any]]:
-    """Drops what neither an output nor a site needs, and numbers the rest anew.
+    """Drops what neither an output nor a site needs, and renumbers the rest.
 
     Args:
       graph: Any graph.

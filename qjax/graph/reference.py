@@ -1,4 +1,4 @@
-"""The integer graph in plain NumPy: int64, no JAX, as slow as it is clear.
+"""The integer graph in plain NumPy: int64, no JAX, clear before fast.
 
 The oracle of every backend. What an operation means stands in its record:
 `qjax.graph.operations`.

@@ -1,4 +1,4 @@
-"""What the layers of `qjax.linen` and `qjax.nnx` compute, as functions of arrays."""
+"""The arithmetic of the layers of `qjax.linen` and `qjax.nnx` as pure functions."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -86,7 +86,7 @@ def check_specs(x_spec: QSpec, kernel_spec: QSpec, site: str = "") -> None:
 
 
 def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """``x @ kernel`` over the last axis of ``x``."""
+    """Computes ``x @ kernel`` over the last axis of ``x``."""
     return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """A function of inputs alone, and what its model says of it.
+    """A function of inputs alone, with the sites and words of its model.
 
     Attributes:
       fn: ``fn(*inputs)``.

@@ -1,4 +1,4 @@
-"""Constants of a model as codes: on the grid of others, or on one of their own."""
+"""Constants of a model as codes, on the grid of other values or on their own."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ _LEAST_UNIT = -126  # Exponent of the least normal float32 number.
 
 
 def codes_on(value: np.ndarray, scale: float, zero_point: int) -> np.ndarray | None:
-    """Returns the codes that mean exactly these values; None if a value has none.
+    """Returns the codes that mean exactly the given values; None if one has none.
 
     Args:
       value: float32.
@@ -81,7 +81,7 @@ def add_constant(
     like: int | None = None,
     dtype: str | None = None,
 ) -> int:
-    """Puts a constant into the graph.
+    """Adds a constant to the graph.
 
     Args:
       builder: Receives it.
@@ -108,7 +108,7 @@ def add_constant(
 
 
 def anchor(builder: Builder, x: Abstract, shape: Sequence[int]) -> int | None:
-    """Returns a value of the graph that a value is made of and has its leading size."""
+    """Returns a graph value with the leading size of an operand that is made of it."""
     if isinstance(x, Joined):
         found = (anchor(builder, p, shape) for p in x.parts)
         return next((v for v in found if v is not None), None)
@@ -125,7 +125,7 @@ def anchor(builder: Builder, x: Abstract, shape: Sequence[int]) -> int | None:
 def like_of(
     builder: Builder, x: Joined, data: Sequence[int], shape: Sequence[int]
 ) -> int | None:
-    """Returns the value whose leading size a constant part of a join has; None if none.
+    """Returns the value that sets the leading size of a constant in a join, or None.
 
     Args:
       builder: Has the values.
@@ -145,6 +145,6 @@ def real_values(x: KnownCodes) -> np.ndarray:
 
 
 def wider(dtypes: set[str], low: int, high: int) -> str:
-    """Returns the one type of several if it holds integers, else one that does."""
+    """Returns the only type if it holds the integers, else the smallest that does."""
     only = next(iter(dtypes)) if len(dtypes) == 1 else ""
     return only if only and holds(only, low, high) else storage(low, high)

@@ -83,7 +83,7 @@ def moved(e: Equation, x: Real) -> Real:
 
 
 def cast(trace: Trace, e: Equation, x: Real) -> Real:
-    """Returns an input as another type.
+    """Returns an input after a cast to another type.
 
     Raises:
       NotImplementedError: if a real input would be rounded by it.
@@ -110,7 +110,7 @@ def rescaled(
     rescaling: tuple[float, float],
     is_exact: bool,
 ) -> Real:
-    """Returns an input in another unit.
+    """Returns an input after a rescaling to another unit.
 
     Args:
       e: The equation.
@@ -154,7 +154,7 @@ def integer_range(trace: Trace, x: Real) -> tuple[int, int] | None:
 
 
 def _keeps(trace: Trace, e: Equation, ends: tuple[int, int]) -> bool:
-    """Whether a cast keeps all integers of a range, or makes float32 of them."""
+    """Returns whether a cast keeps all integers of a range; float32 has wide ranges."""
     dtype = trace.avals[e.outputs[0]].dtype
     if e.primitive.name == "reduce_precision":
         return False
@@ -169,7 +169,7 @@ def _keeps(trace: Trace, e: Equation, ends: tuple[int, int]) -> bool:
 
 
 def _keeps_reals(trace: Trace, e: Equation) -> bool:
-    """Whether no real number is rounded, except to float32, which programs compute."""
+    """Returns whether a cast rounds no real number, except to float32."""
     before, after = (trace.avals[v].dtype for v in (e.inputs[0], e.outputs[0]))
     if e.primitive.name == "reduce_precision":
         bits = e.params["exponent_bits"], e.params["mantissa_bits"]

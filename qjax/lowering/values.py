@@ -1,4 +1,4 @@
-"""What the pass knows of each value of a traced program, and the graph it builds."""
+"""The knowledge of the pass about each value of a trace, and the graph it builds."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
@@ -102,7 +102,7 @@ class Integers:
     is_still: np.ndarray | None = None
 
     def emitted(self) -> "Integers":
-        """Itself, in the graph."""
+        """Returns the integers in the graph."""
         if self.emit is None:
             return self
         bias = np.zeros((), np.int64) if self.bias is None else self.bias
@@ -114,17 +114,17 @@ class Integers:
         return dataclasses.replace(found, is_still=still)
 
     def elsewhere(self, value: int, **changes: Any) -> "Integers":
-        """The same numbers as another value of the graph."""
+        """Returns the same numbers as another value of the graph."""
         changes = {"bounded": None, "rescaled": None, "is_still": None, **changes}
         return dataclasses.replace(self, value=value, **changes)
 
     def real_scale(self) -> np.ndarray:
-        """Units per integer: scale and gain together."""
+        """Returns units per integer: scale and gain together."""
         return self.scale if self.gain is None else self.scale * self.gain
 
     @property
     def is_bounded(self) -> bool:
-        """Whether an activation waits for the next grid."""
+        """Returns whether an activation waits for the next grid."""
         return self.bounds != (-np.inf, np.inf)
 
 
@@ -139,7 +139,7 @@ class Sum:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A function of codes, number by number, that waits for a grid: a table then.
+    """An elementwise function of codes that waits for a grid, then is a lookup table.
 
     Attributes:
       source: The codes.
@@ -204,7 +204,7 @@ Abstract = Known | KnownCodes | Real | Integers | Sum | Curve | Joined | ByChann
 
 
 class Builder(GraphBuilder):
-    """Collects the graph of a traced program, and what its rules share.
+    """A builder that collects the graph of a traced program and shared state of rules.
 
     Args:
       buffer_bits: Site of a weight -> most bits of the accumulator it makes; 32 for
@@ -234,7 +234,7 @@ class Builder(GraphBuilder):
         return name if name in self._buffer_bits else ""
 
     def most(self, site: str) -> int:
-        """Returns the largest magnitude in an accumulator that a weight makes."""
+        """Returns the largest magnitude in the accumulator of a weight."""
         return int(2 ** (self._buffer_bits.get(site, 32) - 1) - 1)
 
 

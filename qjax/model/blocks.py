@@ -82,13 +82,13 @@ class Block:
 
     @property
     def is_bounded(self) -> bool:
-        """Whether an activation came: nothing affine may follow."""
+        """Returns whether an activation came, after which nothing affine may follow."""
         return bool(self.bounds)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Where quantizers go in one trace. Values are the numbers of the trace.
+    """The places of quantizers in one trace. Values are the numbers of the trace.
 
     Attributes:
       sites: In the order of the equations.
@@ -155,7 +155,7 @@ def find_blocks(model: Trace, names: Sequence[str], split: Sequence[str] = ()) -
 
 
 class _Finder:
-    """Walks over the equations, then names what it found."""
+    """A walk over the equations, which then names the sites that it found."""
 
     def __init__(self, model: Trace, names: Sequence[str], split: Sequence[str]):
         self.model = model
@@ -252,7 +252,7 @@ class _Finder:
             before.is_inner = self._feeds_norms(before.value)
 
     def _moved_from(self, x: int) -> int:
-        """The value that shape moves made another one of."""
+        """Returns the value that shape moves made a value of."""
         while x not in self.open and (e := self.source.get(x)) is not None:
             if e.primitive.name not in SHAPE_MOVES:
                 break
@@ -260,7 +260,7 @@ class _Finder:
         return x
 
     def _feeds_norms(self, v: int) -> bool:
-        """Whether normalisations alone read a value, after shape moves."""
+        """Returns whether normalisations alone read a value, after shape moves."""
         if v in self.model.outputs or not self.users[v]:
             return False
         for e in self.users[v]:
@@ -272,7 +272,7 @@ class _Finder:
         return True
 
     def _own_quantizer(self, e: Equation, x: int) -> None:
-        """What ends at a quantizer of the user has no site of its own."""
+        """Ends a block at a quantizer of the user, without a site of the scheme."""
         while x not in self.open and x not in self.input_sites:
             source = self.source.get(x)
             if source is None or not self._keeps_grid(source):
@@ -314,7 +314,7 @@ class _Finder:
         )
 
     def _check_fill(self, e: Equation) -> None:
-        """Raises for a mask's constant that would make the range of a site."""
+        """Raises for a mask's constant that would determine the range of a site."""
         if e.primitive.name not in ("add", "sub", "select_n", "pad"):
             return
         operands = e.inputs[1:] if e.primitive.name == "select_n" else e.inputs
@@ -332,7 +332,7 @@ class _Finder:
                 )
 
     def _cast(self, e: Equation, x: int) -> None:
-        """Integers become real: an input of the model has its site here."""
+        """Adds the site of an integer input of the model where a cast makes it real."""
         while x in self.source and self._keeps_grid(self.source[x]):
             x = self.source[x].inputs[0]
         if x in self.inputs and self.model.is_real(e.outputs[0]):
@@ -377,19 +377,19 @@ class _Finder:
         self._extend(block, e)
 
     def _is_cast(self, e: Equation) -> bool:
-        """Whether an equation makes real values of another type of real ones."""
+        """Returns whether an equation casts real values to another real type."""
         is_cast = e.primitive.name == "convert_element_type"
         return is_cast and all(map(self.model.is_real, (*e.inputs, *e.outputs)))
 
     def _cast_block(self, block: Block, e: Equation) -> None:
-        """Goes on with a block in another type: in half precision they come between."""
+        """Extends a block by a cast, as in half precision."""
         is_affine = block.kind in ("product", "affine") or bool(block.affine)
         if is_affine and not block.is_bounded:
             block.affine.append(e)
         self._extend(block, e)
 
     def _before_casts(self, x: int) -> int:
-        """The input of the model that casts alone made a value of; else the value."""
+        """Returns the input that casts alone made a value of; else the value."""
         v = x
         while (e := self.source.get(v)) is not None and self._is_cast(e):
             if not self._is_only(e, e.inputs[0]):
@@ -409,7 +409,7 @@ class _Finder:
         return bounds_of(self.model, e) is not None
 
     def _goes_on(self, block: Block, e: Equation, x: int) -> bool:
-        """Whether an affine equation on the end of a block belongs to the block."""
+        """Returns whether an affine equation after a block belongs to the block."""
         absorbs = block.kind in ("product", "affine") or (
             block.kind in MEANS and e.primitive.name in _SCALING
         )
@@ -438,7 +438,7 @@ class _Finder:
     # What equations and values are.
 
     def _is_only(self, e: Equation, x: int) -> bool:
-        """Whether ``e`` is the one consumer of ``x``, batch statistics aside."""
+        """Returns whether ``e`` alone reads ``x``, batch statistics aside."""
         others = (u for u in self.users[x] if u is not e)
         return x not in self.model.outputs and all(map(self._is_statistic, others))
 
@@ -446,7 +446,7 @@ class _Finder:
         return all(map(self._serves_statistics, e.outputs))
 
     def _keeps_axes(self, e: Equation, x: int) -> bool:
-        """Whether axes of size 1 come back between a sum and its division."""
+        """Returns whether axes of size 1 come back between a sum and its division."""
         block = self.open.get(x)
         if block is None or block.kind not in MEANS or block.affine:
             return False
@@ -458,12 +458,12 @@ class _Finder:
         return moves and scales and same and self._is_only(e, x)
 
     def _is_rescaling(self, e: Equation, x: int) -> bool:
-        """Whether an affine equation has one known number for all values."""
+        """Returns whether an affine equation has one known number for all values."""
         known = (constant_of(self.model, v, self.source) for v in e.inputs if v != x)
         return all(c is not None and c.size == 1 for c in known)
 
     def _keeps_grid(self, e: Equation) -> bool:
-        """Whether all that comes out are values that went in, or zero."""
+        """Returns whether all outputs are values of the input, or zero."""
         name = e.primitive.name
         if name == "pad":
             return self._is_zero(e.inputs[1])
@@ -472,11 +472,11 @@ class _Finder:
         return name in _GRID_KEEPING
 
     def _is_embedding(self, e: Equation) -> bool:
-        """Whether an input chooses rows of a parameter."""
+        """Returns whether an input chooses rows of a parameter."""
         return e.primitive.name == "gather" and e.inputs[0] not in self.data
 
     def _is_apart(self, e: Equation) -> bool:
-        """Whether an equation is no part of an elementwise function."""
+        """Returns whether an equation is no part of an elementwise function."""
         is_statistic = bool(self.statistics.intersection(e.inputs))
         return (
             is_statistic
@@ -503,7 +503,7 @@ class _Finder:
         return masks(e) or scales
 
     def _quantizer_before(self, v: int) -> Equation | None:
-        """The quantizer of the user that a weight comes from, through moves."""
+        """Returns the quantizer of the user that a weight comes from, through moves."""
         e = self.source.get(v)
         while e is not None and e.primitive.name in SHAPE_MOVES:
             e = self.source.get(e.inputs[0])
@@ -513,7 +513,7 @@ class _Finder:
         return math.prod(self.model.shape(v))
 
     def _leaf(self, v: int, through: frozenset[str] | None) -> int | None:
-        """The parameter that ``v`` is made of, by ``through`` alone or by anything."""
+        """Returns the parameter that ``v`` is made of, by ``through`` or anything."""
         if v in self.names:
             return v
         e = self.source.get(v)
@@ -523,13 +523,13 @@ class _Finder:
         return next((leaf for leaf in leaves if leaf is not None), None)
 
     def _leaves_of(self, e: Equation) -> list[str]:
-        """Parameters that go into an equation which quantizes nothing itself."""
+        """Returns the parameters of an equation that quantizes nothing itself."""
         known = (v for v in e.inputs if v not in self.data)
         leaves = (self._leaf(v, through=None) for v in known)
         return [self.names[leaf] for leaf in leaves if leaf is not None]
 
     def _name_of(self, values: Iterable[int]) -> str:
-        """The name of a parameter that goes into one of ``values``."""
+        """Returns the name of a parameter that goes into one of ``values``."""
         known = (v for v in values if v not in self.data)
         leaves = (self._leaf(v, through=None) for v in known)
         return next((self.names[leaf] for leaf in leaves if leaf is not None), "")
@@ -537,7 +537,7 @@ class _Finder:
     # Statistics of a batch.
 
     def _find_servants(self) -> set[int]:
-        """Statistics, and what is used for nothing but statistics."""
+        """Returns statistics and values that serve nothing but statistics."""
         found = set(self.statistics)
         for e in reversed(self.model.equations if found else ()):
             for v in e.outputs:
@@ -553,7 +553,7 @@ class _Finder:
     # Names.
 
     def plan(self) -> Plan:
-        """Names the sites, in the order of the equations."""
+        """Names the sites in the order of the equations."""
         returned = self._returned()
         sites: list[Site] = []
         taken: collections.Counter[str] = collections.Counter()
@@ -593,7 +593,7 @@ class _Finder:
         )
 
     def _biases(self, weights: dict[int, int]) -> dict[int, Site]:
-        """The parameters that are added to products before anything else is done."""
+        """Returns the parameters that are added to products first."""
         found: dict[int, Site] = {}
         for block in self.blocks:
             first = (
@@ -622,7 +622,7 @@ class _Finder:
         return f"{kind}_{k}"
 
     def _factor(self, block: Block) -> int:
-        """A constant of the shape of what multiplies the input of an affine block."""
+        """Returns a constant with the shape of the factor of an affine block."""
         known = [v for e in block.affine for v in e.inputs if v not in self.data]
         return max(known, key=lambda v: len(self.model.shape(v)), default=block.value)
 
@@ -705,7 +705,7 @@ def is_quantizer(e: Equation) -> bool:
 
 
 def _has_product(jaxpr: Any) -> bool:
-    """Whether a product is anywhere inside of a jaxpr."""
+    """Returns whether a jaxpr contains a product at any depth."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     return any(
         eqn.primitive.name in _PRODUCTS

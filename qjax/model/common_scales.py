@@ -1,4 +1,4 @@
-"""Values with a scale per channel: one grid for all of them, and what is left of each.
+"""Values with a scale per channel: one grid for all channels, and a ratio of each.
 
     real = code * scale[c] = (code * common) * ratio[c],    common = max(scale)
 
@@ -66,7 +66,7 @@ def channels_of(x: jax.Array, scale: jax.Array, word: Word) -> Channels:
 
 
 def held_scale(scale: jax.Array, bits: ArrayLike) -> jax.Array:
-    """Raises scales that are too fine beside the coarsest one.
+    """Raises scales that are too fine beside the coarsest scale.
 
     Codes of ``bits`` as steps of the finest scale fit int32 then.
     """
@@ -75,7 +75,7 @@ def held_scale(scale: jax.Array, bits: ArrayLike) -> jax.Array:
 
 
 def aligned_ends(scale: jax.Array, word: Word) -> tuple[jax.Array, Word]:
-    """Returns the finest of scales that are powers of two, and codes in steps of it."""
+    """Returns the finest of power-of-two scales, and the ends of codes in its steps."""
     finest = jnp.min(scale)
     times = jnp.max(scale) * (1.0 / finest)
     ends = (jnp.asarray(q).astype(jnp.float32) * times for q in word)
@@ -85,7 +85,7 @@ def aligned_ends(scale: jax.Array, word: Word) -> tuple[jax.Array, Word]:
 def join_ends(
     scales: Sequence[jax.Array], words: Sequence[Word]
 ) -> tuple[jax.Array, Word]:
-    """Returns the finest scale of several values, and codes in steps of it for all."""
+    """Returns the finest scale of several values, and the joint ends of their codes."""
     finest = functools.reduce(jnp.minimum, scales)
     ends = [
         [jnp.asarray(q).astype(jnp.float32) * (s * (1.0 / finest)) for q in word]
@@ -99,7 +99,7 @@ def join_ends(
 def move_index(
     e: Equation, index: np.ndarray, shape: Sequence[int]
 ) -> list[np.ndarray] | None:
-    """Follows channels through an equation that keeps the values that there are.
+    """Follows channels through an equation that only moves values.
 
     Args:
       e: With one operand of data, the first.
@@ -150,7 +150,7 @@ def move_index(
 def _reshaped(
     index: np.ndarray, shape: Sequence[int], p: dict[str, Any]
 ) -> list[np.ndarray] | None:
-    """The axes before the channels stay one value each where they stay themselves."""
+    """Reshapes an index of channels where the axes before the channels stay."""
     sizes = tuple(p["new_sizes"])
     first = next((d for d, n in enumerate(index.shape) if n > 1), len(shape))
     k = 0
@@ -169,7 +169,7 @@ def _reshaped(
 def kernel_index(
     e: Equation, operand: int, index: np.ndarray, kernel: Sequence[int]
 ) -> np.ndarray | None:
-    """Returns which channel of its input each entry of a kernel is multiplied with.
+    """Returns the input channel that multiplies each entry of a kernel.
 
     Args:
       e: A ``dot_general`` or a ``conv_general_dilated``.

@@ -39,7 +39,7 @@ _WHOLE = 1e-6  # How far from an integer a ratio of scales may lie.
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """A node of a graph.
+    """An operator: a node of a QONNX graph.
 
     Attributes:
       name: What it does, as ONNX names it.
@@ -60,7 +60,7 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Registers ``rule(operator, *values)``; inputs left out are None."""
+    """Registers ``rule(operator, *values)``; absent inputs are None."""
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, function))
@@ -92,7 +92,7 @@ def _bipolar_quant(op: Operator, x: Value, *params: Known) -> Value:
 
 @rule("Trunc")
 def _trunc(op: Operator, x: Value, *params: Known) -> Value:
-    """Version 1 has 5 inputs and keeps its scale; version 2 has an output scale."""
+    """Truncates codes: version 1 (5 inputs) keeps the scale, version 2 has another."""
     arrays = _arrays(op, params, 4)
     scale, zero, in_bits, out_bits = *arrays[:3], arrays[-1]
     if len(arrays) == 4:
@@ -147,7 +147,7 @@ def _positive(scale: np.ndarray) -> np.ndarray:
 
 
 def _ends(bits: np.ndarray, is_signed: bool, is_narrow: bool) -> tuple[int, int]:
-    """QONNX's ranges: an unsigned narrow one leaves the largest code out."""
+    """Returns the ends of a word; a narrow unsigned one omits the largest code."""
     most = 31 if is_signed else 30
     if bits.size != 1 or bits.item() != round(bits.item()) or not 0 < bits <= most:
         raise NotImplementedError(
@@ -165,7 +165,7 @@ def _ends(bits: np.ndarray, is_signed: bool, is_narrow: bool) -> tuple[int, int]
 
 @rule("Add", "Sub", "Mul", "Div")
 def arithmetic(op: Operator, a: Value, b: Value) -> Value:
-    """A line, if one operand is constant; else a sum or a product of two values."""
+    """Computes a line if one operand is constant, else a sum or a product of two."""
     if isinstance(a, Data) and isinstance(b, Data):
         return _PAIRS[op.name](op, a, b)
     is_left = isinstance(a, Known)
@@ -188,7 +188,7 @@ def arithmetic(op: Operator, a: Value, b: Value) -> Value:
 
 
 def _added(op: Operator, a: Data, b: Data) -> Data:
-    """A sum; of codes on grids that fit, it is codes again."""
+    """Adds two values; codes on grids that fit give codes again."""
     sign = -1 if op.name == "Sub" else 1
     total = a.real() + b.real() if sign > 0 else a.real() - b.real()
     if a.grid is None or b.grid is None:
@@ -214,7 +214,7 @@ def _divided(op: Operator, a: Data, b: Data) -> Data:
 
 
 def of_two(op: Operator, a: Data, b: Data, taps: int, acc: jax.Array) -> Data:
-    """``acc``, a sum of ``taps`` products of two values, as an accumulator."""
+    """Makes an accumulator from ``acc``, a sum of ``taps`` products of two values."""
     if a.grid is None or b.grid is None:
         return Data(acc)
     ends = [

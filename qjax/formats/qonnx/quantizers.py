@@ -83,7 +83,7 @@ _MOVES = {
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-    """The integers of a quantizer.
+    """The word of a quantizer: the integers that its codes can be.
 
     Attributes:
       scale: float32, ``[]`` or the rank of the values.
@@ -101,7 +101,7 @@ class Word:
 
 
 def int_quant(x: Known | Data, word: Word, site: str) -> Known | Data:
-    """IntQuant.
+    """Computes IntQuant.
 
     Args:
       x: Values.
@@ -135,7 +135,7 @@ def _known(x: Known, word: Word) -> Known:
 
 
 def _formula(x: jax.Array, word: Word) -> jax.Array:
-    """The definition, on codes of a scale or a channel each."""
+    """Computes IntQuant by its definition, with one scale or one scale per channel."""
     scale, zero = (_aligned(a, x.ndim) for a in (word.scale, word.zero_point))
     steps = x / scale
     if np.any(word.zero_point):
@@ -163,7 +163,7 @@ def _by_channel(x: jax.Array, word: Word, site: str) -> jax.Array:
 
 
 def _at_once(x: Data, scale: float, zero: int, word: Word, site: str) -> Data:
-    """Rounds what is no function of few codes: an input, or a wide accumulator."""
+    """Rounds an input or a wide accumulator, which is no function of few codes."""
     mode = word.mode
     if word.low >= zero:
         mode = _UPWARDS.get(mode, mode)
@@ -198,7 +198,7 @@ def _plus(x: Data, by: float) -> jax.Array:
 
 
 def bipolar_quant(x: Known | Data, scale: np.ndarray, site: str) -> Known | Data:
-    """BipolarQuant: codes -1 and 1. The sign of 0 is 1.
+    """Computes BipolarQuant: codes -1 and 1, with sign 1 at 0.
 
     The sign of a raw input is that of the input plus 2^-22.
 
@@ -231,7 +231,7 @@ def bipolar_quant(x: Known | Data, scale: np.ndarray, site: str) -> Known | Data
 
 
 def _threshold(x: Data, unit: float, site: str) -> Data:
-    """The sign of a line is an accumulator's distance from an integer.
+    """Returns the sign of a line as an accumulator compared with an integer threshold.
 
     ``gain * n * unit + bias >= 0`` from some integer ``n`` on, up or down. Half a unit
     away from it there is no tie, and codes saturate at -1 and 1.
@@ -263,7 +263,7 @@ def _threshold(x: Data, unit: float, site: str) -> Data:
 
 
 def trunc(x: Known | Data, words: tuple[Word, Word], bits: int, site: str) -> Data:
-    """Trunc: codes of one grid without their least bits.
+    """Computes Trunc: codes of one grid without their least bits.
 
     Args:
       x: Values.
@@ -293,7 +293,7 @@ def trunc(x: Known | Data, words: tuple[Word, Word], bits: int, site: str) -> Da
 def multi_threshold(
     x: Data, thresholds: np.ndarray, scale: float, bias: float, *, axis: int, site: str
 ) -> Data:
-    """MultiThreshold: how many thresholds are not above a value.
+    """Computes MultiThreshold: the number of thresholds that are not above a value.
 
     Args:
       x: Values.
@@ -327,7 +327,7 @@ def multi_threshold(
 
 
 def rounding_mode(name: str) -> str:
-    """Returns the name of a rounding in upper case.
+    """Returns the name of a rounding mode in upper case.
 
     Raises:
       NotImplementedError: if there is no such rounding.

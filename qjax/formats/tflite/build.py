@@ -104,7 +104,7 @@ def _grown(
     inputs: Sequence[int],
     outputs: Sequence[int],
 ) -> tuple[Graph, dict[str, np.ndarray]]:
-    """The integer graph of the operators, and its parameters."""
+    """Returns the integer graph of the operators and its parameters."""
     for k in inputs:
         if growth.tensors[k].dtype != "float32":
             growth.add_input(k, k)
@@ -128,7 +128,7 @@ def _grown(
 
 @contextlib.contextmanager
 def _named(number: int, call: Call) -> Iterator[None]:
-    """Puts the operator before whatever its rule says of it."""
+    """Puts the name of the operator before any error of its rule."""
     try:
         yield
     except Exception as error:
@@ -142,7 +142,7 @@ def _named(number: int, call: Call) -> Iterator[None]:
 
 
 def _gives_shape(call: Call) -> bool:
-    """Whether an operator computes integers that are no codes."""
+    """Returns whether an operator computes integers that are no codes."""
     outputs = [call.output(place) for place in range(len(call.op.outputs))]
     if call.op.name in ("ARG_MAX", "ARG_MIN"):
         return False

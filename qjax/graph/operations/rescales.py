@@ -1,4 +1,4 @@
-"""From grid to grid: what rounds."""
+"""Operations that take integers from grid to grid, with rounding."""
 
 import numpy as np
 
