@@ -94,12 +94,12 @@ class QSpec:
 
     @property
     def qmin(self) -> ArrayLike:
-        """The least code."""
+        """Returns the least code."""
         return int_range(self.bits, self.signed, self.narrow_range)[0]
 
     @property
     def qmax(self) -> ArrayLike:
-        """The largest code."""
+        """Returns the largest code."""
         return int_range(self.bits, self.signed, self.narrow_range)[1]
 
 

@@ -126,27 +126,27 @@ class IntegerProgram:
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """The names of the inputs, flat: ``input 0``, ``input:1['image']``."""
+        """Returns the names of the inputs, flat: ``input 0``, ``input:1['image']``."""
         places = range(self.input_tree.num_leaves)
         return tuple(leaf_names(jax.tree.unflatten(self.input_tree, places)))
 
     @property
     def input_grids(self) -> tuple[Grid, ...]:
-        """The grids of the inputs, flat."""
+        """Returns the grids of the inputs, flat."""
         return tuple(_grid(v) for v in self._inputs)
 
     @property
     def output_grids(self) -> tuple[Grid, ...]:
-        """The grids of the outputs, flat."""
+        """Returns the grids of the outputs, flat."""
         return tuple(_grid(v) for v in self._outputs)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the parameters as `save` writes them, 2 and 4 bits packed."""
+        """Returns the bytes of the parameters as saved, 2 and 4 bits packed."""
         return sum(nbytes(np.asarray(p)) for p in self.params.values())
 
     def report(self) -> Report:
-        """Certifies the program: no overflow, no float, how well each site agrees."""
+        """Certifies the program: no overflow, no float, agreement of each site."""
         return certify(self.graph, self.params, tuple(float_values(self)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -174,7 +174,7 @@ class IntegerProgram:
 
     @functools.cached_property
     def run_codes(self) -> Callable[..., list[jax.Array]]:
-        """``(params, *codes) -> codes``, flat and jitted: the program itself."""
+        """Returns the program, ``(params, *codes) -> codes``, flat and jitted."""
 
         def codes(params: Mapping[str, jax.Array], *inputs: jax.Array) -> Any:
             values = xla.run(self.graph, params, inputs)
@@ -282,7 +282,7 @@ class IntegerProgram:
 
 
 def load(path: str | os.PathLike[str]) -> IntegerProgram:
-    """Reads a program that `IntegerProgram.save` wrote.
+    """Reads a program written by `IntegerProgram.save`.
 
     Args:
       path: The file.
@@ -335,5 +335,5 @@ def _check_range(name: str, x: Any, v: Value) -> None:
 
 
 def _grid(value: Value) -> Grid:
-    """The grid of an input or output; whole numbers stand for themselves."""
+    """Returns the grid of an input or output; whole numbers stand for themselves."""
     return Grid(1.0, 0) if value.grid is None else value.grid

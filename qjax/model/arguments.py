@@ -1,4 +1,4 @@
-"""What `quantize_model` and `QuantizedModel` take: functions, parameters, inputs."""
+"""Checks of the arguments of `quantize_model` and `QuantizedModel`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -83,7 +83,7 @@ def _remedy_of_method(fn: Callable[..., Any]) -> str:
 
 
 def _holds_arrays(x: Any) -> bool:
-    """Whether something is a pytree, and no function with bound arguments."""
+    """Returns whether a value is a pytree of arrays and no function that holds some."""
     leaves = jax.tree.leaves(x)
     is_whole = len(leaves) == 1 and leaves[0] is x
     return not is_whole and not isinstance(x, jax.tree_util.Partial)

@@ -240,7 +240,7 @@ class _Finder:
                     self._start(Block(kind or str(called or name), e, v))
 
     def _whole(self, e: Equation, kind: str) -> None:
-        """A softmax or a normalisation; its statistics where others read them."""
+        """Starts a block at a softmax or normalisation, statistics included."""
         name = self._name_of(e.inputs)
         for v in e.outputs:
             if self.model.is_real(v) and self.model.shape(v):
@@ -287,7 +287,7 @@ class _Finder:
             self.on_grid.discard(x)
 
     def _check_call(self, e: Equation) -> None:
-        """Raises for a call that holds a part of the model, as no site is in it."""
+        """Raises for a call that holds a part of the model, where no site can be."""
         name, jaxprs = e.primitive.name, [*jex.jaxprs_in_params(e.params)]
         if not jaxprs or is_quantizer(e):
             return
@@ -398,7 +398,7 @@ class _Finder:
         return v if v in self.input_sites else x
 
     def _absorbs(self, e: Equation, x: list[int]) -> bool:
-        """Whether a function begins with an equation that an open block takes in."""
+        """Returns whether a function begins with an equation that a block takes in."""
         block = self.open.get(x[0])
         if block is None or len(x) != 1 or not self._is_only(e, x[0]):
             return False
@@ -493,7 +493,7 @@ class _Finder:
         return value is not None and bool(np.all(value == 0))
 
     def _is_dropout(self, e: Equation) -> bool:
-        """The scaling and the selection by a mask that does not depend on data."""
+        """Returns whether an equation scales or selects by a mask without data."""
 
         def masks(u: Equation) -> bool:
             return u.primitive.name == "select_n" and u.inputs[0] not in self.data
@@ -627,7 +627,7 @@ class _Finder:
         return max(known, key=lambda v: len(self.model.shape(v)), default=block.value)
 
     def _returned(self) -> dict[int, int]:
-        """Ends of blocks that the model returns and nobody else uses -> which one."""
+        """Maps ends of blocks that only the model returns to the output number."""
         ends = {b.value for b in self.blocks}
         found: dict[int, int] = {}
         for v in self.model.outputs:
@@ -700,7 +700,7 @@ def _scalar(value: np.ndarray) -> Any:
 
 
 def is_quantizer(e: Equation) -> bool:
-    """Whether an equation is a quantizer: a tag, a call of one, or one of ours."""
+    """Returns whether an equation is a quantizer: `qpoint`, a call of it, a family."""
     return bool(quantizer_of(e)) or has_qpoint(e)
 
 
@@ -715,7 +715,7 @@ def _has_product(jaxpr: Any) -> bool:
 
 
 def has_qpoint(e: Equation) -> bool:
-    """Whether an equation is a quantization point or calls one."""
+    """Returns whether an equation is a quantization point or calls one."""
 
     def inside(jaxpr: Any) -> bool:
         return any(

@@ -203,7 +203,7 @@ def _cut(scale: Any, parts: list[slice]) -> Any:
 
 
 def _reshaped(scale: Any, shape: Sequence[int], out: Sequence[int]) -> Any:
-    """A scale where axes fall together or apart: whole where it varies in them."""
+    """Reshapes a scale, whole along axes that it varies in and that merge or split."""
     sizes, wide = list(scale.shape), [1] * len(out)
     for own, others in _groups(shape, out):
         if any(scale.shape[d] != 1 for d in own):

@@ -256,7 +256,7 @@ class _Finder:
         return [v for v in dict.fromkeys(e.inputs) if v in self.data]
 
     def _kind(self, e: Equation) -> str | None:
-        """line, bound, bent or neutral; None if it is no function of one value."""
+        """Returns line, bound, bent or neutral; None for a function of several."""
         name, data = e.primitive.name, self._operands(e)
         others = [v for v in e.inputs if v not in data]
         if not data or len(e.outputs) != 1 or not all(map(self._is_number, others)):

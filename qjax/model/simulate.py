@@ -484,7 +484,7 @@ class Simulation:
     # A block in the form that lowers exactly.
 
     def _fused(self, block: Block) -> list[jax.Array] | None:
-        """Computes the affine part of a block as one bias and one factor, if on grids.
+        """Computes a block's affine part as one bias and one factor; None off grids.
 
             product:  y = (acc + bias) * factor,  bias on the grid of acc
             average:  y = sum of codes, with its `Unit`

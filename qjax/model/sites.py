@@ -162,7 +162,7 @@ class _Describer:
     def _overwritten(
         self, block: Block, sites: Sequence[Site], feeds: dict[int, list[str]]
     ) -> str:
-        """The first operand of a block that a runtime may compute it in the place of.
+        """Returns the first operand that a runtime may overwrite with the value.
 
         It has the shape of the value, is read there alone, and as it is; an example has
         more than one number, and the model is neither given the operand nor does it
@@ -264,7 +264,7 @@ class _Describer:
         return e
 
     def _top(self, block: Block) -> str:
-        """The modules around the one whose parameters a block has: ``CNN/``."""
+        """Returns the modules around the one with the block's parameters: ``CNN/``."""
         path, name = block.root.path, block.name
         return path[: -len(name)] if name and path.endswith("/" + name) else ""
 

@@ -65,7 +65,7 @@ class Equation:
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """Equations in order. Values are numbers; ``avals`` gives their types."""
+    """A program: equations in order over numbered values, with types in ``avals``."""
 
     equations: tuple[Equation, ...]
     inputs: tuple[int, ...]
@@ -323,7 +323,7 @@ def _prune(trace: Trace) -> Trace:
 
 
 def _is_function(eqn: Any) -> bool:
-    """Returns whether an equation calls a function other than a line or a bound."""
+    """Returns whether an equation calls an elementwise function, no line or bound."""
     if eqn.primitive is not p.jit_p:
         return False
     if str(eqn.params["name"]).startswith(SCOPE):

@@ -29,7 +29,7 @@ from qjax.rounding import power_of_two
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedRelu(Spec):
-    """Options of `quantized_relu`.
+    """The options of `quantized_relu`.
 
     Attributes:
       bits: Word length, 1 to 31. A negative slope takes one of them.
@@ -60,7 +60,7 @@ class QuantizedRelu(Spec):
     strict: bool = static(True, kw_only=True)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_word(self, most=31)
         check_slope(self)
         slope = self.negative_slope
@@ -79,7 +79,7 @@ class QuantizedRelu(Spec):
         require(self, not self.strict or self.is_bound_on_grid(), rule)
 
     def is_bound_on_grid(self) -> bool:
-        """Whether the largest value is a multiple of the step, as far as is known."""
+        """Returns whether the bound is a multiple of the step, as far as is known."""
         bound, slope = self.relu_upper_bound, self.negative_slope
         numbers = (bound, slope, self.bits, self.integer)
         if bound is None or self.is_quantized_clip or not is_known(*numbers):
@@ -135,7 +135,7 @@ def quantized_relu(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedTanh(Spec):
-    """Options of `quantized_tanh`.
+    """The options of `quantized_tanh`.
 
     Attributes:
       bits: Word length, sign included, 1 to 24.
@@ -154,7 +154,7 @@ class QuantizedTanh(Spec):
     internal_sigmoid: InternalSigmoid = static("hard", kw_only=True)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_word(self, most=24)
 
 
@@ -195,7 +195,7 @@ def quantized_tanh(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedSigmoid(Spec):
-    """Options of `quantized_sigmoid`.
+    """The options of `quantized_sigmoid`.
 
     Attributes:
       bits: Word length, 1 to 24.
@@ -214,7 +214,7 @@ class QuantizedSigmoid(Spec):
     internal_sigmoid: InternalSigmoid = static("hard", kw_only=True)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_word(self, most=24)
 
 
@@ -253,7 +253,7 @@ def quantized_sigmoid(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedHswish(Spec):
-    """Options of `quantized_hswish`: those of `QuantizedBits` that apply, and a curve.
+    """The options of `quantized_hswish`: most of `QuantizedBits`, and the curve's.
 
     Attributes:
       bits: Word length, sign included, 1 to 32.
@@ -282,7 +282,7 @@ class QuantizedHswish(Spec):
     strict: bool = static(True, kw_only=True)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_word(self)
         check_alpha(self)
         check_number(self, "relu_shift", "positive", 0, is_open=True)
@@ -399,7 +399,7 @@ def _curve_point(
     levels: jax.Array,
     low: jax.Array,
 ) -> Point:
-    """Rounds a curve to ``1 / levels``; no derivative where that is clipped."""
+    """Rounds a curve to ``1 / levels``, without derivative where it is clipped."""
     held = lax.stop_gradient(real)
     steps, scale, high = held * levels, 1.0 / levels, levels - 1.0
     whole = round_steps(steps, key)

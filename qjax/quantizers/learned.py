@@ -1,4 +1,4 @@
-"""Quantizers that learn their grid: scale, offset, clip, or number of bits.
+"""Quantizers that learn their grid: scale, offset, clip, or bit width.
 
 What is learned is an argument, an array with a gradient of its own; the options are a
 frozen spec. Codes are those of `qjax.quantize`: ``clip(round(x / s) + z, qmin, qmax)``.
@@ -35,7 +35,7 @@ Axes = int | tuple[int, ...] | None
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LSQ(Spec):
-    """Options of `lsq`.
+    """The options of `lsq`.
 
     Attributes:
       bits: Word length, sign included, 2 to 24 (1 to 24 unsigned).
@@ -59,7 +59,7 @@ class LSQ(Spec):
     qnoise_factor: ArrayLike = 1.0
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         _check_learned(self)
 
 
@@ -71,7 +71,7 @@ def lsq(
     key: jax.Array | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
-    """Learned step size: rounds on a grid whose scale has a gradient.
+    """Rounds to a grid whose scale has a gradient: learned step size.
 
         u = x / s,  y = s * clip(round(u), qmin, qmax)
         dx = dy where qmin < u < qmax, else 0
@@ -106,7 +106,7 @@ def lsq(
 
 
 def lsq_scale(x: jax.Array, spec: LSQ) -> jax.Array:
-    """Returns the scale that `lsq` starts from: ``2 * mean|x| / sqrt(qmax)``.
+    """Returns the initial scale of `lsq`: ``2 * mean|x| / sqrt(qmax)``.
 
     Args:
       x: First values, a weight or a batch.
@@ -127,7 +127,7 @@ def lsq_scale(x: jax.Array, spec: LSQ) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LSQPlus(Spec):
-    """Options of `lsq_plus`: those of `LSQ`.
+    """The options of `lsq_plus`: those of `LSQ`.
 
     Attributes:
       bits: Word length, sign included, 2 to 24 (1 to 24 unsigned).
@@ -150,7 +150,7 @@ class LSQPlus(Spec):
     qnoise_factor: ArrayLike = 1.0
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         _check_learned(self)
 
 
@@ -163,7 +163,7 @@ def lsq_plus(
     key: jax.Array | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
-    """Learned step size and offset.
+    """Rounds to a grid whose scale and offset have gradients.
 
         z = -round(offset / s),  u = x / s + z,  q = clip(round(x / s) + z, qmin, qmax)
         y = s * (q - z)
@@ -200,7 +200,7 @@ def lsq_plus(
 
 
 def lsq_plus_params(x: jax.Array, spec: LSQPlus) -> tuple[jax.Array, jax.Array]:
-    """Returns the scale and offset that `lsq_plus` starts from: of the range of ``x``.
+    """Returns the initial scale and offset of `lsq_plus`, from the range of ``x``.
 
     Args:
       x: First values, a batch.
@@ -219,7 +219,7 @@ def lsq_plus_params(x: jax.Array, spec: LSQPlus) -> tuple[jax.Array, jax.Array]:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PACT(Spec):
-    """Options of `pact`.
+    """The options of `pact`.
 
     Attributes:
       bits: Word length, 1 to 24.
@@ -236,7 +236,7 @@ class PACT(Spec):
     qnoise_factor: ArrayLike = 1.0
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_word(self, most=24)
 
 
@@ -248,7 +248,7 @@ def pact(
     key: jax.Array | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
-    """Parameterized clipping: a relu that ends at a learned value, rounded.
+    """Rounds a relu that ends at a learned value: parameterized clipping.
 
         s = clip / (2^bits - 1),  y = s * round(min(max(x, 0), clip) / s)
         dx = dy where 0 <= x < clip, else 0;  d clip = sum(dy where x >= clip)
@@ -279,7 +279,7 @@ def pact(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class DoReFaWeights(Spec):
-    """Options of `dorefa_weights`.
+    """The options of `dorefa_weights`.
 
     Attributes:
       bits: Word length, 1 to 16.
@@ -294,7 +294,7 @@ class DoReFaWeights(Spec):
     qnoise_factor: ArrayLike = 1.0
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_word(self, most=16)
 
 
@@ -334,7 +334,7 @@ def dorefa_weights(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class DoReFaActivations(Spec):
-    """Options of `dorefa_activations`.
+    """The options of `dorefa_activations`.
 
     Attributes:
       bits: Word length, 1 to 24.
@@ -349,7 +349,7 @@ class DoReFaActivations(Spec):
     qnoise_factor: ArrayLike = 1.0
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_word(self, most=24)
 
 
@@ -360,7 +360,7 @@ def dorefa_activations(
     key: jax.Array | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
-    """DoReFa's activations: ``round(n * clip(x, 0, 1)) / n``, ``n = 2^bits - 1``.
+    """Rounds DoReFa's activations: ``round(n * clip(x, 0, 1)) / n``, ``n = 2^bits-1``.
 
     The derivative is 1 where ``0 <= x <= 1``, else 0.
 
@@ -385,7 +385,7 @@ def dorefa_activations(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class DifferentiableBits(Spec):
-    """Options of `differentiable_bits`.
+    """The options of `differentiable_bits`.
 
     Attributes:
       integer: Bits before the binary point, sign not counted.
@@ -402,7 +402,7 @@ class DifferentiableBits(Spec):
     qnoise_factor: ArrayLike = 1.0
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_number(self, "integer", "an integer in -60..60", -60, 60, is_whole=True)
 
 
@@ -414,7 +414,7 @@ def differentiable_bits(
     key: jax.Array | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
-    """Rounds to fixed point of a learned number of bits.
+    """Rounds to fixed point of a learned bit width.
 
         u = clip(round(bits), 0, 24) - signed, at least 0;  s = 2^(integer - u)
         y = s * clip(round(x / s), qmin, qmax),  qmax = 2^u - 1,  qmin = -qmax or 0
@@ -472,7 +472,7 @@ def _check_shape(name: str, what: str, x: Any, learned: Any, axis: Axes) -> None
 
 
 def _damped(spec: Any, v: jax.Array, x: jax.Array, qmax: jax.Array) -> jax.Array:
-    """A learned array with its gradient scaled."""
+    """Scales the gradient of a learned array."""
     g = spec.gradient_scale
     if isinstance(g, str):
         g = 1.0 / jnp.sqrt(max(x.size, 1) / math.prod(v.shape) * qmax)
@@ -595,7 +595,7 @@ def _line_point(
     qmin: jax.Array,
     qmax: jax.Array,
 ) -> Point:
-    """Rounds ``x`` to multiples of a scale; its stand-in is differentiated."""
+    """Rounds ``x`` to multiples of a scale, with the derivative of ``smooth``."""
     held = lax.stop_gradient(x)
     steps = held * (1.0 / scale)
     value = held

@@ -1,4 +1,4 @@
-"""Fixed point: `quantized_bits` and `quantized_linear`.
+"""Fixed-point quantizers: `quantized_bits` and `quantized_linear`.
 
 Words of ``bits`` bits, of which ``integer`` stand before the binary point, the sign not
 counted. With ``u = bits - keep_negative`` the step of a grid is ``2^(integer - u)``.
@@ -54,7 +54,7 @@ from qjax.rounding import power_of_two
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedBits(Spec):
-    """Options of `quantized_bits`.
+    """The options of `quantized_bits`.
 
     Attributes:
       bits: Word length, sign included, 1 to 32.
@@ -97,7 +97,7 @@ class QuantizedBits(Spec):
     strict: bool = static(True, kw_only=True)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_word(self)
         check_alpha(self)
         check_groups(self)
@@ -158,7 +158,7 @@ def quantized_bits(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedLinear(Spec):
-    """Options of `quantized_linear`: those of `QuantizedBits`, with other defaults.
+    """The options of `quantized_linear`: those of `QuantizedBits`, with other defaults.
 
     Attributes:
       bits: Word length, sign included, 1 to 32.
@@ -186,7 +186,7 @@ class QuantizedLinear(Spec):
     strict: bool = static(True, kw_only=True)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_word(self)
         check_alpha(self)
 

@@ -1,4 +1,4 @@
-"""One bit and two levels more: binary and ternary values, and their random forms.
+"""Quantizers of two or three levels: binary and ternary values, also at random.
 
 Random quantizers draw with the ``key`` they are given, in training; without one they
 are deterministic.
@@ -54,7 +54,7 @@ def _check_ternary(spec: Any) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Binary(Spec):
-    """Options of `binary`.
+    """The options of `binary`.
 
     Attributes:
       use_01: Whether the codes are 0 and 1, not -1 and 1.
@@ -78,7 +78,7 @@ class Binary(Spec):
     max_po2_exponent: ArrayLike | None = dataclasses.field(default=None, kw_only=True)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_alpha(self)
         check_groups(self)
 
@@ -123,7 +123,7 @@ def binary(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class StochasticBinary(Spec):
-    """Options of `stochastic_binary`.
+    """The options of `stochastic_binary`.
 
     Attributes:
       alpha: As in `Binary`.
@@ -140,7 +140,7 @@ class StochasticBinary(Spec):
     internal_sigmoid: InternalSigmoid = static("hard", kw_only=True)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_alpha(self)
         check_number(self, "temperature", "positive", 0, is_open=True)
 
@@ -180,7 +180,7 @@ def stochastic_binary(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Bernoulli(Spec):
-    """Options of `bernoulli`: those of `StochasticBinary`.
+    """The options of `bernoulli`: those of `StochasticBinary`.
 
     Attributes:
       alpha: As in `Binary`.
@@ -197,7 +197,7 @@ class Bernoulli(Spec):
     internal_sigmoid: InternalSigmoid = static("hard", kw_only=True)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_alpha(self)
         check_number(self, "temperature", "positive", 0, is_open=True)
 
@@ -237,7 +237,7 @@ def bernoulli(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Ternary(Spec):
-    """Options of `ternary`.
+    """The options of `ternary`.
 
     Attributes:
       alpha: As in `Binary`.
@@ -255,7 +255,7 @@ class Ternary(Spec):
     number_of_unrolls: int = static(5)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         _check_ternary(self)
         found = isinstance(self.alpha, str)
         rule = "stochastic rounding needs a scale: `alpha='auto'` or 'auto_po2'."
@@ -302,7 +302,7 @@ def ternary(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class StochasticTernary(Spec):
-    """Options of `stochastic_ternary`.
+    """The options of `stochastic_ternary`.
 
     Attributes:
       alpha: As in `Binary`.
@@ -323,7 +323,7 @@ class StochasticTernary(Spec):
     internal_sigmoid: InternalSigmoid = static("hard", kw_only=True)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         _check_ternary(self)
         check_number(self, "temperature", "positive", 0, is_open=True)
 
@@ -366,7 +366,7 @@ def stochastic_ternary(
 def _scale_of(
     spec: Any, x: jax.Array, q: jax.Array, sharing: Sharing = LAST
 ) -> jax.Array:
-    """The scale of codes: given, or by least squares."""
+    """Returns the scale of codes, given or by least squares."""
     alpha = spec.alpha
     if not isinstance(alpha, str):
         return known_scale(x, 1.0 if alpha is None else alpha)
@@ -380,7 +380,7 @@ def _scale_of(
 def _two_values(
     real: jax.Array, x: jax.Array, q: jax.Array, scale: jax.Array, is_01: bool
 ) -> Point:
-    """A point of two codes: -1 and 1, or 0 and 1."""
+    """Makes a point of two codes: -1 and 1, or 0 and 1."""
     value, scale = snap(q, scale, 1)
     steps = divide(x, scale)
     zero = jnp.zeros(())
@@ -433,7 +433,7 @@ def _bernoulli_point(spec: Bernoulli, key: jax.Array | None, x: jax.Array) -> Po
 def _draw(
     spec: StochasticBinary | Bernoulli, key: jax.Array, x: jax.Array
 ) -> jax.Array:
-    """1 with the probability of the sigmoid, else 0."""
+    """Draws 1 with the probability of the sigmoid, else 0."""
     if isinstance(spec.alpha, str):
         x = divide(x, spread(x) + EPSILON)
     p = _sigmoid(spec)(jnp.asarray(spec.temperature, jnp.float32) * x)
@@ -509,7 +509,7 @@ def _first_scale(spec: Ternary | StochasticTernary, size: jax.Array) -> jax.Arra
 def _three_values(
     real: jax.Array, x: jax.Array, width: jax.Array, q: jax.Array, scale: jax.Array
 ) -> Point:
-    """A point of the codes -1, 0 and 1, with 0 in the middle of ``width``."""
+    """Makes a point of the codes -1, 0 and 1, with 0 in the middle of ``width``."""
     value, scale = snap(q, scale, 1)
     one = jnp.ones(())
     return Point(real, divide(x, width), -one, one, value, scale, -1, 1)

@@ -1,4 +1,4 @@
-"""What a quantizer makes of an array, and how its value gets a derivative."""
+"""Points: the result of a quantizer on an array, and the derivative of its value."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ class Quantized(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A rounded array, in the parts that value, codes and derivative need.
+    """A rounded array in the parts that value, codes and derivative need.
 
     All arrays are float32. None but ``real`` carries a derivative.
     """
@@ -104,7 +104,7 @@ def finish(
 def blend_noise(
     real: jax.Array, quantized: jax.Array, qnoise_factor: ArrayLike
 ) -> jax.Array:
-    """Blends a value with what a quantizer made of it: a share of quantization noise.
+    """Blends a value with its quantized value: a share of quantization noise.
 
         y = (1 - n) * real + n * quantized
 
@@ -160,7 +160,7 @@ def round_steps(steps: jax.Array, key: jax.Array | None) -> jax.Array:
 
 
 def known_scale(x: jax.Array, scale: ArrayLike | tuple[float, ...]) -> jax.Array:
-    """Gives a scale the rank of ``x``: ``[]`` stays, ``[c]`` is of the last axis."""
+    """Gives a scale the rank of ``x``: ``[]`` stays, ``[c]`` goes to the last axis."""
     scale = jnp.asarray(scale, jnp.float32)
     if scale.ndim == 0:
         return scale
@@ -170,7 +170,7 @@ def known_scale(x: jax.Array, scale: ArrayLike | tuple[float, ...]) -> jax.Array
 def snap(
     codes: jax.Array, scale: jax.Array, most: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns ``codes * scale`` and the scale: 1 in place of 0, that of an empty range.
+    """Returns ``codes * scale`` and the scale, with 1 in place of a scale of 0.
 
     ``most`` is the largest code: its value must be finite.
     """
@@ -179,14 +179,14 @@ def snap(
 
 
 def sign(x: jax.Array) -> jax.Array:
-    """Returns -1 below 0, else 1; also at 0, which has no sign of its own."""
+    """Returns -1 below 0, else 1, also at 0."""
     return jnp.where(x >= 0, 1.0, -1.0)
 
 
 def sign_line(
     is_sign: ArrayLike, u: jax.Array, steps: jax.Array, low: jax.Array, high: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Steps, least and largest level of a `Point`, where a sign is among the words.
+    """Returns steps, least and largest level of a `Point`, where a sign may be a word.
 
     The two values of a sign, ``u = -1`` and ``u = 1``, are neighbours: levels -1 and 0.
     """
@@ -274,7 +274,7 @@ def apply(
     estimator: Estimator | None = None,
     site: str = "",
 ) -> jax.Array:
-    """Applies the quantizer of a spec: what `parse` returned, say.
+    """Applies the quantizer of a spec, for example one that `parse` returned.
 
     Args:
       spec: Options of any quantizer in `qjax.quantizers`.
@@ -331,7 +331,7 @@ def _grid(point: Point) -> tuple[jax.Array, ...]:
 
 
 def _tagged(point: Point, x: jax.Array, site: str = "") -> jax.Array:
-    """The value; a quantization point, which lowering reads, if codes are linear."""
+    """Returns the value, at a quantization point for lowering if codes are linear."""
     value = lax.stop_gradient(point.value)
     if not point.is_direct:
         value = jnp.where(jnp.isnan(x), jnp.nan, value)

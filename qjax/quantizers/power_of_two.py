@@ -1,4 +1,4 @@
-"""Powers of two: multiplication by a weight is a shift.
+"""Power-of-two quantizers, for weights whose products are shifts.
 
 Exponents are rounded in the log domain, without a logarithm: ``round(log2(a))`` is read
 from the bits of ``a``.
@@ -52,7 +52,7 @@ def _check_po2(spec: Any, signed: int) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedPo2(Spec):
-    """Options of `quantized_po2`.
+    """The options of `quantized_po2`.
 
     Attributes:
       bits: Word length, 2 to 8: one for the sign, the others for the exponent.
@@ -78,7 +78,7 @@ class QuantizedPo2(Spec):
     strict: bool = static(True, kw_only=True)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         _check_po2(self, signed=1)
 
 
@@ -89,7 +89,7 @@ def quantized_po2(
     key: jax.Array | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
-    """Rounds to powers of two with a sign: QKeras's `quantized_po2`.
+    """Rounds to signed powers of two: QKeras's `quantized_po2`.
 
         n = bits - 1 - (max_value is None or above 1)
         E = clip(round(log2(min(|x|, max_value))), -2^n, 2^n - 1),  y = sign(x) * 2^E
@@ -126,7 +126,7 @@ def quantized_po2(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedReluPo2(Spec):
-    """Options of `quantized_relu_po2`.
+    """The options of `quantized_relu_po2`.
 
     Attributes:
       bits: Word length, 1 to 8, all for the exponent.
@@ -153,7 +153,7 @@ class QuantizedReluPo2(Spec):
     strict: bool = static(True, kw_only=True)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         _check_po2(self, signed=0)
         check_slope(self)
 
@@ -195,7 +195,7 @@ def quantized_relu_po2(
 
 
 class _Word(NamedTuple):
-    """Exponents of a word."""
+    """The exponents and values of a word."""
 
     low: Any  # Least exponent, before it is doubled by the quadratic approximation.
     high: Any
@@ -226,7 +226,7 @@ def _word(spec: Any, signed: int) -> _Word:
 def _round_exponent(
     spec: Any, word: _Word, a: jax.Array, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Exponents of magnitudes, int32, and the coordinate in which they are rounded."""
+    """Returns int32 exponents of magnitudes, and the coordinate of their rounding."""
     is_tiny = a < EPSILON
     a = jnp.where(is_tiny, 1.0, a)
     if spec.max_value is not None:
@@ -246,7 +246,7 @@ def _round_exponent(
 
 
 def _is_linear(word: _Word) -> bool:
-    """Whether codes of at most 8 bits and a sign hold all values."""
+    """Returns whether codes of at most 8 bits and a sign hold all values."""
     known = isinstance(word.reached, int) and isinstance(word.least, int)
     return known and word.reached - word.least < _MOST_LINEAR
 

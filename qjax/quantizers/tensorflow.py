@@ -44,7 +44,7 @@ class _Range(NamedTuple):
 def fake_quant_vars(
     x: jax.Array, low: ArrayLike, high: ArrayLike, spec: QSpec = UINT8
 ) -> jax.Array:
-    """``tf.quantization.fake_quant_with_min_max_vars``: one trainable range.
+    """Rounds as ``tf.quantization.fake_quant_with_min_max_vars``: one trainable range.
 
     Args:
       x: Real values, float32.
@@ -73,7 +73,7 @@ def fake_quant_vars(
 def fake_quant_per_channel(
     x: jax.Array, low: jax.Array, high: jax.Array, spec: QSpec
 ) -> jax.Array:
-    """``fake_quant_with_min_max_vars_per_channel``: a trainable range per channel.
+    """Rounds as ``fake_quant_with_min_max_vars_per_channel``: a range per channel.
 
     Args:
       x: Real values, float32.
@@ -93,7 +93,7 @@ def fake_quant_per_channel(
 def fake_quant_args(
     x: jax.Array, low: float, high: float, spec: QSpec = UINT8
 ) -> jax.Array:
-    """``fake_quant_with_min_max_args``: one fixed range.
+    """Rounds as ``fake_quant_with_min_max_args``: one fixed range.
 
     Args:
       x: Real values, float32.
@@ -114,14 +114,14 @@ def fake_quant_args(
 def quantize_vars(
     x: jax.Array, low: ArrayLike, high: ArrayLike, spec: QSpec = UINT8
 ) -> Quantized:
-    """`fake_quant_vars` with its codes and grid."""
+    """Returns `fake_quant_vars` with its codes and grid."""
     return _quantize(x, jnp.float32(low), jnp.float32(high), spec, reciprocal=False)
 
 
 def quantize_per_channel(
     x: jax.Array, low: jax.Array, high: jax.Array, spec: QSpec
 ) -> Quantized:
-    """`fake_quant_per_channel` with its codes and grid."""
+    """Returns `fake_quant_per_channel` with its codes and grid."""
     if spec.axis is None:
         raise ValueError("`spec.axis` must name the channel axis, got None.")
     return _quantize(x, low, high, spec, reciprocal=True)
@@ -207,7 +207,7 @@ def tflite_params(low: jax.Array, high: jax.Array, spec: QSpec) -> QParams:
 
 
 def _long_quotient(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``a / b`` as a float32 and what is left of it (Dekker, 1971)."""
+    """Returns ``a / b`` as a float32, and the rest of the quotient (Dekker, 1971)."""
     unit = power_of_two(-floor_log2(b))
     a, b = a * unit, b * unit
     near = quotient(a, b)
@@ -281,7 +281,7 @@ def _nudge(low: jax.Array, high: jax.Array, qmin: jax.Array, qmax: jax.Array) ->
 
 
 def _steps(reciprocal: bool, x: jax.Array, r: _Range) -> jax.Array:
-    """Whole steps from zero."""
+    """Returns whole steps from zero."""
     above = jnp.clip(x, r.lo, r.hi) - r.lo
     z = jnp.floor(product(-r.lo, r.inverse) + 0.5)
     ratio = product(above, r.inverse) if reciprocal else quotient(above, r.scale)

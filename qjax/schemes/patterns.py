@@ -1,4 +1,4 @@
-"""What a site is, and which sites a pattern speaks of."""
+"""Sites of a model, and patterns that select sites."""
 
 import dataclasses
 import difflib
@@ -102,11 +102,11 @@ class Where:
         return show_fields(self)
 
     def __call__(self, site: Site) -> bool:
-        """Whether all fields match."""
+        """Returns whether all fields match."""
         return all(self.holds(name, site) for name in _FIELDS)
 
     def holds(self, field: str, site: Site) -> bool:
-        """Whether one field matches."""
+        """Returns whether one field matches."""
         wanted = getattr(self, field)
         if wanted is None or wanted == "*":
             return True
@@ -122,7 +122,7 @@ _FIELDS = (*_PATTERNS, "role", "ranks")
 
 
 def found_at(site: Site, field: str) -> tuple[Any, ...]:
-    """Returns what a field of a `Where` looks at in a site."""
+    """Returns the values of a site that a field of a `Where` is compared with."""
     if field == "ranks":
         return (len(site.shape),)
     value = getattr(site, "feeds" if field == "feeds_only" else field)
@@ -130,13 +130,13 @@ def found_at(site: Site, field: str) -> tuple[Any, ...]:
 
 
 def matches(text: str, globs: Globs) -> bool:
-    """Returns whether one of several globs matches a text, or is the text itself."""
+    """Returns whether one of several globs matches a text or is the text itself."""
     several = (globs,) if isinstance(globs, str) else globs
     return any(text == one or fnmatch.fnmatchcase(text, one) for one in several)
 
 
 def check_name(name: str, sites: Sequence[Site]) -> None:
-    """Raises for the name of a site that is a set of characters for others."""
+    """Raises for the name of a site that as a glob also matches other sites."""
     names = [site.name for site in sites]
     others = [n for n in names if n != name and fnmatch.fnmatchcase(n, name)]
     if name in names and others and not any(c in name for c in "*?"):
@@ -190,14 +190,14 @@ def check_fields(where: Where, sites: Sequence[Site]) -> None:
 
 
 def _with_inner(part: str, wanted: Globs) -> tuple[str, ...]:
-    """A layer and the layers inside of it, where a pattern names both: ``a, a/*``."""
+    """Returns the pair ``a, a/*`` if the patterns have both, else the pattern alone."""
     outer = part.removesuffix("/*")
     pair = outer, f"{outer}/*"
     return pair if set(pair) <= set(wanted) else (part,)
 
 
 def no_match(wanted: Any, kind: str, there: Sequence[Any]) -> str:
-    """Says that a pattern matches nothing, what is closest, and what there is."""
+    """Explains that a pattern matches nothing, with the closest and all names."""
     texts = [*dict.fromkeys(str(text) for text in there if text != "")]
     parts = wanted if isinstance(wanted, tuple) else (wanted,)
     texts_wanted = [str(part) for part in parts if not callable(part)]
@@ -221,5 +221,5 @@ def _matching(pattern: str, names: Sequence[str]) -> list[str]:
 
 
 def is_whole(x: Any) -> bool:
-    """Returns whether a value is a whole number of any type, and no truth value."""
+    """Returns whether a value is an integer of any type and no truth value."""
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)

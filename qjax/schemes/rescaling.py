@@ -1,4 +1,4 @@
-"""Raw integers as the input of a model: the rescaling goes in, and loses nothing."""
+"""A rescaling for models of raw integer inputs, which lowers without loss."""
 
 import fractions
 import inspect
@@ -95,7 +95,7 @@ def insert_rescaling(
 
 
 def _check_takes_input(fn: Any) -> None:
-    """Raises for what has no input that a rescaling could go in front of."""
+    """Raises for a model without an input that a rescaling could precede."""
     if not callable(fn):
         raise TypeError(
             f"`fn` must be a function `fn(params, x, *inputs)`, got {fn!r}."

@@ -1,4 +1,4 @@
-"""Which grid at which site: defaults, and rules on sites."""
+"""The grid of each site: defaults, and rules on sites."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -102,7 +102,7 @@ class Scheme:
         return at_site(self.word(site), site)
 
     def word(self, site: Site) -> Word | None:
-        """Returns the word of a site as the scheme has it: `spec` before `at_site`."""
+        """Returns the word of a site in the scheme, which `spec` takes to the site."""
         rule = self.rule(site)
         if rule is not None:
             return rule.spec
@@ -113,7 +113,7 @@ class Scheme:
         return next((r.spec for r in self.rules if speaks_of_bias(r, site)), None)
 
     def site_calibrator(self, site: Site) -> Calibrator:
-        """Returns how the range at a site is found."""
+        """Returns the calibrator of a site."""
         rule = self.rule(site)
         if rule is None or rule.calibrator is None:
             return self.calibrator
@@ -245,7 +245,7 @@ def check_words(
 
 
 def _check_alone(scheme: Scheme) -> None:
-    """Raises for words that are wrong whatever the sites of a model are."""
+    """Raises for words that are wrong at every site of any model."""
     check_word("Scheme.weights", "weight", scheme.weights)
     check_word("Scheme.activations", "activation", scheme.activations)
     for k, rule in enumerate(scheme.rules):
@@ -290,6 +290,6 @@ def stack_schemes(schemes: Sequence[Scheme]) -> Scheme:
 
 
 def _numbers(leaves: Sequence[Any]) -> list[jax.Array]:
-    """Whole numbers as int32, others as float32."""
+    """Returns integers as int32 and other numbers as float32."""
     whole = all(jnp.issubdtype(jax.dtypes.result_type(x), jnp.integer) for x in leaves)
     return [jnp.asarray(x, jnp.int32 if whole else jnp.float32) for x in leaves]
