@@ -55,7 +55,7 @@ class QSpec:
         per tensor. Negative ones count from the end. ``"output"``, of a weight in a
         `Scheme` or a layer: the axes that no product with it sums over, whatever its
         layout; of an activation there: None.
-      rounding: From real to integer, of ``qjax.rounding``.
+      rounding: Rounding from real to integer, of ``qjax.rounding``.
 
     Raises:
       TypeError: for fields of another type.
@@ -373,8 +373,8 @@ def fake_quant_bias(
 
     Args:
       bias: Real values, any shape.
-      scale: Of the accumulator, broadcasts against ``bias``.
-      bits: Of the codes, sign included. What goes beyond saturates.
+      scale: Scale of the accumulator, broadcasts against ``bias``.
+      bits: Bits of the codes, sign included. Values beyond saturate.
       site: Name of this quantization point.
 
     Returns:
@@ -599,7 +599,7 @@ def clipped_ste(x, scale, zero_point, qmin, qmax, site="", rounding=half_even):
       qmin: Least code, int32.
       qmax: Largest code, int32.
       site: Name of the quantization point.
-      rounding: From real to integer, of ``qjax.rounding``.
+      rounding: Rounding from real to integer, of ``qjax.rounding``.
 
     Returns:
       Values on the grid, shape and dtype of ``x``.

@@ -27,8 +27,8 @@ def plain_ste(*operands, **names):
     """Computes the straight-through estimator without a clip: ``dx = dy`` everywhere.
 
     Args:
-      *operands: As of `qjax.clipped_ste`.
-      **names: As of `qjax.clipped_ste`.
+      *operands: Same as for `qjax.clipped_ste`.
+      **names: Same as for `qjax.clipped_ste`.
 
     Returns:
       Values on the grid, shape and dtype of ``x``.
@@ -86,7 +86,7 @@ def ewgs(delta: float = 0.2) -> Estimator:
         dx = dy * (1 + delta * sign(dy) * (u - q)) where no code saturates, else 0
 
     Args:
-      delta: Not negative; 0 is the clipped STE.
+      delta: Strength, not negative; 0 is the clipped STE.
 
     Returns:
       An estimator for `fake_quant` or `Scheme`.

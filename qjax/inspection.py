@@ -92,8 +92,8 @@ def scales(qmodel: QuantizedModel, params: Any, qstate: QState) -> Scales:
 
     Args:
       qmodel: The model.
-      params: As its ``fn`` takes them: weights have grids of their own values.
-      qstate: From `calibrate`.
+      params: Parameters of its ``fn``: weights have grids of their own values.
+      qstate: State of `calibrate`.
 
     Returns:
       A dictionary, a pytree, by the name of the site: weights and activations that have
@@ -228,7 +228,7 @@ def integer_weights(qmodel: QuantizedModel, params: Any) -> IntegerWeights:
 
     Args:
       qmodel: The model; no state is asked for.
-      params: As its ``fn`` takes them.
+      params: Parameters of its ``fn``.
 
     Returns:
       Name -> `IntegerWeight`, in the order of computation: the weights that have a
@@ -364,7 +364,7 @@ def explain(qmodel: QuantizedModel, site: str) -> Explanation:
 
     Args:
       qmodel: The model.
-      site: Its name: ``conv1/kernel``, ``conv1/output``.
+      site: Name of the site: ``conv1/kernel``, ``conv1/output``.
 
     Returns:
       Field -> value and reason; printed, a table.

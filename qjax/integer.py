@@ -266,7 +266,7 @@ def requantize(
       zero_point: int32, of the codes.
       qmin: Least code.
       qmax: Largest code.
-      rule: How to round.
+      rule: Rule of rounding.
 
     Returns:
       Codes, int32, shape of ``acc``.
@@ -307,7 +307,7 @@ def requantize_sum(
       zero_point: int32, of the codes.
       qmin: Least code.
       qmax: Largest code.
-      rule: How to round. ``tflite_double`` takes one term only.
+      rule: Rule of rounding. ``tflite_double`` takes one term only.
 
     Returns:
       Codes, int32, shape of the accumulators.

@@ -30,9 +30,9 @@ class QDense(nn.Module):
       use_bias: Whether a bias is added.
       x_spec: Word of the input codes.
       kernel_spec: Word of the kernel codes.
-      calibrator: How the range of the input is found.
-      kernel_init: Of the kernel.
-      bias_init: Of the bias.
+      calibrator: Calibrator that finds the range of the input.
+      kernel_init: Initializer of the kernel.
+      bias_init: Initializer of the bias.
     """
 
     features: int
@@ -72,14 +72,14 @@ class QConv(nn.Module):
       strides: Per spatial axis, or one for all.
       padding: ``"SAME"``, ``"VALID"``, or sizes as
         `qjax.layers.products.conv` takes them.
-      kernel_dilation: As ``strides``.
+      kernel_dilation: Dilation, given like ``strides``.
       feature_group_count: Groups of channels.
       use_bias: Whether a bias is added.
       x_spec: Word of the input codes.
       kernel_spec: Word of the kernel codes.
-      calibrator: How the range of the input is found.
-      kernel_init: Of the kernel.
-      bias_init: Of the bias.
+      calibrator: Calibrator that finds the range of the input.
+      kernel_init: Initializer of the kernel.
+      bias_init: Initializer of the bias.
     """
 
     features: int

@@ -85,7 +85,7 @@ def calibrate(
 
     Args:
       qmodel: The model.
-      params: As its ``fn`` takes them.
+      params: Parameters of its ``fn``.
       batches: Any iterable, also a generator. A batch is one input, or a tuple of
         inputs, nested as the example of the model; batches may differ in their number
         of examples. An array is read along its first axis, ``[batches, examples,
@@ -97,7 +97,7 @@ def calibrate(
       batch_size: Samples of a batch, the last of an epoch may be smaller. None: one, as
         in QuantizeML. 32 to 256 are many times faster; averages such as `moving_max`
         are then of other maxima.
-      epochs: How often the samples are gone through. No state is reset in between.
+      epochs: Number of passes over the samples. No state is reset in between.
       qstate: State to go on from; from the beginning by default.
       progress: Whether a bar on standard error shows batches, batches per second and,
         if ``batches`` has a length, the time that remains; None: if it is a terminal.

@@ -25,7 +25,7 @@ class Residue(NamedTuple):
     """A part of a program that would stay float.
 
     Attributes:
-      primitive: Of the equation.
+      primitive: Primitive of the equation.
       path: Module path.
       message: The equation, and what would remove it.
       is_follower: Whether it reads what stays float for a cause before it: with the
@@ -43,12 +43,12 @@ class IntegerProgram:
     """A lowered model: integers from input to output.
 
     Attributes:
-      graph: What it computes.
+      graph: Graph that the program computes.
       params: The integer parameters, name -> array: kernels, biases, multipliers and
         shifts. An explicit pytree. A kernel has the name of its site, by which
         `qjax.scales` and `qjax.integer_weights` give its scale.
-      input_tree: How inputs are nested: a tuple of positional arguments.
-      output_tree: How outputs are nested.
+      input_tree: Structure of the inputs: a tuple of positional arguments.
+      output_tree: Structure of the outputs.
       residues: What would stay float, causes before what follows from them; only of
         `lower` with ``strict=False``. The graph has what lies between then, and cannot
         be called.

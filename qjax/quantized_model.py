@@ -36,9 +36,9 @@ class QuantizedModel:
     Attributes:
       fn: The float model, ``fn(params, *inputs)``.
       scheme: The grids.
-      sites: Where they are, in the order of computation.
+      sites: Places of its quantization points, in the order of computation.
       example: Shapes and dtypes of the inputs it was made for, a tuple.
-      base: What a config of the model is read over, if it comes alone.
+      base: Scheme over which a config of the model is read, if it comes alone.
       whole_norms: Whether normalisations that would lower in parts are one site each.
       biases: The biases of products, which rules may name.
     """
@@ -77,9 +77,9 @@ class QuantizedModel:
         ``vmap``s over anything, the bits of ``scheme`` included.
 
         Args:
-          params: As ``fn`` takes them. Weights are rounded on the way, not changed.
+          params: Parameters of ``fn``. Weights are rounded on the way, not changed.
           qstate: Ranges of the activations, from `calibrate`.
-          *inputs: As ``fn`` takes them, of the types of the example.
+          *inputs: Inputs of ``fn``, of the types of the example.
           scheme: Replaces the scheme of the model; may differ in bits. Traced ones are
             not checked: a signed word of 1 bit has the codes -1 and 0, of narrow range
             0 alone (`int_range`).
@@ -110,9 +110,9 @@ class QuantizedModel:
         a tie, and this is not.
 
         Args:
-          params: As ``fn`` takes them.
+          params: Parameters of ``fn``.
           qstate: Ranges of the activations, from `calibrate`.
-          *inputs: As ``fn`` takes them.
+          *inputs: Inputs of ``fn``.
           scheme: Replaces the scheme of the model; may differ in bits. Products run on
             bytes where bits are known, on int32 where they are traced.
 
@@ -140,9 +140,9 @@ class QuantizedModel:
         ranges have no derivative.
 
         Args:
-          params: As ``fn`` takes them.
-          qstate: From `init`, `calibrate` or the last step.
-          *inputs: As ``fn`` takes them.
+          params: Parameters of ``fn``.
+          qstate: State of `init`, `calibrate` or the last step.
+          *inputs: Inputs of ``fn``.
 
         Returns:
           What ``fn`` returns, and the new state.
@@ -290,7 +290,7 @@ def quantize_model(
     Args:
       fn: ``fn(params, *inputs)``: ``model.apply`` of Linen, or a function that merges
         NNX state, or any function that JAX traces.
-      params: Its parameters, any pytree. Only shapes and names are read.
+      params: Parameters of ``fn``, any pytree. Only shapes and names are read.
       *inputs: Example inputs. Only shapes are read.
       scheme: The grids; 8 bits everywhere by default.
       qparams: The grids as QuantizeML says them, in place of a scheme; its defaults, if

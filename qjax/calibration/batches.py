@@ -26,7 +26,7 @@ class Schedule:
     Attributes:
       num_samples: So many are used, the first ones; all of them if there are fewer.
       batch_size: Examples of a batch; None: one.
-      epochs: How often the samples are gone through.
+      epochs: Number of passes over the samples.
 
     Raises:
       ValueError: for what is no whole number of at least 1.
@@ -54,9 +54,9 @@ class Batches:
 
     Attributes:
       inputs: The samples of each input of the model, the first axis that of examples.
-      number: How many examples are used.
-      schedule: How they are cut.
-      left_out: How many examples are not used.
+      number: Number of examples that are used.
+      schedule: Schedule of the cuts.
+      left_out: Number of examples that are not used.
     """
 
     inputs: tuple[Any, ...]
@@ -84,7 +84,7 @@ def cut(samples: Any, example: tuple[Any, ...], schedule: Schedule) -> Batches:
     Args:
       samples: The samples of the input of a model, or a tuple of those of each input.
       example: Shapes of the inputs of a batch.
-      schedule: How to cut.
+      schedule: Schedule of the cuts.
 
     Returns:
       The batches, tuples of inputs.
@@ -145,7 +145,7 @@ def check_batches(batches: Any, example: tuple[Any, ...]) -> None:
     """Raises for a value that is no iterable of batches, before it is used.
 
     Args:
-      batches: Of any type; of arrays the axes are looked at.
+      batches: Batches of any type; of arrays the axes are looked at.
       example: Shapes of the inputs of a batch.
 
     Raises:
@@ -176,9 +176,9 @@ def fault(inputs: tuple[Any, ...], example: Any, first: Any) -> str:
     """Describes what is wrong with a batch, alone or beside the first batch.
 
     Args:
-      inputs: Of the batch, from `as_inputs`.
+      inputs: Inputs of the batch, from `as_inputs`.
       example: Shapes of the inputs that the model was made for.
-      first: Those of the first batch; None for that one.
+      first: Inputs of the first batch; None for that one.
 
     Returns:
       The rest of a sentence that begins with the batch, or "".
@@ -262,11 +262,11 @@ def random_samples(
     substitute for those of data.
 
     Args:
-      shape: Of the samples, examples first.
-      dtype: Of the samples, an integer or a real type.
+      shape: Shape of the samples, examples first.
+      dtype: Type of the samples, integer or real.
       low: Least value; None: that of an integer type.
       high: Largest value; None: that of an integer type.
-      seed: Of the generator.
+      seed: Seed of the generator.
 
     Returns:
       The samples.

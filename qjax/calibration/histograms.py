@@ -119,7 +119,7 @@ def mse(candidates: int = 100) -> Calibrator:
     commutative.
 
     Args:
-      candidates: How many parts are tried.
+      candidates: Number of parts that are tried.
 
     Raises:
       TypeError: if ``candidates`` is no whole number.

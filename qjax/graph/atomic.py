@@ -22,7 +22,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
       path: Where. A symbolic link stays one: what it points to is written. A file that
         is there keeps its mode, a new one has what the umask leaves of 0666. What is no
         regular file, such as a pipe, is written to.
-      data: What.
+      data: Bytes to write.
 
     Raises:
       OSError: if the file cannot be written. The old one is as it was.

@@ -14,8 +14,8 @@ class GraphBuilder:
     """A builder that collects a graph and its parameters.
 
     Attributes:
-      values: Of the graph.
-      nodes: Of the graph, in order.
+      values: Values of the graph.
+      nodes: Nodes of the graph, in order.
       params: Name -> array.
       sites: Name of a quantization point -> its codes.
     """
@@ -50,10 +50,10 @@ class GraphBuilder:
         """Computes shape and interval that an operation would give, by its record.
 
         Args:
-          operation: Its name.
+          operation: Name of the operation.
           inputs: Values.
           params: Role -> array.
-          attributes: Of the node.
+          attributes: Attributes of the node.
 
         Returns:
           The shape of the output, and the least and the largest of its integers; 0 and
@@ -83,13 +83,13 @@ class GraphBuilder:
         """Adds an operation, whose output has shape and interval by its record.
 
         Args:
-          operation: Its name.
+          operation: Name of the operation.
           inputs: Values.
-          attributes: Of the node.
+          attributes: Attributes of the node.
           params: Role -> name of a parameter of the graph.
-          grid: Of the output.
-          dtype: Of the output; by default the smallest type that holds it.
-          path: Where it was met.
+          grid: Grid of the output.
+          dtype: Type of the output; by default the smallest type that holds it.
+          path: Module path of the operation.
 
         Returns:
           The number of the output.

@@ -22,10 +22,10 @@ class Overflow:
     """The bound of one accumulator, from the integer weights themselves.
 
     Attributes:
-      path: Where it is.
+      path: Place of the accumulator.
       low: Least sum, for each output channel where there are weights.
       high: Largest sum, same shape.
-      bits: What an accumulator needs, its sign included.
+      bits: Bits that an accumulator needs, its sign included.
       value: Number of the accumulator in the graph.
       witness: Input codes that attain the bound, in the shape of the kernel of the
         worst channel; empty where all codes at one end do.
@@ -46,7 +46,7 @@ class Agreement:
     Attributes:
       is_proven: Whether they are equal whatever the input, given the same codes before
         the site.
-      reason: What proves it, or what rounds.
+      reason: The proof, or the step that rounds.
       most: How many codes they can differ by, given the same codes before the site: 0
         if proven, else 1; None where no bound is known.
     """
@@ -70,7 +70,7 @@ class Report:
       overflow: For each accumulator.
       agreement: For each quantization point.
       float_values: Types of floating-point values in ``program.codes``; empty.
-      nbytes: Of the parameters, 2 and 4 bits packed.
+      nbytes: Bytes of the parameters, 2 and 4 bits packed.
     """
 
     overflow: tuple[Overflow, ...]
@@ -101,8 +101,8 @@ def certify(
     """Reads from a graph what is certain.
 
     Args:
-      graph: Of a program.
-      params: Its parameters.
+      graph: Graph of a program.
+      params: Parameters of the graph.
       float_values: Found in its jaxpr.
 
     Returns:

@@ -41,10 +41,10 @@ def save(
     Args:
       path: Where. An existing file is replaced once the new one is complete, and keeps
         its mode; a symbolic link stays, and what it points to is written.
-      graph: What to write.
+      graph: Graph to write.
       params: Name -> array.
-      input_tree: How inputs are nested.
-      output_tree: How outputs are nested.
+      input_tree: Structure of the inputs.
+      output_tree: Structure of the outputs.
 
     Raises:
       ValueError: if inputs or outputs are nested in other than tuples, lists, dicts; if

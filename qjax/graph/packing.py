@@ -54,7 +54,7 @@ def unpack(data: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
     Args:
       data: uint8, from `pack`.
       bits: As there.
-      shape: Of the codes.
+      shape: Shape of the codes.
 
     Returns:
       int8.

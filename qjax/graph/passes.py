@@ -19,7 +19,7 @@ def merge_equal(graph: Graph, params: Mapping[str, Any]) -> Graph:
 
     Args:
       graph: Any graph.
-      params: Its parameters.
+      params: Parameters of the graph.
 
     Returns:
       The graph; values that nobody reads any more are still in it (`drop_dead`).
@@ -54,7 +54,7 @@ def drop_dead(graph: Graph, params: Mapping[str, Any]) -> tuple[Graph, dict[str,
 
     Args:
       graph: Any graph.
-      params: Its parameters.
+      params: Parameters of the graph.
 
     Returns:
       The graph and the parameters that are left. Inputs stay.

@@ -19,8 +19,8 @@ def run(
     """Computes all values of a graph in int64.
 
     Args:
-      graph: What to compute.
-      params: Its parameters, by name.
+      graph: Graph to compute.
+      params: Parameters of the graph, by name.
       inputs: Codes.
 
     Returns:

@@ -26,7 +26,7 @@ def validate(graph: Graph, params: Mapping[str, Any]) -> None:
 
     Args:
       graph: Any graph.
-      params: Its parameters, by name.
+      params: Parameters of the graph, by name.
 
     Raises:
       ValueError: names what is wrong, and where: a value that is used before it is

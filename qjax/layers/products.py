@@ -102,7 +102,7 @@ def conv(
       strides: Per spatial axis, or one for all.
       padding: ``"SAME"``, ``"VALID"``, or per spatial axis a size or a pair; or one
         size for all.
-      dilation: Of the kernel; as ``strides``.
+      dilation: Dilation of the kernel, given like ``strides``.
       groups: Into how many the channels fall; as many as there are: depthwise.
 
     Raises:

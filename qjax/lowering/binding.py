@@ -29,7 +29,7 @@ def bind(model: Any, args: tuple[Any, ...]) -> Bound:
 
     Args:
       model: With a method ``bind(*args)`` that returns a `Bound`; or any function.
-      args: What follows the model; of a function, its inputs.
+      args: Arguments after the model; of a function, its inputs.
 
     Returns:
       The bound model.

@@ -28,8 +28,8 @@ def codes_on(value: np.ndarray, scale: float, zero_point: int) -> np.ndarray | N
 
     Args:
       value: float32.
-      scale: Of the grid.
-      zero_point: Of the grid.
+      scale: Scale of the grid.
+      zero_point: Zero point of the grid.
 
     Returns:
       int64 with ``float32(scale) * float32(code - zero_point) == value``.
@@ -85,10 +85,10 @@ def add_constant(
 
     Args:
       builder: Receives it.
-      codes: Its integers, in the shape of the value.
-      grid: What they mean.
-      name: Of the parameter.
-      path: Where it was met.
+      codes: Integers, in the shape of the value.
+      grid: Grid of the codes.
+      name: Name of the parameter.
+      path: Module path of the constant.
       like: A value whose leading size it has, whatever that is; None: its own.
       dtype: By default the smallest type that holds it.
 
@@ -131,7 +131,7 @@ def like_of(
       builder: Has the values.
       x: The join.
       data: The parts that are no constants.
-      shape: Of the constant.
+      shape: Shape of the constant.
     """
     if not shape or (x.operation == "concatenate" and x.attributes["axis"] == 0):
         return None

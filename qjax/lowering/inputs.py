@@ -32,7 +32,7 @@ def follow(trace: Trace, e: Equation, operands: Sequence[Abstract]) -> Real:
     Args:
       trace: The program.
       e: A shape move, or an elementwise equation; one operand is `Real`.
-      operands: Of the equation.
+      operands: Operands of the equation.
 
     Returns:
       The input with what was done to it. What is no function of one integer input is

@@ -49,7 +49,7 @@ class InputTwiceError(ValueError):
     """An error for an input that is quantized on two grids.
 
     Attributes:
-      input: Which one.
+      input: Number of the input.
       is_raw: Whether it has few enough integers to be its own codes.
     """
 
@@ -373,7 +373,7 @@ def refuse(e: Equation, x: Abstract, role: str) -> ValueError:
     Args:
       e: The equation that needs them.
       x: The operand.
-      role: What the operand is to the equation: "input", "kernel".
+      role: Role of the operand in the equation: "input", "kernel".
     """
     site = ""
     if isinstance(x, ByChannel):

@@ -26,8 +26,8 @@ def find_fixed(
 
     Args:
       lower: Maps inputs, of which only shapes are read, to what they lower to.
-      inputs: As they were lowered.
-      found: What they lowered to.
+      inputs: Inputs for which the model was lowered.
+      found: Result of that lowering.
 
     Returns:
       Number of the input -> the equation that fixes its leading size, in words.

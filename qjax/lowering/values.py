@@ -63,7 +63,7 @@ class Integers:
       is_quotient: Whether ``gain`` is the reciprocal of a divisor: how the compiler
         rounds a quotient is its choice.
       is_bias_exact: Whether no bias was rounded to the unit of the integers.
-      bounds: Of an activation.
+      bounds: Bounds of an activation.
       is_codes: Whether these are the codes of a quantization point.
       bias: int64, to be added; absent once emitted.
       emit: Puts the accumulator with its bias into the graph.
@@ -147,7 +147,7 @@ class Curve:
       known: Values of the trace that are constants: one number, or one a channel.
       steps: Value of the trace -> the equation that computes it, in order.
       end: The value of the trace that this is.
-      path: Where it was met.
+      path: Module path of the function.
     """
 
     source: Integers
@@ -163,15 +163,15 @@ class Joined:
     """Values that an operation joins once all are on one grid.
 
     Attributes:
-      operation: Of the graph: concatenate, maximum, minimum, select, pad.
+      operation: Operation of the graph: concatenate, maximum, minimum, select, pad.
       parts: The values.
-      shapes: Theirs, as traced.
-      shape: Of the result, as traced.
+      shapes: Shapes of the parts, as traced.
+      shape: Shape of the result, as traced.
       others: Numbers in the graph of what comes before them: the mask of a selection.
-      attributes: Of the operation.
-      bounds: Of an activation.
-      path: Where it was met.
-      fill: What a pad puts around its one part.
+      attributes: Attributes of the operation.
+      bounds: Bounds of an activation.
+      path: Module path of the operation.
+      fill: Number that a pad puts around its one part.
     """
 
     operation: str
@@ -192,7 +192,7 @@ class ByChannel:
     Attributes:
       codes: The same integers in the unit of the coarsest channel.
       scale: float64, the rank of the value.
-      site: Where they are made.
+      site: Site that makes the codes.
     """
 
     codes: Integers

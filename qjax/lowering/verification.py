@@ -84,9 +84,9 @@ def verify(program: IntegerProgram, model: Any, *args: Any) -> Verification:
     before it, so that a difference shows where it arises. End to end it runs alone.
 
     Args:
-      program: From `lower`.
-      model: What was lowered.
-      *args: As `lower` took them; here the values of the inputs count.
+      program: Program of `lower`.
+      model: Model that was lowered.
+      *args: Arguments that `lower` took; here the values of the inputs count.
 
     Returns:
       How many codes agree and the largest difference, by site and end to end. With

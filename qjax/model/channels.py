@@ -43,7 +43,7 @@ class Uses:
 
     Args:
       model: The trace.
-      data: Its values that depend on inputs.
+      data: Values of the trace that depend on inputs.
     """
 
     def __init__(self, model: Trace, data: Iterable[int]):
@@ -159,7 +159,7 @@ def move_scale(e: Equation, scale: Any, shape: tuple[int, ...]) -> Any:
       e: An equation with a primitive of ``SHAPE_MOVES``.
       scale: ``[]``, or the rank of the value with size 1 where it is constant. NumPy or
         JAX.
-      shape: Of the value that is moved.
+      shape: Shape of the value that is moved.
 
     Returns:
       The scale of the output, in the same form; None for another primitive.
@@ -220,9 +220,9 @@ def output_scale(e: Equation, operand: int, scale: Any, rank: int) -> Any:
 
     Args:
       e: A ``dot_general`` or a ``conv_general_dilated``.
-      operand: Which operand the weight is.
+      operand: Number of the operand that is the weight.
       scale: ``[]`` or the rank of the weight.
-      rank: Of the output.
+      rank: Rank of the output.
 
     Returns:
       The scale in the rank of the output, or ``[]``; None if it varies inside a sum.
@@ -252,9 +252,9 @@ def kernel_axes(e: Equation, operand: int, rank: int, out_rank: int) -> dict[int
 
     Args:
       e: A ``dot_general`` or a ``conv_general_dilated``.
-      operand: Which operand the kernel is.
-      rank: Of the kernel.
-      out_rank: Of the output.
+      operand: Number of the operand that is the kernel.
+      rank: Rank of the kernel.
+      out_rank: Rank of the output.
 
     Returns:
       Axis of the output -> axis of the kernel.

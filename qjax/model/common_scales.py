@@ -102,9 +102,9 @@ def move_index(
     """Follows channels through an equation that only moves values.
 
     Args:
-      e: With one operand of data, the first.
-      index: Of its operand, as in `Channels`.
-      shape: Of its operand.
+      e: Equation with one operand of data, the first.
+      index: Index of its operand, as in `Channels`.
+      shape: Shape of its operand.
 
     Returns:
       The index of each output; None where an output mixes channels or is none of them.
@@ -173,8 +173,8 @@ def kernel_index(
 
     Args:
       e: A ``dot_general`` or a ``conv_general_dilated``.
-      operand: Which operand the kernel is.
-      index: Of the other operand, as in `Channels`.
+      operand: Number of the operand that is the kernel.
+      index: Index of the other operand, as in `Channels`.
       kernel: Shape of the kernel.
 
     Returns:

@@ -69,7 +69,7 @@ def find_masks(
     Args:
       model: Trace.
       data: Values that depend on an input.
-      scores: What the softmax is of.
+      scores: Input of the softmax.
       readers: Values that are computed of the scores for the softmax alone.
 
     Returns:

@@ -122,13 +122,13 @@ class Simulation:
 
     Args:
       fn: ``fn(params, *inputs)``.
-      params: Its parameters.
-      inputs: Its inputs.
+      params: Parameters of ``fn``.
+      inputs: Inputs of ``fn``.
       split: Functions that end at a site whatever follows: `Constraints`.
       whole_norms: Whether a normalisation is one site though its parts would lower.
 
     Attributes:
-      sites: Its sites, in the order of the equations.
+      sites: Sites of the model, in the order of the equations.
       biases: The biases of its products.
     """
 
@@ -711,11 +711,11 @@ def _hold(
 
     Args:
       factor: Constant in a channel; None: 1. So are the next two: absent.
-      before: What is added to the accumulator.
-      after: What is added to the product with the factor.
-      scale: Of the accumulator, per channel or `[]`.
+      before: Term that is added to the accumulator.
+      after: Term that is added to the product with the factor.
+      scale: Scale of the accumulator, per channel or `[]`.
       is_zero: Whether a channel of the kernel is, broadcasts against ``sizes``.
-      sizes: Of the channels: the rank of the accumulator, 1 where there are none.
+      sizes: Sizes of the channels: the rank of the accumulator, else 1.
 
     Returns:
       The line in both forms.

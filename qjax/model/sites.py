@@ -27,7 +27,7 @@ def describe(model: Trace, plan: Plan, names: Sequence[str]) -> Plan:
     Args:
       model: Trace that the plan is of.
       plan: Sites with names, roles and shapes.
-      names: Of the parameters, which are the first inputs of the trace.
+      names: Names of the parameters, which are the first inputs of the trace.
 
     Returns:
       The plan with whole sites.

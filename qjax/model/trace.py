@@ -420,7 +420,7 @@ def kinds_of(jaxpr: Any, is_known: Sequence[bool] = (False,)) -> set[str] | None
     """Returns the kinds of the equations of an elementwise function.
 
     Args:
-      jaxpr: Of the function.
+      jaxpr: Jaxpr of the function.
       is_known: By argument, whether it is a number that does not depend on data.
 
     Returns:

@@ -27,7 +27,7 @@ class QuantizedUlaw(Spec):
       u: The strength of the curve, positive.
       use_stochastic_rounding: With a key.
       internal_sigmoid: "hard", "smooth" or "real".
-      strict: As in `QuantizedBits`.
+      strict: Same as in `QuantizedBits`.
     """
 
     name: ClassVar[str] = "quantized_ulaw"

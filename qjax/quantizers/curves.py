@@ -42,7 +42,7 @@ class QuantizedRelu(Spec):
       qnoise_factor: Share of the quantized value, 0 to 1.
       use_ste: Whether the quantized value has a derivative.
       internal_sigmoid: "hard", "smooth" or "real", of ``use_sigmoid``.
-      strict: As in `QuantizedBits`.
+      strict: Same as in `QuantizedBits`.
     """
 
     name: ClassVar[str] = "quantized_relu"
@@ -259,13 +259,13 @@ class QuantizedHswish(Spec):
       bits: Word length, sign included, 1 to 32.
       integer: Bits before the binary point.
       symmetric: Whether the least code is left out.
-      alpha: As in `QuantizedBits`.
+      alpha: Same as in `QuantizedBits`.
       use_stochastic_rounding: With a key.
       scale_axis: Axis or axes with scales of their own; None: the last.
       qnoise_factor: Share of the quantized value, 0 to 1.
-      relu_shift: Where the curve leaves 0, times -1. Positive.
+      relu_shift: Place where the curve leaves 0, times -1. Positive.
       relu_upper_bound: Width of the bend. Positive.
-      strict: As in `QuantizedBits`.
+      strict: Same as in `QuantizedBits`.
     """
 
     name: ClassVar[str] = "quantized_hswish"

@@ -134,7 +134,7 @@ class LSQPlus(Spec):
       signed: Whether codes may be negative.
       narrow_range: Whether the least code is left out.
       axis: The axis or axes with scales of their own; None for one scale.
-      gradient_scale: As in `LSQ`, of scale and offset.
+      gradient_scale: Same as in `LSQ`, for scale and offset.
       use_stochastic_rounding: With a key.
       qnoise_factor: Share of the quantized value, 0 to 1.
     """

@@ -170,7 +170,7 @@ class QuantizedLinear(Spec):
       use_stochastic_rounding: With a key.
       scale_axis: Axis or axes with scales of their own; None: the last.
       qnoise_factor: Share of the quantized value, 0 to 1.
-      strict: As in `QuantizedBits`.
+      strict: Same as in `QuantizedBits`.
     """
 
     name: ClassVar[str] = "quantized_linear"

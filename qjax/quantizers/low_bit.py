@@ -62,9 +62,9 @@ class Binary(Spec):
         "auto" or "auto_po2" for the least-squares one.
       use_stochastic_rounding: With a key.
       scale_axis: Axis or axes with scales of their own; None: the last.
-      elements_per_scale: As in `QuantizedBits`.
-      min_po2_exponent: As in `QuantizedBits`.
-      max_po2_exponent: As in `QuantizedBits`.
+      elements_per_scale: Same as in `QuantizedBits`.
+      min_po2_exponent: Same as in `QuantizedBits`.
+      max_po2_exponent: Same as in `QuantizedBits`.
     """
 
     name: ClassVar[str] = "binary"
@@ -126,7 +126,7 @@ class StochasticBinary(Spec):
     """The options of `stochastic_binary`.
 
     Attributes:
-      alpha: As in `Binary`.
+      alpha: Same as in `Binary`.
       temperature: Steepness of the probability, positive.
       use_real_sigmoid: Whether the probability is the logistic function.
       internal_sigmoid: "hard", "smooth" or "real", if not.
@@ -183,7 +183,7 @@ class Bernoulli(Spec):
     """The options of `bernoulli`: those of `StochasticBinary`.
 
     Attributes:
-      alpha: As in `Binary`.
+      alpha: Same as in `Binary`.
       temperature: Steepness of the probability, positive.
       use_real_sigmoid: Whether the probability is the logistic function.
       internal_sigmoid: "hard", "smooth" or "real", if not.
@@ -240,11 +240,11 @@ class Ternary(Spec):
     """The options of `ternary`.
 
     Attributes:
-      alpha: As in `Binary`.
+      alpha: Same as in `Binary`.
       threshold: Magnitude from which values are not 0, not negative; None for 0.33.
         Found with the scale if ``alpha`` is.
       use_stochastic_rounding: With a key, if ``alpha`` is found.
-      number_of_unrolls: How often scale and threshold are found anew.
+      number_of_unrolls: Number of times that scale and threshold are found anew.
     """
 
     name: ClassVar[str] = "ternary"
@@ -305,11 +305,11 @@ class StochasticTernary(Spec):
     """The options of `stochastic_ternary`.
 
     Attributes:
-      alpha: As in `Binary`.
-      threshold: As in `Ternary`.
+      alpha: Same as in `Binary`.
+      threshold: Same as in `Ternary`.
       temperature: Steepness of the probabilities, positive.
       use_real_sigmoid: Whether the probabilities are logistic functions.
-      number_of_unrolls: How often scale and threshold are found anew.
+      number_of_unrolls: Number of times that scale and threshold are found anew.
       internal_sigmoid: "hard", "smooth" or "real", if not.
     """
 

@@ -49,11 +49,11 @@ class QuantizedBitsMsqePo2(Spec):
       per_channel_scale: Whether channels have scales of their own.
       init_scale: First scale; None: from the first values.
       use_second_moments_msqe_opt: Whether errors are weighted by squared gradients.
-      second_moments_ema_decay: Of their average.
+      second_moments_ema_decay: Decay of their average.
       use_sqrt_of_msqe_weight: Whether the weight is the root of that average.
       use_outlier_mask_msqe_weight: Whether outliers have no weight.
       use_stable_scale_exponent: Whether an average of the exponent is kept.
-      stable_scale_ema_decay: Of that average.
+      stable_scale_ema_decay: Decay of that average.
       outlier_mask_sigma: Outliers are beyond so many standard deviations.
       num_lls_iters: Least-squares steps.
       should_line_search: Whether neighbouring exponents are tried.
@@ -97,11 +97,11 @@ class QuantizedBitsLearnablePo2(Spec):
       per_channel_scale: Whether channels have scales of their own.
       init_scale: First scale; None: from the first values.
       use_second_moments_msqe_opt: Whether errors are weighted by squared gradients.
-      second_moments_ema_decay: Of their average.
+      second_moments_ema_decay: Decay of their average.
       use_sqrt_of_msqe_weight: Whether the weight is the root of that average.
       use_outlier_mask_msqe_weight: Whether outliers have no weight.
       use_stable_scale_exponent: Whether an average of the exponent is kept.
-      stable_scale_ema_decay: Of that average.
+      stable_scale_ema_decay: Decay of that average.
       min_init_scale: Least first scale; None: none.
       use_po2_scale_ceil: Whether exponents are rounded up; else to the nearest.
       use_po2_scale_msqe_round: Whether they are rounded to the lower error instead.
@@ -192,7 +192,7 @@ def quantized_bits_msqe_po2(
 
     Args:
       x: Real values, any shape.
-      state: Of `init_msqe`, or of the last call.
+      state: State of `init_msqe`, or of the last call.
       spec: Options.
       estimator: Backward pass, of `qjax.estimators`, in place of the above.
       update_stable: Whether the average of the exponent moves.
@@ -235,7 +235,7 @@ def quantized_bits_learnable_po2(
 
     Args:
       x: Real values, any shape.
-      state: Of `init_msqe`, or of the last call. Differentiate by ``state.exponent``.
+      state: State of `init_msqe` or the last call. Differentiate by ``state.exponent``.
       spec: Options.
       estimator: Backward pass of ``x``, of `qjax.estimators`.
       update_stable: Whether the average of the exponent moves.
@@ -267,10 +267,10 @@ def update_msqe_weight(
     """Adds a gradient to the weights: ``w <- decay * w + (1 - decay) * dy^2``.
 
     Args:
-      x: What was quantized.
+      x: The quantized array.
       dy: Gradient of the loss by what it was quantized to, shape of ``x``. It counts as
         0 where the code saturated.
-      state: Of the call.
+      state: State of the call.
       spec: Options.
 
     Returns:

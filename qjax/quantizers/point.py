@@ -72,7 +72,7 @@ def finish(
     """Gives the value of a point its derivative.
 
     Args:
-      point: What the quantizer made of ``x``.
+      point: Point that the quantizer made of ``x``.
       x: Input, for its dtype and its NaN.
       estimator: Backward pass, of `qjax.estimators`; None for that of the quantizer.
       qnoise_factor: 1 for the quantized value, 0 for the real one, or between.
@@ -147,7 +147,7 @@ def round_steps(steps: jax.Array, key: jax.Array | None) -> jax.Array:
 
     Args:
       steps: Real values.
-      key: Of ``jax.random``; None rounds to the nearest.
+      key: Key of ``jax.random``; None rounds to the nearest.
 
     Returns:
       Whole numbers, shape of ``steps``.
@@ -304,8 +304,8 @@ def encode(spec: Spec, *arrays: jax.Array, key: jax.Array | None = None) -> Quan
 
     Args:
       spec: Options of any quantizer in `qjax.quantizers`.
-      *arrays: As of `apply`.
-      key: As of `apply`.
+      *arrays: Same as for `apply`.
+      key: Same as for `apply`.
 
     Returns:
       `Quantized`: float32 values, int32 codes, and scale with zero point, or None where

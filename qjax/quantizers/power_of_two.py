@@ -130,14 +130,14 @@ class QuantizedReluPo2(Spec):
 
     Attributes:
       bits: Word length, 1 to 8, all for the exponent.
-      max_value: As in `QuantizedPo2`.
+      max_value: Same as in `QuantizedPo2`.
       negative_slope: 0, or a power of two.
       use_stochastic_rounding: With a key.
       quadratic_approximation: Whether exponents are even.
       log2_rounding: "rnd" to the nearest exponent, or "floor".
       qnoise_factor: Share of the quantized value, 0 to 1.
       use_ste: Whether the quantized value has a derivative.
-      strict: As in `QuantizedPo2`.
+      strict: Same as in `QuantizedPo2`.
     """
 
     name: ClassVar[str] = "quantized_relu_po2"

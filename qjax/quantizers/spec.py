@@ -32,7 +32,7 @@ class Spec:
     gives a string that `qjax.quantizers.parse` reads back to an equal spec.
 
     Attributes:
-      name: Of the quantizer, in strings.
+      name: Name of the quantizer, in strings.
     """
 
     name: ClassVar[str] = ""
@@ -112,7 +112,7 @@ def check_number(
       spec: Options.
       field: Name of the number. What is traced passes, and None where that is the
         default.
-      rule: What is wanted, for the message.
+      rule: The rule in words, for the message.
       low: Least value.
       high: Largest value.
       is_open: Whether ``low`` itself is not allowed.

@@ -128,7 +128,7 @@ def read_call(
     """Reads a name with its options.
 
     Args:
-      text: As in `parse`.
+      text: Text, written as for `parse`.
       positional: Name -> options that may go by position; raises for unknown names.
 
     Returns:

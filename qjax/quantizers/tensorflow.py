@@ -79,7 +79,7 @@ def fake_quant_per_channel(
       x: Real values, float32.
       low: Least values, the rank of ``x`` with size 1 everywhere but at ``spec.axis``.
       high: Largest values, same shape.
-      spec: As for `fake_quant_vars`, with ``axis``.
+      spec: Same as for `fake_quant_vars`, with ``axis``.
 
     Returns:
       As `fake_quant_vars`, with a product by the inverse instead of the quotient.
@@ -99,7 +99,7 @@ def fake_quant_args(
       x: Real values, float32.
       low: Least value.
       high: Largest value.
-      spec: As for `fake_quant_vars`.
+      spec: Same as for `fake_quant_vars`.
 
     Returns:
       As `fake_quant_per_channel`, for one range. The range gets no gradient.

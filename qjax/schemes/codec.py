@@ -33,7 +33,7 @@ def write(
     Args:
       scheme: Name -> value of each field of a `Scheme`.
       usual: The same of the one with its defaults.
-      indent: As of ``json.dumps``.
+      indent: Indent, passed to ``json.dumps``.
 
     Returns:
       Text, as `Scheme.to_json` describes it.
@@ -69,7 +69,7 @@ def read(text: str, make: Callable[..., _S]) -> _S:
     """Reads a scheme from JSON.
 
     Args:
-      text: What `write` writes.
+      text: Text in the form of `write`.
       make: `Scheme`, which is made of the fields that are there.
 
     Returns:

@@ -42,15 +42,15 @@ class Where:
     itself, brackets and all.
 
     Attributes:
-      name: Of the site.
+      name: Globs of the name of the site.
       role: "weight" or "activation"; None for both. "bias" for the bias of a product,
         which no other rule speaks of but one with its very name.
       layer: Module path that the site belongs to.
-      op: What makes the value, or what a weight serves.
-      activation: What the value has passed; ``"?*"`` for any.
+      op: Globs of the operation that makes the value, or that a weight serves.
+      activation: Globs of the function that the value has passed; ``"?*"`` for any.
       inputs: Of the names of the sites that the op reads; all must match, and at least
         one be there.
-      feeds: Of the ops that read the value; one must match.
+      feeds: Globs of the ops that read the value; one must match.
       feeds_only: Of the ops that read the value; all must match, and at least one be
         there.
       ranks: Numbers of axes of the value; empty for any.

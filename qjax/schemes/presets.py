@@ -84,12 +84,12 @@ class QuantizationParams:
         The kernel of a product takes the scales of its input in before it is rounded;
         for other readers values are brought to one scale, exactly. The input of the
         model has one scale, where QuantizeML's may have one per channel.
-      weight_bits: Of weights, 2 to 16.
-      output_bits: Of values that no activation makes.
-      input_weight_bits: Of the weights of the first product.
-      input_dtype: Of the input: its bits, and whether it is signed.
-      buffer_bits: Of accumulators, 2 to 32.
-      last_output_bits: Of what the model returns; None leaves it unrounded.
+      weight_bits: Bits of weights, 2 to 16.
+      output_bits: Bits of values that no activation makes.
+      input_weight_bits: Bits of the weights of the first product.
+      input_dtype: Type of the input: its bits, and whether it is signed.
+      buffer_bits: Bits of accumulators, 2 to 32.
+      last_output_bits: Bits of the model's outputs; None leaves them unrounded.
 
     Raises:
       ValueError: for numbers that are no such widths, and a dtype that is no integer.
@@ -440,7 +440,7 @@ def binary(*, activation_bits: int = 8) -> Scheme:
     The first and the last product keep weights of 8 bits, as XNOR-Net does.
 
     Args:
-      activation_bits: Of activations.
+      activation_bits: Bits of activations.
 
     References:
       Rastegari et al., "XNOR-Net", 2016, sections 3.1 and 4 (arXiv:1603.05279).

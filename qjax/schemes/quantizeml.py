@@ -61,8 +61,8 @@ def dump_layers(scheme: Scheme, sites: Sequence[Site], base: Scheme) -> dict[str
     """Writes a scheme as values for each layer of a model.
 
     Args:
-      scheme: With known bits.
-      sites: Of the model.
+      scheme: Scheme with known bits.
+      sites: Sites of the model.
       base: What a reader starts from: where it would quantize and ``scheme`` does not,
         the config says so.
 
@@ -98,9 +98,9 @@ def config_rules(
 
     Args:
       config: As `dump_layers` writes it. What it leaves out, ``base`` fills in.
-      sites: Of the model.
+      sites: Sites of the model.
       base: The scheme under it.
-      biases: Of the model.
+      biases: Biases of the model.
 
     Returns:
       One rule for each site that the config speaks of.
@@ -210,7 +210,7 @@ def accumulator_bits(site: Site, scheme: Scheme, inputs: Sequence[Site]) -> int 
 
     Args:
       site: A weight.
-      scheme: With known bits.
+      scheme: Scheme with known bits.
       inputs: The sites that its product reads.
 
     Returns:

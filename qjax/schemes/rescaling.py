@@ -36,7 +36,7 @@ def insert_rescaling(
       fn: ``fn(params, x, *inputs)``, where ``x`` is real.
       scale: Units per raw integer, positive: ``1 / 255``.
       offset: Real value of the integer 0: ``-1`` for [-1, 1].
-      dtype: Of the raw input, an integer type of at most 8 bits.
+      dtype: Type of the raw input, an integer type of at most 8 bits.
 
     Returns:
       A function that takes raw integers in place of ``x``, and the rule for the site

@@ -40,11 +40,11 @@ class Scheme:
       activations: For inputs and outputs of blocks.
       rules: The first one that matches a site decides it. Tuples of the arguments of a
         `Rule` are taken for it.
-      calibrator: How ranges of activations are found.
+      calibrator: Calibrator that finds the ranges of activations.
       estimator: Backward pass of all affine grids, of `qjax.estimators`. A quantizer of
         `qjax.quantizers` has its own.
       buffer_bits: Most bits of an accumulator, 2 to 32: checked by lowering.
-      constraints: What a runtime asks of grids beyond their words.
+      constraints: Demands of a runtime on grids beyond their words.
 
     Raises:
       TypeError: for fields of another type.
@@ -142,7 +142,7 @@ class Scheme:
         Fields that have their defaults are left out. Bits must be known.
 
         Args:
-          indent: As of ``json.dumps``.
+          indent: Indent, passed to ``json.dumps``.
 
         Returns:
           Text; ``Scheme.from_json(scheme.to_json()) == scheme``.
@@ -216,8 +216,8 @@ def shadowed_rules(
     """Returns the rules that decide nothing, with those that come before them.
 
     Args:
-      scheme: Its optional rules are not looked at.
-      sites: Of the model.
+      scheme: Scheme, whose optional rules are not looked at.
+      sites: Sites of the model.
 
     Returns:
       Pairs of the place of a rule, and the places of those that decide its sites.

@@ -17,7 +17,7 @@ def leaders(sites: Sequence[Site], scheme: Scheme) -> dict[str, Site]:
     an op that is ``kept`` has the grid of its operand.
 
     Args:
-      sites: Of a model, in the order of computation.
+      sites: Sites of a model, in the order of computation.
       scheme: Words, rules and constraints.
 
     Returns:
@@ -31,8 +31,8 @@ def overwriters(sites: Sequence[Site], scheme: Scheme) -> dict[str, str]:
     """Finds the sites whose values count in the range of an operand.
 
     Args:
-      sites: Of a model.
-      scheme: With the ops that are ``overwritten``.
+      sites: Sites of a model.
+      scheme: Scheme with the ops that are ``overwritten``.
 
     Returns:
       Name of the operand -> name of the site that may overwrite it.

@@ -73,7 +73,7 @@ def at_site(word: Word | None, site: Site) -> Word | None:
       word: Its axis may be ``"output"``: that of a weight, none of an activation. A
         quantizer of `qjax.quantizers` that finds its scales (``alpha="auto"``) and
         names no ``scale_axis`` has them per output channel as well.
-      site: Where it is used.
+      site: Site that has the word.
 
     Returns:
       The word. Others are returned as they are.
@@ -113,8 +113,8 @@ def check_word(name: str, role: Role, word: Word | None) -> None:
     """Raises for a word that cannot hold the values of a site.
 
     Args:
-      name: Of the site, for the message.
-      role: Of the site. The word of a weight is taken as symmetric.
+      name: Name of the site, for the message.
+      role: Role of the site. The word of a weight is taken as symmetric.
       word: The word; None passes. Bits that are traced pass, an array of known ones
         passes if all of them do.
 

@@ -160,7 +160,7 @@ def in_bytes(
     Args:
       product: Linear in both operands.
       x: Codes.
-      kernel: Its other operand.
+      kernel: Kernel, the other operand.
       least: Shape of the fewest codes that `product` takes. What it gives then has size
         1 along every axis that is not one of the kernel.
 

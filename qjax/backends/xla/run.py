@@ -22,8 +22,8 @@ def run(
     """Computes all values of a graph.
 
     Args:
-      graph: What to compute.
-      params: Its parameters, by name.
+      graph: Graph to compute.
+      params: Parameters of the graph, by name.
       inputs: Codes, in the types of the graph.
 
     Returns:

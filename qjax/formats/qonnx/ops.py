@@ -42,8 +42,8 @@ class Operator:
     """An operator: a node of a QONNX graph.
 
     Attributes:
-      name: What it does, as ONNX names it.
-      site: Its first output: the name of what it makes.
+      name: Operation, as ONNX names it.
+      site: First output: the name of the result.
       attributes: Name -> number, string, array or list.
       batch: Leading size of the inputs in the file.
     """

@@ -90,7 +90,7 @@ class Word:
       zero_point: The same.
       low: Least code.
       high: Largest code.
-      mode: How it rounds, a key of ``_ROUNDINGS``.
+      mode: Mode of rounding, a key of ``_ROUNDINGS``.
     """
 
     scale: np.ndarray
@@ -105,7 +105,7 @@ def int_quant(x: Known | Data, word: Word, site: str) -> Known | Data:
 
     Args:
       x: Values.
-      word: Its integers.
+      word: Word of the codes.
       site: Name of the quantization point.
 
     Returns:
@@ -268,7 +268,7 @@ def trunc(x: Known | Data, words: tuple[Word, Word], bits: int, site: str) -> Da
     Args:
       x: Values.
       words: The input's grid, how it rounds; the output's grid and codes.
-      bits: How many of them go.
+      bits: Number of least bits to drop.
       site: Name of the quantization point.
 
     Returns:
@@ -298,9 +298,9 @@ def multi_threshold(
     Args:
       x: Values.
       thresholds: ``[channels, steps]``, or ``[1, steps]``.
-      scale: Of the output.
-      bias: Of the output; a whole multiple of ``scale``.
-      axis: Of the channels in ``x``.
+      scale: Scale of the output.
+      bias: Bias of the output; a whole multiple of ``scale``.
+      axis: Axis of the channels in ``x``.
       site: Name of the quantization point.
 
     Returns:

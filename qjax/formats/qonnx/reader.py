@@ -81,7 +81,7 @@ class QonnxModel:
         """Explains why `qjax.lower` refuses the network, and what its reader can do.
 
         Args:
-          refusal: What `qjax.lower` says, with its own remedy.
+          refusal: Message of `qjax.lower`, with its own remedy.
         """
         if not any(part in refusal for part in _REMEDIES):
             return refusal

@@ -70,9 +70,9 @@ class Data:
     """A tensor that depends on an input.
 
     Attributes:
-      x: Its values, computed as the file says; None if only the line is known.
-      grid: Of its codes, if it has them.
-      line: From an accumulator to it, if it is one.
+      x: Values, computed as the file says; None if only the line is known.
+      grid: Grid of the codes, if there are any.
+      line: Line from an accumulator to the tensor, if it is one.
       is_pointwise: Whether it is a function of codes of at most 16 bits.
       is_raw: Whether it is an input, or a line of one.
     """
@@ -140,7 +140,7 @@ def accumulated(
 
     Args:
       acc: Whole multiples of ``unit``.
-      unit: Of the accumulator.
+      unit: Unit of the accumulator.
       low: Least multiple, by channel, rank of ``acc``.
       high: Largest.
       gain: By channel, rank of ``acc``.

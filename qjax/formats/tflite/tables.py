@@ -54,8 +54,8 @@ def function_table(
 
     Args:
       function: float64 to float64.
-      x: Its input.
-      y: Its output.
+      x: Codes of the input.
+      y: Codes of the output.
 
     Returns:
       A code for each code of ``x``, int64.
@@ -152,10 +152,10 @@ def prelu_table(
 
     Args:
       alpha: Codes less their zero point, one for each channel.
-      scale: Of ``alpha``.
+      scale: Scale of ``alpha``.
       x: The input.
       y: The output.
-      rule: How to rescale.
+      rule: Rule of rescaling.
 
     Returns:
       Codes, ``[codes, channels]``.

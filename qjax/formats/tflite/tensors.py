@@ -19,13 +19,13 @@ class Tensor:
     """A tensor of a TFLite graph.
 
     Attributes:
-      name: Its name; need not be unique.
-      shape: Its shape, as the file has it.
+      name: Name of the tensor; need not be unique.
+      shape: Shape of the tensor, as in the file.
       dtype: NumPy's name of its type.
       scale: Units per code, one or one per channel; none if it is not quantized.
       zero_point: The code of zero, one for each scale.
       axis: The axis of the channels.
-      data: Its value, if it is a constant.
+      data: Value of the tensor, if it is a constant.
     """
 
     name: str
@@ -68,10 +68,10 @@ class Operator:
     """An operator of a TFLite graph.
 
     Attributes:
-      name: As TFLite's schema has it: ``CONV_2D``.
+      name: Name in TFLite's schema: ``CONV_2D``.
       inputs: Numbers of tensors; -1 for one that is left out.
       outputs: Numbers of tensors.
-      options: As the schema names them: ``stride_w``. Enumerations as their names.
+      options: Options by their names in the schema: ``stride_w``. Enumerations by name.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Rules:
     """The rules by which accumulators are rescaled.
 
     Attributes:
-      integer: Where TFLite computes in integers, but for dense layers.
+      integer: Rule where TFLite computes in integers, but for dense layers.
       dense: In dense layers.
       is_xnnpack: Whether products have XNNPACK's float32 instead.
     """
@@ -102,8 +102,8 @@ class Growth:
       tensors: Of TFLite's graph; with the shapes that they turn out to have, and the
         integers that shapes are computed from.
       file: The same with the inputs of the file's sizes.
-      rules: How to rescale.
-      builder: Of the integer graph.
+      rules: Rules of rescaling.
+      builder: Builder of the integer graph.
       inputs: Tensor that is an input -> value of its codes.
       values: Tensor -> value.
     """
@@ -235,11 +235,11 @@ class Call:
         """Adds a node and returns its value.
 
         Args:
-          operation: Of the graph.
+          operation: Operation of the graph.
           inputs: Values.
           like: A value with the same grid and type; an int32 accumulator if None.
           params: Role -> array.
-          **attributes: Of the node.
+          **attributes: Attributes of the node.
         """
         grid, dtype = None, "int32"
         if like is not None:

@@ -42,8 +42,8 @@ def by_channel(
 
     Args:
       operation: ``dot`` or ``conv``.
-      attributes: Of the node.
-      kernel: Its parameter.
+      attributes: Attributes of the node.
+      kernel: Parameter of the node.
 
     Returns:
       int64, ``[..., channels]``.
@@ -80,7 +80,7 @@ def _extremes(o: Operands, operation: Operation, shape: Shape, codes: Ends) -> E
     Args:
       o: The operands.
       operation: Linear in its codes.
-      shape: Of the fewest codes that each channel sees once.
+      shape: Shape of the fewest codes that each channel sees once.
       codes: Their ends.
     """
     offset, kernel = _check_offset(o), o.params["kernel"]

@@ -84,8 +84,8 @@ class Operands:
     """The operands of an operation: attributes, inputs and parameters.
 
     Args:
-      attributes: Of the node.
-      inputs: What is known of its inputs.
+      attributes: Attributes of the node.
+      inputs: Values of the inputs in the graph.
       params: Role -> array.
     """
 
@@ -156,8 +156,8 @@ class Operation:
 
     Attributes:
       name: In nodes and files.
-      contract: What it computes, ``q`` the codes of its input, in words of the field.
-      kind: What it does to integers. ``accumulator``: sums of products, in another
+      contract: Formula of the operation, ``q`` the codes of its input, in field words.
+      kind: Effect on integers. ``accumulator``: sums of products, in another
         unit; ``rescale``: from grid to grid, which rounds; ``move``: the same integers
         elsewhere; ``choice``: some of the integers of its inputs; ``table``: looks
         integers up in a parameter; ``number``: integers of its own.
@@ -166,9 +166,9 @@ class Operation:
       interval: Least and largest integers of the output, arrays in its rank, or
         numbers; raises ValueError for operands that its meaning does not allow.
       meaning: ``meaning(attributes, params, inputs)`` in int64: the oracle.
-      inputs: How many, or the numbers there may be; None for one or more.
+      inputs: Number of inputs, or the possible numbers; None for one or more.
       attributes: Name -> type of what must be there.
-      roles: Of its parameters; each must be there.
+      roles: Roles of the parameters; each must be there.
       optional: Name -> type of what may be there.
       each_input: Names of the lists that have an item for each input.
       each_axis: Names of the lists that have an item for each axis of the first input.
@@ -243,9 +243,9 @@ def window_sizes(
 
     Args:
       o: The operands.
-      sizes: Of the input.
-      window: Of the window.
-      names: Of the attributes: strides, padding, dilation of the input, of the window.
+      sizes: Sizes of the input.
+      window: Sizes of the window.
+      names: Attributes: strides, padding, dilation of the input, of the window.
 
     Returns:
       Sizes of the output.

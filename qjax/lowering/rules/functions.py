@@ -30,8 +30,8 @@ def curve(
     Args:
       builder: Receives accumulators that become the source of a table.
       e: An elementwise equation.
-      trace: Its program.
-      *operands: Of the equation, at least one of them no constant.
+      trace: Trace of the program.
+      *operands: Operands of the equation, at least one of them no constant.
 
     Returns:
       The function; None if the operands are functions of two values.
@@ -124,7 +124,7 @@ def tabulate(
 
     Args:
       x: The function.
-      finish: What makes integers of its values.
+      finish: Function from real values to integers.
       types: Value of the trace -> its dtype.
 
     Returns:
@@ -200,10 +200,10 @@ def add_table(
     Args:
       builder: Receives it.
       x: The function.
-      finish: From its real values to the integers that the table holds.
-      name: Of the parameter, before ``/table``.
-      dtype: Of the integers.
-      grid: What they mean.
+      finish: Function from real values to the integers that the table holds.
+      name: Name of the parameter, before ``/table``.
+      dtype: Type of the integers.
+      grid: Grid of the integers.
 
     Returns:
       The number of the value.

@@ -447,7 +447,7 @@ def placed(
       x: The codes.
       place: Puts the move of a value into the graph; monotone, if it is no move.
       e: The equation.
-      rank: Of the output.
+      rank: Rank of the output.
       end: The output; the first one by default.
       **changes: Other fields of the result.
 

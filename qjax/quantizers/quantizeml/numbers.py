@@ -175,7 +175,7 @@ def straight_through(x: jax.Array, q: Number) -> jax.Array:
 
     Args:
       x: Real values, shape of the codes.
-      q: What a function of this module made of them.
+      q: Numbers that a function of this module made of them.
 
     Returns:
       Values, shape and dtype of ``x``.

@@ -219,7 +219,7 @@ def quantize_output(
       bits: Word length, 2 to 32, or 1 to 31 if not signed.
       signed: Whether the sign is counted.
       scale_bits: Word length of the integers that stand for scales, 1 to 31.
-      buffer_bits: Where the product saturates, 1 to 48.
+      buffer_bits: Bits at which the product saturates, 1 to 48.
       rescaling_rate: Factor of the scale, of cross-layer equalization. Shaped as
         ``range_max``.
 
