@@ -25,7 +25,7 @@ class QuantizedUlaw(Spec):
       integer: Bits before the binary point.
       symmetric: Whether the least value is one step above ``-2^integer``.
       u: The strength of the curve, positive.
-      use_stochastic_rounding: With a key.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       internal_sigmoid: "hard", "smooth" or "real".
       strict: Same as in `QuantizedBits`.
     """
@@ -66,9 +66,8 @@ def quantized_ulaw(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding; None rounds to the nearest, half
-        to even.
-      estimator: Backward pass, of `qjax.estimators`, of the rounding.
+      key: Key for stochastic rounding; see `qjax.quantizers`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Values among the levels, shape and dtype of ``x``. NaN stays NaN.

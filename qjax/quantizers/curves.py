@@ -36,7 +36,7 @@ class QuantizedRelu(Spec):
       integer: Bits before the binary point.
       use_sigmoid: Whether values are rounded after a sigmoid.
       negative_slope: 0, or a power of two.
-      use_stochastic_rounding: With a key.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       relu_upper_bound: Largest value; it counts only without ``is_quantized_clip``.
       is_quantized_clip: Whether the derivative ends at the largest code.
       qnoise_factor: Share of the quantized value, 0 to 1.
@@ -114,10 +114,8 @@ def quantized_relu(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding; None rounds to the nearest, half
-        to even.
-      estimator: Backward pass, of `qjax.estimators`, of the rounding; the relu keeps
-        its own derivative.
+      key: Key for stochastic rounding; see `qjax.quantizers`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Values on the grid, shape and dtype of ``x``. NaN stays NaN.
@@ -139,7 +137,7 @@ class QuantizedTanh(Spec):
 
     Attributes:
       bits: Word length, sign included, 1 to 24.
-      use_stochastic_rounding: With a key.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       symmetric: Whether the least code is left out.
       use_real_tanh: Whether the curve is the hyperbolic tangent.
       internal_sigmoid: "hard", "smooth" or "real": the curve is ``2 sigmoid(x) - 1``.
@@ -175,9 +173,8 @@ def quantized_tanh(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding; None rounds to the nearest, half
-        to even.
-      estimator: Backward pass, of `qjax.estimators`, of the rounding.
+      key: Key for stochastic rounding; see `qjax.quantizers`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Values on the grid, shape and dtype of ``x``. NaN stays NaN.
@@ -201,7 +198,7 @@ class QuantizedSigmoid(Spec):
       bits: Word length, 1 to 24.
       symmetric: Whether code 0 is left out.
       use_real_sigmoid: Whether the curve is the logistic function.
-      use_stochastic_rounding: With a key.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       internal_sigmoid: "hard", "smooth" or "real".
     """
 
@@ -234,9 +231,8 @@ def quantized_sigmoid(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding; None rounds to the nearest, half
-        to even.
-      estimator: Backward pass, of `qjax.estimators`, of the rounding.
+      key: Key for stochastic rounding; see `qjax.quantizers`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Values on the grid, shape and dtype of ``x``. NaN stays NaN.
@@ -260,7 +256,7 @@ class QuantizedHswish(Spec):
       integer: Bits before the binary point.
       symmetric: Whether the least code is left out.
       alpha: Same as in `QuantizedBits`.
-      use_stochastic_rounding: With a key.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       scale_axis: Axis or axes with scales of their own; None: the last.
       qnoise_factor: Share of the quantized value, 0 to 1.
       relu_shift: Place where the curve leaves 0, times -1. Positive.
@@ -305,8 +301,8 @@ def quantized_hswish(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding; None rounds to the nearest.
-      estimator: Backward pass, of `qjax.estimators`, of the rounding.
+      key: Key for stochastic rounding; see `qjax.quantizers`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Values on the grid, shape and dtype of ``x``. NaN stays NaN.

@@ -44,7 +44,7 @@ class LSQ(Spec):
       axis: The axis or axes with scales of their own; None for one scale.
       gradient_scale: Factor of the gradient of the scale; "auto" for
         ``1 / sqrt(n * qmax)`` with ``n`` values per scale.
-      use_stochastic_rounding: With a key.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       qnoise_factor: Share of the quantized value, 0 to 1.
     """
 
@@ -84,8 +84,8 @@ def lsq(
       scale: ``s``, positive, shape ``[]``; with ``spec.axis`` the rank of ``x`` with
         size 1 elsewhere. Start from `lsq_scale`. Below 2^-64 it counts as that.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding; None rounds half to even.
-      estimator: Backward pass of ``x``, of `qjax.estimators`.
+      key: Key for stochastic rounding; see `qjax.quantizers`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Values on the grid, shape and dtype of ``x``. NaN stays NaN.
@@ -135,7 +135,7 @@ class LSQPlus(Spec):
       narrow_range: Whether the least code is left out.
       axis: The axis or axes with scales of their own; None for one scale.
       gradient_scale: Same as in `LSQ`, for scale and offset.
-      use_stochastic_rounding: With a key.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       qnoise_factor: Share of the quantized value, 0 to 1.
     """
 
@@ -179,8 +179,8 @@ def lsq_plus(
       scale: ``s``, as in `lsq`. Start from `lsq_plus_params`.
       offset: Value of code 0, shape of ``scale``.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding; None rounds half to even.
-      estimator: Backward pass of ``x``, of `qjax.estimators`.
+      key: Key for stochastic rounding; see `qjax.quantizers`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Values on the grid, shape and dtype of ``x``. NaN stays NaN.
@@ -224,7 +224,7 @@ class PACT(Spec):
     Attributes:
       bits: Word length, 1 to 24.
       axis: The axis or axes with clips of their own; None for one clip.
-      use_stochastic_rounding: With a key.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       qnoise_factor: Share of the quantized value, 0 to 1.
     """
 
@@ -258,8 +258,8 @@ def pact(
       clip: Largest value, positive, shape ``[]``; with ``spec.axis`` the rank of ``x``
         with size 1 elsewhere. Below 2^-64 it counts as that.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding; None rounds half to even.
-      estimator: Backward pass of ``x``, of `qjax.estimators`.
+      key: Key for stochastic rounding; see `qjax.quantizers`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Values on the grid, shape and dtype of ``x``. NaN stays NaN.
@@ -283,7 +283,7 @@ class DoReFaWeights(Spec):
 
     Attributes:
       bits: Word length, 1 to 16.
-      use_stochastic_rounding: With a key.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       qnoise_factor: Share of the quantized value, 0 to 1.
     """
 
@@ -315,8 +315,8 @@ def dorefa_weights(
     Args:
       x: Real values, any shape: one weight.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding; None rounds half to even.
-      estimator: Backward pass, of `qjax.estimators`, of the rounding.
+      key: Key for stochastic rounding; see `qjax.quantizers`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Values on the grid, shape and dtype of ``x``. Codes are odd, in ``[-n, n]`` (the
@@ -338,7 +338,7 @@ class DoReFaActivations(Spec):
 
     Attributes:
       bits: Word length, 1 to 24.
-      use_stochastic_rounding: With a key.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       qnoise_factor: Share of the quantized value, 0 to 1.
     """
 
@@ -367,8 +367,8 @@ def dorefa_activations(
     Args:
       x: Real values, any shape.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding; None rounds half to even.
-      estimator: Backward pass, of `qjax.estimators`, in place of the above.
+      key: Key for stochastic rounding; see `qjax.quantizers`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Values on the grid, shape and dtype of ``x``. NaN stays NaN.
@@ -390,7 +390,7 @@ class DifferentiableBits(Spec):
     Attributes:
       integer: Bits before the binary point, sign not counted.
       signed: Whether codes may be negative.
-      use_stochastic_rounding: With a key.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       qnoise_factor: Share of the quantized value, 0 to 1.
     """
 
@@ -430,8 +430,8 @@ def differentiable_bits(
       bits: Word lengths, sign included, float; broadcasts against ``x``: one per
         tensor, per channel or per value.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding; None rounds half to even.
-      estimator: Backward pass of ``x``, of `qjax.estimators`.
+      key: Key for stochastic rounding; see `qjax.quantizers`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Values on the grid, shape and dtype of ``x``. NaN stays NaN.

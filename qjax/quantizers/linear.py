@@ -63,7 +63,8 @@ class QuantizedBits(Spec):
       keep_negative: Whether codes are signed.
       alpha: Scale of the value, not of the rounding: None for 1, a number, an array per
         channel (last axis), or found from the values: "auto", "auto_po2".
-      use_stochastic_rounding: With a key. Not for an ``alpha`` found from the values.
+      use_stochastic_rounding: Whether a key makes rounding stochastic; not with
+        an ``alpha`` found from the values.
       scale_axis: Axis or axes with scales of their own; None: the last.
       qnoise_factor: Share of the quantized value, 0 to 1 (`blend_noise`).
       use_ste: Whether the quantized value has a derivative.
@@ -135,8 +136,8 @@ def quantized_bits(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding; None rounds to the nearest.
-      estimator: Backward pass, of `qjax.estimators`, in place of the above.
+      key: Key for stochastic rounding; see `qjax.quantizers`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Values on the grid, shape and dtype of ``x``. NaN stays NaN.
@@ -167,7 +168,7 @@ class QuantizedLinear(Spec):
       keep_negative: Whether codes are signed.
       alpha: Scale of the grid: None for 1, a number, an array per channel, "auto" or
         "auto_po2".
-      use_stochastic_rounding: With a key.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       scale_axis: Axis or axes with scales of their own; None: the last.
       qnoise_factor: Share of the quantized value, 0 to 1.
       strict: Same as in `QuantizedBits`.
@@ -216,8 +217,8 @@ def quantized_linear(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding; None rounds to the nearest.
-      estimator: Backward pass, of `qjax.estimators`, in place of the above.
+      key: Key for stochastic rounding; see `qjax.quantizers`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Values on the grid, shape and dtype of ``x``. NaN stays NaN.

@@ -60,7 +60,7 @@ class Binary(Spec):
       use_01: Whether the codes are 0 and 1, not -1 and 1.
       alpha: Scale of the value: None for 1, a number, an array per channel (last axis),
         "auto" or "auto_po2" for the least-squares one.
-      use_stochastic_rounding: With a key.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       scale_axis: Axis or axes with scales of their own; None: the last.
       elements_per_scale: Same as in `QuantizedBits`.
       min_po2_exponent: Same as in `QuantizedBits`.
@@ -99,11 +99,11 @@ def binary(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding: with ``m = 2 min(max|x|, 1)`` per
+      key: Key for stochastic rounding: with ``m = 2 min(max|x|, 1)`` per
         channel, ``x / m`` is rounded at random to eighths first, and the sign of a 0 is
         drawn.
-      estimator: Backward pass, of `qjax.estimators`, in place of the above; for it the
-        two values are one step apart.
+      estimator: Backward pass, for which the two values are one step apart; see
+        `qjax.quantizers`.
 
     Returns:
       Two values per scale, shape and dtype of ``x``. NaN stays NaN.
@@ -162,8 +162,8 @@ def stochastic_binary(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: Of ``jax.random``; None for `binary`.
-      estimator: As of `binary`.
+      key: Key of ``jax.random``; None for `binary`.
+      estimator: Same as for `binary`.
 
     Returns:
       Two values per scale, shape and dtype of ``x``. NaN stays NaN.
@@ -219,8 +219,8 @@ def bernoulli(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: Of ``jax.random``; None for the more likely code.
-      estimator: As of `binary`.
+      key: Key of ``jax.random``; None for the more likely code.
+      estimator: Same as for `binary`.
 
     Returns:
       0 and one value per scale, shape and dtype of ``x``. NaN stays NaN.
@@ -243,7 +243,8 @@ class Ternary(Spec):
       alpha: Same as in `Binary`.
       threshold: Magnitude from which values are not 0, not negative; None for 0.33.
         Found with the scale if ``alpha`` is.
-      use_stochastic_rounding: With a key, if ``alpha`` is found.
+      use_stochastic_rounding: Whether a key makes rounding stochastic, if
+        ``alpha`` is found.
       number_of_unrolls: Number of times that scale and threshold are found anew.
     """
 
@@ -283,9 +284,9 @@ def ternary(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding: ``x / s`` is rounded at random to
+      key: Key for stochastic rounding: ``x / s`` is rounded at random to
         thirds in place of integers.
-      estimator: Backward pass, of `qjax.estimators`, in place of the above.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Three values per scale, shape and dtype of ``x``. NaN stays NaN.
@@ -347,8 +348,8 @@ def stochastic_ternary(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: Of ``jax.random``; None for `ternary`.
-      estimator: As of `ternary`.
+      key: Key of ``jax.random``; None for `ternary`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Three values per scale, shape and dtype of ``x``. NaN stays NaN.

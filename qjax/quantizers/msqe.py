@@ -57,7 +57,7 @@ class QuantizedBitsMsqePo2(Spec):
       outlier_mask_sigma: Outliers are beyond so many standard deviations.
       num_lls_iters: Least-squares steps.
       should_line_search: Whether neighbouring exponents are tried.
-      line_search_range: How many.
+      line_search_range: Number of exponents that are tried.
     """
 
     name: ClassVar[str] = "quantized_bits_msqe_po2"
@@ -194,7 +194,7 @@ def quantized_bits_msqe_po2(
       x: Real values, any shape.
       state: State of `init_msqe`, or of the last call.
       spec: Options.
-      estimator: Backward pass, of `qjax.estimators`, in place of the above.
+      estimator: Backward pass; see `qjax.quantizers`.
       update_stable: Whether the average of the exponent moves.
       use_stable: Whether the scale comes from that average.
 
@@ -237,7 +237,7 @@ def quantized_bits_learnable_po2(
       x: Real values, any shape.
       state: State of `init_msqe` or the last call. Differentiate by ``state.exponent``.
       spec: Options.
-      estimator: Backward pass of ``x``, of `qjax.estimators`.
+      estimator: Backward pass; see `qjax.quantizers`.
       update_stable: Whether the average of the exponent moves.
       use_stable: Whether the scale comes from that average.
 

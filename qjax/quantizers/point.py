@@ -74,7 +74,7 @@ def finish(
     Args:
       point: Point that the quantizer made of ``x``.
       x: Input, for its dtype and its NaN.
-      estimator: Backward pass, of `qjax.estimators`; None for that of the quantizer.
+      estimator: Backward pass of `qjax.estimators`; None for the quantizer's own.
       qnoise_factor: 1 for the quantized value, 0 for the real one, or between.
       use_ste: Whether the quantized value has a derivative.
       site: Name of the quantization point.
@@ -84,7 +84,7 @@ def finish(
     """
     value, real = _tagged(point, x, site), point.real
     if estimator is not None:
-        # Of the coordinate that is rounded, with the derivative of the real value.
+        # The rounded coordinate, with the derivative of the real value.
         steps = straight(real, finite(point.steps))
         zero, one = jnp.int32(0), jnp.float32(1)
         ends = point.lowest.astype(jnp.int32), point.highest.astype(jnp.int32)
@@ -279,9 +279,9 @@ def apply(
     Args:
       spec: Options of any quantizer in `qjax.quantizers`.
       *arrays: The values to quantize, and what the quantizer learns (`lsq`, `pact`).
-      key: Of ``jax.random``, for the random quantizers and stochastic rounding; None
+      key: Key of ``jax.random``, for random quantizers and stochastic rounding; None
         for the deterministic form.
-      estimator: Backward pass, of `qjax.estimators`; None for that of the quantizer.
+      estimator: Backward pass of `qjax.estimators`; None for the quantizer's own.
       site: Name of this quantization point, kept in the traced program.
 
     Returns:

@@ -58,7 +58,8 @@ class QuantizedPo2(Spec):
       bits: Word length, 2 to 8: one for the sign, the others for the exponent.
       max_value: Largest magnitude before rounding; a power of two, of four with
         ``quadratic_approximation``. None: whatever the exponents hold.
-      use_stochastic_rounding: With a key: unbiased, between neighbouring powers.
+      use_stochastic_rounding: Whether a key makes rounding stochastic: unbiased,
+        between neighbouring powers.
       quadratic_approximation: Whether exponents are even.
       log2_rounding: "rnd" to the nearest exponent, or "floor".
       qnoise_factor: Share of the quantized value, 0 to 1.
@@ -106,9 +107,9 @@ def quantized_po2(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding: of ``l <= |x| < 2 l`` to ``2 l``
+      key: Key for stochastic rounding: of ``l <= |x| < 2 l`` to ``2 l``
         with probability ``(|x| - l) / l``; None rounds to the nearest exponent.
-      estimator: Backward pass, of `qjax.estimators`, of the rounding of exponents.
+      estimator: Backward pass of the rounding of exponents; see `qjax.quantizers`.
 
     Returns:
       Powers of two, shape and dtype of ``x``. NaN stays NaN.
@@ -132,7 +133,7 @@ class QuantizedReluPo2(Spec):
       bits: Word length, 1 to 8, all for the exponent.
       max_value: Same as in `QuantizedPo2`.
       negative_slope: 0, or a power of two.
-      use_stochastic_rounding: With a key.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       quadratic_approximation: Whether exponents are even.
       log2_rounding: "rnd" to the nearest exponent, or "floor".
       qnoise_factor: Share of the quantized value, 0 to 1.
@@ -177,9 +178,8 @@ def quantized_relu_po2(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: As of `quantized_po2`.
-      estimator: Backward pass, of `qjax.estimators`, of the rounding of exponents; the
-        relu keeps its own derivative.
+      key: Same as for `quantized_po2`.
+      estimator: Same as for `quantized_po2`.
 
     Returns:
       Powers of two, shape and dtype of ``x``; those below 2^-126 are 0. NaN stays NaN.
