@@ -256,7 +256,7 @@ def _as_params(params: Any) -> QParams:
         _check_scale(scale)
     is_real = jnp.issubdtype(_as_numbers(scale, "scale").dtype, jnp.floating)
     if not is_real or not hasattr(scale, "dtype"):
-        scale = jnp.asarray(scale, jnp.float32)  # Also where Python's are of 64 bits.
+        scale = jnp.asarray(scale, jnp.float32)  # Python's floats have 64 bits.
     if isinstance(zero_point, int | np.integer | np.ndarray):
         whole = np.asarray(zero_point)
         if np.any((whole < _INT32.min) | (whole > _INT32.max)):

@@ -329,7 +329,7 @@ def dump_config(qmodel: QuantizedModel, qstate: QState | None = None) -> dict[st
 
     Args:
       qmodel: The model.
-      qstate: From `calibrate`; checked to be of this model. The config holds no ranges.
+      qstate: State of `calibrate`, checked to fit the model. The config has no ranges.
 
     Returns:
       Layer -> ``weight_quantizer``, ``output_quantizer``, ``buffer_bitwidth``: plain

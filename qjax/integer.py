@@ -376,7 +376,7 @@ def _check_within(name: str, x: Any, least: int, most: int) -> None:
 def _integer(name: str, x: Any) -> None:
     """Raises unless values are of an integer type."""
     if isinstance(x, int) and not isinstance(x, bool):
-        return  # Also one beyond every type.
+        return  # A Python integer beyond every type passes too.
     dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
     if not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(f"`{name}` must be of an integer type, got {x!r} ({dtype}).")

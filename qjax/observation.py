@@ -258,10 +258,10 @@ _Step = Callable[..., tuple[QState, jax.Array]]
 def _start(
     qmodel: QuantizedModel, params: Any, qstate: QState | None, inputs: Any
 ) -> tuple[_Step, Any, QState]:
-    """Returns the jitted step and its arguments on the device of batch or model."""
+    """Returns the jitted step and its arguments, placed where batch or model is."""
     if qstate is None:
         qstate = qmodel.init(params, *inputs)
-    # As what a step returns, or the second one would compile again: not weakly typed,
+    # The state that a step returns, or the next would compile again: not weakly typed,
     # and committed to a place if anything is.
     qstate = jax.device_get(qstate)
     is_spread = lambda x: isinstance(getattr(x, "sharding", None), NamedSharding)
@@ -311,7 +311,7 @@ def _observe(qmodel: QuantizedModel, is_sharded: bool) -> _Step:
         low_high = jnp.stack(reduce_range(x, spec.axis))
         is_finite = jnp.isfinite(x if is_sharded else low_high)
         low, high = low_high
-        # What is left of zero after a relu, by rounding, is nothing to speak of.
+        # Rounding may leave values just below zero after a relu: they do not count.
         is_below = (-low > high * 2.0**-17) & is_one_sided(spec)
         return [jnp.all(is_finite), jnp.any(low_high != 0), jnp.any(is_below)]
 

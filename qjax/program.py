@@ -72,7 +72,7 @@ class IntegerProgram:
         """Computes real outputs from real inputs: quantize, `codes`, dequantize.
 
         Args:
-          *inputs: As the model takes them. The size of the leading axis may differ from
+          *inputs: Inputs of the model. The size of the leading axis may differ from
             the traced one where `lower` found that nothing depends on it; inputs that
             were traced with the same size keep the same size.
 
@@ -153,7 +153,7 @@ class IntegerProgram:
         """Writes the program to one file, which `qjax.load` reads, all or nothing.
 
         Args:
-          path: Where. An existing file is replaced once the new one is complete, and
+          path: Path. An existing file is replaced once the new one is complete, and
             keeps its mode; a symbolic link stays, and what it points to is written.
 
         Raises:

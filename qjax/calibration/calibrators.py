@@ -40,7 +40,7 @@ class Calibrator(NamedTuple):
     update: Callable[[jax.Array, Any, QSpec], Any]
     merge: Callable[[Any, Any], Any]
     params: Callable[[Any, QSpec], QParams]
-    name: str = ""  # What made it: "ema_min_max(decay=0.9)". Empty: no text says it.
+    name: str = ""  # Text form: "ema_min_max(decay=0.9)"; empty if there is none.
     observe: Callable[[jax.Array, Any, QSpec], Any] | None = None
 
     def __repr__(self) -> str:

@@ -327,7 +327,7 @@ def _histogram(find: _Find) -> Calibrator:
     def params(state: HistogramState, spec: QSpec) -> QParams:
         def one(exponent, counts, least, most, zeros, low, high):
             unit, per = power_of_two(exponent), power_of_two(-exponent)
-            # Of bins without values, the ends are infinite.
+            # Bins without values have infinite ends.
             least, most = (
                 jnp.where(jnp.isfinite(v), v * per, 0.0) for v in (least, most)
             )

@@ -19,7 +19,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     naming the file and moving it, a ``qjax-*.part`` may stay.
 
     Args:
-      path: Where. A symbolic link stays one: what it points to is written. A file that
+      path: Path. A symbolic link stays one: what it points to is written. A file that
         is there keeps its mode, a new one has what the umask leaves of 0666. What is no
         regular file, such as a pipe, is written to.
       data: Bytes to write.
@@ -90,7 +90,7 @@ def _open_nameless(folder: str) -> int | None:
         return None
     try:
         return os.open(folder, os.O_WRONLY | os.O_TMPFILE, 0o666)
-    except OSError:  # Of this file system, or for a reason that the name will meet too.
+    except OSError:  # The file system's limit, or an error that the name will meet too.
         return None
 
 

@@ -13,7 +13,7 @@ from qjax.graph.packing import nbytes
 
 _EXACT_FLOAT32 = 1 << 24  # Integers below are exact in float32.
 _HALF_ULP = 2.0**-24  # Relative rounding of one float32 operation.
-_OTHER_ROUNDINGS = 8  # Beside those of a sum: bias, factor, scales, their products.
+_OTHER_ROUNDINGS = 8  # Roundings beside a sum's: bias, factor, scales, their products.
 _AT_ANY_SCALE = "at any scale, given equal input codes"
 
 
@@ -47,7 +47,7 @@ class Agreement:
       is_proven: Whether they are equal whatever the input, given the same codes before
         the site.
       reason: The proof, or the step that rounds.
-      most: How many codes they can differ by, given the same codes before the site: 0
+      most: Most codes by which they can differ, given the same codes before the site: 0
         if proven, else 1; None where no bound is known.
     """
 

@@ -39,7 +39,7 @@ def save(
     packed, a format version and a SHA-256 over all of it.
 
     Args:
-      path: Where. An existing file is replaced once the new one is complete, and keeps
+      path: Path. An existing file is replaced once the new one is complete, and keeps
         its mode; a symbolic link stays, and what it points to is written.
       graph: Graph to write.
       params: Name -> array.

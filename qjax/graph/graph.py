@@ -29,19 +29,19 @@ class Grid:
 class Value:
     """A value of the graph: integers of one type within ``[low, high]``."""
 
-    shape: tuple[int, ...]  # As traced.
+    shape: tuple[int, ...]  # Traced shape.
     dtype: str
     low: int
     high: int
     grid: Grid | None = None
-    # Of an input: real = gain * input + offset.
+    # Rescaling of an input: real = gain * input + offset.
     rescaling: tuple[float, float] = (1.0, 0.0)
-    is_rescaling_exact: bool = True  # Whether it rounds as the model does.
-    # Of an input: the equation that fixes its leading size. Empty: it may differ at
+    is_rescaling_exact: bool = True  # True if the input rounds as in the model.
+    # The equation that fixes the leading size of an input. Empty: it may differ at
     # call time, if it stays that of all inputs that were traced with the same one.
     fixed_by: str = ""
-    is_place: bool = False  # Of an input that chooses rows: there are no others.
-    dtype_of_model: str = ""  # Of an output of whole numbers: their type in the model.
+    is_place: bool = False  # True for an input that chooses rows and takes no others.
+    dtype_of_model: str = ""  # Type in the model of an output of integers.
 
     @property
     def zero_point(self) -> int:

@@ -53,7 +53,7 @@ def unpack(data: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
 
     Args:
       data: uint8, from `pack`.
-      bits: As there.
+      bits: Same as for `pack`.
       shape: Shape of the codes.
 
     Returns:

@@ -17,7 +17,7 @@ from qjax.graph.operations.record import Attribute, is_integer
 
 _TYPES = ("int8", "uint8", "int16", "uint16", "int32")
 _MODEL_TYPES = ("", "bool", *_TYPES, "uint32", "int64", "uint64")
-_MOST_NUMBERS = 1 << 40  # In a value; what has more is no program.
+_MOST_NUMBERS = 1 << 40  # Most numbers in a value of a program.
 _PARAM_TYPES = {"bias": ("int32",), "multiplier": ("int32",), "shift": ("int32",)}
 
 
@@ -237,7 +237,7 @@ def _check_roles(graph: Graph) -> None:
         is_whole = value.grid is None and v in graph.outputs
         if not is_whole and value.dtype_of_model:
             raise ValueError(f"{where}: only whole outputs have `dtype_of_model`.")
-        # Of accumulators they are factors, which may have a sign.
+        # Scales of accumulators are factors, which may have a sign.
         is_codes = v in graph.inputs or value.dtype != "int32"
         is_codes = is_codes or v in graph.sites.values()
         if value.grid is not None and is_codes:

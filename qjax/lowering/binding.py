@@ -28,7 +28,7 @@ def bind(model: Any, args: tuple[Any, ...]) -> Bound:
     """Binds a model to the arguments of `lower` and `verify`.
 
     Args:
-      model: With a method ``bind(*args)`` that returns a `Bound`; or any function.
+      model: Object whose method ``bind(*args)`` returns a `Bound`, or any function.
       args: Arguments after the model; of a function, its inputs.
 
     Returns:

@@ -86,7 +86,7 @@ class _Target(NamedTuple):
         )
 
 
-# What will be codes, once the grid of the next site is known.
+# Codes to be, once the grid of the next site is known.
 _Late = Callable[[_Target], jax.Array]
 
 
@@ -113,7 +113,7 @@ class _Accumulator(NamedTuple):
     def codes(self, target: _Target) -> jax.Array:
         """Requantizes with one rounding, or with float32's where lowering does."""
         multiplier, shift = traced_fixed_point(self.factors, target.scale)
-        # So coarse a step saturates; a channel that is dead stays at zero in any unit.
+        # A coarser step saturates; a channel that is dead stays at zero in any unit.
         most = jnp.sign(multiplier) * jnp.int32(2**31 - 1)
         multiplier = jnp.where(shift < 0, most, multiplier)
         shift = jnp.maximum(shift, 0)
@@ -344,7 +344,7 @@ class IntegerForward(Simulation):
 
         self._late[e.outputs[0]] = late
 
-    # What rounding commutes with.
+    # Equations that rounding commutes with.
 
     def _join(self, e: Equation) -> None:
         """Puts each part on the grid, then joins all parts."""
@@ -523,7 +523,7 @@ class SiteWord(NamedTuple):
     qmin: jax.Array
     qmax: jax.Array
     dtype: str  # The smallest that holds its codes; int32 if bits are traced.
-    is_direct: bool  # Whether one rounding makes the codes.
+    is_direct: bool  # True if one rounding makes the codes.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from qjax.lowering.values import Abstract, Known, Real
 from qjax.model.blocks import SHAPE_MOVES
 from qjax.model.trace import POINTWISE, Equation, Trace
 
-MOST_RANGE = 1 << 16  # Of integers that are tried one by one.
+MOST_RANGE = 1 << 16  # Most integers that are tried one by one.
 _CASTS = ("convert_element_type", "reduce_precision")
 _NEUTRAL = ("copy", "copy_p", "stop_gradient", "optimization_barrier")
 
@@ -97,7 +97,7 @@ def cast(trace: Trace, e: Equation, x: Real) -> Real:
             f"  equation: {e}\nRound it outside of the program, or quantize it first."
         )
     steps = {**x.steps, e.outputs[0]: e}
-    # What has another unit is an integer no more, and a cast cuts it.
+    # A value in another unit is no integer any more, and a cast cuts it.
     is_itself = x.rescaling == (1.0, 0.0) or trace.is_real(e.outputs[0])
     is_plain = x.is_plain and is_itself and _keeps(trace, e, ends)
     return dataclasses.replace(x, steps=steps, is_plain=is_plain)

@@ -65,7 +65,7 @@ class InputTwiceError(ValueError):
         )
 
 
-# By name: a few primitives have no public object (optimization_barrier, JAX 0.10.2).
+# Rules by name: some primitives have no public object (JAX 0.10.2).
 _RULES: dict[str, Rule] = {}
 
 
@@ -150,7 +150,7 @@ def interpret(
     return [env[v] for v in trace.outputs]
 
 
-# What they return are numbers of their operands, or of the first alone.
+# Equations that return numbers of their operands, or of the first alone.
 _CHOICES = frozenset("concatenate dynamic_slice gather split".split())
 
 

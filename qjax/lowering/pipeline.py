@@ -68,7 +68,7 @@ def lower(model: Any, *args: Any, strict: bool = True) -> IntegerProgram:
     try:
         return _lower(model, args, strict)
     except (ValueError, NotImplementedError) as error:
-        # What reads files knows what its caller can do.
+        # A reader of files knows what its caller can do.
         advise = getattr(model, "advise", None)
         if advise is None or type(error) not in (ValueError, NotImplementedError):
             raise

@@ -98,7 +98,7 @@ def _first_difference(a: Any, b: Any) -> Node | str | None:
 
 
 def _first_change(a: Trace, b: Trace, sizes: tuple[int, int]) -> Equation | None:
-    """The first equation that another leading size changes in more than sizes."""
+    """Returns the first equation that differs in more than sizes for another size."""
     for e, other in zip(a.equations, b.equations, strict=False):
         if e.primitive is not other.primitive or e.inputs != other.inputs:
             return e

@@ -31,18 +31,18 @@ class KnownCodes:
 class Real:
     """A value that is float at run time, for now."""
 
-    source: str  # Where it comes from, in the user's words.
+    source: str  # Origin, in the user's words.
     remedy: str  # The name of the site that would quantize it; empty if none would.
-    input: int | None = None  # It is this input of the program, after `moves`.
+    input: int | None = None  # Number of the input of the program, before `moves`.
     moves: tuple[Equation, ...] = ()
     rescaling: tuple[float, float] = (1.0, 0.0)  # real = gain * input + offset.
-    # Of an integer input: all that was done to it number by number, and the numbers.
+    # Elementwise equations on an integer input, and their constants.
     steps: Mapping[int, Equation] = dataclasses.field(default_factory=dict)
     known: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
-    is_plain: bool = True  # Whether moves, exact casts and the rescaling are all.
-    is_exact: bool = True  # Whether the rescaling rounds as these steps do.
-    dtype: str = ""  # Of an input of whole numbers or truth values.
-    is_left: bool = False  # It follows from what has no integers itself.
+    is_plain: bool = True  # True if moves, exact casts and the rescaling are all.
+    is_exact: bool = True  # True if the rescaling rounds as these steps do.
+    dtype: str = ""  # Type of an input of integers or truth values.
+    is_left: bool = False  # True for a value that follows from one without integers.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +70,12 @@ class Integers:
       shift: Bits by which the product is shifted left before its bias is added, so that
         a finer bias keeps its value; None where that cannot be.
       most: Largest magnitude that the accumulator may reach.
-      bounded: Of codes that a bound has clipped: the same as a function of the codes
-        before it. A function of both is one table.
-      rescaled: Of codes in another unit than that of their grid: the same as a function
-        of codes on a grid, with the roundings of the model. Functions start from it.
-      dtype: Of whole numbers that stand for themselves: their type in the model; empty
-        for real values.
+      bounded: Codes that a bound has clipped, as a function of the codes before the
+        bound. A function of both is one table.
+      rescaled: Codes in another unit than that of their grid, as a function of codes
+        on a grid, with the roundings of the model. Functions start from it.
+      dtype: Type in the model of integers that stand for themselves; empty for real
+        values.
       is_still: Whether a channel is zero but for its bias, in the rank of the value or
         ``[]``; None where that is not known.
     """
@@ -132,7 +132,7 @@ class Integers:
 class Sum:
     """A sum of codes on different grids, to be rounded once."""
 
-    terms: tuple[tuple[Integers, float], ...]  # With the sign, 1.0 or -1.0.
+    terms: tuple[tuple[Integers, float], ...]  # Terms with a sign, 1.0 or -1.0.
     bounds: tuple[float, float] = (-np.inf, np.inf)
     path: str = ""
 
@@ -182,7 +182,7 @@ class Joined:
     attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     bounds: tuple[float, float] = (-np.inf, np.inf)
     path: str = ""
-    fill: float = 0.0  # Of a pad.
+    fill: float = 0.0  # Fill of a pad.
 
 
 @dataclasses.dataclass(frozen=True)

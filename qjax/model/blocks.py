@@ -48,7 +48,7 @@ _SUMS = {"reduce_sum": "sum", "reduce_window_sum": "sum_pool"}
 MEANS = {"sum": "mean", "sum_pool": "avg_pool"}  # The same, divided by a constant.
 _TWO_OPERANDS = {"add": "residual", "add_any": "residual", "sub": "residual"}
 _MOST_FILL = 1e6  # A constant from here on is a mask.
-# What to write in place of a call that no site is inside of.
+# Remedies for calls that no site is inside of.
 REMEDIES = {
     "scan": "Write it as a Python loop, which is unrolled",
     "while": "Write it as a Python loop, which is unrolled",
@@ -69,10 +69,10 @@ class Block:
     value: int  # The end so far.
     name: str = ""
     weight: int | None = None  # A parameter, or what was computed of them.
-    weight_operand: int = 1  # Which operand of the root it enters as.
+    weight_operand: int = 1  # Number of the root's operand that is the weight.
     moves: list[Equation] = dataclasses.field(default_factory=list)  # After a sum.
     affine: list[Equation] = dataclasses.field(default_factory=list)
-    scale_site: int | None = None  # Of a lone affine block: its factor is a weight.
+    scale_site: int | None = None  # Site of a lone affine block's factor, a weight.
     has_statistics: bool = False  # Normalised by statistics of the batch itself.
     has_quantizer: bool = False  # The user's own, at its end.
     is_inner: bool = False  # A normalisation reads its accumulators.
@@ -355,7 +355,7 @@ class _Finder:
             block.weight = weight if leaf is None else leaf
             block.weight_operand = e.inputs.index(weight)
             if user is not None:
-                block.weight = None  # It has its grid.
+                block.weight = None  # The weight has its grid.
             else:
                 self.weights[block.weight] = name or "weight"
         self._start(block)
@@ -435,7 +435,7 @@ class _Finder:
         block.value, block.end = e.outputs[0], e
         self.open[block.value] = block
 
-    # What equations and values are.
+    # Predicates of equations and values.
 
     def _is_only(self, e: Equation, x: int) -> bool:
         """Returns whether ``e`` alone reads ``x``, batch statistics aside."""
@@ -700,7 +700,7 @@ def _scalar(value: np.ndarray) -> Any:
 
 
 def is_quantizer(e: Equation) -> bool:
-    """Returns whether an equation is a quantizer: `qpoint`, a call of it, a family."""
+    """Returns whether an equation is a quantizer, a `qpoint` or a call of `qpoint`."""
     return bool(quantizer_of(e)) or has_qpoint(e)
 
 

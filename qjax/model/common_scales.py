@@ -36,7 +36,7 @@ class Channels(NamedTuple):
     channel: (
         np.ndarray
     )  # Rank of the value, size 1 where nothing changes: which channel.
-    qmin: Any  # Of the codes.
+    qmin: Any  # Least code.
     qmax: Any
 
 

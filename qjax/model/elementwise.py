@@ -35,7 +35,7 @@ _MASKING = POINTWISE | frozenset(
 )
 
 SOFTMAXES = ("softmax", "log_softmax")  # Kinds that may have a mask before them.
-NAME = "function"  # Of one that is made of several.
+NAME = "function"  # Name of a function that is made of several.
 
 
 def find_functions(

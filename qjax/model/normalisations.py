@@ -105,7 +105,7 @@ class _Finder:
         self.users: dict[int, list[Equation]] = collections.defaultdict(list)
         self.order: dict[int, int] = {}
         self.side: set[int] = {v for v in model.inputs if self._is_truth(v)}
-        self.parent: dict[int, int] = {}  # Of all data on the way: the last value.
+        self.parent: dict[int, int] = {}  # Value -> last value that all its data pass.
         self.depth: dict[int, int] = {-1: 0}
         for v in model.inputs:
             if v in data:
@@ -438,7 +438,7 @@ class _Finder:
         readers = (self.order[u.outputs[0]] for u in self.users[v])
         return v in self.model.outputs or any(k not in whole.members for k in readers)
 
-    # What lowers in parts.
+    # Normalisations that lower in parts.
 
     def has_rules(self, whole: _Whole) -> bool:
         """Returns whether all equations have integer rules with sites of their own."""

@@ -39,7 +39,7 @@ from qjax.quantizers.point import straight
 from qjax.rounding import ceil_power_of_two, half_even
 from qjax.schemes.patterns import Site
 
-SITE_MARK = "site="  # In the scope of the root of a block: its output, its weight.
+SITE_MARK = "site="  # Mark before output and weight site in a block's scope.
 _MOST_BIAS = 2.0**30  # Codes of a bias stay below it, as accumulators are int32.
 
 
@@ -48,13 +48,13 @@ class Visit(NamedTuple):
 
     value: jax.Array
     grid: QParams | None = None
-    word: QSpec | None = None  # Of codes about zero: channels may be told apart.
+    word: QSpec | None = None  # Word of codes about zero: channels may be told apart.
 
 
 class Bias(NamedTuple):
     """The bias after the product of a weight, ``(acc + bias) * factor``, by channel."""
 
-    data: Site  # Of the other operand.
+    data: Site  # Site of the other operand.
     bias: jax.Array  # Broadcasts against the weight.
     factor: jax.Array  # Broadcasts against the weight.
 
@@ -65,7 +65,7 @@ Biases = Callable[[], list[Bias]]
 class Unit(NamedTuple):
     """The unit of a sum of codes: ``real = x * factor * scale``."""
 
-    factor: jax.Array  # What the sum is multiplied by: one over the number of codes.
+    factor: jax.Array  # Factor of the sum: one over the number of codes.
     scale: jax.Array  # shape=(). Of the codes.
 
     def per(self, scale: ArrayLike) -> jax.Array:
@@ -149,7 +149,7 @@ class Simulation:
         self._plan = describe(self._model, plan, names)
         self._arguments = [_unfolded(x) for _, x in leaves] + jax.tree.leaves(inputs)
         self._inputs = self._model.inputs[len(leaves) :]
-        # What is known comes first: a kernel is held by its bias and its BatchNorm.
+        # Known values come first: a kernel is held by its bias and its BatchNorm.
         known = set(self._model.avals) - data_of(self._model, self._inputs)
         order = sorted(
             self._model.equations, key=lambda e: not known.issuperset(e.outputs)
@@ -407,7 +407,7 @@ class Simulation:
 
     def _keep_grid(self, e: Equation) -> None:
         if is_quantizer(e):
-            return  # Its own grid is none that is known here.
+            return  # The own grid of a quantizer is unknown here.
         self._carry(e)
         x = next((v for v in e.inputs if v in self._grids), None)
         if x is None:
@@ -421,7 +421,7 @@ class Simulation:
                 zeros = move_scale(e, zero_point, self._model.shape(x))
                 self._grids[e.outputs[0]] = QParams(moved, zeros)
 
-    # What follows the products of a weight, before these are computed.
+    # Biases after the products of a weight, before these are computed.
 
     def _biases(self, v: int, rank: int) -> list[Bias]:
         """Returns the biases of all blocks that multiply by a weight as it lies."""

@@ -24,7 +24,7 @@ WHOLE = "qjax.whole."  # A call with the kind of what it computes whole behind i
 _QUANTIZER = re.compile(re.escape(SCOPE) + r"(\w+)")
 _CALLS = (p.jit_p, p.closed_call_p, p.remat_p)
 _DERIVATIVE_CALLS = (p.custom_jvp_call_p, p.custom_vjp_call_p)
-CALLS = (p.jit_p, *_DERIVATIVE_CALLS)  # That a trace may keep whole.
+CALLS = (p.jit_p, *_DERIVATIVE_CALLS)  # Calls that a trace may keep whole.
 AFFINE = frozenset("add sub mul div neg".split())
 BOUNDS = frozenset("max min clamp".split())
 POINTWISE = frozenset(
@@ -45,9 +45,9 @@ class Equation:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     path: str  # Module path: the name stack. Empty where the tracer knew none.
-    # Where it was written, as JAX has it: `qjax.model.origin` reads it.
+    # JAX's source information, which `qjax.model.origin` reads.
     source: Any = dataclasses.field(default=None, compare=False, repr=False)
-    # Whether `quantize_model` put the quantization points.
+    # True if `quantize_model` put the quantization points.
     is_simulated: bool = dataclasses.field(default=False, compare=False, repr=False)
 
     def __str__(self):
@@ -72,7 +72,7 @@ class Trace:
     outputs: tuple[int, ...]
     constants: dict[int, Any]
     avals: dict[int, Any]
-    names: tuple[str, ...] = ()  # Of the inputs: input 0, input:1['image'].
+    names: tuple[str, ...] = ()  # Names of the inputs: input 0, input:1['image'].
 
     def shape(self, value: int) -> tuple[int, ...]:
         """Returns the shape of a value."""
@@ -143,7 +143,7 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
     constants: dict[int, Any] = {}
     avals: dict[int, Any] = {}
     equations: list[Equation] = []
-    data: set[int] = set()  # What depends on an argument.
+    data: set[int] = set()  # Values that depend on an argument.
     inlined = _CALLS if keep_derivatives else _CALLS + _DERIVATIVE_CALLS
 
     def number(aval: Any) -> int:
@@ -172,7 +172,7 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
             inputs = [read(v) for v in eqn.invars]
             stack = _QUANTIZER.sub(r"\1", str(eqn.source_info.name_stack))
             here = "/".join(s for s in (path, stack) if s)
-            # What is inside of a call that JAX has cached names its first caller.
+            # Equations inside of a call that JAX has cached name its first caller.
             origin = eqn.source_info if source is None else source
             is_kept = bool(whole_of(eqn)) or (keep_derivatives and _is_function(eqn))
             if eqn.primitive is p.concatenate_p:  # Pieces of length 0 are none.
@@ -202,7 +202,7 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
                 outputs = [number(v.aval) for v in eqn.outvars]
                 parts: Any = [(inputs, outputs)]
                 if eqn.primitive.name == "optimization_barrier":
-                    # It returns each of its operands: as many moves of one value.
+                    # A call that returns its operands is as many moves of one value.
                     parts = zip(zip(inputs), zip(outputs), strict=True)
                 for own, made in parts:
                     if not data.isdisjoint(own):
@@ -278,7 +278,7 @@ def expansion(eqn: Any, keep_derivatives: bool) -> Callable[..., Any] | None:
     return _unrolled(params) if is_short and not keep_derivatives else None
 
 
-MOST_STEPS = 256  # Of a scan that is unrolled.
+MOST_STEPS = 256  # Most steps of a scan that is unrolled.
 
 
 def _tiled(x: jax.Array, reps: Sequence[int]) -> jax.Array:

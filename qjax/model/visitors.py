@@ -18,7 +18,7 @@ from qjax.quantizers.spec import Spec
 from qjax.schemes.patterns import Site
 from qjax.schemes.scheme import Scheme
 
-# Of a weight: times that of its input it is no denormal number, which counts as 0.
+# Least scale of a weight; times that of its input it is no denormal number.
 _LEAST_SCALE = 2.0**-96
 
 
@@ -106,7 +106,7 @@ class Quantizer:
         least = self._least_scale(spec, scale, biases)
         if least is not None:
             low, high = reduce_range(x, spec.axis)
-            is_zero = (low == 0) & (high == 0) & (least > 0)  # It has scale 1.
+            is_zero = (low == 0) & (high == 0) & (least > 0)  # The scale is 1.
             scale = jnp.where(is_zero, least, jnp.maximum(scale, least))
         params = QParams(jnp.maximum(scale, _LEAST_SCALE), zero_point)
         return Visit(self._round(site, x, params, spec), params)

@@ -28,7 +28,7 @@ from qjax.quantizers.spec import Spec, check_number, static
 from qjax.quantizers.words import as_float, check_word, settled
 from qjax.rounding import int_range, power_of_two
 
-_LEAST = 2.0**-64  # What a scale counts for that training took below it.
+_LEAST = 2.0**-64  # Least scale, in place of one that training took below it.
 
 Axes = int | tuple[int, ...] | None
 
@@ -305,7 +305,7 @@ def dorefa_weights(
     key: jax.Array | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
-    """DoReFa's weights: a tangent, spread over ``[-1, 1]``, on ``2^bits`` levels.
+    """Rounds DoReFa's weights: a tangent over ``[-1, 1]`` to ``2^bits`` levels.
 
         n = 2^bits - 1,  r = tanh(x) / (2 max|tanh(x)|) + 1 / 2
         y = 2 * round(n * r) / n - 1;   one bit: y = mean|x| * sign(x), sign(0) = 1

@@ -329,7 +329,7 @@ def _auto_linear_scale(
 ) -> jax.Array:
     sharing = Sharing(spec.scale_axis)
     check_sharing(x.shape, sharing, spec.name)
-    # Of a tensor of rank 1, every element is a channel here.
+    # In a tensor of rank 1, every element is a channel here.
     most = largest if x.ndim > 1 else lambda x, _: x
     if spec.keep_negative:
         s = divide(most(jnp.abs(x), sharing), 0.5 * width)

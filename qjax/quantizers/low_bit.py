@@ -40,7 +40,7 @@ from qjax.quantizers.scaling import (
 from qjax.quantizers.spec import Spec, check_number, require, static
 from qjax.quantizers.words import Alpha, check_alpha, check_groups
 
-DEFAULT_THRESHOLD = 0.33  # Of ternary values, as in QKeras.
+DEFAULT_THRESHOLD = 0.33  # Default of ternary values, as in QKeras.
 
 
 def _check_ternary(spec: Any) -> None:

@@ -13,7 +13,7 @@ from qjax.quantizers.spec import Spec, is_known
 from qjax.rounding import half_even
 
 SCOPE = "qjax.quantizers."  # A name scope with the name of a quantizer behind it.
-LARGEST = 2.0**127 * 1.999  # Where infinities are cut, just inside float32.
+LARGEST = 2.0**127 * 1.999  # Limit of infinities, just inside float32.
 
 
 class Quantized(NamedTuple):
@@ -34,7 +34,7 @@ class Point(NamedTuple):
     All arrays are float32. None but ``real`` carries a derivative.
     """
 
-    real: jax.Array  # What is rounded, before it is: the estimators differentiate it.
+    real: jax.Array  # Values before rounding, which estimators differentiate.
     steps: jax.Array  # The same in the coordinate whose integers are the levels.
     lowest: jax.Array  # Least level in that coordinate.
     highest: jax.Array
@@ -43,9 +43,9 @@ class Point(NamedTuple):
     qmin: ArrayLike = 0  # Least code.
     qmax: ArrayLike = 0
     zero_point: jax.Array | None = None  # int32, shape of scale; None: 0.
-    codes: jax.Array | None = None  # Where they are not linear.
-    is_direct: bool = False  # Whether one rounding to the scale makes the value.
-    passes: jax.Array | None = None  # Where the own derivative is not 0; None: all.
+    codes: jax.Array | None = None  # Codes if they are not linear.
+    is_direct: bool = False  # True if one rounding to the scale makes the value.
+    passes: jax.Array | None = None  # Mask of the nonzero own derivative; None: all.
     learned: jax.Array | None = None  # A term that is there for its derivative only.
 
 

@@ -195,12 +195,12 @@ def quantized_relu_po2(
 
 
 class _Word(NamedTuple):
-    """The exponents and values of a word."""
+    """The exponents of a word and of its values."""
 
     low: Any  # Least exponent, before it is doubled by the quadratic approximation.
     high: Any
     times: int  # 2 with that approximation.
-    least: Any  # Of the values.
+    least: Any  # Least exponent of a value.
     most: Any
     reached: Any  # The largest that `max_value` leaves, if it is known.
 

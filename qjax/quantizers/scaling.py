@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 from qjax.mesh_axes import axes_of, vary
 from qjax.rounding import power_of_two, quotient, round_log2
 
-EPSILON = 1e-7  # Of Keras.
+EPSILON = 1e-7  # Keras's epsilon.
 
 Axes = int | tuple[int, ...] | None
 
@@ -28,7 +28,7 @@ Axes = int | tuple[int, ...] | None
 class Sharing(NamedTuple):
     """The elements of a tensor that share a scale."""
 
-    axis: Axes = None  # With scales of their own; None: the last.
+    axis: Axes = None  # Axes with scales of their own; None: the last.
     elements_per_scale: Axes = None  # Group sizes along these axes; None: 1.
 
 

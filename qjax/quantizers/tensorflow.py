@@ -196,10 +196,10 @@ def tflite_params(low: jax.Array, high: jax.Array, spec: QSpec) -> QParams:
         return QParams(scale, jnp.zeros(scale.shape, jnp.int32))
     scale = quotient(high - low, qmax - qmin)
     steps, rest = _long_quotient(low, scale)
-    # What the compiler knows it may move from one difference to the next.
+    # The compiler may move a known term from one difference to the next.
     qmin = jax.lax.optimization_barrier(qmin)
     zero = qmin - steps
-    # What the difference has lost, and the quotient: together as float64 has them.
+    # Lost parts of the difference and the quotient: together as in float64.
     above = zero - qmin
     lost = (qmin - (zero - above)) + (-steps - above)
     zero = jnp.clip(half_away(zero + (lost - rest)), qmin, qmax)
@@ -226,7 +226,7 @@ def _quantize(
     x: jax.Array, low: jax.Array, high: jax.Array, spec: QSpec, *, reciprocal: bool
 ) -> Quantized:
     _check(x, low, high, spec)
-    # What the compiler knows it folds its own way.
+    # The compiler folds known values in its own way.
     low, high = jax.lax.optimization_barrier((low, high))
     ends = jnp.asarray(spec.qmin), jnp.asarray(spec.qmax)
     qmin, qmax = (end.astype(jnp.float32) for end in ends)

@@ -19,15 +19,15 @@ class Site(NamedTuple):
 
     name: str  # conv1/kernel, conv1/output, input:0, residual_2/output, output:0.
     role: Role
-    shape: tuple[int, ...]  # Of the value in the traced example.
+    shape: tuple[int, ...]  # Shape of the value in the traced example.
     layer: str = ""  # Module path: of what the weight serves; of where a value is made.
-    op: str = ""  # What makes the value; of a weight, what it serves: conv, dense, ...
-    activation: str = ""  # What the value has passed: relu, relu6, clip, gelu, ...
+    op: str = ""  # Operation that makes the value or reads the weight: conv, ...
+    activation: str = ""  # Function that the value has passed: relu, clip, gelu, ...
     inputs: tuple[str, ...] = ()  # Names of the sites that the op reads.
     feeds: tuple[str, ...] = ()  # Who reads the value, or what a weight makes: ops, and
     # "return" if the model returns it.
-    axis: int | tuple[int, ...] | None = -1  # Of a weight: that of its outputs, if any.
-    taps: int | None = None  # Of a weight: how many of its numbers one sum adds.
+    axis: int | tuple[int, ...] | None = -1  # Output axis of a weight, if any.
+    taps: int | None = None  # Terms of a weight in one sum.
     note: str = ""  # Why `axis` is not what a use of the weight asks for.
     reads: tuple[str, ...] = ()  # Site of each operand of the op, in order; "" for one
     # that several sites make.
@@ -48,11 +48,11 @@ class Where:
       layer: Module path that the site belongs to.
       op: Globs of the operation that makes the value, or that a weight serves.
       activation: Globs of the function that the value has passed; ``"?*"`` for any.
-      inputs: Of the names of the sites that the op reads; all must match, and at least
-        one be there.
+      inputs: Globs of the names of the sites that the op reads; all must match, and at
+        least one be there.
       feeds: Globs of the ops that read the value; one must match.
-      feeds_only: Of the ops that read the value; all must match, and at least one be
-        there.
+      feeds_only: Globs of the ops that read the value; all must match, and at least one
+        be there.
       ranks: Numbers of axes of the value; empty for any.
 
     Raises:

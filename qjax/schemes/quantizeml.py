@@ -52,7 +52,7 @@ _ELSEWHERE = {
     "max_value_quantizer": "a bound lies on the grid of the accumulator, 32 bits",
     "a_quantizer": "recurrent states have no quantizer of their own",
 }
-_LUT_BITS = 14  # Of a table, as QuantizeML writes it.
+_LUT_BITS = 14  # Bits of a table, as QuantizeML writes it.
 
 _Slots = dict[str, Site]  # weight_quantizer, output_quantizer -> site.
 

@@ -14,7 +14,7 @@ from qjax.affine import QSpec
 from qjax.calibration.calibrators import constant
 from qjax.schemes.rules import Rule
 
-_MOST_PARTS = 128  # Of a step between two input codes: words of 8 bits get 16.
+_MOST_PARTS = 128  # Most parts of a step between codes: words of 8 bits get 16.
 
 
 def insert_rescaling(
@@ -74,7 +74,7 @@ def insert_rescaling(
         ratio = fractions.Fraction(round(offset / scale * _MOST_PARTS), _MOST_PARTS)
     shift = float(ratio) * scale
     info, parts = np.iinfo(kind), int(ratio.denominator)
-    zero = int(ratio.numerator)  # Where the raw integer 0 lies, in these parts.
+    zero = int(ratio.numerator)  # Place of the raw integer 0, in these parts.
     ends: list[int] = [0, *(int(end) * parts + zero for end in (info.min, info.max))]
     least, most = min(ends), max(ends)
     bits = max((most - least).bit_length(), kind.itemsize * 8)

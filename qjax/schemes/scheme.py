@@ -253,7 +253,7 @@ def _check_alone(scheme: Scheme) -> None:
         word, name = rule.spec, f"Scheme.rules[{k}]"
         check_word(name, role or "activation", word)
         if role is None and isinstance(word, QSpec) and word.signed:
-            # It may be that of a weight: an activation has the unsigned word as well.
+            # The word may be a weight's: an activation has the unsigned word as well.
             check_word(name, "weight", word)
 
 

@@ -85,7 +85,7 @@ def at_site(word: Word | None, site: Site) -> Word | None:
     finds = isinstance(getattr(word, "alpha", None), str)
     is_open = finds and getattr(word, "scale_axis", ()) is None
     is_grouped = getattr(word, "elements_per_scale", None) is not None
-    # None of theirs is the last axis; one scale for all is an empty tuple.
+    # A `scale_axis` of None is the last axis; one scale for all is an empty tuple.
     if word is None or not is_open or is_grouped or site.role != "weight":
         return word
     fields: dict[str, Any] = {"scale_axis": () if axis is None else axis}

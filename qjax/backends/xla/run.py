@@ -227,7 +227,7 @@ def _add(node, params, inputs):
         ends = {"qmin": a["low"], "qmax": a["high"]}
         return requantize_sum(terms, jnp.int32(a["shift"]), a["zero_point"], **ends)
 
-    # Or XLA:CPU fuses a chain of residual sums into each of its readers.
+    # Else XLA:CPU fuses a chain of residual sums into each of its readers.
     return bodies.alone(add, *inputs)
 
 

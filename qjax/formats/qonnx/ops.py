@@ -33,8 +33,8 @@ from qjax.formats.qonnx.values import (
     single,
 )
 
-_MOST_CODES = 1 << 16  # Of a sum that becomes a quantization point of its own.
-_WHOLE = 1e-6  # How far from an integer a ratio of scales may lie.
+_MOST_CODES = 1 << 16  # Largest code range of a sum that is a quantization point.
+_WHOLE = 1e-6  # Largest distance of a ratio of scales from an integer.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _trunc(op: Operator, x: Value, *params: Known) -> Value:
     scale, zero, in_bits, out_bits = *arrays[:3], arrays[-1]
     if len(arrays) == 4:
         bits, out, last = round(in_bits.item() - out_bits.item()), scale, zero
-        ends = _ends(out_bits + 1, True, False)  # It has no clip.
+        ends = _ends(out_bits + 1, True, False)  # This version has no clip.
     else:
         out = _positive(arrays[3])
         bits = round(math.log2(out.item() / scale.item()))

@@ -34,7 +34,7 @@ from qjax.formats.qonnx.values import (
 from qjax.graph.builder import compact
 from qjax.quantizers.point import straight
 
-# Of a sign of what is on no grid: 2^-22 below 0 is still seen.
+# Step of the sign of a value on no grid: 2^-22 below 0 is still seen.
 _SIGN_STEP = 2.0**-20
 
 
@@ -69,7 +69,7 @@ _ROUNDINGS: dict[str, Callable[..., Any]] = {
     "HALF_UP": half_away,
     "HALF_DOWN": half_to_zero,
 }
-# What they are of codes that are not negative.
+# Equal modes for codes that are not negative.
 _UPWARDS = {"UP": "CEIL", "DOWN": "FLOOR", "ROUND_TO_ZERO": "FLOOR"}
 # Half to even on a grid twice as fine, moved by a quarter, then up or down: exact, as
 # halves meet even codes there.

@@ -104,7 +104,7 @@ class QonnxModel:
         return f"{why}\nEnd before it: read the file with `outputs=({before[0]!r},)`."
 
 
-# Of `qjax.lower`: who reads a file has neither the function nor a scheme.
+# Remedies of `qjax.lower` that a reader of files has no function or scheme for.
 _REMEDIES = "fake_quant", "Rule(", "as two programs"
 
 
@@ -170,7 +170,7 @@ def read_qonnx(
         raise
     except _Contradiction as error:
         raise ValueError(f"{name} {error}") from error
-    except Exception as error:  # What the parser makes of bytes that are no model.
+    except Exception as error:  # Errors of the parser for bytes that are no model.
         raise ValueError(
             f"{name} is truncated, altered or no ONNX file, got "
             f"{type(error).__name__}: {error}"
@@ -279,7 +279,7 @@ class _Node:
         except (NotImplementedError, OverflowError) as error:
             kind = OverflowError if isinstance(error, OverflowError) else None
             raise (kind or NotImplementedError)(f"{self}: {error}") from error
-        except Exception as error:  # What sizes that do not fit make of rules.
+        except Exception as error:  # Errors of rules for sizes that do not fit.
             raise ValueError(
                 f"{self} must fit its inputs, got {type(error).__name__}: {error}"
             ) from error

@@ -18,12 +18,12 @@ from qjax.affine import Rounding, clipped_ste, fake_quant_bias
 from qjax.graph.builder import compact
 from qjax.rounding import half_even
 
-_MOST_CODES = 1 << 16  # Of the accumulator that a table is indexed by.
-_MOST_ENTRIES = 1 << 22  # Of that table, all channels together.
+_MOST_CODES = 1 << 16  # Largest range of an accumulator that indexes a table.
+_MOST_ENTRIES = 1 << 22  # Largest such table, all channels together.
 _MOST_INT32 = 2**31 - 1
-_MOST_SHIFT = 24  # Of an accumulator, for a finer bias.
-_MOST_PARTS = 128  # Of a step, so that a sum with a number is whole.
-_WHOLE = 1e-6  # How far from it that may be.
+_MOST_SHIFT = 24  # Largest shift of an accumulator for a finer bias.
+_MOST_PARTS = 128  # Most parts of a step, so that a sum with a number is whole.
+_WHOLE = 1e-6  # Largest distance from a whole number of parts.
 _UNBOUNDED = (-np.inf, np.inf)
 
 Step = Callable[[jax.Array], jax.Array]
@@ -62,7 +62,7 @@ class Line:
     gain: np.ndarray  # float64.
     bias: np.ndarray  # float64.
     bounds: tuple[float, float] = _UNBOUNDED
-    is_codes: bool = False  # Whether `acc` is a quantization point.
+    is_codes: bool = False  # True if `acc` is a quantization point.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -231,7 +231,7 @@ def _of_product(call: Call, x: Codes, scale: np.ndarray, is_wide: bool) -> Resca
     return _short(ratio) if is_wide else exact_rescaling(call, ratio)
 
 
-# Of two tensors.
+# Products of two tensors.
 
 
 def operands(call: Call) -> list[int]:

@@ -74,7 +74,7 @@ def read_tflite(
         return build_tflite(*graph, rule=rule, dense_rule=dense_rule)
     except (NotImplementedError, OverflowError):
         raise
-    except Exception as error:  # What sizes and numbers that do not fit make of rules.
+    except Exception as error:  # Errors of rules for sizes and numbers that do not fit.
         raise ValueError(
             f"{name} must hold a graph whose operators fit their tensors, got "
             f"{type(error).__name__}: {error}"
@@ -189,7 +189,7 @@ class _Unpacker:
         kinds = getattr(self._schema, self._UNIONS.get(name, name))
         kind = _names(kinds).get(getattr(table, f"{name}Type")(), "NONE")
         if kind == "NONE":
-            return None  # Of a later schema.
+            return None  # A kind of a later schema.
         typed = getattr(self._schema, kind)()
         typed.Init(value.Bytes, value.Pos)
         return self.unpack(typed)
@@ -244,7 +244,7 @@ def _contents(buffer: Mapping[str, Any], data: _Bytes) -> np.ndarray:
 
 _INTEGERS = tuple(f"{kind}{n}" for kind in ("int", "uint") for n in (8, 16, 32, 64))
 _TYPES = ("bool", "float16", "float32", "float64", *_INTEGERS)
-# What has more is altered: rules make tables of the places in a window.
+# Files with more are altered: rules make tables of the places in a window.
 _MOST = 2**28
 
 
@@ -388,7 +388,7 @@ def _enumerated(schema: Any, key: str, value: Any) -> Any:
     if key not in _ENUMERATIONS:
         return value
     names = _names(getattr(schema, _ENUMERATIONS[key]))
-    return names.get(value, value)  # What is not known, the rule refuses.
+    return names.get(value, value)  # Rules refuse unknown values.
 
 
 def _numbers(

@@ -99,8 +99,8 @@ class Growth:
     """The integer graph as built so far.
 
     Attributes:
-      tensors: Of TFLite's graph; with the shapes that they turn out to have, and the
-        integers that shapes are computed from.
+      tensors: Tensors of TFLite's graph, with the shapes that they turn out to have,
+        and the integers that shapes are computed from.
       file: The same with the inputs of the file's sizes.
       rules: Rules of rescaling.
       builder: Builder of the integer graph.
@@ -163,7 +163,7 @@ class Call:
     op: Operator
     growth: Growth
 
-    # What there is.
+    # Reading.
 
     def tensor(self, place: int = 0) -> Tensor:
         """Returns a tensor of the inputs."""
@@ -221,7 +221,7 @@ class Call:
         name = "fused_activation_function"
         return bounds(self.option(name, "NONE", *_REAL_BOUNDS), self.y)
 
-    # What is added.
+    # Adding.
 
     def add(
         self,

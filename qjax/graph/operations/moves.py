@@ -84,7 +84,7 @@ def _reshape_sizes(sizes: Any, shape: Shape) -> list[int]:
     if -1 not in sizes:
         return list(sizes)
     known = math.prod(n for n in sizes if n != -1)
-    if not known:  # What is left of nothing: the leading size, if it is open.
+    if not known:  # Nothing is left but the leading size, if it is open.
         return [shape[0] if n == -1 else n for n in sizes]
     return [math.prod(shape) // known if n == -1 else n for n in sizes]
 

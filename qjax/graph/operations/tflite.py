@@ -33,7 +33,7 @@ from qjax.graph.operations.shifts import (
     truncated,
 )
 
-_MOST_SUMMANDS = 4095  # Of a softmax: its sum has 31 bits.
+_MOST_SUMMANDS = 4095  # Most terms of a softmax, whose sum has 31 bits.
 
 
 def _add_interval(o: Operands) -> Ends:

@@ -28,7 +28,7 @@ from qjax.lowering.values import (
 from qjax.model.trace import Equation, Trace
 
 _INT32 = np.iinfo(np.int32)
-_MOST_SHIFT = 24  # Of a product that a finer bias is added to.
+_MOST_SHIFT = 24  # Largest shift of a product for a finer bias.
 _ROUNDING = 2.0**-20  # Relative, of float32 scales and of their products.
 _MOST_OFF = 2.0**-6
 

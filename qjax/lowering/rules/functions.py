@@ -17,8 +17,8 @@ from qjax.lowering.interpret import refuse, rule, where
 from qjax.lowering.values import Abstract, Builder, Curve, Integers, Known, KnownCodes
 from qjax.model.trace import POINTWISE, Equation, Trace, evaluate
 
-_MOST_CODES = 1 << 16  # Of the value that a table is indexed by.
-_MOST_ENTRIES = 1 << 22  # Of a table with a row for each channel.
+_MOST_CODES = 1 << 16  # Largest range of a value that indexes a table.
+_MOST_ENTRIES = 1 << 22  # Largest table with one row per channel.
 _COMPARISONS = ("eq", "ge", "gt", "le", "lt", "ne")
 
 

@@ -63,7 +63,7 @@ def _taken(
     shape, out = trace.shape(e.inputs[0]), trace.shape(e.outputs[0])
     size = math.prod(shape[1:])
     numbers = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
-    with np.errstate(invalid="ignore"):  # What is not there is no number.
+    with np.errstate(invalid="ignore"):  # Absent places read NaN.
         found = np.asarray(evaluate(e, numbers, *places)[0])
     if found.size and not 0 <= found.min() <= found.max() < numbers.size:
         raise ValueError(

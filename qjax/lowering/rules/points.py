@@ -224,8 +224,8 @@ class _Target:
     qmin: int
     qmax: int
     site: str
-    is_part: bool = False  # Of what ends at the site.
-    is_double: bool = False  # Whether the model computes in float64.
+    is_part: bool = False  # True for a part of the value at the site.
+    is_double: bool = False  # True if the model computes in float64.
     units: np.ndarray | None = None  # Scales of the channels, if there are several.
 
     def units_of(self) -> np.ndarray:
@@ -337,7 +337,7 @@ def _requantize(
     x = x.emitted()
     assert x.value is not None
     ratio = x.real_scale() / target.units_of()
-    # Where float32 arithmetic has one operation that rounds, round as it does.
+    # If float32 arithmetic has one operation that rounds, round as it does.
     one_rounding = (
         x.gain is not None
         and x.is_gain_exact
@@ -370,7 +370,7 @@ def _requantize(
 
 _MOST_WHOLE = 1 << 20  # Float error in a unit is no step below it.
 _EXACT = 1 << 24  # Integers below are exact in float32.
-_MOST_SUM = 1 << 62  # Of products without their signs: `requantize_sum`.
+_MOST_SUM = 1 << 62  # Largest sum of products without signs: `requantize_sum`.
 
 
 def _most_steps(x: Integers) -> int:

@@ -496,7 +496,7 @@ def _broadcast(e: Equation, trace: Trace, x: Integers) -> tuple[str, dict[str, A
     dimensions = [int(d) for d in e.params["broadcast_dimensions"]]
     sizes: list[int | None] = [int(n) for n in e.params["shape"]]
     for d, n in zip(dimensions, trace.shape(e.inputs[0]), strict=True):
-        sizes[d] = None if sizes[d] == n else sizes[d]  # As it comes, as the batch.
+        sizes[d] = None if sizes[d] == n else sizes[d]  # Open size, like the batch.
     return "broadcast", {"sizes": sizes, "dimensions": dimensions}
 
 
@@ -504,7 +504,7 @@ def _slice(e: Equation, trace: Trace, x: Integers) -> tuple[str, dict[str, Any]]
     start, stop = e.params["start_indices"], e.params["limit_indices"]
     sizes = trace.shape(e.inputs[0])
     steps = e.params["strides"] or (1,) * len(start)
-    # To the end of the axis, whose size may differ at call time.
+    # None: the end of the axis, whose size may differ at call time.
     ends = [None if b == n else int(b) for b, n in zip(stop, sizes, strict=True)]
     return "slice", {
         "start": [int(n) for n in start],

@@ -422,7 +422,7 @@ def _sum(a: SameKind, b: SameKind | int, f: Callable[..., jax.Array]) -> SameKin
         return QFloat(_sum(a.fixed_point, b.fixed_point, f), a.scale)
     if isinstance(b, numbers.Integral):
         (bits,) = _frac_bits(a)
-        # What is beyond 2^33 saturates whatever it is added to.
+        # Numbers beyond 2^33 saturate whatever is added to them.
         moved = lambda y, s: jnp.clip(shifted_half_up(y, s), -(1 << 33), 1 << 33)
         take = lambda x, y, s: f(x, moved(y, s))
         return make_number(take, a.value_bits, bits, *lifted(a.codes, int(b), bits))

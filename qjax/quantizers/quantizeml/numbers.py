@@ -142,7 +142,7 @@ def power(x: FixedPoint, n: int) -> FixedPoint:
 
     def raised(codes: jax.Array) -> jax.Array:
         found = jnp.ones_like(codes)
-        for _ in range(n):  # What is beyond 2^31 saturates all the same.
+        for _ in range(n):  # Numbers beyond 2^31 saturate all the same.
             found = jnp.clip(found * codes, -(1 << 31), 1 << 31)
         return found
 
@@ -384,7 +384,7 @@ def quantize_scales(scale: ArrayLike, scale_bits: ArrayLike = 8) -> FixedPoint:
     return quantize_fixed_point(scale, scale_bits, frac_bits)
 
 
-# What the other modules need.
+# Helpers of the other modules.
 
 
 def check_value_bits(value_bits: ArrayLike) -> ArrayLike:
@@ -460,7 +460,7 @@ def saturated(wide: jax.Array, value_bits: jax.Array) -> jax.Array:
 
 def shifted(wide: jax.Array, shift: jax.Array) -> jax.Array:
     """Returns ``floor(wide * 2^shift)``, int64: right for what saturates at 2^31."""
-    # What is moved left saturates at 2^31 all the same.
+    # Numbers that move left saturate at 2^31 all the same.
     left = jnp.clip(wide, -(1 << 31), (1 << 31) - 1) << jnp.clip(shift, 0, 32)
     return jnp.where(shift > 0, left, wide >> jnp.clip(-shift, 0, 63))
 
