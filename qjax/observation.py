@@ -92,7 +92,7 @@ def calibrate(
         ...]``.
       samples: An array ``[examples, ...]``, or a tuple of one for each input; nested
         inputs as they are.
-      num_samples: How many samples are used, the first ones. None: at most 1,024, as in
+      num_samples: Number of samples used, the first ones. None: at most 1,024, as in
         QuantizeML, with a warning if there are more.
       batch_size: Samples of a batch, the last of an epoch may be smaller. None: one, as
         in QuantizeML. 32 to 256 are many times faster; averages such as `moving_max`
@@ -300,9 +300,9 @@ def _compiler_options() -> dict[str, bool | int | str] | None:
 
 
 def _observe(qmodel: QuantizedModel, is_sharded: bool) -> _Step:
-    """Makes the step over one batch: the new state, and by site flags for `calibrate`.
+    """Makes the step over one batch, which returns the new state and flags by site.
 
-    Whether all values are finite, not all are 0, and some are lost below zero.
+    Flags: all values are finite, not all are 0, and some are lost below zero.
     """
 
     def flags(x: jax.Array, spec: QSpec) -> list[jax.Array]:

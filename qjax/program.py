@@ -49,7 +49,7 @@ class IntegerProgram:
         `qjax.scales` and `qjax.integer_weights` give its scale.
       input_tree: Structure of the inputs: a tuple of positional arguments.
       output_tree: Structure of the outputs.
-      residues: What would stay float, causes before what follows from them; only of
+      residues: Parts that would stay float, causes before their followers; only of
         `lower` with ``strict=False``. The graph has what lies between then, and cannot
         be called.
     """
@@ -77,7 +77,7 @@ class IntegerProgram:
             were traced with the same size keep the same size.
 
         Returns:
-          As the model returns them, real values as float32.
+          Outputs in the structure of the model's, real values as float32.
 
         Raises:
           ValueError: if an input has another shape, or a leading size that an equation

@@ -85,7 +85,7 @@ class QuantizedModel:
             0 alone (`int_range`).
 
         Returns:
-          What ``fn`` returns.
+          The output of ``fn``.
 
         Raises:
           ValueError: if ``qstate`` is the state of another model or scheme, or knows no
@@ -117,7 +117,7 @@ class QuantizedModel:
             bytes where bits are known, on int32 where they are traced.
 
         Returns:
-          What ``fn`` returns. Accumulators wrap: `qjax.lower` proves that they do not.
+          The output of ``fn``. Accumulators wrap: `qjax.lower` proves that they do not.
 
         Raises:
           ValueError: as `apply`; for a site that has no integers: an operand without a
@@ -145,7 +145,7 @@ class QuantizedModel:
           *inputs: Inputs of ``fn``.
 
         Returns:
-          What ``fn`` returns, and the new state.
+          The output of ``fn``, and the new state.
 
         Raises:
           ValueError: if ``qstate`` is the state of another model or scheme, or inputs

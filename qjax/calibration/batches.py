@@ -315,7 +315,7 @@ def progress_bar(
       is_shown: None: if standard error is a terminal.
 
     Yields:
-      What to call after each batch.
+      The function to call after each batch.
     """
     console = rich.console.Console(stderr=True)
     columns: list[rich.progress.ProgressColumn] = [

@@ -32,7 +32,7 @@ class Calibrator(NamedTuple):
       update: ``(x, state, spec) -> state``. Sees one batch.
       merge: ``(a, b) -> state``. The state after what ``a`` saw, then what ``b`` saw.
       params: ``(state, spec) -> QParams``. The scale is NaN before the first batch.
-      observe: As ``update``, of the float model, where training moves ranges by another
+      observe: Same as ``update``, of the float model, where training moves ranges by another
         rule than `qjax.calibrate` finds them; None: by the same.
     """
 
@@ -443,7 +443,7 @@ def moving_max(momentum: float = 0.9) -> Calibrator:
 def moving_min_max(momentum: float = 0.9, reduce: Reduce = value_range) -> Calibrator:
     """Tracks the average of both ends of the range from the first batch on.
 
-    As `moving_max`; QuantizeML's observer of inputs.
+    Otherwise like `moving_max`; QuantizeML's observer of inputs.
 
     Args:
       momentum: Share of the average that survives a batch, in [0, 1).
@@ -584,7 +584,7 @@ def params_if(
 def check_calibrated(params: QParams, site: str) -> None:
     """Raises for a grid that is known to have no scale before the first batch.
 
-    What is traced passes.
+    Tracers pass.
 
     Raises:
       ValueError: naming the site.

@@ -1,6 +1,6 @@
 """The integer graph of a lowered model. Backends read it and nothing else.
 
-What each operation computes stands in its record: `qjax.graph.operations`.
+The meaning of each operation stands in its record: `qjax.graph.operations`.
 """
 
 import dataclasses

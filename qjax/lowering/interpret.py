@@ -93,7 +93,7 @@ def interpret(
       residues: Receives what has no integers, in place of errors; None raises them.
 
     Returns:
-      What is known of each output.
+      The knowledge of each output.
 
     Raises:
       NotImplementedError: for a primitive without a rule.

@@ -89,7 +89,7 @@ def verify(program: IntegerProgram, model: Any, *args: Any) -> Verification:
       *args: Arguments that `lower` took; here the values of the inputs count.
 
     Returns:
-      How many codes agree and the largest difference, by site and end to end. With
+      Shares of equal codes and largest differences, by site and end to end. With
       power-of-two scales all do. With others one requantization may differ by one code
       near a tie; more than one at a site is a bug.
 

@@ -56,7 +56,7 @@ def channels_of(x: jax.Array, scale: jax.Array, word: Word) -> Channels:
       word: Ends of its codes.
 
     Returns:
-      Its parts.
+      The parts of the value.
     """
     common = jnp.max(scale)
     ratio = scale * (1.0 / common)

@@ -5,7 +5,7 @@ Both scale values by statistics of these values themselves:
     softmax:        y = exp(x - max(x)) / sum(exp(x - max(x)))
     normalisation:  y = (x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias
 
-What they are made of is not looked for: any division of something made of ``x``, number
+No particular formula is looked for: any division of something made of ``x``, number
 by number, by a reduction of ``x`` is one, from the value that all of it is made of. So
 are products with such a reciprocal, and differences to the logarithm of a sum of
 exponentials. A reduction of a weight is none, nor is one over a batch (BatchNorm in

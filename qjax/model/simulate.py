@@ -796,7 +796,7 @@ def _ranked(x: jax.Array, rank: int) -> jax.Array:
 def _unfolded(x: Any) -> Any:
     """Keeps the compiler from folding computations of a parameter.
 
-    What XLA folds comes out an ulp apart from what it computes (``rsqrt``: 18 % of the
+    Values that XLA folds are an ulp apart from values that it computes (``rsqrt``: 18 % of the
     values, JAX 0.10.2 on the CPU), and lowering must meet the same numbers.
     """
     real = jnp.issubdtype(jax.dtypes.result_type(x), jnp.floating)

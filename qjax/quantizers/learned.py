@@ -1,6 +1,6 @@
 """Quantizers that learn their grid: scale, offset, clip, or bit width.
 
-What is learned is an argument, an array with a gradient of its own; the options are a
+Each learned number is an argument, an array with a gradient of its own; the options are a
 frozen spec. Codes are those of `qjax.quantize`: ``clip(round(x / s) + z, qmin, qmax)``.
 """
 
@@ -421,7 +421,7 @@ def differentiable_bits(
         dx = dy where no code saturates, else 0
         d bits = ln(2) * sum(dy * (x - y  where no code saturates,  else s or -s))
 
-    What bits are worth is an error that halves with each: ``x - y`` is proportional to
+    The worth of a bit is an error that halves with each: ``x - y`` is proportional to
     ``2^-bits``. Where a code saturates, ``y = 2^integer - s`` itself is. With no bits
     left (1 of a signed word), all is 0: pruned. A loss wants a price on ``bits``.
 

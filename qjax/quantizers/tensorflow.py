@@ -82,7 +82,7 @@ def fake_quant_per_channel(
       spec: Same as for `fake_quant_vars`, with ``axis``.
 
     Returns:
-      As `fake_quant_vars`, with a product by the inverse instead of the quotient.
+      Same as `fake_quant_vars`, with a product by the inverse instead of the quotient.
 
     Raises:
       ValueError: as `fake_quant_vars`.
@@ -102,7 +102,7 @@ def fake_quant_args(
       spec: Same as for `fake_quant_vars`.
 
     Returns:
-      As `fake_quant_per_channel`, for one range. The range gets no gradient.
+      Same as `fake_quant_per_channel`, for one range. The range gets no gradient.
 
     Raises:
       ValueError: as `fake_quant_vars`.

@@ -66,7 +66,7 @@ _LAST = Where(role="weight", feeds="return")
 class QuantizationParams:
     """The bits of each kind of site, as QuantizeML has it, with its defaults.
 
-    What it means for a model:
+    Meaning for a model:
 
     - weights are symmetric with a float scale per output channel,
       ``scale = max|w| / (2^(bits - 1) - 1)``: ``input_weight_bits`` where the input of
@@ -277,7 +277,7 @@ def tflite_int8(
     - a range is at least 1e-6 wide; zero points round half away from zero;
     - a weight whose bias would leave 31 bits gets a larger scale.
 
-    What is one site here and several tensors there has the grid of the last one.
+    One site here that is several tensors there has the grid of the last tensor.
 
     Args:
       same_scales: Whether grids are those of TFLite's converter.
@@ -317,7 +317,7 @@ def tflite_int16x8(*, same_scales: bool = False) -> Scheme:
     int64 there: lowering says where that is too narrow.
 
     Args:
-      same_scales: As in `tflite_int8`; but operands of a concatenation keep their grids
+      same_scales: Same as in `tflite_int8`; but operands of a concatenation keep their grids
         there, and biases have 64 bits.
     """
     word = QSpec(bits=16, symmetric=True, narrow_range=True)
@@ -479,7 +479,7 @@ def qkeras(
         - ``bias_quantizer``;
         - ``activation``, also ``activation_quantizer``, of what the layer returns.
           Keras's own functions, such as "relu", stay what the model makes of them.
-      base: What other sites get; None: they stay float, as layers that QKeras is not
+      base: Scheme of other sites; None: they stay float, as layers that QKeras is not
         told of.
 
     Returns:

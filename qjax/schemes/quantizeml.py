@@ -63,7 +63,7 @@ def dump_layers(scheme: Scheme, sites: Sequence[Site], base: Scheme) -> dict[str
     Args:
       scheme: Scheme with known bits.
       sites: Sites of the model.
-      base: What a reader starts from: where it would quantize and ``scheme`` does not,
+      base: Scheme that a reader starts from: where it would quantize and ``scheme`` does not,
         the config says so.
 
     Returns:
@@ -97,7 +97,7 @@ def config_rules(
     """Reads a config as rules that come before those of a scheme.
 
     Args:
-      config: As `dump_layers` writes it. What it leaves out, ``base`` fills in.
+      config: Config in the form of `dump_layers`; ``base`` fills in absent keys.
       sites: Sites of the model.
       base: The scheme under it.
       biases: Biases of the model.

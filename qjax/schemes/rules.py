@@ -25,7 +25,7 @@ class Rule:
       spec: The word of the codes: a `QSpec`, the options of a quantizer of
         `qjax.quantizers`, or the text of one, ``"quantized_bits(4)"``. None leaves the
         site in float.
-      calibrator: How the range is found, also as text, ``"percentile(99.9)"``; None
+      calibrator: Calibrator of the range, also as text, ``"percentile(99.9)"``; None
         keeps that of the scheme.
       buffer_bits: Most bits of the accumulator that a weight makes, 2 to 32; None keeps
         that of the scheme.

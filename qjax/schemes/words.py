@@ -70,7 +70,7 @@ def at_site(word: Word | None, site: Site) -> Word | None:
     """Returns a word with the axis of its scales at a site.
 
     Args:
-      word: Its axis may be ``"output"``: that of a weight, none of an activation. A
+      word: Word whose axis may be ``"output"``: a weight's, none of an activation. A
         quantizer of `qjax.quantizers` that finds its scales (``alpha="auto"``) and
         names no ``scale_axis`` has them per output channel as well.
       site: Site that has the word.

@@ -1,6 +1,6 @@
 """Graphs of TFLite operators as integer programs that give its codes, bit for bit.
 
-What reads a file describes it as `Tensor`s and `Operator`s; `build_tflite` makes the
+A reader of files describes them as `Tensor`s and `Operator`s; `build_tflite` makes the
 program. The codes are those of TFLite's reference kernels. Weights and scales stay as
 they are; what differs from native programs is how they round, which the nodes name.
 """
@@ -49,7 +49,7 @@ def build_tflite(
         and nowhere else; its codes become the input.
       outputs: Numbers of the output tensors, codes or what ``DEQUANTIZE`` makes of
         them.
-      rule: How 32-bit accumulators are rescaled. ``tflite_double`` is what TFLite's
+      rule: Rescaling of 32-bit accumulators. ``tflite_double`` is what TFLite's
         reference kernels do, ``tflite_single`` what they do when built to round once.
         ``fp32_half_even`` is what XNNPACK does to products and, but for exact ties, to
         means; ``QUANTIZE`` has 8 bits then, and the rest stays as it is.

@@ -30,7 +30,7 @@ def read_tflite(
 
     Args:
       path_or_bytes: The file, or what is in it. Of several subgraphs the first is read.
-      rule: How 32-bit accumulators are rescaled; see `qjax.formats.tflite.build`. The
+      rule: Rescaling of 32-bit accumulators; see `qjax.formats.tflite.build`. The
         defaults are LiteRT 2's reference kernels.
       dense_rule: The same for ``FULLY_CONNECTED`` alone; None for ``rule``.
 

@@ -236,7 +236,7 @@ def add_exact_table(
     """Adds a function to the graph on the grid that holds its own values exactly.
 
     Returns:
-      Its codes; None if no grid holds all values exactly, as that of most functions.
+      Codes of the function; None if no grid holds all values, as for most functions.
     """
 
     def bits(real: jax.Array) -> jax.Array:
