@@ -81,7 +81,7 @@ def soft_rounding(sharpness: float = 4.0) -> Estimator:
 
 @functools.cache
 def ewgs(delta: float = 0.2) -> Estimator:
-    """Makes elementwise gradient scaling: larger steps where rounding moved farther.
+    """Makes an estimator of elementwise gradient scaling, by the error of rounding.
 
         dx = dy * (1 + delta * sign(dy) * (u - q)) where no code saturates, else 0
 

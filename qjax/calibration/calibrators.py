@@ -32,8 +32,8 @@ class Calibrator(NamedTuple):
       update: ``(x, state, spec) -> state``. Sees one batch.
       merge: ``(a, b) -> state``. The state after what ``a`` saw, then what ``b`` saw.
       params: ``(state, spec) -> QParams``. The scale is NaN before the first batch.
-      observe: Same as ``update``, of the float model, where training moves ranges by another
-        rule than `qjax.calibrate` finds them; None: by the same.
+      observe: Same as ``update``, of the float model, where training moves ranges by
+        another rule than `qjax.calibrate` finds them; None: by the same.
     """
 
     init: Callable[[jax.Array, QSpec], Any]
@@ -582,7 +582,7 @@ def params_if(
 
 
 def check_calibrated(params: QParams, site: str) -> None:
-    """Raises for a grid that is known to have no scale before the first batch.
+    """Raises for a grid that is known to have no scale, as before the first batch.
 
     Tracers pass.
 

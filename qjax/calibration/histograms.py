@@ -27,7 +27,7 @@ _CLEAR_GAIN = 0.98
 
 
 class HistogramState(NamedTuple):
-    """The counts of all values seen, in bins as wide as the largest magnitude asks."""
+    """The counts of all values seen, in bins that widen with the largest magnitude."""
 
     step: jax.Array  # shape=(), dtype=int32. Batches seen.
     exponent: jax.Array  # shape of the scale, dtype=int32. Bins are 2^exponent wide.

@@ -13,7 +13,7 @@ from qjax.graph.validation import validate
 
 
 def merge_equal(graph: Graph, params: Mapping[str, Any]) -> Graph:
-    """Merges operations that compute the same of the same, above all requantizers.
+    """Merges equal operations on equal operands, above all requantizers.
 
     Codes that two readers put on one grid are requantized once.
 

@@ -154,7 +154,7 @@ def integer_range(trace: Trace, x: Real) -> tuple[int, int] | None:
 
 
 def _keeps(trace: Trace, e: Equation, ends: tuple[int, int]) -> bool:
-    """Returns whether a cast keeps all integers of a range; float32 has wide ranges."""
+    """Returns whether a cast keeps all integers of a range, or makes them float32."""
     dtype = trace.avals[e.outputs[0]].dtype
     if e.primitive.name == "reduce_precision":
         return False

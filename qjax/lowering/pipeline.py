@@ -140,7 +140,7 @@ def _traced(bound: Bound, inputs: Any) -> tuple[Trace, Any]:
 
 
 def _others(traced: Trace, bound: Bound) -> str:
-    """Lists all else that has no integers, for the end of an error: causes, number."""
+    """Lists all else that has no integers, for the end of an error."""
     try:
         _, _, residues = _interpreted(traced, bound, strict=False)
     except Exception:  # The first error says enough.

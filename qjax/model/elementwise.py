@@ -64,7 +64,7 @@ def find_functions(
 def find_masks(
     model: Trace, data: set[int], scores: int, readers: set[int]
 ) -> tuple[set[int], int]:
-    """Finds the values between the scores of a softmax and their masks.
+    """Finds the values that masks make of the scores of a softmax.
 
     Args:
       model: Trace.
@@ -292,7 +292,7 @@ class _Finder:
         return all(n == 1 for n in shape)
 
     def _name(self, end: int, values: set[int]) -> str:
-        """Returns the name of the last step if all others are lines and bounds."""
+        """Returns the name of the last equation if only lines and bounds precede."""
         others = {self.kinds[v] for v in values if v != end}
         if "bent" in others or self.kinds[end] != "bent":
             return NAME

@@ -473,7 +473,7 @@ def _contracts(e: Equation) -> bool:
 
 
 def _outside(whole: _Whole, known: set[int] | None = None) -> list[int]:
-    """Returns the values that members read from outside, the source first."""
+    """Returns outside values that members read, the source first, among ``known``."""
     made = {v for e in whole.members.values() for v in e.outputs}
     reads = [v for at in sorted(whole.members) for v in whole.members[at].inputs]
     found = dict.fromkeys(v for v in (whole.source, *reads) if v not in made)

@@ -114,7 +114,7 @@ class Visitor(Protocol):
         """Visits a bias; without grid and word it gets the accumulator's grid."""
 
     def takes_factors(self, site: Site) -> bool:
-        """Returns whether a weight's grid follows its values, which may be scaled."""
+        """Returns whether a weight's grid follows its values, which then may scale."""
 
 
 class Simulation:
@@ -639,7 +639,7 @@ class Simulation:
     def _compose(
         self, block: Block, x: int, read: Callable[[int], Any] | None = None
     ) -> tuple[Any, Any, Any]:
-        """Composes affine equations to ``(x + before) * factor + after``, or None."""
+        """Composes affine equations to ``(x + before) * factor + after``."""
         before = factor = after = None
         dtype = self._wide(block, x)
         read = self._env.__getitem__ if read is None else read
@@ -663,7 +663,7 @@ class Simulation:
         return before, factor, after
 
     def _accumulator_scale(self, block: Block) -> jax.Array | None:
-        """Returns ``scale_x * scale_w`` in the rank of the product; None without."""
+        """Returns ``scale_x * scale_w`` in the rank of the product, or None."""
         out = block.root.outputs[0]
         w = block.root.inputs[block.weight_operand]
         x = block.root.inputs[1 - block.weight_operand]
@@ -796,8 +796,8 @@ def _ranked(x: jax.Array, rank: int) -> jax.Array:
 def _unfolded(x: Any) -> Any:
     """Keeps the compiler from folding computations of a parameter.
 
-    Values that XLA folds are an ulp apart from values that it computes (``rsqrt``: 18 % of the
-    values, JAX 0.10.2 on the CPU), and lowering must meet the same numbers.
+    Values that XLA folds are an ulp apart from those that it computes (``rsqrt``: 18 %
+    of the values, JAX 0.10.2 on the CPU), and lowering must meet the same numbers.
     """
     real = jnp.issubdtype(jax.dtypes.result_type(x), jnp.floating)
     return lax.optimization_barrier(x) if real else x

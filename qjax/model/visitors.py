@@ -189,7 +189,7 @@ def _filled(
 ) -> QParams:
     """Gives channels with an empty range the scale of the widest channel.
 
-    An empty range has scale 1 whatever the word is; beside it others may be of no account.
+    An empty range has scale 1 in every word; beside it others may be of no account.
     """
     words = (dataclasses.replace(spec, bits=bits) for bits in (4, 5))
     ones = [calibrator.params(state, word).scale == 1 for word in words]

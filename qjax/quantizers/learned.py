@@ -1,7 +1,8 @@
 """Quantizers that learn their grid: scale, offset, clip, or bit width.
 
-Each learned number is an argument, an array with a gradient of its own; the options are a
-frozen spec. Codes are those of `qjax.quantize`: ``clip(round(x / s) + z, qmin, qmax)``.
+Each learned number is an argument, an array with a gradient of its own; the options are
+a frozen spec. Codes are those of `qjax.quantize`:
+``clip(round(x / s) + z, qmin, qmax)``.
 """
 
 import dataclasses
@@ -305,7 +306,7 @@ def dorefa_weights(
     key: jax.Array | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
-    """Rounds DoReFa's weights: a tangent over ``[-1, 1]`` to ``2^bits`` levels.
+    """Rounds DoReFa's weights: a tangent, over ``[-1, 1]``, to ``2^bits`` levels.
 
         n = 2^bits - 1,  r = tanh(x) / (2 max|tanh(x)|) + 1 / 2
         y = 2 * round(n * r) / n - 1;   one bit: y = mean|x| * sign(x), sign(0) = 1
@@ -360,7 +361,7 @@ def dorefa_activations(
     key: jax.Array | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
-    """Rounds DoReFa's activations: ``round(n * clip(x, 0, 1)) / n``, ``n = 2^bits-1``.
+    """Rounds as DoReFa does: ``round(n * clip(x, 0, 1)) / n``, ``n = 2^bits - 1``.
 
     The derivative is 1 where ``0 <= x <= 1``, else 0.
 

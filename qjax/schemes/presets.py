@@ -256,7 +256,7 @@ def quantizeml(**params: Any) -> Scheme:
 def tflite_int8(
     *, same_scales: bool = False, per_tensor_weights: bool = False
 ) -> Scheme:
-    """Returns TFLite's full-integer scheme, with own or its converter's grids.
+    """Returns TFLite's full-integer scheme, with separate or its converter's grids.
 
     Activations of 8 bits per tensor, asymmetric over the range of all values; weights
     of 8 bits per output channel, -127 to 127; softmax and logistic on 1/256, tanh and
@@ -310,15 +310,15 @@ def tflite_int8(
 
 
 def tflite_int16x8(*, same_scales: bool = False) -> Scheme:
-    """Returns TFLite's 16x8 scheme, with own or its converter's grids.
+    """Returns TFLite's 16x8 scheme, with separate or its converter's grids.
 
     Activations of 16 bits per tensor, symmetric, -32767 to 32767; weights as in
     `tflite_int8`; softmax, logistic and tanh on 1/32768. Accumulators are int32 here,
     int64 there: lowering says where that is too narrow.
 
     Args:
-      same_scales: Same as in `tflite_int8`; but operands of a concatenation keep their grids
-        there, and biases have 64 bits.
+      same_scales: Same as in `tflite_int8`; but operands of a concatenation keep their
+        grids there, and biases have 64 bits.
     """
     word = QSpec(bits=16, symmetric=True, narrow_range=True)
     whole = constant(-32767 / 32768, 32767 / 32768)

@@ -63,8 +63,8 @@ def dump_layers(scheme: Scheme, sites: Sequence[Site], base: Scheme) -> dict[str
     Args:
       scheme: Scheme with known bits.
       sites: Sites of the model.
-      base: Scheme that a reader starts from: where it would quantize and ``scheme`` does not,
-        the config says so.
+      base: Scheme that a reader starts from: where it would quantize and ``scheme``
+        does not, the config says so.
 
     Returns:
       Layer -> its quantizers, plain JSON.

@@ -223,7 +223,7 @@ def choose(x: Sequence[int], kernel: Sequence[int], window: Window) -> Body:
 
 
 def convolution(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    """Computes a convolution by XLA's own.
+    """Computes a convolution by XLA's own operation.
 
     The barrier keeps XLA from folding a padding with zeros into the convolution: where
     that makes the output larger than the input, or pads between codes, XLA:CPU of JAX
@@ -258,7 +258,7 @@ def windows(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
 
 
 def products(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    """Computes a depthwise convolution as a sum over the taps of codes times kernel."""
+    """Computes a grouped convolution as a sum over the taps of codes times kernel."""
     *_, channels, outputs = kernel.shape
     count = outputs // window.groups
     shape = *kernel.shape[:-1], *(1,) * (x.ndim - 1), outputs

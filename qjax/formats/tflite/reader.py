@@ -135,7 +135,7 @@ def _read_model(schema: Any, data: _Bytes) -> dict[str, Any]:
 
 
 class _Unpacker:
-    """A reader of generated tables into dicts, without absent fields or defaults.
+    """A reader of generated tables as dicts, less absent fields that have no default.
 
     Everything is visited, so that nothing is missing. Tables do not share their parts
     in a file, hence their sizes add up to no more than its own; a file that says

@@ -127,7 +127,7 @@ def _add_known(
 
 
 def _is_one_step(x: Integers, real: np.ndarray) -> bool:
-    """Returns whether a constant is one integer number of steps, for a sum of codes."""
+    """Returns whether a constant is one whole number of steps, for a sum of codes."""
     with np.errstate(divide="ignore", invalid="ignore"):
         steps = real / x.real_scale()
     if steps.size != 1 or not np.all(np.isfinite(steps)) or not _is_whole(steps):

@@ -170,7 +170,7 @@ def _ends(found: np.ndarray, rows: int) -> tuple[int, int]:
 
 
 class _Chosen(NamedTuple):
-    """The integers that choose rows, and whether those beyond choose the last row."""
+    """The integers that choose rows, and whether others choose the row at the end."""
 
     low: int
     high: int

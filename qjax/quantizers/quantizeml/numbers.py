@@ -52,7 +52,7 @@ class FixedPoint:
 
     @property
     def params(self) -> QParams:
-        """Returns the grid for `qjax.dequantize`: ``2^-frac_bits``, zero point 0."""
+        """Returns the grid for `dequantize`: scale ``2^-frac_bits``, zero point 0."""
         frac_bits = as_integers("frac_bits", self.frac_bits)
         scale = power_of_two(-lift(frac_bits, self.codes.ndim))
         return QParams(scale, jnp.zeros(scale.shape, jnp.int32))
@@ -83,7 +83,7 @@ class QFloat:
 
     @property
     def params(self) -> QParams:
-        """Returns the grid for `qjax.dequantize`, of scale ``scale * 2^-frac_bits``."""
+        """Returns the grid: scale ``scale * 2^-frac_bits``, zero point 0."""
         rank = self.codes.ndim
         scale = lift(self.scale, rank) * lift(self.fixed_point.params.scale, rank)
         return QParams(scale, jnp.zeros(scale.shape, jnp.int32))
