@@ -24,7 +24,7 @@ class Schedule:
     """The way samples become batches: QuantizeML's parameters, with its defaults.
 
     Attributes:
-      num_samples: So many are used, the first ones; all of them if there are fewer.
+      num_samples: Number of samples used, the first ones; all if there are fewer.
       batch_size: Examples of a batch; None: one.
       epochs: Number of passes over the samples.
 

@@ -54,10 +54,10 @@ class QuantizedBitsMsqePo2(Spec):
       use_outlier_mask_msqe_weight: Whether outliers have no weight.
       use_stable_scale_exponent: Whether an average of the exponent is kept.
       stable_scale_ema_decay: Decay of that average.
-      outlier_mask_sigma: Outliers are beyond so many standard deviations.
+      outlier_mask_sigma: Number of standard deviations beyond which outliers lie.
       num_lls_iters: Least-squares steps.
       should_line_search: Whether neighbouring exponents are tried.
-      line_search_range: Number of exponents that are tried.
+      line_search_range: Number of neighbours that are tried.
     """
 
     name: ClassVar[str] = "quantized_bits_msqe_po2"

@@ -313,7 +313,7 @@ def _weight_out(scheme: Scheme, base: Scheme, site: Site) -> dict[str, Any] | No
     found: dict[str, Any] = {"bitwidth": _bits(site, spec)}
     is_depthwise = site.op.startswith("depthwise")
     is_output = spec.axis == site.axis and spec.axis is not None
-    if is_depthwise or not is_output:  # In the layout of Keras, whatever is ours.
+    if is_depthwise or not is_output:  # The layout of Keras, not qjax's.
         found["axis"] = -2 if is_output else spec.axis
     usual = _usual(base.spec(site), site)
     return found | _differences(spec, usual, ("signed", "narrow_range"))

@@ -103,7 +103,7 @@ def _by_channel(
     if isinstance(x, Sum):
         x = added(builder, e, x)
     if isinstance(x, Curve):
-        known = {**x.known, -1: np.asarray(target.units)}  # For its rank.
+        known = {**x.known, -1: np.asarray(target.units)}  # Known for its rank.
         return _table(builder, dataclasses.replace(x, known=known), target, shape)
     if not isinstance(x, Integers):
         raise refuse(e, x, "input")

@@ -151,7 +151,7 @@ def align(a: FixedPoint, b: FixedPoint) -> tuple[FixedPoint, FixedPoint]:
 
     Args:
       a: Numbers. They keep their ``value_bits`` and saturate: `promote` them first.
-      b: Ditto.
+      b: Numbers, like ``a``.
 
     Returns:
       Both, channel by channel at the same ``frac_bits``.
@@ -371,7 +371,7 @@ def reduce_mean(
     """Averages along axes: ``floor(sum(codes) / n)``, otherwise like `reduce_sum`.
 
     Raises:
-      ValueError: ditto, or if there is nothing to average.
+      ValueError: as `reduce_sum`, or if there is nothing to average.
 
     Example:
       >>> reduce_mean(from_codes(jnp.int32([3, -4]), 7), 0).codes
