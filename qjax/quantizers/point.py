@@ -38,7 +38,7 @@ class Point(NamedTuple):
     steps: jax.Array  # The same in the coordinate whose integers are the levels.
     lowest: jax.Array  # Least level in that coordinate.
     highest: jax.Array
-    value: jax.Array  # Value on the levels; or, if direct, before `scale` takes it there.
+    value: jax.Array  # Value on the levels; if direct, before rounding by `scale`.
     scale: jax.Array | None = None  # [] or the rank of the value; None: not linear.
     qmin: ArrayLike = 0  # Least code.
     qmax: ArrayLike = 0

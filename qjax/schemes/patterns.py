@@ -24,7 +24,7 @@ class Site(NamedTuple):
     op: str = ""  # Operation that makes the value or reads the weight: conv, ...
     activation: str = ""  # Function that the value has passed: relu, clip, gelu, ...
     inputs: tuple[str, ...] = ()  # Names of the sites that the op reads.
-    feeds: tuple[str, ...] = ()  # Readers of the value, or the product of a weight: ops, and
+    feeds: tuple[str, ...] = ()  # Ops that read the value, or the product; and
     # "return" if the model returns it.
     axis: int | tuple[int, ...] | None = -1  # Output axis of a weight, if any.
     taps: int | None = None  # Terms of a weight in one sum.
