@@ -65,7 +65,7 @@ class InputTwiceError(ValueError):
         )
 
 
-# Rules by name: some primitives have no public object (JAX 0.10.2).
+# By name: a few primitives have no public object (optimization_barrier, JAX 0.10.2).
 _RULES: dict[str, Rule] = {}
 
 

@@ -60,7 +60,7 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Registers ``rule(operator, *values)``; absent inputs are None."""
+    """Registers ``rule(operator, *values)``; inputs left out are None."""
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, function))
