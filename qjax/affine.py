@@ -33,7 +33,7 @@ _INT32 = jnp.iinfo(jnp.int32)
 
 
 class QParams(NamedTuple):
-    """A grid: where codes lie on the real line."""
+    """A grid on the real line: the scale of its codes and the code of zero."""
 
     scale: jax.Array  # float32, [] or the rank of x. Units of x per code, to 2^126.
     zero_point: jax.Array  # int32, shape of scale. The code of 0.0.
@@ -42,7 +42,7 @@ class QParams(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QSpec:
-    """The word of a code. A pytree whose only leaf is ``bits``.
+    """The word of a code, a pytree whose only leaf is ``bits``.
 
     Attributes:
       bits: Word length, sign included, 1 to 32. May be an array, also a traced one.
@@ -55,7 +55,7 @@ class QSpec:
         per tensor. Negative ones count from the end. ``"output"``, of a weight in a
         `Scheme` or a layer: the axes that no product with it sums over, whatever its
         layout; of an activation there: None.
-      rounding: From real to integer, of ``qjax.rounding``.
+      rounding: Rounding from real to integer, of ``qjax.rounding``.
 
     Raises:
       TypeError: for fields of another type.
@@ -94,17 +94,17 @@ class QSpec:
 
     @property
     def qmin(self) -> ArrayLike:
-        """The least code."""
+        """Returns the least code."""
         return int_range(self.bits, self.signed, self.narrow_range)[0]
 
     @property
     def qmax(self) -> ArrayLike:
-        """The largest code."""
+        """Returns the largest code."""
         return int_range(self.bits, self.signed, self.narrow_range)[1]
 
 
 def _as_axis(axis: Any) -> Axis:
-    """Returns an axis as Python numbers, which hash, compare and go into JSON."""
+    """Returns an axis as Python integers, which are hashable and stand in JSON."""
     if axis == "output":
         return axis
     if axis is None or _is_whole(axis):
@@ -230,7 +230,7 @@ def fake_quant(
 
 
 def _as_numbers(x: Any, name: str) -> jax.Array:
-    """Returns an array of real or whole numbers, or of truth values."""
+    """Returns an array of real numbers, integers or truth values."""
     if any(isinstance(part, str | bytes) for part in jax.tree.leaves(x)):
         raise TypeError(f"`{name}` must be an array of numbers, got {x!r}.")
     try:
@@ -245,7 +245,7 @@ def _as_numbers(x: Any, name: str) -> jax.Array:
 
 
 def _as_params(params: Any) -> QParams:
-    """Returns a grid as arrays: a real scale, a whole zero point."""
+    """Returns a grid as arrays: a real scale and an integer zero point."""
     if not isinstance(params, tuple) or len(params) != 2:
         raise TypeError(
             "`params` must be a grid, `QParams(scale, zero_point)`, got "
@@ -256,7 +256,7 @@ def _as_params(params: Any) -> QParams:
         _check_scale(scale)
     is_real = jnp.issubdtype(_as_numbers(scale, "scale").dtype, jnp.floating)
     if not is_real or not hasattr(scale, "dtype"):
-        scale = jnp.asarray(scale, jnp.float32)  # Also where Python's are of 64 bits.
+        scale = jnp.asarray(scale, jnp.float32)  # Python's floats have 64 bits.
     if isinstance(zero_point, int | np.integer | np.ndarray):
         whole = np.asarray(zero_point)
         if np.any((whole < _INT32.min) | (whole > _INT32.max)):
@@ -268,7 +268,7 @@ def _as_params(params: Any) -> QParams:
 
 
 def _check_scale(scale: Any) -> None:
-    """Raises for a scale of Python or NumPy that is known to be none."""
+    """Raises for a Python or NumPy scale that is known to be invalid."""
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(scale)):
         return
     try:
@@ -344,7 +344,7 @@ def min_max_params(low: ArrayLike, high: ArrayLike, spec: QSpec) -> QParams:
 
 
 def abs_max_params(x: ArrayLike, spec: QSpec) -> QParams:
-    """Returns the finest symmetric grid of ``spec`` that holds ``x``: that of weights.
+    """Returns the finest symmetric grid of ``spec`` that holds ``x``, as for weights.
 
     Args:
       x: Values, shape ``[...]``.
@@ -373,8 +373,8 @@ def fake_quant_bias(
 
     Args:
       bias: Real values, any shape.
-      scale: Of the accumulator, broadcasts against ``bias``.
-      bits: Of the codes, sign included. What goes beyond saturates.
+      scale: Scale of the accumulator, broadcasts against ``bias``.
+      bits: Bits of the codes, sign included. Values beyond saturate.
       site: Name of this quantization point.
 
     Returns:
@@ -393,7 +393,7 @@ def fake_quant_bias(
 
 
 def reduce_range(x: jax.Array, axis: Axis) -> tuple[jax.Array, jax.Array]:
-    """Returns the least and the largest value, float32, in the shape of a scale.
+    """Returns the least and the largest value in float32, in the shape of a scale.
 
     An empty ``x`` has the range (0, 0).
     """
@@ -438,7 +438,7 @@ def grid_codes(
     *,
     rounding: Rounding = half_even,
 ) -> jax.Array:
-    """The formula of `quantize` on the operands of a tag: int32 codes."""
+    """Computes the codes of `quantize`, int32, from the operands of `qpoint`."""
     steps = _to_int32(rounding(_steps(x, scale)))
     # Clip before the zero point joins, with bounds that do not wrap.
     low = jnp.maximum(qmin, _INT32.min + jnp.maximum(zero_point, 0)) - zero_point
@@ -447,12 +447,12 @@ def grid_codes(
 
 
 def _steps(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """``x / scale`` before rounding, with a reciprocal that is ours."""
+    """Returns ``x / scale`` before rounding, by an explicit reciprocal."""
     return x.astype(scale.dtype) * (1.0 / scale)
 
 
 def _to_int32(x: jax.Array) -> jax.Array:
-    """Converts whole floats to int32: saturates, and takes NaN to 0."""
+    """Converts whole floats to int32 with saturation; NaN becomes 0."""
     top = jnp.asarray(2.0**31, x.dtype)
     inside = jnp.where((x >= -top) & (x < top), x, 0).astype(jnp.int32)
     return jnp.where(
@@ -461,12 +461,12 @@ def _to_int32(x: jax.Array) -> jax.Array:
 
 
 def _reciprocal(x: jax.Array) -> jax.Array:
-    """``1 / x``, and 0 at 0: a side of the range without codes asks for no scale."""
+    """Returns ``1 / x``, and 0 at 0, where one side of the range has no codes."""
     return jnp.where(x == 0, 0.0, 1.0 / jnp.where(x == 0, 1.0, x))
 
 
 def _code_range(spec: QSpec) -> tuple[jax.Array, jax.Array]:
-    """``qmin, qmax`` as int32; traced unsigned words of 32 bits saturate."""
+    """Returns ``qmin, qmax`` as int32; traced unsigned words of 32 bits saturate."""
     known = isinstance(spec.bits, numbers.Integral)
     if known and not spec.signed and spec.bits == 32:
         raise ValueError(
@@ -501,7 +501,7 @@ def _qpoint(x, scale, zero_point, qmin, qmax, *, site, rounding):
 
 
 def _qpoint_batch(operands, dims, *, site, rounding):
-    """Moves every batch to axis 0 and lines the others up behind it."""
+    """Moves every batch axis to axis 0 and gives all operands of `qpoint` one rank."""
     pairs = list(zip(operands, dims, strict=True))
     size = next(x.shape[d] for x, d in pairs if d is not None)
     rank = operands[0].ndim - (dims[0] is not None)
@@ -519,7 +519,7 @@ def _qpoint_batch(operands, dims, *, site, rounding):
 
 
 def _inside(rounding, x, scale, zero_point, qmin, qmax):
-    """Where `qpoint` rounds and does not saturate."""
+    """Returns a mask of the values that `qpoint` rounds without saturation."""
     steps = rounding(_steps(x, scale))
     zero = zero_point.astype(scale.dtype)
     low, high = qmin.astype(scale.dtype) - zero, qmax.astype(scale.dtype) - zero
@@ -543,7 +543,7 @@ def make_estimator(
     keep: Callable[[jax.Array, jax.Array], Any],
     backward: Callable[[Any, jax.Array], jax.Array],
 ) -> Estimator:
-    """Makes an estimator, the ``estimator`` of `fake_quant`, from its backward pass.
+    """Makes an estimator, the ``estimator`` of `fake_quant`, from a backward pass.
 
     Its forward pass is always ``dequantize(quantize(x))``. Scale and zero point get no
     gradient. Differentiates twice (``jvp`` of ``grad``) if ``backward`` does.
@@ -585,7 +585,7 @@ _pass_inside = make_estimator(
 
 
 def clipped_ste(x, scale, zero_point, qmin, qmax, site="", rounding=half_even):
-    """Straight-through estimator that is clipped: the default of `fake_quant`.
+    """Computes the clipped straight-through estimator, the default of `fake_quant`.
 
         forward:   dequantize(quantize(x))
         backward:  dx = dy where the code does not saturate, else 0
@@ -599,7 +599,7 @@ def clipped_ste(x, scale, zero_point, qmin, qmax, site="", rounding=half_even):
       qmin: Least code, int32.
       qmax: Largest code, int32.
       site: Name of the quantization point.
-      rounding: From real to integer, of ``qjax.rounding``.
+      rounding: Rounding from real to integer, of ``qjax.rounding``.
 
     Returns:
       Values on the grid, shape and dtype of ``x``.

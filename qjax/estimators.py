@@ -1,4 +1,4 @@
-"""Estimators: the backward passes of `fake_quant`, by name. The forward never differs.
+"""Estimators: backward passes of `fake_quant`, whose forward pass stays the same.
 
 With ``u = x / scale`` and ``q`` what it is rounded to, clipped to the grid:
 
@@ -24,11 +24,11 @@ __all__ = ("clipped_ste", "ewgs", "make_estimator", "plain_ste", "soft_rounding"
 
 
 def plain_ste(*operands, **names):
-    """Straight-through estimator without a clip: ``dx = dy`` beyond the grid too.
+    """Computes the straight-through estimator without a clip: ``dx = dy`` everywhere.
 
     Args:
-      *operands: As of `qjax.clipped_ste`.
-      **names: As of `qjax.clipped_ste`.
+      *operands: Same as for `qjax.clipped_ste`.
+      **names: Same as for `qjax.clipped_ste`.
 
     Returns:
       Values on the grid, shape and dtype of ``x``.
@@ -44,7 +44,7 @@ _pass_all = make_estimator(lambda steps, inside: (), lambda _, dy: dy)
 
 @functools.cache
 def soft_rounding(sharpness: float = 4.0) -> Estimator:
-    """Rounding as a staircase of hyperbolic tangents, for the backward pass.
+    """Makes an estimator whose backward pass is a staircase of hyperbolic tangents.
 
         h(u) = m + tanh(k * (u - m)) / (2 * tanh(k / 2)),  m = floor(u) + 1 / 2
         dx = dy * h'(u) where no code saturates, else 0
@@ -81,12 +81,12 @@ def soft_rounding(sharpness: float = 4.0) -> Estimator:
 
 @functools.cache
 def ewgs(delta: float = 0.2) -> Estimator:
-    """Element-wise gradient scaling: larger steps where rounding was farther off.
+    """Makes an estimator of elementwise gradient scaling, by the error of rounding.
 
         dx = dy * (1 + delta * sign(dy) * (u - q)) where no code saturates, else 0
 
     Args:
-      delta: Not negative; 0 is the clipped STE.
+      delta: Strength, not negative; 0 is the clipped STE.
 
     Returns:
       An estimator for `fake_quant` or `Scheme`.
@@ -111,5 +111,5 @@ def ewgs(delta: float = 0.2) -> Estimator:
 
 
 def _finite(steps: jax.Array) -> jax.Array:
-    """Infinities saturate anyway, and would leave NaN behind a mask."""
+    """Clips infinities to finite steps, so that they leave no NaN behind a mask."""
     return jnp.clip(steps, -(2.0**31), 2.0**31)

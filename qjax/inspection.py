@@ -1,4 +1,4 @@
-"""What a quantized model consists of: its grids, its config, and why."""
+"""The contents of a quantized model: its grids, its config, and their reasons."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -33,7 +33,7 @@ class SiteScale(NamedTuple):
 
 
 class Scales(dict[str, SiteScale]):
-    """Name of a site -> its grid, in the order of computation. ``str`` is a table.
+    """The grids of the sites by name, in the order of computation. ``str`` is a table.
 
     A site whose state has seen no batch has the scale NaN: it is not calibrated.
 
@@ -92,8 +92,8 @@ def scales(qmodel: QuantizedModel, params: Any, qstate: QState) -> Scales:
 
     Args:
       qmodel: The model.
-      params: As its ``fn`` takes them: weights have grids of their own values.
-      qstate: From `calibrate`.
+      params: Parameters of its ``fn``: weights have grids of their own values.
+      qstate: State of `calibrate`.
 
     Returns:
       A dictionary, a pytree, by the name of the site: weights and activations that have
@@ -137,20 +137,20 @@ def scales(qmodel: QuantizedModel, params: Any, qstate: QState) -> Scales:
 
 
 def _word_length(word: Any, levels: jax.Array) -> ArrayLike:
-    """The bits of a word, or those that tell its levels apart: 1 for two signs."""
+    """Returns the bits of a word; for levels, the bits that tell them apart."""
     bits: ArrayLike | None = getattr(word, "bits", None)
     return (int(levels) - 1).bit_length() if bits is None else bits
 
 
 def _span(values: np.ndarray, form: str) -> str:
-    """One number, or the least and the largest."""
+    """Formats one number, or the least and the largest of several."""
     least, most = values.min(), values.max()
     return f"{least:{form}}" if least == most else f"{least:.3g}..{most:.3g}"
 
 
 @dataclasses.dataclass(frozen=True)
 class _GridRecorder(Quantizer):
-    """Puts values on grids and remembers them by site, with the ends of the codes."""
+    """A recorder of grids by site, with the ends of their codes."""
 
     grids: dict[str, tuple[QParams, tuple[jax.Array, ...]]] = dataclasses.field(
         default_factory=dict
@@ -185,7 +185,7 @@ class IntegerWeight(NamedTuple):
 
 @jax.tree_util.register_pytree_with_keys_class
 class IntegerWeights(dict[str, IntegerWeight]):
-    """Name of a weight -> its integers and their scale. Printed, a table."""
+    """The integers and scales of the weights by name. ``str`` is a table."""
 
     def __str__(self) -> str:
         return text_table(_WEIGHT_HEAD, self._rows())
@@ -196,12 +196,12 @@ class IntegerWeights(dict[str, IntegerWeight]):
         return html_table(_WEIGHT_HEAD, self._rows())
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
-        """Returns the rows with their names, for JAX."""
+        """Returns the rows with their names, as JAX asks of a pytree."""
         return tuple((jax.tree_util.DictKey(k), v) for k, v in self.items()), (*self,)
 
     @classmethod
     def tree_unflatten(cls, names: Any, rows: Any) -> "IntegerWeights":
-        """Returns rows under their names, for JAX."""
+        """Builds the table from rows and names, as JAX asks of a pytree."""
         return cls(zip(names, rows, strict=True))
 
     def _rows(self) -> list[tuple[str, ...]]:
@@ -228,7 +228,7 @@ def integer_weights(qmodel: QuantizedModel, params: Any) -> IntegerWeights:
 
     Args:
       qmodel: The model; no state is asked for.
-      params: As its ``fn`` takes them.
+      params: Parameters of its ``fn``.
 
     Returns:
       Name -> `IntegerWeight`, in the order of computation: the weights that have a
@@ -275,7 +275,7 @@ def integer_weights(qmodel: QuantizedModel, params: Any) -> IntegerWeights:
 
 
 def _storage(low: jax.Array, high: jax.Array) -> Any:
-    """The least type that holds codes; int32 where their bits are traced."""
+    """Returns the smallest type that holds codes; int32 where bits are traced."""
     if is_known(low, high):
         for dtype in (jnp.int8, jnp.uint8, jnp.int16, jnp.uint16):
             info = jnp.iinfo(dtype)
@@ -285,7 +285,7 @@ def _storage(low: jax.Array, high: jax.Array) -> Any:
 
 
 def _extent(spec: QSpec | Spec, x: jax.Array) -> tuple[jax.Array, ...]:
-    """Least code, largest code, and number of levels of a word."""
+    """Returns the least code, the largest code and the number of levels of a word."""
     word = spec if isinstance(spec, QSpec) else make_point(spec, None, x)
     count = jnp.asarray(word.qmax) - jnp.asarray(word.qmin) + 1
     if isinstance(word, Point):
@@ -296,7 +296,7 @@ def _extent(spec: QSpec | Spec, x: jax.Array) -> tuple[jax.Array, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _WeightRecorder(Quantizer):
-    """Leaves activations in float and remembers weights, their grids and extents."""
+    """A recorder of weights, grids and extents, which leaves activations in float."""
 
     weights: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -329,7 +329,7 @@ def dump_config(qmodel: QuantizedModel, qstate: QState | None = None) -> dict[st
 
     Args:
       qmodel: The model.
-      qstate: From `calibrate`; checked to be of this model. The config holds no ranges.
+      qstate: State of `calibrate`, checked to fit the model. The config has no ranges.
 
     Returns:
       Layer -> ``weight_quantizer``, ``output_quantizer``, ``buffer_bitwidth``: plain
@@ -360,11 +360,11 @@ def dump_config(qmodel: QuantizedModel, qstate: QState | None = None) -> dict[st
 
 
 def explain(qmodel: QuantizedModel, site: str) -> Explanation:
-    """Says what decided each value at a site: a default, a rule, a config.
+    """Explains which default, rule or config decided each value at a site.
 
     Args:
       qmodel: The model.
-      site: Its name: ``conv1/kernel``, ``conv1/output``.
+      site: Name of the site: ``conv1/kernel``, ``conv1/output``.
 
     Returns:
       Field -> value and reason; printed, a table.

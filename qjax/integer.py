@@ -1,4 +1,4 @@
-"""Integer arithmetic: what an integer program computes, and nothing else.
+"""Integer arithmetic: the operations of an integer program, and nothing else.
 
 No function here makes a floating-point value inside a traced program.
 """
@@ -75,7 +75,7 @@ def _reals(name: str, x: Any) -> np.ndarray:
 def traced_fixed_point(
     factors: Sequence[jax.Array], divisor: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """`fixed_point` of a ratio that is traced: a product over a divisor, in float64.
+    """Computes `fixed_point` of a traced ratio, a product over a divisor, in float64.
 
     Args:
       factors: float32, broadcast against each other. Multiplied from left to right.
@@ -113,7 +113,7 @@ def common_fixed_point(ratios: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
 def traced_common_fixed_point(
     scales: Sequence[jax.Array], signs: Sequence[float], divisor: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """`common_fixed_point` of ``sign * scale / divisor``, traced.
+    """Computes `common_fixed_point` of traced ``sign * scale / divisor``.
 
     Args:
       scales: float32, ``[]`` each.
@@ -129,7 +129,7 @@ def traced_common_fixed_point(
 
 
 def _ratio(factors: Sequence[jax.Array], divisor: jax.Array) -> jax.Array:
-    """A product over a divisor in float64, in an order the compiler cannot change."""
+    """Divides a product by a divisor in float64, in an order no compiler changes."""
     wide = [lax.optimization_barrier(f.astype(jnp.float64)) for f in factors]
     product = functools.reduce(lambda a, b: lax.optimization_barrier(a * b), wide)
     # A quotient by one number would become a product with its reciprocal.
@@ -138,7 +138,7 @@ def _ratio(factors: Sequence[jax.Array], divisor: jax.Array) -> jax.Array:
 
 
 def _fixed_point(ratio: Any, xp: Any) -> tuple[Any, Any]:
-    """The formula of `fixed_point`, in NumPy or JAX."""
+    """Computes the formula of `fixed_point` in NumPy or JAX."""
     mantissa, exponent = np.frexp(ratio) if xp is np else _frexp(ratio)
     multiplier = xp.rint(mantissa * 2.0**31).astype(xp.int64)
     carried = xp.abs(multiplier) == 1 << 31
@@ -150,7 +150,7 @@ def _fixed_point(ratio: Any, xp: Any) -> tuple[Any, Any]:
 
 
 def _frexp(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``x = mantissa * 2^exponent`` of float64, the mantissa in [0.5, 1) or 0.
+    """Splits float64 ``x = mantissa * 2^exponent``, the mantissa in [0.5, 1) or 0.
 
     By bits: `jnp.frexp` is lowered where types of 64 bits are no longer enabled. What
     is denormal has the exponent -1022.
@@ -164,7 +164,7 @@ def _frexp(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _common_fixed_point(ratios: Any, xp: Any) -> tuple[Any, Any]:
-    """The formula of `common_fixed_point`, in NumPy or JAX."""
+    """Computes the formula of `common_fixed_point` in NumPy or JAX."""
     _, shift = _fixed_point(xp.max(xp.abs(ratios)), xp)
 
     def scaled(shift: Any) -> Any:
@@ -177,7 +177,7 @@ def _common_fixed_point(ratios: Any, xp: Any) -> tuple[Any, Any]:
 
 
 def tflite_multiplier(ratio: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Writes real factors as TFLite does, for its two rules of `requantize`.
+    """Writes real factors as TFLite does, for the two TFLite rules of `requantize`.
 
     Args:
       ratio: float64, any shape, not negative, finite.
@@ -266,7 +266,7 @@ def requantize(
       zero_point: int32, of the codes.
       qmin: Least code.
       qmax: Largest code.
-      rule: How to round.
+      rule: Rule of rounding.
 
     Returns:
       Codes, int32, shape of ``acc``.
@@ -298,7 +298,7 @@ def requantize_sum(
     qmax: ArrayLike,
     rule: RequantizeRule = "half_even",
 ) -> jax.Array:
-    """`requantize` of a sum of products, with one rounding at its end.
+    """Requantizes a sum of products, with one rounding at its end.
 
     Args:
       terms: Pairs of accumulators and multipliers, int32. The sum of their products,
@@ -307,7 +307,7 @@ def requantize_sum(
       zero_point: int32, of the codes.
       qmin: Least code.
       qmax: Largest code.
-      rule: How to round. ``tflite_double`` takes one term only.
+      rule: Rule of rounding. ``tflite_double`` takes one term only.
 
     Returns:
       Codes, int32, shape of the accumulators.
@@ -346,7 +346,7 @@ def requantize_sum(
 def _check_requantizer(
     terms: Any, shift: Any, zero_point: Any, qmin: Any, qmax: Any, rule: Any
 ) -> None:
-    """Raises for arguments of `requantize_sum` that cannot be."""
+    """Raises for invalid arguments of `requantize_sum`."""
     known = get_args(RequantizeRule)
     if rule not in known:
         raise ValueError(f"`rule` must be one of {', '.join(known)}, got {rule!r}.")
@@ -376,7 +376,7 @@ def _check_within(name: str, x: Any, least: int, most: int) -> None:
 def _integer(name: str, x: Any) -> None:
     """Raises unless values are of an integer type."""
     if isinstance(x, int) and not isinstance(x, bool):
-        return  # Also one beyond every type.
+        return  # A Python integer beyond every type passes too.
     dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
     if not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(f"`{name}` must be of an integer type, got {x!r} ({dtype}).")
@@ -387,7 +387,7 @@ def _is_known(x: Any) -> bool:
 
 
 def _round_twice(acc: jax.Array, multiplier: jax.Array, shift: jax.Array) -> jax.Array:
-    """gemmlowp: a saturating rounding doubling high product, then a rounding shift."""
+    """Rounds as gemmlowp: a saturating doubling high product, then a rounding shift."""
     zero = jnp.zeros_like(shift)
     left = jnp.maximum(31 - shift, zero)
     wrapped = (acc << left).astype(jnp.int32).astype(jnp.int64)
@@ -413,7 +413,7 @@ def round_to_float32(value: jax.Array) -> jax.Array:
 
 
 def _shift_round_wide(value: jax.Array, shift: jax.Array) -> jax.Array:
-    """`shift_round` of values up to the end of their range."""
+    """Computes `shift_round` of values up to the end of their range."""
     one = jnp.ones_like(shift)
     whole, rest = value >> shift, value & ((one << shift) - one)
     half = (one << shift) >> 1

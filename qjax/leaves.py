@@ -1,4 +1,4 @@
-"""Inputs of a model, leaf by leaf: their names, and where two of them differ."""
+"""The leaves of the inputs of a model: their names and their differences."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +31,7 @@ def leaf_names(inputs: Any) -> list[str]:
 
 
 def at_start(name: str) -> str:
-    """Returns a name at the start of a sentence; a leaf keeps the name that it has."""
+    """Capitalizes a name at the start of a sentence; the name of a leaf stays."""
     return name if name.startswith("input:") else name[:1].upper() + name[1:]
 
 
@@ -63,7 +63,7 @@ def show_leaves(inputs: Any) -> str:
 def difference(
     found: Any, wanted: Any, is_alike: Callable[[Any, Any], bool] | None = None
 ) -> str:
-    """Says in a sentence where inputs differ from those that are wanted.
+    """Describes in a sentence where inputs differ from the wanted ones.
 
     Args:
       found: A tuple of arguments.

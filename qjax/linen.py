@@ -23,16 +23,16 @@ Initializer = Callable[..., Any]
 
 
 class QDense(nn.Module):
-    """Dense layer on quantized values. Variables: params/kernel, params/bias, quant/x.
+    """A dense layer on quantized values. Variables: params/{kernel, bias}, quant/x.
 
     Attributes:
       features: Size of the output.
       use_bias: Whether a bias is added.
       x_spec: Word of the input codes.
       kernel_spec: Word of the kernel codes.
-      calibrator: How the range of the input is found.
-      kernel_init: Of the kernel.
-      bias_init: Of the bias.
+      calibrator: Calibrator that finds the range of the input.
+      kernel_init: Initializer of the kernel.
+      bias_init: Initializer of the bias.
     """
 
     features: int
@@ -64,7 +64,7 @@ class QDense(nn.Module):
 
 
 class QConv(nn.Module):
-    """Convolution on quantized values. Variables as of `QDense`.
+    """A convolution on quantized values, with the variables of `QDense`.
 
     Attributes:
       features: Channels of the output.
@@ -72,14 +72,14 @@ class QConv(nn.Module):
       strides: Per spatial axis, or one for all.
       padding: ``"SAME"``, ``"VALID"``, or sizes as
         `qjax.layers.products.conv` takes them.
-      kernel_dilation: As ``strides``.
+      kernel_dilation: Dilation, given like ``strides``.
       feature_group_count: Groups of channels.
       use_bias: Whether a bias is added.
       x_spec: Word of the input codes.
       kernel_spec: Word of the kernel codes.
-      calibrator: How the range of the input is found.
-      kernel_init: Of the kernel.
-      bias_init: Of the bias.
+      calibrator: Calibrator that finds the range of the input.
+      kernel_init: Initializer of the kernel.
+      bias_init: Initializer of the bias.
     """
 
     features: int
@@ -118,7 +118,7 @@ class QConv(nn.Module):
 
 
 def _input_params(layer: Any, x: jax.Array, train: bool) -> QParams:
-    """Moves the range of the input in training, and returns its grid."""
+    """Updates the range of the input in training, and returns its grid."""
     spec, calibrator = layer.x_spec, layer.calibrator
     state = layer.variable("quant", "x", calibrator.init, x, spec)
     if layer.is_initializing():

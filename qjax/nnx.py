@@ -22,11 +22,11 @@ from qjax.layers.products import (
 
 
 class QuantState(nnx.Variable):
-    """State of a calibrator."""
+    """The state of a calibrator."""
 
 
 class QLinear(nnx.Module):
-    """Dense layer on quantized values. ``model.eval()`` freezes its range.
+    """A dense layer on quantized values. ``model.eval()`` freezes its range.
 
     Attributes:
       kernel: ``[in_features, out_features]``.
@@ -66,7 +66,7 @@ class QLinear(nnx.Module):
 
 
 class QConv(nnx.Module):
-    """Convolution on quantized values. Attributes as of `QLinear`."""
+    """A convolution on quantized values, with the attributes of `QLinear`."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class QConv(nnx.Module):
         site: str = "",
         rngs: nnx.Rngs,
     ):
-        """Makes the layer; windows as `qjax.layers.products.conv` takes them."""
+        """Makes the layer; windows are given as to `qjax.layers.products.conv`."""
         check_specs(x_spec, kernel_spec, site)
         init = nnx.initializers.lecun_normal()
         shape = (*kernel_size, in_features // feature_group_count, out_features)

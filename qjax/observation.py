@@ -1,4 +1,4 @@
-"""Calibration: finds the ranges of activations by running the float model on data."""
+"""Calibration, which finds the ranges of activations by running the float model."""
 
 import functools
 import operator
@@ -32,7 +32,7 @@ from qjax.schemes.words import is_one_sided
 
 
 class CalibrationError(ValueError):
-    """Calibration met a batch that it cannot use.
+    """An error for a batch that calibration cannot use.
 
     Attributes:
       qstate: The state after the last good batch, to go on from; None before the first.
@@ -46,7 +46,7 @@ class CalibrationError(ValueError):
 
 
 class CalibrationInterrupt(KeyboardInterrupt):
-    """Calibration was interrupted.
+    """An interrupt of calibration, with the state so far.
 
     Attributes:
       qstate: The state after the last whole batch; None before the first.
@@ -85,19 +85,19 @@ def calibrate(
 
     Args:
       qmodel: The model.
-      params: As its ``fn`` takes them.
+      params: Parameters of its ``fn``.
       batches: Any iterable, also a generator. A batch is one input, or a tuple of
         inputs, nested as the example of the model; batches may differ in their number
         of examples. An array is read along its first axis, ``[batches, examples,
         ...]``.
       samples: An array ``[examples, ...]``, or a tuple of one for each input; nested
         inputs as they are.
-      num_samples: How many samples are used, the first ones. None: at most 1,024, as in
+      num_samples: Number of samples used, the first ones. None: at most 1,024, as in
         QuantizeML, with a warning if there are more.
       batch_size: Samples of a batch, the last of an epoch may be smaller. None: one, as
         in QuantizeML. 32 to 256 are many times faster; averages such as `moving_max`
         are then of other maxima.
-      epochs: How often the samples are gone through. No state is reset in between.
+      epochs: Number of passes over the samples. No state is reset in between.
       qstate: State to go on from; from the beginning by default.
       progress: Whether a bar on standard error shows batches, batches per second and,
         if ``batches`` has a length, the time that remains; None: if it is a terminal.
@@ -204,7 +204,7 @@ def calibrate(
 def _data(
     qmodel: QuantizedModel, batches: Any, samples: Any, schedule: Schedule
 ) -> Iterable[Any]:
-    """The batches; random ones if there are no data."""
+    """Returns the batches, and random batches where there are no data."""
     if batches is not None and samples is not None:
         raise ValueError(
             "`calibrate` takes `batches` or `samples`, not both: pass what is in "
@@ -229,7 +229,7 @@ def _data(
 
 
 def _random_inputs(qmodel: QuantizedModel, number: int) -> Any:
-    """Random samples of each input, by its type or the word of its site."""
+    """Returns random samples of each input, by its type or the word of its site."""
     words = {site.name: qmodel.scheme.spec(site) for site in qmodel.sites}
     leaves, structure = jax.tree.flatten(qmodel.example)
 
@@ -245,7 +245,7 @@ def _random_inputs(qmodel: QuantizedModel, number: int) -> Any:
 
 
 def _codes(word: Any) -> tuple[int, int]:
-    """The least and the largest integer of an input; an asymmetric grid may shift."""
+    """Returns the integer range of an input, from 0 on where its grid may shift."""
     if not isinstance(word, QSpec) or not is_known(word.bits):
         return 0, 255
     low, high = (int(np.asarray(q)) for q in (word.qmin, word.qmax))
@@ -258,10 +258,10 @@ _Step = Callable[..., tuple[QState, jax.Array]]
 def _start(
     qmodel: QuantizedModel, params: Any, qstate: QState | None, inputs: Any
 ) -> tuple[_Step, Any, QState]:
-    """The jitted step, and its arguments where the first batch or the model is."""
+    """Returns the jitted step and its arguments, placed where batch or model is."""
     if qstate is None:
         qstate = qmodel.init(params, *inputs)
-    # As what a step returns, or the second one would compile again: not weakly typed,
+    # The state that a step returns, or the next would compile again: not weakly typed,
     # and committed to a place if anything is.
     qstate = jax.device_get(qstate)
     is_spread = lambda x: isinstance(getattr(x, "sharding", None), NamedSharding)
@@ -283,7 +283,7 @@ def _start(
 
 @functools.cache
 def _compiler_options() -> dict[str, bool | int | str] | None:
-    """Those without which XLA:CPU runs a lone convolution on one thread.
+    """Returns the options without which XLA:CPU runs a lone convolution on one thread.
 
     By default (jaxlib 0.10) YNNPACK takes it, which is fast only if all up to a
     reduction is one kernel. Where every layer is looked at, none is: a ResNet-8 takes
@@ -300,9 +300,9 @@ def _compiler_options() -> dict[str, bool | int | str] | None:
 
 
 def _observe(qmodel: QuantizedModel, is_sharded: bool) -> _Step:
-    """One batch: the new state; and by site, what `calibrate` raises or warns of.
+    """Makes the step over one batch, which returns the new state and flags by site.
 
-    Whether all values are finite, not all are 0, and some are lost below zero.
+    Flags: all values are finite, not all are 0, and some are lost below zero.
     """
 
     def flags(x: jax.Array, spec: QSpec) -> list[jax.Array]:
@@ -311,7 +311,7 @@ def _observe(qmodel: QuantizedModel, is_sharded: bool) -> _Step:
         low_high = jnp.stack(reduce_range(x, spec.axis))
         is_finite = jnp.isfinite(x if is_sharded else low_high)
         low, high = low_high
-        # What is left of zero after a relu, by rounding, is nothing to speak of.
+        # Rounding may leave values just below zero after a relu: they do not count.
         is_below = (-low > high * 2.0**-17) & is_one_sided(spec)
         return [jnp.all(is_finite), jnp.any(low_high != 0), jnp.any(is_below)]
 

@@ -25,7 +25,7 @@ class Residue(NamedTuple):
     """A part of a program that would stay float.
 
     Attributes:
-      primitive: Of the equation.
+      primitive: Primitive of the equation.
       path: Module path.
       message: The equation, and what would remove it.
       is_follower: Whether it reads what stays float for a cause before it: with the
@@ -43,13 +43,13 @@ class IntegerProgram:
     """A lowered model: integers from input to output.
 
     Attributes:
-      graph: What it computes.
+      graph: Graph that the program computes.
       params: The integer parameters, name -> array: kernels, biases, multipliers and
         shifts. An explicit pytree. A kernel has the name of its site, by which
         `qjax.scales` and `qjax.integer_weights` give its scale.
-      input_tree: How inputs are nested: a tuple of positional arguments.
-      output_tree: How outputs are nested.
-      residues: What would stay float, causes before what follows from them; only of
+      input_tree: Structure of the inputs: a tuple of positional arguments.
+      output_tree: Structure of the outputs.
+      residues: Parts that would stay float, causes before their followers; only of
         `lower` with ``strict=False``. The graph has what lies between then, and cannot
         be called.
     """
@@ -72,12 +72,12 @@ class IntegerProgram:
         """Computes real outputs from real inputs: quantize, `codes`, dequantize.
 
         Args:
-          *inputs: As the model takes them. The size of the leading axis may differ from
+          *inputs: Inputs of the model. The size of the leading axis may differ from
             the traced one where `lower` found that nothing depends on it; inputs that
             were traced with the same size keep the same size.
 
         Returns:
-          As the model returns them, real values as float32.
+          Outputs in the structure of the model's, real values as float32.
 
         Raises:
           ValueError: if an input has another shape, or a leading size that an equation
@@ -126,34 +126,34 @@ class IntegerProgram:
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """The names of the inputs, flat: ``input 0``, ``input:1['image']``."""
+        """Returns the names of the inputs, flat: ``input 0``, ``input:1['image']``."""
         places = range(self.input_tree.num_leaves)
         return tuple(leaf_names(jax.tree.unflatten(self.input_tree, places)))
 
     @property
     def input_grids(self) -> tuple[Grid, ...]:
-        """The grids of the inputs, flat."""
+        """Returns the grids of the inputs, flat."""
         return tuple(_grid(v) for v in self._inputs)
 
     @property
     def output_grids(self) -> tuple[Grid, ...]:
-        """The grids of the outputs, flat."""
+        """Returns the grids of the outputs, flat."""
         return tuple(_grid(v) for v in self._outputs)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the parameters as `save` writes them, 2 and 4 bits packed."""
+        """Returns the bytes of the parameters as saved, 2 and 4 bits packed."""
         return sum(nbytes(np.asarray(p)) for p in self.params.values())
 
     def report(self) -> Report:
-        """Certifies the program: no overflow, no float, how well each site agrees."""
+        """Certifies the program: no overflow, no float, agreement of each site."""
         return certify(self.graph, self.params, tuple(float_values(self)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the program to one file, which `qjax.load` reads, all or nothing.
 
         Args:
-          path: Where. An existing file is replaced once the new one is complete, and
+          path: Path. An existing file is replaced once the new one is complete, and
             keeps its mode; a symbolic link stays, and what it points to is written.
 
         Raises:
@@ -174,7 +174,7 @@ class IntegerProgram:
 
     @functools.cached_property
     def run_codes(self) -> Callable[..., list[jax.Array]]:
-        """``(params, *codes) -> codes``, flat and jitted: the program itself."""
+        """Returns the program, ``(params, *codes) -> codes``, flat and jitted."""
 
         def codes(params: Mapping[str, jax.Array], *inputs: jax.Array) -> Any:
             values = xla.run(self.graph, params, inputs)
@@ -282,7 +282,7 @@ class IntegerProgram:
 
 
 def load(path: str | os.PathLike[str]) -> IntegerProgram:
-    """Reads a program that `IntegerProgram.save` wrote.
+    """Reads a program written by `IntegerProgram.save`.
 
     Args:
       path: The file.
@@ -335,5 +335,5 @@ def _check_range(name: str, x: Any, v: Value) -> None:
 
 
 def _grid(value: Value) -> Grid:
-    """The grid of an input or output; whole numbers stand for themselves."""
+    """Returns the grid of an input or output; whole numbers stand for themselves."""
     return Grid(1.0, 0) if value.grid is None else value.grid

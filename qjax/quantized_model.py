@@ -1,4 +1,4 @@
-"""From a float model to one that computes on grids."""
+"""Quantized models: float models that compute on grids."""
 
 import dataclasses
 import functools
@@ -36,9 +36,9 @@ class QuantizedModel:
     Attributes:
       fn: The float model, ``fn(params, *inputs)``.
       scheme: The grids.
-      sites: Where they are, in the order of computation.
+      sites: Places of its quantization points, in the order of computation.
       example: Shapes and dtypes of the inputs it was made for, a tuple.
-      base: What a config of the model is read over, if it comes alone.
+      base: Scheme over which a config of the model is read, if it comes alone.
       whole_norms: Whether normalisations that would lower in parts are one site each.
       biases: The biases of products, which rules may name.
     """
@@ -77,15 +77,15 @@ class QuantizedModel:
         ``vmap``s over anything, the bits of ``scheme`` included.
 
         Args:
-          params: As ``fn`` takes them. Weights are rounded on the way, not changed.
+          params: Parameters of ``fn``. Weights are rounded on the way, not changed.
           qstate: Ranges of the activations, from `calibrate`.
-          *inputs: As ``fn`` takes them, of the types of the example.
+          *inputs: Inputs of ``fn``, of the types of the example.
           scheme: Replaces the scheme of the model; may differ in bits. Traced ones are
             not checked: a signed word of 1 bit has the codes -1 and 0, of narrow range
             0 alone (`int_range`).
 
         Returns:
-          What ``fn`` returns.
+          The output of ``fn``.
 
         Raises:
           ValueError: if ``qstate`` is the state of another model or scheme, or knows no
@@ -100,7 +100,7 @@ class QuantizedModel:
     def apply_integer(
         self, params: Any, qstate: QState, *inputs: Any, scheme: Scheme | None = None
     ) -> Any:
-        """Computes the model in the arithmetic of its integer program: what ships.
+        """Computes the model in the arithmetic of its integer program, as it ships.
 
         Between two sites everything is int32 accumulators and integer requantizers,
         with multipliers and shifts computed from the traced scales: bit for bit what
@@ -110,14 +110,14 @@ class QuantizedModel:
         a tie, and this is not.
 
         Args:
-          params: As ``fn`` takes them.
+          params: Parameters of ``fn``.
           qstate: Ranges of the activations, from `calibrate`.
-          *inputs: As ``fn`` takes them.
+          *inputs: Inputs of ``fn``.
           scheme: Replaces the scheme of the model; may differ in bits. Products run on
             bytes where bits are known, on int32 where they are traced.
 
         Returns:
-          What ``fn`` returns. Accumulators wrap: `qjax.lower` proves that they do not.
+          The output of ``fn``. Accumulators wrap: `qjax.lower` proves that they do not.
 
         Raises:
           ValueError: as `apply`; for a site that has no integers: an operand without a
@@ -133,19 +133,19 @@ class QuantizedModel:
     def apply_and_update(
         self, params: Any, qstate: QState, *inputs: Any
     ) -> tuple[Any, QState]:
-        """Computes the model on quantized values, and moves its ranges: QAT of TFMOT.
+        """Computes the model on quantized values and updates its ranges: QAT of TFMOT.
 
         Each activation site first shows its values, which come from quantized ones, to
         its calibrator, then rounds them by the new range. Differentiable as `apply`;
         ranges have no derivative.
 
         Args:
-          params: As ``fn`` takes them.
-          qstate: From `init`, `calibrate` or the last step.
-          *inputs: As ``fn`` takes them.
+          params: Parameters of ``fn``.
+          qstate: State of `init`, `calibrate` or the last step.
+          *inputs: Inputs of ``fn``.
 
         Returns:
-          What ``fn`` returns, and the new state.
+          The output of ``fn``, and the new state.
 
         Raises:
           ValueError: if ``qstate`` is the state of another model or scheme, or inputs
@@ -158,7 +158,7 @@ class QuantizedModel:
         return outputs, updater.qstate
 
     def init(self, params: Any, *inputs: Any) -> QState:
-        """Returns the state before any batch: only shapes are read."""
+        """Returns the state before any batch; only shapes are read."""
         seen = jax.eval_shape(lambda: self.float_values(params, inputs))
         return {
             site.name: calibrator.init(jnp.zeros(seen[site.name].shape), spec)
@@ -200,7 +200,7 @@ class QuantizedModel:
     def _checked(
         self, qstate: QState, inputs: Any, scheme: Scheme | None = None
     ) -> Scheme:
-        """Returns the scheme to compute by, if it, the state and the inputs fit."""
+        """Returns the scheme to compute by; raises unless state and inputs fit."""
         if scheme is not None:
             if not isinstance(scheme, Scheme):
                 raise TypeError(f"`scheme` must be a `Scheme`, got {scheme!r}.")
@@ -252,7 +252,7 @@ class QuantizedModel:
         return Bound(fn, tuple(inputs), bits, True, self._refusal())
 
     def _refusal(self) -> str:
-        """Says why a model of which only weights are quantized has no program."""
+        """Explains why a model of which only weights are quantized has no program."""
         words = [(site.role, self.scheme.spec(site)) for site in self.sites]
         is_on_grid = any(r == "activation" and word is not None for r, word in words)
         has_weights = any(r == "weight" and word is not None for r, word in words)
@@ -276,7 +276,7 @@ def quantize_model(
     quantize_until: str | None = None,
     whole_norms: bool = False,
 ) -> QuantizedModel:
-    """Puts quantization points into a model. Changes no weight.
+    """Puts quantization points into a model and changes no weight.
 
     Quantized are each input, each weight, and the output of each block: a product with
     a weight, a residual sum, an average or a nonlinear function, with the bias,
@@ -290,7 +290,7 @@ def quantize_model(
     Args:
       fn: ``fn(params, *inputs)``: ``model.apply`` of Linen, or a function that merges
         NNX state, or any function that JAX traces.
-      params: Its parameters, any pytree. Only shapes and names are read.
+      params: Parameters of ``fn``, any pytree. Only shapes and names are read.
       *inputs: Example inputs. Only shapes are read.
       scheme: The grids; 8 bits everywhere by default.
       qparams: The grids as QuantizeML says them, in place of a scheme; its defaults, if
@@ -372,7 +372,7 @@ def quantize_model(
 
 
 def _warn_of_shadows(scheme: Scheme, sites: Sequence[Site]) -> None:
-    """Warns of rules that decide nothing, as others come before them everywhere."""
+    """Warns of rules that decide nothing because earlier rules decide every site."""
     for k, before in shadowed_rules(scheme, sites):
         others = "; ".join(f"rules[{n}], {scheme.rules[n].pattern!r}" for n in before)
         warnings.warn(
@@ -384,7 +384,7 @@ def _warn_of_shadows(scheme: Scheme, sites: Sequence[Site]) -> None:
 
 
 def _warn_of_buffers(scheme: Scheme, sites: Sequence[Site]) -> None:
-    """Warns of accumulators that may run over."""
+    """Warns of accumulators that may overflow."""
     by_name = {site.name: site for site in sites}
     narrow = []
     for site in sites:
@@ -405,7 +405,7 @@ def _warn_of_buffers(scheme: Scheme, sites: Sequence[Site]) -> None:
 
 
 def check_state(qmodel: QuantizedModel, qstate: QState, scheme: Scheme) -> None:
-    """Raises for a state that is not one of the calibrators of a scheme."""
+    """Raises for a state that does not belong to the calibrators of a scheme."""
     if not isinstance(qstate, Mapping):
         raise TypeError(
             "`qstate` must be what `calibrate` returns, a dict of the state of each "
@@ -432,6 +432,6 @@ def check_state(qmodel: QuantizedModel, qstate: QState, scheme: Scheme) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def _fresh(calibrator: Calibrator, shape: tuple[int, ...], axis: Any) -> Any:
-    """The shapes of the state of a calibrator: `Calibrator.init` reads no more."""
+    """Returns the shapes of a calibrator's state, all that `Calibrator.init` reads."""
     x, spec = jax.ShapeDtypeStruct(shape, jnp.float32), QSpec(axis=axis)
     return jax.eval_shape(lambda x: calibrator.init(x, spec), x)

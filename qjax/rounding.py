@@ -1,4 +1,4 @@
-"""Integer ranges and rounding: the arithmetic that everything else shares."""
+"""Integer ranges and rounding, the arithmetic that everything else shares."""
 
 import numbers
 
@@ -72,7 +72,7 @@ def check_bits(bits: ArrayLike, narrow_range: bool = False) -> None:
 
 
 def _is_known(bits: object) -> bool:
-    """Whether ``bits`` has values now: placeholders of tree maps and tracers do not."""
+    """Returns whether ``bits`` has values now, unlike tracers and tree placeholders."""
     if isinstance(bits, jax.core.Tracer):
         return False
     return isinstance(bits, numbers.Number | np.ndarray | np.generic | jax.Array)
@@ -148,14 +148,14 @@ def floor_log2(x: jax.Array) -> jax.Array:
 
 
 def quotient(a: jax.Array, b: ArrayLike) -> jax.Array:
-    """``a / b`` as IEEE 754 has it."""
+    """Computes ``a / b`` by IEEE 754."""
     a, b = jnp.broadcast_arrays(a, jnp.asarray(b, a.dtype))
     # The sum is NaN only where the quotient is.
     return a / jnp.where(jnp.isnan(a + b), jnp.nan, b)
 
 
 def product(a: jax.Array, b: ArrayLike) -> jax.Array:
-    """``a * b``, rounded before anything is added to it: never one fused operation."""
+    """Computes ``a * b``, rounded before any sum: never one fused operation."""
     a, b = jnp.broadcast_arrays(a, jnp.asarray(b, a.dtype))
     # The difference is NaN also for two equal infinities.
     return jnp.where(jnp.isnan(a - b), jnp.abs(a + b), a * b)

@@ -1,4 +1,4 @@
-"""What objects print: fields that were chosen, tables for terminals and notebooks."""
+"""Text forms of objects: chosen fields, tables for terminals and notebooks."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ Row = Sequence[object]
 
 
 def show_fields(obj: Any, always: Collection[str] = ()) -> str:
-    """Returns ``Class(field=value, ...)`` of a dataclass, without what has its default.
+    """Returns ``Class(field=value, ...)`` of a dataclass without default values.
 
     Args:
       obj: The object.
@@ -30,7 +30,7 @@ def show_fields(obj: Any, always: Collection[str] = ()) -> str:
 
 
 def show(value: Any) -> str:
-    """Returns the ``repr`` of a value; of a function its name, without an address."""
+    """Returns the ``repr`` of a value; for a function its name without an address."""
     if isinstance(value, functools.partial):
         return f"partial({show(value.func)})"
     name = getattr(value, "__qualname__", "") if callable(value) else ""
@@ -41,7 +41,7 @@ def show(value: Any) -> str:
 
 
 def text_table(head: Row, rows: Sequence[Row]) -> str:
-    """Returns rows under a head: the first column to the left, the others right."""
+    """Returns rows under a head, the first column to the left, the others right."""
     cells = [[str(cell) for cell in row] for row in (head, *rows)]
     wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
     align: Callable[[int, str], str] = lambda k, cell: (
@@ -65,13 +65,13 @@ def html_table(head: Row, rows: Sequence[Row]) -> str:
 
 
 def show_types(shapes: Sequence[Any]) -> str:
-    """Returns ``float32[8,5], int8[8]`` of what has a shape and a dtype."""
+    """Returns ``float32[8,5], int8[8]`` for values with a shape and a dtype."""
     form = lambda x: f"{np.dtype(x.dtype)}[{','.join(map(str, x.shape))}]"
     return ", ".join(map(form, shapes))
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    """Whether a value is a default; arrays and tracers are none."""
+    """Returns whether a value is a default; arrays and tracers are not."""
     try:
         return a is b or bool(a == b)
     except Exception:

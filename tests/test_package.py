@@ -133,3 +133,38 @@ def test_examples_in_docstrings_exist():
     for name in names:
         module = importlib.import_module(f"qjax.{name}")
         assert any(test.examples for test in finder.find(module)), name
+
+
+NOT_FIRST = {"Of", "As", "What", "How", "Ditto", "Itself", "Theirs", "Those"}
+MAY_BEGIN_SO: tuple[str, ...] = ()  # Docstrings, as "qjax/affine.py: quantize".
+
+
+def docstrings(source):
+    """Yields each name that has a docstring, and the first line of that."""
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, kinds) and (text := ast.get_docstring(node)):
+            yield getattr(node, "name", "module"), text.partition("\n")[0]
+
+
+def begins_ill(line):
+    return re.match(r"\W*(\w*)", line).group(1) in NOT_FIRST
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun():
+    found = [
+        (f"{path.relative_to(ROOT).as_posix()}: {name}", line)
+        for path in sorted((ROOT / "qjax").rglob("*.py"))
+        for name, line in docstrings(path.read_text())
+    ]
+    assert len(found) > 1000 and "qjax/affine.py: quantize" in dict(found)
+    ill = [(name, line) for name, line in found if begins_ill(line)]
+    assert {name for name, _ in ill} == set(MAY_BEGIN_SO), ill
+
+
+def test_docstrings_that_begin_ill_are_found():
+    source = '"""Words."""\nclass A:\n    def f(self):\n        """Of the node."""\n'
+    found = {name: begins_ill(line) for name, line in docstrings(source)}
+    assert found == {"module": False, "f": True}
+    assert all(begins_ill(f"{word} a node.") for word in NOT_FIRST)
+    assert not begins_ill("Offsets a node.")

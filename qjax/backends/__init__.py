@@ -1,1 +1,1 @@
-"""Bodies that run an integer graph."""
+"""Backends that run an integer graph."""

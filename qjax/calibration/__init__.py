@@ -1,1 +1,1 @@
-"""Finds the range of values: calibrators, histograms, batches."""
+"""Calibrators, histograms and batches, which find the ranges of values."""

@@ -1,4 +1,4 @@
-"""What calibration runs on: samples cut into batches, or random ones; its progress."""
+"""Batches for calibration: samples cut into batches, random samples, a progress bar."""
 
 import contextlib
 import dataclasses
@@ -21,12 +21,12 @@ MOST_SAMPLES = 1024  # QuantizeML's.
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How samples become batches: QuantizeML's parameters, with its defaults.
+    """The way samples become batches: QuantizeML's parameters, with its defaults.
 
     Attributes:
-      num_samples: So many are used, the first ones; all of them if there are fewer.
+      num_samples: Number of samples used, the first ones; all if there are fewer.
       batch_size: Examples of a batch; None: one.
-      epochs: How often the samples are gone through.
+      epochs: Number of passes over the samples.
 
     Raises:
       ValueError: for what is no whole number of at least 1.
@@ -48,15 +48,15 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """Samples in batches, in order, again for each epoch; `len` counts them all.
+    """Batches of samples, in order, repeated each epoch; `len` counts all batches.
 
     The last batch of an epoch holds what is left.
 
     Attributes:
       inputs: The samples of each input of the model, the first axis that of examples.
-      number: How many examples are used.
-      schedule: How they are cut.
-      left_out: How many examples are not used.
+      number: Number of examples that are used.
+      schedule: Schedule of the cuts.
+      left_out: Number of examples that are not used.
     """
 
     inputs: tuple[Any, ...]
@@ -79,12 +79,12 @@ class Batches:
 
 
 def cut(samples: Any, example: tuple[Any, ...], schedule: Schedule) -> Batches:
-    """Cuts samples into batches. Copies nothing.
+    """Cuts samples into batches without a copy.
 
     Args:
       samples: The samples of the input of a model, or a tuple of those of each input.
       example: Shapes of the inputs of a batch.
-      schedule: How to cut.
+      schedule: Schedule of the cuts.
 
     Returns:
       The batches, tuples of inputs.
@@ -142,10 +142,10 @@ def as_inputs(batch: Any, example: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def check_batches(batches: Any, example: tuple[Any, ...]) -> None:
-    """Raises for what is no iterable of batches, before it is used.
+    """Raises for a value that is no iterable of batches, before it is used.
 
     Args:
-      batches: Of any type; of arrays the axes are looked at.
+      batches: Batches of any type; of arrays the axes are looked at.
       example: Shapes of the inputs of a batch.
 
     Raises:
@@ -173,12 +173,12 @@ def check_batches(batches: Any, example: tuple[Any, ...]) -> None:
 
 
 def fault(inputs: tuple[Any, ...], example: Any, first: Any) -> str:
-    """Says what is wrong with a batch: itself, or next to the first one.
+    """Describes what is wrong with a batch, alone or beside the first batch.
 
     Args:
-      inputs: Of the batch, from `as_inputs`.
+      inputs: Inputs of the batch, from `as_inputs`.
       example: Shapes of the inputs that the model was made for.
-      first: Those of the first batch; None for that one.
+      first: Inputs of the first batch; None for that one.
 
     Returns:
       The rest of a sentence that begins with the batch, or "".
@@ -212,13 +212,13 @@ def fault(inputs: tuple[Any, ...], example: Any, first: Any) -> str:
 
 
 def _no_data(*inputs: Any) -> str:
-    """Says that a module or a state of Flax NNX is no data."""
+    """Explains that a module or a state of Flax NNX is no data."""
     is_flax = any(type(x).__module__.startswith("flax.nnx") for x in inputs)
     return ", and no state of a module: that holds parameters" if is_flax else ""
 
 
 def have_same_kinds(inputs: Any, example: Any) -> bool:
-    """Returns whether inputs are nested alike, and of the same kinds of types."""
+    """Returns whether two inputs have one structure and the same kinds of types."""
     kinds = lambda tree: [_kind(x.dtype) for x in jax.tree.leaves(shapes_of(tree))]
     structure: Any = jax.tree.structure(inputs)
     same: bool = structure == jax.tree.structure(example)
@@ -226,7 +226,7 @@ def have_same_kinds(inputs: Any, example: Any) -> bool:
 
 
 def same_kind(a: Any, b: Any) -> bool:
-    """Returns whether both hold real numbers, integers, or the same type."""
+    """Returns whether two types are both real, both integer, or equal."""
     return _kind(a.dtype) == _kind(b.dtype)
 
 
@@ -239,7 +239,7 @@ def _same_rest(a: Any, b: Any) -> bool:
 
 
 def _kind(dtype: Any) -> str:
-    """Whether a type holds real numbers, integers, or what it is."""
+    """Returns "floating" or "integer" for a type of numbers, else its own name."""
     for kind in (jnp.floating, jnp.integer):
         if jnp.issubdtype(dtype, kind):
             return str(kind.__name__)
@@ -254,7 +254,7 @@ def random_samples(
     high: float | None = None,
     seed: int = 0,
 ) -> np.ndarray:
-    """Draws values where there is no data: QuantizeML's rule.
+    """Draws random samples where there is no data, by QuantizeML's rule.
 
         integers: uniform in {low, ..., high};  real: uniform in [low, high)
 
@@ -262,11 +262,11 @@ def random_samples(
     substitute for those of data.
 
     Args:
-      shape: Of the samples, examples first.
-      dtype: Of the samples, an integer or a real type.
+      shape: Shape of the samples, examples first.
+      dtype: Type of the samples, integer or real.
       low: Least value; None: that of an integer type.
       high: Largest value; None: that of an integer type.
-      seed: Of the generator.
+      seed: Seed of the generator.
 
     Returns:
       The samples.
@@ -297,7 +297,7 @@ def random_samples(
 
 
 class _Rate(rich.progress.ProgressColumn):
-    """Batches per second."""
+    """The rate of calibration in batches per second."""
 
     def render(self, task: rich.progress.Task) -> rich.text.Text:
         speed = task.finished_speed or task.speed
@@ -308,14 +308,14 @@ class _Rate(rich.progress.ProgressColumn):
 def progress_bar(
     total: int | None, is_shown: bool | None
 ) -> Iterator[Callable[[], object]]:
-    """Shows how many batches are done, on standard error.
+    """Shows the number of batches done, on standard error.
 
     Args:
       total: Number of batches; None if it is unknown: no remaining time then.
       is_shown: None: if standard error is a terminal.
 
     Yields:
-      What to call after each batch.
+      The function to call after each batch.
     """
     console = rich.console.Console(stderr=True)
     columns: list[rich.progress.ProgressColumn] = [

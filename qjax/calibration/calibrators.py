@@ -25,22 +25,22 @@ Reduce = Callable[[jax.Array, QSpec], tuple[jax.Array, jax.Array]]
 
 
 class Calibrator(NamedTuple):
-    """The functions that turn values into a range.
+    """The functions that turn the values of a site into a range.
 
     Attributes:
       init: ``(x, spec) -> state``. Reads only the shape of ``x`` and ``spec.axis``.
       update: ``(x, state, spec) -> state``. Sees one batch.
       merge: ``(a, b) -> state``. The state after what ``a`` saw, then what ``b`` saw.
       params: ``(state, spec) -> QParams``. The scale is NaN before the first batch.
-      observe: As ``update``, of the float model, where training moves ranges by another
-        rule than `qjax.calibrate` finds them; None: by the same.
+      observe: Same as ``update``, of the float model, where training moves ranges by
+        another rule than `qjax.calibrate` finds them; None: by the same.
     """
 
     init: Callable[[jax.Array, QSpec], Any]
     update: Callable[[jax.Array, Any, QSpec], Any]
     merge: Callable[[Any, Any], Any]
     params: Callable[[Any, QSpec], QParams]
-    name: str = ""  # What made it: "ema_min_max(decay=0.9)". Empty: no text says it.
+    name: str = ""  # Text form: "ema_min_max(decay=0.9)"; empty if there is none.
     observe: Callable[[jax.Array, Any, QSpec], Any] | None = None
 
     def __repr__(self) -> str:
@@ -89,7 +89,7 @@ def named(make: Callable[_Options, Calibrator]) -> Callable[_Options, Calibrator
 
 
 def _plain(name: str, value: Any) -> Any:
-    """Returns an option as a value of Python, which hashes and has a text.
+    """Returns an option as a Python value, which is hashable and has a text.
 
     Raises:
       TypeError: for what has no hash.
@@ -105,7 +105,7 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _has_truth(value: Any) -> bool:
-    """Whether a truth value is among options."""
+    """Returns whether a truth value is among options."""
     if isinstance(value, tuple):
         return any(map(_has_truth, value))
     return isinstance(value, bool)
@@ -148,7 +148,7 @@ def _positional(name: str) -> list[str]:
 def check_option(
     name: str, value: Any, rule: str, holds: Callable[[float], bool]
 ) -> None:
-    """Raises unless an option is a real number for which a rule holds.
+    """Raises unless an option is a real number that satisfies a rule.
 
     Raises:
       TypeError: if it is no real number.
@@ -165,7 +165,7 @@ def _check_share(name: str, value: Any) -> None:
 
 
 def _check_ends(name: str, ends: Any) -> tuple[float, float]:
-    """Returns a range, whose ends must be finite numbers of float32, in order."""
+    """Returns the ends of a range; raises unless they are finite float32 in order."""
     if not isinstance(ends, tuple | list) or len(ends) != 2:
         raise TypeError(f"`{name}` must be a pair (low, high), got {ends!r}.")
     for end in ends:
@@ -180,7 +180,7 @@ def _check_ends(name: str, ends: Any) -> tuple[float, float]:
 
 
 class MinMaxState(NamedTuple):
-    """Range of all values seen."""
+    """The range of all values seen."""
 
     step: jax.Array  # shape=(), dtype=int32. Batches seen.
     low: jax.Array  # shape of the scale, dtype=float32. +inf before the first batch.
@@ -188,7 +188,7 @@ class MinMaxState(NamedTuple):
 
 
 class MovingState(NamedTuple):
-    """Moving average of a range that starts from the first batch."""
+    """A moving average of a range, which starts from the first batch."""
 
     step: jax.Array  # shape=(), dtype=int32. Batches seen.
     first_low: jax.Array  # shape of the scale, dtype=float32. Of the first batch.
@@ -198,7 +198,7 @@ class MovingState(NamedTuple):
 
 
 class MeanStdState(NamedTuple):
-    """Moments of all values seen."""
+    """The moments of all values seen."""
 
     step: jax.Array  # shape=(), dtype=int32. Batches seen.
     number: jax.Array  # shape=(), dtype=float32. Values per scale.
@@ -209,7 +209,7 @@ class MeanStdState(NamedTuple):
 
 
 class EmaMinMaxState(NamedTuple):
-    """Exponential moving average of the range."""
+    """An exponential moving average of the range."""
 
     step: jax.Array  # shape=(), dtype=int32. Batches seen.
     low: jax.Array  # shape of the scale, dtype=float32. Not debiased.
@@ -223,7 +223,7 @@ def value_range(x: jax.Array, spec: QSpec) -> tuple[jax.Array, jax.Array]:
 
 @named
 def min_max(reduce: Reduce = value_range) -> Calibrator:
-    """Tracks the range of all values: ``low <- min(low, min(x))``, ditto ``high``.
+    """Tracks the range of all values: ``low <- min(low, min(x))``, likewise ``high``.
 
     ``merge`` is associative and commutative.
 
@@ -262,7 +262,7 @@ def min_max(reduce: Reduce = value_range) -> Calibrator:
 
 @named
 def last_value(reduce: Reduce = value_range) -> Calibrator:
-    """Keeps the range of the last batch alone: TFMOT's rule for weights.
+    """Keeps the range of the last batch alone, by TFMOT's rule for weights.
 
     ``merge`` is associative, not commutative: ``b`` wins if it saw a batch.
 
@@ -284,7 +284,7 @@ def last_value(reduce: Reduce = value_range) -> Calibrator:
 
 @named
 def constant(low: float, high: float) -> Calibrator:
-    """A range that is known: batches are counted, not looked at.
+    """Makes a calibrator of a known range: batches are counted, and not read.
 
     ``merge`` is associative and commutative.
 
@@ -408,7 +408,7 @@ def _started_ema(
 
 
 def _follow(old: Any, new: Any, decay: float) -> tuple[jax.Array, jax.Array]:
-    """``old - (old - new) * (1 - decay)`` of both ends, in this order of rounding."""
+    """Computes ``old - (old - new) * (1 - decay)`` of both ends in this order."""
     share = jnp.float32(1.0 - decay)
     low, high = (a - product(a - b, share) for a, b in zip(old, new, strict=True))
     return low, high
@@ -423,7 +423,7 @@ def magnitude_range(x: jax.Array, spec: QSpec) -> tuple[jax.Array, jax.Array]:
 
 @named
 def moving_max(momentum: float = 0.9) -> Calibrator:
-    """Tracks the average of the largest magnitude, from the first batch on.
+    """Tracks the average of the largest magnitude from the first batch on.
 
         r <- max|x| of the first batch; then r <- r - (r - max|x|) * (1 - momentum)
 
@@ -441,9 +441,9 @@ def moving_max(momentum: float = 0.9) -> Calibrator:
 
 @named
 def moving_min_max(momentum: float = 0.9, reduce: Reduce = value_range) -> Calibrator:
-    """Tracks the average of both ends of the range, from the first batch on.
+    """Tracks the average of both ends of the range from the first batch on.
 
-    As `moving_max`; QuantizeML's observer of inputs.
+    Otherwise like `moving_max`; QuantizeML's observer of inputs.
 
     Args:
       momentum: Share of the average that survives a batch, in [0, 1).
@@ -488,7 +488,7 @@ def _moving(momentum: float, reduce: Reduce) -> Calibrator:
 
 @named
 def mean_std(sigmas: float = 3.0) -> Calibrator:
-    """Takes so many standard deviations around the mean of all values.
+    """Takes a number of standard deviations around the mean of all values as the range.
 
         [mean - sigmas * std, mean + sigmas * std], population deviation
 
@@ -575,16 +575,16 @@ def _units(most: jax.Array) -> tuple[jax.Array, jax.Array]:
 def params_if(
     is_calibrated: jax.Array, low: jax.Array, high: jax.Array, spec: QSpec
 ) -> QParams:
-    """NaN is loud where a made-up scale would be silent."""
+    """Returns the grid, or a scale of NaN before the first batch."""
     params = min_max_params(low, high, spec)
     scale = jnp.where(is_calibrated, params.scale, jnp.float32(jnp.nan))
     return params._replace(scale=scale)
 
 
 def check_calibrated(params: QParams, site: str) -> None:
-    """Raises for a grid that is known to have no scale: before the first batch.
+    """Raises for a grid that is known to have no scale, as before the first batch.
 
-    What is traced passes.
+    Tracers pass.
 
     Raises:
       ValueError: naming the site.

@@ -27,7 +27,7 @@ _CLEAR_GAIN = 0.98
 
 
 class HistogramState(NamedTuple):
-    """Counts of all values seen, by the magnitude of the largest."""
+    """The counts of all values seen, in bins that widen with the largest magnitude."""
 
     step: jax.Array  # shape=(), dtype=int32. Batches seen.
     exponent: jax.Array  # shape of the scale, dtype=int32. Bins are 2^exponent wide.
@@ -40,7 +40,7 @@ class HistogramState(NamedTuple):
 
 
 class Histogram(NamedTuple):
-    """Values of one scale, in units of the width of a bin."""
+    """The histogram of one scale, in units of the width of a bin."""
 
     counts: jax.Array  # shape=(BINS,), dtype=int32.
     least: jax.Array  # shape=(BINS,), dtype=float32. Least value in a bin, but zero.
@@ -59,7 +59,7 @@ _Find = Callable[[Histogram, QSpec], Ends]
 
 @named
 def percentile(share: float = 99.99) -> Calibrator:
-    """Takes the range that holds a share of the values: outliers saturate.
+    """Takes the range that holds a given share of the values; outliers saturate.
 
     The ends are the percentiles ``100 - share`` and ``share`` of all values, linear
     between ranks; a rank is known to within its bin. ``merge`` is associative and
@@ -89,7 +89,7 @@ def _percentile(share: float) -> Search:
         last = total[-1] - 1.0
 
         def ranked(rank: jax.Array) -> jax.Array:
-            """The value of a rank, from 0 on: spread evenly over its bin."""
+            """Returns the value of a rank from 0 on, spread evenly over its bin."""
             k = jnp.clip(jnp.searchsorted(total, rank, side="right"), 0, BINS - 1)
             before = jnp.where(k > 0, total[k - 1], 0.0)
             inside = (rank - before + 0.5) / jnp.maximum(total[k] - before, 1.0)
@@ -119,7 +119,7 @@ def mse(candidates: int = 100) -> Calibrator:
     commutative.
 
     Args:
-      candidates: How many parts are tried.
+      candidates: Number of parts that are tried.
 
     Raises:
       TypeError: if ``candidates`` is no whole number.
@@ -143,7 +143,7 @@ def mse(candidates: int = 100) -> Calibrator:
 
 @named
 def entropy() -> Calibrator:
-    """Takes the clip whose grid tells least from the values: Kullback-Leibler.
+    """Takes the clip whose grid has the least Kullback-Leibler divergence.
 
     For each clip ``t`` of ``i`` bins of magnitude, the counts ``P`` inside it, with
     what lies outside added to the last one, are compared with ``Q``: the same counts
@@ -232,7 +232,7 @@ def _error(
 
 @named
 def histogram(search: Search) -> Calibrator:
-    """Counts values in bins, and finds the range from the counts.
+    """Counts values in bins and finds the range from the counts.
 
     ``merge`` is associative and commutative, exactly, up to 2^31 - 1 values a bin.
 
@@ -259,7 +259,7 @@ def histogram(search: Search) -> Calibrator:
 
 
 def _histogram(find: _Find) -> Calibrator:
-    """Makes a calibrator of a search in units of the width of a bin."""
+    """Makes a calibrator from a search in units of the width of a bin."""
 
     def init(x: jax.Array, spec: QSpec) -> HistogramState:
         shape = scale_shape(x.shape, spec.axis)
@@ -327,7 +327,7 @@ def _histogram(find: _Find) -> Calibrator:
     def params(state: HistogramState, spec: QSpec) -> QParams:
         def one(exponent, counts, least, most, zeros, low, high):
             unit, per = power_of_two(exponent), power_of_two(-exponent)
-            # Of bins without values, the ends are infinite.
+            # Bins without values have infinite ends.
             least, most = (
                 jnp.where(jnp.isfinite(v), v * per, 0.0) for v in (least, most)
             )
@@ -349,12 +349,12 @@ def _histogram(find: _Find) -> Calibrator:
 
 
 def _exponent(most: jax.Array) -> jax.Array:
-    """The least width of bins that holds a magnitude."""
+    """Returns the exponent of the least bin width that holds a magnitude."""
     return floor_log2(most) + 1 - (_HALF.bit_length() - 1)
 
 
 def _widen(state: HistogramState, times: jax.Array) -> tuple[jax.Array, ...]:
-    """Doubles the width of the bins so many times: counts, least and most."""
+    """Doubles the bin width ``times`` times; returns counts, least and most."""
     shape = state.counts.shape
     places = jnp.arange(-_HALF, _HALF, dtype=jnp.int32)
 

@@ -1,1 +1,1 @@
-"""Reading and writing programs. Optional dependencies stop here."""
+"""Readers and writers of programs. Optional dependencies stop here."""

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic file writes: a file is there whole or not at all."""
 
 import contextlib
 import errno
@@ -19,10 +19,10 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     naming the file and moving it, a ``qjax-*.part`` may stay.
 
     Args:
-      path: Where. A symbolic link stays one: what it points to is written. A file that
+      path: Path. A symbolic link stays one: what it points to is written. A file that
         is there keeps its mode, a new one has what the umask leaves of 0666. What is no
         regular file, such as a pipe, is written to.
-      data: What.
+      data: Bytes to write.
 
     Raises:
       OSError: if the file cannot be written. The old one is as it was.
@@ -63,7 +63,7 @@ def _write(path: str, folder: str, data: bytes, mode: int | None) -> None:
 
 
 def _fill(file: IO[bytes], data: bytes, mode: int | None) -> None:
-    """Puts data on disk, and gives the file its mode."""
+    """Writes data to disk, and gives the file its mode."""
     file.write(data)
     file.flush()
     if mode is not None and hasattr(os, "fchmod"):
@@ -72,7 +72,7 @@ def _fill(file: IO[bytes], data: bytes, mode: int | None) -> None:
 
 
 def _link(handle: int, folder: str, path: str) -> bool:
-    """Names an open file; returns whether the system can."""
+    """Links an open file to a name; returns whether the system can."""
     place = os.open(folder, os.O_RDONLY)
     try:
         # With `src_dir_fd` Python follows the link, without it never.
@@ -85,17 +85,17 @@ def _link(handle: int, folder: str, path: str) -> bool:
 
 
 def _open_nameless(folder: str) -> int | None:
-    """A file without a name, to be linked; None where there are none."""
+    """Opens a file without a name, to be linked later; None where there are none."""
     if not hasattr(os, "O_TMPFILE") or not os.path.isdir("/proc/self/fd"):
         return None
     try:
         return os.open(folder, os.O_WRONLY | os.O_TMPFILE, 0o666)
-    except OSError:  # Of this file system, or for a reason that the name will meet too.
+    except OSError:  # The file system's limit, or an error that the name will meet too.
         return None
 
 
 def _sync_folder(folder: str) -> None:
-    """Makes a new name last, where folders can be synchronized."""
+    """Makes a new name durable, where folders can be synchronized."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

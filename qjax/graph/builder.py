@@ -11,11 +11,11 @@ from qjax.graph.operations import OPERATIONS, Operands
 
 
 class GraphBuilder:
-    """Collects a graph and its parameters.
+    """A builder that collects a graph and its parameters.
 
     Attributes:
-      values: Of the graph.
-      nodes: Of the graph, in order.
+      values: Values of the graph.
+      nodes: Nodes of the graph, in order.
       params: Name -> array.
       sites: Name of a quantization point -> its codes.
     """
@@ -35,7 +35,7 @@ class GraphBuilder:
         *,
         dtype: str | None = None,
     ) -> int:
-        """Adds a value, in the smallest type that holds its bounds by default."""
+        """Adds a value, by default in the smallest type that holds its bounds."""
         dtype = storage(low, high) if dtype is None else dtype
         self.values.append(Value(tuple(shape), dtype, int(low), int(high), grid))
         return len(self.values) - 1
@@ -47,13 +47,13 @@ class GraphBuilder:
         params: Mapping[str, np.ndarray],
         attributes: Mapping[str, Any],
     ) -> tuple[tuple[int, ...], int, int]:
-        """Computes what an operation would give, by its record.
+        """Computes shape and interval that an operation would give, by its record.
 
         Args:
-          operation: Its name.
+          operation: Name of the operation.
           inputs: Values.
           params: Role -> array.
-          attributes: Of the node.
+          attributes: Attributes of the node.
 
         Returns:
           The shape of the output, and the least and the largest of its integers; 0 and
@@ -80,16 +80,16 @@ class GraphBuilder:
         dtype: str | None = None,
         path: str = "",
     ) -> int:
-        """Adds an operation; its record gives shape and interval of what it computes.
+        """Adds an operation, whose output has shape and interval by its record.
 
         Args:
-          operation: Its name.
+          operation: Name of the operation.
           inputs: Values.
-          attributes: Of the node.
+          attributes: Attributes of the node.
           params: Role -> name of a parameter of the graph.
-          grid: Of the output.
-          dtype: Of the output; by default the smallest type that holds it.
-          path: Where it was met.
+          grid: Grid of the output.
+          dtype: Type of the output; by default the smallest type that holds it.
+          path: Module path of the operation.
 
         Returns:
           The number of the output.
@@ -106,18 +106,18 @@ class GraphBuilder:
         return value
 
     def add_param(self, name: str, array: np.ndarray) -> str:
-        """Adds a parameter under its name, or one like it if that is taken."""
+        """Adds a parameter under its name, or under a similar one if that is taken."""
         others = [k for k, p in self.params.items() if not _same(p, array)]
         unique = unique_name(name, others)
         self.params[unique] = array
         return unique
 
     def add_site(self, name: str, value: int) -> None:
-        """Remembers the codes of a quantization point."""
+        """Records the codes of a quantization point."""
         self.sites[unique_name(name or "qpoint", self.sites)] = value
 
     def graph(self, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Graph:
-        """Returns what was built."""
+        """Returns the finished graph."""
         graph = Graph(
             tuple(self.values), tuple(self.nodes), inputs, outputs, dict(self.sites)
         )
@@ -137,7 +137,7 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def compact(x: np.ndarray) -> np.ndarray:
-    """Gives size 1 to every axis along which values repeat."""
+    """Reduces to size 1 every axis along which values repeat."""
     for axis in range(x.ndim):
         first = x.take([0], axis) if x.shape[axis] else x
         if x.shape[axis] > 1 and np.all(x == first):

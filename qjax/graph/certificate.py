@@ -1,4 +1,4 @@
-"""What is proven of an integer program: no overflow, no float, how well it agrees."""
+"""The certificate of an integer program: no overflow, no float, agreement of sites."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from qjax.graph.packing import nbytes
 
 _EXACT_FLOAT32 = 1 << 24  # Integers below are exact in float32.
 _HALF_ULP = 2.0**-24  # Relative rounding of one float32 operation.
-_OTHER_ROUNDINGS = 8  # Beside those of a sum: bias, factor, scales, their products.
+_OTHER_ROUNDINGS = 8  # Roundings beside a sum's: bias, factor, scales, their products.
 _AT_ANY_SCALE = "at any scale, given equal input codes"
 
 
@@ -22,10 +22,10 @@ class Overflow:
     """The bound of one accumulator, from the integer weights themselves.
 
     Attributes:
-      path: Where it is.
+      path: Place of the accumulator.
       low: Least sum, for each output channel where there are weights.
       high: Largest sum, same shape.
-      bits: What an accumulator needs, its sign included.
+      bits: Bits that an accumulator needs, its sign included.
       value: Number of the accumulator in the graph.
       witness: Input codes that attain the bound, in the shape of the kernel of the
         worst channel; empty where all codes at one end do.
@@ -41,13 +41,13 @@ class Overflow:
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """Why a site has the codes of the fake-quantized model.
+    """The reason that a site has the codes of the fake-quantized model.
 
     Attributes:
       is_proven: Whether they are equal whatever the input, given the same codes before
         the site.
-      reason: What proves it, or what rounds.
-      most: How many codes they can differ by, given the same codes before the site: 0
+      reason: The proof, or the step that rounds.
+      most: Most codes by which they can differ, given the same codes before the site: 0
         if proven, else 1; None where no bound is known.
     """
 
@@ -64,13 +64,13 @@ class Agreement:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Certificates of a program. Its ``str`` is a table.
+    """The certificates of a program. Its ``str`` is a table.
 
     Attributes:
       overflow: For each accumulator.
       agreement: For each quantization point.
       float_values: Types of floating-point values in ``program.codes``; empty.
-      nbytes: Of the parameters, 2 and 4 bits packed.
+      nbytes: Bytes of the parameters, 2 and 4 bits packed.
     """
 
     overflow: tuple[Overflow, ...]
@@ -98,11 +98,11 @@ class Report:
 def certify(
     graph: Graph, params: Mapping[str, Any], float_values: tuple[str, ...]
 ) -> Report:
-    """Reads off a graph what is certain.
+    """Reads from a graph what is certain.
 
     Args:
-      graph: Of a program.
-      params: Its parameters.
+      graph: Graph of a program.
+      params: Parameters of the graph.
       float_values: Found in its jaxpr.
 
     Returns:
@@ -122,7 +122,7 @@ def certify(
 
 
 def _accumulates(node: Node) -> bool:
-    """Whether an operation makes accumulators: sums without a rescaling among them."""
+    """Returns whether an operation makes accumulators; plain sums are among them."""
     is_sum = node.operation == "add" and node.attributes["shift"] == 0
     return OPERATIONS[node.operation].kind == "accumulator" or is_sum
 
@@ -198,7 +198,7 @@ def _proven(reason: str) -> Agreement:
 
 
 def _rounded(error: float, reason: str) -> Agreement:
-    """What float32 rounds otherwise, by at most ``error`` steps before codes are made.
+    """Returns the agreement of a site where float32 is off by at most ``error`` steps.
 
     Below half a step, codes are one apart at most.
     """
@@ -231,7 +231,7 @@ def _of_requantizer(
     node: Node,
     arrays: Mapping[str, np.ndarray],
 ) -> Agreement:
-    """Proven where float32 is exact but for one rounding that the integers repeat."""
+    """Returns the agreement of a requantizer, proven where float32 rounds only once."""
     a, acc = node.attributes, graph.values[node.inputs[0]]
     terms, most = _reach(graph, makers, node.inputs[0], arrays)
     z = a["input_zero_point"]
@@ -256,7 +256,7 @@ def _of_requantizer(
 
 
 def _error_of_sum(graph: Graph, node: Node) -> float:
-    """How many steps float32 may be off in a sum of codes on different grids."""
+    """Bounds the float32 error, in steps, of a sum of codes on different grids."""
     a = node.attributes
     terms = zip(node.inputs, a["input_zero_points"], a["multipliers"], strict=True)
     steps = sum(
@@ -273,7 +273,7 @@ def _reach(
     v: int,
     arrays: Mapping[str, np.ndarray],
 ) -> tuple[int, int]:
-    """How many terms an accumulator sums, and what their magnitudes add up to."""
+    """Returns the number of terms of an accumulator, and their total magnitude."""
     node, value = makers.get(v), graph.values[v]
     most = max(abs(value.low), abs(value.high))
     if node is None:

@@ -39,12 +39,12 @@ def save(
     packed, a format version and a SHA-256 over all of it.
 
     Args:
-      path: Where. An existing file is replaced once the new one is complete, and keeps
+      path: Path. An existing file is replaced once the new one is complete, and keeps
         its mode; a symbolic link stays, and what it points to is written.
-      graph: What to write.
+      graph: Graph to write.
       params: Name -> array.
-      input_tree: How inputs are nested.
-      output_tree: How outputs are nested.
+      input_tree: Structure of the inputs.
+      output_tree: Structure of the outputs.
 
     Raises:
       ValueError: if inputs or outputs are nested in other than tuples, lists, dicts; if
@@ -76,7 +76,7 @@ def save(
 
 
 def load(path: str | os.PathLike[str]) -> Contents:
-    """Reads what `save` wrote.
+    """Reads a file written by `save`.
 
     Args:
       path: The file.
@@ -126,7 +126,7 @@ _KEYS = ("format", "version", "graph", "packed", "inputs", "outputs")
 
 
 def _contents(header: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> Contents:
-    """Returns what a file holds.
+    """Returns the contents of a file.
 
     Raises:
       ValueError: if there is none.
@@ -152,7 +152,7 @@ def _contents(header: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> Co
 
 
 def _unpacked(packed: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The parameters of 2 and 4 bits, from their bytes."""
+    """Unpacks the parameters of 2 and 4 bits from their bytes."""
     if not isinstance(packed, dict):
         raise ValueError(f"Packed parameters must have names, got {packed!r}.")
     found = {}
@@ -173,7 +173,7 @@ def _unpacked(packed: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.nda
 
 
 def _check_name(name: str) -> None:
-    """Raises ValueError for a parameter that no file can name."""
+    """Raises ValueError for a parameter name that no file can hold."""
     try:
         name.encode()
     except UnicodeEncodeError as error:
@@ -200,7 +200,7 @@ def _checksum(header: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> st
 
 
 def _tree_to_json(tree: Any) -> Any:
-    """Containers as ``[kind, children]``, leaves as null."""
+    """Writes containers as ``[kind, children]`` and leaves as null."""
 
     def encode(node: Any) -> Any:
         if isinstance(node, int):

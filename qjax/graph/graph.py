@@ -1,6 +1,6 @@
-"""The integer graph: what a lowered model computes. Backends read it and nothing else.
+"""The integer graph of a lowered model. Backends read it and nothing else.
 
-What each operation computes stands in its record: `qjax.graph.operations`.
+The meaning of each operation stands in its record: `qjax.graph.operations`.
 """
 
 import dataclasses
@@ -15,43 +15,43 @@ from qjax.tables import show_types
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Where integers lie on the real line: ``real = scale * (code - zero_point)``."""
+    """A grid of integers on the real line: ``real = scale * (code - zero_point)``."""
 
     scale: Any  # A float, or nested lists in the rank of the value. float32 numbers.
     zero_point: int
 
     def array(self) -> np.ndarray:
-        """The scale as float32."""
+        """Returns the scale as float32."""
         return np.asarray(self.scale, np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """Integers of one type. ``low`` and ``high`` bound what they can be."""
+    """A value of the graph: integers of one type within ``[low, high]``."""
 
-    shape: tuple[int, ...]  # As traced.
+    shape: tuple[int, ...]  # Traced shape.
     dtype: str
     low: int
     high: int
     grid: Grid | None = None
-    # Of an input: real = gain * input + offset.
+    # Rescaling of an input: real = gain * input + offset.
     rescaling: tuple[float, float] = (1.0, 0.0)
-    is_rescaling_exact: bool = True  # Whether it rounds as the model does.
-    # Of an input: the equation that fixes its leading size. Empty: it may differ at
+    is_rescaling_exact: bool = True  # True if the input rounds as in the model.
+    # The equation that fixes the leading size of an input. Empty: it may differ at
     # call time, if it stays that of all inputs that were traced with the same one.
     fixed_by: str = ""
-    is_place: bool = False  # Of an input that chooses rows: there are no others.
-    dtype_of_model: str = ""  # Of an output of whole numbers: their type in the model.
+    is_place: bool = False  # True for an input that chooses rows and takes no others.
+    dtype_of_model: str = ""  # Type in the model of an output of integers.
 
     @property
     def zero_point(self) -> int:
-        """The code of 0; accumulators have 0."""
+        """Returns the code of 0; accumulators have 0."""
         return 0 if self.grid is None else self.grid.zero_point
 
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """One operation."""
+    """One operation of the graph, applied to values."""
 
     operation: str
     inputs: tuple[int, ...]
@@ -63,7 +63,7 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """Nodes in order, over numbered values."""
+    """A graph of nodes in order, over numbered values."""
 
     values: tuple[Value, ...]
     nodes: tuple[Node, ...]
@@ -99,7 +99,7 @@ class Graph:
 
     @staticmethod
     def from_json(text: str) -> "Graph":
-        """Reads what `to_json` wrote; `qjax.graph.validation` says if it is right.
+        """Reads a graph from `to_json` text, which `qjax.graph.validation` then checks.
 
         Raises:
           ValueError: if the text is no graph.
@@ -141,7 +141,7 @@ def _no_number(name: str) -> Any:
 
 
 def check(graph: Graph) -> None:
-    """Raises ValueError unless each value is defined before use and known by type."""
+    """Raises ValueError unless each value is defined before use and well typed."""
     defined = set(graph.inputs)
     for n in graph.nodes:
         if not defined.issuperset(n.inputs) or n.output in defined:
@@ -170,7 +170,7 @@ def holds(dtype: str, low: int, high: int) -> bool:
 
 
 def _check_keys(data: Any, kind: type) -> None:
-    """Raises ValueError unless there is a value for each field, and for no other."""
+    """Raises ValueError unless the keys are exactly the fields of a class."""
     wanted = {field.name for field in dataclasses.fields(kind)}
     if not isinstance(data, dict) or set(data) != wanted:
         found = sorted(data) if isinstance(data, dict) else data

@@ -1,4 +1,4 @@
-"""Codes of few bits, two or four to the byte: how parameters are stored."""
+"""Codes of few bits, two or four to the byte, as parameters are stored."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ _WIDTHS = (2, 4)
 
 
 def storage_bits(codes: np.ndarray) -> int:
-    """Returns how many bits a code is stored in: 2 or 4 where all fit, else its type's.
+    """Returns the bits that store a code: 2 or 4 where all codes fit, else its type's.
 
     Args:
       codes: Integers.
@@ -23,12 +23,12 @@ def storage_bits(codes: np.ndarray) -> int:
 
 
 def nbytes(codes: np.ndarray) -> int:
-    """Returns the bytes of an array as it is stored."""
+    """Returns the number of bytes of an array as stored."""
     return -(-codes.size * storage_bits(codes) // 8)
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Puts codes into bytes, the first in the lowest bits.
+    """Packs codes into bytes, the first code in the lowest bits.
 
     Args:
       codes: int8, any shape, read in C order.
@@ -49,12 +49,12 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack(data: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Takes codes out of bytes again.
+    """Unpacks codes from bytes.
 
     Args:
       data: uint8, from `pack`.
-      bits: As there.
-      shape: Of the codes.
+      bits: Same as for `pack`.
+      shape: Shape of the codes.
 
     Returns:
       int8.

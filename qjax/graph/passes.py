@@ -13,13 +13,13 @@ from qjax.graph.validation import validate
 
 
 def merge_equal(graph: Graph, params: Mapping[str, Any]) -> Graph:
-    """Merges operations that compute the same of the same: requantizers first of all.
+    """Merges equal operations on equal operands, above all requantizers.
 
     Codes that two readers put on one grid are requantized once.
 
     Args:
       graph: Any graph.
-      params: Its parameters.
+      params: Parameters of the graph.
 
     Returns:
       The graph; values that nobody reads any more are still in it (`drop_dead`).
@@ -50,11 +50,11 @@ def _content(array: Any) -> tuple[Any, ...]:
 
 
 def drop_dead(graph: Graph, params: Mapping[str, Any]) -> tuple[Graph, dict[str, Any]]:
-    """Drops what neither an output nor a site needs, and numbers the rest anew.
+    """Drops what neither an output nor a site needs, and renumbers the rest.
 
     Args:
       graph: Any graph.
-      params: Its parameters.
+      params: Parameters of the graph.
 
     Returns:
       The graph and the parameters that are left. Inputs stay.

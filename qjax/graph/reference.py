@@ -1,4 +1,4 @@
-"""The integer graph in plain NumPy: int64, no JAX, as slow as it is clear.
+"""The integer graph in plain NumPy: int64, no JAX, clear before fast.
 
 The oracle of every backend. What an operation means stands in its record:
 `qjax.graph.operations`.
@@ -19,8 +19,8 @@ def run(
     """Computes all values of a graph in int64.
 
     Args:
-      graph: What to compute.
-      params: Its parameters, by name.
+      graph: Graph to compute.
+      params: Parameters of the graph, by name.
       inputs: Codes.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Says whether a graph with its parameters is an integer program, before it runs.
+"""Checks that a graph with its parameters is an integer program, before it runs.
 
 Order and references, the form of each operation, shapes and intervals as the records of
 the operations give them (`qjax.graph.operations`), grids. What passes computes what
@@ -17,16 +17,16 @@ from qjax.graph.operations.record import Attribute, is_integer
 
 _TYPES = ("int8", "uint8", "int16", "uint16", "int32")
 _MODEL_TYPES = ("", "bool", *_TYPES, "uint32", "int64", "uint64")
-_MOST_NUMBERS = 1 << 40  # In a value; what has more is no program.
+_MOST_NUMBERS = 1 << 40  # Most numbers in a value of a program.
 _PARAM_TYPES = {"bias": ("int32",), "multiplier": ("int32",), "shift": ("int32",)}
 
 
 def validate(graph: Graph, params: Mapping[str, Any]) -> None:
-    """Raises ValueError unless a graph is what it says.
+    """Raises ValueError unless a graph is a valid integer program.
 
     Args:
       graph: Any graph.
-      params: Its parameters, by name.
+      params: Parameters of the graph, by name.
 
     Raises:
       ValueError: names what is wrong, and where: a value that is used before it is
@@ -100,7 +100,7 @@ def _check_value(where: str, v: Value) -> None:
 
 
 def _is_float32(x: Any) -> bool:
-    """Whether ``x`` is a number that float32 does not take for infinite."""
+    """Returns whether ``x`` is a number that is finite in float32."""
     with np.errstate(over="ignore"):
         return isinstance(x, float) and bool(np.isfinite(np.float32(x)))
 
@@ -224,7 +224,7 @@ def _check_computed(graph: Graph) -> None:
 
 
 def _check_roles(graph: Graph) -> None:
-    """Raises for what is said of values that are no inputs, outputs or codes."""
+    """Raises for statements about values that are no inputs, outputs or codes."""
     plain = Value((), "int32", 0, 0)
     names = ("rescaling", "is_rescaling_exact", "fixed_by", "is_place")
     for v, value in enumerate(graph.values):
@@ -237,7 +237,7 @@ def _check_roles(graph: Graph) -> None:
         is_whole = value.grid is None and v in graph.outputs
         if not is_whole and value.dtype_of_model:
             raise ValueError(f"{where}: only whole outputs have `dtype_of_model`.")
-        # Of accumulators they are factors, which may have a sign.
+        # Scales of accumulators are factors, which may have a sign.
         is_codes = v in graph.inputs or value.dtype != "int32"
         is_codes = is_codes or v in graph.sites.values()
         if value.grid is not None and is_codes:
@@ -275,7 +275,7 @@ def _check_params(graph: Graph, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _check_operation(graph: Graph, node: Node, arrays: Mapping[str, Any]) -> None:
-    """Raises unless its record gives what the graph says of the output of a node."""
+    """Raises unless the output of a node in the graph is as its record computes it."""
     record, value = OPERATIONS[node.operation], graph.values[node.output]
     inputs = [graph.values[v] for v in node.inputs]
     own = {role: arrays[name] for role, name in node.params.items()}
@@ -307,7 +307,7 @@ def _check_operation(graph: Graph, node: Node, arrays: Mapping[str, Any]) -> Non
 
 
 def _check_ends_of_output(node: Node, value: Value) -> None:
-    """Raises unless attributes that speak of the output say what the graph says."""
+    """Raises unless attributes about the output agree with the graph."""
     a = node.attributes
     if "zero_point" in a:
         wanted = f"`zero_point` must be {value.zero_point}, of the output"

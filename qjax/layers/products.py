@@ -1,4 +1,4 @@
-"""What the layers of `qjax.linen` and `qjax.nnx` compute, as functions of arrays."""
+"""The arithmetic of the layers of `qjax.linen` and `qjax.nnx` as pure functions."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -86,7 +86,7 @@ def check_specs(x_spec: QSpec, kernel_spec: QSpec, site: str = "") -> None:
 
 
 def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """``x @ kernel`` over the last axis of ``x``."""
+    """Computes ``x @ kernel`` over the last axis of ``x``."""
     return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
@@ -102,7 +102,7 @@ def conv(
       strides: Per spatial axis, or one for all.
       padding: ``"SAME"``, ``"VALID"``, or per spatial axis a size or a pair; or one
         size for all.
-      dilation: Of the kernel; as ``strides``.
+      dilation: Dilation of the kernel, given like ``strides``.
       groups: Into how many the channels fall; as many as there are: depthwise.
 
     Raises:

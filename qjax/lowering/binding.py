@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """A function of inputs alone, and what its model says of it.
+    """A function of inputs alone, with the sites and words of its model.
 
     Attributes:
       fn: ``fn(*inputs)``.
@@ -28,8 +28,8 @@ def bind(model: Any, args: tuple[Any, ...]) -> Bound:
     """Binds a model to the arguments of `lower` and `verify`.
 
     Args:
-      model: With a method ``bind(*args)`` that returns a `Bound`; or any function.
-      args: What follows the model; of a function, its inputs.
+      model: Object whose method ``bind(*args)`` returns a `Bound`, or any function.
+      args: Arguments after the model; of a function, its inputs.
 
     Returns:
       The bound model.

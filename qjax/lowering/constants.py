@@ -1,4 +1,4 @@
-"""Constants of a model as codes: on the grid of others, or on one of their own."""
+"""Constants of a model as codes, on the grid of other values or on their own."""
 
 import math
 from collections.abc import Sequence
@@ -24,12 +24,12 @@ _LEAST_UNIT = -126  # Exponent of the least normal float32 number.
 
 
 def codes_on(value: np.ndarray, scale: float, zero_point: int) -> np.ndarray | None:
-    """Returns the codes that mean exactly these values; None if a value has none.
+    """Returns the codes that mean exactly the given values; None if one has none.
 
     Args:
       value: float32.
-      scale: Of the grid.
-      zero_point: Of the grid.
+      scale: Scale of the grid.
+      zero_point: Zero point of the grid.
 
     Returns:
       int64 with ``float32(scale) * float32(code - zero_point) == value``.
@@ -81,14 +81,14 @@ def add_constant(
     like: int | None = None,
     dtype: str | None = None,
 ) -> int:
-    """Puts a constant into the graph.
+    """Adds a constant to the graph.
 
     Args:
       builder: Receives it.
-      codes: Its integers, in the shape of the value.
-      grid: What they mean.
-      name: Of the parameter.
-      path: Where it was met.
+      codes: Integers, in the shape of the value.
+      grid: Grid of the codes.
+      name: Name of the parameter.
+      path: Module path of the constant.
       like: A value whose leading size it has, whatever that is; None: its own.
       dtype: By default the smallest type that holds it.
 
@@ -108,7 +108,7 @@ def add_constant(
 
 
 def anchor(builder: Builder, x: Abstract, shape: Sequence[int]) -> int | None:
-    """Returns a value of the graph that a value is made of and has its leading size."""
+    """Returns a graph value with the leading size of an operand that is made of it."""
     if isinstance(x, Joined):
         found = (anchor(builder, p, shape) for p in x.parts)
         return next((v for v in found if v is not None), None)
@@ -125,13 +125,13 @@ def anchor(builder: Builder, x: Abstract, shape: Sequence[int]) -> int | None:
 def like_of(
     builder: Builder, x: Joined, data: Sequence[int], shape: Sequence[int]
 ) -> int | None:
-    """Returns the value whose leading size a constant part of a join has; None if none.
+    """Returns the value that sets the leading size of a constant in a join, or None.
 
     Args:
       builder: Has the values.
       x: The join.
       data: The parts that are no constants.
-      shape: Of the constant.
+      shape: Shape of the constant.
     """
     if not shape or (x.operation == "concatenate" and x.attributes["axis"] == 0):
         return None
@@ -145,6 +145,6 @@ def real_values(x: KnownCodes) -> np.ndarray:
 
 
 def wider(dtypes: set[str], low: int, high: int) -> str:
-    """Returns the one type of several if it holds integers, else one that does."""
+    """Returns the only type if it holds the integers, else the smallest that does."""
     only = next(iter(dtypes)) if len(dtypes) == 1 else ""
     return only if only and holds(only, low, high) else storage(low, high)

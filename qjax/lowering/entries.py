@@ -1,4 +1,4 @@
-"""Inputs of the program become codes."""
+"""Integer inputs of the program as codes."""
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from qjax.model.trace import Equation, Trace
 def raw(
     builder: Builder, e: Equation, trace: Trace, x: Real, end: int | None = None
 ) -> Curve:
-    """Returns an integer input as codes of its own, and what was made of it.
+    """Returns the codes of an integer input, with what was computed of them.
 
     Args:
       builder: Receives the input.
@@ -59,7 +59,7 @@ def raw(
 
 
 def as_codes(builder: Builder, e: Equation, trace: Trace, x: Real) -> Abstract:
-    """Returns what ``e`` reads first as codes, if it is an integer or boolean input."""
+    """Returns an integer or boolean input as codes, and any other value as it is."""
     if x.input is None or integer_range(trace, x) is None:
         return x
     return raw(builder, e, trace, x)

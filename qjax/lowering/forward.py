@@ -70,7 +70,7 @@ class _Target(NamedTuple):
     qmax: jax.Array
 
     def codes_of(self, real: jax.Array) -> jax.Array:
-        """The codes of real values, by the formula of the tag."""
+        """Returns the codes of real values, by the formula of `qpoint`."""
         return grid_codes(real, *self)
 
     def rounded(
@@ -79,19 +79,19 @@ class _Target(NamedTuple):
         shift: jax.Array,
         rule: RequantizeRule = "half_even",
     ) -> jax.Array:
-        """`requantize_sum` to this grid."""
+        """Computes `requantize_sum` to the grid of the site."""
         low, high = self.qmin, self.qmax
         return requantize_sum(
             list(terms), shift, self.zero_point, qmin=low, qmax=high, rule=rule
         )
 
 
-# What will be codes, once the grid of the next site is known.
+# Codes to be, once the grid of the next site is known.
 _Late = Callable[[_Target], jax.Array]
 
 
 class _Accumulator(NamedTuple):
-    """``real = value * scales[0] * scales[1] * ... * gain``."""
+    """An accumulator, ``real = value * scales[0] * scales[1] * ... * gain``."""
 
     value: jax.Array  # int32.
     scales: tuple[jax.Array, ...]  # float32, [] or the rank of the value.
@@ -99,21 +99,21 @@ class _Accumulator(NamedTuple):
 
     @property
     def factors(self) -> tuple[jax.Array, ...]:
-        """All that multiplies the integers, in the order of the lowering."""
+        """Returns all factors of the integers, in the order of the lowering."""
         gain = () if self.gain is None else (self.gain,)
         return (*self.scales, *(_of_rank(g, self.value.ndim) for g in gain))
 
     def real(self) -> jax.Array:
-        """What the program returns, where no site ends it."""
+        """Returns the real value of an accumulator that no site ends."""
         with jax.enable_x64(True):
             factors = (f.astype(jnp.float64) for f in self.factors)
             scale = functools.reduce(jnp.multiply, factors).astype(jnp.float32)
         return self.value.astype(jnp.float32) * scale
 
     def codes(self, target: _Target) -> jax.Array:
-        """Requantizes: one rounding, or that of float32 where lowering takes it."""
+        """Requantizes with one rounding, or with float32's where lowering does."""
         multiplier, shift = traced_fixed_point(self.factors, target.scale)
-        # So coarse a step saturates; a channel that is dead stays at zero in any unit.
+        # A coarser step saturates; a channel that is dead stays at zero in any unit.
         most = jnp.sign(multiplier) * jnp.int32(2**31 - 1)
         multiplier = jnp.where(shift < 0, most, multiplier)
         shift = jnp.maximum(shift, 0)
@@ -257,7 +257,7 @@ class IntegerForward(Simulation):
             self._choose(e)
 
     def _ship(self, e: Equation, x: int) -> None:
-        """Takes what the program returns of an accumulator through an equation."""
+        """Carries the program's value of an accumulator through an equation."""
         values = (self._shipped[v] if v == x else self._env[v] for v in e.inputs)
         found = evaluate(e, *map(lax.stop_gradient, values))
         self._shipped.update(zip(e.outputs, found, strict=True))
@@ -285,7 +285,7 @@ class IntegerForward(Simulation):
             self._set(e.outputs[0], _Accumulator(acc, scales))
 
     def _weighted(self, e: Equation, operand: int, rank: int) -> jax.Array:
-        """The node of the integer program itself, its zero point in the bias."""
+        """Computes a product by the program's node, zero point in the bias."""
         x, w = e.inputs[1 - operand], e.inputs[operand]
         codes, zero_point = self._codes(x), self._grids[x].zero_point
         kernel = self._steps(w).astype(self._words[w])
@@ -312,7 +312,7 @@ class IntegerForward(Simulation):
         self._set(e.outputs[0], _Accumulator(acc, (self._grids[x].scale,)))
 
     def _embedding(self, e: Equation) -> None:
-        """Rows of a table: their codes count as accumulators."""
+        """Looks rows of a table up; the codes of the rows count as accumulators."""
         table = e.inputs[0]
         if table not in self._grids:
             return
@@ -325,7 +325,7 @@ class IntegerForward(Simulation):
         self._set(e.outputs[0], _Accumulator(acc, (scale,)))
 
     def _of_two(self, e: Equation) -> None:
-        """A sum, a difference or a product of two values on grids."""
+        """Computes a sum, a difference or a product of two values on grids."""
         a, b = e.inputs
         if a == b or not all(
             v in self._grids and not self._grids[v].scale.ndim for v in (a, b)
@@ -344,10 +344,10 @@ class IntegerForward(Simulation):
 
         self._late[e.outputs[0]] = late
 
-    # What rounding commutes with.
+    # Equations that rounding commutes with.
 
     def _join(self, e: Equation) -> None:
-        """Each part goes on the grid, then all are joined."""
+        """Puts each part on the grid, then joins all parts."""
         parts = list(e.inputs[1:] if e.primitive.name == "select_n" else e.inputs)
         lates = [self._part(v) for v in parts]
         if all(late is not None for late in lates):
@@ -367,7 +367,7 @@ class IntegerForward(Simulation):
         return _Accumulator(self._steps(v), (self._grids[v].scale,)).codes
 
     def _bound(self, e: Equation, x: int) -> None:
-        """A clip of codes; of values on a grid, where the bound is a code of it."""
+        """Clips codes; clips values on a grid where the bound is a code."""
         (out,), shape = e.outputs, self._model.shape(x)
         apply = lambda value: evaluate(
             e, *(value if v == x else self._env[v] for v in e.inputs)
@@ -393,7 +393,7 @@ class IntegerForward(Simulation):
             )
 
     def _pad(self, e: Equation) -> None:
-        """Numbers around a value go on its grid with it."""
+        """Pads a value; the padding goes on the grid of the value."""
         before, fill = self._part(e.inputs[0]), self._env[e.inputs[1]]
         if before is not None and e.inputs[1] not in self._data:
             self._late[e.outputs[0]] = lambda t: _padded(e, before(t), fill, t)
@@ -476,7 +476,7 @@ class IntegerForward(Simulation):
     def _set(
         self, v: int, acc: _Accumulator, real: jax.Array | None = None
     ) -> jax.Array:
-        """Remembers the accumulator of a value, which stays that of the model.
+        """Records the accumulator of a value; the value itself stays the model's.
 
         So derivatives are those of `QuantizedModel.apply` with the codes of the program
         at each site, also where an accumulator is exactly 0 before a relu.
@@ -490,17 +490,17 @@ class IntegerForward(Simulation):
     # Codes of what lies on grids.
 
     def _steps(self, v: int) -> jax.Array:
-        """Codes less their zero point, int32."""
+        """Returns codes less their zero point, int32."""
         return _whole_steps(self._env[v], self._grids[v].scale)
 
     def _codes(self, v: int) -> jax.Array:
-        """Codes in the type of their word."""
+        """Returns codes in the type of their word."""
         codes = self._steps(v) + self._grids[v].zero_point
         return codes.astype(self._words[v])
 
 
 def _site_in(e: Any) -> str:
-    """The name of the quantization point that an equation is or calls."""
+    """Returns the site of the quantization point that an equation is or calls."""
     inner = (getattr(j, "jaxpr", j) for j in jex.jaxprs_in_params(e.params))
     names = (_site_in(eqn) for jaxpr in inner for eqn in jaxpr.eqns)
     is_point = e.primitive is qpoint_p
@@ -518,17 +518,17 @@ def _own_quantizer(e: Equation) -> ValueError:
 
 
 class SiteWord(NamedTuple):
-    """What a site makes of values."""
+    """The word of a site: its code range and its storage type."""
 
     qmin: jax.Array
     qmax: jax.Array
     dtype: str  # The smallest that holds its codes; int32 if bits are traced.
-    is_direct: bool  # Whether one rounding makes the codes.
+    is_direct: bool  # True if one rounding makes the codes.
 
 
 @dataclasses.dataclass(frozen=True)
 class Words(Quantizer):
-    """A `Quantizer` that remembers the words of its sites."""
+    """A `Quantizer` that records the words of its sites."""
 
     words: dict[str, SiteWord] = dataclasses.field(default_factory=dict)
 
@@ -562,7 +562,7 @@ class Words(Quantizer):
 def _padded(
     e: Equation, codes: jax.Array, fill: jax.Array, target: _Target
 ) -> jax.Array:
-    """Pads codes with the codes of a real number, which channels may have apart."""
+    """Pads codes with the codes of a real number, which may differ by channel."""
     if target.scale.ndim == 0:
         return evaluate(e, codes, target.codes_of(fill).astype(codes.dtype))[0]
     (is_pad,) = evaluate(e, jnp.zeros(codes.shape, jnp.int8), jnp.int8(1))
@@ -572,7 +572,7 @@ def _padded(
 
 
 def _whole_steps(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """How many steps of a grid a value on it is from zero."""
+    """Returns the distance from zero, in steps, of a value on a grid."""
     x, scale = lax.stop_gradient((x, scale))
     return jnp.rint(x.astype(scale.dtype) * (1.0 / scale)).astype(jnp.int32)
 
@@ -586,7 +586,7 @@ def _is_power_of_two(x: jax.Array) -> jax.Array:
 
 
 def _is_whole(end: jax.Array, scale: jax.Array) -> jax.Array:
-    """Whether bounds that are finite lie on a grid."""
+    """Returns whether all finite bounds lie on a grid."""
     ends = jnp.where(jnp.isfinite(end), end, 0.0)
     ratio = ends / lax.optimization_barrier(jnp.broadcast_to(scale, end.shape))
     return jnp.all(ratio == jnp.rint(ratio))

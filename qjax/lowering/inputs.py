@@ -12,7 +12,7 @@ from qjax.lowering.values import Abstract, Known, Real
 from qjax.model.blocks import SHAPE_MOVES
 from qjax.model.trace import POINTWISE, Equation, Trace
 
-MOST_RANGE = 1 << 16  # Of integers that are tried one by one.
+MOST_RANGE = 1 << 16  # Most integers that are tried one by one.
 _CASTS = ("convert_element_type", "reduce_precision")
 _NEUTRAL = ("copy", "copy_p", "stop_gradient", "optimization_barrier")
 
@@ -32,7 +32,7 @@ def follow(trace: Trace, e: Equation, operands: Sequence[Abstract]) -> Real:
     Args:
       trace: The program.
       e: A shape move, or an elementwise equation; one operand is `Real`.
-      operands: Of the equation.
+      operands: Operands of the equation.
 
     Returns:
       The input with what was done to it. What is no function of one integer input is
@@ -83,7 +83,7 @@ def moved(e: Equation, x: Real) -> Real:
 
 
 def cast(trace: Trace, e: Equation, x: Real) -> Real:
-    """Returns an input as another type.
+    """Returns an input after a cast to another type.
 
     Raises:
       NotImplementedError: if a real input would be rounded by it.
@@ -97,7 +97,7 @@ def cast(trace: Trace, e: Equation, x: Real) -> Real:
             f"  equation: {e}\nRound it outside of the program, or quantize it first."
         )
     steps = {**x.steps, e.outputs[0]: e}
-    # What has another unit is an integer no more, and a cast cuts it.
+    # A value in another unit is no integer any more, and a cast cuts it.
     is_itself = x.rescaling == (1.0, 0.0) or trace.is_real(e.outputs[0])
     is_plain = x.is_plain and is_itself and _keeps(trace, e, ends)
     return dataclasses.replace(x, steps=steps, is_plain=is_plain)
@@ -110,7 +110,7 @@ def rescaled(
     rescaling: tuple[float, float],
     is_exact: bool,
 ) -> Real:
-    """Returns an input in another unit.
+    """Returns an input after a rescaling to another unit.
 
     Args:
       e: The equation.
@@ -154,7 +154,7 @@ def integer_range(trace: Trace, x: Real) -> tuple[int, int] | None:
 
 
 def _keeps(trace: Trace, e: Equation, ends: tuple[int, int]) -> bool:
-    """Whether a cast keeps all integers of a range, or makes float32 of them."""
+    """Returns whether a cast keeps all integers of a range, or makes them float32."""
     dtype = trace.avals[e.outputs[0]].dtype
     if e.primitive.name == "reduce_precision":
         return False
@@ -169,7 +169,7 @@ def _keeps(trace: Trace, e: Equation, ends: tuple[int, int]) -> bool:
 
 
 def _keeps_reals(trace: Trace, e: Equation) -> bool:
-    """Whether no real number is rounded, except to float32, which programs compute."""
+    """Returns whether a cast rounds no real number, except to float32."""
     before, after = (trace.avals[v].dtype for v in (e.inputs[0], e.outputs[0]))
     if e.primitive.name == "reduce_precision":
         bits = e.params["exponent_bits"], e.params["mantissa_bits"]

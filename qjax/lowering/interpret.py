@@ -1,4 +1,4 @@
-"""The pass: walks a traced program once and builds its integer graph."""
+"""The pass that walks a traced program once and builds its integer graph."""
 
 import dataclasses
 import hashlib
@@ -46,10 +46,10 @@ Rule = Callable[..., Abstract | tuple[Abstract, ...]]
 
 
 class InputTwiceError(ValueError):
-    """An input is quantized on two grids.
+    """An error for an input that is quantized on two grids.
 
     Attributes:
-      input: Which one.
+      input: Number of the input.
       is_raw: Whether it has few enough integers to be its own codes.
     """
 
@@ -80,7 +80,7 @@ def interpret(
       residues: Receives what has no integers, in place of errors; None raises them.
 
     Returns:
-      What is known of each output.
+      The knowledge of each output.
 
     Raises:
       NotImplementedError: for a primitive without a rule.
@@ -137,12 +137,12 @@ def interpret(
     return [env[v] for v in trace.outputs]
 
 
-# What they return are numbers of their operands, or of the first alone.
+# Equations that return numbers of their operands, or of the first alone.
 _CHOICES = frozenset("concatenate dynamic_slice gather split".split())
 
 
 def _chosen(e: Equation, operands: list[Abstract]) -> dict[int, Abstract]:
-    """Weights that an equation takes apart or joins; empty if it makes others."""
+    """Returns the weights that an equation selects or joins; empty for others."""
     count = len(operands) if e.primitive.name == "concatenate" else 1
     parts = [x for x in operands[:count] if isinstance(x, KnownCodes)]
     places = [x.value for x in operands[count:] if isinstance(x, Known)]
@@ -168,7 +168,7 @@ def _spread(
     trace: Trace,
     operands: list[Abstract],
 ) -> tuple[Equation, Trace, list[Abstract]]:
-    """Repeats a value where only the constants that it meets have the whole shape.
+    """Broadcasts a value where only a constant operand has the whole shape.
 
     Elementwise equations broadcast axes of size 1 without a move; integers do not.
     """
@@ -208,7 +208,7 @@ def _rule_of(rules: Mapping[str, Rule], e: Equation) -> Rule:
 
 
 def _way_around(e: Equation) -> str:
-    """What to do about a primitive without a rule."""
+    """Returns the remedy for a primitive without a rule."""
     name = e.primitive.name
     if name == "scan":
         return (
@@ -245,7 +245,7 @@ def _check_type(trace: Trace, e: Equation, found: Any) -> None:
 
 
 def _check_drawn(e: Equation, operands: list[Abstract], drawn: set[int]) -> None:
-    """Raises for a mask of random numbers: each call of the model would draw it."""
+    """Raises for a mask of random numbers, which each call would draw anew."""
     name, made = e.primitive.name, [v in drawn for v in e.inputs]
     is_choice = name == "select_n" and made[0]
     masks = [m and _is_mask(x) for x, m in zip(operands, made, strict=True)]
@@ -259,7 +259,7 @@ def _check_drawn(e: Equation, operands: list[Abstract], drawn: set[int]) -> None
 
 
 def _is_mask(x: Abstract) -> bool:
-    """Whether a constant is zero or one other number."""
+    """Returns whether a constant is zero or one other number everywhere."""
     if not isinstance(x, Known):
         return False
     numbers = np.unique(x.value)
@@ -267,7 +267,7 @@ def _is_mask(x: Abstract) -> bool:
 
 
 def _placed(message: str, e: Equation) -> str:
-    """Names the line of code where a message knows no module."""
+    """Adds the line of code to a message that names no module."""
     if not origin_of(e.source).place:
         return message
     place = place_of(dataclasses.replace(e, path=""))
@@ -281,7 +281,7 @@ _FOLDED = Known(np.zeros(0))  # A known value that no rule reads.
 
 
 def fold_known(trace: Trace) -> dict[int, Any]:
-    """Computes all that does not depend on an input.
+    """Computes all values that do not depend on an input.
 
     In one compiled function with the constants as arguments, so that the compiler does
     not fold them its own way: `verify` meets the same numbers. The last result is kept,
@@ -330,7 +330,7 @@ _LAST_FOLDED: dict[str, dict[int, Any]] = {}  # One entry at most.
 def _digest(
     equations: list[Equation], wanted: set[int], constants: dict[int, Any]
 ) -> str | None:
-    """Tells computations apart; None where text and bytes do not show all of one."""
+    """Hashes a computation; returns None where text and bytes do not show all of it."""
     if any(map(is_key, constants.values())):
         return None
     found = hashlib.sha256(repr(sorted(wanted)).encode())
@@ -364,7 +364,7 @@ def refuse(e: Equation, x: Abstract, role: str) -> ValueError:
     Args:
       e: The equation that needs them.
       x: The operand.
-      role: What the operand is to the equation: "input", "kernel".
+      role: Role of the operand in the equation: "input", "kernel".
     """
     site = ""
     if isinstance(x, ByChannel):
@@ -402,7 +402,7 @@ _KINDS: dict[type, str] = {
 
 
 def _remedy(e: Equation, x: Abstract, role: str, site: str) -> str:
-    """What to do about an operand without integers, in one sentence."""
+    """Returns the remedy for an operand without integers, in one sentence."""
     library = origin_of(e.source).library
     is_input = isinstance(x, Real) and x.input is not None
     if isinstance(x, Real) and x.dtype:
@@ -428,6 +428,6 @@ def _remedy(e: Equation, x: Abstract, role: str, site: str) -> str:
 
 
 def sites_of(path: str) -> tuple[str, str]:
-    """Reads the names of output and weight that `Simulation` left in a path."""
+    """Reads the site names of output and weight that `Simulation` left in a path."""
     output, _, weight = path.partition(SITE_MARK)[2].partition(",")
     return unquote(output), unquote(weight)

@@ -44,13 +44,13 @@ def add_output(
 
 
 def _maker(traced: Trace, k: int) -> Equation:
-    """The equation that an output comes from."""
+    """Returns the equation that computes an output."""
     v = traced.outputs[k]
     return next((e for e in traced.equations if v in e.outputs), traced.equations[-1])
 
 
 def _summed(builder: Builder, e: Equation, x: Sum, k: int) -> Integers:
-    """A sum of codes that the model returns, where one grid holds it exactly."""
+    """Adds a returned sum of codes, where one grid holds the sum exactly."""
     try:
         return added(builder, e, x)
     except ValueError:
@@ -58,7 +58,7 @@ def _summed(builder: Builder, e: Equation, x: Sum, k: int) -> Integers:
 
 
 def _whole_output(builder: Builder, k: int, x: Abstract, traced: Trace) -> int:
-    """The value of an output of whole numbers, which stand for themselves."""
+    """Returns the value of an output of integers, which stand for themselves."""
     last, v = _maker(traced, k), traced.outputs[k]
     dtype = str(traced.avals[v].dtype)
     if isinstance(x, Curve):
@@ -76,7 +76,7 @@ def _whole_output(builder: Builder, k: int, x: Abstract, traced: Trace) -> int:
 
 
 def _copy(builder: Builder, v: int, grid: Grid | None, dtype_of_model: str = "") -> int:
-    """The same integers as another value, which says what they mean."""
+    """Adds the same integers as another value with a meaning of its own."""
     x = builder.values[v]
     ends = {"low": x.low, "high": x.high}
     own = builder.add("clip", (v,), ends, grid=grid, dtype=x.dtype)

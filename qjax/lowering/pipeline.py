@@ -1,4 +1,4 @@
-"""From a traced model to its integer program."""
+"""The way from a traced model to its integer program."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ def lower(model: Any, *args: Any, strict: bool = True) -> IntegerProgram:
     try:
         return _lower(model, args, strict)
     except (ValueError, NotImplementedError) as error:
-        # What reads files knows what its caller can do.
+        # A reader of files knows what its caller can do.
         advise = getattr(model, "advise", None)
         if advise is None or type(error) not in (ValueError, NotImplementedError):
             raise
@@ -110,7 +110,7 @@ def _lower(model: Any, args: tuple[Any, ...], strict: bool) -> IntegerProgram:
 
 
 def _with_example(x: Any) -> Any:
-    """An input of no examples as one of one: models divide by their number."""
+    """Replaces an input of no examples by one example, as models divide by the size."""
     shape = np.shape(x)
     if shape[:1] != (0,):
         return x
@@ -118,7 +118,7 @@ def _with_example(x: Any) -> Any:
 
 
 def _traced(bound: Bound, inputs: Any) -> tuple[Trace, Any]:
-    """The trace, each softmax and each normalisation in it as one equation."""
+    """Traces a model, with each softmax and each normalisation as one equation."""
     traced, out = trace(bound.fn, *inputs, keep_derivatives=False)
     traced = fold_normalisations(traced, data_of(traced, traced.inputs))
     if bound.has_sites:
@@ -128,7 +128,7 @@ def _traced(bound: Bound, inputs: Any) -> tuple[Trace, Any]:
 
 
 def _others(traced: Trace, bound: Bound) -> str:
-    """What else has no integers, for the end of an error: causes and their number."""
+    """Lists all else that has no integers, for the end of an error."""
     try:
         _, _, residues = _interpreted(traced, bound, strict=False)
     except Exception:  # The first error says enough.
@@ -156,7 +156,7 @@ _MOST_SHOWN = 8  # Causes in one error.
 def _interpreted(
     traced: Trace, bound: Bound, strict: bool
 ) -> tuple[Builder, list[Abstract], list[Residue]]:
-    """The graph of a trace, what is known of its outputs, and what stays float."""
+    """Returns the builder of a trace, what it knows of outputs, and the residues."""
     is_raw: frozenset[int] = frozenset()
     while True:
         residues: list[Residue] = []
@@ -172,7 +172,7 @@ def _interpreted(
 
 
 def _whole(builder: Builder, outputs: Sequence[Abstract], traced: Trace) -> Graph:
-    """The graph of a program without residues, dead values in it."""
+    """Returns the graph of a program without residues, dead values included."""
     ends: list[int] = []
     for k, x in enumerate(outputs):
         ends.append(add_output(builder, k, x, traced, ends))
@@ -190,7 +190,7 @@ def _whole(builder: Builder, outputs: Sequence[Abstract], traced: Trace) -> Grap
 def _partial(
     builder: Builder, outputs: Sequence[Abstract], residues: list[Residue]
 ) -> IntegerProgram:
-    """What lies between the residues."""
+    """Returns the program between the residues."""
     whole = [
         x.value for x in outputs if isinstance(x, Integers) and x.value is not None
     ]

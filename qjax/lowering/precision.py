@@ -1,4 +1,4 @@
-"""Half precision: what integer programs cannot replace, as each operation rounds."""
+"""Half precision, which integer programs cannot replace, as each operation rounds."""
 
 import jax.numpy as jnp
 
@@ -9,7 +9,7 @@ from qjax.model.trace import Equation, Trace
 def find_half(
     trace: Trace, inputs: tuple[int, ...], *, is_model: bool = True
 ) -> Residue | None:
-    """Finds the arithmetic in half precision of a program, all of it as one residue.
+    """Finds the arithmetic in half precision of a program, as one residue.
 
     Args:
       trace: The program.

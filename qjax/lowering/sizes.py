@@ -1,4 +1,4 @@
-"""Finds which leading sizes of a program may differ at call time, and what fixes them.
+"""Finds the leading sizes of a program that may differ at call time.
 
 A size is free if the model, traced with another one, lowers to the same operations on
 the same integers. Inputs that share a leading size vary together.
@@ -26,8 +26,8 @@ def find_fixed(
 
     Args:
       lower: Maps inputs, of which only shapes are read, to what they lower to.
-      inputs: As they were lowered.
-      found: What they lowered to.
+      inputs: Inputs for which the model was lowered.
+      found: Result of that lowering.
 
     Returns:
       Number of the input -> the equation that fixes its leading size, in words.
@@ -60,7 +60,7 @@ def _reason(
     found: Lowered,
     sizes: tuple[int, int],
 ) -> str:
-    """What fixes a size, which is the first one; empty if nothing does."""
+    """Returns why a leading size is fixed; empty if it is not."""
     try:
         other = lower(inputs)
     except Exception as error:  # Whatever the model raises for another size.
@@ -77,7 +77,7 @@ def _reason(
 
 
 def _first_difference(a: Any, b: Any) -> Node | str | None:
-    """The first operation that is not the same with the other size."""
+    """Returns the first operation that differs with the other size."""
     (graph, params), (other, other_params) = a, b
     for node, twin in itertools.zip_longest(graph.nodes, other.nodes):
         if node is None or twin is None or node != twin:
@@ -98,7 +98,7 @@ def _first_difference(a: Any, b: Any) -> Node | str | None:
 
 
 def _first_change(a: Trace, b: Trace, sizes: tuple[int, int]) -> Equation | None:
-    """The first equation that another leading size changes in more than sizes."""
+    """Returns the first equation that differs in more than sizes for another size."""
     for e, other in zip(a.equations, b.equations, strict=False):
         if e.primitive is not other.primitive or e.inputs != other.inputs:
             return e
@@ -121,7 +121,7 @@ def _equal(x: Any, y: Any) -> bool:
 
 
 def _numbers(value: Any) -> list[int]:
-    """The integers in the parameters of an equation."""
+    """Returns the integers in the parameters of an equation."""
     if isinstance(value, bool):
         return []
     if isinstance(value, int):

@@ -1,4 +1,4 @@
-"""What the pass knows of each value of a traced program, and the graph it builds."""
+"""The knowledge of the pass about each value of a trace, and the graph it builds."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
@@ -31,18 +31,18 @@ class KnownCodes:
 class Real:
     """A value that is float at run time, for now."""
 
-    source: str  # Where it comes from, in the user's words.
+    source: str  # Origin, in the user's words.
     remedy: str  # The name of the site that would quantize it; empty if none would.
-    input: int | None = None  # It is this input of the program, after `moves`.
+    input: int | None = None  # Number of the input of the program, before `moves`.
     moves: tuple[Equation, ...] = ()
     rescaling: tuple[float, float] = (1.0, 0.0)  # real = gain * input + offset.
-    # Of an integer input: all that was done to it number by number, and the numbers.
+    # Elementwise equations on an integer input, and their constants.
     steps: Mapping[int, Equation] = dataclasses.field(default_factory=dict)
     known: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
-    is_plain: bool = True  # Whether moves, exact casts and the rescaling are all.
-    is_exact: bool = True  # Whether the rescaling rounds as these steps do.
-    dtype: str = ""  # Of an input of whole numbers or truth values.
-    is_left: bool = False  # It follows from what has no integers itself.
+    is_plain: bool = True  # True if moves, exact casts and the rescaling are all.
+    is_exact: bool = True  # True if the rescaling rounds as these steps do.
+    dtype: str = ""  # Type of an input of integers or truth values.
+    is_left: bool = False  # True for a value that follows from one without integers.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,19 +63,19 @@ class Integers:
       is_quotient: Whether ``gain`` is the reciprocal of a divisor: how the compiler
         rounds a quotient is its choice.
       is_bias_exact: Whether no bias was rounded to the unit of the integers.
-      bounds: Of an activation.
+      bounds: Bounds of an activation.
       is_codes: Whether these are the codes of a quantization point.
       bias: int64, to be added; absent once emitted.
       emit: Puts the accumulator with its bias into the graph.
       shift: Bits by which the product is shifted left before its bias is added, so that
         a finer bias keeps its value; None where that cannot be.
       most: Largest magnitude that the accumulator may reach.
-      bounded: Of codes that a bound has clipped: the same as a function of the codes
-        before it. A function of both is one table.
-      rescaled: Of codes in another unit than that of their grid: the same as a function
-        of codes on a grid, with the roundings of the model. Functions start from it.
-      dtype: Of whole numbers that stand for themselves: their type in the model; empty
-        for real values.
+      bounded: Codes that a bound has clipped, as a function of the codes before the
+        bound. A function of both is one table.
+      rescaled: Codes in another unit than that of their grid, as a function of codes
+        on a grid, with the roundings of the model. Functions start from it.
+      dtype: Type in the model of integers that stand for themselves; empty for real
+        values.
       is_still: Whether a channel is zero but for its bias, in the rank of the value or
         ``[]``; None where that is not known.
     """
@@ -102,7 +102,7 @@ class Integers:
     is_still: np.ndarray | None = None
 
     def emitted(self) -> "Integers":
-        """Itself, in the graph."""
+        """Returns the integers in the graph."""
         if self.emit is None:
             return self
         bias = np.zeros((), np.int64) if self.bias is None else self.bias
@@ -114,17 +114,17 @@ class Integers:
         return dataclasses.replace(found, is_still=still)
 
     def elsewhere(self, value: int, **changes: Any) -> "Integers":
-        """The same numbers as another value of the graph."""
+        """Returns the same numbers as another value of the graph."""
         changes = {"bounded": None, "rescaled": None, "is_still": None, **changes}
         return dataclasses.replace(self, value=value, **changes)
 
     def real_scale(self) -> np.ndarray:
-        """Units per integer: scale and gain together."""
+        """Returns units per integer: scale and gain together."""
         return self.scale if self.gain is None else self.scale * self.gain
 
     @property
     def is_bounded(self) -> bool:
-        """Whether an activation waits for the next grid."""
+        """Returns whether an activation waits for the next grid."""
         return self.bounds != (-np.inf, np.inf)
 
 
@@ -132,14 +132,14 @@ class Integers:
 class Sum:
     """A sum of codes on different grids, to be rounded once."""
 
-    terms: tuple[tuple[Integers, float], ...]  # With the sign, 1.0 or -1.0.
+    terms: tuple[tuple[Integers, float], ...]  # Terms with a sign, 1.0 or -1.0.
     bounds: tuple[float, float] = (-np.inf, np.inf)
     path: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A function of codes, number by number, that waits for a grid: a table then.
+    """An elementwise function of codes that waits for a grid, then is a lookup table.
 
     Attributes:
       source: The codes.
@@ -147,7 +147,7 @@ class Curve:
       known: Values of the trace that are constants: one number, or one a channel.
       steps: Value of the trace -> the equation that computes it, in order.
       end: The value of the trace that this is.
-      path: Where it was met.
+      path: Module path of the function.
     """
 
     source: Integers
@@ -163,15 +163,15 @@ class Joined:
     """Values that an operation joins once all are on one grid.
 
     Attributes:
-      operation: Of the graph: concatenate, maximum, minimum, select, pad.
+      operation: Operation of the graph: concatenate, maximum, minimum, select, pad.
       parts: The values.
-      shapes: Theirs, as traced.
-      shape: Of the result, as traced.
+      shapes: Shapes of the parts, as traced.
+      shape: Shape of the result, as traced.
       others: Numbers in the graph of what comes before them: the mask of a selection.
-      attributes: Of the operation.
-      bounds: Of an activation.
-      path: Where it was met.
-      fill: What a pad puts around its one part.
+      attributes: Attributes of the operation.
+      bounds: Bounds of an activation.
+      path: Module path of the operation.
+      fill: Number that a pad puts around its one part.
     """
 
     operation: str
@@ -182,7 +182,7 @@ class Joined:
     attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     bounds: tuple[float, float] = (-np.inf, np.inf)
     path: str = ""
-    fill: float = 0.0  # Of a pad.
+    fill: float = 0.0  # Fill of a pad.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +192,7 @@ class ByChannel:
     Attributes:
       codes: The same integers in the unit of the coarsest channel.
       scale: float64, the rank of the value.
-      site: Where they are made.
+      site: Site that makes the codes.
     """
 
     codes: Integers
@@ -204,7 +204,7 @@ Abstract = Known | KnownCodes | Real | Integers | Sum | Curve | Joined | ByChann
 
 
 class Builder(GraphBuilder):
-    """Collects the graph of a traced program, and what its rules share.
+    """A builder that collects the graph of a traced program and shared state of rules.
 
     Args:
       buffer_bits: Site of a weight -> most bits of the accumulator it makes; 32 for
@@ -234,7 +234,7 @@ class Builder(GraphBuilder):
         return name if name in self._buffer_bits else ""
 
     def most(self, site: str) -> int:
-        """Returns the largest magnitude in an accumulator that a weight makes."""
+        """Returns the largest magnitude in the accumulator of a weight."""
         return int(2 ** (self._buffer_bits.get(site, 32) - 1) - 1)
 
 

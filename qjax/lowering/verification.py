@@ -1,4 +1,4 @@
-"""Does the integer program compute what the fake-quantized model computes?"""
+"""Compares an integer program with the fake-quantized model, site by site."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from qjax.tables import html_table, text_table
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How two sets of codes compare."""
+    """The agreement of two sets of codes."""
 
     codes: int  # Compared.
     equal: int
@@ -29,7 +29,7 @@ class Agreement:
 
     @property
     def share(self) -> float:
-        """Equal codes over all; 1 where there are none."""
+        """Returns equal codes over all codes; 1 where there are none."""
         return self.equal / self.codes if self.codes else 1.0
 
 
@@ -47,7 +47,7 @@ class Verification:
 
     @property
     def is_exact(self) -> bool:
-        """Whether all codes are equal everywhere."""
+        """Returns whether all codes are equal everywhere."""
         rows = (*self.sites.values(), *self.outputs)
         return all(row.equal == row.codes for row in rows)
 
@@ -84,12 +84,12 @@ def verify(program: IntegerProgram, model: Any, *args: Any) -> Verification:
     before it, so that a difference shows where it arises. End to end it runs alone.
 
     Args:
-      program: From `lower`.
-      model: What was lowered.
-      *args: As `lower` took them; here the values of the inputs count.
+      program: Program of `lower`.
+      model: Model that was lowered.
+      *args: Arguments that `lower` took; here the values of the inputs count.
 
     Returns:
-      How many codes agree and the largest difference, by site and end to end. With
+      Shares of equal codes and largest differences, by site and end to end. With
       power-of-two scales all do. With others one requantization may differ by one code
       near a tie; more than one at a site is a bug.
 
@@ -122,7 +122,7 @@ def verify(program: IntegerProgram, model: Any, *args: Any) -> Verification:
 
 
 def _site_names(traced: Trace, known: Mapping[int, Any]) -> dict[int, str]:
-    """What each quantization point of data computes -> its name in a program."""
+    """Maps what each quantization point of data computes to its name in a program."""
     names: dict[int, str] = {}
     for e in traced.equations:
         if e.primitive is qpoint_p and e.inputs[0] not in known:
@@ -139,7 +139,7 @@ def _run(
     ours: Mapping[str, jax.Array],
     is_forced: bool,
 ) -> tuple[dict[str, jax.Array], list[jax.Array]]:
-    """The model in float: its codes at each site, and its outputs.
+    """Runs the model in float; returns the codes at each site and the outputs.
 
     Goes on from ``ours`` after each site if it is forced, else from its own codes.
     """

@@ -1,4 +1,4 @@
-"""What `quantize_model` and `QuantizedModel` take: functions, parameters, inputs."""
+"""Checks of the arguments of `quantize_model` and `QuantizedModel`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ _REMEDIES = {
 
 
 def check_model(fn: Any, params: Any, inputs: tuple[Any, ...]) -> None:
-    """Raises for what is no function of parameters and inputs, or has none.
+    """Raises unless a model is a function of parameters and inputs.
 
     Args:
       fn: Should be a function ``fn(params, *inputs)``.
@@ -66,7 +66,7 @@ def check_leaves(name: str, tree: Any) -> None:
 
 
 def _remedy(x: Any) -> str:
-    """What to pass in place of a module of Flax; the bases of its type say so."""
+    """Returns the remedy for a module of Flax, found by the bases of its type."""
     bases = [k.__module__ for k in type(x).__mro__ if k.__name__ == "Module"]
     found = (
         remedy
@@ -77,13 +77,13 @@ def _remedy(x: Any) -> str:
 
 
 def _remedy_of_method(fn: Callable[..., Any]) -> str:
-    """That of the module whose call, bound to it, a function is."""
+    """Returns the remedy for a call that is bound to a module of Flax."""
     is_call = getattr(fn, "__name__", "") == "__call__"
     return _remedy(getattr(fn, "__self__", None)) if is_call else ""
 
 
 def _holds_arrays(x: Any) -> bool:
-    """Whether something is a pytree, and no function with bound arguments."""
+    """Returns whether a value is a pytree of arrays and no function that holds some."""
     leaves = jax.tree.leaves(x)
     is_whole = len(leaves) == 1 and leaves[0] is x
     return not is_whole and not isinstance(x, jax.tree_util.Partial)

@@ -48,7 +48,7 @@ _SUMS = {"reduce_sum": "sum", "reduce_window_sum": "sum_pool"}
 MEANS = {"sum": "mean", "sum_pool": "avg_pool"}  # The same, divided by a constant.
 _TWO_OPERANDS = {"add": "residual", "add_any": "residual", "sub": "residual"}
 _MOST_FILL = 1e6  # A constant from here on is a mask.
-# What to write in place of a call that no site is inside of.
+# Remedies for calls that no site is inside of.
 REMEDIES = {
     "scan": "Write it as a Python loop, which is unrolled",
     "while": "Write it as a Python loop, which is unrolled",
@@ -69,10 +69,10 @@ class Block:
     value: int  # The end so far.
     name: str = ""
     weight: int | None = None  # A parameter, or what was computed of them.
-    weight_operand: int = 1  # Which operand of the root it enters as.
+    weight_operand: int = 1  # Number of the root's operand that is the weight.
     moves: list[Equation] = dataclasses.field(default_factory=list)  # After a sum.
     affine: list[Equation] = dataclasses.field(default_factory=list)
-    scale_site: int | None = None  # Of a lone affine block: its factor is a weight.
+    scale_site: int | None = None  # Site of a lone affine block's factor, a weight.
     has_statistics: bool = False  # Normalised by statistics of the batch itself.
     has_quantizer: bool = False  # The user's own, at its end.
     is_inner: bool = False  # A normalisation reads its accumulators.
@@ -82,13 +82,13 @@ class Block:
 
     @property
     def is_bounded(self) -> bool:
-        """Whether an activation came: nothing affine may follow."""
+        """Returns whether an activation came, after which nothing affine may follow."""
         return bool(self.bounds)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Where quantizers go in one trace. Values are the numbers of the trace.
+    """The places of quantizers in one trace. Values are the numbers of the trace.
 
     Attributes:
       sites: In the order of the equations.
@@ -155,7 +155,7 @@ def find_blocks(model: Trace, names: Sequence[str], split: Sequence[str] = ()) -
 
 
 class _Finder:
-    """Walks over the equations, then names what it found."""
+    """A walk over the equations, which then names the sites that it found."""
 
     def __init__(self, model: Trace, names: Sequence[str], split: Sequence[str]):
         self.model = model
@@ -240,7 +240,7 @@ class _Finder:
                     self._start(Block(kind or str(called or name), e, v))
 
     def _whole(self, e: Equation, kind: str) -> None:
-        """A softmax or a normalisation; its statistics where others read them."""
+        """Starts a block at a softmax or normalisation, statistics included."""
         name = self._name_of(e.inputs)
         for v in e.outputs:
             if self.model.is_real(v) and self.model.shape(v):
@@ -252,7 +252,7 @@ class _Finder:
             before.is_inner = self._feeds_norms(before.value)
 
     def _moved_from(self, x: int) -> int:
-        """The value that shape moves made another one of."""
+        """Returns the value that shape moves made a value of."""
         while x not in self.open and (e := self.source.get(x)) is not None:
             if e.primitive.name not in SHAPE_MOVES:
                 break
@@ -260,7 +260,7 @@ class _Finder:
         return x
 
     def _feeds_norms(self, v: int) -> bool:
-        """Whether normalisations alone read a value, after shape moves."""
+        """Returns whether normalisations alone read a value, after shape moves."""
         if v in self.model.outputs or not self.users[v]:
             return False
         for e in self.users[v]:
@@ -272,7 +272,7 @@ class _Finder:
         return True
 
     def _own_quantizer(self, e: Equation, x: int) -> None:
-        """What ends at a quantizer of the user has no site of its own."""
+        """Ends a block at a quantizer of the user, without a site of the scheme."""
         while x not in self.open and x not in self.input_sites:
             source = self.source.get(x)
             if source is None or not self._keeps_grid(source):
@@ -287,7 +287,7 @@ class _Finder:
             self.on_grid.discard(x)
 
     def _check_call(self, e: Equation) -> None:
-        """Raises for a call that holds a part of the model, as no site is in it."""
+        """Raises for a call that holds a part of the model, where no site can be."""
         name, jaxprs = e.primitive.name, [*jex.jaxprs_in_params(e.params)]
         if not jaxprs or is_quantizer(e):
             return
@@ -314,7 +314,7 @@ class _Finder:
         )
 
     def _check_fill(self, e: Equation) -> None:
-        """Raises for a mask's constant that would make the range of a site."""
+        """Raises for a mask's constant that would determine the range of a site."""
         if e.primitive.name not in ("add", "sub", "select_n", "pad"):
             return
         operands = e.inputs[1:] if e.primitive.name == "select_n" else e.inputs
@@ -332,7 +332,7 @@ class _Finder:
                 )
 
     def _cast(self, e: Equation, x: int) -> None:
-        """Integers become real: an input of the model has its site here."""
+        """Adds the site of an integer input of the model where a cast makes it real."""
         while x in self.source and self._keeps_grid(self.source[x]):
             x = self.source[x].inputs[0]
         if x in self.inputs and self.model.is_real(e.outputs[0]):
@@ -355,7 +355,7 @@ class _Finder:
             block.weight = weight if leaf is None else leaf
             block.weight_operand = e.inputs.index(weight)
             if user is not None:
-                block.weight = None  # It has its grid.
+                block.weight = None  # The weight has its grid.
             else:
                 self.weights[block.weight] = name or "weight"
         self._start(block)
@@ -377,19 +377,19 @@ class _Finder:
         self._extend(block, e)
 
     def _is_cast(self, e: Equation) -> bool:
-        """Whether an equation makes real values of another type of real ones."""
+        """Returns whether an equation casts real values to another real type."""
         is_cast = e.primitive.name == "convert_element_type"
         return is_cast and all(map(self.model.is_real, (*e.inputs, *e.outputs)))
 
     def _cast_block(self, block: Block, e: Equation) -> None:
-        """Goes on with a block in another type: in half precision they come between."""
+        """Extends a block by a cast, as in half precision."""
         is_affine = block.kind in ("product", "affine") or bool(block.affine)
         if is_affine and not block.is_bounded:
             block.affine.append(e)
         self._extend(block, e)
 
     def _before_casts(self, x: int) -> int:
-        """The input of the model that casts alone made a value of; else the value."""
+        """Returns the input that casts alone made a value of; else the value."""
         v = x
         while (e := self.source.get(v)) is not None and self._is_cast(e):
             if not self._is_only(e, e.inputs[0]):
@@ -398,7 +398,7 @@ class _Finder:
         return v if v in self.input_sites else x
 
     def _absorbs(self, e: Equation, x: list[int]) -> bool:
-        """Whether a function begins with an equation that an open block takes in."""
+        """Returns whether a function begins with an equation that a block takes in."""
         block = self.open.get(x[0])
         if block is None or len(x) != 1 or not self._is_only(e, x[0]):
             return False
@@ -409,7 +409,7 @@ class _Finder:
         return bounds_of(self.model, e) is not None
 
     def _goes_on(self, block: Block, e: Equation, x: int) -> bool:
-        """Whether an affine equation on the end of a block belongs to the block."""
+        """Returns whether an affine equation after a block belongs to the block."""
         absorbs = block.kind in ("product", "affine") or (
             block.kind in MEANS and e.primitive.name in _SCALING
         )
@@ -435,10 +435,10 @@ class _Finder:
         block.value, block.end = e.outputs[0], e
         self.open[block.value] = block
 
-    # What equations and values are.
+    # Predicates of equations and values.
 
     def _is_only(self, e: Equation, x: int) -> bool:
-        """Whether ``e`` is the one consumer of ``x``, batch statistics aside."""
+        """Returns whether ``e`` alone reads ``x``, batch statistics aside."""
         others = (u for u in self.users[x] if u is not e)
         return x not in self.model.outputs and all(map(self._is_statistic, others))
 
@@ -446,7 +446,7 @@ class _Finder:
         return all(map(self._serves_statistics, e.outputs))
 
     def _keeps_axes(self, e: Equation, x: int) -> bool:
-        """Whether axes of size 1 come back between a sum and its division."""
+        """Returns whether axes of size 1 come back between a sum and its division."""
         block = self.open.get(x)
         if block is None or block.kind not in MEANS or block.affine:
             return False
@@ -458,12 +458,12 @@ class _Finder:
         return moves and scales and same and self._is_only(e, x)
 
     def _is_rescaling(self, e: Equation, x: int) -> bool:
-        """Whether an affine equation has one known number for all values."""
+        """Returns whether an affine equation has one known number for all values."""
         known = (constant_of(self.model, v, self.source) for v in e.inputs if v != x)
         return all(c is not None and c.size == 1 for c in known)
 
     def _keeps_grid(self, e: Equation) -> bool:
-        """Whether all that comes out are values that went in, or zero."""
+        """Returns whether all outputs are values of the input, or zero."""
         name = e.primitive.name
         if name == "pad":
             return self._is_zero(e.inputs[1])
@@ -472,11 +472,11 @@ class _Finder:
         return name in _GRID_KEEPING
 
     def _is_embedding(self, e: Equation) -> bool:
-        """Whether an input chooses rows of a parameter."""
+        """Returns whether an input chooses rows of a parameter."""
         return e.primitive.name == "gather" and e.inputs[0] not in self.data
 
     def _is_apart(self, e: Equation) -> bool:
-        """Whether an equation is no part of an elementwise function."""
+        """Returns whether an equation is no part of an elementwise function."""
         is_statistic = bool(self.statistics.intersection(e.inputs))
         return (
             is_statistic
@@ -493,7 +493,7 @@ class _Finder:
         return value is not None and bool(np.all(value == 0))
 
     def _is_dropout(self, e: Equation) -> bool:
-        """The scaling and the selection by a mask that does not depend on data."""
+        """Returns whether an equation scales or selects by a mask without data."""
 
         def masks(u: Equation) -> bool:
             return u.primitive.name == "select_n" and u.inputs[0] not in self.data
@@ -503,7 +503,7 @@ class _Finder:
         return masks(e) or scales
 
     def _quantizer_before(self, v: int) -> Equation | None:
-        """The quantizer of the user that a weight comes from, through moves."""
+        """Returns the quantizer of the user that a weight comes from, through moves."""
         e = self.source.get(v)
         while e is not None and e.primitive.name in SHAPE_MOVES:
             e = self.source.get(e.inputs[0])
@@ -513,7 +513,7 @@ class _Finder:
         return math.prod(self.model.shape(v))
 
     def _leaf(self, v: int, through: frozenset[str] | None) -> int | None:
-        """The parameter that ``v`` is made of, by ``through`` alone or by anything."""
+        """Returns the parameter that ``v`` is made of, by ``through`` or anything."""
         if v in self.names:
             return v
         e = self.source.get(v)
@@ -523,13 +523,13 @@ class _Finder:
         return next((leaf for leaf in leaves if leaf is not None), None)
 
     def _leaves_of(self, e: Equation) -> list[str]:
-        """Parameters that go into an equation which quantizes nothing itself."""
+        """Returns the parameters of an equation that quantizes nothing itself."""
         known = (v for v in e.inputs if v not in self.data)
         leaves = (self._leaf(v, through=None) for v in known)
         return [self.names[leaf] for leaf in leaves if leaf is not None]
 
     def _name_of(self, values: Iterable[int]) -> str:
-        """The name of a parameter that goes into one of ``values``."""
+        """Returns the name of a parameter that goes into one of ``values``."""
         known = (v for v in values if v not in self.data)
         leaves = (self._leaf(v, through=None) for v in known)
         return next((self.names[leaf] for leaf in leaves if leaf is not None), "")
@@ -537,7 +537,7 @@ class _Finder:
     # Statistics of a batch.
 
     def _find_servants(self) -> set[int]:
-        """Statistics, and what is used for nothing but statistics."""
+        """Returns statistics and values that serve nothing but statistics."""
         found = set(self.statistics)
         for e in reversed(self.model.equations if found else ()):
             for v in e.outputs:
@@ -553,7 +553,7 @@ class _Finder:
     # Names.
 
     def plan(self) -> Plan:
-        """Names the sites, in the order of the equations."""
+        """Names the sites in the order of the equations."""
         returned = self._returned()
         sites: list[Site] = []
         taken: collections.Counter[str] = collections.Counter()
@@ -593,7 +593,7 @@ class _Finder:
         )
 
     def _biases(self, weights: dict[int, int]) -> dict[int, Site]:
-        """The parameters that are added to products before anything else is done."""
+        """Returns the parameters that are added to products first."""
         found: dict[int, Site] = {}
         for block in self.blocks:
             first = (
@@ -622,12 +622,12 @@ class _Finder:
         return f"{kind}_{k}"
 
     def _factor(self, block: Block) -> int:
-        """A constant of the shape of what multiplies the input of an affine block."""
+        """Returns a constant with the shape of the factor of an affine block."""
         known = [v for e in block.affine for v in e.inputs if v not in self.data]
         return max(known, key=lambda v: len(self.model.shape(v)), default=block.value)
 
     def _returned(self) -> dict[int, int]:
-        """Ends of blocks that the model returns and nobody else uses -> which one."""
+        """Maps ends of blocks that only the model returns to the output number."""
         ends = {b.value for b in self.blocks}
         found: dict[int, int] = {}
         for v in self.model.outputs:
@@ -700,12 +700,12 @@ def _scalar(value: np.ndarray) -> Any:
 
 
 def is_quantizer(e: Equation) -> bool:
-    """Whether an equation is a quantizer: a tag, a call of one, or one of ours."""
+    """Returns whether an equation is a quantizer, a `qpoint` or a call of `qpoint`."""
     return bool(quantizer_of(e)) or has_qpoint(e)
 
 
 def _has_product(jaxpr: Any) -> bool:
-    """Whether a product is anywhere inside of a jaxpr."""
+    """Returns whether a jaxpr contains a product at any depth."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     return any(
         eqn.primitive.name in _PRODUCTS
@@ -715,7 +715,7 @@ def _has_product(jaxpr: Any) -> bool:
 
 
 def has_qpoint(e: Equation) -> bool:
-    """Whether an equation is a quantization point or calls one."""
+    """Returns whether an equation is a quantization point or calls one."""
 
     def inside(jaxpr: Any) -> bool:
         return any(

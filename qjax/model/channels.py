@@ -1,4 +1,4 @@
-"""The channels of a weight: its axes on their way to the sum of a product.
+"""The channels of a weight: its axes on the way to the sum of a product.
 
 A scale per channel can leave a sum if it is constant inside of it. So the axes of a
 weight that may have scales of their own are those that no product with it sums over,
@@ -23,7 +23,7 @@ _SAME = frozenset(
 
 
 class Channels(NamedTuple):
-    """What the uses of a weight say of its scales."""
+    """The demands of the uses of a weight on its scales."""
 
     axis: int | tuple[int, ...] | None  # Negative; None for one scale per tensor.
     taps: int  # The most numbers of the weight that one sum adds.
@@ -31,7 +31,7 @@ class Channels(NamedTuple):
 
 
 class _Use(NamedTuple):
-    """A product with a weight: in the axes of the weight."""
+    """A product with a weight, in the axes of the weight."""
 
     name: str
     summed: frozenset[int]
@@ -39,11 +39,11 @@ class _Use(NamedTuple):
 
 
 class Uses:
-    """The products of a trace, to be asked about its weights.
+    """The products of a trace, by the weights that they read.
 
     Args:
       model: The trace.
-      data: Its values that depend on inputs.
+      data: Values of the trace that depend on inputs.
     """
 
     def __init__(self, model: Trace, data: Iterable[int]):
@@ -54,7 +54,7 @@ class Uses:
                 self._users[v].append(e)
 
     def channels(self, v: int) -> Channels:
-        """Returns the axes of a weight that no product with it sums over.
+        """Returns the axes of a weight that no product with it contracts.
 
         Axes of size 1 are left out where there are others.
         """
@@ -72,7 +72,7 @@ class Uses:
         return Channels(_text(axes), max((u.taps for u in uses), default=1), note)
 
     def _of(self, v: int) -> Iterator[_Use]:
-        """The products that read a weight, through shape moves."""
+        """Yields the products that read a weight, through shape moves."""
         shape = self._model.shape(v)
         for e in self._users[v]:
             name, x = e.primitive.name, e.inputs[0]
@@ -93,7 +93,7 @@ class Uses:
 
 
 def factor_channels(shape: Sequence[int]) -> Channels:
-    """Returns the axis of a factor that multiplies data number by number.
+    """Returns the axis of a factor that multiplies data elementwise.
 
     That along which it varies; the last one if there are several.
     """
@@ -102,7 +102,7 @@ def factor_channels(shape: Sequence[int]) -> Channels:
 
 
 def _kept(shape: Sequence[int], summed: frozenset[int]) -> tuple[int, ...]:
-    """The other axes, from the end; those of size 1 only if there is nothing else."""
+    """Returns the other axes, from the end; axes of size 1 only if all are."""
     axes = [d for d in range(len(shape)) if d not in summed]
     wide = [d for d in axes if shape[d] != 1] or axes
     return tuple(d - len(shape) for d in wide)
@@ -136,7 +136,7 @@ def _before(
 def _groups(
     a: Sequence[int], b: Sequence[int]
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Splits the axes of a reshape into the finest parts of equal sizes."""
+    """Splits the axes of a reshape into the finest groups of equal sizes."""
     groups, i, j = [], 0, 0
     while i < len(a) or j < len(b):
         first, second = i, j
@@ -159,7 +159,7 @@ def move_scale(e: Equation, scale: Any, shape: tuple[int, ...]) -> Any:
       e: An equation with a primitive of ``SHAPE_MOVES``.
       scale: ``[]``, or the rank of the value with size 1 where it is constant. NumPy or
         JAX.
-      shape: Of the value that is moved.
+      shape: Shape of the value that is moved.
 
     Returns:
       The scale of the output, in the same form; None for another primitive.
@@ -195,7 +195,7 @@ def move_scale(e: Equation, scale: Any, shape: tuple[int, ...]) -> Any:
 
 
 def _cut(scale: Any, parts: list[slice]) -> Any:
-    """The part of a scale along the axes where it varies."""
+    """Cuts a part out of a scale along the axes where it varies."""
     sizes = scale.shape
     return scale[
         tuple(p if n != 1 else slice(None) for p, n in zip(parts, sizes, strict=True))
@@ -203,7 +203,7 @@ def _cut(scale: Any, parts: list[slice]) -> Any:
 
 
 def _reshaped(scale: Any, shape: Sequence[int], out: Sequence[int]) -> Any:
-    """A scale where axes fall together or apart: whole where it varies in them."""
+    """Reshapes a scale, whole along axes that it varies in and that merge or split."""
     sizes, wide = list(scale.shape), [1] * len(out)
     for own, others in _groups(shape, out):
         if any(scale.shape[d] != 1 for d in own):
@@ -220,9 +220,9 @@ def output_scale(e: Equation, operand: int, scale: Any, rank: int) -> Any:
 
     Args:
       e: A ``dot_general`` or a ``conv_general_dilated``.
-      operand: Which operand the weight is.
+      operand: Number of the operand that is the weight.
       scale: ``[]`` or the rank of the weight.
-      rank: Of the output.
+      rank: Rank of the output.
 
     Returns:
       The scale in the rank of the output, or ``[]``; None if it varies inside a sum.
@@ -248,13 +248,13 @@ def output_scale(e: Equation, operand: int, scale: Any, rank: int) -> Any:
 
 
 def kernel_axes(e: Equation, operand: int, rank: int, out_rank: int) -> dict[int, int]:
-    """Returns the axes that the output of a product has of its kernel.
+    """Returns the axes of the output of a product that are axes of its kernel.
 
     Args:
       e: A ``dot_general`` or a ``conv_general_dilated``.
-      operand: Which operand the kernel is.
-      rank: Of the kernel.
-      out_rank: Of the output.
+      operand: Number of the operand that is the kernel.
+      rank: Rank of the kernel.
+      out_rank: Rank of the output.
 
     Returns:
       Axis of the output -> axis of the kernel.

@@ -1,4 +1,4 @@
-"""Values with a scale per channel: one grid for all of them, and what is left of each.
+"""Values with a scale per channel: one grid for all channels, and a ratio of each.
 
     real = code * scale[c] = (code * common) * ratio[c],    common = max(scale)
 
@@ -36,7 +36,7 @@ class Channels(NamedTuple):
     channel: (
         np.ndarray
     )  # Rank of the value, size 1 where nothing changes: which channel.
-    qmin: Any  # Of the codes.
+    qmin: Any  # Least code.
     qmax: Any
 
 
@@ -56,7 +56,7 @@ def channels_of(x: jax.Array, scale: jax.Array, word: Word) -> Channels:
       word: Ends of its codes.
 
     Returns:
-      Its parts.
+      The parts of the value.
     """
     common = jnp.max(scale)
     ratio = scale * (1.0 / common)
@@ -66,7 +66,7 @@ def channels_of(x: jax.Array, scale: jax.Array, word: Word) -> Channels:
 
 
 def held_scale(scale: jax.Array, bits: ArrayLike) -> jax.Array:
-    """Raises scales that are too fine beside the coarsest one.
+    """Raises scales that are too fine beside the coarsest scale.
 
     Codes of ``bits`` as steps of the finest scale fit int32 then.
     """
@@ -75,7 +75,7 @@ def held_scale(scale: jax.Array, bits: ArrayLike) -> jax.Array:
 
 
 def aligned_ends(scale: jax.Array, word: Word) -> tuple[jax.Array, Word]:
-    """Returns the finest of scales that are powers of two, and codes in steps of it."""
+    """Returns the finest of power-of-two scales, and the ends of codes in its steps."""
     finest = jnp.min(scale)
     times = jnp.max(scale) * (1.0 / finest)
     ends = (jnp.asarray(q).astype(jnp.float32) * times for q in word)
@@ -85,7 +85,7 @@ def aligned_ends(scale: jax.Array, word: Word) -> tuple[jax.Array, Word]:
 def join_ends(
     scales: Sequence[jax.Array], words: Sequence[Word]
 ) -> tuple[jax.Array, Word]:
-    """Returns the finest scale of several values, and codes in steps of it for all."""
+    """Returns the finest scale of several values, and the joint ends of their codes."""
     finest = functools.reduce(jnp.minimum, scales)
     ends = [
         [jnp.asarray(q).astype(jnp.float32) * (s * (1.0 / finest)) for q in word]
@@ -99,12 +99,12 @@ def join_ends(
 def move_index(
     e: Equation, index: np.ndarray, shape: Sequence[int]
 ) -> list[np.ndarray] | None:
-    """Follows channels through an equation that keeps the values that there are.
+    """Follows channels through an equation that only moves values.
 
     Args:
-      e: With one operand of data, the first.
-      index: Of its operand, as in `Channels`.
-      shape: Of its operand.
+      e: Equation with one operand of data, the first.
+      index: Index of its operand, as in `Channels`.
+      shape: Shape of its operand.
 
     Returns:
       The index of each output; None where an output mixes channels or is none of them.
@@ -150,7 +150,7 @@ def move_index(
 def _reshaped(
     index: np.ndarray, shape: Sequence[int], p: dict[str, Any]
 ) -> list[np.ndarray] | None:
-    """The axes before the channels stay one value each where they stay themselves."""
+    """Reshapes an index of channels where the axes before the channels stay."""
     sizes = tuple(p["new_sizes"])
     first = next((d for d, n in enumerate(index.shape) if n > 1), len(shape))
     k = 0
@@ -169,12 +169,12 @@ def _reshaped(
 def kernel_index(
     e: Equation, operand: int, index: np.ndarray, kernel: Sequence[int]
 ) -> np.ndarray | None:
-    """Returns which channel of its input each entry of a kernel is multiplied with.
+    """Returns the input channel that multiplies each entry of a kernel.
 
     Args:
       e: A ``dot_general`` or a ``conv_general_dilated``.
-      operand: Which operand the kernel is.
-      index: Of the other operand, as in `Channels`.
+      operand: Number of the operand that is the kernel.
+      index: Index of the other operand, as in `Channels`.
       kernel: Shape of the kernel.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Finds the elementwise functions in a traced model: each is one table once lowered.
+"""Finds the elementwise functions in a traced model, each one table once lowered.
 
 A function is all that computes one value from one other value of its shape, number by
 number: ``x * sigmoid(x)`` as well as what ``jax.nn.gelu`` inlines. Lines and bounds
@@ -35,7 +35,7 @@ _MASKING = POINTWISE | frozenset(
 )
 
 SOFTMAXES = ("softmax", "log_softmax")  # Kinds that may have a mask before them.
-NAME = "function"  # Of one that is made of several.
+NAME = "function"  # Name of a function that is made of several.
 
 
 def find_functions(
@@ -64,12 +64,12 @@ def find_functions(
 def find_masks(
     model: Trace, data: set[int], scores: int, readers: set[int]
 ) -> tuple[set[int], int]:
-    """Finds what masks make of the scores of a softmax.
+    """Finds the values that masks make of the scores of a softmax.
 
     Args:
       model: Trace.
       data: Values that depend on an input.
-      scores: What the softmax is of.
+      scores: Input of the softmax.
       readers: Values that are computed of the scores for the softmax alone.
 
     Returns:
@@ -123,7 +123,7 @@ class _Finder:
         return names, frozenset(members), masks
 
     def _waists(self) -> set[int]:
-        """Values of functions to split, which all that follows is made of."""
+        """Returns values of functions to split, which all that follows depends on."""
         found: set[int] = set()
         for e in self.model.equations if self.split else ():
             v, name = e.outputs[0], str(e.params.get("name") or e.primitive.name)
@@ -142,7 +142,7 @@ class _Finder:
         return found
 
     def _origins(self, cuts: set[int]) -> dict[int, int]:
-        """What each value is an elementwise function of: itself, or one before it."""
+        """Maps each value to the value that it is an elementwise function of."""
         origin = {v: v for v in (*self.model.inputs, *self.model.constants)}
         for e in self.model.equations:
             origin.update((v, v) for v in e.outputs)
@@ -159,16 +159,16 @@ class _Finder:
         return origin
 
     def _leaves(self, v: int, origin: dict[int, int], cuts: set[int]) -> bool:
-        """Whether a value is read outside of its function."""
+        """Returns whether a value is read outside of its function."""
         outside = (u for u in self.users[v] if origin[u.outputs[0]] != origin[v])
         return v in cuts or v in self.model.outputs or any(True for _ in outside)
 
     def _stays(self, v: int, origin: dict[int, int]) -> bool:
-        """Whether its own function goes on from a value."""
+        """Returns whether the function of a value goes on from the value."""
         return any(origin[u.outputs[0]] == origin[v] for u in self.users[v])
 
     def _slice(self, end: int, origin: dict[int, int], cuts: set[int]) -> set[int]:
-        """The values between the origin and an end, the end included."""
+        """Returns the values between the origin and an end, the end included."""
         found, todo = {end}, [end]
         while todo:
             for v in self._operands(self.source[todo.pop()]):
@@ -180,7 +180,7 @@ class _Finder:
     # Masks.
 
     def masked(self, v: int, readers: set[int]) -> tuple[set[int], int]:
-        """The values between the scores before masks and a softmax, and the scores."""
+        """Returns the values between scores and softmax, and the scores."""
         scores = v
         passed: set[int] = set()
         found: set[int] = set()
@@ -211,7 +211,7 @@ class _Finder:
         return found, scores
 
     def _is_mask(self, v: int) -> bool:
-        """Whether a value is large where it is not 0: made of inputs and a constant."""
+        """Returns whether a value of inputs and a constant is large where not 0."""
         todo, seen, is_large = [v], {v}, False
         while todo:
             u = todo.pop()
@@ -228,7 +228,7 @@ class _Finder:
         return is_large or (v in self.data and self._is_added(v))
 
     def _is_added(self, v: int) -> bool:
-        """Whether a value is an input that shape moves alone lead to."""
+        """Returns whether shape moves alone lead from an input to a value."""
         while (e := self.source.get(v)) is not None:
             if e.primitive.name not in _AXES or len(self.users[v]) != 1:
                 return False
@@ -236,7 +236,7 @@ class _Finder:
         return v in self.model.inputs and len(self.users[v]) == 1
 
     def _masks(self) -> frozenset[int]:
-        """What softmaxes read as their masks, and what is computed for it alone."""
+        """Returns the masks of softmaxes, and what is computed for masks alone."""
         found: set[int] = set()
 
         def serves(e: Equation, v: int) -> bool:
@@ -256,7 +256,7 @@ class _Finder:
         return [v for v in dict.fromkeys(e.inputs) if v in self.data]
 
     def _kind(self, e: Equation) -> str | None:
-        """line, bound, bent or neutral; None if it is no function of one value."""
+        """Returns line, bound, bent or neutral; None for a function of several."""
         name, data = e.primitive.name, self._operands(e)
         others = [v for v in e.inputs if v not in data]
         if not data or len(e.outputs) != 1 or not all(map(self._is_number, others)):
@@ -285,14 +285,14 @@ class _Finder:
         return next((k for k in ("bent", "line", "bound") if k in kinds), None)
 
     def _is_number(self, v: int) -> bool:
-        """Whether a known operand is one number for the whole value."""
+        """Returns whether a known operand is one number for the whole value."""
         while v in self.source and self.source[v].primitive.name in (*_AXES, *_NEUTRAL):
             v = self.source[v].inputs[0]
         shape = self.model.shape(v)
         return all(n == 1 for n in shape)
 
     def _name(self, end: int, values: set[int]) -> str:
-        """Of what is done last, if only lines and bounds come before it."""
+        """Returns the name of the last equation if only lines and bounds precede."""
         others = {self.kinds[v] for v in values if v != end}
         if "bent" in others or self.kinds[end] != "bent":
             return NAME
@@ -301,5 +301,5 @@ class _Finder:
 
 
 def _real(value: object) -> np.ndarray:
-    """A constant as numbers; zero for what is none, such as a random key."""
+    """Returns a constant as float64, and zero for a random key."""
     return np.zeros(1) if is_key(value) else np.asarray(value).astype(np.float64)

@@ -1,11 +1,11 @@
-"""Finds softmaxes and normalisations in a traced model: each becomes one equation.
+"""Finds softmaxes and normalisations in a traced model and makes each one equation.
 
 Both scale values by statistics of these values themselves:
 
     softmax:        y = exp(x - max(x)) / sum(exp(x - max(x)))
     normalisation:  y = (x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias
 
-What they are made of is not looked for: any division of something made of ``x``, number
+No particular formula is looked for: any division of something made of ``x``, number
 by number, by a reduction of ``x`` is one, from the value that all of it is made of. So
 are products with such a reciprocal, and differences to the logarithm of a sum of
 exponentials. A reduction of a weight is none, nor is one over a batch (BatchNorm in
@@ -72,7 +72,7 @@ class _Whole:
 
 
 def said(kind: str) -> str:
-    """Returns the word for a kind of whole: norm is a normalisation."""
+    """Returns the word for the kind of a softmax or normalisation."""
     return "normalisation" if kind == NORM else kind.replace("_", "-")
 
 
@@ -97,7 +97,7 @@ def fold_normalisations(
 
 
 class _Finder:
-    """Knows of each value through which one all data pass on the way to it."""
+    """A search that knows for each value the values that all its data pass through."""
 
     def __init__(self, model: Trace, data: set[int]):
         self.model, self.data = model, data
@@ -105,7 +105,7 @@ class _Finder:
         self.users: dict[int, list[Equation]] = collections.defaultdict(list)
         self.order: dict[int, int] = {}
         self.side: set[int] = {v for v in model.inputs if self._is_truth(v)}
-        self.parent: dict[int, int] = {}  # Of all data on the way: the last value.
+        self.parent: dict[int, int] = {}  # Value -> last value that all its data pass.
         self.depth: dict[int, int] = {-1: 0}
         for v in model.inputs:
             if v in data:
@@ -131,12 +131,12 @@ class _Finder:
         return self.model.avals[v].dtype == np.bool_
 
     def operands(self, e: Equation) -> list[int]:
-        """The data of an equation, without masks if there is more."""
+        """Returns the data of an equation, without masks if there is other data."""
         found = [v for v in dict.fromkeys(e.inputs) if v in self.data]
         return [v for v in found if v not in self.side] or found
 
     def _common(self, values: Iterable[int]) -> int:
-        """The last value that all data of some values pass through; -1: there is none.
+        """Returns the last value that all data of some values pass; -1 for none.
 
         A value passes through itself.
         """
@@ -152,7 +152,7 @@ class _Finder:
         return -1 if found is None else found
 
     def _passes(self, v: int, x: int) -> bool:
-        """Whether all data of a value pass through ``x``."""
+        """Returns whether all data of a value pass through ``x``."""
         while self.depth[v] > self.depth[x]:
             v = self.parent[v]
         return v == x
@@ -160,7 +160,7 @@ class _Finder:
     # The search.
 
     def found(self) -> Iterator[_Whole]:
-        """Yields what the model has, in order. None shares an equation with another."""
+        """Yields softmaxes and normalisations in order, with no equation in common."""
         statistics = batch_statistics(self.model, self.data)
         taken: set[int] = set()
         for k, e in enumerate(self.model.equations):
@@ -174,7 +174,7 @@ class _Finder:
             yield whole
 
     def _whole(self, e: Equation) -> _Whole | None:
-        """The softmax or normalisation that has its division at an equation."""
+        """Returns the softmax or normalisation that divides at an equation, if any."""
         pair = self._pair(e)
         if pair is None:
             return None
@@ -210,7 +210,7 @@ class _Finder:
         return _Whole(kind, source, members, end, bool(masks))
 
     def _pair(self, e: Equation) -> tuple[int, int] | None:
-        """What an equation scales, and the statistic that it scales it by."""
+        """Returns the operand that an equation scales, and the statistic."""
         operands = self.operands(e)
         if len(operands) != 2 or len(e.inputs) != 2:
             return None
@@ -225,7 +225,7 @@ class _Finder:
         return None
 
     def _is_reciprocal(self, v: int) -> bool:
-        """Whether a value is one over another, times what is known."""
+        """Returns whether a value is one over another, times known values."""
         while (e := self.source.get(v)) is not None:
             name, operands = e.primitive.name, self.operands(e)
             if len(operands) != 1:
@@ -247,7 +247,7 @@ class _Finder:
         return self._is_reduced(reduced, x) and not self._is_reduced(full, x)
 
     def _is_reduced(self, v: int, x: int) -> bool:
-        """Whether all that comes from ``x`` to a value passes a reduction."""
+        """Returns whether every path from ``x`` to a value passes a reduction."""
         known: dict[int, bool] = {x: False}
 
         def reduced(v: int) -> bool:
@@ -270,7 +270,7 @@ class _Finder:
         return reduced(v)
 
     def _slice(self, v: int, x: int) -> Iterator[Equation]:
-        """The equations between ``x`` and a value."""
+        """Yields the equations between ``x`` and a value."""
         todo, seen = [v], {v, x}
         while todo:
             u = todo.pop()
@@ -282,7 +282,7 @@ class _Finder:
             seen.update(e.inputs)
 
     def _sums_powers(self, v: int, x: int) -> bool:
-        """Whether a value is made of sums of exponentials, without roots."""
+        """Returns whether a value is made of sums of exponentials, without roots."""
         equations = [*self._slice(v, x)]
         sums = [e for e in equations if e.primitive.name == "reduce_sum"]
         powers = [self._behind(e.inputs[0]) for e in sums]
@@ -295,7 +295,7 @@ class _Finder:
         return "log" in names and self._sums_powers(v, x)
 
     def _behind(self, v: int) -> Equation | None:
-        """What made a value, seen through moves and masks."""
+        """Returns the equation behind a value, through moves and masks."""
         while (e := self.source.get(v)) is not None:
             operands = self.operands(e)
             if not self._is_passed(e, operands):
@@ -304,7 +304,7 @@ class _Finder:
         return None
 
     def _is_passed(self, e: Equation, operands: list[int]) -> bool:
-        """Whether an equation moves values, or masks them."""
+        """Returns whether an equation moves values or masks them."""
         name = e.primitive.name
         if len(operands) != 1 or operands[0] not in e.inputs:
             return False
@@ -312,7 +312,7 @@ class _Finder:
         return name in _SAME | _MOVES | {"broadcast_in_dim"} or masks
 
     def _widened(self, x: int, is_softmax: bool) -> int:
-        """Goes back from a value to what it was centred from."""
+        """Goes back from a value to the value before centring."""
         found = v = x
         while (e := self.source.get(v)) is not None:
             operands, name = self.operands(e), e.primitive.name
@@ -332,7 +332,7 @@ class _Finder:
         return found
 
     def _between(self, x: int, end: Equation) -> dict[int, Equation] | None:
-        """All equations between ``x`` and an end; None if one belongs to no such."""
+        """Returns all equations between ``x`` and an end; None if some do not fit."""
         found: dict[int, Equation] = {}
         todo = [end]
         while todo:
@@ -376,7 +376,7 @@ class _Finder:
     def _with_tail(
         self, kind: str, end: Equation, members: dict[int, Equation]
     ) -> tuple[Equation, str]:
-        """Takes in what follows and belongs to it: scale and bias, a mask, exp, log."""
+        """Extends the members by what belongs to them: scale, bias, mask, exp, log."""
         passed: dict[int, Equation] = {}
         last = end
         while (e := self._only_user(last.outputs[0])) is not None:
@@ -416,13 +416,13 @@ class _Finder:
         return name in AFFINE and known and not is_divisor and not self._drops(e)
 
     def _drops(self, e: Equation) -> bool:
-        """Whether an equation is the scaling of a dropout."""
+        """Returns whether an equation is the scaling of a dropout."""
         user = self._only_user(e.outputs[0])
         is_choice = user is not None and user.primitive.name == "select_n"
         return is_choice and user is not None and user.inputs[0] not in self.data
 
     def _add_servants(self, source: int, members: dict[int, Equation]) -> None:
-        """Adds what is computed of masks for the members alone."""
+        """Adds values computed of masks for the members alone."""
         for at in range(max(members), -1, -1):
             e = self.model.equations[at]
             if at in members or source in e.outputs or not self.operands(e):
@@ -434,14 +434,14 @@ class _Finder:
                     members[at] = e
 
     def is_read_beside(self, v: int, whole: _Whole) -> bool:
-        """Whether others than the members read a value."""
+        """Returns whether equations beside the members read a value."""
         readers = (self.order[u.outputs[0]] for u in self.users[v])
         return v in self.model.outputs or any(k not in whole.members for k in readers)
 
-    # What lowers in parts.
+    # Normalisations that lower in parts.
 
     def has_rules(self, whole: _Whole) -> bool:
-        """Whether all equations have integer rules, each with a site of its own."""
+        """Returns whether all equations have integer rules with sites of their own."""
         outside = _outside(whole, self.data)
         has_rules = all(map(self._has_rule, whole.members.values()))
         return has_rules and outside == [whole.source] and not whole.is_masked
@@ -460,7 +460,7 @@ class _Finder:
         return name not in ("pow", "reduce_prod", "reduce_and", "reduce_or")
 
     def _is_number(self, v: int) -> bool:
-        """Whether a known value is one number, at every place."""
+        """Returns whether a known value is one number at every place."""
         while (e := self.source.get(v)) is not None:
             if e.primitive.name not in _SAME | _MOVES | {"broadcast_in_dim"}:
                 break
@@ -473,7 +473,7 @@ def _contracts(e: Equation) -> bool:
 
 
 def _outside(whole: _Whole, known: set[int] | None = None) -> list[int]:
-    """What the members read of others, the source first; only ``known`` if given."""
+    """Returns outside values that members read, the source first, among ``known``."""
     made = {v for e in whole.members.values() for v in e.outputs}
     reads = [v for at in sorted(whole.members) for v in whole.members[at].inputs]
     found = dict.fromkeys(v for v in (whole.source, *reads) if v not in made)
@@ -484,7 +484,7 @@ def _outside(whole: _Whole, known: set[int] | None = None) -> list[int]:
 
 
 def _folded(model: Trace, found: list[_Whole], finder: _Finder) -> Trace:
-    """The trace with one equation for each.
+    """Returns the trace with one equation for each softmax or normalisation.
 
     A statistic that is read elsewhere may go into what the others wait for: they stay
     as they are then.
@@ -512,7 +512,7 @@ def _replaced(
 
 
 def _is_ordered(model: Trace) -> bool:
-    """Whether each equation comes after what it reads."""
+    """Returns whether each equation comes after the equations that it reads."""
     made = {*model.inputs, *model.constants}
     for e in model.equations:
         if not made.issuperset(e.inputs):

@@ -1,4 +1,4 @@
-"""Where in the user's code an equation comes from: for error messages."""
+"""The place in the user's code of an equation, for error messages."""
 
 import os
 import sysconfig
@@ -27,7 +27,7 @@ class Origin(NamedTuple):
 
 
 def origin_of(source: Any) -> Origin:
-    """Reads where an equation comes from.
+    """Reads the place of an equation in source code.
 
     Args:
       source: ``source_info`` of the equation, or None.

@@ -39,22 +39,22 @@ from qjax.quantizers.point import straight
 from qjax.rounding import ceil_power_of_two, half_even
 from qjax.schemes.patterns import Site
 
-SITE_MARK = "site="  # In the scope of the root of a block: its output, its weight.
+SITE_MARK = "site="  # Mark before output and weight site in a block's scope.
 _MOST_BIAS = 2.0**30  # Codes of a bias stay below it, as accumulators are int32.
 
 
 class Visit(NamedTuple):
-    """What a visitor makes of the value at a site."""
+    """The result of a visit: the value to go on with, its grid and its word."""
 
     value: jax.Array
     grid: QParams | None = None
-    word: QSpec | None = None  # Of codes about zero: channels may be told apart.
+    word: QSpec | None = None  # Word of codes about zero: channels may be told apart.
 
 
 class Bias(NamedTuple):
-    """What follows the product of a weight, ``(acc + bias) * factor``, by channel."""
+    """The bias after the product of a weight, ``(acc + bias) * factor``, by channel."""
 
-    data: Site  # Of the other operand.
+    data: Site  # Site of the other operand.
     bias: jax.Array  # Broadcasts against the weight.
     factor: jax.Array  # Broadcasts against the weight.
 
@@ -63,19 +63,19 @@ Biases = Callable[[], list[Bias]]
 
 
 class Unit(NamedTuple):
-    """Of a sum of codes: ``real = x * factor * scale``."""
+    """The unit of a sum of codes: ``real = x * factor * scale``."""
 
-    factor: jax.Array  # What the sum is multiplied by: one over the number of codes.
+    factor: jax.Array  # Factor of the sum: one over the number of codes.
     scale: jax.Array  # shape=(). Of the codes.
 
     def per(self, scale: ArrayLike) -> jax.Array:
-        """What takes the sum to codes of ``scale``; to real values, if that is 1."""
+        """Returns the factor from the sum to codes of ``scale``, or to reals for 1."""
         factor = self.factor.astype(self.scale.dtype) * (self.scale / scale)
         return factor.astype(self.factor.dtype)
 
 
 class _Line(NamedTuple):
-    """``(acc + before) * factor + after`` in a form whose bias int32 holds.
+    """A line ``(acc + before) * factor + after`` in a form whose bias int32 holds.
 
     The kernel of ``acc`` is multiplied by ``share``: ``(acc * share + bias) * held``.
     """
@@ -86,12 +86,12 @@ class _Line(NamedTuple):
     offset: jax.Array  # ``before * factor + after``.
 
     def real(self, acc: jax.Array) -> jax.Array:
-        """What has the derivative: no rounding of a bias, no quotient of factors."""
+        """Computes the line to differentiate: no rounded bias, no quotient."""
         return acc * self.held + self.offset
 
 
 class _Kernel(NamedTuple):
-    """A weight as its product reads it: after moves."""
+    """A weight as its product reads it, after moves."""
 
     site: Site
     value: jax.Array  # Real, before the moves.
@@ -99,7 +99,7 @@ class _Kernel(NamedTuple):
 
 
 class Visitor(Protocol):
-    """What to do at a site: returns the value to go on with, and its grid if any."""
+    """A visitor of sites: each method returns the value to go on with, and its grid."""
 
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
         """Visits the input of the model or the end of a block.
@@ -108,13 +108,13 @@ class Visitor(Protocol):
         """
 
     def weight(self, site: Site, x: jax.Array, biases: "Biases" = list) -> Visit:
-        """Visits a weight; ``biases`` follow the products it is an operand of."""
+        """Visits a weight; ``biases`` follow the products of the weight."""
 
     def bias(self, site: Site, x: jax.Array) -> Visit:
-        """Visits a bias: without a grid and a word it gets that of its accumulator."""
+        """Visits a bias; without grid and word it gets the accumulator's grid."""
 
     def takes_factors(self, site: Site) -> bool:
-        """Whether the grid of a weight follows its values, so that it may be scaled."""
+        """Returns whether a weight's grid follows its values, which then may scale."""
 
 
 class Simulation:
@@ -122,13 +122,13 @@ class Simulation:
 
     Args:
       fn: ``fn(params, *inputs)``.
-      params: Its parameters.
-      inputs: Its inputs.
+      params: Parameters of ``fn``.
+      inputs: Inputs of ``fn``.
       split: Functions that end at a site whatever follows: `Constraints`.
       whole_norms: Whether a normalisation is one site though its parts would lower.
 
     Attributes:
-      sites: Its sites, in the order of the equations.
+      sites: Sites of the model, in the order of the equations.
       biases: The biases of its products.
     """
 
@@ -149,7 +149,7 @@ class Simulation:
         self._plan = describe(self._model, plan, names)
         self._arguments = [_unfolded(x) for _, x in leaves] + jax.tree.leaves(inputs)
         self._inputs = self._model.inputs[len(leaves) :]
-        # What is known comes first: a kernel is held by its bias and its BatchNorm.
+        # Known values come first: a kernel is held by its bias and its BatchNorm.
         known = set(self._model.avals) - data_of(self._model, self._inputs)
         order = sorted(
             self._model.equations, key=lambda e: not known.issuperset(e.outputs)
@@ -172,7 +172,7 @@ class Simulation:
         self.biases = tuple(self._plan.biases.values())
 
     def run(self, visitor: Visitor) -> Any:
-        """Returns what the model returns, computed on the values of the visitor."""
+        """Returns the output of the model, computed on the values of the visitor."""
         self._env: dict[int, Any] = dict(self._model.constants)
         self._grids: dict[int, QParams] = {}
         self._units: dict[int, Unit] = {}
@@ -237,7 +237,7 @@ class Simulation:
         self._follow(e)
 
     def _follow(self, e: Equation) -> None:
-        """What else there is to know of an equation before its sites are visited."""
+        """Updates other knowledge of an equation before its sites are visited."""
 
     def _visit(self, v: int) -> None:
         self._met.add(v)
@@ -282,7 +282,7 @@ class Simulation:
     # Scales per channel.
 
     def _align(self, v: int, name: str, scale: jax.Array, ends: Word) -> None:
-        """Gives a value one scale that holds all of it: the same value, more bits."""
+        """Puts a value on one scale that holds all channels exactly, in more bits."""
         grid = QParams(scale, jnp.int32(0))
         self._env[v] = qpoint_p.bind(
             self._env[v], *grid, *ends, site=f"{name}/aligned", rounding=half_even
@@ -290,7 +290,7 @@ class Simulation:
         self._grids[v], self._aligned[v] = grid, ends
 
     def _fold(self, e: Equation) -> None:
-        """Lets the kernel of a product take in the scales of the channels it reads."""
+        """Multiplies the scales of the input channels into the kernel of a product."""
         block = self._made_of_weights.get(e.outputs[0])
         if block is None or block.weight is None:
             return
@@ -314,7 +314,7 @@ class Simulation:
     def _scaled_kernel(
         self, kernel: "_Kernel", factor: jax.Array, shape: Sequence[int]
     ) -> tuple[jax.Array, QParams] | None:
-        """A weight times a factor on its grid, as the product reads it."""
+        """Returns a weight times a factor on its grid, as the product reads it."""
 
         def moved(x: Any) -> Any:
             for e in kernel.moves:
@@ -343,7 +343,7 @@ class Simulation:
         return moved(value), QParams(scale, zeros)
 
     def _carry(self, e: Equation) -> None:
-        """Takes weights through shape moves, and channels through what keeps them."""
+        """Takes weights through shape moves, and channels through moves of values."""
         x = next((v for v in e.inputs if v in self._kernels), None)
         if x is not None and e.primitive.name in SHAPE_MOVES and len(e.inputs) == 1:
             kernel = self._kernels[x]
@@ -370,7 +370,7 @@ class Simulation:
             self._channels[v] = own._replace(value=value, channel=index)
 
     def _moved(self, e: Equation) -> frozenset[int]:
-        """The outputs of a shape move, whatever the grid of its operand is."""
+        """Returns the outputs of a shape move, whatever the grid of its operand."""
         is_move = e.primitive.name in SHAPE_MOVES
         return frozenset(e.outputs) if is_move else frozenset()
 
@@ -406,17 +406,17 @@ class Simulation:
         self._align(out, name, *join_ends(scales, [self._aligned[v] for v in parts]))
 
     def _alone(self, v: int) -> Channels:
-        """A value with one scale as one channel."""
+        """Returns a value with one scale as one channel."""
         index = np.zeros((1,) * self._env[v].ndim, int)
         scale = self._grids[v].scale
         return Channels(self._env[v], scale, jnp.ones(1), index, *self._aligned[v])
 
     def _typed(self, v: int, x: Any) -> Any:
-        """A value in the type that it has in the trace."""
+        """Casts a value to its type in the trace."""
         return _of_type(x, self._model.avals[v].dtype)
 
     def _wide(self, block: Block, v: int) -> Any:
-        """The type in which the affine part of a block is one product and one sum.
+        """Returns the type in which a block computes one product and one sum.
 
         At least float32: half precision rounds once, at the end of the block.
         """
@@ -426,7 +426,7 @@ class Simulation:
 
     def _keep_grid(self, e: Equation) -> None:
         if is_quantizer(e):
-            return  # Its own grid is none that is known here.
+            return  # The own grid of a quantizer is unknown here.
         self._carry(e)
         x = next((v for v in e.inputs if v in self._grids), None)
         if x is None:
@@ -440,10 +440,10 @@ class Simulation:
                 zeros = move_scale(e, zero_point, self._model.shape(x))
                 self._grids[e.outputs[0]] = QParams(moved, zeros)
 
-    # What follows the products of a weight, before these are computed.
+    # Biases after the products of a weight, before these are computed.
 
     def _biases(self, v: int, rank: int) -> list[Bias]:
-        """The biases of all blocks that multiply by a weight of a known layout."""
+        """Returns the biases of all blocks that multiply by a weight as it lies."""
         found = []
         for block in self._products.values():
             order = self._order(block, v, rank) if block.weight == v else None
@@ -475,7 +475,7 @@ class Simulation:
         return found
 
     def _order(self, block: Block, leaf: int, rank: int) -> tuple[int, ...] | None:
-        """The axes of the operand of a product in the order of its weight's own.
+        """Returns the axes of a product's operand in the order of the weight's own.
 
         None if they are not the same axes.
         """
@@ -493,7 +493,7 @@ class Simulation:
         return order
 
     def _known(self, v: int) -> Any:
-        """A value that depends on parameters alone, which are not rounded for it."""
+        """Returns a value of parameters alone, which are not rounded for it."""
         if v not in self._raw:
             e = self._source[v]
             values = evaluate(e, *map(self._known, e.inputs))
@@ -503,7 +503,7 @@ class Simulation:
     # A block in the form that lowers exactly.
 
     def _fused(self, block: Block) -> list[jax.Array] | None:
-        """The affine part of a block as one bias and one factor; None if not on grids.
+        """Computes a block's affine part as one bias and one factor; None off grids.
 
             product:  y = (acc + bias) * factor,  bias on the grid of acc
             average:  y = sum of codes, with its `Unit`
@@ -537,7 +537,7 @@ class Simulation:
         return [straight(real if outer is None else real * outer, found)]
 
     def _hold_kernel(self, e: Equation) -> dict[int, jax.Array]:
-        """The kernel of a product in the unit that the bias of its block asks for."""
+        """Scales the kernel of a product to the unit that its bias asks for."""
         block = self._products.get(e.outputs[0])
         scale = None if block is None else self._accumulator_scale(block)
         if block is None or block.weight is None or scale is None:
@@ -573,7 +573,7 @@ class Simulation:
         scale: jax.Array,
         factor: jax.Array | None,
     ) -> jax.Array:
-        """``(value + bias) * factor``, the bias on the grid ``scale`` of a product."""
+        """Computes ``(value + bias) * factor`` with the bias on the grid ``scale``."""
         if bias is not None:
             value = value + self._rounded_bias(block, bias, scale)
         return value if factor is None else value * factor
@@ -581,7 +581,7 @@ class Simulation:
     def _rounded_bias(
         self, block: Block, bias: jax.Array, scale: jax.Array
     ) -> jax.Array:
-        """A bias on the grid of its accumulator, or as a quantizer of its own says."""
+        """Rounds a bias to the grid of its accumulator, or by its own quantizer."""
         own, site = self._own_bias(block), f"{block.name}/bias"
         if own is None:
             return fake_quant_bias(bias, scale, site=site)
@@ -590,7 +590,7 @@ class Simulation:
         return bias  # Lowering makes the accumulator as fine as it needs.
 
     def _own_bias(self, block: Block) -> Visit | None:
-        """What the quantizer of a bias makes of it, if it has one."""
+        """Returns the visit of a bias that has a quantizer of its own, if any."""
         first = block.affine[:1] if block.kind == "product" else []
         known = (self._biased.get(v) for e in first for v in e.inputs)
         return next((found for found in known if found is not None), None)
@@ -598,7 +598,7 @@ class Simulation:
     def _fused_average(
         self, block: Block, acc: int, factor: jax.Array
     ) -> list[jax.Array]:
-        """Sums codes: the ties of an average are exact only in integers."""
+        """Averages by a sum of codes, as ties of an average are exact in integers."""
         end, x = block.affine[-1].outputs[0], block.root.inputs[0]
         grid, value = self._grids.get(x), self._env[acc].astype(factor.dtype)
         if grid is None or grid.scale.ndim or block.value != end:
@@ -644,7 +644,7 @@ class Simulation:
         return [straight(real, found)]
 
     def _is_of_zeros(self, x: int) -> jax.Array | bool:
-        """Whether a value is a row of a table of zeros, whose site has no unit."""
+        """Returns whether a value is a row of a table of zeros, which has no unit."""
         while x not in self._tables and x in self._moves:
             x = self._moves[x]
         return jnp.all(self._env[self._tables[x]] == 0) if x in self._tables else False
@@ -652,13 +652,13 @@ class Simulation:
     def _scaled(
         self, site: Site, x: int, end: int, factor: jax.Array, grid: QParams
     ) -> jax.Array:
-        """A value times a factor that is the weight of a site: the product ``end``."""
+        """Multiplies a value by the weight of a site, for the product ``end``."""
         return self._env[x].astype(factor.dtype) * factor
 
     def _compose(
         self, block: Block, x: int, read: Callable[[int], Any] | None = None
     ) -> tuple[Any, Any, Any]:
-        """The affine equations as ``(x + before) * factor + after``; None: absent."""
+        """Composes affine equations to ``(x + before) * factor + after``."""
         before = factor = after = None
         dtype = self._wide(block, x)
         read = self._env.__getitem__ if read is None else read
@@ -682,7 +682,7 @@ class Simulation:
         return before, factor, after
 
     def _accumulator_scale(self, block: Block) -> jax.Array | None:
-        """``scale_x * scale_w`` in the rank of the product; None if there is none."""
+        """Returns ``scale_x * scale_w`` in the rank of the product, or None."""
         out = block.root.outputs[0]
         w = block.root.inputs[block.weight_operand]
         x = block.root.inputs[1 - block.weight_operand]
@@ -696,7 +696,7 @@ class Simulation:
 
 @jax.custom_jvp
 def _whole(x: jax.Array) -> jax.Array:
-    """Rounds what is whole but for float error; its derivative is 1."""
+    """Rounds values that are integers but for float error; its derivative is 1."""
     return jnp.round(x)
 
 
@@ -704,7 +704,7 @@ _whole.defjvp(lambda primals, tangents: (_whole(*primals), tangents[0]))
 
 
 def _scope(block: Block, plan: Plan) -> str:
-    """The module path of a block, and the sites that serve it, for error messages."""
+    """Returns the module path of a block and its sites, for error messages."""
     quoted = lambda k: plan.sites[k].name.replace("%", "%25").replace(",", "%2C")
     output = quoted(plan.activations[block.value])
     at = plan.weights.get(-1 if block.weight is None else block.weight)
@@ -720,7 +720,7 @@ def _hold(
     is_zero: jax.Array,
     sizes: tuple[int, ...],
 ) -> _Line:
-    """``(acc + before) * factor + after`` with a bias that int32 holds.
+    """Returns ``(acc + before) * factor + after`` with a bias that int32 holds.
 
         least = |before * factor + after| / (scale * 2^30)
 
@@ -730,11 +730,11 @@ def _hold(
 
     Args:
       factor: Constant in a channel; None: 1. So are the next two: absent.
-      before: What is added to the accumulator.
-      after: What is added to the product with the factor.
-      scale: Of the accumulator, per channel or `[]`.
+      before: Term that is added to the accumulator.
+      after: Term that is added to the product with the factor.
+      scale: Scale of the accumulator, per channel or `[]`.
       is_zero: Whether a channel of the kernel is, broadcasts against ``sizes``.
-      sizes: Of the channels: the rank of the accumulator, 1 where there are none.
+      sizes: Sizes of the channels: the rank of the accumulator, else 1.
 
     Returns:
       The line in both forms.
@@ -764,7 +764,7 @@ def _hold(
 
 
 def _rounded(x: jax.Array, share: jax.Array, grid: QParams, site: Site) -> jax.Array:
-    """A weight on its grid, times a share of it, on the same grid."""
+    """Multiplies a weight on a grid by a share, and rounds to the same grid."""
     ends = jnp.int32(-(2**31)), jnp.int32(2**31 - 1)
     x = x.astype(share.dtype) * share
     return qpoint_p.bind(x, *grid, *ends, site=site.name, rounding=half_even)
@@ -789,7 +789,7 @@ def _of_type(x: Any, dtype: Any) -> Any:
 
 
 def _join_index(e: Equation, parts: Sequence[Channels]) -> np.ndarray | None:
-    """The channels of parts in a row; None if they lie along two axes."""
+    """Returns the channels of joined parts; None if they lie along two axes."""
     axis = e.params["dimension"]
     if any(n > 1 for c in parts for d, n in enumerate(c.channel.shape) if d != axis):
         return None
@@ -803,7 +803,7 @@ def _join_index(e: Equation, parts: Sequence[Channels]) -> np.ndarray | None:
 
 
 def _exceeds(shape: Sequence[int], sizes: Sequence[int]) -> bool:
-    """Whether a shape has places where ``sizes`` is 1."""
+    """Returns whether a shape has more than one place where ``sizes`` is 1."""
     whole = (1,) * (len(sizes) - len(shape)) + tuple(shape)
     return any(n != 1 and m == 1 for n, m in zip(whole, sizes, strict=True))
 
@@ -813,10 +813,10 @@ def _ranked(x: jax.Array, rank: int) -> jax.Array:
 
 
 def _unfolded(x: Any) -> Any:
-    """Keeps the compiler from folding what is computed from a parameter.
+    """Keeps the compiler from folding computations of a parameter.
 
-    What XLA folds comes out an ulp apart from what it computes (``rsqrt``: 18 % of the
-    values, JAX 0.10.2 on the CPU), and lowering must meet the same numbers.
+    Values that XLA folds are an ulp apart from those that it computes (``rsqrt``: 18 %
+    of the values, JAX 0.10.2 on the CPU), and lowering must meet the same numbers.
     """
     real = jnp.issubdtype(jax.dtypes.result_type(x), jnp.floating)
     return lax.optimization_barrier(x) if real else x

@@ -1,4 +1,4 @@
-"""What a site is: the layer it belongs to, the operation, who reads its value."""
+"""The descriptions of sites: their layer, their operation, their readers."""
 
 import collections
 import dataclasses
@@ -22,12 +22,12 @@ _BOUNDS = {
 
 
 def describe(model: Trace, plan: Plan, names: Sequence[str]) -> Plan:
-    """Fills in what rules, presets and configs ask of a site.
+    """Completes the facts of a site that rules, presets and configs ask for.
 
     Args:
       model: Trace that the plan is of.
       plan: Sites with names, roles and shapes.
-      names: Of the parameters, which are the first inputs of the trace.
+      names: Names of the parameters, which are the first inputs of the trace.
 
     Returns:
       The plan with whole sites.
@@ -117,7 +117,7 @@ class _Describer:
         )
 
     def _weight_site(self, block: Block) -> int | None:
-        """The site of the factor of a block."""
+        """Returns the site of the factor of a block."""
         if block.weight is None:
             return block.scale_site
         return self.plan.weights[block.weight]
@@ -128,7 +128,7 @@ class _Describer:
         return site._replace(layer=layer, op=op, inputs=inputs)
 
     def _origins(self, values: Iterable[int]) -> frozenset[int]:
-        """The activation sites that values are made of, up to the nearest ones."""
+        """Returns the nearest activation sites that values are made of."""
         return frozenset().union(*map(self._origin, values))
 
     def _origin(self, value: int) -> frozenset[int]:
@@ -149,7 +149,7 @@ class _Describer:
         return known[value]
 
     def _reads(self, block: Block) -> tuple[str, ...]:
-        """The site of each operand of a block that is data."""
+        """Returns the site of each operand of a block that is data."""
         sites, found = self.plan.sites, []
         for v in block.root.inputs:
             origins = self._origin(v) if self.model.is_real(v) else frozenset()
@@ -162,7 +162,7 @@ class _Describer:
     def _overwritten(
         self, block: Block, sites: Sequence[Site], feeds: dict[int, list[str]]
     ) -> str:
-        """The first operand of a block that a runtime may compute it in the place of.
+        """Returns the first operand that a runtime may overwrite with the value.
 
         It has the shape of the value, is read there alone, and as it is; an example has
         more than one number, and the model is neither given the operand nor does it
@@ -189,13 +189,13 @@ class _Describer:
         return ""
 
     def _op(self, block: Block) -> str:
-        """The name of what a block computes, by the value of its weight too."""
+        """Returns the name of a block's operation, by the value of its weight too."""
         if block.weight is not None and self._is_interpolation(block):
             return "resize"
         return op_of(self.model, block)
 
     def _is_interpolation(self, block: Block) -> bool:
-        """Whether a product averages its operand, with weights that sum to 1."""
+        """Returns whether a product averages its operand by weights that sum to 1."""
         e = block.root
         if e.primitive.name != "dot_general":
             return False
@@ -207,7 +207,7 @@ class _Describer:
         return bool(np.all(weight >= 0) and np.allclose(total, 1, atol=1e-5))
 
     def _number(self, v: int) -> np.ndarray | None:
-        """A value that is computed of constants alone; None for others."""
+        """Returns a value that is computed of constants alone; None for others."""
         todo, needed = [v], []
         while todo:
             u = todo.pop()
@@ -228,12 +228,12 @@ class _Describer:
         return constant_of(self.model, v) if found is None else np.asarray(found)
 
     def _is_log_softmax(self, e: Equation) -> bool:
-        """Whether ``e`` is ``x - log(sum(exp(x)))``."""
+        """Returns whether ``e`` is ``x - log(sum(exp(x)))``."""
         total = self._after(e.inputs[1], "log", "reduce_sum", "exp")
         return total is not None and total.inputs[0] == e.inputs[0]
 
     def _is_l2_normalize(self, e: Equation) -> bool:
-        """Whether ``e`` divides ``x`` by the square root of its sum of squares."""
+        """Returns whether ``e`` divides ``x`` by the root of its sum of squares."""
         root = "rsqrt" if e.primitive.name == "mul" else "sqrt"
         for x, v in (e.inputs, e.inputs[::-1]) if root == "rsqrt" else (e.inputs,):
             total = self._after(v, root, "reduce_sum")
@@ -243,7 +243,7 @@ class _Describer:
         return False
 
     def _after(self, v: int, *names: str) -> Equation | None:
-        """The last of some equations, each of what the one before is made of."""
+        """Returns the last equation of a chain back from ``v``, by names; else None."""
         e = None
         for name in names:
             e = self._before(v)
@@ -253,7 +253,7 @@ class _Describer:
         return e
 
     def _before(self, v: int) -> Equation | None:
-        """What made a value, seen through moves and bounds by a constant."""
+        """Returns the equation behind a value, through moves and constant bounds."""
         e, passed = self.source.get(v), (*SHAPE_MOVES, "max", "add")
         is_known = lambda u: constant_of(self.model, u, self.source) is not None
         while e is not None and e.primitive.name in passed:
@@ -264,12 +264,12 @@ class _Describer:
         return e
 
     def _top(self, block: Block) -> str:
-        """The modules around the one whose parameters a block has: ``CNN/``."""
+        """Returns the modules around the one with the block's parameters: ``CNN/``."""
         path, name = block.root.path, block.name
         return path[: -len(name)] if name and path.endswith("/" + name) else ""
 
     def _layer(self, block: Block) -> str:
-        """The module without parameters where a value is made; empty if none."""
+        """Returns the module without parameters that makes a value, or ""."""
         if block.weight is not None and not block.bounds:
             return ""
         path = (block.end or block.root).path
@@ -290,7 +290,7 @@ class _Describer:
 
 
 def op_of(model: Trace, block: Block) -> str:
-    """Returns the name of what a block computes: conv, dense, residual, mean, gelu."""
+    """Returns the name of a block's operation: conv, dense, residual, mean, gelu."""
     e = block.root
     if block.kind != "product":
         return MEANS.get(block.kind, block.kind) if block.affine else block.kind

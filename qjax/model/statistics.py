@@ -46,7 +46,7 @@ class _Finder:
         return found
 
     def _statistics_from(self, root: Equation) -> set[int] | None:
-        """What follows from a sum until it meets its own data.
+        """Returns the values from a sum on until they meet the data of the sum.
 
         None if it never does, or if it is used as data.
         """
@@ -72,7 +72,7 @@ class _Finder:
         return sum(n > 1 for n in self.model.shape(v)) <= 1
 
     def _pointwise(self, v: int) -> Iterator[int]:
-        """``v`` and the data of its shape that it was computed from pointwise."""
+        """Yields ``v`` and the data of its shape that it is a pointwise function of."""
         todo, seen = [v], {v}
         while todo:
             v = todo.pop()

@@ -24,7 +24,7 @@ WHOLE = "qjax.whole."  # A call with the kind of what it computes whole behind i
 _QUANTIZER = re.compile(re.escape(SCOPE) + r"(\w+)")
 _CALLS = (p.jit_p, p.closed_call_p, p.remat_p)
 _DERIVATIVE_CALLS = (p.custom_jvp_call_p, p.custom_vjp_call_p)
-CALLS = (p.jit_p, *_DERIVATIVE_CALLS)  # That a trace may keep whole.
+CALLS = (p.jit_p, *_DERIVATIVE_CALLS)  # Calls that a trace may keep whole.
 AFFINE = frozenset("add sub mul div neg".split())
 BOUNDS = frozenset("max min clamp".split())
 POINTWISE = frozenset(
@@ -45,9 +45,9 @@ class Equation:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     path: str  # Module path: the name stack. Empty where the tracer knew none.
-    # Where it was written, as JAX has it: `qjax.model.origin` reads it.
+    # JAX's source information, which `qjax.model.origin` reads.
     source: Any = dataclasses.field(default=None, compare=False, repr=False)
-    # Whether `quantize_model` put the quantization points.
+    # True if `quantize_model` put the quantization points.
     is_simulated: bool = dataclasses.field(default=False, compare=False, repr=False)
 
     def __str__(self):
@@ -65,21 +65,21 @@ class Equation:
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """Equations in order. Values are numbers; ``avals`` gives their types."""
+    """A program: equations in order over numbered values, with types in ``avals``."""
 
     equations: tuple[Equation, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     constants: dict[int, Any]
     avals: dict[int, Any]
-    names: tuple[str, ...] = ()  # Of the inputs: input 0, input:1['image'].
+    names: tuple[str, ...] = ()  # Names of the inputs: input 0, input:1['image'].
 
     def shape(self, value: int) -> tuple[int, ...]:
-        """The shape of a value."""
+        """Returns the shape of a value."""
         return self.avals[value].shape
 
     def is_real(self, value: int) -> bool:
-        """Whether a value is of a floating-point type."""
+        """Returns whether a value has a floating-point type."""
         return jax.numpy.issubdtype(self.avals[value].dtype, np.floating)
 
 
@@ -107,7 +107,7 @@ def trace(
 
 
 def is_key(x: Any) -> bool:
-    """Whether a value is a typed key of ``jax.random``: no array of numbers."""
+    """Returns whether a value is a typed key of ``jax.random``, no array of numbers."""
     dtype = getattr(x, "dtype", None)
     return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
 
@@ -129,12 +129,12 @@ def evaluate(equation: Equation, *values: Any) -> Sequence[Any]:
 
 
 def _inner(e: Any) -> Any:
-    """What a call calls."""
+    """Returns the function inside a call."""
     return e.params["jaxpr" if "jaxpr" in e.params else "call_jaxpr"]
 
 
 def _called(e: Any) -> Any:
-    """The jaxpr of a call."""
+    """Returns the jaxpr of a call."""
     return getattr(_inner(e), "jaxpr", _inner(e))
 
 
@@ -143,7 +143,7 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
     constants: dict[int, Any] = {}
     avals: dict[int, Any] = {}
     equations: list[Equation] = []
-    data: set[int] = set()  # What depends on an argument.
+    data: set[int] = set()  # Values that depend on an argument.
     inlined = _CALLS if keep_derivatives else _CALLS + _DERIVATIVE_CALLS
 
     def number(aval: Any) -> int:
@@ -172,7 +172,7 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
             inputs = [read(v) for v in eqn.invars]
             stack = _QUANTIZER.sub(r"\1", str(eqn.source_info.name_stack))
             here = "/".join(s for s in (path, stack) if s)
-            # What is inside of a call that JAX has cached names its first caller.
+            # Equations inside of a call that JAX has cached name its first caller.
             origin = eqn.source_info if source is None else source
             is_kept = bool(whole_of(eqn)) or (keep_derivatives and _is_function(eqn))
             if eqn.primitive is p.concatenate_p:  # Pieces of length 0 are none.
@@ -202,7 +202,7 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
                 outputs = [number(v.aval) for v in eqn.outvars]
                 parts: Any = [(inputs, outputs)]
                 if eqn.primitive.name == "optimization_barrier":
-                    # It returns each of its operands: as many moves of one value.
+                    # A call that returns its operands is as many moves of one value.
                     parts = zip(zip(inputs), zip(outputs), strict=True)
                 for own, made in parts:
                     if not data.isdisjoint(own):
@@ -215,12 +215,12 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
         return [read(v) for v in jaxpr.outvars]
 
     def known_number(v: int) -> int | None:
-        """The value of a number that does not depend on an argument."""
+        """Returns a number that does not depend on an argument, or None."""
         value = None if v in data else known_value(v)
         return None if value is None else int(value)
 
     def known_value(v: int) -> Any:
-        """A value that does not depend on an argument; None if a tracer is in it."""
+        """Returns a value that depends on no argument; None if it has a tracer."""
         if v in constants:
             return None if isinstance(constants[v], jax.core.Tracer) else constants[v]
         e = next(e for e in reversed(equations) if v in e.outputs)
@@ -258,7 +258,7 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
 
 
 def expansion(eqn: Any, keep_derivatives: bool) -> Callable[..., Any] | None:
-    """Returns what an equation is made of simpler ones; None if it stays.
+    """Returns the computation of an equation by simpler ones; None if it stays.
 
     Stacks and tiles are concatenations and broadcasts. A scan of few steps is unrolled
     where it is lowered; as a part of a model that is trained it stays.
@@ -278,7 +278,7 @@ def expansion(eqn: Any, keep_derivatives: bool) -> Callable[..., Any] | None:
     return _unrolled(params) if is_short and not keep_derivatives else None
 
 
-MOST_STEPS = 256  # Of a scan that is unrolled.
+MOST_STEPS = 256  # Most steps of a scan that is unrolled.
 
 
 def _tiled(x: jax.Array, reps: Sequence[int]) -> jax.Array:
@@ -292,7 +292,7 @@ def _tiled(x: jax.Array, reps: Sequence[int]) -> jax.Array:
 
 
 def _unrolled(params: Mapping[str, Any]) -> Callable[..., list[Any]]:
-    """A scan as a Python loop."""
+    """Returns a scan as a Python loop."""
     step, length = jex.jaxpr_as_fun(params["jaxpr"]), params["length"]
     first, kept = params["num_consts"], params["num_carry"]
     order = range(length)[::-1] if params["reverse"] else range(length)
@@ -323,7 +323,7 @@ def _prune(trace: Trace) -> Trace:
 
 
 def _is_function(eqn: Any) -> bool:
-    """Whether an equation calls an elementwise function that is no line, no bound."""
+    """Returns whether an equation calls an elementwise function, no line or bound."""
     if eqn.primitive is not p.jit_p:
         return False
     if str(eqn.params["name"]).startswith(SCOPE):
@@ -348,7 +348,7 @@ def whole_of(e: Any) -> str:
 
 
 def _has_quantizer(eqn: Any) -> bool:
-    """Whether a call has an equation of a quantizer inside."""
+    """Returns whether a call has an equation of a quantizer inside."""
     jaxprs = [getattr(j, "jaxpr", j) for j in jex.jaxprs_in_params(eqn.params)]
     inner = [e for jaxpr in jaxprs for e in jaxpr.eqns]
     return any(
@@ -357,7 +357,7 @@ def _has_quantizer(eqn: Any) -> bool:
 
 
 def _with_quantizers(jaxpr: Any) -> list[Any]:
-    """The equations of a jaxpr, those of each quantizer as one call."""
+    """Returns the equations of a jaxpr, those of each quantizer as one call."""
     marks = [_mark(eqn) for eqn in jaxpr.eqns]
     found: list[Any] = []
     at = 0
@@ -390,7 +390,7 @@ def _connected(eqns: Sequence[Any]) -> list[list[Any]]:
 
 
 def _as_call(jaxpr: Any, eqns: Sequence[Any], name: str) -> Any:
-    """Equations of a jaxpr as one equation, a jitted call of this name."""
+    """Returns equations of a jaxpr as one equation, a jitted call with a name."""
     made = {v for eqn in eqns for v in eqn.outvars}
     reads = [v for eqn in eqns for v in eqn.invars if not isinstance(v, jex.Literal)]
     inputs = [v for v in dict.fromkeys(reads) if v not in made]
@@ -420,7 +420,7 @@ def kinds_of(jaxpr: Any, is_known: Sequence[bool] = (False,)) -> set[str] | None
     """Returns the kinds of the equations of an elementwise function.
 
     Args:
-      jaxpr: Of the function.
+      jaxpr: Jaxpr of the function.
       is_known: By argument, whether it is a number that does not depend on data.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Visitors of a simulation: what happens to the values at its sites."""
+"""Visitors of a simulation, which see or round the values at its sites."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from qjax.quantizers.spec import Spec
 from qjax.schemes.patterns import Site
 from qjax.schemes.scheme import Scheme
 
-# Of a weight: times that of its input it is no denormal number, which counts as 0.
+# Least scale of a weight; times that of its input it is no denormal number.
 _LEAST_SCALE = 2.0**-96
 
 
@@ -27,12 +27,12 @@ QState = dict[str, Any]  # Name of an activation site -> state of its calibrator
 
 @dataclasses.dataclass(frozen=True)
 class Recorder:
-    """Leaves values in float and remembers them by site."""
+    """A visitor that leaves values in float and records them by site."""
 
     values: dict[str, jax.Array]
 
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
-        """Remembers the values."""
+        """Records the values of a site."""
         x = x if unit is None else x * unit.per(1.0)
         self.values[site.name] = x
         return Visit(x)
@@ -52,7 +52,7 @@ class Recorder:
 
 @dataclasses.dataclass(frozen=True)
 class Quantizer:
-    """Puts values on the grids of a scheme.
+    """A visitor that puts values on the grids of a scheme.
 
     Attributes:
       leaders: Name of a site -> the site whose grid it has, if it is not its own.
@@ -63,7 +63,7 @@ class Quantizer:
     leaders: Mapping[str, Site] = dataclasses.field(default_factory=dict)
 
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
-        """Rounds to the grid that the state has a range for, or to a known one."""
+        """Rounds to the grid of the state's range, or to a known grid."""
         spec = self.scheme.spec(site)
         if not isinstance(spec, QSpec):
             x = x if unit is None else x * unit.per(1.0)
@@ -87,18 +87,18 @@ class Quantizer:
         return Visit(codes * params.scale.astype(x.dtype), params, word)
 
     def bias(self, site: Site, x: jax.Array) -> Visit:
-        """Rounds by a quantizer; an affine word waits for the accumulator."""
+        """Rounds a bias by a quantizer; an affine word waits for the accumulator."""
         spec = self.scheme.bias_spec(site)
         if isinstance(spec, QSpec):
             return Visit(x, None, spec)
         return self._apply(site, x, spec)
 
     def takes_factors(self, site: Site) -> bool:
-        """Whether the range of a weight is found in its values."""
+        """Returns whether the range of a weight is found in its values."""
         return isinstance(self.scheme.spec(site), QSpec)
 
     def weight(self, site: Site, x: jax.Array, biases: Biases = list) -> Visit:
-        """Rounds to the grid of the weight's own range."""
+        """Rounds a weight to the grid of its own range."""
         spec = self.scheme.spec(site)
         if not isinstance(spec, QSpec):
             return self._apply(site, x, spec)
@@ -106,13 +106,13 @@ class Quantizer:
         least = self._least_scale(spec, scale, biases)
         if least is not None:
             low, high = reduce_range(x, spec.axis)
-            is_zero = (low == 0) & (high == 0) & (least > 0)  # It has scale 1.
+            is_zero = (low == 0) & (high == 0) & (least > 0)  # The scale is 1.
             scale = jnp.where(is_zero, least, jnp.maximum(scale, least))
         params = QParams(jnp.maximum(scale, _LEAST_SCALE), zero_point)
         return Visit(self._round(site, x, params, spec), params)
 
     def _grid(self, site: Site, spec: QSpec) -> QParams:
-        """The grid of a site, or of the one that leads it."""
+        """Returns the grid of a site, or of the site that leads it."""
         leader = self.leaders.get(site.name, site)
         calibrator = self.scheme.site_calibrator(leader)
         state = self.qstate[leader.name]
@@ -130,7 +130,7 @@ class Quantizer:
     def _least_scale(
         self, spec: QSpec, scale: jax.Array, biases: Biases
     ) -> jax.Array | None:
-        """The scale that a weight needs at least for what its constraints say.
+        """Returns the least scale of a weight under its constraints, if any.
 
             scale >= |bias| / (scale_x * qmax of the bias)
             scale >= least_range / (|factor| * qmax)
@@ -156,7 +156,7 @@ class Quantizer:
         return functools.reduce(jnp.maximum, (_over(f, scale) for f in floors))
 
     def _apply(self, site: Site, x: jax.Array, spec: Spec | None) -> Visit:
-        """A quantizer that finds its grid by itself; None: no quantizer."""
+        """Rounds by a quantizer that finds its own grid; None leaves the value."""
         if spec is None:
             return Visit(x)
         value = quantizers.apply(spec, x, site=site.name)
@@ -171,10 +171,10 @@ class Quantizer:
 
 @dataclasses.dataclass(frozen=True)
 class Updater(Quantizer):
-    """Shows values to the calibrators of its state before it rounds them."""
+    """A visitor that updates the calibrators of a state, then rounds by it."""
 
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
-        """Moves the range of the site, then rounds by it."""
+        """Updates the range of the site, then rounds by it."""
         spec = self.scheme.spec(site)
         if isinstance(spec, QSpec) and site.name in self.qstate:
             real = jax.lax.stop_gradient(x if unit is None else x * unit.per(1.0))
@@ -187,9 +187,9 @@ class Updater(Quantizer):
 def _filled(
     params: QParams, calibrator: Calibrator, state: Any, spec: QSpec
 ) -> QParams:
-    """Gives channels whose range is empty the scale of the widest.
+    """Gives channels with an empty range the scale of the widest channel.
 
-    Theirs is 1 whatever the word is; beside it others may be of no account.
+    An empty range has scale 1 in every word; beside it others may be of no account.
     """
     words = (dataclasses.replace(spec, bits=bits) for bits in (4, 5))
     ones = [calibrator.params(state, word).scale == 1 for word in words]
@@ -202,7 +202,7 @@ def _filled(
 
 
 def _over(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """The largest of some numbers for each scale of a weight."""
+    """Returns the maximum of numbers over all that shares a scale of a weight."""
     if not scale.ndim or not jnp.ndim(x):
         return jnp.max(x)
     over = tuple(d for d, n in enumerate(scale.shape) if n == 1)
@@ -210,6 +210,6 @@ def _over(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _is_fresh(state: Any) -> bool:
-    """Whether a state is known, and has seen no batch."""
+    """Returns whether a state is known and has seen no batch."""
     is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(state))
     return not is_traced and bool(np.all(np.asarray(getattr(state, "step", 1)) == 0))

@@ -1,4 +1,13 @@
-"""Quantizer families as pure functions of arrays and one frozen spec."""
+"""Quantizer families as pure functions of arrays and one frozen spec.
+
+Functions of quantizers share two arguments:
+
+    key        Key of ``jax.random``, for stochastic rounding and random quantizers;
+               None for the deterministic form, which rounds to the nearest.
+    estimator  Backward pass of `qjax.estimators` for the rounding, in place of the
+               quantizer's own; a curve before the rounding, such as a relu, and
+               learned arrays keep theirs.
+"""
 
 from qjax.quantizers import quantizeml
 from qjax.quantizers.activations import (

@@ -26,42 +26,42 @@ InternalSigmoid = Literal["hard", "smooth", "real"]
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class HardSigmoid(Spec):
-    """Options of `hard_sigmoid`: none."""
+    """The options of `hard_sigmoid`: none."""
 
     name: ClassVar[str] = "hard_sigmoid"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SmoothSigmoid(Spec):
-    """Options of `smooth_sigmoid`: none."""
+    """The options of `smooth_sigmoid`: none."""
 
     name: ClassVar[str] = "smooth_sigmoid"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class BinarySigmoid(Spec):
-    """Options of `binary_sigmoid`: none."""
+    """The options of `binary_sigmoid`: none."""
 
     name: ClassVar[str] = "binary_sigmoid"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class HardTanh(Spec):
-    """Options of `hard_tanh`: none."""
+    """The options of `hard_tanh`: none."""
 
     name: ClassVar[str] = "hard_tanh"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SmoothTanh(Spec):
-    """Options of `smooth_tanh`: none."""
+    """The options of `smooth_tanh`: none."""
 
     name: ClassVar[str] = "smooth_tanh"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class BinaryTanh(Spec):
-    """Options of `binary_tanh`: none."""
+    """The options of `binary_tanh`: none."""
 
     name: ClassVar[str] = "binary_tanh"
 
@@ -97,7 +97,7 @@ def binary_tanh(x: jax.Array) -> jax.Array:
 
 
 def internal_sigmoid(mode: InternalSigmoid) -> Callable[[jax.Array], jax.Array]:
-    """Returns the sigmoid that other quantizers are made of.
+    """Returns the sigmoid from which other quantizers are made.
 
     Raises:
       ValueError: for another word than "hard", "smooth" or "real".

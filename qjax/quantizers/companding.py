@@ -1,4 +1,4 @@
-"""Companding: levels that are not equally far apart."""
+"""Companding quantizers, whose levels are unequally spaced."""
 
 import dataclasses
 from typing import ClassVar
@@ -18,16 +18,16 @@ from qjax.rounding import power_of_two
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedUlaw(Spec):
-    """Options of `quantized_ulaw`.
+    """The options of `quantized_ulaw`.
 
     Attributes:
       bits: Word length, sign included, 1 to 24.
       integer: Bits before the binary point.
       symmetric: Whether the least value is one step above ``-2^integer``.
       u: The strength of the curve, positive.
-      use_stochastic_rounding: With a key.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       internal_sigmoid: "hard", "smooth" or "real".
-      strict: As in `QuantizedBits`.
+      strict: Same as in `QuantizedBits`.
     """
 
     name: ClassVar[str] = "quantized_ulaw"
@@ -41,7 +41,7 @@ class QuantizedUlaw(Spec):
     strict: bool = static(True, kw_only=True)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_word(self, most=24)
         check_number(self, "u", "positive", 0, is_open=True)
 
@@ -53,7 +53,7 @@ def quantized_ulaw(
     key: jax.Array | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
-    """Rounds on the levels of the u-law: QKeras's `quantized_ulaw`.
+    """Rounds to the levels of the u-law: QKeras's `quantized_ulaw`.
 
         q = round(sigmoid(x / 2^integer) * m),  r = 2 q / m - 1,  m = 2^(bits - 1)
         v = sign(r) * log(1 + u |r|) / log(1 + u)
@@ -66,9 +66,8 @@ def quantized_ulaw(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding; None rounds to the nearest, half
-        to even.
-      estimator: Backward pass, of `qjax.estimators`, of the rounding.
+      key: Key for stochastic rounding; see `qjax.quantizers`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Values among the levels, shape and dtype of ``x``. NaN stays NaN.
@@ -103,7 +102,7 @@ def _ulaw_point(spec: QuantizedUlaw, key: jax.Array | None, x: jax.Array) -> Poi
 def _expand(
     codes: jax.Array, m: jax.Array, u: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Takes codes to ``r`` and ``v`` of the formula."""
+    """Returns ``r`` and ``v`` of the formula for codes."""
     r = codes * (2.0 / m) - 1.0
     return r, jnp.sign(r) * jnp.log(1.0 + u * jnp.abs(r)) / jnp.log(1.0 + u)
 

@@ -29,20 +29,20 @@ from qjax.rounding import power_of_two
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedRelu(Spec):
-    """Options of `quantized_relu`.
+    """The options of `quantized_relu`.
 
     Attributes:
       bits: Word length, 1 to 31. A negative slope takes one of them.
       integer: Bits before the binary point.
       use_sigmoid: Whether values are rounded after a sigmoid.
       negative_slope: 0, or a power of two.
-      use_stochastic_rounding: With a key.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       relu_upper_bound: Largest value; it counts only without ``is_quantized_clip``.
       is_quantized_clip: Whether the derivative ends at the largest code.
       qnoise_factor: Share of the quantized value, 0 to 1.
       use_ste: Whether the quantized value has a derivative.
       internal_sigmoid: "hard", "smooth" or "real", of ``use_sigmoid``.
-      strict: As in `QuantizedBits`.
+      strict: Same as in `QuantizedBits`.
     """
 
     name: ClassVar[str] = "quantized_relu"
@@ -60,7 +60,7 @@ class QuantizedRelu(Spec):
     strict: bool = static(True, kw_only=True)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_word(self, most=31)
         check_slope(self)
         slope = self.negative_slope
@@ -79,7 +79,7 @@ class QuantizedRelu(Spec):
         require(self, not self.strict or self.is_bound_on_grid(), rule)
 
     def is_bound_on_grid(self) -> bool:
-        """Whether the largest value is a multiple of the step, as far as is known."""
+        """Returns whether the bound is a multiple of the step, as far as is known."""
         bound, slope = self.relu_upper_bound, self.negative_slope
         numbers = (bound, slope, self.bits, self.integer)
         if bound is None or self.is_quantized_clip or not is_known(*numbers):
@@ -114,10 +114,8 @@ def quantized_relu(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding; None rounds to the nearest, half
-        to even.
-      estimator: Backward pass, of `qjax.estimators`, of the rounding; the relu keeps
-        its own derivative.
+      key: Key for stochastic rounding; see `qjax.quantizers`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Values on the grid, shape and dtype of ``x``. NaN stays NaN.
@@ -135,11 +133,11 @@ def quantized_relu(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedTanh(Spec):
-    """Options of `quantized_tanh`.
+    """The options of `quantized_tanh`.
 
     Attributes:
       bits: Word length, sign included, 1 to 24.
-      use_stochastic_rounding: With a key.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       symmetric: Whether the least code is left out.
       use_real_tanh: Whether the curve is the hyperbolic tangent.
       internal_sigmoid: "hard", "smooth" or "real": the curve is ``2 sigmoid(x) - 1``.
@@ -154,7 +152,7 @@ class QuantizedTanh(Spec):
     internal_sigmoid: InternalSigmoid = static("hard", kw_only=True)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_word(self, most=24)
 
 
@@ -175,9 +173,8 @@ def quantized_tanh(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding; None rounds to the nearest, half
-        to even.
-      estimator: Backward pass, of `qjax.estimators`, of the rounding.
+      key: Key for stochastic rounding; see `qjax.quantizers`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Values on the grid, shape and dtype of ``x``. NaN stays NaN.
@@ -195,13 +192,13 @@ def quantized_tanh(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedSigmoid(Spec):
-    """Options of `quantized_sigmoid`.
+    """The options of `quantized_sigmoid`.
 
     Attributes:
       bits: Word length, 1 to 24.
       symmetric: Whether code 0 is left out.
       use_real_sigmoid: Whether the curve is the logistic function.
-      use_stochastic_rounding: With a key.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       internal_sigmoid: "hard", "smooth" or "real".
     """
 
@@ -214,7 +211,7 @@ class QuantizedSigmoid(Spec):
     internal_sigmoid: InternalSigmoid = static("hard", kw_only=True)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_word(self, most=24)
 
 
@@ -234,9 +231,8 @@ def quantized_sigmoid(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding; None rounds to the nearest, half
-        to even.
-      estimator: Backward pass, of `qjax.estimators`, of the rounding.
+      key: Key for stochastic rounding; see `qjax.quantizers`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Values on the grid, shape and dtype of ``x``. NaN stays NaN.
@@ -253,19 +249,19 @@ def quantized_sigmoid(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedHswish(Spec):
-    """Options of `quantized_hswish`: those of `QuantizedBits` that apply, and a curve.
+    """The options of `quantized_hswish`: most of `QuantizedBits`, and the curve's.
 
     Attributes:
       bits: Word length, sign included, 1 to 32.
       integer: Bits before the binary point.
       symmetric: Whether the least code is left out.
-      alpha: As in `QuantizedBits`.
-      use_stochastic_rounding: With a key.
+      alpha: Same as in `QuantizedBits`.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       scale_axis: Axis or axes with scales of their own; None: the last.
       qnoise_factor: Share of the quantized value, 0 to 1.
-      relu_shift: Where the curve leaves 0, times -1. Positive.
+      relu_shift: Place where the curve leaves 0, times -1. Positive.
       relu_upper_bound: Width of the bend. Positive.
-      strict: As in `QuantizedBits`.
+      strict: Same as in `QuantizedBits`.
     """
 
     name: ClassVar[str] = "quantized_hswish"
@@ -282,7 +278,7 @@ class QuantizedHswish(Spec):
     strict: bool = static(True, kw_only=True)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_word(self)
         check_alpha(self)
         check_number(self, "relu_shift", "positive", 0, is_open=True)
@@ -305,8 +301,8 @@ def quantized_hswish(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding; None rounds to the nearest.
-      estimator: Backward pass, of `qjax.estimators`, of the rounding.
+      key: Key for stochastic rounding; see `qjax.quantizers`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Values on the grid, shape and dtype of ``x``. NaN stays NaN.
@@ -399,7 +395,7 @@ def _curve_point(
     levels: jax.Array,
     low: jax.Array,
 ) -> Point:
-    """Rounds a curve to ``1 / levels``; no derivative where that is clipped."""
+    """Rounds a curve to ``1 / levels``, without derivative where it is clipped."""
     held = lax.stop_gradient(real)
     steps, scale, high = held * levels, 1.0 / levels, levels - 1.0
     whole = round_steps(steps, key)

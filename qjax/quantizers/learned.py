@@ -1,7 +1,8 @@
-"""Quantizers that learn their grid: scale, offset, clip, or number of bits.
+"""Quantizers that learn their grid: scale, offset, clip, or bit width.
 
-What is learned is an argument, an array with a gradient of its own; the options are a
-frozen spec. Codes are those of `qjax.quantize`: ``clip(round(x / s) + z, qmin, qmax)``.
+Each learned number is an argument, an array with a gradient of its own; the options are
+a frozen spec. Codes are those of `qjax.quantize`:
+``clip(round(x / s) + z, qmin, qmax)``.
 """
 
 import dataclasses
@@ -28,14 +29,14 @@ from qjax.quantizers.spec import Spec, check_number, static
 from qjax.quantizers.words import as_float, check_word, settled
 from qjax.rounding import int_range, power_of_two
 
-_LEAST = 2.0**-64  # What a scale counts for that training took below it.
+_LEAST = 2.0**-64  # Least scale, in place of one that training took below it.
 
 Axes = int | tuple[int, ...] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LSQ(Spec):
-    """Options of `lsq`.
+    """The options of `lsq`.
 
     Attributes:
       bits: Word length, sign included, 2 to 24 (1 to 24 unsigned).
@@ -44,7 +45,7 @@ class LSQ(Spec):
       axis: The axis or axes with scales of their own; None for one scale.
       gradient_scale: Factor of the gradient of the scale; "auto" for
         ``1 / sqrt(n * qmax)`` with ``n`` values per scale.
-      use_stochastic_rounding: With a key.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       qnoise_factor: Share of the quantized value, 0 to 1.
     """
 
@@ -59,7 +60,7 @@ class LSQ(Spec):
     qnoise_factor: ArrayLike = 1.0
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         _check_learned(self)
 
 
@@ -71,7 +72,7 @@ def lsq(
     key: jax.Array | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
-    """Learned step size: rounds on a grid whose scale has a gradient.
+    """Rounds to a grid whose scale has a gradient: learned step size.
 
         u = x / s,  y = s * clip(round(u), qmin, qmax)
         dx = dy where qmin < u < qmax, else 0
@@ -84,8 +85,8 @@ def lsq(
       scale: ``s``, positive, shape ``[]``; with ``spec.axis`` the rank of ``x`` with
         size 1 elsewhere. Start from `lsq_scale`. Below 2^-64 it counts as that.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding; None rounds half to even.
-      estimator: Backward pass of ``x``, of `qjax.estimators`.
+      key: Key for stochastic rounding; see `qjax.quantizers`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Values on the grid, shape and dtype of ``x``. NaN stays NaN.
@@ -106,7 +107,7 @@ def lsq(
 
 
 def lsq_scale(x: jax.Array, spec: LSQ) -> jax.Array:
-    """Returns the scale that `lsq` starts from: ``2 * mean|x| / sqrt(qmax)``.
+    """Returns the initial scale of `lsq`: ``2 * mean|x| / sqrt(qmax)``.
 
     Args:
       x: First values, a weight or a batch.
@@ -127,15 +128,15 @@ def lsq_scale(x: jax.Array, spec: LSQ) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LSQPlus(Spec):
-    """Options of `lsq_plus`: those of `LSQ`.
+    """The options of `lsq_plus`: those of `LSQ`.
 
     Attributes:
       bits: Word length, sign included, 2 to 24 (1 to 24 unsigned).
       signed: Whether codes may be negative.
       narrow_range: Whether the least code is left out.
       axis: The axis or axes with scales of their own; None for one scale.
-      gradient_scale: As in `LSQ`, of scale and offset.
-      use_stochastic_rounding: With a key.
+      gradient_scale: Same as in `LSQ`, for scale and offset.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       qnoise_factor: Share of the quantized value, 0 to 1.
     """
 
@@ -150,7 +151,7 @@ class LSQPlus(Spec):
     qnoise_factor: ArrayLike = 1.0
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         _check_learned(self)
 
 
@@ -163,7 +164,7 @@ def lsq_plus(
     key: jax.Array | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
-    """Learned step size and offset.
+    """Rounds to a grid whose scale and offset have gradients.
 
         z = -round(offset / s),  u = x / s + z,  q = clip(round(x / s) + z, qmin, qmax)
         y = s * (q - z)
@@ -179,8 +180,8 @@ def lsq_plus(
       scale: ``s``, as in `lsq`. Start from `lsq_plus_params`.
       offset: Value of code 0, shape of ``scale``.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding; None rounds half to even.
-      estimator: Backward pass of ``x``, of `qjax.estimators`.
+      key: Key for stochastic rounding; see `qjax.quantizers`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Values on the grid, shape and dtype of ``x``. NaN stays NaN.
@@ -200,7 +201,7 @@ def lsq_plus(
 
 
 def lsq_plus_params(x: jax.Array, spec: LSQPlus) -> tuple[jax.Array, jax.Array]:
-    """Returns the scale and offset that `lsq_plus` starts from: of the range of ``x``.
+    """Returns the initial scale and offset of `lsq_plus`, from the range of ``x``.
 
     Args:
       x: First values, a batch.
@@ -219,12 +220,12 @@ def lsq_plus_params(x: jax.Array, spec: LSQPlus) -> tuple[jax.Array, jax.Array]:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PACT(Spec):
-    """Options of `pact`.
+    """The options of `pact`.
 
     Attributes:
       bits: Word length, 1 to 24.
       axis: The axis or axes with clips of their own; None for one clip.
-      use_stochastic_rounding: With a key.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       qnoise_factor: Share of the quantized value, 0 to 1.
     """
 
@@ -236,7 +237,7 @@ class PACT(Spec):
     qnoise_factor: ArrayLike = 1.0
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_word(self, most=24)
 
 
@@ -248,7 +249,7 @@ def pact(
     key: jax.Array | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
-    """Parameterized clipping: a relu that ends at a learned value, rounded.
+    """Rounds a relu that ends at a learned value: parameterized clipping.
 
         s = clip / (2^bits - 1),  y = s * round(min(max(x, 0), clip) / s)
         dx = dy where 0 <= x < clip, else 0;  d clip = sum(dy where x >= clip)
@@ -258,8 +259,8 @@ def pact(
       clip: Largest value, positive, shape ``[]``; with ``spec.axis`` the rank of ``x``
         with size 1 elsewhere. Below 2^-64 it counts as that.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding; None rounds half to even.
-      estimator: Backward pass of ``x``, of `qjax.estimators`.
+      key: Key for stochastic rounding; see `qjax.quantizers`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Values on the grid, shape and dtype of ``x``. NaN stays NaN.
@@ -279,11 +280,11 @@ def pact(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class DoReFaWeights(Spec):
-    """Options of `dorefa_weights`.
+    """The options of `dorefa_weights`.
 
     Attributes:
       bits: Word length, 1 to 16.
-      use_stochastic_rounding: With a key.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       qnoise_factor: Share of the quantized value, 0 to 1.
     """
 
@@ -294,7 +295,7 @@ class DoReFaWeights(Spec):
     qnoise_factor: ArrayLike = 1.0
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_word(self, most=16)
 
 
@@ -305,7 +306,7 @@ def dorefa_weights(
     key: jax.Array | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
-    """DoReFa's weights: a tangent, spread over ``[-1, 1]``, on ``2^bits`` levels.
+    """Rounds DoReFa's weights: a tangent, over ``[-1, 1]``, to ``2^bits`` levels.
 
         n = 2^bits - 1,  r = tanh(x) / (2 max|tanh(x)|) + 1 / 2
         y = 2 * round(n * r) / n - 1;   one bit: y = mean|x| * sign(x), sign(0) = 1
@@ -315,8 +316,8 @@ def dorefa_weights(
     Args:
       x: Real values, any shape: one weight.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding; None rounds half to even.
-      estimator: Backward pass, of `qjax.estimators`, of the rounding.
+      key: Key for stochastic rounding; see `qjax.quantizers`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Values on the grid, shape and dtype of ``x``. Codes are odd, in ``[-n, n]`` (the
@@ -334,11 +335,11 @@ def dorefa_weights(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class DoReFaActivations(Spec):
-    """Options of `dorefa_activations`.
+    """The options of `dorefa_activations`.
 
     Attributes:
       bits: Word length, 1 to 24.
-      use_stochastic_rounding: With a key.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       qnoise_factor: Share of the quantized value, 0 to 1.
     """
 
@@ -349,7 +350,7 @@ class DoReFaActivations(Spec):
     qnoise_factor: ArrayLike = 1.0
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_word(self, most=24)
 
 
@@ -360,15 +361,15 @@ def dorefa_activations(
     key: jax.Array | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
-    """DoReFa's activations: ``round(n * clip(x, 0, 1)) / n``, ``n = 2^bits - 1``.
+    """Rounds as DoReFa does: ``round(n * clip(x, 0, 1)) / n``, ``n = 2^bits - 1``.
 
     The derivative is 1 where ``0 <= x <= 1``, else 0.
 
     Args:
       x: Real values, any shape.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding; None rounds half to even.
-      estimator: Backward pass, of `qjax.estimators`, in place of the above.
+      key: Key for stochastic rounding; see `qjax.quantizers`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Values on the grid, shape and dtype of ``x``. NaN stays NaN.
@@ -385,12 +386,12 @@ def dorefa_activations(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class DifferentiableBits(Spec):
-    """Options of `differentiable_bits`.
+    """The options of `differentiable_bits`.
 
     Attributes:
       integer: Bits before the binary point, sign not counted.
       signed: Whether codes may be negative.
-      use_stochastic_rounding: With a key.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       qnoise_factor: Share of the quantized value, 0 to 1.
     """
 
@@ -402,7 +403,7 @@ class DifferentiableBits(Spec):
     qnoise_factor: ArrayLike = 1.0
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_number(self, "integer", "an integer in -60..60", -60, 60, is_whole=True)
 
 
@@ -414,14 +415,14 @@ def differentiable_bits(
     key: jax.Array | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
-    """Rounds to fixed point of a learned number of bits.
+    """Rounds to fixed point of a learned bit width.
 
         u = clip(round(bits), 0, 24) - signed, at least 0;  s = 2^(integer - u)
         y = s * clip(round(x / s), qmin, qmax),  qmax = 2^u - 1,  qmin = -qmax or 0
         dx = dy where no code saturates, else 0
         d bits = ln(2) * sum(dy * (x - y  where no code saturates,  else s or -s))
 
-    What bits are worth is an error that halves with each: ``x - y`` is proportional to
+    The worth of a bit is an error that halves with each: ``x - y`` is proportional to
     ``2^-bits``. Where a code saturates, ``y = 2^integer - s`` itself is. With no bits
     left (1 of a signed word), all is 0: pruned. A loss wants a price on ``bits``.
 
@@ -430,8 +431,8 @@ def differentiable_bits(
       bits: Word lengths, sign included, float; broadcasts against ``x``: one per
         tensor, per channel or per value.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding; None rounds half to even.
-      estimator: Backward pass of ``x``, of `qjax.estimators`.
+      key: Key for stochastic rounding; see `qjax.quantizers`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Values on the grid, shape and dtype of ``x``. NaN stays NaN.
@@ -472,7 +473,7 @@ def _check_shape(name: str, what: str, x: Any, learned: Any, axis: Axes) -> None
 
 
 def _damped(spec: Any, v: jax.Array, x: jax.Array, qmax: jax.Array) -> jax.Array:
-    """A learned array with its gradient scaled."""
+    """Scales the gradient of a learned array."""
     g = spec.gradient_scale
     if isinstance(g, str):
         g = 1.0 / jnp.sqrt(max(x.size, 1) / math.prod(v.shape) * qmax)
@@ -595,7 +596,7 @@ def _line_point(
     qmin: jax.Array,
     qmax: jax.Array,
 ) -> Point:
-    """Rounds ``x`` to multiples of a scale; its stand-in is differentiated."""
+    """Rounds ``x`` to multiples of a scale, with the derivative of ``smooth``."""
     held = lax.stop_gradient(x)
     steps = held * (1.0 / scale)
     value = held

@@ -1,4 +1,4 @@
-"""Fixed point: `quantized_bits` and `quantized_linear`.
+"""Fixed-point quantizers: `quantized_bits` and `quantized_linear`.
 
 Words of ``bits`` bits, of which ``integer`` stand before the binary point, the sign not
 counted. With ``u = bits - keep_negative`` the step of a grid is ``2^(integer - u)``.
@@ -54,7 +54,7 @@ from qjax.rounding import power_of_two
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedBits(Spec):
-    """Options of `quantized_bits`.
+    """The options of `quantized_bits`.
 
     Attributes:
       bits: Word length, sign included, 1 to 32.
@@ -63,7 +63,8 @@ class QuantizedBits(Spec):
       keep_negative: Whether codes are signed.
       alpha: Scale of the value, not of the rounding: None for 1, a number, an array per
         channel (last axis), or found from the values: "auto", "auto_po2".
-      use_stochastic_rounding: With a key. Not for an ``alpha`` found from the values.
+      use_stochastic_rounding: Whether a key makes rounding stochastic; not with
+        an ``alpha`` found from the values.
       scale_axis: Axis or axes with scales of their own; None: the last.
       qnoise_factor: Share of the quantized value, 0 to 1 (`blend_noise`).
       use_ste: Whether the quantized value has a derivative.
@@ -97,7 +98,7 @@ class QuantizedBits(Spec):
     strict: bool = static(True, kw_only=True)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_word(self)
         check_alpha(self)
         check_groups(self)
@@ -135,8 +136,8 @@ def quantized_bits(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding; None rounds to the nearest.
-      estimator: Backward pass, of `qjax.estimators`, in place of the above.
+      key: Key for stochastic rounding; see `qjax.quantizers`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Values on the grid, shape and dtype of ``x``. NaN stays NaN.
@@ -158,7 +159,7 @@ def quantized_bits(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedLinear(Spec):
-    """Options of `quantized_linear`: those of `QuantizedBits`, with other defaults.
+    """The options of `quantized_linear`: those of `QuantizedBits`, with other defaults.
 
     Attributes:
       bits: Word length, sign included, 1 to 32.
@@ -167,10 +168,10 @@ class QuantizedLinear(Spec):
       keep_negative: Whether codes are signed.
       alpha: Scale of the grid: None for 1, a number, an array per channel, "auto" or
         "auto_po2".
-      use_stochastic_rounding: With a key.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       scale_axis: Axis or axes with scales of their own; None: the last.
       qnoise_factor: Share of the quantized value, 0 to 1.
-      strict: As in `QuantizedBits`.
+      strict: Same as in `QuantizedBits`.
     """
 
     name: ClassVar[str] = "quantized_linear"
@@ -186,7 +187,7 @@ class QuantizedLinear(Spec):
     strict: bool = static(True, kw_only=True)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_word(self)
         check_alpha(self)
 
@@ -216,8 +217,8 @@ def quantized_linear(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding; None rounds to the nearest.
-      estimator: Backward pass, of `qjax.estimators`, in place of the above.
+      key: Key for stochastic rounding; see `qjax.quantizers`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Values on the grid, shape and dtype of ``x``. NaN stays NaN.
@@ -328,7 +329,7 @@ def _auto_linear_scale(
 ) -> jax.Array:
     sharing = Sharing(spec.scale_axis)
     check_sharing(x.shape, sharing, spec.name)
-    # Of a tensor of rank 1, every element is a channel here.
+    # In a tensor of rank 1, every element is a channel here.
     most = largest if x.ndim > 1 else lambda x, _: x
     if spec.keep_negative:
         s = divide(most(jnp.abs(x), sharing), 0.5 * width)

@@ -1,4 +1,4 @@
-"""One bit and two levels more: binary and ternary values, and their random forms.
+"""Quantizers of two or three levels: binary and ternary values, also at random.
 
 Random quantizers draw with the ``key`` they are given, in training; without one they
 are deterministic.
@@ -40,7 +40,7 @@ from qjax.quantizers.scaling import (
 from qjax.quantizers.spec import Spec, check_number, require, static
 from qjax.quantizers.words import Alpha, check_alpha, check_groups
 
-DEFAULT_THRESHOLD = 0.33  # Of ternary values, as in QKeras.
+DEFAULT_THRESHOLD = 0.33  # Default of ternary values, as in QKeras.
 
 
 def _check_ternary(spec: Any) -> None:
@@ -54,17 +54,17 @@ def _check_ternary(spec: Any) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Binary(Spec):
-    """Options of `binary`.
+    """The options of `binary`.
 
     Attributes:
       use_01: Whether the codes are 0 and 1, not -1 and 1.
       alpha: Scale of the value: None for 1, a number, an array per channel (last axis),
         "auto" or "auto_po2" for the least-squares one.
-      use_stochastic_rounding: With a key.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       scale_axis: Axis or axes with scales of their own; None: the last.
-      elements_per_scale: As in `QuantizedBits`.
-      min_po2_exponent: As in `QuantizedBits`.
-      max_po2_exponent: As in `QuantizedBits`.
+      elements_per_scale: Same as in `QuantizedBits`.
+      min_po2_exponent: Same as in `QuantizedBits`.
+      max_po2_exponent: Same as in `QuantizedBits`.
     """
 
     name: ClassVar[str] = "binary"
@@ -78,7 +78,7 @@ class Binary(Spec):
     max_po2_exponent: ArrayLike | None = dataclasses.field(default=None, kw_only=True)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_alpha(self)
         check_groups(self)
 
@@ -99,11 +99,11 @@ def binary(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding: with ``m = 2 min(max|x|, 1)`` per
+      key: Key for stochastic rounding: with ``m = 2 min(max|x|, 1)`` per
         channel, ``x / m`` is rounded at random to eighths first, and the sign of a 0 is
         drawn.
-      estimator: Backward pass, of `qjax.estimators`, in place of the above; for it the
-        two values are one step apart.
+      estimator: Backward pass, for which the two values are one step apart; see
+        `qjax.quantizers`.
 
     Returns:
       Two values per scale, shape and dtype of ``x``. NaN stays NaN.
@@ -123,10 +123,10 @@ def binary(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class StochasticBinary(Spec):
-    """Options of `stochastic_binary`.
+    """The options of `stochastic_binary`.
 
     Attributes:
-      alpha: As in `Binary`.
+      alpha: Same as in `Binary`.
       temperature: Steepness of the probability, positive.
       use_real_sigmoid: Whether the probability is the logistic function.
       internal_sigmoid: "hard", "smooth" or "real", if not.
@@ -140,7 +140,7 @@ class StochasticBinary(Spec):
     internal_sigmoid: InternalSigmoid = static("hard", kw_only=True)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_alpha(self)
         check_number(self, "temperature", "positive", 0, is_open=True)
 
@@ -162,8 +162,8 @@ def stochastic_binary(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: Of ``jax.random``; None for `binary`.
-      estimator: As of `binary`.
+      key: Key of ``jax.random``; None for `binary`.
+      estimator: Same as for `binary`.
 
     Returns:
       Two values per scale, shape and dtype of ``x``. NaN stays NaN.
@@ -180,10 +180,10 @@ def stochastic_binary(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Bernoulli(Spec):
-    """Options of `bernoulli`: those of `StochasticBinary`.
+    """The options of `bernoulli`: those of `StochasticBinary`.
 
     Attributes:
-      alpha: As in `Binary`.
+      alpha: Same as in `Binary`.
       temperature: Steepness of the probability, positive.
       use_real_sigmoid: Whether the probability is the logistic function.
       internal_sigmoid: "hard", "smooth" or "real", if not.
@@ -197,7 +197,7 @@ class Bernoulli(Spec):
     internal_sigmoid: InternalSigmoid = static("hard", kw_only=True)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         check_alpha(self)
         check_number(self, "temperature", "positive", 0, is_open=True)
 
@@ -219,8 +219,8 @@ def bernoulli(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: Of ``jax.random``; None for the more likely code.
-      estimator: As of `binary`.
+      key: Key of ``jax.random``; None for the more likely code.
+      estimator: Same as for `binary`.
 
     Returns:
       0 and one value per scale, shape and dtype of ``x``. NaN stays NaN.
@@ -237,14 +237,15 @@ def bernoulli(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Ternary(Spec):
-    """Options of `ternary`.
+    """The options of `ternary`.
 
     Attributes:
-      alpha: As in `Binary`.
+      alpha: Same as in `Binary`.
       threshold: Magnitude from which values are not 0, not negative; None for 0.33.
         Found with the scale if ``alpha`` is.
-      use_stochastic_rounding: With a key, if ``alpha`` is found.
-      number_of_unrolls: How often scale and threshold are found anew.
+      use_stochastic_rounding: Whether a key makes rounding stochastic, if
+        ``alpha`` is found.
+      number_of_unrolls: Number of times that scale and threshold are found anew.
     """
 
     name: ClassVar[str] = "ternary"
@@ -255,7 +256,7 @@ class Ternary(Spec):
     number_of_unrolls: int = static(5)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         _check_ternary(self)
         found = isinstance(self.alpha, str)
         rule = "stochastic rounding needs a scale: `alpha='auto'` or 'auto_po2'."
@@ -283,9 +284,9 @@ def ternary(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding: ``x / s`` is rounded at random to
+      key: Key for stochastic rounding: ``x / s`` is rounded at random to
         thirds in place of integers.
-      estimator: Backward pass, of `qjax.estimators`, in place of the above.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Three values per scale, shape and dtype of ``x``. NaN stays NaN.
@@ -302,14 +303,14 @@ def ternary(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class StochasticTernary(Spec):
-    """Options of `stochastic_ternary`.
+    """The options of `stochastic_ternary`.
 
     Attributes:
-      alpha: As in `Binary`.
-      threshold: As in `Ternary`.
+      alpha: Same as in `Binary`.
+      threshold: Same as in `Ternary`.
       temperature: Steepness of the probabilities, positive.
       use_real_sigmoid: Whether the probabilities are logistic functions.
-      number_of_unrolls: How often scale and threshold are found anew.
+      number_of_unrolls: Number of times that scale and threshold are found anew.
       internal_sigmoid: "hard", "smooth" or "real", if not.
     """
 
@@ -323,7 +324,7 @@ class StochasticTernary(Spec):
     internal_sigmoid: InternalSigmoid = static("hard", kw_only=True)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         _check_ternary(self)
         check_number(self, "temperature", "positive", 0, is_open=True)
 
@@ -347,8 +348,8 @@ def stochastic_ternary(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: Of ``jax.random``; None for `ternary`.
-      estimator: As of `ternary`.
+      key: Key of ``jax.random``; None for `ternary`.
+      estimator: Backward pass; see `qjax.quantizers`.
 
     Returns:
       Three values per scale, shape and dtype of ``x``. NaN stays NaN.
@@ -366,7 +367,7 @@ def stochastic_ternary(
 def _scale_of(
     spec: Any, x: jax.Array, q: jax.Array, sharing: Sharing = LAST
 ) -> jax.Array:
-    """The scale of codes: given, or by least squares."""
+    """Returns the scale of codes, given or by least squares."""
     alpha = spec.alpha
     if not isinstance(alpha, str):
         return known_scale(x, 1.0 if alpha is None else alpha)
@@ -380,7 +381,7 @@ def _scale_of(
 def _two_values(
     real: jax.Array, x: jax.Array, q: jax.Array, scale: jax.Array, is_01: bool
 ) -> Point:
-    """A point of two codes: -1 and 1, or 0 and 1."""
+    """Makes a point of two codes: -1 and 1, or 0 and 1."""
     value, scale = snap(q, scale, 1)
     steps = divide(x, scale)
     zero = jnp.zeros(())
@@ -433,7 +434,7 @@ def _bernoulli_point(spec: Bernoulli, key: jax.Array | None, x: jax.Array) -> Po
 def _draw(
     spec: StochasticBinary | Bernoulli, key: jax.Array, x: jax.Array
 ) -> jax.Array:
-    """1 with the probability of the sigmoid, else 0."""
+    """Draws 1 with the probability of the sigmoid, else 0."""
     if isinstance(spec.alpha, str):
         x = divide(x, spread(x) + EPSILON)
     p = _sigmoid(spec)(jnp.asarray(spec.temperature, jnp.float32) * x)
@@ -509,7 +510,7 @@ def _first_scale(spec: Ternary | StochasticTernary, size: jax.Array) -> jax.Arra
 def _three_values(
     real: jax.Array, x: jax.Array, width: jax.Array, q: jax.Array, scale: jax.Array
 ) -> Point:
-    """A point of the codes -1, 0 and 1, with 0 in the middle of ``width``."""
+    """Makes a point of the codes -1, 0 and 1, with 0 in the middle of ``width``."""
     value, scale = snap(q, scale, 1)
     one = jnp.ones(())
     return Point(real, divide(x, width), -one, one, value, scale, -1, 1)

@@ -30,7 +30,7 @@ from qjax.rounding import power_of_two, round_log2
 
 
 class MsqeState(NamedTuple):
-    """What a quantizer with power-of-two scales keeps between calls."""
+    """The state of a quantizer with power-of-two scales between calls."""
 
     exponent: jax.Array  # float32, rank of x. Of the scale; trainable if learned.
     scale: jax.Array  # float32, same shape. The power of two that was used last.
@@ -40,7 +40,7 @@ class MsqeState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedBitsMsqePo2(Spec):
-    """Options of `quantized_bits_msqe_po2`.
+    """The options of `quantized_bits_msqe_po2`.
 
     Attributes:
       bits: Word length, sign included, 2 to 24 (1 to 24 without negatives).
@@ -49,15 +49,15 @@ class QuantizedBitsMsqePo2(Spec):
       per_channel_scale: Whether channels have scales of their own.
       init_scale: First scale; None: from the first values.
       use_second_moments_msqe_opt: Whether errors are weighted by squared gradients.
-      second_moments_ema_decay: Of their average.
+      second_moments_ema_decay: Decay of their average.
       use_sqrt_of_msqe_weight: Whether the weight is the root of that average.
       use_outlier_mask_msqe_weight: Whether outliers have no weight.
       use_stable_scale_exponent: Whether an average of the exponent is kept.
-      stable_scale_ema_decay: Of that average.
-      outlier_mask_sigma: Outliers are beyond so many standard deviations.
+      stable_scale_ema_decay: Decay of that average.
+      outlier_mask_sigma: Number of standard deviations beyond which outliers lie.
       num_lls_iters: Least-squares steps.
       should_line_search: Whether neighbouring exponents are tried.
-      line_search_range: How many.
+      line_search_range: Number of neighbours that are tried.
     """
 
     name: ClassVar[str] = "quantized_bits_msqe_po2"
@@ -79,7 +79,7 @@ class QuantizedBitsMsqePo2(Spec):
     line_search_range: int = static(6)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         _check(self)
         check_number(self, "outlier_mask_sigma", "positive", 0, is_open=True)
         rule = "`num_lls_iters` and `line_search_range` must not be negative."
@@ -88,7 +88,7 @@ class QuantizedBitsMsqePo2(Spec):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedBitsLearnablePo2(Spec):
-    """Options of `quantized_bits_learnable_po2`.
+    """The options of `quantized_bits_learnable_po2`.
 
     Attributes:
       bits: Word length, sign included, 2 to 24 (1 to 24 without negatives).
@@ -97,11 +97,11 @@ class QuantizedBitsLearnablePo2(Spec):
       per_channel_scale: Whether channels have scales of their own.
       init_scale: First scale; None: from the first values.
       use_second_moments_msqe_opt: Whether errors are weighted by squared gradients.
-      second_moments_ema_decay: Of their average.
+      second_moments_ema_decay: Decay of their average.
       use_sqrt_of_msqe_weight: Whether the weight is the root of that average.
       use_outlier_mask_msqe_weight: Whether outliers have no weight.
       use_stable_scale_exponent: Whether an average of the exponent is kept.
-      stable_scale_ema_decay: Of that average.
+      stable_scale_ema_decay: Decay of that average.
       min_init_scale: Least first scale; None: none.
       use_po2_scale_ceil: Whether exponents are rounded up; else to the nearest.
       use_po2_scale_msqe_round: Whether they are rounded to the lower error instead.
@@ -125,7 +125,7 @@ class QuantizedBitsLearnablePo2(Spec):
     use_po2_scale_msqe_round: bool = static(True)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         _check(self)
         if self.min_init_scale is not None:
             check_number(self, "min_init_scale", "positive", 0, is_open=True)
@@ -180,7 +180,7 @@ def quantized_bits_msqe_po2(
     update_stable: bool = False,
     use_stable: bool = False,
 ) -> tuple[jax.Array, MsqeState]:
-    """Rounds on the grid of the power-of-two scales of least error.
+    """Rounds to the grid of the power-of-two scales of least error.
 
         s = 2^round(exponent); num_lls_iters times least squares of x and its codes,
         rounded to a power of two; then its line_search_range neighbours. Least MSQE
@@ -192,9 +192,9 @@ def quantized_bits_msqe_po2(
 
     Args:
       x: Real values, any shape.
-      state: Of `init_msqe`, or of the last call.
+      state: State of `init_msqe`, or of the last call.
       spec: Options.
-      estimator: Backward pass, of `qjax.estimators`, in place of the above.
+      estimator: Backward pass; see `qjax.quantizers`.
       update_stable: Whether the average of the exponent moves.
       use_stable: Whether the scale comes from that average.
 
@@ -226,7 +226,7 @@ def quantized_bits_learnable_po2(
     update_stable: bool = False,
     use_stable: bool = False,
 ) -> tuple[jax.Array, MsqeState]:
-    """Rounds on a grid whose power-of-two scales are learned.
+    """Rounds to a grid whose power-of-two scales are learned.
 
         s = 2^floor(exponent) or 2^ceil(exponent), whichever has the lower MSQE
         y = s * clip(round(x / s), qmin, qmax)
@@ -235,9 +235,9 @@ def quantized_bits_learnable_po2(
 
     Args:
       x: Real values, any shape.
-      state: Of `init_msqe`, or of the last call. Differentiate by ``state.exponent``.
+      state: State of `init_msqe` or the last call. Differentiate by ``state.exponent``.
       spec: Options.
-      estimator: Backward pass of ``x``, of `qjax.estimators`.
+      estimator: Backward pass; see `qjax.quantizers`.
       update_stable: Whether the average of the exponent moves.
       use_stable: Whether the scale comes from that average.
 
@@ -267,10 +267,10 @@ def update_msqe_weight(
     """Adds a gradient to the weights: ``w <- decay * w + (1 - decay) * dy^2``.
 
     Args:
-      x: What was quantized.
+      x: The quantized array.
       dy: Gradient of the loss by what it was quantized to, shape of ``x``. It counts as
         0 where the code saturated.
-      state: Of the call.
+      state: State of the call.
       spec: Options.
 
     Returns:
@@ -332,7 +332,7 @@ def _check(spec: Any) -> None:
 
 
 def _ends(spec: MsqeSpec) -> tuple[jax.Array, jax.Array]:
-    """Least and largest code."""
+    """Returns the least and the largest code."""
     qmax = power_of_two(settled(spec.bits) - as_int(spec.keep_negative)) - 1.0
     return -qmax * float(spec.keep_negative), qmax
 
@@ -348,7 +348,7 @@ def _shape(x: jax.Array, spec: MsqeSpec) -> tuple[int, ...]:
 
 
 def _axes(x: jax.Array, spec: MsqeSpec) -> tuple[int, ...]:
-    """The axes along which a scale is shared."""
+    """Returns the axes along which a scale is shared."""
     return tuple(d for d, n in enumerate(_shape(x, spec)) if n == 1)
 
 
@@ -379,7 +379,7 @@ def _codes(x: jax.Array, scale: jax.Array, spec: MsqeSpec) -> jax.Array:
 def _error(
     x: jax.Array, scale: jax.Array, weight: jax.Array, spec: MsqeSpec
 ) -> jax.Array:
-    """The MSQE of each scale."""
+    """Computes the MSQE of each scale."""
     off = x - scale * _codes(x, scale, spec)
     return jnp.sum(weight * off * off, _axes(x, spec), keepdims=True)
 
@@ -387,7 +387,7 @@ def _error(
 def _search(
     x: jax.Array, weight: jax.Array, state: MsqeState, spec: QuantizedBitsMsqePo2
 ) -> jax.Array:
-    """The power-of-two scale of least error that least squares and neighbours find."""
+    """Finds the power-of-two scale of least error by least squares and neighbours."""
     over = _axes(x, spec)
     best = power_of_two(jnp.round(state.exponent))
     least, scale = _error(x, best, weight, spec), best
@@ -414,7 +414,7 @@ def _search(
 def _stabilize(
     state: MsqeState, spec: MsqeSpec, scale: jax.Array, update: bool, use: bool
 ) -> tuple[MsqeState, jax.Array]:
-    """Moves the average of the exponent; returns the exponent that counts."""
+    """Updates the average of the exponent; returns the exponent in use."""
     exponent = _exponent(scale).astype(jnp.float32)
     average = state.stable_exponent
     if average is None:

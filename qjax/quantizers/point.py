@@ -1,4 +1,4 @@
-"""What a quantizer makes of an array, and how its value gets a derivative."""
+"""Points: the result of a quantizer on an array, and the derivative of its value."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from qjax.quantizers.spec import Spec, is_known
 from qjax.rounding import half_even
 
 SCOPE = "qjax.quantizers."  # A name scope with the name of a quantizer behind it.
-LARGEST = 2.0**127 * 1.999  # Where infinities are cut, just inside float32.
+LARGEST = 2.0**127 * 1.999  # Limit of infinities, just inside float32.
 
 
 class Quantized(NamedTuple):
@@ -29,23 +29,23 @@ class Quantized(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A rounded array, in the parts that value, codes and derivative need.
+    """A rounded array in the parts that value, codes and derivative need.
 
     All arrays are float32. None but ``real`` carries a derivative.
     """
 
-    real: jax.Array  # What is rounded, before it is: the estimators differentiate it.
+    real: jax.Array  # Values before rounding, which estimators differentiate.
     steps: jax.Array  # The same in the coordinate whose integers are the levels.
     lowest: jax.Array  # Least level in that coordinate.
     highest: jax.Array
-    value: jax.Array  # On the levels; or, if direct, what `scale` takes there.
+    value: jax.Array  # Value on the levels; if direct, before rounding by `scale`.
     scale: jax.Array | None = None  # [] or the rank of the value; None: not linear.
     qmin: ArrayLike = 0  # Least code.
     qmax: ArrayLike = 0
     zero_point: jax.Array | None = None  # int32, shape of scale; None: 0.
-    codes: jax.Array | None = None  # Where they are not linear.
-    is_direct: bool = False  # Whether one rounding to the scale makes the value.
-    passes: jax.Array | None = None  # Where the own derivative is not 0; None: all.
+    codes: jax.Array | None = None  # Codes if they are not linear.
+    is_direct: bool = False  # True if one rounding to the scale makes the value.
+    passes: jax.Array | None = None  # Mask of the nonzero own derivative; None: all.
     learned: jax.Array | None = None  # A term that is there for its derivative only.
 
 
@@ -72,9 +72,9 @@ def finish(
     """Gives the value of a point its derivative.
 
     Args:
-      point: What the quantizer made of ``x``.
+      point: Point that the quantizer made of ``x``.
       x: Input, for its dtype and its NaN.
-      estimator: Backward pass, of `qjax.estimators`; None for that of the quantizer.
+      estimator: Backward pass of `qjax.estimators`; None for the quantizer's own.
       qnoise_factor: 1 for the quantized value, 0 for the real one, or between.
       use_ste: Whether the quantized value has a derivative.
       site: Name of the quantization point.
@@ -84,7 +84,7 @@ def finish(
     """
     value, real = _tagged(point, x, site), point.real
     if estimator is not None:
-        # Of the coordinate that is rounded, with the derivative of the real value.
+        # The rounded coordinate, with the derivative of the real value.
         steps = straight(real, finite(point.steps))
         zero, one = jnp.int32(0), jnp.float32(1)
         ends = point.lowest.astype(jnp.int32), point.highest.astype(jnp.int32)
@@ -104,7 +104,7 @@ def finish(
 def blend_noise(
     real: jax.Array, quantized: jax.Array, qnoise_factor: ArrayLike
 ) -> jax.Array:
-    """Blends a value with what a quantizer made of it: a share of quantization noise.
+    """Blends a value with its quantized value: a share of quantization noise.
 
         y = (1 - n) * real + n * quantized
 
@@ -147,7 +147,7 @@ def round_steps(steps: jax.Array, key: jax.Array | None) -> jax.Array:
 
     Args:
       steps: Real values.
-      key: Of ``jax.random``; None rounds to the nearest.
+      key: Key of ``jax.random``; None rounds to the nearest.
 
     Returns:
       Whole numbers, shape of ``steps``.
@@ -160,7 +160,7 @@ def round_steps(steps: jax.Array, key: jax.Array | None) -> jax.Array:
 
 
 def known_scale(x: jax.Array, scale: ArrayLike | tuple[float, ...]) -> jax.Array:
-    """Gives a scale the rank of ``x``: ``[]`` stays, ``[c]`` is of the last axis."""
+    """Gives a scale the rank of ``x``: ``[]`` stays, ``[c]`` goes to the last axis."""
     scale = jnp.asarray(scale, jnp.float32)
     if scale.ndim == 0:
         return scale
@@ -170,7 +170,7 @@ def known_scale(x: jax.Array, scale: ArrayLike | tuple[float, ...]) -> jax.Array
 def snap(
     codes: jax.Array, scale: jax.Array, most: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns ``codes * scale`` and the scale: 1 in place of 0, that of an empty range.
+    """Returns ``codes * scale`` and the scale, with 1 in place of a scale of 0.
 
     ``most`` is the largest code: its value must be finite.
     """
@@ -179,14 +179,14 @@ def snap(
 
 
 def sign(x: jax.Array) -> jax.Array:
-    """Returns -1 below 0, else 1; also at 0, which has no sign of its own."""
+    """Returns -1 below 0, else 1, also at 0."""
     return jnp.where(x >= 0, 1.0, -1.0)
 
 
 def sign_line(
     is_sign: ArrayLike, u: jax.Array, steps: jax.Array, low: jax.Array, high: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Steps, least and largest level of a `Point`, where a sign is among the words.
+    """Returns steps, least and largest level of a `Point`, where a sign may be a word.
 
     The two values of a sign, ``u = -1`` and ``u = 1``, are neighbours: levels -1 and 0.
     """
@@ -274,14 +274,14 @@ def apply(
     estimator: Estimator | None = None,
     site: str = "",
 ) -> jax.Array:
-    """Applies the quantizer of a spec: what `parse` returned, say.
+    """Applies the quantizer of a spec, for example one that `parse` returned.
 
     Args:
       spec: Options of any quantizer in `qjax.quantizers`.
       *arrays: The values to quantize, and what the quantizer learns (`lsq`, `pact`).
-      key: Of ``jax.random``, for the random quantizers and stochastic rounding; None
+      key: Key of ``jax.random``, for random quantizers and stochastic rounding; None
         for the deterministic form.
-      estimator: Backward pass, of `qjax.estimators`; None for that of the quantizer.
+      estimator: Backward pass of `qjax.estimators`; None for the quantizer's own.
       site: Name of this quantization point, kept in the traced program.
 
     Returns:
@@ -304,8 +304,8 @@ def encode(spec: Spec, *arrays: jax.Array, key: jax.Array | None = None) -> Quan
 
     Args:
       spec: Options of any quantizer in `qjax.quantizers`.
-      *arrays: As of `apply`.
-      key: As of `apply`.
+      *arrays: Same as for `apply`.
+      key: Same as for `apply`.
 
     Returns:
       `Quantized`: float32 values, int32 codes, and scale with zero point, or None where
@@ -331,7 +331,7 @@ def _grid(point: Point) -> tuple[jax.Array, ...]:
 
 
 def _tagged(point: Point, x: jax.Array, site: str = "") -> jax.Array:
-    """The value; a quantization point, which lowering reads, if codes are linear."""
+    """Returns the value, at a quantization point for lowering if codes are linear."""
     value = lax.stop_gradient(point.value)
     if not point.is_direct:
         value = jnp.where(jnp.isnan(x), jnp.nan, value)

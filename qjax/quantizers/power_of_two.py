@@ -1,4 +1,4 @@
-"""Powers of two: multiplication by a weight is a shift.
+"""Power-of-two quantizers, for weights whose products are shifts.
 
 Exponents are rounded in the log domain, without a logarithm: ``round(log2(a))`` is read
 from the bits of ``a``.
@@ -52,13 +52,14 @@ def _check_po2(spec: Any, signed: int) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedPo2(Spec):
-    """Options of `quantized_po2`.
+    """The options of `quantized_po2`.
 
     Attributes:
       bits: Word length, 2 to 8: one for the sign, the others for the exponent.
       max_value: Largest magnitude before rounding; a power of two, of four with
         ``quadratic_approximation``. None: whatever the exponents hold.
-      use_stochastic_rounding: With a key: unbiased, between neighbouring powers.
+      use_stochastic_rounding: Whether a key makes rounding stochastic: unbiased,
+        between neighbouring powers.
       quadratic_approximation: Whether exponents are even.
       log2_rounding: "rnd" to the nearest exponent, or "floor".
       qnoise_factor: Share of the quantized value, 0 to 1.
@@ -78,7 +79,7 @@ class QuantizedPo2(Spec):
     strict: bool = static(True, kw_only=True)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         _check_po2(self, signed=1)
 
 
@@ -89,7 +90,7 @@ def quantized_po2(
     key: jax.Array | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
-    """Rounds to powers of two with a sign: QKeras's `quantized_po2`.
+    """Rounds to signed powers of two: QKeras's `quantized_po2`.
 
         n = bits - 1 - (max_value is None or above 1)
         E = clip(round(log2(min(|x|, max_value))), -2^n, 2^n - 1),  y = sign(x) * 2^E
@@ -106,9 +107,9 @@ def quantized_po2(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: Of ``jax.random``, for stochastic rounding: of ``l <= |x| < 2 l`` to ``2 l``
+      key: Key for stochastic rounding: of ``l <= |x| < 2 l`` to ``2 l``
         with probability ``(|x| - l) / l``; None rounds to the nearest exponent.
-      estimator: Backward pass, of `qjax.estimators`, of the rounding of exponents.
+      estimator: Backward pass of the rounding of exponents; see `qjax.quantizers`.
 
     Returns:
       Powers of two, shape and dtype of ``x``. NaN stays NaN.
@@ -126,18 +127,18 @@ def quantized_po2(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedReluPo2(Spec):
-    """Options of `quantized_relu_po2`.
+    """The options of `quantized_relu_po2`.
 
     Attributes:
       bits: Word length, 1 to 8, all for the exponent.
-      max_value: As in `QuantizedPo2`.
+      max_value: Same as in `QuantizedPo2`.
       negative_slope: 0, or a power of two.
-      use_stochastic_rounding: With a key.
+      use_stochastic_rounding: Whether a key makes rounding stochastic.
       quadratic_approximation: Whether exponents are even.
       log2_rounding: "rnd" to the nearest exponent, or "floor".
       qnoise_factor: Share of the quantized value, 0 to 1.
       use_ste: Whether the quantized value has a derivative.
-      strict: As in `QuantizedPo2`.
+      strict: Same as in `QuantizedPo2`.
     """
 
     name: ClassVar[str] = "quantized_relu_po2"
@@ -153,7 +154,7 @@ class QuantizedReluPo2(Spec):
     strict: bool = static(True, kw_only=True)
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
         _check_po2(self, signed=0)
         check_slope(self)
 
@@ -177,9 +178,8 @@ def quantized_relu_po2(
     Args:
       x: Real values, any shape. Computed in float32.
       spec: Options.
-      key: As of `quantized_po2`.
-      estimator: Backward pass, of `qjax.estimators`, of the rounding of exponents; the
-        relu keeps its own derivative.
+      key: Same as for `quantized_po2`.
+      estimator: Same as for `quantized_po2`.
 
     Returns:
       Powers of two, shape and dtype of ``x``; those below 2^-126 are 0. NaN stays NaN.
@@ -195,12 +195,12 @@ def quantized_relu_po2(
 
 
 class _Word(NamedTuple):
-    """Exponents of a word."""
+    """The exponents of a word and of its values."""
 
     low: Any  # Least exponent, before it is doubled by the quadratic approximation.
     high: Any
     times: int  # 2 with that approximation.
-    least: Any  # Of the values.
+    least: Any  # Least exponent of a value.
     most: Any
     reached: Any  # The largest that `max_value` leaves, if it is known.
 
@@ -226,7 +226,7 @@ def _word(spec: Any, signed: int) -> _Word:
 def _round_exponent(
     spec: Any, word: _Word, a: jax.Array, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Exponents of magnitudes, int32, and the coordinate in which they are rounded."""
+    """Returns int32 exponents of magnitudes, and the coordinate of their rounding."""
     is_tiny = a < EPSILON
     a = jnp.where(is_tiny, 1.0, a)
     if spec.max_value is not None:
@@ -246,7 +246,7 @@ def _round_exponent(
 
 
 def _is_linear(word: _Word) -> bool:
-    """Whether codes of at most 8 bits and a sign hold all values."""
+    """Returns whether codes of at most 8 bits and a sign hold all values."""
     known = isinstance(word.reached, int) and isinstance(word.least, int)
     return known and word.reached - word.least < _MOST_LINEAR
 

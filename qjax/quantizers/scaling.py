@@ -20,15 +20,15 @@ from jax.typing import ArrayLike
 from qjax.mesh_axes import axes_of, vary
 from qjax.rounding import power_of_two, quotient, round_log2
 
-EPSILON = 1e-7  # Of Keras.
+EPSILON = 1e-7  # Keras's epsilon.
 
 Axes = int | tuple[int, ...] | None
 
 
 class Sharing(NamedTuple):
-    """Which elements of a tensor share a scale."""
+    """The elements of a tensor that share a scale."""
 
-    axis: Axes = None  # With scales of their own; None: the last.
+    axis: Axes = None  # Axes with scales of their own; None: the last.
     elements_per_scale: Axes = None  # Group sizes along these axes; None: 1.
 
 
@@ -36,13 +36,13 @@ LAST = Sharing()
 
 
 def largest(x: jax.Array, sharing: Sharing = LAST) -> jax.Array:
-    """Returns the largest of the values that share a scale; rank of ``x``."""
+    """Returns the largest of the values that share a scale, in the rank of ``x``."""
     axes = tuple(range(x.ndim)) if x.ndim < 2 else _reduced(x.ndim, sharing.axis)
     return jnp.max(x, axes, keepdims=True, initial=-jnp.inf if x.size else 0.0)
 
 
 def least_squares(x: jax.Array, q: jax.Array, sharing: Sharing = LAST) -> jax.Array:
-    """Returns the scales ``s`` that minimize ``sum((x - s * q)^2)``; rank of ``x``."""
+    """Returns the scales ``s`` that minimize ``sum((x - s * q)^2)``, rank of ``x``."""
     # So small that no sum of products with codes of 16 bits overflows.
     small = 2.0 ** -(17 + x.size.bit_length())
     xq, qq = (x * small) * q, q * q
@@ -74,7 +74,7 @@ def to_power_of_two(
 def refine(
     step: Callable[[jax.Array], jax.Array], scale: jax.Array, times: ArrayLike
 ) -> jax.Array:
-    """Applies ``step`` to a scale so many times; stops where it changes nothing."""
+    """Applies ``step`` to a scale a number of times; stops where it changes nothing."""
 
     def go_on(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         i, is_moving, _ = state
@@ -94,7 +94,7 @@ def refine(
 
 
 def divide(a: jax.Array, b: ArrayLike) -> jax.Array:
-    """`quotient`, and 0 where ``b`` is 0."""
+    """Computes `quotient`, and 0 where ``b`` is 0."""
     b = jnp.asarray(b, a.dtype)
     return jnp.where(b == 0, 0.0, quotient(a, jnp.where(b == 0, 1.0, b)))
 
@@ -123,7 +123,7 @@ def check_sharing(shape: tuple[int, ...], sharing: Sharing, name: str) -> None:
 
 
 def _mean(x: jax.Array, sharing: Sharing) -> jax.Array:
-    """The mean over what shares a scale, repeated along the members of a group."""
+    """Averages the values that share a scale, repeated along the members of a group."""
     axes = _reduced(x.ndim, sharing.axis)
     if sharing.elements_per_scale is None:
         return jnp.mean(x, axes, keepdims=True)

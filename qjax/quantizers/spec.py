@@ -1,4 +1,4 @@
-"""The options of a quantizer: frozen, printable, a pytree of its numbers."""
+"""The options of a quantizer: frozen, printable, a pytree of numbers."""
 
 import dataclasses
 import numbers
@@ -16,7 +16,7 @@ SPECS = types.MappingProxyType(_SPECS)  # Name of a quantizer -> class of its op
 
 
 def static(default: _Value, *, kw_only: bool = False) -> _Value:
-    """A field that is never traced: part of the structure of the pytree."""
+    """Returns a field that is never traced: part of the structure of the pytree."""
     field: _Value = dataclasses.field(
         default=default, kw_only=kw_only, metadata={"static": True}
     )
@@ -25,14 +25,14 @@ def static(default: _Value, *, kw_only: bool = False) -> _Value:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Spec:
-    """Base of the options of all quantizers.
+    """The base of the options of all quantizers.
 
     A pytree: its leaves are the numbers and arrays among the fields that are not
     static, so that bits, scales and thresholds may be traced and ``vmap``ped. ``str``
     gives a string that `qjax.quantizers.parse` reads back to an equal spec.
 
     Attributes:
-      name: Of the quantizer, in strings.
+      name: Name of the quantizer, in strings.
     """
 
     name: ClassVar[str] = ""
@@ -54,7 +54,7 @@ class Spec:
         self.check()
 
     def check(self) -> None:
-        """Raises for options that cannot be, as far as they are known."""
+        """Raises for invalid options, as far as their values are known."""
 
     @classmethod
     def _unflatten(cls, aux: tuple[Any, ...], leaves: Any) -> "Spec":
@@ -65,7 +65,7 @@ class Spec:
         return spec
 
     def _options(self) -> list[str]:
-        """The options that are not the default."""
+        """Returns the options that differ from their defaults."""
         return [
             f"{field.name}={_text(getattr(self, field.name))}"
             for field in dataclasses.fields(self)
@@ -89,7 +89,7 @@ class Spec:
 
 
 def is_known(*values: Any) -> bool:
-    """Whether numbers have values now: tracers and placeholders of trees do not."""
+    """Returns whether numbers have values now, unlike tracers and tree placeholders."""
     kinds = numbers.Number | np.ndarray | np.generic | jax.Array | tuple
     return all(
         isinstance(v, kinds) and not isinstance(v, jax.core.Tracer) for v in values
@@ -112,7 +112,7 @@ def check_number(
       spec: Options.
       field: Name of the number. What is traced passes, and None where that is the
         default.
-      rule: What is wanted, for the message.
+      rule: The rule in words, for the message.
       low: Least value.
       high: Largest value.
       is_open: Whether ``low`` itself is not allowed.

@@ -1,4 +1,4 @@
-"""Specs from strings: "quantized_bits(4,0,1,alpha='auto_po2')", as QKeras writes them.
+"""Specs from strings in QKeras's syntax: "quantized_bits(4,0,1,alpha='auto_po2')".
 
     spec  = name [ "(" [ item { "," item } ] ")" ]
     item  = [ name "=" ] value
@@ -29,7 +29,7 @@ _WORDS = {"True": True, "False": False, "None": None}
 
 
 def parse(text: str) -> Spec:
-    """Reads a spec from a string, as QKeras writes quantizers.
+    """Reads a spec from a string in QKeras's syntax.
 
     Args:
       text: Name of a quantizer, with or without its options in parentheses: first by
@@ -70,7 +70,7 @@ def parse(text: str) -> Spec:
 
 
 def form(name: str) -> str:
-    """Returns how a quantizer is written: its options by position, with defaults.
+    """Returns the signature of a quantizer: its options by position, with defaults.
 
     Example:
       >>> form("quantized_ulaw")
@@ -81,7 +81,7 @@ def form(name: str) -> str:
 
 
 def _of_today(text: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Reads the signatures of older QKeras where they can be told from today's.
+    """Reads the signatures of older QKeras where they differ from today's.
 
     ``quantized_tanh(bits, integer, symmetric)`` had integer bits, which today's has
     not; ``max_value=-1`` was none; `binary` began with ``alpha``, which is a real
@@ -111,12 +111,12 @@ def _of_today(text: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_minus_one(value: Any) -> bool:
-    """Whether a value is the number -1, which stood for none."""
+    """Returns whether a value is the number -1, which stood for None."""
     return isinstance(value, int | float) and value == -1
 
 
 def _positional(name: str) -> list[str]:
-    """The options of a quantizer that may go by position."""
+    """Returns the options of a quantizer that may be positional."""
     if name not in SPECS:
         raise ValueError(f"Unknown quantizer {name!r}. {closest(name, SPECS)}")
     return [f.name for f in dataclasses.fields(SPECS[name]) if not f.kw_only]
@@ -128,7 +128,7 @@ def read_call(
     """Reads a name with its options.
 
     Args:
-      text: As in `parse`.
+      text: Text, written as for `parse`.
       positional: Name -> options that may go by position; raises for unknown names.
 
     Returns:
@@ -158,7 +158,7 @@ def read_call(
 def _item(
     reader: "_Reader", by_position: list[str], options: dict[str, Any]
 ) -> tuple[str, Any]:
-    """One option: its name and its value."""
+    """Returns one option: its name and its value."""
     if reader.kind == "name" and reader.text not in _WORDS:
         option, reader.has_named = reader.take("name", "an option"), True
         reader.mark("=")
@@ -194,7 +194,7 @@ def _value(reader: "_Reader") -> Any:
 
 
 class _Reader:
-    """The tokens of a text, one ahead."""
+    """A reader of the tokens of a text with one token of lookahead."""
 
     def __init__(self, text: str):
         self.kind, self.text, self.has_named = "", "", False
@@ -202,17 +202,17 @@ class _Reader:
         self._advance()
 
     def has(self, mark: str) -> bool:
-        """Whether a mark comes next."""
+        """Returns whether a mark comes next."""
         return self.kind == "mark" and self.text == mark
 
     def mark(self, mark: str) -> None:
-        """Takes a mark."""
+        """Takes a mark, or raises."""
         if not self.has(mark):
             self.fail(f"{mark!r} is wanted")
         self._advance()
 
     def take(self, kind: str, wanted: str) -> str:
-        """Takes a token of a kind."""
+        """Takes a token of a kind, or raises."""
         if self.kind != kind:
             self.fail(f"{wanted} is wanted")
         text = self.text
@@ -240,7 +240,7 @@ class _Reader:
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """Says which names are the closest to one that is unknown."""
+    """Returns a hint with the names closest to an unknown one."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     if close:
         return f"The closest: {', '.join(close)}."

@@ -44,7 +44,7 @@ class _Range(NamedTuple):
 def fake_quant_vars(
     x: jax.Array, low: ArrayLike, high: ArrayLike, spec: QSpec = UINT8
 ) -> jax.Array:
-    """``tf.quantization.fake_quant_with_min_max_vars``: one trainable range.
+    """Rounds as ``tf.quantization.fake_quant_with_min_max_vars``: one trainable range.
 
     Args:
       x: Real values, float32.
@@ -73,16 +73,16 @@ def fake_quant_vars(
 def fake_quant_per_channel(
     x: jax.Array, low: jax.Array, high: jax.Array, spec: QSpec
 ) -> jax.Array:
-    """``fake_quant_with_min_max_vars_per_channel``: a trainable range per channel.
+    """Rounds as ``fake_quant_with_min_max_vars_per_channel``: a range per channel.
 
     Args:
       x: Real values, float32.
       low: Least values, the rank of ``x`` with size 1 everywhere but at ``spec.axis``.
       high: Largest values, same shape.
-      spec: As for `fake_quant_vars`, with ``axis``.
+      spec: Same as for `fake_quant_vars`, with ``axis``.
 
     Returns:
-      As `fake_quant_vars`, with a product by the inverse instead of the quotient.
+      Same as `fake_quant_vars`, with a product by the inverse instead of the quotient.
 
     Raises:
       ValueError: as `fake_quant_vars`.
@@ -93,16 +93,16 @@ def fake_quant_per_channel(
 def fake_quant_args(
     x: jax.Array, low: float, high: float, spec: QSpec = UINT8
 ) -> jax.Array:
-    """``fake_quant_with_min_max_args``: one fixed range.
+    """Rounds as ``fake_quant_with_min_max_args``: one fixed range.
 
     Args:
       x: Real values, float32.
       low: Least value.
       high: Largest value.
-      spec: As for `fake_quant_vars`.
+      spec: Same as for `fake_quant_vars`.
 
     Returns:
-      As `fake_quant_per_channel`, for one range. The range gets no gradient.
+      Same as `fake_quant_per_channel`, for one range. The range gets no gradient.
 
     Raises:
       ValueError: as `fake_quant_vars`.
@@ -114,14 +114,14 @@ def fake_quant_args(
 def quantize_vars(
     x: jax.Array, low: ArrayLike, high: ArrayLike, spec: QSpec = UINT8
 ) -> Quantized:
-    """`fake_quant_vars` with its codes and grid."""
+    """Returns `fake_quant_vars` with its codes and grid."""
     return _quantize(x, jnp.float32(low), jnp.float32(high), spec, reciprocal=False)
 
 
 def quantize_per_channel(
     x: jax.Array, low: jax.Array, high: jax.Array, spec: QSpec
 ) -> Quantized:
-    """`fake_quant_per_channel` with its codes and grid."""
+    """Returns `fake_quant_per_channel` with its codes and grid."""
     if spec.axis is None:
         raise ValueError("`spec.axis` must name the channel axis, got None.")
     return _quantize(x, low, high, spec, reciprocal=True)
@@ -196,10 +196,10 @@ def tflite_params(low: jax.Array, high: jax.Array, spec: QSpec) -> QParams:
         return QParams(scale, jnp.zeros(scale.shape, jnp.int32))
     scale = quotient(high - low, qmax - qmin)
     steps, rest = _long_quotient(low, scale)
-    # What the compiler knows it may move from one difference to the next.
+    # The compiler may move a known term from one difference to the next.
     qmin = jax.lax.optimization_barrier(qmin)
     zero = qmin - steps
-    # What the difference has lost, and the quotient: together as float64 has them.
+    # Lost parts of the difference and the quotient: together as in float64.
     above = zero - qmin
     lost = (qmin - (zero - above)) + (-steps - above)
     zero = jnp.clip(half_away(zero + (lost - rest)), qmin, qmax)
@@ -207,7 +207,7 @@ def tflite_params(low: jax.Array, high: jax.Array, spec: QSpec) -> QParams:
 
 
 def _long_quotient(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``a / b`` as a float32 and what is left of it (Dekker, 1971)."""
+    """Returns ``a / b`` as a float32, and the rest of the quotient (Dekker, 1971)."""
     unit = power_of_two(-floor_log2(b))
     a, b = a * unit, b * unit
     near = quotient(a, b)
@@ -226,7 +226,7 @@ def _quantize(
     x: jax.Array, low: jax.Array, high: jax.Array, spec: QSpec, *, reciprocal: bool
 ) -> Quantized:
     _check(x, low, high, spec)
-    # What the compiler knows it folds its own way.
+    # The compiler folds known values in its own way.
     low, high = jax.lax.optimization_barrier((low, high))
     ends = jnp.asarray(spec.qmin), jnp.asarray(spec.qmax)
     qmin, qmax = (end.astype(jnp.float32) for end in ends)
@@ -281,7 +281,7 @@ def _nudge(low: jax.Array, high: jax.Array, qmin: jax.Array, qmax: jax.Array) ->
 
 
 def _steps(reciprocal: bool, x: jax.Array, r: _Range) -> jax.Array:
-    """Whole steps from zero."""
+    """Returns whole steps from zero."""
     above = jnp.clip(x, r.lo, r.hi) - r.lo
     z = jnp.floor(product(-r.lo, r.inverse) + 0.5)
     ratio = product(above, r.inverse) if reciprocal else quotient(above, r.scale)

@@ -1,4 +1,4 @@
-"""Words of bits: what quantizers with codes of a fixed length share."""
+"""Words of bits, which quantizers with codes of a fixed length share."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ Alpha = ArrayLike | tuple[float, ...] | str | None
 
 
 def as_int(flag: Any) -> Any:
-    """A truth value, known or traced, as the integer that counts it."""
+    """Returns a truth value, known or traced, as the integer 0 or 1."""
     return flag.astype(jnp.int32) if isinstance(flag, jax.Array) else int(flag)
 
 
@@ -109,7 +109,7 @@ def check_slope(spec: Any) -> None:
 
 
 def is_power_of_two(scale: Alpha) -> bool:
-    """Whether a scale is known to consist of powers of two; None counts as 1."""
+    """Returns whether a scale is known to be powers of two; None counts as 1."""
     if scale is None:
         return True
     if isinstance(scale, str) or not is_known(scale):
@@ -119,5 +119,5 @@ def is_power_of_two(scale: Alpha) -> bool:
 
 
 def settled(n: ArrayLike) -> Any:
-    """A known number as a Python one; arrays and what is traced as they are."""
+    """Returns a known number as a Python one, and arrays and tracers as they are."""
     return np.asarray(n).item() if is_known(n) and np.ndim(n) == 0 else n

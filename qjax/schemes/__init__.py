@@ -1,1 +1,1 @@
-"""Says which grid stands where: schemes, presets, configs."""
+"""Schemes, presets and configs, which decide the grid of each site."""

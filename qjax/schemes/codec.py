@@ -1,4 +1,4 @@
-"""Schemes as JSON, and back: whole, validated, with the path of what is wrong."""
+"""Schemes to JSON and back: whole, validated, with the path of any error."""
 
 import dataclasses
 import json
@@ -22,18 +22,18 @@ _ROUNDINGS = {"half_even": rounding.half_even, "half_away": rounding.half_away}
 
 
 class SchemeError(ValueError):
-    """JSON that is no scheme: the message begins with the path of the wrong key."""
+    """An error for JSON that is no scheme; it begins with the path of the wrong key."""
 
 
 def write(
     scheme: Mapping[str, Any], usual: Mapping[str, Any], *, indent: int | None = 2
 ) -> str:
-    """Writes the fields of a scheme as JSON, but those that are as usual.
+    """Writes the fields of a scheme as JSON, except those with default values.
 
     Args:
       scheme: Name -> value of each field of a `Scheme`.
       usual: The same of the one with its defaults.
-      indent: As of ``json.dumps``.
+      indent: Indent, passed to ``json.dumps``.
 
     Returns:
       Text, as `Scheme.to_json` describes it.
@@ -69,7 +69,7 @@ def read(text: str, make: Callable[..., _S]) -> _S:
     """Reads a scheme from JSON.
 
     Args:
-      text: What `write` writes.
+      text: Text in the form of `write`.
       make: `Scheme`, which is made of the fields that are there.
 
     Returns:
@@ -102,7 +102,7 @@ _In = Callable[[str, Any], Any]
 
 
 class _Object(dict[str, Any]):
-    """An object of JSON, with the first key that it has twice."""
+    """An object of JSON, with the first key that occurs twice."""
 
     def __init__(self, pairs: list[tuple[str, Any]]):
         super().__init__(pairs)
@@ -122,7 +122,7 @@ def _read(path: str, data: Any, fields: Mapping[str, _In]) -> dict[str, Any]:
 
 
 def check_keys(path: str, data: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raises for a key that is there twice, or not known, with the closest that is."""
+    """Raises for a repeated or unknown key, with the closest known key."""
     if isinstance(data, _Object) and data.twice is not None:
         raise SchemeError(f"{_join(path, data.twice)}: this key is there twice.")
     for key in data:
@@ -132,7 +132,7 @@ def check_keys(path: str, data: Mapping[str, Any], known: Collection[str]) -> No
 
 
 def _short(data: Any) -> str:
-    """Returns what was found, cut where it is long."""
+    """Returns a found value as text, cut where it is long."""
     try:
         text = repr(data)
     except RecursionError:
@@ -172,7 +172,7 @@ def _word_out(path: str, word: Word | None) -> Any:
 
 
 def _numbers(word: Word) -> list[Any]:
-    """The fields that may be traced."""
+    """Returns the fields that may be traced."""
     fields = dataclasses.fields(word)
     if isinstance(word, QSpec):
         return [f for f in fields if f.name == "bits"]

@@ -1,4 +1,4 @@
-"""What a site is, and which sites a pattern speaks of."""
+"""Sites of a model, and patterns that select sites."""
 
 import dataclasses
 import difflib
@@ -19,15 +19,15 @@ class Site(NamedTuple):
 
     name: str  # conv1/kernel, conv1/output, input:0, residual_2/output, output:0.
     role: Role
-    shape: tuple[int, ...]  # Of the value in the traced example.
+    shape: tuple[int, ...]  # Shape of the value in the traced example.
     layer: str = ""  # Module path: of what the weight serves; of where a value is made.
-    op: str = ""  # What makes the value; of a weight, what it serves: conv, dense, ...
-    activation: str = ""  # What the value has passed: relu, relu6, clip, gelu, ...
+    op: str = ""  # Operation that makes the value or reads the weight: conv, ...
+    activation: str = ""  # Function that the value has passed: relu, clip, gelu, ...
     inputs: tuple[str, ...] = ()  # Names of the sites that the op reads.
-    feeds: tuple[str, ...] = ()  # Who reads the value, or what a weight makes: ops, and
+    feeds: tuple[str, ...] = ()  # Ops that read the value, or the product; and
     # "return" if the model returns it.
-    axis: int | tuple[int, ...] | None = -1  # Of a weight: that of its outputs, if any.
-    taps: int | None = None  # Of a weight: how many of its numbers one sum adds.
+    axis: int | tuple[int, ...] | None = -1  # Output axis of a weight, if any.
+    taps: int | None = None  # Terms of a weight in one sum.
     note: str = ""  # Why `axis` is not what a use of the weight asks for.
     reads: tuple[str, ...] = ()  # Site of each operand of the op, in order; "" for one
     # that several sites make.
@@ -42,17 +42,17 @@ class Where:
     itself, brackets and all.
 
     Attributes:
-      name: Of the site.
+      name: Globs of the name of the site.
       role: "weight" or "activation"; None for both. "bias" for the bias of a product,
         which no other rule speaks of but one with its very name.
       layer: Module path that the site belongs to.
-      op: What makes the value, or what a weight serves.
-      activation: What the value has passed; ``"?*"`` for any.
-      inputs: Of the names of the sites that the op reads; all must match, and at least
-        one be there.
-      feeds: Of the ops that read the value; one must match.
-      feeds_only: Of the ops that read the value; all must match, and at least one be
-        there.
+      op: Globs of the operation that makes the value, or that a weight serves.
+      activation: Globs of the function that the value has passed; ``"?*"`` for any.
+      inputs: Globs of the names of the sites that the op reads; all must match, and at
+        least one be there.
+      feeds: Globs of the ops that read the value; one must match.
+      feeds_only: Globs of the ops that read the value; all must match, and at least one
+        be there.
       ranks: Numbers of axes of the value; empty for any.
 
     Raises:
@@ -102,11 +102,11 @@ class Where:
         return show_fields(self)
 
     def __call__(self, site: Site) -> bool:
-        """Whether all fields match."""
+        """Returns whether all fields match."""
         return all(self.holds(name, site) for name in _FIELDS)
 
     def holds(self, field: str, site: Site) -> bool:
-        """Whether one field matches."""
+        """Returns whether one field matches."""
         wanted = getattr(self, field)
         if wanted is None or wanted == "*":
             return True
@@ -122,7 +122,7 @@ _FIELDS = (*_PATTERNS, "role", "ranks")
 
 
 def found_at(site: Site, field: str) -> tuple[Any, ...]:
-    """Returns what a field of a `Where` looks at in a site."""
+    """Returns the values of a site that a field of a `Where` is compared with."""
     if field == "ranks":
         return (len(site.shape),)
     value = getattr(site, "feeds" if field == "feeds_only" else field)
@@ -130,13 +130,13 @@ def found_at(site: Site, field: str) -> tuple[Any, ...]:
 
 
 def matches(text: str, globs: Globs) -> bool:
-    """Returns whether one of several globs matches a text, or is the text itself."""
+    """Returns whether one of several globs matches a text or is the text itself."""
     several = (globs,) if isinstance(globs, str) else globs
     return any(text == one or fnmatch.fnmatchcase(text, one) for one in several)
 
 
 def check_name(name: str, sites: Sequence[Site]) -> None:
-    """Raises for the name of a site that is a set of characters for others."""
+    """Raises for the name of a site that as a glob also matches other sites."""
     names = [site.name for site in sites]
     others = [n for n in names if n != name and fnmatch.fnmatchcase(n, name)]
     if name in names and others and not any(c in name for c in "*?"):
@@ -190,14 +190,14 @@ def check_fields(where: Where, sites: Sequence[Site]) -> None:
 
 
 def _with_inner(part: str, wanted: Globs) -> tuple[str, ...]:
-    """A layer and the layers inside of it, where a pattern names both: ``a, a/*``."""
+    """Returns the pair ``a, a/*`` if the patterns have both, else the pattern alone."""
     outer = part.removesuffix("/*")
     pair = outer, f"{outer}/*"
     return pair if set(pair) <= set(wanted) else (part,)
 
 
 def no_match(wanted: Any, kind: str, there: Sequence[Any]) -> str:
-    """Says that a pattern matches nothing, what is closest, and what there is."""
+    """Explains that a pattern matches nothing, with the closest and all names."""
     texts = [*dict.fromkeys(str(text) for text in there if text != "")]
     parts = wanted if isinstance(wanted, tuple) else (wanted,)
     texts_wanted = [str(part) for part in parts if not callable(part)]
@@ -221,5 +221,5 @@ def _matching(pattern: str, names: Sequence[str]) -> list[str]:
 
 
 def is_whole(x: Any) -> bool:
-    """Returns whether a value is a whole number of any type, and no truth value."""
+    """Returns whether a value is an integer of any type and no truth value."""
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)

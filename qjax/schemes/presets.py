@@ -1,4 +1,4 @@
-"""Schemes that people know by name: TFLite's, QuantizeML's, QKeras's, and some more."""
+"""Schemes with familiar names: TFLite's, QuantizeML's, QKeras's, and some more."""
 
 import dataclasses
 import difflib
@@ -64,9 +64,9 @@ _LAST = Where(role="weight", feeds="return")
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationParams:
-    """How many bits where, as QuantizeML has it, with its defaults.
+    """The bits of each kind of site, as QuantizeML has it, with its defaults.
 
-    What it means for a model:
+    Meaning for a model:
 
     - weights are symmetric with a float scale per output channel,
       ``scale = max|w| / (2^(bits - 1) - 1)``: ``input_weight_bits`` where the input of
@@ -84,12 +84,12 @@ class QuantizationParams:
         The kernel of a product takes the scales of its input in before it is rounded;
         for other readers values are brought to one scale, exactly. The input of the
         model has one scale, where QuantizeML's may have one per channel.
-      weight_bits: Of weights, 2 to 16.
-      output_bits: Of values that no activation makes.
-      input_weight_bits: Of the weights of the first product.
-      input_dtype: Of the input: its bits, and whether it is signed.
-      buffer_bits: Of accumulators, 2 to 32.
-      last_output_bits: Of what the model returns; None leaves it unrounded.
+      weight_bits: Bits of weights, 2 to 16.
+      output_bits: Bits of values that no activation makes.
+      input_weight_bits: Bits of the weights of the first product.
+      input_dtype: Type of the input: its bits, and whether it is signed.
+      buffer_bits: Bits of accumulators, 2 to 32.
+      last_output_bits: Bits of the model's outputs; None leaves them unrounded.
 
     Raises:
       ValueError: for numbers that are no such widths, and a dtype that is no integer.
@@ -229,7 +229,7 @@ class QuantizationParams:
 
 
 def _optional(*rules: Rule) -> tuple[Rule, ...]:
-    """Returns rules that may match nothing: a preset is for many models."""
+    """Returns rules that may match nothing, as a preset serves many models."""
     return tuple(dataclasses.replace(rule, optional=True) for rule in rules)
 
 
@@ -249,14 +249,14 @@ def _reasons(**reasons: str) -> tuple[tuple[str, str], ...]:
 
 
 def quantizeml(**params: Any) -> Scheme:
-    """QuantizeML's scheme: `QuantizationParams` with its defaults, or with others."""
+    """Returns QuantizeML's scheme: `QuantizationParams` with defaults or others."""
     return QuantizationParams.from_dict(params).scheme()
 
 
 def tflite_int8(
     *, same_scales: bool = False, per_tensor_weights: bool = False
 ) -> Scheme:
-    """TFLite's full-integer scheme, with grids of one's own or with its converter's.
+    """Returns TFLite's full-integer scheme, with separate or its converter's grids.
 
     Activations of 8 bits per tensor, asymmetric over the range of all values; weights
     of 8 bits per output channel, -127 to 127; softmax and logistic on 1/256, tanh and
@@ -277,7 +277,7 @@ def tflite_int8(
     - a range is at least 1e-6 wide; zero points round half away from zero;
     - a weight whose bias would leave 31 bits gets a larger scale.
 
-    What is one site here and several tensors there has the grid of the last one.
+    One site here that is several tensors there has the grid of the last tensor.
 
     Args:
       same_scales: Whether grids are those of TFLite's converter.
@@ -310,15 +310,15 @@ def tflite_int8(
 
 
 def tflite_int16x8(*, same_scales: bool = False) -> Scheme:
-    """TFLite's 16x8 scheme, with grids of one's own or with its converter's.
+    """Returns TFLite's 16x8 scheme, with separate or its converter's grids.
 
     Activations of 16 bits per tensor, symmetric, -32767 to 32767; weights as in
     `tflite_int8`; softmax, logistic and tanh on 1/32768. Accumulators are int32 here,
     int64 there: lowering says where that is too narrow.
 
     Args:
-      same_scales: As in `tflite_int8`; but operands of a concatenation keep their grids
-        there, and biases have 64 bits.
+      same_scales: Same as in `tflite_int8`; but operands of a concatenation keep their
+        grids there, and biases have 64 bits.
     """
     word = QSpec(bits=16, symmetric=True, narrow_range=True)
     whole = constant(-32767 / 32768, 32767 / 32768)
@@ -338,7 +338,7 @@ def tflite_int16x8(*, same_scales: bool = False) -> Scheme:
 
 
 def _fixed_8_bit() -> tuple[Rule, ...]:
-    """TFLite's grids of functions that have bounds."""
+    """Returns rules with TFLite's fixed grids of functions that have bounds."""
     unit, both = constant(0.0, 255 / 256), constant(-1.0, 127 / 128)
     word, below = QSpec(bits=8), constant(-255 / 16, 0.0)
     return (
@@ -361,7 +361,7 @@ def _fixed(
 
 @named
 def tflite_min_max() -> Calibrator:
-    """TFLite's calibration: the range of all values, on the converter's grid."""
+    """Tracks the range of all values on the converter's grid: TFLite's calibration."""
     own = min_max()
 
     def params(state: MinMaxState, spec: QSpec) -> QParams:
@@ -374,7 +374,7 @@ def tflite_min_max() -> Calibrator:
 
 @named
 def tfmot_moving_average(decay: float = 0.999) -> Calibrator:
-    """TFMOT's MovingAverageQuantizer: from [-6, 6], not debiased, zero in the range.
+    """Tracks TFMOT's MovingAverageQuantizer: from [-6, 6], not debiased, with zero.
 
     That is how training moves it. `qjax.calibrate` finds the range of all its batches,
     from which training goes on.
@@ -393,12 +393,12 @@ def tfmot_moving_average(decay: float = 0.999) -> Calibrator:
 
 @named
 def tfmot_all_values() -> Calibrator:
-    """TFMOT's AllValuesQuantizer: the range of all values, with zero in it."""
+    """Tracks TFMOT's AllValuesQuantizer: the range of all values, with zero in it."""
     return min_max(tfmot_range)
 
 
 def tfmot_int8() -> Scheme:
-    """TFMOT's default 8-bit scheme.
+    """Returns TFMOT's default 8-bit scheme.
 
     Inputs of 8 bits over the range of all values; ends of blocks of 8 bits over a
     moving average, which `QuantizedModel.apply_and_update` moves in training; weights
@@ -430,17 +430,17 @@ def tfmot_int8() -> Scheme:
 
 
 def w4a8() -> Scheme:
-    """Weights of 4 bits per output channel, activations of 8."""
+    """Returns a scheme of 4-bit weights per output channel and 8-bit activations."""
     return Scheme(weights=QSpec(bits=4, narrow_range=True, axis="output"))
 
 
 def binary(*, activation_bits: int = 8) -> Scheme:
-    """Weights of one bit, -s or s, with a least-squares scale per output channel.
+    """Returns a scheme of one-bit weights, -s or s, least-squares s per channel.
 
     The first and the last product keep weights of 8 bits, as XNOR-Net does.
 
     Args:
-      activation_bits: Of activations.
+      activation_bits: Bits of activations.
 
     References:
       Rastegari et al., "XNOR-Net", 2016, sections 3.1 and 4 (arXiv:1603.05279).
@@ -456,7 +456,7 @@ def binary(*, activation_bits: int = 8) -> Scheme:
 def qkeras(
     layers: Mapping[str, Mapping[str, str | Spec | None]], base: Scheme | None = None
 ) -> Scheme:
-    """QKeras's way: the names of quantizers, layer by layer.
+    """Returns a scheme from QKeras's config: names of quantizers, layer by layer.
 
         qkeras({"input:0": {"activation": "quantized_bits(8,0,1)"},
                 "conv1": {"kernel_quantizer": "quantized_bits(4,0,1)",
@@ -479,7 +479,7 @@ def qkeras(
         - ``bias_quantizer``;
         - ``activation``, also ``activation_quantizer``, of what the layer returns.
           Keras's own functions, such as "relu", stay what the model makes of them.
-      base: What other sites get; None: they stay float, as layers that QKeras is not
+      base: Scheme of other sites; None: they stay float, as layers that QKeras is not
         told of.
 
     Returns:
@@ -535,7 +535,7 @@ _KERAS = frozenset(
 
 
 def _named_word(path: str, key: str, text: Any) -> Spec | None:
-    """The quantizer that an entry names; None for none."""
+    """Returns the quantizer that an entry names; None for no quantizer."""
     if key not in _QKERAS_KEYS:
         raise ValueError(
             f"{path}: wanted is one of {', '.join(_QKERAS_KEYS)}. A BatchNorm is part "
@@ -552,7 +552,7 @@ def _named_word(path: str, key: str, text: Any) -> Spec | None:
 
 
 def _qkeras_site(layer: str, key: str, is_separable: bool) -> Where:
-    """The sites that a key of a layer means."""
+    """Returns the sites that a key of a layer means."""
     where = Where(role=_QKERAS_KEYS[key], layer=layer)
     ops: dict[str, Globs] = {_DEPTHWISE: "depthwise_*", _POINTWISE: ("conv*", "dense")}
     if not is_separable or where.role == "activation":
@@ -563,7 +563,7 @@ def _qkeras_site(layer: str, key: str, is_separable: bool) -> Where:
 
 
 def _deterministic(word: Spec) -> Spec:
-    """Returns what a random quantizer is without a key."""
+    """Returns the quantizer that a random quantizer is without a key."""
     if isinstance(word, StochasticTernary):
         times = word.number_of_unrolls
         return Ternary(word.alpha, word.threshold, number_of_unrolls=times)

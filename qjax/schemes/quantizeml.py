@@ -1,4 +1,4 @@
-"""A scheme layer by layer, in the JSON of QuantizeML; and what decided each value.
+"""Schemes layer by layer in the JSON of QuantizeML, and the reason of each value.
 
     {"conv1": {"weight_quantizer": {"bitwidth": 8}, "buffer_bitwidth": 28},
      "relu": {"output_quantizer": {"bitwidth": 4, "signed": false,
@@ -52,19 +52,19 @@ _ELSEWHERE = {
     "max_value_quantizer": "a bound lies on the grid of the accumulator, 32 bits",
     "a_quantizer": "recurrent states have no quantizer of their own",
 }
-_LUT_BITS = 14  # Of a table, as QuantizeML writes it.
+_LUT_BITS = 14  # Bits of a table, as QuantizeML writes it.
 
 _Slots = dict[str, Site]  # weight_quantizer, output_quantizer -> site.
 
 
 def dump_layers(scheme: Scheme, sites: Sequence[Site], base: Scheme) -> dict[str, Any]:
-    """Writes what a scheme means for each layer of a model.
+    """Writes a scheme as values for each layer of a model.
 
     Args:
-      scheme: With known bits.
-      sites: Of the model.
-      base: What a reader starts from: where it would quantize and ``scheme`` does not,
-        the config says so.
+      scheme: Scheme with known bits.
+      sites: Sites of the model.
+      base: Scheme that a reader starts from: where it would quantize and ``scheme``
+        does not, the config says so.
 
     Returns:
       Layer -> its quantizers, plain JSON.
@@ -97,10 +97,10 @@ def config_rules(
     """Reads a config as rules that come before those of a scheme.
 
     Args:
-      config: As `dump_layers` writes it. What it leaves out, ``base`` fills in.
-      sites: Of the model.
+      config: Config in the form of `dump_layers`; ``base`` fills in absent keys.
+      sites: Sites of the model.
       base: The scheme under it.
-      biases: Of the model.
+      biases: Biases of the model.
 
     Returns:
       One rule for each site that the config speaks of.
@@ -158,7 +158,7 @@ def _check_slots(path: str, entry: Mapping[str, Any], slots: _Slots) -> None:
 
 
 def _separable(layers: Mapping[str, _Slots]) -> dict[str, dict[str, Site]]:
-    """Name over a depthwise and a pointwise weight -> both."""
+    """Maps a name to the depthwise and the pointwise weight of the layers below."""
     found: dict[str, dict[str, Site]] = {}
     for slots in layers.values():
         site = slots.get("weight_quantizer")
@@ -181,7 +181,7 @@ def _part(path: str, key: str, parts: Mapping[str, Site]) -> Site:
 
 
 def _bias_rule(path: str, data: Any, biases: Sequence[Site]) -> Rule:
-    """The rule for the bias of a layer."""
+    """Returns the rule for the bias of a layer."""
     here = f"{path}['bias_quantizer']"
     if not biases:
         raise SchemeError(f"{here}: this layer has no bias that is added to a product.")
@@ -206,11 +206,11 @@ def _parsed(path: str, text: Any) -> Spec:
 
 
 def accumulator_bits(site: Site, scheme: Scheme, inputs: Sequence[Site]) -> int | None:
-    """Returns the bits that the accumulator of any weight of a shape may take.
+    """Returns the bits that the accumulators of all weights of one shape may take.
 
     Args:
       site: A weight.
-      scheme: With known bits.
+      scheme: Scheme with known bits.
       inputs: The sites that its product reads.
 
     Returns:
@@ -228,7 +228,7 @@ def accumulator_bits(site: Site, scheme: Scheme, inputs: Sequence[Site]) -> int 
 
 
 class Explanation(dict[str, tuple[Any, str]]):
-    """Field of a site -> its value and what decided it. ``str`` is a table."""
+    """The value of each field of a site with its reason. ``str`` is a table."""
 
     def __str__(self) -> str:
         rows = [(k, str(v), reason) for k, (v, reason) in self.items()]
@@ -243,7 +243,7 @@ class Explanation(dict[str, tuple[Any, str]]):
 
 
 def explain_site(scheme: Scheme, site: Site) -> Explanation:
-    """Says which rule decided each value at a site."""
+    """Explains which rule decided each value at a site."""
     rule, spec = scheme.rule(site), scheme.spec(site)
     own = f"Scheme.{'weights' if site.role == 'weight' else 'activations'}"
     reasons: dict[str, str] = {}
@@ -285,7 +285,7 @@ def explain_site(scheme: Scheme, site: Site) -> Explanation:
 
 
 def _layers(sites: Sequence[Site]) -> dict[str, _Slots]:
-    """Layer -> its sites; a layer that is called again gets a number."""
+    """Returns the sites by layer; a layer that is called again gets a number."""
     layers: dict[str, _Slots] = {}
     for site in sites:
         slot = "weight_quantizer" if site.role == "weight" else "output_quantizer"
@@ -298,7 +298,7 @@ def _layers(sites: Sequence[Site]) -> dict[str, _Slots]:
 
 
 def _speaks(scheme: Scheme, base: Scheme, site: Site) -> bool:
-    """Whether a config has to speak of a site."""
+    """Returns whether a config must mention a site."""
     spec, there = scheme.spec(site), base.spec(site)
     if site.op == "input":
         same = scheme.site_calibrator(site) == base.site_calibrator(site)
@@ -313,7 +313,7 @@ def _weight_out(scheme: Scheme, base: Scheme, site: Site) -> dict[str, Any] | No
     found: dict[str, Any] = {"bitwidth": _bits(site, spec)}
     is_depthwise = site.op.startswith("depthwise")
     is_output = spec.axis == site.axis and spec.axis is not None
-    if is_depthwise or not is_output:  # In the layout of Keras, whatever is ours.
+    if is_depthwise or not is_output:  # The layout of Keras, not qjax's.
         found["axis"] = -2 if is_output else spec.axis
     usual = _usual(base.spec(site), site)
     return found | _differences(spec, usual, ("signed", "narrow_range"))
@@ -370,7 +370,7 @@ def _buffer_out(
 
 
 def _serves(weight: Site, output: Site) -> bool:
-    """Whether a weight makes the product that ends at a site."""
+    """Returns whether a weight makes the product that ends at a site."""
     inputs = set(output.inputs)
     return weight.op == output.op and inputs.issubset(weight.inputs) and bool(inputs)
 
@@ -401,7 +401,7 @@ def _rule(
     *,
     said: str = "",
 ) -> Rule:
-    """The rule for one site: what the entry says, over what the scheme says."""
+    """Returns the rule for one site: the entry's values over the scheme's."""
     under, rule = base.spec(site), base.rule(site)
     reasons = {k: reason for k, (_, reason) in explain_site(base, site).items()}
     calibrator = None if rule is None else rule.calibrator
@@ -458,7 +458,7 @@ def _word(path: str, data: Mapping[str, Any], site: Site, under: Word | None) ->
 
 
 def _usual(under: Word | None, site: Site) -> QSpec:
-    """What fills in the keys that a config leaves out."""
+    """Returns the word that fills in the keys that a config leaves out."""
     if isinstance(under, QSpec):
         return under
     return _WEIGHT if site.role == "weight" else _OUTPUT
@@ -499,7 +499,7 @@ def _whole(path: str, data: Mapping[str, Any], key: str, least: int, most: int) 
 
 
 def _reach(spec: QSpec) -> int:
-    """The largest distance of a code from its zero point."""
+    """Returns the largest distance of a code from its zero point."""
     least, most = int(spec.qmin), int(spec.qmax)  # type: ignore[arg-type]
     return max(-least, most) if spec.symmetric or spec.narrow_range else most - least
 

@@ -1,4 +1,4 @@
-"""Raw integers as the input of a model: the rescaling goes in, and loses nothing."""
+"""A rescaling for models of raw integer inputs, which lowers without loss."""
 
 import fractions
 import inspect
@@ -14,7 +14,7 @@ from qjax.affine import QSpec
 from qjax.calibration.calibrators import constant
 from qjax.schemes.rules import Rule
 
-_MOST_PARTS = 128  # Of a step between two input codes: words of 8 bits get 16.
+_MOST_PARTS = 128  # Most parts of a step between codes: words of 8 bits get 16.
 
 
 def insert_rescaling(
@@ -36,7 +36,7 @@ def insert_rescaling(
       fn: ``fn(params, x, *inputs)``, where ``x`` is real.
       scale: Units per raw integer, positive: ``1 / 255``.
       offset: Real value of the integer 0: ``-1`` for [-1, 1].
-      dtype: Of the raw input, an integer type of at most 8 bits.
+      dtype: Type of the raw input, an integer type of at most 8 bits.
 
     Returns:
       A function that takes raw integers in place of ``x``, and the rule for the site
@@ -74,7 +74,7 @@ def insert_rescaling(
         ratio = fractions.Fraction(round(offset / scale * _MOST_PARTS), _MOST_PARTS)
     shift = float(ratio) * scale
     info, parts = np.iinfo(kind), int(ratio.denominator)
-    zero = int(ratio.numerator)  # Where the raw integer 0 lies, in these parts.
+    zero = int(ratio.numerator)  # Place of the raw integer 0, in these parts.
     ends: list[int] = [0, *(int(end) * parts + zero for end in (info.min, info.max))]
     least, most = min(ends), max(ends)
     bits = max((most - least).bit_length(), kind.itemsize * 8)
@@ -95,7 +95,7 @@ def insert_rescaling(
 
 
 def _check_takes_input(fn: Any) -> None:
-    """Raises for what has no input that a rescaling could go in front of."""
+    """Raises for a model without an input that a rescaling could precede."""
     if not callable(fn):
         raise TypeError(
             f"`fn` must be a function `fn(params, x, *inputs)`, got {fn!r}."

@@ -25,7 +25,7 @@ class Rule:
       spec: The word of the codes: a `QSpec`, the options of a quantizer of
         `qjax.quantizers`, or the text of one, ``"quantized_bits(4)"``. None leaves the
         site in float.
-      calibrator: How the range is found, also as text, ``"percentile(99.9)"``; None
+      calibrator: Calibrator of the range, also as text, ``"percentile(99.9)"``; None
         keeps that of the scheme.
       buffer_bits: Most bits of the accumulator that a weight makes, 2 to 32; None keeps
         that of the scheme.
@@ -70,7 +70,7 @@ class Rule:
         return options.replace("pattern=", "", 1).replace("spec=", "", 1)
 
     def matches(self, site: Site) -> bool:
-        """Whether the rule speaks of a site."""
+        """Returns whether the rule matches a site."""
         if callable(self.pattern):
             return bool(self.pattern(site))
         return matches(site.name, self.pattern)
@@ -78,7 +78,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Constraints:
-    """What a runtime asks of grids beyond their words: `sharing` has the rules.
+    """A runtime's demands on grids beyond their words, which `sharing` applies.
 
     Fields of names are globs of ops (`Site.op`), one of which must match. A site whose
     rule has a calibrator of its own keeps its own grid.
@@ -123,7 +123,7 @@ class Constraints:
 
 
 def as_rules(rules: Any) -> Any:
-    """Returns rules, made of their arguments where these stand in tuples."""
+    """Returns rules, built from their arguments where those stand in tuples."""
     if type(rules) is object:
         return rules  # JAX builds trees with bare objects.
     if not isinstance(rules, tuple | list):
@@ -148,7 +148,7 @@ def as_rules(rules: Any) -> Any:
 
 
 def speaks_of_bias(rule: Rule, site: Site) -> bool:
-    """Returns whether a rule is meant for a bias: by its role, or by its very name."""
+    """Returns whether a rule is meant for a bias, by role or by exact name."""
     if isinstance(rule.pattern, Where):
         return rule.pattern.role == "bias" and rule.pattern(site)
     return rule.pattern == site.name

@@ -1,4 +1,4 @@
-"""Which grid at which site: defaults, and rules on sites."""
+"""The grid of each site: defaults, and rules on sites."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -40,11 +40,11 @@ class Scheme:
       activations: For inputs and outputs of blocks.
       rules: The first one that matches a site decides it. Tuples of the arguments of a
         `Rule` are taken for it.
-      calibrator: How ranges of activations are found.
+      calibrator: Calibrator that finds the ranges of activations.
       estimator: Backward pass of all affine grids, of `qjax.estimators`. A quantizer of
         `qjax.quantizers` has its own.
       buffer_bits: Most bits of an accumulator, 2 to 32: checked by lowering.
-      constraints: What a runtime asks of grids beyond their words.
+      constraints: Demands of a runtime on grids beyond their words.
 
     Raises:
       TypeError: for fields of another type.
@@ -102,7 +102,7 @@ class Scheme:
         return at_site(self.word(site), site)
 
     def word(self, site: Site) -> Word | None:
-        """Returns the word of a site as the scheme has it: `spec` before `at_site`."""
+        """Returns the word of a site in the scheme, which `spec` takes to the site."""
         rule = self.rule(site)
         if rule is not None:
             return rule.spec
@@ -113,7 +113,7 @@ class Scheme:
         return next((r.spec for r in self.rules if speaks_of_bias(r, site)), None)
 
     def site_calibrator(self, site: Site) -> Calibrator:
-        """Returns how the range at a site is found."""
+        """Returns the calibrator of a site."""
         rule = self.rule(site)
         if rule is None or rule.calibrator is None:
             return self.calibrator
@@ -142,7 +142,7 @@ class Scheme:
         Fields that have their defaults are left out. Bits must be known.
 
         Args:
-          indent: As of ``json.dumps``.
+          indent: Indent, passed to ``json.dumps``.
 
         Returns:
           Text; ``Scheme.from_json(scheme.to_json()) == scheme``.
@@ -216,8 +216,8 @@ def shadowed_rules(
     """Returns the rules that decide nothing, with those that come before them.
 
     Args:
-      scheme: Its optional rules are not looked at.
-      sites: Of the model.
+      scheme: Scheme, whose optional rules are not looked at.
+      sites: Sites of the model.
 
     Returns:
       Pairs of the place of a rule, and the places of those that decide its sites.
@@ -245,7 +245,7 @@ def check_words(
 
 
 def _check_alone(scheme: Scheme) -> None:
-    """Raises for words that are wrong whatever the sites of a model are."""
+    """Raises for words that are wrong at every site of any model."""
     check_word("Scheme.weights", "weight", scheme.weights)
     check_word("Scheme.activations", "activation", scheme.activations)
     for k, rule in enumerate(scheme.rules):
@@ -253,7 +253,7 @@ def _check_alone(scheme: Scheme) -> None:
         word, name = rule.spec, f"Scheme.rules[{k}]"
         check_word(name, role or "activation", word)
         if role is None and isinstance(word, QSpec) and word.signed:
-            # It may be that of a weight: an activation has the unsigned word as well.
+            # The word may be a weight's: an activation has the unsigned word as well.
             check_word(name, "weight", word)
 
 
@@ -290,6 +290,6 @@ def stack_schemes(schemes: Sequence[Scheme]) -> Scheme:
 
 
 def _numbers(leaves: Sequence[Any]) -> list[jax.Array]:
-    """Whole numbers as int32, others as float32."""
+    """Returns integers as int32 and other numbers as float32."""
     whole = all(jnp.issubdtype(jax.dtypes.result_type(x), jnp.integer) for x in leaves)
     return [jnp.asarray(x, jnp.int32 if whole else jnp.float32) for x in leaves]

@@ -1,4 +1,4 @@
-"""Which sites share a grid, where a runtime asks for it: `Constraints`."""
+"""Sites that share a grid where a runtime asks for it: `Constraints`."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from qjax.schemes.scheme import Scheme
 
 
 def leaders(sites: Sequence[Site], scheme: Scheme) -> dict[str, Site]:
-    """Finds the sites that have the grid of another one.
+    """Finds the sites that take the grid of another site.
 
     The rules are those of TFLite's converter. Where the value of an op that is
     ``joined`` is made, its operands get its grid, and so does what they are made of
@@ -17,7 +17,7 @@ def leaders(sites: Sequence[Site], scheme: Scheme) -> dict[str, Site]:
     an op that is ``kept`` has the grid of its operand.
 
     Args:
-      sites: Of a model, in the order of computation.
+      sites: Sites of a model, in the order of computation.
       scheme: Words, rules and constraints.
 
     Returns:
@@ -31,8 +31,8 @@ def overwriters(sites: Sequence[Site], scheme: Scheme) -> dict[str, str]:
     """Finds the sites whose values count in the range of an operand.
 
     Args:
-      sites: Of a model.
-      scheme: With the ops that are ``overwritten``.
+      sites: Sites of a model.
+      scheme: Scheme with the ops that are ``overwritten``.
 
     Returns:
       Name of the operand -> name of the site that may overwrite it.
@@ -65,7 +65,7 @@ class _Leaders:
         return self.found
 
     def _lead(self, site: Site, leader: Site) -> None:
-        """Gives the grid of a leader to what a site is made of."""
+        """Gives the grid of a leader to the sites that a site is made of."""
         constraints = self.scheme.constraints
         names = site.reads if matches(site.op, constraints.joined) else ()
         names = site.reads[:1] if matches(site.op, constraints.kept) else names
@@ -77,7 +77,7 @@ class _Leaders:
             self._lead(operand, leader)
 
     def _is_free(self, site: Site) -> bool:
-        """Whether a site may have the grid of another one."""
+        """Returns whether a site may take the grid of another site."""
         rule = self.scheme.rule(site)
         return self._has_range(site) and (rule is None or rule.calibrator is None)
 

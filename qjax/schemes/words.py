@@ -1,4 +1,4 @@
-"""Words: what codes at a site may be, and which of them hold its values."""
+"""Words: the codes that a site may have, and the words that hold its values."""
 
 import dataclasses
 from typing import Any
@@ -26,7 +26,7 @@ _RANDOM = frozenset("bernoulli stochastic_binary stochastic_ternary".split())
 
 
 def as_word(name: str, word: Any) -> Any:
-    """Returns a word, read if it is a text. JAX builds trees with bare objects."""
+    """Returns a word, parsed if it is a text; bare objects pass, for JAX's trees."""
     if word is None or isinstance(word, QSpec | Spec) or type(word) is object:
         return word
     if isinstance(word, str):
@@ -45,7 +45,7 @@ def as_word(name: str, word: Any) -> Any:
 
 
 def as_calibrator(calibrator: Any) -> Calibrator:
-    """Returns a calibrator, read if it is a text."""
+    """Returns a calibrator, parsed if it is a text."""
     if isinstance(calibrator, str):
         return parse_calibrator(calibrator)
     if not isinstance(calibrator, Calibrator):
@@ -58,7 +58,7 @@ def as_calibrator(calibrator: Any) -> Calibrator:
 
 
 def as_buffer_bits(bits: Any) -> int:
-    """Returns the bits of an accumulator, if they are a whole number from 2 to 32."""
+    """Returns the bits of an accumulator; raises unless an integer from 2 to 32."""
     if not is_whole(bits) or not 2 <= bits <= 32:
         raise (ValueError if is_whole(bits) else TypeError)(
             f"`buffer_bits` must be a whole number from 2 to 32, got {bits!r}."
@@ -70,10 +70,10 @@ def at_site(word: Word | None, site: Site) -> Word | None:
     """Returns a word with the axis of its scales at a site.
 
     Args:
-      word: Its axis may be ``"output"``: that of a weight, none of an activation. A
+      word: Word whose axis may be ``"output"``: a weight's, none of an activation. A
         quantizer of `qjax.quantizers` that finds its scales (``alpha="auto"``) and
         names no ``scale_axis`` has them per output channel as well.
-      site: Where it is used.
+      site: Site that has the word.
 
     Returns:
       The word. Others are returned as they are.
@@ -85,7 +85,7 @@ def at_site(word: Word | None, site: Site) -> Word | None:
     finds = isinstance(getattr(word, "alpha", None), str)
     is_open = finds and getattr(word, "scale_axis", ()) is None
     is_grouped = getattr(word, "elements_per_scale", None) is not None
-    # None of theirs is the last axis; one scale for all is an empty tuple.
+    # A `scale_axis` of None is the last axis; one scale for all is an empty tuple.
     if word is None or not is_open or is_grouped or site.role != "weight":
         return word
     fields: dict[str, Any] = {"scale_axis": () if axis is None else axis}
@@ -93,14 +93,14 @@ def at_site(word: Word | None, site: Site) -> Word | None:
 
 
 def is_random(word: Word | None) -> bool:
-    """Whether a word draws at random where it gets a key."""
+    """Returns whether a word draws at random when it gets a key."""
     return isinstance(word, Spec) and (
         word.name in _RANDOM or bool(getattr(word, "use_stochastic_rounding", False))
     )
 
 
 def is_one_sided(word: Word | None) -> bool:
-    """Whether a word has no negative values, wherever its zero point may lie."""
+    """Returns whether a word has no negative values, wherever its zero point lies."""
     if word is None or isinstance(word, QSpec):
         return word is not None and word.symmetric and not word.signed
     is_unsigned = not getattr(word, "keep_negative", getattr(word, "signed", True))
@@ -113,8 +113,8 @@ def check_word(name: str, role: Role, word: Word | None) -> None:
     """Raises for a word that cannot hold the values of a site.
 
     Args:
-      name: Of the site, for the message.
-      role: Of the site. The word of a weight is taken as symmetric.
+      name: Name of the site, for the message.
+      role: Role of the site. The word of a weight is taken as symmetric.
       word: The word; None passes. Bits that are traced pass, an array of known ones
         passes if all of them do.
 

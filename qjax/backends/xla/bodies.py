@@ -1,4 +1,4 @@
-"""Bodies of the nodes `dot` and `conv`: the same integers in several ways.
+"""Bodies of the nodes `dot` and `conv`: several ways to compute the same integers.
 
     acc = (sum((q - offset) * kernel) << shift) + bias        in int32
 
@@ -41,19 +41,19 @@ _ROWS, _LARGE_KERNEL = 4, 1 << 15
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """How a kernel moves over padded codes, channels last."""
+    """The strides, dilation and groups of a convolution over padded codes."""
 
     strides: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int = 1
 
     def sizes(self, x: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
-        """Spatial sizes of the output, for codes and kernel of these shapes."""
+        """Returns the spatial sizes of the output for shapes of codes and kernel."""
         axes = zip(x[1:-1], kernel[:-2], self.dilation, self.strides, strict=True)
         return tuple(max((n - (k - 1) * d - 1) // s + 1, 0) for n, k, d, s in axes)
 
     def least(self, x: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
-        """Shape of the codes that one place of the kernel sees."""
+        """Returns the shape of the codes that one place of the kernel sees."""
         axes = zip(kernel[:-2], self.dilation, strict=True)
         return (1, *((k - 1) * d + 1 for k, d in axes), x[-1])
 
@@ -65,7 +65,7 @@ Body = Callable[[jax.Array, jax.Array, Window], jax.Array]
 def dot(
     node: Node, params: Mapping[str, jax.Array], inputs: Sequence[jax.Array]
 ) -> jax.Array:
-    """The node `dot`."""
+    """Computes the node `dot`."""
     a, kernel = node.attributes, params[node.params["kernel"]]
     x, side = centred(inputs[0], a["offset"]), 1 - a["kernel_operand"]
     contract, batch = ((a[k][side], a[k][1 - side]) for k in ("contract", "batch"))
@@ -84,7 +84,7 @@ def dot(
 def conv(
     node: Node, params: Mapping[str, jax.Array], inputs: Sequence[jax.Array]
 ) -> jax.Array:
-    """The node `conv`, whatever the order of its axes."""
+    """Computes the node `conv` for any order of its axes."""
     a, kernel = node.attributes, params[node.params["kernel"]]
     x = centred(inputs[0], a["offset"])
     (b, c, *space), (o, i, *taps), out = a["dimensions"]
@@ -113,7 +113,7 @@ def conv(
 
 
 def _alone(body: Body, x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    """Runs a body as a computation of its own on the CPU.
+    """Runs a body as a separate computation on the CPU.
 
     XLA:CPU would fuse what comes before into every tap: codes requantized nine times
     over for 3x3. MobileNet at batch 32 takes 2.6 so, 4.1 without.
@@ -124,7 +124,7 @@ def _alone(body: Body, x: jax.Array, kernel: jax.Array, window: Window) -> jax.A
 
 
 def alone(fn: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function as a computation that XLA:CPU fuses nothing into."""
+    """Calls a function as a separate computation that XLA:CPU fuses nothing into."""
     if jax.default_backend() != "cpu":
         return fn(*args)
     with set_xla_metadata(inlineable="false"):
@@ -132,7 +132,7 @@ def alone(fn: Callable[..., Any], *args: Any) -> Any:
 
 
 def centred(x: jax.Array, offset: int) -> jax.Array:
-    """Unsigned codes less half their range, in the signed type of the same size."""
+    """Subtracts half the range from unsigned codes and makes them signed."""
     if not offset:
         return x
     signed = jnp.int8 if offset == 128 else jnp.int16
@@ -140,7 +140,7 @@ def centred(x: jax.Array, offset: int) -> jax.Array:
 
 
 def shifted(acc: jax.Array, node: Node) -> jax.Array:
-    """Makes room for the fraction of a bias on a finer grid."""
+    """Shifts an accumulator to make room for a bias on a finer grid."""
     shift = node.attributes.get("shift", 0)
     return acc << shift if shift else acc
 
@@ -151,7 +151,7 @@ def in_bytes(
     kernel: jax.Array,
     least: Sequence[int],
 ) -> jax.Array:
-    """Computes a product of operands of different types.
+    """Computes a product of operands of different integer types.
 
     Codes of 16 bits times a kernel of 8 are two products of bytes, the sum of which is
     set right by the kernel's own: ``q = 256 * high + low + 128``. Others take the wider
@@ -160,7 +160,7 @@ def in_bytes(
     Args:
       product: Linear in both operands.
       x: Codes.
-      kernel: Its other operand.
+      kernel: Kernel, the other operand.
       least: Shape of the fewest codes that `product` takes. What it gives then has size
         1 along every axis that is not one of the kernel.
 
@@ -177,7 +177,7 @@ def in_bytes(
 
 
 def dot_general(x: jax.Array, kernel: jax.Array, dimensions: Any) -> jax.Array:
-    """`lax.dot_general` of integers, a single row of codes among rows of zeros.
+    """Computes `lax.dot_general` of integers, with rows of zeros added to a single row.
 
     XLA runs one row in a scalar loop, several in an int8 kernel: 1024 codes times
     1024 x 1024 take 0.11 alone, 0.05 among four rows.
@@ -194,7 +194,7 @@ def dot_general(x: jax.Array, kernel: jax.Array, dimensions: Any) -> jax.Array:
 
 
 def choose(x: Sequence[int], kernel: Sequence[int], window: Window) -> Body:
-    """Returns the fastest body for codes and kernel of these shapes, channels last."""
+    """Returns the fastest body for the shapes of codes and kernel, channels last."""
     *taps, channels, outputs = kernel
     terms = math.prod(taps) * channels
     if window.groups > 1:
@@ -223,7 +223,7 @@ def choose(x: Sequence[int], kernel: Sequence[int], window: Window) -> Body:
 
 
 def convolution(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    """XLA's own.
+    """Computes a convolution by XLA's own operation.
 
     The barrier keeps XLA from folding a padding with zeros into the convolution: where
     that makes the output larger than the input, or pads between codes, XLA:CPU of JAX
@@ -248,7 +248,7 @@ def convolution(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
 
 
 def windows(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    """What the kernel sees from each place, in rows, times the kernel: a dot."""
+    """Computes a convolution as a dot of the windows, in rows, and the kernel."""
     seen = [tap for _, tap in _taps(x, kernel, window)]
     rows = jnp.concatenate(seen, -1) if len(seen) > 1 else seen[0]
     sizes = window.sizes(x.shape, kernel.shape)
@@ -258,7 +258,7 @@ def windows(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
 
 
 def products(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    """A sum over the taps of codes times kernel, each channel for itself."""
+    """Computes a grouped convolution as a sum over the taps of codes times kernel."""
     *_, channels, outputs = kernel.shape
     count = outputs // window.groups
     shape = *kernel.shape[:-1], *(1,) * (x.ndim - 1), outputs
@@ -277,7 +277,7 @@ def products(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
 
 
 def blocks(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    """Groups, some at a time, as one convolution with zeros between them."""
+    """Computes a grouped convolution in blocks of groups, with zeros between groups."""
     *taps, channels, outputs = kernel.shape
     groups, outputs = window.groups, outputs // window.groups
     widest = max(1, _BLOCK // max(channels, outputs))
@@ -298,7 +298,7 @@ def blocks(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
 def _taps(
     x: jax.Array, kernel: jax.Array, window: Window
 ) -> Iterator[tuple[tuple[int, ...], jax.Array]]:
-    """Each place in the kernel, with the codes that it meets."""
+    """Yields each place in the kernel with the codes that meet it."""
     sizes = window.sizes(x.shape, kernel.shape)
     for place in itertools.product(*map(range, kernel.shape[:-2])):
         axes = zip(place, sizes, window.strides, window.dilation, strict=True)

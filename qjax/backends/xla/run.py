@@ -1,4 +1,4 @@
-"""The integer graph as a traced JAX function: integers in, integers out."""
+"""The integer graph as a traced JAX function from integers to integers."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +22,8 @@ def run(
     """Computes all values of a graph.
 
     Args:
-      graph: What to compute.
-      params: Its parameters, by name.
+      graph: Graph to compute.
+      params: Parameters of the graph, by name.
       inputs: Codes, in the types of the graph.
 
     Returns:
@@ -41,7 +41,7 @@ def apply(
     params: Mapping[str, jax.Array],
     inputs: Sequence[jax.Array],
 ) -> jax.Array:
-    """Computes one node, in the type that the graph gives its output."""
+    """Computes one node in the type of its output in the graph."""
     out = BODIES[node.operation](node, params, inputs)
     return out.astype(graph.values[node.output].dtype)
 
@@ -66,7 +66,7 @@ def _sum(node, params, inputs):
 
 
 def _wrapped(number: int) -> jax.Array:
-    """An integer modulo 2^32: sums wrap and come back."""
+    """Reduces an integer modulo 2^32 to int32, in which sums wrap."""
     return jnp.int32((number + (1 << 31)) % (1 << 32) - (1 << 31))
 
 
@@ -94,7 +94,7 @@ def _reduce_extreme(node, params, inputs):
 
 
 def _extreme(node: Node, x: jax.Array) -> tuple[jax.Array, Any]:
-    """What a maximum or a minimum starts from, and how it goes on."""
+    """Returns the initial value and the function of a maximum or a minimum."""
     info = jnp.iinfo(x.dtype)
     if node.operation.startswith("max"):
         return jnp.asarray(info.min, x.dtype), lax.max
@@ -114,7 +114,7 @@ def _multiply_codes(node, params, inputs):
 
 
 def _differences(node: Node, inputs: Sequence[jax.Array]) -> list[jax.Array]:
-    """Codes less their zero points."""
+    """Subtracts the zero points from codes, in int32."""
     pairs = zip(inputs, node.attributes["zero_points"], strict=True)
     return [x.astype(jnp.int32) - z for x, z in pairs]
 
@@ -174,7 +174,7 @@ def _concatenate(node, params, inputs):
 
 
 def _aligned(inputs: Sequence[jax.Array]) -> Sequence[jax.Array]:
-    """Values of one type."""
+    """Converts values of different types to int32."""
     if len({x.dtype for x in inputs}) == 1:
         return inputs
     return [x.astype(jnp.int32) for x in inputs]
@@ -227,7 +227,7 @@ def _add(node, params, inputs):
         ends = {"qmin": a["low"], "qmax": a["high"]}
         return requantize_sum(terms, jnp.int32(a["shift"]), a["zero_point"], **ends)
 
-    # Or XLA:CPU fuses a chain of residual sums into each of its readers.
+    # Else XLA:CPU fuses a chain of residual sums into each of its readers.
     return bodies.alone(add, *inputs)
 
 

@@ -1,4 +1,4 @@
-"""Bodies of the operations that only graphs made from TFLite have."""
+"""Bodies of the operations that occur only in graphs made from TFLite."""
 
 from collections.abc import Callable
 
@@ -68,7 +68,7 @@ def _softmax(node, params, inputs):
 
 
 def _reciprocal(x: jax.Array) -> jax.Array:
-    """``1 / (1 + x)`` for x in [0, 1), both with 31 bits after the point."""
+    """Computes ``1 / (1 + x)`` for x in [0, 1), both with 31 fraction bits."""
     product = lambda a, b: _half_up(a * b, jnp.int64(31))
     half = (x + (1 << 31)) >> 1  # Half the denominator.
     y = 1515870810 + product(half, jnp.int64(-1010580540))  # 48/17 - 32/17 half.

@@ -1,4 +1,4 @@
-"""Rules of QONNX graphs that move values, and choose among them."""
+"""Rules of QONNX operators that move values or choose among values."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ def _reshape(op: Operator, x: Data, shape: Known | None = None) -> Value:
 
 
 def _reshaped(x: Data, sizes: list[int], batch: int) -> Data:
-    """Gives values a shape; a leading size of the batch in the file is the batch."""
+    """Reshapes values; the leading size of the file's batch stands for any batch."""
 
     def move(y: Any) -> Any:
         own = list(sizes)

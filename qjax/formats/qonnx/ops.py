@@ -33,17 +33,17 @@ from qjax.formats.qonnx.values import (
     single,
 )
 
-_MOST_CODES = 1 << 16  # Of a sum that becomes a quantization point of its own.
-_WHOLE = 1e-6  # How far from an integer a ratio of scales may lie.
+_MOST_CODES = 1 << 16  # Largest code range of a sum that is a quantization point.
+_WHOLE = 1e-6  # Largest distance of a ratio of scales from an integer.
 
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """A node of a graph.
+    """An operator: a node of a QONNX graph.
 
     Attributes:
-      name: What it does, as ONNX names it.
-      site: Its first output: the name of what it makes.
+      name: Operation, as ONNX names it.
+      site: First output: the name of the result.
       attributes: Name -> number, string, array or list.
       batch: Leading size of the inputs in the file.
     """
@@ -78,12 +78,12 @@ def _bipolar_quant(op: Operator, x: Value, *params: Known) -> Value:
 
 
 def _trunc(op: Operator, x: Value, *params: Known) -> Value:
-    """Version 1 has 5 inputs and keeps its scale; version 2 has an output scale."""
+    """Truncates codes: version 1 (5 inputs) keeps the scale, version 2 has another."""
     arrays = _arrays(op, params, 4)
     scale, zero, in_bits, out_bits = *arrays[:3], arrays[-1]
     if len(arrays) == 4:
         bits, out, last = round(in_bits.item() - out_bits.item()), scale, zero
-        ends = _ends(out_bits + 1, True, False)  # It has no clip.
+        ends = _ends(out_bits + 1, True, False)  # This version has no clip.
     else:
         out = _positive(arrays[3])
         bits = round(math.log2(out.item() / scale.item()))
@@ -132,7 +132,7 @@ def _positive(scale: np.ndarray) -> np.ndarray:
 
 
 def _ends(bits: np.ndarray, is_signed: bool, is_narrow: bool) -> tuple[int, int]:
-    """QONNX's ranges: an unsigned narrow one leaves the largest code out."""
+    """Returns the ends of a word; a narrow unsigned one omits the largest code."""
     most = 31 if is_signed else 30
     if bits.size != 1 or bits.item() != round(bits.item()) or not 0 < bits <= most:
         raise NotImplementedError(
@@ -149,7 +149,7 @@ def _ends(bits: np.ndarray, is_signed: bool, is_narrow: bool) -> tuple[int, int]
 
 
 def arithmetic(op: Operator, a: Value, b: Value) -> Value:
-    """A line, if one operand is constant; else a sum or a product of two values."""
+    """Computes a line if one operand is constant, else a sum or a product of two."""
     if isinstance(a, Data) and isinstance(b, Data):
         return _PAIRS[op.name](op, a, b)
     is_left = isinstance(a, Known)
@@ -172,7 +172,7 @@ def arithmetic(op: Operator, a: Value, b: Value) -> Value:
 
 
 def _added(op: Operator, a: Data, b: Data) -> Data:
-    """A sum; of codes on grids that fit, it is codes again."""
+    """Adds two values; codes on grids that fit give codes again."""
     sign = -1 if op.name == "Sub" else 1
     total = a.real() + b.real() if sign > 0 else a.real() - b.real()
     if a.grid is None or b.grid is None:
@@ -198,7 +198,7 @@ def _divided(op: Operator, a: Data, b: Data) -> Data:
 
 
 def of_two(op: Operator, a: Data, b: Data, taps: int, acc: jax.Array) -> Data:
-    """``acc``, a sum of ``taps`` products of two values, as an accumulator."""
+    """Makes an accumulator from ``acc``, a sum of ``taps`` products of two values."""
     if a.grid is None or b.grid is None:
         return Data(acc)
     ends = [

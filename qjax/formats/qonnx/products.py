@@ -108,7 +108,7 @@ class _Window:
 
 
 def _window(op: Operator, shape: Sequence[int], size: Sequence[int]) -> _Window:
-    """The window of a convolution or a pool over the axes from 2 on."""
+    """Reads the window of a convolution or a pool over the axes from 2 on."""
     a, ones = op.attributes, [1] * len(size)
     strides, dilations = a.get("strides", ones), a.get("dilations", ones)
     if a.get("ceil_mode", 0):

@@ -34,7 +34,7 @@ from qjax.formats.qonnx.values import (
 from qjax.graph.builder import compact
 from qjax.quantizers.point import straight
 
-# Of a sign of what is on no grid: 2^-22 below 0 is still seen.
+# Step of the sign of a value on no grid: 2^-22 below 0 is still seen.
 _SIGN_STEP = 2.0**-20
 
 
@@ -69,7 +69,7 @@ _ROUNDINGS: dict[str, Callable[..., Any]] = {
     "HALF_UP": half_away,
     "HALF_DOWN": half_to_zero,
 }
-# What they are of codes that are not negative.
+# Equal modes for codes that are not negative.
 _UPWARDS = {"UP": "CEIL", "DOWN": "FLOOR", "ROUND_TO_ZERO": "FLOOR"}
 # Half to even on a grid twice as fine, moved by a quarter, then up or down: exact, as
 # halves meet even codes there.
@@ -83,14 +83,14 @@ _MOVES = {
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-    """The integers of a quantizer.
+    """The word of a quantizer: the integers that its codes can be.
 
     Attributes:
       scale: float32, ``[]`` or the rank of the values.
       zero_point: The same.
       low: Least code.
       high: Largest code.
-      mode: How it rounds, a key of ``_ROUNDINGS``.
+      mode: Mode of rounding, a key of ``_ROUNDINGS``.
     """
 
     scale: np.ndarray
@@ -101,11 +101,11 @@ class Word:
 
 
 def int_quant(x: Known | Data, word: Word, site: str) -> Known | Data:
-    """IntQuant.
+    """Computes IntQuant.
 
     Args:
       x: Values.
-      word: Its integers.
+      word: Word of the codes.
       site: Name of the quantization point.
 
     Returns:
@@ -135,7 +135,7 @@ def _known(x: Known, word: Word) -> Known:
 
 
 def _formula(x: jax.Array, word: Word) -> jax.Array:
-    """The definition, on codes of a scale or a channel each."""
+    """Computes IntQuant by its definition, with one scale or one scale per channel."""
     scale, zero = (_aligned(a, x.ndim) for a in (word.scale, word.zero_point))
     steps = x / scale
     if np.any(word.zero_point):
@@ -163,7 +163,7 @@ def _by_channel(x: jax.Array, word: Word, site: str) -> jax.Array:
 
 
 def _at_once(x: Data, scale: float, zero: int, word: Word, site: str) -> Data:
-    """Rounds what is no function of few codes: an input, or a wide accumulator."""
+    """Rounds an input or a wide accumulator, which is no function of few codes."""
     mode = word.mode
     if word.low >= zero:
         mode = _UPWARDS.get(mode, mode)
@@ -198,7 +198,7 @@ def _plus(x: Data, by: float) -> jax.Array:
 
 
 def bipolar_quant(x: Known | Data, scale: np.ndarray, site: str) -> Known | Data:
-    """BipolarQuant: codes -1 and 1. The sign of 0 is 1.
+    """Computes BipolarQuant: codes -1 and 1, with sign 1 at 0.
 
     The sign of a raw input is that of the input plus 2^-22.
 
@@ -231,7 +231,7 @@ def bipolar_quant(x: Known | Data, scale: np.ndarray, site: str) -> Known | Data
 
 
 def _threshold(x: Data, unit: float, site: str) -> Data:
-    """The sign of a line is an accumulator's distance from an integer.
+    """Returns the sign of a line as an accumulator compared with an integer threshold.
 
     ``gain * n * unit + bias >= 0`` from some integer ``n`` on, up or down. Half a unit
     away from it there is no tie, and codes saturate at -1 and 1.
@@ -263,12 +263,12 @@ def _threshold(x: Data, unit: float, site: str) -> Data:
 
 
 def trunc(x: Known | Data, words: tuple[Word, Word], bits: int, site: str) -> Data:
-    """Trunc: codes of one grid without their least bits.
+    """Computes Trunc: codes of one grid without their least bits.
 
     Args:
       x: Values.
       words: The input's grid, how it rounds; the output's grid and codes.
-      bits: How many of them go.
+      bits: Number of least bits to drop.
       site: Name of the quantization point.
 
     Returns:
@@ -293,14 +293,14 @@ def trunc(x: Known | Data, words: tuple[Word, Word], bits: int, site: str) -> Da
 def multi_threshold(
     x: Data, thresholds: np.ndarray, scale: float, bias: float, *, axis: int, site: str
 ) -> Data:
-    """MultiThreshold: how many thresholds are not above a value.
+    """Computes MultiThreshold: the number of thresholds that are not above a value.
 
     Args:
       x: Values.
       thresholds: ``[channels, steps]``, or ``[1, steps]``.
-      scale: Of the output.
-      bias: Of the output; a whole multiple of ``scale``.
-      axis: Of the channels in ``x``.
+      scale: Scale of the output.
+      bias: Bias of the output; a whole multiple of ``scale``.
+      axis: Axis of the channels in ``x``.
       site: Name of the quantization point.
 
     Returns:
@@ -327,7 +327,7 @@ def multi_threshold(
 
 
 def rounding_mode(name: str) -> str:
-    """Returns the name of a rounding in upper case.
+    """Returns the name of a rounding mode in upper case.
 
     Raises:
       NotImplementedError: if there is no such rounding.

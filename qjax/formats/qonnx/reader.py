@@ -1,4 +1,4 @@
-"""Reading QONNX files: networks with quantizers as functions that lower."""
+"""The reader of QONNX files: networks with quantizers as functions that lower."""
 
 import dataclasses
 import importlib
@@ -77,10 +77,10 @@ class QonnxModel:
         return found[0] if len(found) == 1 else found
 
     def advise(self, refusal: str) -> str:
-        """Returns why `qjax.lower` refuses the network, with what its reader can do.
+        """Explains why `qjax.lower` refuses the network, and what its reader can do.
 
         Args:
-          refusal: What `qjax.lower` says, with its own remedy.
+          refusal: Message of `qjax.lower`, with its own remedy.
         """
         if not any(part in refusal for part in _REMEDIES):
             return refusal
@@ -103,7 +103,7 @@ class QonnxModel:
         return f"{why}\nEnd before it: read the file with `outputs=({before[0]!r},)`."
 
 
-# Of `qjax.lower`: who reads a file has neither the function nor a scheme.
+# Remedies of `qjax.lower` that a reader of files has no function or scheme for.
 _REMEDIES = "fake_quant", "Rule(", "as two programs"
 
 
@@ -169,7 +169,7 @@ def read_qonnx(
         raise
     except _Contradiction as error:
         raise ValueError(f"{name} {error}") from error
-    except Exception as error:  # What the parser makes of bytes that are no model.
+    except Exception as error:  # Errors of the parser for bytes that are no model.
         raise ValueError(
             f"{name} is truncated, altered or no ONNX file, got "
             f"{type(error).__name__}: {error}"
@@ -179,7 +179,7 @@ def read_qonnx(
 
 
 class _Contradiction(ValueError):
-    """What a file says of itself does not hold."""
+    """An error for a file that contradicts its own description."""
 
 
 def _parsed(onnx: Any, data: Any) -> Any:
@@ -212,7 +212,7 @@ def _model(
 
 
 def _converted(x: np.ndarray) -> np.ndarray:
-    """Real constants in float32, as JAX computes."""
+    """Converts real constants to float32, in which JAX computes."""
     return x.astype(np.float32) if np.issubdtype(x.dtype, np.floating) else x
 
 
@@ -234,7 +234,7 @@ def _shape(onnx: Any, v: Any) -> jax.ShapeDtypeStruct:
 
 
 def _needed(nodes: list["_Node"], names: Sequence[str]) -> list["_Node"]:
-    """The nodes that outputs need, in their order."""
+    """Returns the nodes that outputs need, in their order."""
     wanted, kept = set(names), []
     for node in reversed(nodes):
         if node.operator.site in wanted:
@@ -258,7 +258,7 @@ def _check(nodes: Sequence["_Node"], known: set[str], names: Sequence[str]) -> N
 
 @dataclasses.dataclass(frozen=True)
 class _Node:
-    """An operator at its place."""
+    """An operator with its place in the graph."""
 
     operator: Operator
     inputs: tuple[str, ...]
@@ -270,7 +270,7 @@ class _Node:
         return f"The node {self.name!r} ({self.operator.name})"
 
     def run(self, values: Mapping[str, Known | Data]) -> Known | Data:
-        """Computes what it makes of values by name."""
+        """Computes the outputs of the node from values by name."""
         operands = [values[name] if name else None for name in self.inputs]
         try:
             with jax.named_scope(self.name):
@@ -278,7 +278,7 @@ class _Node:
         except (NotImplementedError, OverflowError) as error:
             kind = OverflowError if isinstance(error, OverflowError) else None
             raise (kind or NotImplementedError)(f"{self}: {error}") from error
-        except Exception as error:  # What sizes that do not fit make of rules.
+        except Exception as error:  # Errors of rules for sizes that do not fit.
             raise ValueError(
                 f"{self} must fit its inputs, got {type(error).__name__}: {error}"
             ) from error
@@ -304,7 +304,7 @@ class _Node:
         return RULES[self.operator.name]
 
     def _kept(self, found: np.ndarray, operands: list[Any]) -> Known:
-        """Keeps the grid of a constant where its codes only move or are rescaled."""
+        """Keeps the grid of a constant whose codes only move or are rescaled."""
         first, *rest = operands
         others = [v.value for v in rest]
         if self.operator.name in _SAME_CODES:
@@ -315,7 +315,7 @@ class _Node:
         return Known(found)
 
     def _folded(self, operands: list[Any]) -> np.ndarray:
-        """Computes a constant by ONNX's own reference."""
+        """Computes a constant by ONNX's own reference evaluator."""
         onnx = importlib.import_module("onnx")
         reference = importlib.import_module("onnx.reference")
         named = zip(self.inputs, operands, strict=True)
@@ -361,7 +361,7 @@ def _attribute(onnx: Any, proto: Any) -> Any:
 
 
 def _entered(x: jax.Array, name: str, grid: tuple[QParams, QSpec] | None) -> Data:
-    """An input: raw, or on the grid that it is given."""
+    """Returns an input as it is, or on the grid that the file gives it."""
     if grid is None:
         return Data(x, is_raw=True)
     (scale, zero_point), spec = grid
@@ -372,7 +372,7 @@ def _entered(x: jax.Array, name: str, grid: tuple[QParams, QSpec] | None) -> Dat
 
 
 def _ended(x: Known | Data) -> jax.Array:
-    """The values of an output: codes, or an accumulator on a line."""
+    """Returns the values of an output: codes, or an accumulator on a line."""
     if isinstance(x, Known):
         return jnp.asarray(x.value)
     return x.real() if x.grid is not None or x.line is None else settled(x.line)

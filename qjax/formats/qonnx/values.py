@@ -1,4 +1,4 @@
-"""What is known of each tensor of a QONNX graph while it runs as a JAX function.
+"""The facts known of each tensor of a QONNX graph while it runs as a JAX function.
 
 QONNX keeps real numbers on all edges. Lowering wants to see where they are codes: each
 tensor therefore carries its grid, and as long as it is one, the line that takes an
@@ -18,12 +18,12 @@ from qjax.affine import Rounding, clipped_ste, fake_quant_bias
 from qjax.graph.builder import compact
 from qjax.rounding import half_even
 
-_MOST_CODES = 1 << 16  # Of the accumulator that a table is indexed by.
-_MOST_ENTRIES = 1 << 22  # Of that table, all channels together.
+_MOST_CODES = 1 << 16  # Largest range of an accumulator that indexes a table.
+_MOST_ENTRIES = 1 << 22  # Largest such table, all channels together.
 _MOST_INT32 = 2**31 - 1
-_MOST_SHIFT = 24  # Of an accumulator, for a finer bias.
-_MOST_PARTS = 128  # Of a step, so that a sum with a number is whole.
-_WHOLE = 1e-6  # How far from it that may be.
+_MOST_SHIFT = 24  # Largest shift of an accumulator for a finer bias.
+_MOST_PARTS = 128  # Most parts of a step, so that a sum with a number is whole.
+_WHOLE = 1e-6  # Largest distance from a whole number of parts.
 _UNBOUNDED = (-np.inf, np.inf)
 
 Step = Callable[[jax.Array], jax.Array]
@@ -31,7 +31,7 @@ Step = Callable[[jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """A constant; if it is on a grid, ``value = codes * scale``."""
+    """A constant; on a grid, ``value = codes * scale``."""
 
     value: np.ndarray
     codes: np.ndarray | None = None  # Whole numbers, shape of value.
@@ -40,7 +40,7 @@ class Known:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Codes of one scale: ``real = scale * n``, ``n`` in ``[low, high]``."""
+    """A grid with one scale: ``real = scale * n``, ``n`` in ``[low, high]``."""
 
     scale: float
     low: int
@@ -62,7 +62,7 @@ class Line:
     gain: np.ndarray  # float64.
     bias: np.ndarray  # float64.
     bounds: tuple[float, float] = _UNBOUNDED
-    is_codes: bool = False  # Whether `acc` is a quantization point.
+    is_codes: bool = False  # True if `acc` is a quantization point.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +70,9 @@ class Data:
     """A tensor that depends on an input.
 
     Attributes:
-      x: Its values, computed as the file says; None if only the line is known.
-      grid: Of its codes, if it has them.
-      line: From an accumulator to it, if it is one.
+      x: Values, computed as the file says; None if only the line is known.
+      grid: Grid of the codes, if there are any.
+      line: Line from an accumulator to the tensor, if it is one.
       is_pointwise: Whether it is a function of codes of at most 16 bits.
       is_raw: Whether it is an input, or a line of one.
     """
@@ -84,7 +84,7 @@ class Data:
     is_raw: bool = False
 
     def real(self) -> jax.Array:
-        """Its values."""
+        """Returns the real values of the tensor."""
         if self.x is not None:
             return self.x
         assert self.line is not None
@@ -92,7 +92,7 @@ class Data:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the values."""
+        """Returns the shape of the values."""
         if self.x is not None:
             return self.x.shape
         assert self.line is not None
@@ -109,7 +109,7 @@ def point(
     site: str,
     rounding: Rounding = half_even,
 ) -> Data:
-    """Puts values on a grid: a quantization point, which lowering reads."""
+    """Puts values on a grid by a quantization point, which lowering reads."""
     operands = jnp.int32(zero_point), jnp.int32(low), jnp.int32(high)
     codes = clipped_ste(x, jnp.float32(scale), *operands, site, rounding)
     grid = Grid(float(np.float32(scale)), low - zero_point, high - zero_point)
@@ -117,7 +117,7 @@ def point(
 
 
 def of_codes(x: jax.Array, grid: Grid) -> Data:
-    """Codes, which are a line of themselves."""
+    """Makes codes the accumulator of a line with gain 1 and bias 0."""
     low, high = (np.full((1,) * x.ndim, n) for n in (grid.low, grid.high))
     one = np.ones((1,) * x.ndim)
     line = Line(x, x, grid.scale, low, high, one, 0.0 * one, is_codes=True)
@@ -133,14 +133,14 @@ def accumulated(
     *,
     site: str,
 ) -> Data:
-    """An accumulator times a gain.
+    """Makes an accumulator times a gain.
 
     One of at most 16 bits becomes a quantization point of its own, so that what follows
     is a table of it, computed by the operations of the file themselves.
 
     Args:
       acc: Whole multiples of ``unit``.
-      unit: Of the accumulator.
+      unit: Unit of the accumulator.
       low: Least multiple, by channel, rank of ``acc``.
       high: Largest.
       gain: By channel, rank of ``acc``.
@@ -166,7 +166,7 @@ def accumulated(
 
 
 def affine(v: Data, gain: np.ndarray, bias: np.ndarray, step: Step) -> Data:
-    """Applies a line.
+    """Applies a line to a value.
 
     Args:
       v: Values.
@@ -190,7 +190,7 @@ def affine(v: Data, gain: np.ndarray, bias: np.ndarray, step: Step) -> Data:
 
 
 def _composed(line: Line, gain: np.ndarray, bias: np.ndarray) -> Line:
-    """A line after another; one with bounds only takes one positive factor."""
+    """Composes two lines; one with bounds takes only one positive factor after it."""
     low, high = line.bounds
     if line.bounds != _UNBOUNDED:
         low, high = low * gain.item(), high * gain.item()
@@ -219,12 +219,12 @@ def _within(bounds: tuple[float, float], low: float, high: float) -> Any:
 
 
 def pointwise(v: Data, step: Step) -> Data:
-    """Applies a function number by number."""
+    """Applies an elementwise function."""
     return Data(step(v.real()), is_pointwise=v.is_pointwise)
 
 
 def moved(v: Data, move: Callable[[Any], Any], *, is_order_kept: bool = True) -> Data:
-    """Applies what moves values without changing them.
+    """Applies a move, which changes no value.
 
     Args:
       v: Values.
@@ -256,7 +256,7 @@ def moved(v: Data, move: Callable[[Any], Any], *, is_order_kept: bool = True) ->
 
 
 def _pointed(line: Line) -> Line:
-    """A line of an accumulator that is a quantization point."""
+    """Returns the line whose accumulator is a quantization point."""
     if line.is_codes:
         return line
     acc = line.codes
@@ -267,7 +267,7 @@ def _pointed(line: Line) -> Line:
 
 
 def _rising(line: Line) -> Line:
-    """The same line of an accumulator whose sign is such that gains are positive."""
+    """Returns a line with its accumulator negated where gains are negative."""
     if np.all(line.gain >= 0):
         return line
     sign = np.where(line.gain < 0, -1, 1)
@@ -284,7 +284,7 @@ def _rising(line: Line) -> Line:
 
 
 def settled(line: Line) -> jax.Array:
-    """Computes a line so that integers can: an accumulator, its bias, then its gain.
+    """Computes a line in an order that lowers: accumulator, then bias, then gain.
 
     The bias is rounded to as many bits below the unit of the accumulator as int32 has
     to spare, at most 24.
@@ -315,7 +315,7 @@ def settled(line: Line) -> jax.Array:
 
 
 def _alive(line: Line) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gain, bias, and where the accumulator counts: gains of 0 become others."""
+    """Returns gain, bias and a mask, with gains of 0 replaced and masked out."""
     parts = (line.low, line.high, line.gain, line.bias)
     low, high, gain, bias = np.broadcast_arrays(*parts)
     typical = np.abs(gain).max() or 1.0
@@ -327,7 +327,7 @@ def _alive(line: Line) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def clip(x: jax.Array, low: float, high: float) -> jax.Array:
-    """Clips values by choices, which lowering takes as a function of codes."""
+    """Clips values by selections, which lowering takes as a function of codes."""
     if low != -np.inf:
         x = jnp.where(x < jnp.float32(low), jnp.float32(low), x)
     return (
@@ -350,7 +350,7 @@ def product(
     *,
     site: str,
 ) -> Data:
-    """Multiplies by a constant kernel and sums.
+    """Multiplies a value by a constant kernel and sums.
 
     Args:
       v: Values; on a grid if integers are to do it.
@@ -383,7 +383,7 @@ def product(
 
 
 def _shifted_grid(v: Data, site: str) -> Data:
-    """Codes times a factor plus a number as codes of a grid that holds them all.
+    """Returns codes times a factor plus a number, on a grid that holds all of them.
 
     gain * unit * n + bias = step * (parts * n + shift)
     """
@@ -416,7 +416,7 @@ def _unit_kernel(codes: np.ndarray, site: str) -> jax.Array:
 
 
 def on_grid(x: Known) -> Known:
-    """A constant of whole numbers is its own codes."""
+    """Returns a constant of integers as its own codes."""
     value = x.value
     if x.codes is not None or not np.issubdtype(value.dtype, np.floating):
         return x
@@ -426,7 +426,7 @@ def on_grid(x: Known) -> Known:
 
 
 def single(x: np.ndarray) -> jax.Array:
-    """A constant in float32."""
+    """Returns a constant in float32."""
     return jnp.asarray(np.asarray(x, np.float32))
 
 

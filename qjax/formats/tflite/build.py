@@ -1,6 +1,6 @@
 """Graphs of TFLite operators as integer programs that give its codes, bit for bit.
 
-What reads a file describes it as `Tensor`s and `Operator`s; `build_tflite` makes the
+A reader of files describes them as `Tensor`s and `Operator`s; `build_tflite` makes the
 program. The codes are those of TFLite's reference kernels. Weights and scales stay as
 they are; what differs from native programs is how they round, which the nodes name.
 """
@@ -55,7 +55,7 @@ def build_tflite(
         and nowhere else; its codes become the input.
       outputs: Numbers of the output tensors, codes or what ``DEQUANTIZE`` makes of
         them.
-      rule: How 32-bit accumulators are rescaled. ``tflite_double`` is what TFLite's
+      rule: Rescaling of 32-bit accumulators. ``tflite_double`` is what TFLite's
         reference kernels do, ``tflite_single`` what they do when built to round once.
         ``fp32_half_even`` is what XNNPACK does to products and, but for exact ties, to
         means; ``QUANTIZE`` has 8 bits then, and the rest stays as it is.
@@ -110,7 +110,7 @@ def _grown(
     inputs: Sequence[int],
     outputs: Sequence[int],
 ) -> tuple[Graph, dict[str, np.ndarray]]:
-    """The integer graph of the operators, and its parameters."""
+    """Returns the integer graph of the operators and its parameters."""
     for k in inputs:
         if growth.tensors[k].dtype != "float32":
             growth.add_input(k, k)
@@ -134,7 +134,7 @@ def _grown(
 
 @contextlib.contextmanager
 def _named(number: int, call: Call) -> Iterator[None]:
-    """Puts the operator before whatever its rule says of it."""
+    """Puts the name of the operator before any error of its rule."""
     try:
         yield
     except Exception as error:
@@ -148,7 +148,7 @@ def _named(number: int, call: Call) -> Iterator[None]:
 
 
 def _gives_shape(call: Call) -> bool:
-    """Whether an operator computes integers that are no codes."""
+    """Returns whether an operator computes integers that are no codes."""
     outputs = [call.output(place) for place in range(len(call.op.outputs))]
     if call.op.name in ("ARG_MAX", "ARG_MIN"):
         return False

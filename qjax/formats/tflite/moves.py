@@ -34,7 +34,7 @@ def _expand_dims(call: Call) -> None:
 
 
 def _into(call: Call, shape: Sequence[int]) -> None:
-    """The same codes in another shape; one size may be -1.
+    """Reshapes codes; one size may be -1.
 
     A shape that the file fixes has the batch of the file as its leading size: another
     one takes its place.
@@ -95,7 +95,7 @@ def _reduce_extreme(call: Call) -> None:
 
 
 def _arg_extreme(call: Call) -> None:
-    """The first place of the largest code: whole numbers, which have no grid."""
+    """Finds the first place of the largest or least code: integers without a grid."""
     value, shape = call.value(), call.tensor().shape
     axis = int(np.ravel(call.constant(1))[0]) % len(shape)
     operation = call.op.name.lower().replace("_", "")
@@ -128,7 +128,7 @@ def _joined(call: Call, values: Sequence[int], axis: int) -> None:
 
 
 def _on_output_grid(call: Call, place: int) -> int:
-    """An input of a concatenation; TFLite has other grids for uint8 only."""
+    """Takes an input of a concatenation to the output's grid; only uint8 may differ."""
     x, y, value = call.codes(place), call.y, call.value(place)
     if x[:2] == y[:2]:
         return value
@@ -206,7 +206,7 @@ def _cut(
     place: int = 0,
     dropped: Sequence[int] = (),
 ) -> None:
-    """A part of an input; an axis that stays whole may have any size."""
+    """Cuts a part out of an input; an axis that stays whole may have any size."""
     value = call.value(source)
     v = call.known(value)
     file = call.growth.file[call.op.inputs[source]].shape
@@ -270,7 +270,7 @@ def _batch_to_space(call: Call) -> None:
 
 
 def _blocks(call: Call) -> tuple[list[int], list[list[int]]]:
-    """The sizes of a block, and what is put around it or cut off."""
+    """Returns the sizes of a block, and the paddings or crops of its axes."""
     return call.constant(1).tolist(), call.constant(2).tolist()
 
 
@@ -351,7 +351,7 @@ def _aligned(call: Call) -> dict[str, bool]:
 
 
 def _sizes(call: Call) -> list[tuple[int, int]]:
-    """Rows and columns, before and after."""
+    """Returns rows and columns, before and after a resize."""
     return list(zip(call.tensor().shape[1:3], call.constant(1).tolist(), strict=True))
 
 
@@ -359,7 +359,7 @@ def _sizes(call: Call) -> list[tuple[int, int]]:
 
 
 def fold(call: Call) -> None:
-    """Computes integers that are no codes, if they are known: a shape."""
+    """Computes integers that are no codes, such as a shape, if they are known."""
     inputs = [call.tensor(place) for place in range(len(call.op.inputs))]
     if call.op.name == "SHAPE":
         found = np.array(inputs[0].shape, np.int32)

@@ -1,4 +1,4 @@
-"""Rules of the TFLite operators that multiply: by weights, and two tensors."""
+"""Rules of the TFLite operators that multiply by weights or multiply two tensors."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ _INT32 = np.iinfo(np.int32)
 
 
 class Rescaling(NamedTuple):
-    """``multiplier * 2^-shift``, and how the product is rounded."""
+    """A factor ``multiplier * 2^-shift``, and the rounding rule of its product."""
 
     multiplier: Any
     shift: Any
@@ -26,23 +26,23 @@ class Rescaling(NamedTuple):
 
 
 def exact_rescaling(call: Call, ratio: Any) -> Rescaling:
-    """A ratio to 31 bits."""
+    """Writes a ratio with 31 bits."""
     return Rescaling(*tflite_multiplier(ratio), call.growth.rules.integer)
 
 
 def _short(ratio: Any) -> Rescaling:
-    """A ratio to 15 bits, for accumulators of 64 bits."""
+    """Writes a ratio with 15 bits, for accumulators of 64 bits."""
     multiplier, shift = tflite_multiplier(ratio)
     return Rescaling(tables.reduced(multiplier), shift - 16, "tflite_single")
 
 
 def float_rescaling(ratio: Any) -> Rescaling:
-    """A ratio in float32, as XNNPACK has it."""
+    """Writes a ratio in float32, as XNNPACK computes it."""
     return Rescaling(*fixed_point(ratio), "fp32_half_even")
 
 
 def byte_rescaling(ratio: np.float32) -> Rescaling:
-    """A ratio in units of 1/256, which XNNPACK has between two grids."""
+    """Writes a ratio in units of 1/256, as XNNPACK does between two grids."""
     return Rescaling(np.rint(ratio * np.float32(256)), 8, "tflite_single")
 
 
@@ -53,7 +53,7 @@ def requantize(
     ends: tuple[int, int],
     zero_point: int = 0,
 ) -> None:
-    """Accumulators, about their zero point, to the codes of the output."""
+    """Requantizes accumulators about their zero point to the codes of the output."""
     params = {
         "multiplier": np.asarray(rescaling.multiplier, np.int32),
         "shift": np.asarray(rescaling.shift, np.int32),
@@ -93,7 +93,7 @@ def _conv(call: Call) -> None:
 
 
 def _transpose_conv(call: Call) -> None:
-    """A convolution of codes put apart by the stride, with the kernel turned around."""
+    """Computes a convolution of codes spread by the stride with the flipped kernel."""
     x, w, sizes = call.tensor(2).shape, call.tensor(1).shape, call.constant(0).tolist()
     steps, pads = strides(call), []
     for size, out, taps, step in zip(x[1:3], sizes[1:3], w[1:3], steps, strict=True):
@@ -109,14 +109,14 @@ def _transpose_conv(call: Call) -> None:
 
 
 def strides(call: Call) -> list[int]:
-    """How far a window moves: rows, columns."""
+    """Returns the strides of a window: rows, columns."""
     return [int(call.option(f"stride_{d}", 1)) for d in "hw"]
 
 
 def window(
     call: Call, size: int, taps: int, stride: int, dilation: int = 1
 ) -> tuple[int, list[int]]:
-    """How often a window fits along an axis, and what is put before and after it."""
+    """Returns how often a window fits along an axis, and the padding at both ends."""
     reach = (taps - 1) * dilation + 1
     if call.option("padding", "SAME", "SAME", "VALID") == "VALID":
         return (size - reach) // stride + 1, [0, 0]
@@ -147,7 +147,7 @@ def _fully_connected(call: Call) -> None:
 
 
 def _kernel(call: Call) -> np.ndarray:
-    """Weights less their zero points, int64."""
+    """Returns weights less their zero points, int64."""
     t = call.tensor(1)
     if not t.scale:
         raise call.refuse(f"weights {t.name!r} of type {t.dtype} without a scale")
@@ -169,7 +169,7 @@ def _product(
     bias: int = 2,
     value: int | None = None,
 ) -> None:
-    """A product with weights, its bias, and the rescaling of the accumulator."""
+    """Adds a product with weights, its bias, and the rescaling of the accumulator."""
     value = call.value(source) if value is None else value
     x, v = call.codes(source), call.known(value)
     added = np.zeros(kernel.shape[channel], np.int64)
@@ -216,7 +216,7 @@ def _check_overflow(
 
 
 def _of_product(call: Call, x: Codes, scale: np.ndarray, is_wide: bool) -> Rescaling:
-    """Output codes per accumulator, in the precision that the kernels have it."""
+    """Returns output codes per accumulator, in the precision of TFLite's kernels."""
     rules, y = call.growth.rules, call.y
     if rules.is_xnnpack and not x.is_wide:
         return float_rescaling(x.scale * scale / y.scale)
@@ -228,11 +228,11 @@ def _of_product(call: Call, x: Codes, scale: np.ndarray, is_wide: bool) -> Resca
     return _short(ratio) if is_wide else exact_rescaling(call, ratio)
 
 
-# Of two tensors.
+# Products of two tensors.
 
 
 def operands(call: Call) -> list[int]:
-    """Two inputs in the rank of the larger, so that axes of size 1 repeat."""
+    """Returns two inputs in the larger rank, so that axes of size 1 repeat."""
     values = [call.value(0), call.value(1)]
     shapes = [call.known(v).shape for v in values]
     rank = max(map(len, shapes))
@@ -275,7 +275,7 @@ def _of_two(
     taps: int,
     **attributes: Any,
 ) -> int:
-    """A product of two values about their zero points."""
+    """Adds a product of two values about their zero points."""
     sides = [
         [end - c.zero_point for end in (call.known(v).low, call.known(v).high)]
         for c, v in zip(codes, values, strict=True)

@@ -1,4 +1,4 @@
-"""Reading TFLite files: quantized graphs as integer programs, bit for bit."""
+"""The reader of TFLite files: quantized graphs as integer programs, bit for bit."""
 
 import functools
 import importlib
@@ -30,7 +30,7 @@ def read_tflite(
 
     Args:
       path_or_bytes: The file, or what is in it. Of several subgraphs the first is read.
-      rule: How 32-bit accumulators are rescaled; see `qjax.formats.tflite.build`. The
+      rule: Rescaling of 32-bit accumulators; see `qjax.formats.tflite.build`. The
         defaults are LiteRT 2's reference kernels.
       dense_rule: The same for ``FULLY_CONNECTED`` alone; None for ``rule``.
 
@@ -74,7 +74,7 @@ def read_tflite(
         return build_tflite(*graph, rule=rule, dense_rule=dense_rule)
     except (NotImplementedError, OverflowError):
         raise
-    except Exception as error:  # What sizes and numbers that do not fit make of rules.
+    except Exception as error:  # Errors of rules for sizes and numbers that do not fit.
         raise ValueError(
             f"{name} must hold a graph whose operators fit their tensors, got "
             f"{type(error).__name__}: {error}"
@@ -111,7 +111,7 @@ def _read_graph(schema: Any, data: "_Bytes") -> _Graph:
 
 
 class _Bytes(bytes):
-    """Bytes whose slices, which are strings, must end with the zero after them."""
+    """Bytes whose slices are strings and must end with a zero after them."""
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice) and key.stop is not None and key.stop >= len(self):
@@ -135,7 +135,7 @@ def _read_model(schema: Any, data: _Bytes) -> dict[str, Any]:
 
 
 class _Unpacker:
-    """Makes dicts of generated tables; what is absent and has no default is left out.
+    """A reader of generated tables as dicts, less absent fields that have no default.
 
     Everything is visited, so that nothing is missing. Tables do not share their parts
     in a file, hence their sizes add up to no more than its own; a file that says
@@ -189,7 +189,7 @@ class _Unpacker:
         kinds = getattr(self._schema, self._UNIONS.get(name, name))
         kind = _names(kinds).get(getattr(table, f"{name}Type")(), "NONE")
         if kind == "NONE":
-            return None  # Of a later schema.
+            return None  # A kind of a later schema.
         typed = getattr(self._schema, kind)()
         typed.Init(value.Bytes, value.Pos)
         return self.unpack(typed)
@@ -206,7 +206,7 @@ def _is_bare(value: Any) -> bool:
 
 @functools.cache
 def _fields(table: type) -> tuple[str, ...]:
-    """The fields of a table: its accessors, one for each."""
+    """Returns the fields of a table, read from the names of its accessors."""
     own = vars(table)
     names = [name for name in own if name[0] != "_" and name != "Init"]
     names = [n for n in names if not re.match("GetRootAs|.*BufferHasIdentifier", n)]
@@ -216,13 +216,13 @@ def _fields(table: type) -> tuple[str, ...]:
 
 @functools.cache
 def _names(enumeration: type) -> dict[int, str]:
-    """Number -> name."""
+    """Returns the names of an enumeration by number."""
     items = vars(enumeration).items()
     return {number: name for name, number in items if isinstance(number, int)}
 
 
 def _snake(name: str) -> str:
-    """``DilationWFactor`` -> ``dilation_w_factor``, as it is in schema.fbs."""
+    """Converts ``DilationWFactor`` to ``dilation_w_factor``, as in schema.fbs."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
@@ -230,7 +230,7 @@ def _snake(name: str) -> str:
 
 
 def _contents(buffer: Mapping[str, Any], data: _Bytes) -> np.ndarray:
-    """The bytes of a buffer; those of large files lie behind the tables."""
+    """Returns the bytes of a buffer; in large files they lie behind the tables."""
     start, size = buffer["offset"], buffer["size"]
     if start <= 1:
         return buffer.get("data", np.zeros(0, np.uint8))
@@ -244,7 +244,7 @@ def _contents(buffer: Mapping[str, Any], data: _Bytes) -> np.ndarray:
 
 _INTEGERS = tuple(f"{kind}{n}" for kind in ("int", "uint") for n in (8, 16, 32, 64))
 _TYPES = ("bool", "float16", "float32", "float64", *_INTEGERS)
-# What has more is altered: rules make tables of the places in a window.
+# Files with more are altered: rules make tables of the places in a window.
 _MOST = 2**28
 
 
@@ -294,7 +294,7 @@ def _grid(
     dtype: str,
     is_constant: bool,
 ) -> tuple[tuple[float, ...], tuple[int, ...], int]:
-    """Scales, zero points and their axis."""
+    """Returns the scales, the zero points and the axis of a tensor."""
     if q.get("details_type"):
         raise NotImplementedError(
             f"The tensor {name!r} has a quantization other than affine, without a rule."
@@ -384,11 +384,11 @@ def _operator(
 
 
 def _enumerated(schema: Any, key: str, value: Any) -> Any:
-    """Numbers of enumerations as their names."""
+    """Returns the name of a number of an enumeration, and any other value as it is."""
     if key not in _ENUMERATIONS:
         return value
     names = _names(getattr(schema, _ENUMERATIONS[key]))
-    return names.get(value, value)  # What is not known, the rule refuses.
+    return names.get(value, value)  # Rules refuse unknown values.
 
 
 def _numbers(

@@ -1,4 +1,4 @@
-"""Rules of the TFLite operators that compute, but for products."""
+"""Rules of the TFLite operators that compute, except products."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +38,7 @@ def _quantize(call: Call) -> None:
 
 
 def _dequantize(call: Call) -> None:
-    """The end of the integers: the program itself gives real numbers."""
+    """Passes codes on, as the program itself returns real numbers."""
     call.growth.values[call.op.outputs[0]] = call.value()
 
 
@@ -86,7 +86,7 @@ def _average_pool(call: Call) -> None:
 
 
 def pool(call: Call) -> tuple[list[int], dict[str, Any]]:
-    """The shape and the attributes of a pool."""
+    """Returns the shape and the attributes of a pool."""
     n, *spatial, c = call.tensor().shape
     taps = [int(call.op.options[f"filter_{d}"]) for d in ("height", "width")]
     steps = strides(call)
@@ -104,7 +104,7 @@ def pool(call: Call) -> tuple[list[int], dict[str, Any]]:
 def _counts(
     pool: Mapping[str, Any], size: Sequence[int], out: Sequence[int]
 ) -> np.ndarray:
-    """How many inputs lie in each window: padding does not count."""
+    """Counts the inputs in each window, without padding."""
     found = []
     for d in (1, 2):
         start = np.arange(out[d]) * pool["strides"][d] - pool["padding"][d][0]
@@ -115,7 +115,7 @@ def _counts(
 
 
 def _mean(call: Call) -> None:
-    """Of SUM these are the codes of all kernels but 2.19's reference, which wraps."""
+    """Averages or sums codes; for SUM, as all kernels but 2.19's wrapping reference."""
     x, y, value = call.codes(), call.y, call.value()
     v, over = call.known(value), axes(call)
     sizes = [v.shape[d] for d in over]
@@ -141,7 +141,7 @@ def _mean(call: Call) -> None:
 
 
 def reduced_shape(call: Call, shape: Sequence[int], over: Sequence[int]) -> list[int]:
-    """What is left of a shape."""
+    """Returns the shape that a reduction leaves."""
     keeps = bool(call.option("keep_dims", False))
     return [
         1 if d in over else n for d, n in enumerate(shape) if keeps or d not in over
@@ -149,7 +149,7 @@ def reduced_shape(call: Call, shape: Sequence[int], over: Sequence[int]) -> list
 
 
 def axes(call: Call) -> list[int]:
-    """The axes that an operator reduces."""
+    """Returns the axes that an operator reduces."""
     rank = len(call.tensor().shape)
     return sorted({int(d) % rank for d in np.ravel(call.constant(1))})
 
@@ -174,7 +174,7 @@ def _softmax(call: Call) -> None:
 
 
 def check_output(call: Call, scale: float, zero_point: int) -> None:
-    """Raises NotImplementedError if the output has another grid than it must have."""
+    """Raises NotImplementedError unless the output has the grid that is asked for."""
     found = float(call.y.scale), call.y.zero_point
     if found != (scale, zero_point):
         raise call.refuse(
@@ -187,7 +187,7 @@ def check_output(call: Call, scale: float, zero_point: int) -> None:
 
 
 def _table(call: Call, table: np.ndarray, axis: int | None = None) -> None:
-    """Looks codes up in a table of all codes of their type."""
+    """Adds a lookup table of all codes of the input's type."""
     value = call.value()
     v, least = call.known(value), call.codes().low
     table = table[v.low - least : v.high - least + 1].astype(call.output().dtype)
@@ -225,7 +225,7 @@ def _leaky_relu(call: Call) -> None:
 
 
 def _prelu(call: Call) -> None:
-    """A table for each channel."""
+    """Adds a lookup table with one column per channel."""
     rank, alpha = len(call.tensor().shape), call.constant(1)
     if alpha.size != alpha.shape[-1] or alpha.size != call.tensor().shape[-1]:
         raise call.refuse(f"slopes of shape {alpha.shape}")

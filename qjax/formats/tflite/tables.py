@@ -1,4 +1,4 @@
-"""Tables that TFLite makes of functions of codes, and of places in an image.
+"""Lookup tables that TFLite makes of functions of codes, and of places in an image.
 
 Made by whatever makes them in TFLite, which is float32 arithmetic for most; once made
 they are integers. All in NumPy, int64.
@@ -27,7 +27,7 @@ _INT32 = np.iinfo(np.int32)
 
 
 class Codes(NamedTuple):
-    """A grid and the codes on it: ``real = scale * (code - zero_point)``."""
+    """The codes on a grid: ``real = scale * (code - zero_point)``."""
 
     scale: Any  # np.float32
     zero_point: int
@@ -35,12 +35,12 @@ class Codes(NamedTuple):
     high: int
 
     def all(self) -> np.ndarray:
-        """Every code, int64."""
+        """Returns every code, int64."""
         return np.arange(self.low, self.high + 1)
 
     @property
     def is_wide(self) -> bool:
-        """Whether codes have 16 bits."""
+        """Returns whether codes have 16 bits."""
         return self.high - self.low > 255
 
 
@@ -54,8 +54,8 @@ def function_table(
 
     Args:
       function: float64 to float64.
-      x: Its input.
-      y: Its output.
+      x: Codes of the input.
+      y: Codes of the output.
 
     Returns:
       A code for each code of ``x``, int64.
@@ -70,18 +70,18 @@ def function_table(
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
-    """``1 / (1 + exp(-x))`` with TFLite's roundings to float32."""
+    """Computes ``1 / (1 + exp(-x))`` with TFLite's roundings to float32."""
     exponential = np.exp(-x).astype(np.float32)
     return (np.float32(1) / (np.float32(1) + exponential)).astype(np.float64)
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
-    """``x * P(X <= x)`` of the normal distribution."""
+    """Computes ``x * P(X <= x)`` of the normal distribution."""
     return 0.5 * x * (1 + np.vectorize(math.erf)(x * math.sqrt(0.5)))
 
 
 def gelu_tanh(x: np.ndarray) -> np.ndarray:
-    """Its approximation with a hyperbolic tangent."""
+    """Computes the approximation of `gelu` by a hyperbolic tangent."""
     inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
     return 0.5 * x * (1 + np.tanh(inner))
 
@@ -104,7 +104,7 @@ def wide_tanh_table(x: Codes) -> np.ndarray:
 
 
 def _wide_sigmoid_places(x: Codes, exact: Sequence[int]) -> np.ndarray:
-    """Codes in units of 2^-12 / 3: exactly if their shift is one of ``exact``."""
+    """Returns codes in units of 2^-12 / 3, exact if their shift is in ``exact``."""
     scale = float(x.scale)
     power = round(math.log2(scale))
     if abs(math.log2(scale) - power) < 1e-3 and 12 + power in exact:
@@ -116,7 +116,7 @@ def _wide_sigmoid_places(x: Codes, exact: Sequence[int]) -> np.ndarray:
 
 
 def _interpolated_sigmoid(scaled: np.ndarray, bits: int, most: int) -> np.ndarray:
-    """``2^16 * sigmoid``, at steps of 1/24, between them on a line of 2^bits places."""
+    """Interpolates ``2^16 * sigmoid`` at steps of 1/24, with 2^bits places between."""
     steps = _sigmoid_steps()
     place = scaled >> bits
     at = np.minimum(place, 254)
@@ -126,7 +126,7 @@ def _interpolated_sigmoid(scaled: np.ndarray, bits: int, most: int) -> np.ndarra
 
 
 def _sigmoid_steps() -> np.ndarray:
-    """TFLite's 256 anchors, moved by half the error of the line to the next."""
+    """Returns TFLite's 256 anchors, moved by half the error of the line to the next."""
     value = 65536 / (1 + np.exp(-np.arange(513) / 48))
     line = (value[:-2:2] + value[2::2]) / 2
     steps = np.rint(value[:-2:2] + (value[1::2] - line) / 2)
@@ -152,10 +152,10 @@ def prelu_table(
 
     Args:
       alpha: Codes less their zero point, one for each channel.
-      scale: Of ``alpha``.
+      scale: Scale of ``alpha``.
       x: The input.
       y: The output.
-      rule: How to rescale.
+      rule: Rule of rescaling.
 
     Returns:
       Codes, ``[codes, channels]``.
@@ -168,14 +168,14 @@ def prelu_table(
 
 
 def requantized_table(x: Codes, y: Codes) -> np.ndarray:
-    """Tabulates the codes on another grid, as float32 arithmetic gives them."""
+    """Tabulates the codes on another grid, by float32 arithmetic."""
     factor = x.scale * (np.float32(1) / y.scale)
     real = x.all().astype(np.float32) * factor + np.float32(-x.zero_point) * factor
     return np.clip(half_away(real).astype(np.int64) + y.zero_point, y.low, y.high)
 
 
 def _wide_pair(ratio: Any) -> tuple[np.ndarray, np.ndarray]:
-    """A multiplier of either sign, and its shift."""
+    """Writes a factor of either sign as multiplier and shift."""
     multiplier, shift = tflite_multiplier(np.abs(np.float64(ratio)))
     return np.sign(ratio).astype(np.int64) * multiplier, shift.astype(np.int64)
 
@@ -199,19 +199,19 @@ def hard_swish_table(x: Codes, y: Codes) -> np.ndarray:
 
 
 def _short_multiplier(ratio: np.float32) -> tuple[int, int]:
-    """A multiplier of 16 bits, and the exponent of what remains."""
+    """Returns a multiplier of 16 bits, and the exponent of the remainder."""
     multiplier, shift = tflite_multiplier(np.float64(ratio))
     return reduced(int(multiplier)), 31 - int(shift)
 
 
 def reduced(multiplier: Any) -> Any:
-    """The 16 leading bits of a multiplier, rounded, below 2^15."""
+    """Returns the 16 leading bits of a multiplier, rounded, below 2^15."""
     rounded = (np.asarray(multiplier, np.int64) + (1 << 15)) >> 16
     return np.minimum(rounded, 0x7FFF)
 
 
 def _short_product(a: np.ndarray, b: Any) -> np.ndarray:
-    """`high_product` of 16-bit numbers."""
+    """Computes `high_product` of 16-bit numbers."""
     product = a * b
     nudged = product + np.where(product >= 0, 1 << 14, 1 - (1 << 14))
     return np.minimum(truncated(nudged, 1 << 15), 0x7FFF)
@@ -237,7 +237,7 @@ def exponential_table(scale: np.float32, beta: float) -> np.ndarray:
 
 
 def _exponential(x: np.ndarray) -> np.ndarray:
-    """``exp`` of numbers at most 0, 26 bits after the point, to 31 bits after it."""
+    """Computes ``exp`` of numbers <= 0 with 26 fraction bits, to 31 fraction bits."""
     quarter = 1 << 24
     rest = (x & (quarter - 1)) - quarter
     # A polynomial around -1/8, then a factor for each bit of the quarters.
@@ -256,7 +256,7 @@ def _exponential(x: np.ndarray) -> np.ndarray:
 
 
 def wide_softmax_tables(scale: np.float32, beta: float) -> tuple[np.ndarray, ...]:
-    """Tabulates what the softmax of 16-bit codes looks up.
+    """Makes the lookup tables of the softmax of 16-bit codes.
 
     Returns:
       ``exp(-beta * scale * n)`` for n = 0, ..., 65535; and ``1 / (1 + x)`` for 65,536
@@ -276,7 +276,7 @@ def wide_softmax_tables(scale: np.float32, beta: float) -> tuple[np.ndarray, ...
 def wide_function_table(
     function: Callable[[np.ndarray], np.ndarray], x: Codes, y: Codes
 ) -> np.ndarray:
-    """Tabulates a function of 16-bit codes, as `function_table` does of 8-bit codes.
+    """Tabulates a function of 16-bit codes, as `function_table` does for 8-bit codes.
 
     At 513 places only, each moved by half the error of the line to the next; the codes
     between them lie on the line. In float64 if the scales are.
@@ -303,7 +303,7 @@ def wide_function_table(
 def bilinear_places(
     size: int, out: int, *, align_corners: bool, half_pixel_centers: bool
 ) -> np.ndarray:
-    """Where each output of a resized axis lies among the inputs.
+    """Returns the place of each output of a resized axis among the inputs.
 
     Returns:
       ``[3, out]``: the places before and after it, and its distance from the first,
@@ -322,7 +322,7 @@ def bilinear_places(
 def exact_bilinear_places(
     size: int, out: int, *, align_corners: bool, half_pixel_centers: bool
 ) -> np.ndarray | None:
-    """The same in float32, which TFLite has for uint8.
+    """Returns `bilinear_places` in float32, as for uint8; None if float32 rounds.
 
     Returns:
       None if a distance has more than 7 bits after the point: float32 would round.
@@ -341,7 +341,7 @@ def exact_bilinear_places(
 def nearest_places(
     size: int, out: int, *, align_corners: bool, half_pixel_centers: bool
 ) -> np.ndarray:
-    """The input that each output of a resized axis takes, ``[out]``."""
+    """Returns the input that each output of a resized axis takes, ``[out]``."""
     f, corners = np.float32, 1 if align_corners and out > 1 else 0
     step = f(size - corners) / f(out - corners)
     at = (np.arange(out, dtype=f) + f(0.5 if half_pixel_centers else 0)) * step

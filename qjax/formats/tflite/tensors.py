@@ -19,13 +19,13 @@ class Tensor:
     """A tensor of a TFLite graph.
 
     Attributes:
-      name: Its name; need not be unique.
-      shape: Its shape, as the file has it.
+      name: Name of the tensor; need not be unique.
+      shape: Shape of the tensor, as in the file.
       dtype: NumPy's name of its type.
       scale: Units per code, one or one per channel; none if it is not quantized.
       zero_point: The code of zero, one for each scale.
       axis: The axis of the channels.
-      data: Its value, if it is a constant.
+      data: Value of the tensor, if it is a constant.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Tensor:
     data: np.ndarray | None = None
 
     def codes(self) -> Codes:
-        """Its grid.
+        """Returns the codes of the tensor's grid.
 
         Raises:
           NotImplementedError: unless it has one scale, and a type of codes.
@@ -53,13 +53,13 @@ class Tensor:
         return Codes(scale, zero_point, int(info.min), int(info.max))
 
     def grid(self) -> Grid:
-        """Its grid, as the integer graph has it."""
+        """Returns the grid of the tensor in the form of the integer graph."""
         codes = self.codes()
         return Grid(float(codes.scale), codes.zero_point)
 
     @property
     def short_name(self) -> str:
-        """The first of the names that a fused tensor has."""
+        """Returns the first of the names of a fused tensor."""
         return self.name.partition(";")[0]
 
 
@@ -68,10 +68,10 @@ class Operator:
     """An operator of a TFLite graph.
 
     Attributes:
-      name: As TFLite's schema has it: ``CONV_2D``.
+      name: Name in TFLite's schema: ``CONV_2D``.
       inputs: Numbers of tensors; -1 for one that is left out.
       outputs: Numbers of tensors.
-      options: As the schema names them: ``stride_w``. Enumerations as their names.
+      options: Options by their names in the schema: ``stride_w``. Enumerations by name.
     """
 
     name: str
@@ -82,10 +82,10 @@ class Operator:
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """How accumulators are rescaled.
+    """The rules by which accumulators are rescaled.
 
     Attributes:
-      integer: Where TFLite computes in integers, but for dense layers.
+      integer: Rule where TFLite computes in integers, but for dense layers.
       dense: In dense layers.
       is_xnnpack: Whether products have XNNPACK's float32 instead.
     """
@@ -96,14 +96,14 @@ class Rules:
 
 
 class Growth:
-    """The integer graph so far.
+    """The integer graph as built so far.
 
     Attributes:
-      tensors: Of TFLite's graph; with the shapes that they turn out to have, and the
-        integers that shapes are computed from.
+      tensors: Tensors of TFLite's graph, with the shapes that they turn out to have,
+        and the integers that shapes are computed from.
       file: The same with the inputs of the file's sizes.
-      rules: How to rescale.
-      builder: Of the integer graph.
+      rules: Rules of rescaling.
+      builder: Builder of the integer graph.
       inputs: Tensor that is an input -> value of its codes.
       values: Tensor -> value.
     """
@@ -126,7 +126,7 @@ class Growth:
         self.values: dict[int, int] = {}
 
     def add_input(self, k: int, codes: int) -> None:
-        """Makes tensor ``k`` an input of the program, of the codes of another."""
+        """Adds tensor ``k`` as an input of the program with the codes of ``codes``."""
         t = self.tensors[codes]
         low, high = t.codes()[2:]
         shape = self.tensors[k].shape
@@ -135,14 +135,14 @@ class Growth:
         self.bind(codes, value)
 
     def bind(self, k: int, value: int) -> None:
-        """Says which value a tensor is."""
+        """Binds a tensor to a value of the graph."""
         shape = self.builder.values[value].shape
         self.tensors[k] = dataclasses.replace(self.tensors[k], shape=shape)
         self.values[k] = value
         self.builder.add_site(self.tensors[k].name, value)
 
     def value(self, k: int) -> int:
-        """The value of a tensor; a constant becomes one."""
+        """Returns the value of a tensor; a constant is added to the graph."""
         if k not in self.values:
             t = self.tensors[k]
             grid = t.grid()
@@ -163,46 +163,46 @@ class Call:
     op: Operator
     growth: Growth
 
-    # What there is.
+    # Reading.
 
     def tensor(self, place: int = 0) -> Tensor:
-        """An input."""
+        """Returns a tensor of the inputs."""
         return self.growth.tensors[self.op.inputs[place]]
 
     def output(self, place: int = 0) -> Tensor:
-        """An output."""
+        """Returns the tensor of the output."""
         return self.growth.tensors[self.op.outputs[place]]
 
     def codes(self, place: int = 0) -> Codes:
-        """The grid of an input."""
+        """Returns the codes of the grid of an input."""
         return self.tensor(place).codes()
 
     @functools.cached_property
     def y(self) -> Codes:
-        """The grid of the output."""
+        """Returns the codes of the grid of the output."""
         return self.output().codes()
 
     def has(self, place: int) -> bool:
-        """Whether there is such an input."""
+        """Returns whether there is such an input."""
         return place < len(self.op.inputs) and self.op.inputs[place] >= 0
 
     def value(self, place: int = 0) -> int:
-        """The number of an input in the graph."""
+        """Returns the number of an input in the graph."""
         return self.growth.value(self.op.inputs[place])
 
     def known(self, value: int) -> Value:
-        """What is known of a value."""
+        """Returns the record of a value in the graph."""
         return self.growth.builder.values[value]
 
     def constant(self, place: int) -> np.ndarray:
-        """An input that must not depend on others."""
+        """Returns an input that must not depend on other tensors."""
         t = self.tensor(place)
         if t.data is None:
             raise self.refuse(f"input {place}, {t.name!r}, computed at run time")
         return np.asarray(t.data)
 
     def option(self, name: str, default: Any, *supported: Any) -> Any:
-        """An option, if it is one of those that have a rule."""
+        """Returns an option; raises unless it is one of those that have a rule."""
         found = self.op.options.get(name, default)
         if supported and found not in supported:
             known = ", ".join(map(repr, supported))
@@ -210,18 +210,18 @@ class Call:
         return found
 
     def refuse(self, what: str, hint: str = "") -> NotImplementedError:
-        """Returns the error for what has no rule."""
+        """Returns the error for a case without a rule."""
         return NotImplementedError(
             f"TFLite's {self.op.name} with {what} has no rule.{hint} Its output is "
             f"{self.output().name!r}."
         )
 
     def activation(self) -> tuple[int, int]:
-        """The codes that the fused activation leaves."""
+        """Returns the ends of the codes that the fused activation leaves."""
         name = "fused_activation_function"
         return bounds(self.option(name, "NONE", *_REAL_BOUNDS), self.y)
 
-    # What is added.
+    # Adding.
 
     def add(
         self,
@@ -235,11 +235,11 @@ class Call:
         """Adds a node and returns its value.
 
         Args:
-          operation: Of the graph.
+          operation: Operation of the graph.
           inputs: Values.
           like: A value with the same grid and type; an int32 accumulator if None.
           params: Role -> array.
-          **attributes: Of the node.
+          **attributes: Attributes of the node.
         """
         grid, dtype = None, "int32"
         if like is not None:
@@ -303,7 +303,7 @@ _REAL_BOUNDS = {
 
 
 def bounds(activation: str, y: Codes) -> tuple[int, int]:
-    """The codes that an activation leaves."""
+    """Returns the ends of the codes that an activation leaves."""
     low, high = _REAL_BOUNDS[activation]
     least = y.low if low == -math.inf else max(y.low, _code(low, y))
     return least, y.high if high == math.inf else min(y.high, _code(high, y))
@@ -315,7 +315,7 @@ def _code(real: float, y: Codes) -> int:
 
 
 def any_batch(shape: Sequence[int]) -> list[int]:
-    """A shape for `reshape`, the leading axis of any size."""
+    """Returns a shape for `reshape` whose leading axis may have any size."""
     return [-1, *map(int, shape[1:])] if shape else []
 
 

@@ -18,7 +18,7 @@ from qjax.graph.operations.record import (
     same_interval,
 )
 
-_MOST_COMPARED = 1 << 25  # Of codes about their zero point: `align_products`.
+_MOST_COMPARED = 1 << 25  # Largest code about its zero point: `align_products`.
 _MOST_EXPONENT = 300  # float64 holds the products.
 
 

@@ -1,4 +1,4 @@
-"""Moves of integers, and the largest or smallest of them, as in `jax.lax`."""
+"""Moves of integers, and reductions to the largest or smallest, as in `jax.lax`."""
 
 import math
 from collections.abc import Callable
@@ -80,11 +80,11 @@ def _concatenate_shape(o: Operands) -> Shape:
 
 
 def _reshape_sizes(sizes: Any, shape: Shape) -> list[int]:
-    """Returns the sizes with the one that is open, -1, filled in."""
+    """Returns the sizes of a reshape with the open one, -1, filled in."""
     if -1 not in sizes:
         return list(sizes)
     known = math.prod(n for n in sizes if n != -1)
-    if not known:  # What is left of nothing: the leading size, if it is open.
+    if not known:  # Nothing is left but the leading size, if it is open.
         return [shape[0] if n == -1 else n for n in sizes]
     return [math.prod(shape) // known if n == -1 else n for n in sizes]
 

@@ -38,12 +38,12 @@ _MOST_SUM = 1 << 62
 def by_channel(
     operation: str, attributes: Mapping[str, Any], kernel: np.ndarray
 ) -> np.ndarray:
-    """Puts the axes of a kernel that are summed over first, channels last.
+    """Puts the contraction axes of a kernel first, channels last.
 
     Args:
       operation: ``dot`` or ``conv``.
-      attributes: Of the node.
-      kernel: Its parameter.
+      attributes: Attributes of the node.
+      kernel: Parameter of the node.
 
     Returns:
       int64, ``[..., channels]``.
@@ -72,7 +72,7 @@ def _check_offset(o: Operands) -> int:
 
 
 def _extremes(o: Operands, operation: Operation, shape: Shape, codes: Ends) -> Ends:
-    """Computes the ends of an accumulator by the meaning of the operation itself.
+    """Computes the ends of an accumulator by the meaning of its operation.
 
     Codes at their least where the kernel is positive and at their largest where it is
     not give the least sum of a channel; the other way round, the largest.
@@ -80,7 +80,7 @@ def _extremes(o: Operands, operation: Operation, shape: Shape, codes: Ends) -> E
     Args:
       o: The operands.
       operation: Linear in its codes.
-      shape: Of the fewest codes that each channel sees once.
+      shape: Shape of the fewest codes that each channel sees once.
       codes: Their ends.
     """
     offset, kernel = _check_offset(o), o.params["kernel"]
@@ -109,7 +109,7 @@ def _extremes(o: Operands, operation: Operation, shape: Shape, codes: Ends) -> E
 def _contraction(
     o: Operands, pair: Sequence[Shape], contract: Any, batch: Any
 ) -> Shape:
-    """Returns batch axes, then what is left of the first operand, then the other's."""
+    """Returns batch axes, then the free axes of the first and of the second operand."""
     free: list[int] = []
     for shape, summed, own in zip(pair, contract, batch, strict=True):
         check_axes(o, (*summed, *own), len(shape))

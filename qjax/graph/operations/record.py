@@ -1,4 +1,4 @@
-"""The record of an operation: what every part of the package knows of it.
+"""The record of an operation: all that any part of the package knows of it.
 
 Backends, the oracle, the validator, the certificate and what builds graphs read these
 records; a second table of the same does not exist. The operations themselves are in the
@@ -21,13 +21,13 @@ Ends = tuple[Any, Any]  # Least and largest integers, arrays that broadcast.
 
 
 def is_integer(x: Any) -> bool:
-    """Returns whether ``x`` is a Python integer, and no truth value."""
+    """Returns whether ``x`` is a Python integer and no truth value."""
     return isinstance(x, int) and not isinstance(x, bool)
 
 
 @dataclasses.dataclass(frozen=True)
 class Attribute:
-    """The type of an attribute: in words, and as a test."""
+    """The type of an attribute, in words and as a test."""
 
     wanted: str
     holds: Callable[[Any], bool]
@@ -47,7 +47,7 @@ def _tuples(size: int) -> Callable[[Any], bool]:
 
 
 def choice(*names: Any) -> Attribute:
-    """Returns the type of an attribute that is one of some names."""
+    """Returns the type of an attribute that is one of several names."""
     return Attribute(f"one of {', '.join(map(str, names))}", lambda x: x in names)
 
 
@@ -81,11 +81,11 @@ RULE = choice(*get_args(RequantizeRule))
 
 
 class Operands:
-    """What an operation is applied to: attributes, inputs and parameters.
+    """The operands of an operation: attributes, inputs and parameters.
 
     Args:
-      attributes: Of the node.
-      inputs: What is known of its inputs.
+      attributes: Attributes of the node.
+      inputs: Values of the inputs in the graph.
       params: Role -> array.
     """
 
@@ -104,21 +104,21 @@ class Operands:
 
     @property
     def x(self) -> Value:
-        """The first input."""
+        """Returns the first input."""
         return self.inputs[0]
 
     @property
     def shapes(self) -> list[Shape]:
-        """The shapes of the inputs."""
+        """Returns the shapes of the inputs."""
         return [x.shape for x in self.inputs]
 
     def check(self, holds: bool, wanted: str, found: Any) -> None:
-        """Raises ValueError unless something holds."""
+        """Raises ValueError unless a condition holds."""
         if not holds:
             raise ValueError(f"{wanted}, got {found}")
 
     def check_range(self, role: str, least: int, most: int) -> np.ndarray:
-        """Returns a parameter whose integers lie in a range, int64."""
+        """Returns a parameter, int64; raises unless its integers lie in a range."""
         array = self.params[role]
         ends = int(array.min(initial=least)), int(array.max(initial=least))
         self.check(
@@ -135,7 +135,7 @@ class Operands:
         self.check(same, f"`{name}` must be {wanted}, as inputs have", found)
 
     def check_distance(self, value: Value, zero: int) -> int:
-        """Returns the largest distance of codes from their zero point, in int32."""
+        """Returns the largest distance of codes from their zero point, within int32."""
         ends = value.low - zero, value.high - zero
         self.check(
             INT32.min <= ends[0] and ends[1] <= INT32.max,
@@ -152,12 +152,12 @@ Meaning = Callable[
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """All that is known of an operation of the integer graph.
+    """The record of an operation of the integer graph.
 
     Attributes:
       name: In nodes and files.
-      contract: What it computes, ``q`` the codes of its input, in words of the field.
-      kind: What it does to integers. ``accumulator``: sums of products, in another
+      contract: Formula of the operation, ``q`` the codes of its input, in field words.
+      kind: Effect on integers. ``accumulator``: sums of products, in another
         unit; ``rescale``: from grid to grid, which rounds; ``move``: the same integers
         elsewhere; ``choice``: some of the integers of its inputs; ``table``: looks
         integers up in a parameter; ``number``: integers of its own.
@@ -166,9 +166,9 @@ class Operation:
       interval: Least and largest integers of the output, arrays in its rank, or
         numbers; raises ValueError for operands that its meaning does not allow.
       meaning: ``meaning(attributes, params, inputs)`` in int64: the oracle.
-      inputs: How many, or the numbers there may be; None for one or more.
+      inputs: Number of inputs, or the possible numbers; None for one or more.
       attributes: Name -> type of what must be there.
-      roles: Of its parameters; each must be there.
+      roles: Roles of the parameters; each must be there.
       optional: Name -> type of what may be there.
       each_input: Names of the lists that have an item for each input.
       each_axis: Names of the lists that have an item for each axis of the first input.
@@ -218,7 +218,7 @@ def clip_interval(o: Operands) -> Ends:
 
 
 def check_axes(o: Operands, axes: Sequence[int], rank: int) -> None:
-    """Raises ValueError unless axes are there, each once."""
+    """Raises ValueError unless axes exist and each occurs once."""
     known = all(d < rank for d in axes) and len(set(axes)) == len(axes)
     o.check(known, f"axes must be among {rank}, each once", list(axes))
 
@@ -239,13 +239,13 @@ def window_sizes(
     window: Sequence[int],
     names: tuple[str, str, str, str],
 ) -> list[int]:
-    """Computes at how many places a window stands, axis by axis.
+    """Computes the number of places of a window along each axis.
 
     Args:
       o: The operands.
-      sizes: Of the input.
-      window: Of the window.
-      names: Of the attributes: strides, padding, dilation of the input, of the window.
+      sizes: Sizes of the input.
+      window: Sizes of the window.
+      names: Attributes: strides, padding, dilation of the input, of the window.
 
     Returns:
       Sizes of the output.
@@ -264,7 +264,7 @@ def window_sizes(
 
 
 def spread(x: np.ndarray, steps: Sequence[int], fill: int) -> np.ndarray:
-    """Puts values ``steps`` apart, ``fill`` between them."""
+    """Spreads values ``steps`` apart, with ``fill`` between them."""
     sizes = [max((n - 1) * s + 1, 0) for n, s in zip(x.shape, steps, strict=True)]
     found = np.full(sizes, fill, np.int64)
     found[tuple(slice(None, None, s) for s in steps)] = x
@@ -272,7 +272,7 @@ def spread(x: np.ndarray, steps: Sequence[int], fill: int) -> np.ndarray:
 
 
 def pad_or_crop(x: np.ndarray, pad: Sequence[tuple[int, int]], fill: int) -> np.ndarray:
-    """Pads where sizes are positive, crops where they are negative."""
+    """Pads axes where sizes are positive and crops axes where sizes are negative."""
     grown = [(max(low, 0), max(high, 0)) for low, high in pad]
     x = np.pad(x, grown, constant_values=fill)
     return x[tuple(slice(max(-a, 0), b if b < 0 else None) for a, b in pad)]
@@ -296,11 +296,11 @@ def windows(a: Mapping[str, Any], x: np.ndarray, fill: int) -> list[np.ndarray]:
 
 
 def pool_shape(o: Operands) -> Shape:
-    """Returns the shape of what a window gives."""
+    """Returns the output shape of a pool."""
     names = "strides", "padding", "base_dilation", "dilation"
     return tuple(window_sizes(o, o.x.shape, o["window"], names))
 
 
 def product_of(sizes: Sequence[int]) -> int:
-    """Returns the product of sizes, 1 for none."""
+    """Returns the product of sizes, 1 for no sizes."""
     return math.prod(sizes)

@@ -1,4 +1,4 @@
-"""From grid to grid: what rounds."""
+"""Operations that take integers from grid to grid, with rounding."""
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from qjax.graph.operations.record import (
 )
 from qjax.graph.operations.shifts import rescale, round_shift
 
-_MOST_SUM = 1 << 62  # Of products without their signs: `requantize_sum`.
+_MOST_SUM = 1 << 62  # Largest sum of products without signs: `requantize_sum`.
 
 
 def _requantize_interval(o: Operands) -> Ends:

@@ -12,7 +12,7 @@ _INT32 = np.iinfo(np.int32)
 
 
 def rescale(acc: np.ndarray, multiplier: Any, shift: Any, rule: str) -> np.ndarray:
-    """``acc * multiplier * 2^-shift`` by one of TFLite's two rules.
+    """Computes ``acc * multiplier * 2^-shift`` by one of TFLite's two rules.
 
     Args:
       acc: int64 that fit int32.
@@ -31,25 +31,25 @@ def rescale(acc: np.ndarray, multiplier: Any, shift: Any, rule: str) -> np.ndarr
 
 
 def high_product(a: Any, b: Any) -> np.ndarray:
-    """``a * b / 2^31``, halves up: a nudge, then towards zero. Saturates at 2^31."""
+    """Computes ``a * b / 2^31``, halves up, by a nudge; saturates at 2^31."""
     product = np.asarray(a, np.int64) * np.asarray(b, np.int64)
     nudged = product + np.where(product >= 0, 1 << 30, 1 - (1 << 30))
     return np.minimum(truncated(nudged, np.int64(1) << 31), _INT32.max)
 
 
 def divide_by_power(x: np.ndarray, n: Any) -> np.ndarray:
-    """``x / 2^n`` to nearest, halves away from zero."""
+    """Computes ``x / 2^n`` to nearest, halves away from zero."""
     rest = (np.int64(1) << n) - 1
     return (x >> n) + ((x & rest) > (rest >> 1) + (x < 0))
 
 
 def truncated(a: np.ndarray, b: Any) -> np.ndarray:
-    """The quotient towards zero, as C has it."""
+    """Computes the quotient towards zero, as C does."""
     return np.sign(a) * (np.abs(a) // b)
 
 
 def half_away(x: np.ndarray) -> np.ndarray:
-    """C's ``round`` of floating-point numbers."""
+    """Computes C's ``round`` of floating-point numbers."""
     whole = np.trunc(x)
     return whole + np.sign(x) * (np.abs(x - whole) >= 0.5)
 

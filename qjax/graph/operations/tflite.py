@@ -1,4 +1,4 @@
-"""Operations that only graphs made from TFLite have.
+"""Operations that occur only in graphs made from TFLite.
 
 References:
   TensorFlow Lite 2.19, lite/kernels/internal/reference; gemmlowp,
@@ -33,7 +33,7 @@ from qjax.graph.operations.shifts import (
     truncated,
 )
 
-_MOST_SUMMANDS = 4095  # Of a softmax: its sum has 31 bits.
+_MOST_SUMMANDS = 4095  # Most terms of a softmax, whose sum has 31 bits.
 
 
 def _add_interval(o: Operands) -> Ends:
@@ -138,7 +138,7 @@ def _softmax(a, own, inputs):
 
 
 def _newton(x: np.ndarray) -> np.ndarray:
-    """``1 / (1 + x)`` for x in [0, 1), as gemmlowp has it: 31 bits after the point."""
+    """Computes gemmlowp's ``1 / (1 + x)`` for x in [0, 1), with 31 fraction bits."""
     total = x + INT32.max
     half = truncated(total + np.where(total >= 0, 1, -1), 2)
     y = 1515870810 + high_product(half, -1010580540)

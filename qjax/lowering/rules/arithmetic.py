@@ -1,4 +1,4 @@
-"""Rules of sums, factors and bounds: what the next requantizer absorbs."""
+"""Rules of sums, factors and bounds, which the next requantizer absorbs."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ from qjax.lowering.values import (
 from qjax.model.trace import Equation, Trace
 
 _INT32 = np.iinfo(np.int32)
-_MOST_SHIFT = 24  # Of a product that a finer bias is added to.
+_MOST_SHIFT = 24  # Largest shift of a product for a finer bias.
 _ROUNDING = 2.0**-20  # Relative, of float32 scales and of their products.
 _MOST_OFF = 2.0**-6
 
@@ -58,7 +58,7 @@ def _add(
 
 
 def _bends(*operands: Abstract) -> bool:
-    """Whether an operand is a function of codes, or codes meet a number.
+    """Returns whether an operand is a function of codes, or codes meet a number.
 
     Accumulators absorb numbers; codes with a number are a function.
     """
@@ -70,7 +70,7 @@ def _bends(*operands: Abstract) -> bool:
 
 
 def _is_of_codes(x: Integers) -> bool:
-    """Whether integers are codes, or whole numbers that stand for themselves."""
+    """Returns whether integers are codes, or integers that stand for themselves."""
     return x.is_codes or bool(x.dtype)
 
 
@@ -127,7 +127,7 @@ def _add_known(
 
 
 def _is_one_step(x: Integers, real: np.ndarray) -> bool:
-    """Whether a constant is one whole number of steps, as a sum of codes takes it."""
+    """Returns whether a constant is one whole number of steps, for a sum of codes."""
     with np.errstate(divide="ignore", invalid="ignore"):
         steps = real / x.real_scale()
     if steps.size != 1 or not np.all(np.isfinite(steps)) or not _is_whole(steps):
@@ -144,7 +144,7 @@ def _not_finite(e: Equation) -> ValueError:
 
 
 def _is_on_grid_of(x: Integers, known: KnownCodes) -> bool:
-    """Whether a bias has the unit of its accumulator, up to the float32 rounding."""
+    """Returns whether a bias has the unit of its accumulator up to float32 rounding."""
     if x.gain is not None or np.any(known.zero_point):
         return False
     fits = np.all(np.abs(known.codes) <= x.most)
@@ -156,7 +156,7 @@ def _is_number(known: Abstract) -> bool:
 
 
 def _refined(x: Integers, bias: np.ndarray) -> Integers:
-    """A product on a grid that holds a bias, or that is as fine as its word allows."""
+    """Returns a product on a grid that holds a bias, or as fine as its word allows."""
     if x.shift is None or x.bias is not None:
         return x
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -173,7 +173,7 @@ def _refined(x: Integers, bias: np.ndarray) -> Integers:
 
 
 def _is_whole(x: np.ndarray) -> bool:
-    """Up to the float32 rounding of scales."""
+    """Returns whether numbers are integers up to the float32 rounding of scales."""
     off = np.abs(x - np.rint(x))
     return bool(np.all(off <= np.minimum(_ROUNDING * np.abs(x), _MOST_OFF)))
 
@@ -220,7 +220,7 @@ def _mul(builder: Builder, e: Equation, trace: Trace, *operands: Abstract) -> Ab
 
 
 def _one_unit(e: Equation, x: ByChannel, known: Known) -> Integers:
-    """Codes with a scale per channel, brought to one scale by a factor per channel."""
+    """Brings codes with a scale per channel to one scale by a factor per channel."""
     scale = compact(x.scale * np.asarray(known.value, np.float64))
     most = np.max(scale, initial=0)
     if most <= 0 or np.any(np.abs(scale / most - 1) > _ROUNDING):
@@ -231,7 +231,7 @@ def _one_unit(e: Equation, x: ByChannel, known: Known) -> Integers:
 
 
 def _is_unit(e: Equation, a: Abstract, b: Abstract) -> bool:
-    """Whether codes meet one positive factor: they stay, in another unit."""
+    """Returns whether codes meet one positive factor and only change their unit."""
     x, known = (b, a) if isinstance(a, Known) else (a, b)
     if not (isinstance(x, Integers) and x.is_codes and isinstance(known, Known)):
         return False
@@ -249,7 +249,7 @@ def _rescaled(
     operands: tuple[Abstract, Abstract],
     factor: np.ndarray,
 ) -> Integers:
-    """The same codes, in another unit; a function of them keeps the model's product."""
+    """Returns codes in another unit; a function of codes keeps the model's product."""
     x = next(o for o in operands if isinstance(o, Integers))
     scale = x.scale * factor
     if factor <= 0 or x.value is None or x.dtype or not _MOST <= scale < 1 / _MOST:
@@ -266,7 +266,7 @@ _MOST = 2.0**-126  # Scales and their reciprocals stay normal float32 numbers.
 
 
 def _round(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
-    """Codes in units of one are whole already, float error in the unit aside."""
+    """Rounds codes in units of one, which are integers but for float error."""
     if isinstance(x, Integers) and x.is_codes and not np.ndim(x.scale):
         most = max(abs(x.low - x.zero_point), abs(x.high - x.zero_point))
         if most * (abs(x.scale - 1) + 2.0**-22) < 0.25:
@@ -285,7 +285,7 @@ def _scaled(
     *,
     is_quotient: bool = False,
 ) -> Abstract:
-    """A factor that waits for the next grid."""
+    """Applies a factor, which waits for the next grid."""
     if not np.all(np.isfinite(factor)):
         raise _not_finite(e)
     is_power = is_power_of_two(factor)
@@ -309,7 +309,7 @@ def _scaled(
 
 
 def _numbers(e: Equation, known: Abstract | None) -> dict[int, np.ndarray]:
-    """The number of a known operand by the operands of an equation; none if several."""
+    """Maps operands to the number of a known one; empty if it has several numbers."""
     number = compact(known.value) if isinstance(known, Known) else np.zeros(0)
     return dict.fromkeys(e.inputs, number.reshape(())) if number.size == 1 else {}
 
@@ -356,7 +356,7 @@ def _clamp(
 
 
 def _is_off_grid(x: Abstract, ends: tuple[float, float]) -> bool:
-    """Whether a bound lies between two codes."""
+    """Returns whether a bound lies between two codes."""
     if not (isinstance(x, Integers) and x.is_codes and not np.ndim(x.scale)):
         return False
     codes = (end / float(x.scale) for end in ends if np.isfinite(end))

@@ -1,4 +1,4 @@
-"""Rules of what joins several values on one grid: selections, concatenations."""
+"""Rules that join several values on one grid: selections, concatenations."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,7 +34,7 @@ _EXTREMA = {"max": "maximum", "min": "minimum"}
 
 
 def mask(builder: Builder, e: Equation, trace: Trace, x: Abstract, v: int) -> int:
-    """The truth values of a selection as codes 0 and 1."""
+    """Returns the truth values of a selection as codes 0 and 1."""
     if isinstance(x, Integers) and x.dtype and x.value is not None:
         return x.value
     if not isinstance(x, Curve):
@@ -70,14 +70,14 @@ def _select(
 
 
 def _ready(x: Abstract) -> Abstract:
-    """Accumulators in the graph, weights as numbers."""
+    """Puts an accumulator into the graph, and turns weights into numbers."""
     if isinstance(x, KnownCodes):
         return Known(real_values(x))
     return x.emitted() if isinstance(x, Integers) else x
 
 
 def _is_uniform(x: Abstract) -> bool:
-    """Whether a constant is one number, or one for each channel: a table has those."""
+    """Returns whether a constant has one number or one per channel, as a table has."""
     if not isinstance(x, Known):
         return True
     return sum(n > 1 for n in compact(x.value).shape) <= 1
@@ -95,7 +95,7 @@ def _known_mask(
     cases: Sequence[Abstract],
     shape: tuple[int, ...],
 ) -> int:
-    """A selection that does not depend on an input, as codes."""
+    """Adds the mask of a selection that does not depend on an input, as codes."""
     codes = np.broadcast_to(which.value, shape).astype(np.int64)
     name = f"{where(e).strip(_QUOTE)}/mask"
     like = next(
@@ -126,7 +126,7 @@ def _concatenate(
 def extremum(
     builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
 ) -> Abstract:
-    """The larger or the smaller of two quantized values."""
+    """Returns the larger or the smaller of two quantized values."""
     shapes, shape = _shapes(e, trace, e.inputs)
     joined = Joined(_EXTREMA[e.primitive.name], (a, b), shapes, shape, path=e.path)
     return _joined_now(builder, joined)
@@ -135,12 +135,12 @@ def extremum(
 def _shapes(
     e: Equation, trace: Trace, parts: Sequence[int]
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
-    """Those of the parts, and that of the result."""
+    """Returns the shapes of the parts and the shape of the result."""
     return tuple(map(trace.shape, parts)), trace.shape(e.outputs[0])
 
 
 def _joined_now(builder: Builder, x: Joined) -> Abstract:
-    """Joins codes that are on one grid already, and constants that are on it."""
+    """Joins codes that share a grid already with constants that lie on that grid."""
     first = next((p for p in x.parts if isinstance(p, Integers)), None)
     if first is None or first.value is None or not first.is_codes:
         return x

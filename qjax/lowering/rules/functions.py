@@ -1,4 +1,4 @@
-"""Rules of elementwise functions and comparisons: tables of codes."""
+"""Rules of elementwise functions and comparisons, which become lookup tables."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,21 +17,21 @@ from qjax.lowering.interpret import Rule, refuse, where
 from qjax.lowering.values import Abstract, Builder, Curve, Integers, Known, KnownCodes
 from qjax.model.trace import POINTWISE, Equation, Trace, evaluate
 
-_MOST_CODES = 1 << 16  # Of the value that a table is indexed by.
-_MOST_ENTRIES = 1 << 22  # Of a table with a row for each channel.
+_MOST_CODES = 1 << 16  # Largest range of a value that indexes a table.
+_MOST_ENTRIES = 1 << 22  # Largest table with one row per channel.
 _COMPARISONS = ("eq", "ge", "gt", "le", "lt", "ne")
 
 
 def curve(
     builder: Builder, e: Equation, trace: Trace, *operands: Abstract
 ) -> Curve | None:
-    """Goes on with a function of the codes of one value.
+    """Extends a function of the codes of one value by an elementwise equation.
 
     Args:
       builder: Receives accumulators that become the source of a table.
       e: An elementwise equation.
-      trace: Its program.
-      *operands: Of the equation, at least one of them no constant.
+      trace: Trace of the program.
+      *operands: Operands of the equation, at least one of them no constant.
 
     Returns:
       The function; None if the operands are functions of two values.
@@ -66,14 +66,14 @@ def curve(
 
 
 def _sources(x: Curve) -> list[Integers]:
-    """The codes that a function may start from: its own, and those before a bound."""
+    """Returns the codes that a function may start from: its own, or before a bound."""
     if x.source.bounded is None or set(x.aliases) != {x.end}:
         return [x.source]
     return [x.source, *_sources(x.source.bounded)]
 
 
 def _since(x: Curve, value: int) -> Curve:
-    """The function from other codes on."""
+    """Returns the function as one of codes further back."""
     while x.source.value != value:
         assert x.source.bounded is not None
         x = _ending(x.source.bounded, x.end)
@@ -81,7 +81,7 @@ def _since(x: Curve, value: int) -> Curve:
 
 
 def _ending(x: Curve, end: int) -> Curve:
-    """The function under the number that another equation reads it by."""
+    """Returns the function with the number by which another equation reads its end."""
     if x.end == end:
         return x
     same = Equation(copy_p, {}, (x.end,), (end,), x.path)
@@ -89,7 +89,7 @@ def _ending(x: Curve, end: int) -> Curve:
 
 
 def _as_curve(e: Equation, v: int, x: Abstract) -> Curve:
-    """Codes as a function of themselves."""
+    """Returns codes as a function of themselves."""
     if isinstance(x, Curve):
         return _ending(x, v)
     if isinstance(x, Integers) and x.rescaled is not None:
@@ -103,7 +103,7 @@ def _as_curve(e: Equation, v: int, x: Abstract) -> Curve:
 
 
 def _per_channel(e: Equation, x: Known | KnownCodes) -> np.ndarray:
-    """A known operand, with size 1 where it repeats."""
+    """Returns a known operand with size 1 on each axis along which it repeats."""
     value = compact(
         real_values(x) if isinstance(x, KnownCodes) else np.asarray(x.value)
     )
@@ -124,7 +124,7 @@ def tabulate(
 
     Args:
       x: The function.
-      finish: What makes integers of its values.
+      finish: Function from real values to integers.
       types: Value of the trace -> its dtype.
 
     Returns:
@@ -195,15 +195,15 @@ def add_table(
     dtype: str,
     grid: Grid | None = None,
 ) -> int:
-    """Puts a function of codes into the graph as a lookup table.
+    """Adds a function of codes to the graph as a lookup table.
 
     Args:
       builder: Receives it.
       x: The function.
-      finish: From its real values to the integers that the table holds.
-      name: Of the parameter, before ``/table``.
-      dtype: Of the integers.
-      grid: What they mean.
+      finish: Function from real values to the integers that the table holds.
+      name: Name of the parameter, before ``/table``.
+      dtype: Type of the integers.
+      grid: Grid of the integers.
 
     Returns:
       The number of the value.
@@ -233,10 +233,10 @@ def add_table(
 def add_exact_table(
     builder: Builder, x: Curve, shape: tuple[int, ...], name: str
 ) -> Integers | None:
-    """Puts a function into the graph on the grid that its own values lie on.
+    """Adds a function to the graph on the grid that holds its own values exactly.
 
     Returns:
-      Its codes; None if no grid holds all values exactly, as that of most functions.
+      Codes of the function; None if no grid holds all values, as for most functions.
     """
 
     def bits(real: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Rules of codes that are looked up: embeddings, gathers, slices, splits."""
+"""Rules of lookups of codes: embeddings, gathers, slices, splits."""
 
 import dataclasses
 import functools
@@ -54,7 +54,7 @@ def _dynamic_slice(
 def _taken(
     builder: Builder, e: Equation, trace: Trace, x: Abstract, *places: np.ndarray
 ) -> Integers:
-    """Moves that are known: each example is read at the same places."""
+    """Applies a known move, which reads each example at the same places."""
     _check_real(e, trace, x)
     x = settled(builder, e, trace, x)
     if np.ndim(x.scale) or x.gain is not None:
@@ -62,7 +62,7 @@ def _taken(
     shape, out = trace.shape(e.inputs[0]), trace.shape(e.outputs[0])
     size = math.prod(shape[1:])
     numbers = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
-    with np.errstate(invalid="ignore"):  # What is not there is no number.
+    with np.errstate(invalid="ignore"):  # Absent places read NaN.
         found = np.asarray(evaluate(e, numbers, *places)[0])
     if found.size and not 0 <= found.min() <= found.max() < numbers.size:
         raise ValueError(
@@ -89,7 +89,7 @@ def _taken(
 def _embed(
     builder: Builder, e: Equation, trace: Trace, w: KnownCodes, index: Abstract
 ) -> Integers:
-    """Rows of a table of weights, chosen by an integer input."""
+    """Looks rows of a table of weights up by an integer input."""
     dimensions, rows = e.params["dimension_numbers"], w.codes.shape[0]
     axes = tuple(range(len(trace.shape(e.outputs[0])) - w.codes.ndim + 1, 99))
     is_rows = (
@@ -128,7 +128,7 @@ def _embed(
 
 
 def _chosen_ends(e: Equation, trace: Trace, index: Real, rows: int) -> "_Chosen | None":
-    """The integers that choose rows as `embed` counts them; None if others do."""
+    """Returns the integers that choose rows as `embed` counts; None if others do."""
     assert index.input is not None
     v = trace.inputs[index.input]
     dtype, ends = trace.avals[v].dtype, integer_range(trace, index)
@@ -164,12 +164,12 @@ def _chosen_ends(e: Equation, trace: Trace, index: Real, rows: int) -> "_Chosen 
 
 
 def _ends(found: np.ndarray, rows: int) -> tuple[int, int]:
-    """The first and the last row that is chosen, of those that are there."""
+    """Returns the first and the last chosen row among those of the table."""
     return max(0, int(found.min())), min(rows - 1, int(found.max()))
 
 
 class _Chosen(NamedTuple):
-    """The integers that choose rows, and whether others choose the row at their end."""
+    """The integers that choose rows, and whether others choose the row at the end."""
 
     low: int
     high: int
@@ -183,7 +183,7 @@ def _place_input(
     index: Real,
     chosen: _Chosen,
 ) -> Integers:
-    """The input of a program that chooses rows, moved as the model moves it."""
+    """Adds the input of a program that chooses rows, moved as the model moves it."""
     k = index.input
     assert k is not None
     ends = chosen.low, chosen.high
@@ -266,7 +266,7 @@ def _part(
     steps: list[int],
     source: int,
 ) -> int:
-    """Puts a slice of a value into the graph."""
+    """Adds a slice of a value to the graph."""
     v = builder.values[source]
     ends: dict[str, Any] = {"start": start, "stop": stop, "steps": steps}
     options: Any = {"grid": v.grid, "dtype": v.dtype, "path": where(e).strip("'")}

@@ -98,11 +98,11 @@ def _check_channels(
 def _by_channel(
     builder: Builder, e: Equation, x: Abstract, target: "_Target", shape: Any
 ) -> Integers:
-    """Codes with a scale per channel, in the unit of the coarsest one."""
+    """Returns codes with a scale per channel, in the unit of the coarsest channel."""
     if isinstance(x, Sum):
         x = added(builder, e, x)
     if isinstance(x, Curve):
-        known = {**x.known, -1: np.asarray(target.units)}  # For its rank.
+        known = {**x.known, -1: np.asarray(target.units)}  # Known for its rank.
         return _table(builder, dataclasses.replace(x, known=known), target, shape)
     if not isinstance(x, Integers):
         raise refuse(e, x, "input")
@@ -121,7 +121,7 @@ def _capped(
     ends: tuple[np.ndarray, np.ndarray],
     shape: Any,
 ) -> Integers:
-    """Bounds that are another code in each channel, as a table with a row for each."""
+    """Clips codes to bounds that differ by channel, by a lookup table per channel."""
     axes = [d for d, n in enumerate(target.units_of().shape) if n > 1]
     low, high = (np.broadcast_to(q, target.units_of().shape).reshape(-1) for q in ends)
     codes = np.arange(x.low, x.high + 1)[:, None]
@@ -140,7 +140,7 @@ def _capped(
 def _onto(
     builder: Builder, e: Equation, x: Abstract, target: "_Target", shape: Any
 ) -> Integers:
-    """Puts what is at a quantization point on its grid."""
+    """Puts the operand of a quantization point on its grid."""
     if isinstance(x, Sum):
         return _requantize_sum(builder, x, target, shape)
     if isinstance(x, Integers):
@@ -159,7 +159,7 @@ def _table(builder: Builder, x: Curve, target: "_Target", shape: Any) -> Integer
 
 
 def _join(builder: Builder, e: Equation, x: Joined, target: "_Target") -> Integers:
-    """Each part goes on the grid, then all are joined: rounding keeps their order."""
+    """Puts each part on the grid, then joins them, as rounding keeps their order."""
     part = dataclasses.replace(target, is_part=True)
     pairs = list(zip(x.parts, x.shapes, strict=True))
     onto: dict[int, int] = {}
@@ -194,7 +194,7 @@ def _constant_codes(
     shape: tuple[int, ...],
     like: int | None,
 ) -> int:
-    """A constant on the grid of a site, or the code that a mask chooses."""
+    """Adds a constant on the grid of a site, or the code that a mask chooses."""
     real = np.asarray(known.value)
     if np.any(np.isnan(real)):
         raise ValueError(
@@ -223,32 +223,32 @@ class _Target:
     qmin: int
     qmax: int
     site: str
-    is_part: bool = False  # Of what ends at the site.
-    is_double: bool = False  # Whether the model computes in float64.
+    is_part: bool = False  # True for a part of the value at the site.
+    is_double: bool = False  # True if the model computes in float64.
     units: np.ndarray | None = None  # Scales of the channels, if there are several.
 
     def units_of(self) -> np.ndarray:
-        """The scales, float64: one, or those of the channels."""
+        """Returns the scales, float64: one, or one per channel."""
         if self.units is not None:
             return self.units
         return np.asarray(np.float64(np.float32(self.scale)))
 
     def codes_of(self, real: Any) -> Any:
-        """The codes of real values, by the formula of the tag itself."""
+        """Returns the codes of real values, by the formula of `qpoint`."""
         zero, low, high = map(jnp.int32, (self.zero_point, self.qmin, self.qmax))
         return grid_codes(real, jnp.float32(self.units_of()), zero, low, high)
 
     def bound_codes(self, bound: float) -> np.ndarray:
-        """The codes of a bound, by channel."""
+        """Returns the codes of a bound by channel."""
         real = jnp.full(self.units_of().shape, bound, jnp.float32)
         return np.asarray(self.codes_of(real))
 
     def codes(self, real: float) -> int:
-        """The code of one real value."""
+        """Returns the code of one real value."""
         return int(self.codes_of(jnp.float32(real)))
 
     def range(self, bounds: tuple[float, float]) -> tuple[int, int]:
-        """The codes that an activation with these bounds leaves."""
+        """Returns the ends of the codes that an activation with given bounds leaves."""
         low, high = (self.bound_codes(bound) for bound in bounds)
         return int(low.min()), int(high.max())
 
@@ -279,13 +279,13 @@ class _Target:
         params: Mapping[str, str] | None = None,
         path: str | None = None,
     ) -> int:
-        """Adds an operation whose output is on this grid."""
+        """Adds an operation whose output is on the grid."""
         options: Any = {"grid": self.grid, "dtype": self.dtype, "params": params}
         options["path"] = self.site if path is None else path
         return builder.add(operation, inputs, attributes, **options)
 
     def add_input(self, builder: Builder, shape: tuple[int, ...]) -> int:
-        """Adds a value on this grid that nothing computes."""
+        """Adds a value on the grid that no operation computes."""
         ends = self.qmin, self.qmax
         return builder.add_value(shape, *ends, self.grid, dtype=self.dtype)
 
@@ -336,7 +336,7 @@ def _requantize(
     x = x.emitted()
     assert x.value is not None
     ratio = x.real_scale() / target.units_of()
-    # Where float32 arithmetic has one operation that rounds, round as it does.
+    # If float32 arithmetic has one operation that rounds, round as it does.
     one_rounding = (
         x.gain is not None
         and x.is_gain_exact
@@ -369,16 +369,16 @@ def _requantize(
 
 _MOST_WHOLE = 1 << 20  # Float error in a unit is no step below it.
 _EXACT = 1 << 24  # Integers below are exact in float32.
-_MOST_SUM = 1 << 62  # Of products without their signs: `requantize_sum`.
+_MOST_SUM = 1 << 62  # Largest sum of products without signs: `requantize_sum`.
 
 
 def _most_steps(x: Integers) -> int:
-    """The largest distance of codes from their zero point."""
+    """Returns the largest distance of codes from their zero point."""
     return max(abs(x.low - x.zero_point), abs(x.high - x.zero_point))
 
 
 def _is_exact(x: Integers, target: _Target) -> bool:
-    """Whether float32 rounds accumulators as the requantizer does.
+    """Returns whether float32 rounds accumulators as the requantizer does.
 
     All scales are powers of two, nothing overflows or is denormal, and one operation at
     most rounds: a product with a factor, which is the last one.
@@ -394,7 +394,7 @@ def _is_exact(x: Integers, target: _Target) -> bool:
 
 
 def _is_exact_sum(x: Sum, target: _Target) -> bool:
-    """Whether float32 adds codes exactly: on powers of two, within 24 bits."""
+    """Returns whether float32 adds codes exactly: powers of two within 24 bits."""
     scales = np.array([*(float(t.scale) for t, _ in x.terms), target.scale])
     if not is_power_of_two(scales) or any(t.rescaled is not None for t, _ in x.terms):
         return False

@@ -17,7 +17,7 @@ _INT32 = np.iinfo(np.int32)
 
 
 class AccumulatorOverflowError(OverflowError):
-    """An accumulator could leave its buffer, int32 by default.
+    """An error for an accumulator that could leave its buffer, int32 by default.
 
     Attributes:
       witness: Input codes that take it there, in the shape of one kernel.
@@ -41,7 +41,7 @@ def _dot_general(
 def _dot_codes(
     builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
 ) -> Integers:
-    """A product of two activations, both on grids."""
+    """Multiplies two activations, both on grids, by a contraction."""
     pair = _two_codes(e, a, b)
     (contract, batch) = e.params["dimension_numbers"]
     sizes = trace.shape(e.inputs[0])
@@ -56,7 +56,7 @@ def _dot_codes(
 def multiply_codes(
     builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
 ) -> Integers:
-    """A product of two activations, number by number."""
+    """Multiplies two activations elementwise."""
     pair = _two_codes(e, a, b)
     return _of_two(builder, e, trace, pair, "multiply_codes", 1, {})
 
@@ -112,7 +112,7 @@ def _conv(
 
 
 def contracted_axes(e: Equation, operand: int, rank: int) -> tuple[int, ...]:
-    """The axes of a kernel that a product with it sums over."""
+    """Returns the contraction axes of the kernel of a product."""
     dimensions = e.params["dimension_numbers"]
     if e.primitive.name == "dot_general":
         return tuple(dimensions[0][operand])
@@ -195,7 +195,7 @@ def _accumulated(
     params: dict[str, str],
     place: str,
 ) -> tuple[int, int, int]:
-    """Adds an accumulator; returns its value, and its ends."""
+    """Adds an accumulator; returns its value and its ends."""
     path = place.strip("'")
     options: Any = {"params": params, "dtype": "int32", "path": path}
     value = builder.add(operation, (source,), attributes, **options)
@@ -203,12 +203,12 @@ def _accumulated(
 
 
 def to_output(e: Equation, operand: int, sums: Any, rank: int) -> Any:
-    """Per-channel sums of a kernel, in the rank of the output. NumPy or JAX."""
+    """Takes per-channel sums of a kernel, NumPy or JAX, to the rank of the output."""
     return output_scale(e, operand, sums, rank)
 
 
 def dot_attributes(e: Equation, operand: int) -> dict[str, Any]:
-    """Of the node `dot`, for a kernel that is this operand."""
+    """Returns the attributes of a `dot` node whose kernel is operand ``operand``."""
     contract, batch = (
         [list(map(int, axes)) for axes in pair]
         for pair in e.params["dimension_numbers"]
@@ -217,7 +217,7 @@ def dot_attributes(e: Equation, operand: int) -> dict[str, Any]:
 
 
 def conv_attributes(e: Equation, zero_point: Any) -> dict[str, Any]:
-    """Of the node `conv`; its padding has the code of zero."""
+    """Returns the attributes of a `conv` node whose padding has the code of zero."""
     dimensions = e.params["dimension_numbers"]
     specs = dimensions.lhs_spec, dimensions.rhs_spec, dimensions.out_spec
     return {
@@ -259,7 +259,7 @@ def _check_overflow(
 def _add_params(
     builder: Builder, site: str, kernel: np.ndarray, bias: np.ndarray
 ) -> dict[str, str]:
-    """Kernel and bias, named as their module names them."""
+    """Adds kernel and bias as parameters, named as in their module."""
     parent = site.rpartition("/")[0] or site
     return {
         "kernel": builder.add_param(site, _smallest(kernel)),
@@ -273,13 +273,13 @@ def _smallest(codes: np.ndarray) -> np.ndarray:
 
 
 def storage_offset(dtype: str) -> int:
-    """What takes an unsigned type to the signed one of its size."""
+    """Returns the offset from an unsigned type to the signed type of its size."""
     info = np.iinfo(dtype)
     return 0 if info.min < 0 else (info.max + 1) // 2
 
 
 def reopened(builder: Builder, e: Equation, x: Integers) -> Integers:
-    """Returns an accumulator that takes a bias though it is in the graph already."""
+    """Returns an accumulator that takes a bias although it is in the graph already."""
     x = x.emitted()
     source, path = x.value, where(e).strip("'")
     assert source is not None and not x.zero_point
@@ -308,7 +308,7 @@ def reopened(builder: Builder, e: Equation, x: Integers) -> Integers:
 def multiply(
     builder: Builder, e: Equation, trace: Trace, x: Integers, w: KnownCodes
 ) -> Integers:
-    """Codes times a constant on a grid: a channel's factor."""
+    """Multiplies codes by a constant on a grid: a factor per channel."""
     assert x.value is not None
     source = x.value
     codes, limit = compact(w.codes), builder.most(w.site or "")

@@ -32,7 +32,7 @@ from qjax.model.trace import Equation, Trace, evaluate
 
 
 def settled(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Integers:
-    """Integers in the graph for which no bound waits."""
+    """Returns integers in the graph, with any waiting bound applied."""
     x = _emitted(builder, e, x)
     if not x.is_bounded:
         return x
@@ -54,7 +54,7 @@ def settled(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Integer
 
 
 def _emitted(builder: Builder, e: Equation, x: Abstract) -> Integers:
-    """Integers in the graph."""
+    """Returns an operand as integers in the graph."""
     if isinstance(x, Sum):
         x = added(builder, e, x)
     if not isinstance(x, Integers):
@@ -63,7 +63,7 @@ def _emitted(builder: Builder, e: Equation, x: Abstract) -> Integers:
 
 
 def added(builder: Builder, e: Equation, x: Sum) -> Integers:
-    """A sum of codes as an accumulator, where one grid holds all of them exactly."""
+    """Adds a sum of codes as an accumulator, where one grid holds all codes exactly."""
     terms = [t for t, _ in x.terms]
     scale = min(float(t.scale) for t in terms)
     factors = [sign * float(t.scale) / scale for t, sign in x.terms]
@@ -162,7 +162,7 @@ def _max_pool(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstr
 
 
 def _reduced(e: Equation, x: Integers) -> Integers:
-    """With the scales of a reduction's output; refuses those that vary inside it."""
+    """Takes scales through a reduction; refuses scales that vary inside it."""
     window = e.params.get("window_dimensions")
 
     def reduced(scale: np.ndarray) -> np.ndarray:
@@ -208,7 +208,7 @@ def _running_extreme(
 
 
 def _running(e: Equation, trace: Trace) -> tuple[Equation, int]:
-    """What a value has come to along an axis, as a window over all before it."""
+    """Returns a cumulative reduction as a window over all places before each place."""
     shape, axis = trace.shape(e.inputs[0]), e.params["axis"]
     size, ones = shape[axis], (1,) * len(shape)
     window, padding = list(ones), [(0, 0)] * len(shape)
@@ -233,7 +233,7 @@ def _same(
 
 
 def _convert(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
-    """A cast is what it is to JAX: nothing where it keeps every value there can be."""
+    """Casts a value; a cast that keeps every possible value does nothing."""
     before, dtype = (trace.avals[v].dtype for v in (e.inputs[0], e.outputs[0]))
     if isinstance(x, Curve):
         end = e.outputs[0]
@@ -269,7 +269,7 @@ _WIDE = (np.dtype("float32"), np.dtype("float64"))
 
 
 def _keeps_range(x: Integers, dtype: Any) -> bool:
-    """Whether a type holds all whole numbers that these integers can be."""
+    """Returns whether a type holds all integers in the range of a value."""
     if jnp.issubdtype(dtype, jnp.floating):
         digits = jnp.finfo(dtype).nmant + 1
         return max(abs(x.low), abs(x.high)) <= 2**digits
@@ -280,7 +280,7 @@ def _keeps_range(x: Integers, dtype: Any) -> bool:
 
 
 def _keeps_weight(e: Equation, x: KnownCodes) -> bool:
-    """Whether a cast keeps every value of a weight."""
+    """Returns whether a cast keeps every value of a weight."""
     grid = QParams(jnp.asarray(x.scale), jnp.asarray(x.zero_point))
     real = dequantize(jnp.asarray(x.codes.astype(np.int32)), grid)
     other = np.asarray(evaluate(e, real)[0]).astype(np.float64)
@@ -316,21 +316,21 @@ def move(
 
 
 def _fill(e: Equation, x: Abstract) -> float:
-    """The number that a pad puts around a value."""
+    """Returns the number that a pad puts around a value."""
     if not isinstance(x, Known) or np.any(np.isnan(x.value)):
         raise refuse(e, x, "padding value")
     return float(np.asarray(x.value).reshape(-1)[0])
 
 
 def _bounds_away(x: Abstract) -> bool:
-    """Whether an activation that waits does not leave zero alone."""
+    """Returns whether a waiting activation changes zero."""
     return isinstance(x, Integers) and not x.bounds[0] <= 0 <= x.bounds[1]
 
 
 def _padded(
     builder: Builder, e: Equation, trace: Trace, x: Abstract, fill: float
 ) -> Abstract:
-    """Codes around which a code is put; what is on no grid yet waits for one."""
+    """Pads codes with a code; a value on no grid yet waits for one."""
     if isinstance(x, Real) and x.input is not None:
         raise refuse_pad(e, x)
     if not isinstance(x, Integers | Curve | Sum | Joined):
@@ -363,7 +363,7 @@ def _padded(
 def move_again(
     builder: Builder, x: Real, trace: Trace, codes: Abstract, keep: int = 0
 ) -> Abstract:
-    """Moves the codes of an input as it was moved, but for the last ``keep`` moves."""
+    """Repeats on codes the moves of an input, except for the last ``keep`` moves."""
     for e in x.moves[: len(x.moves) - keep]:
         fill = (Known(np.zeros(())),) if e.primitive.name == "pad" else ()
         codes = move(builder, e, trace, codes, *fill)
@@ -371,7 +371,7 @@ def move_again(
 
 
 def _move_curve(builder: Builder, e: Equation, trace: Trace, x: Curve) -> Curve:
-    """A function of codes is the same function of codes that have moved."""
+    """Moves a function of codes, which is the same function of moved codes."""
     rank = len(trace.shape(e.outputs[0]))
     is_uniform = all(np.size(k) == 1 for k in x.known.values())
     keeps = e.params.get("broadcast_dimensions") == tuple(range(rank))  # The axes.
@@ -386,7 +386,7 @@ def _move_curve(builder: Builder, e: Equation, trace: Trace, x: Curve) -> Curve:
 def _move_array(
     e: Equation, x: np.ndarray, shape: tuple[int, ...]
 ) -> np.ndarray | None:
-    """Takes what broadcasts against a value of ``shape`` through a shape move."""
+    """Moves an array that broadcasts against a value of ``shape`` by a shape move."""
     moved = move_scale(e, x, shape)
     # Axes that fell together repeat what was the same along one of them.
     return moved if moved is None or moved.size <= x.size else compact(moved)
@@ -395,7 +395,7 @@ def _move_array(
 def _move_units(
     e: Equation, x: np.ndarray, shape: tuple[int, ...]
 ) -> np.ndarray | None:
-    """Takes one unit per channel through a move; axes that it does not have stay."""
+    """Moves units per channel by a shape move; axes that the move leaves stay."""
     if x.ndim == 0 or e.primitive.name != "pad":
         return _move_array(e, x, shape)
     config = zip(x.shape, e.params["padding_config"], strict=True)
@@ -411,7 +411,7 @@ def _moved(
     operation: str,
     attributes: dict[str, Any],
 ) -> Integers:
-    """The same codes, elsewhere."""
+    """Adds a move of codes to the graph."""
 
     def place(source: int) -> int:
         v = builder.values[source]
@@ -430,13 +430,13 @@ def placed(
     end: int | None = None,
     **changes: Any,
 ) -> Integers:
-    """Moves codes, and the function that they are of others.
+    """Moves codes, together with the function that they are of other codes.
 
     Args:
       x: The codes.
       place: Puts the move of a value into the graph; monotone, if it is no move.
       e: The equation.
-      rank: Of the output.
+      rank: Rank of the output.
       end: The output; the first one by default.
       **changes: Other fields of the result.
 
@@ -458,7 +458,7 @@ def placed(
 
 
 def _moved_chain(x: Curve, source: Integers, e: Equation, rank: int, end: int) -> Curve:
-    """A function of codes is the same function of codes that have moved."""
+    """Moves a function of codes, which is the same function of moved codes."""
     known = {
         v: np.reshape(k, (1,) * rank) if np.size(k) == 1 else k
         for v, k in x.known.items()
@@ -485,7 +485,7 @@ def _broadcast(e: Equation, trace: Trace, x: Integers) -> tuple[str, dict[str, A
     dimensions = [int(d) for d in e.params["broadcast_dimensions"]]
     sizes: list[int | None] = [int(n) for n in e.params["shape"]]
     for d, n in zip(dimensions, trace.shape(e.inputs[0]), strict=True):
-        sizes[d] = None if sizes[d] == n else sizes[d]  # As it comes, as the batch.
+        sizes[d] = None if sizes[d] == n else sizes[d]  # Open size, like the batch.
     return "broadcast", {"sizes": sizes, "dimensions": dimensions}
 
 
@@ -493,7 +493,7 @@ def _slice(e: Equation, trace: Trace, x: Integers) -> tuple[str, dict[str, Any]]
     start, stop = e.params["start_indices"], e.params["limit_indices"]
     sizes = trace.shape(e.inputs[0])
     steps = e.params["strides"] or (1,) * len(start)
-    # To the end of the axis, whose size may differ at call time.
+    # None: the end of the axis, whose size may differ at call time.
     ends = [None if b == n else int(b) for b, n in zip(stop, sizes, strict=True)]
     return "slice", {
         "start": [int(n) for n in start],
@@ -531,7 +531,7 @@ _MOVES = {
 
 
 def _move_known(e: Equation, trace: Trace, x: KnownCodes) -> KnownCodes:
-    """A weight goes through a shape move with its scales."""
+    """Moves a weight with its scales by a shape move."""
     scale, zero_point = (
         _move_array(e, part, x.codes.shape) for part in (x.scale, x.zero_point)
     )

@@ -1,4 +1,4 @@
-"""QuantizeML's quantizers: what weights, biases, inputs and outputs become.
+"""QuantizeML's quantizers of weights, biases, inputs and outputs.
 
 Their numbers and the arithmetic on them, `FixedPoint` and `QFloat`, are in this
 namespace too. ``bits`` counts the sign: ``value_bits = bits - signed``. Codes reach

@@ -99,7 +99,7 @@ def rescale(
 
 
 def promote(x: FixedPoint, value_bits: ArrayLike) -> FixedPoint:
-    """Gives numbers a longer word; their values stay.
+    """Extends the word of numbers, whose values stay.
 
     Args:
       x: Numbers.
@@ -121,7 +121,7 @@ def promote(x: FixedPoint, value_bits: ArrayLike) -> FixedPoint:
 
 
 def expand(x: FixedPoint, value_bits: ArrayLike) -> FixedPoint:
-    """Gives all channels the largest ``frac_bits`` among them.
+    """Rewrites all channels with the largest ``frac_bits`` among them.
 
     Args:
       x: Numbers.
@@ -147,11 +147,11 @@ def expand(x: FixedPoint, value_bits: ArrayLike) -> FixedPoint:
 
 
 def align(a: FixedPoint, b: FixedPoint) -> tuple[FixedPoint, FixedPoint]:
-    """Gives both the larger ``frac_bits`` of the two.
+    """Rewrites two numbers with the larger ``frac_bits`` of the two.
 
     Args:
       a: Numbers. They keep their ``value_bits`` and saturate: `promote` them first.
-      b: Ditto.
+      b: Numbers, like ``a``.
 
     Returns:
       Both, channel by channel at the same ``frac_bits``.
@@ -233,7 +233,7 @@ def add(a: SameKind, b: SameKind | int) -> SameKind:
 
 
 def subtract(a: SameKind, b: SameKind | int) -> SameKind:
-    """Subtracts numbers: ``clip(a.codes - b.codes)``, as `add`."""
+    """Subtracts numbers: ``clip(a.codes - b.codes)``, otherwise like `add`."""
     return _sum(a, b, jnp.subtract)
 
 
@@ -268,7 +268,7 @@ def matmul(a: FixedPoint, b: FixedPoint) -> FixedPoint: ...
 @overload
 def matmul(a: Number, b: Number) -> Number: ...
 def matmul(a: Number, b: Number) -> Number:
-    """Multiplies matrices: ``clip(a.codes @ b.codes)``, the rest as `multiply`.
+    """Multiplies matrices: ``clip(a.codes @ b.codes)``, otherwise like `multiply`.
 
     Args:
       a: Numbers with one ``frac_bits`` and scale, shape ``[..., k]``.
@@ -330,7 +330,7 @@ def divide(a: FixedPoint, b: FixedPoint | int) -> FixedPoint:
 
 
 def absolute(x: FixedPoint) -> FixedPoint:
-    """Returns magnitudes; that of the least code saturates.
+    """Returns magnitudes; the magnitude of the least code saturates.
 
     Args:
       x: Numbers.
@@ -368,10 +368,10 @@ def reduce_sum(
 def reduce_mean(
     x: FixedPoint, axis: int | Sequence[int], keepdims: bool = False
 ) -> FixedPoint:
-    """Averages along axes: ``floor(sum(codes) / n)``. As `reduce_sum`.
+    """Averages along axes: ``floor(sum(codes) / n)``, otherwise like `reduce_sum`.
 
     Raises:
-      ValueError: ditto, or if there is nothing to average.
+      ValueError: as `reduce_sum`, or if there is nothing to average.
 
     Example:
       >>> reduce_mean(from_codes(jnp.int32([3, -4]), 7), 0).codes
@@ -422,7 +422,7 @@ def _sum(a: SameKind, b: SameKind | int, f: Callable[..., jax.Array]) -> SameKin
         return QFloat(_sum(a.fixed_point, b.fixed_point, f), a.scale)
     if isinstance(b, numbers.Integral):
         (bits,) = _frac_bits(a)
-        # What is beyond 2^33 saturates whatever it is added to.
+        # Numbers beyond 2^33 saturate whatever is added to them.
         moved = lambda y, s: jnp.clip(shifted_half_up(y, s), -(1 << 33), 1 << 33)
         take = lambda x, y, s: f(x, moved(y, s))
         return make_number(take, a.value_bits, bits, *lifted(a.codes, int(b), bits))
@@ -442,7 +442,7 @@ def _product(a: Number, b: Number | int, f: Callable[..., jax.Array]) -> Number:
 
 
 def parts(x: Number | int) -> tuple[FixedPoint, jax.Array]:
-    """Returns codes with their bits, and the scale: 1 without one."""
+    """Returns codes with their bits, and the scale, which is 1 by default."""
     if isinstance(x, QFloat):
         return x.fixed_point, x.scale
     return _as_number(x), jnp.float32(1)
@@ -475,7 +475,7 @@ def _check_equal(name: str, a: ArrayLike, b: ArrayLike) -> None:
 
 
 def _free_axes(x: FixedPoint, axis: int | Sequence[int]) -> tuple[int, ...]:
-    """Axes from 0 on, along which ``frac_bits`` do not differ."""
+    """Returns the axes counted from 0; raises where ``frac_bits`` differ along them."""
     rank, bits = x.codes.ndim, np.ndim(x.frac_bits)
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     if any(not -rank <= a < rank for a in axes):

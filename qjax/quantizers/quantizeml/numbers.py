@@ -1,4 +1,4 @@
-"""QuantizeML's numbers: integer codes and where their binary point is.
+"""QuantizeML's numbers: integer codes and the place of their binary point.
 
     FixedPoint:  x = codes * 2^-frac_bits
     QFloat:      x = codes * 2^-frac_bits * scale
@@ -37,7 +37,7 @@ _MOST_FRAC_BITS = 126  # The scale is a normal float32.
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class FixedPoint:
-    """Numbers ``codes * 2^-frac_bits``. A pytree, all of its fields leaves.
+    """Numbers ``codes * 2^-frac_bits``: a pytree, all of its fields leaves.
 
     Attributes:
       codes: Integers, int32, shape ``[...]``.
@@ -52,7 +52,7 @@ class FixedPoint:
 
     @property
     def params(self) -> QParams:
-        """The grid of `qjax.dequantize`: scale ``2^-frac_bits``, zero point 0."""
+        """Returns the grid for `dequantize`: scale ``2^-frac_bits``, zero point 0."""
         frac_bits = as_integers("frac_bits", self.frac_bits)
         scale = power_of_two(-lift(frac_bits, self.codes.ndim))
         return QParams(scale, jnp.zeros(scale.shape, jnp.int32))
@@ -66,7 +66,7 @@ class FixedPoint:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class QFloat:
-    """Numbers ``codes * 2^-frac_bits * scale``. A pytree.
+    """Numbers ``codes * 2^-frac_bits * scale``: a pytree.
 
     Attributes:
       fixed_point: Codes and their bits.
@@ -78,12 +78,12 @@ class QFloat:
 
     @property
     def codes(self) -> jax.Array:
-        """Those of the fixed point."""
+        """Returns the codes of the fixed point."""
         return self.fixed_point.codes
 
     @property
     def params(self) -> QParams:
-        """The grid of `qjax.dequantize`: ``scale * 2^-frac_bits``, zero point 0."""
+        """Returns the grid: scale ``scale * 2^-frac_bits``, zero point 0."""
         rank = self.codes.ndim
         scale = lift(self.scale, rank) * lift(self.fixed_point.params.scale, rank)
         return QParams(scale, jnp.zeros(scale.shape, jnp.int32))
@@ -95,7 +95,7 @@ Number = FixedPoint | QFloat
 def from_codes(
     codes: ArrayLike, value_bits: ArrayLike, frac_bits: ArrayLike = 0
 ) -> FixedPoint:
-    """Makes fixed-point numbers of integers, which saturate.
+    """Makes fixed-point numbers of integers with saturation.
 
     Args:
       codes: Integers, shape ``[...]``.
@@ -142,7 +142,7 @@ def power(x: FixedPoint, n: int) -> FixedPoint:
 
     def raised(codes: jax.Array) -> jax.Array:
         found = jnp.ones_like(codes)
-        for _ in range(n):  # What is beyond 2^31 saturates all the same.
+        for _ in range(n):  # Numbers beyond 2^31 saturate all the same.
             found = jnp.clip(found * codes, -(1 << 31), 1 << 31)
         return found
 
@@ -163,7 +163,7 @@ def to_float(x: Number) -> jax.Array:
 
 
 def straight_through(x: jax.Array, q: Number) -> jax.Array:
-    """Returns the values of ``q`` with a derivative by the ``x`` that they round.
+    """Returns the values of ``q`` with the derivative of ``x``, which they round.
 
         y = to_float(q)
         dx = dy                                  also where a code saturates
@@ -175,7 +175,7 @@ def straight_through(x: jax.Array, q: Number) -> jax.Array:
 
     Args:
       x: Real values, shape of the codes.
-      q: What a function of this module made of them.
+      q: Numbers that a function of this module made of them.
 
     Returns:
       Values, shape and dtype of ``x``.
@@ -384,7 +384,7 @@ def quantize_scales(scale: ArrayLike, scale_bits: ArrayLike = 8) -> FixedPoint:
     return quantize_fixed_point(scale, scale_bits, frac_bits)
 
 
-# What the other modules need.
+# Helpers of the other modules.
 
 
 def check_value_bits(value_bits: ArrayLike) -> ArrayLike:
@@ -434,7 +434,7 @@ def _check_integers(name: str, value: ArrayLike) -> None:
 
 
 def lift(value: ArrayLike, rank: int) -> jax.Array:
-    """Gives an array of the last axes the rank of what it goes with."""
+    """Extends an array of the last axes to the rank of another array."""
     value = jnp.asarray(value)
     if value.ndim == 0:
         return value
@@ -442,13 +442,13 @@ def lift(value: ArrayLike, rank: int) -> jax.Array:
 
 
 def lifted(*values: ArrayLike) -> list[jax.Array]:
-    """Gives all but scalars the largest rank among them."""
+    """Extends all arrays but scalars to the largest rank among them."""
     rank = max(np.ndim(v) for v in values)
     return [lift(v, rank) for v in values]
 
 
 def to_int64(value: ArrayLike) -> jax.Array:
-    """Widens integers, inside ``jax.enable_x64``."""
+    """Widens integers to int64, inside ``jax.enable_x64``."""
     return jnp.asarray(value).astype(jnp.int64)
 
 
@@ -460,7 +460,7 @@ def saturated(wide: jax.Array, value_bits: jax.Array) -> jax.Array:
 
 def shifted(wide: jax.Array, shift: jax.Array) -> jax.Array:
     """Returns ``floor(wide * 2^shift)``, int64: right for what saturates at 2^31."""
-    # What is moved left saturates at 2^31 all the same.
+    # Numbers that move left saturate at 2^31 all the same.
     left = jnp.clip(wide, -(1 << 31), (1 << 31) - 1) << jnp.clip(shift, 0, 32)
     return jnp.where(shift > 0, left, wide >> jnp.clip(-shift, 0, 63))
 
@@ -477,7 +477,7 @@ def make_number(
     frac_bits: ArrayLike,
     *operands: ArrayLike,
 ) -> FixedPoint:
-    """Makes numbers of what ``f`` returns for int64 operands, saturated."""
+    """Makes saturated numbers from the result of ``f`` on int64 operands."""
     bits = as_integers("value_bits", check_value_bits(value_bits))
     with jax.enable_x64(True):
         wide = f(*(to_int64(v) for v in operands))

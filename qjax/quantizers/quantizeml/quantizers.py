@@ -1,4 +1,4 @@
-"""QuantizeML's quantizers: what weights, biases, inputs and outputs become."""
+"""QuantizeML's quantizers of weights, biases, inputs and outputs."""
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,7 @@ def quantize_weight(
 def quantize_aligned_weight(
     w: jax.Array, other: SameKind, bits: ArrayLike = 8, *, signed: bool = True
 ) -> SameKind:
-    """Rounds a bias, or any constant, to the numbers that it is added to.
+    """Rounds a bias, or any constant, to the format of the numbers it is added to.
 
         own = min(max_frac_bits(value_bits, max|w| / scale), frac_bits)
         codes = clip(round(w / scale * 2^own)) * 2^(frac_bits - own)
@@ -202,7 +202,7 @@ def quantize_output(
     buffer_bits: ArrayLike = 32,
     rescaling_rate: ArrayLike = 1.0,
 ) -> FixedPoint:
-    """Takes accumulators to a short word: what ends a block.
+    """Rescales accumulators to a short word at the end of a block.
 
         frac_bits = max_frac_bits(value_bits, range_max)
         s = quantize_scales(scale * rescaling_rate, scale_bits)
@@ -219,7 +219,7 @@ def quantize_output(
       bits: Word length, 2 to 32, or 1 to 31 if not signed.
       signed: Whether the sign is counted.
       scale_bits: Word length of the integers that stand for scales, 1 to 31.
-      buffer_bits: Where the product saturates, 1 to 48.
+      buffer_bits: Bits at which the product saturates, 1 to 48.
       rescaling_rate: Factor of the scale, of cross-layer equalization. Shaped as
         ``range_max``.
 
@@ -264,7 +264,7 @@ def quantize_output(
 
 
 def _value_bits(bits: ArrayLike, signed: bool) -> ArrayLike:
-    """The word length without the sign; raises if it is known and out of range."""
+    """Returns the word length without the sign; raises if known to be out of range."""
     least, most = 1 + signed, 31 + signed
     check_bits(bits)
     if is_known(bits) and not least <= np.min(bits) <= np.max(bits) <= most:
@@ -275,14 +275,14 @@ def _value_bits(bits: ArrayLike, signed: bool) -> ArrayLike:
 
 
 def _ranges(w: jax.Array, axis: int | None) -> jax.Array:
-    """Largest magnitudes, in the shape of ``w`` from ``axis`` on, 1 behind it."""
+    """Returns the largest magnitudes, with the axes of ``w`` from ``axis`` on."""
     low, high = reduce_range(w, axis)
     most = jnp.maximum(high, -low)
     return most if axis is None else most.reshape(most.shape[axis % w.ndim :])
 
 
 def _of_channels(name: str, value: ArrayLike, x: jax.Array) -> jax.Array:
-    """A number, or one of each channel of the last axis, as ``[]`` or ``[c]``."""
+    """Returns one number, or one per channel of the last axis, as ``[]`` or ``[c]``."""
     value = jnp.asarray(value, jnp.float32)
     last = x.shape[-1:]
     if value.shape == () or (value.shape == last and x.ndim):
