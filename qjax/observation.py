@@ -120,6 +120,7 @@ def calibrate(
         not.
 
     Example:
+      >>> from qjax import quantize_model
       >>> fn = lambda params, x: x @ params["kernel"]
       >>> x, params = jnp.arange(20.0).reshape(10, 2), {"kernel": jnp.eye(2)}
       >>> qmodel = quantize_model(fn, params, x[:1])

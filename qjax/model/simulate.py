@@ -204,14 +204,14 @@ class Simulation:
         return jax.tree.unflatten(jax.tree.structure(self._out), out)
 
     def _check_seen(self) -> None:
-        """Raises for a site that was never put on its grid: it would stay float."""
+        """Raises NotImplementedError for a site that was never put on its grid."""
         places = {**self._plan.activations, **self._plan.weights}
-        missed = [k for v, k in places.items() if v not in self._met]
+        missed = [self.sites[k] for v, k in places.items() if v not in self._met]
         if missed:
             raise NotImplementedError(
-                f"The site {self.sites[missed[0]].name!r} of this model cannot be quantized: nothing "
-                "that runs computes its values. Compute them from the parameters or "
-                "the inputs of the function."
+                f"The site {missed[0].name!r} of this model cannot be quantized: "
+                "nothing that runs computes its values. Compute them from the "
+                "parameters or the inputs of the function."
             )
 
     def _step(self, e: Equation) -> None:

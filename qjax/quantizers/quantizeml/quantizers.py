@@ -112,6 +112,7 @@ def quantize_aligned_weight(
       TypeError: if ``w`` is not real, or ``bits`` is no integer.
 
     Example:
+      >>> from qjax.quantizers.quantizeml import add, from_codes
       >>> acc = from_codes(jnp.int32([[100, 200]]), 23, frac_bits=10)
       >>> bias = quantize_aligned_weight(jnp.array([0.3, -9.9]), acc)
       >>> bias.codes, add(acc, bias).codes
@@ -233,6 +234,7 @@ def quantize_output(
       TypeError: if bits are no integers.
 
     Example:
+      >>> from qjax.quantizers.quantizeml import QFloat, from_codes, to_float
       >>> x = QFloat(from_codes(jnp.int32([300, -77]), 27), jnp.float32(0.01))
       >>> y = quantize_output(x, 4.0)
       >>> to_float(y)
