@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,7 +88,7 @@ def _unflatten_scales(aux: Any, rows: Any) -> Scales:
 jax.tree_util.register_pytree_node(Scales, _flatten_scales, _unflatten_scales)
 
 
-def scales(qmodel: QuantizedModel, params: Any, qstate: QState) -> Scales:
+def scales(qmodel: QuantizedModel, params: chex.ArrayTree, qstate: QState) -> Scales:
     """Returns scale, zero point, range and bits of every site.
 
     Args:
@@ -115,7 +116,7 @@ def scales(qmodel: QuantizedModel, params: Any, qstate: QState) -> Scales:
 
     @jax.jit
     def run(
-        params: Any, qstate: QState
+        params: chex.ArrayTree, qstate: QState
     ) -> dict[str, tuple[QParams, tuple[jax.Array, ...]]]:
         inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), qmodel.example)
         of = leaders(qmodel.sites, qmodel.scheme)
@@ -218,7 +219,7 @@ class IntegerWeights(dict[str, IntegerWeight]):
 _WEIGHT_HEAD = ("weight", "bits", "codes", "scale")
 
 
-def integer_weights(qmodel: QuantizedModel, params: Any) -> IntegerWeights:
+def integer_weights(qmodel: QuantizedModel, params: chex.ArrayTree) -> IntegerWeights:
     """Returns the weights as integers, with their scales, by the name of their site.
 
     No activation is needed, so that models of which only weights are quantized
@@ -257,7 +258,7 @@ def integer_weights(qmodel: QuantizedModel, params: Any) -> IntegerWeights:
         )
 
     @jax.jit
-    def run(params: Any) -> dict[str, Any]:
+    def run(params: chex.ArrayTree) -> dict[str, Any]:
         inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), qmodel.example)
         recorder = _WeightRecorder(qmodel.scheme, {})
         qmodel.simulation(params, inputs).run(recorder)

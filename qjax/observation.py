@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,7 +62,7 @@ class CalibrationInterrupt(KeyboardInterrupt):
 
 def calibrate(
     qmodel: QuantizedModel,
-    params: Any,
+    params: chex.ArrayTree,
     batches: Iterable[Any] | None = None,
     *,
     samples: Any = None,
@@ -257,7 +258,7 @@ _Step = Callable[..., tuple[QState, jax.Array]]
 
 
 def _start(
-    qmodel: QuantizedModel, params: Any, qstate: QState | None, inputs: Any
+    qmodel: QuantizedModel, params: chex.ArrayTree, qstate: QState | None, inputs: Any
 ) -> tuple[_Step, Any, QState]:
     """Returns the jitted step and its arguments, placed where batch or model is."""
     if qstate is None:
@@ -316,7 +317,9 @@ def _observe(qmodel: QuantizedModel, is_sharded: bool) -> _Step:
         is_below = (-low > high * 2.0**-17) & is_one_sided(spec)
         return [jnp.all(is_finite), jnp.any(low_high != 0), jnp.any(is_below)]
 
-    def observe(params: Any, qstate: QState, *inputs: Any) -> tuple[QState, jax.Array]:
+    def observe(
+        params: chex.ArrayTree, qstate: QState, *inputs: Any
+    ) -> tuple[QState, jax.Array]:
         seen = qmodel.float_values(params, inputs)
         rows = [flags(seen[site.name], spec) for site, spec, _ in qmodel.calibrated()]
         return qmodel.update(seen, qstate), jnp.array(rows, bool).reshape(-1, 3).T

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,7 +70,11 @@ class QuantizedModel:
         return html_table(head, rows)
 
     def apply(
-        self, params: Any, qstate: QState, *inputs: Any, scheme: Scheme | None = None
+        self,
+        params: chex.ArrayTree,
+        qstate: QState,
+        *inputs: Any,
+        scheme: Scheme | None = None,
     ) -> Any:
         """Computes the model on quantized values, as it will ship.
 
@@ -98,7 +103,11 @@ class QuantizedModel:
         return self.simulation(params, inputs).run(quantizer)
 
     def apply_integer(
-        self, params: Any, qstate: QState, *inputs: Any, scheme: Scheme | None = None
+        self,
+        params: chex.ArrayTree,
+        qstate: QState,
+        *inputs: Any,
+        scheme: Scheme | None = None,
     ) -> Any:
         """Computes the model in the arithmetic of its integer program, as it ships.
 
@@ -131,7 +140,7 @@ class QuantizedModel:
         return forward.run(words)
 
     def apply_and_update(
-        self, params: Any, qstate: QState, *inputs: Any
+        self, params: chex.ArrayTree, qstate: QState, *inputs: Any
     ) -> tuple[Any, QState]:
         """Computes the model on quantized values and updates its ranges: QAT of TFMOT.
 
@@ -157,7 +166,7 @@ class QuantizedModel:
         outputs = self.simulation(params, inputs).run(updater)
         return outputs, updater.qstate
 
-    def init(self, params: Any, *inputs: Any) -> QState:
+    def init(self, params: chex.ArrayTree, *inputs: Any) -> QState:
         """Returns the state before any batch; only shapes are read."""
         seen = jax.eval_shape(lambda: self.float_values(params, inputs))
         return {
@@ -165,7 +174,7 @@ class QuantizedModel:
             for site, spec, calibrator in self.calibrated()
         }
 
-    def observe(self, params: Any, qstate: QState, *inputs: Any) -> QState:
+    def observe(self, params: chex.ArrayTree, qstate: QState, *inputs: Any) -> QState:
         """Returns the state after one more batch, which runs in float.
 
         Raises:
@@ -218,13 +227,13 @@ class QuantizedModel:
         check_state(self, qstate, chosen)
         return chosen
 
-    def float_values(self, params: Any, inputs: Any) -> dict[str, jax.Array]:
+    def float_values(self, params: chex.ArrayTree, inputs: Any) -> dict[str, jax.Array]:
         """Returns the values at each activation site, computed in float."""
         recorder = Recorder({})
         self.simulation(params, inputs).run(recorder)
         return recorder.values
 
-    def simulation(self, params: Any, inputs: Any) -> Simulation:
+    def simulation(self, params: chex.ArrayTree, inputs: Any) -> Simulation:
         """Traces the model for some inputs, to run it with a visitor at its sites."""
         split = self.scheme.constraints.split
         return Simulation(self.fn, params, inputs, split, self.whole_norms)
@@ -268,7 +277,7 @@ class QuantizedModel:
 
 def quantize_model(
     fn: Callable[..., Any],
-    params: Any,
+    params: chex.ArrayTree,
     *inputs: Any,
     scheme: Scheme | None = None,
     qparams: QuantizationParams | None = None,
@@ -411,8 +420,8 @@ def check_state(qmodel: QuantizedModel, qstate: QState, scheme: Scheme) -> None:
             "`qstate` must be what `calibrate` returns, a dict of the state of each "
             f"site, got {type(qstate).__name__}."
         )
-    kind = lambda tree: (type(tree), [np.shape(x) for x in jax.tree.leaves(tree)])
-    text = lambda tree: f"{type(tree).__name__} of shapes {kind(tree)[1]}"
+    shapes = lambda tree: [np.shape(x) for x in jax.tree.leaves(tree)]
+    text = lambda tree: f"{type(tree).__name__} of shapes {shapes(tree)}"
     for site, spec, calibrator in qmodel.calibrated(scheme):
         name = site.name
         if name not in qstate:
@@ -422,12 +431,22 @@ def check_state(qmodel: QuantizedModel, qstate: QState, scheme: Scheme) -> None:
                 "Calibrate this model."
             )
         wanted = _fresh(calibrator, site.shape, spec.axis)
-        if kind(qstate[name]) != kind(wanted):
+        if not _has_structure(qstate[name], wanted):
             raise ValueError(
                 f"`qstate` holds at {name!r} a {text(qstate[name])}, its calibrator "
                 f"needs a {text(wanted)}: it is the state of another scheme, or was "
                 "restored without the structure of `QuantizedModel.init`."
             )
+
+
+def _has_structure(found: chex.ArrayTree, wanted: chex.ArrayTree) -> bool:
+    """Returns whether a state has the containers and the shapes of another."""
+    try:
+        chex.assert_trees_all_equal_structs(found, wanted)
+    except AssertionError:
+        return False
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+    return all(np.shape(a) == np.shape(b) for a, b in pairs)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import ClassVar, Literal
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -124,7 +125,7 @@ def _clip(z: jax.Array) -> jax.Array:
 
 def _register(spec: type[Spec], function: Callable[[jax.Array], jax.Array]) -> None:
     @point_of(spec)
-    def point(spec: Spec, key: jax.Array | None, x: jax.Array) -> Point:
+    def point(spec: Spec, key: chex.PRNGKey | None, x: jax.Array) -> Point:
         real = function(x)
         nothing = jnp.zeros(())
         return Point(real, real, nothing, nothing, lax.stop_gradient(real))
@@ -134,7 +135,7 @@ def _register_binary(
     spec: type[Spec], function: Callable[[jax.Array], jax.Array], low: int
 ) -> None:
     @point_of(spec)
-    def point(spec: Spec, key: jax.Array | None, x: jax.Array) -> Point:
+    def point(spec: Spec, key: chex.PRNGKey | None, x: jax.Array) -> Point:
         steps = lax.stop_gradient(hard_sigmoid(x))
         zero, one = jnp.zeros(()), jnp.ones(())
         value = jnp.where(steps > 0.5, 1.0, float(low))

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -50,7 +51,7 @@ def quantized_ulaw(
     x: jax.Array,
     spec: QuantizedUlaw,
     *,
-    key: jax.Array | None = None,
+    key: chex.PRNGKey | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
     """Rounds to the levels of the u-law: QKeras's `quantized_ulaw`.
@@ -83,7 +84,7 @@ def quantized_ulaw(
 
 
 @point_of(QuantizedUlaw)
-def _ulaw_point(spec: QuantizedUlaw, key: jax.Array | None, x: jax.Array) -> Point:
+def _ulaw_point(spec: QuantizedUlaw, key: chex.PRNGKey | None, x: jax.Array) -> Point:
     m = power_of_two(settled(spec.bits) - 1)
     unit = power_of_two(settled(spec.integer))
     u = jnp.asarray(spec.u, jnp.float32)

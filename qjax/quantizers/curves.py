@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,7 +95,7 @@ def quantized_relu(
     x: jax.Array,
     spec: QuantizedRelu,
     *,
-    key: jax.Array | None = None,
+    key: chex.PRNGKey | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
     """Rounds a relu, leaky or not, to fixed point: QKeras's `quantized_relu`.
@@ -160,7 +161,7 @@ def quantized_tanh(
     x: jax.Array,
     spec: QuantizedTanh,
     *,
-    key: jax.Array | None = None,
+    key: chex.PRNGKey | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
     """Rounds a hyperbolic tangent: QKeras's `quantized_tanh`.
@@ -219,7 +220,7 @@ def quantized_sigmoid(
     x: jax.Array,
     spec: QuantizedSigmoid,
     *,
-    key: jax.Array | None = None,
+    key: chex.PRNGKey | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
     """Rounds a sigmoid: QKeras's `quantized_sigmoid`.
@@ -289,7 +290,7 @@ def quantized_hswish(
     x: jax.Array,
     spec: QuantizedHswish,
     *,
-    key: jax.Array | None = None,
+    key: chex.PRNGKey | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
     """Rounds a hard swish to fixed point: QKeras's `quantized_hswish`.
@@ -318,7 +319,7 @@ def quantized_hswish(
 
 
 @point_of(QuantizedRelu)
-def _relu_point(spec: QuantizedRelu, key: jax.Array | None, x: jax.Array) -> Point:
+def _relu_point(spec: QuantizedRelu, key: chex.PRNGKey | None, x: jax.Array) -> Point:
     held = lax.stop_gradient(x)
     slope = settled(spec.negative_slope)
     magnitude = settled(spec.bits) - as_int(slope != 0)
@@ -341,7 +342,7 @@ def _relu_point(spec: QuantizedRelu, key: jax.Array | None, x: jax.Array) -> Poi
         scaled, shift = curve * m, m
     keys = (None, None) if key is None else jax.random.split(key)
 
-    def part(slope: ArrayLike, key: jax.Array | None) -> jax.Array:
+    def part(slope: ArrayLike, key: chex.PRNGKey | None) -> jax.Array:
         slope = as_float(slope)
         whole = round_steps(scaled * slope, key)
         return 2.0 * whole - shift * slope if spec.use_sigmoid else whole
@@ -368,7 +369,7 @@ def leaky_relu(x: jax.Array, slope: ArrayLike, end: ArrayLike | None) -> jax.Arr
 
 
 @point_of(QuantizedTanh)
-def _tanh_point(spec: QuantizedTanh, key: jax.Array | None, x: jax.Array) -> Point:
+def _tanh_point(spec: QuantizedTanh, key: chex.PRNGKey | None, x: jax.Array) -> Point:
     if spec.use_real_tanh:
         real = jnp.tanh(x)
     else:
@@ -380,7 +381,7 @@ def _tanh_point(spec: QuantizedTanh, key: jax.Array | None, x: jax.Array) -> Poi
 
 @point_of(QuantizedSigmoid)
 def _sigmoid_point(
-    spec: QuantizedSigmoid, key: jax.Array | None, x: jax.Array
+    spec: QuantizedSigmoid, key: chex.PRNGKey | None, x: jax.Array
 ) -> Point:
     mode: InternalSigmoid = "real" if spec.use_real_sigmoid else spec.internal_sigmoid
     real = internal_sigmoid(mode)(x)
@@ -390,7 +391,7 @@ def _sigmoid_point(
 
 def _curve_point(
     spec: QuantizedTanh | QuantizedSigmoid,
-    key: jax.Array | None,
+    key: chex.PRNGKey | None,
     real: jax.Array,
     levels: jax.Array,
     low: jax.Array,
@@ -415,7 +416,9 @@ def _curve_point(
 
 
 @point_of(QuantizedHswish)
-def _hswish_point(spec: QuantizedHswish, key: jax.Array | None, x: jax.Array) -> Point:
+def _hswish_point(
+    spec: QuantizedHswish, key: chex.PRNGKey | None, x: jax.Array
+) -> Point:
     shift, bound = (as_float(v) for v in (spec.relu_shift, spec.relu_upper_bound))
     is_bent = (x > -shift) & (x < bound - shift)
     inside = jnp.where(is_bent, x, 0.0)

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from typing import Any, ClassVar, Literal
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -69,7 +70,7 @@ def lsq(
     scale: jax.Array,
     spec: LSQ,
     *,
-    key: jax.Array | None = None,
+    key: chex.PRNGKey | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
     """Rounds to a grid whose scale has a gradient: learned step size.
@@ -161,7 +162,7 @@ def lsq_plus(
     offset: jax.Array,
     spec: LSQPlus,
     *,
-    key: jax.Array | None = None,
+    key: chex.PRNGKey | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
     """Rounds to a grid whose scale and offset have gradients.
@@ -246,7 +247,7 @@ def pact(
     clip: jax.Array,
     spec: PACT,
     *,
-    key: jax.Array | None = None,
+    key: chex.PRNGKey | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
     """Rounds a relu that ends at a learned value: parameterized clipping.
@@ -303,7 +304,7 @@ def dorefa_weights(
     x: jax.Array,
     spec: DoReFaWeights,
     *,
-    key: jax.Array | None = None,
+    key: chex.PRNGKey | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
     """Rounds DoReFa's weights: a tangent, over ``[-1, 1]``, to ``2^bits`` levels.
@@ -358,7 +359,7 @@ def dorefa_activations(
     x: jax.Array,
     spec: DoReFaActivations,
     *,
-    key: jax.Array | None = None,
+    key: chex.PRNGKey | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
     """Rounds as DoReFa does: ``round(n * clip(x, 0, 1)) / n``, ``n = 2^bits - 1``.
@@ -412,7 +413,7 @@ def differentiable_bits(
     bits: jax.Array,
     spec: DifferentiableBits,
     *,
-    key: jax.Array | None = None,
+    key: chex.PRNGKey | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
     """Rounds to fixed point of a learned bit width.
@@ -482,7 +483,7 @@ def _damped(spec: Any, v: jax.Array, x: jax.Array, qmax: jax.Array) -> jax.Array
 
 @point_of(LSQ)
 def _lsq_point(
-    spec: LSQ, key: jax.Array | None, x: jax.Array, scale: jax.Array
+    spec: LSQ, key: chex.PRNGKey | None, x: jax.Array, scale: jax.Array
 ) -> Point:
     _check_shape(spec.name, "scale", x, scale, spec.axis)
     return _step_size_point(spec, key, x, scale, None)
@@ -491,7 +492,7 @@ def _lsq_point(
 @point_of(LSQPlus)
 def _lsq_plus_point(
     spec: LSQPlus,
-    key: jax.Array | None,
+    key: chex.PRNGKey | None,
     x: jax.Array,
     scale: jax.Array,
     offset: jax.Array,
@@ -503,7 +504,7 @@ def _lsq_plus_point(
 
 def _step_size_point(
     spec: LSQ | LSQPlus,
-    key: jax.Array | None,
+    key: chex.PRNGKey | None,
     x: jax.Array,
     scale: jax.Array,
     offset: jax.Array | None,
@@ -540,7 +541,7 @@ def _step_size_point(
 
 @point_of(PACT)
 def _pact_point(
-    spec: PACT, key: jax.Array | None, x: jax.Array, clip: jax.Array
+    spec: PACT, key: chex.PRNGKey | None, x: jax.Array, clip: jax.Array
 ) -> Point:
     _check_shape(spec.name, "clip", x, clip, spec.axis)
     levels = power_of_two(settled(spec.bits)) - 1.0
@@ -555,7 +556,7 @@ def _pact_point(
 
 @point_of(DoReFaActivations)
 def _dorefa_activations_point(
-    spec: DoReFaActivations, key: jax.Array | None, x: jax.Array
+    spec: DoReFaActivations, key: chex.PRNGKey | None, x: jax.Array
 ) -> Point:
     levels = power_of_two(settled(spec.bits)) - 1.0
     passes = (x >= 0) & (x <= 1)
@@ -567,7 +568,7 @@ def _dorefa_activations_point(
 
 @point_of(DoReFaWeights)
 def _dorefa_weights_point(
-    spec: DoReFaWeights, key: jax.Array | None, x: jax.Array
+    spec: DoReFaWeights, key: chex.PRNGKey | None, x: jax.Array
 ) -> Point:
     n = power_of_two(settled(spec.bits)) - 1.0
     curve = jnp.tanh(x)
@@ -589,7 +590,7 @@ def _dorefa_weights_point(
 
 def _line_point(
     spec: Any,
-    key: jax.Array | None,
+    key: chex.PRNGKey | None,
     smooth: jax.Array,
     x: jax.Array,
     scale: jax.Array,
@@ -611,7 +612,7 @@ def _line_point(
 
 @point_of(DifferentiableBits)
 def _differentiable_bits_point(
-    spec: DifferentiableBits, key: jax.Array | None, x: jax.Array, bits: jax.Array
+    spec: DifferentiableBits, key: chex.PRNGKey | None, x: jax.Array, bits: jax.Array
 ) -> Point:
     b = jnp.clip(jnp.round(finite(bits)), 0.0, 24.0) - float(spec.signed)
     magnitude = jnp.maximum(b, 0.0)

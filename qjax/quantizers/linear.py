@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import ClassVar
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -114,7 +115,7 @@ def quantized_bits(
     x: jax.Array,
     spec: QuantizedBits,
     *,
-    key: jax.Array | None = None,
+    key: chex.PRNGKey | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
     """Rounds to fixed point: QKeras's `quantized_bits`.
@@ -196,7 +197,7 @@ def quantized_linear(
     x: jax.Array,
     spec: QuantizedLinear,
     *,
-    key: jax.Array | None = None,
+    key: chex.PRNGKey | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
     """Rounds to fixed point with ``alpha`` in the grid: QKeras's `quantized_linear`.
@@ -237,7 +238,7 @@ def quantized_linear(
 
 
 @point_of(QuantizedBits)
-def bits_point(spec: QuantizedBits, key: jax.Array | None, x: jax.Array) -> Point:
+def bits_point(spec: QuantizedBits, key: chex.PRNGKey | None, x: jax.Array) -> Point:
     """Rounds by the formula of `quantized_bits`."""
     if isinstance(spec.alpha, str):
         return _auto_bits_point(spec, x)
@@ -293,7 +294,9 @@ def _auto_bits_point(spec: QuantizedBits, x: jax.Array) -> Point:
 
 
 @point_of(QuantizedLinear)
-def _linear_point(spec: QuantizedLinear, key: jax.Array | None, x: jax.Array) -> Point:
+def _linear_point(
+    spec: QuantizedLinear, key: chex.PRNGKey | None, x: jax.Array
+) -> Point:
     held = finite(x)
     word = make_word(spec, spec.keep_negative, spec.symmetric)
     # A sign is half a step: levels -1/2 and 1/2.
@@ -301,7 +304,7 @@ def _linear_point(spec: QuantizedLinear, key: jax.Array | None, x: jax.Array) ->
     shift = jnp.where(word.is_sign, 0.5, 0.0)
     low, high = as_float(word.qmin) * half, as_float(word.qmax) * half
 
-    def level(u: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    def level(u: jax.Array, key: chex.PRNGKey | None = None) -> jax.Array:
         inside = jnp.clip(u, low, high) - shift
         return round_steps(inside, key) + shift
 

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -87,7 +88,7 @@ def binary(
     x: jax.Array,
     spec: Binary,
     *,
-    key: jax.Array | None = None,
+    key: chex.PRNGKey | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
     """Rounds to a sign: QKeras's `binary`.
@@ -149,7 +150,7 @@ def stochastic_binary(
     x: jax.Array,
     spec: StochasticBinary,
     *,
-    key: jax.Array | None = None,
+    key: chex.PRNGKey | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
     """Draws signs: QKeras's `stochastic_binary`.
@@ -206,7 +207,7 @@ def bernoulli(
     x: jax.Array,
     spec: Bernoulli,
     *,
-    key: jax.Array | None = None,
+    key: chex.PRNGKey | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
     """Draws 0 or 1: QKeras's `bernoulli`.
@@ -267,7 +268,7 @@ def ternary(
     x: jax.Array,
     spec: Ternary,
     *,
-    key: jax.Array | None = None,
+    key: chex.PRNGKey | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
     """Rounds to -1, 0 or 1: QKeras's `ternary`.
@@ -333,7 +334,7 @@ def stochastic_ternary(
     x: jax.Array,
     spec: StochasticTernary,
     *,
-    key: jax.Array | None = None,
+    key: chex.PRNGKey | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
     """Draws -1, 0 or 1: QKeras's `stochastic_ternary`.
@@ -392,7 +393,7 @@ def _two_values(
 
 
 @point_of(Binary)
-def _binary_point(spec: Binary, key: jax.Array | None, x: jax.Array) -> Point:
+def _binary_point(spec: Binary, key: chex.PRNGKey | None, x: jax.Array) -> Point:
     sharing = Sharing(spec.scale_axis, spec.elements_per_scale)
     check_sharing(x.shape, sharing, spec.name)
     held = finite(x)
@@ -413,7 +414,7 @@ def _binary_point(spec: Binary, key: jax.Array | None, x: jax.Array) -> Point:
 
 @point_of(StochasticBinary)
 def _stochastic_binary_point(
-    spec: StochasticBinary, key: jax.Array | None, x: jax.Array
+    spec: StochasticBinary, key: chex.PRNGKey | None, x: jax.Array
 ) -> Point:
     if key is None:
         return _binary_point(Binary(alpha=spec.alpha), None, x)
@@ -424,7 +425,7 @@ def _stochastic_binary_point(
 
 
 @point_of(Bernoulli)
-def _bernoulli_point(spec: Bernoulli, key: jax.Array | None, x: jax.Array) -> Point:
+def _bernoulli_point(spec: Bernoulli, key: chex.PRNGKey | None, x: jax.Array) -> Point:
     held = finite(x)
     likely = (held >= 0).astype(jnp.float32)
     q = likely if key is None else _draw(spec, key, held)
@@ -448,7 +449,7 @@ def _sigmoid(
 
 
 @point_of(Ternary)
-def _ternary_point(spec: Ternary, key: jax.Array | None, x: jax.Array) -> Point:
+def _ternary_point(spec: Ternary, key: chex.PRNGKey | None, x: jax.Array) -> Point:
     held = finite(x)
     size = jnp.abs(held)
     if not isinstance(spec.alpha, str):
@@ -472,7 +473,7 @@ def _ternary_point(spec: Ternary, key: jax.Array | None, x: jax.Array) -> Point:
 
 @point_of(StochasticTernary)
 def _stochastic_ternary_point(
-    spec: StochasticTernary, key: jax.Array | None, x: jax.Array
+    spec: StochasticTernary, key: chex.PRNGKey | None, x: jax.Array
 ) -> Point:
     if key is None:
         fixed = Ternary(

@@ -16,6 +16,7 @@ import dataclasses
 import math
 from typing import Any, ClassVar, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -289,7 +290,7 @@ def update_msqe_weight(
 @point_of(QuantizedBitsMsqePo2)
 @point_of(QuantizedBitsLearnablePo2)
 def _po2_point(
-    spec: MsqeSpec, key: jax.Array | None, x: jax.Array, exponent: jax.Array
+    spec: MsqeSpec, key: chex.PRNGKey | None, x: jax.Array, exponent: jax.Array
 ) -> Point:
     expected = _shape(x, spec)
     if exponent.shape != expected:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -140,7 +141,7 @@ def encode_point(point: Point, x: jax.Array) -> Quantized:
     return Quantized(value, codes, QParams(scale, zero_point))
 
 
-def round_steps(steps: jax.Array, key: jax.Array | None) -> jax.Array:
+def round_steps(steps: jax.Array, key: chex.PRNGKey | None) -> jax.Array:
     """Rounds to the nearest integer, half to even, or at random with the same mean.
 
         with a key:   floor(steps + u),  u uniform in [0, 1)
@@ -254,7 +255,7 @@ def levels(spec: Spec) -> jax.Array:
     return _LEVELS[type(spec)](spec)
 
 
-def make_point(spec: Spec, key: jax.Array | None, *arrays: jax.Array) -> Point:
+def make_point(spec: Spec, key: chex.PRNGKey | None, *arrays: jax.Array) -> Point:
     """Rounds the first of ``arrays`` by the quantizer of a spec."""
     x = arrays[0]
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
@@ -270,7 +271,7 @@ def make_point(spec: Spec, key: jax.Array | None, *arrays: jax.Array) -> Point:
 def apply(
     spec: Spec,
     *arrays: jax.Array,
-    key: jax.Array | None = None,
+    key: chex.PRNGKey | None = None,
     estimator: Estimator | None = None,
     site: str = "",
 ) -> jax.Array:
@@ -299,7 +300,9 @@ def apply(
         return finish(point, arrays[0], estimator, n, use_ste, site)
 
 
-def encode(spec: Spec, *arrays: jax.Array, key: jax.Array | None = None) -> Quantized:
+def encode(
+    spec: Spec, *arrays: jax.Array, key: chex.PRNGKey | None = None
+) -> Quantized:
     """Returns values with their codes and grid: the integers that ship.
 
     Args:

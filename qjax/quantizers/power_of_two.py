@@ -7,6 +7,7 @@ from the bits of ``a``.
 import dataclasses
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,7 +88,7 @@ def quantized_po2(
     x: jax.Array,
     spec: QuantizedPo2,
     *,
-    key: jax.Array | None = None,
+    key: chex.PRNGKey | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
     """Rounds to signed powers of two: QKeras's `quantized_po2`.
@@ -163,7 +164,7 @@ def quantized_relu_po2(
     x: jax.Array,
     spec: QuantizedReluPo2,
     *,
-    key: jax.Array | None = None,
+    key: chex.PRNGKey | None = None,
     estimator: Estimator | None = None,
 ) -> jax.Array:
     """Rounds a relu, leaky or not, to powers of two: QKeras's `quantized_relu_po2`.
@@ -224,7 +225,7 @@ def _word(spec: Any, signed: int) -> _Word:
 
 
 def _round_exponent(
-    spec: Any, word: _Word, a: jax.Array, key: jax.Array | None
+    spec: Any, word: _Word, a: jax.Array, key: chex.PRNGKey | None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns int32 exponents of magnitudes, and the coordinate of their rounding."""
     is_tiny = a < EPSILON
@@ -272,7 +273,7 @@ def _point(
 
 
 @point_of(QuantizedPo2)
-def _po2_point(spec: QuantizedPo2, key: jax.Array | None, x: jax.Array) -> Point:
+def _po2_point(spec: QuantizedPo2, key: chex.PRNGKey | None, x: jax.Array) -> Point:
     word, held = _word(spec, signed=1), finite(x)
     rounded = _round_exponent(spec, word, jnp.abs(held), key)
     return _point(x, word, sign(held), True, *rounded)
@@ -280,7 +281,7 @@ def _po2_point(spec: QuantizedPo2, key: jax.Array | None, x: jax.Array) -> Point
 
 @point_of(QuantizedReluPo2)
 def _relu_po2_point(
-    spec: QuantizedReluPo2, key: jax.Array | None, x: jax.Array
+    spec: QuantizedReluPo2, key: chex.PRNGKey | None, x: jax.Array
 ) -> Point:
     word, held = _word(spec, signed=0), finite(x)
     slope = settled(spec.negative_slope)

@@ -32,6 +32,8 @@ from qjax.lowering.values import (
 from qjax.model.trace import Equation, Trace
 from qjax.rounding import half_even
 
+_grid_codes = jax.jit(grid_codes)  # Compiled once for all weights of a shape.
+
 
 def _qpoint(
     builder: Builder, e: Equation, trace: Trace, x: Abstract, *operands: Abstract
@@ -54,7 +56,7 @@ def _qpoint(
             "programs round half to even. Use `rounding=half_even`."
         )
     if isinstance(x, Known):
-        codes = jax.jit(grid_codes)(x.value, scale, zero_point, qmin, qmax)
+        codes = _grid_codes(x.value, scale, zero_point, qmin, qmax)
         return KnownCodes(np.asarray(codes, np.int64), scale, zero_point, site)
     is_double = trace.avals[e.outputs[0]].dtype == np.float64
     shape, ends = trace.shape(e.outputs[0]), (int(qmin), int(qmax))
