@@ -3,6 +3,7 @@
 What `apply_integer` computes is the integer program, too; what a report says is so.
 """
 
+import functools
 import pathlib
 import subprocess
 import time
@@ -17,8 +18,10 @@ from flax import nnx
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import qjax
+from qjax.backends.xla import run as xla
 from qjax.graph import graph, reference
-from qjax.graph.passes import validate
+from qjax.graph.operations import OPERATIONS, Operands
+from qjax.graph.validation import validate
 from qjax.lowering import AccumulatorOverflowError
 from tests.chains import Chain, chains
 from tests.models import images, linen_example, nnx_example
@@ -34,6 +37,7 @@ def check_claims(lowered: qjax.IntegerProgram, *inputs: Any) -> list[np.ndarray]
     assert graph.Graph.from_json(lowered.graph.to_json()) == lowered.graph
     codes = [np.asarray(c) for c in jax.tree.leaves(lowered.quantize_inputs(*inputs))]
     values = reference.run(lowered.graph, lowered.params, codes)
+    check_shapes(lowered)
     ours, outputs = lowered.run_sites(*inputs)
     for name, found in ours.items():
         wanted = values[lowered.graph.sites[name]]
@@ -48,6 +52,18 @@ def check_claims(lowered: qjax.IntegerProgram, *inputs: Any) -> list[np.ndarray]
             assert -(2 ** (bound.bits - 1)) <= value.min(), bound
             assert value.max() < 2 ** (bound.bits - 1), bound
     return values
+
+
+def check_shapes(lowered: qjax.IntegerProgram) -> None:
+    """Every record gives the shape that XLA gives."""
+    for node in lowered.graph.nodes:
+        inputs = [lowered.graph.values[v] for v in node.inputs]
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs]
+        body = functools.partial(xla.apply, lowered.graph, node)
+        found = jax.eval_shape(body, dict(lowered.params), shapes)
+        arrays = {k: np.asarray(lowered.params[n]) for k, n in node.params.items()}
+        operands = Operands(node.attributes, inputs, arrays)
+        assert OPERATIONS[node.operation].shape(operands) == found.shape, node
 
 
 def check_agreement(

@@ -2,14 +2,24 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from qjax.graph.graph import Grid
+from qjax.lowering.constants import add_constant, exact_grid
 from qjax.lowering.interpret import refuse
 from qjax.lowering.rules.functions import add_exact_table, add_table
 from qjax.lowering.rules.shapes import added, settled
-from qjax.lowering.values import Abstract, Builder, Curve, Integers, Sum
+from qjax.lowering.values import (
+    Abstract,
+    Builder,
+    Curve,
+    Integers,
+    Known,
+    KnownCodes,
+    Sum,
+)
 from qjax.model.trace import Equation, Trace
 
 
@@ -23,6 +33,8 @@ def add_output(
     if not traced.equations:
         raise ValueError("The function computes nothing.")
     last, v = _maker(traced, k), traced.outputs[k]
+    if isinstance(x, Known | KnownCodes):
+        return _constant_output(builder, k, x, traced)
     if not traced.is_real(v):
         return _whole_output(builder, k, x, traced)
     if isinstance(x, Curve):
@@ -84,3 +96,33 @@ def _copy(builder: Builder, v: int, grid: Grid | None, dtype_of_model: str = "")
         builder.values[own], dtype_of_model=dtype_of_model
     )
     return own
+
+
+def _constant_output(
+    builder: Builder, k: int, x: Known | KnownCodes, traced: Trace
+) -> int:
+    """Returns the value of an output that depends on no input: a weight, a constant."""
+    v, name = traced.outputs[k], f"output {k}"
+    shape, grid, codes = traced.shape(v), None, None
+    if isinstance(x, KnownCodes):
+        zeros = np.unique(x.zero_point)
+        if zeros.size == 1:
+            scale = np.float32(x.scale).tolist()
+            grid, codes, name = Grid(scale, int(zeros[0])), x.codes, x.site or name
+    elif not traced.is_real(v):
+        codes = np.asarray(x.value).astype(np.int64)
+    elif (exact := exact_grid(np.asarray(x.value))) is not None:
+        grid, codes = Grid(float(np.float32(exact[0])), 0), exact[1]
+    ends = np.iinfo(np.int32)
+    if codes is None or np.any((codes < ends.min) | (codes > ends.max)):
+        raise ValueError(
+            f"Output {k} of the function depends on no input, and no grid of 32-bit "
+            "codes holds its values. Leave it out of what the function returns."
+        )
+    codes = np.broadcast_to(codes, shape)
+    options: Any = {"name": f"{name}/constant", "path": name}
+    value = add_constant(builder, codes, grid, **options)
+    if grid is None:
+        own, dtype = builder.values[value], str(traced.avals[v].dtype)
+        builder.values[value] = dataclasses.replace(own, dtype_of_model=dtype)
+    return value
