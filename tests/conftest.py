@@ -1,11 +1,22 @@
-"""Strict JAX flags for all tests: no silent promotion, no silent rank changes."""
+"""Strict JAX flags for all tests, and a folder of compiled programs between runs."""
 
 import collections
+import os
+import pathlib
 import re
 
-import jax
-import pytest
+# All workers read what one has compiled, and processes that tests start inherit it.
+# Writes are not atomic: pyproject.toml ignores the warning of a half-written entry,
+# in whose place the program is compiled.
+CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+# No silent promotion, no silent rank changes.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

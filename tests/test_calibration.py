@@ -227,7 +227,7 @@ class BatteryTest(chex.TestCase):
     def test_a_constant_tensor(self, name):
         calibrator, spec = self._case(name, None)
         for value in (0.0, 2.0, -2.0):
-            state = _observe(calibrator, [jnp.full((3,), value)] * 3, spec)
+            state = _observe(calibrator, [jnp.full((5, 3), value)] * 3, spec)
             wanted = min_max_params(value, value, spec)
             got = calibrator.params(state, spec)
             np.testing.assert_allclose(got.scale, wanted.scale, rtol=1e-6)

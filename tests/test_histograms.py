@@ -30,11 +30,15 @@ def batches(kind, scales=(1.0, 6.0, 2.0, 0.1), shape=(50, 30)):
     return [jnp.asarray(KINDS[kind](rng, shape) * s, jnp.float32) for s in scales]
 
 
+@functools.cache
+def _update(calibrator, spec):
+    return jax.jit(lambda x, state: calibrator.update(x, state, spec))
+
+
 def observe(calibrator, values, spec):
     state = calibrator.init(values[0], spec)
-    update = jax.jit(lambda x, s: calibrator.update(x, s, spec))
     for x in values:
-        state = update(x, state)
+        state = _update(calibrator, spec)(x, state)
     return state
 
 

@@ -27,8 +27,9 @@ def checked(fn, *inputs, exact=True):
     flat = [np.asarray(c) for c in codes]
     values = reference.run(program.graph, program.params, flat)
     ours = jax.tree.leaves(program.codes(*program.quantize_inputs(*inputs)))
+    names = {v: name for name, v in program.graph.sites.items()}
     for v, q in zip(program.graph.outputs, ours, strict=True):
-        np.testing.assert_array_equal(values[v], q)
+        np.testing.assert_array_equal(values[v], q, err_msg=names.get(v, ""))
     report = qjax.verify(program, fn, *inputs)
     rows = (*report.sites.values(), *report.outputs)
     if exact:
@@ -76,22 +77,35 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_function_is_a_table(name):
-    f = FUNCTIONS[name]
-    fn = lambda x: point(f(point(x, 1 / 8)), 1 / 64, site="y")
+def _before(graph, value):
+    """The nodes that lead to a value."""
+    values = {value}
+    for node in reversed(graph.nodes):
+        if node.output in values:
+            values.update(node.inputs)
+            yield node
+
+
+def test_functions_are_tables():
+    """All in one program: it is traced, lowered and compiled once."""
+
+    def fn(x):
+        x = point(x, 1 / 8, site="x")
+        return {k: point(f(x), 1 / 64, site=k) for k, f in FUNCTIONS.items()}
+
     program = checked(fn, X)
-    tables = [n for n in program.graph.nodes if n.operation == "table"]
-    assert len(tables) == 1
-    every = jnp.arange(-128, 128, dtype=jnp.int32)
-    rows = np.float64(jnp.broadcast_to(every[:, None, None], (256, 1, 3))) / 8
-    wanted = np.asarray(f(jnp.asarray(rows, jnp.float32)), np.float64) * 64
-    wanted = np.clip(np.rint(wanted), -128, 127)
-    table = np.asarray(program.params[tables[0].params["table"]], np.int64)
-    table = table if table.ndim == 2 else table[:, None]
-    first = 128 + tables[0].attributes["low"]
-    off = np.abs(table - wanted[first : first + len(table), 0])
-    assert np.max(off) <= 1 and np.mean(off == 0) > 0.99
+    every = np.broadcast_to(np.arange(-128, 128)[:, None, None], (256, 1, 3))
+    rows = np.float32(every / 8)
+    all_wanted = jax.jit(lambda x: {k: f(x) for k, f in FUNCTIONS.items()})(rows)
+    for name in FUNCTIONS:
+        chain = _before(program.graph, program.graph.sites[name])
+        (node,) = [n for n in chain if n.operation == "table"]
+        wanted = np.clip(np.rint(np.float64(all_wanted[name]) * 64), -128, 127)
+        table = np.asarray(program.params[node.params["table"]], np.int64)
+        table = table if table.ndim == 2 else table[:, None]
+        first = 128 + node.attributes["low"]
+        off = np.abs(table - wanted[first : first + len(table), 0])
+        assert np.max(off) <= 1 and np.mean(off == 0) > 0.99, name
 
 
 def test_sixteen_bits_are_tabulated_and_more_are_refused():
@@ -129,13 +143,10 @@ TWO = {
 
 
 @pytest.mark.parametrize("zero", [0, 7])
-@pytest.mark.parametrize("name", TWO)
-def test_two_values(name, zero):
-    f = TWO[name]
-
+def test_two_values(zero):
     def fn(a, b):
         a, b = point(a, 1 / 8, zero=zero, site="a"), point(b, 1 / 16, site="b")
-        return point(f(a, b), 1 / 4, zero=-zero)
+        return {k: point(f(a, b), 1 / 4, zero=-zero, site=k) for k, f in TWO.items()}
 
     checked(fn, X, Y)
 
@@ -175,15 +186,17 @@ MOVES = {
 }
 
 
-@pytest.mark.parametrize("name", MOVES)
-def test_moves(name):
-    f = MOVES[name]
-    program = checked(lambda x: point(f(point(x, site="x")), site="y"), X)
+def test_moves():
+    def fn(x):
+        x = point(x, site="x")
+        return {name: point(f(x), site=name) for name, f in MOVES.items()}
+
+    program = checked(fn, X)
     other = np.concatenate([X, X[::-1], X])  # Another batch.
-    flat = np.asarray(program.codes(program.quantize_inputs(other)[0]))
-    np.testing.assert_array_equal(
-        flat[:2], program.codes(program.quantize_inputs(X)[0])
-    )
+    found, wanted = (program.codes(program.quantize_inputs(x)[0]) for x in (other, X))
+    for name in MOVES:
+        first = np.asarray(found[name])[:2]
+        np.testing.assert_array_equal(first, wanted[name], err_msg=name)
 
 
 def test_an_argmax_gives_numbers():
@@ -341,14 +354,19 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_arithmetic_after_whole_numbers(name):
-    fn = lambda x: WHOLE[name](jnp.argmax(point(x), -1))
+def test_arithmetic_after_whole_numbers():
+    def fn(x):
+        n = jnp.argmax(point(x), -1)
+        return {name: f(n) for name, f in WHOLE.items()}
+
     program = qjax.lower(fn, Y)
     found, wanted = program(Y), jax.jit(fn)(Y)
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
-    for ours, theirs in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
-        assert ours.dtype == theirs.dtype
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for path, ours in jax.tree_util.tree_leaves_with_path(found):
+        theirs = wanted[path[0].key]
+        theirs = theirs[path[1].idx] if len(path) > 1 else theirs
+        np.testing.assert_array_equal(ours, theirs, err_msg=str(path))
+        assert ours.dtype == theirs.dtype, path
 
 
 def test_whole_numbers_beyond_int32_are_refused():

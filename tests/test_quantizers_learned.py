@@ -1,5 +1,6 @@
 """Learned grids: values and gradients of scale, offset, clip and bits, in NumPy."""
 
+import functools
 import math
 
 import jax
@@ -34,23 +35,30 @@ def _to(shape, x):
     return np.sum(np.float64(x), axes).reshape(shape)
 
 
-def _pull(spec, x, *learned, dy=None, **options):
-    """Value and gradients, eager and under jit."""
-    f = lambda *arrays: qz.apply(spec, *arrays, **options)
-    dy = jnp.ones_like(x) if dy is None else jnp.asarray(dy)
-    both = lambda dy, *arrays: (f(*arrays), jax.vjp(f, *arrays)[1](dy))
-    one, two = both(dy, x, *learned), jax.jit(both)(dy, x, *learned)
+def _both(spec, estimator, dy, *arrays):
+    y, pull = jax.vjp(lambda *a: qz.apply(spec, *a, estimator=estimator), *arrays)
+    return y, pull(dy)
+
+
+_compiled_both = jax.jit(_both, static_argnums=(0, 1))
+
+
+def _pull(spec, x, *learned, dy=None, estimator=None):
+    """Value and gradients, eager and under jit, in NumPy."""
+    arguments = spec, estimator, np.ones_like(x) if dy is None else dy, x, *learned
+    one = jax.device_get(_both(*arguments))
+    two = jax.device_get(_compiled_both(*arguments))
     _same(one[0], two[0])
     for a, b in zip(one[1], two[1], strict=True):
         _close(a, b)
-    return one[0], one[1]
+    return one
 
 
 def _check_codes(spec, x, *learned, low, high):
-    q = qz.encode(spec, x, *learned)
+    q = jax.device_get(qz.encode(spec, x, *learned))
     isnan = np.isnan(x)
     _same(np.isnan(q.value), isnan)
-    _same(q.value[~isnan], dequantize(q.codes, q.params)[~isnan])
+    _same(q.value[~isnan], np.asarray(dequantize(q.codes, q.params))[~isnan])
     _same(qz.apply(spec, x, *learned), q.value)
     assert np.all((q.codes >= low) & (q.codes <= high))
     return q
@@ -180,18 +188,18 @@ def test_lsq_starts_from_its_scale(word, axis, shape):
     spec = qz.LSQ(axis=axis, **word)
     over = tuple(d for d in range(2) if not shape or shape[d] == 1)
     wanted = 2 * np.mean(np.abs(np.float64(X)), over) / np.sqrt(_ends(spec)[1])
-    s = qz.lsq_scale(X, spec)
+    s = np.asarray(qz.lsq_scale(X, spec))
     assert s.dtype == jnp.float32
     _close(s, wanted.reshape(shape))
     assert qz.lsq(X, s, spec).shape == X.shape
-    assert np.all(qz.lsq_scale(0 * X, spec) == 2.0**-64)
+    assert np.all(np.asarray(qz.lsq_scale(0 * X, spec)) == 2.0**-64)
 
 
 @pytest.mark.parametrize("axis, shape", AXES[:3])
 @pytest.mark.parametrize("word", WORDS[:4])
 def test_lsq_plus_starts_from_the_range(word, axis, shape):
     spec = qz.LSQPlus(axis=axis, **word)
-    s, offset = qz.lsq_plus_params(X, spec)
+    s, offset = jax.device_get(qz.lsq_plus_params(X, spec))
     assert s.shape == offset.shape == shape
     over = tuple(d for d in range(2) if not shape or shape[d] == 1)
     low = np.minimum(np.min(X, over, initial=0), 0).reshape(shape)
@@ -201,7 +209,7 @@ def test_lsq_plus_starts_from_the_range(word, axis, shape):
     _close(s, width)
     zero_point = np.minimum(qmin - np.rint(low / width), qmax)
     _close(offset, -zero_point * width)
-    y = qz.lsq_plus(X, s, offset, spec)
+    y = np.asarray(qz.lsq_plus(X, s, offset, spec))
     assert np.all(np.abs(y - X) <= 0.5001 * s)
 
 
@@ -268,7 +276,8 @@ def test_dorefa_weights_of_one_bit_are_signs():
 def test_dorefa_activations_are_their_formula(bits):
     n = 2**bits - 1
     ties = (np.arange(min(n, 40)) + 0.5) / n
-    x = np.float32([*X.ravel(), *ties, 0, 1, 9, -9])
+    # Always as many, so that each operation is compiled once.
+    x = np.float32([*X.ravel(), *np.resize(ties, 40), 0, 1, 9, -9])
     scale = np.float32(1) / np.float32(n)
     codes = np.clip(np.rint(np.float64(x * (np.float32(1) / scale))), 0, n)
     y, (dx,) = _pull(qz.DoReFaActivations(bits), x)
@@ -352,7 +361,7 @@ BOUNDED = [name for name in CASES if name != "dorefa_weights_1"]
 
 def _case(name):
     spec, learned = CASES[name]
-    return spec, tuple(jnp.float32(v) for v in learned)
+    return spec, tuple(np.float32(v) for v in learned)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -360,7 +369,7 @@ def test_nan_stays_and_its_code_is_0(name):
     spec, learned = _case(name)
     x = X.copy()
     x[0, 0] = np.nan
-    q = qz.encode(spec, x, *learned)
+    q = jax.device_get(qz.encode(spec, x, *learned))
     assert np.isnan(q.value[0, 0]) and np.sum(np.isnan(q.value)) == 1
     if name != "lsq_plus":  # Code 0 is not the value 0 there.
         assert q.codes[0, 0] == 0
@@ -425,7 +434,7 @@ def test_integers_are_refused(name):
 def test_levels_stay_where_they_are_and_in_order(name):
     spec, learned = _case(name)
     x = np.float32(np.linspace(-4, 4, 161))
-    y = qz.apply(spec, x, *learned)
+    y = np.asarray(qz.apply(spec, x, *learned))
     _same(qz.apply(spec, y, *learned), y)
     assert np.all(np.diff(y) >= 0)
 
@@ -445,13 +454,14 @@ def test_traced_bits_are_known_bits(name, all_bits):
 
     def f(b):
         y, pull = jax.vjp(lambda *a: qz.apply(type(spec)(b), *a), X, *learned)
-        return y, pull(jnp.ones_like(y))
+        return y, pull(np.ones_like(X))
 
-    rows = jax.jit(jax.vmap(f))(jnp.array(all_bits))
     stacked = jax.tree.map(
-        lambda *leaves: jnp.stack(leaves), *(type(spec)(b) for b in all_bits)
+        lambda *leaves: np.stack(leaves), *(type(spec)(b) for b in all_bits)
     )
-    loop = jax.vmap(lambda s: qz.apply(s, X, *learned))(stacked)
+    apply = lambda s: qz.apply(s, X, *learned)
+    many = jax.jit(lambda bits, specs: (jax.vmap(f)(bits), jax.vmap(apply)(specs)))
+    rows, loop = jax.device_get(many(np.array(all_bits), stacked))
     for i, b in enumerate(all_bits):
         y, grads = f(b)
         _close(rows[0][i], y, atol=1e-7)
@@ -461,8 +471,8 @@ def test_traced_bits_are_known_bits(name, all_bits):
 
 
 def test_learned_values_may_be_batched():
-    s = jnp.float32([0.1, 0.25, 0.7])
-    rows = jax.vmap(lambda s: qz.lsq(X, s, qz.LSQ(4)))(s)
+    s = np.float32([0.1, 0.25, 0.7])
+    rows = np.asarray(jax.vmap(lambda s: qz.lsq(X, s, qz.LSQ(4)))(s))
     for row, one in zip(rows, s, strict=True):
         _same(row, qz.lsq(X, one, qz.LSQ(4)))
 
@@ -502,6 +512,12 @@ def _estimate(name, u, low, high, dy):
     return np.where(inside, dy, 0)
 
 
+@functools.cache
+def _own_pull(name):
+    spec, learned = _case(name)
+    return _pull(spec, X, *learned, dy=DY)
+
+
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_an_estimator_takes_the_place_of_the_gradient_of_x_alone(name):
     steps = {
@@ -518,7 +534,7 @@ def test_an_estimator_takes_the_place_of_the_gradient_of_x_alone(name):
     }
     for case, u in steps.items():
         spec, learned = _case(case)
-        own = _pull(spec, X, *learned, dy=DY)
+        own = _own_pull(case)
         y, grads = _pull(spec, X, *learned, dy=DY, estimator=ESTIMATORS[name])
         _same(y, own[0])
         for got, wanted in zip(grads[1:], own[1][1:], strict=True):
@@ -568,13 +584,14 @@ def test_stochastic_rounding_has_the_mean_of_what_it_rounds(spec, learned, mean)
     learned = tuple(jnp.float32(v) for v in learned)
     f = lambda key: qz.encode(spec, x, *learned, key=key)
     keys = jax.random.split(jax.random.key(0), n)
-    draws = jax.jit(jax.vmap(f))(keys)
+    draws = jax.device_get(jax.jit(jax.vmap(f))(keys))
+    first = f(keys[0])
     values = np.float64(draws.value)
     step = float(np.max(draws.params.scale)) * (1 + isinstance(spec, qz.DoReFaWeights))
     tolerance = 5 * 0.5 * step / np.sqrt(n) + 1e-6
     assert np.all(np.abs(values.mean(0) - mean(np.float64(x))) <= tolerance)
-    _same(draws.value[0], dequantize(draws.codes[0], f(keys[0]).params))
-    _same(f(keys[0]).codes, draws.codes[0])
+    _same(draws.value[0], dequantize(draws.codes[0], first.params))
+    _same(first.codes, draws.codes[0])
     assert np.any(np.diff(draws.codes, axis=0) != 0)
     deterministic = qz.apply(spec, x, *learned)
     assert np.all(np.abs(values - np.float64(deterministic)) <= 1.001 * step)
