@@ -11,6 +11,8 @@ import sys
 import pytest
 
 import qjax
+from qjax.lowering import rules
+from qjax.model.primitives import PRIMITIVES
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -116,6 +118,18 @@ def test_no_module_has_the_name_of_a_public_function():
         package, _, base = name.rpartition(".")
         if package.partition(".")[0] == "qjax":
             assert getattr(sys.modules[package], base) is module, name
+
+
+def test_each_primitive_has_one_record_and_each_rule_a_record():
+    tables = (rules.ARITHMETIC, rules.CHOICES, rules.FUNCTIONS, rules.LOOKUPS)
+    tables += (rules.POINTS, rules.PRODUCTS, rules.SHAPES)
+    assert sum(map(len, tables)) == len(rules.RULES)  # None is in two.
+    assert set(rules.RULES) <= set(PRIMITIVES)
+    for name, primitive in PRIMITIVES.items():
+        assert primitive.name == name
+        assert bool(primitive.remedy) == (primitive.kind == "call")
+        if primitive.is_elementwise:
+            assert name in rules.RULES, name
 
 
 def test_flax_is_imported_by_the_layers_alone():

@@ -34,31 +34,23 @@ from qjax.lowering.rules.products import (
     storage_offset,
     to_output,
 )
-from qjax.model.blocks import SHAPE_MOVES, Block, bounds_of, is_quantizer
+from qjax.model.blocks import Block, bounds_of, is_quantizer
 from qjax.model.channels import output_scale
 from qjax.model.common_scales import Word
 from qjax.model.normalisations import said
+from qjax.model.primitives import POINTWISE, SHAPE_MOVES, names
 from qjax.model.simulate import Simulation, Visit
-from qjax.model.trace import (
-    CALLS,
-    POINTWISE,
-    Equation,
-    evaluate,
-    quantizer_of,
-    whole_of,
-)
+from qjax.model.trace import CALLS, Equation, evaluate, quantizer_of, whole_of
 from qjax.model.visitors import Quantizer
 from qjax.quantizers.point import make_point, straight
 from qjax.quantizers.spec import Spec, is_known
 from qjax.schemes.patterns import Site
 
-_NEUTRAL = frozenset("convert_element_type copy copy_p reduce_precision".split())
-_EXTREMES = frozenset(
-    "reduce_max reduce_min reduce_window_max reduce_window_min".split()
-)
-_CHOICES = SHAPE_MOVES | _EXTREMES | {"pad", "gather", "dynamic_slice", "split"}
-_JOINS = frozenset("concatenate max min select_n".split())
-_SUMS = frozenset("cumsum reduce_sum reduce_window_sum".split())
+_NEUTRAL = names("cast") | {"copy", "copy_p"}
+_EXTREMES = names("maximum", "minimum")
+_CHOICES = (SHAPE_MOVES | _EXTREMES | names("pad", "pick")) - {"concatenate"}
+_JOINS = names("select") | {"concatenate", "max", "min"}
+_SUMS = names("sum", "running sum")
 
 
 class _Target(NamedTuple):

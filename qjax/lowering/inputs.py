@@ -9,12 +9,12 @@ from jax.extend.core.primitives import copy_p
 
 from qjax.graph.builder import compact
 from qjax.lowering.values import Abstract, Known, Real
-from qjax.model.blocks import SHAPE_MOVES
-from qjax.model.trace import POINTWISE, Equation, Trace
+from qjax.model.primitives import POINTWISE, SHAPE_MOVES, names
+from qjax.model.trace import Equation, Trace
 
 MOST_RANGE = 1 << 16  # Most integers that are tried one by one.
-_CASTS = ("convert_element_type", "reduce_precision")
-_NEUTRAL = ("copy", "copy_p", "stop_gradient", "optimization_barrier")
+_CASTS = names("cast")
+_NEUTRAL = names("keep") - {"sharding_constraint"}
 
 
 def is_place(trace: Trace, e: Equation, operands: Sequence[Abstract]) -> bool:

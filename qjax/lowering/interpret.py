@@ -27,19 +27,12 @@ from qjax.lowering.values import (
     Real,
     Sum,
 )
-from qjax.model.blocks import RANDOM, REMEDIES, SHAPE_MOVES, place_of
+from qjax.model.blocks import RANDOM, place_of
 from qjax.model.normalisations import NORM, said
 from qjax.model.origin import origin_of
+from qjax.model.primitives import POINTWISE, REMEDIES, SHAPE_MOVES, names
 from qjax.model.simulate import SITE_MARK
-from qjax.model.trace import (
-    MOST_STEPS,
-    POINTWISE,
-    Equation,
-    Trace,
-    evaluate,
-    is_key,
-    whole_of,
-)
+from qjax.model.trace import MOST_STEPS, Equation, Trace, evaluate, is_key, whole_of
 from qjax.program import Residue
 
 Rule = Callable[..., Abstract | tuple[Abstract, ...]]
@@ -138,7 +131,7 @@ def interpret(
 
 
 # Equations that return numbers of their operands, or of the first alone.
-_CHOICES = frozenset("concatenate dynamic_slice gather split".split())
+_CHOICES = names("pick")
 
 
 def _chosen(e: Equation, operands: list[Abstract]) -> dict[int, Abstract]:

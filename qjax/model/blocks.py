@@ -19,10 +19,9 @@ from qjax.affine import qpoint_p
 from qjax.model.elementwise import find_functions
 from qjax.model.normalisations import NORM
 from qjax.model.origin import origin_of
+from qjax.model.primitives import AFFINE, BOUNDS, REMEDIES, SHAPE_MOVES, names
 from qjax.model.statistics import batch_statistics
 from qjax.model.trace import (
-    AFFINE,
-    BOUNDS,
     MOST_STEPS,
     Equation,
     Trace,
@@ -33,30 +32,14 @@ from qjax.model.trace import (
 )
 from qjax.schemes.patterns import Role, Site
 
-# One data operand, the first: the output lies on its grid.
-SHAPE_MOVES = frozenset(
-    "reshape transpose squeeze expand_dims broadcast_in_dim rev slice copy copy_p "
-    "stop_gradient convert_element_type reduce_precision optimization_barrier "
-    "sharding_constraint".split()
-)
-_MAXIMA = frozenset({"reduce_max", "reduce_window_max"})
-_MINIMA = frozenset({"reduce_min", "reduce_window_min"})
-_GRID_KEEPING = SHAPE_MOVES | _MAXIMA | _MINIMA | {"split", "cummax", "cummin"}
-_SCALING = frozenset("mul div".split())
-_PRODUCTS = frozenset("dot_general conv_general_dilated".split())
+_MAXIMA, _MINIMA = names("maximum"), names("minimum")
+_GRID_KEEPING = SHAPE_MOVES | _MAXIMA | _MINIMA | names("running extreme") | {"split"}
+_SCALING = names("factor")
+_PRODUCTS = names("product")
 _SUMS = {"reduce_sum": "sum", "reduce_window_sum": "sum_pool"}
 MEANS = {"sum": "mean", "sum_pool": "avg_pool"}  # The same, divided by a constant.
 _TWO_OPERANDS = {"add": "residual", "add_any": "residual", "sub": "residual"}
 _MOST_FILL = 1e6  # A constant from here on is a mask.
-# Remedies for calls that no site is inside of.
-REMEDIES = {
-    "scan": "Write it as a Python loop, which is unrolled",
-    "while": "Write it as a Python loop, which is unrolled",
-    "cond": "Compute both branches and choose with `jnp.where`",
-    "shard_map": "Call the function itself, under `jax.jit` with shardings",
-    "custom_jvp_call": "Call the function without its own derivative",
-    "custom_vjp_call": "Call the function without its own derivative",
-}
 RANDOM = ("random_", "threefry", "rng_")
 
 

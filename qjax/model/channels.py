@@ -13,13 +13,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.model.blocks import SHAPE_MOVES
+from qjax.model.primitives import SHAPE_MOVES, names
 from qjax.model.trace import Equation, Trace
 
-_SAME = frozenset(
-    "copy copy_p convert_element_type stop_gradient optimization_barrier "
-    "reduce_precision sharding_constraint".split()
-)
+_SAME = names("keep", "cast")
 
 
 class Channels(NamedTuple):

@@ -15,16 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from qjax.model.primitives import names
 from qjax.model.trace import Equation
 from qjax.rounding import power_of_two
 
 # Exponents between the coarsest and the finest scale of a value.
 _MOST_EXPONENTS = 14
 
-_SAME = frozenset(
-    "copy copy_p convert_element_type stop_gradient reduce_precision "
-    "optimization_barrier sharding_constraint custom_jvp_call max".split()
-)
+_SAME = names("keep", "cast") | {"custom_jvp_call", "max"}  # A relu is one of these.
 
 
 class Channels(NamedTuple):

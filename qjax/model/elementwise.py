@@ -13,26 +13,15 @@ import jax
 import jax.extend.core as jex
 import numpy as np
 
-from qjax.model.trace import (
-    AFFINE,
-    BOUNDS,
-    CALLS,
-    POINTWISE,
-    Equation,
-    Trace,
-    is_key,
-    kinds_of,
-    whole_of,
-)
+from qjax.model.primitives import AFFINE, BOUNDS, POINTWISE, names
+from qjax.model.trace import CALLS, Equation, Trace, is_key, kinds_of, whole_of
 
-_NEUTRAL = frozenset("convert_element_type copy reduce_precision stop_gradient".split())
+_NEUTRAL = names("keep", "cast", is_elementwise=True)
 
-_AXES = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims")
+_AXES = names("axes") - {"transpose"}
 
 _LARGE = 100.0  # A constant of a mask is at least so large.
-_MASKING = POINTWISE | frozenset(
-    (*_AXES, "iota", "transpose", "slice", "concatenate", "pad", "squeeze")
-)
+_MASKING = POINTWISE | names("axes", "number", "pad") | {"slice", "concatenate"}
 
 SOFTMAXES = ("softmax", "log_softmax")  # Kinds that may have a mask before them.
 NAME = "function"  # Name of a function that is made of several.

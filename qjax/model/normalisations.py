@@ -22,11 +22,10 @@ import jax.extend.core as jex
 import numpy as np
 
 from qjax.model.elementwise import SOFTMAXES, find_masks
+from qjax.model.primitives import AFFINE, POINTWISE, names
 from qjax.model.statistics import batch_statistics
 from qjax.model.trace import (
-    AFFINE,
     CALLS,
-    POINTWISE,
     WHOLE,
     Equation,
     Trace,
@@ -38,15 +37,9 @@ from qjax.model.trace import (
 SOFTMAX, LOG_SOFTMAX = SOFTMAXES
 NORM = "norm"
 
-_REDUCTIONS = frozenset(
-    "reduce_sum reduce_prod reduce_max reduce_min reduce_and reduce_or "
-    "reduce_window_sum reduce_window_max reduce_window_min".split()
-)
-_SAME = frozenset(
-    "convert_element_type copy copy_p reduce_precision stop_gradient "
-    "optimization_barrier".split()
-)
-_MOVES = frozenset("reshape squeeze expand_dims transpose".split())
+_REDUCTIONS = names("sum", "maximum", "minimum", "reduction")
+_SAME = names("keep", "cast") - {"sharding_constraint"}
+_MOVES = names("axes") - {"broadcast_in_dim"}
 _INSIDE = POINTWISE | _REDUCTIONS | _SAME | _MOVES | {"broadcast_in_dim"}
 _POWERS = frozenset("exp exp2".split())
 _ROOTS = frozenset("sqrt rsqrt".split())

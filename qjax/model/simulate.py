@@ -13,15 +13,7 @@ from jax.extend.source_info_util import user_context
 from jax.typing import ArrayLike
 
 from qjax.affine import QParams, QSpec, fake_quant_bias, qpoint_p
-from qjax.model.blocks import (
-    SHAPE_MOVES,
-    Block,
-    Plan,
-    data_of,
-    find_blocks,
-    is_quantizer,
-    path_name,
-)
+from qjax.model.blocks import Block, Plan, data_of, find_blocks, is_quantizer, path_name
 from qjax.model.channels import kernel_axes, move_scale, output_scale
 from qjax.model.common_scales import (
     Channels,
@@ -33,6 +25,7 @@ from qjax.model.common_scales import (
     move_index,
 )
 from qjax.model.normalisations import fold_normalisations
+from qjax.model.primitives import SHAPE_MOVES
 from qjax.model.sites import describe
 from qjax.model.trace import Equation, evaluate, trace
 from qjax.quantizers.point import straight

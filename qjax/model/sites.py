@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.model.blocks import MEANS, SHAPE_MOVES, Block, Plan, constant_of, data_of
+from qjax.model.blocks import MEANS, Block, Plan, constant_of, data_of
 from qjax.model.channels import Uses, factor_channels
 from qjax.model.normalisations import NORM
+from qjax.model.primitives import SHAPE_MOVES
 from qjax.model.trace import Equation, Trace, evaluate
 from qjax.schemes.patterns import Site
 

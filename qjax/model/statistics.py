@@ -8,10 +8,10 @@ none of these: see `qjax.model.normalisations`.
 import collections
 from collections.abc import Iterator
 
+from qjax.model.primitives import names
 from qjax.model.trace import Equation, Trace
 
-_PRODUCTS = frozenset("dot_general conv_general_dilated".split())
-_SUMS = frozenset("reduce_sum reduce_window_sum".split())
+_PRODUCTS, _SUMS = names("product"), names("sum")
 
 
 def batch_statistics(model: Trace, data: set[int]) -> set[int]:

@@ -18,6 +18,7 @@ from jax.extend.core import primitives as p
 
 from qjax.leaves import leaf_names
 from qjax.mesh_axes import aligned, axes_of, vary
+from qjax.model.primitives import AFFINE, BOUNDS, POINTWISE
 from qjax.quantizers.point import SCOPE
 
 WHOLE = "qjax.whole."  # A call with the kind of what it computes whole behind it.
@@ -25,15 +26,6 @@ _QUANTIZER = re.compile(re.escape(SCOPE) + r"(\w+)")
 _CALLS = (p.jit_p, p.closed_call_p, p.remat_p)
 _DERIVATIVE_CALLS = (p.custom_jvp_call_p, p.custom_vjp_call_p)
 CALLS = (p.jit_p, *_DERIVATIVE_CALLS)  # Calls that a trace may keep whole.
-AFFINE = frozenset("add sub mul div neg".split())
-BOUNDS = frozenset("max min clamp".split())
-POINTWISE = frozenset(
-    "abs acos acosh asin asinh atan atanh atan2 cbrt ceil convert_element_type copy "
-    "cos cosh eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le "
-    "log log1p logistic lt ne not or and pow reduce_precision rem round rsqrt select_n "
-    "sign sin sinh sqrt square stop_gradient tan tanh xor".split()
-)
-POINTWISE |= AFFINE | BOUNDS
 
 
 @dataclasses.dataclass(frozen=True)

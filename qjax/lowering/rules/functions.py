@@ -15,11 +15,12 @@ from qjax.graph.graph import Grid, storage
 from qjax.lowering.constants import exact_grid, real_values
 from qjax.lowering.interpret import Rule, refuse, where
 from qjax.lowering.values import Abstract, Builder, Curve, Integers, Known, KnownCodes
-from qjax.model.trace import POINTWISE, Equation, Trace, evaluate
+from qjax.model.primitives import POINTWISE, names
+from qjax.model.trace import Equation, Trace, evaluate
 
 _MOST_CODES = 1 << 16  # Largest range of a value that indexes a table.
 _MOST_ENTRIES = 1 << 22  # Largest table with one row per channel.
-_COMPARISONS = ("eq", "ge", "gt", "le", "lt", "ne")
+_COMPARISONS = names("comparison")
 
 
 def curve(
@@ -256,10 +257,9 @@ def add_exact_table(
     return Integers(value, np.asarray(scale), 0, low, high, is_codes=True, path=x.path)
 
 
-_ELSEWHERE = frozenset(
-    "add sub mul div neg max min clamp round convert_element_type reduce_precision "
-    "copy stop_gradient select_n".split()
-)
+# Elementwise primitives that have rules of their own.
+_ELSEWHERE = names("shift", "factor", "negate", "bound", "keep", "cast", "select")
+_ELSEWHERE |= {"round"}
 
 
 def _function(
@@ -330,7 +330,7 @@ def _argmax(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstrac
 
 # Primitive -> its rule.
 FUNCTIONS: Mapping[str, Rule] = {
-    **dict.fromkeys((POINTWISE - _ELSEWHERE - {*_COMPARISONS}), _function),
+    **dict.fromkeys((POINTWISE - _ELSEWHERE - _COMPARISONS), _function),
     **dict.fromkeys(_COMPARISONS, _compare),
     "argmax": _argmax,
     "argmin": _argmax,
