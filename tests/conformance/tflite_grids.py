@@ -99,7 +99,7 @@ def _lambda_operators(p, layers):
 def _tensor_sites(graph, arrays, qmodel, params):
     """Index of a tensor -> name of the site that holds the same values."""
     inputs = _real_inputs(graph, arrays)
-    seen = jax.jit(qmodel._float_values)(params, inputs)
+    seen = jax.jit(qmodel.float_values)(params, inputs)
     sites = {name: np.asarray(value) for name, value in seen.items()}
     tensors = {t["index"]: t for t in graph["tensors"]}
     found = {k: f"input:{n}" for n, k in enumerate(graph["inputs"])}
