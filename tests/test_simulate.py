@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import qjax
+from qjax.model.simulate import Simulation
 from tests.models import images
 
 pytestmark = pytest.mark.slow
@@ -179,3 +180,20 @@ def test_a_lone_normalisation_of_gain_zero():
     exact = jax.jit(jax.grad(lambda p: fn(p, x).sum()))(params)
     for name in exact:
         np.testing.assert_allclose(slope[name], exact[name], rtol=0.1, atol=0.2)
+
+
+def test_a_site_that_nothing_visits_is_refused(monkeypatch):
+    """It would stay float and be listed as quantized all the same."""
+    params = {"a": np.ones((3, 2), np.float32)}
+    fn = lambda params, x: x @ params["a"]
+    x = np.ones((4, 3), np.float32)
+    qmodel = qjax.quantize_model(fn, params, x)
+    visit = Simulation._visit
+
+    def forgetful(self, v):
+        if v not in self._plan.weights:
+            visit(self, v)
+
+    monkeypatch.setattr(Simulation, "_visit", forgetful)
+    with pytest.raises(NotImplementedError, match="The site 'a' of this model cannot"):
+        qmodel.init(params, x)

@@ -1,5 +1,6 @@
 """Accumulators: sums of products of codes, in int32."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,6 @@ from qjax.graph.operations.record import (
     check_axes,
     pad_or_crop,
     pool_shape,
-    product_of,
     spread,
     window_sizes,
     windows,
@@ -181,7 +181,7 @@ def _of_two(o: Operands, terms: int) -> Ends:
 
 
 def _dot_codes_interval(o: Operands) -> Ends:
-    return _of_two(o, product_of([o.x.shape[d] for d in o["contract"][0]]))
+    return _of_two(o, math.prod(o.x.shape[d] for d in o["contract"][0]))
 
 
 # Convolutions.
@@ -278,7 +278,7 @@ def _sum_shape(o: Operands) -> Shape:
 
 
 def _sum_interval(o: Operands) -> Ends:
-    terms = product_of([o.x.shape[d] for d in o["axes"]])
+    terms = math.prod(o.x.shape[d] for d in o["axes"])
     return terms * o.x.low + o["bias"], terms * o.x.high + o["bias"]
 
 
@@ -286,7 +286,7 @@ def _sum_pool_interval(o: Operands) -> Ends:
     low, high = o.x.low, o.x.high
     if any(map(any, o["padding"])) or any(n > 1 for n in o["base_dilation"]):
         low, high = min(low, o["padding_code"]), max(high, o["padding_code"])
-    terms = product_of(o["window"])
+    terms = math.prod(o["window"])
     return terms * low + o["bias"], terms * high + o["bias"]
 
 

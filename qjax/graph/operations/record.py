@@ -6,7 +6,6 @@ modules beside this one, and in one table in `qjax.graph.operations`.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -299,8 +298,3 @@ def pool_shape(o: Operands) -> Shape:
     """Returns the output shape of a pool."""
     names = "strides", "padding", "base_dilation", "dilation"
     return tuple(window_sizes(o, o.x.shape, o["window"], names))
-
-
-def product_of(sizes: Sequence[int]) -> int:
-    """Returns the product of sizes, 1 for no sizes."""
-    return math.prod(sizes)
