@@ -11,10 +11,12 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 
+from qjax.calls import shared
 from qjax.mesh_axes import axes_of, vary
 from qjax.rounding import (
     ceil_power_of_two,
@@ -261,9 +263,11 @@ def _as_params(params: Any) -> QParams:
         whole = np.asarray(zero_point)
         if np.any((whole < _INT32.min) | (whole > _INT32.max)):
             raise ValueError(f"`zero_point` must fit int32, got {zero_point!r}.")
-    zero = _as_numbers(zero_point, "zero_point")
+    zero: Any = _as_numbers(zero_point, "zero_point")
     if not jnp.issubdtype(zero.dtype, jnp.integer):
         raise TypeError(f"`zero_point` must be a whole number, got {zero_point!r}.")
+    # Zeros of NumPy stay known: `known_zeros`.
+    zero = zero_point if isinstance(zero_point, np.ndarray) else zero
     return QParams(jnp.asarray(scale), zero.astype(jnp.int32))
 
 
@@ -314,16 +318,17 @@ def min_max_params(low: ArrayLike, high: ArrayLike, spec: QSpec) -> QParams:
     low = jnp.minimum(jnp.asarray(low, jnp.float32), 0.0)
     high = jnp.maximum(jnp.asarray(high, jnp.float32), 0.0)
     qmin, qmax = _code_range(spec)
-    bottom, top = qmin.astype(jnp.float32), qmax.astype(jnp.float32)
+    bottom, top = (q.astype(jnp.float32) for q in (qmin, qmax))
     if spec.symmetric:
-        scale = jnp.maximum(high * _reciprocal(top), low * _reciprocal(bottom))
+        scale = _widest(high, low, top, bottom)
         fits = lambda s: (high <= top * s) & (low >= bottom * s)
     else:
         # Halved, so that the width of the full float range is finite.
         half = high * 0.5 - low * 0.5
         scale = half * (2.0 * _reciprocal(top - bottom))
-        # Steps from zero fit int32. Wider than this are only words of 32 bits.
-        scale = jnp.maximum(scale, jnp.maximum(high, -low) * 2.0**-31)
+        if not _has_most_bits(spec, 30):
+            # Steps from zero fit int32. Wider than this are only words of 32 bits.
+            scale = jnp.maximum(scale, jnp.maximum(high, -low) * 2.0**-31)
         fits = lambda s: half <= (top - bottom) * (0.5 * s)
     if spec.power_of_two:
         # The quotient may have been rounded across a power of two, either way.
@@ -331,16 +336,49 @@ def min_max_params(low: ArrayLike, high: ArrayLike, spec: QSpec) -> QParams:
         held = jnp.where(fits(0.5 * s), 0.5 * s, jnp.where(fits(s), s, 2.0 * s))
         scale = jnp.where(jnp.isnan(scale), scale, held)
     # The reciprocal must be a normal number: the CPU takes others to zero.
-    scale = jnp.clip(scale, jnp.float32(2.0**-126), jnp.float32(2.0**126))
-    scale = jnp.where((low == 0) & (high == 0), 1.0, scale)
+    scale = lax.clamp(np.float32(2.0**-126), scale, np.float32(2.0**126))
+    scale = select(low == high, np.float32(1), scale)  # Both are 0.
     if spec.symmetric:
         return QParams(scale, jnp.zeros(scale.shape, jnp.int32))
-    # Steps from qmin to zero, unsigned: up to 2^32 - 1 of them.
-    most = qmax.astype(jnp.uint32) - qmin.astype(jnp.uint32)
+    # Steps from qmin to zero, unsigned: up to 2^32 - 1 of them. NaN has the most.
     steps = half_even(-low * (1.0 / scale))
+    if _has_most_bits(spec, 24):
+        width = np.float32(int(qmax) - int(qmin))
+        above = select(steps < width, steps, width).astype(jnp.int32)
+        return QParams(scale, above + qmin)
+    least, most = (jnp.asarray(q).astype(jnp.uint32) for q in (qmin, qmax))
     fewer = jnp.where(steps < 2.0**32, steps, 0.0).astype(jnp.uint32)
-    above = jnp.where(steps < 2.0**32, jnp.minimum(fewer, most), most)
-    return QParams(scale, (qmin.astype(jnp.uint32) + above).astype(jnp.int32))
+    above = jnp.where(steps < 2.0**32, jnp.minimum(fewer, most - least), most - least)
+    return QParams(scale, (least + above).astype(jnp.int32))
+
+
+def _widest(high: Any, low: Any, top: Any, bottom: Any) -> jax.Array:
+    """Returns the least scale of a symmetric word that holds ``[low, high]``."""
+    if isinstance(top, np.float32) and (bottom == -top or not bottom):
+        return (jnp.maximum(high, -low) if bottom else high) * _reciprocal(top)
+    return jnp.maximum(high * _reciprocal(top), low * _reciprocal(bottom))
+
+
+def _has_most_bits(spec: QSpec, most: int) -> bool:
+    """Returns whether the word length is known and at most ``most``."""
+    return isinstance(spec.bits, numbers.Integral) and spec.bits <= most
+
+
+def select(mask: jax.Array, x: Any, y: Any) -> jax.Array:
+    """Returns ``x`` where ``mask``, else ``y``: `jnp.where` without a call of its own.
+
+    Args:
+      mask: Truth values.
+      x: Values, or a number.
+      y: Values, or a number; ``x`` or ``y`` is an array.
+
+    Returns:
+      Values of the type of the arrays, in the joint shape.
+    """
+    dtype = jnp.result_type(*(v for v in (x, y) if hasattr(v, "dtype")))
+    shape = jnp.broadcast_shapes(*map(jnp.shape, (mask, x, y)))
+    x, y = (jnp.broadcast_to(jnp.asarray(v, dtype), shape) for v in (x, y))
+    return lax.select(jnp.broadcast_to(mask, shape), x, y)
 
 
 def abs_max_params(x: ArrayLike, spec: QSpec) -> QParams:
@@ -387,9 +425,9 @@ def fake_quant_bias(
         steps = most * power_of_two(1 - jnp.asarray(bits))
         steps = jnp.where(jnp.asarray(bits) > 4, steps, jnp.max(steps, initial=0.0))
         scale = scale * ceil_power_of_two(jnp.maximum(steps, 1.0))
-    grid = QParams(scale, jnp.zeros(shape, jnp.int32))
-    spec = QSpec(bits=bits, symmetric=True, axis=tuple(range(len(shape))) or None)
-    return fake_quant(bias, grid, spec, site=site)
+    spec = QSpec(bits=bits, symmetric=True)
+    zeros, ends = known_zeros(shape), _code_range(spec)
+    return clipped_ste(bias, scale, zeros, *ends, site)
 
 
 def reduce_range(x: jax.Array, axis: Axis) -> tuple[jax.Array, jax.Array]:
@@ -460,21 +498,29 @@ def _to_int32(x: jax.Array) -> jax.Array:
     ).astype(jnp.int32)
 
 
-def _reciprocal(x: jax.Array) -> jax.Array:
+def _reciprocal(x: Any) -> Any:
     """Returns ``1 / x``, and 0 at 0, where one side of the range has no codes."""
+    if isinstance(x, np.float32):
+        return np.float32(0) if x == 0 else np.float32(1) / x
     return jnp.where(x == 0, 0.0, 1.0 / jnp.where(x == 0, 1.0, x))
 
 
-def _code_range(spec: QSpec) -> tuple[jax.Array, jax.Array]:
-    """Returns ``qmin, qmax`` as int32; traced unsigned words of 32 bits saturate."""
+def _code_range(spec: QSpec) -> tuple[Any, Any]:
+    """Returns ``qmin, qmax`` as int32, of NumPy if they are known.
+
+    Traced unsigned words of 32 bits saturate.
+    """
     known = isinstance(spec.bits, numbers.Integral)
     if known and not spec.signed and spec.bits == 32:
         raise ValueError(
             "Codes are int32: an unsigned word has at most 31 bits, got bits=32. Use "
             "`signed=True` or `bits=31`."
         )
-    qmin, qmax = spec.qmin, spec.qmax
-    if not spec.signed and not isinstance(qmax, int):
+    qmin: Any = spec.qmin
+    qmax: Any = spec.qmax
+    if known:
+        return np.int32(qmin), np.int32(qmax)
+    if not spec.signed:
         qmax = jnp.minimum(jnp.asarray(qmax), jnp.uint32(_INT32.max))
     return jnp.asarray(qmin).astype(jnp.int32), jnp.asarray(qmax).astype(jnp.int32)
 
@@ -494,13 +540,51 @@ def _check_params_shape(x: jax.Array, params: QParams, axis: Axis) -> None:
 qpoint_p = Primitive("qpoint")
 
 
-def _qpoint(x, scale, zero_point, qmin, qmax, *, site, rounding):
+def _qpoint(x, scale, zero_point, qmin, qmax, *, site, rounding, in_float=False):
+    if in_float:
+        low, high = _relative_ends(scale, zero_point, qmin, qmax)
+        steps = _clamp(low, rounding(_steps(x, scale)), high)
+        return (steps * scale).astype(x.dtype)  # NaN passes all of it.
     codes = grid_codes(x, scale, zero_point, qmin, qmax, rounding=rounding)
     value = dequantize(codes, QParams(scale, zero_point)).astype(x.dtype)
-    return jnp.where(jnp.isnan(x), x, value)
+    return select(jnp.isnan(x), x, value)
 
 
-def _qpoint_batch(operands, dims, *, site, rounding):
+def _relative_ends(scale, zero_point, qmin, qmax):
+    """Returns the ends of ``code - zero_point`` in the type of the scale."""
+    zero, *ends = (jnp.asarray(v).astype(scale.dtype) for v in (zero_point, qmin, qmax))
+    return tuple(end - zero for end in ends)
+
+
+def _clamp(low, x, high):
+    """Clips values by ends that are numbers, or broadcast."""
+    if low.ndim or high.ndim:
+        low, high = (jnp.broadcast_to(end, x.shape) for end in (low, high))
+    return lax.clamp(low, x, high)
+
+
+def known_zeros(shape: tuple[int, ...] = ()) -> Any:
+    """Returns zero points that are known to be 0 while tracing: an array of NumPy."""
+    return np.zeros(shape, np.int32)
+
+
+class _Form(NamedTuple):
+    """What is known of a word and its grid before they are traced."""
+
+    in_float: bool  # The type of the scale holds each code minus zero point.
+    is_short: bool  # The word has at most 16 bits.
+
+
+def _form(scale: Any, zero_point: Any, qmin: Any, qmax: Any) -> _Form:
+    """Returns what is known: of NumPy's numbers alone, as others may be traced."""
+    is_single = jnp.finfo(jnp.result_type(scale)).bits >= 32
+    is_known = isinstance(qmin, np.integer) and isinstance(qmax, np.integer)
+    is_short = is_single and is_known and bool(-(2**16) <= qmin and qmax <= 2**16)
+    is_zero = isinstance(zero_point, np.ndarray) and not zero_point.any()
+    return _Form(is_short or (is_single and is_zero), is_short)
+
+
+def _qpoint_batch(operands, dims, **names):
     """Moves every batch axis to axis 0 and gives all operands of `qpoint` one rank."""
     pairs = list(zip(operands, dims, strict=True))
     size = next(x.shape[d] for x, d in pairs if d is not None)
@@ -515,28 +599,74 @@ def _qpoint_batch(operands, dims, *, site, rounding):
     x, *rest = (align(x, d) for x, d in pairs)
     if dims[0] is None:
         x = jnp.broadcast_to(operands[0][None], (size, *operands[0].shape))
-    return qpoint_p.bind(x, *rest, site=site, rounding=rounding), 0
+    return qpoint_p.bind(x, *rest, **names), 0
 
 
-def _inside(rounding, x, scale, zero_point, qmin, qmax):
+def _inside(rounding, x, scale, zero_point, qmin, qmax, is_short=False):
     """Returns a mask of the values that `qpoint` rounds without saturation."""
     steps = rounding(_steps(x, scale))
-    zero = zero_point.astype(scale.dtype)
-    low, high = qmin.astype(scale.dtype) - zero, qmax.astype(scale.dtype) - zero
+    low, high = _relative_ends(scale, zero_point, qmin, qmax)
+    if is_short:
+        return _clamp(low, steps, high) == steps
     return (steps >= low) & (steps < high + 1)  # 2^31 - 1 is no float32, 2^31 is.
 
 
-def _qpoint_jvp(primals, tangents, *, site, rounding):
-    out = qpoint_p.bind(*primals, site=site, rounding=rounding)
+def _masked(mask, x):
+    """Returns ``x``, and 0 outside of a mask."""
+    return lax.select(mask, x, lax.full_like(x, 0))
+
+
+def _qpoint_jvp(primals, tangents, *, site, rounding, in_float=False):
+    names = {"in_float": True} if in_float else {}
+    out = qpoint_p.bind(*primals, site=site, rounding=rounding, **names)
     x_dot = ad.instantiate_zeros(tangents[0])
-    return out, jnp.where(_inside(rounding, *primals), x_dot, jnp.zeros_like(x_dot))
+    return out, _masked(_inside(rounding, *primals), x_dot)
 
 
-qpoint_p.def_impl(jax.jit(_qpoint, static_argnames=("site", "rounding")))
-qpoint_p.def_abstract_eval(lambda x, *_, site, rounding: x.update(weak_type=False))
+qpoint_p.def_impl(jax.jit(_qpoint, static_argnames=("site", "rounding", "in_float")))
+qpoint_p.def_abstract_eval(lambda x, *_, **names: x.update(weak_type=False))
 mlir.register_lowering(qpoint_p, mlir.lower_fun(_qpoint, multiple_results=False))
 batching.primitive_batchers[qpoint_p] = _qpoint_batch
 ad.primitive_jvps[qpoint_p] = _qpoint_jvp
+
+
+def bind_point(
+    x: jax.Array,
+    params: QParams,
+    qmin: ArrayLike,
+    qmax: ArrayLike,
+    *,
+    site: str,
+    rounding: Rounding = half_even,
+) -> jax.Array:
+    """Binds `qpoint`, in float arithmetic if that is known to give the same values.
+
+    Args:
+      x: Real values.
+      params: Grid. A zero point that is 0 is known to be if NumPy holds it.
+      qmin: Least code, int32, known if NumPy holds it.
+      qmax: Largest code, ditto.
+      site: Name of the quantization point.
+      rounding: Rounding from real to integer.
+
+    Returns:
+      Values on the grid, with the derivative of the clipped STE.
+    """
+    operands = x, *params, qmin, qmax
+    return _point(_form(*operands[1:]), site, rounding, *operands)
+
+
+def _point(form, site, rounding, *operands):
+    names = {"in_float": True} if form.in_float else {}
+    return qpoint_p.bind(*operands, site=site, rounding=rounding, **names)
+
+
+def _rounded(keep, form, site, rounding, *operands):
+    """Returns the value of a quantization point, and what its backward pass needs."""
+    # Binds the primitive itself: Hessian-vector products go through its JVP rule.
+    out = _point(form, site, rounding, *operands)
+    inside = _inside(rounding, *operands, is_short=form.is_short)
+    return out, keep(_steps(*operands[:2]), inside)
 
 
 def make_estimator(
@@ -558,29 +688,28 @@ def make_estimator(
       of the quantization point, its name, and how to round.
     """
 
-    def primal(site: str, rounding: Rounding, *operands: jax.Array) -> jax.Array:
-        return qpoint_p.bind(*operands, site=site, rounding=rounding)
+    def primal(form, site, rounding, *operands: jax.Array) -> jax.Array:
+        return shared(_point, form, site, rounding, *operands)
 
-    def forward(site: str, rounding: Rounding, *operands: jax.Array) -> Any:
-        # Binds the primitive itself: Hessian-vector products go through its JVP rule.
-        out = qpoint_p.bind(*operands, site=site, rounding=rounding)
-        return out, keep(_steps(*operands[:2]), _inside(rounding, *operands))
+    def forward(form, site, rounding, *operands: jax.Array) -> Any:
+        return shared(_rounded, keep, form, site, rounding, *operands)
 
-    def pull_back(site: str, rounding: Rounding, residual: Any, dy: jax.Array) -> Any:
+    def pull_back(form, site, rounding, residual: Any, dy: jax.Array) -> Any:
         return backward(residual, dy).astype(dy.dtype), None, None, None, None
 
-    estimate = jax.custom_vjp(primal, nondiff_argnums=(0, 1))
+    estimate = jax.custom_vjp(primal, nondiff_argnums=(0, 1, 2))
     estimate.defvjp(forward, pull_back)
 
     def estimator(x, scale, zero_point, qmin, qmax, site="", rounding=half_even):
-        return estimate(site, rounding, x, scale, zero_point, qmin, qmax)
+        form = _form(scale, zero_point, qmin, qmax)
+        return estimate(form, site, rounding, x, scale, zero_point, qmin, qmax)
 
     return estimator
 
 
 _pass_inside = make_estimator(
     lambda steps, inside: inside,
-    lambda inside, dy: jnp.where(inside, dy, jnp.zeros_like(dy)),
+    lambda inside, dy: _masked(inside, dy),
 )
 
 

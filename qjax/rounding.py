@@ -5,6 +5,7 @@ import numbers
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 
 _ALL_ONES = 0xFFFFFFFF
@@ -80,7 +81,9 @@ def _is_known(bits: object) -> bool:
 
 def half_even(x: jax.Array) -> jax.Array:
     """Rounds to the nearest integer, ties to the even one: qjax's rule everywhere."""
-    return jnp.round(x)
+    if jnp.issubdtype(jax.dtypes.result_type(x), jnp.integer):
+        return jnp.asarray(x)
+    return lax.round(jnp.asarray(x), lax.RoundingMethod.TO_NEAREST_EVEN)
 
 
 def half_away(x: jax.Array) -> jax.Array:
@@ -101,11 +104,10 @@ def ceil_power_of_two(x: jax.Array) -> jax.Array:
     Returns:
       float32 of the same shape, between 2^-126 and 2^127.
     """
-    word = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    mantissa = (word & jnp.uint32(0x7FFFFF)) != 0
-    exponent = (word >> 23) + mantissa.astype(jnp.uint32)
-    exponent = jnp.clip(exponent, jnp.uint32(1), jnp.uint32(254))
-    return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
+    word = lax.bitcast_convert_type(x, jnp.uint32)
+    word = lax.clamp(np.uint32(0x00800000), word, np.uint32(0x7F000000))
+    above = (word + np.uint32(0x7FFFFF)) & np.uint32(0xFF800000)  # A carry rounds up.
+    return lax.bitcast_convert_type(above, jnp.float32)
 
 
 def power_of_two(exponent: ArrayLike) -> jax.Array:

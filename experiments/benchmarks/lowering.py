@@ -1,18 +1,27 @@
-"""How long lowering takes, against the number of layers of a residual network.
+"""How long lowering takes, and how large a training step of the quantized model is.
 
     python experiments/benchmarks/lowering.py
     python experiments/benchmarks/lowering.py --layers 10 50 --repeats 5
+    python experiments/benchmarks/lowering.py --steps
 
 Seconds of `qjax.lower` alone (tracing, the pass, the check that no float is left), the
-median of a few after one warm-up, with the seconds per layer beside it.
-"""
+median of a few after one warm-up, with the seconds per layer beside it; by the number
+of layers of a residual network.
+
+With `--steps`: of `jax.value_and_grad` of the quantized model beside the float model's,
+the lines of StableHLO and the instructions after optimisation that each site adds, and
+the processor time of compilation as a ratio, the median of interleaved runs:
+
+RESULTS"""
 
 import argparse
 import json
+import re
 import statistics
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -34,6 +43,83 @@ class Residual(nn.Module):
             y = nn.relu(norm()(conv()(x)))
             x = nn.relu(x + norm()(conv()(y)))
         return nn.Dense(10)(x.mean((1, 2)))
+
+
+class ResNet50(nn.Module):
+    """The residual network of 50 layers of He et al., 2015 (arXiv:1512.03385)."""
+
+    @nn.compact
+    def __call__(self, x):
+        norm = lambda: nn.BatchNorm(use_running_average=True)
+        conv = lambda n, k, s=1: nn.Conv(n, (k, k), (s, s), use_bias=False)
+        x = nn.relu(norm()(conv(64, 7, 2)(x)))
+        x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+        for stage, blocks in enumerate((3, 4, 6, 3)):
+            for k in range(blocks):
+                width, stride = 64 << stage, 2 if stage and not k else 1
+                y = nn.relu(norm()(conv(width, 1)(x)))
+                y = nn.relu(norm()(conv(width, 3, stride)(y)))
+                y = norm()(conv(4 * width, 1)(y))
+                x = x if k else norm()(conv(4 * width, 1, stride)(x))
+                x = nn.relu(x + y)
+        return nn.Dense(1000)(x.mean((1, 2)))
+
+
+def compare_steps(name, model, size, repeats):
+    """Returns what quantization adds to a training step, before and after XLA."""
+    x = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
+    params = jax.jit(model.init)(jax.random.key(0), x)
+    qmodel = qjax.quantize_model(model.apply, params, x)
+    qstate = qmodel.init(params, x)
+    updated = lambda params, qstate, x: qmodel.apply_and_update(params, qstate, x)[0]
+    fns = {
+        "float": lambda params, qstate, x: model.apply(params, x),
+        "apply": qmodel.apply,
+        "apply_and_update": updated,
+    }
+    lines, instructions = {}, {}
+    seconds = {kind: [] for kind in fns}
+    for _ in range(repeats):
+        for kind, fn in fns.items():
+            loss = lambda *args, fn=fn: jnp.sum(fn(*args) ** 2)
+            lowered = jax.jit(jax.value_and_grad(loss)).lower(params, qstate, x)
+            start = time.process_time()
+            compiled = lowered.compile()
+            seconds[kind].append(time.process_time() - start)
+            lines[kind] = len(lowered.as_text().splitlines())
+            found = re.findall(r"^\s+(?:ROOT )?%?\S+ = ", compiled.as_text(), re.M)
+            instructions[kind] = len(found)
+    each = lambda counts, kind: (counts[kind] - counts["float"]) / len(qmodel.sites)
+    ratio = lambda kind: statistics.median(
+        a / b for a, b in zip(seconds[kind], seconds["float"], strict=True)
+    )
+    return [
+        {
+            "model": name,
+            "step": kind,
+            "sites": len(qmodel.sites),
+            "lines": each(lines, kind),
+            "instructions": each(instructions, kind),
+            "compile": ratio(kind),
+        }
+        for kind in ("apply", "apply_and_update")
+    ]
+
+
+def print_steps(repeats):
+    """Prints what quantization adds to training steps; returns the rows."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    rows = compare_steps("residual, 10 layers", Residual(10), 8, repeats)
+    rows += compare_steps("ResNet-50", ResNet50(), 64, repeats)
+    print(
+        f"{'model':<20}{'step':<18}{'sites':>5}{'lines':>7}{'instr.':>7}{'compile':>8}"
+    )
+    for row in rows:
+        print(
+            f"{row['model']:<20}{row['step']:<18}{row['sites']:>5}{row['lines']:>7.1f}"
+            f"{row['instructions']:>7.1f}{row['compile']:>8.2f}"
+        )
+    return rows
 
 
 def measure(layers, repeats):
@@ -62,7 +148,16 @@ def main():
     parser.add_argument("--layers", type=int, nargs="+", default=[10, 20, 40, 50, 80])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", help="where to write the figures")
+    parser.add_argument("--steps", action="store_true", help="sizes of training steps")
     args = parser.parse_args()
+    rows = print_steps(args.repeats) if args.steps else print_layers(args)
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(rows, file)
+
+
+def print_layers(args):
+    """Prints the seconds of lowering by the number of layers; returns the rows."""
     rows = [measure(layers, args.repeats) for layers in args.layers]
     print(f"{'layers':>6} {'nodes':>6} {'first s':>8} {'median s':>9} {'ms/layer':>9}")
     for row in rows:
@@ -71,9 +166,7 @@ def main():
             f"{row['layers']:>6} {row['nodes']:>6} {row['first_s']:>8.2f} "
             f"{row['median_s']:>9.2f} {each:>9.1f}"
         )
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file)
+    return rows
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.affine import QParams, dequantize, grid_codes, qpoint_p
-from qjax.backends.xla.bodies import alone
+from qjax.calls import alone
 from qjax.graph.builder import unique_name
 from qjax.lowering.binding import bind
 from qjax.lowering.interpret import fold_known

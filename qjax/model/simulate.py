@@ -12,7 +12,8 @@ from jax import lax
 from jax.extend.source_info_util import user_context
 from jax.typing import ArrayLike
 
-from qjax.affine import QParams, QSpec, fake_quant_bias, qpoint_p
+from qjax.affine import QParams, QSpec, bind_point, fake_quant_bias, known_zeros, select
+from qjax.calls import shared
 from qjax.model.blocks import Block, Plan, data_of, find_blocks, is_quantizer, path_name
 from qjax.model.channels import kernel_axes, move_scale, output_scale
 from qjax.model.common_scales import (
@@ -29,7 +30,7 @@ from qjax.model.primitives import SHAPE_MOVES
 from qjax.model.sites import describe
 from qjax.model.trace import Equation, evaluate, trace
 from qjax.quantizers.point import straight
-from qjax.rounding import ceil_power_of_two, half_even
+from qjax.rounding import ceil_power_of_two
 from qjax.schemes.patterns import Site
 
 SITE_MARK = "site="  # Mark before output and weight site in a block's scope.
@@ -140,7 +141,8 @@ class Simulation:
         self._model = fold_normalisations(self._model, data, in_parts=not whole_norms)
         plan = find_blocks(self._model, names, split)
         self._plan = describe(self._model, plan, names)
-        self._arguments = [_unfolded(x) for _, x in leaves] + jax.tree.leaves(inputs)
+        given = jax.tree.leaves(inputs)
+        self._arguments = _unfolded([x for _, x in leaves]) + given
         self._inputs = self._model.inputs[len(leaves) :]
         # Known values come first: a kernel is held by its bias and its BatchNorm.
         known = set(self._model.avals) - data_of(self._model, self._inputs)
@@ -276,10 +278,8 @@ class Simulation:
 
     def _align(self, v: int, name: str, scale: jax.Array, ends: Word) -> None:
         """Puts a value on one scale that holds all channels exactly, in more bits."""
-        grid = QParams(scale, jnp.int32(0))
-        self._env[v] = qpoint_p.bind(
-            self._env[v], *grid, *ends, site=f"{name}/aligned", rounding=half_even
-        )
+        grid = QParams(scale, known_zeros())
+        self._env[v] = bind_point(self._env[v], grid, *ends, site=f"{name}/aligned")
         self._grids[v], self._aligned[v] = grid, ends
 
     def _fold(self, e: Equation) -> None:
@@ -388,9 +388,8 @@ class Simulation:
             high = functools.reduce(jnp.maximum, (jnp.asarray(c.qmax) for c in own))
             ends = low.astype(jnp.int32), high.astype(jnp.int32)
             (value,) = evaluate(e, *values)
-            value = qpoint_p.bind(
-                value, common, jnp.int32(0), *ends, site=name, rounding=half_even
-            )
+            grid = QParams(common, known_zeros())
+            value = bind_point(value, grid, *ends, site=name)
             ratio = [c.ratio * rate for c, rate in zip(own, rates, strict=True)]
             self._channels[out] = Channels(
                 value, common, jnp.concatenate(ratio), index, *ends
@@ -549,7 +548,7 @@ class Simulation:
         over = tuple(d for d in range(kernel.ndim) if d not in axes.values())
         is_zero = jnp.all(kernel == 0, over, keepdims=bool(axes))
         is_zero = output_scale(e, operand, is_zero, rank)
-        line = _hold(factor, before, after, scale, is_zero, sizes)
+        line = shared(_hold, factor, before, after, scale, is_zero, sizes)
         self._lines[e.outputs[0]] = line
         share = _to_kernel(line.share, axes, kernel.ndim, shape)
         site = self._plan.sites[self._plan.weights[block.weight]]
@@ -626,7 +625,8 @@ class Simulation:
             product = self._scaled(site, x, end, factor, grid)
             return [self._line(block, end, product, None, scale, None)]
         is_zero = self._is_of_zeros(x)
-        line = _hold(None, None, after, scale, (factor == 0) | is_zero, factor.shape)
+        is_off = (factor == 0) | is_zero
+        line = shared(_hold, None, None, after, scale, is_off, factor.shape)
         own = _rounded(jnp.where(is_zero, 0, factor), line.share, grid, site)
         product = self._scaled(site, x, end, own, grid)
         found = self._line(block, end, product, line.bias, scale, line.held)
@@ -734,33 +734,36 @@ def _hold(
     """
     known = before if after is None else after
     assert known is not None
-    dtype = known.dtype
+    dtype, is_one = known.dtype, factor is None
     factor = _ranked(jnp.ones((), dtype) if factor is None else factor, len(sizes))
     terms = [] if before is None else [before * factor]
     terms += [] if after is None else [after]
     offset = terms[0] if len(terms) == 1 else terms[0] + terms[1]
-    size = jnp.abs(_ranked(lax.stop_gradient(offset), len(sizes))).astype(jnp.float32)
+    size = lax.abs(_ranked(lax.stop_gradient(offset), len(sizes))).astype(jnp.float32)
+    least = size * (1.0 / (scale * _MOST_BIAS))
     places = tuple(d for d, n in enumerate(sizes) if n == 1)
-    steps = size * (1.0 / (scale * _MOST_BIAS))
-    least = jnp.max(steps, places, keepdims=True, initial=0.0)
-    is_finer = (jnp.abs(factor).astype(jnp.float32) < least) | (is_zero & (least > 0))
-    is_held = is_finer | (factor == 0)
-    tiny = jnp.finfo(jnp.float32).tiny
-    unit = ceil_power_of_two(jnp.maximum(least, tiny)).astype(dtype)
-    own = jnp.where(factor == 0, jnp.ones_like(factor), factor)
-    held = jnp.where(is_finer, unit, own)
-    share = jnp.where(is_held, factor / lax.stop_gradient(held), jnp.ones((), dtype))
-    terms = [] if before is None else [before]
-    terms += [] if after is None else [after / held]
-    bias = terms[0] if len(terms) == 1 else terms[0] + terms[1]
-    return _Line(held, jnp.where(is_held, offset / held, bias), share, offset)
+    if any(least.shape[d] != 1 for d in places):
+        least = jnp.max(least, places, keepdims=True, initial=0.0)
+    is_zero = is_zero & (least > 0)
+    is_finer = (
+        lax.abs(lax.stop_gradient(factor)).astype(jnp.float32) < least
+    ) | is_zero
+    is_off = factor == 0
+    unit = ceil_power_of_two(least).astype(dtype)
+    held = select(is_finer, unit, select(is_off, 1, factor))
+    share = select(is_finer | is_off, factor / lax.stop_gradient(held), 1)
+    bias = offset / held
+    if before is not None and after is not None and not is_one:
+        bias = select(is_finer | is_off, bias, before + after / held)
+    return _Line(held, bias, share, offset)
 
 
 def _rounded(x: jax.Array, share: jax.Array, grid: QParams, site: Site) -> jax.Array:
     """Multiplies a weight on a grid by a share, and rounds to the same grid."""
-    ends = jnp.int32(-(2**31)), jnp.int32(2**31 - 1)
+    ends = np.int32(-(2**31)), np.int32(2**31 - 1)
     x = x.astype(share.dtype) * share
-    return qpoint_p.bind(x, *grid, *ends, site=site.name, rounding=half_even)
+    found = bind_point(x, grid, *ends, site=site.name)
+    return straight(x, found)  # All of it is inside of these ends.
 
 
 def _to_kernel(
@@ -805,11 +808,14 @@ def _ranked(x: jax.Array, rank: int) -> jax.Array:
     return jnp.reshape(x, (1,) * (rank - jnp.ndim(x)) + jnp.shape(x))
 
 
-def _unfolded(x: Any) -> Any:
-    """Keeps the compiler from folding computations of a parameter.
+def _unfolded(params: Sequence[Any]) -> list[Any]:
+    """Keeps the compiler from folding computations of parameters.
 
     Values that XLA folds are an ulp apart from those that it computes (``rsqrt``: 18 %
     of the values, JAX 0.10.2 on the CPU), and lowering must meet the same numbers.
     """
-    real = jnp.issubdtype(jax.dtypes.result_type(x), jnp.floating)
-    return lax.optimization_barrier(x) if real else x
+    is_real = [jnp.issubdtype(jax.dtypes.result_type(x), jnp.floating) for x in params]
+    reals = [x for x, found in zip(params, is_real, strict=True) if found]
+    held = iter(lax.optimization_barrier(reals))
+    pairs = zip(params, is_real, strict=True)
+    return [next(held) if found else x for x, found in pairs]

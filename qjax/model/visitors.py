@@ -10,8 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax import quantizers
-from qjax.affine import QParams, QSpec, abs_max_params, fake_quant, reduce_range
+from qjax.affine import (
+    QParams,
+    QSpec,
+    abs_max_params,
+    fake_quant,
+    known_zeros,
+    reduce_range,
+)
 from qjax.calibration.calibrators import Calibrator, check_calibrated
+from qjax.calls import shared
 from qjax.model.common_scales import held_scale
 from qjax.model.simulate import Biases, Unit, Visit
 from qjax.quantizers.spec import Spec
@@ -102,13 +110,14 @@ class Quantizer:
         spec = self.scheme.spec(site)
         if not isinstance(spec, QSpec):
             return self._apply(site, x, spec)
-        scale, zero_point = abs_max_params(x, spec)
+        scale = shared(abs_max_params, x, spec).scale
         least = self._least_scale(spec, scale, biases)
         if least is not None:
             low, high = reduce_range(x, spec.axis)
             is_zero = (low == 0) & (high == 0) & (least > 0)  # The scale is 1.
             scale = jnp.where(is_zero, least, jnp.maximum(scale, least))
-        params = QParams(jnp.maximum(scale, _LEAST_SCALE), zero_point)
+        zeros = known_zeros(scale.shape)
+        params = QParams(jnp.maximum(scale, _LEAST_SCALE), zeros)
         return Visit(self._round(site, x, params, spec), params)
 
     def _grid(self, site: Site, spec: QSpec) -> QParams:
@@ -116,7 +125,7 @@ class Quantizer:
         leader = self.leaders.get(site.name, site)
         calibrator = self.scheme.site_calibrator(leader)
         state = self.qstate[leader.name]
-        params = calibrator.params(state, spec)
+        params = shared(calibrator.params, state, spec)
         check_calibrated(params, leader.name)
         if params.scale.ndim and spec.symmetric:
             params = _filled(params, calibrator, state, spec)

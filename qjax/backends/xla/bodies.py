@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.xla_metadata import set_xla_metadata
 
+from qjax.calls import alone
 from qjax.graph.graph import Node
 
 # XLA has int8 kernels (YNNPACK) for dots of two rows and more, on all cores, and for
@@ -121,14 +121,6 @@ def _alone(body: Body, x: jax.Array, kernel: jax.Array, window: Window) -> jax.A
     if body is convolution or math.prod(kernel.shape[:-2]) == 1:
         return body(x, kernel, window)  # XLA fuses nothing here.
     return alone(lambda x, kernel: body(x, kernel, window), x, kernel)
-
-
-def alone(fn: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function as a separate computation that XLA:CPU fuses nothing into."""
-    if jax.default_backend() != "cpu":
-        return fn(*args)
-    with set_xla_metadata(inlineable="false"):
-        return jax.jit(fn)(*args)
 
 
 def centred(x: jax.Array, offset: int) -> jax.Array:

@@ -10,6 +10,7 @@ from jax import lax
 
 from qjax.backends.xla import bodies
 from qjax.backends.xla.tflite import TFLITE
+from qjax.calls import alone
 from qjax.graph.graph import Graph, Node, holds
 from qjax.integer import align_products, requantize, requantize_sum
 
@@ -228,7 +229,7 @@ def _add(node, params, inputs):
         return requantize_sum(terms, jnp.int32(a["shift"]), a["zero_point"], **ends)
 
     # Else XLA:CPU fuses a chain of residual sums into each of its readers.
-    return bodies.alone(add, *inputs)
+    return alone(add, *inputs)
 
 
 def _clip(node, params, inputs):

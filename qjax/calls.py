@@ -1,0 +1,79 @@
+"""Calls of functions that stay computations of their own in a compiled program.
+
+XLA:CPU computes elementwise values anew in each fusion that reads them: a scale, and
+sites behind sites. Without such calls a training step of a residual network has three
+times the instructions (`experiments/benchmarks/lowering.py`).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.xla_metadata import set_xla_metadata
+
+
+def alone(fn: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function as a separate computation that XLA:CPU fuses nothing into.
+
+    Args:
+      fn: Function of arrays, traced anew by each call.
+      *args: Pytrees of arrays.
+
+    Returns:
+      The result of ``fn``.
+    """
+    return _alone(jax.jit(fn), *args) if _is_on_cpu() else fn(*args)
+
+
+def shared(fn: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function as `alone` does; calls with arguments of one type share it.
+
+    Args:
+      fn: Function that lasts, such as one of a module.
+      *args: Pytrees of arrays and of hashable constants.
+
+    Returns:
+      The result of ``fn``. Outside of traces it is called as it is.
+    """
+    leaves, tree = jax.tree.flatten(args)
+    is_array = tuple(
+        isinstance(x, jax.Array | np.ndarray | np.floating) for x in leaves
+    )
+    arrays, constants = _split(leaves, is_array)
+    if not any(isinstance(x, jax.core.Tracer) for x in arrays) or not _is_on_cpu():
+        return fn(*args)
+    return _alone(_jitted(fn, tree, is_array, tuple(constants)), *arrays)
+
+
+def _alone(jitted: Callable[..., Any], *args: Any) -> Any:
+    with set_xla_metadata(inlineable="false"):
+        return jitted(*args)
+
+
+def _is_on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+@functools.lru_cache(maxsize=1024)
+def _jitted(
+    fn: Callable[..., Any],
+    tree: Any,
+    is_array: tuple[bool, ...],
+    constants: tuple[Any, ...],
+) -> Callable[..., Any]:
+    """Returns a jitted function of the arrays among the leaves of the arguments."""
+
+    def call(*arrays: Any) -> Any:
+        given, known = iter(arrays), iter(constants)
+        leaves = [next(given) if found else next(known) for found in is_array]
+        return fn(*jax.tree.unflatten(tree, leaves))
+
+    call.__name__ = getattr(fn, "__name__", call.__name__)
+    return jax.jit(call)
+
+
+def _split(leaves: list[Any], is_first: tuple[bool, ...]) -> tuple[list, list]:
+    pairs = list(zip(leaves, is_first, strict=True))
+    return [x for x, found in pairs if found], [x for x, found in pairs if not found]
