@@ -602,8 +602,9 @@ def _qpoint_batch(operands, dims, **names):
     return qpoint_p.bind(x, *rest, **names), 0
 
 
-def _inside(rounding, x, scale, zero_point, qmin, qmax, is_short=False):
+def _inside(rounding, operands, is_short=False):
     """Returns a mask of the values that `qpoint` rounds without saturation."""
+    x, scale, zero_point, qmin, qmax = operands
     steps = rounding(_steps(x, scale))
     low, high = _relative_ends(scale, zero_point, qmin, qmax)
     if is_short:
@@ -620,7 +621,7 @@ def _qpoint_jvp(primals, tangents, *, site, rounding, in_float=False):
     names = {"in_float": True} if in_float else {}
     out = qpoint_p.bind(*primals, site=site, rounding=rounding, **names)
     x_dot = ad.instantiate_zeros(tangents[0])
-    return out, _masked(_inside(rounding, *primals), x_dot)
+    return out, _masked(_inside(rounding, primals), x_dot)
 
 
 qpoint_p.def_impl(jax.jit(_qpoint, static_argnames=("site", "rounding", "in_float")))
@@ -665,7 +666,7 @@ def _rounded(keep, form, site, rounding, *operands):
     """Returns the value of a quantization point, and what its backward pass needs."""
     # Binds the primitive itself: Hessian-vector products go through its JVP rule.
     out = _point(form, site, rounding, *operands)
-    inside = _inside(rounding, *operands, is_short=form.is_short)
+    inside = _inside(rounding, operands, form.is_short)
     return out, keep(_steps(*operands[:2]), inside)
 
 

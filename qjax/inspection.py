@@ -11,8 +11,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from qjax.affine import QParams, QSpec, dequantize, quantize
-from qjax.model.simulate import Biases, Unit, Visit
 from qjax.model.visitors import QState, Quantizer
+from qjax.model.visits import Biases, Unit, Visit
 from qjax.quantized_model import QuantizedModel
 from qjax.quantizers.point import Point, encode, levels, make_point
 from qjax.quantizers.spec import Spec, is_known

@@ -20,6 +20,7 @@ from qjax.lowering.binding import Bound
 from qjax.lowering.forward import IntegerForward, Words
 from qjax.model.arguments import check_leaves, check_model
 from qjax.model.simulate import Simulation
+from qjax.model.traced_model import TracedModel, Traces
 from qjax.model.visitors import QState, Quantizer, Recorder, Updater
 from qjax.schemes.patterns import Site, Where
 from qjax.schemes.presets import QuantizationParams
@@ -42,6 +43,7 @@ class QuantizedModel:
       base: Scheme over which a config of the model is read, if it comes alone.
       whole_norms: Whether normalisations that would lower in parts are one site each.
       biases: The biases of products, which rules may name.
+      traces: The traced model, kept by the types of its arguments.
     """
 
     fn: Callable[..., Any]
@@ -51,6 +53,9 @@ class QuantizedModel:
     base: Scheme
     biases: tuple[Site, ...] = ()
     whole_norms: bool = False
+    traces: Traces = dataclasses.field(
+        default_factory=Traces, repr=False, compare=False
+    )
 
     def __repr__(self) -> str:
         weights = sum(site.role == "weight" for site in self.sites)
@@ -135,9 +140,8 @@ class QuantizedModel:
         """
         scheme = self._checked(qstate, inputs, scheme)
         words = Words(scheme, qstate, leaders(self.sites, scheme))
-        split = self.scheme.constraints.split
-        forward = IntegerForward(self.fn, params, inputs, split, self.whole_norms)
-        return forward.run(words)
+        traced = self._traced(params, inputs)
+        return IntegerForward(traced, params, inputs).run(words)
 
     def apply_and_update(
         self, params: chex.ArrayTree, qstate: QState, *inputs: Any
@@ -234,9 +238,13 @@ class QuantizedModel:
         return recorder.values
 
     def simulation(self, params: chex.ArrayTree, inputs: Any) -> Simulation:
-        """Traces the model for some inputs, to run it with a visitor at its sites."""
+        """Returns a run over some inputs, with a visitor at the sites of the model."""
+        return Simulation(self._traced(params, inputs), params, inputs)
+
+    def _traced(self, params: chex.ArrayTree, inputs: Any) -> TracedModel:
+        """Returns the model, traced for arguments of some types."""
         split = self.scheme.constraints.split
-        return Simulation(self.fn, params, inputs, split, self.whole_norms)
+        return self.traces.get(self.fn, params, inputs, split, self.whole_norms)
 
     def bind(self, *args: Any) -> Bound:
         """Binds the model to parameters and a state, for `lower` and `verify`.
@@ -258,7 +266,8 @@ class QuantizedModel:
         params, qstate, *inputs = args
         bits = {site.name: self.scheme.site_buffer_bits(site) for site in self.sites}
         fn = lambda *xs: self.apply(params, qstate, *xs)
-        return Bound(fn, tuple(inputs), bits, True, self._refusal())
+        refusal, folded = self._refusal(), self.traces.folded
+        return Bound(fn, tuple(inputs), bits, True, refusal, folded)
 
     def _refusal(self) -> str:
         """Explains why a model of which only weights are quantized has no program."""
@@ -348,8 +357,9 @@ def quantize_model(
     if scheme is None:
         scheme = Scheme() if qparams is None and q_config is None else reader
     split = scheme.constraints.split
-    simulation = Simulation(fn, params, inputs, split, whole_norms)
-    sites, biases = simulation.sites, simulation.biases
+    traces = Traces()
+    traced = traces.get(fn, params, inputs, split, whole_norms)
+    sites, biases = traced.sites, traced.biases
     if not sites:
         raise ValueError(
             "The model has no site: `fn` computes nothing from real values of "
@@ -373,7 +383,9 @@ def quantize_model(
     _warn_of_shadows(own, sites)
     _warn_of_buffers(scheme, sites)
     shapes = jax.eval_shape(lambda: inputs)
-    qmodel = QuantizedModel(fn, scheme, sites, shapes, reader, biases, whole_norms)
+    qmodel = QuantizedModel(
+        fn, scheme, sites, shapes, reader, biases, whole_norms, traces
+    )
     # A dry run: an axis that does not exist raises here, before any data is spent.
     state = qmodel.init(params, *inputs)
     jax.eval_shape(lambda qstate: qmodel.apply(params, qstate, *inputs), state)

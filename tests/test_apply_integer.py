@@ -7,7 +7,6 @@ import pytest
 from flax import linen as nn
 
 import qjax
-from qjax.model.simulate import Simulation
 from qjax.model.visitors import Quantizer
 from qjax.quantizers import parse
 from qjax.quantizers.point import straight
@@ -202,7 +201,7 @@ def forced(qmodel, params, qstate, x):
             return straight(found, given), grid
 
     def run(params):
-        return Simulation(qmodel.fn, params, (x,)).run(Forced(qmodel.scheme, qstate))
+        return qmodel.simulation(params, (x,)).run(Forced(qmodel.scheme, qstate))
 
     return run
 

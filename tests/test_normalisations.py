@@ -13,7 +13,7 @@ from jax import lax
 import qjax
 from experiments.benchmarks import norm
 from qjax.affine import QParams, QSpec, abs_max_params, fake_quant
-from qjax.model.simulate import Simulation
+from qjax.model.traced_model import trace_model
 from qjax.observation import calibrate
 from qjax.quantized_model import quantize_model
 from qjax.schemes.rules import Rule
@@ -83,7 +83,7 @@ def _nnx(make):
 
 def _names(fn, params, *inputs, whole=False):
     return [
-        site.name for site in Simulation(fn, params, inputs, whole_norms=whole).sites
+        site.name for site in trace_model(fn, params, inputs, whole_norms=whole).sites
     ]
 
 
@@ -239,7 +239,7 @@ NEIGHBOURS = {
 @pytest.mark.parametrize("name", NEIGHBOURS)
 def test_neighbours(name):
     fn, wanted = NEIGHBOURS[name]
-    sites = Simulation(fn, PARAMS, (X,)).sites
+    sites = trace_model(fn, PARAMS, (X,)).sites
     found = [s.name for s in sites if s.role == "activation"][1:-1]
     if wanted is None:
         assert found[-2:] == ["residual_0/output", "norm_0/output"]

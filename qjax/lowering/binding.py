@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+Folded = dict[str, dict[int, Any]]  # Digest of a computation -> what it gave.
+
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
@@ -15,6 +17,8 @@ class Bound:
       buffer_bits: Site of a weight -> most bits of the accumulator that it makes.
       has_sites: Whether quantization points are the sites of a model, which have names.
       refusal: Why no program of integers only can come of it; empty if one may.
+      folded: Known values that the last lowering of the model has computed, for the
+        next and for `verify`.
     """
 
     fn: Callable[..., Any]
@@ -22,6 +26,7 @@ class Bound:
     buffer_bits: Mapping[str, int] = dataclasses.field(default_factory=dict)
     has_sites: bool = False
     refusal: str = ""
+    folded: Folded = dataclasses.field(default_factory=dict)
 
 
 def bind(model: Any, args: tuple[Any, ...]) -> Bound:

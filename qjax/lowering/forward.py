@@ -132,7 +132,7 @@ class IntegerForward(Simulation):
             integers.
           NotImplementedError: for arithmetic in half precision.
         """
-        half = find_half(self._model, tuple(self._inputs))
+        half = find_half(self._model, self._traced.inputs)
         if half is not None:
             raise NotImplementedError(half.message)
         own = next(filter(is_quantizer, self._model.equations), None)
@@ -143,7 +143,7 @@ class IntegerForward(Simulation):
         self._late: dict[int, _Late] = {}
         self._sums: dict[int, _Accumulator] = {}
         self._shipped: dict[int, jax.Array] = {}  # Accumulators as the program returns.
-        self._data = set(self._inputs)
+        self._data = set(self._traced.inputs)
         self._of_codes: set[int] = set()  # Functions of what lies on grids.
         self._ends = {b.value: b for b in self._plan.blocks}
         leaves, tree = jax.tree.flatten(super().run(visitor))

@@ -14,6 +14,7 @@ from jax.extend.core.primitives import broadcast_in_dim_p
 from qjax.affine import qpoint_p
 from qjax.graph.builder import compact
 from qjax.leaves import at_start
+from qjax.lowering.binding import Folded
 from qjax.lowering.inputs import MOST_RANGE, follow, integer_range, is_place
 from qjax.lowering.values import (
     Abstract,
@@ -31,8 +32,8 @@ from qjax.model.blocks import RANDOM, place_of
 from qjax.model.normalisations import NORM, said
 from qjax.model.origin import origin_of
 from qjax.model.primitives import POINTWISE, REMEDIES, SHAPE_MOVES, names
-from qjax.model.simulate import SITE_MARK
 from qjax.model.trace import MOST_STEPS, Equation, Trace, evaluate, is_key, whole_of
+from qjax.model.traced_model import SITE_MARK
 from qjax.program import Residue
 
 Rule = Callable[..., Abstract | tuple[Abstract, ...]]
@@ -63,6 +64,7 @@ def interpret(
     builder: Builder,
     rules: Mapping[str, Rule],
     residues: list[Residue] | None = None,
+    folded: Folded | None = None,
 ) -> list[Abstract]:
     """Builds the integer graph of a traced program.
 
@@ -71,6 +73,7 @@ def interpret(
       builder: Receives the graph.
       rules: Name of a primitive -> its rule; a few primitives have no public object.
       residues: Receives what has no integers, in place of errors; None raises them.
+      folded: Known values of the last lowering, for this one and the next.
 
     Returns:
       The knowledge of each output.
@@ -82,7 +85,7 @@ def interpret(
     """
     env: dict[int, Abstract] = {
         v: _FOLDED if is_key(x) else Known(np.asarray(x))
-        for v, x in fold_known(trace).items()
+        for v, x in fold_known(trace, folded).items()
     }
     builder.types = {v: aval.dtype for v, aval in trace.avals.items()}
     for k, v in enumerate(trace.inputs):
@@ -273,12 +276,16 @@ def _placed(message: str, e: Equation) -> str:
 _FOLDED = Known(np.zeros(0))  # A known value that no rule reads.
 
 
-def fold_known(trace: Trace) -> dict[int, Any]:
+def fold_known(trace: Trace, folded: Folded | None = None) -> dict[int, Any]:
     """Computes all values that do not depend on an input.
 
     In one compiled function with the constants as arguments, so that the compiler does
-    not fold them its own way: `verify` meets the same numbers. The last result is kept,
-    as `verify` follows `lower`.
+    not fold them its own way: `verify` meets the same numbers.
+
+    Args:
+      trace: Program with its parameters as constants.
+      folded: Holds the last result, which is taken where it is of the same equations
+        and bytes, and receives this one.
 
     Returns:
       Value -> array, for the constants, the operands of known quantization points, and
@@ -297,9 +304,10 @@ def fold_known(trace: Trace) -> dict[int, Any]:
     wanted = {v for v in wanted if v in known and v not in trace.constants}
     if not wanted:
         return dict(trace.constants)
-    key = _digest(equations, wanted, trace.constants)
-    if key is not None and key in _LAST_FOLDED:
-        return {**trace.constants, **_LAST_FOLDED[key]}
+    last: Folded = {} if folded is None else folded
+    key = None if folded is None else _digest(equations, wanted, trace.constants)
+    if key is not None and key in last:
+        return {**trace.constants, **last[key]}
 
     @jax.jit
     def fold(constants: dict[int, Any]) -> dict[int, Any]:
@@ -310,14 +318,11 @@ def fold_known(trace: Trace) -> dict[int, Any]:
             )
         return {v: env[v] for v in wanted}
 
-    folded = fold(trace.constants)
-    _LAST_FOLDED.clear()
+    found = fold(trace.constants)
+    last.clear()
     if key is not None:
-        _LAST_FOLDED[key] = folded
-    return {**trace.constants, **folded}
-
-
-_LAST_FOLDED: dict[str, dict[int, Any]] = {}  # One entry at most.
+        last[key] = found
+    return {**trace.constants, **found}
 
 
 def _digest(

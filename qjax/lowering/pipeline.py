@@ -162,7 +162,8 @@ def _interpreted(
         residues: list[Residue] = []
         builder = Builder(bound.buffer_bits, is_open=not strict, is_raw=is_raw)
         try:
-            outputs = interpret(traced, builder, RULES, None if strict else residues)
+            left = None if strict else residues
+            outputs = interpret(traced, builder, RULES, left, bound.folded)
         except InputTwiceError as error:  # A few integers can be their own codes.
             if not error.is_raw or error.input in is_raw:
                 raise

@@ -99,7 +99,7 @@ def verify(program: IntegerProgram, model: Any, *args: Any) -> Verification:
     bound = bind(model, args)
     inputs = bound.inputs
     traced, _ = trace(bound.fn, *inputs, keep_derivatives=False)
-    known = fold_known(traced)
+    known = fold_known(traced, bound.folded)
     flat = jax.tree.leaves(inputs)
     ours, codes = program.run_sites(*inputs)
     names = _site_names(traced, known)

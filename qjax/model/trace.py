@@ -65,6 +65,9 @@ class Trace:
     constants: dict[int, Any]
     avals: dict[int, Any]
     names: tuple[str, ...] = ()  # Names of the inputs: input 0, input:1['image'].
+    # True if arguments and code alone determine it: it holds no array or tracer of its
+    # surroundings, and names no axis of a mesh or a `vmap`.
+    is_closed: bool = False
 
     def shape(self, value: int) -> tuple[int, ...]:
         """Returns the shape of a value."""
@@ -95,7 +98,26 @@ def trace(
     types = jax.tree.map(lambda x: x if is_type(x) else jax.typeof(x), args)
     closed, out = jax.make_jaxpr(fn, return_shape=True)(*types)
     whole = _prune(_flatten(closed, keep_derivatives))
-    return dataclasses.replace(whole, names=tuple(leaf_names(args))), out
+    names, is_closed = tuple(leaf_names(args)), _is_closed(closed)
+    return dataclasses.replace(whole, names=names, is_closed=is_closed), out
+
+
+def _is_closed(closed: Any) -> bool:
+    """Returns whether a jaxpr holds no array of its surroundings and names no axis."""
+    jaxpr = getattr(closed, "jaxpr", closed)
+    if getattr(closed, "consts", ()):
+        return False
+    for eqn in jaxpr.eqns:
+        axes = (eqn.params.get(key) for key in ("axes", "axis_name"))
+        named = (x for own in axes for x in (own if isinstance(own, tuple) else (own,)))
+        literals = (v.val for v in eqn.invars if isinstance(v, jex.Literal))
+        if any(isinstance(x, str) for x in named):
+            return False
+        if any(isinstance(x, jax.Array) for x in literals):
+            return False
+        if not all(map(_is_closed, jex.jaxprs_in_params(eqn.params))):
+            return False
+    return True
 
 
 def is_key(x: Any) -> bool:

@@ -21,7 +21,7 @@ from qjax.affine import (
 from qjax.calibration.calibrators import Calibrator, check_calibrated
 from qjax.calls import shared
 from qjax.model.common_scales import held_scale
-from qjax.model.simulate import Biases, Unit, Visit
+from qjax.model.visits import Biases, Unit, Visit
 from qjax.quantizers.spec import Spec
 from qjax.schemes.patterns import Site
 from qjax.schemes.scheme import Scheme

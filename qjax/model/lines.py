@@ -1,0 +1,118 @@
+"""Lines ``(acc + before) * factor + after`` of a product, with biases in int32."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from qjax.affine import QParams, bind_point, select
+from qjax.quantizers.point import straight
+from qjax.rounding import ceil_power_of_two
+from qjax.schemes.patterns import Site
+
+_MOST_BIAS = 2.0**30  # Codes of a bias stay below it, as accumulators are int32.
+
+
+class Line(NamedTuple):
+    """A line ``(acc + before) * factor + after`` in a form whose bias int32 holds.
+
+    The kernel of ``acc`` is multiplied by ``share``: ``(acc * share + bias) * held``.
+    """
+
+    held: jax.Array
+    bias: jax.Array
+    share: jax.Array
+    offset: jax.Array  # ``before * factor + after``.
+
+    def real(self, acc: jax.Array) -> jax.Array:
+        """Computes the line to differentiate: no rounded bias, no quotient."""
+        return acc * self.held + self.offset
+
+
+def hold(
+    factor: jax.Array | None,
+    before: jax.Array | None,
+    after: jax.Array | None,
+    scale: jax.Array,
+    is_zero: jax.Array,
+    sizes: tuple[int, ...],
+) -> Line:
+    """Returns ``(acc + before) * factor + after`` with a bias that int32 holds.
+
+        least = |before * factor + after| / (scale * 2^30)
+
+    A channel with ``|factor| < least`` has too fine a unit for its bias: it gets the
+    next power of two in place of its factor, and the kernel the rest. A channel whose
+    kernel is zero has no unit of its own: it gets the finest. Others stay as they are.
+
+    Args:
+      factor: Constant in a channel; None: 1. So are the next two: absent.
+      before: Term that is added to the accumulator.
+      after: Term that is added to the product with the factor.
+      scale: Scale of the accumulator, per channel or `[]`.
+      is_zero: Whether a channel of the kernel is, broadcasts against ``sizes``.
+      sizes: Sizes of the channels: the rank of the accumulator, else 1.
+
+    Returns:
+      The line in both forms.
+    """
+    known = before if after is None else after
+    assert known is not None
+    dtype, is_one = known.dtype, factor is None
+    factor = ranked(jnp.ones((), dtype) if factor is None else factor, len(sizes))
+    terms = [] if before is None else [before * factor]
+    terms += [] if after is None else [after]
+    offset = terms[0] if len(terms) == 1 else terms[0] + terms[1]
+    size = lax.abs(ranked(lax.stop_gradient(offset), len(sizes))).astype(jnp.float32)
+    least = size * (1.0 / (scale * _MOST_BIAS))
+    places = tuple(d for d, n in enumerate(sizes) if n == 1)
+    if any(least.shape[d] != 1 for d in places):
+        least = jnp.max(least, places, keepdims=True, initial=0.0)
+    is_zero = is_zero & (least > 0)
+    is_finer = (
+        lax.abs(lax.stop_gradient(factor)).astype(jnp.float32) < least
+    ) | is_zero
+    is_off = factor == 0
+    unit = ceil_power_of_two(least).astype(dtype)
+    held = select(is_finer, unit, select(is_off, 1, factor))
+    share = select(is_finer | is_off, factor / lax.stop_gradient(held), 1)
+    bias = offset / held
+    if before is not None and after is not None and not is_one:
+        bias = select(is_finer | is_off, bias, before + after / held)
+    return Line(held, bias, share, offset)
+
+
+def rounded(x: jax.Array, share: jax.Array, grid: QParams, site: Site) -> jax.Array:
+    """Multiplies a weight on a grid by a share, and rounds to the same grid."""
+    ends = np.int32(-(2**31)), np.int32(2**31 - 1)
+    x = x.astype(share.dtype) * share
+    found = bind_point(x, grid, *ends, site=site.name)
+    return straight(x, found)  # All of it is inside of these ends.
+
+
+def to_kernel(
+    x: jax.Array, axes: dict[int, int], rank: int, shape: Sequence[int]
+) -> jax.Array:
+    """Takes one number per channel from the output of a product to its kernel."""
+    sizes = [n if d in axes else 1 for d, n in enumerate(shape)]
+    x = jnp.broadcast_to(x, sizes).reshape([shape[d] for d in sorted(axes)])
+    found = [axes[d] for d in sorted(axes)]
+    x = x.transpose(sorted(range(len(found)), key=found.__getitem__))
+    sizes = [1] * rank
+    for out, own in axes.items():
+        sizes[own] = shape[out]
+    return x.reshape(sizes)
+
+
+def exceeds(shape: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Returns whether a shape has more than one place where ``sizes`` is 1."""
+    whole = (1,) * (len(sizes) - len(shape)) + tuple(shape)
+    return any(n != 1 and m == 1 for n, m in zip(whole, sizes, strict=True))
+
+
+def ranked(x: jax.Array, rank: int) -> jax.Array:
+    """Puts axes of size 1 before the others, up to a rank."""
+    return jnp.reshape(x, (1,) * (rank - jnp.ndim(x)) + jnp.shape(x))

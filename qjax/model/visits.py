@@ -1,0 +1,60 @@
+"""Visits of sites: what a visitor is shown, and what it returns."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import jax
+from jax.typing import ArrayLike
+
+from qjax.affine import QParams, QSpec
+from qjax.schemes.patterns import Site
+
+
+class Visit(NamedTuple):
+    """The result of a visit: the value to go on with, its grid and its word."""
+
+    value: jax.Array
+    grid: QParams | None = None
+    word: QSpec | None = None  # Word of codes about zero: channels may be told apart.
+
+
+class Bias(NamedTuple):
+    """The bias after the product of a weight, ``(acc + bias) * factor``, by channel."""
+
+    data: Site  # Site of the other operand.
+    bias: jax.Array  # Broadcasts against the weight.
+    factor: jax.Array  # Broadcasts against the weight.
+
+
+Biases = Callable[[], list[Bias]]
+
+
+class Unit(NamedTuple):
+    """The unit of a sum of codes: ``real = x * factor * scale``."""
+
+    factor: jax.Array  # Factor of the sum: one over the number of codes.
+    scale: jax.Array  # shape=(). Of the codes.
+
+    def per(self, scale: ArrayLike) -> jax.Array:
+        """Returns the factor from the sum to codes of ``scale``, or to reals for 1."""
+        factor = self.factor.astype(self.scale.dtype) * (self.scale / scale)
+        return factor.astype(self.factor.dtype)
+
+
+class Visitor(Protocol):
+    """A visitor of sites: each method returns the value to go on with, and its grid."""
+
+    def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
+        """Visits the input of the model or the end of a block.
+
+        ``x`` is real if ``unit`` is None.
+        """
+
+    def weight(self, site: Site, x: jax.Array, biases: "Biases" = list) -> Visit:
+        """Visits a weight; ``biases`` follow the products of the weight."""
+
+    def bias(self, site: Site, x: jax.Array) -> Visit:
+        """Visits a bias; without grid and word it gets the accumulator's grid."""
+
+    def takes_factors(self, site: Site) -> bool:
+        """Returns whether a weight's grid follows its values, which then may scale."""
