@@ -569,7 +569,7 @@ def known_zeros(shape: tuple[int, ...] = ()) -> Any:
 
 
 class _Form(NamedTuple):
-    """What is known of a word and its grid before they are traced."""
+    """Known facts of a word and its grid before they are traced."""
 
     in_float: bool  # The type of the scale holds each code minus zero point.
     is_short: bool  # The word has at most 16 bits.

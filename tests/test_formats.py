@@ -118,10 +118,10 @@ def test_a_foreign_file(tmp_path):
 def test_a_later_version(path):
     size = int.from_bytes(path.read_bytes()[:8], "little")
     header = json.loads(path.read_bytes()[8 : 8 + size])
-    metadata = header["__metadata__"] | {"version": "2"}
+    metadata = header["__metadata__"] | {"version": "3"}
     arrays = safetensors.numpy.load_file(path)
     path.write_bytes(safetensors.numpy.save(arrays, metadata))
-    with pytest.raises(ValueError, match="format version 2"):
+    with pytest.raises(ValueError, match="format version 3"):
         qjax.load(path)
 
 

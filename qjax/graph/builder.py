@@ -46,6 +46,7 @@ class GraphBuilder:
         inputs: Sequence[int],
         params: Mapping[str, np.ndarray],
         attributes: Mapping[str, Any],
+        graphs: Mapping[str, Graph] | None = None,
     ) -> tuple[tuple[int, ...], int, int]:
         """Computes shape and interval that an operation would give, by its record.
 
@@ -54,6 +55,7 @@ class GraphBuilder:
           inputs: Values.
           params: Role -> array.
           attributes: Attributes of the node.
+          graphs: Graphs of the node.
 
         Returns:
           The shape of the output, and the least and the largest of its integers; 0 and
@@ -63,7 +65,8 @@ class GraphBuilder:
           ValueError: if the operands do not fit each other.
         """
         record = OPERATIONS[operation]
-        operands = Operands(attributes, [self.values[v] for v in inputs], params)
+        values = [self.values[v] for v in inputs]
+        operands = Operands(attributes, values, params, graphs)
         shape, ends = record.shape(operands), record.interval(operands)
         if not all(np.size(end) for end in ends):
             return shape, 0, 0
@@ -79,6 +82,7 @@ class GraphBuilder:
         grid: Grid | None = None,
         dtype: str | None = None,
         path: str = "",
+        graphs: Mapping[str, Graph] | None = None,
     ) -> int:
         """Adds an operation, whose output has shape and interval by its record.
 
@@ -90,6 +94,7 @@ class GraphBuilder:
           grid: Grid of the output.
           dtype: Type of the output; by default the smallest type that holds it.
           path: Module path of the operation.
+          graphs: Role -> graph that the operation runs, over the parameters of this.
 
         Returns:
           The number of the output.
@@ -99,9 +104,10 @@ class GraphBuilder:
         """
         attributes, params = dict(attributes or {}), dict(params or {})
         own = {role: self.params[name] for role, name in params.items()}
-        found = self.outcome(operation, inputs, own, attributes)
+        found = self.outcome(operation, inputs, own, attributes, graphs)
         value = self.add_value(*found, grid, dtype=dtype)
-        node = Node(operation, tuple(inputs), value, params, attributes, path)
+        inner = dict(graphs or {})
+        node = Node(operation, tuple(inputs), value, params, attributes, path, inner)
         self.nodes.append(node)
         return value
 

@@ -26,7 +26,7 @@ class Overflow:
       low: Least sum, for each output channel where there are weights.
       high: Largest sum, same shape.
       bits: Bits that an accumulator needs, its sign included.
-      value: Number of the accumulator in the graph.
+      value: Number of the accumulator in its graph.
       witness: Input codes that attain the bound, in the shape of the kernel of the
         worst channel; empty where all codes at one end do.
     """
@@ -109,14 +109,13 @@ def certify(
       The certificates.
     """
     arrays = {name: np.asarray(p) for name, p in params.items()}
-    makers = {node.output: node for node in graph.nodes}
-    overflow = []
-    for node in graph.nodes:
-        if _accumulates(node):
-            overflow.append(_overflow(graph, node, arrays))
-    agreement = {
-        name: _agreement(graph, makers, arrays, v) for name, v in graph.sites.items()
-    }
+    overflow, agreement = [], {}
+    for _, own in graph.walk():
+        sums = filter(_accumulates, own.nodes)
+        overflow += [_overflow(own, node, arrays) for node in sums]
+        makers = {node.output: node for node in own.nodes}
+        for name, v in own.sites.items():
+            agreement[name] = _agreement(own, makers, arrays, v)
     size = sum(map(nbytes, arrays.values()))
     return Report(tuple(overflow), agreement, float_values, size)
 

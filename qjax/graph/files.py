@@ -19,7 +19,12 @@ from qjax.graph.packing import pack, storage_bits, unpack
 from qjax.graph.validation import validate
 
 _FORMAT = "qjax.integer_program"
-_VERSION = 1
+_VERSION = 2  # Version 1 has no graphs inside of nodes, and no reserved fields.
+_READ = ("1", "2")
+# Header fields, JSON objects, and tensors for checksums and golden vectors. They are
+# reserved: a reader that does not know them skips them.
+_RESERVED = ("checksums", "golden")
+_GOLDEN = "__golden__/"
 
 
 Contents = tuple[Graph, dict[str, jax.Array], Any, Any]
@@ -69,6 +74,7 @@ def save(
         "packed": json.dumps(packed, sort_keys=True),
         "inputs": json.dumps(_tree_to_json(input_tree)),
         "outputs": json.dumps(_tree_to_json(output_tree)),
+        **dict.fromkeys(_RESERVED, "{}"),
     }
     header["sha256"] = _checksum(header, arrays)
     data = safetensors.numpy.save(arrays, header)
@@ -104,10 +110,11 @@ def load(path: str | os.PathLike[str]) -> Contents:
             f"{os.fspath(path)!r} is a safetensors file, but not an integer program. "
             "Programs are written by `IntegerProgram.save`."
         )
-    if header.get("version") != str(_VERSION):
+    if header.get("version") not in _READ:
         raise ValueError(
             f"{os.fspath(path)!r} has format version {header.get('version')}, this "
-            f"qjax reads version {_VERSION}. Use the qjax that wrote it, or save anew."
+            f"qjax reads versions {' and '.join(_READ)}. Use the qjax that wrote it, "
+            "or save anew."
         )
     if header.pop("sha256", None) != _checksum(header, arrays):
         raise ValueError(
@@ -131,8 +138,15 @@ def _contents(header: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> Co
     Raises:
       ValueError: if there is none.
     """
-    if set(header) != set(_KEYS):
-        raise ValueError(f"Its header must hold {_KEYS}, got {sorted(header)}.")
+    reserved = _RESERVED if header["version"] != "1" else ()
+    if set(header) != {*_KEYS, *reserved}:
+        wanted = (*_KEYS, *reserved)
+        raise ValueError(f"Its header must hold {wanted}, got {sorted(header)}.")
+    for name in reserved:
+        if not isinstance(read_json(header[name]), dict):
+            raise ValueError(f"Its {name} must be an object, got {header[name]!r}.")
+    if reserved:
+        arrays = {k: x for k, x in arrays.items() if not k.startswith(_GOLDEN)}
     unpacked = {**arrays, **_unpacked(read_json(header["packed"]), arrays)}
     graph = Graph.from_json(header["graph"])
     validate(graph, unpacked)
@@ -185,6 +199,11 @@ def _check_name(name: str) -> None:
         raise ValueError(
             "Safetensors files keep the name '__metadata__' for their header. Rename "
             "this parameter in the model, and lower it anew."
+        )
+    if name.startswith(_GOLDEN):
+        raise ValueError(
+            f"Names that begin with {_GOLDEN!r} are kept for golden vectors. Rename "
+            f"the parameter {name!r} in the model, and lower it anew."
         )
 
 

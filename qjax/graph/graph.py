@@ -5,7 +5,8 @@ The meaning of each operation stands in its record: `qjax.graph.operations`.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,8 @@ class Node:
     params: Mapping[str, str]  # Role -> name in the parameters of the program.
     attributes: Mapping[str, Any]  # JSON: numbers, strings, lists.
     path: str = ""
+    # Role -> graph that the operation runs, over the same parameters.
+    graphs: Mapping[str, "Graph"] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +74,30 @@ class Graph:
     outputs: tuple[int, ...]
     sites: Mapping[str, int]  # Name of a quantization point -> its codes.
 
+    def walk(self, place: str = "") -> Iterator[tuple[str, "Graph"]]:
+        """Yields this graph and all graphs inside of its nodes, each with its place.
+
+        Args:
+          place: Place of this graph, empty for a whole program.
+
+        Yields:
+          The place, such as ``"the body of %3 = loop"``, and the graph.
+        """
+        yield place, self
+        for n in self.nodes:
+            for role, graph in n.graphs.items():
+                inside = f" in {place}" if place else ""
+                own = f"the {role} of %{n.output} = {n.operation}{inside}"
+                yield from graph.walk(own)
+
     def __str__(self):
         lines = [f"inputs: {', '.join(self._show(v) for v in self.inputs)}"]
         for n in self.nodes:
             args = ", ".join([*(f"%{v}" for v in n.inputs), *n.params.values()])
             where = f"  # {n.path}" if n.path else ""
             lines.append(f"{self._show(n.output)} = {n.operation}({args}){where}")
+            for role, graph in n.graphs.items():
+                lines += [f"  {role}:", textwrap.indent(str(graph), " " * 4)]
         return "\n".join(
             [*lines, f"outputs: {', '.join(map(self._show, self.outputs))}"]
         )
@@ -106,11 +127,7 @@ class Graph:
         """
         data = read_json(text)
         try:
-            _check_keys(data, Graph)
-            values = tuple(_value(v) for v in data["values"])
-            nodes = tuple(_node(n) for n in data["nodes"])
-            ends = tuple(data["inputs"]), tuple(data["outputs"])
-            graph = Graph(values, nodes, *ends, dict(data["sites"]))
+            graph = _graph(data)
             check(graph)
             return graph
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -142,6 +159,12 @@ def _no_number(name: str) -> Any:
 
 def check(graph: Graph) -> None:
     """Raises ValueError unless each value is defined before use and well typed."""
+    for _, own in graph.walk():
+        check_order(own)
+
+
+def check_order(graph: Graph) -> None:
+    """Raises ValueError as `check`, without the graphs inside of nodes."""
     defined = set(graph.inputs)
     for n in graph.nodes:
         if not defined.issuperset(n.inputs) or n.output in defined:
@@ -190,5 +213,16 @@ def _value(data: Any) -> Value:
 
 
 def _node(data: Any) -> Node:
+    if isinstance(data, dict):
+        data = {"graphs": {}, **data}  # Version 1 of the files has none.
     _check_keys(data, Node)
-    return Node(**{**data, "inputs": tuple(data["inputs"])})
+    graphs = {role: _graph(graph) for role, graph in data["graphs"].items()}
+    return Node(**{**data, "inputs": tuple(data["inputs"]), "graphs": graphs})
+
+
+def _graph(data: Any) -> Graph:
+    _check_keys(data, Graph)
+    values = tuple(_value(v) for v in data["values"])
+    nodes = tuple(_node(n) for n in data["nodes"])
+    ends = tuple(data["inputs"]), tuple(data["outputs"])
+    return Graph(values, nodes, *ends, dict(data["sites"]))

@@ -31,10 +31,12 @@ def merge_equal(graph: Graph, params: Mapping[str, Any]) -> Graph:
         inputs = tuple(number[v] for v in node.inputs)
         arrays = {k: _content(params[name]) for k, name in node.params.items()}
         attributes = json.dumps(node.attributes, sort_keys=True)
-        made = graph.values[node.output], tuple(sorted(arrays.items()))
+        graphs = {role: merge_equal(g, params) for role, g in node.graphs.items()}
+        inner = tuple((role, g.to_json()) for role, g in sorted(graphs.items()))
+        made = graph.values[node.output], tuple(sorted(arrays.items())), inner
         key = node.operation, inputs, attributes, repr(made)
         number[node.output] = known.setdefault(key, node.output)
-        nodes.append(dataclasses.replace(node, inputs=inputs))
+        nodes.append(dataclasses.replace(node, inputs=inputs, graphs=graphs))
     return dataclasses.replace(
         graph,
         nodes=tuple(nodes),
@@ -59,6 +61,15 @@ def drop_dead(graph: Graph, params: Mapping[str, Any]) -> tuple[Graph, dict[str,
     Returns:
       The graph and the parameters that are left. Inputs stay.
     """
+    pruned = _pruned(graph)
+    nodes = (node for _, own in pruned.walk() for node in own.nodes)
+    names = {name for node in nodes for name in node.params.values()}
+    left = {name: array for name, array in params.items() if name in names}
+    validate(pruned, left)
+    return pruned, left
+
+
+def _pruned(graph: Graph) -> Graph:
     needed = {*graph.inputs, *graph.outputs, *graph.sites.values()}
     nodes = []
     for node in reversed(graph.nodes):
@@ -71,17 +82,14 @@ def drop_dead(graph: Graph, params: Mapping[str, Any]) -> tuple[Graph, dict[str,
             node,
             inputs=tuple(number[v] for v in node.inputs),
             output=number[node.output],
+            graphs={role: _pruned(inner) for role, inner in node.graphs.items()},
         )
         for node in reversed(nodes)
     )
-    names = {name for node in nodes for name in node.params.values()}
-    pruned = Graph(
+    return Graph(
         tuple(graph.values[v] for v in sorted(needed)),
         renumbered,
         tuple(number[v] for v in graph.inputs),
         tuple(number[v] for v in graph.outputs),
         {name: number[v] for name, v in graph.sites.items()},
     )
-    left = {name: array for name, array in params.items() if name in names}
-    validate(pruned, left)
-    return pruned, left

@@ -4,7 +4,7 @@ The oracle of every backend. What an operation means stands in its record:
 `qjax.graph.operations`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,13 +30,29 @@ def run(
       OverflowError: if a value leaves the interval that the graph promises.
     """
     arrays = {name: np.asarray(p).astype(np.int64) for name, p in params.items()}
+    return _run(graph, arrays, inputs)
+
+
+def _run(
+    graph: Graph, arrays: Mapping[str, np.ndarray], inputs: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    def runner(inner: Graph) -> Callable[..., list[np.ndarray]]:
+        def outputs(*own: np.ndarray) -> list[np.ndarray]:
+            found = _run(inner, arrays, own)
+            return [found[v] for v in inner.outputs]
+
+        return outputs
+
     env = {
         v: np.asarray(x, np.int64) for v, x in zip(graph.inputs, inputs, strict=True)
     }
     for node in graph.nodes:
         own = {role: arrays[name] for role, name in node.params.items()}
         given = [env[v] for v in node.inputs]
-        out = OPERATIONS[node.operation].meaning(node.attributes, own, given)
+        operands: list[Any] = [node.attributes, own, given]
+        if node.graphs:
+            operands.append({role: runner(g) for role, g in node.graphs.items()})
+        out = OPERATIONS[node.operation].meaning(*operands)
         bound = graph.values[node.output]
         if out.size and (out.min() < bound.low or out.max() > bound.high):
             raise OverflowError(f"{node} leaves [{bound.low}, {bound.high}].")

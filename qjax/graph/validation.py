@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from qjax.graph.graph import Graph, Grid, Node, Value, check
+from qjax.graph.graph import Graph, Grid, Node, Value, check_order
 from qjax.graph.operations import OPERATIONS, Operands
 from qjax.graph.operations.record import Attribute, is_integer
 
@@ -35,14 +35,37 @@ def validate(graph: Graph, params: Mapping[str, Any]) -> None:
         operation that gives another shape than the graph names, a scale that is not
         finite, and the like.
     """
+    arrays = {name: np.asarray(p) for name, p in params.items()}
+    _validate(graph, arrays, "")
+    nodes = (node for _, own in graph.walk() for node in own.nodes)
+    used = {name for node in nodes for name in node.params.values()}
+    unused = sorted(map(repr, set(arrays) - used))
+    _need(not unused, "The graph", "each parameter must have a reader", unused)
+
+
+def _validate(graph: Graph, arrays: Mapping[str, np.ndarray], place: str) -> None:
+    """Raises ValueError unless a graph and those inside of its nodes are valid."""
+    try:
+        _check_graph(graph, arrays)
+    except ValueError as error:
+        error.args = (f"In {place}: {error}" if place else str(error),)
+        raise
+    for node in graph.nodes:
+        for role, inner in node.graphs.items():
+            inside = f" in {place}" if place else ""
+            own = f"the {role} of %{node.output} = {node.operation}{inside}"
+            _validate(inner, arrays, own)
+
+
+def _check_graph(graph: Graph, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError unless a graph is valid, whatever is inside of its nodes."""
     for v, value in enumerate(graph.values):
         _check_value(f"Value %{v}", value)
     for node in graph.nodes:
         _check_node(graph, node)
     _check_ends(graph)
-    check(graph)
+    check_order(graph)
     _check_computed(graph)
-    arrays = {name: np.asarray(p) for name, p in params.items()}
     _check_params(graph, arrays)
     _check_roles(graph)
     for node in graph.nodes:
@@ -143,7 +166,10 @@ def _leaves(scale: Any) -> list[Any]:
 
 def _check_node(graph: Graph, node: Node) -> None:
     if not isinstance(node.operation, str) or node.operation not in OPERATIONS:
-        raise ValueError(f"There is no integer operation {node.operation!r}.")
+        raise ValueError(
+            f"There is no integer operation {node.operation!r} in this qjax; a later "
+            "one may know it."
+        )
     size = len(graph.values)
     _need(
         is_integer(node.output) and 0 <= node.output < size,
@@ -172,6 +198,9 @@ def _check_node(graph: Graph, node: Node) -> None:
     for name, found in own.items():
         kind = form.attributes.get(name) or form.optional[name]
         _check_attribute(where, name, kind, found)
+    _check_names(where, "graphs", node.graphs, form.graphs, ())
+    graphs = all(isinstance(graph, Graph) for graph in node.graphs.values())
+    _need(graphs, where, "graphs must be integer graphs", [*node.graphs])
     for name in form.each_input:
         wanted = f"`{name}` must hold one for each of {count} inputs"
         _need(len(own[name]) == count, where, wanted, own[name])
@@ -257,18 +286,14 @@ def _check_roles(graph: Graph) -> None:
 
 
 def _check_params(graph: Graph, arrays: Mapping[str, np.ndarray]) -> None:
-    used = set()
     for node in graph.nodes:
         for role, name in node.params.items():
             if name not in arrays:
                 raise ValueError(f"The parameter {name!r} of {node} is not there.")
-            used.add(name)
             types = _PARAM_TYPES.get(role, _TYPES)
             dtype = str(arrays[name].dtype)
             wanted = f"the parameter {name!r} must have a type of {', '.join(types)}"
             _need(dtype in types, _at(node), wanted, dtype)
-    unused = sorted(map(repr, set(arrays) - used))
-    _need(not unused, "The graph", "each parameter must have a reader", unused)
 
 
 # Shapes and intervals.
@@ -279,7 +304,7 @@ def _check_operation(graph: Graph, node: Node, arrays: Mapping[str, Any]) -> Non
     record, value = OPERATIONS[node.operation], graph.values[node.output]
     inputs = [graph.values[v] for v in node.inputs]
     own = {role: arrays[name] for role, name in node.params.items()}
-    operands = Operands(node.attributes, inputs, own)
+    operands = Operands(node.attributes, inputs, own, node.graphs)
     try:
         shape = record.shape(operands)
     except ValueError as error:

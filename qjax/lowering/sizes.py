@@ -80,8 +80,16 @@ def _first_difference(a: Any, b: Any) -> Node | str | None:
     """Returns the first operation that differs with the other size."""
     (graph, params), (other, other_params) = a, b
     for node, twin in itertools.zip_longest(graph.nodes, other.nodes):
-        if node is None or twin is None or node != twin:
+        if node is None or twin is None:
             return node or "end"
+        if dataclasses.replace(node, graphs=twin.graphs) != twin:
+            return node
+        if set(node.graphs) != set(twin.graphs):
+            return node
+        for role, inner in node.graphs.items():
+            pair = (inner, params), (twin.graphs[role], other_params)
+            if _first_difference(*pair) is not None:
+                return node
         values = zip(
             (node.output, *node.inputs), (twin.output, *twin.inputs), strict=True
         )

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from qjax.graph.graph import Value
+from qjax.graph.graph import Graph, Value
 from qjax.integer import RequantizeRule
 
 INT32 = np.iinfo(np.int32)
@@ -86,6 +86,7 @@ class Operands:
       attributes: Attributes of the node.
       inputs: Values of the inputs in the graph.
       params: Role -> array.
+      graphs: Role -> graph that the node runs.
     """
 
     def __init__(
@@ -93,10 +94,12 @@ class Operands:
         attributes: Mapping[str, Any],
         inputs: Sequence[Value],
         params: Mapping[str, np.ndarray],
+        graphs: Mapping[str, Graph] | None = None,
     ) -> None:
         self.attributes = attributes
         self.inputs = inputs
         self.params = params
+        self.graphs = graphs or {}
 
     def __getitem__(self, name: str) -> Any:
         return self.attributes[name]
@@ -144,9 +147,7 @@ class Operands:
         return max(abs(ends[0]), abs(ends[1]))
 
 
-Meaning = Callable[
-    [Mapping[str, Any], Mapping[str, np.ndarray], Sequence[np.ndarray]], np.ndarray
-]
+Meaning = Callable[..., np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,23 +160,27 @@ class Operation:
       kind: Effect on integers. ``accumulator``: sums of products, in another
         unit; ``rescale``: from grid to grid, which rounds; ``move``: the same integers
         elsewhere; ``choice``: some of the integers of its inputs; ``table``: looks
-        integers up in a parameter; ``number``: integers of its own.
+        integers up in a parameter; ``number``: integers of its own; ``loop``: runs the
+        graphs of its node.
       shape: Shape of the output, from the operands; raises ValueError if they do not
         fit each other.
       interval: Least and largest integers of the output, arrays in its rank, or
         numbers; raises ValueError for operands that its meaning does not allow.
-      meaning: ``meaning(attributes, params, inputs)`` in int64: the oracle.
+      meaning: ``meaning(attributes, params, inputs)`` in int64: the oracle. With
+        ``graphs`` a fourth argument maps roles to functions, from the inputs of a graph
+        to its outputs.
       inputs: Number of inputs, or the possible numbers; None for one or more.
       attributes: Name -> type of what must be there.
       roles: Roles of the parameters; each must be there.
       optional: Name -> type of what may be there.
       each_input: Names of the lists that have an item for each input.
       each_axis: Names of the lists that have an item for each axis of the first input.
+      graphs: Roles of the graphs of its node; each must be there.
     """
 
     name: str
     contract: str
-    kind: Literal["accumulator", "rescale", "move", "choice", "table", "number"]
+    kind: Literal["accumulator", "rescale", "move", "choice", "table", "number", "loop"]
     shape: Callable[[Operands], Shape]
     interval: Callable[[Operands], Ends]
     meaning: Meaning
@@ -185,6 +190,7 @@ class Operation:
     optional: Mapping[str, Attribute] = dataclasses.field(default_factory=dict)
     each_input: tuple[str, ...] = ()
     each_axis: tuple[str, ...] = ()
+    graphs: tuple[str, ...] = ()
 
 
 # Shapes and intervals that several operations share.
