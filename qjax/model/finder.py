@@ -23,7 +23,7 @@ from qjax.model.blocks import (
     place_of,
 )
 from qjax.model.elementwise import find_functions
-from qjax.model.flow import Flow
+from qjax.model.lineage import Lineage
 from qjax.model.normalisations import NORM
 from qjax.model.origin import origin_of
 from qjax.model.primitives import AFFINE, REMEDIES, SHAPE_MOVES, names
@@ -61,7 +61,7 @@ def find_blocks(model: Trace, names: Sequence[str], split: Sequence[str] = ()) -
     return finder.plan()
 
 
-class _Finder(Flow):
+class _Finder(Lineage):
     """A walk over the equations, which then names the sites that it found."""
 
     def __init__(self, model: Trace, names: Sequence[str], split: Sequence[str]):

@@ -1,4 +1,4 @@
-"""The flow of values in a traced model: who makes them, who reads them, of what."""
+"""The lineage of values in a traced model: their makers, readers and parameters."""
 
 import collections
 import math
@@ -13,7 +13,7 @@ from qjax.model.trace import Equation, Trace
 _GRID_KEEPING = SHAPE_MOVES | names("maximum", "minimum", "running extreme") | {"split"}
 
 
-class Flow:
+class Lineage:
     """A traced model with the makers and readers of its values.
 
     Args:
