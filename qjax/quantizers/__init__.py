@@ -35,16 +35,17 @@ from qjax.quantizers.curves import (
     quantized_sigmoid,
     quantized_tanh,
 )
-from qjax.quantizers.learned import (
-    LSQ,
-    PACT,
-    DifferentiableBits,
+from qjax.quantizers.dorefa import (
     DoReFaActivations,
     DoReFaWeights,
-    LSQPlus,
-    differentiable_bits,
     dorefa_activations,
     dorefa_weights,
+)
+from qjax.quantizers.learned_bits import DifferentiableBits, differentiable_bits
+from qjax.quantizers.learned_scales import (
+    LSQ,
+    PACT,
+    LSQPlus,
     lsq,
     lsq_plus,
     lsq_plus_params,
