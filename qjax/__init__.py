@@ -1,16 +1,7 @@
 """Quantize JAX and Flax models, train them as they ship, lower them to integers."""
 
 from qjax import estimators, presets, quantizers
-from qjax.affine import (
-    QParams,
-    QSpec,
-    abs_max_params,
-    clipped_ste,
-    dequantize,
-    fake_quant,
-    min_max_params,
-    quantize,
-)
+from qjax.affine import QParams, QSpec, dequantize, fake_quant, quantize
 from qjax.calibration.calibrators import (
     Calibrator,
     constant,
@@ -36,7 +27,9 @@ from qjax.integer import fixed_point, requantize
 from qjax.lowering import Verification, lower, verify
 from qjax.observation import CalibrationError, CalibrationInterrupt, calibrate
 from qjax.program import IntegerProgram, load
+from qjax.qpoint import clipped_ste
 from qjax.quantized_model import QuantizedModel, quantize_model
+from qjax.ranges import abs_max_params, min_max_params
 from qjax.rounding import int_range
 from qjax.schemes.codec import SchemeError
 from qjax.schemes.patterns import Site, Where

@@ -1,21 +1,19 @@
-"""The affine grid: parameters, quantize, dequantize, fake_quant and the `qpoint` tag.
+"""The affine grid: words and parameters, quantize, dequantize and fake_quant.
 
 real = scale * (code - zero_point),    code in [qmin, qmax]
 """
 
 import dataclasses
 import numbers
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 
 from qjax.mesh_axes import axes_of, vary
+from qjax.qpoint import Estimator, Rounding, clipped_ste, grid_codes, grid_values
 from qjax.rounding import (
     ceil_power_of_two,
     check_bits,
@@ -25,8 +23,6 @@ from qjax.rounding import (
 )
 from qjax.tables import show_fields
 
-Rounding = Callable[[jax.Array], jax.Array]
-Estimator = Callable[..., jax.Array]
 Axis = int | tuple[int, ...] | Literal["output"] | None
 
 _INT32 = jnp.iinfo(jnp.int32)
@@ -156,9 +152,9 @@ def quantize(x: ArrayLike, params: QParams, spec: QSpec) -> jax.Array:
       Jacob et al., "Quantization and Training of Neural Networks for Efficient
       Integer-Arithmetic-Only Inference", 2018, eq. 1 (arXiv:1712.05877).
     """
-    x, params = _as_numbers(x, "x"), _as_params(params)
-    _check_params_shape(x, params, _checked(spec).axis)
-    return grid_codes(x, *params, *_code_range(spec), rounding=spec.rounding)
+    x, params = as_numbers(x, "x"), _as_params(params)
+    _check_params_shape(x, params, check_spec(spec).axis)
+    return grid_codes(x, *params, *code_range(spec), rounding=spec.rounding)
 
 
 def dequantize(q: ArrayLike, params: QParams) -> jax.Array:
@@ -179,14 +175,13 @@ def dequantize(q: ArrayLike, params: QParams) -> jax.Array:
       >>> dequantize([1, 7], QParams(scale=0.5, zero_point=3))
       Array([-1.,  2.], dtype=float32)
     """
-    q, params = _as_numbers(q, "q"), _as_params(params)
+    q, params = as_numbers(q, "q"), _as_params(params)
     if not jnp.issubdtype(q.dtype, jnp.integer):
         raise TypeError(
             f"`q` must be codes of an integer type, got {q.dtype}. Real values go "
             "through `quantize` first."
         )
-    dtype = params.scale.dtype
-    return (q.astype(dtype) - params.zero_point.astype(dtype)) * params.scale
+    return grid_values(q, *params)
 
 
 def fake_quant(
@@ -219,17 +214,17 @@ def fake_quant(
       >>> fake_quant(jnp.array([0.7, -0.25, 99.0]), params, QSpec(bits=4))
       Array([0.5, 0. , 3.5], dtype=float32)
     """
-    x, params = _as_numbers(x, "x"), _as_params(params)
+    x, params = as_numbers(x, "x"), _as_params(params)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         x = x.astype(params.scale.dtype)
-    _check_params_shape(x, params, _checked(spec).axis)
+    _check_params_shape(x, params, check_spec(spec).axis)
     estimate = clipped_ste if estimator is None else estimator
     for grid in params:
         x = vary(x, axes_of(jax.typeof(grid)))
-    return estimate(x, *params, *_code_range(spec), site, spec.rounding)
+    return estimate(x, *params, *code_range(spec), site, spec.rounding)
 
 
-def _as_numbers(x: Any, name: str) -> jax.Array:
+def as_numbers(x: Any, name: str) -> jax.Array:
     """Returns an array of real numbers, integers or truth values."""
     if any(isinstance(part, str | bytes) for part in jax.tree.leaves(x)):
         raise TypeError(f"`{name}` must be an array of numbers, got {x!r}.")
@@ -254,14 +249,14 @@ def _as_params(params: Any) -> QParams:
     scale, zero_point = params
     if not isinstance(scale, jax.Array):
         _check_scale(scale)
-    is_real = jnp.issubdtype(_as_numbers(scale, "scale").dtype, jnp.floating)
+    is_real = jnp.issubdtype(as_numbers(scale, "scale").dtype, jnp.floating)
     if not is_real or not hasattr(scale, "dtype"):
         scale = jnp.asarray(scale, jnp.float32)  # Python's floats have 64 bits.
     if isinstance(zero_point, int | np.integer | np.ndarray):
         whole = np.asarray(zero_point)
         if np.any((whole < _INT32.min) | (whole > _INT32.max)):
             raise ValueError(f"`zero_point` must fit int32, got {zero_point!r}.")
-    zero = _as_numbers(zero_point, "zero_point")
+    zero = as_numbers(zero_point, "zero_point")
     if not jnp.issubdtype(zero.dtype, jnp.integer):
         raise TypeError(f"`zero_point` must be a whole number, got {zero_point!r}.")
     return QParams(jnp.asarray(scale), zero.astype(jnp.int32))
@@ -279,87 +274,14 @@ def _check_scale(scale: Any) -> None:
         raise ValueError(f"`scale` must be positive and finite, got {scale!r}.")
 
 
-def _checked(spec: Any) -> QSpec:
+def check_spec(spec: Any) -> QSpec:
+    """Returns a word of codes; raises TypeError for another value."""
     if not isinstance(spec, QSpec):
         raise TypeError(
             f"`spec` must be a word of codes such as `QSpec(bits=8)`, got {spec!r}. "
             "Quantizers of `qjax.quantizers` have `apply` and `encode`."
         )
     return spec
-
-
-def min_max_params(low: ArrayLike, high: ArrayLike, spec: QSpec) -> QParams:
-    """Returns the finest grid of ``spec`` that holds ``[low, high]`` and zero.
-
-        asymmetric:  scale = (high - low) / (qmax - qmin)
-                     zero_point = min(qmin - round(low / scale), qmax)
-        symmetric:   scale = max(high / qmax, low / qmin),  zero_point = 0
-
-    after widening the range to contain 0; quotients are products with a reciprocal, as
-    in `quantize`. An asymmetric scale is at least ``max(high, -low) / 2^31``, which
-    counts for 32 bits alone. Zero lies on the grid, so that an end of an asymmetric
-    range may saturate by half a step. With ``spec.power_of_two`` the scale is rounded
-    up to the least power of two that holds the range, up to float rounding of its width
-    and, for words of more than 24 bits, of the number of codes. An empty
-    range (``low == high == 0``) gets scale 1; others stay within 2^-126 and 2^126.
-
-    Args:
-      low: Least value, shape of the scale wanted.
-      high: Largest value, same shape.
-      spec: Word length and range of the codes.
-
-    Returns:
-      `QParams`, float32 and int32, shape of ``low``. The scale is NaN if an end is.
-    """
-    low = jnp.minimum(jnp.asarray(low, jnp.float32), 0.0)
-    high = jnp.maximum(jnp.asarray(high, jnp.float32), 0.0)
-    qmin, qmax = _code_range(spec)
-    bottom, top = qmin.astype(jnp.float32), qmax.astype(jnp.float32)
-    if spec.symmetric:
-        scale = jnp.maximum(high * _reciprocal(top), low * _reciprocal(bottom))
-        fits = lambda s: (high <= top * s) & (low >= bottom * s)
-    else:
-        # Halved, so that the width of the full float range is finite.
-        half = high * 0.5 - low * 0.5
-        scale = half * (2.0 * _reciprocal(top - bottom))
-        # Steps from zero fit int32. Wider than this are only words of 32 bits.
-        scale = jnp.maximum(scale, jnp.maximum(high, -low) * 2.0**-31)
-        fits = lambda s: half <= (top - bottom) * (0.5 * s)
-    if spec.power_of_two:
-        # The quotient may have been rounded across a power of two, either way.
-        s = ceil_power_of_two(scale)
-        held = jnp.where(fits(0.5 * s), 0.5 * s, jnp.where(fits(s), s, 2.0 * s))
-        scale = jnp.where(jnp.isnan(scale), scale, held)
-    # The reciprocal must be a normal number: the CPU takes others to zero.
-    scale = jnp.clip(scale, jnp.float32(2.0**-126), jnp.float32(2.0**126))
-    scale = jnp.where((low == 0) & (high == 0), 1.0, scale)
-    if spec.symmetric:
-        return QParams(scale, jnp.zeros(scale.shape, jnp.int32))
-    # Steps from qmin to zero, unsigned: up to 2^32 - 1 of them.
-    most = qmax.astype(jnp.uint32) - qmin.astype(jnp.uint32)
-    steps = half_even(-low * (1.0 / scale))
-    fewer = jnp.where(steps < 2.0**32, steps, 0.0).astype(jnp.uint32)
-    above = jnp.where(steps < 2.0**32, jnp.minimum(fewer, most), most)
-    return QParams(scale, (qmin.astype(jnp.uint32) + above).astype(jnp.int32))
-
-
-def abs_max_params(x: ArrayLike, spec: QSpec) -> QParams:
-    """Returns the finest symmetric grid of ``spec`` that holds ``x``, as for weights.
-
-    Args:
-      x: Values, shape ``[...]``.
-      spec: Word length, range and axis. Taken as symmetric.
-
-    Returns:
-      `QParams`, shape ``[]``; with ``spec.axis`` that of ``x`` with size 1 elsewhere.
-
-    Example:
-      >>> x = jnp.array([[0.5, -1.0], [0.25, 2.0]])
-      >>> abs_max_params(x, QSpec(bits=8, narrow_range=True, axis=-1)).scale * 127
-      Array([[0.5, 2. ]], dtype=float32)
-    """
-    symmetric = dataclasses.replace(_checked(spec), symmetric=True)
-    return min_max_params(*reduce_range(_as_numbers(x, "x"), spec.axis), symmetric)
 
 
 def fake_quant_bias(
@@ -392,21 +314,6 @@ def fake_quant_bias(
     return fake_quant(bias, grid, spec, site=site)
 
 
-def reduce_range(x: jax.Array, axis: Axis) -> tuple[jax.Array, jax.Array]:
-    """Returns the least and the largest value in float32, in the shape of a scale.
-
-    An empty ``x`` has the range (0, 0).
-    """
-    shape = scale_shape(x.shape, axis)
-    over = tuple(d for d in range(x.ndim) if not shape or shape[d] != x.shape[d])
-    keep = bool(shape)
-    x = x.astype(jnp.float32)
-    if x.size == 0:
-        zeros = jnp.zeros(shape, jnp.float32)
-        return zeros, zeros
-    return jnp.min(x, over, keepdims=keep), jnp.max(x, over, keepdims=keep)
-
-
 def scale_shape(shape: tuple[int, ...], axis: Axis) -> tuple[int, ...]:
     """Returns the shape of a scale: ``()``, or size 1 everywhere but at ``axis``."""
     if axis is None:
@@ -429,43 +336,7 @@ def scale_shape(shape: tuple[int, ...], axis: Axis) -> tuple[int, ...]:
     return tuple(n if d in kept else 1 for d, n in enumerate(shape))
 
 
-def grid_codes(
-    x: jax.Array,
-    scale: jax.Array,
-    zero_point: jax.Array,
-    qmin: jax.Array,
-    qmax: jax.Array,
-    *,
-    rounding: Rounding = half_even,
-) -> jax.Array:
-    """Computes the codes of `quantize`, int32, from the operands of `qpoint`."""
-    steps = _to_int32(rounding(_steps(x, scale)))
-    # Clip before the zero point joins, with bounds that do not wrap.
-    low = jnp.maximum(qmin, _INT32.min + jnp.maximum(zero_point, 0)) - zero_point
-    high = jnp.minimum(qmax, _INT32.max + jnp.minimum(zero_point, 0)) - zero_point
-    return jnp.clip(steps, low, high) + zero_point
-
-
-def _steps(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns ``x / scale`` before rounding, by an explicit reciprocal."""
-    return x.astype(scale.dtype) * (1.0 / scale)
-
-
-def _to_int32(x: jax.Array) -> jax.Array:
-    """Converts whole floats to int32 with saturation; NaN becomes 0."""
-    top = jnp.asarray(2.0**31, x.dtype)
-    inside = jnp.where((x >= -top) & (x < top), x, 0).astype(jnp.int32)
-    return jnp.where(
-        x >= top, _INT32.max, jnp.where(x < -top, _INT32.min, inside)
-    ).astype(jnp.int32)
-
-
-def _reciprocal(x: jax.Array) -> jax.Array:
-    """Returns ``1 / x``, and 0 at 0, where one side of the range has no codes."""
-    return jnp.where(x == 0, 0.0, 1.0 / jnp.where(x == 0, 1.0, x))
-
-
-def _code_range(spec: QSpec) -> tuple[jax.Array, jax.Array]:
+def code_range(spec: QSpec) -> tuple[jax.Array, jax.Array]:
     """Returns ``qmin, qmax`` as int32; traced unsigned words of 32 bits saturate."""
     known = isinstance(spec.bits, numbers.Integral)
     if known and not spec.signed and spec.bits == 32:
@@ -488,124 +359,3 @@ def _check_params_shape(x: jax.Array, params: QParams, axis: Axis) -> None:
                 f"and axis={axis}, got {jnp.shape(value)}. Use `axis=None` for one "
                 "scale per tensor."
             )
-
-
-# The tag: operands x, scale, zero_point, qmin, qmax; parameters site and rounding.
-qpoint_p = Primitive("qpoint")
-
-
-def _qpoint(x, scale, zero_point, qmin, qmax, *, site, rounding):
-    codes = grid_codes(x, scale, zero_point, qmin, qmax, rounding=rounding)
-    value = dequantize(codes, QParams(scale, zero_point)).astype(x.dtype)
-    return jnp.where(jnp.isnan(x), x, value)
-
-
-def _qpoint_batch(operands, dims, *, site, rounding):
-    """Moves every batch axis to axis 0 and gives all operands of `qpoint` one rank."""
-    pairs = list(zip(operands, dims, strict=True))
-    size = next(x.shape[d] for x, d in pairs if d is not None)
-    rank = operands[0].ndim - (dims[0] is not None)
-
-    def align(x, d):
-        if d is None:
-            return x if x.ndim == 0 else x[None]
-        x = jnp.moveaxis(x, d, 0)
-        return x.reshape(size, *([1] * rank)) if x.ndim == 1 else x
-
-    x, *rest = (align(x, d) for x, d in pairs)
-    if dims[0] is None:
-        x = jnp.broadcast_to(operands[0][None], (size, *operands[0].shape))
-    return qpoint_p.bind(x, *rest, site=site, rounding=rounding), 0
-
-
-def _inside(rounding, x, scale, zero_point, qmin, qmax):
-    """Returns a mask of the values that `qpoint` rounds without saturation."""
-    steps = rounding(_steps(x, scale))
-    zero = zero_point.astype(scale.dtype)
-    low, high = qmin.astype(scale.dtype) - zero, qmax.astype(scale.dtype) - zero
-    return (steps >= low) & (steps < high + 1)  # 2^31 - 1 is no float32, 2^31 is.
-
-
-def _qpoint_jvp(primals, tangents, *, site, rounding):
-    out = qpoint_p.bind(*primals, site=site, rounding=rounding)
-    x_dot = ad.instantiate_zeros(tangents[0])
-    return out, jnp.where(_inside(rounding, *primals), x_dot, jnp.zeros_like(x_dot))
-
-
-qpoint_p.def_impl(jax.jit(_qpoint, static_argnames=("site", "rounding")))
-qpoint_p.def_abstract_eval(lambda x, *_, site, rounding: x.update(weak_type=False))
-mlir.register_lowering(qpoint_p, mlir.lower_fun(_qpoint, multiple_results=False))
-batching.primitive_batchers[qpoint_p] = _qpoint_batch
-ad.primitive_jvps[qpoint_p] = _qpoint_jvp
-
-
-def make_estimator(
-    keep: Callable[[jax.Array, jax.Array], Any],
-    backward: Callable[[Any, jax.Array], jax.Array],
-) -> Estimator:
-    """Makes an estimator, the ``estimator`` of `fake_quant`, from a backward pass.
-
-    Its forward pass is always ``dequantize(quantize(x))``. Scale and zero point get no
-    gradient. Differentiates twice (``jvp`` of ``grad``) if ``backward`` does.
-
-    Args:
-      keep: ``(steps, inside) -> residual``: what the backward pass needs of
-        ``steps = x / scale``, real, and of ``inside``, true where no code saturates.
-      backward: ``(residual, dy) -> dx``.
-
-    Returns:
-      A function of ``(x, scale, zero_point, qmin, qmax, site, rounding)``: the operands
-      of the quantization point, its name, and how to round.
-    """
-
-    def primal(site: str, rounding: Rounding, *operands: jax.Array) -> jax.Array:
-        return qpoint_p.bind(*operands, site=site, rounding=rounding)
-
-    def forward(site: str, rounding: Rounding, *operands: jax.Array) -> Any:
-        # Binds the primitive itself: Hessian-vector products go through its JVP rule.
-        out = qpoint_p.bind(*operands, site=site, rounding=rounding)
-        return out, keep(_steps(*operands[:2]), _inside(rounding, *operands))
-
-    def pull_back(site: str, rounding: Rounding, residual: Any, dy: jax.Array) -> Any:
-        return backward(residual, dy).astype(dy.dtype), None, None, None, None
-
-    estimate = jax.custom_vjp(primal, nondiff_argnums=(0, 1))
-    estimate.defvjp(forward, pull_back)
-
-    def estimator(x, scale, zero_point, qmin, qmax, site="", rounding=half_even):
-        return estimate(site, rounding, x, scale, zero_point, qmin, qmax)
-
-    return estimator
-
-
-_pass_inside = make_estimator(
-    lambda steps, inside: inside,
-    lambda inside, dy: jnp.where(inside, dy, jnp.zeros_like(dy)),
-)
-
-
-def clipped_ste(x, scale, zero_point, qmin, qmax, site="", rounding=half_even):
-    """Computes the clipped straight-through estimator, the default of `fake_quant`.
-
-        forward:   dequantize(quantize(x))
-        backward:  dx = dy where the code does not saturate, else 0
-
-    Scale and zero point get no gradient.
-
-    Args:
-      x: Real values, shape ``[...]``.
-      scale: Grid, as in `QParams`.
-      zero_point: Grid, as in `QParams`.
-      qmin: Least code, int32.
-      qmax: Largest code, int32.
-      site: Name of the quantization point.
-      rounding: Rounding from real to integer, of ``qjax.rounding``.
-
-    Returns:
-      Values on the grid, shape and dtype of ``x``.
-
-    References:
-      Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons",
-      2013 (arXiv:1308.3432); clipped as in Hubara et al., 2016 (arXiv:1609.07061).
-    """
-    return _pass_inside(x, scale, zero_point, qmin, qmax, site, rounding)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qjax.affine import QSpec, min_max_params
+from qjax.affine import QSpec
 from qjax.calibration.calibrators import (
     constant,
     ema_min_max,
@@ -23,6 +23,7 @@ from qjax.calibration.calibrators import (
 )
 from qjax.calibration.histograms import histogram, mse, percentile
 from qjax.quantizers import tensorflow
+from qjax.ranges import min_max_params
 
 TRACKERS = {  # Of the same batch again and again, the range.
     "min_max": min_max(),

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.affine import QParams, QSpec, min_max_params, reduce_range, scale_shape
+from qjax.affine import QParams, QSpec, scale_shape
 from qjax.quantizers.strings import closest, read_call
+from qjax.ranges import min_max_params, reduce_range
 from qjax.rounding import floor_log2, power_of_two, product
 from qjax.tables import show
 

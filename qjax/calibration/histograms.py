@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.affine import QParams, QSpec, min_max_params, reduce_range, scale_shape
+from qjax.affine import QParams, QSpec, scale_shape
 from qjax.calibration.calibrators import Calibrator, check_option, named, params_if
+from qjax.ranges import min_max_params, reduce_range
 from qjax.rounding import floor_log2, power_of_two
 
 BINS = 4096

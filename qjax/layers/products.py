@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 import jax
 from jax import lax
 
-from qjax.affine import QParams, QSpec, abs_max_params, fake_quant, fake_quant_bias
+from qjax.affine import QParams, QSpec, fake_quant, fake_quant_bias
 from qjax.calibration.calibrators import check_calibrated, ema_min_max
+from qjax.ranges import abs_max_params
 from qjax.schemes.patterns import Role
 from qjax.schemes.words import check_word
 

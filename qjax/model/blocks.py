@@ -15,7 +15,6 @@ import jax
 import jax.extend.core as jex
 import numpy as np
 
-from qjax.affine import qpoint_p
 from qjax.model.elementwise import find_functions
 from qjax.model.normalisations import NORM
 from qjax.model.origin import origin_of
@@ -30,6 +29,7 @@ from qjax.model.trace import (
     trace,
     whole_of,
 )
+from qjax.qpoint import qpoint_p
 from qjax.schemes.patterns import Role, Site
 
 _MAXIMA, _MINIMA = names("maximum"), names("minimum")

@@ -12,7 +12,7 @@ from jax import lax
 from jax.extend.source_info_util import user_context
 from jax.typing import ArrayLike
 
-from qjax.affine import QParams, QSpec, fake_quant_bias, qpoint_p
+from qjax.affine import QParams, QSpec, fake_quant_bias
 from qjax.model.blocks import Block, Plan, data_of, find_blocks, is_quantizer, path_name
 from qjax.model.channels import kernel_axes, move_scale, output_scale
 from qjax.model.common_scales import (
@@ -28,6 +28,7 @@ from qjax.model.normalisations import fold_normalisations
 from qjax.model.primitives import SHAPE_MOVES
 from qjax.model.sites import describe
 from qjax.model.trace import Equation, evaluate, trace
+from qjax.qpoint import qpoint_p
 from qjax.quantizers.point import straight
 from qjax.rounding import ceil_power_of_two, half_even
 from qjax.schemes.patterns import Site

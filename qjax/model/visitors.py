@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax import quantizers
-from qjax.affine import QParams, QSpec, abs_max_params, fake_quant, reduce_range
+from qjax.affine import QParams, QSpec, fake_quant
 from qjax.calibration.calibrators import Calibrator, check_calibrated
 from qjax.model.common_scales import held_scale
 from qjax.model.simulate import Biases, Unit, Visit
 from qjax.quantizers.spec import Spec
+from qjax.ranges import abs_max_params, reduce_range
 from qjax.schemes.patterns import Site
 from qjax.schemes.scheme import Scheme
 

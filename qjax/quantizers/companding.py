@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from qjax.affine import Estimator
+from qjax.qpoint import Estimator
 from qjax.quantizers.activations import InternalSigmoid, internal_sigmoid
 from qjax.quantizers.point import Point, apply, levels_of, point_of, round_steps
 from qjax.quantizers.spec import Spec, check_number, static

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from qjax.affine import Estimator
+from qjax.qpoint import Estimator
 from qjax.quantizers.activations import InternalSigmoid, internal_sigmoid
 from qjax.quantizers.linear import QuantizedBits, bits_point
 from qjax.quantizers.point import Point, apply, point_of, round_steps

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from qjax.affine import Estimator
+from qjax.qpoint import Estimator
 from qjax.quantizers.point import (
     Point,
     apply,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from qjax.affine import Estimator
+from qjax.qpoint import Estimator
 from qjax.quantizers.point import Point, apply, finite, line_point, point_of
 from qjax.quantizers.spec import Spec, check_number, static
 from qjax.quantizers.words import settled

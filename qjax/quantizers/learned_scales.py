@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from qjax.affine import Estimator, QSpec, min_max_params, reduce_range, scale_shape
+from qjax.affine import QSpec, scale_shape
+from qjax.qpoint import Estimator
 from qjax.quantizers.point import (
     Point,
     apply,
@@ -28,6 +29,7 @@ from qjax.quantizers.point import (
 from qjax.quantizers.scaling import divide
 from qjax.quantizers.spec import Spec, check_number, static
 from qjax.quantizers.words import as_float, check_word, settled
+from qjax.ranges import min_max_params, reduce_range
 from qjax.rounding import int_range, power_of_two
 
 _LEAST = 2.0**-64  # Least scale, in place of one that training took below it.

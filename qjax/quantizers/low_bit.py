@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from qjax.affine import Estimator
+from qjax.qpoint import Estimator
 from qjax.quantizers.activations import InternalSigmoid, internal_sigmoid
 from qjax.quantizers.point import (
     Point,

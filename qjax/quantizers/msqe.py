@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from qjax.affine import Estimator, scale_shape
+from qjax.affine import scale_shape
+from qjax.qpoint import Estimator
 from qjax.quantizers.point import Point, apply, finite, point_of
 from qjax.quantizers.scaling import EPSILON, divide, spread
 from qjax.quantizers.spec import Spec, check_number, require, static

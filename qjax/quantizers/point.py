@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from qjax.affine import Estimator, QParams, grid_codes, qpoint_p
+from qjax.affine import QParams
+from qjax.qpoint import Estimator, grid_codes, qpoint_p
 from qjax.quantizers.spec import Spec, is_known
 from qjax.rounding import half_even
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from qjax.affine import Estimator
+from qjax.qpoint import Estimator
 from qjax.quantizers.curves import leaky_relu
 from qjax.quantizers.point import Point, apply, finite, levels_of, point_of, sign
 from qjax.quantizers.scaling import EPSILON

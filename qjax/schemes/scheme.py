@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qjax.affine import Estimator, QSpec, clipped_ste
+from qjax.affine import QSpec
 from qjax.calibration.calibrators import Calibrator, min_max
+from qjax.qpoint import Estimator, clipped_ste
 from qjax.schemes import codec
 from qjax.schemes.patterns import Site, Where, check_fields, check_name, no_match
 from qjax.schemes.rules import Constraints, Rule, as_rules, speaks_of_bias

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.affine import clipped_ste
 from qjax.formats.qonnx.values import (
     Data,
     Known,
@@ -32,6 +31,7 @@ from qjax.formats.qonnx.values import (
     single,
 )
 from qjax.graph.builder import compact
+from qjax.qpoint import clipped_ste
 from qjax.quantizers.point import straight
 
 # Step of the sign of a value on no grid: 2^-22 below 0 is still seen.

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.affine import Rounding, clipped_ste, fake_quant_bias
+from qjax.affine import fake_quant_bias
 from qjax.graph.builder import compact
+from qjax.qpoint import Rounding, clipped_ste
 from qjax.rounding import half_even
 
 _MOST_CODES = 1 << 16  # Largest range of an accumulator that indexes a table.

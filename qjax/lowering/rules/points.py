@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.affine import grid_codes
 from qjax.graph.graph import Grid, storage
 from qjax.integer import common_fixed_point, fixed_point
 from qjax.lowering.constants import add_constant, like_of
@@ -30,6 +29,7 @@ from qjax.lowering.values import (
     is_power_of_two,
 )
 from qjax.model.trace import Equation, Trace
+from qjax.qpoint import grid_codes
 from qjax.rounding import half_even
 
 _grid_codes = jax.jit(grid_codes)  # Compiled once for all weights of a shape.

@@ -18,7 +18,8 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from qjax.affine import QParams, dequantize, grid_codes
+from qjax.affine import QParams, dequantize
+from qjax.qpoint import grid_codes
 from qjax.quantizers.point import straight
 from qjax.quantizers.spec import is_known
 from qjax.rounding import (

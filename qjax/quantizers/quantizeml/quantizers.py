@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from qjax.affine import reduce_range
 from qjax.quantizers.quantizeml.arithmetic import SameKind, add, parts, rescale
 from qjax.quantizers.quantizeml.numbers import (
     FixedPoint,
@@ -26,6 +25,7 @@ from qjax.quantizers.quantizeml.numbers import (
     shifted_half_up,
 )
 from qjax.quantizers.spec import is_known
+from qjax.ranges import reduce_range
 from qjax.rounding import check_bits, product, quotient
 
 _LEAST_SCALE = 1e-6
