@@ -2,16 +2,9 @@
 
 from qjax import estimators, presets, quantizers
 from qjax.affine import QParams, QSpec, dequantize, fake_quant, quantize
-from qjax.calibration.calibrators import (
-    Calibrator,
-    constant,
-    ema_min_max,
-    last_value,
-    mean_std,
-    min_max,
-    moving_max,
-    moving_min_max,
-)
+from qjax.calibration.averages import ema_min_max, moving_max, moving_min_max
+from qjax.calibration.calibrator import Calibrator
+from qjax.calibration.calibrators import constant, last_value, mean_std, min_max
 from qjax.calibration.histograms import entropy, histogram, mse, percentile
 from qjax.inspection import (
     IntegerWeight,

@@ -14,7 +14,7 @@ import numpy as np
 
 from qjax.affine import QSpec
 from qjax.calibration.batches import have_same_kinds, same_kind
-from qjax.calibration.calibrators import Calibrator
+from qjax.calibration.calibrator import Calibrator
 from qjax.leaves import difference, show_leaves
 from qjax.lowering.binding import Bound
 from qjax.lowering.forward import IntegerForward, Words

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.affine import QParams, QSpec, scale_shape
-from qjax.calibration.calibrators import Calibrator, check_option, named, params_if
+from qjax.calibration.calibrator import Calibrator, check_option, named, params_if
 from qjax.ranges import min_max_params, reduce_range
 from qjax.rounding import floor_log2, power_of_two
 

@@ -7,7 +7,8 @@ import jax
 from jax import lax
 
 from qjax.affine import QParams, QSpec, fake_quant, fake_quant_bias
-from qjax.calibration.calibrators import check_calibrated, ema_min_max
+from qjax.calibration.averages import ema_min_max
+from qjax.calibration.calibrator import check_calibrated
 from qjax.ranges import abs_max_params
 from qjax.schemes.patterns import Role
 from qjax.schemes.words import check_word

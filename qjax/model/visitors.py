@@ -11,7 +11,7 @@ import numpy as np
 
 from qjax import quantizers
 from qjax.affine import QParams, QSpec, fake_quant
-from qjax.calibration.calibrators import Calibrator, check_calibrated
+from qjax.calibration.calibrator import Calibrator, check_calibrated
 from qjax.model.common_scales import held_scale
 from qjax.model.simulate import Biases, Unit, Visit
 from qjax.quantizers.spec import Spec

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from qjax import estimators, rounding
 from qjax.affine import Axis, QSpec
-from qjax.calibration.calibrators import Calibrator, parse_calibrator
+from qjax.calibration.calibrator import Calibrator, parse_calibrator
 from qjax.qpoint import Estimator, clipped_ste
 from qjax.quantizers.spec import Spec, is_known
 from qjax.quantizers.strings import closest, parse

@@ -12,17 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.affine import QParams, QSpec
-from qjax.calibration.calibrators import (
-    Calibrator,
+from qjax.calibration.averages import (
     EmaMinMaxState,
-    MinMaxState,
-    constant,
     ema_min_max,
-    min_max,
     moving_max,
     moving_min_max,
-    named,
 )
+from qjax.calibration.calibrator import Calibrator, named
+from qjax.calibration.calibrators import MinMaxState, constant, min_max
 from qjax.quantizers.low_bit import (
     Bernoulli,
     Binary,

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qjax.affine import QSpec
-from qjax.calibration.calibrators import Calibrator, parse_calibrator
+from qjax.calibration.calibrator import Calibrator, parse_calibrator
 from qjax.quantizers.spec import Spec, is_known
 from qjax.quantizers.strings import closest, parse
 from qjax.schemes.codec import SchemeError, check_keys

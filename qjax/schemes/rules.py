@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from qjax.calibration.calibrators import Calibrator
+from qjax.calibration.calibrator import Calibrator
 from qjax.schemes.patterns import Site, Where, matches
 from qjax.schemes.words import Word, as_buffer_bits, as_calibrator, as_word
 from qjax.tables import show_fields

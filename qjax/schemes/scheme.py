@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from qjax.affine import QSpec
-from qjax.calibration.calibrators import Calibrator, min_max
+from qjax.calibration.calibrator import Calibrator
+from qjax.calibration.calibrators import min_max
 from qjax.qpoint import Estimator, clipped_ste
 from qjax.schemes import codec
 from qjax.schemes.patterns import Site, Where, check_fields, check_name, no_match

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from qjax.affine import QSpec
-from qjax.calibration.calibrators import Calibrator, parse_calibrator
+from qjax.calibration.calibrator import Calibrator, parse_calibrator
 from qjax.quantizers.spec import Spec, is_known
 from qjax.quantizers.strings import parse
 from qjax.schemes.patterns import Role, Site, is_whole
