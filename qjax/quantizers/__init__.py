@@ -58,18 +58,6 @@ from qjax.quantizers.linear import (
     quantized_bits,
     quantized_linear,
 )
-from qjax.quantizers.low_bit import (
-    Bernoulli,
-    Binary,
-    StochasticBinary,
-    StochasticTernary,
-    Ternary,
-    bernoulli,
-    binary,
-    stochastic_binary,
-    stochastic_ternary,
-    ternary,
-)
 from qjax.quantizers.msqe import (
     MsqeState,
     QuantizedBitsLearnablePo2,
@@ -88,6 +76,20 @@ from qjax.quantizers.power_of_two import (
 )
 from qjax.quantizers.spec import SPECS, Spec
 from qjax.quantizers.strings import parse
+from qjax.quantizers.three_levels import (
+    StochasticTernary,
+    Ternary,
+    stochastic_ternary,
+    ternary,
+)
+from qjax.quantizers.two_levels import (
+    Bernoulli,
+    Binary,
+    StochasticBinary,
+    bernoulli,
+    binary,
+    stochastic_binary,
+)
 
 __all__ = (
     "LSQ",

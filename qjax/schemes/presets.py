@@ -20,16 +20,11 @@ from qjax.calibration.averages import (
 )
 from qjax.calibration.calibrator import Calibrator, named
 from qjax.calibration.calibrators import MinMaxState, constant, min_max
-from qjax.quantizers.low_bit import (
-    Bernoulli,
-    Binary,
-    StochasticBinary,
-    StochasticTernary,
-    Ternary,
-)
 from qjax.quantizers.spec import Spec
 from qjax.quantizers.strings import parse
 from qjax.quantizers.tensorflow import tflite_params, tfmot_range
+from qjax.quantizers.three_levels import StochasticTernary, Ternary
+from qjax.quantizers.two_levels import Bernoulli, Binary, StochasticBinary
 from qjax.schemes.patterns import Globs, Role, Where
 from qjax.schemes.rules import Constraints, Rule
 from qjax.schemes.scheme import Scheme
