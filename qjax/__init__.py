@@ -26,7 +26,7 @@ from qjax.ranges import abs_max_params, min_max_params
 from qjax.rounding import int_range
 from qjax.schemes.codec import SchemeError
 from qjax.schemes.patterns import Site, Where
-from qjax.schemes.presets import QuantizationParams
+from qjax.schemes.quantizeml.params import QuantizationParams
 from qjax.schemes.rescaling import insert_rescaling
 from qjax.schemes.rules import Constraints, Rule
 from qjax.schemes.scheme import Scheme, stack_schemes

@@ -21,9 +21,11 @@ from qjax.lowering.forward import IntegerForward, Words
 from qjax.model.arguments import check_leaves, check_model
 from qjax.model.simulate import Simulation
 from qjax.model.visitors import QState, Quantizer, Recorder, Updater
+from qjax.schemes.accumulators import accumulator_bits
 from qjax.schemes.patterns import Site, Where
-from qjax.schemes.presets import QuantizationParams
-from qjax.schemes.quantizeml import accumulator_bits, config_rules, find_layer
+from qjax.schemes.quantizeml.layers import find_layer
+from qjax.schemes.quantizeml.params import QuantizationParams
+from qjax.schemes.quantizeml.reader import config_rules
 from qjax.schemes.rules import Rule
 from qjax.schemes.scheme import Scheme, check_rules, check_words, shadowed_rules
 from qjax.schemes.sharing import leaders, overwriters

@@ -152,3 +152,8 @@ def speaks_of_bias(rule: Rule, site: Site) -> bool:
     if isinstance(rule.pattern, Where):
         return rule.pattern.role == "bias" and rule.pattern(site)
     return rule.pattern == site.name
+
+
+def as_optional(*rules: Rule) -> tuple[Rule, ...]:
+    """Returns rules that may match nothing, as a preset serves many models."""
+    return tuple(dataclasses.replace(rule, optional=True) for rule in rules)
