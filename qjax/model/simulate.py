@@ -24,7 +24,7 @@ from qjax.model.common_scales import (
     kernel_index,
     move_index,
 )
-from qjax.model.normalisations import fold_normalisations
+from qjax.model.folding import fold_normalisations
 from qjax.model.primitives import SHAPE_MOVES
 from qjax.model.sites import describe
 from qjax.model.trace import Equation, evaluate, trace
