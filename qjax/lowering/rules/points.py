@@ -13,8 +13,9 @@ from qjax.integer import common_fixed_point, fixed_point
 from qjax.lowering.constants import add_constant, like_of
 from qjax.lowering.entries import raw
 from qjax.lowering.interpret import InputTwiceError, Rule, refuse, where
+from qjax.lowering.operands import added
 from qjax.lowering.rules.functions import add_table
-from qjax.lowering.rules.shapes import added, move_again
+from qjax.lowering.rules.moves import move_again
 from qjax.lowering.values import (
     Abstract,
     Builder,
