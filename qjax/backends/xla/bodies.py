@@ -6,7 +6,7 @@ Sums in int32 wrap and come back, and lowering has proven that what they end at 
 a body may take them apart as it likes. `choose` decides while tracing, from shapes
 alone. Figures here are milliseconds on 2 free cores with JAX 0.10.2, of
 
-    python experiments/benchmarks/inference.py --bodies
+    python experiments/benchmarks/bodies.py
 
 float32, exact while sums stay below 2^24, is no body: with codes of 8 bits it was
 slower in every shape, and those of 16 bits do not stay below.
