@@ -52,10 +52,10 @@ class Histogram(NamedTuple):
     unit: jax.Array  # shape=(), dtype=float32. Width of a bin, a power of two.
 
 
-Ends = tuple[jax.Array, jax.Array]
+Range = tuple[jax.Array, jax.Array]
 # From histogram to range: (counts, edges, low, high, spec) -> (low, high), one scale.
-Search = Callable[..., Ends]
-_Find = Callable[[Histogram, QSpec], Ends]
+Search = Callable[..., Range]
+_Find = Callable[[Histogram, QSpec], Range]
 
 
 @named
@@ -83,7 +83,7 @@ def _percentile(share: float) -> Search:
         low: jax.Array,
         high: jax.Array,
         spec: QSpec,
-    ) -> Ends:
+    ) -> Range:
         if share == 100:
             return low, high
         total = jnp.cumsum(counts.astype(jnp.float32))
@@ -131,7 +131,7 @@ def mse(candidates: int = 100) -> Calibrator:
     if candidates < 1:
         raise ValueError(f"`candidates` must be at least 1, got {candidates}.")
 
-    def find(values: Histogram, spec: QSpec) -> Ends:
+    def find(values: Histogram, spec: QSpec) -> Range:
         parts = jnp.arange(candidates, 0, -1, dtype=jnp.float32) / candidates
         error = lambda part: _error(values, part * values.low, part * values.high, spec)
         errors = lax.map(error, parts)
@@ -165,7 +165,7 @@ def entropy() -> Calibrator:
       Migacz, "8-bit Inference with TensorRT", GTC 2017.
     """
 
-    def find(values: Histogram, spec: QSpec) -> Ends:
+    def find(values: Histogram, spec: QSpec) -> Range:
         counts, low, high = values.counts, values.low, values.high
         sizes = (counts[_HALF:] + counts[_HALF - 1 :: -1]).astype(jnp.float32)
         sizes = sizes.at[0].set(0.0)
@@ -250,7 +250,7 @@ def histogram(search: Search) -> Calibrator:
     if not callable(search):
         raise TypeError(f"`search` must be a function, got {search!r}.")
 
-    def find(values: Histogram, spec: QSpec) -> Ends:
+    def find(values: Histogram, spec: QSpec) -> Range:
         whole, unit = jnp.arange(-_HALF, _HALF + 1, dtype=jnp.float32), values.unit
         seen = values.low * unit, values.high * unit
         low, high = search(values.counts, whole * unit, *seen, spec)

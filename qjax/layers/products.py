@@ -11,7 +11,7 @@ from qjax.calibration.averages import ema_min_max
 from qjax.calibration.calibrator import check_calibrated
 from qjax.ranges import abs_max_params
 from qjax.schemes.patterns import Role
-from qjax.schemes.words import check_word
+from qjax.schemes.words import check_site_word
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 Padding = str | int | Sequence[int | tuple[int, int]]
@@ -84,7 +84,7 @@ def check_specs(x_spec: QSpec, kernel_spec: QSpec, site: str = "") -> None:
                 "another quantizer, call `qjax.quantizers.apply` before the layer."
             )
         role: Role = "weight" if name == "kernel" else "activation"
-        check_word(prefix + name, role, word)
+        check_site_word(prefix + name, role, word)
 
 
 def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:

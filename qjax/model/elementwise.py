@@ -47,7 +47,7 @@ def find_functions(
       values that belong to one, the ends too; what is computed for the masks of
       softmaxes alone, inputs too. Values that others read as well are ends.
     """
-    return _Finder(model, data, is_left_out, split).functions()
+    return _FunctionFinder(model, data, is_left_out, split).functions()
 
 
 def find_masks(
@@ -65,10 +65,10 @@ def find_masks(
       The values between the scores before their masks and the softmax, and these
       scores. Without a mask there are no such values.
     """
-    return _Finder(model, data, lambda e: False, ()).masked(scores, readers)
+    return _FunctionFinder(model, data, lambda e: False, ()).masked(scores, readers)
 
 
-class _Finder:
+class _FunctionFinder:
     def __init__(
         self,
         model: Trace,

@@ -22,7 +22,7 @@ from qjax.quantizers.point import (
 )
 from qjax.quantizers.scaling import divide
 from qjax.quantizers.spec import Spec, static
-from qjax.quantizers.words import check_word, settled
+from qjax.quantizers.words import check_word, plain_number
 from qjax.rounding import power_of_two
 
 
@@ -136,7 +136,7 @@ def dorefa_activations(
 def _dorefa_activations_point(
     spec: DoReFaActivations, key: chex.PRNGKey | None, x: jax.Array
 ) -> Point:
-    levels = power_of_two(settled(spec.bits)) - 1.0
+    levels = power_of_two(plain_number(spec.bits)) - 1.0
     passes = (x >= 0) & (x <= 1)
     clipped = straight(x, lax.stop_gradient(jnp.clip(x, 0.0, 1.0)))
     scale = divide(jnp.ones(()), levels)
@@ -148,7 +148,7 @@ def _dorefa_activations_point(
 def _dorefa_weights_point(
     spec: DoReFaWeights, key: chex.PRNGKey | None, x: jax.Array
 ) -> Point:
-    n = power_of_two(settled(spec.bits)) - 1.0
+    n = power_of_two(plain_number(spec.bits)) - 1.0
     curve = jnp.tanh(x)
     held = finite(curve)
     most = jnp.max(jnp.abs(held), initial=0.0)

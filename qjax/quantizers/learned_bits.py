@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from qjax.qpoint import Estimator
 from qjax.quantizers.point import Point, apply, finite, line_point, point_of
 from qjax.quantizers.spec import Spec, check_number, static
-from qjax.quantizers.words import settled
+from qjax.quantizers.words import plain_number
 from qjax.rounding import power_of_two
 
 
@@ -89,7 +89,7 @@ def _differentiable_bits_point(
 ) -> Point:
     b = jnp.clip(jnp.round(finite(bits)), 0.0, 24.0) - float(spec.signed)
     magnitude = jnp.maximum(b, 0.0)
-    scale = power_of_two(settled(spec.integer) - magnitude)
+    scale = power_of_two(plain_number(spec.integer) - magnitude)
     qmax = power_of_two(magnitude) - 1.0
     qmin = -qmax * float(spec.signed)
     point = line_point(key, x, x, scale, qmin, qmax)

@@ -26,15 +26,13 @@ from qjax.quantizers.point import (
     round_steps,
     straight,
 )
-from qjax.quantizers.scaling import divide
+from qjax.quantizers.scaling import Axes, divide
 from qjax.quantizers.spec import Spec, check_number, static
-from qjax.quantizers.words import as_float, check_word, settled
+from qjax.quantizers.words import as_float, check_word, plain_number
 from qjax.ranges import min_max_params, reduce_range
 from qjax.rounding import int_range, power_of_two
 
 _LEAST = 2.0**-64  # Least scale, in place of one that training took below it.
-
-Axes = int | tuple[int, ...] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -290,7 +288,7 @@ def _check_learned(spec: Any) -> None:
 
 
 def _code_range(spec: Any) -> tuple[jax.Array, jax.Array]:
-    qmin, qmax = int_range(settled(spec.bits), spec.signed, spec.narrow_range)
+    qmin, qmax = int_range(plain_number(spec.bits), spec.signed, spec.narrow_range)
     return as_float(qmin), as_float(qmax)
 
 
@@ -374,7 +372,7 @@ def _pact_point(
     spec: PACT, key: chex.PRNGKey | None, x: jax.Array, clip: jax.Array
 ) -> Point:
     _check_shape(spec.name, "clip", x, clip, spec.axis)
-    levels = power_of_two(settled(spec.bits)) - 1.0
+    levels = power_of_two(plain_number(spec.bits)) - 1.0
     top = jnp.maximum(lax.stop_gradient(clip), _LEAST)
     learned = jnp.where(lax.stop_gradient(x) >= top, clip, 0.0)
     passes = (x >= 0) & (x < top)

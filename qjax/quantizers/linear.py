@@ -48,7 +48,7 @@ from qjax.quantizers.words import (
     check_word,
     is_power_of_two,
     make_word,
-    settled,
+    plain_number,
 )
 from qjax.rounding import power_of_two
 
@@ -262,7 +262,7 @@ def _auto_bits_point(spec: QuantizedBits, x: jax.Array) -> Point:
     sharing = Sharing(spec.scale_axis, spec.elements_per_scale)
     check_sharing(x.shape, sharing, spec.name)
     word = make_word(spec, spec.keep_negative, symmetric=True)
-    unit = power_of_two(settled(spec.integer))
+    unit = power_of_two(plain_number(spec.integer))
     t = finite(finite(x) * (1.0 / unit))
     top = as_float(word.qmax)
     if not spec.keep_negative:

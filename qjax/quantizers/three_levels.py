@@ -23,7 +23,13 @@ from qjax.quantizers.point import (
     sign,
     snap,
 )
-from qjax.quantizers.scaling import EPSILON, divide, largest, spread, to_power_of_two
+from qjax.quantizers.scaling import (
+    EPSILON,
+    divide,
+    largest,
+    standard_deviation,
+    to_power_of_two,
+)
 from qjax.quantizers.spec import Spec, check_number, require, static
 from qjax.quantizers.two_levels import chosen_sigmoid, scale_of_codes
 from qjax.quantizers.words import Alpha, check_alpha
@@ -212,7 +218,7 @@ def _stochastic_ternary_point(
         scale = scale_of_codes(spec, held, held)
         given = DEFAULT_THRESHOLD if spec.threshold is None else spec.threshold
         threshold = jnp.asarray(given, jnp.float32)
-    deviation = spread(held) + EPSILON
+    deviation = standard_deviation(held) + EPSILON
 
     def coin(shift: jax.Array, key: jax.Array) -> jax.Array:
         u = divide(held, deviation) + divide(shift, deviation)

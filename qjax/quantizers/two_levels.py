@@ -35,7 +35,7 @@ from qjax.quantizers.scaling import (
     divide,
     largest,
     least_squares,
-    spread,
+    standard_deviation,
     to_power_of_two,
 )
 from qjax.quantizers.spec import Spec, check_number, static
@@ -297,7 +297,7 @@ def _draw(
 ) -> jax.Array:
     """Draws 1 with the probability of the sigmoid, else 0."""
     if isinstance(spec.alpha, str):
-        x = divide(x, spread(x) + EPSILON)
+        x = divide(x, standard_deviation(x) + EPSILON)
     p = chosen_sigmoid(spec)(jnp.asarray(spec.temperature, jnp.float32) * x)
     return (p >= jax.random.uniform(key, x.shape)).astype(jnp.float32)
 

@@ -109,7 +109,7 @@ def is_one_sided(word: Word | None) -> bool:
     return is_unsigned or bool(getattr(word, "use_01", False)) or bounded
 
 
-def check_word(name: str, role: Role, word: Word | None) -> None:
+def check_site_word(name: str, role: Role, word: Word | None) -> None:
     """Raises for a word that cannot hold the values of a site.
 
     Args:

@@ -13,7 +13,7 @@ from qjax.backends.xla.tflite import TFLITE
 from qjax.graph.graph import Graph, Node, holds
 from qjax.integer import align_products, requantize, requantize_sum
 
-Body = Callable[[Node, Mapping[str, jax.Array], Sequence[jax.Array]], jax.Array]
+NodeBody = Callable[[Node, Mapping[str, jax.Array], Sequence[jax.Array]], jax.Array]
 
 
 def run(
@@ -272,7 +272,7 @@ def _pad(node, params, inputs):
     return lax.pad(x, fill, [tuple(c) for c in node.attributes["padding"]])
 
 
-BODIES: dict[str, Body] = {
+BODIES: dict[str, NodeBody] = {
     "dot": bodies.dot,
     "conv": bodies.conv,
     "multiply": _multiply,
