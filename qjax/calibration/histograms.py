@@ -278,38 +278,7 @@ def _histogram(find: _Find) -> Calibrator:
     def update(x: jax.Array, state: HistogramState, spec: QSpec) -> HistogramState:
         if x.size == 0:
             return state._replace(step=state.step + 1)
-        real = x.astype(jnp.float32)
-        low, high = reduce_range(real, spec.axis)
-        exponent = jnp.maximum(_exponent(jnp.maximum(-low, high)), _NARROWEST)
-        place = jnp.floor(real * power_of_two(-exponent))
-        k = jnp.clip(place, -_HALF, _HALF - 1).astype(jnp.int32) + _HALF
-        number = math.prod(low.shape)
-        scale = jnp.broadcast_to(jnp.arange(number).reshape(low.shape), x.shape)
-        flat, values = (k + scale * BINS).reshape(-1), real.reshape(-1)
-        is_zero = values == 0
-        bins = jnp.zeros(number * BINS, jnp.int32)
-        counts = bins.at[flat].add(1)
-        least = (
-            jnp.full(bins.shape, jnp.inf, jnp.float32)
-            .at[flat]
-            .min(jnp.where(is_zero, jnp.inf, values))
-        )
-        most = (
-            jnp.full(bins.shape, -jnp.inf, jnp.float32)
-            .at[flat]
-            .max(jnp.where(is_zero, -jnp.inf, values))
-        )
-        zeros = (
-            jnp.zeros(number, jnp.int32)
-            .at[scale.reshape(-1)]
-            .add(is_zero.astype(jnp.int32))
-        )
-        counts, least, most = (
-            v.reshape(*low.shape, BINS) for v in (counts, least, most)
-        )
-        zeros, step = zeros.reshape(low.shape), jnp.int32(1)
-        new = HistogramState(step, exponent, counts, least, most, zeros, low, high)
-        return merge(state, new)
+        return merge(state, _counted(x.astype(jnp.float32), spec))
 
     def merge(a: HistogramState, b: HistogramState) -> HistogramState:
         exponent = jnp.maximum(a.exponent, b.exponent)
@@ -326,15 +295,6 @@ def _histogram(find: _Find) -> Calibrator:
         )
 
     def params(state: HistogramState, spec: QSpec) -> QParams:
-        def one(exponent, counts, least, most, zeros, low, high):
-            unit, per = power_of_two(exponent), power_of_two(-exponent)
-            # Bins without values have infinite ends.
-            least, most = (
-                jnp.where(jnp.isfinite(v), v * per, 0.0) for v in (least, most)
-            )
-            values = Histogram(counts, least, most, zeros, low * per, high * per, unit)
-            return tuple(jnp.clip(end * unit, low, high) for end in find(values, spec))
-
         shape = state.low.shape
         seen = state.step > 0
         held = (
@@ -343,10 +303,63 @@ def _histogram(find: _Find) -> Calibrator:
         bins = (v.reshape(-1, BINS) for v in (state.counts, state.least, state.most))
         zeros, exponent = state.zeros.reshape(-1), state.exponent.reshape(-1)
         flat = (exponent, *bins, zeros, *held)
+        one = functools.partial(_searched, find, spec)
         low, high = (end.reshape(shape) for end in jax.vmap(one)(*flat))
         return params_if(seen, low, high, spec)
 
     return Calibrator(init, update, merge, params)
+
+
+def _counted(real: jax.Array, spec: QSpec) -> HistogramState:
+    """Counts the values of one batch in the narrowest bins that hold them."""
+    low, high = reduce_range(real, spec.axis)
+    exponent = jnp.maximum(_exponent(jnp.maximum(-low, high)), _NARROWEST)
+    place = jnp.floor(real * power_of_two(-exponent))
+    k = jnp.clip(place, -_HALF, _HALF - 1).astype(jnp.int32) + _HALF
+    number = math.prod(low.shape)
+    scale = jnp.broadcast_to(jnp.arange(number).reshape(low.shape), real.shape)
+    flat, values = (k + scale * BINS).reshape(-1), real.reshape(-1)
+    is_zero = values == 0
+    bins = jnp.zeros(number * BINS, jnp.int32)
+    counts = bins.at[flat].add(1)
+    least = (
+        jnp.full(bins.shape, jnp.inf, jnp.float32)
+        .at[flat]
+        .min(jnp.where(is_zero, jnp.inf, values))
+    )
+    most = (
+        jnp.full(bins.shape, -jnp.inf, jnp.float32)
+        .at[flat]
+        .max(jnp.where(is_zero, -jnp.inf, values))
+    )
+    zeros = (
+        jnp.zeros(number, jnp.int32)
+        .at[scale.reshape(-1)]
+        .add(is_zero.astype(jnp.int32))
+    )
+    counts, least, most = (v.reshape(*low.shape, BINS) for v in (counts, least, most))
+    zeros, step = zeros.reshape(low.shape), jnp.int32(1)
+    return HistogramState(step, exponent, counts, least, most, zeros, low, high)
+
+
+def _searched(
+    find: _Find,
+    spec: QSpec,
+    exponent: jax.Array,
+    counts: jax.Array,
+    least: jax.Array,
+    most: jax.Array,
+    zeros: jax.Array,
+    low: jax.Array,
+    high: jax.Array,
+) -> Range:
+    """Searches the range of one scale, from the fields of its state."""
+    unit, per = power_of_two(exponent), power_of_two(-exponent)
+    # Bins without values have infinite ends.
+    least, most = (jnp.where(jnp.isfinite(v), v * per, 0.0) for v in (least, most))
+    values = Histogram(counts, least, most, zeros, low * per, high * per, unit)
+    start, stop = find(values, spec)
+    return jnp.clip(start * unit, low, high), jnp.clip(stop * unit, low, high)
 
 
 def _exponent(most: jax.Array) -> jax.Array:

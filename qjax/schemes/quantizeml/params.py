@@ -29,6 +29,7 @@ _PRODUCTS = (
     "grouped_conv_transpose",
     "resize",
 )
+_MADE = "QuantizationParams."  # Reason of a value that a parameter gives.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,73 +116,80 @@ class QuantizationParams:
 
     def scheme(self) -> Scheme:
         """Returns the scheme that the parameters mean."""
-        axis = None if self.per_tensor_activations else -1
-        made = f"{type(self).__name__}."
-        readers = (*_PRODUCTS, *FUNCTIONS, "residual", "concatenate", "matmul", "mul")
+        rules = (*self._weights(), self._input(), *self._activations())
+        return Scheme(
+            weights=QSpec(self.weight_bits, narrow_range=True, axis="output"),
+            activations=_output(self.output_bits, True, self._axis),
+            rules=as_optional(*rules),
+            calibrator=moving_max(),
+            buffer_bits=self.buffer_bits,
+        )
 
-        def weight(where: Where, field: str) -> Rule:
-            spec = QSpec(getattr(self, field), narrow_range=True, axis="output")
-            buffer = min(self.buffer_bits, 28)
-            reasons = _reasons(bits=made + field, buffer_bits=made + "buffer_bits")
-            return Rule(where, spec, buffer_bits=buffer, reasons=reasons)
+    @property
+    def _axis(self) -> int | None:
+        return None if self.per_tensor_activations else -1
 
-        def why_one_scale(ranks: tuple[int, ...], channels: bool) -> str:
-            if not channels:
-                return "one scale"
-            if self.per_tensor_activations or not ranks:
-                return made + "per_tensor_activations"
-            return "one scale for at most two axes"
-
-        def value(
-            field: str, *, signed: bool = True, channels: bool = True, **where: Any
-        ) -> list[Rule]:
-            bits = getattr(self, field)
-            rules = []
-            for ranks, a in (((0, 1, 2), None), ((), axis if channels else None)):
-                spec = _output(bits, signed, a)
-                by = why_one_scale(ranks, channels)
-                reasons = _reasons(bits=made + field, axis=by)
-                here = Where(role="activation", ranks=ranks, **where)
-                rules.append(Rule(here, spec, reasons=reasons))
-            return rules
-
-        unsigned = self.activation_bits < 8
-        bounded = (*_PRODUCTS, "residual", "mul", "matmul", "clip")
+    def _weights(self) -> list[Rule]:
         first = Where(role="weight", inputs="input:*", op=_PRODUCTS)
+        return [
+            self._weight(first, "input_weight_bits"),
+            self._weight(Where(role="weight", op=_PRODUCTS), "weight_bits"),
+            Rule(Where(role="weight"), None, reasons=_reasons(spec="no product")),
+        ]
+
+    def _weight(self, where: Where, field: str) -> Rule:
+        spec = QSpec(getattr(self, field), narrow_range=True, axis="output")
+        buffer = min(self.buffer_bits, 28)
+        made = {"bits": _MADE + field, "buffer_bits": _MADE + "buffer_bits"}
+        return Rule(where, spec, buffer_bits=buffer, reasons=_reasons(**made))
+
+    def _activations(self) -> list[Rule]:
+        readers = (*_PRODUCTS, *FUNCTIONS, "residual", "concatenate", "matmul", "mul")
+        bounded = (*_PRODUCTS, "residual", "mul", "matmul", "clip")
         looked_up = Where(role="activation", feeds=tuple(FUNCTIONS))
         rules = [
-            weight(first, "input_weight_bits"),
-            weight(Where(role="weight", op=_PRODUCTS), "weight_bits"),
-            Rule(Where(role="weight"), None, reasons=_reasons(spec="no product")),
-            self._input(),
             Rule(looked_up, _output(11, True, None), reasons=_reasons(bits="a table")),
-            *value(
+            *self._values(
                 "activation_bits",
-                signed=not unsigned,
+                signed=self.activation_bits >= 8,
                 activation=("relu*", "clip"),
                 op=bounded,
                 feeds=readers,
             ),
-            *value("activation_bits", op=tuple(FUNCTIONS), feeds=readers),
+            *self._values("activation_bits", op=tuple(FUNCTIONS), feeds=readers),
             Rule(
                 Where(role="activation", op="concatenate"),
                 None,
                 reasons=_reasons(spec="its parts are quantized"),
             ),
-            *value("activation_bits", op="mean", activation="?*", feeds=readers),
-            *value("output_bits", feeds=readers),
+            *self._values("activation_bits", op="mean", activation="?*", feeds=readers),
+            *self._values("output_bits", feeds=readers),
         ]
         if self.last_output_bits is not None:
-            rules += value("last_output_bits", channels=False, feeds="return")
+            rules += self._values("last_output_bits", channels=False, feeds="return")
         unread = _reasons(spec="no product, sum or function reads it")
-        rules.append(Rule(Where(role="activation"), None, reasons=unread))
-        return Scheme(
-            weights=QSpec(self.weight_bits, narrow_range=True, axis="output"),
-            activations=_output(self.output_bits, True, axis),
-            rules=as_optional(*rules),
-            calibrator=moving_max(),
-            buffer_bits=self.buffer_bits,
-        )
+        return [*rules, Rule(Where(role="activation"), None, reasons=unread)]
+
+    def _values(
+        self, field: str, *, signed: bool = True, channels: bool = True, **where: Any
+    ) -> list[Rule]:
+        """Returns rules for values of one kind: of few axes, and of more."""
+        axis = self._axis if channels else None
+        rules = []
+        for ranks, a in (((0, 1, 2), None), ((), axis)):
+            spec = _output(getattr(self, field), signed, a)
+            by = self._why_one_scale(ranks, channels)
+            reasons = _reasons(bits=_MADE + field, axis=by)
+            here = Where(role="activation", ranks=ranks, **where)
+            rules.append(Rule(here, spec, reasons=reasons))
+        return rules
+
+    def _why_one_scale(self, ranks: tuple[int, ...], channels: bool) -> str:
+        if not channels:
+            return "one scale"
+        if self.per_tensor_activations or not ranks:
+            return _MADE + "per_tensor_activations"
+        return "one scale for at most two axes"
 
     def _input(self) -> Rule:
         info = np.iinfo(self.input_dtype)
@@ -190,11 +198,8 @@ class QuantizationParams:
         if not signed:
             spec = dataclasses.replace(spec, symmetric=False)
             calibrator = moving_min_max()
-        reasons = _reasons(
-            bits="QuantizationParams.input_dtype",
-            signed="QuantizationParams.input_dtype",
-            axis="one scale for an input",
-        )
+        made = _MADE + "input_dtype"
+        reasons = _reasons(bits=made, signed=made, axis="one scale for an input")
         return Rule(Where(name="input:*"), spec, calibrator, reasons=reasons)
 
 
