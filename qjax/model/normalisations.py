@@ -18,8 +18,8 @@ from collections.abc import Iterator
 import jax.extend.core as jex
 import numpy as np
 
-from qjax.model.elementwise import SOFTMAXES, find_masks
 from qjax.model.flow import Flow
+from qjax.model.masks import SOFTMAXES, find_masks
 from qjax.model.primitives import AFFINE, POINTWISE, names
 from qjax.model.statistics import batch_statistics
 from qjax.model.trace import (
