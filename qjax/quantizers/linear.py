@@ -46,7 +46,7 @@ from qjax.quantizers.words import (
     check_alpha,
     check_groups,
     check_word,
-    is_power_of_two,
+    is_known_power_of_two,
     make_word,
     plain_number,
 )
@@ -316,7 +316,9 @@ def _linear_point(
             s = s * known_scale(x, spec.alpha)
     u = divide(held, s)
     passes = (low <= u) & (u <= high)
-    is_direct = key is None and word.is_sign is False and is_power_of_two(spec.alpha)
+    is_direct = (
+        key is None and word.is_sign is False and is_known_power_of_two(spec.alpha)
+    )
     value = lax.stop_gradient(x) if is_direct else level(u, key) * s
     line = sign_line(word.is_sign, 2.0 * u, u, low, high)
     codes = word.qmin, word.qmax

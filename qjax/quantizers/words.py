@@ -105,10 +105,10 @@ def check_slope(spec: Any) -> None:
     if is_known(slope):
         slope = np.asarray(slope)
         rule = "`negative_slope` must be 0 or a power of two, so that it is a shift."
-        require(spec, is_power_of_two(np.where(slope == 0, 1, slope)), rule)
+        require(spec, is_known_power_of_two(np.where(slope == 0, 1, slope)), rule)
 
 
-def is_power_of_two(scale: Alpha) -> bool:
+def is_known_power_of_two(scale: Alpha) -> bool:
     """Returns whether a scale is known to be powers of two; None counts as 1."""
     if scale is None:
         return True

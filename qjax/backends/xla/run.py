@@ -49,7 +49,7 @@ def apply(
 def _multiply(node, params, inputs):
     x = inputs[0].astype(jnp.int32) - node.attributes["offset"]
     kernel = params[node.params["kernel"]].astype(jnp.int32)
-    return bodies.shifted(x * kernel, node) + params[node.params["bias"]]
+    return bodies.shifted_left(x * kernel, node) + params[node.params["bias"]]
 
 
 def _sum(node, params, inputs):
