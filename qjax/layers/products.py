@@ -73,7 +73,7 @@ def check_specs(x_spec: QSpec, kernel_spec: QSpec, site: str = "") -> None:
     """Raises for the words of a layer that cannot hold its values.
 
     Raises:
-      ValueError: as `qjax.schemes.scheme.check_word`.
+      ValueError: as `qjax.schemes.words.check_site_word`.
       TypeError: for a word that is no `QSpec`.
     """
     prefix = f"{site}/" if site else ""
