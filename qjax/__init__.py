@@ -1,26 +1,10 @@
 """Quantize JAX and Flax models, train them as they ship, lower them to integers."""
 
 from qjax import estimators, presets, quantizers
-from qjax.affine import (
-    QParams,
-    QSpec,
-    abs_max_params,
-    clipped_ste,
-    dequantize,
-    fake_quant,
-    min_max_params,
-    quantize,
-)
-from qjax.calibration.calibrators import (
-    Calibrator,
-    constant,
-    ema_min_max,
-    last_value,
-    mean_std,
-    min_max,
-    moving_max,
-    moving_min_max,
-)
+from qjax.affine import QParams, QSpec, dequantize, fake_quant, quantize
+from qjax.calibration.averages import ema_min_max, moving_max, moving_min_max
+from qjax.calibration.calibrator import Calibrator
+from qjax.calibration.calibrators import constant, last_value, mean_std, min_max
 from qjax.calibration.histograms import entropy, histogram, mse, percentile
 from qjax.inspection import (
     IntegerWeight,
@@ -36,11 +20,13 @@ from qjax.integer import fixed_point, requantize
 from qjax.lowering import Verification, lower, verify
 from qjax.observation import CalibrationError, CalibrationInterrupt, calibrate
 from qjax.program import IntegerProgram, load
+from qjax.qpoint import clipped_ste
 from qjax.quantized_model import QuantizedModel, quantize_model
+from qjax.ranges import abs_max_params, min_max_params
 from qjax.rounding import int_range
 from qjax.schemes.codec import SchemeError
 from qjax.schemes.patterns import Site, Where
-from qjax.schemes.presets import QuantizationParams
+from qjax.schemes.quantizeml.params import QuantizationParams
 from qjax.schemes.rescaling import insert_rescaling
 from qjax.schemes.rules import Constraints, Rule
 from qjax.schemes.scheme import Scheme, stack_schemes

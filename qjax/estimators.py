@@ -18,7 +18,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from qjax.affine import Estimator, clipped_ste, make_estimator
+from qjax.qpoint import Estimator, clipped_ste, make_estimator
 
 __all__ = ("clipped_ste", "ewgs", "make_estimator", "plain_ste", "soft_rounding")
 

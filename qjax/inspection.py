@@ -17,8 +17,9 @@ from qjax.quantized_model import QuantizedModel
 from qjax.quantizers.point import Point, encode, levels, make_point
 from qjax.quantizers.spec import Spec, is_known
 from qjax.quantizers.strings import closest
+from qjax.schemes.explanation import Explanation, explain_site
 from qjax.schemes.patterns import Site
-from qjax.schemes.quantizeml import Explanation, dump_layers, explain_site
+from qjax.schemes.quantizeml.writer import dump_layers
 from qjax.schemes.sharing import leaders
 from qjax.tables import html_table, show_types, text_table
 

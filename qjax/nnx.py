@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qjax.affine import QParams, QSpec
-from qjax.calibration.calibrators import Calibrator
+from qjax.calibration.calibrator import Calibrator
 from qjax.layers.products import (
     CALIBRATOR,
     INPUT_SPEC,

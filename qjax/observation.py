@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qjax.affine import QSpec, reduce_range
+from qjax.affine import QSpec
 from qjax.calibration.batches import (
     MOST_SAMPLES,
     Batches,
@@ -29,6 +29,7 @@ from qjax.model.trace import is_key
 from qjax.model.visitors import QState
 from qjax.quantized_model import QuantizedModel, check_state
 from qjax.quantizers.spec import is_known
+from qjax.ranges import reduce_range
 from qjax.schemes.words import is_one_sided
 
 

@@ -1,18 +1,15 @@
-"""The presets of `qjax.schemes.presets` under their public name."""
+"""Presets: schemes with familiar names, TFLite's, QuantizeML's, QKeras's and more."""
 
-from qjax.schemes.presets import (
-    FUNCTIONS,
-    QuantizationParams,
-    binary,
-    qkeras,
-    quantizeml,
+from qjax.schemes.low_bit import binary, w4a8
+from qjax.schemes.qkeras import qkeras
+from qjax.schemes.quantizeml.params import FUNCTIONS, QuantizationParams, quantizeml
+from qjax.schemes.tensorflow import (
     tflite_int8,
     tflite_int16x8,
     tflite_min_max,
     tfmot_all_values,
     tfmot_int8,
     tfmot_moving_average,
-    w4a8,
 )
 
 __all__ = (

@@ -11,13 +11,14 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.affine import QParams, dequantize, grid_codes
+from qjax.affine import QParams, dequantize
 from qjax.backends.xla import run as xla
 from qjax.graph import files
 from qjax.graph.certificate import Report, certify
 from qjax.graph.graph import Graph, Grid, Value
 from qjax.graph.packing import nbytes
 from qjax.leaves import at_start, difference, leaf_names
+from qjax.qpoint import grid_codes
 from qjax.tables import show_types
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from qjax.affine import QSpec
 from qjax.calibration.batches import have_same_kinds, same_kind
-from qjax.calibration.calibrators import Calibrator
+from qjax.calibration.calibrator import Calibrator
 from qjax.leaves import difference, show_leaves
 from qjax.lowering.binding import Bound
 from qjax.lowering.forward import IntegerForward, Words
@@ -22,9 +22,11 @@ from qjax.model.arguments import check_leaves, check_model
 from qjax.model.simulate import Simulation
 from qjax.model.traced_model import TracedModel, Traces
 from qjax.model.visitors import QState, Quantizer, Recorder, Updater
+from qjax.schemes.accumulators import accumulator_bits
 from qjax.schemes.patterns import Site, Where
-from qjax.schemes.presets import QuantizationParams
-from qjax.schemes.quantizeml import accumulator_bits, config_rules, find_layer
+from qjax.schemes.quantizeml.layers import find_layer
+from qjax.schemes.quantizeml.params import QuantizationParams
+from qjax.schemes.quantizeml.reader import config_rules
 from qjax.schemes.rules import Rule
 from qjax.schemes.scheme import Scheme, check_rules, check_words, shadowed_rules
 from qjax.schemes.sharing import leaders, overwriters

@@ -1,6 +1,7 @@
 """Integer ranges and rounding, the arithmetic that everything else shares."""
 
 import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -161,3 +162,20 @@ def product(a: jax.Array, b: ArrayLike) -> jax.Array:
     a, b = jnp.broadcast_arrays(a, jnp.asarray(b, a.dtype))
     # The difference is NaN also for two equal infinities.
     return jnp.where(jnp.isnan(a - b), jnp.abs(a + b), a * b)
+
+
+def select(mask: jax.Array, x: Any, y: Any) -> jax.Array:
+    """Returns ``x`` where ``mask``, else ``y``: `jnp.where` without a call of its own.
+
+    Args:
+      mask: Truth values.
+      x: Values, or a number.
+      y: Values, or a number; ``x`` or ``y`` is an array.
+
+    Returns:
+      Values of the type of the arrays, in the joint shape.
+    """
+    dtype = jnp.result_type(*(v for v in (x, y) if hasattr(v, "dtype")))
+    shape = jnp.broadcast_shapes(*map(jnp.shape, (mask, x, y)))
+    x, y = (jnp.broadcast_to(jnp.asarray(v, dtype), shape) for v in (x, y))
+    return lax.select(jnp.broadcast_to(mask, shape), x, y)

@@ -18,14 +18,13 @@ from hypothesis.extra import numpy as hnp
 from qjax.affine import (
     QParams,
     QSpec,
-    abs_max_params,
     dequantize,
     fake_quant,
     fake_quant_bias,
-    min_max_params,
-    qpoint_p,
     quantize,
 )
+from qjax.qpoint import qpoint_p
+from qjax.ranges import abs_max_params, min_max_params
 from qjax.rounding import half_away
 
 Fraction = fractions.Fraction

@@ -10,19 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qjax.affine import QSpec, min_max_params
-from qjax.calibration.calibrators import (
-    constant,
-    ema_min_max,
-    last_value,
-    mean_std,
-    min_max,
-    moving_max,
-    moving_min_max,
-    parse_calibrator,
-)
+from qjax.affine import QSpec
+from qjax.calibration.averages import ema_min_max, moving_max, moving_min_max
+from qjax.calibration.calibrator import parse_calibrator
+from qjax.calibration.calibrators import constant, last_value, mean_std, min_max
 from qjax.calibration.histograms import histogram, mse, percentile
 from qjax.quantizers import tensorflow
+from qjax.ranges import min_max_params
 
 TRACKERS = {  # Of the same batch again and again, the range.
     "min_max": min_max(),

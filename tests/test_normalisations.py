@@ -12,10 +12,11 @@ from jax import lax
 
 import qjax
 from experiments.benchmarks import norm
-from qjax.affine import QParams, QSpec, abs_max_params, fake_quant
+from qjax.affine import QParams, QSpec, fake_quant
 from qjax.model.traced_model import trace_model
 from qjax.observation import calibrate
 from qjax.quantized_model import quantize_model
+from qjax.ranges import abs_max_params
 from qjax.schemes.rules import Rule
 from qjax.schemes.scheme import Scheme
 from tests.models import images

@@ -12,7 +12,7 @@ import qjax
 from qjax import presets
 from qjax.affine import QSpec
 from qjax.quantizers import QuantizedBits, QuantizedRelu, parse
-from qjax.quantizers.low_bit import Binary
+from qjax.quantizers.two_levels import Binary
 from qjax.schemes.codec import SchemeError
 from qjax.schemes.patterns import Where
 from tests.models import images, linen_example

@@ -9,7 +9,8 @@ from absl.testing import parameterized
 
 import qjax
 from qjax.affine import QSpec
-from qjax.calibration.calibrators import ema_min_max, min_max
+from qjax.calibration.averages import ema_min_max
+from qjax.calibration.calibrators import min_max
 from qjax.calibration.histograms import percentile
 from qjax.quantizers import Binary, QuantizedBits, quantized_bits
 from qjax.schemes.patterns import Site, Where

@@ -1,1 +1,1 @@
-"""Calibrators, histograms and batches, which find the ranges of values."""
+"""Calibrators, averages, histograms and batches, which find the ranges of values."""

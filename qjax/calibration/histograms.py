@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.affine import QParams, QSpec, min_max_params, reduce_range, scale_shape
-from qjax.calibration.calibrators import Calibrator, check_option, named, params_if
+from qjax.affine import QParams, QSpec, scale_shape
+from qjax.calibration.calibrator import Calibrator, check_option, named, params_if
+from qjax.ranges import min_max_params, reduce_range
 from qjax.rounding import floor_log2, power_of_two
 
 BINS = 4096
@@ -51,10 +52,10 @@ class Histogram(NamedTuple):
     unit: jax.Array  # shape=(), dtype=float32. Width of a bin, a power of two.
 
 
-Ends = tuple[jax.Array, jax.Array]
+Range = tuple[jax.Array, jax.Array]
 # From histogram to range: (counts, edges, low, high, spec) -> (low, high), one scale.
-Search = Callable[..., Ends]
-_Find = Callable[[Histogram, QSpec], Ends]
+Search = Callable[..., Range]
+_Find = Callable[[Histogram, QSpec], Range]
 
 
 @named
@@ -82,7 +83,7 @@ def _percentile(share: float) -> Search:
         low: jax.Array,
         high: jax.Array,
         spec: QSpec,
-    ) -> Ends:
+    ) -> Range:
         if share == 100:
             return low, high
         total = jnp.cumsum(counts.astype(jnp.float32))
@@ -130,7 +131,7 @@ def mse(candidates: int = 100) -> Calibrator:
     if candidates < 1:
         raise ValueError(f"`candidates` must be at least 1, got {candidates}.")
 
-    def find(values: Histogram, spec: QSpec) -> Ends:
+    def find(values: Histogram, spec: QSpec) -> Range:
         parts = jnp.arange(candidates, 0, -1, dtype=jnp.float32) / candidates
         error = lambda part: _error(values, part * values.low, part * values.high, spec)
         errors = lax.map(error, parts)
@@ -164,7 +165,7 @@ def entropy() -> Calibrator:
       Migacz, "8-bit Inference with TensorRT", GTC 2017.
     """
 
-    def find(values: Histogram, spec: QSpec) -> Ends:
+    def find(values: Histogram, spec: QSpec) -> Range:
         counts, low, high = values.counts, values.low, values.high
         sizes = (counts[_HALF:] + counts[_HALF - 1 :: -1]).astype(jnp.float32)
         sizes = sizes.at[0].set(0.0)
@@ -249,7 +250,7 @@ def histogram(search: Search) -> Calibrator:
     if not callable(search):
         raise TypeError(f"`search` must be a function, got {search!r}.")
 
-    def find(values: Histogram, spec: QSpec) -> Ends:
+    def find(values: Histogram, spec: QSpec) -> Range:
         whole, unit = jnp.arange(-_HALF, _HALF + 1, dtype=jnp.float32), values.unit
         seen = values.low * unit, values.high * unit
         low, high = search(values.counts, whole * unit, *seen, spec)
@@ -277,38 +278,7 @@ def _histogram(find: _Find) -> Calibrator:
     def update(x: jax.Array, state: HistogramState, spec: QSpec) -> HistogramState:
         if x.size == 0:
             return state._replace(step=state.step + 1)
-        real = x.astype(jnp.float32)
-        low, high = reduce_range(real, spec.axis)
-        exponent = jnp.maximum(_exponent(jnp.maximum(-low, high)), _NARROWEST)
-        place = jnp.floor(real * power_of_two(-exponent))
-        k = jnp.clip(place, -_HALF, _HALF - 1).astype(jnp.int32) + _HALF
-        number = math.prod(low.shape)
-        scale = jnp.broadcast_to(jnp.arange(number).reshape(low.shape), x.shape)
-        flat, values = (k + scale * BINS).reshape(-1), real.reshape(-1)
-        is_zero = values == 0
-        bins = jnp.zeros(number * BINS, jnp.int32)
-        counts = bins.at[flat].add(1)
-        least = (
-            jnp.full(bins.shape, jnp.inf, jnp.float32)
-            .at[flat]
-            .min(jnp.where(is_zero, jnp.inf, values))
-        )
-        most = (
-            jnp.full(bins.shape, -jnp.inf, jnp.float32)
-            .at[flat]
-            .max(jnp.where(is_zero, -jnp.inf, values))
-        )
-        zeros = (
-            jnp.zeros(number, jnp.int32)
-            .at[scale.reshape(-1)]
-            .add(is_zero.astype(jnp.int32))
-        )
-        counts, least, most = (
-            v.reshape(*low.shape, BINS) for v in (counts, least, most)
-        )
-        zeros, step = zeros.reshape(low.shape), jnp.int32(1)
-        new = HistogramState(step, exponent, counts, least, most, zeros, low, high)
-        return merge(state, new)
+        return merge(state, _counted(x.astype(jnp.float32), spec))
 
     def merge(a: HistogramState, b: HistogramState) -> HistogramState:
         exponent = jnp.maximum(a.exponent, b.exponent)
@@ -325,15 +295,6 @@ def _histogram(find: _Find) -> Calibrator:
         )
 
     def params(state: HistogramState, spec: QSpec) -> QParams:
-        def one(exponent, counts, least, most, zeros, low, high):
-            unit, per = power_of_two(exponent), power_of_two(-exponent)
-            # Bins without values have infinite ends.
-            least, most = (
-                jnp.where(jnp.isfinite(v), v * per, 0.0) for v in (least, most)
-            )
-            values = Histogram(counts, least, most, zeros, low * per, high * per, unit)
-            return tuple(jnp.clip(end * unit, low, high) for end in find(values, spec))
-
         shape = state.low.shape
         seen = state.step > 0
         held = (
@@ -342,10 +303,63 @@ def _histogram(find: _Find) -> Calibrator:
         bins = (v.reshape(-1, BINS) for v in (state.counts, state.least, state.most))
         zeros, exponent = state.zeros.reshape(-1), state.exponent.reshape(-1)
         flat = (exponent, *bins, zeros, *held)
+        one = functools.partial(_searched, find, spec)
         low, high = (end.reshape(shape) for end in jax.vmap(one)(*flat))
         return params_if(seen, low, high, spec)
 
     return Calibrator(init, update, merge, params)
+
+
+def _counted(real: jax.Array, spec: QSpec) -> HistogramState:
+    """Counts the values of one batch in the narrowest bins that hold them."""
+    low, high = reduce_range(real, spec.axis)
+    exponent = jnp.maximum(_exponent(jnp.maximum(-low, high)), _NARROWEST)
+    place = jnp.floor(real * power_of_two(-exponent))
+    k = jnp.clip(place, -_HALF, _HALF - 1).astype(jnp.int32) + _HALF
+    number = math.prod(low.shape)
+    scale = jnp.broadcast_to(jnp.arange(number).reshape(low.shape), real.shape)
+    flat, values = (k + scale * BINS).reshape(-1), real.reshape(-1)
+    is_zero = values == 0
+    bins = jnp.zeros(number * BINS, jnp.int32)
+    counts = bins.at[flat].add(1)
+    least = (
+        jnp.full(bins.shape, jnp.inf, jnp.float32)
+        .at[flat]
+        .min(jnp.where(is_zero, jnp.inf, values))
+    )
+    most = (
+        jnp.full(bins.shape, -jnp.inf, jnp.float32)
+        .at[flat]
+        .max(jnp.where(is_zero, -jnp.inf, values))
+    )
+    zeros = (
+        jnp.zeros(number, jnp.int32)
+        .at[scale.reshape(-1)]
+        .add(is_zero.astype(jnp.int32))
+    )
+    counts, least, most = (v.reshape(*low.shape, BINS) for v in (counts, least, most))
+    zeros, step = zeros.reshape(low.shape), jnp.int32(1)
+    return HistogramState(step, exponent, counts, least, most, zeros, low, high)
+
+
+def _searched(
+    find: _Find,
+    spec: QSpec,
+    exponent: jax.Array,
+    counts: jax.Array,
+    least: jax.Array,
+    most: jax.Array,
+    zeros: jax.Array,
+    low: jax.Array,
+    high: jax.Array,
+) -> Range:
+    """Searches the range of one scale, from the fields of its state."""
+    unit, per = power_of_two(exponent), power_of_two(-exponent)
+    # Bins without values have infinite ends.
+    least, most = (jnp.where(jnp.isfinite(v), v * per, 0.0) for v in (least, most))
+    values = Histogram(counts, least, most, zeros, low * per, high * per, unit)
+    start, stop = find(values, spec)
+    return jnp.clip(start * unit, low, high), jnp.clip(stop * unit, low, high)
 
 
 def _exponent(most: jax.Array) -> jax.Array:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 import jax
 from jax import lax
 
-from qjax.affine import QParams, QSpec, abs_max_params, fake_quant, fake_quant_bias
-from qjax.calibration.calibrators import check_calibrated, ema_min_max
+from qjax.affine import QParams, QSpec, fake_quant, fake_quant_bias
+from qjax.calibration.averages import ema_min_max
+from qjax.calibration.calibrator import check_calibrated
+from qjax.ranges import abs_max_params
 from qjax.schemes.patterns import Role
-from qjax.schemes.words import check_word
+from qjax.schemes.words import check_site_word
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 Padding = str | int | Sequence[int | tuple[int, int]]
@@ -71,7 +73,7 @@ def check_specs(x_spec: QSpec, kernel_spec: QSpec, site: str = "") -> None:
     """Raises for the words of a layer that cannot hold its values.
 
     Raises:
-      ValueError: as `qjax.schemes.scheme.check_word`.
+      ValueError: as `qjax.schemes.words.check_site_word`.
       TypeError: for a word that is no `QSpec`.
     """
     prefix = f"{site}/" if site else ""
@@ -82,7 +84,7 @@ def check_specs(x_spec: QSpec, kernel_spec: QSpec, site: str = "") -> None:
                 "another quantizer, call `qjax.quantizers.apply` before the layer."
             )
         role: Role = "weight" if name == "kernel" else "activation"
-        check_word(prefix + name, role, word)
+        check_site_word(prefix + name, role, word)
 
 
 def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ from qjax.graph.graph import Grid
 from qjax.leaves import at_start
 from qjax.lowering.inputs import MOST_RANGE, integer_range
 from qjax.lowering.interpret import InputTwiceError, where
-from qjax.lowering.rules.shapes import move_again
+from qjax.lowering.rules.moves import move_again
 from qjax.lowering.values import Abstract, Builder, Curve, Integers, Real
 from qjax.model.trace import Equation, Trace
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax.affine import QParams, QSpec, dequantize, grid_codes, qpoint_p
+from qjax.affine import QParams, QSpec, dequantize
 from qjax.backends.xla import bodies
 from qjax.graph.graph import Node, storage
 from qjax.integer import (
@@ -42,6 +42,7 @@ from qjax.model.primitives import POINTWISE, SHAPE_MOVES, names
 from qjax.model.simulate import Simulation, Visit
 from qjax.model.trace import CALLS, Equation, evaluate, quantizer_of, whole_of
 from qjax.model.visitors import Quantizer
+from qjax.qpoint import grid_codes, qpoint_p
 from qjax.quantizers.point import make_point, straight
 from qjax.quantizers.spec import Spec, is_known
 from qjax.schemes.patterns import Site

@@ -11,7 +11,6 @@ import jax.extend.core as jex
 import numpy as np
 from jax.extend.core.primitives import broadcast_in_dim_p
 
-from qjax.affine import qpoint_p
 from qjax.graph.builder import compact
 from qjax.leaves import at_start
 from qjax.lowering.binding import Folded
@@ -35,6 +34,7 @@ from qjax.model.primitives import POINTWISE, REMEDIES, SHAPE_MOVES, names
 from qjax.model.trace import MOST_STEPS, Equation, Trace, evaluate, is_key, whole_of
 from qjax.model.traced_model import SITE_MARK
 from qjax.program import Residue
+from qjax.qpoint import qpoint_p
 
 Rule = Callable[..., Abstract | tuple[Abstract, ...]]
 

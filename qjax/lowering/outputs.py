@@ -9,8 +9,8 @@ import numpy as np
 from qjax.graph.graph import Grid
 from qjax.lowering.constants import add_constant, exact_grid
 from qjax.lowering.interpret import refuse
+from qjax.lowering.operands import added, settled
 from qjax.lowering.rules.functions import add_exact_table, add_table
-from qjax.lowering.rules.shapes import added, settled
 from qjax.lowering.values import (
     Abstract,
     Builder,

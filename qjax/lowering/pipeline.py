@@ -19,7 +19,7 @@ from qjax.lowering.rules import RULES
 from qjax.lowering.sizes import Lowered, find_fixed
 from qjax.lowering.values import Abstract, Builder, Integers
 from qjax.model.blocks import data_of
-from qjax.model.normalisations import fold_normalisations
+from qjax.model.folding import fold_normalisations
 from qjax.model.trace import Trace, trace
 from qjax.program import IntegerProgram, Residue, check_integer_only
 

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.affine import QParams, dequantize, grid_codes, qpoint_p
+from qjax.affine import QParams, dequantize
 from qjax.calls import alone
 from qjax.graph.builder import unique_name
 from qjax.lowering.binding import bind
 from qjax.lowering.interpret import fold_known
 from qjax.model.trace import Trace, evaluate, trace
 from qjax.program import IntegerProgram
+from qjax.qpoint import grid_codes, qpoint_p
 from qjax.tables import html_table, text_table
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax.affine import QParams, bind_point, known_zeros
+from qjax.affine import QParams
 from qjax.model.blocks import Plan
 from qjax.model.channels import move_scale
 from qjax.model.common_scales import (
@@ -23,6 +23,7 @@ from qjax.model.primitives import SHAPE_MOVES
 from qjax.model.trace import Equation, Trace, evaluate
 from qjax.model.traced_model import TracedModel
 from qjax.model.visits import Visit, Visitor
+from qjax.qpoint import bind_point, known_zeros
 from qjax.schemes.patterns import Site
 
 
@@ -56,7 +57,7 @@ class ByChannel:
     def _align(self, v: int, name: str, scale: jax.Array, ends: Word) -> None:
         """Puts a value on one scale that holds all channels exactly, in more bits."""
         grid = QParams(scale, known_zeros())
-        self._env[v] = bind_point(self._env[v], grid, *ends, site=f"{name}/aligned")
+        self._env[v] = bind_point(self._env[v], *grid, *ends, site=f"{name}/aligned")
         self._grids[v], self._aligned[v] = grid, ends
 
     def _fold(self, e: Equation) -> None:
@@ -166,7 +167,7 @@ class ByChannel:
             ends = low.astype(jnp.int32), high.astype(jnp.int32)
             (value,) = evaluate(e, *values)
             grid = QParams(common, known_zeros())
-            value = bind_point(value, grid, *ends, site=name)
+            value = bind_point(value, *grid, *ends, site=name)
             ratio = [c.ratio * rate for c, rate in zip(own, rates, strict=True)]
             self._channels[out] = Channels(
                 value, common, jnp.concatenate(ratio), index, *ends

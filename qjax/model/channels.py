@@ -19,7 +19,7 @@ from qjax.model.trace import Equation, Trace
 _SAME = names("keep", "cast")
 
 
-class Channels(NamedTuple):
+class ScaleDemands(NamedTuple):
     """The demands of the uses of a weight on its scales."""
 
     axis: int | tuple[int, ...] | None  # Negative; None for one scale per tensor.
@@ -50,7 +50,7 @@ class Uses:
             for v in dict.fromkeys(e.inputs):
                 self._users[v].append(e)
 
-    def channels(self, v: int) -> Channels:
+    def channels(self, v: int) -> ScaleDemands:
         """Returns the axes of a weight that no product with it contracts.
 
         Axes of size 1 are left out where there are others.
@@ -66,7 +66,7 @@ class Uses:
             note = f"{what}, as its uses have different output axes ({said})"
         elif not axes:
             note = "one scale per tensor, as it has no output axis"
-        return Channels(_text(axes), max((u.taps for u in uses), default=1), note)
+        return ScaleDemands(_text(axes), max((u.taps for u in uses), default=1), note)
 
     def _of(self, v: int) -> Iterator[_Use]:
         """Yields the products that read a weight, through shape moves."""
@@ -89,13 +89,13 @@ class Uses:
                     yield use._replace(summed=_before(e, use.summed, shape, out))
 
 
-def factor_channels(shape: Sequence[int]) -> Channels:
+def factor_channels(shape: Sequence[int]) -> ScaleDemands:
     """Returns the axis of a factor that multiplies data elementwise.
 
     That along which it varies; the last one if there are several.
     """
     wide = [d - len(shape) for d, n in enumerate(shape) if n != 1]
-    return Channels(wide[0] if len(wide) == 1 else -1, 1, "")
+    return ScaleDemands(wide[0] if len(wide) == 1 else -1, 1, "")
 
 
 def _kept(shape: Sequence[int], summed: frozenset[int]) -> tuple[int, ...]:

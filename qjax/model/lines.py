@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax.affine import QParams, bind_point, select
+from qjax.affine import QParams
+from qjax.qpoint import bind_point
 from qjax.quantizers.point import straight
-from qjax.rounding import ceil_power_of_two
+from qjax.rounding import ceil_power_of_two, select
 from qjax.schemes.patterns import Site
 
 _MOST_BIAS = 2.0**30  # Codes of a bias stay below it, as accumulators are int32.
@@ -89,7 +90,7 @@ def rounded(x: jax.Array, share: jax.Array, grid: QParams, site: Site) -> jax.Ar
     """Multiplies a weight on a grid by a share, and rounds to the same grid."""
     ends = np.int32(-(2**31)), np.int32(2**31 - 1)
     x = x.astype(share.dtype) * share
-    found = bind_point(x, grid, *ends, site=site.name)
+    found = bind_point(x, *grid, *ends, site=site.name)
     return straight(x, found)  # All of it is inside of these ends.
 
 

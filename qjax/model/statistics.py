@@ -24,10 +24,10 @@ def batch_statistics(model: Trace, data: set[int]) -> set[int]:
     Returns:
       All values from such a sum on, until they meet the data that it is a sum of.
     """
-    return _Finder(model, data).statistics()
+    return _StatisticsFinder(model, data).statistics()
 
 
-class _Finder:
+class _StatisticsFinder:
     def __init__(self, model: Trace, data: set[int]):
         self.model, self.data = model, data
         self.source = {v: e for e in model.equations for v in e.outputs}

@@ -8,7 +8,7 @@ import jax
 
 from qjax.model.blocks import Block, Plan, data_of, path_name
 from qjax.model.finder import find_blocks
-from qjax.model.normalisations import fold_normalisations
+from qjax.model.folding import fold_normalisations
 from qjax.model.primitives import SHAPE_MOVES
 from qjax.model.sites import describe
 from qjax.model.trace import Equation, Trace, trace

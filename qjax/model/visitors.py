@@ -10,19 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax import quantizers
-from qjax.affine import (
-    QParams,
-    QSpec,
-    abs_max_params,
-    fake_quant,
-    known_zeros,
-    reduce_range,
-)
-from qjax.calibration.calibrators import Calibrator, check_calibrated
+from qjax.affine import QParams, QSpec, fake_quant
+from qjax.calibration.calibrator import Calibrator, check_calibrated
 from qjax.calls import shared
 from qjax.model.common_scales import held_scale
 from qjax.model.visits import Biases, Unit, Visit
+from qjax.qpoint import known_zeros
 from qjax.quantizers.spec import Spec
+from qjax.ranges import abs_max_params, reduce_range
 from qjax.schemes.patterns import Site
 from qjax.schemes.scheme import Scheme
 

@@ -35,16 +35,17 @@ from qjax.quantizers.curves import (
     quantized_sigmoid,
     quantized_tanh,
 )
-from qjax.quantizers.learned import (
-    LSQ,
-    PACT,
-    DifferentiableBits,
+from qjax.quantizers.dorefa import (
     DoReFaActivations,
     DoReFaWeights,
-    LSQPlus,
-    differentiable_bits,
     dorefa_activations,
     dorefa_weights,
+)
+from qjax.quantizers.learned_bits import DifferentiableBits, differentiable_bits
+from qjax.quantizers.learned_scales import (
+    LSQ,
+    PACT,
+    LSQPlus,
     lsq,
     lsq_plus,
     lsq_plus_params,
@@ -56,18 +57,6 @@ from qjax.quantizers.linear import (
     QuantizedLinear,
     quantized_bits,
     quantized_linear,
-)
-from qjax.quantizers.low_bit import (
-    Bernoulli,
-    Binary,
-    StochasticBinary,
-    StochasticTernary,
-    Ternary,
-    bernoulli,
-    binary,
-    stochastic_binary,
-    stochastic_ternary,
-    ternary,
 )
 from qjax.quantizers.msqe import (
     MsqeState,
@@ -87,6 +76,20 @@ from qjax.quantizers.power_of_two import (
 )
 from qjax.quantizers.spec import SPECS, Spec
 from qjax.quantizers.strings import parse
+from qjax.quantizers.three_levels import (
+    StochasticTernary,
+    Ternary,
+    stochastic_ternary,
+    ternary,
+)
+from qjax.quantizers.two_levels import (
+    Bernoulli,
+    Binary,
+    StochasticBinary,
+    bernoulli,
+    binary,
+    stochastic_binary,
+)
 
 __all__ = (
     "LSQ",

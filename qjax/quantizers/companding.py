@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from qjax.affine import Estimator
+from qjax.qpoint import Estimator
 from qjax.quantizers.activations import InternalSigmoid, internal_sigmoid
 from qjax.quantizers.point import Point, apply, levels_of, point_of, round_steps
 from qjax.quantizers.spec import Spec, check_number, static
-from qjax.quantizers.words import check_word, settled
+from qjax.quantizers.words import check_word, plain_number
 from qjax.rounding import power_of_two
 
 
@@ -85,8 +85,8 @@ def quantized_ulaw(
 
 @point_of(QuantizedUlaw)
 def _ulaw_point(spec: QuantizedUlaw, key: chex.PRNGKey | None, x: jax.Array) -> Point:
-    m = power_of_two(settled(spec.bits) - 1)
-    unit = power_of_two(settled(spec.integer))
+    m = power_of_two(plain_number(spec.bits) - 1)
+    unit = power_of_two(plain_number(spec.integer))
     u = jnp.asarray(spec.u, jnp.float32)
     curve = 2.0 * internal_sigmoid(spec.internal_sigmoid)(x * (1.0 / unit))
     steps = lax.stop_gradient(curve) * (0.5 * m)
@@ -110,8 +110,8 @@ def _expand(
 
 @levels_of(QuantizedUlaw)
 def _ulaw_levels(spec: QuantizedUlaw) -> jax.Array:
-    m = 2.0 ** (settled(spec.bits) - 1)
+    m = 2.0 ** (plain_number(spec.bits) - 1)
     u = jnp.asarray(spec.u, jnp.float32)
     _, v = _expand(jnp.arange(m + 1, dtype=jnp.float32), jnp.float32(m), u)
     low, high = -1.0 + float(spec.symmetric) / m, 1.0 - 1.0 / m
-    return power_of_two(settled(spec.integer)) * jnp.clip(v, low, high)
+    return power_of_two(plain_number(spec.integer)) * jnp.clip(v, low, high)

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from qjax.affine import Estimator
+from qjax.qpoint import Estimator
 from qjax.quantizers.activations import InternalSigmoid, internal_sigmoid
 from qjax.quantizers.linear import QuantizedBits, bits_point
 from qjax.quantizers.point import Point, apply, point_of, round_steps
@@ -23,7 +23,7 @@ from qjax.quantizers.words import (
     check_alpha,
     check_slope,
     check_word,
-    settled,
+    plain_number,
 )
 from qjax.rounding import power_of_two
 
@@ -321,9 +321,9 @@ def quantized_hswish(
 @point_of(QuantizedRelu)
 def _relu_point(spec: QuantizedRelu, key: chex.PRNGKey | None, x: jax.Array) -> Point:
     held = lax.stop_gradient(x)
-    slope = settled(spec.negative_slope)
-    magnitude = settled(spec.bits) - as_int(slope != 0)
-    step = power_of_two(settled(spec.integer) - magnitude)
+    slope = plain_number(spec.negative_slope)
+    magnitude = plain_number(spec.bits) - as_int(slope != 0)
+    step = power_of_two(plain_number(spec.integer) - magnitude)
     m = power_of_two(magnitude)
     steps = held * (1.0 / step)
     bound = None if spec.is_quantized_clip else spec.relu_upper_bound
@@ -338,7 +338,7 @@ def _relu_point(spec: QuantizedRelu, key: chex.PRNGKey | None, x: jax.Array) -> 
     scaled, shift = steps, 0.0 * m
     if spec.use_sigmoid:
         sigmoid = internal_sigmoid(spec.internal_sigmoid)
-        curve = sigmoid(held * power_of_two(-settled(spec.integer)))
+        curve = sigmoid(held * power_of_two(-plain_number(spec.integer)))
         scaled, shift = curve * m, m
     keys = (None, None) if key is None else jax.random.split(key)
 
@@ -374,7 +374,7 @@ def _tanh_point(spec: QuantizedTanh, key: chex.PRNGKey | None, x: jax.Array) -> 
         real = jnp.tanh(x)
     else:
         real = 2.0 * internal_sigmoid(spec.internal_sigmoid)(x) - 1.0
-    levels = power_of_two(settled(spec.bits) - 1)
+    levels = power_of_two(plain_number(spec.bits) - 1)
     low = -levels + float(spec.symmetric)
     return _curve_point(spec, key, real, levels, low)
 
@@ -385,7 +385,7 @@ def _sigmoid_point(
 ) -> Point:
     mode: InternalSigmoid = "real" if spec.use_real_sigmoid else spec.internal_sigmoid
     real = internal_sigmoid(mode)(x)
-    levels = power_of_two(settled(spec.bits))
+    levels = power_of_two(plain_number(spec.bits))
     return _curve_point(spec, key, real, levels, 0 * levels + float(spec.symmetric))
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from qjax.affine import Estimator
+from qjax.qpoint import Estimator
 from qjax.quantizers.point import (
     LARGEST,
     Point,
@@ -46,9 +46,9 @@ from qjax.quantizers.words import (
     check_alpha,
     check_groups,
     check_word,
-    is_power_of_two,
+    is_known_power_of_two,
     make_word,
-    settled,
+    plain_number,
 )
 from qjax.rounding import power_of_two
 
@@ -262,7 +262,7 @@ def _auto_bits_point(spec: QuantizedBits, x: jax.Array) -> Point:
     sharing = Sharing(spec.scale_axis, spec.elements_per_scale)
     check_sharing(x.shape, sharing, spec.name)
     word = make_word(spec, spec.keep_negative, symmetric=True)
-    unit = power_of_two(settled(spec.integer))
+    unit = power_of_two(plain_number(spec.integer))
     t = finite(finite(x) * (1.0 / unit))
     top = as_float(word.qmax)
     if not spec.keep_negative:
@@ -316,7 +316,9 @@ def _linear_point(
             s = s * known_scale(x, spec.alpha)
     u = divide(held, s)
     passes = (low <= u) & (u <= high)
-    is_direct = key is None and word.is_sign is False and is_power_of_two(spec.alpha)
+    is_direct = (
+        key is None and word.is_sign is False and is_known_power_of_two(spec.alpha)
+    )
     value = lax.stop_gradient(x) if is_direct else level(u, key) * s
     line = sign_line(word.is_sign, 2.0 * u, u, low, high)
     codes = word.qmin, word.qmax

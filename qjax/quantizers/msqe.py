@@ -22,11 +22,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from qjax.affine import Estimator, scale_shape
+from qjax.affine import scale_shape
+from qjax.qpoint import Estimator
 from qjax.quantizers.point import Point, apply, finite, point_of
-from qjax.quantizers.scaling import EPSILON, divide, spread
+from qjax.quantizers.scaling import EPSILON, divide, standard_deviation
 from qjax.quantizers.spec import Spec, check_number, require, static
-from qjax.quantizers.words import as_int, check_word, settled
+from qjax.quantizers.words import as_int, check_word, plain_number
 from qjax.rounding import power_of_two, round_log2
 
 
@@ -160,7 +161,7 @@ def init_msqe(x: jax.Array, spec: MsqeSpec) -> MsqeState:
         most = jnp.max(jnp.abs(held), over, keepdims=True, initial=0.0)
         exponent = _exponent(divide(most, qmax)).astype(jnp.float32)
     else:
-        scale = divide(spread(held, over), qmax) * 3.0
+        scale = divide(standard_deviation(held, over), qmax) * 3.0
         if spec.min_init_scale is not None:
             scale = jnp.maximum(scale, spec.min_init_scale)
         exponent = jnp.log2(scale)
@@ -334,7 +335,7 @@ def _check(spec: Any) -> None:
 
 def _ends(spec: MsqeSpec) -> tuple[jax.Array, jax.Array]:
     """Returns the least and the largest code."""
-    qmax = power_of_two(settled(spec.bits) - as_int(spec.keep_negative)) - 1.0
+    qmax = power_of_two(plain_number(spec.bits) - as_int(spec.keep_negative)) - 1.0
     return -qmax * float(spec.keep_negative), qmax
 
 
@@ -365,7 +366,7 @@ def _weight(x: jax.Array, state: MsqeState, spec: MsqeSpec) -> jax.Array:
     if not spec.use_outlier_mask_msqe_weight:
         return weight
     if isinstance(spec, QuantizedBitsMsqePo2):
-        deviation = spread(x, _axes(x, spec))
+        deviation = standard_deviation(x, _axes(x, spec))
         most = jnp.asarray(spec.outlier_mask_sigma, jnp.float32) * deviation
     else:
         exponent = lax.stop_gradient(state.exponent)

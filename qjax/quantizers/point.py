@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from qjax.affine import Estimator, QParams, grid_codes, qpoint_p
+from qjax.affine import QParams
+from qjax.qpoint import Estimator, grid_codes, qpoint_p
 from qjax.quantizers.spec import Spec, is_known
 from qjax.rounding import half_even
 
@@ -341,3 +342,24 @@ def _tagged(point: Point, x: jax.Array, site: str = "") -> jax.Array:
     if point.scale is None:
         return value
     return qpoint_p.bind(value, *_grid(point), site=site, rounding=half_even)
+
+
+def line_point(
+    key: chex.PRNGKey | None,
+    smooth: jax.Array,
+    x: jax.Array,
+    scale: jax.Array,
+    qmin: jax.Array,
+    qmax: jax.Array,
+) -> Point:
+    """Rounds ``x`` to multiples of a scale, with the derivative of ``smooth``."""
+    held = lax.stop_gradient(x)
+    steps = held * (1.0 / scale)
+    value = held
+    if key is not None:
+        inside = jnp.clip(finite(steps), qmin, qmax)
+        value = round_steps(inside, key) * scale
+    is_direct = key is None
+    return Point(
+        smooth, steps, qmin, qmax, value, scale, qmin, qmax, is_direct=is_direct
+    )

@@ -13,12 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from qjax.affine import Estimator
+from qjax.qpoint import Estimator
 from qjax.quantizers.curves import leaky_relu
 from qjax.quantizers.point import Point, apply, finite, levels_of, point_of, sign
 from qjax.quantizers.scaling import EPSILON
 from qjax.quantizers.spec import Spec, check_number, is_known, require, static
-from qjax.quantizers.words import as_float, as_int, check_slope, check_word, settled
+from qjax.quantizers.words import (
+    as_float,
+    as_int,
+    check_slope,
+    check_word,
+    plain_number,
+)
 from qjax.rounding import floor_log2, power_of_two, round_log2
 
 _MOST_LINEAR = 8  # Exponents: codes up to 2^7.
@@ -34,7 +40,11 @@ def _check_po2(spec: Any, signed: int) -> None:
     top = spec.max_value
     check_number(spec, "max_value", "positive", 0, is_open=True)
     if top is None or is_known(top):
-        left = np.asarray(settled(spec.bits)) if is_known(spec.bits) else np.asarray(8)
+        left = (
+            np.asarray(plain_number(spec.bits))
+            if is_known(spec.bits)
+            else np.asarray(8)
+        )
         left = left - signed - (1 if top is None else np.asarray(top) > 1)
         rule = (
             "no bit is left for exponents: the sign takes one, and values above 1 "
@@ -207,9 +217,9 @@ class _Word(NamedTuple):
 
 
 def _word(spec: Any, signed: int) -> _Word:
-    top = None if spec.max_value is None else settled(spec.max_value)
+    top = None if spec.max_value is None else plain_number(spec.max_value)
     has_large = 1 if top is None else as_int(top > 1)
-    n = settled(spec.bits) - signed - has_large
+    n = plain_number(spec.bits) - signed - has_large
     reach: Any = 2**n if isinstance(n, int) else power_of_two(n).astype(jnp.int32)
     high = reach - 1
     times = 1
@@ -284,7 +294,7 @@ def _relu_po2_point(
     spec: QuantizedReluPo2, key: chex.PRNGKey | None, x: jax.Array
 ) -> Point:
     word, held = _word(spec, signed=0), finite(x)
-    slope = settled(spec.negative_slope)
+    slope = plain_number(spec.negative_slope)
     is_signed = slope != 0
     signs = jnp.where((held < 0) & is_signed, -1.0, 1.0)
     size = jnp.where(held < 0, -as_float(slope) * held, held)
@@ -300,7 +310,7 @@ def _po2_levels(spec: QuantizedPo2) -> jax.Array:
 
 @levels_of(QuantizedReluPo2)
 def _relu_po2_levels(spec: QuantizedReluPo2) -> jax.Array:
-    return _levels(_word(spec, signed=0), bool(settled(spec.negative_slope) != 0))
+    return _levels(_word(spec, signed=0), bool(plain_number(spec.negative_slope) != 0))
 
 
 def _levels(word: _Word, is_signed: bool) -> jax.Array:

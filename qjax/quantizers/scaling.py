@@ -51,7 +51,7 @@ def least_squares(x: jax.Array, q: jax.Array, sharing: Sharing = LAST) -> jax.Ar
     return divide(xq, qq + EPSILON) * (1.0 / small)
 
 
-def spread(x: jax.Array, over: tuple[int, ...] | None = None) -> jax.Array:
+def standard_deviation(x: jax.Array, over: tuple[int, ...] | None = None) -> jax.Array:
     """Returns the standard deviation over some axes, all but the last by default."""
     if over is None:
         over = tuple(range(x.ndim)) if x.ndim < 2 else _reduced(x.ndim, None)

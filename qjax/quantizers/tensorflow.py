@@ -24,8 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from qjax.affine import QParams, QSpec, reduce_range, scale_shape
+from qjax.affine import QParams, QSpec, scale_shape
 from qjax.quantizers.point import SCOPE, Quantized
+from qjax.ranges import reduce_range
 from qjax.rounding import floor_log2, half_away, power_of_two, product, quotient
 
 _NEAR_ZERO = 1e-6  # A range that is no wider has no scale of its own.

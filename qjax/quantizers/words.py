@@ -18,7 +18,7 @@ def as_int(flag: Any) -> Any:
     return flag.astype(jnp.int32) if isinstance(flag, jax.Array) else int(flag)
 
 
-class Word(NamedTuple):
+class FixedPointWord(NamedTuple):
     """The codes of a fixed-point word."""
 
     step: jax.Array
@@ -28,21 +28,21 @@ class Word(NamedTuple):
     levels: jax.Array  # 2^u, float32.
 
 
-def make_word(spec: Any, keep_negative: bool, symmetric: bool) -> Word:
+def make_word(spec: Any, keep_negative: bool, symmetric: bool) -> FixedPointWord:
     """Returns the codes of ``spec.bits`` with ``spec.integer`` before the point."""
-    bits = settled(spec.bits)
-    integer = settled(getattr(spec, "integer", 0))
+    bits = plain_number(spec.bits)
+    integer = plain_number(getattr(spec, "integer", 0))
     magnitude = bits - as_int(keep_negative)
     step = power_of_two(integer - magnitude)
     levels = power_of_two(magnitude)
     is_sign = keep_negative and bits == 1
     if isinstance(is_sign, bool) and is_sign:
-        return Word(step, -1, 1, True, levels)
+        return FixedPointWord(step, -1, 1, True, levels)
     bits = int(bits) if isinstance(bits, int | float) else jnp.asarray(bits)
     qmin, qmax = int_range(bits, keep_negative, keep_negative and symmetric)
     if not isinstance(is_sign, bool):
         qmin, qmax = jnp.where(is_sign, -1, qmin), jnp.where(is_sign, 1, qmax)
-    return Word(step, qmin, qmax, is_sign, levels)
+    return FixedPointWord(step, qmin, qmax, is_sign, levels)
 
 
 def as_float(q: ArrayLike) -> jax.Array:
@@ -105,10 +105,10 @@ def check_slope(spec: Any) -> None:
     if is_known(slope):
         slope = np.asarray(slope)
         rule = "`negative_slope` must be 0 or a power of two, so that it is a shift."
-        require(spec, is_power_of_two(np.where(slope == 0, 1, slope)), rule)
+        require(spec, is_known_power_of_two(np.where(slope == 0, 1, slope)), rule)
 
 
-def is_power_of_two(scale: Alpha) -> bool:
+def is_known_power_of_two(scale: Alpha) -> bool:
     """Returns whether a scale is known to be powers of two; None counts as 1."""
     if scale is None:
         return True
@@ -118,6 +118,6 @@ def is_power_of_two(scale: Alpha) -> bool:
     return bool(np.all(mantissa == 0.5))
 
 
-def settled(n: ArrayLike) -> Any:
+def plain_number(n: ArrayLike) -> Any:
     """Returns a known number as a Python one, and arrays and tracers as they are."""
     return np.asarray(n).item() if is_known(n) and np.ndim(n) == 0 else n

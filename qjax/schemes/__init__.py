@@ -1,1 +1,1 @@
-"""Schemes, presets and configs, which decide the grid of each site."""
+"""Schemes and configs, which decide the grid of each site."""

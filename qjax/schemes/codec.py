@@ -6,8 +6,9 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from qjax import estimators, rounding
-from qjax.affine import Axis, Estimator, QSpec, clipped_ste
-from qjax.calibration.calibrators import Calibrator, parse_calibrator
+from qjax.affine import Axis, QSpec
+from qjax.calibration.calibrator import Calibrator, parse_calibrator
+from qjax.qpoint import Estimator, clipped_ste
 from qjax.quantizers.spec import Spec, is_known
 from qjax.quantizers.strings import closest, parse
 from qjax.schemes.patterns import Where

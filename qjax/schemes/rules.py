@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from qjax.calibration.calibrators import Calibrator
+from qjax.calibration.calibrator import Calibrator
 from qjax.schemes.patterns import Site, Where, matches
 from qjax.schemes.words import Word, as_buffer_bits, as_calibrator, as_word
 from qjax.tables import show_fields
@@ -152,3 +152,8 @@ def speaks_of_bias(rule: Rule, site: Site) -> bool:
     if isinstance(rule.pattern, Where):
         return rule.pattern.role == "bias" and rule.pattern(site)
     return rule.pattern == site.name
+
+
+def as_optional(*rules: Rule) -> tuple[Rule, ...]:
+    """Returns rules that may match nothing, as a preset serves many models."""
+    return tuple(dataclasses.replace(rule, optional=True) for rule in rules)

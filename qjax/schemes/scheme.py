@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qjax.affine import Estimator, QSpec, clipped_ste
-from qjax.calibration.calibrators import Calibrator, min_max
+from qjax.affine import QSpec
+from qjax.calibration.calibrator import Calibrator
+from qjax.calibration.calibrators import min_max
+from qjax.qpoint import Estimator, clipped_ste
 from qjax.schemes import codec
 from qjax.schemes.patterns import Site, Where, check_fields, check_name, no_match
 from qjax.schemes.rules import Constraints, Rule, as_rules, speaks_of_bias
@@ -18,7 +20,7 @@ from qjax.schemes.words import (
     as_calibrator,
     as_word,
     at_site,
-    check_word,
+    check_site_word,
 )
 from qjax.tables import show, show_fields
 
@@ -239,22 +241,22 @@ def check_words(
 ) -> None:
     """Raises for a word of a scheme that cannot hold the values of its site."""
     for site in sites:
-        check_word(site.name, site.role, scheme.spec(site))
+        check_site_word(site.name, site.role, scheme.spec(site))
     for site in biases:
-        check_word(site.name, "weight", scheme.bias_spec(site))
+        check_site_word(site.name, "weight", scheme.bias_spec(site))
 
 
 def _check_alone(scheme: Scheme) -> None:
     """Raises for words that are wrong at every site of any model."""
-    check_word("Scheme.weights", "weight", scheme.weights)
-    check_word("Scheme.activations", "activation", scheme.activations)
+    check_site_word("Scheme.weights", "weight", scheme.weights)
+    check_site_word("Scheme.activations", "activation", scheme.activations)
     for k, rule in enumerate(scheme.rules):
         role = rule.pattern.role if isinstance(rule.pattern, Where) else None
         word, name = rule.spec, f"Scheme.rules[{k}]"
-        check_word(name, role or "activation", word)
+        check_site_word(name, role or "activation", word)
         if role is None and isinstance(word, QSpec) and word.signed:
             # The word may be a weight's: an activation has the unsigned word as well.
-            check_word(name, "weight", word)
+            check_site_word(name, "weight", word)
 
 
 def stack_schemes(schemes: Sequence[Scheme]) -> Scheme:

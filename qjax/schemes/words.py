@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from qjax.affine import QSpec
-from qjax.calibration.calibrators import Calibrator, parse_calibrator
+from qjax.calibration.calibrator import Calibrator, parse_calibrator
 from qjax.quantizers.spec import Spec, is_known
 from qjax.quantizers.strings import parse
 from qjax.schemes.patterns import Role, Site, is_whole
@@ -109,7 +109,7 @@ def is_one_sided(word: Word | None) -> bool:
     return is_unsigned or bool(getattr(word, "use_01", False)) or bounded
 
 
-def check_word(name: str, role: Role, word: Word | None) -> None:
+def check_site_word(name: str, role: Role, word: Word | None) -> None:
     """Raises for a word that cannot hold the values of a site.
 
     Args:

@@ -6,7 +6,7 @@ Sums in int32 wrap and come back, and lowering has proven that what they end at 
 a body may take them apart as it likes. `choose` decides while tracing, from shapes
 alone. Figures here are milliseconds on 2 free cores with JAX 0.10.2, of
 
-    python experiments/benchmarks/inference.py --bodies
+    python experiments/benchmarks/bodies.py
 
 float32, exact while sums stay below 2^24, is no body: with codes of 8 bits it was
 slower in every shape, and those of 16 bits do not stay below.
@@ -78,7 +78,7 @@ def dot(
     ):  # Codes come first all the same: the kernel first takes 1.0, not 0.14.
         first, last = len(batch[0]), len(batch[0]) + x.ndim - len(taken)
         acc = acc.transpose(*range(first), *range(last, acc.ndim), *range(first, last))
-    return shifted(acc, node) + params[node.params["bias"]]
+    return shifted_left(acc, node) + params[node.params["bias"]]
 
 
 def conv(
@@ -109,7 +109,7 @@ def conv(
     else:
         acc = in_bytes(product, x, kernel, window.least(x.shape, kernel.shape))
     acc = acc.transpose(order)
-    return shifted(acc, node) + params[node.params["bias"]]
+    return shifted_left(acc, node) + params[node.params["bias"]]
 
 
 def _alone(body: Body, x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
@@ -131,7 +131,7 @@ def centred(x: jax.Array, offset: int) -> jax.Array:
     return (x.astype(jnp.int32) - offset).astype(signed)
 
 
-def shifted(acc: jax.Array, node: Node) -> jax.Array:
+def shifted_left(acc: jax.Array, node: Node) -> jax.Array:
     """Shifts an accumulator to make room for a bias on a finer grid."""
     shift = node.attributes.get("shift", 0)
     return acc << shift if shift else acc

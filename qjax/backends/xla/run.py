@@ -14,7 +14,7 @@ from qjax.calls import alone
 from qjax.graph.graph import Graph, Node, holds
 from qjax.integer import align_products, requantize, requantize_sum
 
-Body = Callable[[Node, Mapping[str, jax.Array], Sequence[jax.Array]], jax.Array]
+NodeBody = Callable[[Node, Mapping[str, jax.Array], Sequence[jax.Array]], jax.Array]
 
 
 def run(
@@ -50,7 +50,7 @@ def apply(
 def _multiply(node, params, inputs):
     x = inputs[0].astype(jnp.int32) - node.attributes["offset"]
     kernel = params[node.params["kernel"]].astype(jnp.int32)
-    return bodies.shifted(x * kernel, node) + params[node.params["bias"]]
+    return bodies.shifted_left(x * kernel, node) + params[node.params["bias"]]
 
 
 def _sum(node, params, inputs):
@@ -273,7 +273,7 @@ def _pad(node, params, inputs):
     return lax.pad(x, fill, [tuple(c) for c in node.attributes["padding"]])
 
 
-BODIES: dict[str, Body] = {
+BODIES: dict[str, NodeBody] = {
     "dot": bodies.dot,
     "conv": bodies.conv,
     "multiply": _multiply,

@@ -7,17 +7,17 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from qjax.formats.qonnx.ops import Operator, Rule, Value
-from qjax.formats.qonnx.values import Data, Known, moved, of_codes
+from qjax.formats.qonnx.ops import QonnxOperator, QonnxRule, QonnxValue
+from qjax.formats.qonnx.values import Constant, Data, moved_data, of_codes
 
 
-def _arg_max(op: Operator, x: Data) -> Value:
+def _arg_max(op: QonnxOperator, x: Data) -> QonnxValue:
     axis = op.attributes.get("axis", 0)
     keepdims = bool(op.attributes.get("keepdims", 1))
     return Data(jnp.argmax(x.real(), axis, keepdims=keepdims))
 
 
-def _reshape(op: Operator, x: Data, shape: Known | None = None) -> Value:
+def _reshape(op: QonnxOperator, x: Data, shape: Constant | None = None) -> QonnxValue:
     found = op.attributes["shape"] if shape is None else shape.value.tolist()
     sizes = [x.shape[d] if n == 0 else int(n) for d, n in enumerate(found)]
     if not sizes:
@@ -34,29 +34,29 @@ def _reshaped(x: Data, sizes: list[int], batch: int) -> Data:
             own[0] = y.shape[0]
         return y.reshape(own)
 
-    return moved(x, move, is_order_kept=False)
+    return moved_data(x, move, is_order_kept=False)
 
 
-def _flatten(op: Operator, x: Data) -> Value:
+def _flatten(op: QonnxOperator, x: Data) -> QonnxValue:
     axis = op.attributes.get("axis", 1) % len(x.shape)
     if axis != 1:
         raise NotImplementedError("Flatten must keep the batch: axis = 1.")
     return _reshaped(x, [x.shape[0], math.prod(x.shape[1:])], op.batch)
 
 
-def _transpose(op: Operator, x: Data) -> Value:
+def _transpose(op: QonnxOperator, x: Data) -> QonnxValue:
     order = op.attributes.get("perm", range(len(x.shape))[::-1])
-    return moved(x, lambda y: y.transpose(order), is_order_kept=False)
+    return moved_data(x, lambda y: y.transpose(order), is_order_kept=False)
 
 
-def _squeeze(op: Operator, x: Data, axes: Known | None = None) -> Value:
+def _squeeze(op: QonnxOperator, x: Data, axes: Constant | None = None) -> QonnxValue:
     found = _axes(op, axes, len(x.shape))
     if not found:
         found = tuple(d for d, n in enumerate(x.shape) if d and n == 1)
-    return moved(x, lambda y: y.squeeze(found), is_order_kept=False)
+    return moved_data(x, lambda y: y.squeeze(found), is_order_kept=False)
 
 
-def _unsqueeze(op: Operator, x: Data, axes: Known | None = None) -> Value:
+def _unsqueeze(op: QonnxOperator, x: Data, axes: Constant | None = None) -> QonnxValue:
     count = len(op.attributes.get("axes", ())) if axes is None else axes.value.size
     found = _axes(op, axes, len(x.shape) + count)
     sizes = list(x.shape)
@@ -65,12 +65,12 @@ def _unsqueeze(op: Operator, x: Data, axes: Known | None = None) -> Value:
     return _reshaped(x, sizes, x.shape[0])
 
 
-def _axes(op: Operator, axes: Known | None, rank: int) -> tuple[int, ...]:
+def _axes(op: QonnxOperator, axes: Constant | None, rank: int) -> tuple[int, ...]:
     found = op.attributes.get("axes", ()) if axes is None else axes.value.tolist()
     return tuple(int(d) % rank for d in found)
 
 
-def _pad(op: Operator, x: Data, *rest: Known | None) -> Value:
+def _pad(op: QonnxOperator, x: Data, *rest: Constant | None) -> QonnxValue:
     known = [None if r is None else r.value for r in (*rest, None, None)]
     pads = op.attributes.get("pads") if known[0] is None else known[0].tolist()
     fill = op.attributes.get("value", 0.0) if known[1] is None else known[1].item()
@@ -86,7 +86,7 @@ def _pad(op: Operator, x: Data, *rest: Known | None) -> Value:
     return of_codes(y, dataclasses.replace(x.grid, low=ends[0], high=ends[1]))
 
 
-def _concat(op: Operator, *parts: Value) -> Value:
+def _concat(op: QonnxOperator, *parts: QonnxValue) -> QonnxValue:
     axis = op.attributes["axis"]
     data = [p for p in parts if isinstance(p, Data)]
     if len(data) != len(parts):
@@ -100,7 +100,7 @@ def _concat(op: Operator, *parts: Value) -> Value:
 
 
 # Operator -> its rule.
-MOVES: Mapping[str, Rule] = {
+MOVES: Mapping[str, QonnxRule] = {
     "ArgMax": _arg_max,
     "Reshape": _reshape,
     "Flatten": _flatten,

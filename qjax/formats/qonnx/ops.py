@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.formats.qonnx.quantizers import (
-    Word,
+    QonnxWord,
     bipolar_quant,
     int_quant,
     multi_threshold,
@@ -23,8 +23,8 @@ from qjax.formats.qonnx.quantizers import (
     trunc,
 )
 from qjax.formats.qonnx.values import (
+    Constant,
     Data,
-    Known,
     accumulated,
     affine,
     bounded,
@@ -38,7 +38,7 @@ _WHOLE = 1e-6  # Largest distance of a ratio of scales from an integer.
 
 
 @dataclasses.dataclass(frozen=True)
-class Operator:
+class QonnxOperator:
     """An operator: a node of a QONNX graph.
 
     Attributes:
@@ -54,14 +54,16 @@ class Operator:
     batch: int
 
 
-Value = Known | Data
-Rule = Callable[..., Value]  # Of an operator and values; inputs left out are None.
+QonnxValue = Constant | Data
+QonnxRule = Callable[
+    ..., QonnxValue
+]  # Of an operator and values; inputs left out are None.
 
 
 # Quantizers.
 
 
-def _int_quant(op: Operator, x: Value, *params: Known) -> Value:
+def _int_quant(op: QonnxOperator, x: QonnxValue, *params: Constant) -> QonnxValue:
     scale, zero, bits = _arrays(op, params, 3)
     is_signed = bool(op.attributes.get("signed", 1))
     if is_signed and bits.size == 1 and bits.item() == 1:
@@ -72,12 +74,12 @@ def _int_quant(op: Operator, x: Value, *params: Known) -> Value:
     return int_quant(x, _word(op, scale, zero, ends, "ROUND"), op.site)
 
 
-def _bipolar_quant(op: Operator, x: Value, *params: Known) -> Value:
+def _bipolar_quant(op: QonnxOperator, x: QonnxValue, *params: Constant) -> QonnxValue:
     (scale,) = _arrays(op, params, 1)
     return bipolar_quant(x, _positive(scale), op.site)
 
 
-def _trunc(op: Operator, x: Value, *params: Known) -> Value:
+def _trunc(op: QonnxOperator, x: QonnxValue, *params: Constant) -> QonnxValue:
     """Truncates codes: version 1 (5 inputs) keeps the scale, version 2 has another."""
     arrays = _arrays(op, params, 4)
     scale, zero, in_bits, out_bits = *arrays[:3], arrays[-1]
@@ -94,7 +96,7 @@ def _trunc(op: Operator, x: Value, *params: Known) -> Value:
     return trunc(x, (own, _word(op, out, last, ends, "FLOOR")), bits, op.site)
 
 
-def _multi_threshold(op: Operator, x: Data, thresholds: Known) -> Value:
+def _multi_threshold(op: QonnxOperator, x: Data, thresholds: Constant) -> QonnxValue:
     layout = op.attributes.get("data_layout", "NCHW")
     axis = len(x.shape) - 1 if layout == "NHWC" or len(x.shape) == 2 else 1
     scale, bias = (op.attributes.get(k, v) for k, v in _DEFAULTS.items())
@@ -104,8 +106,8 @@ def _multi_threshold(op: Operator, x: Data, thresholds: Known) -> Value:
 _DEFAULTS = {"out_scale": 1.0, "out_bias": 0.0}
 
 
-def _arrays(op: Operator, params: Sequence[Any], least: int) -> list[np.ndarray]:
-    if len(params) < least or not all(isinstance(p, Known) for p in params):
+def _arrays(op: QonnxOperator, params: Sequence[Any], least: int) -> list[np.ndarray]:
+    if len(params) < least or not all(isinstance(p, Constant) for p in params):
         raise NotImplementedError(
             f"{op.name} must have constant parameters, at least {least}: scales that "
             "depend on an input have no codes."
@@ -114,15 +116,19 @@ def _arrays(op: Operator, params: Sequence[Any], least: int) -> list[np.ndarray]
 
 
 def _word(
-    op: Operator, scale: np.ndarray, zero: np.ndarray, ends: tuple[int, int], mode: str
-) -> Word:
+    op: QonnxOperator,
+    scale: np.ndarray,
+    zero: np.ndarray,
+    ends: tuple[int, int],
+    mode: str,
+) -> QonnxWord:
     if np.any(zero != np.rint(zero)):
         raise NotImplementedError(
             f"{op.name} must have whole zero points, got {zero.ravel()[0]:g}: with "
             "another, zero is no code."
         )
     mode = rounding_mode(op.attributes.get("rounding_mode", mode))
-    return Word(_positive(scale), zero, *ends, mode)
+    return QonnxWord(_positive(scale), zero, *ends, mode)
 
 
 def _positive(scale: np.ndarray) -> np.ndarray:
@@ -148,13 +154,13 @@ def _ends(bits: np.ndarray, is_signed: bool, is_narrow: bool) -> tuple[int, int]
 # Lines.
 
 
-def arithmetic(op: Operator, a: Value, b: Value) -> Value:
+def arithmetic(op: QonnxOperator, a: QonnxValue, b: QonnxValue) -> QonnxValue:
     """Computes a line if one operand is constant, else a sum or a product of two."""
     if isinstance(a, Data) and isinstance(b, Data):
         return _PAIRS[op.name](op, a, b)
-    is_left = isinstance(a, Known)
+    is_left = isinstance(a, Constant)
     v, c = (b, a) if is_left else (a, b)
-    assert isinstance(v, Data) and isinstance(c, Known)
+    assert isinstance(v, Data) and isinstance(c, Constant)
     known = _in_rank(c.value, len(v.shape))
     wide = single(known)
     if op.name == "Div" and is_left:
@@ -171,7 +177,7 @@ def arithmetic(op: Operator, a: Value, b: Value) -> Value:
     return affine(v, one, sign * exact, step)
 
 
-def _added(op: Operator, a: Data, b: Data) -> Data:
+def _added(op: QonnxOperator, a: Data, b: Data) -> Data:
     """Adds two values; codes on grids that fit give codes again."""
     sign = -1 if op.name == "Sub" else 1
     total = a.real() + b.real() if sign > 0 else a.real() - b.real()
@@ -189,15 +195,15 @@ def _added(op: Operator, a: Data, b: Data) -> Data:
     return point(total, unit, 0, low, high, site=f"{op.site}/sum")
 
 
-def _multiplied(op: Operator, a: Data, b: Data) -> Data:
+def _multiplied(op: QonnxOperator, a: Data, b: Data) -> Data:
     return of_two(op, a, b, 1, a.real() * b.real())
 
 
-def _divided(op: Operator, a: Data, b: Data) -> Data:
+def _divided(op: QonnxOperator, a: Data, b: Data) -> Data:
     return Data(a.real() / b.real())
 
 
-def of_two(op: Operator, a: Data, b: Data, taps: int, acc: jax.Array) -> Data:
+def of_two(op: QonnxOperator, a: Data, b: Data, taps: int, acc: jax.Array) -> Data:
     """Makes an accumulator from ``acc``, a sum of ``taps`` products of two values."""
     if a.grid is None or b.grid is None:
         return Data(acc)
@@ -215,12 +221,12 @@ def of_two(op: Operator, a: Data, b: Data, taps: int, acc: jax.Array) -> Data:
 _PAIRS = {"Add": _added, "Sub": _added, "Mul": _multiplied, "Div": _divided}
 
 
-def _neg(op: Operator, x: Data) -> Value:
+def _neg(op: QonnxOperator, x: Data) -> QonnxValue:
     one = np.ones((1,) * len(x.shape))
     return affine(x, -one, 0 * one, lambda y: -y)
 
 
-def _batch_norm(op: Operator, x: Data, *params: Known) -> Value:
+def _batch_norm(op: QonnxOperator, x: Data, *params: Constant) -> QonnxValue:
     if op.attributes.get("training_mode", 0):
         raise NotImplementedError(
             "Statistics of a batch have no rule. Export to infer."
@@ -236,18 +242,18 @@ def _batch_norm(op: Operator, x: Data, *params: Known) -> Value:
     return affine(x, gain, offset, lambda y: (y - wide[0]) * wide[1] + wide[2])
 
 
-def _identity(op: Operator, x: Data, *rest: Any) -> Value:
+def _identity(op: QonnxOperator, x: Data, *rest: Any) -> QonnxValue:
     return x
 
 
 # Functions.
 
 
-def _relu(op: Operator, x: Data) -> Value:
+def _relu(op: QonnxOperator, x: Data) -> QonnxValue:
     return _clipped(op, x, 0.0, np.inf)
 
 
-def _clip(op: Operator, x: Data, *ends: Known | None) -> Value:
+def _clip(op: QonnxOperator, x: Data, *ends: Constant | None) -> QonnxValue:
     found = [
         op.attributes.get(name, default)
         for name, default in (("min", -np.inf), ("max", np.inf))
@@ -257,7 +263,7 @@ def _clip(op: Operator, x: Data, *ends: Known | None) -> Value:
     return _clipped(op, x, *found)
 
 
-def _clipped(op: Operator, x: Data, low: float, high: float) -> Data:
+def _clipped(op: QonnxOperator, x: Data, low: float, high: float) -> Data:
     y = bounded(x, low, high)
     if x.grid is None or (low, high) != (0.0, np.inf):
         return y
@@ -296,12 +302,12 @@ _FUNCTIONS: dict[str, Callable[..., jax.Array]] = {
 }
 
 
-def _function(op: Operator, x: Data) -> Value:
+def _function(op: QonnxOperator, x: Data) -> QonnxValue:
     function = _FUNCTIONS[op.name]
     return pointwise(x, lambda y: function(y, **op.attributes))
 
 
-def _softmax(op: Operator, x: Data) -> Value:
+def _softmax(op: QonnxOperator, x: Data) -> QonnxValue:
     axis = op.attributes.get("axis", -1) % len(x.shape)
     # Before operator set 13 all axes from this one on are one.
     last = len(x.shape) if op.attributes.get("is_flat", False) else axis + 1
@@ -318,7 +324,7 @@ def _in_rank(x: np.ndarray, rank: int) -> np.ndarray:
 
 
 # Operator -> its rule.
-POINTWISE: Mapping[str, Rule] = {
+POINTWISE: Mapping[str, QonnxRule] = {
     "Quant": _int_quant,
     "IntQuant": _int_quant,
     "BipolarQuant": _bipolar_quant,

@@ -10,38 +10,44 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax.formats.qonnx.ops import Operator, Rule, Value, arithmetic, of_two
+from qjax.formats.qonnx.ops import (
+    QonnxOperator,
+    QonnxRule,
+    QonnxValue,
+    arithmetic,
+    of_two,
+)
 from qjax.formats.qonnx.values import (
+    Constant,
     Data,
-    Known,
     accumulated,
     affine,
     each,
-    moved,
+    kernel_product,
+    moved_data,
     on_grid,
-    product,
 )
 
 
-def _matmul(op: Operator, a: Value, b: Value) -> Value:
+def _matmul(op: QonnxOperator, a: QonnxValue, b: QonnxValue) -> QonnxValue:
     if isinstance(a, Data) and isinstance(b, Data):
         acc = jnp.matmul(a.real(), b.real())
         return of_two(op, a, b, a.shape[-1], acc)
-    if isinstance(a, Known):
+    if isinstance(a, Constant):
         raise NotImplementedError(
             "A constant must be the second operand of MatMul. Transpose the product."
         )
-    assert isinstance(b, Known)
+    assert isinstance(b, Constant)
     return _dense(op, a, b)
 
 
-def _dense(op: Operator, x: Data, kernel: Known) -> Data:
+def _dense(op: QonnxOperator, x: Data, kernel: Constant) -> Data:
     if kernel.value.ndim != 2:
         raise NotImplementedError(
             f"A kernel must have 2 axes, got shape {kernel.value.shape}."
         )
     rank = len(x.shape)
-    return product(
+    return kernel_product(
         x,
         on_grid(kernel),
         jnp.matmul,
@@ -51,8 +57,10 @@ def _dense(op: Operator, x: Data, kernel: Known) -> Data:
     )
 
 
-def _gemm(op: Operator, x: Data, kernel: Known, bias: Known | None = None) -> Value:
-    if op.attributes.get("transA", 0) or not isinstance(kernel, Known):
+def _gemm(
+    op: QonnxOperator, x: Data, kernel: Constant, bias: Constant | None = None
+) -> QonnxValue:
+    if op.attributes.get("transA", 0) or not isinstance(kernel, Constant):
         raise NotImplementedError("Gemm must have transA = 0 and a constant kernel.")
     if op.attributes.get("transB", 0):
         kernel = each(kernel, np.transpose)
@@ -60,7 +68,7 @@ def _gemm(op: Operator, x: Data, kernel: Known, bias: Known | None = None) -> Va
     if bias is None:
         return y
     beta = op.attributes.get("beta", 1.0)
-    return _shifted(op, y, Known(np.float32(beta) * bias.value))
+    return _shifted(op, y, Constant(np.float32(beta) * bias.value))
 
 
 def _times(x: Data, factor: float) -> Data:
@@ -70,12 +78,14 @@ def _times(x: Data, factor: float) -> Data:
     return affine(x, gain, 0 * gain, lambda y: y * jnp.float32(factor))
 
 
-def _shifted(op: Operator, x: Data, bias: Value) -> Value:
+def _shifted(op: QonnxOperator, x: Data, bias: QonnxValue) -> QonnxValue:
     return arithmetic(dataclasses.replace(op, name="Add"), x, bias)
 
 
-def _conv(op: Operator, x: Data, kernel: Known, bias: Known | None = None) -> Value:
-    if not isinstance(kernel, Known):
+def _conv(
+    op: QonnxOperator, x: Data, kernel: Constant, bias: Constant | None = None
+) -> QonnxValue:
+    if not isinstance(kernel, Constant):
         raise NotImplementedError("Conv must have a constant kernel.")
     rank = kernel.value.ndim
     window = _window(op, x.shape, kernel.value.shape[2:])
@@ -91,7 +101,7 @@ def _conv(op: Operator, x: Data, kernel: Known, bias: Known | None = None) -> Va
         feature_group_count=op.attributes.get("group", 1),
     )
     channels = lambda a: a.reshape((1, -1) + (1,) * (rank - 2))
-    y = product(
+    y = kernel_product(
         x, on_grid(kernel), multiply, tuple(range(1, rank)), channels, site=op.site
     )
     if bias is None:
@@ -107,7 +117,7 @@ class _Window:
     padding: list[tuple[int, int]]
 
 
-def _window(op: Operator, shape: Sequence[int], size: Sequence[int]) -> _Window:
+def _window(op: QonnxOperator, shape: Sequence[int], size: Sequence[int]) -> _Window:
     """Reads the window of a convolution or a pool over the axes from 2 on."""
     a, ones = op.attributes, [1] * len(size)
     strides, dilations = a.get("strides", ones), a.get("dilations", ones)
@@ -133,7 +143,7 @@ def _same(n: int, k: int, stride: int, dilation: int, is_upper: bool) -> Any:
 # Pools and sums.
 
 
-def _max_pool(op: Operator, x: Data) -> Value:
+def _max_pool(op: QonnxOperator, x: Data) -> QonnxValue:
     w = _window(op, x.shape, op.attributes["kernel_shape"])
 
     def move(y: Any) -> Any:
@@ -151,15 +161,15 @@ def _max_pool(op: Operator, x: Data) -> Value:
             window_dilation=(1, 1, *w.dilations),
         )
 
-    return moved(x, move)
+    return moved_data(x, move)
 
 
-def _global_max_pool(op: Operator, x: Data) -> Value:
+def _global_max_pool(op: QonnxOperator, x: Data) -> QonnxValue:
     sizes = list(x.shape[2:])
     return _max_pool(dataclasses.replace(op, attributes={"kernel_shape": sizes}), x)
 
 
-def _average_pool(op: Operator, x: Data) -> Value:
+def _average_pool(op: QonnxOperator, x: Data) -> QonnxValue:
     w = _window(op, x.shape, op.attributes["kernel_shape"])
     if np.any(w.padding) and not op.attributes.get("count_include_pad", 0):
         raise NotImplementedError(
@@ -178,12 +188,14 @@ def _average_pool(op: Operator, x: Data) -> Value:
     return _mean(op, x, acc, math.prod(w.size))
 
 
-def _global_average_pool(op: Operator, x: Data) -> Value:
+def _global_average_pool(op: QonnxOperator, x: Data) -> QonnxValue:
     axes = tuple(range(2, len(x.shape)))
     return _mean_over(op, x, axes, keepdims=True)
 
 
-def _reduce_mean(op: Operator, x: Data, axes: Known | None = None) -> Value:
+def _reduce_mean(
+    op: QonnxOperator, x: Data, axes: Constant | None = None
+) -> QonnxValue:
     found = op.attributes.get("axes") if axes is None else axes.value.tolist()
     if not found:
         raise NotImplementedError("ReduceMean must have axes, none of them the batch.")
@@ -192,14 +204,14 @@ def _reduce_mean(op: Operator, x: Data, axes: Known | None = None) -> Value:
 
 
 def _mean_over(
-    op: Operator, x: Data, axes: tuple[int, ...], *, keepdims: bool
-) -> Value:
+    op: QonnxOperator, x: Data, axes: tuple[int, ...], *, keepdims: bool
+) -> QonnxValue:
     taps = math.prod(x.shape[d] for d in axes)
     acc = jnp.sum(x.real(), axes, keepdims=keepdims)
     return _mean(op, x, acc, taps)
 
 
-def _mean(op: Operator, x: Data, acc: jax.Array, taps: int) -> Data:
+def _mean(op: QonnxOperator, x: Data, acc: jax.Array, taps: int) -> Data:
     if x.grid is None:
         return Data(acc / jnp.float32(taps))
     one = np.ones((1,) * acc.ndim)
@@ -210,7 +222,7 @@ def _mean(op: Operator, x: Data, acc: jax.Array, taps: int) -> Data:
 
 
 # Operator -> its rule.
-PRODUCTS: Mapping[str, Rule] = {
+PRODUCTS: Mapping[str, QonnxRule] = {
     "MatMul": _matmul,
     "Gemm": _gemm,
     "Conv": _conv,

@@ -21,10 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.affine import clipped_ste
 from qjax.formats.qonnx.values import (
+    Constant,
     Data,
-    Known,
     affine,
     clip,
     point,
@@ -32,6 +31,7 @@ from qjax.formats.qonnx.values import (
     single,
 )
 from qjax.graph.builder import compact
+from qjax.qpoint import clipped_ste
 from qjax.quantizers.point import straight
 
 # Step of the sign of a value on no grid: 2^-22 below 0 is still seen.
@@ -82,7 +82,7 @@ _MOVES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Word:
+class QonnxWord:
     """The word of a quantizer: the integers that its codes can be.
 
     Attributes:
@@ -100,7 +100,7 @@ class Word:
     mode: str
 
 
-def int_quant(x: Known | Data, word: Word, site: str) -> Known | Data:
+def int_quant(x: Constant | Data, word: QonnxWord, site: str) -> Constant | Data:
     """Computes IntQuant.
 
     Args:
@@ -112,7 +112,7 @@ def int_quant(x: Known | Data, word: Word, site: str) -> Known | Data:
       Values on the grid. What has no codes for lowering (a scale per channel of what is
       no constant, directed rounding of signed raw inputs) is a float function still.
     """
-    if isinstance(x, Known):
+    if isinstance(x, Constant):
         return _known(x, word)
     if word.scale.size > 1 or word.zero_point.size > 1:
         return Data(_by_channel(x.real(), word, site))
@@ -125,16 +125,16 @@ def int_quant(x: Known | Data, word: Word, site: str) -> Known | Data:
     return _at_once(x, scale, zero, word, site)
 
 
-def _known(x: Known, word: Word) -> Known:
+def _known(x: Constant, word: QonnxWord) -> Constant:
     with np.errstate(over="ignore"):
         steps = np.asarray(x.value, np.float32) / word.scale + word.zero_point
     rounded = _ROUNDINGS[word.mode](np.clip(steps, word.low, word.high), np)
     codes = np.rint(rounded - word.zero_point).astype(np.int64)
     scale = np.broadcast_to(word.scale, codes.shape)
-    return Known((codes * scale).astype(np.float32), codes, scale)
+    return Constant((codes * scale).astype(np.float32), codes, scale)
 
 
-def _formula(x: jax.Array, word: Word) -> jax.Array:
+def _formula(x: jax.Array, word: QonnxWord) -> jax.Array:
     """Computes IntQuant by its definition, with one scale or one scale per channel."""
     scale, zero = (_aligned(a, x.ndim) for a in (word.scale, word.zero_point))
     steps = x / scale
@@ -153,7 +153,7 @@ def _aligned(x: np.ndarray, rank: int) -> jax.Array:
     )
 
 
-def _by_channel(x: jax.Array, word: Word, site: str) -> jax.Array:
+def _by_channel(x: jax.Array, word: QonnxWord, site: str) -> jax.Array:
     shape = np.broadcast_shapes(word.scale.shape, word.zero_point.shape)
     shape = (1,) * (x.ndim - len(shape)) + shape
     scale, zero = (np.broadcast_to(a, shape) for a in (word.scale, word.zero_point))
@@ -162,7 +162,7 @@ def _by_channel(x: jax.Array, word: Word, site: str) -> jax.Array:
     return clipped_ste(_formula(x, word), single(scale), codes, *ends, site)
 
 
-def _at_once(x: Data, scale: float, zero: int, word: Word, site: str) -> Data:
+def _at_once(x: Data, scale: float, zero: int, word: QonnxWord, site: str) -> Data:
     """Rounds an input or a wide accumulator, which is no function of few codes."""
     mode = word.mode
     if word.low >= zero:
@@ -197,7 +197,7 @@ def _plus(x: Data, by: float) -> jax.Array:
     return affine(x, one, bias, step).real() if by else x.real()
 
 
-def bipolar_quant(x: Known | Data, scale: np.ndarray, site: str) -> Known | Data:
+def bipolar_quant(x: Constant | Data, scale: np.ndarray, site: str) -> Constant | Data:
     """Computes BipolarQuant: codes -1 and 1, with sign 1 at 0.
 
     The sign of a raw input is that of the input plus 2^-22.
@@ -210,11 +210,11 @@ def bipolar_quant(x: Known | Data, scale: np.ndarray, site: str) -> Known | Data
     Returns:
       Values on the grid.
     """
-    if isinstance(x, Known):
+    if isinstance(x, Constant):
         codes = np.where(x.value >= 0, 1, -1)
         shape = np.broadcast_shapes(codes.shape, scale.shape)
         codes, scale = np.broadcast_to(codes, shape), np.broadcast_to(scale, shape)
-        return Known((codes * scale).astype(np.float32), codes, scale)
+        return Constant((codes * scale).astype(np.float32), codes, scale)
     if scale.size > 1:
         high = _aligned(scale, len(x.shape))
         return Data(jnp.where(x.real() >= 0, high, -high))
@@ -262,7 +262,9 @@ def _threshold(x: Data, unit: float, site: str) -> Data:
     return point(rescaled.real(), unit, 0, -1, 1, site=site)
 
 
-def trunc(x: Known | Data, words: tuple[Word, Word], bits: int, site: str) -> Data:
+def trunc(
+    x: Constant | Data, words: tuple[QonnxWord, QonnxWord], bits: int, site: str
+) -> Data:
     """Computes Trunc: codes of one grid without their least bits.
 
     Args:
@@ -274,7 +276,7 @@ def trunc(x: Known | Data, words: tuple[Word, Word], bits: int, site: str) -> Da
     Returns:
       Values on the grid of the output.
     """
-    if isinstance(x, Known):
+    if isinstance(x, Constant):
         raise NotImplementedError("Trunc of a constant has no rule. Fold it.")
     own, out = words
     scale, zero = (float(a.item()) for a in (own.scale, own.zero_point))

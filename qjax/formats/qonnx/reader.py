@@ -13,12 +13,12 @@ import numpy as np
 
 from qjax.affine import QParams, QSpec
 from qjax.formats.qonnx.moves import MOVES
-from qjax.formats.qonnx.ops import POINTWISE, Operator, Rule
+from qjax.formats.qonnx.ops import POINTWISE, QonnxOperator, QonnxRule
 from qjax.formats.qonnx.products import PRODUCTS
-from qjax.formats.qonnx.values import Data, Known, each, point, settled
+from qjax.formats.qonnx.values import Constant, Data, each, line_values, point
 from qjax.rounding import half_even
 
-RULES: Mapping[str, Rule] = {**MOVES, **POINTWISE, **PRODUCTS}
+RULES: Mapping[str, QonnxRule] = {**MOVES, **POINTWISE, **PRODUCTS}
 
 _DOMAINS = (
     *("", "ai.onnx", "onnx.brevitas", "brevitas"),
@@ -48,7 +48,7 @@ class QonnxModel:
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     _nodes: tuple["_Node", ...]
-    _constants: Mapping[str, Known]
+    _constants: Mapping[str, Constant]
     _input_grid: tuple[QParams, QSpec] | None
 
     def __call__(self, *inputs: jax.Array) -> Any:
@@ -63,7 +63,7 @@ class QonnxModel:
         Raises:
           ValueError: if an input has another shape.
         """
-        values: dict[str, Known | Data] = dict(self._constants)
+        values: dict[str, Constant | Data] = dict(self._constants)
         for x, own, name in zip(inputs, self.inputs, self.input_names, strict=True):
             if x.shape[1:] != own.shape[1:] or x.ndim != len(own.shape):
                 raise ValueError(
@@ -196,7 +196,7 @@ def _model(
     if not graph.node:
         raise _Contradiction("must hold a graph with nodes, got none.")
     constants = {
-        t.name: Known(_converted(onnx.numpy_helper.to_array(t)))
+        t.name: Constant(_converted(onnx.numpy_helper.to_array(t)))
         for t in graph.initializer
     }
     inputs = {v.name: _shape(onnx, v) for v in graph.input if v.name not in constants}
@@ -260,7 +260,7 @@ def _check(nodes: Sequence["_Node"], known: set[str], names: Sequence[str]) -> N
 class _Node:
     """An operator with its place in the graph."""
 
-    operator: Operator
+    operator: QonnxOperator
     inputs: tuple[str, ...]
     name: str
     proto: Any
@@ -269,7 +269,7 @@ class _Node:
     def __str__(self):
         return f"The node {self.name!r} ({self.operator.name})"
 
-    def run(self, values: Mapping[str, Known | Data]) -> Known | Data:
+    def run(self, values: Mapping[str, Constant | Data]) -> Constant | Data:
         """Computes the outputs of the node from values by name."""
         operands = [values[name] if name else None for name in self.inputs]
         try:
@@ -283,18 +283,18 @@ class _Node:
                 f"{self} must fit its inputs, got {type(error).__name__}: {error}"
             ) from error
 
-    def _apply(self, operands: list[Any]) -> Known | Data:
+    def _apply(self, operands: list[Any]) -> Constant | Data:
         op, first = self.operator, operands[0] if operands else None
         if op.name == "Shape" and isinstance(first, Data):
-            return Known(np.asarray(first.shape, np.int64))
+            return Constant(np.asarray(first.shape, np.int64))
         if op.name in _QUANTIZERS or any(isinstance(v, Data) for v in operands):
             return self._rule()(op, *operands)
         found = self._folded([v.value if v else None for v in operands])
         if first is None or first.codes is None:
-            return Known(found)
+            return Constant(found)
         return self._kept(found, operands)
 
-    def _rule(self) -> Rule:
+    def _rule(self) -> QonnxRule:
         if self.operator.name not in RULES:
             raise NotImplementedError(
                 f"There is no rule for {self.operator.name}. Known are "
@@ -303,7 +303,7 @@ class _Node:
             )
         return RULES[self.operator.name]
 
-    def _kept(self, found: np.ndarray, operands: list[Any]) -> Known:
+    def _kept(self, found: np.ndarray, operands: list[Any]) -> Constant:
         """Keeps the grid of a constant whose codes only move or are rescaled."""
         first, *rest = operands
         others = [v.value for v in rest]
@@ -311,8 +311,8 @@ class _Node:
             return each(first, lambda a: self._folded([a, *others]))
         if self.operator.name in ("Mul", "Div") and np.all(others[0] > 0):
             scale = self._folded([first.scale, *others])
-            return Known(found, np.broadcast_to(first.codes, scale.shape), scale)
-        return Known(found)
+            return Constant(found, np.broadcast_to(first.codes, scale.shape), scale)
+        return Constant(found)
 
     def _folded(self, operands: list[Any]) -> np.ndarray:
         """Computes a constant by ONNX's own reference evaluator."""
@@ -351,7 +351,7 @@ def _node(onnx: Any, proto: Any, opsets: Mapping[str, int], batch: int) -> _Node
         )
     if proto.op_type == "Softmax" and opset < 13:
         attributes = {"axis": 1, **attributes, "is_flat": True}
-    operator = Operator(proto.op_type, site, attributes, batch)
+    operator = QonnxOperator(proto.op_type, site, attributes, batch)
     return _Node(operator, tuple(proto.input), name, proto, opset)
 
 
@@ -371,8 +371,8 @@ def _entered(x: jax.Array, name: str, grid: tuple[QParams, QSpec] | None) -> Dat
     return point(x, float(scale), int(zero_point), *ends, site=name)
 
 
-def _ended(x: Known | Data) -> jax.Array:
+def _ended(x: Constant | Data) -> jax.Array:
     """Returns the values of an output: codes, or an accumulator on a line."""
-    if isinstance(x, Known):
+    if isinstance(x, Constant):
         return jnp.asarray(x.value)
-    return x.real() if x.grid is not None or x.line is None else settled(x.line)
+    return x.real() if x.grid is not None or x.line is None else line_values(x.line)

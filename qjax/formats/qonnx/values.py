@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.affine import Rounding, clipped_ste, fake_quant_bias
+from qjax.affine import fake_quant_bias
 from qjax.graph.builder import compact
+from qjax.qpoint import Rounding, clipped_ste
 from qjax.rounding import half_even
 
 _MOST_CODES = 1 << 16  # Largest range of an accumulator that indexes a table.
@@ -30,7 +31,7 @@ Step = Callable[[jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Known:
+class Constant:
     """A constant; on a grid, ``value = codes * scale``."""
 
     value: np.ndarray
@@ -39,7 +40,7 @@ class Known:
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid:
+class QonnxGrid:
     """A grid with one scale: ``real = scale * n``, ``n`` in ``[low, high]``."""
 
     scale: float
@@ -78,7 +79,7 @@ class Data:
     """
 
     x: jax.Array | None
-    grid: Grid | None = None
+    grid: QonnxGrid | None = None
     line: Line | None = None
     is_pointwise: bool = False
     is_raw: bool = False
@@ -88,7 +89,7 @@ class Data:
         if self.x is not None:
             return self.x
         assert self.line is not None
-        return settled(self.line)
+        return line_values(self.line)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -112,11 +113,11 @@ def point(
     """Puts values on a grid by a quantization point, which lowering reads."""
     operands = jnp.int32(zero_point), jnp.int32(low), jnp.int32(high)
     codes = clipped_ste(x, jnp.float32(scale), *operands, site, rounding)
-    grid = Grid(float(np.float32(scale)), low - zero_point, high - zero_point)
+    grid = QonnxGrid(float(np.float32(scale)), low - zero_point, high - zero_point)
     return of_codes(codes, grid)
 
 
-def of_codes(x: jax.Array, grid: Grid) -> Data:
+def of_codes(x: jax.Array, grid: QonnxGrid) -> Data:
     """Makes codes the accumulator of a line with gain 1 and bias 0."""
     low, high = (np.full((1,) * x.ndim, n) for n in (grid.low, grid.high))
     one = np.ones((1,) * x.ndim)
@@ -157,7 +158,7 @@ def accumulated(
         return Data(None, line=line)
     codes = point(acc, unit, 0, least, most, site=site).x
     line = dataclasses.replace(line, codes=codes)
-    whole = Data(codes, Grid(unit, least, most), line, is_pointwise=True)
+    whole = Data(codes, QonnxGrid(unit, least, most), line, is_pointwise=True)
     if np.all(gain == 1):
         return dataclasses.replace(whole, line=line)
     one = dataclasses.replace(line, gain=np.ones_like(gain))
@@ -223,7 +224,9 @@ def pointwise(v: Data, step: Step) -> Data:
     return Data(step(v.real()), is_pointwise=v.is_pointwise)
 
 
-def moved(v: Data, move: Callable[[Any], Any], *, is_order_kept: bool = True) -> Data:
+def moved_data(
+    v: Data, move: Callable[[Any], Any], *, is_order_kept: bool = True
+) -> Data:
     """Applies a move, which changes no value.
 
     Args:
@@ -283,7 +286,7 @@ def _rising(line: Line) -> Line:
     )
 
 
-def settled(line: Line) -> jax.Array:
+def line_values(line: Line) -> jax.Array:
     """Computes a line in an order that lowers: accumulator, then bias, then gain.
 
     The bias is rounded to as many bits below the unit of the accumulator as int32 has
@@ -341,9 +344,9 @@ def _limited(x: jax.Array, low: float, high: float) -> jax.Array:
     return x if high == np.inf else jnp.minimum(x, jnp.float32(high))
 
 
-def product(
+def kernel_product(
     v: Data,
-    kernel: Known,
+    kernel: Constant,
     multiply: Callable[[jax.Array, jax.Array], jax.Array],
     over: tuple[int, ...],
     channels: Callable[[np.ndarray], np.ndarray],
@@ -415,14 +418,14 @@ def _unit_kernel(codes: np.ndarray, site: str) -> jax.Array:
     return clipped_ste(single(codes), jnp.float32(1), *ends, site)
 
 
-def on_grid(x: Known) -> Known:
+def on_grid(x: Constant) -> Constant:
     """Returns a constant of integers as its own codes."""
     value = x.value
     if x.codes is not None or not np.issubdtype(value.dtype, np.floating):
         return x
     if not np.all(np.abs(value) < 1 << 15) or np.any(value != np.rint(value)):
         return x
-    return Known(value, value.astype(np.int64), np.ones(value.shape))
+    return Constant(value, value.astype(np.int64), np.ones(value.shape))
 
 
 def single(x: np.ndarray) -> jax.Array:
@@ -430,8 +433,8 @@ def single(x: np.ndarray) -> jax.Array:
     return jnp.asarray(np.asarray(x, np.float32))
 
 
-def each(x: Known, move: Callable[[np.ndarray], np.ndarray]) -> Known:
+def each(x: Constant, move: Callable[[np.ndarray], np.ndarray]) -> Constant:
     """Moves a constant with its codes and scales."""
     if x.codes is None or x.scale is None:
-        return Known(move(x.value))
-    return Known(move(x.value), move(x.codes), move(x.scale))
+        return Constant(move(x.value))
+    return Constant(move(x.value), move(x.codes), move(x.scale))

@@ -46,7 +46,7 @@ def byte_rescaling(ratio: np.float32) -> Rescaling:
     return Rescaling(np.rint(ratio * np.float32(256)), 8, "tflite_single")
 
 
-def requantize(
+def add_requantize(
     call: Call,
     acc: int,
     rescaling: Rescaling,
@@ -201,7 +201,7 @@ def _product(
         **attributes,
     )
     scale = per_channel(np.asarray(call.tensor(1).scale, np.float32))
-    requantize(call, acc, _of_product(call, x, scale, is_wide), call.activation())
+    add_requantize(call, acc, _of_product(call, x, scale, is_wide), call.activation())
 
 
 def _check_overflow(
@@ -248,7 +248,7 @@ def _multiply(call: Call) -> None:
     rescaling = (
         float_rescaling(ratio) if is_float else exact_rescaling(call, np.float64(ratio))
     )
-    requantize(call, acc, rescaling, call.activation())
+    add_requantize(call, acc, rescaling, call.activation())
 
 
 def _batch_matmul(call: Call) -> None:
@@ -264,7 +264,7 @@ def _batch_matmul(call: Call) -> None:
     attributes = {"contract": contract, "batch": batch}
     acc = _of_two(call, "dot_codes", codes, values, taps, **attributes)
     ratio = np.float64(codes[0].scale * codes[1].scale) / np.float64(call.y.scale)
-    requantize(call, acc, exact_rescaling(call, ratio), (call.y.low, call.y.high))
+    add_requantize(call, acc, exact_rescaling(call, ratio), (call.y.low, call.y.high))
 
 
 def _of_two(

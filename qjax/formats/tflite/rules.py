@@ -9,11 +9,11 @@ import numpy as np
 from qjax.formats.tflite import tables
 from qjax.formats.tflite.products import (
     Rescaling,
+    add_requantize,
     byte_rescaling,
     exact_rescaling,
     float_rescaling,
     operands,
-    requantize,
     strides,
     window,
 )
@@ -34,7 +34,7 @@ def _quantize(call: Call) -> None:
     same = call.tensor().dtype == call.output().dtype
     if call.growth.rules.is_xnnpack and same and not x.is_wide:
         rescaling = byte_rescaling(x.scale / y.scale)
-    requantize(call, call.value(), rescaling, (y.low, y.high), x.zero_point)
+    add_requantize(call, call.value(), rescaling, (y.low, y.high), x.zero_point)
 
 
 def _dequantize(call: Call) -> None:
@@ -46,7 +46,7 @@ def _relu(call: Call) -> None:
     x, y = call.codes(), call.y
     rescaling = exact_rescaling(call, np.float64(x.scale / y.scale))
     ends = bounds(call.op.name, y)
-    requantize(call, call.value(), rescaling, ends, x.zero_point)
+    add_requantize(call, call.value(), rescaling, ends, x.zero_point)
 
 
 # Sums and means.
@@ -137,7 +137,7 @@ def _mean(call: Call) -> None:
     rescaling = Rescaling((int(multiplier) << more) // divisor, int(shift) + more, rule)
     if call.growth.rules.is_xnnpack and not x.is_wide:
         rescaling = float_rescaling(x.scale / (y.scale * np.float32(divisor)))
-    requantize(call, total, rescaling, (y.low, y.high))
+    add_requantize(call, total, rescaling, (y.low, y.high))
 
 
 def reduced_shape(call: Call, shape: Sequence[int], over: Sequence[int]) -> list[int]:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qjax.graph.operations.shifts import (
+    c_round,
     divide_by_power,
-    half_away,
     high_product,
     rescale,
     truncated,
@@ -65,7 +65,7 @@ def function_table(
     with np.errstate(over="ignore"):
         found = function(real.astype(np.float64)).astype(np.float32)
         found = np.clip(found * (np.float32(1) / y.scale), -most, most)
-    code = half_away(found) + np.float32(y.zero_point)
+    code = c_round(found) + np.float32(y.zero_point)
     return np.clip(code, y.low, y.high).astype(np.int64)
 
 
@@ -171,7 +171,7 @@ def requantized_table(x: Codes, y: Codes) -> np.ndarray:
     """Tabulates the codes on another grid, by float32 arithmetic."""
     factor = x.scale * (np.float32(1) / y.scale)
     real = x.all().astype(np.float32) * factor + np.float32(-x.zero_point) * factor
-    return np.clip(half_away(real).astype(np.int64) + y.zero_point, y.low, y.high)
+    return np.clip(c_round(real).astype(np.int64) + y.zero_point, y.low, y.high)
 
 
 def _wide_pair(ratio: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -290,9 +290,9 @@ def wide_function_table(
         function(places.astype(np.float64)).astype(f) * inverse
         for places in (at[:-1], at[:-1] + step / f(2), at[1:], np.array([high]))
     )
-    line = half_away((after + half_away(own)) / f(2))
-    bias = half_away((line - half_away(middle)) / f(2))
-    anchors = np.append(half_away(own) - bias, half_away(last))
+    line = c_round((after + c_round(own)) / f(2))
+    bias = c_round((line - c_round(middle)) / f(2))
+    anchors = np.append(c_round(own) - bias, c_round(last))
     anchors = np.clip(anchors, y.low, y.high).astype(np.int64)
     codes = x.all()
     place, rest = 256 + (codes >> 7), codes & 0x7F
@@ -345,5 +345,5 @@ def nearest_places(
     f, corners = np.float32, 1 if align_corners and out > 1 else 0
     step = f(size - corners) / f(out - corners)
     at = (np.arange(out, dtype=f) + f(0.5 if half_pixel_centers else 0)) * step
-    at = half_away(at) if align_corners else np.floor(at)
+    at = c_round(at) if align_corners else np.floor(at)
     return np.clip(at.astype(np.int64), 0, size - 1)

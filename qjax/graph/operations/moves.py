@@ -24,7 +24,7 @@ from qjax.graph.operations.record import (
     pool_shape,
     same_interval,
     spread,
-    windows,
+    window_taps,
 )
 
 # Choices.
@@ -64,7 +64,7 @@ def _extreme_pool_interval(o: Operands) -> Ends:
 
 
 def _pool(of: Callable[..., Any], fill: int) -> Any:
-    return lambda a, own, xs: of(windows(a, xs[0], fill), axis=0)
+    return lambda a, own, xs: of(window_taps(a, xs[0], fill), axis=0)
 
 
 # Moves.

@@ -8,6 +8,7 @@ import numpy as np
 
 from qjax.graph.operations.record import (
     AXES,
+    AXIS_LISTS,
     INTEGER,
     INTEGERS,
     LEFT,
@@ -16,7 +17,6 @@ from qjax.graph.operations.record import (
     SIDES,
     SIZE,
     SIZES,
-    SPECS,
     WIDE,
     WINDOW,
     Ends,
@@ -29,7 +29,7 @@ from qjax.graph.operations.record import (
     pool_shape,
     spread,
     window_sizes,
-    windows,
+    window_taps,
 )
 
 _MOST_SUM = 1 << 62
@@ -317,7 +317,7 @@ CONV = Operation(
         "input_dilation": SIZES,
         "dilation": SIZES,
         "groups": SIZE,
-        "dimensions": SPECS,
+        "dimensions": AXIS_LISTS,
         "padding_code": INTEGER,
         **_PRODUCT,
     },
@@ -371,7 +371,7 @@ SUM_POOL = Operation(
     "accumulator",
     pool_shape,
     _sum_pool_interval,
-    lambda a, own, xs: sum(windows(a, xs[0], a["padding_code"])) + a["bias"],
+    lambda a, own, xs: sum(window_taps(a, xs[0], a["padding_code"])) + a["bias"],
     attributes={"bias": WIDE, "padding_code": INTEGER, **WINDOW},
     each_axis=tuple(WINDOW),
 )

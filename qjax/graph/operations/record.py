@@ -69,7 +69,7 @@ ENDS = Attribute(
 )
 PAIRS = Attribute("a list of pairs of integers", _tuples(2))
 TRIPLES = Attribute("a list of three integers each", _tuples(3))
-SPECS = Attribute(
+AXIS_LISTS = Attribute(
     "three lists of axes", lambda x: _list_of(AXES.holds)(x) and len(x) == 3
 )
 SIDES = Attribute(
@@ -283,7 +283,7 @@ def pad_or_crop(x: np.ndarray, pad: Sequence[tuple[int, int]], fill: int) -> np.
     return x[tuple(slice(max(-a, 0), b if b < 0 else None) for a, b in pad)]
 
 
-def windows(a: Mapping[str, Any], x: np.ndarray, fill: int) -> list[np.ndarray]:
+def window_taps(a: Mapping[str, Any], x: np.ndarray, fill: int) -> list[np.ndarray]:
     """Returns one array of the output's shape for each place in the window."""
     x = spread(x, a["base_dilation"], fill)
     x = pad_or_crop(x, [tuple(pair) for pair in a["padding"]], fill)

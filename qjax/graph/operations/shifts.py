@@ -48,7 +48,7 @@ def truncated(a: np.ndarray, b: Any) -> np.ndarray:
     return np.sign(a) * (np.abs(a) // b)
 
 
-def half_away(x: np.ndarray) -> np.ndarray:
+def c_round(x: np.ndarray) -> np.ndarray:
     """Computes C's ``round`` of floating-point numbers."""
     whole = np.trunc(x)
     return whole + np.sign(x) * (np.abs(x - whole) >= 0.5)

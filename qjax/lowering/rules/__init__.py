@@ -8,21 +8,25 @@ from collections.abc import Mapping
 
 from qjax.lowering.interpret import Rule
 from qjax.lowering.rules.arithmetic import ARITHMETIC
+from qjax.lowering.rules.casts import CASTS
 from qjax.lowering.rules.choices import CHOICES
 from qjax.lowering.rules.functions import FUNCTIONS
 from qjax.lowering.rules.lookups import LOOKUPS
+from qjax.lowering.rules.moves import MOVES
 from qjax.lowering.rules.points import POINTS
 from qjax.lowering.rules.products import PRODUCTS
-from qjax.lowering.rules.shapes import SHAPES
+from qjax.lowering.rules.reductions import REDUCTIONS
 
 __all__ = ("RULES",)
 
 RULES: Mapping[str, Rule] = {
     **ARITHMETIC,
+    **CASTS,
     **CHOICES,
     **FUNCTIONS,
     **LOOKUPS,
+    **MOVES,
     **POINTS,
     **PRODUCTS,
-    **SHAPES,
+    **REDUCTIONS,
 }

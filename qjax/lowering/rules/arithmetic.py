@@ -9,10 +9,10 @@ import numpy as np
 from qjax.graph.builder import compact
 from qjax.lowering.inputs import rescaled
 from qjax.lowering.interpret import Rule, refuse, where
+from qjax.lowering.operands import settled
 from qjax.lowering.rules.choices import extremum
 from qjax.lowering.rules.functions import curve
 from qjax.lowering.rules.products import multiply, multiply_codes, reopened
-from qjax.lowering.rules.shapes import settled
 from qjax.lowering.values import (
     Abstract,
     Builder,

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.affine import grid_codes
 from qjax.graph.graph import Grid, storage
 from qjax.integer import common_fixed_point, fixed_point
 from qjax.lowering.constants import add_constant, like_of
 from qjax.lowering.entries import raw
 from qjax.lowering.interpret import InputTwiceError, Rule, refuse, where
+from qjax.lowering.operands import added
 from qjax.lowering.rules.functions import add_table
-from qjax.lowering.rules.shapes import added, move_again
+from qjax.lowering.rules.moves import move_again
 from qjax.lowering.values import (
     Abstract,
     Builder,
@@ -30,6 +30,7 @@ from qjax.lowering.values import (
     is_power_of_two,
 )
 from qjax.model.trace import Equation, Trace
+from qjax.qpoint import grid_codes
 from qjax.rounding import half_even
 
 _grid_codes = jax.jit(grid_codes)  # Compiled once for all weights of a shape.
@@ -64,10 +65,10 @@ def _qpoint(
         _check_channels(e, x, zero_point, site)
         units = np.asarray(scale, np.float64)
         common = float(scale.max())
-        target = _Target(common, 0, *ends, site, is_double=is_double, units=units)
+        target = _SiteGrid(common, 0, *ends, site, is_double=is_double, units=units)
         return ByChannel(_by_channel(builder, e, x, target, shape), units, site)
     word = int(zero_point.reshape(())), *ends
-    target = _Target(float(scale.reshape(())), *word, site, is_double=is_double)
+    target = _SiteGrid(float(scale.reshape(())), *word, site, is_double=is_double)
     if isinstance(x, ByChannel):
         x = dataclasses.replace(x.codes, scale=x.scale)
     if isinstance(x, Real):
@@ -98,7 +99,7 @@ def _check_channels(
 
 
 def _by_channel(
-    builder: Builder, e: Equation, x: Abstract, target: "_Target", shape: Any
+    builder: Builder, e: Equation, x: Abstract, target: "_SiteGrid", shape: Any
 ) -> Integers:
     """Returns codes with a scale per channel, in the unit of the coarsest channel."""
     if isinstance(x, Sum):
@@ -119,7 +120,7 @@ def _capped(
     builder: Builder,
     e: Equation,
     x: Integers,
-    target: "_Target",
+    target: "_SiteGrid",
     ends: tuple[np.ndarray, np.ndarray],
     shape: Any,
 ) -> Integers:
@@ -140,7 +141,7 @@ def _capped(
 
 
 def _onto(
-    builder: Builder, e: Equation, x: Abstract, target: "_Target", shape: Any
+    builder: Builder, e: Equation, x: Abstract, target: "_SiteGrid", shape: Any
 ) -> Integers:
     """Puts the operand of a quantization point on its grid."""
     if isinstance(x, Sum):
@@ -154,13 +155,13 @@ def _onto(
     raise refuse(e, x, "input")
 
 
-def _table(builder: Builder, x: Curve, target: "_Target", shape: Any) -> Integers:
+def _table(builder: Builder, x: Curve, target: "_SiteGrid", shape: Any) -> Integers:
     options: Any = {"dtype": target.dtype, "grid": target.grid}
     value = add_table(builder, x, target.codes_of, target.site, **options)
     return target.integers(builder, value)
 
 
-def _join(builder: Builder, e: Equation, x: Joined, target: "_Target") -> Integers:
+def _join(builder: Builder, e: Equation, x: Joined, target: "_SiteGrid") -> Integers:
     """Puts each part on the grid, then joins them, as rounding keeps their order."""
     part = dataclasses.replace(target, is_part=True)
     pairs = list(zip(x.parts, x.shapes, strict=True))
@@ -192,7 +193,7 @@ def _constant_codes(
     builder: Builder,
     x: Joined,
     known: Known,
-    target: "_Target",
+    target: "_SiteGrid",
     shape: tuple[int, ...],
     like: int | None,
 ) -> int:
@@ -217,7 +218,7 @@ def _constant_codes(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Target:
+class _SiteGrid:
     """The grid of a quantization point."""
 
     scale: float
@@ -293,7 +294,7 @@ class _Target:
 
 
 def _quantize_input(
-    builder: Builder, e: Equation, trace: Trace, x: Real, target: _Target, shape: Any
+    builder: Builder, e: Equation, trace: Trace, x: Real, target: _SiteGrid, shape: Any
 ) -> Abstract:
     if x.input is None:
         raise refuse(e, x, "input")
@@ -320,7 +321,7 @@ def _quantize_input(
 
 
 def _requantize(
-    builder: Builder, x: Integers, target: _Target, shape: tuple[int, ...]
+    builder: Builder, x: Integers, target: _SiteGrid, shape: tuple[int, ...]
 ) -> Integers:
     low, high = target.range(x.bounds)
     is_one = target.units is None and np.ndim(x.scale) == 0
@@ -379,7 +380,7 @@ def _most_steps(x: Integers) -> int:
     return max(abs(x.low - x.zero_point), abs(x.high - x.zero_point))
 
 
-def _is_exact(x: Integers, target: _Target) -> bool:
+def _is_exact(x: Integers, target: _SiteGrid) -> bool:
     """Returns whether float32 rounds accumulators as the requantizer does.
 
     All scales are powers of two, nothing overflows or is denormal, and one operation at
@@ -395,7 +396,7 @@ def _is_exact(x: Integers, target: _Target) -> bool:
     return is_normal and all(map(is_power_of_two, scales)) and _most_steps(x) < _EXACT
 
 
-def _is_exact_sum(x: Sum, target: _Target) -> bool:
+def _is_exact_sum(x: Sum, target: _SiteGrid) -> bool:
     """Returns whether float32 adds codes exactly: powers of two within 24 bits."""
     scales = np.array([*(float(t.scale) for t, _ in x.terms), target.scale])
     if not is_power_of_two(scales) or any(t.rescaled is not None for t, _ in x.terms):
@@ -407,7 +408,7 @@ def _is_exact_sum(x: Sum, target: _Target) -> bool:
 
 
 def _requantize_sum(
-    builder: Builder, x: Sum, target: _Target, shape: tuple[int, ...]
+    builder: Builder, x: Sum, target: _SiteGrid, shape: tuple[int, ...]
 ) -> Integers:
     ratios = np.array([sign * float(t.scale) / target.scale for t, sign in x.terms])
     multipliers, shift = _at_site(common_fixed_point, ratios, target.site)

@@ -131,29 +131,9 @@ def _product(
         raise refuse(e, x, "input")
     if not isinstance(w, KnownCodes):
         raise refuse(e, w, "kernel")
-    if np.any(w.zero_point):
-        raise ValueError(
-            f"The kernel {w.site!r} has a zero point, which would cost a second "
-            "product. Use `symmetric=True` for weights."
-        )
-    shape = trace.shape(e.outputs[0])
-    over = contracted_axes(e, operand, w.codes.ndim)
-    scale = output_scale(e, operand, w.scale, len(shape))
-    if scale is None:
-        raise ValueError(
-            f"The scale of the kernel {w.site!r} varies inside the sum of "
-            f"`{e.primitive.name}` in {where(e)}: its shape is {w.scale.shape}, and "
-            f"axes {over} are summed over.\n  equation: {e}\n"
-            f'Use `axis="output"` for {w.site!r} in the scheme, or `axis=None`: one '
-            "scale per tensor."
-        )
-    total = to_output(e, operand, w.codes.sum(over, keepdims=True), len(shape))
-    positive = np.maximum(w.codes, 0).sum(over, keepdims=True)
-    negative = np.minimum(w.codes, 0).sum(over, keepdims=True)
-    # Padding has the code of zero.
-    up, down = max(x.high - x.zero_point, 0), min(x.low - x.zero_point, 0)
-    high = to_output(e, operand, positive * up + negative * down, len(shape))
-    low = to_output(e, operand, positive * down + negative * up, len(shape))
+    rank = len(trace.shape(e.outputs[0]))
+    scale = _kernel_scale(e, w, operand, rank)
+    total, low, high = _sums(e, w, x, operand, rank)
     assert x.value is not None
     offset = storage_offset(builder.values[x.value].dtype)
     source, limit = x.value, builder.most(w.site or "")
@@ -174,7 +154,7 @@ def _product(
 
     return Integers(
         None,
-        np.asarray(scale, np.float64) * x.scale,
+        scale * x.scale,
         0,
         int(low.min(initial=0)),
         int(high.max(initial=0)),
@@ -185,6 +165,44 @@ def _product(
         most=limit,
         is_still=(low == 0) & (high == 0),
     )
+
+
+def _kernel_scale(e: Equation, w: KnownCodes, operand: int, rank: int) -> np.ndarray:
+    """Returns the scale of a kernel in the rank of the output.
+
+    Raises:
+      ValueError: for a kernel with a zero point, or a scale that varies inside a sum.
+    """
+    if np.any(w.zero_point):
+        raise ValueError(
+            f"The kernel {w.site!r} has a zero point, which would cost a second "
+            "product. Use `symmetric=True` for weights."
+        )
+    scale = output_scale(e, operand, w.scale, rank)
+    if scale is None:
+        over = contracted_axes(e, operand, w.codes.ndim)
+        raise ValueError(
+            f"The scale of the kernel {w.site!r} varies inside the sum of "
+            f"`{e.primitive.name}` in {where(e)}: its shape is {w.scale.shape}, and "
+            f"axes {over} are summed over.\n  equation: {e}\n"
+            f'Use `axis="output"` for {w.site!r} in the scheme, or `axis=None`: one '
+            "scale per tensor."
+        )
+    return np.asarray(scale, np.float64)
+
+
+def _sums(
+    e: Equation, w: KnownCodes, x: Integers, operand: int, rank: int
+) -> tuple[Any, Any, Any]:
+    """Returns the sums of a kernel by channel, and the ends of its accumulators."""
+    over = contracted_axes(e, operand, w.codes.ndim)
+    total = w.codes.sum(over, keepdims=True)
+    positive = np.maximum(w.codes, 0).sum(over, keepdims=True)
+    negative = np.minimum(w.codes, 0).sum(over, keepdims=True)
+    # Padding has the code of zero.
+    up, down = max(x.high - x.zero_point, 0), min(x.low - x.zero_point, 0)
+    low, high = positive * down + negative * up, positive * up + negative * down
+    return tuple(to_output(e, operand, v, rank) for v in (total, low, high))
 
 
 def _accumulated(

@@ -31,15 +31,8 @@ from qjax.quantizers.quantizeml.arithmetic import (
 from qjax.quantizers.quantizeml.numbers import (
     FixedPoint,
     QFloat,
-    ceil_log2,
     from_codes,
-    max_frac_bits,
-    optimal_scales,
     power,
-    quantize_fixed_point,
-    quantize_qfloat,
-    quantize_scales,
-    straight_through,
     to_float,
 )
 from qjax.quantizers.quantizeml.quantizers import (
@@ -47,6 +40,15 @@ from qjax.quantizers.quantizeml.quantizers import (
     quantize_input,
     quantize_output,
     quantize_weight,
+)
+from qjax.quantizers.quantizeml.reals import (
+    ceil_log2,
+    max_frac_bits,
+    optimal_scales,
+    quantize_fixed_point,
+    quantize_qfloat,
+    quantize_scales,
+    straight_through,
 )
 
 __all__ = (

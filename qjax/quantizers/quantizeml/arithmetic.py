@@ -15,21 +15,23 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from qjax.quantizers.quantizeml.numbers import (
-    FixedPoint,
-    Number,
-    QFloat,
+from qjax.quantizers.quantizeml.integers import (
     as_integers,
     check_shift,
     check_value_bits,
-    from_codes,
     lifted,
-    make_number,
-    quantize_scales,
     shifted,
     shifted_half_up,
     to_int64,
 )
+from qjax.quantizers.quantizeml.numbers import (
+    FixedPoint,
+    Number,
+    QFloat,
+    from_codes,
+    make_number,
+)
+from qjax.quantizers.quantizeml.reals import quantize_scales
 from qjax.quantizers.spec import is_known
 from qjax.rounding import product
 

@@ -5,27 +5,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from qjax.affine import reduce_range
 from qjax.quantizers.quantizeml.arithmetic import SameKind, add, parts, rescale
-from qjax.quantizers.quantizeml.numbers import (
-    FixedPoint,
-    Number,
-    QFloat,
+from qjax.quantizers.quantizeml.integers import (
     as_integers,
-    as_real,
     check_shift,
     lift,
     lifted,
-    make_number,
+    saturated,
+    shifted_half_up,
+)
+from qjax.quantizers.quantizeml.numbers import FixedPoint, Number, QFloat, make_number
+from qjax.quantizers.quantizeml.reals import (
+    as_real,
     max_frac_bits,
     optimal_scales,
     quantize_fixed_point,
     quantize_qfloat,
     quantize_scales,
-    saturated,
-    shifted_half_up,
 )
 from qjax.quantizers.spec import is_known
+from qjax.ranges import reduce_range
 from qjax.rounding import check_bits, product, quotient
 
 _LEAST_SCALE = 1e-6

@@ -1,4 +1,4 @@
-"""Quantizers that learn their grid: scale, offset, clip, or bit width.
+"""Quantizers that learn their grid: a scale, also with an offset, or a clip.
 
 Each learned number is an argument, an array with a gradient of its own; the options are
 a frozen spec. Codes are those of `qjax.quantize`:
@@ -15,24 +15,24 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from qjax.affine import Estimator, QSpec, min_max_params, reduce_range, scale_shape
+from qjax.affine import QSpec, scale_shape
+from qjax.qpoint import Estimator
 from qjax.quantizers.point import (
     Point,
     apply,
     finite,
+    line_point,
     point_of,
     round_steps,
-    sign,
     straight,
 )
-from qjax.quantizers.scaling import divide
+from qjax.quantizers.scaling import Axes, divide
 from qjax.quantizers.spec import Spec, check_number, static
-from qjax.quantizers.words import as_float, check_word, settled
+from qjax.quantizers.words import as_float, check_word, plain_number
+from qjax.ranges import min_max_params, reduce_range
 from qjax.rounding import int_range, power_of_two
 
 _LEAST = 2.0**-64  # Least scale, in place of one that training took below it.
-
-Axes = int | tuple[int, ...] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -279,178 +279,6 @@ def pact(
     return apply(spec, x, clip, key=key, estimator=estimator)
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class DoReFaWeights(Spec):
-    """The options of `dorefa_weights`.
-
-    Attributes:
-      bits: Word length, 1 to 16.
-      use_stochastic_rounding: Whether a key makes rounding stochastic.
-      qnoise_factor: Share of the quantized value, 0 to 1.
-    """
-
-    name: ClassVar[str] = "dorefa_weights"
-
-    bits: ArrayLike = 8
-    use_stochastic_rounding: bool = static(False)
-    qnoise_factor: ArrayLike = 1.0
-
-    def check(self) -> None:
-        """Raises for invalid options, as far as their values are known."""
-        check_word(self, most=16)
-
-
-def dorefa_weights(
-    x: jax.Array,
-    spec: DoReFaWeights,
-    *,
-    key: chex.PRNGKey | None = None,
-    estimator: Estimator | None = None,
-) -> jax.Array:
-    """Rounds DoReFa's weights: a tangent, over ``[-1, 1]``, to ``2^bits`` levels.
-
-        n = 2^bits - 1,  r = tanh(x) / (2 max|tanh(x)|) + 1 / 2
-        y = 2 * round(n * r) / n - 1;   one bit: y = mean|x| * sign(x), sign(0) = 1
-
-    The derivative is that of ``2 r - 1`` with the maximum held fixed; 1 for one bit.
-
-    Args:
-      x: Real values, any shape: one weight.
-      spec: Options.
-      key: Key for stochastic rounding; see `qjax.quantizers`.
-      estimator: Backward pass; see `qjax.quantizers`.
-
-    Returns:
-      Values on the grid, shape and dtype of ``x``. Codes are odd, in ``[-n, n]`` (the
-      grid has no 0). NaN stays NaN.
-
-    Example:
-      >>> dorefa_weights(jnp.array([0.3, -1.0, 0.1]), DoReFaWeights(2))
-      Array([ 0.33333334, -1.        ,  0.33333334], dtype=float32)
-
-    References:
-      Zhou et al., "DoReFa-Net", 2016, eq. 7 to 9 (arXiv:1606.06160).
-    """
-    return apply(spec, x, key=key, estimator=estimator)
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class DoReFaActivations(Spec):
-    """The options of `dorefa_activations`.
-
-    Attributes:
-      bits: Word length, 1 to 24.
-      use_stochastic_rounding: Whether a key makes rounding stochastic.
-      qnoise_factor: Share of the quantized value, 0 to 1.
-    """
-
-    name: ClassVar[str] = "dorefa_activations"
-
-    bits: ArrayLike = 8
-    use_stochastic_rounding: bool = static(False)
-    qnoise_factor: ArrayLike = 1.0
-
-    def check(self) -> None:
-        """Raises for invalid options, as far as their values are known."""
-        check_word(self, most=24)
-
-
-def dorefa_activations(
-    x: jax.Array,
-    spec: DoReFaActivations,
-    *,
-    key: chex.PRNGKey | None = None,
-    estimator: Estimator | None = None,
-) -> jax.Array:
-    """Rounds as DoReFa does: ``round(n * clip(x, 0, 1)) / n``, ``n = 2^bits - 1``.
-
-    The derivative is 1 where ``0 <= x <= 1``, else 0.
-
-    Args:
-      x: Real values, any shape.
-      spec: Options.
-      key: Key for stochastic rounding; see `qjax.quantizers`.
-      estimator: Backward pass; see `qjax.quantizers`.
-
-    Returns:
-      Values on the grid, shape and dtype of ``x``. NaN stays NaN.
-
-    Example:
-      >>> dorefa_activations(jnp.array([0.3, -1.0, 9.0]), DoReFaActivations(2))
-      Array([0.33333334, 0.        , 1.        ], dtype=float32)
-
-    References:
-      Zhou et al., "DoReFa-Net", 2016, eq. 5 and 10 (arXiv:1606.06160).
-    """
-    return apply(spec, x, key=key, estimator=estimator)
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class DifferentiableBits(Spec):
-    """The options of `differentiable_bits`.
-
-    Attributes:
-      integer: Bits before the binary point, sign not counted.
-      signed: Whether codes may be negative.
-      use_stochastic_rounding: Whether a key makes rounding stochastic.
-      qnoise_factor: Share of the quantized value, 0 to 1.
-    """
-
-    name: ClassVar[str] = "differentiable_bits"
-
-    integer: ArrayLike = 0
-    signed: bool = static(True)
-    use_stochastic_rounding: bool = static(False)
-    qnoise_factor: ArrayLike = 1.0
-
-    def check(self) -> None:
-        """Raises for invalid options, as far as their values are known."""
-        check_number(self, "integer", "an integer in -60..60", -60, 60, is_whole=True)
-
-
-def differentiable_bits(
-    x: jax.Array,
-    bits: jax.Array,
-    spec: DifferentiableBits,
-    *,
-    key: chex.PRNGKey | None = None,
-    estimator: Estimator | None = None,
-) -> jax.Array:
-    """Rounds to fixed point of a learned bit width.
-
-        u = clip(round(bits), 0, 24) - signed, at least 0;  s = 2^(integer - u)
-        y = s * clip(round(x / s), qmin, qmax),  qmax = 2^u - 1,  qmin = -qmax or 0
-        dx = dy where no code saturates, else 0
-        d bits = ln(2) * sum(dy * (x - y  where no code saturates,  else s or -s))
-
-    The worth of a bit is an error that halves with each: ``x - y`` is proportional to
-    ``2^-bits``. Where a code saturates, ``y = 2^integer - s`` itself is. With no bits
-    left (1 of a signed word), all is 0: pruned. A loss wants a price on ``bits``.
-
-    Args:
-      x: Real values, any shape.
-      bits: Word lengths, sign included, float; broadcasts against ``x``: one per
-        tensor, per channel or per value.
-      spec: Options.
-      key: Key for stochastic rounding; see `qjax.quantizers`.
-      estimator: Backward pass; see `qjax.quantizers`.
-
-    Returns:
-      Values on the grid, shape and dtype of ``x``. NaN stays NaN.
-
-    Example:
-      >>> x, spec = jnp.array(0.3), DifferentiableBits()
-      >>> f = lambda bits: differentiable_bits(x, bits, spec)
-      >>> jax.value_and_grad(f)(jnp.float32(3.8))
-      (Array(0.25, dtype=float32), Array(0.03465737, dtype=float32))
-
-    References:
-      Sun et al., "Gradient-based Automatic Mixed Precision Quantization for Neural
-      Networks On-Chip", 2024 (arXiv:2405.00645).
-    """
-    return apply(spec, x, bits, key=key, estimator=estimator)
-
-
 def _check_learned(spec: Any) -> None:
     check_word(spec, most=24)
     low = 2 if spec.signed else 1
@@ -460,7 +288,7 @@ def _check_learned(spec: Any) -> None:
 
 
 def _code_range(spec: Any) -> tuple[jax.Array, jax.Array]:
-    qmin, qmax = int_range(settled(spec.bits), spec.signed, spec.narrow_range)
+    qmin, qmax = int_range(plain_number(spec.bits), spec.signed, spec.narrow_range)
     return as_float(qmin), as_float(qmax)
 
 
@@ -544,87 +372,11 @@ def _pact_point(
     spec: PACT, key: chex.PRNGKey | None, x: jax.Array, clip: jax.Array
 ) -> Point:
     _check_shape(spec.name, "clip", x, clip, spec.axis)
-    levels = power_of_two(settled(spec.bits)) - 1.0
+    levels = power_of_two(plain_number(spec.bits)) - 1.0
     top = jnp.maximum(lax.stop_gradient(clip), _LEAST)
     learned = jnp.where(lax.stop_gradient(x) >= top, clip, 0.0)
     passes = (x >= 0) & (x < top)
     clipped = straight(x, lax.stop_gradient(jnp.clip(x, 0.0, top)))
-    return _line_point(
-        spec, key, clipped, x, divide(top, levels), 0 * levels, levels
+    return line_point(
+        key, clipped, x, divide(top, levels), 0 * levels, levels
     )._replace(passes=passes, learned=learned)
-
-
-@point_of(DoReFaActivations)
-def _dorefa_activations_point(
-    spec: DoReFaActivations, key: chex.PRNGKey | None, x: jax.Array
-) -> Point:
-    levels = power_of_two(settled(spec.bits)) - 1.0
-    passes = (x >= 0) & (x <= 1)
-    clipped = straight(x, lax.stop_gradient(jnp.clip(x, 0.0, 1.0)))
-    scale = divide(jnp.ones(()), levels)
-    point = _line_point(spec, key, clipped, x, scale, 0 * levels, levels)
-    return point._replace(passes=passes)
-
-
-@point_of(DoReFaWeights)
-def _dorefa_weights_point(
-    spec: DoReFaWeights, key: chex.PRNGKey | None, x: jax.Array
-) -> Point:
-    n = power_of_two(settled(spec.bits)) - 1.0
-    curve = jnp.tanh(x)
-    held = finite(curve)
-    most = jnp.max(jnp.abs(held), initial=0.0)
-    most = jnp.where(most == 0, 1.0, most)
-    half = divide(held, 2.0 * most) + 0.5
-    steps = n * half
-    codes = 2.0 * round_steps(steps, key) - n
-    is_sign = n == 1
-    mean = jnp.mean(jnp.abs(finite(x)) * 2.0**-24) * 2.0**24 if x.size else n
-    scale = jnp.where(is_sign, mean, divide(jnp.ones(()), n))
-    codes = jnp.where(is_sign, sign(finite(x)), codes)
-    codes = jnp.where(scale == 0, 0.0, codes)
-    scale = jnp.where(scale == 0, 1.0, scale)
-    smooth = jnp.where(is_sign, x, curve / most)
-    return Point(smooth, steps, 0 * n, n, codes * scale, scale, -n, n)
-
-
-def _line_point(
-    spec: Any,
-    key: chex.PRNGKey | None,
-    smooth: jax.Array,
-    x: jax.Array,
-    scale: jax.Array,
-    qmin: jax.Array,
-    qmax: jax.Array,
-) -> Point:
-    """Rounds ``x`` to multiples of a scale, with the derivative of ``smooth``."""
-    held = lax.stop_gradient(x)
-    steps = held * (1.0 / scale)
-    value = held
-    if key is not None:
-        inside = jnp.clip(finite(steps), qmin, qmax)
-        value = round_steps(inside, key) * scale
-    is_direct = key is None
-    return Point(
-        smooth, steps, qmin, qmax, value, scale, qmin, qmax, is_direct=is_direct
-    )
-
-
-@point_of(DifferentiableBits)
-def _differentiable_bits_point(
-    spec: DifferentiableBits, key: chex.PRNGKey | None, x: jax.Array, bits: jax.Array
-) -> Point:
-    b = jnp.clip(jnp.round(finite(bits)), 0.0, 24.0) - float(spec.signed)
-    magnitude = jnp.maximum(b, 0.0)
-    scale = power_of_two(settled(spec.integer) - magnitude)
-    qmax = power_of_two(magnitude) - 1.0
-    qmin = -qmax * float(spec.signed)
-    point = _line_point(spec, key, x, x, scale, qmin, qmax)
-    whole = jnp.round(point.steps)
-    passes = (qmin <= whole) & (whole <= qmax)
-    y = jnp.clip(whole, qmin, qmax) * scale
-    worth = jnp.where(passes, finite(x) - y, jnp.where(whole > 0, scale, -scale))
-    if not spec.signed:
-        worth = jnp.where(whole < 0, 0.0, worth)
-    learned = bits * lax.stop_gradient(math.log(2.0) * worth)
-    return point._replace(passes=passes, learned=learned)

@@ -1,0 +1,74 @@
+"""Operands of rules as integers in the graph."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from qjax.lowering.interpret import refuse, sites_of, where
+from qjax.lowering.values import Abstract, Builder, Integers, Sum
+from qjax.model.trace import Equation, Trace
+
+
+def settled(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Integers:
+    """Returns integers in the graph, with any waiting bound applied."""
+    x = emitted(builder, e, x)
+    if not x.is_bounded:
+        return x
+    assert x.value is not None
+    scale = x.real_scale()
+    ends = []
+    for bound, end in zip(x.bounds, (x.low, x.high), strict=True):
+        codes = bound / scale + x.zero_point if np.isfinite(bound) else np.array(end)
+        code = int(codes.flat[0])
+        if np.any(scale < 0) or np.any(codes != code):
+            raise refuse(e, x, "input")  # The bound is no integer of this grid.
+        ends.append(code)
+    low, high = max(ends[0], x.low), min(ends[1], x.high)
+    before = builder.values[x.value]
+    options: Any = {"grid": before.grid, "dtype": before.dtype}
+    options["path"] = where(e).strip("'")
+    value = builder.add("clip", (x.value,), {"low": low, "high": high}, **options)
+    return x.elsewhere(value, low=low, high=high, bounds=(-np.inf, np.inf))
+
+
+def emitted(builder: Builder, e: Equation, x: Abstract) -> Integers:
+    """Returns an operand as integers in the graph."""
+    if isinstance(x, Sum):
+        x = added(builder, e, x)
+    if not isinstance(x, Integers):
+        raise refuse(e, x, "input")
+    return x.emitted()
+
+
+def added(builder: Builder, e: Equation, x: Sum) -> Integers:
+    """Adds a sum of codes as an accumulator, where one grid holds all codes exactly."""
+    terms = [t for t, _ in x.terms]
+    scale = min(float(t.scale) for t in terms)
+    factors = [sign * float(t.scale) / scale for t, sign in x.terms]
+    ends = [
+        sorted(f * (end - t.zero_point) for end in (t.low, t.high))
+        for t, f in zip(terms, factors, strict=True)
+    ]
+    low, high = (sum(pair[k] for pair in ends) for k in (0, 1))
+    limit = builder.most(sites_of(x.path)[0])
+    if any(f != int(f) for f in factors) or not -limit - 1 <= low <= high <= limit:
+        raise refuse(e, x, "input")
+    inputs = tuple(t.value for t in terms if t.value is not None)
+    value = builder.add(
+        "add",
+        inputs,
+        {
+            "input_zero_points": [t.zero_point for t in terms],
+            "multipliers": [int(f) for f in factors],
+            "shift": 0,
+            "zero_point": 0,
+            "low": int(low),
+            "high": int(high),
+        },
+        dtype="int32",
+        path=where(e).strip("'"),
+    )
+    found = Integers(value, np.asarray(scale), 0, int(low), int(high), path=x.path)
+    exact = all(t.rescaled is None for t in terms)
+    return dataclasses.replace(found, bounds=x.bounds, is_gain_exact=exact)

@@ -1,0 +1,158 @@
+"""Rules of sums, extremes and pools: over axes, over windows, and running ones."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from qjax.lowering.interpret import Rule, refuse, sites_of, where
+from qjax.lowering.operands import emitted, settled
+from qjax.lowering.rules.moves import add_move
+from qjax.lowering.rules.products import AccumulatorOverflowError
+from qjax.lowering.values import Abstract, Builder, Integers
+from qjax.model.trace import Equation, Trace
+
+
+def _reduce_sum(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
+    axes = [int(a) for a in e.params["axes"]]
+    sizes = trace.shape(e.inputs[0])
+    taps = math.prod(sizes[a] for a in axes)
+    summed = {"axes": axes, "sizes": [int(sizes[a]) for a in axes]}
+    return _sum(builder, e, trace, x, taps, "sum", summed)
+
+
+def _sum_pool(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
+    taps = math.prod(e.params["window_dimensions"])
+    return _sum(builder, e, trace, x, taps, "sum_pool", _window(e))
+
+
+def _sum(
+    builder: Builder,
+    e: Equation,
+    trace: Trace,
+    x: Abstract,
+    taps: int,
+    operation: str,
+    attributes: dict[str, Any],
+) -> Abstract:
+    x = _reduced(e, settled(builder, e, trace, x))
+    if x.dtype and x.dtype != "int32":
+        raise refuse(e, x, "input")  # Sums of narrow types wrap.
+    source = x.value
+    assert source is not None
+    low = taps * min(x.low - x.zero_point, 0)
+    high = taps * max(x.high - x.zero_point, 0)
+    limit = builder.most(sites_of(e.path)[0])
+    if low < -limit - 1 or high > limit:
+        raise AccumulatorOverflowError(
+            f"The accumulator of `{e.primitive.name}` in {where(e)} could reach "
+            f"{high if high > -low else low} when all {taps} input codes are at their "
+            f"end, beyond {limit}.\n  equation: {e}\nUse fewer bits for the input, or "
+            "more `buffer_bits`.",
+            np.full((taps,), x.high if high > -low else x.low),
+        )
+
+    def emit(bias: np.ndarray, shift: int) -> tuple[int, int, int]:
+        assert not shift
+        own = int(bias.reshape(-1)[0])
+        bias_of_codes = own - taps * x.zero_point
+        options = {"bias": bias_of_codes, "padding_code": x.zero_point, **attributes}
+        path = where(e).strip("'")
+        value = builder.add(operation, (source,), options, dtype="int32", path=path)
+        return value, builder.values[value].low, builder.values[value].high
+
+    found = Integers(None, x.scale, 0, low, high, gain=x.gain, emit=emit, path=e.path)
+    exact = x.is_gain_exact and x.rescaled is None
+    return dataclasses.replace(found, dtype=x.dtype, is_gain_exact=exact)
+
+
+def _max_pool(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
+    # A bound may wait: it never changes which value is largest.
+    x = emitted(builder, e, x)
+    if np.any(x.real_scale() < 0):
+        raise refuse(e, x, "input")
+    x = _reduced(e, x)
+    kind = e.primitive.name[-3:]
+    if not e.primitive.name.startswith("reduce_window"):
+        attributes: dict[str, Any] = {"axes": [int(a) for a in e.params["axes"]]}
+        return add_move(builder, e, trace, x, x.scale, kind, attributes)
+    return add_move(builder, e, trace, x, x.scale, f"{kind}_pool", _window(e))
+
+
+def _reduced(e: Equation, x: Integers) -> Integers:
+    """Takes scales through a reduction; refuses scales that vary inside it."""
+    window = e.params.get("window_dimensions")
+
+    def reduced(scale: np.ndarray) -> np.ndarray:
+        if not scale.ndim:
+            return scale
+        axes = e.params["axes"] if window is None else np.flatnonzero(window != 1)
+        if any(scale.shape[d] != 1 for d in axes):
+            raise refuse(e, x, "input")
+        return scale if window is not None else scale.squeeze(tuple(axes))
+
+    window = None if window is None else np.asarray(window)
+    gain = None if x.gain is None else reduced(x.gain)
+    return dataclasses.replace(x, scale=reduced(x.scale), gain=gain)
+
+
+def _window(e: Equation) -> dict[str, Any]:
+    names = {
+        "window": "window_dimensions",
+        "strides": "window_strides",
+        "base_dilation": "base_dilation",
+        "dilation": "window_dilation",
+    }
+    found = {k: [int(n) for n in e.params[name]] for k, name in names.items()}
+    return {**found, "padding": [[int(n) for n in p] for p in e.params["padding"]]}
+
+
+def _running_sum(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
+    e, size = _running(e, trace)
+    return _sum(builder, e, trace, x, size, "sum_pool", _window(e)) if size else x
+
+
+def _running_extreme(
+    builder: Builder, e: Equation, trace: Trace, x: Abstract
+) -> Abstract:
+    name, (e, size) = e.primitive.name, _running(e, trace)
+    x = emitted(builder, e, x)
+    if not size:
+        return x
+    if np.any(x.real_scale() < 0):
+        raise refuse(e, x, "input")
+    x = _reduced(e, x)
+    return add_move(builder, e, trace, x, x.scale, f"{name[-3:]}_pool", _window(e))
+
+
+def _running(e: Equation, trace: Trace) -> tuple[Equation, int]:
+    """Returns a cumulative reduction as a window over all places before each place."""
+    shape, axis = trace.shape(e.inputs[0]), e.params["axis"]
+    size, ones = shape[axis], (1,) * len(shape)
+    window, padding = list(ones), [(0, 0)] * len(shape)
+    window[axis] = size
+    padding[axis] = (0, size - 1) if e.params["reverse"] else (size - 1, 0)
+    params = {
+        "window_dimensions": tuple(window),
+        "window_strides": ones,
+        "base_dilation": ones,
+        "window_dilation": ones,
+        "padding": tuple(padding),
+    }
+    return dataclasses.replace(e, params=params), size
+
+
+# Primitive -> its rule.
+REDUCTIONS: Mapping[str, Rule] = {
+    "reduce_sum": _reduce_sum,
+    "reduce_window_sum": _sum_pool,
+    "reduce_window_max": _max_pool,
+    "reduce_max": _max_pool,
+    "reduce_window_min": _max_pool,
+    "reduce_min": _max_pool,
+    "cumsum": _running_sum,
+    "cummax": _running_extreme,
+    "cummin": _running_extreme,
+}

@@ -1,0 +1,96 @@
+"""Makes each softmax and each normalisation of a traced model one equation."""
+
+import collections
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from qjax.model.flow import Flow
+from qjax.model.normalisations import Normalisations, Whole
+from qjax.model.trace import WHOLE, Equation, Trace, evaluate
+
+
+def fold_normalisations(
+    model: Trace, data: set[int], *, in_parts: bool = False
+) -> Trace:
+    """Makes one equation of each softmax and of each normalisation.
+
+    Args:
+      model: Trace.
+      data: Values that depend on an input.
+      in_parts: Whether those stay as they are whose equations all have integer rules.
+
+    Returns:
+      The trace with calls in place of their equations; `whole_of` tells the kind of
+      one. The first operand of a call is what it scales, its first output the result;
+      others are statistics that are read elsewhere too.
+    """
+    finder = Normalisations(Flow(model, data))
+    found = [w for w in finder.found() if not (in_parts and finder.has_rules(w))]
+    return _folded(model, found, finder) if found else model
+
+
+def _folded(model: Trace, found: list[Whole], finder: Normalisations) -> Trace:
+    """Returns the trace with one equation for each softmax or normalisation.
+
+    A statistic that is read elsewhere may go into what the others wait for: they stay
+    as they are then.
+    """
+    calls = [(whole, _call(model, whole, finder)) for whole in found]
+    folded = _replaced(model, calls, finder.flow.order)
+    if not _is_ordered(folded):
+        calls = [(whole, call) for whole, call in calls if len(call.outputs) == 1]
+        folded = _replaced(model, calls, finder.flow.order)
+    return folded
+
+
+def _replaced(
+    model: Trace, calls: list[tuple[Whole, Equation]], order: dict[int, int]
+) -> Trace:
+    gone = {at for whole, _ in calls for at in whole.members}
+    placed: dict[int, list[Equation]] = collections.defaultdict(list)
+    for _, call in calls:
+        placed[max((order.get(v, -1) for v in call.inputs), default=-1)].append(call)
+    equations = list(placed[-1])
+    for k, e in enumerate(model.equations):
+        equations += [] if k in gone else [e]
+        equations += placed[k]
+    return dataclasses.replace(model, equations=tuple(equations))
+
+
+def _is_ordered(model: Trace) -> bool:
+    """Returns whether each equation comes after the equations that it reads."""
+    made = {*model.inputs, *model.constants}
+    for e in model.equations:
+        if not made.issuperset(e.inputs):
+            return False
+        made.update(e.outputs)
+    return True
+
+
+def _call(model: Trace, whole: Whole, finder: Normalisations) -> Equation:
+    equations = [whole.members[at] for at in sorted(whole.members)]
+    made = {v for e in equations for v in e.outputs}
+    end = whole.end.outputs[0]
+    numbers = {v: x for v, x in model.constants.items() if _is_number(x)}
+    inputs = tuple(v for v in whole.reads() if v not in numbers)
+    others = {v for v in made - {end} if finder.is_read_beside(v, whole)}
+    outputs = (end, *sorted(others))
+
+    def run(*values: Any) -> list[Any]:
+        env = numbers | dict(zip(inputs, values, strict=True))
+        for e in equations:
+            out = evaluate(e, *(env[v] for v in e.inputs))
+            env.update(zip(e.outputs, out, strict=True))
+        return [env[v] for v in outputs]
+
+    run.__name__ = run.__qualname__ = WHOLE + whole.kind
+    types = (model.avals[v] for v in inputs)
+    (call,) = jax.make_jaxpr(jax.jit(run))(*types).jaxpr.eqns
+    return Equation(call.primitive, call.params, inputs, outputs, whole.end.path)
+
+
+def _is_number(x: Any) -> bool:
+    return not isinstance(x, jax.core.Tracer) and np.ndim(x) == 0
