@@ -17,7 +17,8 @@ from qjax.calibration.batches import have_same_kinds, same_kind
 from qjax.calibration.calibrator import Calibrator
 from qjax.leaves import difference, show_leaves
 from qjax.lowering.binding import Bound
-from qjax.lowering.forward import IntegerForward, Words
+from qjax.lowering.forward import IntegerForward
+from qjax.lowering.site_words import Words
 from qjax.model.arguments import check_leaves, check_model
 from qjax.model.simulate import Simulation
 from qjax.model.traced_model import TracedModel, Traces

@@ -7,8 +7,7 @@ are traced; derivatives are those of the fake-quantized model.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.extend.core as jex
@@ -18,13 +17,11 @@ from jax import lax
 
 from qjax.affine import QParams, QSpec, dequantize
 from qjax.backends.xla import bodies
-from qjax.graph.graph import Node, storage
+from qjax.graph.graph import Node
 from qjax.integer import (
-    RequantizeRule,
-    requantize_sum,
     traced_common_fixed_point,
-    traced_fixed_point,
 )
+from qjax.lowering.accumulators import Accumulator, Late, TargetGrid
 from qjax.lowering.interpret import where
 from qjax.lowering.precision import find_half
 from qjax.lowering.rules.products import (
@@ -34,17 +31,16 @@ from qjax.lowering.rules.products import (
     storage_offset,
     to_output,
 )
+from qjax.lowering.site_words import Words
 from qjax.model.blocks import Block, bounds_of, is_quantizer
 from qjax.model.channels import output_scale
-from qjax.model.common_scales import Word
+from qjax.model.common_scales import CodeEnds
 from qjax.model.normalisations import said
 from qjax.model.primitives import POINTWISE, SHAPE_MOVES, names
-from qjax.model.simulate import Simulation, Visit
+from qjax.model.simulate import Simulation
 from qjax.model.trace import CALLS, Equation, evaluate, quantizer_of, whole_of
-from qjax.model.visitors import Quantizer
 from qjax.qpoint import grid_codes, qpoint_p
-from qjax.quantizers.point import make_point, straight
-from qjax.quantizers.spec import Spec, is_known
+from qjax.quantizers.point import straight
 from qjax.schemes.patterns import Site
 
 _NEUTRAL = names("cast") | {"copy", "copy_p"}
@@ -54,78 +50,10 @@ _JOINS = names("select") | {"concatenate", "max", "min"}
 _SUMS = names("sum", "running sum")
 
 
-class _Target(NamedTuple):
-    """The grid of a site, and the ends of its word."""
-
-    scale: jax.Array  # [], or the rank of the value.
-    zero_point: jax.Array
-    qmin: jax.Array
-    qmax: jax.Array
-
-    def codes_of(self, real: jax.Array) -> jax.Array:
-        """Returns the codes of real values, by the formula of `qpoint`."""
-        return grid_codes(real, *self)
-
-    def rounded(
-        self,
-        terms: Sequence[tuple[jax.Array, jax.Array]],
-        shift: jax.Array,
-        rule: RequantizeRule = "half_even",
-    ) -> jax.Array:
-        """Computes `requantize_sum` to the grid of the site."""
-        low, high = self.qmin, self.qmax
-        return requantize_sum(
-            list(terms), shift, self.zero_point, qmin=low, qmax=high, rule=rule
-        )
-
-
-# Codes to be, once the grid of the next site is known.
-_Late = Callable[[_Target], jax.Array]
-
-
-class _Accumulator(NamedTuple):
-    """An accumulator, ``real = value * scales[0] * scales[1] * ... * gain``."""
-
-    value: jax.Array  # int32.
-    scales: tuple[jax.Array, ...]  # float32, [] or the rank of the value.
-    gain: jax.Array | None = None  # float32, of BatchNorm or of an average.
-
-    @property
-    def factors(self) -> tuple[jax.Array, ...]:
-        """Returns all factors of the integers, in the order of the lowering."""
-        gain = () if self.gain is None else (self.gain,)
-        return (*self.scales, *(_of_rank(g, self.value.ndim) for g in gain))
-
-    def real(self) -> jax.Array:
-        """Returns the real value of an accumulator that no site ends."""
-        with jax.enable_x64(True):
-            factors = (f.astype(jnp.float64) for f in self.factors)
-            scale = functools.reduce(jnp.multiply, factors).astype(jnp.float32)
-        return self.value.astype(jnp.float32) * scale
-
-    def codes(self, target: _Target) -> jax.Array:
-        """Requantizes with one rounding, or with float32's where lowering does."""
-        multiplier, shift = traced_fixed_point(self.factors, target.scale)
-        # A coarser step saturates; a channel that is dead stays at zero in any unit.
-        most = jnp.sign(multiplier) * jnp.int32(2**31 - 1)
-        multiplier = jnp.where(shift < 0, most, multiplier)
-        shift = jnp.maximum(shift, 0)
-        terms = [(self.value, multiplier)]
-        if self.gain is None:
-            return target.rounded(terms, shift)
-        scales = (*self.scales, target.scale)
-        is_exact = functools.reduce(jnp.logical_and, map(_is_power_of_two, scales))
-        return lax.cond(
-            is_exact & ~_is_power_of_two(self.gain),
-            lambda: target.rounded(terms, shift, "fp32_half_even"),
-            lambda: target.rounded(terms, shift),
-        )
-
-
 class IntegerForward(Simulation):
     """A simulation whose values are those of the integer program."""
 
-    def run(self, visitor: "Words") -> Any:  # type: ignore[override]
+    def run(self, visitor: Words) -> Any:  # type: ignore[override]
         """Returns what the model returns, computed as the integer program does.
 
         Raises:
@@ -141,8 +69,8 @@ class IntegerForward(Simulation):
             raise _own_quantizer(own)
         self._seen = visitor.words
         self._words: dict[int, str] = {}  # Value on a grid -> type of its codes.
-        self._late: dict[int, _Late] = {}
-        self._sums: dict[int, _Accumulator] = {}
+        self._late: dict[int, Late] = {}
+        self._sums: dict[int, Accumulator] = {}
         self._shipped: dict[int, jax.Array] = {}  # Accumulators as the program returns.
         self._data = set(self._traced.inputs)
         self._of_codes: set[int] = set()  # Functions of what lies on grids.
@@ -156,7 +84,7 @@ class IntegerForward(Simulation):
 
     # Sites.
 
-    def _align(self, v: int, name: str, scale: jax.Array, ends: Word) -> None:
+    def _align(self, v: int, name: str, scale: jax.Array, ends: CodeEnds) -> None:
         super()._align(v, name, scale, ends)
         self._words[v] = "int32"
 
@@ -178,7 +106,7 @@ class IntegerForward(Simulation):
         self._shipped.pop(v, None)
         is_folded = grid.scale.ndim == 0 or found is not None
         if late is not None and is_folded and word.is_direct:
-            codes = late(_Target(*grid, word.qmin, word.qmax))
+            codes = late(TargetGrid(*grid, word.qmin, word.qmax))
             value = dequantize(codes, grid).astype(before.dtype)
             self._env[v] = straight(self._env[v], value)
         elif not self._is_input(v) and v not in self._of_codes:
@@ -264,7 +192,7 @@ class IntegerForward(Simulation):
             params = {**e.params, "preferred_element_type": jnp.dtype("int32")}
             acc = e.primitive.bind(a, b, **e.primitive.get_bind_params(params))
             scales = tuple(self._grids[v].scale for v in e.inputs)
-            self._set(e.outputs[0], _Accumulator(acc, scales))
+            self._set(e.outputs[0], Accumulator(acc, scales))
             return
         operand = e.inputs.index(next(v for v in e.inputs if v not in self._data))
         if self._grids[data[0]].scale.ndim:
@@ -275,7 +203,7 @@ class IntegerForward(Simulation):
         if scale is not None:
             acc = self._weighted(e, operand, rank)
             scales = (scale, self._grids[data[0]].scale)
-            self._set(e.outputs[0], _Accumulator(acc, scales))
+            self._set(e.outputs[0], Accumulator(acc, scales))
 
     def _weighted(self, e: Equation, operand: int, rank: int) -> jax.Array:
         """Computes a product by the program's node, zero point in the bias."""
@@ -302,7 +230,7 @@ class IntegerForward(Simulation):
         if x not in self._grids or self._grids[x].scale.ndim:
             return
         (acc,) = evaluate(e, self._steps(x))
-        self._set(e.outputs[0], _Accumulator(acc, (self._grids[x].scale,)))
+        self._set(e.outputs[0], Accumulator(acc, (self._grids[x].scale,)))
 
     def _embedding(self, e: Equation) -> None:
         """Looks rows of a table up; the codes of the rows count as accumulators."""
@@ -315,7 +243,7 @@ class IntegerForward(Simulation):
         scale = self._grids[table].scale
         if scale.ndim and scale.shape[0] == 1:
             scale = scale.reshape((1,) * (acc.ndim - scale.ndim + 1) + scale.shape[1:])
-        self._set(e.outputs[0], _Accumulator(acc, (scale,)))
+        self._set(e.outputs[0], Accumulator(acc, (scale,)))
 
     def _of_two(self, e: Equation) -> None:
         """Computes a sum, a difference or a product of two values on grids."""
@@ -327,11 +255,11 @@ class IntegerForward(Simulation):
         steps = [self._steps(v) for v in (a, b)]
         scales = tuple(self._grids[v].scale for v in (a, b))
         if e.primitive.name == "mul":
-            self._set(e.outputs[0], _Accumulator(steps[0] * steps[1], scales))
+            self._set(e.outputs[0], Accumulator(steps[0] * steps[1], scales))
             return
         signs = 1.0, -1.0 if e.primitive.name == "sub" else 1.0
 
-        def late(target: _Target) -> jax.Array:
+        def late(target: TargetGrid) -> jax.Array:
             fixed, shift = traced_common_fixed_point(scales, signs, target.scale)
             return target.rounded(list(zip(steps, fixed, strict=True)), shift)
 
@@ -349,7 +277,7 @@ class IntegerForward(Simulation):
                 e, *others, *(late(target) for late in lates if late)
             )[0]
 
-    def _part(self, v: int) -> _Late | None:
+    def _part(self, v: int) -> Late | None:
         value = self._env[v]
         if v in self._late:
             return self._late[v]
@@ -357,7 +285,7 @@ class IntegerForward(Simulation):
             return lambda target: target.codes_of(value)
         if v not in self._grids or self._grids[v].scale.ndim:
             return None
-        return _Accumulator(self._steps(v), (self._grids[v].scale,)).codes
+        return Accumulator(self._steps(v), (self._grids[v].scale,)).codes
 
     def _bound(self, e: Equation, x: int) -> None:
         """Clips codes; clips values on a grid where the bound is a code."""
@@ -380,7 +308,7 @@ class IntegerForward(Simulation):
             is_whole = functools.reduce(
                 jnp.logical_and, (_is_whole(end, scale) for end in ends)
             )
-            acc = _Accumulator(codes, (scale,))
+            acc = Accumulator(codes, (scale,))
             self._late[out] = lambda target: jnp.where(
                 is_whole, acc.codes(target), target.codes_of(real)
             )
@@ -395,7 +323,7 @@ class IntegerForward(Simulation):
         before, name = self._late[e.inputs[0]], e.primitive.name
         rest = [self._env[v] for v in e.inputs[1:]]
 
-        def late(k: int, target: _Target) -> jax.Array:
+        def late(k: int, target: TargetGrid) -> jax.Array:
             codes = before(target)
             if name in _NEUTRAL:
                 return codes
@@ -422,8 +350,8 @@ class IntegerForward(Simulation):
             return values
         unit, one = self._units[out], jnp.float32(1)
 
-        def late(target: _Target) -> jax.Array:
-            counted = _Accumulator(steps, (one,), unit.per(target.scale))
+        def late(target: TargetGrid) -> jax.Array:
+            counted = Accumulator(steps, (one,), unit.per(target.scale))
             return counted.codes(target._replace(scale=one))
 
         self._late[out] = late
@@ -434,7 +362,7 @@ class IntegerForward(Simulation):
     ) -> jax.Array:
         value = super()._scaled(site, x, end, factor, grid)
         steps = self._steps(x) * _whole_steps(factor, grid.scale)
-        acc = _Accumulator(steps, (grid.scale, self._grids[x].scale))
+        acc = Accumulator(steps, (grid.scale, self._grids[x].scale))
         return self._set(end, acc, value)
 
     def _line(
@@ -467,7 +395,7 @@ class IntegerForward(Simulation):
         return self._set(end, found._replace(value=steps, gain=gain), real)
 
     def _set(
-        self, v: int, acc: _Accumulator, real: jax.Array | None = None
+        self, v: int, acc: Accumulator, real: jax.Array | None = None
     ) -> jax.Array:
         """Records the accumulator of a value; the value itself stays the model's.
 
@@ -510,50 +438,8 @@ def _own_quantizer(e: Equation) -> ValueError:
     )
 
 
-class SiteWord(NamedTuple):
-    """The word of a site: its code range and its storage type."""
-
-    qmin: jax.Array
-    qmax: jax.Array
-    dtype: str  # The smallest that holds its codes; int32 if bits are traced.
-    is_direct: bool  # True if one rounding makes the codes.
-
-
-@dataclasses.dataclass(frozen=True)
-class Words(Quantizer):
-    """A `Quantizer` that records the words of its sites."""
-
-    words: dict[str, SiteWord] = dataclasses.field(default_factory=dict)
-
-    def _apply(self, site: Site, x: jax.Array, spec: Spec | None) -> Visit:
-        if spec is not None:
-            with jax.ensure_compile_time_eval():
-                point = make_point(spec, None, jnp.zeros((1,) * x.ndim))
-            self._remember(site, point.qmin, point.qmax, point.is_direct)
-        return super()._apply(site, x, spec)
-
-    def _round(
-        self, site: Site, x: jax.Array, params: QParams, spec: QSpec
-    ) -> jax.Array:
-        is_shifted = site.role == "activation" and not spec.symmetric
-        if is_shifted and is_known(spec.bits) and np.any(np.asarray(spec.bits) == 32):
-            raise ValueError(
-                f"The site {site.name!r} has codes of 32 bits with a zero point, which "
-                "are more than int32 from it. Use `symmetric=True` or 31 bits."
-            )
-        with jax.ensure_compile_time_eval():
-            self._remember(site, spec.qmin, spec.qmax, True)
-        return super()._round(site, x, params, spec)
-
-    def _remember(self, site: Site, low: Any, high: Any, is_direct: bool) -> None:
-        known = is_known(low, high) and np.ndim(low) == np.ndim(high) == 0
-        dtype = storage(int(low), int(high)) if known else "int32"
-        low, high = (jnp.asarray(q).astype(jnp.int32) for q in (low, high))
-        self.words[site.name] = SiteWord(low, high, dtype, is_direct)
-
-
 def _padded(
-    e: Equation, codes: jax.Array, fill: jax.Array, target: _Target
+    e: Equation, codes: jax.Array, fill: jax.Array, target: TargetGrid
 ) -> jax.Array:
     """Pads codes with the codes of a real number, which may differ by channel."""
     if target.scale.ndim == 0:
@@ -568,14 +454,6 @@ def _whole_steps(x: jax.Array, scale: jax.Array) -> jax.Array:
     """Returns the distance from zero, in steps, of a value on a grid."""
     x, scale = lax.stop_gradient((x, scale))
     return jnp.rint(x.astype(scale.dtype) * (1.0 / scale)).astype(jnp.int32)
-
-
-def _of_rank(x: jax.Array, rank: int) -> jax.Array:
-    return x.reshape((1,) * (rank - x.ndim) + x.shape) if x.ndim else x
-
-
-def _is_power_of_two(x: jax.Array) -> jax.Array:
-    return jnp.all(jnp.abs(jnp.frexp(x)[0]) == 0.5)
 
 
 def _is_whole(end: jax.Array, scale: jax.Array) -> jax.Array:

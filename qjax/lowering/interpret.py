@@ -36,7 +36,7 @@ from qjax.model.traced_model import SITE_MARK
 from qjax.program import Residue
 from qjax.qpoint import qpoint_p
 
-Rule = Callable[..., Abstract | tuple[Abstract, ...]]
+LoweringRule = Callable[..., Abstract | tuple[Abstract, ...]]
 
 
 class InputTwiceError(ValueError):
@@ -62,7 +62,7 @@ class InputTwiceError(ValueError):
 def interpret(
     trace: Trace,
     builder: Builder,
-    rules: Mapping[str, Rule],
+    rules: Mapping[str, LoweringRule],
     residues: list[Residue] | None = None,
     folded: Folded | None = None,
 ) -> list[Abstract]:
@@ -159,7 +159,7 @@ def _chosen(e: Equation, operands: list[Abstract]) -> dict[int, Abstract]:
 
 def _spread(
     builder: Builder,
-    rules: Mapping[str, Rule],
+    rules: Mapping[str, LoweringRule],
     e: Equation,
     trace: Trace,
     operands: list[Abstract],
@@ -191,7 +191,7 @@ def _spread(
     return dataclasses.replace(e, inputs=inputs), trace, whole
 
 
-def _rule_of(rules: Mapping[str, Rule], e: Equation) -> Rule:
+def _rule_of(rules: Mapping[str, LoweringRule], e: Equation) -> LoweringRule:
     name = e.primitive.name
     if whole_of(e):
         raise _refuse_whole(e)

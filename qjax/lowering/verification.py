@@ -21,7 +21,7 @@ from qjax.tables import html_table, text_table
 
 
 @dataclasses.dataclass(frozen=True)
-class Agreement:
+class Comparison:
     """The agreement of two sets of codes."""
 
     codes: int  # Compared.
@@ -43,8 +43,8 @@ class Verification:
       outputs: For each output, end to end.
     """
 
-    sites: Mapping[str, Agreement]
-    outputs: tuple[Agreement, ...]
+    sites: Mapping[str, Comparison]
+    outputs: tuple[Comparison, ...]
 
     @property
     def is_exact(self) -> bool:
@@ -164,7 +164,7 @@ def _run(
     return codes, [env[v] for v in traced.outputs]
 
 
-def _compare(a: Any, b: Any) -> Agreement:
+def _compare(a: Any, b: Any) -> Comparison:
     difference = np.abs(np.asarray(a, np.int64) - np.asarray(b).astype(np.int64))
     most = int(difference.max(initial=0))
-    return Agreement(difference.size, int(np.sum(difference == 0)), most)
+    return Comparison(difference.size, int(np.sum(difference == 0)), most)

@@ -14,7 +14,7 @@ from qjax.model.blocks import Plan
 from qjax.model.channels import move_scale
 from qjax.model.common_scales import (
     Channels,
-    Word,
+    CodeEnds,
     join_ends,
     kernel_index,
     move_index,
@@ -49,12 +49,12 @@ class ByChannel:
         self._env: dict[int, Any] = dict(self._model.constants)
         self._grids: dict[int, QParams] = {}
         self._channels: dict[int, Channels] = {}  # Values with a scale per channel.
-        self._aligned: dict[int, Word] = {}  # Value on a power of two about zero.
+        self._aligned: dict[int, CodeEnds] = {}  # Value on a power of two about zero.
         self._folded: dict[int, tuple[QParams, QParams]] = {}  # Product -> its grids.
         self._biased: dict[int, Visit] = {}  # Biases with a quantizer of their own.
         self._kernels: dict[int, Kernel] = {}  # Value -> the weight that it is.
 
-    def _align(self, v: int, name: str, scale: jax.Array, ends: Word) -> None:
+    def _align(self, v: int, name: str, scale: jax.Array, ends: CodeEnds) -> None:
         """Puts a value on one scale that holds all channels exactly, in more bits."""
         grid = QParams(scale, known_zeros())
         self._env[v] = bind_point(self._env[v], *grid, *ends, site=f"{name}/aligned")

@@ -38,14 +38,14 @@ class Channels(NamedTuple):
     qmax: Any
 
 
-class Word(NamedTuple):
+class CodeEnds(NamedTuple):
     """The codes of values on a symmetric grid with one power of two as a scale."""
 
     qmin: Any
     qmax: Any
 
 
-def channels_of(x: jax.Array, scale: jax.Array, word: Word) -> Channels:
+def channels_of(x: jax.Array, scale: jax.Array, word: CodeEnds) -> Channels:
     """Splits a value on a grid with a scale per channel.
 
     Args:
@@ -72,17 +72,17 @@ def held_scale(scale: jax.Array, bits: ArrayLike) -> jax.Array:
     return jnp.maximum(scale, jnp.max(scale) * power_of_two(-exponents))
 
 
-def aligned_ends(scale: jax.Array, word: Word) -> tuple[jax.Array, Word]:
+def aligned_ends(scale: jax.Array, word: CodeEnds) -> tuple[jax.Array, CodeEnds]:
     """Returns the finest of power-of-two scales, and the ends of codes in its steps."""
     finest = jnp.min(scale)
     times = jnp.max(scale) * (1.0 / finest)
     ends = (jnp.asarray(q).astype(jnp.float32) * times for q in word)
-    return finest, Word(*(q.astype(jnp.int32) for q in ends))
+    return finest, CodeEnds(*(q.astype(jnp.int32) for q in ends))
 
 
 def join_ends(
-    scales: Sequence[jax.Array], words: Sequence[Word]
-) -> tuple[jax.Array, Word]:
+    scales: Sequence[jax.Array], words: Sequence[CodeEnds]
+) -> tuple[jax.Array, CodeEnds]:
     """Returns the finest scale of several values, and the joint ends of their codes."""
     finest = functools.reduce(jnp.minimum, scales)
     ends = [
@@ -91,7 +91,7 @@ def join_ends(
     ]
     low = functools.reduce(jnp.minimum, (q[0] for q in ends))
     high = functools.reduce(jnp.maximum, (q[1] for q in ends))
-    return finest, Word(low.astype(jnp.int32), high.astype(jnp.int32))
+    return finest, CodeEnds(low.astype(jnp.int32), high.astype(jnp.int32))
 
 
 def move_index(

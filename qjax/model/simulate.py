@@ -15,7 +15,7 @@ from qjax.model.blocks import Block, is_quantizer
 from qjax.model.by_channel import ByChannel, Kernel
 from qjax.model.channels import kernel_axes, move_scale, output_scale
 from qjax.model.common_scales import (
-    Word,
+    CodeEnds,
     aligned_ends,
     channels_of,
 )
@@ -108,7 +108,7 @@ class Simulation(ByChannel):
         word = self._place(v)
         if v not in self._grids or word is None or v not in self._plan.activations:
             return
-        scale, ends = self._grids[v].scale, Word(word.qmin, word.qmax)
+        scale, ends = self._grids[v].scale, CodeEnds(word.qmin, word.qmax)
         name = self._plan.sites[self._plan.activations[v]].name
         if scale.ndim:
             self._channels[v] = channels_of(self._env[v], scale, ends)

@@ -6,7 +6,7 @@ outputs of an equation, given what is known of its operands.
 
 from collections.abc import Mapping
 
-from qjax.lowering.interpret import Rule
+from qjax.lowering.interpret import LoweringRule
 from qjax.lowering.rules.arithmetic import ARITHMETIC
 from qjax.lowering.rules.casts import CASTS
 from qjax.lowering.rules.choices import CHOICES
@@ -19,7 +19,7 @@ from qjax.lowering.rules.reductions import REDUCTIONS
 
 __all__ = ("RULES",)
 
-RULES: Mapping[str, Rule] = {
+RULES: Mapping[str, LoweringRule] = {
     **ARITHMETIC,
     **CASTS,
     **CHOICES,

@@ -8,7 +8,7 @@ import numpy as np
 
 from qjax.graph.builder import compact
 from qjax.lowering.inputs import rescaled
-from qjax.lowering.interpret import Rule, refuse, where
+from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import settled
 from qjax.lowering.rules.choices import extremum
 from qjax.lowering.rules.functions import curve
@@ -387,7 +387,7 @@ def _within(
 
 
 # Primitive -> its rule.
-ARITHMETIC: Mapping[str, Rule] = {
+ARITHMETIC: Mapping[str, LoweringRule] = {
     "add": _add,
     "add_any": _add,
     "sub": _add,

@@ -9,7 +9,7 @@ import numpy as np
 
 from qjax.affine import QParams, dequantize
 from qjax.lowering.inputs import cast, moved
-from qjax.lowering.interpret import Rule, where
+from qjax.lowering.interpret import LoweringRule, where
 from qjax.lowering.rules.functions import curve
 from qjax.lowering.values import (
     Abstract,
@@ -88,7 +88,7 @@ def _keeps_weight(e: Equation, x: KnownCodes) -> bool:
 
 
 # Primitive -> its rule.
-CASTS: Mapping[str, Rule] = {
+CASTS: Mapping[str, LoweringRule] = {
     "stop_gradient": _same,
     "copy": _same,
     "copy_p": _same,

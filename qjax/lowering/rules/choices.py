@@ -16,7 +16,7 @@ from qjax.lowering.constants import (
     wider,
 )
 from qjax.lowering.entries import as_codes
-from qjax.lowering.interpret import Rule, refuse, where
+from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.rules.functions import add_table, curve
 from qjax.lowering.values import (
     Abstract,
@@ -196,7 +196,7 @@ def _is_on_grid_of(x: Integers, other: Integers) -> bool:
 
 
 # Primitive -> its rule.
-CHOICES: Mapping[str, Rule] = {
+CHOICES: Mapping[str, LoweringRule] = {
     "select_n": _select,
     "concatenate": _concatenate,
 }

@@ -13,7 +13,7 @@ from qjax.affine import QParams, dequantize
 from qjax.graph.builder import compact
 from qjax.graph.graph import Grid, storage
 from qjax.lowering.constants import exact_grid, real_values
-from qjax.lowering.interpret import Rule, refuse, where
+from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.values import Abstract, Builder, Curve, Integers, Known, KnownCodes
 from qjax.model.primitives import POINTWISE, names
 from qjax.model.trace import Equation, Trace, evaluate
@@ -329,7 +329,7 @@ def _argmax(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstrac
 
 
 # Primitive -> its rule.
-FUNCTIONS: Mapping[str, Rule] = {
+FUNCTIONS: Mapping[str, LoweringRule] = {
     **dict.fromkeys((POINTWISE - _ELSEWHERE - _COMPARISONS), _function),
     **dict.fromkeys(_COMPARISONS, _compare),
     "argmax": _argmax,

@@ -14,7 +14,7 @@ from jax import lax
 from qjax.graph.graph import Grid, storage
 from qjax.leaves import at_start
 from qjax.lowering.inputs import integer_range
-from qjax.lowering.interpret import Rule, refuse, where
+from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import settled
 from qjax.lowering.rules.functions import run_steps
 from qjax.lowering.rules.moves import move_again, placed
@@ -275,7 +275,7 @@ def _part(
 
 
 # Primitive -> its rule.
-LOOKUPS: Mapping[str, Rule] = {
+LOOKUPS: Mapping[str, LoweringRule] = {
     "gather": _gather,
     "dynamic_slice": _dynamic_slice,
     "split": _split,

@@ -12,7 +12,7 @@ from jax.extend.core.primitives import copy_p
 from qjax.graph.builder import compact
 from qjax.lowering.constants import codes_on, wider
 from qjax.lowering.inputs import moved, refuse_pad
-from qjax.lowering.interpret import Rule, refuse, where
+from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import emitted
 from qjax.lowering.values import (
     Abstract,
@@ -298,7 +298,7 @@ def _move_known(e: Equation, trace: Trace, x: KnownCodes) -> KnownCodes:
 
 
 # Primitive -> its rule.
-MOVES: Mapping[str, Rule] = {
+MOVES: Mapping[str, LoweringRule] = {
     "reshape": move,
     "transpose": move,
     "squeeze": move,

@@ -12,7 +12,7 @@ from qjax.graph.graph import Grid, storage
 from qjax.integer import common_fixed_point, fixed_point
 from qjax.lowering.constants import add_constant, like_of
 from qjax.lowering.entries import raw
-from qjax.lowering.interpret import InputTwiceError, Rule, refuse, where
+from qjax.lowering.interpret import InputTwiceError, LoweringRule, refuse, where
 from qjax.lowering.operands import added
 from qjax.lowering.rules.functions import add_table
 from qjax.lowering.rules.moves import move_again
@@ -462,6 +462,6 @@ def _constant(e: Equation, x: Abstract) -> np.ndarray:
 
 
 # Primitive -> its rule.
-POINTS: Mapping[str, Rule] = {
+POINTS: Mapping[str, LoweringRule] = {
     "qpoint": _qpoint,
 }

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from qjax.graph.builder import compact
-from qjax.lowering.interpret import Rule, refuse, sites_of, where
+from qjax.lowering.interpret import LoweringRule, refuse, sites_of, where
 from qjax.lowering.values import Abstract, Builder, Integers, Known, KnownCodes
 from qjax.model.channels import output_scale
 from qjax.model.trace import Equation, Trace
@@ -349,7 +349,7 @@ def multiply(
 
 
 # Primitive -> its rule.
-PRODUCTS: Mapping[str, Rule] = {
+PRODUCTS: Mapping[str, LoweringRule] = {
     "dot_general": _dot_general,
     "conv_general_dilated": _conv,
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qjax.lowering.interpret import Rule, refuse, sites_of, where
+from qjax.lowering.interpret import LoweringRule, refuse, sites_of, where
 from qjax.lowering.operands import emitted, settled
 from qjax.lowering.rules.moves import add_move
 from qjax.lowering.rules.products import AccumulatorOverflowError
@@ -145,7 +145,7 @@ def _running(e: Equation, trace: Trace) -> tuple[Equation, int]:
 
 
 # Primitive -> its rule.
-REDUCTIONS: Mapping[str, Rule] = {
+REDUCTIONS: Mapping[str, LoweringRule] = {
     "reduce_sum": _reduce_sum,
     "reduce_window_sum": _sum_pool,
     "reduce_window_max": _max_pool,
