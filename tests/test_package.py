@@ -122,7 +122,7 @@ def test_no_module_has_the_name_of_a_public_function():
             assert getattr(sys.modules[package], base) is module, name
 
 
-# Names of two classes: a layer of both of Flax's interfaces, and a report's two halves.
+# The name of two classes: a layer of both interfaces of Flax.
 MAY_SHARE_A_NAME = {"QConv"}
 
 

@@ -17,7 +17,7 @@ from qjax.schemes.patterns import Site
 _MOST_BIAS = 2.0**30  # Codes of a bias stay below it, as accumulators are int32.
 
 
-class Line(NamedTuple):
+class HeldLine(NamedTuple):
     """A line ``(acc + before) * factor + after`` in a form whose bias int32 holds.
 
     The kernel of ``acc`` is multiplied by ``share``: ``(acc * share + bias) * held``.
@@ -40,7 +40,7 @@ def hold(
     scale: jax.Array,
     is_zero: jax.Array,
     sizes: tuple[int, ...],
-) -> Line:
+) -> HeldLine:
     """Returns ``(acc + before) * factor + after`` with a bias that int32 holds.
 
         least = |before * factor + after| / (scale * 2^30)
@@ -83,7 +83,7 @@ def hold(
     bias = offset / held
     if before is not None and after is not None and not is_one:
         bias = select(is_finer | is_off, bias, before + after / held)
-    return Line(held, bias, share, offset)
+    return HeldLine(held, bias, share, offset)
 
 
 def rounded(x: jax.Array, share: jax.Array, grid: QParams, site: Site) -> jax.Array:

@@ -12,14 +12,14 @@ from jax.extend.source_info_util import user_context
 from qjax.affine import QParams, QSpec, fake_quant_bias
 from qjax.calls import shared
 from qjax.model.blocks import Block, is_quantizer
-from qjax.model.by_channel import ByChannel, Kernel
+from qjax.model.channel_scales import ChannelScales, Kernel
 from qjax.model.channels import kernel_axes, move_scale, output_scale
 from qjax.model.common_scales import (
     CodeEnds,
     aligned_ends,
     channels_of,
 )
-from qjax.model.lines import Line, exceeds, hold, ranked, rounded, to_kernel
+from qjax.model.lines import HeldLine, exceeds, hold, ranked, rounded, to_kernel
 from qjax.model.primitives import SHAPE_MOVES
 from qjax.model.trace import Equation, evaluate
 from qjax.model.traced_model import TracedModel
@@ -28,7 +28,7 @@ from qjax.quantizers.point import straight
 from qjax.schemes.patterns import Site
 
 
-class Simulation(ByChannel):
+class Simulation(ChannelScales):
     """A run of a traced model over parameters and inputs.
 
     Args:
@@ -46,7 +46,7 @@ class Simulation(ByChannel):
         """Returns the output of the model, computed on the values of the visitor."""
         self._begin(visitor)
         self._units: dict[int, Unit] = {}
-        self._lines: dict[int, Line] = {}  # Product -> what follows it.
+        self._lines: dict[int, HeldLine] = {}  # Product -> what follows it.
         self._met: set[int] = set()  # Values that have been visited.
         self._raw: dict[int, Any] = dict(self._model.constants)
         self._raw.update(zip(self._model.inputs, self._arguments, strict=True))

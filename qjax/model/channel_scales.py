@@ -35,7 +35,7 @@ class Kernel(NamedTuple):
     moves: tuple[Equation, ...]
 
 
-class ByChannel:
+class ChannelScales:
     """The values of a simulation, with what is known of their grids and channels."""
 
     _traced: TracedModel
