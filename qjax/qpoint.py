@@ -98,13 +98,18 @@ class _Form(NamedTuple):
     is_short: bool  # The word has at most 16 bits.
 
 
+def _is_zero(zero_point: Any) -> bool:
+    """Returns whether a zero point is known to be 0."""
+    return isinstance(zero_point, np.ndarray) and not zero_point.any()
+
+
 def _form(scale: Any, zero_point: Any, qmin: Any, qmax: Any) -> _Form:
     """Returns what is known: of NumPy's numbers alone, as others may be traced."""
     is_single = jnp.finfo(jnp.result_type(scale)).bits >= 32
     is_known = isinstance(qmin, np.integer) and isinstance(qmax, np.integer)
     is_short = is_single and is_known and bool(-(2**16) <= qmin and qmax <= 2**16)
-    is_zero = isinstance(zero_point, np.ndarray) and not zero_point.any()
-    return _Form(is_short or (is_single and is_zero), is_short)
+    in_float = is_short or (is_single and _is_zero(zero_point))
+    return _Form(in_float, is_short)
 
 
 def _qpoint_batch(operands, dims, **names):
@@ -178,8 +183,9 @@ def bind_point(
     Returns:
       Values on the grid, with the derivative of the clipped STE.
     """
-    operands = x, scale, zero_point, qmin, qmax
-    return _point(_form(*operands[1:]), site, rounding, *operands)
+    form = _form(scale, zero_point, qmin, qmax)
+    zero = known_zeros() if _is_zero(zero_point) else zero_point  # One for all.
+    return _point(form, site, rounding, x, scale, zero, qmin, qmax)
 
 
 def _point(form, site, rounding, *operands):
@@ -228,7 +234,8 @@ def make_estimator(
 
     def estimator(x, scale, zero_point, qmin, qmax, site="", rounding=half_even):
         form = _form(scale, zero_point, qmin, qmax)
-        return estimate(form, site, rounding, x, scale, zero_point, qmin, qmax)
+        zero = known_zeros() if _is_zero(zero_point) else zero_point  # One for all.
+        return estimate(form, site, rounding, x, scale, zero, qmin, qmax)
 
     return estimator
 

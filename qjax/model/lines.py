@@ -1,12 +1,13 @@
 """Lines ``(acc + before) * factor + after`` of a product, with biases in int32."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from qjax.affine import QParams
 from qjax.qpoint import bind_point
@@ -31,6 +32,45 @@ class HeldLine(NamedTuple):
     def real(self, acc: jax.Array) -> jax.Array:
         """Computes the line to differentiate: no rounded bias, no quotient."""
         return acc * self.held + self.offset
+
+    def follow(self, value: jax.Array, acc: jax.Array) -> jax.Array:
+        """Returns ``value`` with the derivative of `real`, which is not computed."""
+        return _with_line(value, acc, self.held, self.offset)
+
+
+@jax.custom_jvp
+def _with_line(
+    value: jax.Array, acc: jax.Array, held: jax.Array, offset: jax.Array
+) -> jax.Array:
+    return value
+
+
+def _with_line_jvp(primals: Any, tangents: Any) -> Any:
+    _, acc, held, _ = primals
+    _, acc_dot, held_dot, offset_dot = tangents
+    is_zero = lambda x: isinstance(x, SymbolicZero)
+    terms = [] if is_zero(acc_dot) else [acc_dot * held]
+    terms += [] if is_zero(held_dot) else [acc * held_dot]
+    terms += [] if is_zero(offset_dot) else [offset_dot]
+    value = _with_line(*primals)
+    total = sum(terms[1:], terms[0]) if terms else jnp.zeros((), value.dtype)
+    return value, jnp.broadcast_to(total.astype(value.dtype), value.shape)
+
+
+_with_line.defjvp(_with_line_jvp, symbolic_zeros=True)
+
+
+def zero_channels(kernel: jax.Array, over: tuple[int, ...]) -> jax.Array:
+    """Returns whether each channel of a kernel is 0, in the rank of the kernel.
+
+    Args:
+      kernel: Kernel of a product.
+      over: Axes that are no channels. All of them leave a number.
+
+    Returns:
+      Truth values.
+    """
+    return jnp.all(kernel == 0, over, keepdims=len(over) < kernel.ndim)
 
 
 def hold(

@@ -19,7 +19,15 @@ from qjax.model.common_scales import (
     aligned_ends,
     channels_of,
 )
-from qjax.model.lines import HeldLine, exceeds, hold, ranked, rounded, to_kernel
+from qjax.model.lines import (
+    HeldLine,
+    exceeds,
+    hold,
+    ranked,
+    rounded,
+    to_kernel,
+    zero_channels,
+)
 from qjax.model.primitives import SHAPE_MOVES
 from qjax.model.trace import Equation, evaluate
 from qjax.model.traced_model import TracedModel
@@ -46,7 +54,8 @@ class Simulation(ChannelScales):
         """Returns the output of the model, computed on the values of the visitor."""
         self._begin(visitor)
         self._units: dict[int, Unit] = {}
-        self._lines: dict[int, HeldLine] = {}  # Product -> what follows it.
+        # Product -> the line that follows it, and a factor behind the line.
+        self._lines: dict[int, tuple[HeldLine, Any]] = {}
         self._met: set[int] = set()  # Values that have been visited.
         self._raw: dict[int, Any] = dict(self._model.constants)
         self._raw.update(zip(self._model.inputs, self._arguments, strict=True))
@@ -153,8 +162,9 @@ class Simulation(ChannelScales):
         At least float32: half precision rounds once, at the end of the block.
         """
         known = (u for e in block.affine for u in e.inputs)
-        types = (self._model.avals[u].dtype for u in (v, *known))
-        return functools.reduce(jnp.promote_types, types, jnp.dtype(jnp.float32))
+        types = {self._model.avals[u].dtype for u in (v, *known)}
+        wide = jnp.dtype(jnp.float64)
+        return wide if wide in types else jnp.dtype(jnp.float32)
 
     def _keep_grid(self, e: Equation) -> None:
         if is_quantizer(e):
@@ -252,21 +262,20 @@ class Simulation(ChannelScales):
             _, factor, _ = self._compose(block, acc)
             return self._fused_average(block, acc, factor)
         scale = self._accumulator_scale(block)
-        before, factor, after = self._compose(block, acc)
-        value = self._env[acc].astype(self._wide(block, acc))
         if scale is None:
             return None
-        if before is None and after is None:
+        value = self._env[acc].astype(self._wide(block, acc))
+        if acc not in self._lines:
+            before, factor, after = self._compose(block, acc)
+            if before is not None or after is not None:
+                return None
             return [self._line(block, acc, value, None, scale, factor)]
-        line = self._lines.get(acc)
-        if line is None:
-            return None
-        # A factor that no offset follows stays outside of what is held.
-        outer = factor if after is None else None
+        line, outer = self._lines[acc]
         own = line.held if outer is None else line.held * outer
-        real = line.real(value)
         found = self._line(block, acc, value, line.bias, scale, own)
-        return [straight(real if outer is None else real * outer, found)]
+        if outer is None:
+            return [line.follow(found, value)]
+        return [straight(line.real(value) * outer, found)]
 
     def _hold_kernel(self, e: Equation) -> dict[int, jax.Array]:
         """Scales the kernel of a product to the unit that its bias asks for."""
@@ -281,15 +290,14 @@ class Simulation(ChannelScales):
         kernel, rank = self._env[e.inputs[operand]], len(shape)
         axes = kernel_axes(e, operand, kernel.ndim, rank)
         sizes = tuple(n if d in axes else 1 for d, n in enumerate(shape))
-        if after is None:
-            factor = None
-        elif exceeds(jnp.shape(factor), sizes):
+        # A factor that no offset follows stays outside of what is held.
+        factor, outer = (None, factor) if after is None else (factor, None)
+        if factor is not None and exceeds(jnp.shape(factor), sizes):
             return {}  # A factor by place is none of a channel.
         over = tuple(d for d in range(kernel.ndim) if d not in axes.values())
-        is_zero = jnp.all(kernel == 0, over, keepdims=bool(axes))
-        is_zero = output_scale(e, operand, is_zero, rank)
+        is_zero = output_scale(e, operand, shared(zero_channels, kernel, over), rank)
         line = shared(hold, factor, before, after, scale, is_zero, sizes)
-        self._lines[e.outputs[0]] = line
+        self._lines[e.outputs[0]] = line, outer
         share = to_kernel(line.share, axes, kernel.ndim, shape)
         site = self._plan.sites[self._plan.weights[block.weight]]
         grid = self._grids[e.inputs[operand]]

@@ -96,7 +96,10 @@ def trace(
     """
     is_type = lambda x: isinstance(x, jax.ShapeDtypeStruct | jax.core.ShapedArray)
     types = jax.tree.map(lambda x: x if is_type(x) else jax.typeof(x), args)
-    closed, out = jax.make_jaxpr(fn, return_shape=True)(*types)
+    # A function of its own for each trace: of `fn` itself JAX would return the last,
+    # with the arrays that it closed over then.
+    fresh = lambda *xs: fn(*xs)
+    closed, out = jax.make_jaxpr(fresh, return_shape=True)(*types)
     whole = _prune(_flatten(closed, keep_derivatives))
     names, is_closed = tuple(leaf_names(args)), _is_closed(closed)
     return dataclasses.replace(whole, names=names, is_closed=is_closed), out

@@ -58,7 +58,8 @@ def _qpoint(
         )
     if isinstance(x, Known):
         codes = _grid_codes(x.value, scale, zero_point, qmin, qmax)
-        return KnownCodes(np.asarray(codes, np.int64), scale, zero_point, site)
+        zeros = np.broadcast_to(zero_point, scale.shape)
+        return KnownCodes(np.asarray(codes, np.int64), scale, zeros, site)
     is_double = trace.avals[e.outputs[0]].dtype == np.float64
     shape, ends = trace.shape(e.outputs[0]), (int(qmin), int(qmax))
     if scale.size > 1:

@@ -1,0 +1,96 @@
+"""Calls that stay computations of their own, and what they make of a training step."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import qjax
+from experiments.benchmarks.lowering import Residual
+from qjax.calls import _jitted, alone, shared
+
+
+def _scaled(x, spec, gain):
+    return {"y": x * gain, "bits": jnp.float32(spec.bits)}
+
+
+SPEC = qjax.QSpec(bits=8, axis=0)
+X = np.linspace(-3, 3, 12, dtype=np.float32).reshape(3, 4)
+
+
+def _text(fn, *args):
+    return jax.jit(fn).lower(*args).as_text()
+
+
+def test_values_and_derivatives_are_those_of_a_plain_call():
+    pairs = [
+        (lambda x: shared(_scaled, x, SPEC, 3.0)["y"], lambda x: x * 3.0),
+        (lambda x: alone(jnp.sin, x), jnp.sin),
+    ]
+    for call, plain in pairs:
+        for way in (call, jax.jit(call), jax.jit(jax.vmap(call))):
+            np.testing.assert_array_equal(way(X), plain(X))
+        for way in (jax.grad, jax.hessian):
+            found, wanted = (
+                jax.jit(way(lambda x, f=f: jnp.sum(f(x) ** 2)))(X)
+                for f in (call, plain)
+            )
+            np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_calls_with_arguments_of_one_type_are_one_function():
+    def three(x, y):
+        return [shared(_scaled, v, SPEC, 2.0)["y"] for v in (x, y, x + y)]
+
+    text = _text(three, X, X)
+    assert text.count("func.func private @_scaled") == 1
+    assert text.count("call @_scaled") == 3
+    assert text.count('inlineable = "false"') >= 3
+
+    def others(x):
+        specs = SPEC, qjax.QSpec(bits=4, axis=0), SPEC
+        rows = zip((x, x, x[:2]), specs, (2.0, 2.0, 2.0), strict=True)
+        return [shared(_scaled, v, spec, gain)["y"] for v, spec, gain in rows]
+
+    # Another word, and another shape: `bits` of Python is known in each.
+    assert _text(others, X).count("func.func private @_scaled") == 3
+
+
+def test_traced_bits_are_operands():
+    def run(bits):
+        return shared(_scaled, jnp.asarray(X), qjax.QSpec(bits=bits), 1.0)["bits"]
+
+    found = jax.jit(jax.vmap(run))(jnp.arange(2, 6))
+    np.testing.assert_array_equal(found, [2, 3, 4, 5])
+
+
+def test_nothing_is_compiled_outside_of_traces():
+    before = _jitted.cache_info().currsize
+
+    def fresh(x):
+        return x + 1
+
+    assert shared(fresh, 2) == 3
+    np.testing.assert_array_equal(shared(fresh, X), X + 1)
+    assert _jitted.cache_info().currsize == before
+
+
+def test_a_training_step_stays_small():
+    """The figures of `experiments/benchmarks/lowering.py --steps`, on fewer layers."""
+    model = Residual(6, 4)
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+    params = jax.jit(model.init)(jax.random.key(0), x)
+    qmodel = qjax.quantize_model(model.apply, params, x)
+    qstate = qmodel.init(params, x)
+    fns = (lambda params, qstate, x: model.apply(params, x)), qmodel.apply
+    lines, instructions = [], []
+    for fn in fns:
+        loss = lambda *args, fn=fn: jnp.sum(fn(*args) ** 2)
+        lowered = jax.jit(jax.value_and_grad(loss)).lower(params, qstate, x)
+        lines.append(len(lowered.as_text().splitlines()))
+        text = lowered.compile().as_text()
+        instructions.append(len(re.findall(r"^\s+(?:ROOT )?%?\S+ = ", text, re.M)))
+    sites = len(qmodel.sites)
+    assert (lines[1] - lines[0]) / sites <= 80
+    assert (instructions[1] - instructions[0]) / sites <= 200
