@@ -310,7 +310,8 @@ def quantize_model(
 
     Args:
       fn: ``fn(params, *inputs)``: ``model.apply`` of Linen, or a function that merges
-        NNX state, or any function that JAX traces.
+        NNX state, or any function that JAX traces; once for arguments of the same
+        types, as `jax.jit` does.
       params: Parameters of ``fn``, any pytree. Only shapes and names are read.
       *inputs: Example inputs. Only shapes are read.
       scheme: The grids; 8 bits everywhere by default.
