@@ -24,32 +24,44 @@ def alone(fn: Callable[..., Any], *args: Any) -> Any:
     Returns:
       The result of ``fn``.
     """
-    return _alone(jax.jit(fn), *args) if _is_on_cpu() else fn(*args)
+    return _called(jax.jit(_plain(fn)), *args) if _is_on_cpu() else fn(*args)
 
 
 def shared(fn: Callable[..., Any], *args: Any) -> Any:
     """Calls a function as `alone` does; calls with arguments of one type share it.
+
+    Outside of traces too it is compiled once, where each of its operations would be.
 
     Args:
       fn: Function that lasts, such as one of a module.
       *args: Pytrees of arrays and of hashable constants.
 
     Returns:
-      The result of ``fn``. Outside of traces it is called as it is.
+      The result of ``fn``.
     """
     leaves, tree = jax.tree.flatten(args)
-    is_array = tuple(
-        isinstance(x, jax.Array | np.ndarray | np.floating) for x in leaves
-    )
+    kinds = jax.Array | np.ndarray | np.floating
+    is_array = tuple(isinstance(x, kinds) for x in leaves)
     arrays, constants = _split(leaves, is_array)
-    if not any(isinstance(x, jax.core.Tracer) for x in arrays) or not _is_on_cpu():
-        return fn(*args)
-    return _alone(_jitted(fn, tree, is_array, tuple(constants)), *arrays)
+    return _called(_jitted(fn, tree, is_array, tuple(constants)), *arrays)
 
 
-def _alone(jitted: Callable[..., Any], *args: Any) -> Any:
+def _called(jitted: Callable[..., Any], *args: Any) -> Any:
+    if not _is_on_cpu():
+        return jitted(*args)
     with set_xla_metadata(inlineable="false"):
         return jitted(*args)
+
+
+def _plain(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function whose own calls, as of `jnp.where`, are inlined."""
+
+    def call(*args: Any) -> Any:
+        with set_xla_metadata(inlineable=None):
+            return fn(*args)
+
+    call.__name__ = getattr(fn, "__name__", call.__name__)
+    return call
 
 
 def _is_on_cpu() -> bool:
@@ -71,7 +83,7 @@ def _jitted(
         return fn(*jax.tree.unflatten(tree, leaves))
 
     call.__name__ = getattr(fn, "__name__", call.__name__)
-    return jax.jit(call)
+    return jax.jit(_plain(call))
 
 
 def _split(leaves: list[Any], is_first: tuple[bool, ...]) -> tuple[list, list]:
