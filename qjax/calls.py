@@ -5,6 +5,7 @@ sites behind sites. Without such calls a training step of a residual network has
 times the instructions (`experiments/benchmarks/lowering.py`).
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental.xla_metadata import set_xla_metadata
+
+SHARED = "qjax.shared."  # Before the name of a function in the name of its call.
 
 
 def alone(fn: Callable[..., Any], *args: Any) -> Any:
@@ -47,10 +50,15 @@ def shared(fn: Callable[..., Any], *args: Any) -> Any:
 
 
 def _called(jitted: Callable[..., Any], *args: Any) -> Any:
+    with uninlined():
+        return jitted(*args)
+
+
+def uninlined() -> contextlib.AbstractContextManager[Any]:
+    """Returns a context in which XLA:CPU inlines no call."""
     if not _is_on_cpu():
-        return jitted(*args)
-    with set_xla_metadata(inlineable="false"):
-        return jitted(*args)
+        return contextlib.nullcontext()
+    return set_xla_metadata(inlineable="false")
 
 
 def _plain(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,7 +90,7 @@ def _jitted(
         leaves = [next(given) if found else next(known) for found in is_array]
         return fn(*jax.tree.unflatten(tree, leaves))
 
-    call.__name__ = getattr(fn, "__name__", call.__name__)
+    call.__name__ = SHARED + getattr(fn, "__name__", call.__name__)
     return jax.jit(_plain(call))
 
 

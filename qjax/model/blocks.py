@@ -10,8 +10,7 @@ import numpy as np
 
 from qjax.model.origin import origin_of
 from qjax.model.primitives import BOUNDS, SHAPE_MOVES
-from qjax.model.trace import Equation, Trace, is_key, quantizer_of, trace
-from qjax.qpoint import qpoint_p
+from qjax.model.trace import Equation, Trace, has_qpoint, is_key, quantizer_of, trace
 from qjax.schemes.patterns import Site
 
 MEANS = {"sum": "mean", "sum_pool": "avg_pool"}  # The same, divided by a constant.
@@ -153,16 +152,3 @@ def _scalar(value: np.ndarray) -> Any:
 def is_quantizer(e: Equation) -> bool:
     """Returns whether an equation is a quantizer, a `qpoint` or a call of `qpoint`."""
     return bool(quantizer_of(e)) or has_qpoint(e)
-
-
-def has_qpoint(e: Equation) -> bool:
-    """Returns whether an equation is a quantization point or calls one."""
-
-    def inside(jaxpr: Any) -> bool:
-        return any(
-            eqn.primitive is qpoint_p
-            or any(map(inside, jex.jaxprs_in_params(eqn.params)))
-            for eqn in jaxpr.eqns
-        )
-
-    return e.primitive is qpoint_p or any(map(inside, jex.jaxprs_in_params(e.params)))

@@ -16,9 +16,11 @@ import numpy as np
 from jax import lax
 from jax.extend.core import primitives as p
 
+from qjax.calls import SHARED, uninlined
 from qjax.leaves import leaf_names
 from qjax.mesh_axes import aligned, axes_of, vary
 from qjax.model.primitives import AFFINE, BOUNDS, POINTWISE
+from qjax.qpoint import qpoint_p
 from qjax.quantizers.point import SCOPE
 
 WHOLE = "qjax.whole."  # A call with the kind of what it computes whole behind it.
@@ -134,6 +136,9 @@ def evaluate(equation: Equation, *values: Any) -> Sequence[Any]:
     if whole_of(equation) and not any(isinstance(x, jax.core.Tracer) for x in values):
         # Compiled whole it would be compiled again with each trace.
         return jex.jaxpr_as_fun(equation.params["jaxpr"])(*values)
+    if is_shared(equation):
+        with uninlined():
+            return equation.primitive.bind(*values, **equation.params)
     if equation.primitive in CALLS:
         types = [v.aval for v in _called(equation).invars]
         pairs = zip(values, types, strict=True)
@@ -143,6 +148,25 @@ def evaluate(equation: Equation, *values: Any) -> Sequence[Any]:
     params = equation.primitive.get_bind_params(equation.params)
     out = equation.primitive.bind(*values, **params)
     return out if equation.primitive.multiple_results else (out,)
+
+
+def is_shared(e: Any) -> bool:
+    """Returns whether an equation is a call of `qjax.calls.shared` without a point."""
+    is_call = str(e.params.get("name", "")).startswith(SHARED)
+    return is_call and not has_qpoint(e)
+
+
+def has_qpoint(e: Any) -> bool:
+    """Returns whether an equation is a quantization point or calls one."""
+
+    def inside(jaxpr: Any) -> bool:
+        return any(
+            eqn.primitive is qpoint_p
+            or any(map(inside, jex.jaxprs_in_params(eqn.params)))
+            for eqn in jaxpr.eqns
+        )
+
+    return e.primitive is qpoint_p or any(map(inside, jex.jaxprs_in_params(e.params)))
 
 
 def _inner(e: Any) -> Any:
@@ -192,6 +216,7 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
             # Equations inside of a call that JAX has cached name its first caller.
             origin = eqn.source_info if source is None else source
             is_kept = bool(whole_of(eqn)) or (keep_derivatives and _is_function(eqn))
+            is_kept |= data.isdisjoint(inputs) and is_shared(eqn)
             if eqn.primitive is p.concatenate_p:  # Pieces of length 0 are none.
                 axis = eqn.params["dimension"]
                 long = [v for v in inputs if avals[v].shape[axis]]
