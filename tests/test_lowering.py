@@ -1,6 +1,7 @@
 """Integer programs: they agree with the model, hold integers only, refuse clearly."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -18,14 +19,15 @@ from qjax.program import check_integer_only
 from qjax.rounding import half_away
 from qjax.schemes.rules import Rule
 from qjax.schemes.scheme import Scheme
-from tests.models import NAMES, examples, images
+from tests.models import NAMES, example, images
 
 pytestmark = pytest.mark.usefixtures("flax_promotion")
 
 
+@functools.cache
 def lowered(name, weights, activations, rules=()):
     """The example, calibrated and lowered for a batch of 2, with its arguments."""
-    fn, params, x = examples()[name]
+    fn, params, x = example(name)
     if name == "plain":  # Its second weight is transposed before the product.
         rules = (*rules, Rule("c", dataclasses.replace(weights, axis=0)))
     scheme = Scheme(weights, activations, rules)
@@ -43,8 +45,9 @@ def specs(bits, activation_bits, power_of_two, signed=True):
 
 def assert_equals_oracle(program, x):
     """The XLA program equals the NumPy int64 interpreter, wherever there is a name."""
-    codes = [np.asarray(c) for c in jax.tree.leaves(program.quantize_inputs(x))]
-    wanted = reference.run(program.graph, program.params, codes)
+    codes = program.quantize_inputs(x)
+    flat = [np.asarray(c) for c in jax.tree.leaves(codes)]
+    wanted = reference.run(program.graph, program.params, flat)
     found = program.site_codes(x)
     for name, v in program.graph.sites.items():
         np.testing.assert_array_equal(found[name], wanted[v], err_msg=name)
@@ -119,15 +122,15 @@ def test_one_unit_of_float32_rounding_is_reproduced():
     ratio = np.float32(0.0031)
     multiplier, shift = qjax.fixed_point(np.float64(ratio))
     acc = np.arange(-(1 << 21), 1 << 21, dtype=np.int32)
-    args = jnp.asarray(acc), multiplier, shift
     ends = {"qmin": -(2**20), "qmax": 2**20}
-    found = requantize(*args, **ends, rule="fp32_half_even")
+    whole = functools.partial(requantize, **ends, rule="fp32_half_even")
+    found = jax.jit(whole)(acc, multiplier, shift)
     np.testing.assert_array_equal(found, np.rint(np.float32(acc) * ratio))
 
 
 def test_dead_channels_and_tiny_factors_keep_their_offset():
     """A BatchNorm scale of zero leaves the offset alone, exactly enough."""
-    fn, params, x = examples()["nnx_residual"]
+    fn, params, x = example("nnx_residual")
     params["bn1"]["scale"].set_value(jnp.float32([0.0, 1e-9, -0.5, 1.0]))
     params["bn1"]["bias"].set_value(jnp.float32([0.75, 0.5, 0.1, 0.0]))
     for power_of_two in (False, True):
@@ -161,7 +164,7 @@ def test_a_kernel_that_is_all_but_zero_keeps_its_bias(power_of_two):
     result = qjax.verify(program, qmodel, params, qstate, x)
     assert all(r.max_difference <= (not power_of_two) for r in result.sites.values())
     step = program.output_grids[0].array()
-    np.testing.assert_allclose(program(x), fn(params, x), atol=5 * step)
+    np.testing.assert_allclose(program(x), jax.jit(fn)(params, x), atol=5 * step)
     np.testing.assert_allclose(program(x)[:, 0], 2.4, atol=step)
     np.testing.assert_array_equal(
         jax.jit(qmodel.apply_integer)(params, qstate, x), program(x)
@@ -183,7 +186,7 @@ def test_a_kernel_that_is_all_but_zero_keeps_mean_and_offset(size, mean):
     assert all(r.max_difference <= 1 for r in result.sites.values())
     step = program.output_grids[0].array()
     np.testing.assert_allclose(program(x)[:, 1], 1.0, atol=1.1 * step)
-    np.testing.assert_allclose(program(x), fn(params, x), atol=5 * step)
+    np.testing.assert_allclose(program(x), jax.jit(fn)(params, x), atol=5 * step)
 
 
 def test_the_last_output_can_be_accumulators_with_a_scale():
@@ -193,7 +196,7 @@ def test_the_last_output_can_be_accumulators_with_a_scale():
     assert codes.dtype == jnp.int32
     assert program.output_grids[0].array().shape == (1, 5)
     qmodel, params, qstate, x = args
-    np.testing.assert_array_equal(program(x), qmodel.apply(params, qstate, x))
+    np.testing.assert_array_equal(program(x), jax.jit(qmodel.apply)(params, qstate, x))
     assert qjax.verify(program, *args).is_exact
 
 
@@ -205,7 +208,7 @@ def test_an_output_that_ends_in_a_relu_can_be_accumulators():
     qmodel = qjax.quantize_model(fn, params, x, scheme=scheme)
     qstate = qjax.calibrate(qmodel, params, [x])
     program = qjax.lower(qmodel, params, qstate, x)
-    np.testing.assert_array_equal(program(x), qmodel.apply(params, qstate, x))
+    np.testing.assert_array_equal(program(x), jax.jit(qmodel.apply)(params, qstate, x))
     assert_equals_oracle(program, x)
 
 
@@ -233,7 +236,7 @@ def test_a_sum_over_the_leading_axis_keeps_its_size():
 @pytest.mark.parametrize("batch", [0, 1, 5])
 def test_the_batch_may_differ_at_call_time(batch):
     program, (qmodel, params, qstate, x) = lowered("nnx_residual", *specs(8, 8, True))
-    wanted = np.asarray(qmodel.apply(params, qstate, x))[:batch]
+    wanted = np.asarray(jax.jit(qmodel.apply)(params, qstate, x))[:batch]
     np.testing.assert_array_equal(program(x[:batch]), wanted)
 
 
@@ -260,7 +263,7 @@ def test_several_inputs_and_nested_outputs():
     qmodel = qjax.quantize_model(fn, params, x, y, scheme=Scheme(*specs(8, 8, True)))
     qstate = qjax.calibrate(qmodel, params, [(x, y)])
     program = qjax.lower(qmodel, params, qstate, x, y)
-    wanted = qmodel.apply(params, qstate, x, y)
+    wanted = jax.jit(qmodel.apply)(params, qstate, x, y)
     found = program(x, y)
     assert set(found) == {"sum", "relu"}
     np.testing.assert_array_equal(found["sum"], wanted["sum"])
@@ -301,7 +304,23 @@ def test_shape_moves_and_reductions(moves):
     np.testing.assert_array_equal(program(x[:2]), program(x)[:2])
 
 
+def _convolution(rank, padding, stride, dilation, groups):
+    """The convolution of a form, channels last."""
+    pads = [(padding, 1)] * rank if isinstance(padding, int) else padding
+    order = (0, rank + 1, *range(1, rank + 1))
+    kernels = (rank + 1, rank, *range(rank))
+    return functools.partial(
+        jax.lax.conv_general_dilated,
+        window_strides=(stride,) * rank,
+        padding=pads,
+        rhs_dilation=(dilation,) * rank,
+        dimension_numbers=jax.lax.ConvDimensionNumbers(order, kernels, order),
+        feature_group_count=groups,
+    )
+
+
 def test_convolutions_of_every_form():
+    """Those of a rank are one program, each with an input and an output of its own."""
     rng = np.random.default_rng(0)
     forms = itertools.product(
         [1, 2, 3],
@@ -311,32 +330,30 @@ def test_convolutions_of_every_form():
         [(4, 4, 1), (4, 8, 2), (4, 4, 4)],
     )
     chosen = rng.permutation(np.array(list(forms), dtype=object))[:12]
-    for rank, padding, stride, dilation, (ins, outs, groups) in chosen:
-        kernel = jnp.float32(rng.normal(size=(3,) * rank + (ins // groups, outs)))
-        pads = [(padding, 1)] * rank if isinstance(padding, int) else padding
-        order = (0, rank + 1, *range(1, rank + 1))
-        numbers = jax.lax.ConvDimensionNumbers(
-            order, (rank + 1, rank, *range(rank)), order
-        )
+    kernels = {}
+    for form in chosen:
+        rank, *_, (ins, outs, groups) = form
+        shape = (3,) * rank + (ins // groups, outs)
+        kernels[str(form)] = form, np.float32(rng.normal(size=shape))
+    for rank in (1, 2, 3):
+        own = {name: value for name, value in kernels.items() if value[0][0] == rank}
+        assert len(own) > 1
+        params = {name: kernel for name, (_, kernel) in own.items()}
+        x = {
+            name: images(3, *range(6, 6 + rank), form[-1][0])
+            for name, (form, _) in own.items()
+        }
 
-        def fn(params, x, pads=pads, s=stride, d=dilation, n=numbers, g=groups, r=rank):
-            return jax.lax.conv_general_dilated(
-                x,
-                params["k"],
-                (s,) * r,
-                pads,
-                rhs_dilation=(d,) * r,
-                dimension_numbers=n,
-                feature_group_count=g,
-            )
+        def fn(params, x, own=own):
+            conv = lambda form: _convolution(*form[:-1], form[-1][-1])
+            return {k: conv(form)(x[k], params[k]) for k, (form, _) in own.items()}
 
-        x = images(3, *range(6, 6 + rank), ins)
-        params = {"k": kernel}
         scheme = Scheme(*specs(8, 8, True, signed=bool(rank % 2)))
         qmodel = qjax.quantize_model(fn, params, x, scheme=scheme)
-        qstate = qjax.calibrate(qmodel, params, [x])
+        qstate = qjax.calibrate(qmodel, params, [(x,)])
         program = qjax.lower(qmodel, params, qstate, x)
-        assert qjax.verify(program, qmodel, params, qstate, x).is_exact
+        result = qjax.verify(program, qmodel, params, qstate, x)
+        assert result.is_exact, f"{[*own]}\n{result}"
         assert_equals_oracle(program, x)
 
 
@@ -377,7 +394,7 @@ def test_codes_are_checked():
 
 
 def test_lowering_before_calibration_names_the_site():
-    fn, params, x = examples()["linen_mlp"]
+    fn, params, x = example("linen_mlp")
     qmodel = qjax.quantize_model(fn, params, x)
     with pytest.raises(ValueError, match=r"site 'input:0' has no range yet"):
         qjax.lower(qmodel, params, qmodel.init(params, x), x)
@@ -442,7 +459,7 @@ def test_a_sum_that_could_overflow():
 
 
 def test_a_scale_that_varies_inside_a_sum():
-    fn, params, x = examples()["linen_mlp"]
+    fn, params, x = example("linen_mlp")
     qmodel = qjax.quantize_model(fn, params, x, scheme=Scheme(QSpec(8, axis=0)))
     qstate = qjax.calibrate(qmodel, params, [x])
     with pytest.raises(ValueError, match=r"'Dense_0/kernel' varies inside the sum"):
@@ -494,7 +511,7 @@ def test_verify_refuses_another_model():
     program, _ = lowered("nnx_mobile", *specs(8, 8, True))
     fn = lambda x: _point(x, site="elsewhere")
     with pytest.raises(ValueError, match="another model"):
-        qjax.verify(program, fn, examples()["nnx_mobile"].x)
+        qjax.verify(program, fn, example("nnx_mobile").x)
 
 
 def test_nnx_modules_lower_after_split_and_merge_in_eval_mode():
