@@ -35,7 +35,7 @@ def randomized(state: Any, seed: int = 0) -> Any:
         )
         if "var" in name:
             value = rng.uniform(0.2, 2.0, size=leaf.shape)
-        return jnp.asarray(value, leaf.dtype)
+        return jnp.asarray(np.asarray(value, leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(draw, state)
 
