@@ -1,5 +1,7 @@
 """Models that the tests share: NNX, Linen and plain functions, small and odd-sized."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,16 +24,18 @@ def randomized(state: Any, seed: int = 0) -> Any:
     rng = np.random.default_rng(seed)
 
     def draw(path: Any, leaf: Any) -> Any:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.key(0)
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             known = isinstance(leaf, jax.Array)
-            return leaf if known else jnp.zeros(leaf.shape, leaf.dtype)
+            return leaf if known else np.zeros(leaf.shape, leaf.dtype)
         name = jax.tree_util.keystr(path)
         value = rng.normal(size=leaf.shape) / np.sqrt(
             max(1, leaf.size // leaf.shape[-1])
         )
         if "var" in name:
             value = rng.uniform(0.2, 2.0, size=leaf.shape)
-        return jnp.asarray(value, leaf.dtype)
+        return jnp.asarray(np.asarray(value, leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(draw, state)
 
@@ -40,7 +44,8 @@ def images(*shape: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def nnx_example(model: nnx.Module, x: np.ndarray) -> Example:
+def nnx_example(make: Callable[[], nnx.Module], x: np.ndarray) -> Example:
+    model = nnx.eval_shape(make)  # Initializers would have to be compiled.
     model.eval()
     graph, state = nnx.split(model)
     fn = lambda state, x: nnx.merge(graph, state)(x)
@@ -48,7 +53,6 @@ def nnx_example(model: nnx.Module, x: np.ndarray) -> Example:
 
 
 def linen_example(model: nn.Module, x: np.ndarray) -> Example:
-    # Shapes alone: initializers would have to be compiled.
     variables = randomized(jax.eval_shape(model.init, jax.random.key(0), x[:1]))
     return Example(model.apply, variables, x)
 
@@ -141,26 +145,31 @@ def plain(params: Any, x: jax.Array) -> jax.Array:
     return (y - z) * 0.3 + 0.7
 
 
-def examples() -> dict[str, Example]:
-    """All of them, by name."""
-    rngs = nnx.Rngs(0)
+def _plain() -> Example:
     weights = {"a": (5, 4), "b": (1, 4), "c": (4, 5)}
-    params = {k: jnp.zeros(shape) for k, shape in weights.items()}
-    return {
-        "nnx_residual": nnx_example(NnxResidual(rngs), images(33, 9, 7, 2)),
-        "nnx_mobile": nnx_example(NnxMobile(rngs), images(33, 7, 5, 4)),
-        "nnx_preactivation": nnx_example(NnxPreactivation(rngs), images(33, 11, 3)),
-        "linen_residual": linen_example(LinenResidual(), images(33, 9, 7, 2)),
-        "linen_mlp": linen_example(LinenMlp(), images(33, 5, 6)),
-        "plain": Example(plain, randomized(params), images(33, 5)),
-    }
+    params = {k: np.zeros(shape, np.float32) for k, shape in weights.items()}
+    return Example(plain, randomized(params), images(33, 5))
 
 
-NAMES = (
-    "nnx_residual",
-    "nnx_mobile",
-    "nnx_preactivation",
-    "linen_residual",
-    "linen_mlp",
-    "plain",
-)
+_MAKERS: dict[str, Callable[[], Example]] = {
+    "nnx_residual": lambda: nnx_example(
+        lambda: NnxResidual(nnx.Rngs(0)), images(33, 9, 7, 2)
+    ),
+    "nnx_mobile": lambda: nnx_example(
+        lambda: NnxMobile(nnx.Rngs(0)), images(33, 7, 5, 4)
+    ),
+    "nnx_preactivation": lambda: nnx_example(
+        lambda: NnxPreactivation(nnx.Rngs(0)), images(33, 11, 3)
+    ),
+    "linen_residual": lambda: linen_example(LinenResidual(), images(33, 9, 7, 2)),
+    "linen_mlp": lambda: linen_example(LinenMlp(), images(33, 5, 6)),
+    "plain": _plain,
+}
+NAMES = tuple(_MAKERS)
+_made = functools.cache(lambda name: _MAKERS[name]())
+
+
+def example(name: str) -> Example:
+    """The example of a name, with parameters of the caller's own."""
+    fn, params, x = _made(name)
+    return Example(fn, jax.tree.map(lambda leaf: leaf, params), x)

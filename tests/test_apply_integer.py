@@ -174,7 +174,7 @@ def test_refuses_batch_statistics():
     qstate = qjax.calibrate(qmodel, params, [x])
     same = qjax.quantize_model(training, params, x)
     with pytest.raises(ValueError, match="'Conv_0/output' is normalised by statistics"):
-        same.apply_integer(params, qstate, x)
+        jax.eval_shape(same.apply_integer, params, qstate, x)
 
 
 @pytest.mark.parametrize("site", ["Conv_0/output", "Conv_1/kernel"])
@@ -184,7 +184,7 @@ def test_refuses_what_stays_float(site):
     scheme = qjax.Scheme(FLOATS.weights, FLOATS.activations, rules)
     qmodel, params, qstate = quantized(Small(), x, scheme)
     with pytest.raises(ValueError, match="has no integer arithmetic"):
-        qmodel.apply_integer(params, qstate, x)
+        jax.eval_shape(qmodel.apply_integer, params, qstate, x)
 
 
 def forced(qmodel, params, qstate, x):
@@ -234,7 +234,8 @@ def test_an_accumulator_that_is_0_has_the_derivative_of_the_simulated_model():
     qstate = qjax.calibrate(qmodel, params, [x])
     run = forced(qmodel, params, qstate, x)
     wanted = jax.grad(lambda p: run(p).sum())(params)
-    ours = jax.grad(lambda p: qmodel.apply_integer(p, qstate, x).sum())(params)
+    loss = lambda p: qmodel.apply_integer(p, qstate, x).sum()
+    ours = jax.jit(jax.grad(loss))(params)
     jax.tree.map(np.testing.assert_array_equal, ours, wanted)
 
 
@@ -246,4 +247,4 @@ def test_words_of_32_bits_with_a_zero_point_are_refused():
     qmodel = qjax.quantize_model(lambda p, x: x @ p["w"], params, x, scheme=scheme)
     qstate = qjax.calibrate(qmodel, params, [x])
     with pytest.raises(ValueError, match="Use `symmetric=True` or 31 bits"):
-        qmodel.apply_integer(params, qstate, x)
+        jax.eval_shape(qmodel.apply_integer, params, qstate, x)

@@ -18,8 +18,10 @@ from tests.models import (
     LinenResidual,
     NnxPreactivation,
     NnxResidual,
-    examples,
+    example,
     images,
+    linen_example,
+    randomized,
 )
 
 pytestmark = pytest.mark.usefixtures("flax_promotion")
@@ -98,7 +100,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sites_by_name(name):
-    fn, params, x = examples()[name]
+    fn, params, x = example(name)
     qmodel = quantize_model(fn, params, x[:2])
     assert [site.name for site in qmodel.sites] == EXPECTED[name]
     for site in qmodel.sites:
@@ -109,12 +111,13 @@ def test_sites_by_name(name):
 @pytest.mark.parametrize("batch", [1, 2, 5])
 @pytest.mark.parametrize("model", [NnxResidual, NnxPreactivation])
 def test_nnx_names_are_the_same_in_training(model, batch):
-    network = model(nnx.Rngs(0))
+    network = nnx.eval_shape(lambda: model(nnx.Rngs(0)))
     x = images(batch, 9, 7, 2) if model is NnxResidual else images(batch, 11, 3)
     names = []
     for mode in (network.eval, network.train):
         mode()
         graph, state = nnx.split(network)
+        state = randomized(state)
 
         def fn(state, x, graph=graph):
             merged = nnx.merge(graph, state)
@@ -126,7 +129,7 @@ def test_nnx_names_are_the_same_in_training(model, batch):
 
 def test_linen_names_are_the_same_in_training():
     model, x = LinenResidual(), images(3, 9, 7, 2)
-    variables = model.init(jax.random.key(0), x)
+    variables = linen_example(model, x).params
     train = lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"])
     infer, trained = (quantize_model(f, variables, x) for f in (model.apply, train))
     assert [s.name for s in infer.sites] == [s.name for s in trained.sites]
@@ -135,12 +138,12 @@ def test_linen_names_are_the_same_in_training():
 def test_mutated_statistics_come_out_as_they_went_in():
     """The new averages are those of the float convolution of quantized operands."""
     model, x = LinenResidual(), images(3, 9, 7, 2)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     train = lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"])
     qmodel = quantize_model(train, variables, x)
-    qstate = qmodel.observe(variables, qmodel.init(variables, x), x)
-    _, new = qmodel.apply(variables, qstate, x)
-    _, wanted = train(variables, x)
+    qstate = jax.jit(qmodel.observe)(variables, qmodel.init(variables, x), x)
+    _, new = jax.jit(qmodel.apply)(variables, qstate, x)
+    _, wanted = jax.jit(train)(variables, x)
     assert jax.tree.structure(new) == jax.tree.structure(wanted)
     old = variables["batch_stats"]["bn1"]["mean"]
     assert np.all(new["batch_stats"]["bn1"]["mean"] != old)
@@ -161,7 +164,7 @@ class _SqueezeExcite(nn.Module):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_gate_is_not_taken_for_batch_norm(batch):
     model, x = _SqueezeExcite(), images(batch, 5, 5, 2)
-    params = model.init(jax.random.key(0), x)
+    params = linen_example(model, x).params
     names = [s.name for s in quantize_model(model.apply, params, x).sites]
     assert names == [
         "input:0",
@@ -236,7 +239,7 @@ class _Named(nn.Module):
 def test_what_a_site_is():
     x = jnp.ones((1, 8, 8, 2))
     model = _Named()
-    params = model.init(jax.random.key(0), x)
+    params = linen_example(model, x).params
     sites = {s.name: s for s in quantize_model(model.apply, params, x).sites}
     rows = {k: (s.layer, s.op, s.activation, s.feeds) for k, s in sites.items()}
     readers = ("depthwise_conv", "residual", "affine")
@@ -284,8 +287,8 @@ def test_a_jitted_function_is_one_block(function):
     assert name in [s.name for s in qmodel.sites]
     qstate = calibrate(qmodel, params, [x])
     loss = lambda x: jnp.sum(qmodel.apply(params, qstate, x))
-    slope = jax.grad(loss)(x)
-    wanted = jax.grad(lambda x: jnp.sum(fn(params, x)))(x)
+    slope = jax.jit(jax.grad(loss))(x)
+    wanted = jax.jit(jax.grad(lambda x: jnp.sum(fn(params, x))))(x)
     np.testing.assert_allclose(slope, wanted, atol=0.1)
 
 
@@ -405,7 +408,7 @@ def test_a_quantizer_of_ours_is_a_quantization_point(name):
     wide = ends._replace(low=2 * ends.low - 1, high=2 * ends.high + 1)
     qstate = {**qstate, "output:0": wide}
     found = jax.jit(jax.grad(lambda p: qmodel.apply(p, qstate, x).sum()))(params)
-    wanted = jax.grad(lambda p: fn(p, x).sum())(params)
+    wanted = jax.jit(jax.grad(lambda p: fn(p, x).sum()))(params)
     assert np.any(found["a"]) or name == "po2"
     # A code of 8 bits and one of the quantizer's may move: nothing else differs.
     np.testing.assert_allclose(found["b"], wanted["b"], rtol=0.2, atol=1.0)
@@ -422,7 +425,7 @@ def test_a_quantizer_of_ours_on_weights_and_inputs_is_the_only_one():
     qstate = calibrate(qmodel, params, [x])
     step = qstate["output:0"].high / 100
     np.testing.assert_allclose(
-        qmodel.apply(params, qstate, x), fn(params, x), atol=step
+        jax.jit(qmodel.apply)(params, qstate, x), jax.jit(fn)(params, x), atol=step
     )
 
 
@@ -577,7 +580,8 @@ def test_a_mask_before_a_softmax_is_no_part_of_a_range(name, is_input):
     assert names[:3] == ["input:0", "a/output", "b/output"] and len(names) == 6
     assert names[4:] == ["softmax_0/output", "output:0"]
     qstate = calibrate(qmodel, params, [inputs])
-    found, wanted = qmodel.apply(params, qstate, *inputs), fn(params, *inputs)
+    found = jax.jit(qmodel.apply)(params, qstate, *inputs)
+    wanted = jax.jit(fn)(params, *inputs)
     assert np.sum(wanted**2) > 10**3.5 * np.sum((found - wanted) ** 2)
 
 
@@ -589,10 +593,11 @@ def test_masks_of_flax_attention_are_no_part_of_a_range():
             return nn.MultiHeadDotProductAttention(2, name="heads")(x, mask=mask)
 
     x = images(3, 5, 8)
-    params = Model().init(jax.random.key(0), x)
+    params = jax.jit(Model().init)(jax.random.key(0), x)
     qmodel = quantize_model(Model().apply, params, x)
     qstate = calibrate(qmodel, params, [x])
-    found, wanted = qmodel.apply(params, qstate, x), Model().apply(params, x)
+    found = jax.jit(qmodel.apply)(params, qstate, x)
+    wanted = jax.jit(Model().apply)(params, x)
     assert np.sum(wanted**2) > 10**3 * np.sum((found - wanted) ** 2)
     assert all(abs(s.low) < 1e3 for s in qstate.values())
 

@@ -128,7 +128,9 @@ def test_training_on_slices_and_stacks_is_straight_through_and_ships():
     free = Scheme(rules=(Rule("output:*", None),))
     apply = lambda p, x: qmodel.apply(p, qstate, x, scheme=free)
     found = jax.jit(jax.grad(total(apply)))(params, x)
-    expected = jax.grad(total(_of_matrices))(params, steps * np.asarray(grid.scale))
+    expected = jax.jit(jax.grad(total(_of_matrices)))(
+        params, steps * np.asarray(grid.scale)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4), found, expected)
 
 

@@ -314,11 +314,11 @@ def test_ranges_move_as_numpy_moves_them():
     batches = [np.float32(rng.normal(size=(5, 3)) * k) for k in (1, 9, 3)]
     qmodel = qjax.quantize_model(fn, params, batches[0], scheme=presets.tfmot_int8())
     qstate = qmodel.init(params, batches[0])
-    step = jax.jit(qmodel.apply_and_update)
+    step, apply = jax.jit(qmodel.apply_and_update), jax.jit(qmodel.apply)
     low, high = np.float32(-6), np.float32(6)
     for x in batches:
         y, qstate = step(params, qstate, x)
-        seen = qmodel.apply(params, qstate, x)
+        seen = apply(params, qstate, x)
         np.testing.assert_array_equal(y, seen)  # By the new range.
         grid = qjax.scales(qmodel, params, qstate)["output:0"]
         assert np.all(np.asarray(y) <= grid.high) and np.all(np.asarray(y) >= 0)
@@ -348,7 +348,7 @@ def test_training_with_moving_ranges_has_gradients():
         y, state = qmodel.apply_and_update(params, qstate, x)
         return jnp.sum(y), state
 
-    slope, state = jax.grad(loss, has_aux=True)(params)
+    slope, state = jax.jit(jax.grad(loss, has_aux=True))(params)
     np.testing.assert_allclose(slope["kernel"], 2.0, rtol=0.02)
     assert int(state["input:0"].step) == 2
     with pytest.raises(ValueError, match="output:0"):
@@ -376,7 +376,8 @@ def test_quantizers_as_words_lower():
     q = code(x, 5, -128, 127)
     q = code((q @ a) / 2.0**7, 4, 0, 63)
     wanted = code((q @ b) / 2.0**6, 5, -128, 127)
-    np.testing.assert_array_equal(qmodel.apply(params, qstate, x), wanted / 2.0**5)
+    found = jax.jit(qmodel.apply)(params, qstate, x)
+    np.testing.assert_array_equal(found, wanted / 2.0**5)
     program = qjax.lower(qmodel, params, qstate, x)
     codes = program.codes(*program.quantize_inputs(x))
     np.testing.assert_array_equal(codes, wanted)

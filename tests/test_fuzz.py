@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import qjax
@@ -85,8 +84,7 @@ def check(program: Program, is_trained: bool = True) -> None:
     """One program, from the float model to the oracle and to the form that trains."""
     x = images(*program.shape, seed=3)
     if program.is_nnx:
-        model = nnx.eval_shape(lambda: Nnx(program.steps, program.shape))
-        fn, params, _ = nnx_example(model, x)
+        fn, params, _ = nnx_example(lambda: Nnx(program.steps, program.shape), x)
     else:
         fn, params, _ = linen_example(Linen(program.steps), x)
     with warnings.catch_warnings():

@@ -98,7 +98,7 @@ def test_codes_of_every_word_are_the_values_of_the_model(word, bits, dtype):
     else:
         codes = np.asarray(row.codes, np.int64) - np.asarray(row.zero_point)
         real = np.asarray(row.scale) * codes.astype(np.float32)
-    np.testing.assert_array_equal(real, qmodel.apply(params, {}, eye))
+    np.testing.assert_array_equal(real, jax.jit(qmodel.apply)(params, {}, eye))
 
 
 def test_a_sign_has_one_bit():

@@ -13,7 +13,7 @@ import qjax
 from qjax.affine import QSpec
 from qjax.schemes.rules import Rule
 from qjax.schemes.scheme import Scheme
-from tests.models import NAMES, Example, examples, images
+from tests.models import NAMES, Example, example, images
 
 pytestmark = pytest.mark.usefixtures("flax_promotion")
 
@@ -40,11 +40,11 @@ def _calibrated(scheme=None):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_apply_is_close_to_float_at_8_bits_and_equal_under_jit(name):
-    fn, params, x = examples()[name]
+    fn, params, x = example(name)
     rules = (Rule("c", QSpec(8, axis=0)),) if name == "plain" else ()
     qmodel = qjax.quantize_model(fn, params, x, scheme=Scheme(rules=rules))
     qstate = qjax.calibrate(qmodel, params, [x])
-    wanted, found = fn(params, x), jax.jit(qmodel.apply)(params, qstate, x)
+    wanted, found = jax.jit(fn)(params, x), jax.jit(qmodel.apply)(params, qstate, x)
     assert np.max(np.abs(wanted - found)) < 0.1 * np.max(np.abs(wanted))
     assert np.any(wanted != found)
     folded = jax.jit(lambda x: qmodel.apply(params, qstate, x))(x)
@@ -70,7 +70,8 @@ def test_apply_quantizes_as_the_formula_says():
     y = grid("input:0", x) @ kernel(params["one"]["w"]) + bias
     y = grid("one/output", jax.nn.relu(y)) @ kernel(params["two"]["w"])
     wanted = grid("output:0", y)
-    np.testing.assert_allclose(qmodel.apply(params, qstate, x), wanted, rtol=1e-6)
+    found = jax.jit(qmodel.apply)(params, qstate, x)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 def test_calibrate_takes_any_iterable_and_goes_on_from_a_state():
@@ -97,13 +98,13 @@ def test_calibrate_is_silent_when_there_is_no_terminal(capfd):
 def test_gradients_are_those_of_a_straight_through_step():
     qmodel, params, qstate, x = _calibrated()
     loss = lambda f: lambda p: jnp.mean(f(p) ** 2)
-    found = jax.grad(loss(lambda p: qmodel.apply(p, qstate, x)))(params)
-    wanted = jax.grad(loss(lambda p: qmodel.fn(p, x)))(params)
+    grad = jax.grad(loss(lambda p: qmodel.apply(p, qstate, x)))
+    direction = jax.tree.map(np.ones_like, params)
+    pushed = jax.jit(lambda p: jax.jvp(grad, (p,), (direction,)))
+    found, hvp = pushed(params)
+    wanted = jax.jit(jax.grad(loss(lambda p: qmodel.fn(p, x))))(params)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert np.max(np.abs(a - b)) < 0.1 * np.max(np.abs(b))
-    direction = jax.tree.map(jnp.ones_like, params)
-    grad = jax.grad(loss(lambda p: qmodel.apply(p, qstate, x)))
-    _, hvp = jax.jvp(grad, (params,), (direction,))
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(hvp))
 
 
@@ -130,7 +131,7 @@ def test_training_on_grids_lowers_the_loss():
 
 @pytest.mark.parametrize("name", ["nnx_residual", "linen_mlp"])
 def test_a_sweep_over_bits_compiles_once_and_equals_separate_runs(name):
-    fn, params, x = examples()[name]
+    fn, params, x = example(name)
     x = x[:3]
     qmodel = qjax.quantize_model(fn, params, x)
     qstate = qjax.calibrate(qmodel, params, [x])
@@ -161,21 +162,23 @@ def test_a_sweep_over_bits_compiles_once_and_equals_separate_runs(name):
 def test_a_site_that_is_switched_off_stays_float():
     scheme = Scheme(rules=(Rule("*", None),))
     qmodel, params, _, x = (*_calibrated(scheme)[:3], _mlp().x)
-    np.testing.assert_array_equal(qmodel.apply(params, {}, x), qmodel.fn(params, x))
+    found, wanted = jax.jit(qmodel.apply)(params, {}, x), jax.jit(qmodel.fn)(params, x)
+    np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("name", ["nnx_residual", "nnx_preactivation", "plain"])
 def test_a_bfloat16_model_keeps_its_type(name):
-    fn, params, x = examples()[name]
+    fn, params, x = example(name)
     cast = lambda tree: jax.tree.map(
         lambda a: a.astype(jnp.bfloat16) if a.dtype == np.float32 else a, tree
     )
     negative = lambda params, x: 0.5 - fn(params, x)
     qmodel = qjax.quantize_model(negative, cast(params), cast(x))
     qstate = qjax.calibrate(qmodel, cast(params), [cast(x)])
-    found = qmodel.apply(cast(params), qstate, cast(x))
-    assert found.dtype == negative(cast(params), cast(x)).dtype == jnp.bfloat16
-    wanted = negative(params, x)
+    found = jax.jit(qmodel.apply)(cast(params), qstate, cast(x))
+    real = jax.eval_shape(negative, cast(params), cast(x))
+    assert found.dtype == real.dtype == jnp.bfloat16
+    wanted = jax.jit(negative)(params, x)
     assert np.max(np.abs(found - wanted)) < 0.1 * np.max(np.abs(wanted))
 
 
@@ -267,7 +270,7 @@ def test_sites_where_all_is_zero_are_named():
     params["one"]["b"] = 0 * params["one"]["b"]
     with pytest.warns(UserWarning, match="0 at one/output, output:0: the scale is 1"):
         qstate = qjax.calibrate(qmodel, params, [x])
-    assert np.all(np.isfinite(qmodel.apply(params, qstate, x)))
+    assert np.all(np.isfinite(jax.jit(qmodel.apply)(params, qstate, x)))
 
 
 def test_a_state_that_lacks_a_site():
@@ -279,7 +282,7 @@ def test_a_state_that_lacks_a_site():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_scales_are_those_of_the_values_and_of_the_program(name):
-    fn, params, x = examples()[name]
+    fn, params, x = example(name)
     qmodel = qjax.quantize_model(fn, params, x)
     qstate = qjax.calibrate(qmodel, params, [x])
     found = qjax.scales(qmodel, params, qstate)

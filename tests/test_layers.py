@@ -73,7 +73,7 @@ class NnxNet(nnx.Module):
 
 def _linen(power_of_two):
     model, x = LinenNet(power_of_two), images(40, 9, 8, 2)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     train = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["quant"])[1])
     for part in (x[:20], x[20:]):
         variables = {**variables, **train(variables, part)}
@@ -81,10 +81,11 @@ def _linen(power_of_two):
 
 
 def _nnx(power_of_two):
-    model, x = NnxNet(power_of_two, nnx.Rngs(0)), images(40, 9, 8, 2)
+    model = nnx.jit(lambda: NnxNet(power_of_two, nnx.Rngs(0)))()
+    x, step = images(40, 9, 8, 2), nnx.jit(lambda model, x: model(x))
     model.train()
     for part in (x[:20], x[20:]):
-        model(part)
+        step(model, part)
     model.eval()
     return model, x
 

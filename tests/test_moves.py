@@ -200,7 +200,9 @@ def test_a_dead_channel_beside_tiny_ones():
     found = np.asarray(program(x))
     np.testing.assert_array_equal(found[:, 0], 0)
     np.testing.assert_allclose(found, fn(params, x), atol=0.02 * found.max())
-    np.testing.assert_array_equal(qmodel.apply_integer(params, qstate, x), found)
+    np.testing.assert_array_equal(
+        jax.jit(qmodel.apply_integer)(params, qstate, x), found
+    )
 
 
 def test_a_class_token_has_the_grid_of_the_site():

@@ -21,7 +21,7 @@ def test_constants_that_a_model_returns_are_values_of_the_program(scheme, tmp_pa
     qstate = qjax.calibrate(qmodel, PARAMS, [X])
     program = qjax.lower(qmodel, PARAMS, qstate, X)
     program.save(tmp_path / "model.qjax")
-    wanted = qmodel.apply(PARAMS, qstate, X)
+    wanted = jax.jit(qmodel.apply)(PARAMS, qstate, X)
     for own in (program, qjax.load(tmp_path / "model.qjax")):
         _, weight, constants = own(X[:3])
         np.testing.assert_array_equal(weight, wanted[1])

@@ -217,13 +217,14 @@ def test_biases_are_those_of_qkeras():
     exponent = np.clip(np.rint(np.log2(np.abs(end["bias"]))), -4, 3)
     bias = np.sign(end["bias"]) * 2.0**exponent
     wanted = h @ _bits_in_numpy(end["kernel"], 4, 1) + bias
-    np.testing.assert_array_equal(qmodel.apply(params, qstate, x), wanted)
+    np.testing.assert_array_equal(jax.jit(qmodel.apply)(params, qstate, x), wanted)
     program = qjax.lower(qmodel, params, qstate, x)
     np.testing.assert_array_equal(program(x), wanted)
     assert qjax.verify(program, qmodel, params, qstate, x).is_exact
     with pytest.raises(ValueError, match="bias of 'a' .* Use `apply`"):
-        qmodel.apply_integer(params, qstate, x)
-    grads = jax.grad(lambda p: qmodel.apply(p, qstate, x).sum())(params)
+        jax.eval_shape(qmodel.apply_integer, params, qstate, x)
+    loss = lambda p: qmodel.apply(p, qstate, x).sum()
+    grads = jax.jit(jax.grad(loss))(params)
     np.testing.assert_array_equal(grads["b"]["bias"], np.full(3, 9.0))
 
 
@@ -239,7 +240,7 @@ def test_biases_of_fewer_bits_on_steps_of_their_accumulator():
     program = qjax.lower(qmodel, params, qstate, x)
     assert qjax.verify(program, qmodel, params, qstate, x).is_exact
     y = program(x)
-    np.testing.assert_array_equal(qmodel.apply_integer(params, qstate, x), y)
+    np.testing.assert_array_equal(jax.jit(qmodel.apply_integer)(params, qstate, x), y)
     grids = qjax.scales(qmodel, params, qstate)
     unit = np.ravel(grids["input:0"].scale * grids["a/kernel"].scale)
     zero = int(grids["input:0"].zero_point) - 128  # Codes are stored as int8.
@@ -344,9 +345,9 @@ def test_tfmot_is_good_after_calibration_alone_and_moves_from_there():
     np.testing.assert_allclose(
         [state.low, state.high], [exact.min(), exact.max()], 1e-5
     )
-    off = np.asarray(qmodel.apply(params, qstate, x)) - exact
+    off = np.asarray(jax.jit(qmodel.apply)(params, qstate, x)) - exact
     assert 10 * np.log10(np.sum(exact**2) / np.sum(off**2)) > 32  # [-6, 6]: 24.
-    y, moved = qmodel.apply_and_update(params, qstate, 3 * x)
+    y, moved = jax.jit(qmodel.apply_and_update)(params, qstate, 3 * x)
     most = np.float32(state.high)
     share = np.float32(1 - 0.999)
     grown = most - (most - max(np.max(y), 0)) * share  # What is seen is not clipped:

@@ -826,7 +826,7 @@ def test_stacked_specs_are_a_loop_over_specs(cls, options, all_bits):
 )
 def test_traced_numbers_are_known_numbers(cls, option, values, others):
     f = lambda v: qz.apply(cls(**{option: v}, **others), NORMAL)
-    rows = np.asarray(jax.vmap(f)(np.resize(values, 3)))  # Always as many.
+    rows = np.asarray(jax.jit(jax.vmap(f))(np.resize(values, 3)))
     for row, v in zip(rows, values, strict=False):
         if option in ("qnoise_factor", "u"):
             np.testing.assert_allclose(row, f(v), rtol=1e-6, atol=1e-7)
@@ -949,7 +949,7 @@ SLOPE_IDS = [str(spec) for spec, _ in SLOPES]
 
 @pytest.mark.parametrize("spec, slope", SLOPES, ids=SLOPE_IDS)
 def test_the_derivative_is_the_formula(spec, slope):
-    grad = jax.grad(lambda x: jnp.sum(qz.apply(spec, x) * DY))(X)
+    grad = jax.jit(jax.grad(lambda x: jnp.sum(qz.apply(spec, x) * DY)))(X)
     np.testing.assert_allclose(grad, slope(X64) * DY, rtol=2e-5, atol=1e-6)
 
 
@@ -1112,7 +1112,8 @@ def test_hessian_vector_products_of_estimators(name, spec):
 @pytest.mark.parametrize("spec", (*GRIDS[::4], *BENT, *FOUND[::4]), ids=str)
 def test_estimators_keep_extreme_values_finite(spec):
     f = lambda x: jnp.sum(qz.apply(spec, x, estimator=soft_rounding(4.0)))
-    assert np.all(np.isfinite(jax.jit(jax.vmap(jax.grad(f)))(ROWS)))
+    slopes = jax.jit(lambda x: jax.lax.map(jax.grad(f), x))(ROWS)
+    assert np.all(np.isfinite(slopes))
 
 
 # Random quantizers.
@@ -1261,7 +1262,7 @@ def test_a_key_settles_the_draw(spec):
     x[0, 0] = np.nan
     isnan = np.isnan(x)
     f = lambda key: (qz.encode(spec, x, key=key), qz.apply(spec, x, key=key))
-    both = lambda keys: (jax.vmap(f)(keys), qz.encode(spec, x))
+    both = lambda keys: (jax.lax.map(f, keys), qz.encode(spec, x))
     (draws, y), still = jax.device_get(jax.jit(both)(KEYS[np.array([0, 0, 1])]))
     _same(draws.value, y)
     one, same, other = (jax.tree.map(lambda v, i=i: v[i], draws) for i in range(3))
@@ -1276,7 +1277,7 @@ def test_a_key_settles_the_draw(spec):
 @pytest.mark.parametrize("spec", RANDOM[::2], ids=str)
 def test_draws_of_extreme_values_are_finite(spec):
     f = lambda x: jnp.sum(qz.apply(spec, x, key=KEYS[0]) * 1e-20)
-    y, slope = jax.jit(jax.vmap(jax.value_and_grad(f)))(ROWS)
+    y, slope = jax.jit(lambda x: jax.lax.map(jax.value_and_grad(f), x))(ROWS)
     assert np.all(np.isfinite(y)) and np.all(np.isfinite(slope))
     for shape in ((), (0, 3)):
         assert jax.eval_shape(jax.grad(f), jnp.zeros(shape)).shape == shape

@@ -26,7 +26,7 @@ def lowered(fn, params, *x):
     qstate = qjax.calibrate(qmodel, params, [x])
     program = qjax.lower(qmodel, params, qstate, *x)
     found = jax.tree.leaves(program(*x))[0]
-    wanted = jax.tree.leaves(qmodel.apply(params, qstate, *x))[0]
+    wanted = jax.tree.leaves(jax.jit(qmodel.apply)(params, qstate, *x))[0]
     np.testing.assert_allclose(found, wanted, atol=np.abs(wanted).max() / 64)
     return program
 

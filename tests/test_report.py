@@ -9,7 +9,7 @@ import pytest
 
 import qjax
 from qjax.affine import QParams, QSpec, fake_quant
-from tests.models import NAMES, examples
+from tests.models import NAMES, example
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("flax_promotion")]
 
@@ -41,7 +41,7 @@ def test_bounds_are_attained_by_the_witness():
     ],
 )
 def test_what_is_called_proven_is_equal(name, power_of_two):
-    fn, params, x = examples()[name]
+    fn, params, x = example(name)
     word = dict(bits=8, power_of_two=power_of_two)
     scheme = qjax.Scheme(QSpec(narrow_range=True, axis=-1, **word), QSpec(**word))
     qmodel = qjax.quantize_model(fn, params, x, scheme=scheme)

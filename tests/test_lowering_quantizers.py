@@ -1,0 +1,108 @@
+"""Quantizers by name in a function lower code for code, or are refused."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qjax
+from tests.oracles import assert_equals_oracle
+
+pytestmark = pytest.mark.usefixtures("flax_promotion")
+
+KERNELS = [
+    "quantized_bits(4,0,1)",
+    "quantized_bits(4,0,1,alpha='auto_po2')",
+    "quantized_bits(4,0,1,alpha=0.5)",
+    "quantized_bits(4,1,alpha=[0.5,1,2,0.25,1,1,2,1,0.5,1,2,0.25,1,1,2,1])",
+    "quantized_bits(1)",
+    "quantized_linear(4,alpha='auto_po2')",
+    "quantized_po2(4)",
+    "quantized_po2(3,1)",
+    "binary",
+    "binary(alpha='auto_po2')",
+    "ternary",
+    "ternary(alpha='auto_po2')",
+]
+FLOAT_SCALES = [
+    "quantized_bits(4,0,1,alpha='auto')",
+    "quantized_linear(4,alpha='auto')",
+    "binary(alpha='auto')",
+    "ternary(alpha='auto')",
+    "dorefa_weights(3)",
+]
+ACTIVATIONS = [
+    "quantized_relu(6,2)",
+    "quantized_relu(6,2,relu_upper_bound=3,is_quantized_clip=False)",
+    "quantized_bits(6,2)",
+    "quantized_linear(6,2)",
+    "quantized_linear(6,2,alpha=0.5)",
+    "quantized_sigmoid(6)",
+]
+REFUSED = [
+    "quantized_relu(6,2,negative_slope=0.25)",
+    "quantized_tanh(6)",
+    "quantized_hswish(6,2)",
+    "quantized_ulaw(6)",
+    "quantized_po2(8)",
+    "quantized_bits(6,alpha='auto')",
+    "binary",
+]
+
+
+def dense(kernel, activation):
+    """A model of QKeras's kind: word for word, its quantizers where they are there."""
+    rng = np.random.default_rng(0)
+    w, bias, v = (rng.normal(0, 0.3, n) for n in ((12, 16), (1, 16), (16, 16)))
+    kernel, activation = (
+        qjax.quantizers.parse(kernel),
+        qjax.quantizers.parse(activation),
+    )
+    put = lambda spec, x: qjax.quantizers.apply(spec, jnp.asarray(x, jnp.float32))
+
+    def fn(x):
+        x = put(qjax.quantizers.QuantizedBits(8, 2), x)
+        fine = qjax.quantizers.QuantizedBits(16, 1)  # Finer than the accumulator.
+        h = x @ put(kernel, w) + put(fine, bias)
+        return put(
+            qjax.quantizers.QuantizedBits(8, 3), put(activation, h) @ put(kernel, v)
+        )
+
+    return fn, jnp.asarray(rng.normal(size=(32, 12)), jnp.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_quantizers_of_weights_lower_code_for_code(kernel):
+    fn, x = dense(kernel, "quantized_relu(6,2)")
+    program = qjax.lower(fn, x)
+    assert qjax.verify(program, fn, x).is_exact
+    assert_equals_oracle(program, x)
+
+
+@pytest.mark.parametrize("kernel", FLOAT_SCALES)
+def test_float_scales_of_weights_are_off_by_one_code_at_most(kernel):
+    fn, x = dense(kernel, "quantized_relu(6,2)")
+    result = qjax.verify(qjax.lower(fn, x), fn, x)
+    assert all(row.max_difference <= 1 for row in result.sites.values()), f"\n{result}"
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_quantizers_of_activations_lower_code_for_code(activation):
+    fn, x = dense("quantized_bits(4,0,1)", activation)
+    program = qjax.lower(fn, x)
+    assert qjax.verify(program, fn, x).is_exact
+    assert_equals_oracle(program, x)
+
+
+@pytest.mark.parametrize("activation", REFUSED)
+def test_quantizers_that_are_no_requantization_are_refused(activation):
+    fn, x = dense("quantized_bits(4,0,1)", activation)
+    with pytest.raises((ValueError, NotImplementedError), match="equation"):
+        qjax.lower(fn, x)
+
+
+@pytest.mark.parametrize("kernel", ["quantized_po2(8)", "quantized_ulaw(6)"])
+def test_weights_without_linear_codes_are_refused(kernel):
+    fn, x = dense(kernel, "quantized_relu(6,2)")
+    with pytest.raises(ValueError, match="constant that is on no grid"):
+        qjax.lower(fn, x)
