@@ -176,10 +176,11 @@ class QuantizedModel:
     def init(self, params: chex.ArrayTree, *inputs: Any) -> QState:
         """Returns the state before any batch; only shapes are read."""
         seen = jax.eval_shape(lambda: self.float_values(params, inputs))
-        return {
-            site.name: calibrator.init(jnp.zeros(seen[site.name].shape), spec)
-            for site, spec, calibrator in self.calibrated()
-        }
+        found = {}
+        for site, spec, calibrator in self.calibrated():
+            zeros: Any = np.zeros(seen[site.name].shape, np.float32)
+            found[site.name] = calibrator.init(zeros, spec)
+        return found
 
     def observe(self, params: chex.ArrayTree, qstate: QState, *inputs: Any) -> QState:
         """Returns the state after one more batch, which runs in float.

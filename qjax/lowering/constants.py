@@ -4,8 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from qjax.affine import QParams, dequantize
 from qjax.graph.graph import Grid, holds, storage
@@ -18,6 +20,7 @@ from qjax.lowering.values import (
     KnownCodes,
     Sum,
 )
+from qjax.qpoint import grid_codes
 
 _MOST = 1 << 24  # Codes up to here are exact in float32.
 _LEAST_UNIT = -126  # Exponent of the least normal float32 number.
@@ -136,6 +139,31 @@ def like_of(
     if not shape or (x.operation == "concatenate" and x.attributes["axis"] == 0):
         return None
     return next((v for v in data if builder.values[v].shape[:1] == shape[:1]), None)
+
+
+_grid_codes = jax.jit(grid_codes)
+_MOST_PADDED = 1 << 16  # Numbers from here on are compiled in their own shape.
+
+
+def known_codes(x: ArrayLike, *operands: ArrayLike) -> np.ndarray:
+    """Computes the codes of known values, compiled for few sizes and no shape.
+
+    Args:
+      x: Real values.
+      *operands: Scale, zero point, least and largest code, which broadcast.
+
+    Returns:
+      Codes, int64, in the shape of all.
+    """
+    arrays = [*map(np.asarray, (x, *operands))]
+    shape = np.broadcast_shapes(*(v.shape for v in arrays))
+    count = math.prod(shape)
+    if not 0 < count < _MOST_PADDED:
+        return np.asarray(_grid_codes(*arrays), np.int64)
+    more = max(64, 1 << (count - 1).bit_length()) - count
+    flat = (np.broadcast_to(v, shape).reshape(-1) for v in arrays)
+    codes = _grid_codes(*(np.pad(v, (0, more), "edge") for v in flat))
+    return np.asarray(codes, np.int64)[:count].reshape(shape)
 
 
 def real_values(x: KnownCodes) -> np.ndarray:

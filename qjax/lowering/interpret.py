@@ -292,22 +292,72 @@ def fold_known(trace: Trace, folded: Folded | None = None) -> dict[int, Any]:
       the known values that other equations use.
     """
     known = set(trace.constants)
-    equations = []
-    wanted = set(trace.outputs)
+    equations: list[Equation] = []
+    read: set[int] = set()  # Known values that other equations use.
     for e in trace.equations:
         folds = known.issuperset(e.inputs)
         if folds:
             known.update(e.outputs)
             equations.append(e)
         if not folds or e.primitive is qpoint_p:
+            read.update(e.inputs)
+    read = known.intersection(read.union(trace.outputs))
+    equations, copies = _without_copies(equations)
+    wanted = read.difference(trace.constants)
+    for e in reversed(copies):
+        if e.outputs[0] in wanted:
+            wanted.remove(e.outputs[0])
             wanted.update(e.inputs)
-    wanted = {v for v in wanted if v in known and v not in trace.constants}
+    wanted -= trace.constants.keys()
+    found = _folded(trace, equations, wanted, {} if folded is None else folded)
+    for e in copies:
+        if e.outputs[0] in read or any(e.outputs[0] in u.inputs for u in copies):
+            found[e.outputs[0]] = _copied(e, found[e.inputs[0]])
+    return found
+
+
+def _without_copies(
+    equations: list[Equation],
+) -> tuple[list[Equation], list[Equation]]:
+    """Splits off broadcasts that no other of the equations reads.
+
+    They alone know the number of examples: without them a model folds the same
+    computation for any of it.
+    """
+    left: list[Equation] = []
+    copies: list[Equation] = []
+    read: set[int] = set()
+    for e in reversed(equations):
+        is_copy = e.primitive.name == "broadcast_in_dim" and len(e.inputs) == 1
+        if is_copy and e.outputs[0] not in read:
+            copies.append(e)
+        else:
+            read.update(e.inputs)
+            left.append(e)
+    return left[::-1], copies[::-1]
+
+
+def _copied(e: Equation, x: Any) -> Any:
+    """Broadcasts a known value as an equation does."""
+    if is_key(x):
+        return evaluate(e, x)[0]
+    sizes = [1] * len(e.params["shape"])
+    for d, axis in enumerate(e.params["broadcast_dimensions"]):
+        sizes[axis] = np.shape(x)[d]
+    return np.broadcast_to(np.asarray(x).reshape(sizes), e.params["shape"])
+
+
+def _folded(
+    trace: Trace, equations: list[Equation], wanted: set[int], folded: Folded
+) -> dict[int, Any]:
+    """Computes what is wanted of known values, or takes it from an earlier result."""
     if not wanted:
         return dict(trace.constants)
-    last: Folded = {} if folded is None else folded
-    key = None if folded is None else _digest(equations, wanted, trace.constants)
-    if key is not None and key in last:
-        return {**trace.constants, **last[key]}
+    own = {v for e in equations for v in e.inputs}.union(wanted)
+    constants = {v: x for v, x in trace.constants.items() if v in own}
+    key = _digest(equations, wanted, constants)
+    if key is not None and key in folded:
+        return {**trace.constants, **folded[key]}
 
     @jax.jit
     def fold(constants: dict[int, Any]) -> dict[int, Any]:
@@ -318,10 +368,10 @@ def fold_known(trace: Trace, folded: Folded | None = None) -> dict[int, Any]:
             )
         return {v: env[v] for v in wanted}
 
-    found = fold(trace.constants)
-    last.clear()
+    found = fold(constants)
+    folded.clear()
     if key is not None:
-        last[key] = found
+        folded[key] = found
     return {**trace.constants, **found}
 
 

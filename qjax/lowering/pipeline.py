@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qjax.graph.graph import Graph
@@ -202,4 +201,4 @@ def _partial(
 
 
 def _arrays(builder: Builder) -> dict[str, jax.Array]:
-    return {name: jnp.asarray(array) for name, array in builder.params.items()}
+    return {name: jax.device_put(array) for name, array in builder.params.items()}

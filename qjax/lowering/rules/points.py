@@ -4,13 +4,11 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qjax.graph.graph import Grid, storage
 from qjax.integer import common_fixed_point, fixed_point
-from qjax.lowering.constants import add_constant, like_of
+from qjax.lowering.constants import add_constant, known_codes, like_of
 from qjax.lowering.entries import raw
 from qjax.lowering.interpret import InputTwiceError, LoweringRule, refuse, where
 from qjax.lowering.operands import added
@@ -30,10 +28,7 @@ from qjax.lowering.values import (
     is_power_of_two,
 )
 from qjax.model.trace import Equation, Trace
-from qjax.qpoint import grid_codes
 from qjax.rounding import half_even
-
-_grid_codes = jax.jit(grid_codes)  # Compiled once for all weights of a shape.
 
 
 def _qpoint(
@@ -57,9 +52,9 @@ def _qpoint(
             "programs round half to even. Use `rounding=half_even`."
         )
     if isinstance(x, Known):
-        codes = _grid_codes(x.value, scale, zero_point, qmin, qmax)
+        codes = known_codes(x.value, scale, zero_point, qmin, qmax)
         zeros = np.broadcast_to(zero_point, scale.shape)
-        return KnownCodes(np.asarray(codes, np.int64), scale, zeros, site)
+        return KnownCodes(codes, scale, zeros, site)
     is_double = trace.avals[e.outputs[0]].dtype == np.float64
     shape, ends = trace.shape(e.outputs[0]), (int(qmin), int(qmax))
     if scale.size > 1:
@@ -207,7 +202,7 @@ def _constant_codes(
         )
     grid, dtype = target.grid, target.dtype
     if not x.others or not real.size or np.any(real != real.flat[0]):
-        codes = np.asarray(target.codes_of(jnp.asarray(real, jnp.float32)), np.int64)
+        codes = target.codes_of(real)
         codes = np.broadcast_to(codes, shape)
         options = {"name": f"{target.site}/constant", "path": x.path, "dtype": dtype}
         return add_constant(builder, codes, grid, like=like, **options)
@@ -237,19 +232,19 @@ class _SiteGrid:
             return self.units
         return np.asarray(np.float64(np.float32(self.scale)))
 
-    def codes_of(self, real: Any) -> Any:
-        """Returns the codes of real values, by the formula of `qpoint`."""
-        zero, low, high = map(jnp.int32, (self.zero_point, self.qmin, self.qmax))
-        return grid_codes(real, jnp.float32(self.units_of()), zero, low, high)
+    def codes_of(self, real: Any) -> np.ndarray:
+        """Returns the codes of known real values, by the formula of `qpoint`."""
+        units = self.units_of().astype(np.float32)
+        ends = (np.int32(v) for v in (self.zero_point, self.qmin, self.qmax))
+        return known_codes(np.asarray(real, np.float32), units, *ends)
 
     def bound_codes(self, bound: float) -> np.ndarray:
         """Returns the codes of a bound by channel."""
-        real = jnp.full(self.units_of().shape, bound, jnp.float32)
-        return np.asarray(self.codes_of(real))
+        return self.codes_of(np.full(self.units_of().shape, bound, np.float32))
 
     def codes(self, real: float) -> int:
         """Returns the code of one real value."""
-        return int(self.codes_of(jnp.float32(real)))
+        return int(self.codes_of(real))
 
     def range(self, bounds: tuple[float, float]) -> tuple[int, int]:
         """Returns the ends of the codes that an activation with given bounds leaves."""
