@@ -28,10 +28,11 @@ from qjax.lowering.values import (
     Sum,
 )
 from qjax.model.blocks import RANDOM, place_of
+from qjax.model.expansions import MOST_STEPS
 from qjax.model.normalisations import NORM, said
 from qjax.model.origin import origin_of
 from qjax.model.primitives import POINTWISE, REMEDIES, SHAPE_MOVES, names
-from qjax.model.trace import MOST_STEPS, Equation, Trace, evaluate, is_key, whole_of
+from qjax.model.trace import Equation, Trace, evaluate, is_key, whole_of
 from qjax.model.traced_model import SITE_MARK
 from qjax.program import Residue
 from qjax.qpoint import qpoint_p

@@ -7,18 +7,18 @@ inlined once, here, and nowhere else.
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.extend.core as jex
 import numpy as np
-from jax import lax
 from jax.extend.core import primitives as p
 
 from qjax.calls import SHARED, uninlined
 from qjax.leaves import leaf_names
 from qjax.mesh_axes import aligned, axes_of, vary
+from qjax.model.expansions import expansion
 from qjax.model.primitives import AFFINE, BOUNDS, POINTWISE
 from qjax.qpoint import qpoint_p
 from qjax.quantizers.point import SCOPE
@@ -297,68 +297,6 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
     return Trace(
         tuple(equations), tuple(arguments), tuple(outputs), constants, dict(avals)
     )
-
-
-def expansion(eqn: Any, keep_derivatives: bool) -> Callable[..., Any] | None:
-    """Returns the computation of an equation by simpler ones; None if it stays.
-
-    Stacks and tiles are concatenations and broadcasts. A scan of few steps is unrolled
-    where it is lowered; as a part of a model that is trained it stays.
-    """
-    params = eqn.params
-    if eqn.primitive.name == "stack":
-        axis = params["axis"]
-        return lambda *xs: lax.concatenate(
-            [lax.expand_dims(x, (axis,)) for x in xs], axis
-        )
-    if eqn.primitive.name == "unstack":
-        axis, sizes = params["axis"], (1,) * len(eqn.outvars)
-        return lambda x: [lax.squeeze(y, (axis,)) for y in lax.split(x, sizes, axis)]
-    if eqn.primitive.name == "tile":
-        return lambda x: _tiled(x, params["reps"])
-    is_short = eqn.primitive is p.scan_p and params["length"] <= MOST_STEPS
-    return _unrolled(params) if is_short and not keep_derivatives else None
-
-
-MOST_STEPS = 256  # Most steps of a scan that is unrolled.
-
-
-def _tiled(x: jax.Array, reps: Sequence[int]) -> jax.Array:
-    for axis, n in enumerate(reps):
-        if n != 1:
-            shape = (*x.shape[:axis], n, *x.shape[axis:])
-            kept = tuple(d for d in range(len(shape)) if d != axis)
-            whole = (*x.shape[:axis], n * x.shape[axis], *x.shape[axis + 1 :])
-            x = lax.reshape(lax.broadcast_in_dim(x, shape, kept), whole)
-    return x
-
-
-def _scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
-    """Returns how many operands of a scan are constants, and how many are carried."""
-    if "num_consts" in params:
-        return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"].unpack()  # From JAX 0.12 on.
-    return len(consts), len(carry)
-
-
-def _unrolled(params: Mapping[str, Any]) -> Callable[..., list[Any]]:
-    """Returns a scan as a Python loop."""
-    step, length = jex.jaxpr_as_fun(params["jaxpr"]), params["length"]
-    first, kept = _scan_counts(params)
-    order = range(length)[::-1] if params["reverse"] else range(length)
-
-    def loop(*args: Any) -> list[Any]:
-        consts, xs = args[:first], args[first + kept :]
-        carry, found = list(args[first : first + kept]), {}
-        for t in order:
-            now = [lax.index_in_dim(x, t, keepdims=False) for x in xs]
-            out = step(*consts, *carry, *now)
-            carry, found[t] = list(out[:kept]), out[kept:]
-        columns = zip(*(found[t] for t in range(length)), strict=True)
-        rows = [[lax.expand_dims(y, (0,)) for y in column] for column in columns]
-        return carry + [lax.concatenate(column, 0) for column in rows]
-
-    return loop
 
 
 def _prune(trace: Trace) -> Trace:
