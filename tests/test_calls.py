@@ -44,8 +44,8 @@ def test_calls_with_arguments_of_one_type_are_one_function():
         return [shared(_scaled, v, SPEC, 2.0)["y"] for v in (x, y, x + y)]
 
     text = _text(three, X, X)
-    assert text.count("func.func private @_scaled") == 1
-    assert text.count("call @_scaled") == 3
+    assert text.count("func.func private @qjax.shared._scaled") == 1
+    assert text.count("call @qjax.shared._scaled") == 3
     assert text.count('inlineable = "false"') >= 3
 
     def others(x):
@@ -54,7 +54,7 @@ def test_calls_with_arguments_of_one_type_are_one_function():
         return [shared(_scaled, v, spec, gain)["y"] for v, spec, gain in rows]
 
     # Another word, and another shape: `bits` of Python is known in each.
-    assert _text(others, X).count("func.func private @_scaled") == 3
+    assert _text(others, X).count("func.func private @qjax.shared._scaled") == 3
 
 
 def test_traced_bits_are_operands():

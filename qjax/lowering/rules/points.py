@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qjax.graph.graph import Grid, storage
@@ -28,6 +30,7 @@ from qjax.lowering.values import (
     is_power_of_two,
 )
 from qjax.model.trace import Equation, Trace
+from qjax.qpoint import grid_codes
 from qjax.rounding import half_even
 
 
@@ -202,7 +205,7 @@ def _constant_codes(
         )
     grid, dtype = target.grid, target.dtype
     if not x.others or not real.size or np.any(real != real.flat[0]):
-        codes = target.codes_of(real)
+        codes = target.known_codes_of(real)
         codes = np.broadcast_to(codes, shape)
         options = {"name": f"{target.site}/constant", "path": x.path, "dtype": dtype}
         return add_constant(builder, codes, grid, like=like, **options)
@@ -232,19 +235,24 @@ class _SiteGrid:
             return self.units
         return np.asarray(np.float64(np.float32(self.scale)))
 
-    def codes_of(self, real: Any) -> np.ndarray:
-        """Returns the codes of known real values, by the formula of `qpoint`."""
+    def codes_of(self, real: jax.Array) -> jax.Array:
+        """Returns the codes of real values, by the formula of `qpoint`."""
+        zero, low, high = map(jnp.int32, (self.zero_point, self.qmin, self.qmax))
+        return grid_codes(real, jnp.float32(self.units_of()), zero, low, high)
+
+    def known_codes_of(self, real: Any) -> np.ndarray:
+        """Returns the same of real values that are known."""
         units = self.units_of().astype(np.float32)
         ends = (np.int32(v) for v in (self.zero_point, self.qmin, self.qmax))
         return known_codes(np.asarray(real, np.float32), units, *ends)
 
     def bound_codes(self, bound: float) -> np.ndarray:
         """Returns the codes of a bound by channel."""
-        return self.codes_of(np.full(self.units_of().shape, bound, np.float32))
+        return self.known_codes_of(np.full(self.units_of().shape, bound, np.float32))
 
     def codes(self, real: float) -> int:
         """Returns the code of one real value."""
-        return int(self.codes_of(real))
+        return int(self.known_codes_of(real))
 
     def range(self, bounds: tuple[float, float]) -> tuple[int, int]:
         """Returns the ends of the codes that an activation with given bounds leaves."""
