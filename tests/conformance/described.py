@@ -8,8 +8,7 @@ import re
 import pytest
 
 import qjax
-from tests.conformance import keras_models as keras
-from tests.conformance import models
+from tests.conformance import examples, keras_layers, models
 
 _COUNTS = {"two": 2, "three": 3, "four": 4, "five": 5}
 _JOINS = ("Add", "Concatenate", "Multiply", "Subtract")
@@ -31,7 +30,7 @@ _WORDS = {
     "grouped convolution": "Conv2D groups",
     "dilated convolution": "Conv2D dilation_rate",
 }
-_RANKS = {"1D": models.SERIES, "2D": models.IMAGE, "3D": (4, 4, 4, 2)}
+_RANKS = {"1D": examples.SERIES, "2D": examples.IMAGE, "3D": (4, 4, 4, 2)}
 
 
 def reading(text):
@@ -42,7 +41,7 @@ def reading(text):
         if match := re.search(words, text, re.IGNORECASE):
             return Described(functools.partial(f, *match.groups()))
     kinds = re.findall(r"\b[A-Z][A-Za-z]*(?:\dD)?[A-Za-z]*\b", text)
-    known = {*keras._LAYERS, *_RECURRENT, "Embedding"}
+    known = {*keras_layers.LAYERS, *_RECURRENT, "Embedding"}
     if not kinds or not known.issuperset(kinds):
         return None
     return Described(lambda: _works(_example(text, kinds)))
@@ -69,28 +68,26 @@ def _example(text, kinds):
     if kinds[0] in _JOINS:
         return _branches(kinds[0], 2)
     if kinds[0] in _RECURRENT:
-        return models.UNSUPPORTED[
-            {"LSTM": "lstm", "SimpleRNN": "simple_rnn"}[kinds[0]]
-        ]()
+        return examples.WHOLE[{"LSTM": "lstm", "SimpleRNN": "rnn"}[kinds[0]]]()
     if kinds[0] == "Embedding":
-        return models.UNSUPPORTED["embedding"]()
+        return examples.WHOLE["embedding"]()
     rank = next((r for kind in kinds for r in _RANKS if r in kind), None)
-    shape = _RANKS[rank] if rank else models.VECTOR
+    shape = _RANKS[rank] if rank else examples.VECTOR
     layers = [_described(kind, rank, _options(text)) for kind in kinds]
     product = _product(rank)
     if kinds[0] not in ("Dense", "Rescaling") and "Conv" not in kinds[0]:
         layers = [product, *layers]
     is_flat = kinds[-1] in ("Flatten", "Softmax") or kinds[-1].startswith("Global")
-    ends = [] if rank is None or is_flat else [models.FLAT]
+    ends = [] if rank is None or is_flat else [examples.FLAT]
     if kinds[-1] != "Softmax":
-        layers += [*ends, models._dense(3)]
-    return models._chain(shape, *layers)
+        layers += [*ends, examples._dense(3)]
+    return examples._chain(shape, *layers)
 
 
 def _product(rank):
     if rank is None:
-        return models._dense(6)
-    return models._conv(4, (2,) * int(rank[0]), f"Conv{rank}")
+        return examples._dense(6)
+    return examples._conv(4, (2,) * int(rank[0]), f"Conv{rank}")
 
 
 def _described(kind, rank, options):
@@ -132,34 +129,34 @@ def _options(text):
 def _branches(kind, number):
     """So many products of one input, and a layer that joins them."""
     names = [f"part_{k}" for k in range(number)]
-    layers = [models._layer("in", "InputLayer")]
+    layers = [examples._layer("in", "InputLayer")]
     layers += [
-        models._layer(n, "Conv2D", "in", filters=4, kernel_size=(k % 3 + 1,) * 2)
+        examples._layer(n, "Conv2D", "in", filters=4, kernel_size=(k % 3 + 1,) * 2)
         for k, n in enumerate(names)
     ]
     layers += [
-        models._layer("whole", kind, *names),
-        models._layer("relu", "ReLU", "whole"),
-        models._layer("mean", "GlobalAveragePooling2D", "relu"),
-        models._layer("end", "Dense", "mean", units=3),
+        examples._layer("whole", kind, *names),
+        examples._layer("relu", "ReLU", "whole"),
+        examples._layer("mean", "GlobalAveragePooling2D", "relu"),
+        examples._layer("end", "Dense", "mean", units=3),
     ]
-    return models._model(layers, models._draw(8, *models.IMAGE))
+    return examples._model(layers, examples.draw(8, *examples.IMAGE))
 
 
 def _several_inputs(count):
     number = _COUNTS.get(count) or int(count)
     layers, inputs = [], []
     for k in range(number):
-        layers.append(models._layer(f"in_{k}", "InputLayer"))
-        layers.append(models._layer(f"part_{k}", "Dense", f"in_{k}", units=6))
-        inputs.append(models._draw(8, 5 - k % 2, seed=k))
+        layers.append(examples._layer(f"in_{k}", "InputLayer"))
+        layers.append(examples._layer(f"part_{k}", "Dense", f"in_{k}", units=6))
+        inputs.append(examples.draw(8, 5 - k % 2, seed=k))
     parts = [f"part_{k}" for k in range(number)]
     layers += [
-        models._layer("sum", "Add", *parts),
-        models._layer("relu", "ReLU", "sum"),
-        models._layer("end", "Dense", "relu", units=3),
+        examples._layer("sum", "Add", *parts),
+        examples._layer("relu", "ReLU", "sum"),
+        examples._layer("end", "Dense", "relu", units=3),
     ]
-    _works(models._model(layers, *inputs))
+    _works(examples._model(layers, *inputs))
 
 
 def _works(example):
@@ -170,12 +167,14 @@ def _works(example):
 
 
 def _small():
-    return models._chain(models.VECTOR, models._dense(6), models.RELU, models._dense(3))
+    return examples._chain(
+        examples.VECTOR, examples._dense(6), examples.RELU, examples._dense(3)
+    )
 
 
 def _is_no_model(text):
     with pytest.raises((TypeError, ValueError), match="`fn`"):
-        qjax.quantize_model(ast.literal_eval(text), {}, models._draw(2, 3))
+        qjax.quantize_model(ast.literal_eval(text), {}, examples.draw(2, 3))
 
 
 def _are_no_samples(kind):
