@@ -494,9 +494,3 @@ def test_binary_activations_have_codes(name):
     codes = np.where(np.isnan(EDGES), 0, np.where(EDGES > 1e-6, 1, low))
     _same(q.codes, codes)
     _same(q.value, np.where(np.isnan(EDGES), np.nan, codes))
-
-
-@pytest.mark.parametrize("name", ("hard_sigmoid", "smooth_tanh"))
-def test_what_does_not_round_has_no_codes(name):
-    with pytest.raises(ValueError, match="has no codes"):
-        qz.encode(qz.SPECS[name](), EDGES)

@@ -7,6 +7,7 @@ import pytest
 
 import qjax.quantizers as qz
 from tests.quantizer_cases import (
+    EDGES,
     NORMAL,
     RNG,
     _auto_code,
@@ -287,3 +288,9 @@ def test_one_bit_holds_huge_values():
 def test_one_bit_of_quantized_linear_counts_from_just_below_zero():
     x = np.float32([-1e-7, -(2.0**-25), -0.0, 0.0, 1e-9])
     _same(qz.apply(qz.QuantizedLinear(1), x), [-0.5, 0.5, 0.5, 0.5, 0.5])
+
+
+@pytest.mark.parametrize("name", ("hard_sigmoid", "smooth_tanh"))
+def test_what_does_not_round_has_no_codes(name):
+    with pytest.raises(ValueError, match="has no codes"):
+        qz.encode(qz.SPECS[name](), EDGES)
