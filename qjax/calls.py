@@ -46,7 +46,10 @@ def shared(fn: Callable[..., Any], *args: Any) -> Any:
     kinds = jax.Array | np.ndarray | np.floating
     is_array = tuple(isinstance(x, kinds) for x in leaves)
     arrays, constants = _split(leaves, is_array)
-    return _called(_jitted(fn, tree, is_array, tuple(constants)), *arrays)
+    # 1, 1.0 and True are equal, and so are 0.0 and -0.0, but not in a formula.
+    marks = tuple((type(x), repr(x) if isinstance(x, float) else "") for x in constants)
+    jitted = _jitted(fn, tree, is_array, tuple(constants), marks)
+    return _called(jitted, *arrays)
 
 
 def _called(jitted: Callable[..., Any], *args: Any) -> Any:
@@ -82,6 +85,7 @@ def _jitted(
     tree: Any,
     is_array: tuple[bool, ...],
     constants: tuple[Any, ...],
+    marks: tuple[Any, ...],
 ) -> Callable[..., Any]:
     """Returns a jitted function of the arrays among the leaves of the arguments."""
 

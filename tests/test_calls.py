@@ -1,5 +1,6 @@
 """Calls that stay computations of their own, and what they make of a training step."""
 
+import math
 import re
 
 import jax
@@ -63,6 +64,15 @@ def test_traced_bits_are_operands():
 
     found = jax.jit(jax.vmap(run))(jnp.arange(2, 6))
     np.testing.assert_array_equal(found, [2, 3, 4, 5])
+
+
+def _typed(x, constant):
+    return x + (10 if isinstance(constant, bool) else math.copysign(1, constant))
+
+
+def test_equal_constants_of_other_types_are_others():
+    for constant, more in ((1, 1), (True, 10), (1.0, 1), (0.0, 1), (-0.0, -1)):
+        np.testing.assert_array_equal(shared(_typed, X, constant), X + np.float32(more))
 
 
 def test_outside_of_traces_a_function_is_compiled_once():
