@@ -67,6 +67,8 @@ def _qpoint(x, scale, zero_point, qmin, qmax, *, site, rounding, in_float=False)
     if in_float:
         low, high = _relative_ends(scale, zero_point, qmin, qmax)
         steps = _clamp(low, rounding(_steps(x, scale)), high)
+        zeros = lax.full_like(steps, 0)  # Codes know no -0.
+        steps = lax.select(steps == zeros, zeros, steps)
         return (steps * scale).astype(x.dtype)  # NaN passes all of it.
     codes = grid_codes(x, scale, zero_point, qmin, qmax, rounding=rounding)
     value = grid_values(codes, scale, zero_point).astype(x.dtype)

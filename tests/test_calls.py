@@ -88,8 +88,8 @@ def test_outside_of_traces_a_function_is_compiled_once():
 
 
 def test_a_training_step_stays_small():
-    """The figures of `experiments/benchmarks/lowering.py --steps`, on fewer layers."""
-    model = Residual(6, 4)
+    """The bounds that `experiments/benchmarks/lowering.py --steps` shows more of."""
+    model = Residual(10, 4)
     x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
     params = jax.jit(model.init)(jax.random.key(0), x)
     qmodel = qjax.quantize_model(model.apply, params, x)

@@ -139,6 +139,8 @@ def to_kernel(
 ) -> jax.Array:
     """Takes one number per channel from the output of a product to its kernel."""
     sizes = [n if d in axes else 1 for d, n in enumerate(shape)]
+    if rank == len(shape) and all(out == own for out, own in axes.items()):
+        return jnp.broadcast_to(x, sizes)
     x = jnp.broadcast_to(x, sizes).reshape([shape[d] for d in sorted(axes)])
     found = [axes[d] for d in sorted(axes)]
     x = x.transpose(sorted(range(len(found)), key=found.__getitem__))
