@@ -1,8 +1,8 @@
 """Calls of functions that stay computations of their own in a compiled program.
 
 XLA:CPU computes elementwise values anew in each fusion that reads them: a scale, and
-sites behind sites. Without such calls a training step of a residual network has three
-times the instructions (`experiments/benchmarks/lowering.py`).
+sites behind sites. Without such calls a training step of a residual network has twice
+the instructions (`experiments/benchmarks/lowering.py`).
 """
 
 import contextlib

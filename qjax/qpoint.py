@@ -203,6 +203,16 @@ def _rounded(keep, form, site, rounding, *operands):
     return out, keep(_steps(*operands[:2]), inside)
 
 
+def _call(operands):
+    """Returns how a point is called: alone where it has a scale per channel.
+
+    A weight is rounded by itself. What has one scale, activations, XLA:CPU rounds in
+    the loop that makes it: alone, a small training step takes a tenth longer
+    (`experiments/benchmarks/qat_step.py`).
+    """
+    return shared if jnp.ndim(operands[1]) else lambda fn, *args: fn(*args)
+
+
 def make_estimator(
     keep: Callable[[jax.Array, jax.Array], Any],
     backward: Callable[[Any, jax.Array], jax.Array],
@@ -223,10 +233,10 @@ def make_estimator(
     """
 
     def primal(form, site, rounding, *operands: jax.Array) -> jax.Array:
-        return shared(_point, form, site, rounding, *operands)
+        return _call(operands)(_point, form, site, rounding, *operands)
 
     def forward(form, site, rounding, *operands: jax.Array) -> Any:
-        return shared(_rounded, keep, form, site, rounding, *operands)
+        return _call(operands)(_rounded, keep, form, site, rounding, *operands)
 
     def pull_back(form, site, rounding, residual: Any, dy: jax.Array) -> Any:
         return backward(residual, dy).astype(dy.dtype), None, None, None, None

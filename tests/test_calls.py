@@ -104,4 +104,4 @@ def test_a_training_step_stays_small():
         instructions.append(len(re.findall(r"^\s+(?:ROOT )?%?\S+ = ", text, re.M)))
     sites = len(qmodel.sites)
     assert (lines[1] - lines[0]) / sites <= 80
-    assert (instructions[1] - instructions[0]) / sites <= 200
+    assert (instructions[1] - instructions[0]) / sites <= 230  # 471 if fused anew.

@@ -12,13 +12,12 @@ With `--steps`: of `jax.value_and_grad` of the quantized model beside the float 
 the lines of StableHLO and the instructions after optimisation that each site adds, and
 the processor time of compilation as a ratio, the median of interleaved runs:
 
-    residual, 10 layers  apply              26 sites   79 lines  159 instr.  compile 1.7
-    residual, 10 layers  apply_and_update   26 sites   84 lines  182 instr.  compile 2.1
-    ResNet-50 at 64x64   apply             126 sites   81 lines  194 instr.  compile 2.5
-    ResNet-50 at 64x64   apply_and_update  126 sites   86 lines  209 instr.  compile 2.8
+    residual, 10 layers  apply              26 sites   77 lines  218 instr.  compile 1.8
+    residual, 10 layers  apply_and_update   26 sites   82 lines  277 instr.  compile 2.0
 
-(medians of 2 with other work on 2 cores; about 246 lines and 471 instructions before
-sites were calls of their own).
+(other work on 2 cores; about 246 lines and 471 instructions before grids, lines and
+weights were calls of their own. With activations as calls too there were 159 and 182
+instructions, and a small training step took a tenth longer.)
 """
 
 import argparse
