@@ -211,7 +211,8 @@ def fake_quant(
 
     Returns:
       Values on the grid, shape and dtype of ``x``, the dtype of the scale where those
-      of ``x`` are whole numbers. NaN stays NaN.
+      of ``x`` are whole numbers. NaN stays NaN. A zero point of 2^24 or more, far
+      outside of a short word, is held up to float32's rounding.
 
     Raises:
       TypeError, ValueError: as `quantize`.

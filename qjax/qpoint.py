@@ -59,7 +59,8 @@ def _to_int32(x: jax.Array) -> jax.Array:
     ).astype(jnp.int32)
 
 
-# The tag: operands x, scale, zero_point, qmin, qmax; parameters site and rounding.
+# The tag: operands x, scale, zero_point, qmin, qmax; parameters site and rounding, and
+# whether float arithmetic gives the values of the codes: a faster way to the same.
 qpoint_p = Primitive("qpoint")
 
 
@@ -148,14 +149,16 @@ def _masked(mask, x):
 
 
 def _qpoint_jvp(primals, tangents, *, site, rounding, in_float=False):
-    names = {"in_float": True} if in_float else {}
-    out = qpoint_p.bind(*primals, site=site, rounding=rounding, **names)
+    names = {"site": site, "rounding": rounding, "in_float": in_float}
+    out = qpoint_p.bind(*primals, **names)
     x_dot = ad.instantiate_zeros(tangents[0])
     return out, _masked(_inside(rounding, primals), x_dot)
 
 
 qpoint_p.def_impl(jax.jit(_qpoint, static_argnames=("site", "rounding", "in_float")))
-qpoint_p.def_abstract_eval(lambda x, *_, **names: x.update(weak_type=False))
+qpoint_p.def_abstract_eval(
+    lambda x, *_, site, rounding, in_float=False: x.update(weak_type=False)
+)
 mlir.register_lowering(qpoint_p, mlir.lower_fun(_qpoint, multiple_results=False))
 batching.primitive_batchers[qpoint_p] = _qpoint_batch
 ad.primitive_jvps[qpoint_p] = _qpoint_jvp
@@ -191,8 +194,8 @@ def bind_point(
 
 
 def _point(form, site, rounding, *operands):
-    names = {"in_float": True} if form.in_float else {}
-    return qpoint_p.bind(*operands, site=site, rounding=rounding, **names)
+    names = {"site": site, "rounding": rounding, "in_float": form.in_float}
+    return qpoint_p.bind(*operands, **names)
 
 
 def _rounded(keep, form, site, rounding, *operands):

@@ -93,7 +93,7 @@ def test_the_jaxpr_names_the_arithmetic_and_the_site():
         return str(jax.make_jaxpr(fn)(jnp.ones(3)))
 
     assert "in_float=True" in of(QSpec(bits=8), jnp.int32(0))
-    assert "in_float" not in of(QSpec(bits=20), jnp.int32(0))
+    assert "in_float=False" in of(QSpec(bits=20), jnp.int32(0))
     assert "site=a" in of(QSpec(bits=8), jnp.int32(0))
 
 

@@ -311,8 +311,9 @@ def fold_known(trace: Trace, folded: Folded | None = None) -> dict[int, Any]:
             wanted.update(e.inputs)
     wanted -= trace.constants.keys()
     found = _folded(trace, equations, wanted, {} if folded is None else folded)
+    read.update(v for e in copies for v in e.inputs)
     for e in copies:
-        if e.outputs[0] in read or any(e.outputs[0] in u.inputs for u in copies):
+        if e.outputs[0] in read:
             found[e.outputs[0]] = _copied(e, found[e.inputs[0]])
     return found
 

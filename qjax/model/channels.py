@@ -5,7 +5,6 @@ weight that may have scales of their own are those that no product with it sums 
 read off the equations that use it.
 """
 
-import collections
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.model.primitives import SHAPE_MOVES, names
-from qjax.model.trace import Equation, Trace
+from qjax.model.trace import Equation, Trace, makers_and_readers
 
 _SAME = names("keep", "cast")
 
@@ -45,10 +44,7 @@ class Uses:
 
     def __init__(self, model: Trace, data: Iterable[int]):
         self._model, self._data = model, frozenset(data)
-        self._users: dict[int, list[Equation]] = collections.defaultdict(list)
-        for e in model.equations:
-            for v in dict.fromkeys(e.inputs):
-                self._users[v].append(e)
+        _, self._users = makers_and_readers(model)
 
     def channels(self, v: int) -> ScaleDemands:
         """Returns the axes of a weight that no product with it contracts.

@@ -5,14 +5,13 @@ number: ``x * sigmoid(x)`` as well as what ``jax.nn.gelu`` inlines. Lines and bo
 alone are none: a requantizer holds those.
 """
 
-import collections
 from collections.abc import Callable, Sequence
 
 import jax.extend.core as jex
 
 from qjax.model.masks import mask_values
 from qjax.model.primitives import AFFINE, BOUNDS, POINTWISE, names
-from qjax.model.trace import CALLS, Equation, Trace, kinds_of
+from qjax.model.trace import CALLS, Equation, Trace, kinds_of, makers_and_readers
 
 _NEUTRAL = names("keep", "cast", is_elementwise=True)
 
@@ -56,11 +55,7 @@ class _FunctionFinder:
     ):
         self.model, self.data = model, data
         self.split = split
-        self.source = {v: e for e in model.equations for v in e.outputs}
-        self.users: dict[int, list[Equation]] = collections.defaultdict(list)
-        for e in model.equations:
-            for v in dict.fromkeys(e.inputs):
-                self.users[v].append(e)
+        self.source, self.users = makers_and_readers(model)
         self.is_left_out = is_left_out
         self.kinds: dict[int, str] = {}
 

@@ -1,11 +1,10 @@
 """The data flow of a trace: which values all data of a value pass through."""
 
-import collections
 from collections.abc import Iterable
 
 import numpy as np
 
-from qjax.model.trace import Equation, Trace
+from qjax.model.trace import Equation, Trace, makers_and_readers
 
 
 class Flow:
@@ -24,8 +23,7 @@ class Flow:
 
     def __init__(self, model: Trace, data: set[int]):
         self.model, self.data = model, data
-        self.source = {v: e for e in model.equations for v in e.outputs}
-        self.users: dict[int, list[Equation]] = collections.defaultdict(list)
+        self.source, self.users = makers_and_readers(model)
         self.order: dict[int, int] = {}
         self.side: set[int] = {v for v in model.inputs if self._is_truth(v)}
         self.parent: dict[int, int] = {}
@@ -34,8 +32,6 @@ class Flow:
             if v in data:
                 self._place(v, -1)
         for k, e in enumerate(model.equations):
-            for v in dict.fromkeys(e.inputs):
-                self.users[v].append(e)
             operands = [v for v in dict.fromkeys(e.inputs) if v in data]
             is_side = bool(operands) and self.side.issuperset(operands)
             before = self.common(self.operands(e))

@@ -1,6 +1,5 @@
 """The lineage of values in a traced model: their makers, readers and parameters."""
 
-import collections
 import math
 from collections.abc import Iterable, Sequence
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from qjax.model.blocks import constant_of, data_of, is_quantizer
 from qjax.model.primitives import SHAPE_MOVES, names
-from qjax.model.trace import Equation, Trace
+from qjax.model.trace import Equation, Trace, makers_and_readers
 
 _GRID_KEEPING = SHAPE_MOVES | names("maximum", "minimum", "running extreme") | {"split"}
 
@@ -34,14 +33,9 @@ class Lineage:
         self.names = dict(zip(model.inputs[: len(names)], names, strict=True))
         self.inputs = model.inputs[len(names) :]
         self.data = data_of(model, self.inputs)
-        self.source: dict[int, Equation] = {}
-        self.users: dict[int, list[Equation]] = collections.defaultdict(list)
-        self.order: dict[int, int] = {}
-        for i, e in enumerate(model.equations):
-            self.source.update((v, e) for v in e.outputs)
-            self.order.update((v, i) for v in e.outputs)
-            for v in dict.fromkeys(e.inputs):
-                self.users[v].append(e)
+        self.source, self.users = makers_and_readers(model)
+        numbered = enumerate(model.equations)
+        self.order = {v: i for i, e in numbered for v in e.outputs}
 
     def is_zero(self, v: int) -> bool:
         """Returns whether a value is a constant of zeros."""

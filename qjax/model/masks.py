@@ -1,12 +1,10 @@
 """Finds the masks before softmaxes in a traced model: they are no part of any range."""
 
-import collections
-
 import jax
 import numpy as np
 
 from qjax.model.primitives import AFFINE, POINTWISE, names
-from qjax.model.trace import Equation, Trace, is_key, whole_of
+from qjax.model.trace import Equation, Trace, is_key, makers_and_readers, whole_of
 
 _NEUTRAL = names("keep", "cast", is_elementwise=True)
 
@@ -46,11 +44,7 @@ class _MaskFinder:
 
     def __init__(self, model: Trace, data: set[int]):
         self.model, self.data = model, data
-        self.source = {v: e for e in model.equations for v in e.outputs}
-        self.users: dict[int, list[Equation]] = collections.defaultdict(list)
-        for e in model.equations:
-            for v in dict.fromkeys(e.inputs):
-                self.users[v].append(e)
+        self.source, self.users = makers_and_readers(model)
 
     def masked(self, v: int, readers: set[int]) -> tuple[set[int], int]:
         """Returns the values between scores and softmax, and the scores."""

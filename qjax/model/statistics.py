@@ -5,11 +5,10 @@ same batch by what it found. Statistics of an example alone (LayerNorm, GroupNor
 none of these: see `qjax.model.normalisations`.
 """
 
-import collections
 from collections.abc import Iterator
 
 from qjax.model.primitives import names
-from qjax.model.trace import Equation, Trace
+from qjax.model.trace import Equation, Trace, makers_and_readers
 
 _PRODUCTS, _SUMS = names("product"), names("sum")
 
@@ -30,11 +29,7 @@ def batch_statistics(model: Trace, data: set[int]) -> set[int]:
 class _StatisticsFinder:
     def __init__(self, model: Trace, data: set[int]):
         self.model, self.data = model, data
-        self.source = {v: e for e in model.equations for v in e.outputs}
-        self.users: dict[int, list[Equation]] = collections.defaultdict(list)
-        for e in model.equations:
-            for v in dict.fromkeys(e.inputs):
-                self.users[v].append(e)
+        self.source, self.users = makers_and_readers(model)
 
     def statistics(self) -> set[int]:
         found: set[int] = set()

@@ -4,6 +4,7 @@ Both passes (`qjax.model.blocks`, `qjax.lowering`) read this list: nested calls 
 inlined once, here, and nowhere else.
 """
 
+import collections
 import dataclasses
 import itertools
 import re
@@ -123,6 +124,18 @@ def _is_closed(closed: Any) -> bool:
         if not all(map(_is_closed, jex.jaxprs_in_params(eqn.params))):
             return False
     return True
+
+
+def makers_and_readers(
+    model: Trace,
+) -> tuple[dict[int, Equation], dict[int, list[Equation]]]:
+    """Returns the equation that makes each value, and all that read it, each once."""
+    makers = {v: e for e in model.equations for v in e.outputs}
+    readers: dict[int, list[Equation]] = collections.defaultdict(list)
+    for e in model.equations:
+        for v in dict.fromkeys(e.inputs):
+            readers[v].append(e)
+    return makers, readers
 
 
 def is_key(x: Any) -> bool:
