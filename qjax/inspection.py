@@ -20,7 +20,6 @@ from qjax.quantizers.strings import closest
 from qjax.schemes.explanation import Explanation, explain_site
 from qjax.schemes.patterns import Site
 from qjax.schemes.quantizeml.writer import dump_layers
-from qjax.schemes.sharing import leaders
 from qjax.tables import html_table, show_types, text_table
 
 
@@ -120,8 +119,7 @@ def scales(qmodel: QuantizedModel, params: chex.ArrayTree, qstate: QState) -> Sc
         params: chex.ArrayTree, qstate: QState
     ) -> dict[str, tuple[QParams, tuple[jax.Array, ...]]]:
         inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), qmodel.example)
-        of = leaders(qmodel.sites, qmodel.scheme)
-        recorder = _GridRecorder(qmodel.scheme, qstate, of)
+        recorder = _GridRecorder(qmodel.choices, qstate)
         qmodel.simulation(params, inputs).run(recorder)
         return recorder.grids
 
@@ -130,7 +128,7 @@ def scales(qmodel: QuantizedModel, params: chex.ArrayTree, qstate: QState) -> Sc
         if site.name in grids:
             (scale, zero_point), (*ends, levels) = grids[site.name]
             low, high = (dequantize(q, QParams(scale, zero_point)) for q in ends)
-            spec = qmodel.scheme.spec(site)
+            spec = qmodel.choices[site].word
             bits = _word_length(spec, levels)
             table[site.name] = SiteScale(bits, scale, zero_point, low, high)
             if site.note and spec != qmodel.scheme.word(site):
@@ -165,7 +163,7 @@ class _GridRecorder(Quantizer):
         return self._keep(site, x, super().weight(site, x, biases))
 
     def _keep(self, site: Site, x: jax.Array, visit: Visit) -> Visit:
-        spec = self.scheme.spec(site)
+        spec = self.choices[site].word
         if visit.grid is not None and spec is not None:
             self.grids[site.name] = visit.grid, _extent(spec, x)
         return visit
@@ -261,7 +259,7 @@ def integer_weights(qmodel: QuantizedModel, params: chex.ArrayTree) -> IntegerWe
     @jax.jit
     def run(params: chex.ArrayTree) -> dict[str, Any]:
         inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), qmodel.example)
-        recorder = _WeightRecorder(qmodel.scheme, {})
+        recorder = _WeightRecorder(qmodel.choices, {})
         qmodel.simulation(params, inputs).run(recorder)
         return recorder.weights
 
@@ -269,7 +267,7 @@ def integer_weights(qmodel: QuantizedModel, params: chex.ArrayTree) -> IntegerWe
     for site in qmodel.sites:
         if site.name in rows:
             codes, grid, (low, high, count), table = rows[site.name]
-            bits = _word_length(qmodel.scheme.spec(site), count)
+            bits = _word_length(qmodel.choices[site].word, count)
             codes = codes.astype(_storage(low, high))
             scale, zero_point = grid
             found[site.name] = IntegerWeight(codes, scale, zero_point, bits, table)
@@ -306,7 +304,7 @@ class _WeightRecorder(Quantizer):
         return Visit(x if unit is None else x * unit.per(1.0))
 
     def weight(self, site: Site, x: jax.Array, biases: Biases = list) -> Visit:
-        spec, visit, table = self.scheme.spec(site), super().weight(site, x), None
+        spec, visit, table = self.choices[site].word, super().weight(site, x), None
         if spec is None:
             return visit
         extent, grid = _extent(spec, x), visit.grid
@@ -379,7 +377,7 @@ def explain(qmodel: QuantizedModel, site: str) -> Explanation:
         names = [s.name for s in qmodel.sites]
         raise ValueError(f"There is no site {site!r}. {closest(site, names)}")
     explanation = explain_site(qmodel.scheme, found)
-    leader = leaders(qmodel.sites, qmodel.scheme).get(site)
-    if leader is not None:
+    leader = qmodel.choices[found].leader
+    if leader != found:
         explanation["calibrator"] = f"as {leader.name}", "Scheme.constraints"
     return explanation

@@ -143,7 +143,7 @@ def calibrate(
         )
     names = [site.name for site, *_ in qmodel.calibrated()]
     if qstate is not None:
-        check_state(qmodel, qstate, qmodel.scheme)
+        check_state(qmodel.choices, qstate)
     first: Any = None
     number, step, state = 0, None, qstate
     reached, is_cut = np.zeros((2, len(names)), bool)
@@ -233,7 +233,7 @@ def _data(
 
 def _random_inputs(qmodel: QuantizedModel, number: int) -> Any:
     """Returns random samples of each input, by its type or the word of its site."""
-    words = {site.name: qmodel.scheme.spec(site) for site in qmodel.sites}
+    words = {name: choice.word for name, choice in qmodel.choices.sites.items()}
     leaves, structure = jax.tree.flatten(qmodel.example)
 
     def draw(k: int, x: Any) -> np.ndarray:

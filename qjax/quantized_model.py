@@ -28,9 +28,10 @@ from qjax.schemes.patterns import Site, Where
 from qjax.schemes.quantizeml.layers import find_layer
 from qjax.schemes.quantizeml.params import QuantizationParams
 from qjax.schemes.quantizeml.reader import config_rules
+from qjax.schemes.resolution import Choices, check_words, resolve
 from qjax.schemes.rules import Rule
-from qjax.schemes.scheme import Scheme, check_rules, check_words, shadowed_rules
-from qjax.schemes.sharing import leaders, overwriters
+from qjax.schemes.scheme import Scheme, check_rules, shadowed_rules
+from qjax.schemes.sharing import overwriters
 from qjax.tables import html_table, show, show_types
 
 
@@ -72,7 +73,7 @@ class QuantizedModel:
     def _repr_html_(self) -> str:
         head = ("site", "role", "op", "shape", "word")
         rows = [
-            (s.name, s.role, s.op, [*s.shape], self.scheme.spec(s) or "float")
+            (s.name, s.role, s.op, [*s.shape], self.choices[s].word or "float")
             for s in self.sites
         ]
         return html_table(head, rows)
@@ -106,8 +107,8 @@ class QuantizedModel:
             site, or a word cannot hold its values. A state that is traced is not looked
             into: without a range it gives NaN.
         """
-        scheme = self._checked(qstate, inputs, scheme)
-        quantizer = Quantizer(scheme, qstate, leaders(self.sites, scheme))
+        choices = self._checked(qstate, inputs, scheme)
+        quantizer = Quantizer(choices, qstate)
         return self.simulation(params, inputs).run(quantizer)
 
     def apply_integer(
@@ -141,8 +142,8 @@ class QuantizedModel:
             quantizer, a BatchNorm in training; for a model with quantizers of its own.
           NotImplementedError: for arithmetic in half precision.
         """
-        scheme = self._checked(qstate, inputs, scheme)
-        words = Words(scheme, qstate, leaders(self.sites, scheme))
+        choices = self._checked(qstate, inputs, scheme)
+        words = Words(choices, qstate)
         traced = self._traced(params, inputs)
         return IntegerForward(traced, params, inputs).run(words)
 
@@ -167,9 +168,7 @@ class QuantizedModel:
           ValueError: if ``qstate`` is the state of another model or scheme, or inputs
             are none of this model.
         """
-        self._checked(qstate, inputs)
-        of = leaders(self.sites, self.scheme)
-        updater = Updater(self.scheme, dict(qstate), of)
+        updater = Updater(self._checked(qstate, inputs), dict(qstate))
         outputs = self.simulation(params, inputs).run(updater)
         return outputs, updater.qstate
 
@@ -208,22 +207,27 @@ class QuantizedModel:
         self, scheme: Scheme | None = None
     ) -> Iterator[tuple[Site, QSpec, Calibrator]]:
         """Yields the activation sites whose grid has a range to find."""
-        scheme = self.scheme if scheme is None else scheme
-        for site in self.sites:
-            spec = scheme.spec(site)
-            if site.role == "activation" and isinstance(spec, QSpec):
-                yield site, spec, scheme.site_calibrator(site)
+        choices = self.choices if scheme is None else self._resolved(scheme)
+        yield from choices.with_range()
+
+    @functools.cached_property
+    def choices(self) -> Choices:
+        """Returns the scheme, resolved at the sites of the model."""
+        return self._resolved(self.scheme)
+
+    def _resolved(self, scheme: Scheme) -> Choices:
+        return resolve(scheme, self.sites, self.biases)
 
     def _checked(
         self, qstate: QState, inputs: Any, scheme: Scheme | None = None
-    ) -> Scheme:
-        """Returns the scheme to compute by; raises unless state and inputs fit."""
+    ) -> Choices:
+        """Returns the choices to compute by; raises unless state and inputs fit."""
         if scheme is not None:
             if not isinstance(scheme, Scheme):
                 raise TypeError(f"`scheme` must be a `Scheme`, got {scheme!r}.")
             check_rules(scheme, self.sites, self.biases)
-        chosen = self.scheme if scheme is None else scheme
-        check_words(chosen, self.sites, self.biases)
+        choices = self.choices if scheme is None else self._resolved(scheme)
+        check_words(choices)
         check_leaves("inputs", inputs)
         if not have_same_kinds(inputs, self.example):
             where = difference(inputs, self.example, same_kind)
@@ -232,8 +236,8 @@ class QuantizedModel:
                 f"{show_leaves(inputs)}. Pass as many, nested and of the same kind of "
                 f"type. {where}".rstrip()
             )
-        check_state(self, qstate, chosen)
-        return chosen
+        check_state(choices, qstate)
+        return choices
 
     def float_values(self, params: chex.ArrayTree, inputs: Any) -> dict[str, jax.Array]:
         """Returns the values at each activation site, computed in float."""
@@ -268,14 +272,16 @@ class QuantizedModel:
                 f"{len(args)} arguments."
             )
         params, qstate, *inputs = args
-        bits = {site.name: self.scheme.site_buffer_bits(site) for site in self.sites}
+        bits = {k: choice.buffer_bits for k, choice in self.choices.sites.items()}
         fn = lambda *xs: self.apply(params, qstate, *xs)
         refusal, folded = self._refusal(), self.traces.folded
-        return Bound(fn, tuple(inputs), bits, True, refusal, folded)
+        blocks = lambda *xs: self._traced(params, xs).blocks
+        return Bound(fn, tuple(inputs), bits, blocks, refusal, folded)
 
     def _refusal(self) -> str:
         """Explains why a model of which only weights are quantized has no program."""
-        words = [(site.role, self.scheme.spec(site)) for site in self.sites]
+        choices = self.choices.sites.values()
+        words = [(choice.site.role, choice.word) for choice in choices]
         is_on_grid = any(r == "activation" and word is not None for r, word in words)
         has_weights = any(r == "weight" and word is not None for r, word in words)
         if is_on_grid or not has_weights:
@@ -384,7 +390,7 @@ def quantize_model(
         rules = config_rules(q_config, sites, scheme, biases)
         scheme = dataclasses.replace(scheme, rules=(*rules, *scheme.rules))
     check_rules(scheme, sites, biases)
-    check_words(scheme, sites, biases)
+    check_words(resolve(scheme, sites, biases))
     _warn_of_shadows(own, sites)
     _warn_of_buffers(scheme, sites)
     shapes = jax.eval_shape(lambda: inputs)
@@ -430,7 +436,7 @@ def _warn_of_buffers(scheme: Scheme, sites: Sequence[Site]) -> None:
         )
 
 
-def check_state(qmodel: QuantizedModel, qstate: QState, scheme: Scheme) -> None:
+def check_state(choices: Choices, qstate: QState) -> None:
     """Raises for a state that does not belong to the calibrators of a scheme."""
     if not isinstance(qstate, Mapping):
         raise TypeError(
@@ -439,7 +445,7 @@ def check_state(qmodel: QuantizedModel, qstate: QState, scheme: Scheme) -> None:
         )
     shapes = lambda tree: [np.shape(x) for x in jax.tree.leaves(tree)]
     text = lambda tree: f"{type(tree).__name__} of shapes {shapes(tree)}"
-    for site, spec, calibrator in qmodel.calibrated(scheme):
+    for site, spec, calibrator in choices.with_range():
         name = site.name
         if name not in qstate:
             raise ValueError(

@@ -199,3 +199,23 @@ def test_a_bound_for_each_channel_becomes_one_for_all():
     assert "jnp.maximum(x, 0.5)" in str(error.value)
     one = lambda x: fn(x, 0.5)
     np.testing.assert_array_equal(qjax.lower(one, X)(X), one(X))
+
+
+def test_a_function_around_a_quantized_model_sends_to_the_model():
+    """What runs inside of a function names no site; the model itself does."""
+    params = {"a,b/%2C": {"kernel": W}, "b": {"kernel": W.T}}
+    fn = lambda p, x: jax.nn.relu(x @ p["a,b/%2C"]["kernel"]) @ p["b"]["kernel"]
+    scheme = qjax.Scheme(rules=(qjax.Rule("a,b/%2C/output", None),))
+    qmodel = qjax.quantize_model(fn, params, X, scheme=scheme)
+    qstate = qjax.calibrate(qmodel, params, [X])
+    around = lambda x: qmodel.apply(params, qstate, 2 * x)
+    with pytest.raises(ValueError, match=r"`qjax.lower\(qmodel, params, qstate"):
+        qjax.lower(around, X)
+    with pytest.raises(ValueError, match=r'Rule\("a,b/%2C/output", QSpec\(bits=8\)\)'):
+        qjax.lower(qmodel, params, qstate, X)
+    rule = qjax.Rule("a,b/%2C/output", QSpec(bits=8))
+    again = qjax.quantize_model(fn, params, X, scheme=qjax.Scheme(rules=(rule,)))
+    state = qjax.calibrate(again, params, [X])
+    program = qjax.lower(lambda x: again.apply(params, state, 2 * x), X)
+    assert {node.path for node in program.graph.nodes}.isdisjoint({"", "block"})
+    assert not any("qjax.block" in node.path for node in program.graph.nodes)

@@ -1,8 +1,10 @@
 """Models as functions of their inputs, for `lower` and `verify`."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from qjax.model.places import BlockSites
 
 Folded = dict[str, dict[int, Any]]  # Digest of a computation -> what it gave.
 
@@ -15,7 +17,8 @@ class Bound:
       fn: ``fn(*inputs)``.
       inputs: Example inputs.
       buffer_bits: Site of a weight -> most bits of the accumulator that it makes.
-      has_sites: Whether quantization points are the sites of a model, which have names.
+      blocks: ``blocks(*inputs)``: the sites of the blocks that ``fn`` simulates for
+        inputs of these types; None for a function without a plan of sites.
       refusal: Why no program of integers only can come of it; empty if one may.
       folded: Known values that the last lowering of the model has computed, for the
         next and for `verify`.
@@ -24,7 +27,7 @@ class Bound:
     fn: Callable[..., Any]
     inputs: tuple[Any, ...]
     buffer_bits: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    has_sites: bool = False
+    blocks: Callable[..., Sequence[BlockSites]] | None = None
     refusal: str = ""
     folded: Folded = dataclasses.field(default_factory=dict)
 

@@ -47,7 +47,7 @@ def raw(
         dtype = str(trace.avals[v].dtype)
         builder.inputs[k] = value
         builder.raw[k] = Integers(
-            value, np.ones(()), 0, *ends, path=e.path, dtype=dtype
+            value, np.ones(()), 0, *ends, place=e.place, dtype=dtype
         )
     codes: Abstract = builder.raw[k]
     codes = move_again(builder, x, trace, codes)
@@ -55,7 +55,7 @@ def raw(
     rank = len(trace.shape(e.outputs[0]))
     known = {u: np.reshape(n, (1,) * rank) for u, n in x.known.items()}
     end = e.inputs[0] if end is None else end
-    return Curve(codes, {v: codes}, known, x.steps, end, path=e.path)
+    return Curve(codes, {v: codes}, known, x.steps, end, place=e.place)
 
 
 def as_codes(builder: Builder, e: Equation, trace: Trace, x: Real) -> Abstract:

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.parse import unquote
 
 import jax
 import jax.extend.core as jex
@@ -33,7 +32,6 @@ from qjax.model.normalisations import NORM, said
 from qjax.model.origin import origin_of
 from qjax.model.primitives import POINTWISE, REMEDIES, SHAPE_MOVES, names
 from qjax.model.trace import Equation, Trace, evaluate, is_key, whole_of
-from qjax.model.traced_model import SITE_MARK
 from qjax.program import Residue
 from qjax.qpoint import qpoint_p
 
@@ -125,7 +123,7 @@ def interpret(
             left = [x for x in own if x.is_left]
             known = {x.input for x in own} - {None}
             is_follower = bool(left) or bool(known & blamed)
-            residues.append(Residue(name, _module(e), str(error), is_follower))
+            residues.append(Residue(name, e.place.path, str(error), is_follower))
             blamed |= known
             source = left[0].source if left else f"left in float: `{name}`"
             found = (Real(source, "", is_left=True),) * len(e.outputs)
@@ -214,14 +212,14 @@ def _way_around(e: Equation) -> str:
         )
     return REMEDIES.get(
         name,
-        f"Register one with `qjax.lowering.interpret.rule({name!r})`, or keep this "
-        "part of the model out of `lower`",
+        "Keep this part of the model out of `lower`, or have it computed of known "
+        "values",
     )
 
 
 def _refuse_whole(e: Equation) -> NotImplementedError:
-    kind, site = whole_of(e), sites_of(e.path)[0]
-    place = where(e) if _module(e) or not site else repr(site)
+    kind, site = whole_of(e), e.sites.output
+    place = where(e) if e.place.path or not site else repr(site)
     other = ", or use BatchNorm or GroupNorm in its place" if kind == NORM else ""
     return NotImplementedError(
         f"The {said(kind)} in {place} has no integer rule: it is computed in float, as "
@@ -400,12 +398,8 @@ UNKNOWN = "the traced function"
 
 def where(e: Equation) -> str:
     """Names the place of an equation for an error."""
-    path = _module(e)
+    path = e.place.path
     return repr(path) if path else UNKNOWN
-
-
-def _module(e: Equation) -> str:
-    return e.path.partition(SITE_MARK)[0].strip("/")
 
 
 def refuse(e: Equation, x: Abstract, role: str) -> ValueError:
@@ -429,14 +423,14 @@ def refuse(e: Equation, x: Abstract, role: str) -> ValueError:
     if isinstance(x, Real):
         what, site = x.source, x.remedy
     elif isinstance(x, Known):
-        what, site = "a constant that is on no grid", sites_of(e.path)[1]
+        what, site = "a constant that is on no grid", e.sites.weight
     elif isinstance(x, KnownCodes):
         what = f"on the grid of {x.site!r}, which does not fit"
     else:
-        module = x.path.partition(SITE_MARK)[0].strip("/")
+        module = x.place.path
         made = _KINDS[type(x)]
         what = f"the output of {module!r}, {made}" if module else made
-        site = sites_of(x.path)[0]
+        site = x.place.sites.output
     return ValueError(
         f"The {role} of `{e.primitive.name}` in {where(e)} is not quantized: it is "
         f"{what}.\n  equation: {e}\n{_remedy(e, x, role, site)}"
@@ -474,10 +468,9 @@ def _remedy(e: Equation, x: Abstract, role: str, site: str) -> str:
             "`qjax.linen`."
         )
     rule = f'with a rule like Rule("{site}", QSpec(bits=8)), or ' if site else ""
+    if e.block is not None and not rule:  # A model inside of a function.
+        rule = (
+            "with a rule of the scheme, whose site "
+            "`qjax.lower(qmodel, params, qstate, *inputs)` names, or "
+        )
     return f"Quantize it {rule}with `qjax.fake_quant`."
-
-
-def sites_of(path: str) -> tuple[str, str]:
-    """Reads the site names of output and weight that `Simulation` left in a path."""
-    output, _, weight = path.partition(SITE_MARK)[2].partition(",")
-    return unquote(output), unquote(weight)

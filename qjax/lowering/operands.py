@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from qjax.lowering.interpret import refuse, sites_of, where
+from qjax.lowering.interpret import refuse, where
 from qjax.lowering.values import Abstract, Builder, Integers, Sum
 from qjax.model.trace import Equation, Trace
 
@@ -51,7 +51,7 @@ def added(builder: Builder, e: Equation, x: Sum) -> Integers:
         for t, f in zip(terms, factors, strict=True)
     ]
     low, high = (sum(pair[k] for pair in ends) for k in (0, 1))
-    limit = builder.most(sites_of(x.path)[0])
+    limit = builder.most(x.place.sites.output)
     if any(f != int(f) for f in factors) or not -limit - 1 <= low <= high <= limit:
         raise refuse(e, x, "input")
     inputs = tuple(t.value for t in terms if t.value is not None)
@@ -69,6 +69,6 @@ def added(builder: Builder, e: Equation, x: Sum) -> Integers:
         dtype="int32",
         path=where(e).strip("'"),
     )
-    found = Integers(value, np.asarray(scale), 0, int(low), int(high), path=x.path)
+    found = Integers(value, np.asarray(scale), 0, int(low), int(high), place=x.place)
     exact = all(t.rescaled is None for t in terms)
     return dataclasses.replace(found, bounds=x.bounds, is_gain_exact=exact)

@@ -38,7 +38,7 @@ def add_output(
     if not traced.is_real(v):
         return _whole_output(builder, k, x, traced)
     if isinstance(x, Curve):
-        x = add_exact_table(builder, x, traced.shape(v), x.path or "output") or x
+        x = add_exact_table(builder, x, traced.shape(v), x.place.path or "output") or x
     if isinstance(x, Sum):
         x = _summed(builder, last, x, k)
     if not isinstance(x, Integers) or x.dtype:
@@ -74,7 +74,7 @@ def _whole_output(builder: Builder, k: int, x: Abstract, traced: Trace) -> int:
     last, v = _maker(traced, k), traced.outputs[k]
     dtype = str(traced.avals[v].dtype)
     if isinstance(x, Curve):
-        name = x.path or "output"
+        name = x.place.path or "output"
         value = add_table(builder, x, lambda y: y, name, dtype="int32")
         own = dataclasses.replace(builder.values[value], dtype_of_model=dtype)
         builder.values[value] = own

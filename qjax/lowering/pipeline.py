@@ -19,7 +19,8 @@ from qjax.lowering.sizes import Lowered, find_fixed
 from qjax.lowering.values import Abstract, Builder, Integers
 from qjax.model.blocks import data_of
 from qjax.model.folding import fold_normalisations
-from qjax.model.trace import Trace, trace
+from qjax.model.places import BlockSites
+from qjax.model.trace import Equation, Trace, trace
 from qjax.program import IntegerProgram, Residue, check_integer_only
 
 
@@ -68,7 +69,7 @@ def _lower(model: Any, args: tuple[Any, ...], strict: bool) -> IntegerProgram:
         raise ValueError(bound.refusal)
     example = jax.tree.map(_with_example, bound.inputs)
     traced, out = _traced(bound, example)
-    half = find_half(traced, traced.inputs, is_model=bound.has_sites)
+    half = find_half(traced, traced.inputs, is_model=bound.blocks is not None)
     if half is not None and strict:
         raise NotImplementedError(half.message)
     if half is not None:
@@ -120,10 +121,17 @@ def _traced(bound: Bound, inputs: Any) -> tuple[Trace, Any]:
     """Traces a model, with each softmax and each normalisation as one equation."""
     traced, out = trace(bound.fn, *inputs, keep_derivatives=False)
     traced = fold_normalisations(traced, data_of(traced, traced.inputs))
-    if bound.has_sites:
-        marked = (dataclasses.replace(e, is_simulated=True) for e in traced.equations)
+    if bound.blocks is not None:
+        blocks = bound.blocks(*inputs)
+        marked = (_in_block(e, blocks) for e in traced.equations)
         traced = dataclasses.replace(traced, equations=tuple(marked))
     return traced, out
+
+
+def _in_block(e: Equation, blocks: Sequence[BlockSites]) -> Equation:
+    """Gives an equation of a simulation the sites of its block."""
+    sites = BlockSites() if e.block is None else blocks[e.block]
+    return dataclasses.replace(e, sites=sites, is_simulated=True)
 
 
 def _others(traced: Trace, bound: Bound) -> str:

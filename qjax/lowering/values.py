@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from qjax.graph.builder import GraphBuilder
+from qjax.model.places import Place
 from qjax.model.trace import Equation
 
 
@@ -94,7 +95,7 @@ class Integers:
     bias: np.ndarray | None = None
     emit: "Callable[[np.ndarray, int], tuple[int, int, int]] | None" = None
     shift: int | None = None
-    path: str = ""
+    place: Place = Place()
     most: int = 2**31 - 1
     bounded: "Curve | None" = None
     rescaled: "Curve | None" = None
@@ -134,7 +135,7 @@ class Sum:
 
     terms: tuple[tuple[Integers, float], ...]  # Terms with a sign, 1.0 or -1.0.
     bounds: tuple[float, float] = (-np.inf, np.inf)
-    path: str = ""
+    place: Place = Place()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +148,7 @@ class Curve:
       known: Values of the trace that are constants: one number, or one a channel.
       steps: Value of the trace -> the equation that computes it, in order.
       end: The value of the trace that this is.
-      path: Module path of the function.
+      place: Place of the function.
     """
 
     source: Integers
@@ -155,7 +156,7 @@ class Curve:
     known: Mapping[int, np.ndarray]
     steps: Mapping[int, Equation]
     end: int
-    path: str = ""
+    place: Place = Place()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +171,7 @@ class Joined:
       others: Numbers in the graph of what comes before them: the mask of a selection.
       attributes: Attributes of the operation.
       bounds: Bounds of an activation.
-      path: Module path of the operation.
+      place: Place of the operation.
       fill: Number that a pad puts around its one part.
     """
 
@@ -181,7 +182,7 @@ class Joined:
     others: tuple[int, ...] = ()
     attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     bounds: tuple[float, float] = (-np.inf, np.inf)
-    path: str = ""
+    place: Place = Place()
     fill: float = 0.0  # Fill of a pad.
 
 

@@ -28,6 +28,7 @@ from qjax.model.lines import (
     to_kernel,
     zero_channels,
 )
+from qjax.model.places import block_scope
 from qjax.model.primitives import SHAPE_MOVES
 from qjax.model.trace import Equation, evaluate
 from qjax.model.traced_model import TracedModel
@@ -69,12 +70,19 @@ class Simulation(ChannelScales):
             self._visit(v)
         for e in self._model.equations:
             traceback = getattr(e.source, "traceback", None)
-            scope = self._traced.scopes.get(e.outputs[0]) or e.path or "model"
-            with jax.named_scope(scope), user_context(traceback):
+            with jax.named_scope(self._scope(e)), user_context(traceback):
                 self._step(e)
         self._check_seen()
         out = [self._env[v] for v in self._model.outputs]
         return jax.tree.unflatten(jax.tree.structure(self._traced.out), out)
+
+    def _scope(self, e: Equation) -> str:
+        """Returns the scope of an equation, from which lowering knows its block."""
+        number = self._traced.numbers.get(e.outputs[0])
+        if number is None:
+            return e.path or "model"
+        block = self._plan.blocks[number]
+        return block_scope(block.root.path or block.name, number)
 
     def _check_seen(self) -> None:
         """Raises NotImplementedError for a site that was never put on its grid."""

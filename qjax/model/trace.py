@@ -20,6 +20,7 @@ from qjax.calls import SHARED, uninlined
 from qjax.leaves import leaf_names
 from qjax.mesh_axes import aligned, axes_of, vary
 from qjax.model.expansions import expansion
+from qjax.model.places import BlockSites, Place, split_scope
 from qjax.model.primitives import AFFINE, BOUNDS, POINTWISE
 from qjax.qpoint import qpoint_p
 from qjax.quantizers.point import SCOPE
@@ -44,6 +45,17 @@ class Equation:
     source: Any = dataclasses.field(default=None, compare=False, repr=False)
     # True if `quantize_model` put the quantization points.
     is_simulated: bool = dataclasses.field(default=False, compare=False, repr=False)
+    # Number of the block that it simulates; None outside of simulations.
+    block: int | None = dataclasses.field(default=None, compare=False, repr=False)
+    # Sites of that block, where the model is known.
+    sites: BlockSites = dataclasses.field(
+        default=BlockSites(), compare=False, repr=False
+    )
+
+    @property
+    def place(self) -> Place:
+        """Returns the place of the equation."""
+        return Place(self.path.strip("/"), self.sites)
 
     def __str__(self):
         args = " ".join(f"%{i}" for i in self.inputs)
@@ -263,8 +275,11 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
                     if not data.isdisjoint(own):
                         data.update(made)
                     ends = tuple(own), tuple(made)
+                    place, block = split_scope(here)
                     equations.append(
-                        Equation(eqn.primitive, eqn.params, *ends, here, origin)
+                        Equation(
+                            eqn.primitive, eqn.params, *ends, place, origin, block=block
+                        )
                     )
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(v) for v in jaxpr.outvars]

@@ -9,12 +9,11 @@ import jax
 from qjax.model.blocks import Block, Plan, data_of, path_name
 from qjax.model.finder import find_blocks
 from qjax.model.folding import fold_normalisations
+from qjax.model.places import BlockSites
 from qjax.model.primitives import SHAPE_MOVES
 from qjax.model.sites import describe
 from qjax.model.trace import Equation, Trace, trace
 from qjax.schemes.patterns import Site
-
-SITE_MARK = "site="  # Mark before output and weight site in a block's scope.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +30,7 @@ class TracedModel:
       source: Value -> the equation that makes it.
       tables: Rows that an input chooses -> the table.
       moves: Value -> the value that a shape move makes it of.
-      scopes: Root of a block -> its module path and its sites, for error messages.
+      numbers: Root of a block -> its number in the plan.
     """
 
     model: Trace
@@ -43,12 +42,24 @@ class TracedModel:
     source: Mapping[int, Equation]
     tables: Mapping[int, int]
     moves: Mapping[int, int]
-    scopes: Mapping[int, str]
+    numbers: Mapping[int, int]
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """Returns the sites of the model, in the order of the equations."""
         return self.plan.sites
+
+    @property
+    def blocks(self) -> tuple[BlockSites, ...]:
+        """Returns the sites of each block, in the order of `Plan.blocks`."""
+        plan, sites = self.plan, self.plan.sites
+        found = []
+        for block in plan.blocks:
+            at = plan.weights.get(-1 if block.weight is None else block.weight)
+            weight = "" if at is None else sites[at].name
+            output = sites[plan.activations[block.value]].name
+            found.append(BlockSites(output, weight))
+        return tuple(found)
 
     @property
     def biases(self) -> tuple[Site, ...]:
@@ -97,7 +108,7 @@ def trace_model(
         source={v: e for e in order for v in e.outputs},
         tables={b.value: b.root.inputs[0] for b in of_kind(plan.blocks, "embedding")},
         moves={e.outputs[0]: e.inputs[0] for e in moves},
-        scopes={b.root.outputs[0]: _scope(b, plan) for b in plan.blocks},
+        numbers={b.root.outputs[0]: k for k, b in enumerate(plan.blocks)},
     )
 
 
@@ -136,8 +147,7 @@ class Traces:
           The traced model.
         """
         leaves, tree = jax.tree.flatten((params, tuple(inputs)))
-        is_type = lambda x: isinstance(x, jax.ShapeDtypeStruct | jax.core.ShapedArray)
-        types = tuple(x if is_type(x) else jax.typeof(x) for x in leaves)
+        types = tuple(map(_type, leaves))
         settings = tuple(getattr(jax.config, name) for name in _SETTINGS)
         mesh = jax.sharding.get_abstract_mesh()
         key = id(fn), tree, types, tuple(split), whole_norms, mesh, settings
@@ -153,6 +163,14 @@ class Traces:
         return found[1]
 
 
+def _type(x: Any) -> Any:
+    """Returns the type of an argument, which may be given in its place."""
+    if isinstance(x, jax.ShapeDtypeStruct) and x.sharding is None:
+        return jax.core.ShapedArray(x.shape, x.dtype, weak_type=x.weak_type)
+    is_type = isinstance(x, jax.ShapeDtypeStruct | jax.core.ShapedArray)
+    return x if is_type else jax.typeof(x)
+
+
 _MOST_TRACES = 8
 # Settings of JAX that a trace may depend on.
 _SETTINGS = (
@@ -160,12 +178,3 @@ _SETTINGS = (
     "jax_numpy_dtype_promotion",
     "jax_default_matmul_precision",
 )
-
-
-def _scope(block: Block, plan: Plan) -> str:
-    """Returns the module path of a block and its sites, for error messages."""
-    quoted = lambda k: plan.sites[k].name.replace("%", "%25").replace(",", "%2C")
-    output = quoted(plan.activations[block.value])
-    at = plan.weights.get(-1 if block.weight is None else block.weight)
-    weight = "" if at is None else quoted(at)
-    return f"{block.root.path or block.name}/{SITE_MARK}{output},{weight}"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from qjax.qpoint import known_zeros
 from qjax.quantizers.spec import Spec
 from qjax.ranges import abs_max_params, reduce_range
 from qjax.schemes.patterns import Site
-from qjax.schemes.scheme import Scheme
+from qjax.schemes.resolution import Choices
 
 # Least scale of a weight; times that of its input it is no denormal number.
 _LEAST_SCALE = 2.0**-96
@@ -58,16 +57,16 @@ class Quantizer:
     """A visitor that puts values on the grids of a scheme.
 
     Attributes:
-      leaders: Name of a site -> the site whose grid it has, if it is not its own.
+      choices: The scheme, resolved at the sites of the model.
+      qstate: Ranges of the activations.
     """
 
-    scheme: Scheme
+    choices: Choices
     qstate: QState
-    leaders: Mapping[str, Site] = dataclasses.field(default_factory=dict)
 
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
         """Rounds to the grid of the state's range, or to a known grid."""
-        spec = self.scheme.spec(site)
+        spec = self.choices[site].word
         if not isinstance(spec, QSpec):
             x = x if unit is None else x * unit.per(1.0)
             return self._apply(site, x, spec)
@@ -91,18 +90,18 @@ class Quantizer:
 
     def bias(self, site: Site, x: jax.Array) -> Visit:
         """Rounds a bias by a quantizer; an affine word waits for the accumulator."""
-        spec = self.scheme.bias_spec(site)
+        spec = self.choices.biases[site.name]
         if isinstance(spec, QSpec):
             return Visit(x, None, spec)
         return self._apply(site, x, spec)
 
     def takes_factors(self, site: Site) -> bool:
         """Returns whether the range of a weight is found in its values."""
-        return isinstance(self.scheme.spec(site), QSpec)
+        return isinstance(self.choices[site].word, QSpec)
 
     def weight(self, site: Site, x: jax.Array, biases: Biases = list) -> Visit:
         """Rounds a weight to the grid of its own range."""
-        spec = self.scheme.spec(site)
+        spec = self.choices[site].word
         if not isinstance(spec, QSpec):
             return self._apply(site, x, spec)
         scale = shared(abs_max_params, x, spec).scale
@@ -117,8 +116,8 @@ class Quantizer:
 
     def _grid(self, site: Site, spec: QSpec) -> QParams:
         """Returns the grid of a site, or of the site that leads it."""
-        leader = self.leaders.get(site.name, site)
-        calibrator = self.scheme.site_calibrator(leader)
+        leader = self.choices[site].leader
+        calibrator = self.choices[leader].calibrator
         state = self.qstate[leader.name]
         params = shared(calibrator.params, state, spec)
         check_calibrated(params, leader.name)
@@ -141,7 +140,7 @@ class Quantizer:
 
         None if they say nothing.
         """
-        constraints, floors = self.scheme.constraints, []
+        constraints, floors = self.choices.constraints, []
         if constraints.bias_bits is None and not constraints.least_range:
             return None
         top = jnp.asarray(spec.qmax).astype(jnp.float32)
@@ -152,7 +151,7 @@ class Quantizer:
             bias, factor = (jax.lax.stop_gradient(v) for v in (bias, factor))
             gain = jnp.where(factor == 0, 1.0, jnp.abs(factor)).astype(jnp.float32)
             floors.append(constraints.least_range / top / gain)
-            word = self.scheme.spec(data)
+            word = self.choices[data].word
             if constraints.bias_bits is not None and isinstance(word, QSpec):
                 most = 2.0 ** (constraints.bias_bits - 1) - 1.0
                 step = jnp.min(self._grid(data, word).scale)
@@ -169,7 +168,7 @@ class Quantizer:
     def _round(
         self, site: Site, x: jax.Array, params: QParams, spec: QSpec
     ) -> jax.Array:
-        estimator = self.scheme.estimator
+        estimator = self.choices[site].estimator
         return fake_quant(x, params, spec, site=site.name, estimator=estimator)
 
 
@@ -179,10 +178,10 @@ class Updater(Quantizer):
 
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
         """Updates the range of the site, then rounds by it."""
-        spec = self.scheme.spec(site)
+        spec = self.choices[site].word
         if isinstance(spec, QSpec) and site.name in self.qstate:
             real = jax.lax.stop_gradient(x if unit is None else x * unit.per(1.0))
-            calibrator = self.scheme.site_calibrator(site)
+            calibrator = self.choices[site].calibrator
             state = calibrator.update(real, self.qstate[site.name], spec)
             self.qstate[site.name] = state
         return super().activation(site, x, unit)

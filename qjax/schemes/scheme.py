@@ -236,16 +236,6 @@ def shadowed_rules(
     return found
 
 
-def check_words(
-    scheme: Scheme, sites: Sequence[Site], biases: Sequence[Site] = ()
-) -> None:
-    """Raises for a word of a scheme that cannot hold the values of its site."""
-    for site in sites:
-        check_site_word(site.name, site.role, scheme.spec(site))
-    for site in biases:
-        check_site_word(site.name, "weight", scheme.bias_spec(site))
-
-
 def _check_alone(scheme: Scheme) -> None:
     """Raises for words that are wrong at every site of any model."""
     check_site_word("Scheme.weights", "weight", scheme.weights)

@@ -54,7 +54,7 @@ def _add(
         return _add_known(builder, e, a, b, sign)
     left, right = _terms(e, a), _terms(e, b)
     right = tuple((t, s * sign) for t, s in right)
-    return Sum(left + right, path=e.path)
+    return Sum(left + right, place=e.place)
 
 
 def _bends(*operands: Abstract) -> bool:

@@ -65,7 +65,7 @@ def _select(
         others = (_known_mask(builder, e, which, cases, shape),)
     else:
         others = (mask(builder, e, trace, which, e.inputs[0]),)
-    joined = Joined("select", cases, shapes, shape, others, path=e.path)
+    joined = Joined("select", cases, shapes, shape, others, place=e.place)
     return _joined_now(builder, joined)
 
 
@@ -118,7 +118,7 @@ def _concatenate(
         shapes,
         shape,
         attributes={"axis": axis},
-        path=e.path,
+        place=e.place,
     )
     return _joined_now(builder, joined)
 
@@ -128,7 +128,7 @@ def extremum(
 ) -> Abstract:
     """Returns the larger or the smaller of two quantized values."""
     shapes, shape = _shapes(e, trace, e.inputs)
-    joined = Joined(_EXTREMA[e.primitive.name], (a, b), shapes, shape, path=e.path)
+    joined = Joined(_EXTREMA[e.primitive.name], (a, b), shapes, shape, place=e.place)
     return _joined_now(builder, joined)
 
 
@@ -179,15 +179,16 @@ def _joined_now(builder: Builder, x: Joined) -> Abstract:
             builder,
             np.broadcast_to(v, shape),
             grid,
-            name=f"{x.path.strip('/') or x.operation}/constant",
-            path=x.path,
+            name=f"{x.place.path or x.operation}/constant",
+            path=x.place.path,
             like=like_of(builder, x, data, shape),
         )
         for v, shape in zip(found, x.shapes, strict=True)
     ]
-    options: Any = {"grid": grid, "dtype": wider(types, low, high), "path": x.path}
+    options: Any = {"grid": grid, "dtype": wider(types, low, high)}
+    options["path"] = x.place.path
     value = builder.add(x.operation, (*x.others, *inputs), x.attributes, **options)
-    return first.elsewhere(value, low=low, high=high, path=x.path)
+    return first.elsewhere(value, low=low, high=high, place=x.place)
 
 
 def _is_on_grid_of(x: Integers, other: Integers) -> bool:

@@ -13,7 +13,7 @@ from qjax.affine import QParams, dequantize
 from qjax.graph.builder import compact
 from qjax.graph.graph import Grid, storage
 from qjax.lowering.constants import exact_grid, real_values
-from qjax.lowering.interpret import LoweringRule, refuse, where
+from qjax.lowering.interpret import UNKNOWN, LoweringRule, refuse, where
 from qjax.lowering.values import Abstract, Builder, Curve, Integers, Known, KnownCodes
 from qjax.model.primitives import POINTWISE, names
 from qjax.model.trace import Equation, Trace, evaluate
@@ -63,7 +63,7 @@ def curve(
         steps.update(c.steps)
     end = e.outputs[0]
     source = curves[0].source
-    return Curve(source, aliases, known, {**steps, end: e}, end, path=e.path)
+    return Curve(source, aliases, known, {**steps, end: e}, end, place=e.place)
 
 
 def _sources(x: Curve) -> list[Integers]:
@@ -85,7 +85,7 @@ def _ending(x: Curve, end: int) -> Curve:
     """Returns the function with the number by which another equation reads its end."""
     if x.end == end:
         return x
-    same = Equation(copy_p, {}, (x.end,), (end,), x.path)
+    same = Equation(copy_p, {}, (x.end,), (end,), x.place.path)
     return dataclasses.replace(x, steps={**x.steps, end: same}, end=end)
 
 
@@ -99,7 +99,7 @@ def _as_curve(e: Equation, v: int, x: Abstract) -> Curve:
         x = x.emitted()
     if isinstance(x, Integers) and x.emit is None and x.value is not None:
         if x.high - x.low < _MOST_CODES and not x.is_bounded and x.gain is None:
-            return Curve(x, {v: x}, {}, {}, v, path=x.path)
+            return Curve(x, {v: x}, {}, {}, v, place=x.place)
     raise refuse(e, x, "input")
 
 
@@ -159,9 +159,9 @@ def tabulate(
         return found.reshape(-1), None, off
     if len(axes) > 1 or found.size > _MOST_ENTRIES:
         raise ValueError(
-            f"The function in {x.path or 'the traced function'!r} would need a table "
-            f"of shape {found.shape}. Use fewer bits for its input, or numbers that "
-            "vary along one axis only."
+            f"The function in {x.place.path or UNKNOWN!r} would need a table of shape "
+            f"{found.shape}. Use fewer bits for its input, or numbers that vary along "
+            "one axis only."
         )
     return found.reshape(len(codes), -1), axes[0] - found.ndim, off
 
@@ -202,7 +202,7 @@ def add_table(
       builder: Receives it.
       x: The function.
       finish: Function from real values to the integers that the table holds.
-      name: Name of the parameter, before ``/table``.
+      name: Site of the values, and the name of the parameter before ``/table``.
       dtype: Type of the integers.
       grid: Grid of the integers.
 
@@ -216,7 +216,7 @@ def add_table(
     table, axis, off = tabulate(x, finish, builder.types)
     if not np.array_equal(table.astype(dtype), table):
         raise ValueError(
-            f"The function in {x.path or 'the traced function'!r} has values of "
+            f"The function in {x.place.path or UNKNOWN!r} has values of "
             f"{table.dtype} from {table.min()} to {table.max()}, which {dtype} does "
             "not hold. Use a narrower type."
         )
@@ -227,7 +227,7 @@ def add_table(
         params={"table": builder.add_param(f"{name}/table", table.astype(dtype))},
         grid=grid,
         dtype=dtype,
-        path=x.path,
+        path=name,
     )
 
 
@@ -252,9 +252,10 @@ def add_exact_table(
     dtype = storage(low, high)
     params = {"table": builder.add_param(f"{name}/table", codes.astype(dtype))}
     ends = {"low": x.source.low, "axis": axis}
-    options: Any = {"params": params, "dtype": dtype, "path": x.path}
+    options: Any = {"params": params, "dtype": dtype, "path": x.place.path}
     value = builder.add("table", (x.source.value,), ends, **options)
-    return Integers(value, np.asarray(scale), 0, low, high, is_codes=True, path=x.path)
+    own = np.asarray(scale)
+    return Integers(value, own, 0, low, high, is_codes=True, place=x.place)
 
 
 # Elementwise primitives that have rules of their own.
@@ -306,7 +307,7 @@ def _compare(
         dtype="int8",
         path=where(e).strip("'"),
     )
-    return Integers(value, np.ones(()), 0, 0, 1, path=e.path, dtype="bool")
+    return Integers(value, np.ones(()), 0, 0, 1, place=e.place, dtype="bool")
 
 
 def _argmax(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
@@ -325,7 +326,7 @@ def _argmax(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstrac
     options: Any = {"dtype": "int32", "path": where(e).strip("'")}
     value = builder.add(e.primitive.name, (x.value,), {"axis": int(axis)}, **options)
     dtype = str(trace.avals[e.outputs[0]].dtype)
-    return Integers(value, np.ones(()), 0, 0, size - 1, path=e.path, dtype=dtype)
+    return Integers(value, np.ones(()), 0, 0, size - 1, place=e.place, dtype=dtype)
 
 
 # Primitive -> its rule.

@@ -125,7 +125,7 @@ def _embed(
             )
         rank = len(trace.shape(e.outputs[0]))
         scale = scale.reshape((1,) * (rank - scale.ndim + 1) + scale.shape[1:])
-    return Integers(out, scale, 0, low, high, is_codes=not scale.ndim, path=e.path)
+    return Integers(out, scale, 0, low, high, is_codes=not scale.ndim, place=e.place)
 
 
 def _chosen_ends(e: Equation, trace: Trace, index: Real, rows: int) -> "_Chosen | None":
@@ -212,7 +212,7 @@ def _place_input(
         own = dataclasses.replace(own, low=low, high=high)
         builder.values[value] = own
     codes: Abstract = Integers(
-        value, np.ones(()), 0, own.low, own.high, path=e.path, dtype="int32"
+        value, np.ones(()), 0, own.low, own.high, place=e.place, dtype="int32"
     )
     wanted = trace.shape(e.inputs[1])[:-1]
     # The last move appends the axis of places.

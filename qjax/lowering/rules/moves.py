@@ -101,7 +101,7 @@ def _padded(
             return x.elsewhere(value, low=low, high=high)
     attributes = {"padding": config}
     pair = (x,), (shapes[0],), shapes[1]
-    return Joined("pad", *pair, attributes=attributes, path=e.path, fill=fill)
+    return Joined("pad", *pair, attributes=attributes, place=e.place, fill=fill)
 
 
 def move_again(
@@ -213,7 +213,7 @@ def _moved_chain(x: Curve, source: Integers, e: Equation, rank: int, end: int) -
     same = dataclasses.replace(
         e, primitive=copy_p, params={}, inputs=(x.end,), outputs=(end,)
     )
-    return Curve(source, aliases, known, {**x.steps, end: same}, end, path=e.path)
+    return Curve(source, aliases, known, {**x.steps, end: same}, end, place=e.place)
 
 
 def _reshape(e: Equation, trace: Trace, x: Integers) -> tuple[str, dict[str, Any]]:

@@ -29,6 +29,7 @@ from qjax.lowering.values import (
     Sum,
     is_power_of_two,
 )
+from qjax.model.places import Place
 from qjax.model.trace import Equation, Trace
 from qjax.qpoint import grid_codes
 from qjax.rounding import half_even
@@ -207,13 +208,16 @@ def _constant_codes(
     if not x.others or not real.size or np.any(real != real.flat[0]):
         codes = target.known_codes_of(real)
         codes = np.broadcast_to(codes, shape)
-        options = {"name": f"{target.site}/constant", "path": x.path, "dtype": dtype}
-        return add_constant(builder, codes, grid, like=like, **options)
+        options: Any = {"path": x.place.path, "dtype": dtype, "like": like}
+        return add_constant(
+            builder, codes, grid, name=f"{target.site}/constant", **options
+        )
     code = target.codes(float(real.flat[0]))
     table = np.full(2, code, dtype)
     params = {"table": builder.add_param(f"{target.site}/case", table)}
     ends = {"low": 0, "axis": None}
-    return target.add(builder, "table", x.others, ends, params=params, path=x.path)
+    path = x.place.path
+    return target.add(builder, "table", x.others, ends, params=params, path=path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +269,13 @@ class _SiteGrid:
         v = builder.values[value]
         scale = np.asarray(np.float64(np.float32(self.scale)))
         return Integers(
-            value, scale, self.zero_point, v.low, v.high, is_codes=True, path=self.site
+            value,
+            scale,
+            self.zero_point,
+            v.low,
+            v.high,
+            is_codes=True,
+            place=Place(self.site),
         )
 
     @property

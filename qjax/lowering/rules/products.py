@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from qjax.graph.builder import compact
-from qjax.lowering.interpret import LoweringRule, refuse, sites_of, where
+from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.values import Abstract, Builder, Integers, Known, KnownCodes
 from qjax.model.channels import output_scale
 from qjax.model.trace import Equation, Trace
@@ -80,7 +80,7 @@ def _of_two(
     ends = [(x.low - x.zero_point, x.high - x.zero_point) for x in pair]
     products = [taps * p * q for p in ends[0] for q in ends[1]]
     low, high = min(*products, 0), max(*products, 0)
-    limit = builder.most(sites_of(e.path)[0])
+    limit = builder.most(e.sites.output)
     if low < -limit - 1 or high > limit:
         raise AccumulatorOverflowError(
             f"The accumulator of `{e.primitive.name}` in {where(e)} could reach "
@@ -94,7 +94,7 @@ def _of_two(
     path = where(e).strip("'")
     value = builder.add(operation, inputs, attributes, dtype="int32", path=path)
     scale = np.asarray(float(pair[0].scale) * float(pair[1].scale))
-    found = Integers(value, scale, 0, low, high, path=e.path, most=limit)
+    found = Integers(value, scale, 0, low, high, place=e.place, most=limit)
     return dataclasses.replace(
         found, is_gain_exact=all(x.rescaled is None for x in pair)
     )
@@ -161,7 +161,7 @@ def _product(
         is_gain_exact=x.rescaled is None and x.is_gain_exact,
         emit=emit,
         shift=0,
-        path=e.path,
+        place=e.place,
         most=limit,
         is_still=(low == 0) & (high == 0),
     )
@@ -344,7 +344,8 @@ def multiply(
         return _accumulated(builder, "multiply", source, attributes, params, where(e))
 
     scale = np.asarray(np.float64(w.scale) * x.scale)
-    found = Integers(None, scale, 0, 0, 0, emit=emit, shift=0, path=e.path, most=limit)
+    place = e.place
+    found = Integers(None, scale, 0, 0, 0, emit=emit, shift=0, place=place, most=limit)
     return dataclasses.replace(found, is_gain_exact=x.rescaled is None)
 
 

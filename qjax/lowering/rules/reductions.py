@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qjax.lowering.interpret import LoweringRule, refuse, sites_of, where
+from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import emitted, settled
 from qjax.lowering.rules.moves import add_move
 from qjax.lowering.rules.products import AccumulatorOverflowError
@@ -44,7 +44,7 @@ def _sum(
     assert source is not None
     low = taps * min(x.low - x.zero_point, 0)
     high = taps * max(x.high - x.zero_point, 0)
-    limit = builder.most(sites_of(e.path)[0])
+    limit = builder.most(e.sites.output)
     if low < -limit - 1 or high > limit:
         raise AccumulatorOverflowError(
             f"The accumulator of `{e.primitive.name}` in {where(e)} could reach "
@@ -63,7 +63,7 @@ def _sum(
         value = builder.add(operation, (source,), options, dtype="int32", path=path)
         return value, builder.values[value].low, builder.values[value].high
 
-    found = Integers(None, x.scale, 0, low, high, gain=x.gain, emit=emit, path=e.path)
+    found = Integers(None, x.scale, 0, low, high, gain=x.gain, emit=emit, place=e.place)
     exact = x.is_gain_exact and x.rescaled is None
     return dataclasses.replace(found, dtype=x.dtype, is_gain_exact=exact)
 
