@@ -26,7 +26,9 @@ from qjax.lowering.values import (
     Joined,
     Known,
     KnownCodes,
+    PendingAccumulator,
     Real,
+    ScaledIntegers,
 )
 from qjax.model.trace import Equation, Trace
 
@@ -35,7 +37,7 @@ _EXTREMA = {"max": "maximum", "min": "minimum"}
 
 def mask(builder: Builder, e: Equation, trace: Trace, x: Abstract, v: int) -> int:
     """Returns the truth values of a selection as codes 0 and 1."""
-    if isinstance(x, Integers) and x.dtype and x.value is not None:
+    if isinstance(x, Integers) and x.dtype:
         return x.value
     if not isinstance(x, Curve):
         raise refuse(e, x, "condition")
@@ -53,7 +55,7 @@ def _select(
         flat = np.unique(which.value)
         if flat.size == 1:
             return cases[int(flat[0])]
-    if isinstance(which, Curve) or (isinstance(which, Integers) and which.dtype):
+    if isinstance(which, Curve) or (isinstance(which, ScaledIntegers) and which.dtype):
         codes = [c for c in cases if not isinstance(c, Known)]
         source = which.source if isinstance(which, Curve) else which
         same = all(_is_source(c, source) for c in codes)
@@ -73,7 +75,7 @@ def _ready(x: Abstract) -> Abstract:
     """Puts an accumulator into the graph, and turns weights into numbers."""
     if isinstance(x, KnownCodes):
         return Known(real_values(x))
-    return x.emitted() if isinstance(x, Integers) else x
+    return x.emitted() if isinstance(x, PendingAccumulator) else x
 
 
 def _is_uniform(x: Abstract) -> bool:
@@ -83,9 +85,11 @@ def _is_uniform(x: Abstract) -> bool:
     return sum(n > 1 for n in compact(x.value).shape) <= 1
 
 
-def _is_source(x: Abstract, source: Integers) -> bool:
+def _is_source(x: Abstract, source: Abstract) -> bool:
     own = x.source if isinstance(x, Curve) else x
-    return isinstance(own, Integers) and own.value == source.value
+    if not isinstance(own, Integers) or not isinstance(source, Integers):
+        return False
+    return own.value == source.value
 
 
 def _known_mask(
@@ -142,7 +146,7 @@ def _shapes(
 def _joined_now(builder: Builder, x: Joined) -> Abstract:
     """Joins codes that share a grid already with constants that lie on that grid."""
     first = next((p for p in x.parts if isinstance(p, Integers)), None)
-    if first is None or first.value is None or not first.is_codes:
+    if first is None or not first.is_codes:
         return x
     if np.ndim(first.scale):
         return x
@@ -154,7 +158,6 @@ def _joined_now(builder: Builder, x: Joined) -> Abstract:
                 return x
             found.append(codes)
         elif isinstance(part, Integers) and _is_on_grid_of(part, first):
-            assert part.value is not None
             found.append(part.value)
         else:
             return x

@@ -11,7 +11,7 @@ from qjax.lowering.interpret import LoweringRule, refuse, sites_of, where
 from qjax.lowering.operands import emitted, settled
 from qjax.lowering.rules.moves import add_move
 from qjax.lowering.rules.products import AccumulatorOverflowError
-from qjax.lowering.values import Abstract, Builder, Integers
+from qjax.lowering.values import Abstract, Builder, Integers, PendingAccumulator
 from qjax.model.trace import Equation, Trace
 
 
@@ -40,8 +40,6 @@ def _sum(
     x = _reduced(e, settled(builder, e, trace, x))
     if x.dtype and x.dtype != "int32":
         raise refuse(e, x, "input")  # Sums of narrow types wrap.
-    source = x.value
-    assert source is not None
     low = taps * min(x.low - x.zero_point, 0)
     high = taps * max(x.high - x.zero_point, 0)
     limit = builder.most(sites_of(e.path)[0])
@@ -60,12 +58,20 @@ def _sum(
         bias_of_codes = own - taps * x.zero_point
         options = {"bias": bias_of_codes, "padding_code": x.zero_point, **attributes}
         path = where(e).strip("'")
-        value = builder.add(operation, (source,), options, dtype="int32", path=path)
+        value = builder.add(operation, (x.value,), options, dtype="int32", path=path)
         return value, builder.values[value].low, builder.values[value].high
 
-    found = Integers(None, x.scale, 0, low, high, gain=x.gain, emit=emit, path=e.path)
-    exact = x.is_gain_exact and x.rescaled is None
-    return dataclasses.replace(found, dtype=x.dtype, is_gain_exact=exact)
+    return PendingAccumulator(
+        scale=x.scale,
+        low=low,
+        high=high,
+        gain=x.gain,
+        is_gain_exact=x.is_gain_exact and x.rescaled is None,
+        emit=emit,
+        shift=None,
+        path=e.path,
+        dtype=x.dtype,
+    )
 
 
 def _max_pool(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
