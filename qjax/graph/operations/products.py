@@ -58,6 +58,40 @@ def by_channel(
     return kernel.reshape(*kernel.shape[: len(summed)], -1)
 
 
+def channel_ends(kernel: np.ndarray, over: Sequence[int], codes: Ends) -> Ends:
+    """Returns the least and the largest accumulator of each channel, any padding.
+
+        low = sum(max(kernel, 0)) * least + sum(min(kernel, 0)) * most
+        high = sum(max(kernel, 0)) * most + sum(min(kernel, 0)) * least
+
+    Padding has the code of zero, so ``least <= 0 <= most``.
+
+    Args:
+      kernel: int64.
+      over: Axes that are summed over.
+      codes: Least and largest code of the input, less its zero point.
+
+    Returns:
+      int64, in the rank of the kernel, with size 1 along ``over``.
+    """
+    axes = tuple(over)
+    up = np.maximum(kernel, 0).sum(axes, keepdims=True)
+    down = np.minimum(kernel, 0).sum(axes, keepdims=True)
+    least, most = min(codes[0], 0), max(codes[1], 0)
+    return up * least + down * most, up * most + down * least
+
+
+def product_ends(pair: Sequence[Sequence[int]], terms: int) -> tuple[int, int]:
+    """Returns the ends of a sum of products of two values.
+
+    Args:
+      pair: For each value its least and its largest code, less its zero point.
+      terms: Number of products.
+    """
+    corners = [p * q for p in pair[0] for q in pair[1]]
+    return terms * min(corners), terms * max(corners)
+
+
 # Extremes: what is linear in codes has them where each code is at one of its ends.
 
 
@@ -176,8 +210,7 @@ def _of_two(o: Operands, terms: int) -> Ends:
     for x, z in zip(o.inputs, o["zero_points"], strict=True):
         o.check_distance(x, z)
     (a, b), (x, y) = o["zero_points"], o.inputs
-    corners = [p * q for p in (x.low - a, x.high - a) for q in (y.low - b, y.high - b)]
-    return terms * min(corners), terms * max(corners)
+    return product_ends([(x.low - a, x.high - a), (y.low - b, y.high - b)], terms)
 
 
 def _dot_codes_interval(o: Operands) -> Ends:

@@ -162,18 +162,7 @@ def _joined_now(builder: Builder, x: Joined) -> Abstract:
         else:
             return x
     data = [v for v in found if isinstance(v, int)]
-    lows = [
-        int(builder.values[v].low) if isinstance(v, int) else int(v.min())
-        for v in found
-        if isinstance(v, int) or v.size
-    ]
-    highs = [
-        int(builder.values[v].high) if isinstance(v, int) else int(v.max())
-        for v in found
-        if isinstance(v, int) or v.size
-    ]
     types = {builder.values[v].dtype for v in data}
-    low, high = min(lows), max(highs)
     grid = builder.values[data[0]].grid
     inputs = [
         v
@@ -188,6 +177,7 @@ def _joined_now(builder: Builder, x: Joined) -> Abstract:
         )
         for v, shape in zip(found, x.shapes, strict=True)
     ]
+    _, low, high = builder.outcome(x.operation, (*x.others, *inputs), {}, x.attributes)
     options: Any = {"grid": grid, "dtype": wider(types, low, high), "path": x.path}
     value = builder.add(x.operation, (*x.others, *inputs), x.attributes, **options)
     return first.elsewhere(value, low=low, high=high, path=x.path)

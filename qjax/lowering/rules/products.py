@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from qjax.graph.builder import compact
+from qjax.graph.operations.products import channel_ends, product_ends
 from qjax.lowering.interpret import LoweringRule, refuse, sites_of, where
 from qjax.lowering.values import (
     Abstract,
@@ -84,8 +85,8 @@ def _of_two(
     attributes: dict[str, Any],
 ) -> Integers:
     ends = [(x.low - x.zero_point, x.high - x.zero_point) for x in pair]
-    products = [taps * p * q for p in ends[0] for q in ends[1]]
-    low, high = min(*products, 0), max(*products, 0)
+    least, most = product_ends(ends, taps)
+    low, high = min(least, 0), max(most, 0)
     limit = builder.most(sites_of(e.path)[0])
     if low < -limit - 1 or high > limit:
         raise AccumulatorOverflowError(
@@ -202,13 +203,10 @@ def _sums(
 ) -> tuple[Any, Any, Any]:
     """Returns the sums of a kernel by channel, and the ends of its accumulators."""
     over = contracted_axes(e, operand, w.codes.ndim)
-    total = w.codes.sum(over, keepdims=True)
-    positive = np.maximum(w.codes, 0).sum(over, keepdims=True)
-    negative = np.minimum(w.codes, 0).sum(over, keepdims=True)
-    # Padding has the code of zero.
-    up, down = max(x.high - x.zero_point, 0), min(x.low - x.zero_point, 0)
-    low, high = positive * down + negative * up, positive * up + negative * down
-    return tuple(to_output(e, operand, v, rank) for v in (total, low, high))
+    codes = x.low - x.zero_point, x.high - x.zero_point
+    sums = w.codes.sum(over, keepdims=True), *channel_ends(w.codes, over, codes)
+    total, low, high = (to_output(e, operand, v, rank) for v in sums)
+    return total, low, high
 
 
 def _accumulated(
