@@ -463,3 +463,31 @@ def test_sums_over_spread_codes_hold_the_code_of_zero(dilation):
     values = reference.run(program.graph, program.params, codes)
     found = program.codes(*program.quantize_inputs(x))
     np.testing.assert_array_equal(found, values[program.graph.outputs[0]])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("axis", [1, 2])
+def test_running_sums_know_their_number_of_terms(axis, reverse):
+    def fn(x):
+        x = qjax.fake_quant(x, QParams(jnp.float32(0.25), jnp.int32(-5)), QSpec(8))
+        return jax.lax.cumsum(x, axis, reverse)
+
+    x = np.float32(np.random.default_rng(0).integers(-30, 34, (2, 70, 6))) / 4
+    program = qjax.lower(fn, x)
+    (node,) = program.graph.nodes
+    assert node.operation == "running_sum"
+    turned = np.flip(x, axis) if reverse else x
+    wanted = np.cumsum(turned, axis)
+    np.testing.assert_array_equal(
+        program(x), np.flip(wanted, axis) if reverse else wanted
+    )
+    least, most = ((end + 5) * x.shape[axis] for end in (-128, 127))
+    value = program.graph.values[node.output]
+    assert (value.low, value.high) == (least, most)
+    for end in (-200.0, 200.0):  # The ends are reached.
+        codes = [np.asarray(program.quantize_inputs(np.full_like(x, end))[0])]
+        sums = reference.run(program.graph, program.params, codes)[node.output]
+        assert (sums.min() if end < 0 else sums.max()) == (least if end < 0 else most)
+    again = program.quantize_inputs(x)
+    values = reference.run(program.graph, program.params, [np.asarray(again[0])])
+    np.testing.assert_array_equal(program.codes(*again), values[node.output])

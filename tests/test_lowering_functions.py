@@ -49,6 +49,9 @@ FUNCTIONS = {
     "minus": lambda x: x * -0.7,
     "step": lambda x: (x >= 0.5).astype(jnp.float32),
     "constant": lambda x: x * 0.0 + 1.5,
+    "digamma": lambda x: lax.digamma(jnp.abs(x) + 1.0),
+    "lgamma": lambda x: lax.lgamma(jnp.abs(x) + 0.5),
+    "bessel": lambda x: lax.bessel_i0e(x) + lax.bessel_i1e(x),
     "channels": lambda x: jnp.tanh(x * jnp.array([[[0.5, 1.0, -2.0]]]) + 0.1),
 }
 

@@ -285,26 +285,12 @@ def _reach(
         kernel = np.abs(arrays[node.params["kernel"]].astype(np.int64))
         times = int(kernel.max(initial=0)) << node.attributes.get("shift", 0)
         return terms, max(most, inner * times)
-    if node.operation in ("dot", "conv"):
-        if not arrays[node.params["kernel"]].size:
-            return 0, most
-        kernel = by_channel(
-            node.operation, node.attributes, arrays[node.params["kernel"]]
-        )
-        x = graph.values[node.inputs[0]]
-        zero = x.zero_point
-        step = max(abs(x.low - zero), abs(x.high - zero))
-        terms = kernel.size // max(kernel.shape[-1], 1)
-        sums = np.abs(kernel).sum(tuple(range(kernel.ndim - 1)))
-        return terms, max(most, step * int(sums.max(initial=0)))
-    if node.operation == "dot_codes":
-        sizes = graph.values[node.inputs[0]].shape
-        return int(np.prod([sizes[d] for d in node.attributes["contract"][0]])), most
-    if node.operation == "sum":
-        return int(np.prod(node.attributes["sizes"])), most
-    if node.operation == "sum_pool":
-        return int(np.prod(node.attributes["window"])), most
-    return len(node.inputs), most
+    if (reach := OPERATIONS[node.operation].reach) is None:
+        return len(node.inputs), most
+    inputs = [graph.values[i] for i in node.inputs]
+    params = {role: arrays[name] for role, name in node.params.items()}
+    terms, inner = reach(Operands(node.attributes, inputs, params))
+    return terms, max(most, inner)
 
 
 def _is_power_of_two(x: Any) -> Any:

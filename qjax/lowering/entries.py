@@ -46,8 +46,14 @@ def raw(
         value = builder.add_value(trace.shape(v), *ends, Grid(1.0, 0))
         dtype = str(trace.avals[v].dtype)
         builder.inputs[k] = value
+        low, high = ends
         builder.raw[k] = Integers(
-            value, np.ones(()), 0, *ends, place=e.place, dtype=dtype
+            value=value,
+            scale=np.ones(()),
+            low=low,
+            high=high,
+            place=e.place,
+            dtype=dtype,
         )
     codes: Abstract = builder.raw[k]
     codes = move_again(builder, x, trace, codes)

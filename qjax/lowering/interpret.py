@@ -23,6 +23,7 @@ from qjax.lowering.values import (
     Joined,
     Known,
     KnownCodes,
+    PendingAccumulator,
     Real,
     Sum,
 )
@@ -439,6 +440,7 @@ def refuse(e: Equation, x: Abstract, role: str) -> ValueError:
 
 _KINDS: dict[type, str] = {
     Integers: "an accumulator",
+    PendingAccumulator: "an accumulator",
     Sum: "a sum of codes on several grids",
     Curve: "a function of codes that is on no grid",
     Joined: "a choice of values that are on no common grid",

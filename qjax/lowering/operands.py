@@ -1,12 +1,17 @@
 """Operands of rules as integers in the graph."""
 
-import dataclasses
 from typing import Any
 
 import numpy as np
 
 from qjax.lowering.interpret import refuse, where
-from qjax.lowering.values import Abstract, Builder, Integers, Sum
+from qjax.lowering.values import (
+    Abstract,
+    Builder,
+    Integers,
+    PendingAccumulator,
+    Sum,
+)
 from qjax.model.trace import Equation, Trace
 
 
@@ -15,7 +20,6 @@ def settled(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Integer
     x = emitted(builder, e, x)
     if not x.is_bounded:
         return x
-    assert x.value is not None
     scale = x.real_scale()
     ends = []
     for bound, end in zip(x.bounds, (x.low, x.high), strict=True):
@@ -36,9 +40,11 @@ def emitted(builder: Builder, e: Equation, x: Abstract) -> Integers:
     """Returns an operand as integers in the graph."""
     if isinstance(x, Sum):
         x = added(builder, e, x)
+    if isinstance(x, PendingAccumulator):
+        return x.emitted()
     if not isinstance(x, Integers):
         raise refuse(e, x, "input")
-    return x.emitted()
+    return x
 
 
 def added(builder: Builder, e: Equation, x: Sum) -> Integers:
@@ -54,7 +60,7 @@ def added(builder: Builder, e: Equation, x: Sum) -> Integers:
     limit = builder.most(x.place.sites.output)
     if any(f != int(f) for f in factors) or not -limit - 1 <= low <= high <= limit:
         raise refuse(e, x, "input")
-    inputs = tuple(t.value for t in terms if t.value is not None)
+    inputs = tuple(t.value for t in terms)
     value = builder.add(
         "add",
         inputs,
@@ -69,6 +75,12 @@ def added(builder: Builder, e: Equation, x: Sum) -> Integers:
         dtype="int32",
         path=where(e).strip("'"),
     )
-    found = Integers(value, np.asarray(scale), 0, int(low), int(high), place=x.place)
-    exact = all(t.rescaled is None for t in terms)
-    return dataclasses.replace(found, bounds=x.bounds, is_gain_exact=exact)
+    return Integers(
+        value=value,
+        scale=np.asarray(scale),
+        low=int(low),
+        high=int(high),
+        is_gain_exact=all(t.rescaled is None for t in terms),
+        bounds=x.bounds,
+        place=x.place,
+    )

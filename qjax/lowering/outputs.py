@@ -18,6 +18,7 @@ from qjax.lowering.values import (
     Integers,
     Known,
     KnownCodes,
+    ScaledIntegers,
     Sum,
 )
 from qjax.model.trace import Equation, Trace
@@ -41,10 +42,9 @@ def add_output(
         x = add_exact_table(builder, x, traced.shape(v), x.place.path or "output") or x
     if isinstance(x, Sum):
         x = _summed(builder, last, x, k)
-    if not isinstance(x, Integers) or x.dtype:
+    if not isinstance(x, ScaledIntegers) or x.dtype:
         raise refuse(last, x, f"output {k}")
     x = settled(builder, last, traced, x)
-    assert x.value is not None
     grid = Grid(np.float32(x.real_scale()).tolist(), x.zero_point)
     value = builder.values[x.value]
     if value.grid is None and x.value not in (*taken, *builder.inputs.values()):
@@ -79,11 +79,10 @@ def _whole_output(builder: Builder, k: int, x: Abstract, traced: Trace) -> int:
         own = dataclasses.replace(builder.values[value], dtype_of_model=dtype)
         builder.values[value] = own
         return value
-    if not isinstance(x, Integers) or not x.dtype or x.gain is not None:
+    if not isinstance(x, ScaledIntegers) or not x.dtype or x.gain is not None:
         raise refuse(last, x, f"output {k}")
-    assert np.all(x.scale == 1) and not x.zero_point
     x = settled(builder, last, traced, x)
-    assert x.value is not None
+    assert np.all(x.scale == 1) and not x.zero_point
     return _copy(builder, x.value, None, dtype)
 
 

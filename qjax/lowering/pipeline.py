@@ -199,9 +199,7 @@ def _partial(
     builder: Builder, outputs: Sequence[Abstract], residues: list[Residue]
 ) -> IntegerProgram:
     """Returns the program between the residues."""
-    whole = [
-        x.value for x in outputs if isinstance(x, Integers) and x.value is not None
-    ]
+    whole = [x.value for x in outputs if isinstance(x, Integers)]
     graph = builder.graph(tuple(builder.inputs.values()), tuple(whole))
     inputs, outputs = map(jax.tree.structure, (graph.inputs, graph.outputs))
     listed = tuple(sorted(residues, key=lambda residue: residue.is_follower))

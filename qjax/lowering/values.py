@@ -46,16 +46,14 @@ class Real:
     is_left: bool = False  # True for a value that follows from one without integers.
 
 
-@dataclasses.dataclass(frozen=True)
-class Integers:
-    """Integers that stand for real values.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScaledIntegers:
+    """Integers that stand for real values, in the graph or about to be.
 
         real = clip(scale * gain * (integer - zero_point), *bounds)
 
     Attributes:
-      value: Number in the graph; None while `emit` waits for the bias.
       scale: float64, ``[]`` or the rank of the value.
-      zero_point: Integer that means 0.0.
       low: Least integer.
       high: Largest integer.
       gain: float64, per-channel factors that no grid absorbed; None if there are none.
@@ -65,25 +63,15 @@ class Integers:
         rounds a quotient is its choice.
       is_bias_exact: Whether no bias was rounded to the unit of the integers.
       bounds: Bounds of an activation.
-      is_codes: Whether these are the codes of a quantization point.
-      bias: int64, to be added; absent once emitted.
-      emit: Puts the accumulator with its bias into the graph.
-      shift: Bits by which the product is shifted left before its bias is added, so that
-        a finer bias keeps its value; None where that cannot be.
+      place: Place of what computes them.
       most: Largest magnitude that the accumulator may reach.
-      bounded: Codes that a bound has clipped, as a function of the codes before the
-        bound. A function of both is one table.
-      rescaled: Codes in another unit than that of their grid, as a function of codes
-        on a grid, with the roundings of the model. Functions start from it.
       dtype: Type in the model of integers that stand for themselves; empty for real
         values.
       is_still: Whether a channel is zero but for its bias, in the rank of the value or
         ``[]``; None where that is not known.
     """
 
-    value: int | None
     scale: np.ndarray
-    zero_point: int
     low: int
     high: int
     gain: np.ndarray | None = None
@@ -91,33 +79,10 @@ class Integers:
     is_quotient: bool = False
     is_bias_exact: bool = True
     bounds: tuple[float, float] = (-np.inf, np.inf)
-    is_codes: bool = False
-    bias: np.ndarray | None = None
-    emit: "Callable[[np.ndarray, int], tuple[int, int, int]] | None" = None
-    shift: int | None = None
     place: Place = Place()
     most: int = 2**31 - 1
-    bounded: "Curve | None" = None
-    rescaled: "Curve | None" = None
     dtype: str = ""
     is_still: np.ndarray | None = None
-
-    def emitted(self) -> "Integers":
-        """Returns the integers in the graph."""
-        if self.emit is None:
-            return self
-        bias = np.zeros((), np.int64) if self.bias is None else self.bias
-        value, low, high = self.emit(bias, self.shift or 0)
-        still = None if self.is_still is None else self.is_still & (bias == 0)
-        found = dataclasses.replace(
-            self, value=value, low=low, high=high, bias=None, emit=None, shift=None
-        )
-        return dataclasses.replace(found, is_still=still)
-
-    def elsewhere(self, value: int, **changes: Any) -> "Integers":
-        """Returns the same numbers as another value of the graph."""
-        changes = {"bounded": None, "rescaled": None, "is_still": None, **changes}
-        return dataclasses.replace(self, value=value, **changes)
 
     def real_scale(self) -> np.ndarray:
         """Returns units per integer: scale and gain together."""
@@ -127,6 +92,83 @@ class Integers:
     def is_bounded(self) -> bool:
         """Returns whether an activation waits for the next grid."""
         return self.bounds != (-np.inf, np.inf)
+
+    @property
+    def is_of_codes(self) -> bool:
+        """Returns whether these are codes, or integers that stand for themselves."""
+        return bool(self.dtype)
+
+    def _shared(self) -> dict[str, Any]:
+        """Returns the fields that integers have in the graph and before, by name."""
+        fields = dataclasses.fields(ScaledIntegers)
+        return {field.name: getattr(self, field.name) for field in fields}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Integers(ScaledIntegers):
+    """Integers in the graph.
+
+    Attributes:
+      value: Number in the graph.
+      zero_point: Integer that means 0.0.
+      is_codes: Whether these are the codes of a quantization point.
+      bounded: Codes that a bound has clipped, as a function of the codes before the
+        bound. A function of both is one table.
+      rescaled: Codes in another unit than that of their grid, as a function of codes
+        on a grid, with the roundings of the model. Functions start from it.
+    """
+
+    value: int
+    zero_point: int = 0
+    is_codes: bool = False
+    bounded: "Curve | None" = None
+    rescaled: "Curve | None" = None
+
+    @property
+    def is_of_codes(self) -> bool:
+        """Returns whether these are codes, or integers that stand for themselves."""
+        return self.is_codes or bool(self.dtype)
+
+    def elsewhere(self, value: int, **changes: Any) -> "Integers":
+        """Returns the same numbers as another value of the graph."""
+        changes = {"bounded": None, "rescaled": None, "is_still": None, **changes}
+        return dataclasses.replace(self, value=value, **changes)
+
+    def before_bias(self, emit: "Emit") -> "PendingAccumulator":
+        """Returns the integers, whose zero point is 0, as what waits for a bias."""
+        assert not self.zero_point
+        return PendingAccumulator(**self._shared(), emit=emit)
+
+
+# Puts an accumulator with its bias into the graph, its product shifted left before the
+# bias is added. Returns its value, its least and its largest integer.
+Emit = Callable[[np.ndarray, int], tuple[int, int, int]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PendingAccumulator(ScaledIntegers):
+    """An accumulator that waits for its bias before it goes into the graph.
+
+    Its zero point is 0.
+
+    Attributes:
+      emit: Puts it into the graph.
+      shift: Bits by which the product is shifted left before its bias is added, so that
+        a finer bias keeps its value; None where that cannot be.
+      bias: int64, to be added; None if there is none yet.
+    """
+
+    emit: Emit
+    shift: int | None = 0
+    bias: np.ndarray | None = None
+
+    def emitted(self) -> Integers:
+        """Returns the accumulator in the graph."""
+        bias = np.zeros((), np.int64) if self.bias is None else self.bias
+        value, low, high = self.emit(bias, self.shift or 0)
+        still = None if self.is_still is None else self.is_still & (bias == 0)
+        found = Integers(**self._shared(), value=value)
+        return dataclasses.replace(found, low=low, high=high, is_still=still)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +243,17 @@ class ByChannel:
     site: str
 
 
-Abstract = Known | KnownCodes | Real | Integers | Sum | Curve | Joined | ByChannel
+Abstract = (
+    Known
+    | KnownCodes
+    | Real
+    | Integers
+    | PendingAccumulator
+    | Sum
+    | Curve
+    | Joined
+    | ByChannel
+)
 
 
 class Builder(GraphBuilder):

@@ -82,6 +82,12 @@ def _sum_pool(node, params, inputs):
     return total + _wrapped(a["bias"])
 
 
+def _running_sum(node, params, inputs):
+    a = node.attributes
+    x = inputs[0].astype(jnp.int32) - a["input_zero_point"]
+    return lax.cumsum(x, a["axis"], a["reverse"]) + _wrapped(a["bias"])
+
+
 def _extreme_pool(node, params, inputs):
     x = inputs[0]
     window = _window(node, x.ndim)
@@ -279,6 +285,7 @@ BODIES: dict[str, NodeBody] = {
     "multiply": _multiply,
     "sum": _sum,
     "sum_pool": _sum_pool,
+    "running_sum": _running_sum,
     "requantize": _requantize,
     "add": _add,
     "clip": _clip,

@@ -9,6 +9,7 @@ import numpy as np
 from qjax.formats.tflite import tables
 from qjax.formats.tflite.tables import Codes
 from qjax.formats.tflite.tensors import Call, TfliteRule
+from qjax.graph.operations.products import channel_ends, product_ends
 from qjax.integer import RequantizeRule, fixed_point, tflite_multiplier
 
 _INT32 = np.iinfo(np.int32)
@@ -178,12 +179,10 @@ def _product(
         added = call.constant(bias).astype(np.int64)
         is_wide = is_wide and call.tensor(bias).dtype == "int64"
     over = tuple(d for d in range(kernel.ndim) if d != channel)
-    up, down = np.maximum(kernel, 0).sum(over), np.minimum(kernel, 0).sum(over)
-    # Padding has the code of zero.
-    most, least = max(v.high - x.zero_point, 0), min(v.low - x.zero_point, 0)
-    low, high = up * least + down * most + added, up * most + down * least + added
+    ends = channel_ends(kernel, over, (v.low - x.zero_point, v.high - x.zero_point))
+    low, high = (end.reshape(-1) + added for end in ends)
     offset = 128 if v.dtype == "uint8" else 0
-    folded = added - (x.zero_point - offset) * (up + down)
+    folded = added - (x.zero_point - offset) * kernel.sum(over)
     _check_overflow(call, low, high, folded)
     per_channel = lambda a: np.reshape(a, [1] * (len(shape) - 1) + [-1])
     is_byte = np.abs(kernel).max(initial=0) < 128
@@ -280,8 +279,8 @@ def _of_two(
         [end - c.zero_point for end in (call.known(v).low, call.known(v).high)]
         for c, v in zip(codes, values, strict=True)
     ]
-    corners = [taps * p * q for p in sides[0] for q in sides[1]]
-    _check_overflow(call, np.array(min(corners)), np.array(max(corners)), np.zeros(1))
+    low, high = map(np.array, product_ends(sides, taps))
+    _check_overflow(call, low, high, np.zeros(1))
     zero_points = [c.zero_point for c in codes]
     return call.add(operation, values, zero_points=zero_points, **attributes)
 

@@ -8,7 +8,9 @@ import numpy as np
 
 from qjax.graph.operations.record import (
     AXES,
+    AXIS,
     AXIS_LISTS,
+    FLAG,
     INTEGER,
     INTEGERS,
     LEFT,
@@ -27,6 +29,7 @@ from qjax.graph.operations.record import (
     check_axes,
     pad_or_crop,
     pool_shape,
+    same_shape,
     spread,
     window_sizes,
     window_taps,
@@ -56,6 +59,40 @@ def by_channel(
     free = [d for d in range(kernel.ndim) if d not in (*summed, *batch)]
     kernel = kernel.transpose(*summed, *batch, *free)
     return kernel.reshape(*kernel.shape[: len(summed)], -1)
+
+
+def channel_ends(kernel: np.ndarray, over: Sequence[int], codes: Ends) -> Ends:
+    """Returns the least and the largest accumulator of each channel, any padding.
+
+        low = sum(max(kernel, 0)) * least + sum(min(kernel, 0)) * most
+        high = sum(max(kernel, 0)) * most + sum(min(kernel, 0)) * least
+
+    Padding has the code of zero, so ``least <= 0 <= most``.
+
+    Args:
+      kernel: int64.
+      over: Axes that are summed over.
+      codes: Least and largest code of the input, less its zero point.
+
+    Returns:
+      int64, in the rank of the kernel, with size 1 along ``over``.
+    """
+    axes = tuple(over)
+    up = np.maximum(kernel, 0).sum(axes, keepdims=True)
+    down = np.minimum(kernel, 0).sum(axes, keepdims=True)
+    least, most = min(codes[0], 0), max(codes[1], 0)
+    return up * least + down * most, up * most + down * least
+
+
+def product_ends(pair: Sequence[Sequence[int]], terms: int) -> tuple[int, int]:
+    """Returns the ends of a sum of products of two values.
+
+    Args:
+      pair: For each value its least and its largest code, less its zero point.
+      terms: Number of products.
+    """
+    corners = [p * q for p in pair[0] for q in pair[1]]
+    return terms * min(corners), terms * max(corners)
 
 
 # Extremes: what is linear in codes has them where each code is at one of its ends.
@@ -176,8 +213,7 @@ def _of_two(o: Operands, terms: int) -> Ends:
     for x, z in zip(o.inputs, o["zero_points"], strict=True):
         o.check_distance(x, z)
     (a, b), (x, y) = o["zero_points"], o.inputs
-    corners = [p * q for p in (x.low - a, x.high - a) for q in (y.low - b, y.high - b)]
-    return terms * min(corners), terms * max(corners)
+    return product_ends([(x.low - a, x.high - a), (y.low - b, y.high - b)], terms)
 
 
 def _dot_codes_interval(o: Operands) -> Ends:
@@ -290,6 +326,29 @@ def _sum_pool_interval(o: Operands) -> Ends:
     return terms * low + o["bias"], terms * high + o["bias"]
 
 
+def _running_sum_interval(o: Operands) -> Ends:
+    """Returns the ends of sums of 1 to n terms, of which either may be the extreme."""
+    terms, bias = o.x.shape[o["axis"]], o["bias"]
+    low, high = (end - o["input_zero_point"] for end in (o.x.low, o.x.high))
+    return min(low, terms * low) + bias, max(high, terms * high) + bias
+
+
+def _running_sum(a: Mapping[str, Any], own: Any, xs: Sequence[np.ndarray]) -> Any:
+    turn = slice(None, None, -1 if a["reverse"] else 1)
+    x = np.moveaxis(xs[0] - a["input_zero_point"], a["axis"], 0)
+    return np.moveaxis(x[turn].cumsum(0)[turn], 0, a["axis"]) + a["bias"]
+
+
+def _reach_of_product(o: Operands, operation: str) -> tuple[int, int]:
+    kernel, zero = o.params["kernel"], o.x.zero_point
+    if not kernel.size:
+        return 0, 0
+    kernel = by_channel(operation, o.attributes, kernel)
+    step = max(abs(o.x.low - zero), abs(o.x.high - zero))
+    sums = np.abs(kernel).sum(tuple(range(kernel.ndim - 1)))
+    return kernel.size // max(kernel.shape[-1], 1), step * int(sums.max(initial=0))
+
+
 _PRODUCT = {"offset": INTEGER, "shift": LEFT}
 _CONTRACTION = {"contract": SIDES, "batch": SIDES}
 _ROLES = ("kernel", "bias")
@@ -303,6 +362,7 @@ DOT = Operation(
     _dot,
     attributes={"kernel_operand": OPERAND, **_CONTRACTION, **_PRODUCT},
     roles=_ROLES,
+    reach=lambda o: _reach_of_product(o, "dot"),
 )
 CONV = Operation(
     "conv",
@@ -322,6 +382,7 @@ CONV = Operation(
         **_PRODUCT,
     },
     roles=_ROLES,
+    reach=lambda o: _reach_of_product(o, "conv"),
 )
 MULTIPLY = Operation(
     "multiply",
@@ -343,6 +404,7 @@ DOT_CODES = Operation(
     inputs=2,
     attributes={"zero_points": INTEGERS, **_CONTRACTION},
     each_input=("zero_points",),
+    reach=lambda o: (math.prod(o.x.shape[d] for d in o["contract"][0]), 0),
 )
 MULTIPLY_CODES = Operation(
     "multiply_codes",
@@ -364,6 +426,22 @@ SUM = Operation(
     lambda a, own, xs: xs[0].sum(tuple(a["axes"])) + a["bias"],
     attributes={"axes": AXES, "sizes": INTEGERS, "bias": WIDE},
     optional={"padding_code": INTEGER},
+    reach=lambda o: (math.prod(o["sizes"]), 0),
+)
+RUNNING_SUM = Operation(
+    "running_sum",
+    "acc = sum(q - input_zero_point) + bias, of all up to each place of an axis",
+    "accumulator",
+    same_shape,
+    _running_sum_interval,
+    _running_sum,
+    attributes={
+        "axis": AXIS,
+        "reverse": FLAG,
+        "input_zero_point": INTEGER,
+        "bias": WIDE,
+    },
+    reach=lambda o: (o.x.shape[o["axis"]], 0),
 )
 SUM_POOL = Operation(
     "sum_pool",
@@ -374,6 +452,16 @@ SUM_POOL = Operation(
     lambda a, own, xs: sum(window_taps(a, xs[0], a["padding_code"])) + a["bias"],
     attributes={"bias": WIDE, "padding_code": INTEGER, **WINDOW},
     each_axis=tuple(WINDOW),
+    reach=lambda o: (math.prod(o["window"]), 0),
 )
 
-PRODUCTS = (DOT, CONV, MULTIPLY, DOT_CODES, MULTIPLY_CODES, SUM, SUM_POOL)
+PRODUCTS = (
+    DOT,
+    CONV,
+    MULTIPLY,
+    DOT_CODES,
+    MULTIPLY_CODES,
+    SUM,
+    SUM_POOL,
+    RUNNING_SUM,
+)

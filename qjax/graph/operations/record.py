@@ -176,6 +176,9 @@ class Operation:
       each_input: Names of the lists that have an item for each input.
       each_axis: Names of the lists that have an item for each axis of the first input.
       graphs: Roles of the graphs of its node; each must be there.
+      reach: Of an accumulator the number of terms, and a bound on the magnitude of any
+        part of their sum, 0 where the interval of the output says enough; None where
+        each input is one term.
     """
 
     name: str
@@ -191,6 +194,7 @@ class Operation:
     each_input: tuple[str, ...] = ()
     each_axis: tuple[str, ...] = ()
     graphs: tuple[str, ...] = ()
+    reach: Callable[[Operands], tuple[int, int]] | None = None
 
 
 # Shapes and intervals that several operations share.

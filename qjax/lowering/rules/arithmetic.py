@@ -22,7 +22,9 @@ from qjax.lowering.values import (
     Joined,
     Known,
     KnownCodes,
+    PendingAccumulator,
     Real,
+    ScaledIntegers,
     Sum,
     is_power_of_two,
 )
@@ -38,9 +40,9 @@ def _add(
     builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
 ) -> Abstract:
     sign = -1.0 if e.primitive.name == "sub" else 1.0
-    if isinstance(a, Integers) and isinstance(b, Known) and not np.any(b.value):
+    if isinstance(a, ScaledIntegers) and isinstance(b, Known) and not np.any(b.value):
         return a
-    if isinstance(b, Integers) and isinstance(a, Known) and not np.any(a.value):
+    if isinstance(b, ScaledIntegers) and isinstance(a, Known) and not np.any(a.value):
         if sign > 0:
             return b
     if _bends(a, b) and (found := curve(builder, e, trace, a, b)) is not None:
@@ -64,14 +66,9 @@ def _bends(*operands: Abstract) -> bool:
     """
     if any(isinstance(x, Curve) for x in operands):
         return True
-    codes = [x for x in operands if isinstance(x, Integers) and _is_of_codes(x)]
+    codes = [x for x in operands if isinstance(x, ScaledIntegers) and x.is_of_codes]
     known = [x for x in operands if isinstance(x, Known)]
     return len(codes) == 1 and len(known) == len(operands) - 1
-
-
-def _is_of_codes(x: Integers) -> bool:
-    """Returns whether integers are codes, or integers that stand for themselves."""
-    return x.is_codes or bool(x.dtype)
 
 
 def _terms(e: Equation, x: Abstract) -> tuple[tuple[Integers, float], ...]:
@@ -91,9 +88,9 @@ def _add_known(
         shifted = gain, offset + sign * float(known.value.flat[0])
         exact = x.is_exact and is_power_of_two(gain) and not offset
         return rescaled(e, x, _numbers(e, known), shifted, exact)
-    if not isinstance(x, Integers) or _is_of_codes(x) or x.is_bounded:
+    if not isinstance(x, ScaledIntegers) or x.is_of_codes or x.is_bounded:
         raise refuse(e, x, "operand")
-    if x.emit is None:
+    if isinstance(x, Integers):
         x = reopened(builder, e, x)
     if isinstance(known, KnownCodes):
         if sign > 0 and _is_on_grid_of(x, known):
@@ -107,7 +104,7 @@ def _add_known(
     if not np.all(np.isfinite(real)):
         raise _not_finite(e)
     if x.shift is None and not _is_one_step(x, compact(real)):
-        x = reopened(builder, e, x)
+        x = reopened(builder, e, x.emitted())
     x = _refined(x, compact(real))
     with np.errstate(divide="ignore", invalid="ignore"):
         steps = compact(sign * real) / x.real_scale()
@@ -126,7 +123,7 @@ def _add_known(
     return _with_bias(x, bias)
 
 
-def _is_one_step(x: Integers, real: np.ndarray) -> bool:
+def _is_one_step(x: PendingAccumulator, real: np.ndarray) -> bool:
     """Returns whether a constant is one whole number of steps, for a sum of codes."""
     with np.errstate(divide="ignore", invalid="ignore"):
         steps = real / x.real_scale()
@@ -143,7 +140,7 @@ def _not_finite(e: Equation) -> ValueError:
     )
 
 
-def _is_on_grid_of(x: Integers, known: KnownCodes) -> bool:
+def _is_on_grid_of(x: PendingAccumulator, known: KnownCodes) -> bool:
     """Returns whether a bias has the unit of its accumulator up to float32 rounding."""
     if x.gain is not None or np.any(known.zero_point):
         return False
@@ -155,7 +152,7 @@ def _is_number(known: Abstract) -> bool:
     return isinstance(known, Known) and known.value.size == 1
 
 
-def _refined(x: Integers, bias: np.ndarray) -> Integers:
+def _refined(x: PendingAccumulator, bias: np.ndarray) -> PendingAccumulator:
     """Returns a product on a grid that holds a bias, or as fine as its word allows."""
     if x.shift is None or x.bias is not None:
         return x
@@ -178,7 +175,7 @@ def _is_whole(x: np.ndarray) -> bool:
     return bool(np.all(off <= np.minimum(_ROUNDING * np.abs(x), _MOST_OFF)))
 
 
-def _with_bias(x: Integers, bias: np.ndarray) -> Integers:
+def _with_bias(x: PendingAccumulator, bias: np.ndarray) -> PendingAccumulator:
     bias = compact(bias.astype(np.int64))
     return dataclasses.replace(x, bias=bias if x.bias is None else x.bias + bias)
 
@@ -200,12 +197,12 @@ def _mul(builder: Builder, e: Equation, trace: Trace, *operands: Abstract) -> Ab
         with np.errstate(divide="ignore", over="ignore"):
             reciprocal = np.float32(1) / np.asarray(b.value, np.float32)
         factor = compact(np.asarray(reciprocal, np.float64))
-        if isinstance(a, Integers) and _is_of_codes(a) and factor.size == 1:
+        if isinstance(a, Integers) and a.is_of_codes and factor.size == 1:
             return _rescaled(builder, e, trace, (a, b), factor.reshape(()))
         return _scaled(e, a, factor, b, is_quotient=True)
     x, known = (b, a) if isinstance(a, Known | KnownCodes) else (a, b)
-    if isinstance(x, Integers) and isinstance(known, Integers):
-        if x.is_codes and x.value == known.value and x.high - x.low < 1 << 16:
+    if isinstance(x, ScaledIntegers) and isinstance(known, ScaledIntegers):
+        if _are_same_codes(x, known) and x.high - x.low < 1 << 16:
             if (found := curve(builder, e, trace, a, b)) is not None:
                 return found
         return multiply_codes(builder, e, trace, x, known)
@@ -214,9 +211,15 @@ def _mul(builder: Builder, e: Equation, trace: Trace, *operands: Abstract) -> Ab
     if not isinstance(known, Known):
         raise refuse(e, known, "operand")
     factor = compact(np.asarray(known.value, np.float64))
-    if isinstance(x, Integers) and _is_of_codes(x) and factor.size == 1:
+    if isinstance(x, Integers) and x.is_of_codes and factor.size == 1:
         return _rescaled(builder, e, trace, (a, b), factor.reshape(()))
     return _scaled(e, x, factor, known)
+
+
+def _are_same_codes(x: Abstract, y: Abstract) -> bool:
+    if not isinstance(x, Integers) or not isinstance(y, Integers):
+        return False
+    return x.is_codes and x.value == y.value
 
 
 def _one_unit(e: Equation, x: ByChannel, known: Known) -> Integers:
@@ -252,7 +255,7 @@ def _rescaled(
     """Returns codes in another unit; a function of codes keeps the model's product."""
     x = next(o for o in operands if isinstance(o, Integers))
     scale = x.scale * factor
-    if factor <= 0 or x.value is None or x.dtype or not _MOST <= scale < 1 / _MOST:
+    if factor <= 0 or x.dtype or not _MOST <= scale < 1 / _MOST:
         raise refuse(e, x, "operand")
     if x.rescaled is None and is_power_of_two(factor):
         return dataclasses.replace(x, scale=scale, bounded=None)
@@ -296,7 +299,7 @@ def _scaled(
         once = not is_quotient and is_power_of_two(before) and not shift
         exact = x.is_exact and (is_power or once)
         return rescaled(e, x, _numbers(e, known), (gain, offset), exact)
-    if not isinstance(x, Integers) or x.is_codes or x.is_bounded or x.dtype:
+    if not isinstance(x, ScaledIntegers) or x.is_of_codes or x.is_bounded:
         raise refuse(e, x, "operand")
     factor = compact(factor)
     if np.all(factor == 1):
@@ -371,7 +374,7 @@ def _within(
     ends: tuple[float, float],
     operands: tuple[Abstract, ...],
 ) -> Abstract:
-    if not isinstance(x, Integers | Sum | Joined):
+    if not isinstance(x, ScaledIntegers | Sum | Joined):
         raise refuse(e, x, "operand")
     low, high = (min(max(b, ends[0]), ends[1]) for b in x.bounds)
     bounded = dataclasses.replace(x, bounds=(low, high))

@@ -10,15 +10,16 @@ import numpy as np
 from qjax.affine import QParams, dequantize
 from qjax.lowering.inputs import cast, moved
 from qjax.lowering.interpret import LoweringRule, where
+from qjax.lowering.operands import settled
 from qjax.lowering.rules.functions import curve
 from qjax.lowering.values import (
     Abstract,
     Builder,
     Curve,
-    Integers,
     Joined,
     KnownCodes,
     Real,
+    ScaledIntegers,
     Sum,
 )
 from qjax.model.trace import Equation, Trace, evaluate
@@ -45,16 +46,16 @@ def _convert(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstra
         return x
     if isinstance(x, KnownCodes) and _keeps_weight(e, x):
         return x
-    if isinstance(x, Integers) and x.dtype and is_cast and _keeps_range(x, dtype):
-        is_real = trace.is_real(e.outputs[0])
-        return dataclasses.replace(
-            x, dtype="" if is_real else str(dtype), is_codes=is_real, bounded=None
-        )
-    if isinstance(x, Integers) and (x.is_codes or x.dtype):
+    if isinstance(x, ScaledIntegers) and x.is_of_codes:
+        if x.dtype and is_cast and _keeps_range(x, dtype):
+            if not trace.is_real(e.outputs[0]):
+                return dataclasses.replace(x, dtype=str(dtype))
+            x = settled(builder, e, trace, x)
+            return dataclasses.replace(x, dtype="", is_codes=True)
         found = curve(builder, e, trace, x)
         assert found is not None
         return found
-    if isinstance(x, Integers | Sum | Joined) and not is_cast:
+    if isinstance(x, ScaledIntegers | Sum | Joined) and not is_cast:
         bits = e.params["exponent_bits"], e.params["mantissa_bits"]
         if bits[0] >= 8 and bits[1] >= 23:
             return x
@@ -68,7 +69,7 @@ def _convert(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstra
 _WIDE = (np.dtype("float32"), np.dtype("float64"))
 
 
-def _keeps_range(x: Integers, dtype: Any) -> bool:
+def _keeps_range(x: ScaledIntegers, dtype: Any) -> bool:
     """Returns whether a type holds all integers in the range of a value."""
     if jnp.issubdtype(dtype, jnp.floating):
         digits = jnp.finfo(dtype).nmant + 1

@@ -17,6 +17,7 @@ from qjax.lowering.constants import (
 )
 from qjax.lowering.entries import as_codes
 from qjax.lowering.interpret import LoweringRule, refuse, where
+from qjax.lowering.operands import settled
 from qjax.lowering.rules.functions import add_table, curve
 from qjax.lowering.values import (
     Abstract,
@@ -26,7 +27,9 @@ from qjax.lowering.values import (
     Joined,
     Known,
     KnownCodes,
+    PendingAccumulator,
     Real,
+    ScaledIntegers,
 )
 from qjax.model.trace import Equation, Trace
 
@@ -35,8 +38,8 @@ _EXTREMA = {"max": "maximum", "min": "minimum"}
 
 def mask(builder: Builder, e: Equation, trace: Trace, x: Abstract, v: int) -> int:
     """Returns the truth values of a selection as codes 0 and 1."""
-    if isinstance(x, Integers) and x.dtype and x.value is not None:
-        return x.value
+    if isinstance(x, Integers) and x.dtype:
+        return settled(builder, e, trace, x).value
     if not isinstance(x, Curve):
         raise refuse(e, x, "condition")
     name, finish = where(e).strip("'"), lambda y: y.astype(jnp.int32)
@@ -53,7 +56,7 @@ def _select(
         flat = np.unique(which.value)
         if flat.size == 1:
             return cases[int(flat[0])]
-    if isinstance(which, Curve) or (isinstance(which, Integers) and which.dtype):
+    if isinstance(which, Curve) or (isinstance(which, ScaledIntegers) and which.dtype):
         codes = [c for c in cases if not isinstance(c, Known)]
         source = which.source if isinstance(which, Curve) else which
         same = all(_is_source(c, source) for c in codes)
@@ -73,7 +76,7 @@ def _ready(x: Abstract) -> Abstract:
     """Puts an accumulator into the graph, and turns weights into numbers."""
     if isinstance(x, KnownCodes):
         return Known(real_values(x))
-    return x.emitted() if isinstance(x, Integers) else x
+    return x.emitted() if isinstance(x, PendingAccumulator) else x
 
 
 def _is_uniform(x: Abstract) -> bool:
@@ -83,9 +86,11 @@ def _is_uniform(x: Abstract) -> bool:
     return sum(n > 1 for n in compact(x.value).shape) <= 1
 
 
-def _is_source(x: Abstract, source: Integers) -> bool:
+def _is_source(x: Abstract, source: Abstract) -> bool:
     own = x.source if isinstance(x, Curve) else x
-    return isinstance(own, Integers) and own.value == source.value
+    if not isinstance(own, Integers) or not isinstance(source, Integers):
+        return False
+    return own.value == source.value
 
 
 def _known_mask(
@@ -101,7 +106,7 @@ def _known_mask(
     like = next(
         (v for c in cases if (v := anchor(builder, c, shape)) is not None), None
     )
-    return add_constant(builder, codes, None, name=name, path=e.path, like=like)
+    return add_constant(builder, codes, None, name=name, path=e.place.path, like=like)
 
 
 _QUOTE = "'"
@@ -142,7 +147,7 @@ def _shapes(
 def _joined_now(builder: Builder, x: Joined) -> Abstract:
     """Joins codes that share a grid already with constants that lie on that grid."""
     first = next((p for p in x.parts if isinstance(p, Integers)), None)
-    if first is None or first.value is None or not first.is_codes:
+    if first is None or not first.is_codes:
         return x
     if np.ndim(first.scale):
         return x
@@ -154,23 +159,11 @@ def _joined_now(builder: Builder, x: Joined) -> Abstract:
                 return x
             found.append(codes)
         elif isinstance(part, Integers) and _is_on_grid_of(part, first):
-            assert part.value is not None
             found.append(part.value)
         else:
             return x
     data = [v for v in found if isinstance(v, int)]
-    lows = [
-        int(builder.values[v].low) if isinstance(v, int) else int(v.min())
-        for v in found
-        if isinstance(v, int) or v.size
-    ]
-    highs = [
-        int(builder.values[v].high) if isinstance(v, int) else int(v.max())
-        for v in found
-        if isinstance(v, int) or v.size
-    ]
     types = {builder.values[v].dtype for v in data}
-    low, high = min(lows), max(highs)
     grid = builder.values[data[0]].grid
     inputs = [
         v
@@ -185,8 +178,12 @@ def _joined_now(builder: Builder, x: Joined) -> Abstract:
         )
         for v, shape in zip(found, x.shapes, strict=True)
     ]
-    options: Any = {"grid": grid, "dtype": wider(types, low, high)}
-    options["path"] = x.place.path
+    _, low, high = builder.outcome(x.operation, (*x.others, *inputs), {}, x.attributes)
+    options: Any = {
+        "grid": grid,
+        "dtype": wider(types, low, high),
+        "path": x.place.path,
+    }
     value = builder.add(x.operation, (*x.others, *inputs), x.attributes, **options)
     return first.elsewhere(value, low=low, high=high, place=x.place)
 

@@ -14,7 +14,15 @@ from qjax.graph.builder import compact
 from qjax.graph.graph import Grid, storage
 from qjax.lowering.constants import exact_grid, real_values
 from qjax.lowering.interpret import UNKNOWN, LoweringRule, refuse, where
-from qjax.lowering.values import Abstract, Builder, Curve, Integers, Known, KnownCodes
+from qjax.lowering.values import (
+    Abstract,
+    Builder,
+    Curve,
+    Integers,
+    Known,
+    KnownCodes,
+    PendingAccumulator,
+)
 from qjax.model.primitives import POINTWISE, names
 from qjax.model.trace import Equation, Trace, evaluate
 
@@ -49,7 +57,7 @@ def curve(
     common = set.intersection(*sources)
     if not common:
         return None
-    curves = [_since(c, min(v for v in common if v is not None)) for c in curves]
+    curves = [_since(c, min(common)) for c in curves]
     aliases: dict[int, Integers] = {}
     known = {
         v: _per_channel(e, x)
@@ -95,9 +103,9 @@ def _as_curve(e: Equation, v: int, x: Abstract) -> Curve:
         return _ending(x, v)
     if isinstance(x, Integers) and x.rescaled is not None:
         return _ending(x.rescaled, v)
-    if isinstance(x, Integers) and x.dtype:
+    if isinstance(x, PendingAccumulator) and x.dtype:
         x = x.emitted()
-    if isinstance(x, Integers) and x.emit is None and x.value is not None:
+    if isinstance(x, Integers):
         if x.high - x.low < _MOST_CODES and not x.is_bounded and x.gain is None:
             return Curve(x, {v: x}, {}, {}, v, place=x.place)
     raise refuse(e, x, "input")
@@ -212,7 +220,6 @@ def add_table(
     Raises:
       ValueError: if the type does not hold an entry.
     """
-    assert x.source.value is not None
     table, axis, off = tabulate(x, finish, builder.types)
     if not np.array_equal(table.astype(dtype), table):
         raise ValueError(
@@ -245,7 +252,7 @@ def add_exact_table(
 
     found, axis, off = tabulate(x, bits, builder.types)
     exact = exact_grid(found.view(np.float32))
-    if exact is None or off or x.source.value is None:
+    if exact is None or off:
         return None
     scale, codes = exact
     low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
@@ -254,8 +261,14 @@ def add_exact_table(
     ends = {"low": x.source.low, "axis": axis}
     options: Any = {"params": params, "dtype": dtype, "path": x.place.path}
     value = builder.add("table", (x.source.value,), ends, **options)
-    own = np.asarray(scale)
-    return Integers(value, own, 0, low, high, is_codes=True, place=x.place)
+    return Integers(
+        value=value,
+        scale=np.asarray(scale),
+        low=low,
+        high=high,
+        is_codes=True,
+        place=x.place,
+    )
 
 
 # Elementwise primitives that have rules of their own.
@@ -297,7 +310,7 @@ def _compare(
     parts = [np.frexp(np.float32(x.scale)) for x in pair]
     value = builder.add(
         "compare",
-        [x.value for x in pair if x.value is not None],
+        [x.value for x in pair],
         {
             "kind": e.primitive.name,
             "multipliers": [int(mantissa * 2**24) for mantissa, _ in parts],
@@ -307,7 +320,9 @@ def _compare(
         dtype="int8",
         path=where(e).strip("'"),
     )
-    return Integers(value, np.ones(()), 0, 0, 1, place=e.place, dtype="bool")
+    return Integers(
+        value=value, scale=np.ones(()), low=0, high=1, place=e.place, dtype="bool"
+    )
 
 
 def _argmax(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
@@ -322,11 +337,16 @@ def _argmax(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstrac
             f"float32 takes several for one.\n  equation: {e}\nQuantize its input to "
             "at most 22 bits."
         )
-    assert x.value is not None
     options: Any = {"dtype": "int32", "path": where(e).strip("'")}
     value = builder.add(e.primitive.name, (x.value,), {"axis": int(axis)}, **options)
-    dtype = str(trace.avals[e.outputs[0]].dtype)
-    return Integers(value, np.ones(()), 0, 0, size - 1, place=e.place, dtype=dtype)
+    return Integers(
+        value=value,
+        scale=np.ones(()),
+        low=0,
+        high=size - 1,
+        place=e.place,
+        dtype=str(trace.avals[e.outputs[0]].dtype),
+    )
 
 
 # Primitive -> its rule.

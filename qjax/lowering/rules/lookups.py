@@ -108,7 +108,6 @@ def _embed(
             f"symmetric table, chosen by an integer input, have one.\n  equation: {e}"
         )
     ids = _place_input(builder, e, trace, index, ends)
-    assert ids.value is not None
     low, high = int(w.codes.min(initial=0)), int(w.codes.max(initial=0))
     kernel = w.codes.astype(storage(low, high))
     params = {"kernel": builder.add_param(w.site or "embedding", kernel)}
@@ -125,7 +124,14 @@ def _embed(
             )
         rank = len(trace.shape(e.outputs[0]))
         scale = scale.reshape((1,) * (rank - scale.ndim + 1) + scale.shape[1:])
-    return Integers(out, scale, 0, low, high, is_codes=not scale.ndim, place=e.place)
+    return Integers(
+        value=out,
+        scale=scale,
+        low=low,
+        high=high,
+        is_codes=not scale.ndim,
+        place=e.place,
+    )
 
 
 def _chosen_ends(e: Equation, trace: Trace, index: Real, rows: int) -> "_Chosen | None":
@@ -212,13 +218,18 @@ def _place_input(
         own = dataclasses.replace(own, low=low, high=high)
         builder.values[value] = own
     codes: Abstract = Integers(
-        value, np.ones(()), 0, own.low, own.high, place=e.place, dtype="int32"
+        value=value,
+        scale=np.ones(()),
+        low=own.low,
+        high=own.high,
+        place=e.place,
+        dtype="int32",
     )
     wanted = trace.shape(e.inputs[1])[:-1]
     # The last move appends the axis of places.
     ends_there = bool(index.moves) and trace.shape(index.moves[-1].inputs[0]) == wanted
     codes = move_again(builder, index, trace, codes, keep=int(ends_there))
-    assert isinstance(codes, Integers) and codes.value is not None
+    assert isinstance(codes, Integers)
     if builder.values[codes.value].shape != wanted:
         raise refuse(e, index, "index")
     return codes

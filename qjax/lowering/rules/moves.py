@@ -22,7 +22,9 @@ from qjax.lowering.values import (
     Joined,
     Known,
     KnownCodes,
+    PendingAccumulator,
     Real,
+    ScaledIntegers,
     Sum,
 )
 from qjax.model.channels import move_scale
@@ -46,7 +48,6 @@ def move(
     if isinstance(x, Curve):
         return _move_curve(builder, e, trace, x)
     x = emitted(builder, e, x)
-    assert x.value is not None
     shape = builder.values[x.value].shape
     scale = _move_units(e, x.scale, shape)
     gain = None if x.gain is None else _move_units(e, x.gain, shape)
@@ -68,7 +69,7 @@ def _fill(e: Equation, x: Abstract) -> float:
 
 def _bounds_away(x: Abstract) -> bool:
     """Returns whether a waiting activation changes zero."""
-    return isinstance(x, Integers) and not x.bounds[0] <= 0 <= x.bounds[1]
+    return isinstance(x, ScaledIntegers) and not x.bounds[0] <= 0 <= x.bounds[1]
 
 
 def _padded(
@@ -77,18 +78,13 @@ def _padded(
     """Pads codes with a code; a value on no grid yet waits for one."""
     if isinstance(x, Real) and x.input is not None:
         raise refuse_pad(e, x)
-    if not isinstance(x, Integers | Curve | Sum | Joined):
+    if not isinstance(x, ScaledIntegers | Curve | Sum | Joined):
         raise refuse(e, x, "input")
     config = _padding(e)
     shapes = trace.shape(e.inputs[0]), trace.shape(e.outputs[0])
-    x = x.emitted() if isinstance(x, Integers) else x
+    x = x.emitted() if isinstance(x, PendingAccumulator) else x
     is_ready = isinstance(x, Integers) and x.is_codes and not np.ndim(x.scale)
-    if (
-        isinstance(x, Integers)
-        and is_ready
-        and x.rescaled is None
-        and x.value is not None
-    ):
+    if isinstance(x, Integers) and is_ready and x.rescaled is None:
         codes = codes_on(np.asarray(fill, np.float32), float(x.scale), x.zero_point)
         if codes is not None and not x.is_bounded and np.isfinite(fill):
             code, own = int(codes), builder.values[x.value]
@@ -187,14 +183,12 @@ def placed(
     Returns:
       The moved codes.
     """
-    assert x.value is not None
     value = place(x.value)
     found = x.elsewhere(value, **changes)
     if x.rescaled is None:
         return found
     chain, end = x.rescaled, e.outputs[0] if end is None else end
     start = chain.source.value
-    assert start is not None
     source = chain.source.elsewhere(value if start == x.value else place(start))
     return dataclasses.replace(
         found, rescaled=_moved_chain(chain, source, e, rank, end)

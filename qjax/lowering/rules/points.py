@@ -25,7 +25,9 @@ from qjax.lowering.values import (
     Joined,
     Known,
     KnownCodes,
+    PendingAccumulator,
     Real,
+    ScaledIntegers,
     Sum,
     is_power_of_two,
 )
@@ -107,7 +109,7 @@ def _by_channel(
     if isinstance(x, Curve):
         known = {**x.known, -1: np.asarray(target.units)}  # Known for its rank.
         return _table(builder, dataclasses.replace(x, known=known), target, shape)
-    if not isinstance(x, Integers):
+    if not isinstance(x, ScaledIntegers):
         raise refuse(e, x, "input")
     found = _requantize(builder, x, target, shape)
     low, high = (target.bound_codes(b) for b in x.bounds)
@@ -130,7 +132,6 @@ def _capped(
     codes = np.arange(x.low, x.high + 1)[:, None]
     if len(axes) != 1 or codes.size * low.size > 1 << 20:
         raise refuse(e, x, "input")
-    assert x.value is not None
     table = np.clip(codes, low, high)
     stored = table.astype(target.dtype)
     params = {"table": builder.add_param(f"{target.site}/bounds", stored)}
@@ -146,7 +147,7 @@ def _onto(
     """Puts the operand of a quantization point on its grid."""
     if isinstance(x, Sum):
         return _requantize_sum(builder, x, target, shape)
-    if isinstance(x, Integers):
+    if isinstance(x, ScaledIntegers):
         return _requantize(builder, x, target, shape)
     if isinstance(x, Curve):
         return _table(builder, x, target, shape)
@@ -168,9 +169,7 @@ def _join(builder: Builder, e: Equation, x: Joined, target: "_SiteGrid") -> Inte
     onto: dict[int, int] = {}
     for k, (p, shape) in enumerate(pairs):
         if not isinstance(p, Known):
-            own = _onto(builder, e, p, part, shape)
-            assert own.value is not None
-            onto[k] = own.value
+            onto[k] = _onto(builder, e, p, part, shape).value
     for k, (p, shape) in enumerate(pairs):
         if isinstance(p, Known):
             likes = [*onto.values(), *x.others]
@@ -267,13 +266,12 @@ class _SiteGrid:
         if not self.is_part:
             builder.add_site(self.site, value)
         v = builder.values[value]
-        scale = np.asarray(np.float64(np.float32(self.scale)))
         return Integers(
-            value,
-            scale,
-            self.zero_point,
-            v.low,
-            v.high,
+            value=value,
+            scale=np.asarray(np.float64(np.float32(self.scale))),
+            zero_point=self.zero_point,
+            low=v.low,
+            high=v.high,
             is_codes=True,
             place=Place(self.site),
         )
@@ -328,21 +326,24 @@ def _quantize_input(
         raise InputTwiceError(e, trace, x)
     codes: Abstract = dataclasses.replace(target, is_part=True).integers(builder, value)
     codes = move_again(builder, x, trace, codes)
-    assert isinstance(codes, Integers) and codes.value is not None
+    assert isinstance(codes, Integers)
     if not target.is_part:
         builder.add_site(target.site, codes.value)
     return codes
 
 
 def _requantize(
-    builder: Builder, x: Integers, target: _SiteGrid, shape: tuple[int, ...]
+    builder: Builder,
+    x: Integers | PendingAccumulator,
+    target: _SiteGrid,
+    shape: tuple[int, ...],
 ) -> Integers:
+    x = x.emitted() if isinstance(x, PendingAccumulator) else x
     low, high = target.range(x.bounds)
     is_one = target.units is None and np.ndim(x.scale) == 0
     same_grid = is_one and x.is_codes and x.scale == np.float32(target.scale)
     if same_grid and x.zero_point == target.zero_point and not x.is_bounded:
         is_whole = x.rescaled is None or x.high - x.low < _MOST_WHOLE
-        assert x.value is not None
         # Parts are joined in one type.
         fits = builder.values[x.value].dtype == storage(target.qmin, target.qmax)
         is_whole &= fits or not target.is_part
@@ -350,8 +351,6 @@ def _requantize(
             if not target.is_part:
                 builder.add_site(target.site, x.value)
             return x
-    x = x.emitted()
-    assert x.value is not None
     ratio = x.real_scale() / target.units_of()
     # If float32 arithmetic has one operation that rounds, round as it does.
     one_rounding = (
@@ -450,7 +449,7 @@ def _requantize_sum(
         "high": high,
         "is_exact": _is_exact_sum(x, target),
     }
-    inputs = [t.value for t, _ in x.terms if t.value is not None]
+    inputs = [t.value for t, _ in x.terms]
     value = target.add(builder, "add", inputs, attributes)
     return target.integers(builder, value)
 

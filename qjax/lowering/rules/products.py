@@ -1,6 +1,5 @@
 """Rules of products: dot, convolution, a factor per channel, two activations."""
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -8,8 +7,16 @@ from typing import Any
 import numpy as np
 
 from qjax.graph.builder import compact
+from qjax.graph.operations.products import channel_ends, product_ends
 from qjax.lowering.interpret import LoweringRule, refuse, where
-from qjax.lowering.values import Abstract, Builder, Integers, Known, KnownCodes
+from qjax.lowering.values import (
+    Abstract,
+    Builder,
+    Integers,
+    Known,
+    KnownCodes,
+    PendingAccumulator,
+)
 from qjax.model.channels import output_scale
 from qjax.model.trace import Equation, Trace
 
@@ -78,8 +85,8 @@ def _of_two(
     attributes: dict[str, Any],
 ) -> Integers:
     ends = [(x.low - x.zero_point, x.high - x.zero_point) for x in pair]
-    products = [taps * p * q for p in ends[0] for q in ends[1]]
-    low, high = min(*products, 0), max(*products, 0)
+    least, most = product_ends(ends, taps)
+    low, high = min(least, 0), max(most, 0)
     limit = builder.most(e.sites.output)
     if low < -limit - 1 or high > limit:
         raise AccumulatorOverflowError(
@@ -90,13 +97,17 @@ def _of_two(
             np.array(ends),
         )
     attributes = {**attributes, "zero_points": [x.zero_point for x in pair]}
-    inputs = [x.value for x in pair if x.value is not None]
+    inputs = [x.value for x in pair]
     path = where(e).strip("'")
     value = builder.add(operation, inputs, attributes, dtype="int32", path=path)
-    scale = np.asarray(float(pair[0].scale) * float(pair[1].scale))
-    found = Integers(value, scale, 0, low, high, place=e.place, most=limit)
-    return dataclasses.replace(
-        found, is_gain_exact=all(x.rescaled is None for x in pair)
+    return Integers(
+        value=value,
+        scale=np.asarray(float(pair[0].scale) * float(pair[1].scale)),
+        low=low,
+        high=high,
+        is_gain_exact=all(x.rescaled is None for x in pair),
+        place=e.place,
+        most=limit,
     )
 
 
@@ -134,9 +145,8 @@ def _product(
     rank = len(trace.shape(e.outputs[0]))
     scale = _kernel_scale(e, w, operand, rank)
     total, low, high = _sums(e, w, x, operand, rank)
-    assert x.value is not None
     offset = storage_offset(builder.values[x.value].dtype)
-    source, limit = x.value, builder.most(w.site or "")
+    limit = builder.most(w.site or "")
 
     def emit(bias: np.ndarray, shift: int) -> tuple[int, int, int]:
         least, most = (low << shift) + bias, (high << shift) + bias
@@ -150,17 +160,14 @@ def _product(
         )
         attributes |= {"offset": offset, "shift": shift}
         operation = "dot" if is_dot else "conv"
-        return _accumulated(builder, operation, source, attributes, params, where(e))
+        return _accumulated(builder, operation, x.value, attributes, params, where(e))
 
-    return Integers(
-        None,
-        scale * x.scale,
-        0,
-        int(low.min(initial=0)),
-        int(high.max(initial=0)),
+    return PendingAccumulator(
+        scale=scale * x.scale,
+        low=int(low.min(initial=0)),
+        high=int(high.max(initial=0)),
         is_gain_exact=x.rescaled is None and x.is_gain_exact,
         emit=emit,
-        shift=0,
         place=e.place,
         most=limit,
         is_still=(low == 0) & (high == 0),
@@ -196,13 +203,10 @@ def _sums(
 ) -> tuple[Any, Any, Any]:
     """Returns the sums of a kernel by channel, and the ends of its accumulators."""
     over = contracted_axes(e, operand, w.codes.ndim)
-    total = w.codes.sum(over, keepdims=True)
-    positive = np.maximum(w.codes, 0).sum(over, keepdims=True)
-    negative = np.minimum(w.codes, 0).sum(over, keepdims=True)
-    # Padding has the code of zero.
-    up, down = max(x.high - x.zero_point, 0), min(x.low - x.zero_point, 0)
-    low, high = positive * down + negative * up, positive * up + negative * down
-    return tuple(to_output(e, operand, v, rank) for v in (total, low, high))
+    codes = x.low - x.zero_point, x.high - x.zero_point
+    sums = w.codes.sum(over, keepdims=True), *channel_ends(w.codes, over, codes)
+    total, low, high = (to_output(e, operand, v, rank) for v in sums)
+    return total, low, high
 
 
 def _accumulated(
@@ -296,14 +300,11 @@ def storage_offset(dtype: str) -> int:
     return 0 if info.min < 0 else (info.max + 1) // 2
 
 
-def reopened(builder: Builder, e: Equation, x: Integers) -> Integers:
+def reopened(builder: Builder, e: Equation, x: Integers) -> PendingAccumulator:
     """Returns an accumulator that takes a bias although it is in the graph already."""
-    x = x.emitted()
-    source, path = x.value, where(e).strip("'")
-    assert source is not None and not x.zero_point
+    path = where(e).strip("'")
 
     def emit(bias: np.ndarray, shift: int) -> tuple[int, int, int]:
-        assert source is not None
         low, high = (np.asarray(end << shift) + bias for end in (x.low, x.high))
         if low.min(initial=0) < -x.most - 1 or high.max(initial=0) > x.most:
             raise AccumulatorOverflowError(
@@ -318,19 +319,17 @@ def reopened(builder: Builder, e: Equation, x: Integers) -> Integers:
             "bias": builder.add_param(f"{path}/bias", bias.astype(np.int32)),
         }
         attributes = {"offset": 0, "shift": shift}
-        return _accumulated(builder, "multiply", source, attributes, params, path)
+        return _accumulated(builder, "multiply", x.value, attributes, params, path)
 
-    return dataclasses.replace(x, value=None, emit=emit, shift=0)
+    return x.before_bias(emit)
 
 
 def multiply(
     builder: Builder, e: Equation, trace: Trace, x: Integers, w: KnownCodes
-) -> Integers:
+) -> PendingAccumulator:
     """Multiplies codes by a constant on a grid: a factor per channel."""
-    assert x.value is not None
-    source = x.value
     codes, limit = compact(w.codes), builder.most(w.site or "")
-    offset = storage_offset(builder.values[source].dtype)
+    offset = storage_offset(builder.values[x.value].dtype)
     ends = [codes * (bound - x.zero_point) for bound in (x.low, x.high)]
 
     def emit(bias: np.ndarray, shift: int) -> tuple[int, int, int]:
@@ -341,12 +340,17 @@ def multiply(
         _check_overflow(e, folded, folded, w, x, _INT32.max)
         params = _add_params(builder, w.site or "scale", codes, folded)
         attributes = {"offset": offset, "shift": shift}
-        return _accumulated(builder, "multiply", source, attributes, params, where(e))
+        return _accumulated(builder, "multiply", x.value, attributes, params, where(e))
 
-    scale = np.asarray(np.float64(w.scale) * x.scale)
-    place = e.place
-    found = Integers(None, scale, 0, 0, 0, emit=emit, shift=0, place=place, most=limit)
-    return dataclasses.replace(found, is_gain_exact=x.rescaled is None)
+    return PendingAccumulator(
+        scale=np.asarray(np.float64(w.scale) * x.scale),
+        low=0,
+        high=0,
+        is_gain_exact=x.rescaled is None,
+        emit=emit,
+        place=e.place,
+        most=limit,
+    )
 
 
 # Primitive -> its rule.

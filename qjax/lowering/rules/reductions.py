@@ -11,7 +11,7 @@ from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import emitted, settled
 from qjax.lowering.rules.moves import add_move
 from qjax.lowering.rules.products import AccumulatorOverflowError
-from qjax.lowering.values import Abstract, Builder, Integers
+from qjax.lowering.values import Abstract, Builder, Integers, PendingAccumulator
 from qjax.model.trace import Equation, Trace
 
 
@@ -40,8 +40,6 @@ def _sum(
     x = _reduced(e, settled(builder, e, trace, x))
     if x.dtype and x.dtype != "int32":
         raise refuse(e, x, "input")  # Sums of narrow types wrap.
-    source = x.value
-    assert source is not None
     low = taps * min(x.low - x.zero_point, 0)
     high = taps * max(x.high - x.zero_point, 0)
     limit = builder.most(e.sites.output)
@@ -57,15 +55,25 @@ def _sum(
     def emit(bias: np.ndarray, shift: int) -> tuple[int, int, int]:
         assert not shift
         own = int(bias.reshape(-1)[0])
-        bias_of_codes = own - taps * x.zero_point
-        options = {"bias": bias_of_codes, "padding_code": x.zero_point, **attributes}
+        options = {"bias": own, "input_zero_point": x.zero_point, **attributes}
+        if operation != "running_sum":  # As many terms at each place.
+            own -= taps * options.pop("input_zero_point")
+            options |= {"bias": own, "padding_code": x.zero_point}
         path = where(e).strip("'")
-        value = builder.add(operation, (source,), options, dtype="int32", path=path)
+        value = builder.add(operation, (x.value,), options, dtype="int32", path=path)
         return value, builder.values[value].low, builder.values[value].high
 
-    found = Integers(None, x.scale, 0, low, high, gain=x.gain, emit=emit, place=e.place)
-    exact = x.is_gain_exact and x.rescaled is None
-    return dataclasses.replace(found, dtype=x.dtype, is_gain_exact=exact)
+    return PendingAccumulator(
+        scale=x.scale,
+        low=low,
+        high=high,
+        gain=x.gain,
+        is_gain_exact=x.is_gain_exact and x.rescaled is None,
+        emit=emit,
+        shift=None,
+        place=e.place,
+        dtype=x.dtype,
+    )
 
 
 def _max_pool(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
@@ -110,8 +118,9 @@ def _window(e: Equation) -> dict[str, Any]:
 
 
 def _running_sum(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
+    attributes = {"axis": e.params["axis"], "reverse": e.params["reverse"]}
     e, size = _running(e, trace)
-    return _sum(builder, e, trace, x, size, "sum_pool", _window(e)) if size else x
+    return _sum(builder, e, trace, x, size, "running_sum", attributes) if size else x
 
 
 def _running_extreme(
