@@ -11,6 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from qjax.affine import QParams, QSpec, dequantize, quantize
+from qjax.model.states import check_state
 from qjax.model.visitors import QState, Quantizer
 from qjax.model.visits import Biases, Unit, Visit
 from qjax.quantized_model import QuantizedModel
@@ -138,7 +139,9 @@ def scales(qmodel: QuantizedModel, params: chex.ArrayTree, qstate: QState) -> Sc
 
 def _word_length(word: Any, levels: jax.Array) -> ArrayLike:
     """Returns the bits of a word; for levels, the bits that tell them apart."""
-    bits: ArrayLike | None = getattr(word, "bits", None)
+    is_learned = isinstance(word, Spec) and word.learning is not None
+    names = word.learning.names if is_learned else ()
+    bits: ArrayLike | None = None if "bits" in names else getattr(word, "bits", None)
     return (int(levels) - 1).bit_length() if bits is None else bits
 
 
@@ -165,7 +168,8 @@ class _GridRecorder(Quantizer):
     def _keep(self, site: Site, x: jax.Array, visit: Visit) -> Visit:
         spec = self.choices[site].word
         if visit.grid is not None and spec is not None:
-            self.grids[site.name] = visit.grid, _extent(spec, x)
+            arrays = () if isinstance(spec, QSpec) else self._learned(site, spec)
+            self.grids[site.name] = visit.grid, _extent(spec, x, *arrays)
         return visit
 
 
@@ -218,7 +222,9 @@ class IntegerWeights(dict[str, IntegerWeight]):
 _WEIGHT_HEAD = ("weight", "bits", "codes", "scale")
 
 
-def integer_weights(qmodel: QuantizedModel, params: chex.ArrayTree) -> IntegerWeights:
+def integer_weights(
+    qmodel: QuantizedModel, params: chex.ArrayTree, qstate: QState | None = None
+) -> IntegerWeights:
     """Returns the weights as integers, with their scales, by the name of their site.
 
     No activation is needed, so that models of which only weights are quantized
@@ -227,15 +233,18 @@ def integer_weights(qmodel: QuantizedModel, params: chex.ArrayTree) -> IntegerWe
     asks for another unit: a bias too large for int32, a BatchNorm of no gain.
 
     Args:
-      qmodel: The model; no state is asked for.
+      qmodel: The model.
       params: Parameters of its ``fn``.
+      qstate: State that holds the learned arrays of weights, where words such as `LSQ`
+        have some; others need none.
 
     Returns:
       Name -> `IntegerWeight`, in the order of computation: the weights that have a
       word. What the scheme leaves in float is not there.
 
     Raises:
-      ValueError: for a quantizer whose values have no codes; for a scheme whose
+      ValueError: for learned weights without a state; for a quantizer whose values have
+        no codes; for a scheme whose
         `Constraints` ask for scales that hold biases, as these depend on ranges.
 
     Example:
@@ -256,14 +265,23 @@ def integer_weights(qmodel: QuantizedModel, params: chex.ArrayTree) -> IntegerWe
             "`lower(...).params`, and the scales from `scales`."
         )
 
+    learned = [c.site for c, _ in qmodel.choices.learned() if c.site.role == "weight"]
+    if learned and qstate is None:
+        raise ValueError(
+            f"The weight {learned[0].name!r} has learned arrays: pass the state that "
+            "holds them, `integer_weights(qmodel, params, qstate)`."
+        )
+
     @jax.jit
-    def run(params: chex.ArrayTree) -> dict[str, Any]:
+    def run(params: chex.ArrayTree, qstate: QState) -> dict[str, Any]:
         inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), qmodel.example)
-        recorder = _WeightRecorder(qmodel.choices, {})
+        recorder = _WeightRecorder(qmodel.choices, qstate)
         qmodel.simulation(params, inputs).run(recorder)
         return recorder.weights
 
-    rows, found = run(params), IntegerWeights()
+    if qstate is not None:
+        check_state(qmodel.choices, qstate)
+    rows, found = run(params, qstate or {}), IntegerWeights()
     for site in qmodel.sites:
         if site.name in rows:
             codes, grid, (low, high, count), table = rows[site.name]
@@ -284,9 +302,11 @@ def _storage(low: jax.Array, high: jax.Array) -> Any:
     return jnp.int32
 
 
-def _extent(spec: QSpec | Spec, x: jax.Array) -> tuple[jax.Array, ...]:
+def _extent(
+    spec: QSpec | Spec, x: jax.Array, *learned: jax.Array
+) -> tuple[jax.Array, ...]:
     """Returns the least code, the largest code and the number of levels of a word."""
-    word = spec if isinstance(spec, QSpec) else make_point(spec, None, x)
+    word = spec if isinstance(spec, QSpec) else make_point(spec, None, x, *learned)
     count = jnp.asarray(word.qmax) - jnp.asarray(word.qmin) + 1
     if isinstance(word, Point):
         count = jnp.max(word.highest - word.lowest) + 1
@@ -307,9 +327,10 @@ class _WeightRecorder(Quantizer):
         spec, visit, table = self.choices[site].word, super().weight(site, x), None
         if spec is None:
             return visit
-        extent, grid = _extent(spec, x), visit.grid
+        arrays = self._learned(site, spec) if isinstance(spec, Spec) else ()
+        extent, grid = _extent(spec, x, *arrays), visit.grid
         if isinstance(spec, Spec):
-            _, codes, grid = encode(spec, x)
+            _, codes, grid = encode(spec, x, *arrays)
             if grid is None:
                 table = levels(spec)
                 extent = jnp.int32(0), jnp.int32(len(table) - 1), jnp.int32(len(table))

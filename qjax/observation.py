@@ -25,9 +25,10 @@ from qjax.calibration.batches import (
     random_samples,
 )
 from qjax.leaves import shapes_of
+from qjax.model.states import check_state
 from qjax.model.trace import is_key
-from qjax.model.visitors import QState
-from qjax.quantized_model import QuantizedModel, check_state
+from qjax.model.visitors import LEARNED, QState
+from qjax.quantized_model import QuantizedModel
 from qjax.quantizers.spec import is_known
 from qjax.ranges import reduce_range
 from qjax.schemes.words import is_one_sided
@@ -79,6 +80,9 @@ def calibrate(
     neither, they are random, by QuantizeML's rule: all values of an integer input; for
     a real one the integers that the codes of its site can tell apart, 0 to 255 by
     default (`random_samples`).
+
+    Where words learn (`qjax.quantizers.LSQ`), ``qstate["learned"]`` holds their arrays,
+    started anew from the data and the weights.
 
     The state is all there is: saved, it resumes a calibration bit for bit. Over several
     devices or processes, shard each batch along its examples, ``NamedSharding(mesh, P(
@@ -143,7 +147,8 @@ def calibrate(
         )
     names = [site.name for site, *_ in qmodel.calibrated()]
     if qstate is not None:
-        check_state(qmodel.choices, qstate)
+        check_state(qmodel.choices, qstate, is_whole=False)
+        qstate = {k: v for k, v in qstate.items() if k != LEARNED}
     first: Any = None
     number, step, state = 0, None, qstate
     reached, is_cut = np.zeros((2, len(names)), bool)
@@ -201,7 +206,8 @@ def calibrate(
             "a zero point.",
             stacklevel=2,
         )
-    return qstate
+    learned = qmodel.init_learned(params, qstate)
+    return {**qstate, LEARNED: learned} if learned else qstate
 
 
 def _data(
@@ -311,11 +317,12 @@ def _observe(qmodel: QuantizedModel, is_sharded: bool) -> _Step:
     def flags(x: jax.Array, spec: QSpec) -> list[jax.Array]:
         # NaN and infinity show in the range, which most calibrators look for anyway;
         # but not in one over several devices: collectives may drop NaN.
-        low_high = jnp.stack(reduce_range(x, spec.axis))
+        low_high = jnp.stack(reduce_range(x, getattr(spec, "axis", None)))
         is_finite = jnp.isfinite(x if is_sharded else low_high)
         low, high = low_high
         # Rounding may leave values just below zero after a relu: they do not count.
-        is_below = (-low > high * 2.0**-17) & is_one_sided(spec)
+        is_affine = isinstance(spec, QSpec) and is_one_sided(spec)
+        is_below = (-low > high * 2.0**-17) & is_affine
         return [jnp.all(is_finite), jnp.any(low_high != 0), jnp.any(is_below)]
 
     def observe(

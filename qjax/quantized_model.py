@@ -3,34 +3,45 @@
 import dataclasses
 import functools
 import glob
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from qjax.affine import QSpec
+from qjax.affine import QParams, QSpec
 from qjax.calibration.batches import have_same_kinds, same_kind
-from qjax.calibration.calibrator import Calibrator
+from qjax.calibration.calibrator import Calibrator, check_calibrated
 from qjax.leaves import difference, show_leaves
 from qjax.lowering.binding import Bound
 from qjax.lowering.forward import IntegerForward
 from qjax.lowering.site_words import Words
 from qjax.model.arguments import check_leaves, check_model
 from qjax.model.simulate import Simulation
+from qjax.model.states import check_state, start_learned
 from qjax.model.traced_model import TracedModel, Traces
-from qjax.model.visitors import QState, Quantizer, Recorder, Updater
-from qjax.schemes.accumulators import accumulator_bits
+from qjax.model.visitors import (
+    LEARNED,
+    QState,
+    Quantizer,
+    Recorder,
+    Updater,
+    blended,
+    check_key,
+    run_blended,
+)
+from qjax.quantizers.learning import Learned
+from qjax.schemes.accumulators import warn_of_buffers
 from qjax.schemes.patterns import Site, Where
 from qjax.schemes.quantizeml.layers import find_layer
 from qjax.schemes.quantizeml.params import QuantizationParams
 from qjax.schemes.quantizeml.reader import config_rules
-from qjax.schemes.resolution import Choices, check_words, resolve
+from qjax.schemes.resolution import Choices, check_words, resolve, warn_of_shadows
 from qjax.schemes.rules import Rule
-from qjax.schemes.scheme import Scheme, check_rules, shadowed_rules
+from qjax.schemes.scheme import Scheme, check_rules
 from qjax.schemes.sharing import overwriters
 from qjax.tables import html_table, show, show_types
 
@@ -84,6 +95,8 @@ class QuantizedModel:
         qstate: QState,
         *inputs: Any,
         scheme: Scheme | None = None,
+        key: chex.PRNGKey | None = None,
+        qnoise_factor: ArrayLike = 1.0,
     ) -> Any:
         """Computes the model on quantized values, as it will ship.
 
@@ -92,11 +105,18 @@ class QuantizedModel:
 
         Args:
           params: Parameters of ``fn``. Weights are rounded on the way, not changed.
-          qstate: Ranges of the activations, from `calibrate`.
+          qstate: Ranges of the activations, from `calibrate`. With learned words
+            ``qstate["learned"]`` holds their arrays by site, to differentiate by.
           *inputs: Inputs of ``fn``, of the types of the example.
           scheme: Replaces the scheme of the model; may differ in bits. Traced ones are
             not checked: a signed word of 1 bit has the codes -1 and 0, of narrow range
             0 alone (`int_range`).
+          key: Key of the words that draw at random, another one in each step and
+            microbatch; it is split by site, and by the axes of `jax.shard_map` over
+            which a value varies. None for their deterministic form, as in inference.
+          qnoise_factor: Share of the quantized value at each site, 0 to 1, a number
+            that may be traced: 0 computes in float, 1 is the quantized model itself.
+            Between them biases and averages are computed in float.
 
         Returns:
           The output of ``fn``.
@@ -105,11 +125,20 @@ class QuantizedModel:
           ValueError: if ``qstate`` is the state of another model or scheme, or knows no
             range yet; inputs are none of this model; a rule of ``scheme`` matches no
             site, or a word cannot hold its values. A state that is traced is not looked
-            into: without a range it gives NaN.
+            into: without a range it gives NaN. For the derivative of a word that draws
+            at random, without a key.
+
+        Warns:
+          UserWarning: for a key where no word draws.
         """
         choices = self._checked(qstate, inputs, scheme)
-        quantizer = Quantizer(choices, qstate)
-        return self.simulation(params, inputs).run(quantizer)
+        check_key(choices, key)
+
+        def run(share: ArrayLike) -> Any:
+            visitor = blended(Quantizer(choices, qstate, key), share)
+            return self.simulation(params, inputs).run(visitor)
+
+        return run_blended(run, qnoise_factor)
 
     def apply_integer(
         self,
@@ -148,7 +177,14 @@ class QuantizedModel:
         return IntegerForward(traced, params, inputs).run(words)
 
     def apply_and_update(
-        self, params: chex.ArrayTree, qstate: QState, *inputs: Any
+        self,
+        params: chex.ArrayTree,
+        qstate: QState,
+        *inputs: Any,
+        scheme: Scheme | None = None,
+        key: chex.PRNGKey | None = None,
+        qnoise_factor: ArrayLike = 1.0,
+        update: ArrayLike = True,
     ) -> tuple[Any, QState]:
         """Computes the model on quantized values and updates its ranges: QAT of TFMOT.
 
@@ -160,17 +196,68 @@ class QuantizedModel:
           params: Parameters of ``fn``.
           qstate: State of `init`, `calibrate` or the last step.
           *inputs: Inputs of ``fn``.
+          scheme: Same as for `apply`.
+          key: Same as for `apply`.
+          qnoise_factor: Same as for `apply`.
+          update: Whether ranges move; False freezes them. A truth value, which may be
+            traced: ``step < freeze_step``.
 
         Returns:
-          The output of ``fn``, and the new state.
+          The output of ``fn``, and the new state. Learned arrays stay: they are the
+          optimizer's.
 
         Raises:
           ValueError: if ``qstate`` is the state of another model or scheme, or inputs
-            are none of this model.
+            are none of this model; for ranges that are frozen before the first batch.
+
+        Warns:
+          UserWarning: for a key where no word draws.
         """
-        updater = Updater(self._checked(qstate, inputs), dict(qstate))
-        outputs = self.simulation(params, inputs).run(updater)
-        return outputs, updater.qstate
+        choices = self._checked(qstate, inputs, scheme)
+        check_key(choices, key)
+
+        def run(share: ArrayLike) -> Any:
+            updater = Updater(choices, dict(qstate), key, update)
+            visitor = blended(updater, share)
+            outputs = self.simulation(params, inputs).run(visitor)
+            return outputs, updater.qstate
+
+        return run_blended(run, qnoise_factor)
+
+    def init_learned(
+        self, params: chex.ArrayTree, qstate: QState
+    ) -> dict[str, Learned]:
+        """Starts the learned arrays of words such as `LSQ`; `calibrate` calls it.
+
+        Scales start by their papers' rules, clips from ranges, bits from the options.
+
+        Args:
+          params: Parameters of ``fn``, from which those of weights start.
+          qstate: State of `calibrate`.
+
+        Returns:
+          Name of a site -> arrays by name: ``qstate["learned"]``.
+
+        Raises:
+          ValueError: for the state of another model, or one that has seen no batch.
+        """
+        check_state(self.choices, qstate, is_whole=False)
+
+        @jax.jit
+        def start(params: chex.ArrayTree, qstate: QState) -> dict[str, Learned]:
+            zeros = lambda x: jnp.zeros(x.shape, x.dtype)
+            recorder = Recorder({})
+            inputs = jax.tree.map(zeros, self.example)
+            self.simulation(params, inputs).run(recorder)
+            return start_learned(self.choices, qstate, recorder.weights)
+
+        if not any(self.choices.learned()):
+            return {}
+        learned = start(params, {k: v for k, v in qstate.items() if k != LEARNED})
+        for name, arrays in learned.items():
+            for array in arrays.values():
+                check_calibrated(QParams(array, jnp.int32(0)), name)
+        return learned
 
     def init(self, params: chex.ArrayTree, *inputs: Any) -> QState:
         """Returns the state before any batch; only shapes are read."""
@@ -187,7 +274,7 @@ class QuantizedModel:
         Raises:
           ValueError: as `apply_and_update`.
         """
-        self._checked(qstate, inputs)
+        self._checked(qstate, inputs, is_whole=False)
         return self.update(self.float_values(params, inputs), qstate)
 
     def update(self, seen: dict[str, jax.Array], qstate: QState) -> QState:
@@ -196,7 +283,8 @@ class QuantizedModel:
         found = {}
         for site, spec, calibrator in self.calibrated():
             x = seen[site.name]
-            if site.name in after and spec.axis is None:
+            has_range = isinstance(spec, QSpec) and spec.axis is None
+            if site.name in after and has_range:
                 both = x, seen[after[site.name]]
                 x = jnp.concatenate([v.astype(jnp.float32) for v in both])
             update = calibrator.observe or calibrator.update
@@ -205,10 +293,10 @@ class QuantizedModel:
 
     def calibrated(
         self, scheme: Scheme | None = None
-    ) -> Iterator[tuple[Site, QSpec, Calibrator]]:
-        """Yields the activation sites whose grid has a range to find."""
+    ) -> Iterator[tuple[Site, Any, Calibrator]]:
+        """Yields the activation sites whose values calibration sees."""
         choices = self.choices if scheme is None else self._resolved(scheme)
-        yield from choices.with_range()
+        yield from choices.calibrated()
 
     @functools.cached_property
     def choices(self) -> Choices:
@@ -219,7 +307,11 @@ class QuantizedModel:
         return resolve(scheme, self.sites, self.biases)
 
     def _checked(
-        self, qstate: QState, inputs: Any, scheme: Scheme | None = None
+        self,
+        qstate: QState,
+        inputs: Any,
+        scheme: Scheme | None = None,
+        is_whole: bool = True,
     ) -> Choices:
         """Returns the choices to compute by; raises unless state and inputs fit."""
         if scheme is not None:
@@ -236,7 +328,7 @@ class QuantizedModel:
                 f"{show_leaves(inputs)}. Pass as many, nested and of the same kind of "
                 f"type. {where}".rstrip()
             )
-        check_state(choices, qstate)
+        check_state(choices, qstate, is_whole=is_whole)
         return choices
 
     def float_values(self, params: chex.ArrayTree, inputs: Any) -> dict[str, jax.Array]:
@@ -391,89 +483,19 @@ def quantize_model(
         scheme = dataclasses.replace(scheme, rules=(*rules, *scheme.rules))
     check_rules(scheme, sites, biases)
     check_words(resolve(scheme, sites, biases))
-    _warn_of_shadows(own, sites)
-    _warn_of_buffers(scheme, sites)
+    warn_of_shadows(own, sites)
+    warn_of_buffers(scheme, sites)
     shapes = jax.eval_shape(lambda: inputs)
     qmodel = QuantizedModel(
         fn, scheme, sites, shapes, reader, biases, whole_norms, traces
     )
     # A dry run: an axis that does not exist raises here, before any data is spent.
     state = qmodel.init(params, *inputs)
-    jax.eval_shape(lambda qstate: qmodel.apply(params, qstate, *inputs), state)
+    jax.eval_shape(lambda *args: _tried(qmodel, *args), params, state, *inputs)
     return qmodel
 
 
-def _warn_of_shadows(scheme: Scheme, sites: Sequence[Site]) -> None:
-    """Warns of rules that decide nothing because earlier rules decide every site."""
-    for k, before in shadowed_rules(scheme, sites):
-        others = "; ".join(f"rules[{n}], {scheme.rules[n].pattern!r}" for n in before)
-        warnings.warn(
-            f"Scheme.rules[{k}], {scheme.rules[k].pattern!r}, decides nothing: at all "
-            f"of its sites an earlier rule does ({others}). The first that matches "
-            "decides: put the more special rule first.",
-            stacklevel=3,
-        )
-
-
-def _warn_of_buffers(scheme: Scheme, sites: Sequence[Site]) -> None:
-    """Warns of accumulators that may overflow."""
-    by_name = {site.name: site for site in sites}
-    narrow = []
-    for site in sites:
-        spec = scheme.spec(site)
-        if site.role == "weight" and isinstance(spec, QSpec):
-            inputs = [by_name[name] for name in site.inputs]
-            needed = accumulator_bits(site, scheme, inputs)
-            bits = scheme.site_buffer_bits(site)
-            if needed is not None and needed > bits:
-                narrow.append(f"{site.name} (up to {needed} bits, has {bits})")
-    if narrow:
-        warnings.warn(
-            "These accumulators saturate their buffers, if the weights use their whole "
-            f"range: {', '.join(narrow)}. `lower` checks the actual weights. Use more "
-            "`buffer_bits`, or fewer bits.",
-            stacklevel=3,
-        )
-
-
-def check_state(choices: Choices, qstate: QState) -> None:
-    """Raises for a state that does not belong to the calibrators of a scheme."""
-    if not isinstance(qstate, Mapping):
-        raise TypeError(
-            "`qstate` must be what `calibrate` returns, a dict of the state of each "
-            f"site, got {type(qstate).__name__}."
-        )
-    shapes = lambda tree: [np.shape(x) for x in jax.tree.leaves(tree)]
-    text = lambda tree: f"{type(tree).__name__} of shapes {shapes(tree)}"
-    for site, spec, calibrator in choices.with_range():
-        name = site.name
-        if name not in qstate:
-            raise ValueError(
-                f"`qstate` does not know the site {name!r}: it is the state of another "
-                f"model or scheme. It knows {', '.join(qstate) or 'no site'}. "
-                "Calibrate this model."
-            )
-        wanted = _fresh(calibrator, site.shape, spec.axis)
-        if not _has_structure(qstate[name], wanted):
-            raise ValueError(
-                f"`qstate` holds at {name!r} a {text(qstate[name])}, its calibrator "
-                f"needs a {text(wanted)}: it is the state of another scheme, or was "
-                "restored without the structure of `QuantizedModel.init`."
-            )
-
-
-def _has_structure(found: chex.ArrayTree, wanted: chex.ArrayTree) -> bool:
-    """Returns whether a state has the containers and the shapes of another."""
-    try:
-        chex.assert_trees_all_equal_structs(found, wanted)
-    except AssertionError:
-        return False
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
-    return all(np.shape(a) == np.shape(b) for a, b in pairs)
-
-
-@functools.lru_cache(maxsize=4096)
-def _fresh(calibrator: Calibrator, shape: tuple[int, ...], axis: Any) -> Any:
-    """Returns the shapes of a calibrator's state, all that `Calibrator.init` reads."""
-    x, spec = jax.ShapeDtypeStruct(shape, jnp.float32), QSpec(axis=axis)
-    return jax.eval_shape(lambda x: calibrator.init(x, spec), x)
+def _tried(qmodel: QuantizedModel, params: Any, qstate: QState, *inputs: Any) -> Any:
+    learned = qmodel.init_learned(params, qstate)
+    qstate = {**qstate, LEARNED: learned} if learned else qstate
+    return qmodel.apply(params, qstate, *inputs)

@@ -201,7 +201,7 @@ def forced(qmodel, params, qstate, x):
             return straight(found, given), grid
 
     def run(params):
-        return qmodel.simulation(params, (x,)).run(Forced(qmodel.scheme, qstate))
+        return qmodel.simulation(params, (x,)).run(Forced(qmodel.choices, qstate))
 
     return run
 

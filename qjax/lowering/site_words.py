@@ -34,7 +34,10 @@ class Words(Quantizer):
     def _apply(self, site: Site, x: jax.Array, spec: Spec | None) -> Visit:
         if spec is not None:
             with jax.ensure_compile_time_eval():
-                point = make_point(spec, None, jnp.zeros((1,) * x.ndim))
+                arrays = self._learned(site, spec)
+                shapes = (np.shape(array) for array in arrays)
+                zeros = jnp.zeros(np.broadcast_shapes((1,) * x.ndim, *shapes))
+                point = make_point(spec, None, zeros, *arrays)
             self._remember(site, point.qmin, point.qmax, point.is_direct)
         return super()._apply(site, x, spec)
 

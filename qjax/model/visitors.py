@@ -2,23 +2,30 @@
 
 import dataclasses
 import functools
+import warnings
+import zlib
+from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from qjax import quantizers
 from qjax.affine import QParams, QSpec, fake_quant
 from qjax.calibration.calibrator import Calibrator, check_calibrated
 from qjax.calls import shared
+from qjax.mesh_axes import axes_of
 from qjax.model.common_scales import held_scale
-from qjax.model.visits import Biases, Unit, Visit
-from qjax.qpoint import known_zeros
-from qjax.quantizers.spec import Spec
+from qjax.model.visits import Biases, Unit, Visit, Visitor
+from qjax.qpoint import Estimator, known_zeros
+from qjax.quantizers.spec import Spec, is_known
 from qjax.ranges import abs_max_params, reduce_range
 from qjax.schemes.patterns import Site
 from qjax.schemes.resolution import Choices
+from qjax.schemes.words import is_random
 
 # Least scale of a weight; times that of its input it is no denormal number.
 _LEAST_SCALE = 2.0**-96
@@ -26,12 +33,15 @@ _LEAST_SCALE = 2.0**-96
 
 QState = dict[str, Any]  # Name of an activation site -> state of its calibrator.
 
+LEARNED = "learned"  # Name in a state, under which the learned arrays are, by site.
+
 
 @dataclasses.dataclass(frozen=True)
 class Recorder:
     """A visitor that leaves values in float and records them by site."""
 
     values: dict[str, jax.Array]
+    weights: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
         """Records the values of a site."""
@@ -40,7 +50,8 @@ class Recorder:
         return Visit(x)
 
     def weight(self, site: Site, x: jax.Array, biases: Biases = list) -> Visit:
-        """Leaves a weight as it is."""
+        """Records a weight."""
+        self.weights[site.name] = x
         return Visit(x)
 
     def bias(self, site: Site, x: jax.Array) -> Visit:
@@ -58,11 +69,14 @@ class Quantizer:
 
     Attributes:
       choices: The scheme, resolved at the sites of the model.
-      qstate: Ranges of the activations.
+      qstate: Ranges of the activations; under `LEARNED` the learned arrays by site.
+      key: Key of the words that draw at random; None for their deterministic form,
+        which has no derivative then.
     """
 
     choices: Choices
     qstate: QState
+    key: chex.PRNGKey | None = None
 
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
         """Rounds to the grid of the state's range, or to a known grid."""
@@ -162,19 +176,56 @@ class Quantizer:
         """Rounds by a quantizer that finds its own grid; None leaves the value."""
         if spec is None:
             return Visit(x)
-        value = quantizers.apply(spec, x, site=site.name)
-        return Visit(value, quantizers.encode(spec, x).params)
+        arrays = x, *self._learned(site, spec)
+        params = quantizers.encode(spec, *arrays).params
+        if not is_random(spec):
+            estimator = self._estimator(site)
+            value = quantizers.apply(spec, *arrays, site=site.name, estimator=estimator)
+            return Visit(value, params)
+        key = self._key(site, x)
+        if key is None:
+            arrays = _deterministic(site.name, x), *arrays[1:]
+        value = quantizers.apply(spec, *arrays, key=key, site=site.name)
+        return Visit(value, params)
+
+    def _learned(self, site: Site, spec: Spec) -> tuple[jax.Array, ...]:
+        """Returns the learned arrays of a site, in the order of the arguments."""
+        if spec.learning is None:
+            return ()
+        arrays = self.qstate[LEARNED][site.name]
+        return tuple(arrays[name] for name in spec.learning.names)
+
+    def _estimator(self, site: Site) -> Estimator | None:
+        """Returns the backward pass of a site; that of a bias is its quantizer's."""
+        choice = self.choices.sites.get(site.name)
+        return None if choice is None else choice.estimator
+
+    def _key(self, site: Site, x: jax.Array) -> chex.PRNGKey | None:
+        """Returns the key of a site, another one for each part of a mesh."""
+        if self.key is None:
+            return None
+        key = jax.random.fold_in(self.key, zlib.crc32(site.name.encode()))
+        for axis in sorted(axes_of(jax.typeof(x))):
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+        return key
 
     def _round(
         self, site: Site, x: jax.Array, params: QParams, spec: QSpec
     ) -> jax.Array:
         estimator = self.choices[site].estimator
+        assert estimator is not None
         return fake_quant(x, params, spec, site=site.name, estimator=estimator)
 
 
 @dataclasses.dataclass(frozen=True)
 class Updater(Quantizer):
-    """A visitor that updates the calibrators of a state, then rounds by it."""
+    """A visitor that updates the calibrators of a state, then rounds by it.
+
+    Attributes:
+      update: Whether states move.
+    """
+
+    update: ArrayLike = True
 
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
         """Updates the range of the site, then rounds by it."""
@@ -182,9 +233,72 @@ class Updater(Quantizer):
         if isinstance(spec, QSpec) and site.name in self.qstate:
             real = jax.lax.stop_gradient(x if unit is None else x * unit.per(1.0))
             calibrator = self.choices[site].calibrator
-            state = calibrator.update(real, self.qstate[site.name], spec)
+            old = self.qstate[site.name]
+            state = calibrator.update(real, old, spec)
+            if self.update is not True:
+                state = jax.tree.map(
+                    functools.partial(jnp.where, self.update), state, old
+                )
             self.qstate[site.name] = state
         return super().activation(site, x, unit)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blend:
+    """A visitor that blends what another one makes of a value with the value.
+
+    Attributes:
+      visitor: The other visitor.
+      share: Share of what it makes, 0 to 1.
+    """
+
+    visitor: Quantizer
+    share: ArrayLike
+
+    def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
+        """Blends the values of a site; the result is on no grid."""
+        return self._blend(x, self.visitor.activation(site, x, unit))
+
+    def weight(self, site: Site, x: jax.Array, biases: Biases = list) -> Visit:
+        """Blends a weight."""
+        return self._blend(x, self.visitor.weight(site, x, biases))
+
+    def bias(self, site: Site, x: jax.Array) -> Visit:
+        """Blends a bias."""
+        return self._blend(x, self.visitor.bias(site, x))
+
+    def takes_factors(self, site: Site) -> bool:
+        """Returns that no factor goes into a weight."""
+        return False
+
+    def _blend(self, x: jax.Array, visit: Visit) -> Visit:
+        return Visit(quantizers.blend_noise(x, visit.value, self.share))
+
+
+def blended(visitor: Quantizer, share: ArrayLike) -> Visitor:
+    """Returns a visitor of which a share counts; the visitor itself for all of it."""
+    return visitor if is_known(share) and share == 1 else Blend(visitor, share)
+
+
+def run_blended(run: Callable[[ArrayLike], Any], share: ArrayLike) -> Any:
+    """Runs ``run(share)``, and ``run(1)`` where a traced share turns out to be 1."""
+    if jnp.ndim(share):
+        raise ValueError(
+            f"`qnoise_factor` must be one number, got shape {jnp.shape(share)}."
+        )
+    if is_known(share):
+        if not 0 <= float(np.asarray(share)) <= 1:
+            raise ValueError(f"`qnoise_factor` must lie in [0, 1], got {share}.")
+        return run(share)
+    return jax.lax.cond(share == 1, lambda: run(1.0), lambda: run(share))
+
+
+def check_key(choices: Choices, key: chex.PRNGKey | None) -> None:
+    """Warns of a key that no word draws with."""
+    if key is not None and not choices.random():
+        warnings.warn(
+            "`key` is not used: no word of the scheme draws at random.", stacklevel=3
+        )
 
 
 def _filled(
@@ -216,3 +330,17 @@ def _is_fresh(state: Any) -> bool:
     """Returns whether a state is known and has seen no batch."""
     is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(state))
     return not is_traced and bool(np.all(np.asarray(getattr(state, "step", 1)) == 0))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _deterministic(site: str, x: jax.Array) -> jax.Array:
+    """Returns a value whose derivative is refused, as no key draws for the site."""
+    return x
+
+
+@_deterministic.defjvp
+def _refuse_derivative(site: str, primals: Any, tangents: Any) -> Any:
+    raise ValueError(
+        f"The word at {site!r} draws at random in training, and there is no key: pass "
+        "`key=` to `apply`, another one in each step."
+    )

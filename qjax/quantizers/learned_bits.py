@@ -7,12 +7,15 @@ from typing import ClassVar
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
 from qjax.qpoint import Estimator
+from qjax.quantizers.learning import Learning
 from qjax.quantizers.point import Point, apply, finite, line_point, point_of
-from qjax.quantizers.spec import Spec, check_number, static
+from qjax.quantizers.scaling import Axes
+from qjax.quantizers.spec import Spec, check_number, is_known, require, static
 from qjax.quantizers.words import plain_number
 from qjax.rounding import power_of_two
 
@@ -24,20 +27,39 @@ class DifferentiableBits(Spec):
     Attributes:
       integer: Bits before the binary point, sign not counted.
       signed: Whether codes may be negative.
+      bits: Word length that learning starts from in a scheme.
+      bounds: Least and largest word length that `qjax.training.keep_bounds` leaves.
+      axis: The axis or axes with word lengths of their own in a scheme; None for one.
       use_stochastic_rounding: Whether a key makes rounding stochastic.
       qnoise_factor: Share of the quantized value, 0 to 1.
     """
 
     name: ClassVar[str] = "differentiable_bits"
 
+    learning: ClassVar[Learning | None] = Learning(
+        ("bits",),
+        lambda spec, seen: {"bits": _first_bits(spec, seen.low.shape)},
+        lambda spec: {"bits": spec.bounds},
+    )
+
     integer: ArrayLike = 0
     signed: bool = static(True)
     use_stochastic_rounding: bool = static(False)
     qnoise_factor: ArrayLike = 1.0
+    bits: ArrayLike = dataclasses.field(default=8.0, kw_only=True)
+    bounds: tuple[float, float] = static((1.0, 16.0), kw_only=True)
+    axis: Axes = static(None, kw_only=True)
 
     def check(self) -> None:
         """Raises for invalid options, as far as their values are known."""
         check_number(self, "integer", "an integer in -60..60", -60, 60, is_whole=True)
+        low, high = self.bounds
+        rule = "`bounds` must be a least and a largest number in 0..24."
+        require(self, 0 <= low <= high <= 24, rule)
+        if is_known(self.bits):
+            rule = "`bits`, from which learning starts, must lie in `bounds`."
+            bits = np.asarray(self.bits)
+            require(self, bool(np.all((low <= bits) & (bits <= high))), rule)
 
 
 def differentiable_bits(
@@ -81,6 +103,10 @@ def differentiable_bits(
       Networks On-Chip", 2024 (arXiv:2405.00645).
     """
     return apply(spec, x, bits, key=key, estimator=estimator)
+
+
+def _first_bits(spec: DifferentiableBits, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.broadcast_to(jnp.asarray(spec.bits, jnp.float32), shape)
 
 
 @point_of(DifferentiableBits)

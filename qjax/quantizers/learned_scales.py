@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 
 from qjax.affine import QSpec, scale_shape
 from qjax.qpoint import Estimator
+from qjax.quantizers.learning import Learned, Learning
 from qjax.quantizers.point import (
     Point,
     apply,
@@ -51,6 +52,11 @@ class LSQ(Spec):
     """
 
     name: ClassVar[str] = "lsq"
+    learning: ClassVar[Learning | None] = Learning(
+        ("scale",),
+        lambda spec, seen: {"scale": _lsq_start(spec, seen.mean_abs)},
+        lambda spec: {"scale": (_LEAST, math.inf)},
+    )
 
     bits: ArrayLike = 8
     signed: bool = static(True)
@@ -123,8 +129,18 @@ def lsq_scale(x: jax.Array, spec: LSQ) -> jax.Array:
     shape = scale_shape(x.shape, spec.axis)
     over = tuple(d for d in range(x.ndim) if not shape or shape[d] == 1)
     mean = jnp.mean(jnp.abs(x.astype(jnp.float32)), over, keepdims=bool(shape))
+    return jnp.maximum(_first_scale(spec, mean), _LEAST)
+
+
+def _first_scale(spec: LSQ, mean_abs: jax.Array) -> jax.Array:
     _, qmax = _code_range(spec)
-    return jnp.maximum(2.0 * mean / jnp.sqrt(qmax), _LEAST)
+    return 2.0 * mean_abs / jnp.sqrt(qmax)
+
+
+def _lsq_start(spec: LSQ, mean_abs: jax.Array) -> jax.Array:
+    """Returns the initial scale in a scheme, where values that are all 0 have 1."""
+    scale = jnp.maximum(_first_scale(spec, mean_abs), _LEAST)
+    return jnp.where(mean_abs == 0, 1.0, scale)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -142,6 +158,11 @@ class LSQPlus(Spec):
     """
 
     name: ClassVar[str] = "lsq_plus"
+    learning: ClassVar[Learning | None] = Learning(
+        ("scale", "offset"),
+        lambda spec, seen: _lsq_plus_start(spec, seen.low, seen.high),
+        lambda spec: {"scale": (_LEAST, math.inf)},
+    )
 
     bits: ArrayLike = 8
     signed: bool = static(True)
@@ -214,9 +235,15 @@ def lsq_plus_params(x: jax.Array, spec: LSQPlus) -> tuple[jax.Array, jax.Array]:
     References:
       Bhalgat et al., 2020, section 3.2 (arXiv:2004.09576).
     """
+    start = _lsq_plus_start(spec, *reduce_range(x, spec.axis))
+    return start["scale"], start["offset"]
+
+
+def _lsq_plus_start(spec: LSQPlus, low: jax.Array, high: jax.Array) -> Learned:
     word = QSpec(spec.bits, spec.signed, spec.narrow_range, axis=spec.axis)
-    scale, zero_point = min_max_params(*reduce_range(x, spec.axis), word)
-    return scale, -zero_point.astype(jnp.float32) * scale
+    scale, zero_point = min_max_params(low, high, word)
+    offset = -zero_point.astype(jnp.float32) * scale
+    return {"scale": scale, "offset": offset}
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -231,6 +258,11 @@ class PACT(Spec):
     """
 
     name: ClassVar[str] = "pact"
+    learning: ClassVar[Learning | None] = Learning(
+        ("clip",),
+        lambda spec, seen: {"clip": jnp.where(seen.high <= 0, 1.0, seen.high)},
+        lambda spec: {"clip": (_LEAST, math.inf)},
+    )
 
     bits: ArrayLike = 8
     axis: Axes = static(None)

@@ -24,6 +24,7 @@ from jax.typing import ArrayLike
 
 from qjax.affine import scale_shape
 from qjax.qpoint import Estimator
+from qjax.quantizers.learning import Learned, Learning, Statistics
 from qjax.quantizers.point import Point, apply, finite, point_of
 from qjax.quantizers.scaling import EPSILON, divide, standard_deviation
 from qjax.quantizers.spec import Spec, check_number, require, static
@@ -110,6 +111,12 @@ class QuantizedBitsLearnablePo2(Spec):
     """
 
     name: ClassVar[str] = "quantized_bits_learnable_po2"
+    learning: ClassVar[Learning | None] = Learning(
+        ("exponent",),
+        lambda spec, seen: _start(spec, seen),
+        lambda spec: {"exponent": (-64.0, 64.0)},
+        lambda spec, shape: _own_shape(shape, spec),
+    )
 
     bits: ArrayLike = 4
     keep_negative: bool = static(True)
@@ -247,15 +254,7 @@ def quantized_bits_learnable_po2(
       Values on the grid, shape and dtype of ``x``, and the new state.
       `update_msqe_weight` adds what the backward pass found.
     """
-    held, exponent = _signed(finite(x), spec), lax.stop_gradient(state.exponent)
-    below, above = jnp.floor(exponent), jnp.ceil(exponent)
-    if spec.use_po2_scale_msqe_round:
-        weight = _weight(held, state, spec)
-        errors = (_error(held, power_of_two(e), weight, spec) for e in (below, above))
-        low, high = errors
-        whole = jnp.where(low < high, below, above)
-    else:
-        whole = above if spec.use_po2_scale_ceil else jnp.round(exponent)
+    whole = _whole(_signed(finite(x), spec), state, spec)
     scale = power_of_two(whole)
     state, whole = _stabilize(state, spec, scale, update_stable, use_stable)
     learned = state.exponent + lax.stop_gradient(whole - state.exponent)
@@ -291,21 +290,35 @@ def update_msqe_weight(
 @point_of(QuantizedBitsMsqePo2)
 @point_of(QuantizedBitsLearnablePo2)
 def _po2_point(
-    spec: MsqeSpec, key: chex.PRNGKey | None, x: jax.Array, exponent: jax.Array
+    spec: MsqeSpec,
+    key: chex.PRNGKey | None,
+    x: jax.Array,
+    exponent: jax.Array | None = None,
 ) -> Point:
     expected = _shape(x, spec)
-    if exponent.shape != expected:
+    if exponent is None and isinstance(spec, QuantizedBitsMsqePo2):
+        state = init_msqe(x, spec)._replace(msqe_weight=None)
+        found = _signed(finite(x), spec)
+        best = _search(found, _weight(found, state, spec), state, spec)
+        exponent = _exponent(best).astype(jnp.float32)
+    if exponent is None or exponent.shape not in (expected, _own_shape(x.shape, spec)):
         raise ValueError(
             f"`{spec.name}`: `exponent` must have shape {expected} for an input of "
-            f"shape {x.shape}, got {exponent.shape}. Start from `init_msqe`."
+            f"shape {x.shape}, got {None if exponent is None else exponent.shape}. "
+            "Start from `init_msqe`."
         )
     qmin, qmax = _ends(spec)
-    scale = power_of_two(jnp.round(lax.stop_gradient(exponent)))
+    whole = jnp.round(lax.stop_gradient(exponent))
+    if isinstance(spec, QuantizedBitsLearnablePo2):
+        # Whole ones, as `quantized_bits_learnable_po2` passes, stay as they are.
+        state = MsqeState(exponent, exponent, None, None)
+        whole = _whole(_signed(finite(x), spec), state, spec)
+    scale = power_of_two(whole)
     held = lax.stop_gradient(_signed(x, spec))
     steps = held * (1.0 / scale)
-    whole = jnp.round(steps)
-    passes = (qmin <= whole) & (whole <= qmax)
-    codes = jnp.clip(whole, qmin, qmax)
+    nearest = jnp.round(steps)
+    passes = (qmin <= nearest) & (nearest <= qmax)
+    codes = jnp.clip(nearest, qmin, qmax)
     slope = math.log(2.0) * scale * jnp.where(passes, codes - finite(steps), codes)
     learned = exponent * slope
     real = _signed(x, spec)
@@ -322,6 +335,28 @@ def _po2_point(
         passes=passes,
         learned=learned,
     )
+
+
+def _whole(
+    x: jax.Array, state: MsqeState, spec: QuantizedBitsLearnablePo2
+) -> jax.Array:
+    """Rounds a learned exponent, by the options."""
+    exponent = lax.stop_gradient(state.exponent)
+    below, above = jnp.floor(exponent), jnp.ceil(exponent)
+    if not spec.use_po2_scale_msqe_round:
+        return above if spec.use_po2_scale_ceil else jnp.round(exponent)
+    weight = _weight(x, state, spec)
+    low, high = (_error(x, power_of_two(e), weight, spec) for e in (below, above))
+    return jnp.where(low < high, below, above)
+
+
+def _start(spec: QuantizedBitsLearnablePo2, seen: Statistics) -> Learned:
+    if spec.init_scale is not None:
+        first = jnp.asarray(spec.init_scale, jnp.float32) + EPSILON
+        return {"exponent": jnp.broadcast_to(jnp.log2(first), seen.low.shape)}
+    scale = divide(seen.deviation, _ends(spec)[1]) * 3.0
+    least = 2.0**-64 if spec.min_init_scale is None else spec.min_init_scale
+    return {"exponent": jnp.log2(jnp.maximum(scale, least))}
 
 
 def _check(spec: Any) -> None:
@@ -343,10 +378,16 @@ def _signed(x: jax.Array, spec: MsqeSpec) -> jax.Array:
     return x if spec.keep_negative else jax.nn.relu(x)
 
 
-def _shape(x: jax.Array, spec: MsqeSpec) -> tuple[int, ...]:
+def _shape(x: Any, spec: MsqeSpec) -> tuple[int, ...]:
     if not spec.per_channel_scale or x.ndim == 0:
         return (1,) * x.ndim
     return scale_shape(x.shape, -1 if spec.scale_axis is None else spec.scale_axis)
+
+
+def _own_shape(shape: tuple[int, ...], spec: MsqeSpec) -> tuple[int, ...]:
+    """Returns the shape of an exponent in a scheme: ``[]`` for one of all values."""
+    found = _shape(jax.ShapeDtypeStruct(shape, jnp.float32), spec)
+    return found if spec.per_channel_scale else ()
 
 
 def _axes(x: jax.Array, spec: MsqeSpec) -> tuple[int, ...]:

@@ -8,6 +8,8 @@ from typing import Any, ClassVar, TypeVar
 import jax
 import numpy as np
 
+from qjax.quantizers.learning import Learning
+
 _Value = TypeVar("_Value")
 
 _SPECS: dict[str, type["Spec"]] = {}
@@ -33,9 +35,11 @@ class Spec:
 
     Attributes:
       name: Name of the quantizer, in strings.
+      learning: The learned arrays that it takes after ``x``; None if there are none.
     """
 
     name: ClassVar[str] = ""
+    learning: ClassVar[Learning | None] = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

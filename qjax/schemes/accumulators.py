@@ -1,6 +1,7 @@
 """The bits of accumulators that a scheme leads to."""
 
 import math
+import warnings
 from collections.abc import Sequence
 
 from qjax.affine import QSpec
@@ -35,3 +36,24 @@ def _reach(spec: QSpec) -> int:
     """Returns the largest distance of a code from its zero point."""
     least, most = int(spec.qmin), int(spec.qmax)  # type: ignore[arg-type]
     return max(-least, most) if spec.symmetric or spec.narrow_range else most - least
+
+
+def warn_of_buffers(scheme: Scheme, sites: Sequence[Site]) -> None:
+    """Warns of accumulators that may overflow."""
+    by_name = {site.name: site for site in sites}
+    narrow = []
+    for site in sites:
+        spec = scheme.spec(site)
+        if site.role == "weight" and isinstance(spec, QSpec):
+            inputs = [by_name[name] for name in site.inputs]
+            needed = accumulator_bits(site, scheme, inputs)
+            bits = scheme.site_buffer_bits(site)
+            if needed is not None and needed > bits:
+                narrow.append(f"{site.name} (up to {needed} bits, has {bits})")
+    if narrow:
+        warnings.warn(
+            "These accumulators saturate their buffers, if the weights use their whole "
+            f"range: {', '.join(narrow)}. `lower` checks the actual weights. Use more "
+            "`buffer_bits`, or fewer bits.",
+            stacklevel=3,
+        )

@@ -218,6 +218,9 @@ def _rule_out(path: str, rule: Rule) -> dict[str, Any]:
         found["calibrator"] = _calibrator_out(f"{path}.calibrator", rule.calibrator)
     if rule.buffer_bits is not None:
         found["buffer_bits"] = rule.buffer_bits
+    if rule.estimator is not None:
+        name = _name_of(f"{path}.estimator", _ESTIMATORS, rule.estimator)
+        found["estimator"] = name
     if rule.reasons:
         found["reasons"] = dict(rule.reasons)
     if rule.optional:
@@ -238,6 +241,7 @@ def _rule_in(path: str, data: Any) -> Rule:
         "spec": _word_in,
         "calibrator": _calibrator_in,
         "buffer_bits": _buffer_in,
+        "estimator": _chosen(_ESTIMATORS),
         "reasons": _reasons_in,
         "optional": _bool_in,
     }

@@ -1,18 +1,14 @@
 """Schemes from the config of QKeras: names of quantizers, layer by layer."""
 
 import dataclasses
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from qjax.quantizers.spec import Spec
 from qjax.quantizers.strings import parse
-from qjax.quantizers.three_levels import StochasticTernary, Ternary
-from qjax.quantizers.two_levels import Bernoulli, Binary, StochasticBinary
 from qjax.schemes.patterns import Globs, Role, Where
 from qjax.schemes.rules import Rule
 from qjax.schemes.scheme import Scheme
-from qjax.schemes.words import is_random
 
 
 def qkeras(
@@ -50,11 +46,8 @@ def qkeras(
     Raises:
       ValueError: for an unknown key, or a string that is no quantizer, with the layer
         and the key.
-
-    Warns:
-      UserWarning: for quantizers that draw at random, with what stands for them.
     """
-    rules, settled = [], []
+    rules = []
     for layer, texts in layers.items():
         if not isinstance(texts, Mapping):
             raise ValueError(
@@ -64,17 +57,7 @@ def qkeras(
         for key, text in texts.items():
             word = _named_word(f"{layer}.{key}", key, text)
             where = _qkeras_site(layer, key, {_DEPTHWISE, _POINTWISE} <= set(texts))
-            if word is not None and is_random(word):
-                still = _deterministic(word)
-                settled.append(f"{layer}.{key}: {word} -> {still}")
-                word = still
             rules.append(Rule(where, word))
-    if settled:
-        warnings.warn(
-            "A quantized model draws nothing at random: these quantizers are replaced "
-            f"by what they are in inference: {'; '.join(settled)}.",
-            stacklevel=2,
-        )
     if base is None:
         base = Scheme(weights=None, activations=None)
     return dataclasses.replace(base, rules=(*rules, *base.rules))
@@ -122,14 +105,3 @@ def _qkeras_site(layer: str, key: str, is_separable: bool) -> Where:
     return dataclasses.replace(
         where, layer=(layer, f"{layer}/*"), op=ops.get(key, where.op)
     )
-
-
-def _deterministic(word: Spec) -> Spec:
-    """Returns the quantizer that a random quantizer is without a key."""
-    if isinstance(word, StochasticTernary):
-        times = word.number_of_unrolls
-        return Ternary(word.alpha, word.threshold, number_of_unrolls=times)
-    if isinstance(word, StochasticBinary | Bernoulli):
-        return Binary(isinstance(word, Bernoulli), word.alpha)
-    fields: dict[str, Any] = {"use_stochastic_rounding": False}
-    return dataclasses.replace(word, **fields)

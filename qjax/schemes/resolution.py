@@ -1,16 +1,21 @@
 """Resolved schemes: the choices at each site of a model, in one table."""
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from qjax.affine import QSpec
 from qjax.calibration.calibrator import Calibrator
+from qjax.calibration.learned import learned_start
 from qjax.qpoint import Estimator
+from qjax.quantizers.learning import Learning
+from qjax.quantizers.spec import Spec
 from qjax.schemes.patterns import Site
 from qjax.schemes.rules import Constraints
-from qjax.schemes.scheme import Scheme
+from qjax.schemes.scheme import Scheme, shadowed_rules
 from qjax.schemes.sharing import leaders
-from qjax.schemes.words import Word, check_site_word
+from qjax.schemes.words import Word, check_site_word, is_random
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +25,9 @@ class Choice:
     Attributes:
       site: The site.
       word: Word of the codes, with its axis; None if the site stays float.
-      calibrator: Calibrator that finds the range of an activation.
-      estimator: Backward pass of an affine grid.
+      calibrator: Calibrator that finds the range of an activation, or what the learned
+        arrays of its word start from.
+      estimator: Backward pass; None for the own one of a quantizer.
       buffer_bits: Most bits of the accumulator that the site belongs to.
       leader: Site whose grid it has: itself, where no constraint joins grids.
     """
@@ -29,9 +35,14 @@ class Choice:
     site: Site
     word: Word | None
     calibrator: Calibrator
-    estimator: Estimator
+    estimator: Estimator | None
     buffer_bits: int
     leader: Site
+
+    @property
+    def learning(self) -> Learning | None:
+        """Returns the learned arrays of its word, if it has some."""
+        return self.word.learning if isinstance(self.word, Spec) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +73,22 @@ class Choices:
             )
         return self.sites[site.name]
 
-    def with_range(self) -> Iterator[tuple[Site, QSpec, Calibrator]]:
-        """Yields the sites whose grid has a range to find: word and calibrator."""
+    def calibrated(self) -> Iterator[tuple[Site, Any, Calibrator]]:
+        """Yields the sites whose values calibration sees: word and calibrator."""
         for choice in self.sites.values():
-            if choice.site.role == "activation" and isinstance(choice.word, QSpec):
+            is_seen = isinstance(choice.word, QSpec) or choice.learning is not None
+            if choice.site.role == "activation" and is_seen:
                 yield choice.site, choice.word, choice.calibrator
+
+    def learned(self) -> Iterator[tuple[Choice, Learning]]:
+        """Yields the choices whose words have learned arrays."""
+        for choice in self.sites.values():
+            if choice.learning is not None:
+                yield choice, choice.learning
+
+    def random(self) -> list[str]:
+        """Returns the names of the sites whose words draw at random."""
+        return [name for name, c in self.sites.items() if is_random(c.word)]
 
 
 def resolve(
@@ -83,17 +105,18 @@ def resolve(
       The table of choices.
     """
     led = leaders(sites, scheme)
-    choices = {
-        site.name: Choice(
+    choices = {}
+    for site in sites:
+        word = scheme.spec(site)
+        is_learned = isinstance(word, Spec) and word.learning is not None
+        choices[site.name] = Choice(
             site=site,
-            word=scheme.spec(site),
-            calibrator=scheme.site_calibrator(site),
-            estimator=scheme.estimator,
+            word=word,
+            calibrator=learned_start if is_learned else scheme.site_calibrator(site),
+            estimator=scheme.site_estimator(site),
             buffer_bits=scheme.site_buffer_bits(site),
             leader=led.get(site.name, site),
         )
-        for site in sites
-    }
     of_biases = {site.name: scheme.bias_spec(site) for site in biases}
     return Choices(choices, of_biases, scheme.constraints)
 
@@ -104,3 +127,15 @@ def check_words(choices: Choices) -> None:
         check_site_word(name, choice.site.role, choice.word)
     for name, word in choices.biases.items():
         check_site_word(name, "weight", word)
+
+
+def warn_of_shadows(scheme: Scheme, sites: Sequence[Site]) -> None:
+    """Warns of rules that decide nothing because earlier rules decide every site."""
+    for k, before in shadowed_rules(scheme, sites):
+        others = "; ".join(f"rules[{n}], {scheme.rules[n].pattern!r}" for n in before)
+        warnings.warn(
+            f"Scheme.rules[{k}], {scheme.rules[k].pattern!r}, decides nothing: at all "
+            f"of its sites an earlier rule does ({others}). The first that matches "
+            "decides: put the more special rule first.",
+            stacklevel=3,
+        )

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from qjax.calibration.calibrator import Calibrator
+from qjax.qpoint import Estimator
 from qjax.schemes.patterns import Site, Where, matches
 from qjax.schemes.words import Word, as_buffer_bits, as_calibrator, as_word
 from qjax.tables import show_fields
@@ -29,6 +30,8 @@ class Rule:
         keeps that of the scheme.
       buffer_bits: Most bits of the accumulator that a weight makes, 2 to 32; None keeps
         that of the scheme.
+      estimator: Backward pass of `qjax.estimators`; None keeps that of the scheme, and
+        a quantizer's own.
       reasons: Pairs of a field and what decided it, for `explain`; "*" for all other
         fields. The rule itself, where they are silent.
       optional: Whether the rule may match nothing, as those of presets, which are made
@@ -50,6 +53,9 @@ class Rule:
         default=(), metadata={"static": True}
     )
     optional: bool = dataclasses.field(default=False, metadata={"static": True})
+    estimator: Estimator | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str) and not callable(self.pattern):
@@ -64,6 +70,11 @@ class Rule:
         if self.buffer_bits is not None:
             bits = as_buffer_bits(self.buffer_bits)
             object.__setattr__(self, "buffer_bits", bits)
+        if self.estimator is not None and not callable(self.estimator):
+            raise TypeError(
+                "`estimator` of a `Rule` must be a function of `qjax.estimators`, got "
+                f"{self.estimator!r}."
+            )
 
     def __repr__(self) -> str:
         options = show_fields(self, always=("pattern", "spec"))

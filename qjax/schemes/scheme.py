@@ -121,6 +121,13 @@ class Scheme:
             return self.calibrator
         return rule.calibrator
 
+    def site_estimator(self, site: Site) -> Estimator | None:
+        """Returns the backward pass of a site; None for a quantizer's own."""
+        rule = self.rule(site)
+        if rule is not None and rule.estimator is not None:
+            return rule.estimator
+        return self.estimator if isinstance(self.word(site), QSpec) else None
+
     def site_buffer_bits(self, site: Site) -> int:
         """Returns the most bits of the accumulator that a site belongs to."""
         rule = self.rule(site)

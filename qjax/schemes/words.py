@@ -1,7 +1,7 @@
 """Words: the codes that a site may have, and the words that hold its values."""
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -79,9 +79,8 @@ def at_site(word: Word | None, site: Site) -> Word | None:
       The word. Others are returned as they are.
     """
     axis = site.axis if site.role == "weight" else None
-    if isinstance(word, QSpec):
-        is_open = word.axis == "output"
-        return dataclasses.replace(word, axis=axis) if is_open else word
+    if getattr(word, "axis", None) == "output":
+        return dataclasses.replace(cast(Any, word), axis=axis)
     finds = isinstance(getattr(word, "alpha", None), str)
     is_open = finds and getattr(word, "scale_axis", ()) is None
     is_grouped = getattr(word, "elements_per_scale", None) is not None
@@ -120,15 +119,14 @@ def check_site_word(name: str, role: Role, word: Word | None) -> None:
 
     Raises:
       ValueError: for a word of a weight that is one-sided; a signed symmetric word of
-        1 bit; a quantizer that draws at random.
+        1 bit; a quantizer with a state between calls.
     """
-    if is_random(word):
-        raise ValueError(
-            f"`{word}` at {name!r} draws at random, and a quantized model has no key: "
-            "it would round deterministically. Use `use_stochastic_rounding=False`, or "
-            "`binary` or `ternary` for a quantizer that is random; to draw in "
-            "training, call `qjax.quantizers.apply(spec, x, key=key)` in the model."
-        )
+    for option in ("use_second_moments_msqe_opt", "use_stable_scale_exponent"):
+        if getattr(word, option, False):
+            raise ValueError(
+                f"`{word}` at {name!r} has a state that a quantized model does not "
+                f"keep. Use `{option}=False`."
+            )
     is_weight = role == "weight"
     if is_weight and isinstance(word, QSpec):
         word = dataclasses.replace(word, narrow_range=False, symmetric=True)
