@@ -69,6 +69,43 @@ def test_arithmetic_after_whole_numbers():
         assert ours.dtype == theirs.dtype, path
 
 
+SMALL = {
+    "argmax": lambda q: jnp.minimum(jnp.argmax(q, -1), 1),
+    "count": lambda q: jnp.minimum(
+        jnp.sum((q > q[..., ::-1]).astype(jnp.int32), -1), 2
+    ),
+}
+REAL = {
+    "codes": lambda n, q: point(n, 1.0),
+    "sum": lambda n, q: point(n + q[..., 0], 0.5),
+    "product": lambda n, q: point(n * q[..., 0], 0.5),
+    "dot": lambda n, q: point(n @ point(np.eye(5, dtype=np.float32)), 0.5),
+    "mean": lambda n, q: point(n / 2, 0.5),
+    "function": lambda n, q: point(jnp.tanh(n)),
+    "comparison": lambda n, q: (n > q[..., 0]).astype(jnp.int32),
+    "largest": lambda n, q: jnp.argmax(n, -1),
+}
+
+
+@pytest.mark.parametrize("small", SMALL.values(), ids=SMALL)
+def test_a_bound_of_whole_numbers_holds_once_they_are_real(small):
+    def fn(x):
+        n = small(point(x)).astype(jnp.float32)
+        return {name: f(n, point(x)) for name, f in REAL.items()}
+
+    found, wanted = qjax.lower(fn, Y)(Y), jax.jit(fn)(Y)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_a_bound_of_the_number_of_a_case_holds():
+    def fn(x):
+        q = point(x)
+        n = jnp.minimum(jnp.argmax(q, -1), 1).astype(jnp.int32)
+        return point(jax.lax.select_n(n, *jnp.moveaxis(q, -1, 0)))
+
+    np.testing.assert_array_equal(qjax.lower(fn, Y)(Y), jax.jit(fn)(Y))
+
+
 def test_whole_numbers_beyond_int32_are_refused():
     fn = lambda x: jnp.argmax(point(x), -1).astype(jnp.uint32) + np.uint32(2**31)
     with pytest.raises(ValueError, match="Use a narrower type"):

@@ -10,7 +10,7 @@ import numpy as np
 from qjax.affine import QParams, dequantize
 from qjax.lowering.inputs import cast, moved
 from qjax.lowering.interpret import LoweringRule, where
-from qjax.lowering.operands import emitted
+from qjax.lowering.operands import settled
 from qjax.lowering.rules.functions import curve
 from qjax.lowering.values import (
     Abstract,
@@ -50,7 +50,8 @@ def _convert(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstra
         if x.dtype and is_cast and _keeps_range(x, dtype):
             if not trace.is_real(e.outputs[0]):
                 return dataclasses.replace(x, dtype=str(dtype))
-            return dataclasses.replace(emitted(builder, e, x), dtype="", is_codes=True)
+            x = settled(builder, e, trace, x)
+            return dataclasses.replace(x, dtype="", is_codes=True)
         found = curve(builder, e, trace, x)
         assert found is not None
         return found

@@ -17,6 +17,7 @@ from qjax.lowering.constants import (
 )
 from qjax.lowering.entries import as_codes
 from qjax.lowering.interpret import LoweringRule, refuse, where
+from qjax.lowering.operands import settled
 from qjax.lowering.rules.functions import add_table, curve
 from qjax.lowering.values import (
     Abstract,
@@ -38,7 +39,7 @@ _EXTREMA = {"max": "maximum", "min": "minimum"}
 def mask(builder: Builder, e: Equation, trace: Trace, x: Abstract, v: int) -> int:
     """Returns the truth values of a selection as codes 0 and 1."""
     if isinstance(x, Integers) and x.dtype:
-        return x.value
+        return settled(builder, e, trace, x).value
     if not isinstance(x, Curve):
         raise refuse(e, x, "condition")
     name, finish = where(e).strip("'"), lambda y: y.astype(jnp.int32)
