@@ -19,6 +19,7 @@ from qjax.leaves import difference, show_leaves
 from qjax.lowering.binding import Bound
 from qjax.lowering.forward import IntegerForward
 from qjax.lowering.site_words import Words
+from qjax.mesh_axes import AxisName, as_axes
 from qjax.model.arguments import check_leaves, check_model
 from qjax.model.simulate import Simulation
 from qjax.model.states import check_state, start_learned
@@ -39,7 +40,13 @@ from qjax.schemes.patterns import Site, Where
 from qjax.schemes.quantizeml.layers import find_layer
 from qjax.schemes.quantizeml.params import QuantizationParams
 from qjax.schemes.quantizeml.reader import config_rules
-from qjax.schemes.resolution import Choices, check_words, resolve, warn_of_shadows
+from qjax.schemes.resolution import (
+    Choices,
+    check_words,
+    no_program,
+    resolve,
+    warn_of_shadows,
+)
 from qjax.schemes.rules import Rule
 from qjax.schemes.scheme import Scheme, check_rules
 from qjax.schemes.sharing import overwriters
@@ -185,6 +192,7 @@ class QuantizedModel:
         key: chex.PRNGKey | None = None,
         qnoise_factor: ArrayLike = 1.0,
         update: ArrayLike = True,
+        axis_name: AxisName | None = None,
     ) -> tuple[Any, QState]:
         """Computes the model on quantized values and updates its ranges: QAT of TFMOT.
 
@@ -201,6 +209,9 @@ class QuantizedModel:
           qnoise_factor: Same as for `apply`.
           update: Whether ranges move; False freezes them. A truth value, which may be
             traced: ``step < freeze_step``.
+          axis_name: Axis or axes of `jax.shard_map`, `jax.pmap` or `jax.vmap` over
+            which the batch is split: ranges are those of all its parts, the same on
+            each device. Arrays with a sharding need none.
 
         Returns:
           The output of ``fn``, and the new state. Learned arrays stay: they are the
@@ -208,16 +219,18 @@ class QuantizedModel:
 
         Raises:
           ValueError: if ``qstate`` is the state of another model or scheme, or inputs
-            are none of this model; for ranges that are frozen before the first batch.
+            are none of this model; for ranges that are frozen before the first batch,
+            and an ``axis_name`` without its axis.
 
         Warns:
           UserWarning: for a key where no word draws.
         """
         choices = self._checked(qstate, inputs, scheme)
         check_key(choices, key)
+        axes = as_axes(axis_name)
 
         def run(share: ArrayLike) -> Any:
-            updater = Updater(choices, dict(qstate), key, update)
+            updater = Updater(choices, dict(qstate), key, update, axes)
             visitor = blended(updater, share)
             outputs = self.simulation(params, inputs).run(visitor)
             return outputs, updater.qstate
@@ -366,24 +379,9 @@ class QuantizedModel:
         params, qstate, *inputs = args
         bits = {k: choice.buffer_bits for k, choice in self.choices.sites.items()}
         fn = lambda *xs: self.apply(params, qstate, *xs)
-        refusal, folded = self._refusal(), self.traces.folded
+        refusal, folded = no_program(self.choices), self.traces.folded
         blocks = lambda *xs: self._traced(params, xs).blocks
         return Bound(fn, tuple(inputs), bits, blocks, refusal, folded)
-
-    def _refusal(self) -> str:
-        """Explains why a model of which only weights are quantized has no program."""
-        choices = self.choices.sites.values()
-        words = [(choice.site.role, choice.word) for choice in choices]
-        is_on_grid = any(r == "activation" and word is not None for r, word in words)
-        has_weights = any(r == "weight" and word is not None for r, word in words)
-        if is_on_grid or not has_weights:
-            return ""
-        return (
-            "No activation of this model has a grid, so its products have no integer "
-            "operand beside the weights: `qjax.integer_weights(qmodel, params)` gives "
-            "the integers of the weights with their scales. For a program of integers "
-            "only, give `Scheme.activations` a word such as `QSpec(bits=8)`."
-        )
 
 
 def quantize_model(

@@ -33,6 +33,8 @@ class Calibrator(NamedTuple):
       params: ``(state, spec) -> QParams``. The scale is NaN before the first batch.
       observe: Same as ``update``, of the float model, where training moves ranges by
         another rule than `qjax.calibrate` finds them; None: by the same.
+      reads_ends: Whether ``update`` depends on the least and the largest value of each
+        scale alone, which is all that devices then exchange.
     """
 
     init: Callable[[jax.Array, QSpec], Any]
@@ -41,9 +43,11 @@ class Calibrator(NamedTuple):
     params: Callable[[Any, QSpec], QParams]
     name: str = ""  # Text form: "ema_min_max(decay=0.9)"; empty if there is none.
     observe: Callable[[jax.Array, Any, QSpec], Any] | None = None
+    reads_ends: bool = False
 
     def __repr__(self) -> str:
-        fields = (pair for pair in self._asdict().items() if pair[0] != "name")
+        hidden = "name", "reads_ends"
+        fields = (pair for pair in self._asdict().items() if pair[0] not in hidden)
         own = (f"{k}={show(v)}" for k, v in fields if v is not None)
         return self.name or f"Calibrator({', '.join(own)})"
 

@@ -17,7 +17,7 @@ from qjax import quantizers
 from qjax.affine import QParams, QSpec, fake_quant
 from qjax.calibration.calibrator import Calibrator, check_calibrated
 from qjax.calls import shared
-from qjax.mesh_axes import axes_of
+from qjax.mesh_axes import axes_of, ends_of, joined
 from qjax.model.common_scales import held_scale
 from qjax.model.visits import Biases, Unit, Visit, Visitor
 from qjax.qpoint import Estimator, known_zeros
@@ -223,9 +223,11 @@ class Updater(Quantizer):
 
     Attributes:
       update: Whether states move.
+      axes: Names of the axes over which the batch is split.
     """
 
     update: ArrayLike = True
+    axes: tuple[str, ...] = ()
 
     def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
         """Updates the range of the site, then rounds by it."""
@@ -234,6 +236,8 @@ class Updater(Quantizer):
             real = jax.lax.stop_gradient(x if unit is None else x * unit.per(1.0))
             calibrator = self.choices[site].calibrator
             old = self.qstate[site.name]
+            if self.axes:
+                real = self._of_all_parts(real, spec, calibrator.reads_ends)
             state = calibrator.update(real, old, spec)
             if self.update is not True:
                 state = jax.tree.map(
@@ -241,6 +245,16 @@ class Updater(Quantizer):
                 )
             self.qstate[site.name] = state
         return super().activation(site, x, unit)
+
+    def _of_all_parts(self, x: jax.Array, spec: QSpec, reads_ends: bool) -> jax.Array:
+        """Returns the values of all parts of a batch, or the ends of each scale."""
+        if not reads_ends:
+            return joined(x.reshape(x.shape or (1,)), self.axes)
+        low, high = ends_of(*reduce_range(x, spec.axis), self.axes)
+        # Along an axis that shares its scale.
+        own = low.shape or (1,)
+        along = next((d for d, n in enumerate(own) if n == 1), 0)
+        return jnp.concatenate([low.reshape(own), high.reshape(own)], along)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -139,3 +139,19 @@ def warn_of_shadows(scheme: Scheme, sites: Sequence[Site]) -> None:
             "decides: put the more special rule first.",
             stacklevel=3,
         )
+
+
+def no_program(choices: Choices) -> str:
+    """Explains why a model of which only weights are quantized has no program."""
+    found = choices.sites.values()
+    words = [(choice.site.role, choice.word) for choice in found]
+    is_on_grid = any(r == "activation" and word is not None for r, word in words)
+    has_weights = any(r == "weight" and word is not None for r, word in words)
+    if is_on_grid or not has_weights:
+        return ""
+    return (
+        "No activation of this model has a grid, so its products have no integer "
+        "operand beside the weights: `qjax.integer_weights(qmodel, params)` gives "
+        "the integers of the weights with their scales. For a program of integers "
+        "only, give `Scheme.activations` a word such as `QSpec(bits=8)`."
+    )
