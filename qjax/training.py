@@ -207,7 +207,7 @@ def keep_bounds(qmodel: QuantizedModel) -> optax.GradientTransformation:
 
     def update(updates: Any, state: Any, learned: Any = None) -> Any:
         if learned is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+            raise ValueError(_NO_PARAMS)
 
         def kept(site: str, name: str, u: jax.Array) -> jax.Array:
             ends = bounds[site].get(name)
@@ -250,17 +250,26 @@ def clip_weights(qmodel: QuantizedModel) -> optax.GradientTransformation:
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
         if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+            raise ValueError(_NO_PARAMS)
 
         def kept(path: Any, u: jax.Array, own: jax.Array) -> jax.Array:
             ends = found.get(path_name(path))
             if ends is None:
                 return u
-            return jnp.clip(own + u, *(end.astype(u.dtype) for end in ends)) - own
+            rank, dtype = jnp.ndim(u), jnp.result_type(u)
+            shape = ((1,) * (rank - 1) + ends[0].shape) if rank else ()
+            low, high = (end.reshape(shape) for end in ends)
+            return jnp.clip(own + u, low.astype(dtype), high.astype(dtype)) - own
 
         return jax.tree_util.tree_map_with_path(kept, updates, params), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+_NO_PARAMS = (
+    "The arrays that the updates are of are wanted: "
+    "`tx.update(updates, state, arrays)`."
+)
 
 
 def _fixed_ends(word: Word | None) -> tuple[jax.Array, jax.Array] | None:
