@@ -20,6 +20,7 @@ from qjax.lowering.binding import Bound
 from qjax.lowering.forward import IntegerForward
 from qjax.lowering.site_words import Words
 from qjax.model.arguments import check_leaves, check_model
+from qjax.model.rematerialisation import in_regions
 from qjax.model.simulate import Simulation
 from qjax.model.traced_model import TracedModel, Traces
 from qjax.model.visitors import QState, Quantizer, Recorder, Updater
@@ -107,9 +108,10 @@ class QuantizedModel:
             site, or a word cannot hold its values. A state that is traced is not looked
             into: without a range it gives NaN.
         """
-        choices = self._checked(qstate, inputs, scheme)
-        quantizer = Quantizer(choices, qstate)
-        return self.simulation(params, inputs).run(quantizer)
+        visitor = Quantizer(self._checked(qstate, inputs, scheme), qstate)
+        model = self._traced(params, inputs)
+        run = lambda marks: Simulation(model, params, inputs, marks).run(visitor)
+        return in_regions(run, model, (params, qstate, inputs, scheme, self.scheme))
 
     def apply_integer(
         self,
@@ -143,9 +145,13 @@ class QuantizedModel:
           NotImplementedError: for arithmetic in half precision.
         """
         choices = self._checked(qstate, inputs, scheme)
-        words = Words(choices, qstate)
-        traced = self._traced(params, inputs)
-        return IntegerForward(traced, params, inputs).run(words)
+        model = self._traced(params, inputs)
+
+        def run(marks: bool) -> Any:
+            words = Words(choices, qstate)
+            return IntegerForward(model, params, inputs, marks).run(words)
+
+        return in_regions(run, model, (params, qstate, inputs, scheme, self.scheme))
 
     def apply_and_update(
         self, params: chex.ArrayTree, qstate: QState, *inputs: Any
@@ -168,9 +174,15 @@ class QuantizedModel:
           ValueError: if ``qstate`` is the state of another model or scheme, or inputs
             are none of this model.
         """
-        updater = Updater(self._checked(qstate, inputs), dict(qstate))
-        outputs = self.simulation(params, inputs).run(updater)
-        return outputs, updater.qstate
+        choices = self._checked(qstate, inputs)
+        model = self._traced(params, inputs)
+
+        def run(marks: bool) -> Any:
+            updater = Updater(choices, dict(qstate))
+            outputs = Simulation(model, params, inputs, marks).run(updater)
+            return outputs, updater.qstate
+
+        return in_regions(run, model, (params, qstate, inputs, self.scheme))
 
     def init(self, params: chex.ArrayTree, *inputs: Any) -> QState:
         """Returns the state before any batch; only shapes are read."""
@@ -273,7 +285,11 @@ class QuantizedModel:
             )
         params, qstate, *inputs = args
         bits = {k: choice.buffer_bits for k, choice in self.choices.sites.items()}
-        fn = lambda *xs: self.apply(params, qstate, *xs)
+
+        def fn(*xs: Any) -> Any:
+            quantizer = Quantizer(self._checked(qstate, xs), qstate)
+            return self.simulation(params, xs).run(quantizer)
+
         refusal, folded = self._refusal(), self.traces.folded
         blocks = lambda *xs: self._traced(params, xs).blocks
         return Bound(fn, tuple(inputs), bits, blocks, refusal, folded)
