@@ -21,6 +21,7 @@ from qjax.lowering.forward import IntegerForward
 from qjax.lowering.site_words import Words
 from qjax.mesh_axes import AxisName, as_axes
 from qjax.model.arguments import check_leaves, check_model
+from qjax.model.rematerialisation import in_regions
 from qjax.model.simulate import Simulation
 from qjax.model.states import check_state, start_learned
 from qjax.model.traced_model import TracedModel, Traces
@@ -143,7 +144,8 @@ class QuantizedModel:
 
         def run(share: ArrayLike) -> Any:
             visitor = blended(Quantizer(choices, qstate, key), share)
-            return self.simulation(params, inputs).run(visitor)
+            reads = qstate, scheme, key, share
+            return self._kept(lambda own: own.run(visitor), params, inputs, reads)
 
         return run_blended(run, qnoise_factor)
 
@@ -179,9 +181,13 @@ class QuantizedModel:
           NotImplementedError: for arithmetic in half precision.
         """
         choices = self._checked(qstate, inputs, scheme)
-        words = Words(choices, qstate)
-        traced = self._traced(params, inputs)
-        return IntegerForward(traced, params, inputs).run(words)
+        model = self._traced(params, inputs)
+
+        def run(marks: bool) -> Any:
+            words = Words(choices, qstate)
+            return IntegerForward(model, params, inputs, marks).run(words)
+
+        return in_regions(run, model, (params, qstate, inputs, scheme, self.scheme))
 
     def apply_and_update(
         self,
@@ -229,11 +235,13 @@ class QuantizedModel:
         check_key(choices, key)
         axes = as_axes(axis_name)
 
-        def run(share: ArrayLike) -> Any:
+        def compute(own: Simulation, share: ArrayLike) -> tuple[Any, QState]:
             updater = Updater(choices, dict(qstate), key, update, axes)
-            visitor = blended(updater, share)
-            outputs = self.simulation(params, inputs).run(visitor)
-            return outputs, updater.qstate
+            return own.run(blended(updater, share)), updater.qstate
+
+        def run(share: ArrayLike) -> Any:
+            reads = qstate, scheme, key, update, share
+            return self._kept(lambda own: compute(own, share), params, inputs, reads)
 
         return run_blended(run, qnoise_factor)
 
@@ -353,6 +361,18 @@ class QuantizedModel:
     def simulation(self, params: chex.ArrayTree, inputs: Any) -> Simulation:
         """Returns a run over some inputs, with a visitor at the sites of the model."""
         return Simulation(self._traced(params, inputs), params, inputs)
+
+    def _kept(
+        self,
+        compute: Callable[[Simulation], Any],
+        params: chex.ArrayTree,
+        inputs: Any,
+        reads: Any,
+    ) -> Any:
+        """Computes with a run whose calls of `jax.checkpoint` are the model's."""
+        model = self._traced(params, inputs)
+        run = lambda marks: compute(Simulation(model, params, inputs, marks))
+        return in_regions(run, model, (params, inputs, self.scheme, reads))
 
     def _traced(self, params: chex.ArrayTree, inputs: Any) -> TracedModel:
         """Returns the model, traced for arguments of some types."""

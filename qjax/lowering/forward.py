@@ -43,7 +43,7 @@ from qjax.qpoint import grid_codes, qpoint_p
 from qjax.quantizers.point import straight
 from qjax.schemes.patterns import Site
 
-_NEUTRAL = names("cast") | {"copy", "copy_p"}
+_NEUTRAL = names("cast") | {"copy", "copy_p", "name"}
 _EXTREMES = names("maximum", "minimum")
 _CHOICES = (SHAPE_MOVES | _EXTREMES | names("pad", "pick")) - {"concatenate"}
 _JOINS = names("select") | {"concatenate", "max", "min"}

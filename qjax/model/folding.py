@@ -9,6 +9,7 @@ import numpy as np
 
 from qjax.model.flow import Flow
 from qjax.model.normalisations import Normalisations, Whole
+from qjax.model.regions import common_regions
 from qjax.model.trace import WHOLE, Equation, Trace, evaluate
 
 
@@ -89,7 +90,8 @@ def _call(model: Trace, whole: Whole, finder: Normalisations) -> Equation:
     run.__name__ = run.__qualname__ = WHOLE + whole.kind
     types = (model.avals[v] for v in inputs)
     (call,) = jax.make_jaxpr(jax.jit(run))(*types).jaxpr.eqns
-    return Equation(call.primitive, call.params, inputs, outputs, whole.end.path)
+    found = Equation(call.primitive, call.params, inputs, outputs, whole.end.path)
+    return dataclasses.replace(found, regions=common_regions(equations))
 
 
 def _is_number(x: Any) -> bool:

@@ -80,7 +80,7 @@ PRIMITIVES: Mapping[str, Primitive] = {
         *_named(
             "keep",
             "copy_p optimization_barrier sharding_constraint",
-            "copy stop_gradient",
+            "copy name stop_gradient",
         ),
         *_named("cast", "", "convert_element_type reduce_precision"),
         *_named("axes", "broadcast_in_dim expand_dims reshape squeeze transpose"),

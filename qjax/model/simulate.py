@@ -1,5 +1,6 @@
 """Runs a traced model equation by equation, with a visitor at its sites."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,8 +29,9 @@ from qjax.model.lines import (
     to_kernel,
     zero_channels,
 )
-from qjax.model.places import block_scope
+from qjax.model.places import Mark, block_scope, mark_scope
 from qjax.model.primitives import SHAPE_MOVES
+from qjax.model.regions import Region
 from qjax.model.trace import Equation, evaluate
 from qjax.model.traced_model import TracedModel
 from qjax.model.visits import Bias, Unit, Visit, Visitor
@@ -44,12 +46,22 @@ class Simulation(ChannelScales):
       traced: The model, traced for arguments of these types.
       params: Parameters of the model.
       inputs: Inputs of the model.
+      is_marked: Whether to mark all that is computed, for `qjax.model.regions`.
     """
 
-    def __init__(self, traced: TracedModel, params: Any, inputs: Sequence[Any]):
+    def __init__(
+        self,
+        traced: TracedModel,
+        params: Any,
+        inputs: Sequence[Any],
+        is_marked: bool = False,
+    ):
         given = jax.tree.leaves(inputs)
         self._traced, self._model, self._plan = traced, traced.model, traced.plan
-        self._arguments = _unfolded(jax.tree.leaves(params)) + given
+        self._is_marked = is_marked
+        with self._marked((), is_site=True):
+            leaves = _unfolded(jax.tree.leaves(params), is_each=is_marked)
+        self._arguments = leaves + given
 
     def run(self, visitor: Visitor) -> Any:
         """Returns the output of the model, computed on the values of the visitor."""
@@ -62,12 +74,13 @@ class Simulation(ChannelScales):
         self._raw.update(zip(self._model.inputs, self._arguments, strict=True))
         own = {*self._plan.weights, *self._plan.biases}
         # Weights that a function closes over are weights like others.
-        for v in sorted(own & self._model.constants.keys()):
-            self._env[v] = self._typed(v, jnp.asarray(self._env[v]))
-            self._visit(v)
-        for v, x in zip(self._model.inputs, self._arguments, strict=True):
-            self._env[v] = self._typed(v, x)
-            self._visit(v)
+        closed = sorted(own & self._model.constants.keys())
+        given = {v: jnp.asarray(self._env[v]) for v in closed}
+        given.update(zip(self._model.inputs, self._arguments, strict=True))
+        with self._marked((), is_site=True):
+            for v, x in given.items():
+                self._env[v] = self._typed(v, x)
+                self._visit(v)
         for e in self._model.equations:
             traceback = getattr(e.source, "traceback", None)
             with jax.named_scope(self._scope(e)), user_context(traceback):
@@ -84,6 +97,15 @@ class Simulation(ChannelScales):
         block = self._plan.blocks[number]
         return block_scope(block.root.path or block.name, number)
 
+    def _marked(
+        self, regions: Sequence[Region], *, is_site: bool = False
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Returns a context that marks what is computed for a model with regions."""
+        if not self._is_marked:
+            return contextlib.nullcontext()
+        mark = Mark(tuple(region.number for region in regions), is_site)
+        return jax.named_scope(mark_scope(mark))
+
     def _check_seen(self) -> None:
         """Raises NotImplementedError for a site that was never put on its grid."""
         places = {**self._plan.activations, **self._plan.weights}
@@ -98,14 +120,16 @@ class Simulation(ChannelScales):
     def _step(self, e: Equation) -> None:
         env = {v: self._env[v] for v in e.inputs}
         grids = {v: self._grids[v] for v in e.inputs if v in self._grids}
-        self._fold(e)
-        self._env.update(self._hold_kernel(e))
-        self._compute(e)
+        with self._marked(e.regions):
+            self._fold(e)
+            self._env.update(self._hold_kernel(e))
+            self._compute(e)
         self._env.update(env)
         self._grids.update(grids)
-        for v in e.outputs:
-            self._visit(v)
-        self._join_parts(e)
+        with self._marked(e.regions, is_site=True):
+            for v in e.outputs:
+                self._visit(v)
+            self._join_parts(e)
 
     def _compute(self, e: Equation) -> None:
         block = self._plan.fused.get(e.outputs[0])
@@ -114,6 +138,8 @@ class Simulation(ChannelScales):
             values = evaluate(e, *(self._env[v] for v in e.inputs))
         for v, x in zip(e.outputs, values, strict=True):
             self._env[v] = x if v in self._units else self._typed(v, x)
+            if self._is_marked:
+                self._env[v] = self._traced.regions.named(v, self._env[v])
         self._keep_grid(e)
         self._follow(e)
 
@@ -460,14 +486,15 @@ def _of_type(x: Any, dtype: Any) -> Any:
     return x if getattr(x, "dtype", None) == dtype else jnp.asarray(x, dtype)
 
 
-def _unfolded(params: Sequence[Any]) -> list[Any]:
-    """Keeps the compiler from folding computations of parameters.
+def _unfolded(params: Sequence[Any], *, is_each: bool) -> list[Any]:
+    """Keeps the compiler from folding computations of parameters, all or each.
 
     Values that XLA folds are an ulp apart from those that it computes (``rsqrt``: 18 %
     of the values, JAX 0.10.2 on the CPU), and lowering must meet the same numbers.
     """
     is_real = [jnp.issubdtype(jax.dtypes.result_type(x), jnp.floating) for x in params]
     reals = [x for x, found in zip(params, is_real, strict=True) if found]
-    held = iter(lax.optimization_barrier(reals))
+    barrier = lax.optimization_barrier
+    held = iter(map(barrier, reals) if is_each else barrier(reals))
     pairs = zip(params, is_real, strict=True)
     return [next(held) if found else x for x, found in pairs]

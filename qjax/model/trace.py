@@ -22,6 +22,7 @@ from qjax.mesh_axes import aligned, axes_of, vary
 from qjax.model.expansions import expansion
 from qjax.model.places import BlockSites, Place, split_scope
 from qjax.model.primitives import AFFINE, BOUNDS, POINTWISE
+from qjax.model.regions import Region, region_of
 from qjax.qpoint import qpoint_p
 from qjax.quantizers.point import SCOPE
 
@@ -50,6 +51,10 @@ class Equation:
     # Sites of that block, where the model is known.
     sites: BlockSites = dataclasses.field(
         default=BlockSites(), compare=False, repr=False
+    )
+    # Calls of `jax.checkpoint` around it, the outermost first.
+    regions: tuple[Region, ...] = dataclasses.field(
+        default=(), compare=False, repr=False
     )
 
     @property
@@ -206,6 +211,7 @@ def _called(e: Any) -> Any:
 
 def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
     fresh = itertools.count()
+    regions = itertools.count()
     constants: dict[int, Any] = {}
     avals: dict[int, Any] = {}
     equations: list[Equation] = []
@@ -223,7 +229,11 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
         return i
 
     def walk(
-        jaxpr: Any, args: Sequence[int], path: str, source: Any = None
+        jaxpr: Any,
+        args: Sequence[int],
+        path: str,
+        source: Any = None,
+        around: tuple[Region, ...] = (),
     ) -> list[int]:
         env = dict(zip(jaxpr.invars, args, strict=True))
 
@@ -253,16 +263,18 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
                 eqn.primitive is not p.scan_p or not data.isdisjoint(inputs)
             ):
                 types = [v.aval for v in eqn.invars]
-                outputs = call(jax.make_jaxpr(whole)(*types), inputs, here, origin)
+                body = jax.make_jaxpr(whole)(*types)
+                outputs = call(body, inputs, here, origin, around)
             elif (
                 eqn.primitive is p.cond_p
                 and (at := known_number(inputs[0])) is not None
             ):
                 branches = eqn.params["branches"]
                 branch = branches[min(max(at, 0), len(branches) - 1)]
-                outputs = call(branch, inputs[1:], here, origin)
+                outputs = call(branch, inputs[1:], here, origin, around)
             elif eqn.primitive in inlined and not is_kept:
-                outputs = call(_inner(eqn), inputs, here, origin)
+                own = [region_of(eqn, regions)] if eqn.primitive is p.remat_p else []
+                outputs = call(_inner(eqn), inputs, here, origin, (*around, *own))
             elif eqn.primitive.name == "pvary":
                 outputs = inputs  # `evaluate` does it where it is needed.
             else:
@@ -276,11 +288,9 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
                         data.update(made)
                     ends = tuple(own), tuple(made)
                     place, block = split_scope(here)
-                    equations.append(
-                        Equation(
-                            eqn.primitive, eqn.params, *ends, place, origin, block=block
-                        )
-                    )
+                    e = Equation(eqn.primitive, eqn.params, *ends, place, origin)
+                    e = dataclasses.replace(e, block=block, regions=around)
+                    equations.append(e)
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
@@ -304,14 +314,20 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
             ]
             return evaluate(e, *typed)[e.outputs.index(v)]
 
-    def call(inner: Any, inputs: list[int], path: str, source: Any) -> list[int]:
+    def call(
+        inner: Any,
+        inputs: list[int],
+        path: str,
+        source: Any,
+        around: tuple[Region, ...],
+    ) -> list[int]:
         jaxpr = getattr(inner, "jaxpr", inner)
         consts = [
             constant(c, v.aval)
             for v, c in zip(jaxpr.constvars, getattr(inner, "consts", ()), strict=True)
         ]
         jaxpr = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
-        return walk(jaxpr, [*consts, *inputs], path, source)
+        return walk(jaxpr, [*consts, *inputs], path, source, around)
 
     arguments = [number(v.aval) for v in closed.jaxpr.invars]
     data.update(arguments)

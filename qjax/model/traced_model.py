@@ -11,6 +11,7 @@ from qjax.model.finder import find_blocks
 from qjax.model.folding import fold_normalisations
 from qjax.model.places import BlockSites
 from qjax.model.primitives import SHAPE_MOVES
+from qjax.model.regions import Regions, find_regions
 from qjax.model.sites import describe
 from qjax.model.trace import Equation, Trace, trace
 from qjax.schemes.patterns import Site
@@ -31,6 +32,7 @@ class TracedModel:
       tables: Rows that an input chooses -> the table.
       moves: Value -> the value that a shape move makes it of.
       numbers: Root of a block -> its number in the plan.
+      regions: Parts that the backward pass computes again.
     """
 
     model: Trace
@@ -43,6 +45,7 @@ class TracedModel:
     tables: Mapping[int, int]
     moves: Mapping[int, int]
     numbers: Mapping[int, int]
+    regions: Regions
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -109,6 +112,7 @@ def trace_model(
         tables={b.value: b.root.inputs[0] for b in of_kind(plan.blocks, "embedding")},
         moves={e.outputs[0]: e.inputs[0] for e in moves},
         numbers={b.root.outputs[0]: k for k, b in enumerate(plan.blocks)},
+        regions=find_regions(order, model.avals),
     )
 
 

@@ -93,6 +93,7 @@ CASTS: Mapping[str, LoweringRule] = {
     "stop_gradient": _same,
     "copy": _same,
     "copy_p": _same,
+    "name": _same,
     "optimization_barrier": _same,
     "sharding_constraint": _same,
     "convert_element_type": _convert,
