@@ -23,6 +23,7 @@ from qjax.model.arguments import check_leaves, check_model
 from qjax.model.simulate import Simulation
 from qjax.model.traced_model import TracedModel, Traces
 from qjax.model.visitors import QState, Quantizer, Recorder, Updater
+from qjax.model.widening import narrowed_types, widened_arguments
 from qjax.schemes.accumulators import accumulator_bits
 from qjax.schemes.patterns import Site, Where
 from qjax.schemes.quantizeml.layers import find_layer
@@ -88,7 +89,9 @@ class QuantizedModel:
         """Computes the model on quantized values, as it will ship.
 
         Jittable, differentiable (by the clipped straight-through estimator), and
-        ``vmap``s over anything, the bits of ``scheme`` included.
+        ``vmap``s over anything, the bits of ``scheme`` included. A model in half
+        precision computes in its own types between the sites; grids, biases and factors
+        after products, and the rounding to codes are float32.
 
         Args:
           params: Parameters of ``fn``. Weights are rounded on the way, not changed.
@@ -135,12 +138,14 @@ class QuantizedModel:
             bytes where bits are known, on int32 where they are traced.
 
         Returns:
-          The output of ``fn``. Accumulators wrap: `qjax.lower` proves that they do not.
+          The output of ``fn``, in its types: of a model in half precision the values of
+          its float32 form, cast. Accumulators wrap: `qjax.lower` proves that they do
+          not.
 
         Raises:
           ValueError: as `apply`; for a site that has no integers: an operand without a
             quantizer, a BatchNorm in training; for a model with quantizers of its own.
-          NotImplementedError: for arithmetic in half precision.
+          NotImplementedError: for arithmetic that has no float32 form.
         """
         choices = self._checked(qstate, inputs, scheme)
         words = Words(choices, qstate)
@@ -273,10 +278,23 @@ class QuantizedModel:
             )
         params, qstate, *inputs = args
         bits = {k: choice.buffer_bits for k, choice in self.choices.sites.items()}
-        fn = lambda *xs: self.apply(params, qstate, *xs)
-        refusal, folded = self._refusal(), self.traces.folded
-        blocks = lambda *xs: self._traced(params, xs).blocks
-        return Bound(fn, tuple(inputs), bits, blocks, refusal, folded)
+        own = tuple(inputs)  # Half precision included.
+        traced = lambda *xs: self._traced(params, narrowed_types(xs, own))
+
+        def run(in_float32: bool, *xs: Any) -> Any:
+            simulation = Simulation(traced(*xs), params, xs, in_float32)
+            return simulation.run(Quantizer(self._checked(qstate, xs), qstate))
+
+        return Bound(
+            functools.partial(run, True),
+            widened_arguments(own),
+            bits,
+            blocks=lambda *xs: traced(*xs).blocks,
+            refusal=self._refusal(),
+            folded=self.traces.folded,
+            half=lambda *xs: traced(*xs).model.half,
+            own=functools.partial(run, False),
+        )
 
     def _refusal(self) -> str:
         """Explains why a model of which only weights are quantized has no program."""
@@ -305,6 +323,9 @@ def quantize_model(
     whole_norms: bool = False,
 ) -> QuantizedModel:
     """Puts quantization points into a model and changes no weight.
+
+    A model that computes in half precision has the sites of the same model in float32,
+    and their state: `lower` makes the program of its float32 form.
 
     Quantized are each input, each weight, and the output of each block: a product with
     a weight, a residual sum, an average or a nonlinear function, with the bias,

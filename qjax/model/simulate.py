@@ -33,6 +33,7 @@ from qjax.model.primitives import SHAPE_MOVES
 from qjax.model.trace import Equation, evaluate
 from qjax.model.traced_model import TracedModel
 from qjax.model.visits import Bias, Unit, Visit, Visitor
+from qjax.model.widening import evaluate_own, is_half_product, product_of_codes
 from qjax.quantizers.point import straight
 from qjax.schemes.patterns import Site
 
@@ -44,9 +45,20 @@ class Simulation(ChannelScales):
       traced: The model, traced for arguments of these types.
       params: Parameters of the model.
       inputs: Inputs of the model.
+      in_float32: Whether a model in half precision computes in its float32 form. Else
+        its equations compute in their own types. In both, points and the affine parts
+        of blocks are float32, and what rounds nothing takes float32 values as they are.
     """
 
-    def __init__(self, traced: TracedModel, params: Any, inputs: Sequence[Any]):
+    def __init__(
+        self,
+        traced: TracedModel,
+        params: Any,
+        inputs: Sequence[Any],
+        in_float32: bool = False,
+    ):
+        self._evaluate = evaluate if in_float32 else evaluate_own
+        self._keeps_types = not in_float32
         given = jax.tree.leaves(inputs)
         self._traced, self._model, self._plan = traced, traced.model, traced.plan
         self._arguments = _unfolded(jax.tree.leaves(params)) + given
@@ -59,22 +71,27 @@ class Simulation(ChannelScales):
         self._lines: dict[int, tuple[HeldLine, Any]] = {}
         self._met: set[int] = set()  # Values that have been visited.
         self._raw: dict[int, Any] = dict(self._model.constants)
-        self._raw.update(zip(self._model.inputs, self._arguments, strict=True))
         own = {*self._plan.weights, *self._plan.biases}
         # Weights that a function closes over are weights like others.
         for v in sorted(own & self._model.constants.keys()):
             self._env[v] = self._typed(v, jnp.asarray(self._env[v]))
             self._visit(v)
         for v, x in zip(self._model.inputs, self._arguments, strict=True):
-            self._env[v] = self._typed(v, x)
+            self._env[v] = self._raw[v] = self._typed(v, x)
             self._visit(v)
         for e in self._model.equations:
             traceback = getattr(e.source, "traceback", None)
             with jax.named_scope(self._scope(e)), user_context(traceback):
                 self._step(e)
         self._check_seen()
-        out = [self._env[v] for v in self._model.outputs]
-        return jax.tree.unflatten(jax.tree.structure(self._traced.out), out)
+        return self._returned([self._env[v] for v in self._model.outputs])
+
+    def _returned(self, values: list[Any]) -> Any:
+        """Returns outputs nested as the model's, in its types if it keeps them."""
+        types, tree = jax.tree.flatten(self._traced.out)
+        if self._keeps_types:
+            values = [_of_type(x, t.dtype) for x, t in zip(values, types, strict=True)]
+        return jax.tree.unflatten(tree, values)
 
     def _scope(self, e: Equation) -> str:
         """Returns the scope of an equation, from which lowering knows its block."""
@@ -111,7 +128,11 @@ class Simulation(ChannelScales):
         block = self._plan.fused.get(e.outputs[0])
         values: Sequence[Any] | None = self._fused(block) if block else None
         if values is None:
-            values = evaluate(e, *(self._env[v] for v in e.inputs))
+            operands = [self._env[v] for v in e.inputs]
+            values = self._evaluate(e, *operands)
+            if self._keeps_types and is_half_product(e):
+                grids = [self._grids.get(v) for v in e.inputs]
+                values = [product_of_codes(e, values[0], operands, grids)]
         for v, x in zip(e.outputs, values, strict=True):
             self._env[v] = x if v in self._units else self._typed(v, x)
         self._keep_grid(e)
@@ -167,7 +188,7 @@ class Simulation(ChannelScales):
     def _wide(self, block: Block, v: int) -> Any:
         """Returns the type in which a block computes one product and one sum.
 
-        At least float32: half precision rounds once, at the end of the block.
+        At least float32: it rounds where the values go on in half precision.
         """
         known = (u for e in block.affine for u in e.inputs)
         types = {self._model.avals[u].dtype for u in (v, *known)}
@@ -246,7 +267,7 @@ class Simulation(ChannelScales):
         """Returns a value of parameters alone, which are not rounded for it."""
         if v not in self._raw:
             e = self._traced.source[v]
-            values = evaluate(e, *map(self._known, e.inputs))
+            values = self._evaluate(e, *map(self._known, e.inputs))
             self._raw.update(zip(e.outputs, values, strict=True))
         return self._raw[v]
 
