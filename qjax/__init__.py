@@ -16,12 +16,13 @@ from qjax.inspection import (
     integer_weights,
     scales,
 )
+from qjax.instrumentation import quantize_model
 from qjax.integer import fixed_point, requantize
 from qjax.lowering import Verification, lower, verify
 from qjax.observation import CalibrationError, CalibrationInterrupt, calibrate
 from qjax.program import IntegerProgram, load
 from qjax.qpoint import clipped_ste
-from qjax.quantized_model import QuantizedModel, quantize_model
+from qjax.quantized_model import QuantizedModel
 from qjax.ranges import abs_max_params, min_max_params
 from qjax.rounding import int_range
 from qjax.schemes.codec import SchemeError

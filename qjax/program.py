@@ -53,6 +53,8 @@ class IntegerProgram:
       residues: Parts that would stay float, causes before their followers; only of
         `lower` with ``strict=False``. The graph has what lies between then, and cannot
         be called.
+      notes: What is to be known of the program beside its graph: that its model is in
+        half precision, say. `report` prints them; a saved program has none.
     """
 
     graph: Graph
@@ -60,6 +62,7 @@ class IntegerProgram:
     input_tree: Any
     output_tree: Any
     residues: tuple[Residue, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         left = f", {len(self.residues)} residues in float" if self.residues else ""
@@ -148,7 +151,8 @@ class IntegerProgram:
 
     def report(self) -> Report:
         """Certifies the program: no overflow, no float, agreement of each site."""
-        return certify(self.graph, self.params, tuple(float_values(self)))
+        found = certify(self.graph, self.params, tuple(float_values(self)))
+        return dataclasses.replace(found, notes=self.notes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the program to one file, which `qjax.load` reads, all or nothing.

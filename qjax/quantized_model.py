@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-import glob
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import chex
@@ -20,7 +19,7 @@ from qjax.lowering.binding import Bound
 from qjax.lowering.forward import IntegerForward
 from qjax.lowering.site_words import Words
 from qjax.mesh_axes import AxisName, as_axes
-from qjax.model.arguments import check_leaves, check_model
+from qjax.model.arguments import check_leaves
 from qjax.model.rematerialisation import in_regions
 from qjax.model.simulate import Simulation
 from qjax.model.states import check_state, start_learned
@@ -35,20 +34,15 @@ from qjax.model.visitors import (
     check_key,
     run_blended,
 )
+from qjax.model.widening import narrowed_types, widened_arguments
 from qjax.quantizers.learning import Learned
-from qjax.schemes.accumulators import warn_of_buffers
-from qjax.schemes.patterns import Site, Where
-from qjax.schemes.quantizeml.layers import find_layer
-from qjax.schemes.quantizeml.params import QuantizationParams
-from qjax.schemes.quantizeml.reader import config_rules
+from qjax.schemes.patterns import Site
 from qjax.schemes.resolution import (
     Choices,
     check_words,
     no_program,
     resolve,
-    warn_of_shadows,
 )
-from qjax.schemes.rules import Rule
 from qjax.schemes.scheme import Scheme, check_rules
 from qjax.schemes.sharing import overwriters
 from qjax.tables import html_table, show, show_types
@@ -109,7 +103,9 @@ class QuantizedModel:
         """Computes the model on quantized values, as it will ship.
 
         Jittable, differentiable (by the clipped straight-through estimator), and
-        ``vmap``s over anything, the bits of ``scheme`` included.
+        ``vmap``s over anything, the bits of ``scheme`` included. A model in half
+        precision computes in its own types between the sites; grids, biases and factors
+        after products, and the rounding to codes are float32.
 
         Args:
           params: Parameters of ``fn``. Weights are rounded on the way, not changed.
@@ -173,19 +169,21 @@ class QuantizedModel:
             bytes where bits are known, on int32 where they are traced.
 
         Returns:
-          The output of ``fn``. Accumulators wrap: `qjax.lower` proves that they do not.
+          The output of ``fn``, in its types: of a model in half precision the values of
+          its float32 form, cast. Accumulators wrap: `qjax.lower` proves that they do
+          not.
 
         Raises:
           ValueError: as `apply`; for a site that has no integers: an operand without a
             quantizer, a BatchNorm in training; for a model with quantizers of its own.
-          NotImplementedError: for arithmetic in half precision.
+          NotImplementedError: for arithmetic that has no float32 form.
         """
         choices = self._checked(qstate, inputs, scheme)
         model = self._traced(params, inputs)
 
         def run(marks: bool) -> Any:
             words = Words(choices, qstate)
-            return IntegerForward(model, params, inputs, marks).run(words)
+            return IntegerForward(model, params, inputs, is_marked=marks).run(words)
 
         return in_regions(run, model, (params, qstate, inputs, scheme, self.scheme))
 
@@ -371,7 +369,7 @@ class QuantizedModel:
     ) -> Any:
         """Computes with a run whose calls of `jax.checkpoint` are the model's."""
         model = self._traced(params, inputs)
-        run = lambda marks: compute(Simulation(model, params, inputs, marks))
+        run = lambda marks: compute(Simulation(model, params, inputs, is_marked=marks))
         return in_regions(run, model, (params, inputs, self.scheme, reads))
 
     def _traced(self, params: chex.ArrayTree, inputs: Any) -> TracedModel:
@@ -398,122 +396,20 @@ class QuantizedModel:
             )
         params, qstate, *inputs = args
         bits = {k: choice.buffer_bits for k, choice in self.choices.sites.items()}
-        fn = lambda *xs: self.apply(params, qstate, *xs)
-        refusal, folded = no_program(self.choices), self.traces.folded
-        blocks = lambda *xs: self._traced(params, xs).blocks
-        return Bound(fn, tuple(inputs), bits, blocks, refusal, folded)
+        own = tuple(inputs)  # Half precision included.
+        traced = lambda *xs: self._traced(params, narrowed_types(xs, own))
 
+        def run(in_float32: bool, *xs: Any) -> Any:
+            simulation = Simulation(traced(*xs), params, xs, in_float32=in_float32)
+            return simulation.run(Quantizer(self._checked(qstate, xs), qstate))
 
-def quantize_model(
-    fn: Callable[..., Any],
-    params: chex.ArrayTree,
-    *inputs: Any,
-    scheme: Scheme | None = None,
-    qparams: QuantizationParams | None = None,
-    q_config: Mapping[str, Any] | None = None,
-    quantize_until: str | None = None,
-    whole_norms: bool = False,
-) -> QuantizedModel:
-    """Puts quantization points into a model and changes no weight.
-
-    Quantized are each input, each weight, and the output of each block: a product with
-    a weight, a residual sum, an average or a nonlinear function, with the bias,
-    BatchNorm and activation that follow. Biases get the grid of their accumulator.
-
-    A softmax and a normalisation are one site each, at their end, and float inside;
-    masks are no part of a range, and a normalisation reads the accumulators of the
-    product before it. `lower` refuses them. Those that lower in parts (GroupNorm, or
-    ``x * rsqrt(mean(x**2) + epsilon)``) have a site for each part instead.
-
-    Args:
-      fn: ``fn(params, *inputs)``: ``model.apply`` of Linen, or a function that merges
-        NNX state, or any function that JAX traces; once for arguments of the same
-        types, as `jax.jit` does.
-      params: Parameters of ``fn``, any pytree. Only shapes and names are read.
-      *inputs: Example inputs. Only shapes are read.
-      scheme: The grids; 8 bits everywhere by default.
-      qparams: The grids as QuantizeML says them, in place of a scheme; its defaults, if
-        there is a config and no scheme.
-      q_config: Quantizers by layer, as `dump_config` writes them. They win where they
-        speak; the scheme or ``qparams`` fill the rest.
-      quantize_until: Layer after which everything stays float.
-      whole_norms: Makes one site of those softmaxes and normalisations as well that
-        would lower in parts: closer to the float model, but `lower` refuses them.
-
-    Returns:
-      The quantized model, to calibrate next.
-
-    Raises:
-      ValueError: if there is no site, a rule of the scheme matches none, a config or
-        ``quantize_until`` names a layer that is not there, or an axis does not exist:
-        the message names the closest there are. For a word that cannot hold its values:
-        a one-sided or signed 1-bit one of a weight, one that draws at random.
-
-      TypeError: for a Flax module, or another pytree, in place of a function.
-
-    Warns:
-      UserWarning: for accumulators that weights of this shape can drive beyond their
-        ``buffer_bits``; for a rule that decides nothing, as others come before it.
-
-    Example:
-      >>> fn = lambda params, x: jax.nn.relu(x @ params["kernel"])
-      >>> params = {"kernel": jnp.ones((3, 2))}
-      >>> qmodel = quantize_model(fn, params, jnp.ones((1, 3)))
-      >>> [site.name for site in qmodel.sites]
-      ['input:0', 'kernel', 'output:0']
-    """
-    if isinstance(fn, QuantizedModel):
-        raise TypeError(
-            "`fn` must be a function `fn(params, *inputs)`, got QuantizedModel. It is "
-            "quantized already."
+        return Bound(
+            functools.partial(run, True),
+            widened_arguments(own),
+            bits,
+            blocks=lambda *xs: traced(*xs).blocks,
+            refusal=no_program(self.choices),
+            folded=self.traces.folded,
+            half=lambda *xs: traced(*xs).model.half,
+            own=functools.partial(run, False),
         )
-    check_model(fn, params, inputs)
-    if scheme is not None and not isinstance(scheme, Scheme):
-        raise TypeError(f"`scheme` must be a `Scheme`, got {scheme!r}.")
-    if qparams is not None and scheme is not None:
-        raise ValueError("Pass `scheme` or `qparams`, not both: each says all grids.")
-    if qparams is not None and not isinstance(qparams, QuantizationParams):
-        raise TypeError(f"`qparams` must be `QuantizationParams`, got {qparams!r}.")
-    reader = (qparams or QuantizationParams()).scheme()
-    if scheme is None:
-        scheme = Scheme() if qparams is None and q_config is None else reader
-    split = scheme.constraints.split
-    traces = Traces()
-    traced = traces.get(fn, params, inputs, split, whole_norms)
-    sites, biases = traced.sites, traced.biases
-    if not sites:
-        raise ValueError(
-            "The model has no site: `fn` computes nothing from real values of "
-            "`params` and the inputs. Pass `fn(params, *inputs)`, and inputs and "
-            "parameters of a real type."
-        )
-    own = scheme
-    if quantize_until is not None:
-        after = sites[find_layer(quantize_until, sites) + 1 :]
-        names = tuple(glob.escape(site.name) for site in after)
-        reasons = (("spec", f"quantize_until={quantize_until!r}"),)
-        rule = Rule(Where(name=names), None, reasons=reasons, optional=True)
-        scheme, reader = (
-            dataclasses.replace(s, rules=(rule, *s.rules)) for s in (scheme, reader)
-        )
-    if q_config is not None:
-        rules = config_rules(q_config, sites, scheme, biases)
-        scheme = dataclasses.replace(scheme, rules=(*rules, *scheme.rules))
-    check_rules(scheme, sites, biases)
-    check_words(resolve(scheme, sites, biases))
-    warn_of_shadows(own, sites)
-    warn_of_buffers(scheme, sites)
-    shapes = jax.eval_shape(lambda: inputs)
-    qmodel = QuantizedModel(
-        fn, scheme, sites, shapes, reader, biases, whole_norms, traces
-    )
-    # A dry run: an axis that does not exist raises here, before any data is spent.
-    state = qmodel.init(params, *inputs)
-    jax.eval_shape(lambda *args: _tried(qmodel, *args), params, state, *inputs)
-    return qmodel
-
-
-def _tried(qmodel: QuantizedModel, params: Any, qstate: QState, *inputs: Any) -> Any:
-    learned = qmodel.init_learned(params, qstate)
-    qstate = {**qstate, LEARNED: learned} if learned else qstate
-    return qmodel.apply(params, qstate, *inputs)

@@ -10,7 +10,7 @@ from flax import nnx
 from qjax.affine import QParams, QSpec, fake_quant
 from qjax.lowering import lower, verify
 from qjax.observation import calibrate
-from qjax.quantized_model import quantize_model
+from qjax.instrumentation import quantize_model
 from tests.models import (
     NAMES,
     LinenResidual,

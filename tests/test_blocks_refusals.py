@@ -9,7 +9,7 @@ from jax import lax
 
 from qjax import quantizers
 from qjax.observation import calibrate
-from qjax.quantized_model import quantize_model
+from qjax.instrumentation import quantize_model
 from tests.models import (
     images,
 )

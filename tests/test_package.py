@@ -66,7 +66,7 @@ ROOMS = (
     ("model",),
     ("lowering",),
     ("quantized_model",),
-    ("observation", "inspection"),
+    ("instrumentation", "observation", "inspection", "training"),
     ("formats",),
 )
 

@@ -71,12 +71,14 @@ class Report:
       agreement: For each quantization point.
       float_values: Types of floating-point values in ``program.codes``; empty.
       nbytes: Bytes of the parameters, 2 and 4 bits packed.
+      notes: Notes of the program.
     """
 
     overflow: tuple[Overflow, ...]
     agreement: Mapping[str, Agreement]
     float_values: tuple[str, ...]
     nbytes: int
+    notes: tuple[str, ...] = ()
 
     def __str__(self):
         wide = max(
@@ -90,7 +92,8 @@ class Report:
         lines += ["", f"{'site':<{wide}} agreement"]
         lines += [f"{name:<{wide}} {a}" for name, a in self.agreement.items()]
         found = ", ".join(self.float_values) or "none"
-        return "\n".join([*lines, "", f"float values: {found}; {self.nbytes} bytes"])
+        lines += ["", f"float values: {found}; {self.nbytes} bytes"]
+        return "\n".join([*lines, *self.notes])
 
     __repr__ = __str__
 

@@ -22,6 +22,9 @@ class Bound:
       refusal: Why no program of integers only can come of it; empty if one may.
       folded: Known values that the last lowering of the model has computed, for the
         next and for `verify`.
+      half: ``half(*inputs)``: the half types of a model of which ``fn`` is the float32
+        form, for inputs of these types; None for a function.
+      own: The model in its own types, on the inputs of ``fn``; None for a function.
     """
 
     fn: Callable[..., Any]
@@ -30,6 +33,12 @@ class Bound:
     blocks: Callable[..., Sequence[BlockSites]] | None = None
     refusal: str = ""
     folded: Folded = dataclasses.field(default_factory=dict)
+    half: Callable[..., Sequence[str]] | None = None
+    own: Callable[..., Any] | None = None
+
+    def half_types(self, *inputs: Any) -> tuple[str, ...]:
+        """Returns the half types of the model for inputs of some types, or none."""
+        return () if self.half is None else tuple(self.half(*inputs))
 
 
 def bind(model: Any, args: tuple[Any, ...]) -> Bound:

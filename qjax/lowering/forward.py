@@ -7,6 +7,7 @@ are traced; derivatives are those of the fake-quantized model.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -39,6 +40,7 @@ from qjax.model.normalisations import said
 from qjax.model.primitives import POINTWISE, SHAPE_MOVES, names
 from qjax.model.simulate import Simulation
 from qjax.model.trace import CALLS, Equation, evaluate, quantizer_of, whole_of
+from qjax.model.traced_model import TracedModel
 from qjax.qpoint import grid_codes, qpoint_p
 from qjax.quantizers.point import straight
 from qjax.schemes.patterns import Site
@@ -51,7 +53,23 @@ _SUMS = names("sum", "running sum")
 
 
 class IntegerForward(Simulation):
-    """A simulation whose values are those of the integer program."""
+    """A simulation whose values are those of the integer program.
+
+    Args:
+      traced: The model; one in half precision computes in its float32 form.
+      params: Parameters of the model.
+      inputs: Inputs of the model.
+    """
+
+    def __init__(
+        self,
+        traced: TracedModel,
+        params: Any,
+        inputs: Sequence[Any],
+        *,
+        is_marked: bool = False,
+    ):
+        super().__init__(traced, params, inputs, is_marked=is_marked, in_float32=True)
 
     def run(self, visitor: Words) -> Any:  # type: ignore[override]
         """Returns what the model returns, computed as the integer program does.
@@ -59,7 +77,7 @@ class IntegerForward(Simulation):
         Raises:
           ValueError: for a quantizer in the model itself; at a site that has no
             integers.
-          NotImplementedError: for arithmetic in half precision.
+          NotImplementedError: for arithmetic that has no float32 form.
         """
         half = find_half(self._model, self._traced.inputs)
         if half is not None:
@@ -80,7 +98,8 @@ class IntegerForward(Simulation):
             if v in self._shipped:
                 value = self._shipped[v].astype(leaves[k].dtype)
                 leaves[k] = straight(leaves[k], value)
-        return jax.tree.unflatten(tree, leaves)
+        found = jax.tree.unflatten(tree, leaves)
+        return jax.tree.map(lambda x, own: x.astype(own.dtype), found, self._traced.out)
 
     # Sites.
 

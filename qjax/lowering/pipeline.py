@@ -45,13 +45,16 @@ def lower(model: Any, *args: Any, strict: bool = True) -> IntegerProgram:
 
     Returns:
       The program. A checker has made sure that no floating-point value occurs in it.
+      Of a `QuantizedModel` in half precision it is the program of the float32 form,
+      float32 at its ends, and ``notes`` say so.
 
     Raises:
       ValueError: if a site is not calibrated, an operand is not quantized, or no
         activation has a grid.
       OverflowError: if an accumulator could leave its ``buffer_bits``, int32 by
         default; names the input that does it.
-      NotImplementedError: for an operation without an integer rule.
+      NotImplementedError: for an operation without an integer rule; for a function in
+        half precision.
     """
     try:
         return _lower(model, args, strict)
@@ -69,18 +72,19 @@ def _lower(model: Any, args: tuple[Any, ...], strict: bool) -> IntegerProgram:
         raise ValueError(bound.refusal)
     example = jax.tree.map(_with_example, bound.inputs)
     traced, out = _traced(bound, example)
+    notes = _notes(bound.half_types(*example))
     half = find_half(traced, traced.inputs, is_model=bound.blocks is not None)
     if half is not None and strict:
         raise NotImplementedError(half.message)
     if half is not None:
-        return _partial(Builder(bound.buffer_bits, is_open=True), [], [half])
+        return _partial(Builder(bound.buffer_bits, is_open=True), [], [half], notes)
     try:
         builder, outputs, residues = _interpreted(traced, bound, strict)
     except (NotImplementedError, OverflowError, ValueError) as error:
         error.args = (str(error) + _others(traced, bound), *error.args[1:])
         raise
     if residues:
-        return _partial(builder, outputs, residues)
+        return _partial(builder, outputs, residues, notes)
     graph = _whole(builder, outputs, traced)
 
     def lower_again(other: tuple[Any, ...]) -> Lowered:
@@ -104,9 +108,20 @@ def _lower(model: Any, args: tuple[Any, ...], strict: bool) -> IntegerProgram:
     graph = dataclasses.replace(graph, values=tuple(values))
     graph, params = drop_dead(graph, _arrays(builder))
     trees = jax.tree.structure(tuple(bound.inputs)), jax.tree.structure(out)
-    program = IntegerProgram(graph, params, *trees)
+    program = IntegerProgram(graph, params, *trees, notes=notes)
     check_integer_only(program)
     return program
+
+
+def _notes(half: Sequence[str]) -> tuple[str, ...]:
+    """Returns what a program says of a model in half precision."""
+    if not half:
+        return ()
+    return (
+        f"The model computes in {' and '.join(half)}. This is the program of its "
+        "float32 form, which has the same sites, parameters and state. `qjax.verify` "
+        "gives the distance between the two.",
+    )
 
 
 def _with_example(x: Any) -> Any:
@@ -196,14 +211,17 @@ def _whole(builder: Builder, outputs: Sequence[Abstract], traced: Trace) -> Grap
 
 
 def _partial(
-    builder: Builder, outputs: Sequence[Abstract], residues: list[Residue]
+    builder: Builder,
+    outputs: Sequence[Abstract],
+    residues: list[Residue],
+    notes: tuple[str, ...],
 ) -> IntegerProgram:
     """Returns the program between the residues."""
     whole = [x.value for x in outputs if isinstance(x, Integers)]
     graph = builder.graph(tuple(builder.inputs.values()), tuple(whole))
     inputs, outputs = map(jax.tree.structure, (graph.inputs, graph.outputs))
     listed = tuple(sorted(residues, key=lambda residue: residue.is_follower))
-    return IntegerProgram(graph, _arrays(builder), inputs, outputs, listed)
+    return IntegerProgram(graph, _arrays(builder), inputs, outputs, listed, notes)
 
 
 def _arrays(builder: Builder) -> dict[str, jax.Array]:

@@ -12,6 +12,7 @@ import numpy as np
 from qjax.affine import QParams, dequantize
 from qjax.calls import alone
 from qjax.graph.builder import unique_name
+from qjax.graph.graph import Grid
 from qjax.lowering.binding import bind
 from qjax.lowering.interpret import fold_known
 from qjax.model.trace import Trace, evaluate, trace
@@ -35,16 +36,35 @@ class Comparison:
 
 
 @dataclasses.dataclass(frozen=True)
+class Distance:
+    """The distance of an output in half precision from the same output in float32.
+
+    Attributes:
+      most: Largest difference, in codes of the output.
+      mean: Mean difference, in codes of the output.
+    """
+
+    most: float
+    mean: float
+
+    def __str__(self) -> str:
+        return f"at most {self.most:.2f} codes, {self.mean:.3f} in the mean"
+
+
+@dataclasses.dataclass(frozen=True)
 class Verification:
     """The result of `verify`. Its ``str`` is a table.
 
     Attributes:
       sites: For each quantization point, both sides computed from the same input codes.
       outputs: For each output, end to end.
+      half: For each output of a model in half precision, how far the simulated model is
+        from its float32 form, with which the program is compared; else empty.
     """
 
     sites: Mapping[str, Comparison]
     outputs: tuple[Comparison, ...]
+    half: tuple[Distance, ...] = ()
 
     @property
     def is_exact(self) -> bool:
@@ -53,12 +73,19 @@ class Verification:
         return all(row.equal == row.codes for row in rows)
 
     def __str__(self) -> str:
-        return text_table(_HEAD, self._rows())
+        return "\n".join([text_table(_HEAD, self._rows()), *self._distances()])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html_table(_HEAD, self._rows())
+        lines = "".join(f"<p>{line}</p>" for line in self._distances())
+        return html_table(_HEAD, self._rows()) + lines
+
+    def _distances(self) -> list[str]:
+        return [
+            f"half precision from float32, output {k}: {distance}"
+            for k, distance in enumerate(self.half)
+        ]
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows = [*self.sites.items()]
@@ -92,7 +119,8 @@ def verify(program: IntegerProgram, model: Any, *args: Any) -> Verification:
     Returns:
       Shares of equal codes and largest differences, by site and end to end. With
       power-of-two scales all do. With others one requantization may differ by one code
-      near a tie; more than one at a site is a bug.
+      near a tie; more than one at a site is a bug. A model in half precision is
+      compared in its float32 form; what its own types make of the outputs comes after.
 
     Raises:
       ValueError: if the program was lowered from another model.
@@ -119,7 +147,12 @@ def verify(program: IntegerProgram, model: Any, *args: Any) -> Verification:
     for q, real, grid in zip(codes, outputs, program.output_grids, strict=True):
         steps = np.asarray(real, np.float64) / np.float64(grid.array())
         ends.append(_compare(q, np.rint(steps) + grid.zero_point))
-    return Verification(sites, tuple(ends))
+    half: list[Distance] = []
+    if bound.own is not None and bound.half_types(*inputs):
+        own = jax.tree.leaves(jax.jit(bound.own)(*inputs))
+        triples = zip(own, outputs, program.output_grids, strict=True)
+        half = [_distance(a, b, grid) for a, b, grid in triples]
+    return Verification(sites, tuple(ends), tuple(half))
 
 
 def _site_names(traced: Trace, known: Mapping[int, Any]) -> dict[int, str]:
@@ -162,6 +195,15 @@ def _run(
             out = (given.astype(out[0].dtype),)
         env.update(zip(e.outputs, out, strict=True))
     return codes, [env[v] for v in traced.outputs]
+
+
+def _distance(a: Any, b: Any, grid: Grid) -> Distance:
+    """Returns the distance of two outputs in codes of a grid."""
+    a, b = (np.asarray(x).astype(np.float64) for x in (a, b))
+    codes = np.abs(a - b) / np.float64(grid.array())
+    return Distance(
+        float(codes.max(initial=0)), float(codes.sum() / max(codes.size, 1))
+    )
 
 
 def _compare(a: Any, b: Any) -> Comparison:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ import numpy as np
 from qjax.model.flow import Flow
 from qjax.model.normalisations import Normalisations, Whole
 from qjax.model.regions import common_regions
-from qjax.model.trace import WHOLE, Equation, Trace, evaluate
+from qjax.model.trace import WHOLE, Equation, Own, Trace, evaluate
+from qjax.model.widening import evaluate_own
 
 
 def fold_normalisations(
@@ -80,17 +82,24 @@ def _call(model: Trace, whole: Whole, finder: Normalisations) -> Equation:
     others = {v for v in made - {end} if finder.is_read_beside(v, whole)}
     outputs = (end, *sorted(others))
 
-    def run(*values: Any) -> list[Any]:
-        env = numbers | dict(zip(inputs, values, strict=True))
-        for e in equations:
-            out = evaluate(e, *(env[v] for v in e.inputs))
-            env.update(zip(e.outputs, out, strict=True))
-        return [env[v] for v in outputs]
+    def call(evaluate: Callable[..., Sequence[Any]]) -> Any:
+        def run(*values: Any) -> list[Any]:
+            env = numbers | dict(zip(inputs, values, strict=True))
+            for e in equations:
+                out = evaluate(e, *(env[v] for v in e.inputs))
+                env.update(zip(e.outputs, out, strict=True))
+            return [env[v] for v in outputs]
 
-    run.__name__ = run.__qualname__ = WHOLE + whole.kind
-    types = (model.avals[v] for v in inputs)
-    (call,) = jax.make_jaxpr(jax.jit(run))(*types).jaxpr.eqns
-    found = Equation(call.primitive, call.params, inputs, outputs, whole.end.path)
+        run.__name__ = run.__qualname__ = WHOLE + whole.kind
+        types = (model.avals[v] for v in inputs)
+        (eqn,) = jax.make_jaxpr(jax.jit(run))(*types).jaxpr.eqns
+        return eqn
+
+    eqn, own = call(evaluate), None
+    if any(e.own is not None for e in equations):
+        own = Own(call(evaluate_own).params, (None,) * len(inputs))
+    ends = inputs, outputs
+    found = Equation(eqn.primitive, eqn.params, *ends, whole.end.path, own=own)
     return dataclasses.replace(found, regions=common_regions(equations))
 
 

@@ -60,6 +60,15 @@ def _with_line_jvp(primals: Any, tangents: Any) -> Any:
 _with_line.defjvp(_with_line_jvp, symbolic_zeros=True)
 
 
+@jax.custom_jvp
+def whole(x: jax.Array) -> jax.Array:
+    """Rounds values that are integers but for float error; its derivative is 1."""
+    return jnp.round(x)
+
+
+whole.defjvp(lambda primals, tangents: (whole(*primals), tangents[0]))
+
+
 def zero_channels(kernel: jax.Array, over: tuple[int, ...]) -> jax.Array:
     """Returns whether each channel of a kernel is 0, in the rank of the kernel.
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.extend.source_info_util import user_context
 
 from qjax.affine import QParams, QSpec, fake_quant_bias
 from qjax.calls import shared
+from qjax.model.arguments import unfolded
 from qjax.model.blocks import Block, is_quantizer
 from qjax.model.channel_scales import ChannelScales, Kernel
 from qjax.model.channels import kernel_axes, move_scale, output_scale
@@ -27,6 +27,7 @@ from qjax.model.lines import (
     ranked,
     rounded,
     to_kernel,
+    whole,
     zero_channels,
 )
 from qjax.model.places import Mark, block_scope, mark_scope
@@ -35,6 +36,7 @@ from qjax.model.regions import Region
 from qjax.model.trace import Equation, evaluate
 from qjax.model.traced_model import TracedModel
 from qjax.model.visits import Bias, Unit, Visit, Visitor
+from qjax.model.widening import evaluate_own, is_half_product, product_of_codes
 from qjax.quantizers.point import straight
 from qjax.schemes.patterns import Site
 
@@ -47,6 +49,9 @@ class Simulation(ChannelScales):
       params: Parameters of the model.
       inputs: Inputs of the model.
       is_marked: Whether to mark all that is computed, for `qjax.model.regions`.
+      in_float32: Whether a model in half precision computes in its float32 form. Else
+        its equations compute in their own types. In both, points and the affine parts
+        of blocks are float32, and what rounds nothing takes float32 values as they are.
     """
 
     def __init__(
@@ -54,13 +59,17 @@ class Simulation(ChannelScales):
         traced: TracedModel,
         params: Any,
         inputs: Sequence[Any],
+        *,
         is_marked: bool = False,
+        in_float32: bool = False,
     ):
+        self._evaluate = evaluate if in_float32 else evaluate_own
+        self._keeps_types = not in_float32
         given = jax.tree.leaves(inputs)
         self._traced, self._model, self._plan = traced, traced.model, traced.plan
         self._is_marked = is_marked
         with self._marked((), is_site=True):
-            leaves = _unfolded(jax.tree.leaves(params), is_each=is_marked)
+            leaves = unfolded(jax.tree.leaves(params), is_each=is_marked)
         self._arguments = leaves + given
 
     def run(self, visitor: Visitor) -> Any:
@@ -71,7 +80,6 @@ class Simulation(ChannelScales):
         self._lines: dict[int, tuple[HeldLine, Any]] = {}
         self._met: set[int] = set()  # Values that have been visited.
         self._raw: dict[int, Any] = dict(self._model.constants)
-        self._raw.update(zip(self._model.inputs, self._arguments, strict=True))
         own = {*self._plan.weights, *self._plan.biases}
         # Weights that a function closes over are weights like others.
         closed = sorted(own & self._model.constants.keys())
@@ -80,14 +88,22 @@ class Simulation(ChannelScales):
         with self._marked((), is_site=True):
             for v, x in given.items():
                 self._env[v] = self._typed(v, x)
+                if v not in self._model.constants:
+                    self._raw[v] = self._env[v]
                 self._visit(v)
         for e in self._model.equations:
             traceback = getattr(e.source, "traceback", None)
             with jax.named_scope(self._scope(e)), user_context(traceback):
                 self._step(e)
         self._check_seen()
-        out = [self._env[v] for v in self._model.outputs]
-        return jax.tree.unflatten(jax.tree.structure(self._traced.out), out)
+        return self._returned([self._env[v] for v in self._model.outputs])
+
+    def _returned(self, values: list[Any]) -> Any:
+        """Returns outputs nested as the model's, in its types if it keeps them."""
+        types, tree = jax.tree.flatten(self._traced.out)
+        if self._keeps_types:
+            values = [_of_type(x, t.dtype) for x, t in zip(values, types, strict=True)]
+        return jax.tree.unflatten(tree, values)
 
     def _scope(self, e: Equation) -> str:
         """Returns the scope of an equation, from which lowering knows its block."""
@@ -135,7 +151,11 @@ class Simulation(ChannelScales):
         block = self._plan.fused.get(e.outputs[0])
         values: Sequence[Any] | None = self._fused(block) if block else None
         if values is None:
-            values = evaluate(e, *(self._env[v] for v in e.inputs))
+            operands = [self._env[v] for v in e.inputs]
+            values = self._evaluate(e, *operands)
+            if self._keeps_types and is_half_product(e):
+                grids = [self._grids.get(v) for v in e.inputs]
+                values = [product_of_codes(e, values[0], operands, grids)]
         for v, x in zip(e.outputs, values, strict=True):
             self._env[v] = x if v in self._units else self._typed(v, x)
             if self._is_marked:
@@ -193,7 +213,7 @@ class Simulation(ChannelScales):
     def _wide(self, block: Block, v: int) -> Any:
         """Returns the type in which a block computes one product and one sum.
 
-        At least float32: half precision rounds once, at the end of the block.
+        At least float32: it rounds where the values go on in half precision.
         """
         known = (u for e in block.affine for u in e.inputs)
         types = {self._model.avals[u].dtype for u in (v, *known)}
@@ -272,7 +292,7 @@ class Simulation(ChannelScales):
         """Returns a value of parameters alone, which are not rounded for it."""
         if v not in self._raw:
             e = self._traced.source[v]
-            values = evaluate(e, *map(self._known, e.inputs))
+            values = self._evaluate(e, *map(self._known, e.inputs))
             self._raw.update(zip(e.outputs, values, strict=True))
         return self._raw[v]
 
@@ -378,7 +398,7 @@ class Simulation(ChannelScales):
         if grid is None or grid.scale.ndim or block.value != end:
             return [value * factor]
         real = self._env[x].astype(factor.dtype)
-        codes = _whole(real * (1.0 / grid.scale).astype(real.dtype))
+        codes = whole(real * (1.0 / grid.scale).astype(real.dtype))
         self._units[end] = Unit(jnp.asarray(factor), grid.scale)
         for e in (block.root, *block.moves):
             (codes,) = evaluate(e, codes)
@@ -473,28 +493,5 @@ class Simulation(ChannelScales):
         return None if scale is None else own[0].scale * scale
 
 
-@jax.custom_jvp
-def _whole(x: jax.Array) -> jax.Array:
-    """Rounds values that are integers but for float error; its derivative is 1."""
-    return jnp.round(x)
-
-
-_whole.defjvp(lambda primals, tangents: (_whole(*primals), tangents[0]))
-
-
 def _of_type(x: Any, dtype: Any) -> Any:
     return x if getattr(x, "dtype", None) == dtype else jnp.asarray(x, dtype)
-
-
-def _unfolded(params: Sequence[Any], *, is_each: bool) -> list[Any]:
-    """Keeps the compiler from folding computations of parameters, all or each.
-
-    Values that XLA folds are an ulp apart from those that it computes (``rsqrt``: 18 %
-    of the values, JAX 0.10.2 on the CPU), and lowering must meet the same numbers.
-    """
-    is_real = [jnp.issubdtype(jax.dtypes.result_type(x), jnp.floating) for x in params]
-    reals = [x for x, found in zip(params, is_real, strict=True) if found]
-    barrier = lax.optimization_barrier
-    held = iter(map(barrier, reals) if is_each else barrier(reals))
-    pairs = zip(params, is_real, strict=True)
-    return [next(held) if found else x for x, found in pairs]

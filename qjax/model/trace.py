@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
@@ -31,6 +31,13 @@ _QUANTIZER = re.compile(re.escape(SCOPE) + r"(\w+)")
 _CALLS = (p.jit_p, p.closed_call_p, p.remat_p)
 _DERIVATIVE_CALLS = (p.custom_jvp_call_p, p.custom_vjp_call_p)
 CALLS = (p.jit_p, *_DERIVATIVE_CALLS)  # Calls that a trace may keep whole.
+
+
+class Own(NamedTuple):
+    """The form of an equation in its model's own types, some of them half precision."""
+
+    params: dict[str, Any]
+    types: tuple[Any, ...]  # Half type of an operand; None for others.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +63,8 @@ class Equation:
     regions: tuple[Region, ...] = dataclasses.field(
         default=(), compare=False, repr=False
     )
+    # Own form of an equation that computes in half precision: `qjax.model.widening`.
+    own: Own | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def place(self) -> Place:
@@ -88,6 +97,7 @@ class Trace:
     # True if arguments and code alone determine it: it holds no array or tracer of its
     # surroundings, and names no axis of a mesh or a `vmap`.
     is_closed: bool = False
+    half: tuple[str, ...] = ()  # Half types of the model, if this is its float32 form.
 
     def shape(self, value: int) -> tuple[int, ...]:
         """Returns the shape of a value."""

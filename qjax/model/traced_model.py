@@ -14,6 +14,7 @@ from qjax.model.primitives import SHAPE_MOVES
 from qjax.model.regions import Regions, find_regions
 from qjax.model.sites import describe
 from qjax.model.trace import Equation, Trace, trace
+from qjax.model.widening import widened
 from qjax.schemes.patterns import Site
 
 
@@ -22,7 +23,8 @@ class TracedModel:
     """A model, traced for the types of some arguments, with the plan of its sites.
 
     Attributes:
-      model: The trace. Values that do not depend on inputs come first.
+      model: The trace, in its float32 form if it computes in half precision. Values
+        that do not depend on inputs come first.
       out: Tree of the shapes that the model returns.
       plan: Its blocks and sites.
       inputs: Values of the inputs of the model.
@@ -92,6 +94,7 @@ def trace_model(
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     names = [path_name(path) for path, _ in leaves]
     model, out = trace(fn, params, *inputs, keep_derivatives=True)
+    model = widened(model)
     own = model.inputs[len(leaves) :]
     model = fold_normalisations(model, data_of(model, own), in_parts=not whole_norms)
     plan = describe(model, find_blocks(model, names, split), names)
