@@ -8,9 +8,9 @@ from flax import linen as nn
 from flax import nnx
 
 from qjax.affine import QParams, QSpec, fake_quant
+from qjax.instrumentation import quantize_model
 from qjax.lowering import lower, verify
 from qjax.observation import calibrate
-from qjax.instrumentation import quantize_model
 from tests.models import (
     NAMES,
     LinenResidual,

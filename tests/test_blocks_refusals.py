@@ -8,8 +8,8 @@ from flax import linen as nn
 from jax import lax
 
 from qjax import quantizers
-from qjax.observation import calibrate
 from qjax.instrumentation import quantize_model
+from qjax.observation import calibrate
 from tests.models import (
     images,
 )

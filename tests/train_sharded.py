@@ -17,7 +17,7 @@ import qjax
 from qjax import QSpec, Scheme
 from tests.training_cases import CASES, PARAMS, X, Y, quantized, trainer
 
-NAMES = ("per channel", "lsq plus", "bits")
+NAMES = ("per channel", "lsq plus")
 STEPS = 3
 
 
@@ -159,7 +159,7 @@ if __name__ == "__main__":
         jax.distributed.initialize(address, int(processes), int(process))
     assert jax.device_count() == 8
     devices = np.array(jax.devices()).reshape(4, 2)
-    for case in NAMES if jax.process_count() == 1 else NAMES[:2]:
+    for case in NAMES if jax.process_count() == 1 else NAMES[:1]:
         check_sharded_arrays(case, Mesh(devices, ("data", "model")))
     if jax.process_count() == 1:
         line = Mesh(np.array(jax.devices()), ("data",))
