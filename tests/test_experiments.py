@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import data, quickstart
+from experiments import data, learned_scales, quickstart
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.usefixtures("flax_promotion")
@@ -53,6 +53,22 @@ def test_the_quickstart_prints_its_table(monkeypatch, capsys, tmp_path):
     out = capsys.readouterr().out
     for name in ("float", "8-bit, integers", "4-bit trained, integers", "codes equal"):
         assert name in out
+
+
+@pytest.mark.slow
+def test_learned_scales_print_their_table(monkeypatch, capsys):
+    methods = {"EWGS": learned_scales.CANDIDATES["EWGS"]}
+    monkeypatch.setattr(learned_scales, "CANDIDATES", methods)
+    monkeypatch.setattr(learned_scales, "BITS", (3,))
+    config = learned_scales.Config(features=8, epochs=4, seeds=2)
+    found, (row,) = learned_scales.run(config)
+    assert len(found) == 2 and row.integers[0] != row.integers[1]
+    assert min(row.integers) > 40  # Of 10 classes.
+    assert np.allclose(row.integers, row.simulated, atol=1)
+    assert row.codes > 10_000 and row.differing < 1e-3 * row.codes
+    learned_scales.show(found, [row], config, 2.0)
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("EWGS", "float", "differ", "2 s"))
 
 
 def test_the_benchmark_writes_rows(monkeypatch, capsys, tmp_path):
