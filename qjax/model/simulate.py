@@ -46,8 +46,8 @@ class Simulation(ChannelScales):
       params: Parameters of the model.
       inputs: Inputs of the model.
       in_float32: Whether a model in half precision computes in its float32 form. Else
-        its equations compute in their own types. In both, points and the affine parts
-        of blocks are float32, and what rounds nothing takes float32 values as they are.
+        products, sums and normalisations are in its own types; points, the affine parts
+        of blocks and all that is elementwise are float32 in both.
     """
 
     def __init__(
