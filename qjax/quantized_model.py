@@ -103,9 +103,9 @@ class QuantizedModel:
         """Computes the model on quantized values, as it will ship.
 
         Jittable, differentiable (by the clipped straight-through estimator), and
-        ``vmap``s over anything, the bits of ``scheme`` included. A model in half
-        precision computes in its own types between the sites; grids, biases and factors
-        after products, and the rounding to codes are float32.
+        ``vmap``s over anything, the bits of ``scheme`` included. Products, sums
+        and normalisations of a model in half precision are in its own types; products
+        multiply codes and sum in float32. All else is float32, the points first of all.
 
         Args:
           params: Parameters of ``fn``. Weights are rounded on the way, not changed.

@@ -366,7 +366,7 @@ def test_a_cast_to_integers_and_a_scale_of_one(dtype, tmp_path):
 
     params = {"w": np.float32(np.arange(-10, 10).reshape(5, 4)) / 8, "t": table}
     x = np.float32(np.random.default_rng(0).integers(-127, 128, (33, 5)))
-    x[0, 0] = 127.0  # Of scale 1.
+    x[0, :2] = -128, 127  # Of scale 1.
     full, half = (qjax.quantize_model(make(d), params, x) for d in (jnp.float32, dtype))
     assert full.sites == half.sites
     qstate = qjax.calibrate(half, params, [x])
@@ -410,8 +410,8 @@ def test_a_function_with_quantizers_of_its_own_is_refused_with_a_remedy():
     point = lambda x, name: qjax.fake_quant(x, grid, qjax.QSpec(8), site=name)
 
     def make(dtype):
-        w = point(jnp.asarray(images(5, 4) / 4, dtype), "w")
-        return lambda x: point(jax.nn.relu(point(x, "in") @ w), "out")
+        w = jnp.asarray(images(5, 4) / 4, dtype)
+        return lambda x: point(jax.nn.relu(point(x, "in") @ point(w, "w")), "out")
 
     x = images(6, 5)
     with pytest.raises(NotImplementedError, match="in bfloat16.*\n.*\n.*in float32"):

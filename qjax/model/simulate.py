@@ -50,8 +50,8 @@ class Simulation(ChannelScales):
       inputs: Inputs of the model.
       is_marked: Whether to mark all that is computed, for `qjax.model.regions`.
       in_float32: Whether a model in half precision computes in its float32 form. Else
-        its equations compute in their own types. In both, points and the affine parts
-        of blocks are float32, and what rounds nothing takes float32 values as they are.
+        products, sums and normalisations are in its own types; points, the affine parts
+        of blocks and all that is elementwise are float32 in both.
     """
 
     def __init__(

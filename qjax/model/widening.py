@@ -18,16 +18,16 @@ from jax.extend.core import primitives as p
 from qjax.affine import QParams
 from qjax.leaves import is_array
 from qjax.model.channels import output_scale
-from qjax.model.primitives import names
-from qjax.model.trace import Equation, Own, Trace, evaluate, is_key, kinds_of
+from qjax.model.primitives import POINTWISE, names
+from qjax.model.trace import CALLS, Equation, Own, Trace, evaluate, is_key, kinds_of
 from qjax.quantizers.point import straight
 
 _HALF = (np.dtype(jnp.bfloat16), np.dtype(jnp.float16))
-# In float32 in any model: what rounds nothing, as values on a grid stay there, and the
-# affine parts of blocks.
-_FLOAT32 = names("keep", "axes", "place", "pad", "pick", "select", "maximum", "minimum")
-_FLOAT32 |= names("running extreme", "bound", "comparison", "index")
-_FLOAT32 |= names("shift", "factor", "negate")
+# In float32 in any model: what rounds nothing, as values on a grid stay there, and what
+# is elementwise, as the codes that follow are those of its float32 form then.
+_FLOAT32 = names("keep", "axes", "place", "pad", "pick", "maximum", "minimum")
+_FLOAT32 |= names("running extreme", "comparison", "index", "shift") | POINTWISE
+_FLOAT32 -= names("cast")
 _PRODUCTS = names("product")
 _UNIT = 2.0**-6  # Of codes in half precision: float16 holds those of 16 bits then.
 # Numbers in `jax.nn`: of gelu, of its exact form, and of selu.
@@ -105,7 +105,7 @@ def product_of_codes(
     values: Sequence[jax.Array],
     grids: Sequence[QParams | None],
 ) -> jax.Array:
-    """Computes a product of values on grids by their codes.
+    """Computes a product in half precision of values on grids by their codes.
 
         y = scale_a * scale_b * sum(a * b)
 
@@ -202,9 +202,9 @@ def _wide_equation(e: Equation, types: Sequence[Any]) -> Equation:
 
 def _is_float32(e: Equation, params: Any) -> bool:
     """Returns whether an equation computes in float32 in any model."""
-    if "call_jaxpr" in params:
-        jaxpr = params["call_jaxpr"]
-        return kinds_of(getattr(jaxpr, "jaxpr", jaxpr)) == {"bound"}
+    if e.primitive in CALLS:
+        jaxprs = jex.jaxprs_in_params(params)
+        return all(kinds_of(getattr(j, "jaxpr", j)) is not None for j in jaxprs)
     return e.primitive.name in _FLOAT32
 
 
