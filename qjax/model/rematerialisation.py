@@ -39,7 +39,9 @@ def in_regions(run: Callable[[bool], Any], model: TracedModel, reads: Any) -> An
         return run(False)
     closed, out = jax.make_jaxpr(lambda: run(True), return_shape=True)()
     jaxpr = closed.jaxpr
-    nodes = [_Node(eqn, mark_of(str(eqn.source_info.name_stack))) for eqn in jaxpr.eqns]
+    nodes = [
+        _Marked(eqn, mark_of(str(eqn.source_info.name_stack))) for eqn in jaxpr.eqns
+    ]
     reads = [v for v in jaxpr.outvars if not isinstance(v, jex.Literal)]
     found = _Sorter(jaxpr, model.regions).function(0, nodes, jaxpr.constvars, reads)
     made = dict(zip(reads, found(*closed.consts), strict=True))
@@ -49,7 +51,7 @@ def in_regions(run: Callable[[bool], Any], model: TracedModel, reads: Any) -> An
 
 
 @dataclasses.dataclass(frozen=True)
-class _Node:
+class _Marked:
     """An equation of a run, with its mark."""
 
     eqn: Any
@@ -65,8 +67,8 @@ class _Part:
     """Equations that are computed together: of one region, or of none."""
 
     region: int | None
-    nodes: list[_Node]
-    copies: list[_Node] = dataclasses.field(default_factory=list)
+    nodes: list[_Marked]
+    copies: list[_Marked] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,7 @@ class _Sorter:
     def function(
         self,
         depth: int,
-        nodes: Sequence[_Node],
+        nodes: Sequence[_Marked],
         inputs: Sequence[Any],
         outputs: Sequence[Any],
     ) -> Callable[..., list[Any]]:
@@ -127,7 +129,7 @@ class _Sorter:
         return self.regions.checkpoint(number, fn)
 
     def _plain(
-        self, nodes: Sequence[_Node], reads: Sequence[Any], outs: Sequence[Any]
+        self, nodes: Sequence[_Marked], reads: Sequence[Any], outs: Sequence[Any]
     ) -> Callable[..., list[Any]]:
         """Returns equations as a function."""
         info = self.jaxpr.debug_info._replace(arg_names=None, result_paths=None)
@@ -136,15 +138,15 @@ class _Sorter:
         return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, []))
 
 
-def _parts(depth: int, nodes: Sequence[_Node], inputs: Sequence[Any]) -> list[_Part]:
+def _parts(depth: int, nodes: Sequence[_Marked], inputs: Sequence[Any]) -> list[_Part]:
     """Sorts equations into parts, each of which reads what is before it.
 
     A region is one part, unless what is outside of it reads and makes its values. It
     computes for itself what sites outside of regions make for it: a region of the model
     is given weights, not what they are rounded to.
     """
-    outside: list[_Node] = []
-    regions: dict[int, list[_Node]] = {}
+    outside: list[_Marked] = []
+    regions: dict[int, list[_Marked]] = {}
     for n in nodes:
         inner = n.mark.regions[depth:]
         (regions.setdefault(inner[0], []) if inner else outside).append(n)
@@ -173,7 +175,7 @@ def _parts(depth: int, nodes: Sequence[_Node], inputs: Sequence[Any]) -> list[_P
     return parts
 
 
-def _ready(nodes: Sequence[_Node], known: set[Any]) -> list[_Node]:
+def _ready(nodes: Sequence[_Marked], known: set[Any]) -> list[_Marked]:
     """Returns the equations that known values suffice for; adds what they make."""
     found = []
     for n in nodes:
@@ -183,13 +185,13 @@ def _ready(nodes: Sequence[_Node], known: set[Any]) -> list[_Node]:
     return found
 
 
-def _without(nodes: Sequence[_Node], others: Sequence[_Node]) -> list[_Node]:
+def _without(nodes: Sequence[_Marked], others: Sequence[_Marked]) -> list[_Marked]:
     """Returns the equations that are none of others."""
     numbers = {id(n) for n in others}
     return [n for n in nodes if id(n) not in numbers]
 
 
-def _copies(sites: Sequence[_Node], nodes: Sequence[_Node]) -> list[_Node]:
+def _copies(sites: Sequence[_Marked], nodes: Sequence[_Marked]) -> list[_Marked]:
     """Returns the equations of sites that a region computes for itself.
 
     It does where it reads no more for that than the value itself has.
@@ -210,7 +212,7 @@ def _size(v: Any) -> int:
     return math.prod(v.aval.shape) * getattr(v.aval.dtype, "itemsize", 1)
 
 
-def _alive(nodes: Sequence[_Node], outputs: Iterable[Any]) -> list[_Node]:
+def _alive(nodes: Sequence[_Marked], outputs: Iterable[Any]) -> list[_Marked]:
     """Returns the equations that outputs need, or that have an effect."""
     needed, found = set(outputs), []
     for n in reversed(nodes):
@@ -220,7 +222,7 @@ def _alive(nodes: Sequence[_Node], outputs: Iterable[Any]) -> list[_Node]:
     return found[::-1]
 
 
-def _reads(nodes: Sequence[_Node]) -> list[Any]:
+def _reads(nodes: Sequence[_Marked]) -> list[Any]:
     """Returns the variables that equations read and do not make."""
     made = {v for n in nodes for v in n.eqn.outvars}
     return [
