@@ -77,6 +77,7 @@ def quantize_model(
         ``buffer_bits``; for a rule that decides nothing, as others come before it.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> fn = lambda params, x: jax.nn.relu(x @ params["kernel"])
       >>> params = {"kernel": jnp.ones((3, 2))}
       >>> qmodel = quantize_model(fn, params, jnp.ones((1, 3)))

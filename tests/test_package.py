@@ -160,7 +160,7 @@ def test_examples_in_docstrings_exist():
     finder = doctest.DocTestFinder(exclude_empty=True)
     names = (
         *("affine", "rounding", "integer", "calibration.calibrators"),
-        *("schemes.scheme", "quantized_model", "observation"),
+        *("schemes.scheme", "instrumentation", "observation"),
     )
     for name in names:
         module = importlib.import_module(f"qjax.{name}")
