@@ -251,3 +251,21 @@ def test_exact_grids():
     assert codes_on(np.float32([0.5, -0.25]), 0.25, 7).tolist() == [9, 6]
     assert codes_on(np.float32([0.3]), 0.25, 0) is None
     assert codes_on(np.float32([np.nan]), 0.25, 0) is None
+
+
+def test_known_rows_of_a_weight_are_added():
+    """`jnp.take` fills places that are not there with NaN: none of these are."""
+    weight = np.float32(np.random.default_rng(0).normal(size=(6, 4)))
+    params = {"rows": weight, "kernel": -weight}
+    x = np.float32(np.random.default_rng(1).normal(size=(3, 6)))
+    places = np.array([0, 2, 5])
+
+    def fn(p, x):
+        return jnp.take(p["rows"], places, axis=0) + jax.nn.relu(x @ p["kernel"])
+
+    qmodel = qjax.quantize_model(fn, params, x)
+    qstate = qjax.calibrate(qmodel, params, [x])
+    program = qjax.lower(qmodel, params, qstate, x)
+    report = qjax.verify(program, qmodel, params, qstate, x)
+    assert all(row.max_difference <= 1 for row in report.sites.values()), str(report)
+    np.testing.assert_allclose(program(x), fn(params, x), atol=0.1)

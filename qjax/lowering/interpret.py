@@ -145,7 +145,10 @@ def _chosen(e: Equation, operands: list[Abstract]) -> dict[int, Abstract]:
     is_whole = len(parts) + len(places) == len(operands) and bool(parts)
     if not is_whole or any(np.any(x.zero_point) for x in parts):
         return {}
-    codes = evaluate(e, *(x.codes.astype(np.int32) for x in parts), *places)
+    # Places that are not there fill scales with NaN, which no codes are.
+    filled = {"fill_value": 0} if e.params.get("fill_value") is not None else {}
+    own = dataclasses.replace(e, params={**e.params, **filled})
+    codes = evaluate(own, *(x.codes.astype(np.int32) for x in parts), *places)
     whole = (np.broadcast_to(x.scale, x.codes.shape) for x in parts)
     scales = [compact(np.asarray(s)) for s in evaluate(e, *whole, *places)]
     if not all(np.all(np.isfinite(s)) for s in scales):

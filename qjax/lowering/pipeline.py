@@ -119,8 +119,9 @@ def _notes(half: Sequence[str]) -> tuple[str, ...]:
         return ()
     return (
         f"The model computes in {' and '.join(half)}. This is the program of its "
-        "float32 form, which has the same sites, parameters and state. `qjax.verify` "
-        "gives the distance between the two.",
+        "float32 form, which has the same sites, parameters and state; numbers of the "
+        "code that the half type rounded are the shortest decimals with that rounding. "
+        "`qjax.verify` gives the distance between the two.",
     )
 
 
