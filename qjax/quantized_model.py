@@ -299,7 +299,7 @@ class QuantizedModel:
     def update(self, seen: dict[str, jax.Array], qstate: QState) -> QState:
         """Returns the state after calibrators have seen the values of their sites."""
         after = overwriters(self.sites, self.scheme)
-        found = {}
+        found = {k: v for k, v in qstate.items() if k == LEARNED}
         for site, spec, calibrator in self.calibrated():
             x = seen[site.name]
             has_range = isinstance(spec, QSpec) and spec.axis is None

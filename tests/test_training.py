@@ -409,3 +409,28 @@ def test_weights_stay_within_the_values_of_their_words():
     for free in (("a", "bias"), ("b", "kernel")):
         own, before = (tree[free[0]][free[1]] for tree in (moved, PARAMS))
         np.testing.assert_allclose(own, before + np.sign(before) * 3, rtol=1e-6)
+
+
+def test_what_looks_on_keeps_the_learned_arrays():
+    qmodel, qstate = quantized(qz.LSQ(3), A8)
+    moved = qmodel.observe(PARAMS, qstate, 2 * X)
+    chex.assert_trees_all_equal(moved["learned"], qstate["learned"])
+    assert moved["input:0"].high == 2 * X.max()
+    qmodel.apply(PARAMS, moved, X)
+
+
+def test_a_random_bias_draws_with_the_key():
+    rules = (Rule(qjax.Where(role="bias"), RANDOM),)
+    qmodel, qstate = quantized(rules=rules)
+    assert qmodel.choices.random() == ["a/bias"]
+    run = lambda k: qmodel.apply(PARAMS, qstate, X, key=jax.random.key(k))
+    assert np.any(run(0) != run(1))
+    with pytest.raises(ValueError, match="'a/bias' draws at random"):
+        jax.grad(lambda p: qmodel.apply(p, qstate, X).sum())(PARAMS)
+
+
+def test_a_bias_does_not_learn():
+    rules = (Rule(qjax.Where(role="bias"), qz.LSQ(8)),)
+    with pytest.raises(ValueError, match="'a/bias' cannot have `lsq"):
+        quantized(rules=rules)
+    quantized(rules=(Rule(qjax.Where(role="bias"), QSpec(8)),))  # The remedy.

@@ -87,8 +87,9 @@ class Choices:
                 yield choice, choice.learning
 
     def random(self) -> list[str]:
-        """Returns the names of the sites whose words draw at random."""
-        return [name for name, c in self.sites.items() if is_random(c.word)]
+        """Returns the names of the sites and biases whose words draw at random."""
+        words = {name: choice.word for name, choice in self.sites.items()}
+        return [name for name, w in (words | dict(self.biases)).items() if is_random(w)]
 
 
 def resolve(
@@ -127,6 +128,12 @@ def check_words(choices: Choices) -> None:
         check_site_word(name, choice.site.role, choice.word)
     for name, word in choices.biases.items():
         check_site_word(name, "weight", word)
+        if isinstance(word, Spec) and word.learning is not None:
+            raise ValueError(
+                f"The bias {name!r} cannot have `{word}`: no state holds learned "
+                "arrays of biases. Give it a `QSpec`, or leave it to the grid of its "
+                "accumulator."
+            )
 
 
 def warn_of_shadows(scheme: Scheme, sites: Sequence[Site]) -> None:
