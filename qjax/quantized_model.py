@@ -30,6 +30,7 @@ from qjax.model.visitors import (
     Quantizer,
     Recorder,
     Updater,
+    WeightRecorder,
     blended,
     check_key,
     run_blended,
@@ -265,7 +266,7 @@ class QuantizedModel:
         @jax.jit
         def start(params: chex.ArrayTree, qstate: QState) -> dict[str, Learned]:
             zeros = lambda x: jnp.zeros(x.shape, x.dtype)
-            recorder = Recorder({})
+            recorder = WeightRecorder({})
             inputs = jax.tree.map(zeros, self.example)
             self.simulation(params, inputs).run(recorder)
             return start_learned(self.choices, qstate, recorder.weights)

@@ -434,3 +434,20 @@ def test_a_bias_does_not_learn():
     with pytest.raises(ValueError, match="'a/bias' cannot have `lsq"):
         quantized(rules=rules)
     quantized(rules=(Rule(qjax.Where(role="bias"), QSpec(8)),))  # The remedy.
+
+
+def test_weights_that_only_scale_or_shift_learn():
+    """A position that is added, a gain: sites without a product."""
+
+    def fn(p, x):
+        return (x + p["places"]) * p["gain"] + p["shift"]
+
+    params = {"places": X[:1], "gain": np.abs(X[:1]) + 1, "shift": X[1:2]}
+    scheme = Scheme(qz.LSQ(4), qz.LSQ(8), (Rule("input:0", QSpec(8)),))
+    qmodel = qjax.quantize_model(fn, params, X, scheme=scheme)
+    qstate = qjax.calibrate(qmodel, params, [X])
+    weights = {site.name for site in qmodel.sites if site.role == "weight"}
+    assert weights and weights <= set(qstate["learned"])
+    program = qjax.lower(qmodel, params, qstate, X)
+    report = qjax.verify(program, qmodel, params, qstate, X)
+    assert all(row.max_difference <= 1 for row in report.sites.values()), str(report)

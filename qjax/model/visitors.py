@@ -64,6 +64,16 @@ class Recorder:
 
 
 @dataclasses.dataclass(frozen=True)
+class WeightRecorder(Recorder):
+    """A recorder of all weights: also those that only scale what is on a grid."""
+
+    def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
+        """Leaves a value as it is, and says that it is on the integers."""
+        found = super().activation(site, x, unit)
+        return found._replace(grid=QParams(jnp.float32(1), known_zeros()))
+
+
+@dataclasses.dataclass(frozen=True)
 class Quantizer:
     """A visitor that puts values on the grids of a scheme.
 
