@@ -440,10 +440,10 @@ def test_weights_that_only_scale_or_shift_learn():
     """A position that is added, a gain: sites without a product."""
 
     def fn(p, x):
-        return (x + p["places"]) * p["gain"] + p["shift"]
+        return jnp.tanh(x + p["places"]) * p["gain"] + p["shift"]
 
     params = {"places": X[:1], "gain": np.abs(X[:1]) + 1, "shift": X[1:2]}
-    scheme = Scheme(qz.LSQ(4), qz.LSQ(8), (Rule("input:0", QSpec(8)),))
+    scheme = Scheme(qz.LSQ(4, axis=-1), qz.LSQ(8), (Rule("input:0", QSpec(8)),))
     qmodel = qjax.quantize_model(fn, params, X, scheme=scheme)
     qstate = qjax.calibrate(qmodel, params, [X])
     weights = {site.name for site in qmodel.sites if site.role == "weight"}

@@ -1,7 +1,7 @@
 """States of a quantized model: their checks, and the start of learned arrays."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import chex
@@ -70,12 +70,26 @@ def _check_learned(choices: Choices, learned: Any) -> None:
         shape = learning.shape(spec, choice.site.shape)
         own = learned[name]
         found = {k: np.shape(x) for k, x in own.items()} if _is_dict(own) else own
-        if found != dict.fromkeys(learning.names, shape):
+        if not _fits(found, learning.names, shape):
             raise ValueError(
                 f"`qstate[{LEARNED!r}][{name!r}]` must hold {learning.names} of shape "
                 f"{shape} for `{spec}`, got {found}: the arrays of another scheme. "
                 f"{remedy}"
             )
+
+
+def _fits(found: Any, names: Sequence[str], shape: tuple[int, ...]) -> bool:
+    """Returns whether arrays have their names and shapes.
+
+    A weight that only shifts has one factor, whatever its own shape.
+    """
+    if not isinstance(found, dict) or set(found) != set(names):
+        return False
+    same = lambda own: (
+        len(own) == len(shape)
+        and all(n in (1, m) for n, m in zip(own, shape, strict=True))
+    )
+    return all(map(same, found.values()))
 
 
 def _is_dict(x: Any) -> bool:
