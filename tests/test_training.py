@@ -14,6 +14,7 @@ import pytest
 import qjax
 from qjax import QSpec, Rule, Scheme, training
 from qjax import quantizers as qz
+from qjax.model.visitors import Quantizer
 from qjax.quantizers.learning import Learning, statistics
 from qjax.quantizers.point import Point, point_of
 from tests.training_cases import PARAMS, X, Y, model
@@ -205,6 +206,18 @@ def test_a_key_that_nothing_draws_with_is_told_of():
     qmodel, qstate = quantized()
     with pytest.warns(UserWarning, match="`key` is not used"):
         qmodel.apply(PARAMS, qstate, X, key=jax.random.key(0))
+
+
+def test_the_grid_is_that_of_what_was_drawn():
+    """Scales that are found for the drawn levels: not those without a key."""
+    qmodel, qstate = quantized(qz.StochasticTernary(alpha="auto"))
+    site = next(site for site in qmodel.sites if site.name == "a/kernel")
+    for key in map(jax.random.key, range(3)):
+        visitor = Quantizer(qmodel.choices, qstate, key)
+        value, grid, _ = visitor.weight(site, jnp.asarray(PARAMS["a"]["kernel"]))
+        levels = np.asarray(value) / np.asarray(grid.scale)
+        np.testing.assert_allclose(levels, np.rint(levels), atol=1e-5)
+        assert set(np.rint(levels).ravel()) <= {-1, 0, 1}
 
 
 # Learned arrays.

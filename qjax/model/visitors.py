@@ -186,17 +186,17 @@ class Quantizer:
         """Rounds by a quantizer that finds its own grid; None leaves the value."""
         if spec is None:
             return Visit(x)
-        arrays = x, *self._learned(site, spec)
-        params = quantizers.encode(spec, *arrays).params
-        if not is_random(spec):
-            estimator = self._estimator(site)
-            value = quantizers.apply(spec, *arrays, site=site.name, estimator=estimator)
-            return Visit(value, params)
-        key = self._key(site, x)
-        if key is None:
-            arrays = _deterministic(site.name, x), *arrays[1:]
-        value = quantizers.apply(spec, *arrays, key=key, site=site.name)
-        return Visit(value, params)
+        learned, key = self._learned(site, spec), None
+        if is_random(spec):
+            key = self._key(site, x)
+            x = _deterministic(site.name, x) if key is None else x
+        own: dict[str, Any] = {
+            "key": key,
+            "estimator": self._estimator(site),
+            "site": site.name,
+        }
+        value = quantizers.apply(spec, x, *learned, **own)
+        return Visit(value, quantizers.encode(spec, x, *learned, key=key).params)
 
     def _learned(self, site: Site, spec: Spec) -> tuple[jax.Array, ...]:
         """Returns the learned arrays of a site, in the order of the arguments."""
