@@ -57,7 +57,14 @@ def test_values_and_derivatives_are_those_of_plain_jax(name):
         assert np.abs(slope).max() > 0
 
 
-@pytest.mark.parametrize("name", CASES)
+IN_ALL_RUNS = ("per channel", "lsq plus", "bits")
+TRAINED = [
+    pytest.param(name, marks=() if name in IN_ALL_RUNS else pytest.mark.more)
+    for name in CASES
+]
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_training_scans_maps_and_resumes(name):
     qmodel, qstate = quantized(name)
     start, step = training_cases.trainer(qmodel)
