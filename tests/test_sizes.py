@@ -108,3 +108,16 @@ def test_an_input_that_is_stretched_keeps_its_size():
     np.testing.assert_array_equal(program(a, b), fn(a, b))
     with pytest.raises(ValueError, match=r"must have shape \(1, 6\), got \(7, 6\)"):
         program(a, a)
+
+
+@pytest.mark.parametrize("size", [4, 5])
+def test_a_model_that_asks_whether_its_size_is_even_is_fixed(size):
+    """What a model does for some sizes alone shows at a size of the other parity."""
+
+    def fn(x):
+        x = qjax.fake_quant(x, QParams(jnp.float32(0.25), jnp.int32(0)), QSpec(8))
+        return x.reshape(-1, 2) if x.size % 2 == 0 else x
+
+    program = qjax.lower(fn, np.ones((size, 3), np.float32))
+    with pytest.raises(ValueError, match="leading size is fixed by"):
+        program(np.ones((size + 1, 3), np.float32))

@@ -37,7 +37,8 @@ def find_fixed(
     fixed: dict[int, str] = {}
     for size in dict.fromkeys(x.shape[0] for x in shapes if x.shape):
         own = [k for k, x in enumerate(shapes) if x.shape and x.shape[0] == size]
-        for other in (4 * size + 3, 1):  # Many more, and the least there is.
+        # Many more, odd where this one is even and the reverse; the least there is.
+        for other in (4 * size + 3 + size % 2, 1):
             resized = [
                 jax.ShapeDtypeStruct((other, *x.shape[1:]), x.dtype) if k in own else x
                 for k, x in enumerate(shapes)
