@@ -118,7 +118,9 @@ class QuantizedModel:
             0 alone (`int_range`).
           key: Key of the words that draw at random, another one in each step and
             microbatch; it is split by site, and by the axes of `jax.shard_map` over
-            which a value varies. None for their deterministic form, as in inference.
+            which a value varies; without its check of these (``check_vma=False``), and
+            under `jax.pmap`, pass another key on each device. None for their
+            deterministic form, as in inference.
           qnoise_factor: Share of the quantized value at each site, 0 to 1, a number
             that may be traced: 0 computes in float, 1 is the quantized model itself.
             Between them biases and averages are computed in float.
@@ -180,13 +182,9 @@ class QuantizedModel:
           NotImplementedError: for arithmetic that has no float32 form.
         """
         choices = self._checked(qstate, inputs, scheme)
-        model = self._traced(params, inputs)
-
-        def run(marks: bool) -> Any:
-            words = Words(choices, qstate)
-            return IntegerForward(model, params, inputs, is_marked=marks).run(words)
-
-        return in_regions(run, model, (params, qstate, inputs, scheme, self.scheme))
+        run = lambda own: own.run(Words(choices, qstate))
+        reads = qstate, scheme
+        return self._kept(run, params, inputs, reads, kind=IntegerForward)
 
     def apply_and_update(
         self,
@@ -363,14 +361,15 @@ class QuantizedModel:
 
     def _kept(
         self,
-        compute: Callable[[Simulation], Any],
+        compute: Callable[[Any], Any],
         params: chex.ArrayTree,
         inputs: Any,
         reads: Any,
+        kind: type[Simulation] = Simulation,
     ) -> Any:
         """Computes with a run whose calls of `jax.checkpoint` are the model's."""
         model = self._traced(params, inputs)
-        run = lambda marks: compute(Simulation(model, params, inputs, is_marked=marks))
+        run = lambda marks: compute(kind(model, params, inputs, is_marked=marks))
         return in_regions(run, model, (params, inputs, self.scheme, reads))
 
     def _traced(self, params: chex.ArrayTree, inputs: Any) -> TracedModel:

@@ -24,7 +24,7 @@ class LearnedState(NamedTuple):
     def statistics(self) -> Statistics:
         """Returns what learned arrays start from; NaN before the first batch."""
         deviation = jnp.sqrt(self.squares / jnp.maximum(self.size, 1.0))
-        found = Statistics(self.low, self.high, self.mean_abs, deviation)
+        found = Statistics(self.low, self.high, self.mean, self.mean_abs, deviation)
         is_known = self.step > 0
         return Statistics(*(jnp.where(is_known, x, jnp.nan) for x in found))
 
@@ -36,14 +36,10 @@ def _init(x: Any, spec: Any) -> LearnedState:
 
 
 def _update(x: jax.Array, state: LearnedState, spec: Any) -> LearnedState:
-    shape = spec.learning.shape(spec, x.shape)
-    found = statistics(x, shape)
+    found = statistics(x, spec.learning.shape(spec, x.shape))
     count = jnp.float32(x.size / max(1, state.low.size))
-    over = tuple(d for d in range(x.ndim) if not shape or shape[d] == 1)
-    mean = jnp.mean(x.astype(jnp.float32), over, keepdims=bool(shape))
     squares = found.deviation * found.deviation * count
-    ends = found.low, found.high
-    batch = LearnedState(jnp.int32(1), count, *ends, mean, found.mean_abs, squares)
+    batch = LearnedState(jnp.int32(1), count, *found[:4], squares)
     return _merge(state, batch)
 
 

@@ -19,6 +19,7 @@ class Statistics(NamedTuple):
 
     low: jax.Array  # shape of the scale, dtype=float32. Least value.
     high: jax.Array  # shape of the scale, dtype=float32. Largest value.
+    mean: jax.Array  # shape of the scale, dtype=float32.
     mean_abs: jax.Array  # shape of the scale, dtype=float32. Mean magnitude.
     deviation: jax.Array  # shape of the scale, dtype=float32. Standard deviation.
 
@@ -72,6 +73,7 @@ def statistics(x: jax.Array, shape: tuple[int, ...]) -> Statistics:
     return Statistics(
         jnp.min(x, **keep) if x.size else jnp.zeros(shape),
         jnp.max(x, **keep) if x.size else jnp.zeros(shape),
+        mean,
         jnp.sum(jnp.abs(x), **keep) / size,
         jnp.sqrt(jnp.sum(off * off, **keep) / size),
     )
