@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
 SHARED = "qjax.shared."  # Before the name of a function in the name of its call.
@@ -50,6 +51,18 @@ def shared(fn: Callable[..., Any], *args: Any) -> Any:
     marks = tuple((type(x), repr(x) if isinstance(x, float) else "") for x in constants)
     jitted = _jitted(fn, tree, is_array, tuple(constants), marks)
     return _called(jitted, *arrays)
+
+
+@jax.custom_jvp
+def computed_once(x: jax.Array) -> jax.Array:
+    """Returns a value that XLA:CPU stores, where each reader would compute it anew.
+
+    Its derivative stays in the loops of its readers.
+    """
+    return shared(lax.optimization_barrier, x) if _is_on_cpu() else x
+
+
+computed_once.defjvp(lambda primals, tangents: (computed_once(*primals), tangents[0]))
 
 
 def _called(jitted: Callable[..., Any], *args: Any) -> Any:

@@ -79,7 +79,10 @@ def zero_channels(kernel: jax.Array, over: tuple[int, ...]) -> jax.Array:
     Returns:
       Truth values.
     """
-    return jnp.all(kernel == 0, over, keepdims=len(over) < kernel.ndim)
+    # Extremes are reduced faster than truth values, and compiled faster.
+    keep = len(over) < kernel.ndim
+    low, high = (f(kernel, over, keepdims=keep, initial=0) for f in (jnp.min, jnp.max))
+    return (low == 0) & (high == 0)
 
 
 def hold(
@@ -113,7 +116,7 @@ def hold(
     assert known is not None
     dtype, is_one = known.dtype, factor is None
     factor = ranked(jnp.ones((), dtype) if factor is None else factor, len(sizes))
-    terms = [] if before is None else [before * factor]
+    terms = [] if before is None else [before if is_one else before * factor]
     terms += [] if after is None else [after]
     offset = terms[0] if len(terms) == 1 else terms[0] + terms[1]
     size = lax.abs(ranked(lax.stop_gradient(offset), len(sizes))).astype(jnp.float32)
@@ -125,12 +128,15 @@ def hold(
     is_finer = (
         lax.abs(lax.stop_gradient(factor)).astype(jnp.float32) < least
     ) | is_zero
-    is_off = factor == 0
     unit = ceil_power_of_two(least).astype(dtype)
+    if is_one:
+        share = select(is_finer, 1.0 / unit, jnp.ones((), dtype))  # Exact.
+        return HeldLine(select(is_finer, unit, 1), offset * share, share, offset)
+    is_off = factor == 0
     held = select(is_finer, unit, select(is_off, 1, factor))
     share = select(is_finer | is_off, factor / lax.stop_gradient(held), 1)
     bias = offset / held
-    if before is not None and after is not None and not is_one:
+    if before is not None and after is not None:
         bias = select(is_finer | is_off, bias, before + after / held)
     return HeldLine(held, bias, share, offset)
 

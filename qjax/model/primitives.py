@@ -146,4 +146,6 @@ SHAPE_MOVES = names("keep", "cast", "axes", "place")
 AFFINE = names("shift", "factor", "negate", is_elementwise=True)
 BOUNDS = names("bound")
 POINTWISE = names(is_elementwise=True)
+# XLA computes them in the loops of what reads them.
+FUSED = POINTWISE | SHAPE_MOVES | names("pad", "pick", "select")
 REMEDIES = {p.name: p.remedy for p in PRIMITIVES.values() if p.remedy}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.extend.source_info_util import user_context
 
 from qjax.affine import QParams, QSpec, fake_quant_bias
-from qjax.calls import shared
+from qjax.calls import computed_once, shared
 from qjax.model.arguments import unfolded
 from qjax.model.blocks import Block, is_quantizer
 from qjax.model.channel_scales import ChannelScales, Kernel
@@ -31,7 +31,7 @@ from qjax.model.lines import (
     zero_channels,
 )
 from qjax.model.places import Mark, block_scope, mark_scope
-from qjax.model.primitives import SHAPE_MOVES
+from qjax.model.primitives import FUSED, SHAPE_MOVES
 from qjax.model.regions import Region
 from qjax.model.trace import Equation, evaluate
 from qjax.model.traced_model import TracedModel
@@ -79,6 +79,8 @@ class Simulation(ChannelScales):
         # Product -> the line that follows it, and a factor behind the line.
         self._lines: dict[int, tuple[HeldLine, Any]] = {}
         self._met: set[int] = set()  # Values that have been visited.
+        # Value -> sites on the way to it that each of its readers would compute anew.
+        self._chains: dict[int, int] = {}
         self._raw: dict[int, Any] = dict(self._model.constants)
         own = {*self._plan.weights, *self._plan.biases}
         # Weights that a function closes over are weights like others.
@@ -148,6 +150,9 @@ class Simulation(ChannelScales):
             self._join_parts(e)
 
     def _compute(self, e: Equation) -> None:
+        if e.primitive.name in FUSED:
+            longest = max((self._chains.get(v, 0) for v in e.inputs), default=0)
+            self._chains.update(dict.fromkeys(e.outputs, longest))
         block = self._plan.fused.get(e.outputs[0])
         values: Sequence[Any] | None = self._fused(block) if block else None
         if values is None:
@@ -169,6 +174,10 @@ class Simulation(ChannelScales):
     def _visit(self, v: int) -> None:
         self._met.add(v)
         word = self._place(v)
+        if v in self._plan.activations:
+            self._chains[v] = self._chains.get(v, 0) + 1
+            if self._chains[v] > 1:
+                self._env[v], self._chains[v] = computed_once(self._env[v]), 0
         if v not in self._grids or word is None or v not in self._plan.activations:
             return
         scale, ends = self._grids[v].scale, CodeEnds(word.qmin, word.qmax)

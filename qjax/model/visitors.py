@@ -17,6 +17,7 @@ from qjax import quantizers
 from qjax.affine import QParams, QSpec, fake_quant
 from qjax.calibration.calibrator import Calibrator, check_calibrated
 from qjax.calls import shared
+from qjax.estimators import clipped_ste, plain_ste
 from qjax.mesh_axes import axes_of, ends_of, joined
 from qjax.model.common_scales import held_scale
 from qjax.model.visits import Biases, Unit, Visit, Visitor
@@ -128,14 +129,14 @@ class Quantizer:
         spec = self.choices[site].word
         if not isinstance(spec, QSpec):
             return self._apply(site, x, spec)
-        scale = shared(abs_max_params, x, spec).scale
+        scale = shared(_weight_scale, x, spec)
         least = self._least_scale(spec, scale, biases)
         if least is not None:
             low, high = reduce_range(x, spec.axis)
             is_zero = (low == 0) & (high == 0) & (least > 0)  # The scale is 1.
             scale = jnp.where(is_zero, least, jnp.maximum(scale, least))
-        zeros = known_zeros(scale.shape)
-        params = QParams(jnp.maximum(scale, _LEAST_SCALE), zeros)
+            scale = jnp.maximum(scale, _LEAST_SCALE)
+        params = QParams(scale, known_zeros(scale.shape))
         return Visit(self._round(site, x, params, spec), params)
 
     def _grid(self, site: Site, spec: QSpec) -> QParams:
@@ -224,6 +225,8 @@ class Quantizer:
     ) -> jax.Array:
         estimator = self.choices[site].estimator
         assert estimator is not None
+        if estimator is clipped_ste and site.role == "weight" and _holds_all(spec):
+            estimator = plain_ste  # The same without a mask.
         return fake_quant(x, params, spec, site=site.name, estimator=estimator)
 
 
@@ -340,6 +343,19 @@ def _filled(
     if spec.power_of_two:
         scale = held_scale(scale, spec.bits)
     return params._replace(scale=scale)
+
+
+def _holds_all(spec: QSpec) -> bool:
+    """Returns whether no code of a weight can saturate, as its range is that of all."""
+    if not is_known(spec.bits) or not spec.signed:
+        return False
+    bits = np.asarray(spec.bits)
+    return bool(np.all((bits >= 2) & (bits <= 16)))
+
+
+def _weight_scale(x: jax.Array, spec: QSpec) -> jax.Array:
+    """Returns the scale of a weight by its own range."""
+    return jnp.maximum(abs_max_params(x, spec).scale, _LEAST_SCALE)
 
 
 def _over(x: jax.Array, scale: jax.Array) -> jax.Array:
