@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import data, learned_scales, quickstart
+from experiments.training import train as training_script
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.usefixtures("flax_promotion")
@@ -193,3 +194,18 @@ def test_the_tutorial_prints_quantizemls_json(monkeypatch, capsys):
     assert "beyond 24 bits" in second and "end to end: output 0" in second
     calibrated, by_hand = re.search(r"calibrated (\S+), by hand (\S+)", second).groups()
     assert calibrated == by_hand
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learned", [False, True])
+def test_ways_of_training_agree(learned):
+    """Under checkpoints, and stopped and resumed: the losses are the same."""
+    own = {"steps": 8, "batch_size": 32, "delay": 2, "freeze": 6, "learned": learned}
+    ways = {"plain": {}, "remat": {"remat": True}, "resumed": {"stop": 5}}
+    losses = {
+        name: training_script.train(training_script.Config(**own, **way))
+        for name, way in ways.items()
+    }
+    assert losses["plain"] == losses["resumed"]
+    np.testing.assert_allclose(losses["remat"], losses["plain"], rtol=2e-5)
+    assert losses["plain"][-1] < losses["plain"][0]

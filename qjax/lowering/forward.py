@@ -36,6 +36,7 @@ from qjax.lowering.site_words import Words
 from qjax.model.blocks import Block, bounds_of, is_quantizer
 from qjax.model.channels import output_scale
 from qjax.model.common_scales import CodeEnds
+from qjax.model.exact import Exact
 from qjax.model.normalisations import said
 from qjax.model.primitives import POINTWISE, SHAPE_MOVES, names
 from qjax.model.simulate import Simulation
@@ -128,6 +129,8 @@ class IntegerForward(Simulation):
             codes = late(TargetGrid(*grid, word.qmin, word.qmax))
             value = dequantize(codes, grid).astype(before.dtype)
             self._env[v] = straight(self._env[v], value)
+        elif isinstance(self._units.get(v), Exact):
+            self._of_codes.add(v)
         elif not self._is_input(v) and v not in self._of_codes:
             raise self._refusal(site, v)
         return found

@@ -32,7 +32,14 @@ from qjax.model.expansions import MOST_STEPS
 from qjax.model.normalisations import NORM, said
 from qjax.model.origin import origin_of
 from qjax.model.primitives import POINTWISE, REMEDIES, SHAPE_MOVES, names
-from qjax.model.trace import Equation, Trace, evaluate, is_key, whole_of
+from qjax.model.trace import (
+    Equation,
+    Trace,
+    evaluate,
+    integer_of,
+    is_key,
+    whole_of,
+)
 from qjax.program import Residue
 from qjax.qpoint import qpoint_p
 
@@ -198,6 +205,7 @@ def _rule_of(rules: Mapping[str, LoweringRule], e: Equation) -> LoweringRule:
     name = e.primitive.name
     if whole_of(e):
         raise _refuse_whole(e)
+    name = integer_of(e).partition(".")[0] or name
     if name not in rules:
         raise NotImplementedError(
             f"There is no integer rule for `{name}`, met in {where(e)}.\n"

@@ -52,6 +52,7 @@ class ChannelScales:
         self._aligned: dict[int, CodeEnds] = {}  # Value on a power of two about zero.
         self._folded: dict[int, tuple[QParams, QParams]] = {}  # Product -> its grids.
         self._biased: dict[int, Visit] = {}  # Biases with a quantizer of their own.
+        self._bytes: set[int] = set()  # Values on grids of at most 256 codes.
         self._kernels: dict[int, Kernel] = {}  # Value -> the weight that it is.
 
     def _align(self, v: int, name: str, scale: jax.Array, ends: CodeEnds) -> None:
@@ -59,6 +60,7 @@ class ChannelScales:
         grid = QParams(scale, known_zeros())
         self._env[v] = bind_point(self._env[v], *grid, *ends, site=f"{name}/aligned")
         self._grids[v], self._aligned[v] = grid, ends
+        self._bytes.discard(v)
 
     def _fold(self, e: Equation) -> None:
         """Multiplies the scales of the input channels into the kernel of a product."""

@@ -10,7 +10,7 @@ _NEUTRAL = names("keep", "cast", is_elementwise=True)
 
 _AXES = names("axes") - {"transpose"}
 
-_LARGE = 100.0  # A constant of a mask is at least so large.
+LARGE = 100.0  # A constant of a mask is at least so large.
 _MASKING = POINTWISE | names("axes", "number", "pad") | {"slice", "concatenate"}
 
 SOFTMAXES = ("softmax", "log_softmax")  # Kinds that may have a mask before them.
@@ -58,6 +58,7 @@ class _MaskFinder:
             name = e.primitive.name
             others = [u for u in e.inputs if self._is_mask(u)]
             if name == "select_n" and len(e.inputs) == 3:
+                others = [u for u in e.inputs[1:] if self._is_large(u)]
                 cases = [u for u in e.inputs[1:] if u not in others]
             elif name in ("add", "sub") and len(others) == 1 and e.inputs[0] != v:
                 cases = [u for u in e.inputs if u not in others]
@@ -79,6 +80,10 @@ class _MaskFinder:
         return found, scores
 
     def _is_mask(self, v: int) -> bool:
+        """Returns whether a value that is added is a mask."""
+        return self._is_large(v) or (v in self.data and self._is_added(v))
+
+    def _is_large(self, v: int) -> bool:
         """Returns whether a value of inputs and a constant is large where not 0."""
         todo, seen, is_large = [v], {v}, False
         while todo:
@@ -87,13 +92,13 @@ class _MaskFinder:
             if u in self.model.constants:
                 value = self.model.constants[u]
                 if not isinstance(value, jax.core.Tracer) and np.size(value):
-                    is_large |= bool(np.max(np.abs(_real(value))) >= _LARGE)
+                    is_large |= bool(np.max(np.abs(_real(value))) >= LARGE)
             elif e is not None:
                 if e.primitive.name not in _MASKING:
                     return False
                 todo += [w for w in e.inputs if w not in seen]
                 seen.update(e.inputs)
-        return is_large or (v in self.data and self._is_added(v))
+        return is_large
 
     def _is_added(self, v: int) -> bool:
         """Returns whether shape moves alone lead from an input to a value."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.source_info_util import user_context
 
 from qjax.affine import QParams, QSpec, fake_quant_bias
@@ -20,6 +21,7 @@ from qjax.model.common_scales import (
     aligned_ends,
     channels_of,
 )
+from qjax.model.exact import Exact, SoftmaxCall
 from qjax.model.lines import (
     HeldLine,
     exceeds,
@@ -75,7 +77,7 @@ class Simulation(ChannelScales):
     def run(self, visitor: Visitor) -> Any:
         """Returns the output of the model, computed on the values of the visitor."""
         self._begin(visitor)
-        self._units: dict[int, Unit] = {}
+        self._units: dict[int, Unit | Exact] = {}
         # Product -> the line that follows it, and a factor behind the line.
         self._lines: dict[int, tuple[HeldLine, Any]] = {}
         self._met: set[int] = set()  # Values that have been visited.
@@ -161,12 +163,29 @@ class Simulation(ChannelScales):
             if self._keeps_types and is_half_product(e):
                 grids = [self._grids.get(v) for v in e.inputs]
                 values = [product_of_codes(e, values[0], operands, grids)]
+        self._compute_exactly(e, values[0])
         for v, x in zip(e.outputs, values, strict=True):
             self._env[v] = x if v in self._units else self._typed(v, x)
             if self._is_marked:
                 self._env[v] = self._traced.regions.named(v, self._env[v])
         self._keep_grid(e)
         self._follow(e)
+
+    def _compute_exactly(self, e: Equation, real: Any) -> None:
+        """Has the site of a softmax computed in the integers that ship."""
+        form = self._traced.softmaxes.get(e.outputs[0])
+        x = -1 if form is None else e.inputs[0]
+        grid = self._grids.get(x)
+        if form is None or grid is None or grid.scale.ndim:
+            return
+        call = SoftmaxCall(
+            form.axes, form.factor, form.empty, form.fill, x in self._bytes
+        )
+        operands = [self._env[v] for v in e.inputs]
+        keep = form.keep(e, operands)
+        own = lax.stop_gradient((operands[0], grid.scale))
+        exact = Exact(call, real, own if keep is None else (*own, keep))
+        self._units[e.outputs[0]] = exact
 
     def _follow(self, e: Equation) -> None:
         """Updates other knowledge of an equation before its sites are visited."""
@@ -196,6 +215,7 @@ class Simulation(ChannelScales):
             site = plan.sites[plan.activations[v]]
             x, unit = self._env[v], self._units.get(v)
             found = Visit(*self._visitor.activation(site, x, unit))
+            self._bytes.update({v} if found.is_byte else ())
             found = found._replace(value=self._typed(v, found.value))
         elif v in plan.weights:
             site = plan.sites[plan.weights[v]]
@@ -237,6 +257,8 @@ class Simulation(ChannelScales):
         if x is None:
             return
         scale, zero_point = self._grids[x]
+        if all(v in self._bytes for v in e.inputs if v in self._grids):
+            self._bytes.update(e.outputs)
         if scale.ndim == 0 and e.outputs[0] in self._plan.on_grid:
             self._grids[e.outputs[0]] = self._grids[x]
         elif e.primitive.name in SHAPE_MOVES:

@@ -27,6 +27,7 @@ from qjax.qpoint import qpoint_p
 from qjax.quantizers.point import SCOPE
 
 WHOLE = "qjax.whole."  # A call with the kind of what it computes whole behind it.
+INTEGER = "qjax.integer."  # A call that is computed in integers, whatever it reads.
 _QUANTIZER = re.compile(re.escape(SCOPE) + r"(\w+)")
 _CALLS = (p.jit_p, p.closed_call_p, p.remat_p)
 _DERIVATIVE_CALLS = (p.custom_jvp_call_p, p.custom_vjp_call_p)
@@ -260,7 +261,9 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
             here = "/".join(s for s in (path, stack) if s)
             # Equations inside of a call that JAX has cached name its first caller.
             origin = eqn.source_info if source is None else source
-            is_kept = bool(whole_of(eqn)) or (keep_derivatives and _is_function(eqn))
+            is_kept = bool(whole_of(eqn) or integer_of(eqn)) or (
+                keep_derivatives and _is_function(eqn)
+            )
             is_kept |= data.isdisjoint(inputs) and is_shared(eqn)
             if eqn.primitive is p.concatenate_p:  # Pieces of length 0 are none.
                 axis = eqn.params["dimension"]
@@ -379,14 +382,22 @@ def _is_function(eqn: Any) -> bool:
 
 def quantizer_of(e: Any) -> str:
     """Returns the name of the quantizer that an equation applies whole, or ""."""
-    name = str(e.params.get("name", ""))
-    return name.removeprefix(SCOPE) if name.startswith(SCOPE) else ""
+    return _behind(SCOPE, e)
 
 
 def whole_of(e: Any) -> str:
     """Returns the kind of the softmax or normalisation that an equation is, or ""."""
+    return _behind(WHOLE, e)
+
+
+def integer_of(e: Any) -> str:
+    """Returns what a call computes in integers, and how, or ""."""
+    return _behind(INTEGER, e)
+
+
+def _behind(prefix: str, e: Any) -> str:
     name = str(e.params.get("name", ""))
-    return name.removeprefix(WHOLE) if name.startswith(WHOLE) else ""
+    return name.removeprefix(prefix) if name.startswith(prefix) else ""
 
 
 def _has_quantizer(eqn: Any) -> bool:

@@ -13,6 +13,7 @@ from qjax.model.places import BlockSites
 from qjax.model.primitives import SHAPE_MOVES
 from qjax.model.regions import Regions, find_regions
 from qjax.model.sites import describe
+from qjax.model.softmaxes import SoftmaxForm, read_softmax
 from qjax.model.trace import Equation, Trace, trace
 from qjax.model.widening import widened
 from qjax.schemes.patterns import Site
@@ -34,6 +35,7 @@ class TracedModel:
       tables: Rows that an input chooses -> the table.
       moves: Value -> the value that a shape move makes it of.
       numbers: Root of a block -> its number in the plan.
+      softmaxes: Result of a softmax that integers compute -> its form.
       regions: Parts that the backward pass computes again.
     """
 
@@ -47,6 +49,7 @@ class TracedModel:
     tables: Mapping[int, int]
     moves: Mapping[int, int]
     numbers: Mapping[int, int]
+    softmaxes: Mapping[int, SoftmaxForm]
     regions: Regions
 
     @property
@@ -97,9 +100,10 @@ def trace_model(
     model = widened(model)
     own = model.inputs[len(leaves) :]
     model = fold_normalisations(model, data_of(model, own), in_parts=not whole_norms)
+    data = data_of(model, own)
     plan = describe(model, find_blocks(model, names, split), names)
     # Known values come first: a kernel is held by its bias and its BatchNorm.
-    known = set(model.avals) - data_of(model, own)
+    known = set(model.avals) - data
     order = sorted(model.equations, key=lambda e: not known.issuperset(e.outputs))
     moves = (e for e in order if e.primitive.name in SHAPE_MOVES)
     of_kind = lambda blocks, kind: (b for b in blocks if b.kind == kind)
@@ -115,6 +119,11 @@ def trace_model(
         tables={b.value: b.root.inputs[0] for b in of_kind(plan.blocks, "embedding")},
         moves={e.outputs[0]: e.inputs[0] for e in moves},
         numbers={b.root.outputs[0]: k for k, b in enumerate(plan.blocks)},
+        softmaxes={
+            e.outputs[0]: form
+            for e in order
+            if (form := read_softmax(model, data, e)) is not None
+        },
         regions=find_regions(order, model.avals),
     )
 

@@ -20,7 +20,8 @@ from qjax.calls import shared
 from qjax.estimators import clipped_ste, plain_ste
 from qjax.mesh_axes import axes_of, ends_of, joined
 from qjax.model.common_scales import held_scale
-from qjax.model.visits import Biases, Unit, Visit, Visitor
+from qjax.model.exact import Exact
+from qjax.model.visits import AsSum, Biases, Visit, Visitor
 from qjax.qpoint import Estimator, known_zeros
 from qjax.quantizers.spec import Spec, is_known
 from qjax.ranges import abs_max_params, reduce_range
@@ -44,7 +45,7 @@ class Recorder:
     values: dict[str, jax.Array]
     weights: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
-    def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
+    def activation(self, site: Site, x: jax.Array, unit: AsSum) -> Visit:
         """Records the values of a site."""
         x = x if unit is None else x * unit.per(1.0)
         self.values[site.name] = x
@@ -68,7 +69,7 @@ class Recorder:
 class WeightRecorder(Recorder):
     """A recorder of all weights: also those that only scale what is on a grid."""
 
-    def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
+    def activation(self, site: Site, x: jax.Array, unit: AsSum) -> Visit:
         """Leaves a value as it is, and says that it is on the integers."""
         found = super().activation(site, x, unit)
         return found._replace(grid=QParams(jnp.float32(1), known_zeros()))
@@ -89,7 +90,7 @@ class Quantizer:
     qstate: QState
     key: chex.PRNGKey | None = None
 
-    def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
+    def activation(self, site: Site, x: jax.Array, unit: AsSum) -> Visit:
         """Rounds to the grid of the state's range, or to a known grid."""
         spec = self.choices[site].word
         if not isinstance(spec, QSpec):
@@ -101,17 +102,24 @@ class Quantizer:
                 f"model. The state knows {', '.join(self.qstate) or 'no site'}."
             )
         params = self._grid(site, spec)
-        word = spec if spec.symmetric else None
+        visit = functools.partial(
+            Visit,
+            grid=params,
+            word=spec if spec.symmetric else None,
+            is_byte=is_known(spec.bits) and bool(np.all(np.asarray(spec.bits) <= 8)),
+        )
+        if isinstance(unit, Exact) and not params.scale.ndim:
+            x, unit = unit.on_grid(params, spec), None
         if unit is None:
-            return Visit(self._round(site, x, params, spec), params, word)
+            return visit(self._round(site, x, params, spec))
         if params.scale.ndim:
             x = x * unit.per(1.0)
-            return Visit(self._round(site, x, params, spec), params, word)
+            return visit(self._round(site, x, params, spec))
         # On a grid of scale 1, where a tie between two codes is exactly one.
         steps = x * unit.per(params.scale)
         ones = params._replace(scale=jnp.ones_like(params.scale))
         codes = self._round(site, steps, ones, spec)
-        return Visit(codes * params.scale.astype(x.dtype), params, word)
+        return visit(codes * params.scale.astype(x.dtype))
 
     def bias(self, site: Site, x: jax.Array) -> Visit:
         """Rounds a bias by a quantizer; an affine word waits for the accumulator."""
@@ -242,7 +250,7 @@ class Updater(Quantizer):
     update: ArrayLike = True
     axes: tuple[str, ...] = ()
 
-    def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
+    def activation(self, site: Site, x: jax.Array, unit: AsSum) -> Visit:
         """Updates the range of the site, then rounds by it."""
         spec = self.choices[site].word
         if isinstance(spec, QSpec) and site.name in self.qstate:
@@ -282,7 +290,7 @@ class Blend:
     visitor: Quantizer
     share: ArrayLike
 
-    def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
+    def activation(self, site: Site, x: jax.Array, unit: AsSum) -> Visit:
         """Blends the values of a site; the result is on no grid."""
         return self._blend(x, self.visitor.activation(site, x, unit))
 

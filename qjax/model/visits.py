@@ -7,6 +7,7 @@ import jax
 from jax.typing import ArrayLike
 
 from qjax.affine import QParams, QSpec
+from qjax.model.exact import Exact
 from qjax.schemes.patterns import Site
 
 
@@ -16,6 +17,7 @@ class Visit(NamedTuple):
     value: jax.Array
     grid: QParams | None = None
     word: QSpec | None = None  # Word of codes about zero: channels may be told apart.
+    is_byte: bool = False  # The word is known to have 256 codes at most.
 
 
 class Bias(NamedTuple):
@@ -41,13 +43,16 @@ class Unit(NamedTuple):
         return factor.astype(self.factor.dtype)
 
 
+AsSum = Unit | Exact | None
+
+
 class Visitor(Protocol):
     """A visitor of sites: each method returns the value to go on with, and its grid."""
 
-    def activation(self, site: Site, x: jax.Array, unit: Unit | None) -> Visit:
+    def activation(self, site: Site, x: jax.Array, unit: AsSum) -> Visit:
         """Visits the input of the model or the end of a block.
 
-        ``x`` is real if ``unit`` is None.
+        ``x`` is real but for a `Unit`; an `Exact` computes it once its grid is known.
         """
 
     def weight(self, site: Site, x: jax.Array, biases: "Biases" = list) -> Visit:

@@ -13,6 +13,7 @@ from qjax.backends.xla.tflite import TFLITE
 from qjax.calls import alone
 from qjax.graph.graph import Graph, Node, holds
 from qjax.integer import align_products, requantize, requantize_sum
+from qjax.integer_softmax import probabilities
 
 NodeBody = Callable[[Node, Mapping[str, jax.Array], Sequence[jax.Array]], jax.Array]
 
@@ -137,6 +138,15 @@ def _table(node, params, inputs):
     shape = jnp.broadcast_shapes(places.shape, channels.shape)
     places, channels = (jnp.broadcast_to(v, shape) for v in (places, channels))
     return table.reshape(-1).take(places * table.shape[1] + channels, mode="clip")
+
+
+def _softmax(node, params, inputs):
+    a, x = node.attributes, inputs[0].astype(jnp.int32)
+    keep = [mask != 0 for mask in inputs[1:]]
+    table, axes = params[node.params["table"]], tuple(a["axes"])
+    found = probabilities(x, table, axes, *keep, empty=a["empty"])
+    ends = {"qmin": a["low"], "qmax": a["high"]}
+    return requantize(found, a["multiplier"], a["shift"], a["zero_point"], **ends)
 
 
 def _embed(node, params, inputs):
@@ -291,6 +301,7 @@ BODIES: dict[str, NodeBody] = {
     "clip": _clip,
     "dot_codes": _dot_codes,
     "multiply_codes": _multiply_codes,
+    "softmax": _softmax,
     "table": _table,
     "embed": _embed,
     "take": _take,

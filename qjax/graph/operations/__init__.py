@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from qjax.graph.operations.lookups import LOOKUPS
 from qjax.graph.operations.moves import MOVES
+from qjax.graph.operations.normalisations import NORMALISATIONS
 from qjax.graph.operations.products import PRODUCTS
 from qjax.graph.operations.record import Operands, Operation
 from qjax.graph.operations.rescales import RESCALES
@@ -13,5 +14,5 @@ __all__ = ("OPERATIONS", "Operands", "Operation")
 
 OPERATIONS: Mapping[str, Operation] = {
     operation.name: operation
-    for operation in (*PRODUCTS, *RESCALES, *LOOKUPS, *MOVES, *TFLITE)
+    for operation in (*PRODUCTS, *RESCALES, *LOOKUPS, *MOVES, *NORMALISATIONS, *TFLITE)
 }

@@ -13,6 +13,7 @@ from qjax.lowering.rules.choices import CHOICES
 from qjax.lowering.rules.functions import FUNCTIONS
 from qjax.lowering.rules.lookups import LOOKUPS
 from qjax.lowering.rules.moves import MOVES
+from qjax.lowering.rules.normalisations import NORMALISATIONS
 from qjax.lowering.rules.points import POINTS
 from qjax.lowering.rules.products import PRODUCTS
 from qjax.lowering.rules.reductions import REDUCTIONS
@@ -26,6 +27,7 @@ RULES: Mapping[str, LoweringRule] = {
     **FUNCTIONS,
     **LOOKUPS,
     **MOVES,
+    **NORMALISATIONS,
     **POINTS,
     **PRODUCTS,
     **REDUCTIONS,

@@ -1,0 +1,236 @@
+"""Softmax in integers: its table, its bounds, and that models compute what ships."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import qjax
+from qjax import QSpec, Rule, Scheme
+from qjax.integer_softmax import (
+    exp_table,
+    exp_tables,
+    fraction,
+    joined_table,
+    probabilities,
+)
+from tests.oracles import assert_equals_oracle
+
+ONE = 1 << 30
+RNG = np.random.default_rng(0)
+SCALES = [
+    1.0,
+    0.1,
+    2.0**-20,
+    3e-6,
+    2.0**-126,
+    2.0**100,
+    *np.exp(RNG.uniform(-9, 3, 40)),
+]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_table_is_that_of_exp_to_two_units(scale):
+    scale = np.float32(scale)
+    found = exp_table(scale)
+    real = np.exp(-np.arange(256, dtype=np.longdouble) * np.longdouble(scale)) * ONE
+    assert np.max(np.abs(found - real)) <= 2 and found[0] == ONE
+    with jax.enable_x64(True):
+        traced = jax.jit(lambda s: exp_table(s, jnp))(scale)
+        np.testing.assert_array_equal(traced, found)
+        traced = jax.vmap(lambda s: exp_table(s, jnp))(jnp.stack([scale, scale / 3]))
+        np.testing.assert_array_equal(traced[0], found)
+    whole = joined_table(exp_tables(scale, 4), 1 << 16)
+    real = np.exp(-np.arange(1 << 16, dtype=np.longdouble) * np.longdouble(scale)) * ONE
+    assert np.max(np.abs(whole - real)) <= 5
+    np.testing.assert_array_equal(whole[:256], found)
+
+
+def _rows(n):
+    """Rows of one value, of two extremes, of ties, and of random codes."""
+    rows = RNG.integers(-128, 128, (40, n))
+    rows[0], rows[1], rows[2] = 7, -128, 127
+    rows[3, : n // 2] = -128
+    rows[4] = np.where(np.arange(n) == n - 1, 127, -128)
+    return rows.astype(np.int32)
+
+
+@pytest.mark.parametrize("scale", [0.002, 0.07, 1.0])
+@pytest.mark.parametrize("n", [1, 2, 3, 64, 1000, 4096, 40_000])
+def test_shares_add_up_to_one_within_half_a_step_each(n, scale):
+    rows, scale = _rows(n), np.float32(scale)
+    table = joined_table(exp_tables(scale, n), 256).astype(np.int32)
+    found = np.asarray(probabilities(rows, table, (1,))).astype(np.int64)
+    assert np.all(np.abs(found.sum(1) - ONE) <= n / 2)
+    reals = np.exp((rows - rows.max(1, keepdims=True)) * np.float64(scale))
+    reals *= ONE / reals.sum(1, keepdims=True)
+    lost = 2 * n * 2.0 ** (30 - fraction(n)) / ONE  # Relative, of the sum.
+    assert np.all(np.abs(found - reals) <= 3 + lost * reals)
+    both = exp_tables(scale, n).astype(np.int32)
+    np.testing.assert_array_equal(probabilities(rows, both, (1,)), found)
+
+
+@pytest.mark.parametrize(("scale", "bits"), [(0.3, 8), (0.05, 8), (1.1, 4), (0.3, 16)])
+def test_codes_are_at_most_one_from_those_of_float64(scale, bits):
+    """All rows of three codes of three bits, and random ones."""
+    small = np.array([*itertools.product(range(-4, 4), repeat=3)], np.int32)
+    for rows in (small, _rows(100), _rows(4096)):
+        step, most = 2.0**-bits, 2**bits - 1
+        table = joined_table(exp_tables(np.float32(scale), rows.shape[1]), 256)
+        found = np.asarray(probabilities(rows, table.astype(np.int32), (1,)))
+        codes = np.minimum(np.rint(found / (ONE * step)), most)
+        reals = np.exp(
+            (rows - rows.max(1, keepdims=True)) * np.float64(np.float32(scale))
+        )
+        reals /= reals.sum(1, keepdims=True)
+        assert np.max(np.abs(codes - np.minimum(np.rint(reals / step), most))) <= 1
+
+
+MASK = np.tril(np.ones((5, 8), bool))
+EMPTY = np.where(np.arange(5)[:, None] == 2, False, MASK)
+LOWEST = np.finfo(np.float32).min
+FORMS = {
+    "plain": lambda p, x: jax.nn.softmax(x),
+    "dense": lambda p, x: jax.nn.softmax(x @ p),
+    "temperature": lambda p, x: nn.softmax((x @ p) / 1.7, axis=1),
+    "two axes": lambda p, x: jax.nn.softmax(x @ p, (1, 2)),
+    "where": lambda p, x: jax.nn.softmax(x @ p, where=MASK),
+    "select": lambda p, x: jax.nn.softmax(jnp.where(MASK, x @ p, -1e9)),
+    "lowest": lambda p, x: jax.nn.softmax(jnp.where(~EMPTY, LOWEST, x @ p)),
+    "infinite": lambda p, x: nnx.softmax(jnp.where(MASK, x, -jnp.inf)),
+    "added": lambda p, x: jax.nn.softmax(
+        x @ p + (1.0 - EMPTY.astype(np.float32)) * -1e4
+    ),
+    "by hand": lambda p, x: jnp.exp(x @ p) / jnp.exp(x @ p).sum(-1, keepdims=True),
+    "attention": lambda p, x: jax.nn.dot_product_attention(
+        (x @ p).reshape(-1, 5, 2, 4), *[x.reshape(-1, 5, 2, 4)] * 2, is_causal=True
+    ),
+}
+X = RNG.normal(0, 2, (6, 5, 8)).astype(np.float32)
+P = RNG.normal(0, 0.4, (8, 8)).astype(np.float32)
+WIDE = Scheme(QSpec(8), QSpec(8), [Rule("softmax*", QSpec(16))])
+SCHEMES = {
+    "floats": Scheme(),
+    "powers": Scheme(QSpec(8, power_of_two=True), QSpec(8, power_of_two=True)),
+    "wide": WIDE,
+    "narrow": Scheme(QSpec(4), QSpec(5, signed=False)),
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("form", FORMS)
+def test_models_compute_what_ships(form, scheme):
+    fn = FORMS[form]
+    qmodel = qjax.quantize_model(fn, P, X, scheme=SCHEMES[scheme])
+    qstate = qjax.calibrate(qmodel, P, [X])
+    program = qjax.lower(qmodel, P, qstate, X)
+    operations = [node.operation for node in program.graph.nodes]
+    assert operations.count("softmax") == 1
+    found = qjax.verify(program, qmodel, P, qstate, X)
+    site = next(s for s in found.sites if s.startswith(("softmax", "output")))
+    assert found.sites[site].equal == found.sites[site].codes
+    other = RNG.normal(0, 2, (3, 5, 8)).astype(np.float32)
+    assert_equals_oracle(program, other)
+    shipped = np.asarray(program(other))
+    np.testing.assert_array_equal(qmodel.apply_integer(P, qstate, other), shipped)
+    if scheme == "powers":
+        assert found.is_exact
+        np.testing.assert_array_equal(qmodel.apply(P, qstate, other), shipped)
+
+
+@pytest.mark.parametrize("form", ["where", "select", "infinite", "added"])
+def test_gradients_are_those_of_the_float_function_at_the_codes(form):
+    """Where no code saturates: the input is on its grid, and the output in range."""
+    fn = lambda p, x: FORMS[form](jnp.eye(8), x)
+    scheme = Scheme(rules=[Rule("softmax*", QSpec(8)), Rule("output:0", QSpec(16))])
+    qmodel = qjax.quantize_model(fn, (), X, scheme=scheme)
+    qstate = qjax.calibrate(qmodel, (), [X])
+    grid = qjax.scales(qmodel, (), qstate)["input:0"]
+    x = (np.rint(X / grid.scale) * grid.scale).astype(np.float32)
+    dy = RNG.normal(size=X.shape).astype(np.float32)
+    slope = lambda f: jax.grad(lambda x: jnp.sum(f(x) * dy))(x)
+    found = slope(lambda x: qmodel.apply((), qstate, x))
+    wanted = slope(lambda x: fn((), x))
+    inside = np.abs(X) < 0.98 * np.abs(X).max()
+    np.testing.assert_allclose(found[inside], wanted[inside], atol=2e-6)
+    hessian = jax.jvp(lambda x: slope_of(qmodel, qstate, dy)(x), (x,), (dy,))
+    assert np.all(np.isfinite(hessian[1]))
+
+
+def slope_of(qmodel, qstate, dy):
+    """Returns the gradient of a weighted sum of outputs."""
+    return jax.grad(lambda x: jnp.sum(qmodel.apply((), qstate, x) * dy))
+
+
+def test_stacked_schemes_give_the_integers_of_each():
+    fn = FORMS["attention"]
+    schemes = [Scheme(QSpec(b), QSpec(b)) for b in (4, 6, 8)]
+    qmodel = qjax.quantize_model(fn, P, X, scheme=schemes[0])
+    qstate = qjax.calibrate(qmodel, P, [X])
+    run = lambda s: qmodel.apply(P, qstate, X, scheme=s)
+    found = jax.jit(jax.vmap(run))(qjax.stack_schemes(schemes))
+    for own, scheme in zip(found, schemes, strict=True):
+        np.testing.assert_allclose(own, run(scheme), atol=1e-6)
+
+
+def test_a_program_with_a_softmax_is_saved(tmp_path):
+    qmodel = qjax.quantize_model(FORMS["where"], P, X)
+    program = qjax.lower(qmodel, P, qjax.calibrate(qmodel, P, [X]), X)
+    program.save(tmp_path / "softmax.qjax")
+    again = qjax.load(tmp_path / "softmax.qjax")
+    np.testing.assert_array_equal(again(X[:2]), program(X[:2]))
+    assert "a softmax of integers" in str(program.report())
+
+
+REFUSED = {
+    "a bias by place": lambda p, x: jax.nn.softmax(x @ p + np.arange(8.0, dtype="f")),
+    "a mask of one": lambda p, x: jax.nn.softmax(x @ p - 200.0 + MASK * 201.0),
+    "a factor by place": lambda p, x: nn.softmax(x @ p * np.arange(1, 9, dtype="f")),
+    "a negative factor": lambda p, x: jax.nn.softmax(-(x @ p)),
+    "another base": lambda p, x: (
+        jnp.exp2(x @ p) / jnp.exp2(x @ p).sum(-1, keepdims=True)
+    ),
+    "another sum": lambda p, x: (
+        jnp.exp(x @ p) / jnp.exp(x @ p).sum(1, keepdims=True).sum(-1, keepdims=True)
+    ),
+    "another maximum": lambda p, x: (
+        jnp.exp(x @ p) / (jnp.exp(x @ p).sum(-1, keepdims=True) + 1.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_integers_compute_otherwise_or_not_at_all_is_no_other_number(name):
+    """Either the program equals the model, which is close to float, or it is refused."""
+    qmodel = qjax.quantize_model(REFUSED[name], P, X)
+    qstate = qjax.calibrate(qmodel, P, [X])
+    near = np.asarray(REFUSED[name](P, X))
+    np.testing.assert_allclose(qmodel.apply(P, qstate, X), near, atol=0.2)
+    try:
+        program = qjax.lower(qmodel, P, qstate, X)
+    except (NotImplementedError, ValueError) as error:
+        assert "softmax" in str(error) or "norm" in str(error)
+    else:
+        np.testing.assert_allclose(program(X), near, atol=0.2)
+
+
+def test_a_mask_that_does_not_hide_is_refused():
+    fn = lambda p, x: jax.nn.softmax(jnp.where(MASK, x @ p, -150.0))
+    x = X * 100
+    qmodel = qjax.quantize_model(fn, P, x)
+    qstate = qjax.calibrate(qmodel, P, [x])
+    with pytest.raises(ValueError, match="what it masks still counts"):
+        qjax.lower(qmodel, P, qstate, x)
+
+
+def test_a_softmax_of_wide_codes_is_refused():
+    qmodel = qjax.quantize_model(
+        FORMS["dense"], P, X, scheme=Scheme(QSpec(8), QSpec(20))
+    )
+    qstate = qjax.calibrate(qmodel, P, [X])
+    with pytest.raises(ValueError, match="at most 16 bits"):
+        qjax.lower(qmodel, P, qstate, X)
