@@ -43,6 +43,7 @@ def exp_table(scale: Any, xp: Any = np) -> Any:
     Returns:
       int64, ``[256]``, within 2 of the exact values; the first is 2^30.
     """
+    bits: Any
     if xp is np:
         bits = np.float32(scale).view(np.int32).astype(np.int64)
     else:
@@ -132,7 +133,6 @@ def probabilities(
     Returns:
       int32, 0 to 2^30, shape of the codes: 0 for what takes no part.
     """
-    places = math.prod(codes.shape[d] for d in axes)
     with jax.enable_x64(True):
         wide = codes.astype(jnp.int32)
         if keep is not None and empty != "zero":

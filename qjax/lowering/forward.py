@@ -37,10 +37,11 @@ from qjax.model.blocks import Block, bounds_of, is_quantizer
 from qjax.model.channels import output_scale
 from qjax.model.common_scales import CodeEnds
 from qjax.model.exact import Exact
+from qjax.model.kept import quantizer_of, whole_of
 from qjax.model.normalisations import said
 from qjax.model.primitives import POINTWISE, SHAPE_MOVES, names
 from qjax.model.simulate import Simulation
-from qjax.model.trace import CALLS, Equation, evaluate, quantizer_of, whole_of
+from qjax.model.trace import CALLS, Equation, evaluate
 from qjax.model.traced_model import TracedModel
 from qjax.qpoint import grid_codes, qpoint_p
 from qjax.quantizers.point import straight

@@ -29,17 +29,11 @@ from qjax.lowering.values import (
 )
 from qjax.model.blocks import RANDOM, place_of
 from qjax.model.expansions import MOST_STEPS
+from qjax.model.kept import integer_of, whole_of
 from qjax.model.normalisations import NORM, said
 from qjax.model.origin import origin_of
 from qjax.model.primitives import POINTWISE, REMEDIES, SHAPE_MOVES, names
-from qjax.model.trace import (
-    Equation,
-    Trace,
-    evaluate,
-    integer_of,
-    is_key,
-    whole_of,
-)
+from qjax.model.trace import Equation, Trace, evaluate, is_key
 from qjax.program import Residue
 from qjax.qpoint import qpoint_p
 

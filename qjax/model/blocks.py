@@ -8,9 +8,10 @@ import jax
 import jax.extend.core as jex
 import numpy as np
 
+from qjax.model.kept import quantizer_of
 from qjax.model.origin import origin_of
 from qjax.model.primitives import BOUNDS, SHAPE_MOVES
-from qjax.model.trace import Equation, Trace, has_qpoint, is_key, quantizer_of, trace
+from qjax.model.trace import Equation, Trace, has_qpoint, is_key, trace
 from qjax.schemes.patterns import Site
 
 MEANS = {"sum": "mean", "sum_pool": "avg_pool"}  # The same, divided by a constant.

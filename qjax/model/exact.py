@@ -20,7 +20,7 @@ from qjax.calls import shared
 from qjax.integer import requantize, traced_fixed_point
 from qjax.integer_softmax import FRACTION, Empty, exp_table, exp_tables, probabilities
 from qjax.integer_softmax import fraction as fraction_of
-from qjax.model.trace import INTEGER, integer_of
+from qjax.model.kept import INTEGER, integer_of
 from qjax.qpoint import grid_values
 
 _INT32 = np.iinfo(np.int32)
@@ -58,8 +58,9 @@ class SoftmaxCall(NamedTuple):
         """Reads the name of an equation."""
         _, axes, factor, empty, fill, is_byte = integer_of(e).split(".")
         real = lambda bits: float(np.uint32(int(bits, 16)).view(np.float32))
-        own: Any = tuple(map(int, axes.split("_"))), real(factor), empty
-        return SoftmaxCall(*own, real(fill), is_byte == "1")
+        own: Any = empty
+        places = tuple(map(int, axes.split("_")))
+        return SoftmaxCall(places, real(factor), own, real(fill), is_byte == "1")
 
 
 class Exact(NamedTuple):
@@ -76,7 +77,7 @@ class Exact(NamedTuple):
     operands: tuple[jax.Array, ...]
 
     def per(self, scale: Any) -> jax.Array:
-        """Returns the factor from the value to codes of ``scale``, or to reals for 1."""
+        """Returns the factor from the value to codes of ``scale``."""
         return jnp.asarray(1.0 / scale, self.real.dtype)
 
     def on_grid(self, params: QParams, spec: QSpec) -> jax.Array:
@@ -108,10 +109,11 @@ def _jitted(call: SoftmaxCall) -> Callable[..., Any]:
         factor = unit * np.float32(call.factor)
         tables = shared(_tables, factor, places, call.is_byte)
         steps = jnp.rint(x.astype(jnp.float32) * (1.0 / unit)).astype(jnp.int32)
-        found = probabilities(steps, tables, call.axes, *keep, empty=call.empty)
-        fixed = shared(_multiplier, scale)
-        ends = {"qmin": _INT32.min, "qmax": _INT32.max}
-        codes = requantize(found, *fixed, zero_point, **ends)
+        mask = keep[0] if keep else None
+        found = probabilities(steps, tables, call.axes, mask, call.empty)
+        multiplier, shift = shared(_multiplier, scale)
+        low, high = _INT32.min, _INT32.max
+        codes = requantize(found, multiplier, shift, zero_point, qmin=low, qmax=high)
         clipped = jnp.clip(codes, qmin, qmax)
         return grid_values(clipped, scale, zero_point), clipped == codes
 

@@ -24,16 +24,13 @@ from qjax.model.blocks import (
 )
 from qjax.model.elementwise import find_functions
 from qjax.model.expansions import MOST_STEPS
+from qjax.model.kept import whole_of
 from qjax.model.lineage import Lineage
 from qjax.model.normalisations import NORM
 from qjax.model.origin import origin_of
 from qjax.model.primitives import AFFINE, REMEDIES, SHAPE_MOVES, names
 from qjax.model.statistics import batch_statistics
-from qjax.model.trace import (
-    Equation,
-    Trace,
-    whole_of,
-)
+from qjax.model.trace import Equation, Trace
 from qjax.schemes.patterns import Role, Site
 
 _MAXIMA = names("maximum")

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 
 from qjax.model.flow import Flow
+from qjax.model.kept import WHOLE
 from qjax.model.normalisations import Normalisations, Whole
 from qjax.model.regions import common_regions
-from qjax.model.trace import WHOLE, Equation, Own, Trace, evaluate
+from qjax.model.trace import Equation, Own, Trace, evaluate
 from qjax.model.widening import evaluate_own
 
 

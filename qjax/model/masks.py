@@ -3,8 +3,9 @@
 import jax
 import numpy as np
 
+from qjax.model.kept import whole_of
 from qjax.model.primitives import AFFINE, POINTWISE, names
-from qjax.model.trace import Equation, Trace, is_key, makers_and_readers, whole_of
+from qjax.model.trace import Equation, Trace, is_key, makers_and_readers
 
 _NEUTRAL = names("keep", "cast", is_elementwise=True)
 

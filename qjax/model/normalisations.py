@@ -19,15 +19,11 @@ import jax.extend.core as jex
 import numpy as np
 
 from qjax.model.flow import Flow
+from qjax.model.kept import quantizer_of
 from qjax.model.masks import SOFTMAXES, find_masks
 from qjax.model.primitives import AFFINE, POINTWISE, names
 from qjax.model.statistics import batch_statistics
-from qjax.model.trace import (
-    CALLS,
-    Equation,
-    kinds_of,
-    quantizer_of,
-)
+from qjax.model.trace import CALLS, Equation, kinds_of
 
 SOFTMAX, LOG_SOFTMAX = SOFTMAXES
 NORM = "norm"

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,9 +12,10 @@ from jax.extend.source_info_util import user_context
 
 from qjax.affine import QParams, QSpec, fake_quant_bias
 from qjax.calls import computed_once, shared
+from qjax.model.affine_parts import AffineParts, of_type
 from qjax.model.arguments import unfolded
 from qjax.model.blocks import Block, is_quantizer
-from qjax.model.channel_scales import ChannelScales, Kernel
+from qjax.model.channel_scales import Kernel
 from qjax.model.channels import kernel_axes, move_scale, output_scale
 from qjax.model.common_scales import (
     CodeEnds,
@@ -26,7 +27,6 @@ from qjax.model.lines import (
     HeldLine,
     exceeds,
     hold,
-    ranked,
     rounded,
     to_kernel,
     whole,
@@ -37,13 +37,13 @@ from qjax.model.primitives import FUSED, SHAPE_MOVES
 from qjax.model.regions import Region
 from qjax.model.trace import Equation, evaluate
 from qjax.model.traced_model import TracedModel
-from qjax.model.visits import Bias, Unit, Visit, Visitor
+from qjax.model.visits import Unit, Visit, Visitor
 from qjax.model.widening import evaluate_own, is_half_product, product_of_codes
 from qjax.quantizers.point import straight
 from qjax.schemes.patterns import Site
 
 
-class Simulation(ChannelScales):
+class Simulation(AffineParts):
     """A run of a traced model over parameters and inputs.
 
     Args:
@@ -106,7 +106,7 @@ class Simulation(ChannelScales):
         """Returns outputs nested as the model's, in its types if it keeps them."""
         types, tree = jax.tree.flatten(self._traced.out)
         if self._keeps_types:
-            values = [_of_type(x, t.dtype) for x, t in zip(values, types, strict=True)]
+            values = [of_type(x, t.dtype) for x, t in zip(values, types, strict=True)]
         return jax.tree.unflatten(tree, values)
 
     def _scope(self, e: Equation) -> str:
@@ -237,17 +237,7 @@ class Simulation(ChannelScales):
 
     def _typed(self, v: int, x: Any) -> Any:
         """Casts a value to its type in the trace."""
-        return _of_type(x, self._model.avals[v].dtype)
-
-    def _wide(self, block: Block, v: int) -> Any:
-        """Returns the type in which a block computes one product and one sum.
-
-        At least float32: it rounds where the values go on in half precision.
-        """
-        known = (u for e in block.affine for u in e.inputs)
-        types = {self._model.avals[u].dtype for u in (v, *known)}
-        wide = jnp.dtype(jnp.float64)
-        return wide if wide in types else jnp.dtype(jnp.float32)
+        return of_type(x, self._model.avals[v].dtype)
 
     def _keep_grid(self, e: Equation) -> None:
         if is_quantizer(e):
@@ -266,66 +256,6 @@ class Simulation(ChannelScales):
             if moved is not None:
                 zeros = move_scale(e, zero_point, self._model.shape(x))
                 self._grids[e.outputs[0]] = QParams(moved, zeros)
-
-    # Biases after the products of a weight, before these are computed.
-
-    def _biases(self, v: int, rank: int) -> list[Bias]:
-        """Returns the biases of all blocks that multiply by a weight as it lies."""
-        found = []
-        for block in self._traced.products.values():
-            order = self._order(block, v, rank) if block.weight == v else None
-            if order is None:
-                continue
-            e, operand = block.root, block.weight_operand
-            acc = e.outputs[0]
-            before, factor, after = self._compose(block, acc, self._known)
-            if before is None and after is None:
-                continue
-            shape, dtype = self._model.shape(acc), self._model.avals[acc].dtype
-            axes = kernel_axes(e, operand, rank, len(shape))
-            sizes = tuple(n if d in axes else 1 for d, n in enumerate(shape))
-            terms = (
-                ranked(jnp.full((), usual, dtype) if x is None else x, len(shape))
-                for x, usual in ((before, 0), (factor, 1), (after, 0))
-            )
-            before, factor, after = terms
-            own = jnp.where(factor == 0, jnp.ones_like(factor), factor)
-            bias = before + after / own
-            bias = jnp.where(factor == 0, jnp.zeros_like(bias), bias)
-            if any(exceeds(part.shape, sizes) for part in (bias, factor)):
-                continue
-            parts = (to_kernel(part, axes, rank, shape) for part in (bias, factor))
-            bias, factor = (part.transpose(order) for part in parts)
-            names = self._plan.sites[self._plan.weights[v]].inputs
-            data = (site for site in self._plan.sites if site.name in names)
-            found += [Bias(site, bias, factor) for site in data]
-        return found
-
-    def _order(self, block: Block, leaf: int, rank: int) -> tuple[int, ...] | None:
-        """Returns the axes of a product's operand in the order of the weight's own.
-
-        None if they are not the same axes.
-        """
-        v, order = block.root.inputs[block.weight_operand], tuple(range(rank))
-        while v != leaf:
-            e = self._traced.source.get(v)
-            if e is None or e.primitive.name not in SHAPE_MOVES:
-                return None
-            if e.primitive.name == "transpose":
-                turned = e.params["permutation"]
-                order = tuple(order[turned.index(d)] for d in range(rank))
-            elif self._model.shape(e.inputs[0]) != self._model.shape(v):
-                return None
-            v = e.inputs[0]
-        return order
-
-    def _known(self, v: int) -> Any:
-        """Returns a value of parameters alone, which are not rounded for it."""
-        if v not in self._raw:
-            e = self._traced.source[v]
-            values = self._evaluate(e, *map(self._known, e.inputs))
-            self._raw.update(zip(e.outputs, values, strict=True))
-        return self._raw[v]
 
     # A block in the form that lowers exactly.
 
@@ -485,32 +415,6 @@ class Simulation(ChannelScales):
         """Multiplies a value by the weight of a site, for the product ``end``."""
         return self._env[x].astype(factor.dtype) * factor
 
-    def _compose(
-        self, block: Block, x: int, read: Callable[[int], Any] | None = None
-    ) -> tuple[Any, Any, Any]:
-        """Composes affine equations to ``(x + before) * factor + after``."""
-        before = factor = after = None
-        dtype = self._wide(block, x)
-        read = self._env.__getitem__ if read is None else read
-        for e in block.affine:
-            name = e.primitive.name
-            known = [_of_type(read(v), dtype) for v in e.inputs if v != x]
-            if name == "neg" or (name == "sub" and e.inputs[1] == x):
-                factor = jnp.asarray(-1, dtype) if factor is None else -factor
-                after = None if after is None else -after
-            if name in ("add", "sub"):
-                term = -known[0] if name == "sub" and e.inputs[0] == x else known[0]
-                if factor is None:
-                    before = term if before is None else before + term
-                else:
-                    after = term if after is None else after + term
-            if name in ("mul", "div"):
-                ratio = known[0] if name == "mul" else 1.0 / known[0]
-                factor = ratio if factor is None else factor * ratio
-                after = None if after is None else after * ratio
-            x = e.outputs[0]
-        return before, factor, after
-
     def _accumulator_scale(self, block: Block) -> jax.Array | None:
         """Returns ``scale_x * scale_w`` in the rank of the product, or None."""
         out = block.root.outputs[0]
@@ -522,7 +426,3 @@ class Simulation(ChannelScales):
         rank = len(self._model.shape(out))
         scale = output_scale(block.root, block.weight_operand, own[1].scale, rank)
         return None if scale is None else own[0].scale * scale
-
-
-def _of_type(x: Any, dtype: Any) -> Any:
-    return x if getattr(x, "dtype", None) == dtype else jnp.asarray(x, dtype)

@@ -15,9 +15,10 @@ import jax.extend.core as jex
 import numpy as np
 
 from qjax.integer_softmax import Empty
+from qjax.model.kept import whole_of
 from qjax.model.masks import LARGE, SOFTMAXES
 from qjax.model.primitives import names
-from qjax.model.trace import Equation, Trace, evaluate, whole_of
+from qjax.model.trace import Equation, Trace, evaluate
 
 _SAME = names("keep") - {"sharding_constraint"}
 _MOVES = names("axes") - {"transpose"}

@@ -20,14 +20,13 @@ from qjax.calls import SHARED, uninlined
 from qjax.leaves import leaf_names
 from qjax.mesh_axes import aligned, axes_of, vary
 from qjax.model.expansions import expansion
+from qjax.model.kept import integer_of, whole_of
 from qjax.model.places import BlockSites, Place, split_scope
 from qjax.model.primitives import AFFINE, BOUNDS, POINTWISE
 from qjax.model.regions import Region, region_of
 from qjax.qpoint import qpoint_p
 from qjax.quantizers.point import SCOPE
 
-WHOLE = "qjax.whole."  # A call with the kind of what it computes whole behind it.
-INTEGER = "qjax.integer."  # A call that is computed in integers, whatever it reads.
 _QUANTIZER = re.compile(re.escape(SCOPE) + r"(\w+)")
 _CALLS = (p.jit_p, p.closed_call_p, p.remat_p)
 _DERIVATIVE_CALLS = (p.custom_jvp_call_p, p.custom_vjp_call_p)
@@ -378,26 +377,6 @@ def _is_function(eqn: Any) -> bool:
     same = eqn.invars[0].aval.shape == eqn.outvars[0].aval.shape
     kinds = kinds_of(eqn.params["jaxpr"].jaxpr) if same else None
     return kinds is not None and "bent" in kinds
-
-
-def quantizer_of(e: Any) -> str:
-    """Returns the name of the quantizer that an equation applies whole, or ""."""
-    return _behind(SCOPE, e)
-
-
-def whole_of(e: Any) -> str:
-    """Returns the kind of the softmax or normalisation that an equation is, or ""."""
-    return _behind(WHOLE, e)
-
-
-def integer_of(e: Any) -> str:
-    """Returns what a call computes in integers, and how, or ""."""
-    return _behind(INTEGER, e)
-
-
-def _behind(prefix: str, e: Any) -> str:
-    name = str(e.params.get("name", ""))
-    return name.removeprefix(prefix) if name.startswith(prefix) else ""
 
 
 def _has_quantizer(eqn: Any) -> bool:

@@ -142,9 +142,9 @@ def _table(node, params, inputs):
 
 def _softmax(node, params, inputs):
     a, x = node.attributes, inputs[0].astype(jnp.int32)
-    keep = [mask != 0 for mask in inputs[1:]]
+    keep = inputs[1] != 0 if len(inputs) > 1 else None
     table, axes = params[node.params["table"]], tuple(a["axes"])
-    found = probabilities(x, table, axes, *keep, empty=a["empty"])
+    found = probabilities(x, table, axes, keep, a["empty"])
     ends = {"qmin": a["low"], "qmax": a["high"]}
     return requantize(found, a["multiplier"], a["shift"], a["zero_point"], **ends)
 

@@ -7,8 +7,8 @@ import numpy as np
 from qjax.graph.operations.record import (
     AXES,
     CLIP,
-    INTEGER,
     INT32,
+    INTEGER,
     SHIFT,
     Attribute,
     Ends,
