@@ -2,7 +2,7 @@
 
     e = round(2^30 * exp(-(max - q) * scale))      a table, by the distance from the max
     p = round(2^30 * e / sum(e))                   by one reciprocal of 32 bits a row
-    code = round(p * 2^-30 / scale_out) + zero_point
+    code = floor(p * 2^-30 / scale_out + 1/2) + zero_point
 
 The table is made of the bits of the scale, in integers: a simulation, whose scale is
 traced, and a program, whose scale is known, have the same integers wherever they run.
@@ -122,7 +122,7 @@ def probabilities(
     """Computes the probabilities of a softmax over codes, in units of 2^-30.
 
     Args:
-      codes: int32, 2^16 apart at most.
+      codes: Integers of at most 32 bits, 2^16 apart at most.
       tables: int32. ``[size]``: exponentials by distance from the largest code, the
         last one for all that are farther; or ``[2, 256]``, as of `exp_tables`.
       axes: Axes that a sum goes over.
@@ -131,22 +131,23 @@ def probabilities(
         all; or all alike.
 
     Returns:
-      int32, 0 to 2^30, shape of the codes: 0 for what takes no part.
+      int32, at most 2^30, shape of the codes: 0 for what takes no part.
     """
     with jax.enable_x64(True):
-        wide = codes.astype(jnp.int32)
         if keep is not None and empty != "zero":
-            is_empty = ~jnp.any(
-                jnp.broadcast_to(keep, codes.shape), axes, keepdims=True
-            )
-            wide = jnp.where(is_empty & (empty == "uniform"), 0, wide)
+            whole = jnp.broadcast_to(keep, codes.shape)
+            is_empty = ~jnp.any(whole, axes, keepdims=True)
+            if empty == "uniform":
+                codes = jnp.where(is_empty, jnp.zeros_like(codes), codes)
             keep = keep | is_empty
-        kept = wide if keep is None else jnp.where(keep, wide, _LEAST)
-        distance = jnp.max(kept, axes, keepdims=True, initial=_LEAST) - wide
+        least = jnp.asarray(jnp.iinfo(codes.dtype).min, codes.dtype)
+        kept = codes if keep is None else jnp.where(keep, codes, least)
+        top = jnp.max(kept, axes, keepdims=True, initial=least)
+        distance = top.astype(jnp.int32) - codes.astype(jnp.int32)
         parts = _looked_up(tables, jnp.maximum(distance, 0))
         if keep is not None:
             parts = jnp.where(keep, parts, jnp.zeros_like(parts))
-        total = jnp.maximum(jnp.sum(parts, axes, keepdims=True), 1)
+        total = jnp.maximum(_sum(parts, axes), 1)
         length = 64 - lax.clz(total)
         # round(2^(31 + length) / total), in (2^31, 2^32], by a quotient of two parts.
         one = jnp.ones_like(total)
@@ -154,21 +155,64 @@ def probabilities(
         first = (one << (31 + length - rest)) // total
         left = (one << (31 + length - rest)) - first * total
         doubled = (first << (rest + 1)) + (left << (rest + 1)) // total
-        shift = 31 + length - FRACTION
-        found = (parts * ((doubled + 1) >> 1) + ((one << shift) >> 1)) >> shift
+        reciprocal = jnp.minimum((doubled + 1) >> 1, 2**32 - 1)
+        shift = (1 + length).astype(jnp.uint64)  # 31 + length - FRACTION.
+        half = (jnp.ones_like(shift) << shift) >> 1
+        # Products of numbers without sign, of 32 bits each, are one instruction.
+        found = (_unsigned(parts) * _unsigned(reciprocal) + half) >> shift
         return found.astype(jnp.int32)
 
 
+def coded(
+    shares: jax.Array,
+    multiplier: Any,
+    shift: Any,
+    zero_point: Any,
+    low: Any,
+    high: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Rounds probabilities to codes, halves up.
+
+        code = clip(floor(p * multiplier * 2^-shift + 1 / 2) + zero_point, low, high)
+
+    Args:
+      shares: Probabilities, int32, in units of 2^-30.
+      multiplier: int32, ``[]``, not negative.
+      shift: int32, ``[]``, 0 to 62.
+      zero_point: int32, ``[]``, not above ``high``.
+      low: Least code.
+      high: Largest code.
+
+    Returns:
+      Codes, int32, and whether each is below the largest without a clip.
+    """
+    with jax.enable_x64(True):
+        down = jnp.asarray(shift).astype(jnp.uint64)
+        half = (jnp.ones_like(down) << down) >> 1
+        steps = (_unsigned(shares) * _unsigned(jnp.asarray(multiplier)) + half) >> down
+        zero, high, low = (jnp.asarray(q, jnp.int32) for q in (zero_point, high, low))
+        most = (high.astype(jnp.int64) - zero.astype(jnp.int64)).astype(jnp.uint64)
+        codes = jnp.minimum(steps, most).astype(jnp.uint32).astype(jnp.int32) + zero
+        return jnp.maximum(codes, low), steps <= most
+
+
+def _unsigned(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.uint32).astype(jnp.uint64)
+
+
+def _sum(parts: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Returns sums in int64, by halves of 15 bits where int32 holds those of each."""
+    if math.prod(parts.shape[d] for d in axes) > _MOST_PLACES:
+        return jnp.sum(parts.astype(jnp.int64), axes, keepdims=True)
+    add = lambda x: jnp.sum(x, axes, keepdims=True, dtype=jnp.int32).astype(jnp.int64)
+    return (add(parts >> 15) << 15) + add(parts & ((1 << 15) - 1))
+
+
 def _looked_up(tables: jax.Array, distance: jax.Array) -> jax.Array:
-    """Returns exponentials by distance, int64."""
-    read = lambda table, at: (
-        table.at[at].get(mode="promise_in_bounds").astype(jnp.int64)
-    )
+    """Returns exponentials by distance, int32."""
+    read = lambda table, at: table.at[at].get(mode="promise_in_bounds")
     if tables.ndim == 1:
         return read(tables, jnp.minimum(distance, tables.shape[0] - 1))
-    high = jnp.minimum(distance >> 8, 255)
-    product = read(tables[0], high) * read(tables[1], distance & 255)
-    return (product + (1 << (FRACTION - 1))) >> FRACTION
-
-
-_LEAST = np.int32(-(2**31) + 2**17)  # Below all codes; differences stay in int32.
+    high, low = jnp.minimum(distance >> 8, 255), distance & 255
+    product = _unsigned(read(tables[0], high)) * _unsigned(read(tables[1], low))
+    return ((product + (1 << (FRACTION - 1))) >> FRACTION).astype(jnp.int32)

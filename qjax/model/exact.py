@@ -17,13 +17,18 @@ from jax import lax
 
 from qjax.affine import QParams, QSpec
 from qjax.calls import shared
-from qjax.integer import requantize, traced_fixed_point
-from qjax.integer_softmax import FRACTION, Empty, exp_table, exp_tables, probabilities
+from qjax.integer import traced_fixed_point
+from qjax.integer_softmax import (
+    FRACTION,
+    Empty,
+    coded,
+    exp_table,
+    exp_tables,
+    probabilities,
+)
 from qjax.integer_softmax import fraction as fraction_of
 from qjax.model.kept import INTEGER, integer_of
 from qjax.qpoint import grid_values
-
-_INT32 = np.iinfo(np.int32)
 
 
 class SoftmaxCall(NamedTuple):
@@ -112,10 +117,8 @@ def _jitted(call: SoftmaxCall) -> Callable[..., Any]:
         mask = keep[0] if keep else None
         found = probabilities(steps, tables, call.axes, mask, call.empty)
         multiplier, shift = shared(_multiplier, scale)
-        low, high = _INT32.min, _INT32.max
-        codes = requantize(found, multiplier, shift, zero_point, qmin=low, qmax=high)
-        clipped = jnp.clip(codes, qmin, qmax)
-        return grid_values(clipped, scale, zero_point), clipped == codes
+        codes, inside = coded(found, multiplier, shift, zero_point, qmin, qmax)
+        return grid_values(codes, scale, zero_point), inside
 
     run.__name__ = run.__qualname__ = call.name
     return jax.jit(run)

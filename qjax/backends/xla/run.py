@@ -13,7 +13,7 @@ from qjax.backends.xla.tflite import TFLITE
 from qjax.calls import alone
 from qjax.graph.graph import Graph, Node, holds
 from qjax.integer import align_products, requantize, requantize_sum
-from qjax.integer_softmax import probabilities
+from qjax.integer_softmax import coded, probabilities
 
 NodeBody = Callable[[Node, Mapping[str, jax.Array], Sequence[jax.Array]], jax.Array]
 
@@ -141,12 +141,12 @@ def _table(node, params, inputs):
 
 
 def _softmax(node, params, inputs):
-    a, x = node.attributes, inputs[0].astype(jnp.int32)
+    a, x = node.attributes, inputs[0]
     keep = inputs[1] != 0 if len(inputs) > 1 else None
     table, axes = params[node.params["table"]], tuple(a["axes"])
     found = probabilities(x, table, axes, keep, a["empty"])
-    ends = {"qmin": a["low"], "qmax": a["high"]}
-    return requantize(found, a["multiplier"], a["shift"], a["zero_point"], **ends)
+    grid = a["multiplier"], a["shift"], a["zero_point"]
+    return coded(found, *grid, a["low"], a["high"])[0]
 
 
 def _embed(node, params, inputs):

@@ -19,7 +19,6 @@ from qjax.graph.operations.record import (
     choice,
     is_integer,
 )
-from qjax.graph.operations.shifts import round_shift
 
 _ONE = 1 << 30  # Probability of one.
 _MOST_DISTANCE = 1 << 16
@@ -58,8 +57,8 @@ def _softmax_interval(o: Operands) -> Ends:
 
 def _coded(a, p):
     """Returns the codes of probabilities."""
-    code = round_shift(p * a["multiplier"], np.asarray(a["shift"])) + a["zero_point"]
-    return np.clip(code, a["low"], a["high"])
+    steps = (p * a["multiplier"] + ((1 << a["shift"]) >> 1)) >> a["shift"]
+    return np.clip(steps + a["zero_point"], a["low"], a["high"])
 
 
 def _softmax(a, own, inputs):
@@ -90,16 +89,17 @@ def _softmax(a, own, inputs):
 
 
 def _shares(parts: list[int]) -> list[int]:
+    """Returns parts of their sum, by a reciprocal of 32 bits."""
     total = sum(parts)
     length = total.bit_length()
-    reciprocal = ((1 << (32 + length)) // total + 1) // 2
+    reciprocal = min(((1 << (32 + length)) // total + 1) // 2, (1 << 32) - 1)
     half, unit = 1 << length, 1 << (length + 1)
     return [(e * reciprocal + half) // unit for e in parts]
 
 
 SOFTMAX = Operation(
     "softmax",
-    "code = clip(round(p * multiplier * 2^-shift) + zero_point), "
+    "code = clip(floor(p * multiplier * 2^-shift + 1/2) + zero_point), "
     "p = round(2^30 * e / sum(e)), e = table[max(q) - q]",
     "rescale",
     _softmax_shape,

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from qjax.graph.graph import Grid, storage
-from qjax.graph.operations.shifts import round_shift
 from qjax.integer import fixed_point
 from qjax.integer_softmax import FRACTION, exp_tables, joined_table
 from qjax.lowering.constants import add_constant
@@ -56,7 +55,7 @@ def _softmax(
         mask = _narrowed(keep[0].astype(np.int8), len(trace.shape(e.inputs[0])))
         inputs.append(add_constant(builder, mask, None, **options))
     ends = np.array([0, 1 << FRACTION]) * np.int64(multiplier)
-    ends = round_shift(ends, np.asarray(shift, np.int64)) + zero_point
+    ends = ((ends + ((1 << int(shift)) >> 1)) >> int(shift)) + zero_point
     low, high = map(int, np.clip(ends, qmin, qmax))
     value = builder.add(
         "softmax",
