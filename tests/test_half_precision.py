@@ -205,8 +205,8 @@ def assert_same_program(found, wanted, tmp_path):
     assert texts[0] == texts[1]
 
 
-SHIPS = ("cnn", "mlp", "embedding", "group", "by hand")
-REFUSED = ("mixer", "attention", "nnx")  # LayerNorm and softmax have no integers.
+SHIPS = ("cnn", "mlp", "embedding", "group", "by hand", "attention")
+REFUSED = ("mixer", "nnx")  # LayerNorm has no integers.
 
 
 @pytest.mark.parametrize("dtype", HALF)

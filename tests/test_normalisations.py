@@ -352,11 +352,13 @@ def test_one_thing_is_refused_and_the_parts_beside_it_lower():
 
 
 def test_a_softmax_without_a_module_is_named_by_its_site():
-    fn = _between(lambda z, p: jax.nn.softmax(jnp.where(MASK, z, -1e9)))
+    fn = _between(lambda z, p: jax.nn.log_softmax(jnp.where(MASK, z, -1e9)))
     qmodel = quantize_model(fn, PARAMS, X)
     qstate = calibrate(qmodel, PARAMS, [X])
     (residue,) = qjax.lower(qmodel, PARAMS, qstate, X, strict=False).residues
-    assert residue.message.startswith("The softmax in 'softmax_0/output' has no")
+    assert residue.message.startswith(
+        "The log-softmax in 'log_softmax_0/output' has no"
+    )
 
 
 def _by_a_root(h, p):

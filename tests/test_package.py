@@ -54,6 +54,7 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 # In the order of the README's layout: a line imports only from lines above its own.
 ROOMS = (
     ("tables", "leaves", "mesh_axes", "calls", "rounding", "integer", "qpoint"),
+    ("integer_softmax",),
     ("affine", "ranges", "estimators"),
     ("graph",),
     ("backends",),
@@ -140,9 +141,11 @@ def test_no_two_classes_have_one_name():
 def test_each_primitive_has_one_record_and_each_rule_a_record():
     tables = (rules.ARITHMETIC, rules.CASTS, rules.CHOICES, rules.FUNCTIONS)
     tables += (rules.LOOKUPS, rules.MOVES, rules.POINTS, rules.PRODUCTS)
-    tables += (rules.REDUCTIONS,)
+    tables += (rules.REDUCTIONS, rules.NORMALISATIONS)
     assert sum(map(len, tables)) == len(rules.RULES)  # None is in two.
-    assert set(rules.RULES) <= set(PRIMITIVES)
+    # What calls compute in integers are no primitives.
+    assert set(rules.RULES) - set(rules.NORMALISATIONS) <= set(PRIMITIVES)
+    assert not set(rules.NORMALISATIONS) & set(PRIMITIVES)
     for name, primitive in PRIMITIVES.items():
         assert primitive.name == name
         assert bool(primitive.remedy) == (primitive.kind == "call")

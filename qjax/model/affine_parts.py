@@ -14,7 +14,7 @@ from qjax.model.visits import Bias
 
 
 class AffineParts(ChannelScales):
-    """What follows a product: ``(acc + before) * factor + after``."""
+    """The lines that follow products: ``(acc + before) * factor + after``."""
 
     _evaluate: Callable[..., Any]
     _raw: dict[int, Any]  # Values of parameters alone, before any rounding.

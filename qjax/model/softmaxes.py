@@ -15,6 +15,7 @@ import jax.extend.core as jex
 import numpy as np
 
 from qjax.integer_softmax import Empty
+from qjax.mesh_axes import aligned
 from qjax.model.kept import whole_of
 from qjax.model.masks import LARGE, SOFTMAXES
 from qjax.model.primitives import names
@@ -106,7 +107,7 @@ def read_softmax(model: Trace, data: set[int], e: Equation) -> SoftmaxForm | Non
     is_softmax = whole_of(e) == SOFTMAXES[0] and len(e.outputs) == 1
     if not is_softmax or data.intersection(e.inputs[1:]):
         return None
-    found = _Reader(model, e).run()
+    found = _SoftmaxReader(model, e).run()
     if not isinstance(found, _Shares) or not found.factor > 0:
         return None
     empties = {mask.empty for mask in found.masks}
@@ -117,7 +118,7 @@ def read_softmax(model: Trace, data: set[int], e: Equation) -> SoftmaxForm | Non
     return SoftmaxForm(found.axes, found.factor, empty, fill, found.masks)
 
 
-class _Reader:
+class _SoftmaxReader:
     """A run of a call on symbols."""
 
     def __init__(self, model: Trace, e: Equation):
@@ -332,5 +333,8 @@ def _value(jaxpr: Any, env: dict[Any, Any], v: Any) -> Any:
 
 
 def _bound(eqn: Any, own: Sequence[Any]) -> Sequence[Any]:
+    if eqn.primitive.name == "pvary":
+        return own  # Operands are aligned where they meet.
+    own = tuple(aligned(own)) if len(own) > 1 else own
     out = eqn.primitive.bind(*own, **eqn.primitive.get_bind_params(eqn.params))
     return out if eqn.primitive.multiple_results else (out,)
