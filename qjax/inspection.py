@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from qjax.affine import QParams, QSpec, dequantize, quantize
 from qjax.model.states import check_state
 from qjax.model.visitors import QState, Quantizer
-from qjax.model.visits import AsSum, Biases, Visit
+from qjax.model.visits import Biases, Pending, Visit
 from qjax.quantized_model import QuantizedModel
 from qjax.quantizers.point import Point, encode, levels, make_point
 from qjax.quantizers.spec import Spec, is_known
@@ -159,7 +159,7 @@ class _GridRecorder(Quantizer):
         default_factory=dict
     )
 
-    def activation(self, site: Site, x: jax.Array, unit: AsSum) -> Visit:
+    def activation(self, site: Site, x: jax.Array, unit: Pending) -> Visit:
         return self._keep(site, x, super().activation(site, x, unit))
 
     def weight(self, site: Site, x: jax.Array, biases: Biases = list) -> Visit:
@@ -320,7 +320,7 @@ class _WeightRecorder(Quantizer):
 
     weights: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def activation(self, site: Site, x: jax.Array, unit: AsSum) -> Visit:
+    def activation(self, site: Site, x: jax.Array, unit: Pending) -> Visit:
         return Visit(x if unit is None else x * unit.per(1.0))
 
     def weight(self, site: Site, x: jax.Array, biases: Biases = list) -> Visit:

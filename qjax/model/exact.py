@@ -85,24 +85,39 @@ class Exact(NamedTuple):
         """Returns the factor from the value to codes of ``scale``."""
         return jnp.asarray(1.0 / scale, self.real.dtype)
 
-    def on_grid(self, params: QParams, spec: QSpec) -> jax.Array:
-        """Returns the value on a grid, with the derivative of the clipped STE."""
+    def on_grid(
+        self, params: QParams, spec: QSpec, *, is_clipped: bool = True
+    ) -> jax.Array:
+        """Returns the value on a grid.
+
+        Args:
+          params: The grid.
+          spec: Its word.
+          is_clipped: Whether its derivative is 0 where the largest code saturates.
+
+        Returns:
+          Real values, with the derivative of the float function.
+        """
         ends = (jnp.asarray(q).astype(jnp.int32) for q in (spec.qmin, spec.qmax))
         zero = jnp.asarray(params.zero_point)
         operands = (*self.operands, params.scale, zero, *ends)
-        found = _exact(self.call, self.real.astype(jnp.float32), operands)
+        found = _exact(self.call, is_clipped, self.real.astype(jnp.float32), operands)
         return found.astype(self.real.dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _exact(call: SoftmaxCall, real: jax.Array, operands: Any) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _exact(
+    call: SoftmaxCall, is_clipped: bool, real: jax.Array, operands: Any
+) -> jax.Array:
     return _jitted(call)(*operands)[0]
 
 
 @_exact.defjvp
-def _exact_jvp(call: SoftmaxCall, primals: Any, tangents: Any) -> Any:
+def _exact_jvp(call: SoftmaxCall, is_clipped: bool, primals: Any, tangents: Any) -> Any:
     value, inside = _jitted(call)(*primals[1])
     real_dot = tangents[0]
+    if not is_clipped:
+        return value, real_dot
     return value, lax.select(inside, real_dot, lax.full_like(real_dot, 0))
 
 

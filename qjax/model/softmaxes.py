@@ -29,7 +29,7 @@ class _Mask(NamedTuple):
     """Truth values of a selection, or numbers to add, and how they mask."""
 
     variable: Any  # In the call.
-    key: Any  # Equal for equal masks.
+    key: Any  # Equal for masks that are computed alike.
     kept: int | None  # Case of a selection that is kept; None: added.
     empty: Empty  # What a row without any kept value is.
     fill: float  # Largest finite number that it puts or adds; 0 if there is none.
@@ -126,8 +126,14 @@ class _SoftmaxReader:
         self.jaxpr = e.params["jaxpr"].jaxpr
         self.outer = dict(zip(self.jaxpr.invars, e.inputs, strict=True))
         self.shape = self.jaxpr.invars[0].aval.shape
-        self.source = {v: own for own in model.equations for v in own.outputs}
-        self.makers = {v: eqn for eqn in self.jaxpr.eqns for v in eqn.outvars}
+        # Of values of the model, which are numbers, and of those in the call.
+        self.makers: dict[Any, Any] = {
+            v: own for own in model.equations for v in own.outputs
+        }
+        self.makers |= {v: eqn for eqn in self.jaxpr.eqns for v in eqn.outvars}
+        self.known: dict[Any, Any] = {}
+        self.keys: dict[Any, int] = {}
+        self.numbers: dict[Any, int] = {}
 
     def run(self) -> Any:
         """Returns the symbol of the result, None where it has none."""
@@ -278,47 +284,53 @@ class _SoftmaxReader:
         """Returns what constants of the model alone determine; None for others."""
         if isinstance(v, jex.Literal):
             return v.val
+        if v not in self.known:
+            self.known[v] = self._constant(v)
+        return self.known[v]
+
+    def _constant(self, v: Any) -> Any:
         if v in self.outer:
-            return _constant(self.model, self.source, self.outer[v])
-        eqn = self.makers[v]
-        own = [self._known(u) for u in eqn.invars]
-        if any(x is None for x in own):
+            return self._known(self.outer[v])
+        if v in self.model.constants:
+            value = self.model.constants[v]
+            return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+        e = self.makers.get(v)
+        operands = [] if e is None else _operands(e)
+        own = [self._known(u) for u in operands]
+        if e is None or not operands or any(x is None for x in own):
             return None
         with jax.ensure_compile_time_eval():
-            return np.asarray(_bound(eqn, own)[0])
+            found = evaluate(e, *own) if isinstance(e, Equation) else _bound(e, own)
+        return np.asarray(found[_results(e).index(v)])
 
-    def _key(self, v: Any) -> Any:
-        """Returns what is equal for equal values."""
+    def _key(self, v: Any) -> int:
+        """Returns a number that is the same for values that are computed alike."""
         if isinstance(v, jex.Literal):
-            return "literal", repr(v.val)
+            return self._numbered("literal", repr(v.val))
         if v in self.outer:
-            return _outer_key(self.source, self.outer[v])
-        eqn = self.makers[v]
-        return str(eqn.primitive), str(eqn.params), tuple(map(self._key, eqn.invars))
+            return self._key(self.outer[v])
+        if v not in self.keys:
+            e = self.makers.get(v)
+            if e is None:
+                self.keys[v] = self._numbered("value", v)
+            else:
+                own = tuple(map(self._key, _operands(e)))
+                place = _results(e).index(v)
+                text = str(e.primitive), str(e.params)
+                self.keys[v] = self._numbered(*text, own, place)
+        return self.keys[v]
+
+    def _numbered(self, *parts: Any) -> int:
+        return self.numbers.setdefault(parts, len(self.numbers))
 
 
-def _constant(model: Trace, source: dict[int, Equation], v: int) -> Any:
-    """Returns the value of a trace that its constants alone determine, else None."""
-    if v in model.constants:
-        value = model.constants[v]
-        return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
-    e = source.get(v)
-    if e is None:
-        return None
-    own = [_constant(model, source, u) for u in e.inputs]
-    if any(x is None for x in own):
-        return None
-    with jax.ensure_compile_time_eval():
-        found = evaluate(e, *own)
-    return np.asarray(found[e.outputs.index(v)])
+def _operands(e: Any) -> Sequence[Any]:
+    """Returns the operands of an equation, of a trace or of a call."""
+    return e.inputs if isinstance(e, Equation) else e.invars
 
 
-def _outer_key(source: dict[int, Equation], v: int) -> Any:
-    e = source.get(v)
-    if e is None:
-        return v
-    own = tuple(_outer_key(source, u) for u in e.inputs)
-    return str(e.primitive), str(e.params), own, e.outputs.index(v)
+def _results(e: Any) -> list[Any]:
+    return list(e.outputs if isinstance(e, Equation) else e.outvars)
 
 
 def _value(jaxpr: Any, env: dict[Any, Any], v: Any) -> Any:

@@ -21,7 +21,7 @@ from qjax.estimators import clipped_ste, plain_ste
 from qjax.mesh_axes import axes_of, ends_of, joined
 from qjax.model.common_scales import held_scale
 from qjax.model.exact import Exact
-from qjax.model.visits import AsSum, Biases, Visit, Visitor
+from qjax.model.visits import Biases, Pending, Visit, Visitor
 from qjax.qpoint import Estimator, known_zeros
 from qjax.quantizers.spec import Spec, is_known
 from qjax.ranges import abs_max_params, reduce_range
@@ -45,7 +45,7 @@ class Recorder:
     values: dict[str, jax.Array]
     weights: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
-    def activation(self, site: Site, x: jax.Array, unit: AsSum) -> Visit:
+    def activation(self, site: Site, x: jax.Array, unit: Pending) -> Visit:
         """Records the values of a site."""
         x = x if unit is None else x * unit.per(1.0)
         self.values[site.name] = x
@@ -69,7 +69,7 @@ class Recorder:
 class WeightRecorder(Recorder):
     """A recorder of all weights: also those that only scale what is on a grid."""
 
-    def activation(self, site: Site, x: jax.Array, unit: AsSum) -> Visit:
+    def activation(self, site: Site, x: jax.Array, unit: Pending) -> Visit:
         """Leaves a value as it is, and says that it is on the integers."""
         found = super().activation(site, x, unit)
         return found._replace(grid=QParams(jnp.float32(1), known_zeros()))
@@ -90,7 +90,7 @@ class Quantizer:
     qstate: QState
     key: chex.PRNGKey | None = None
 
-    def activation(self, site: Site, x: jax.Array, unit: AsSum) -> Visit:
+    def activation(self, site: Site, x: jax.Array, unit: Pending) -> Visit:
         """Rounds to the grid of the state's range, or to a known grid."""
         spec = self.choices[site].word
         if not isinstance(spec, QSpec):
@@ -109,7 +109,8 @@ class Quantizer:
             is_byte=is_known(spec.bits) and bool(np.all(np.asarray(spec.bits) <= 8)),
         )
         if isinstance(unit, Exact) and not params.scale.ndim:
-            x, unit = unit.on_grid(params, spec), None
+            is_clipped = self.choices[site].estimator is not plain_ste
+            x, unit = unit.on_grid(params, spec, is_clipped=is_clipped), None
         if unit is None:
             return visit(self._round(site, x, params, spec))
         if params.scale.ndim:
@@ -250,7 +251,7 @@ class Updater(Quantizer):
     update: ArrayLike = True
     axes: tuple[str, ...] = ()
 
-    def activation(self, site: Site, x: jax.Array, unit: AsSum) -> Visit:
+    def activation(self, site: Site, x: jax.Array, unit: Pending) -> Visit:
         """Updates the range of the site, then rounds by it."""
         spec = self.choices[site].word
         if isinstance(spec, QSpec) and site.name in self.qstate:
@@ -290,7 +291,7 @@ class Blend:
     visitor: Quantizer
     share: ArrayLike
 
-    def activation(self, site: Site, x: jax.Array, unit: AsSum) -> Visit:
+    def activation(self, site: Site, x: jax.Array, unit: Pending) -> Visit:
         """Blends the values of a site; the result is on no grid."""
         return self._blend(x, self.visitor.activation(site, x, unit))
 

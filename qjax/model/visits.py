@@ -43,13 +43,13 @@ class Unit(NamedTuple):
         return factor.astype(self.factor.dtype)
 
 
-AsSum = Unit | Exact | None
+Pending = Unit | Exact | None
 
 
 class Visitor(Protocol):
     """A visitor of sites: each method returns the value to go on with, and its grid."""
 
-    def activation(self, site: Site, x: jax.Array, unit: AsSum) -> Visit:
+    def activation(self, site: Site, x: jax.Array, unit: Pending) -> Visit:
         """Visits the input of the model or the end of a block.
 
         ``x`` is real but for a `Unit`; an `Exact` computes it once its grid is known.

@@ -32,8 +32,8 @@ def _softmax(
     if x.high - x.low >= _MOST_CODES:
         raise ValueError(
             f"The softmax in {where(e)} is over codes from {x.low} to {x.high}, more "
-            "than its table holds.\n  equation: {e}\nUse a word of at most 16 bits for "
-            f"its input, {x.place.path!r}."
+            f"than its table holds.\n  equation: {e}\nUse a word of at most 16 bits "
+            f"for its input, {x.place.path!r}."
         )
     factor = np.float32(unit) * np.float32(call.factor)
     most = float(factor) * max(abs(x.low - x.zero_point), abs(x.high - x.zero_point))
