@@ -170,7 +170,8 @@ def test_policies_save_what_they_save_of_the_float_model(policy):
     fn, qmodel, _, params, qstate, x = quantized(mlp, policy=policy)
     wanted = saved_bytes(lambda p: total(fn(p, x)), params)
     found = saved_bytes(lambda p: total(qmodel.apply(p, qstate, x)), params)
-    assert 0.8 * wanted <= found <= _MOST * wanted
+    # Less, as sites keep masks where the float model keeps values.
+    assert 0.75 * wanted <= found <= _MOST * wanted
 
 
 def test_prevent_cse_and_nesting_are_those_of_the_model():

@@ -214,7 +214,7 @@ def test_the_grid_is_that_of_what_was_drawn():
     site = next(site for site in qmodel.sites if site.name == "a/kernel")
     for key in map(jax.random.key, range(3)):
         visitor = Quantizer(qmodel.choices, qstate, key)
-        value, grid, _ = visitor.weight(site, jnp.asarray(PARAMS["a"]["kernel"]))
+        value, grid, *_ = visitor.weight(site, jnp.asarray(PARAMS["a"]["kernel"]))
         levels = np.asarray(value) / np.asarray(grid.scale)
         np.testing.assert_allclose(levels, np.rint(levels), atol=1e-5)
         assert set(np.rint(levels).ravel()) <= {-1, 0, 1}
