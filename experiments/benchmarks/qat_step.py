@@ -9,10 +9,13 @@ compilation is processor time, for which nothing is kept on disk. Ratios to the 
 float, on one core and on two of an idle machine with JAX 0.10.2:
 
                  apply         apply_and_update   compilation of both
-    CNN          1.00  1.01    1.02 to 1.07       1.3 to 1.6   1.5 to 1.8
-    MLP          1.10  1.21    1.13  1.29         2.3  2.4     2.5  3.0
-    Mixer        1.16  1.16    1.28  1.30         2.3  2.4     2.6  2.7
-    transformer  1.23  1.05    1.30  1.15         1.8  1.9     2.1  2.2
+    CNN          1.02  1.00    1.03 to 1.07       1.2 to 1.5   1.3 to 1.5
+    MLP          1.09  1.27    1.15  1.29         3.0  2.4     3.3  2.9
+    Mixer        1.16  1.16    1.30  1.28         2.4  2.2     2.5  2.4
+    transformer  1.33  1.20    1.41  1.32         2.5  2.6     2.6  2.9
+
+The transformer computes its softmax twice, in integers for its value and in float for
+its derivative.
 """
 
 import dataclasses
