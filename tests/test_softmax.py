@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
 import qjax
 from qjax import QSpec, Rule, Scheme
@@ -264,3 +265,30 @@ def test_a_softmax_of_wide_codes_is_refused():
     qstate = qjax.calibrate(qmodel, P, [X])
     with pytest.raises(ValueError, match="at most 16 bits"):
         qjax.lower(qmodel, P, qstate, X)
+
+
+def test_masks_are_read_inside_of_shard_map():
+    """There JAX puts moves between mesh axes among the equations of a mask."""
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    qmodel = qjax.quantize_model(FORMS["select"], P, X)
+    qstate = qjax.calibrate(qmodel, P, [X])
+    run = lambda p, x: qmodel.apply(p, qstate, x)
+    inside = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec("data")),
+        out_specs=PartitionSpec("data"),
+    )
+    np.testing.assert_array_equal(jax.jit(inside)(P, X), jax.jit(run)(P, X))
+
+
+@pytest.mark.parametrize("is_added", [False, True])
+def test_a_mask_that_is_an_input_is_refused_by_name(is_added):
+    fn = lambda p, x, m: jax.nn.softmax(
+        x @ p + m if is_added else jnp.where(m, x @ p, -1e9)
+    )
+    mask = np.broadcast_to(ADDED if is_added else EMPTY, X.shape).copy()
+    qmodel = qjax.quantize_model(fn, P, X, mask)
+    qstate = qjax.calibrate(qmodel, P, [(X, mask)])
+    with pytest.raises(NotImplementedError, match="masks that no input changes"):
+        qjax.lower(qmodel, P, qstate, X, mask)
