@@ -112,6 +112,11 @@ def fraction(places: int) -> int:
     return FRACTION - max(0, (max(places, 1) - 1).bit_length() - 15)
 
 
+def most_places(places: int) -> int:
+    """Returns the most places of a sum with as many bits as `fraction` gives it."""
+    return 1 << (15 + FRACTION - fraction(places))
+
+
 def probabilities(
     codes: jax.Array,
     tables: jax.Array,

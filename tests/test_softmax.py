@@ -292,3 +292,56 @@ def test_a_mask_that_is_an_input_is_refused_by_name(is_added):
     qstate = qjax.calibrate(qmodel, P, [(X, mask)])
     with pytest.raises(NotImplementedError, match="masks that no input changes"):
         qjax.lower(qmodel, P, qstate, X, mask)
+
+
+def _maximum_of_another_axis(p, x):
+    z = x @ p
+    e = jnp.exp(z - z.max(1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def _maximum_above_alone(p, x):
+    z = x @ p
+    return jnp.exp(z - z.max(-1, keepdims=True)) / jnp.exp(z).sum(-1, keepdims=True)
+
+
+def _maximum_below_alone(p, x):
+    z = x @ p
+    below = jnp.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True)
+    return jnp.exp(z) / below
+
+
+NO_SOFTMAX = _maximum_of_another_axis, _maximum_above_alone, _maximum_below_alone
+
+
+@pytest.mark.parametrize("fn", NO_SOFTMAX)
+def test_a_maximum_that_does_not_cancel_makes_no_softmax(fn):
+    qmodel = qjax.quantize_model(fn, P, X)
+    qstate = qjax.calibrate(qmodel, P, [X])
+    wanted = np.asarray(fn(P, X))
+    found = np.asarray(qmodel.apply(P, qstate, X))
+    assert np.max(np.abs(found - wanted)) < 0.1 * np.max(np.abs(wanted))
+    with pytest.raises(NotImplementedError, match="has no integer rule"):
+        qjax.lower(qmodel, P, qstate, X)
+
+
+def test_a_maximum_of_more_axes_cancels():
+    def fn(p, x):
+        z = x @ p
+        e = jnp.exp(z - z.max((1, 2), keepdims=True))
+        return e / e.sum(-1, keepdims=True)
+
+    qmodel = qjax.quantize_model(fn, P, X)
+    qstate = qjax.calibrate(qmodel, P, [X])
+    program = qjax.lower(qmodel, P, qstate, X)
+    assert "softmax" in [node.operation for node in program.graph.nodes]
+    np.testing.assert_allclose(program(X), jax.nn.softmax(X @ P), atol=0.1)
+
+
+def test_rows_beyond_the_places_of_the_table_are_refused():
+    x = RNG.normal(size=(5, 3)).astype(np.float32)
+    qmodel = qjax.quantize_model(lambda p, x: jax.nn.softmax(x, axis=0), (), x)
+    program = qjax.lower(qmodel, (), qjax.calibrate(qmodel, (), [x]), x)
+    assert_equals_oracle(program, x[:2])
+    with pytest.raises(ValueError, match="at most 32768 places"):
+        program(np.zeros((40_000, 3), np.float32))

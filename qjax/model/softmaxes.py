@@ -19,7 +19,7 @@ from qjax.mesh_axes import aligned
 from qjax.model.kept import whole_of
 from qjax.model.masks import LARGE, SOFTMAXES
 from qjax.model.primitives import names
-from qjax.model.trace import Equation, Trace, evaluate
+from qjax.model.trace import Equation, Trace, evaluate, is_key
 
 _SAME = names("keep") - {"sharding_constraint"}
 _MOVES = names("axes") - {"transpose"}
@@ -35,15 +35,23 @@ class _Mask(NamedTuple):
     fill: float  # Largest finite number that it puts or adds; 0 if there is none.
 
 
+class _Shift(NamedTuple):
+    """The maximum that is subtracted from logits: its axes, and keys of its masks."""
+
+    axes: frozenset[int]
+    masks: frozenset[Any]
+
+
 class _Logits(NamedTuple):
     factor: float
     masks: tuple[_Mask, ...] = ()
-    is_shifted: bool = False
+    shift: _Shift | None = None
 
 
 class _Powers(NamedTuple):
     factor: float
     masks: tuple[_Mask, ...]
+    shift: _Shift | None
 
 
 class _Reduced(NamedTuple):
@@ -51,6 +59,7 @@ class _Reduced(NamedTuple):
     axes: tuple[int, ...]
     masks: tuple[_Mask, ...]
     factor: float
+    shift: _Shift | None = None  # Of the powers of a sum.
     is_aligned: bool = False  # Has the rank of the logits, their axes of size 1.
 
 
@@ -174,10 +183,12 @@ class _SoftmaxReader:
         if name == "sub" and isinstance(own[0], _Logits):
             is_max = isinstance(own[1], _Reduced) and own[1].kind == "max"
             fits = is_max and own[1].is_aligned and own[1].factor == own[0].factor
-            is_first = not own[0].is_shifted
-            return own[0]._replace(is_shifted=True) if fits and is_first else None
+            if not fits or own[0].shift is not None:
+                return None
+            shift = _Shift(frozenset(own[1].axes), _keys(own[1].masks))
+            return own[0]._replace(shift=shift)
         if name == "exp" and isinstance(own[0], _Logits):
-            return _Powers(own[0].factor, own[0].masks)
+            return _Powers(own[0].factor, own[0].masks, own[0].shift)
         if name == "select_n" and own[0] is _OUTSIDE and len(own) == 3:
             return self._selected(eqn, own)
         if name == "add" and _OUTSIDE in own:
@@ -190,7 +201,10 @@ class _SoftmaxReader:
             x, total = own
             fits = isinstance(total, _Reduced) and total.kind == "sum"
             fits = fits and total.is_aligned and total.factor == x.factor
-            if not fits or {m.key for m in x.masks} != {m.key for m in total.masks}:
+            # One maximum for both, the same all along a sum: it cancels.
+            fits = fits and total.shift == x.shift
+            fits = fits and (x.shift is None or x.shift.axes.issuperset(total.axes))
+            if not fits or _keys(x.masks) != _keys(total.masks):
                 return None
             return _Shares(x.factor, total.axes, x.masks)
         if (
@@ -201,7 +215,7 @@ class _SoftmaxReader:
             return None
         k = own.index(_OUTSIDE)
         x, number = own[1 - k], self._number(eqn.invars[k])
-        is_plain = isinstance(x, _Logits) and not x.masks and not x.is_shifted
+        is_plain = isinstance(x, _Logits) and not x.masks and x.shift is None
         if not is_plain or number is None or not 0 < number < np.inf:
             return None
         a, b = np.float32(x.factor), np.float32(number)
@@ -209,10 +223,10 @@ class _SoftmaxReader:
 
     def _reduced(self, name: str, eqn: Any, x: Any) -> _Reduced | None:
         axes = tuple(int(d) for d in eqn.params["axes"])
-        if name == "reduce_max" and isinstance(x, _Logits) and not x.is_shifted:
+        if name == "reduce_max" and isinstance(x, _Logits) and x.shift is None:
             return _Reduced("max", axes, x.masks, x.factor)
         if name == "reduce_sum" and isinstance(x, _Powers):
-            return _Reduced("sum", axes, x.masks, x.factor)
+            return _Reduced("sum", axes, x.masks, x.factor, x.shift)
         return None
 
     def _moved(self, eqn: Any, x: Any) -> Any:
@@ -240,7 +254,7 @@ class _SoftmaxReader:
         x, fill = own[at], self._number(eqn.invars[3 - at])
         if eqn.invars[0].aval.dtype != np.bool_ or fill is None:
             return None
-        if isinstance(x, _Logits) and not x.is_shifted and fill <= -LARGE:
+        if isinstance(x, _Logits) and x.shift is None and fill <= -LARGE:
             empty: Empty = "zero" if fill == -np.inf else "uniform"
         elif isinstance(x, _Powers) and fill == 0:
             empty = "zero"
@@ -258,7 +272,7 @@ class _SoftmaxReader:
         """Returns logits to which a known mask is added."""
         k = own.index(_OUTSIDE)
         x, value = own[1 - k], self._known(eqn.invars[k])
-        if not isinstance(x, _Logits) or x.is_shifted or value is None:
+        if not isinstance(x, _Logits) or x.shift is not None or value is None:
             return None
         value = np.asarray(value, np.float64)
         if not np.all((value == 0) | (value <= -LARGE)):
@@ -292,16 +306,15 @@ class _SoftmaxReader:
         if v in self.outer:
             return self._known(self.outer[v])
         if v in self.model.constants:
-            value = self.model.constants[v]
-            return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+            return _number_array(self.model.constants[v])
         e = self.makers.get(v)
-        operands = [] if e is None else _operands(e)
-        own = [self._known(u) for u in operands]
-        if e is None or not operands or any(x is None for x in own):
+        own = [] if e is None else [self._known(u) for u in _operands(e)]
+        is_made = e is not None and (bool(own) or e.primitive.name == "iota")
+        if not is_made or any(x is None for x in own):
             return None
         with jax.ensure_compile_time_eval():
             found = evaluate(e, *own) if isinstance(e, Equation) else _bound(e, own)
-        return np.asarray(found[_results(e).index(v)])
+        return _number_array(found[_results(e).index(v)])
 
     def _key(self, v: Any) -> int:
         """Returns a number that is the same for values that are computed alike."""
@@ -322,6 +335,15 @@ class _SoftmaxReader:
 
     def _numbered(self, *parts: Any) -> int:
         return self.numbers.setdefault(parts, len(self.numbers))
+
+
+def _keys(masks: Sequence[_Mask]) -> frozenset[Any]:
+    return frozenset(mask.key for mask in masks)
+
+
+def _number_array(x: Any) -> np.ndarray | None:
+    """Returns a known array of numbers; None for a traced one, or a random key."""
+    return None if isinstance(x, jax.core.Tracer) or is_key(x) else np.asarray(x)
 
 
 def _operands(e: Any) -> Sequence[Any]:

@@ -144,6 +144,13 @@ def _softmax(node, params, inputs):
     a, x = node.attributes, inputs[0]
     keep = inputs[1] != 0 if len(inputs) > 1 else None
     table, axes = params[node.params["table"]], tuple(a["axes"])
+    places = math.prod(x.shape[d] for d in axes)
+    if places > a["most_places"]:
+        raise ValueError(
+            f"This program has the sum of a softmax over axes {axes}, whose table is "
+            f"made for at most {a['most_places']} places, and they now have {places}. "
+            "Lower the model for this shape."
+        )
     found = probabilities(x, table, axes, keep, a["empty"])
     grid = a["multiplier"], a["shift"], a["zero_point"]
     return coded(found, *grid, a["low"], a["high"])[0]

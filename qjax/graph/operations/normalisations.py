@@ -10,6 +10,7 @@ from qjax.graph.operations.record import (
     INT32,
     INTEGER,
     SHIFT,
+    SIZE,
     Attribute,
     Ends,
     Operands,
@@ -43,8 +44,10 @@ def _softmax_interval(o: Operands) -> Ends:
     size, distance = len(table), o.x.high - o.x.low
     places = math.prod(o.x.shape[d] for d in o["axes"])
     o.check(table.ndim == 1 and size > 0, "the table must have one axis", table.shape)
-    is_sum = 0 < int(table[0]) and max(places, 1) * int(table[0]) < 1 << 45
-    o.check(is_sum, "the sum of a row must be positive and below 2^45", int(table[0]))
+    is_sum = 0 < int(table[0]) and o["most_places"] * int(table[0]) <= 1 << 45
+    o.check(is_sum, "sums of `most_places` must be in (0, 2^45]", int(table[0]))
+    few = places <= o["most_places"]
+    o.check(few, f"a row must have at most {o['most_places']} places", places)
     known = size > distance or int(table[-1]) == 0
     wanted = f"the table must have distances up to {distance}, or end at 0"
     o.check(known and distance < _MOST_DISTANCE, wanted, f"{size} distances")
@@ -109,6 +112,7 @@ SOFTMAX = Operation(
     attributes={
         "algorithm": choice("exp_table"),
         "axes": AXES,
+        "most_places": SIZE,
         "empty": choice("zero", "all", "uniform"),
         "multiplier": _MULTIPLIER,
         "shift": SHIFT,

@@ -8,7 +8,7 @@ import numpy as np
 
 from qjax.graph.graph import Grid, storage
 from qjax.integer import fixed_point
-from qjax.integer_softmax import FRACTION, exp_tables, joined_table
+from qjax.integer_softmax import FRACTION, exp_tables, joined_table, most_places
 from qjax.lowering.constants import add_constant
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import settled
@@ -63,6 +63,7 @@ def _softmax(
         {
             "algorithm": "exp_table",
             "axes": list(call.axes),
+            "most_places": most_places(places),
             "empty": call.empty,
             "multiplier": int(multiplier),
             "shift": int(shift),
