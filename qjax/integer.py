@@ -139,7 +139,7 @@ def _ratio(factors: Sequence[jax.Array], divisor: jax.Array) -> jax.Array:
 
 def _fixed_point(ratio: Any, xp: Any) -> tuple[Any, Any]:
     """Computes the formula of `fixed_point` in NumPy or JAX."""
-    mantissa, exponent = np.frexp(ratio) if xp is np else _frexp(ratio)
+    mantissa, exponent = binary_parts(ratio, xp)
     multiplier = xp.rint(mantissa * 2.0**31).astype(xp.int64)
     carried = xp.abs(multiplier) == 1 << 31
     multiplier = xp.where(carried, multiplier // 2, multiplier)
@@ -149,12 +149,20 @@ def _fixed_point(ratio: Any, xp: Any) -> tuple[Any, Any]:
     return multiplier, xp.where(vanishes, 0, shift).astype(xp.int32)
 
 
-def _frexp(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def binary_parts(x: Any, xp: Any) -> tuple[Any, Any]:
     """Splits float64 ``x = mantissa * 2^exponent``, the mantissa in [0.5, 1) or 0.
 
-    By bits: `jnp.frexp` is lowered where types of 64 bits are no longer enabled. What
-    is denormal has the exponent -1022.
+    Args:
+      x: float64, any shape.
+      xp: NumPy or `jax.numpy`; the latter where 64 bits are enabled, by bits, as
+        `jnp.frexp` is lowered where they no longer are. What is denormal has the
+        exponent -1022 then.
+
+    Returns:
+      Mantissa and exponent.
     """
+    if xp is np:
+        return np.frexp(x)
     bits = lax.bitcast_convert_type(x, jnp.int64)
     field = jnp.int64(0x7FF) << 52
     exponent = ((bits & field) >> 52) - 1022

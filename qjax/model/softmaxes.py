@@ -11,15 +11,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core as jex
 import numpy as np
 
 from qjax.integer_softmax import Empty
-from qjax.mesh_axes import aligned
+from qjax.model.forms import OUTSIDE, FormReader, value_of
 from qjax.model.kept import whole_of
 from qjax.model.masks import LARGE, SOFTMAXES
 from qjax.model.primitives import names
-from qjax.model.trace import Equation, Trace, evaluate, is_key
+from qjax.model.trace import Equation, Trace
 
 _SAME = names("keep") - {"sharding_constraint"}
 _MOVES = names("axes") - {"transpose"}
@@ -69,9 +68,6 @@ class _Shares(NamedTuple):
     masks: tuple[_Mask, ...]
 
 
-_OUTSIDE = "outside"  # What does not depend on the logits.
-
-
 @dataclasses.dataclass(frozen=True)
 class SoftmaxForm:
     """A softmax that integers compute.
@@ -96,7 +92,7 @@ class SoftmaxForm:
         env = dict(zip(jaxpr.invars, operands, strict=True))
         kept = None
         for mask in self.masks:
-            value = _value(jaxpr, env, mask.variable)
+            value = value_of(jaxpr, env, mask.variable)
             if mask.kept is None:
                 own = value > -LARGE / 2
             else:
@@ -116,7 +112,7 @@ def read_softmax(model: Trace, data: set[int], e: Equation) -> SoftmaxForm | Non
     is_softmax = whole_of(e) == SOFTMAXES[0] and len(e.outputs) == 1
     if not is_softmax or data.intersection(e.inputs[1:]):
         return None
-    found = _SoftmaxReader(model, e).run()
+    found = _SoftmaxReader(model, e).run(_Logits(1.0))
     if not isinstance(found, _Shares) or not found.factor > 0:
         return None
     empties = {mask.empty for mask in found.masks}
@@ -127,44 +123,11 @@ def read_softmax(model: Trace, data: set[int], e: Equation) -> SoftmaxForm | Non
     return SoftmaxForm(found.axes, found.factor, empty, fill, found.masks)
 
 
-class _SoftmaxReader:
+class _SoftmaxReader(FormReader):
     """A run of a call on symbols."""
 
-    def __init__(self, model: Trace, e: Equation):
-        self.model = model
-        self.jaxpr = e.params["jaxpr"].jaxpr
-        self.outer = dict(zip(self.jaxpr.invars, e.inputs, strict=True))
-        self.shape = self.jaxpr.invars[0].aval.shape
-        # Of values of the model, which are numbers, and of those in the call.
-        self.makers: dict[Any, Any] = {
-            v: own for own in model.equations for v in own.outputs
-        }
-        self.makers |= {v: eqn for eqn in self.jaxpr.eqns for v in eqn.outvars}
-        self.known: dict[Any, Any] = {}
-        self.keys: dict[Any, int] = {}
-        self.numbers: dict[Any, int] = {}
-
-    def run(self) -> Any:
-        """Returns the symbol of the result, None where it has none."""
-        self.symbols: dict[Any, Any] = dict.fromkeys(self.jaxpr.invars, _OUTSIDE)
-        self.symbols[self.jaxpr.invars[0]] = _Logits(1.0)
-        is_single = all(v.aval.dtype == np.float32 for v in self.jaxpr.invars[:1])
-        for eqn in self.jaxpr.eqns if is_single else ():
-            own = [self._symbol(v) for v in eqn.invars]
-            if all(s is _OUTSIDE for s in own):
-                found: Any = _OUTSIDE
-            else:
-                found = self._step(eqn, own)
-            self.symbols.update(dict.fromkeys(eqn.outvars, found))
-        return self._symbol(self.jaxpr.outvars[0])
-
-    def _symbol(self, v: Any) -> Any:
-        return _OUTSIDE if isinstance(v, jex.Literal) else self.symbols.get(v)
-
-    def _step(self, eqn: Any, own: list[Any]) -> Any:
+    def step(self, eqn: Any, own: list[Any]) -> Any:
         name = eqn.primitive.name
-        if None in own:
-            return None
         if name in _SAME:
             return own[0]
         if name == "convert_element_type":
@@ -173,10 +136,10 @@ class _SoftmaxReader:
             return self._moved(eqn, own[0])
         if name in ("mul", "div"):
             return self._scaled(eqn, own)
-        if name == "max" and _OUTSIDE in own:
-            k = own.index(_OUTSIDE)
+        if name == "max" and OUTSIDE in own:
+            k = own.index(OUTSIDE)
             is_same = isinstance(own[1 - k], _Reduced) and own[1 - k].kind == "max"
-            is_least = is_same and self._number(eqn.invars[k]) == -np.inf
+            is_least = is_same and self.number(eqn.invars[k]) == -np.inf
             return own[1 - k] if is_least else None
         if name in ("reduce_max", "reduce_sum"):
             return self._reduced(name, eqn, own[0])
@@ -189,9 +152,9 @@ class _SoftmaxReader:
             return own[0]._replace(shift=shift)
         if name == "exp" and isinstance(own[0], _Logits):
             return _Powers(own[0].factor, own[0].masks, own[0].shift)
-        if name == "select_n" and own[0] is _OUTSIDE and len(own) == 3:
+        if name == "select_n" and own[0] is OUTSIDE and len(own) == 3:
             return self._selected(eqn, own)
-        if name == "add" and _OUTSIDE in own:
+        if name == "add" and OUTSIDE in own:
             return self._added(eqn, own)
         return None
 
@@ -207,14 +170,10 @@ class _SoftmaxReader:
             if not fits or _keys(x.masks) != _keys(total.masks):
                 return None
             return _Shares(x.factor, total.axes, x.masks)
-        if (
-            eqn.primitive.name == "div"
-            and own[1] is not _OUTSIDE
-            or _OUTSIDE not in own
-        ):
+        if eqn.primitive.name == "div" and own[1] is not OUTSIDE or OUTSIDE not in own:
             return None
-        k = own.index(_OUTSIDE)
-        x, number = own[1 - k], self._number(eqn.invars[k])
+        k = own.index(OUTSIDE)
+        x, number = own[1 - k], self.number(eqn.invars[k])
         is_plain = isinstance(x, _Logits) and not x.masks and x.shift is None
         if not is_plain or number is None or not 0 < number < np.inf:
             return None
@@ -248,10 +207,10 @@ class _SoftmaxReader:
 
     def _selected(self, eqn: Any, own: list[Any]) -> Any:
         """Returns masked logits, powers or shares."""
-        at = next((k for k in (1, 2) if own[k] is not _OUTSIDE), 0)
-        if not at or own[3 - at] is not _OUTSIDE:
+        at = next((k for k in (1, 2) if own[k] is not OUTSIDE), 0)
+        if not at or own[3 - at] is not OUTSIDE:
             return None
-        x, fill = own[at], self._number(eqn.invars[3 - at])
+        x, fill = own[at], self.number(eqn.invars[3 - at])
         if eqn.invars[0].aval.dtype != np.bool_ or fill is None:
             return None
         if isinstance(x, _Logits) and x.shift is None and fill <= -LARGE:
@@ -260,7 +219,7 @@ class _SoftmaxReader:
             empty = "zero"
         else:
             return None
-        key = self._key(eqn.invars[0]), at
+        key = self.key(eqn.invars[0]), at
         known = next((m for m in x.masks if m.key == key), None)
         if known is not None:  # The same mask once more.
             return x
@@ -270,8 +229,8 @@ class _SoftmaxReader:
 
     def _added(self, eqn: Any, own: list[Any]) -> Any:
         """Returns logits to which a known mask is added."""
-        k = own.index(_OUTSIDE)
-        x, value = own[1 - k], self._known(eqn.invars[k])
+        k = own.index(OUTSIDE)
+        x, value = own[1 - k], self.known_value(eqn.invars[k])
         if not isinstance(x, _Logits) or x.shift is not None or value is None:
             return None
         value = np.asarray(value, np.float64)
@@ -279,96 +238,11 @@ class _SoftmaxReader:
             return None
         finite = value[np.isfinite(value) & (value != 0)]
         empty: Empty = "all" if np.all(np.isfinite(value)) else "zero"
-        key, fill = self._key(eqn.invars[k]), float(finite.max(initial=-np.inf))
+        key, fill = self.key(eqn.invars[k]), float(finite.max(initial=-np.inf))
         fill = fill if np.isfinite(fill) else 0.0
         mask = _Mask(eqn.invars[k], key, None, empty, fill)
         return x._replace(masks=(*x.masks, mask))
 
-    # Values that do not depend on the logits.
-
-    def _number(self, v: Any) -> float | None:
-        """Returns a known value that is one number everywhere."""
-        value = self._known(v)
-        if value is None or not np.size(value):
-            return None
-        first = np.asarray(value).flat[0]
-        return float(first) if np.all(np.asarray(value) == first) else None
-
-    def _known(self, v: Any) -> Any:
-        """Returns what constants of the model alone determine; None for others."""
-        if isinstance(v, jex.Literal):
-            return v.val
-        if v not in self.known:
-            self.known[v] = self._constant(v)
-        return self.known[v]
-
-    def _constant(self, v: Any) -> Any:
-        if v in self.outer:
-            return self._known(self.outer[v])
-        if v in self.model.constants:
-            return _number_array(self.model.constants[v])
-        e = self.makers.get(v)
-        own = [] if e is None else [self._known(u) for u in _operands(e)]
-        is_made = e is not None and (bool(own) or e.primitive.name == "iota")
-        if not is_made or any(x is None for x in own):
-            return None
-        with jax.ensure_compile_time_eval():
-            found = evaluate(e, *own) if isinstance(e, Equation) else _bound(e, own)
-        return _number_array(found[_results(e).index(v)])
-
-    def _key(self, v: Any) -> int:
-        """Returns a number that is the same for values that are computed alike."""
-        if isinstance(v, jex.Literal):
-            return self._numbered("literal", repr(v.val))
-        if v in self.outer:
-            return self._key(self.outer[v])
-        if v not in self.keys:
-            e = self.makers.get(v)
-            if e is None:
-                self.keys[v] = self._numbered("value", v)
-            else:
-                own = tuple(map(self._key, _operands(e)))
-                place = _results(e).index(v)
-                text = str(e.primitive), str(e.params)
-                self.keys[v] = self._numbered(*text, own, place)
-        return self.keys[v]
-
-    def _numbered(self, *parts: Any) -> int:
-        return self.numbers.setdefault(parts, len(self.numbers))
-
 
 def _keys(masks: Sequence[_Mask]) -> frozenset[Any]:
     return frozenset(mask.key for mask in masks)
-
-
-def _number_array(x: Any) -> np.ndarray | None:
-    """Returns a known array of numbers; None for a traced one, or a random key."""
-    return None if isinstance(x, jax.core.Tracer) or is_key(x) else np.asarray(x)
-
-
-def _operands(e: Any) -> Sequence[Any]:
-    """Returns the operands of an equation, of a trace or of a call."""
-    return e.inputs if isinstance(e, Equation) else e.invars
-
-
-def _results(e: Any) -> list[Any]:
-    return list(e.outputs if isinstance(e, Equation) else e.outvars)
-
-
-def _value(jaxpr: Any, env: dict[Any, Any], v: Any) -> Any:
-    """Computes a value of a call from its operands."""
-    if isinstance(v, jex.Literal):
-        return v.val
-    if v not in env:
-        eqn = next(eqn for eqn in jaxpr.eqns if v in eqn.outvars)
-        own = [_value(jaxpr, env, u) for u in eqn.invars]
-        env.update(zip(eqn.outvars, _bound(eqn, own), strict=True))
-    return env[v]
-
-
-def _bound(eqn: Any, own: Sequence[Any]) -> Sequence[Any]:
-    if eqn.primitive.name == "pvary":
-        return own  # Operands are aligned where they meet.
-    own = tuple(aligned(own)) if len(own) > 1 else own
-    out = eqn.primitive.bind(*own, **eqn.primitive.get_bind_params(eqn.params))
-    return out if eqn.primitive.multiple_results else (out,)

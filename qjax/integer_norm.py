@@ -1,0 +1,263 @@
+"""Normalisation of codes in integers: one algorithm, simulated and shipped.
+
+    u = n * q - sum(q),  v = n * sum(q^2) - sum(q)^2       about the mean; or
+    u = q,               v = sum(q^2)                      about zero
+    t = u / sqrt(max(v + epsilon, floor))                  by one root of 29 bits a group
+    code = floor(t * multiplier + bias + 1/2) + zero_point
+
+over groups of n codes, less their zero point. ``v`` is exact; ``epsilon`` and ``floor``
+are integers behind a common point, the root is Newton's, and its relative error is
+below 2^-26.
+
+References:
+  Kim et al., "I-BERT: Integer-only BERT Quantization", 2021 (arXiv:2101.01321): the
+  root of a variance by Newton's iteration in integers. TensorFlow Lite,
+  `GetInvSqrtQuantizedMultiplierExp`, kernels/internal/common.cc: that of one over it.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from qjax.integer import binary_parts
+
+ROOT = 29  # Bits behind the point of a root of a number in [1/4, 1).
+MOST_POINT = 30  # Most bits behind the point of a sum of squares; even.
+_STEPS = 5  # Of Newton's iteration: the error is squared by each, from 1/8.
+# A line by 1/sqrt(a) on [1/4, 1): at most .12 from it.
+_LINE = round(2.2 * 2**30), round(1.3 * 2**30)
+
+
+def most_places(is_byte: bool) -> int:
+    """Returns the most codes in a group whose sums 64 bits hold.
+
+    Args:
+      is_byte: Whether the codes are 2^8 at most from each other, else 2^16.
+    """
+    return 1 << (23 if is_byte else 15)
+
+
+def places(shape: Sequence[int], axes: Sequence[int], groups: Sequence[int]) -> int:
+    """Returns the number of codes in a group.
+
+    Args:
+      shape: Shape of the codes.
+      axes: Axes that a group goes along.
+      groups: Groups that each of them is split into.
+    """
+    return math.prod(shape[d] // g for d, g in zip(axes, groups, strict=True))
+
+
+def fraction(count: int, is_centred: bool) -> int:
+    """Returns the bits behind the point of a normalised value in 32 bits.
+
+    Args:
+      count: Number of codes in a group, of which none is above its root.
+      is_centred: Whether values are about the mean; else none is above 1.
+    """
+    return 30 - (((count - 1).bit_length() + 1) // 2 if is_centred else 0)
+
+
+def point(exponent: Any, count: int, is_centred: bool, is_byte: bool, xp: Any) -> Any:
+    """Returns the bits behind the point of the sums of squares, an even number.
+
+    Args:
+      exponent: ``epsilon``, or what is more of it and ``floor``, is below
+        ``2^exponent`` in units of the sums; integer.
+      count: Number of codes in a group.
+      is_centred: Whether values are about the mean.
+      is_byte: Whether the codes are 2^8 at most from each other, else 2^16.
+      xp: NumPy or `jax.numpy`.
+    """
+    bits = 2 * (8 if is_byte else 16) + (2 if is_centred else 1) * max(
+        count.bit_length(), 1
+    )
+    return xp.maximum(xp.minimum(min(MOST_POINT, 60 - bits), 60 - exponent), -60) & ~1
+
+
+def added(
+    epsilon: Any, floor: Any, count: int, is_centred: bool, is_byte: bool, xp: Any = np
+) -> tuple[Any, Any, Any]:
+    """Writes what is added to a sum of squares in integers behind a common point.
+
+    Args:
+      epsilon: float64, ``[]``, not negative, in units of the sum.
+      floor: Least sum, likewise.
+      count: Number of codes in a group.
+      is_centred: Whether values are about the mean.
+      is_byte: Whether the codes are 2^8 at most from each other, else 2^16.
+      xp: NumPy or `jax.numpy`; the latter where 64 bits are enabled.
+
+    Returns:
+      ``epsilon`` and ``floor``, int64, and the bits behind their point, int32.
+    """
+    _, exponent = binary_parts(xp.maximum(epsilon, floor), xp)
+    shift = point(exponent, count, is_centred, is_byte, xp)
+    # A power of two by its bits: exact, as a product with it is.
+    bits = (shift.astype(xp.int64) + 1023) << 52
+    power = (
+        bits.view(np.float64)
+        if xp is np
+        else lax.bitcast_convert_type(bits, jnp.float64)
+    )
+    whole = (xp.rint(x * power).astype(xp.int64) for x in (epsilon, floor))
+    return *whole, shift.astype(xp.int32)
+
+
+def normalised(
+    codes: jax.Array,
+    axes: tuple[int, ...],
+    groups: tuple[int, ...],
+    epsilon: Any,
+    floor: Any,
+    shift: Any,
+    *,
+    is_centred: bool,
+    is_byte: bool,
+) -> jax.Array:
+    """Computes codes about their mean over the root of their squares, by groups.
+
+    Args:
+      codes: int32, less their zero point, at most 2^8 or 2^16 from each other.
+      axes: Axes that a group goes along.
+      groups: Groups that each of them is split into.
+      epsilon: int64, ``[]``, added to a sum of squares.
+      floor: int64, ``[]``, least sum.
+      shift: int32, ``[]``, bits behind the point of both; even, may be negative.
+      is_centred: Whether values are about the mean, else about zero.
+      is_byte: Whether the codes are 2^8 at most from each other.
+
+    Returns:
+      int32, shape of the codes, in units of ``2^-fraction``.
+    """
+    shape, count = codes.shape, places(codes.shape, axes, groups)
+    split: list[int] = []
+    over: list[int] = []
+    for d, n in enumerate(shape):
+        g = groups[axes.index(d)] if d in axes else 1
+        split += [g, n // g] if d in axes and g > 1 else [n]
+        over += [len(split) - 1] if d in axes else []
+    with jax.enable_x64(True):
+        x = codes.reshape(split)
+        squares = _sum_of_squares(x, tuple(over), is_byte)
+        if is_centred:
+            total = _sum(x, tuple(over), is_byte)
+            squares = count * squares - total * total
+            x = count * x - total.astype(jnp.int32)  # Wraps, and back.
+        raised = jnp.maximum(shift, 0).astype(jnp.int64)
+        lowered = jnp.maximum(-shift, 0).astype(jnp.int64)
+        whole = jnp.maximum(((squares >> lowered) << raised) + epsilon, floor)
+        root, down = reciprocal_root(jnp.maximum(whole, 1))
+        half_point = jnp.asarray(shift).astype(jnp.int32) >> 1
+        down = down - half_point - fraction(count, is_centred)
+        down = jnp.clip(down, 0, 62).astype(jnp.int64)
+        half = (jnp.ones_like(down) << down) >> 1
+        found = (x.astype(jnp.int64) * root.astype(jnp.int64) + half) >> down
+        return found.astype(jnp.int32).reshape(shape)
+
+
+def _sum(x: jax.Array, axes: tuple[int, ...], is_byte: bool) -> jax.Array:
+    kind = jnp.int32 if is_byte else jnp.int64
+    return jnp.sum(x, axes, keepdims=True, dtype=kind).astype(jnp.int64)
+
+
+def _sum_of_squares(x: jax.Array, axes: tuple[int, ...], is_byte: bool) -> jax.Array:
+    count = math.prod(x.shape[d] for d in axes)
+    is_small = is_byte and count < 1 << 15
+    squares = (x * x) if is_byte else x.astype(jnp.int64) * x.astype(jnp.int64)
+    kind = jnp.int32 if is_small else jnp.int64
+    return jnp.sum(squares, axes, keepdims=True, dtype=kind).astype(jnp.int64)
+
+
+def reciprocal_root(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Computes ``root * 2^-shift``, one over the square root of integers.
+
+    Args:
+      x: int64, from 1 to 2^62 - 1.
+
+    Returns:
+      ``(root, shift)``, int32: the root from 2^29 to 2^30, its relative error is below
+      2^-26.
+    """
+    up = (lax.clz(x) - 2) & ~jnp.ones_like(x)  # Even: x * 2^up is in [2^60, 2^62).
+    a = (x << up) >> 30  # In [1/4, 1), 32 bits behind the point.
+    root = _LINE[0] - ((_LINE[1] * a) >> 32)
+    for _ in range(_STEPS):
+        rest = (3 << 30) - ((((root * root) >> 30) * a) >> 32)
+        root = (root * rest) >> 31
+    return (root >> 1).astype(jnp.int32), (ROOT + 31 - (up >> 1)).astype(jnp.int32)
+
+
+def scaled(gain: Any, offset: Any, xp: Any = np) -> tuple[Any, Any, Any]:
+    """Writes real factors and offsets of codes as integers with one shift.
+
+        gain * t + offset = (multiplier * t + bias) * 2^-shift
+
+    Args:
+      gain: float64, codes for each unit of a normalised value, any shape.
+      offset: float64, codes, any shape.
+      xp: NumPy or `jax.numpy`; the latter where 64 bits are enabled.
+
+    Returns:
+      Multipliers, int32, at most 2^30; biases, int64, at most 2^60; shift, int32, from
+      0 to 62. What would need a shift below 0 is undefined: `is_scalable`.
+    """
+    shift = xp.clip(_common_shift(gain, offset, xp), 0, 62).astype(xp.int32)
+    power = (xp.int64(1) << shift.astype(xp.int64)).astype(xp.float64)
+    whole = (xp.rint(x * power).astype(xp.int64) for x in (gain, offset))
+    multiplier, bias = whole
+    return multiplier.astype(xp.int32), bias, shift
+
+
+def is_scalable(gain: np.ndarray, offset: np.ndarray) -> bool:
+    """Returns whether `scaled` writes real factors and offsets as integers."""
+    is_finite = bool(np.all(np.isfinite(gain)) and np.all(np.isfinite(offset)))
+    return is_finite and int(_common_shift(gain, offset, np)) >= 0
+
+
+def _common_shift(gain: Any, offset: Any, xp: Any) -> Any:
+    exponents = (binary_parts(xp.max(xp.abs(x)), xp)[1] for x in (gain, offset))
+    of_gain, of_offset = exponents
+    return xp.minimum(30 - of_gain, 60 - of_offset)
+
+
+def coded(
+    values: jax.Array,
+    multiplier: Any,
+    bias: Any,
+    shift: Any,
+    zero_point: Any,
+    low: Any,
+    high: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Rounds normalised values to codes, halves up.
+
+        code = clip(floor((t * multiplier + bias) * 2^-shift + 1/2) + zero_point)
+
+    Args:
+      values: int32, at most 2^30.
+      multiplier: int32, broadcasts against the values, at most 2^30.
+      bias: int64, broadcasts, at most 2^60.
+      shift: int32, ``[]``, 0 to 62.
+      zero_point: int32, ``[]``.
+      low: Least code.
+      high: Largest code.
+
+    Returns:
+      Codes, int32, and whether each is within its ends without a clip.
+    """
+    with jax.enable_x64(True):
+        wide = lambda x: jnp.asarray(x).astype(jnp.int64)
+        down = wide(shift)
+        half = (jnp.ones_like(down) << down) >> 1
+        steps = (wide(values) * wide(multiplier) + (wide(bias) + half)) >> down
+        ends = (wide(q) - wide(zero_point) for q in (low, high))
+        least, most = ends
+        inside = (steps >= least) & (steps <= most)
+        held = jnp.clip(steps, least, most).astype(jnp.int32)
+        return held + jnp.asarray(zero_point, jnp.int32), inside
