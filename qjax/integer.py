@@ -86,7 +86,7 @@ def traced_fixed_point(
       refuses is undefined.
     """
     with jax.enable_x64(True):
-        return _fixed_point(_ratio(factors, divisor), jnp)
+        return _fixed_point(traced_ratio(factors, divisor), jnp)
 
 
 def common_fixed_point(ratios: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -125,11 +125,19 @@ def traced_common_fixed_point(
     """
     with jax.enable_x64(True):
         signed = jnp.stack([s * sign for s, sign in zip(scales, signs, strict=True)])
-        return _common_fixed_point(_ratio([signed], divisor), jnp)
+        return _common_fixed_point(traced_ratio([signed], divisor), jnp)
 
 
-def _ratio(factors: Sequence[jax.Array], divisor: jax.Array) -> jax.Array:
-    """Divides a product by a divisor in float64, in an order no compiler changes."""
+def traced_ratio(factors: Sequence[jax.Array], divisor: jax.Array) -> jax.Array:
+    """Divides a product by a divisor in float64, in an order no compiler changes.
+
+    Args:
+      factors: Broadcast against each other. Multiplied from left to right.
+      divisor: Broadcasts.
+
+    Returns:
+      float64, where 64 bits are enabled: NumPy's own product and quotient.
+    """
     wide = [lax.optimization_barrier(f.astype(jnp.float64)) for f in factors]
     product = functools.reduce(lambda a, b: lax.optimization_barrier(a * b), wide)
     # A quotient by one number would become a product with its reciprocal.

@@ -1,8 +1,8 @@
 """Normalisation of codes in integers: one algorithm, simulated and shipped.
 
-    u = n * q - sum(q),  v = n * sum(q^2) - sum(q)^2       about the mean; or
-    u = q,               v = sum(q^2)                      about zero
-    t = u / sqrt(max(v + epsilon, floor))                  by one root of 29 bits a group
+    u = n * q - sum(q),  v = n * sum(q^2) - sum(q)^2   about the mean; or
+    u = q,               v = sum(q^2)                  about zero
+    t = u / sqrt(max(v + epsilon, floor))              by one root of 29 bits a group
     code = floor(t * multiplier + bias + 1/2) + zero_point
 
 over groups of n codes, less their zero point. ``v`` is exact; ``epsilon`` and ``floor``
@@ -105,8 +105,10 @@ def added(
         if xp is np
         else lax.bitcast_convert_type(bits, jnp.float64)
     )
-    whole = (xp.rint(x * power).astype(xp.int64) for x in (epsilon, floor))
-    return *whole, shift.astype(xp.int32)
+    most = 2.0**60  # Reached only where no code counts beside it.
+    held = (xp.minimum(xp.rint(x * power), most) for x in (epsilon, floor))
+    epsilon, floor = (x.astype(xp.int64) for x in held)
+    return epsilon, floor, shift.astype(xp.int32)
 
 
 def normalised(
@@ -193,10 +195,10 @@ def reciprocal_root(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (root >> 1).astype(jnp.int32), (ROOT + 31 - (up >> 1)).astype(jnp.int32)
 
 
-def scaled(gain: Any, offset: Any, xp: Any = np) -> tuple[Any, Any, Any]:
-    """Writes real factors and offsets of codes as integers with one shift.
+def scaled(gain: Any, offset: Any, xp: Any = np) -> tuple[Any, Any, Any, Any]:
+    """Writes real factors and offsets of codes as integers of 32 bits.
 
-        gain * t + offset = (multiplier * t + bias) * 2^-shift
+        gain * t + offset = (multiplier * t + bias * 2^bias_shift) * 2^-shift
 
     Args:
       gain: float64, codes for each unit of a normalised value, any shape.
@@ -204,26 +206,29 @@ def scaled(gain: Any, offset: Any, xp: Any = np) -> tuple[Any, Any, Any]:
       xp: NumPy or `jax.numpy`; the latter where 64 bits are enabled.
 
     Returns:
-      Multipliers, int32, at most 2^30; biases, int64, at most 2^60; shift, int32, from
-      0 to 62. What would need a shift below 0 is undefined: `is_scalable`.
+      Multipliers and biases, int32, at most 2^30; ``shift``, int32, from 0 to 62;
+      ``bias_shift``, int32, from 0 to 31. Undefined where not `is_scalable`.
     """
-    shift = xp.clip(_common_shift(gain, offset, xp), 0, 62).astype(xp.int32)
-    power = (xp.int64(1) << shift.astype(xp.int64)).astype(xp.float64)
-    whole = (xp.rint(x * power).astype(xp.int64) for x in (gain, offset))
-    multiplier, bias = whole
-    return multiplier.astype(xp.int32), bias, shift
+    of_gain, of_offset = _exponents(gain, offset, xp)
+    shift = xp.clip(xp.minimum(30 - of_gain, 60 - of_offset), 0, 62)
+    bias_shift = xp.clip(shift + of_offset - 30, 0, 31)
+    power = lambda bits: (xp.int64(1) << bits.astype(xp.int64)).astype(xp.float64)
+    multiplier = xp.rint(gain * power(shift))
+    bias = xp.rint(offset * power(xp.maximum(shift - bias_shift, 0)))
+    found = multiplier, bias, shift, bias_shift
+    return tuple(x.astype(xp.int32) for x in found)
 
 
 def is_scalable(gain: np.ndarray, offset: np.ndarray) -> bool:
     """Returns whether `scaled` writes real factors and offsets as integers."""
     is_finite = bool(np.all(np.isfinite(gain)) and np.all(np.isfinite(offset)))
-    return is_finite and int(_common_shift(gain, offset, np)) >= 0
+    return is_finite and all(int(e) <= 30 for e in _exponents(gain, offset, np))
 
 
-def _common_shift(gain: Any, offset: Any, xp: Any) -> Any:
-    exponents = (binary_parts(xp.max(xp.abs(x)), xp)[1] for x in (gain, offset))
-    of_gain, of_offset = exponents
-    return xp.minimum(30 - of_gain, 60 - of_offset)
+def _exponents(gain: Any, offset: Any, xp: Any) -> tuple[Any, Any]:
+    """Returns exponents of two above all factors, and above all offsets."""
+    found = (binary_parts(xp.max(xp.abs(x)), xp)[1] for x in (gain, offset))
+    return tuple(found)
 
 
 def coded(
@@ -231,19 +236,22 @@ def coded(
     multiplier: Any,
     bias: Any,
     shift: Any,
+    bias_shift: Any,
     zero_point: Any,
     low: Any,
     high: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Rounds normalised values to codes, halves up.
 
-        code = clip(floor((t * multiplier + bias) * 2^-shift + 1/2) + zero_point)
+        acc = t * multiplier + bias * 2^bias_shift
+        code = clip(floor(acc * 2^-shift + 1/2) + zero_point, low, high)
 
     Args:
       values: int32, at most 2^30.
       multiplier: int32, broadcasts against the values, at most 2^30.
-      bias: int64, broadcasts, at most 2^60.
+      bias: int32, broadcasts, at most 2^30.
       shift: int32, ``[]``, 0 to 62.
+      bias_shift: int32, ``[]``, 0 to 31.
       zero_point: int32, ``[]``.
       low: Least code.
       high: Largest code.
@@ -255,7 +263,8 @@ def coded(
         wide = lambda x: jnp.asarray(x).astype(jnp.int64)
         down = wide(shift)
         half = (jnp.ones_like(down) << down) >> 1
-        steps = (wide(values) * wide(multiplier) + (wide(bias) + half)) >> down
+        offset = (wide(bias) << wide(bias_shift)) + half
+        steps = (wide(values) * wide(multiplier) + offset) >> down
         ends = (wide(q) - wide(zero_point) for q in (low, high))
         least, most = ends
         inside = (steps >= least) & (steps <= most)

@@ -178,8 +178,9 @@ def _agreement(
         return _of_requantizer(graph, makers, node, arrays)
     if node.operation == "embed":
         return _proven(f"rows of a table, {_AT_ANY_SCALE}")
-    if node.operation == "softmax":
-        return _proven(f"a softmax of integers in the model too, {_AT_ANY_SCALE}")
+    if node.operation in ("softmax", "norm"):
+        what = f"a {node.operation} of integers in the model too, {_AT_ANY_SCALE}"
+        return _proven(what)
     if node.operation == "constant":
         return _proven("a constant, rounded as the model rounds it")
     if node.operation == "compare":

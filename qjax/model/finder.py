@@ -7,7 +7,7 @@ what a requantizer absorbs: bias, BatchNorm, activation. Its end is one site.
 
 import collections
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax.extend.core as jex
@@ -41,18 +41,24 @@ _TWO_OPERANDS = {"add": "residual", "add_any": "residual", "sub": "residual"}
 _MOST_FILL = 1e6  # A constant from here on is a mask.
 
 
-def find_blocks(model: Trace, names: Sequence[str], split: Sequence[str] = ()) -> Plan:
+def find_blocks(
+    model: Trace,
+    names: Sequence[str],
+    split: Sequence[str] = (),
+    exact: Collection[int] = (),
+) -> Plan:
     """Finds the sites of a model.
 
     Args:
       model: Trace of ``fn(params, *inputs)``, derivative calls kept whole.
       names: Names of the parameters, which are the first inputs of the trace.
       split: Functions that end at a site also where more follows: `Constraints`.
+      exact: Softmaxes and normalisations that integers compute, from codes of a site.
 
     Returns:
       The plan. Its sites have the same names in training and in inference.
     """
-    finder = _Finder(model, names, split)
+    finder = _Finder(model, names, split, exact)
     for equation in model.equations:
         finder.visit(equation)
     return finder.plan()
@@ -61,8 +67,15 @@ def find_blocks(model: Trace, names: Sequence[str], split: Sequence[str] = ()) -
 class _Finder(Lineage):
     """A walk over the equations, which then names the sites that it found."""
 
-    def __init__(self, model: Trace, names: Sequence[str], split: Sequence[str]):
+    def __init__(
+        self,
+        model: Trace,
+        names: Sequence[str],
+        split: Sequence[str],
+        exact: Collection[int],
+    ):
         super().__init__(model, names)
+        self.exact = exact
         self.statistics = batch_statistics(model, self.data)
         self._servants = self._find_servants()
         self.blocks: list[Block] = []
@@ -161,6 +174,8 @@ class _Finder(Lineage):
                 if not self._feeds_norms(e.outputs[0]):
                     return False
             elif whole_of(e) != NORM or e.inputs.index(v) or v in e.inputs[1:]:
+                return False
+            elif e.outputs[0] in self.exact:
                 return False
         return True
 

@@ -11,7 +11,9 @@ import numpy as np
 from qjax.model.flow import Flow
 from qjax.model.kept import WHOLE
 from qjax.model.normalisations import Normalisations, Whole
+from qjax.model.norms import NormForm, read_norm
 from qjax.model.regions import common_regions
+from qjax.model.softmaxes import SoftmaxForm, read_softmax
 from qjax.model.trace import Equation, Own, Trace, evaluate
 from qjax.model.widening import evaluate_own
 
@@ -24,7 +26,8 @@ def fold_normalisations(
     Args:
       model: Trace.
       data: Values that depend on an input.
-      in_parts: Whether those stay as they are whose equations all have integer rules.
+      in_parts: Whether those stay as they are that no integers compute as a whole, and
+        whose equations all have integer rules.
 
     Returns:
       The trace with calls in place of their equations; `whole_of` tells the kind of
@@ -32,17 +35,31 @@ def fold_normalisations(
       others are statistics that are read elsewhere too.
     """
     finder = Normalisations(Flow(model, data))
-    found = [w for w in finder.found() if not (in_parts and finder.has_rules(w))]
-    return _folded(model, found, finder) if found else model
+    calls = [(whole, _call(model, whole, finder)) for whole in finder.found()]
+    if in_parts:
+        calls = [
+            (whole, call)
+            for whole, call in calls
+            if read_whole(model, data, call) is not None or not finder.has_rules(whole)
+        ]
+    return _folded(model, calls, finder) if calls else model
 
 
-def _folded(model: Trace, found: list[Whole], finder: Normalisations) -> Trace:
+def read_whole(
+    model: Trace, data: set[int], e: Equation
+) -> SoftmaxForm | NormForm | None:
+    """Returns the form in which integers compute a call; None if they do not."""
+    return read_softmax(model, data, e) or read_norm(model, data, e)
+
+
+def _folded(
+    model: Trace, calls: list[tuple[Whole, Equation]], finder: Normalisations
+) -> Trace:
     """Returns the trace with one equation for each softmax or normalisation.
 
     A statistic that is read elsewhere may go into what the others wait for: they stay
     as they are then.
     """
-    calls = [(whole, _call(model, whole, finder)) for whole in found]
     folded = _replaced(model, calls, finder.flow.order)
     if not _is_ordered(folded):
         calls = [(whole, call) for whole, call in calls if len(call.outputs) == 1]

@@ -14,7 +14,7 @@ from qjax.affine import QParams, QSpec, fake_quant_bias
 from qjax.calls import computed_once, shared
 from qjax.model.affine_parts import AffineParts, of_type
 from qjax.model.arguments import unfolded
-from qjax.model.blocks import Block, is_quantizer
+from qjax.model.blocks import Block, bounds_of, is_quantizer
 from qjax.model.channel_scales import Kernel
 from qjax.model.channels import kernel_axes, move_scale, output_scale
 from qjax.model.common_scales import (
@@ -22,7 +22,7 @@ from qjax.model.common_scales import (
     aligned_ends,
     channels_of,
 )
-from qjax.model.exact import Exact, SoftmaxCall
+from qjax.model.exact import Exact
 from qjax.model.lines import (
     HeldLine,
     exceeds,
@@ -172,20 +172,31 @@ class Simulation(AffineParts):
         self._follow(e)
 
     def _compute_exactly(self, e: Equation, real: Any) -> None:
-        """Has the site of a softmax computed in the integers that ship."""
-        form = self._traced.softmaxes.get(e.outputs[0])
-        x = -1 if form is None else e.inputs[0]
-        grid = self._grids.get(x)
-        if form is None or grid is None or grid.scale.ndim:
+        """Has a softmax or normalisation computed in the integers that ship."""
+        form, out = self._traced.exact.get(e.outputs[0]), e.outputs[0]
+        if form is None:
+            self._bound_exactly(e, real)
             return
-        call = SoftmaxCall(
-            form.axes, form.factor, form.empty, form.fill, x in self._bytes
-        )
+        x = e.inputs[0]
+        grid = self._grids.get(x)
+        if grid is None or grid.scale.ndim:
+            return
         operands = [self._env[v] for v in e.inputs]
-        keep = form.keep(e, operands)
         own = lax.stop_gradient((operands[0], grid.scale))
-        exact = Exact(call, real, own if keep is None else (*own, keep))
-        self._units[e.outputs[0]] = exact
+        known = lax.stop_gradient(form.others(e, operands))
+        self._units[out] = Exact(form.call(x in self._bytes), real, (*own, *known))
+
+    def _bound_exactly(self, e: Equation, real: Any) -> None:
+        """Lets an activation bound what is computed in integers."""
+        x = next((v for v in e.inputs if isinstance(self._units.get(v), Exact)), None)
+        if x is None or x in self._plan.activations:
+            return
+        before, bounds = self._units[x], bounds_of(self._model, e)
+        assert isinstance(before, Exact)
+        if bounds is not None and all(b is not None for _, b in bounds):
+            bounds = [*before.bounds, *bounds]
+            found = before._replace(real=real, bounds=tuple(bounds))
+            self._units[e.outputs[0]] = found
 
     def _follow(self, e: Equation) -> None:
         """Updates other knowledge of an equation before its sites are visited."""

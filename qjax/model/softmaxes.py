@@ -15,6 +15,7 @@ import numpy as np
 
 from qjax.integer_softmax import Empty
 from qjax.model.forms import OUTSIDE, FormReader, value_of
+from qjax.model.integer_calls import SoftmaxCall
 from qjax.model.kept import whole_of
 from qjax.model.masks import LARGE, SOFTMAXES
 from qjax.model.primitives import names
@@ -86,8 +87,12 @@ class SoftmaxForm:
     fill: float
     masks: tuple[_Mask, ...]
 
-    def keep(self, call: Any, operands: Sequence[Any]) -> jax.Array | None:
-        """Returns what the masks keep, for the operands of the call; None for all."""
+    def call(self, is_byte: bool) -> SoftmaxCall:
+        """Returns what integers compute, for codes of 8 bits or more."""
+        return SoftmaxCall(self.axes, self.factor, self.empty, self.fill, is_byte)
+
+    def others(self, call: Any, operands: Sequence[Any]) -> tuple[jax.Array, ...]:
+        """Returns what the masks keep, if anything, for the operands of the call."""
         jaxpr = call.params["jaxpr"].jaxpr
         env = dict(zip(jaxpr.invars, operands, strict=True))
         kept = None
@@ -98,7 +103,7 @@ class SoftmaxForm:
             else:
                 own = value if mask.kept == 1 else ~value
             kept = own if kept is None else kept & own
-        return kept
+        return () if kept is None else (kept,)
 
 
 def read_softmax(model: Trace, data: set[int], e: Equation) -> SoftmaxForm | None:

@@ -8,12 +8,13 @@ import jax
 
 from qjax.model.blocks import Block, Plan, data_of, path_name
 from qjax.model.finder import find_blocks
-from qjax.model.folding import fold_normalisations
+from qjax.model.folding import fold_normalisations, read_whole
+from qjax.model.norms import NormForm
 from qjax.model.places import BlockSites
 from qjax.model.primitives import SHAPE_MOVES
 from qjax.model.regions import Regions, find_regions
 from qjax.model.sites import describe
-from qjax.model.softmaxes import SoftmaxForm, read_softmax
+from qjax.model.softmaxes import SoftmaxForm
 from qjax.model.trace import Equation, Trace, trace
 from qjax.model.widening import widened
 from qjax.schemes.patterns import Site
@@ -35,7 +36,7 @@ class TracedModel:
       tables: Rows that an input chooses -> the table.
       moves: Value -> the value that a shape move makes it of.
       numbers: Root of a block -> its number in the plan.
-      softmaxes: Result of a softmax that integers compute -> its form.
+      exact: Result of a softmax or norm that integers compute -> its form.
       regions: Parts that the backward pass computes again.
     """
 
@@ -49,7 +50,7 @@ class TracedModel:
     tables: Mapping[int, int]
     moves: Mapping[int, int]
     numbers: Mapping[int, int]
-    softmaxes: Mapping[int, SoftmaxForm]
+    exact: Mapping[int, SoftmaxForm | NormForm]
     regions: Regions
 
     @property
@@ -101,7 +102,9 @@ def trace_model(
     own = model.inputs[len(leaves) :]
     model = fold_normalisations(model, data_of(model, own), in_parts=not whole_norms)
     data = data_of(model, own)
-    plan = describe(model, find_blocks(model, names, split), names)
+    wholes = ((e.outputs[0], read_whole(model, data, e)) for e in model.equations)
+    exact = {v: form for v, form in wholes if form is not None}
+    plan = describe(model, find_blocks(model, names, split, exact), names)
     # Known values come first: a kernel is held by its bias and its BatchNorm.
     known = set(model.avals) - data
     order = sorted(model.equations, key=lambda e: not known.issuperset(e.outputs))
@@ -119,11 +122,7 @@ def trace_model(
         tables={b.value: b.root.inputs[0] for b in of_kind(plan.blocks, "embedding")},
         moves={e.outputs[0]: e.inputs[0] for e in moves},
         numbers={b.root.outputs[0]: k for k, b in enumerate(plan.blocks)},
-        softmaxes={
-            e.outputs[0]: form
-            for e in order
-            if (form := read_softmax(model, data, e)) is not None
-        },
+        exact=exact,
         regions=find_regions(order, model.avals),
     )
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qjax import integer_norm
 from qjax.backends.xla import bodies
 from qjax.backends.xla.tflite import TFLITE
 from qjax.calls import alone
@@ -154,6 +155,26 @@ def _softmax(node, params, inputs):
     found = probabilities(x, table, axes, keep, a["empty"])
     grid = a["multiplier"], a["shift"], a["zero_point"]
     return coded(found, *grid, a["low"], a["high"])[0]
+
+
+def _norm(node, params, inputs):
+    a, x = node.attributes, inputs[0]
+    axes, groups = tuple(a["axes"]), tuple(a["groups"])
+    found = integer_norm.places(x.shape, axes, groups)
+    if found != a["count"]:
+        raise ValueError(
+            f"This program normalises over axes {axes}, where a group had "
+            f"{a['count']} values when it was lowered and now has {found}. "
+            "Lower the model for this shape."
+        )
+    steps = x.astype(jnp.int32) - a["input_zero_points"][0]
+    with jax.enable_x64(True):
+        known = (jnp.int64(a["epsilon"]), jnp.int64(a["floor"]), jnp.int32(a["point"]))
+    kind = {"is_centred": a["is_centred"], "is_byte": x.dtype.itemsize == 1}
+    values = integer_norm.normalised(steps, axes, groups, *known, **kind)
+    numbers = (params[node.params[role]] for role in ("multiplier", "bias"))
+    rest = (a[name] for name in ("shift", "bias_shift", "zero_point", "low", "high"))
+    return integer_norm.coded(values, *numbers, *rest)[0]
 
 
 def _embed(node, params, inputs):
@@ -309,6 +330,7 @@ BODIES: dict[str, NodeBody] = {
     "dot_codes": _dot_codes,
     "multiply_codes": _multiply_codes,
     "softmax": _softmax,
+    "norm": _norm,
     "table": _table,
     "embed": _embed,
     "take": _take,

@@ -1,19 +1,23 @@
-"""Rules of softmaxes, whose integers the simulation computes as well."""
+"""Rules of softmaxes and normalisations, whose integers the simulation computes too."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from qjax import integer_norm
 from qjax.graph.graph import Grid, storage
+from qjax.graph.operations import OPERATIONS
+from qjax.graph.operations.record import Operands
 from qjax.integer import fixed_point
 from qjax.integer_softmax import FRACTION, exp_tables, joined_table, most_places
 from qjax.lowering.constants import add_constant
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import settled
 from qjax.lowering.values import Abstract, Builder, Integers, Known
-from qjax.model.exact import SoftmaxCall
+from qjax.model.integer_calls import NormCall, SoftmaxCall
+from qjax.model.kept import integer_of
 from qjax.model.trace import Equation, Trace
 
 _MOST_CODES = 1 << 16
@@ -25,10 +29,7 @@ def _softmax(
 ) -> tuple[Integers, ...]:
     call = SoftmaxCall.parse(e)
     unit, *keep, scale, zero_point, qmin, qmax = (_known(e, v) for v in others)
-    x = settled(builder, e, trace, x)
-    is_plain = x.is_codes and not np.ndim(x.scale) and x.gain is None
-    if not is_plain or np.float32(x.scale) != unit or x.rescaled is not None:
-        raise refuse(e, x, "input")
+    x = _codes(builder, e, trace, x, unit)
     if x.high - x.low >= _MOST_CODES:
         raise ValueError(
             f"The softmax in {where(e)} is over codes from {x.low} to {x.high}, more "
@@ -57,24 +58,113 @@ def _softmax(
     ends = np.array([0, 1 << FRACTION]) * np.int64(multiplier)
     ends = ((ends + ((1 << int(shift)) >> 1)) >> int(shift)) + zero_point
     low, high = map(int, np.clip(ends, qmin, qmax))
+    attributes = {
+        "algorithm": "exp_table",
+        "axes": list(call.axes),
+        "most_places": most_places(places),
+        "empty": call.empty,
+        "multiplier": int(multiplier),
+        "shift": int(shift),
+        "zero_point": int(zero_point),
+        "low": low,
+        "high": high,
+    }
+    grid = scale, zero_point, qmin, qmax
+    return _added(builder, e, "softmax", inputs, attributes, params, grid)
+
+
+def _norm(
+    builder: Builder, e: Equation, trace: Trace, x: Abstract, *others: Abstract
+) -> tuple[Integers, ...]:
+    call = NormCall.parse(e)
+    unit, *own, scale, zero_point, qmin, qmax = (_known(e, v) for v in others)
+    x = _codes(builder, e, trace, x, unit)
+    shape = trace.shape(e.inputs[0])
+    count = integer_norm.places(shape, call.axes, call.groups)
+    wide = max(x.high - x.low, abs(x.low - x.zero_point), abs(x.high - x.zero_point))
+    if wide >= _MOST_CODES or count > integer_norm.most_places(call.is_byte):
+        raise ValueError(
+            f"The normalisation in {where(e)} is over {count} codes from {x.low} to "
+            f"{x.high}, whose squares 64 bits do not hold.\n  equation: {e}\nUse a "
+            f"word of at most {8 if wide < _MOST_CODES else 16} bits for its input, "
+            f"{x.place.path!r}."
+        )
+    square = np.float64(unit) * np.float64(unit)
+    least, kind = call.floor / square, (call.is_centred, call.is_byte)
+    added = integer_norm.added(call.epsilon / square, least, count, *kind)
+    epsilon, floor, point = added
+    gain, offset = (np.asarray(v).astype(np.float64) for v in call.affine(own))
+    gain = gain * np.float64(call.unit(count)) / np.float64(scale)
+    offset = offset / np.float64(scale)
+    if not integer_norm.is_scalable(gain, offset):
+        raise ValueError(
+            f"The normalisation in {where(e)} has factors up to "
+            f"{np.max(np.abs(gain)):g} and offsets up to {np.max(np.abs(offset)):g} in "
+            f"codes of its site, which 32 bits do not hold.\n  equation: {e}\n"
+            f"Calibrate {e.sites.output!r} with what it makes of them."
+        )
+    multiplier, bias, shift, bias_shift = integer_norm.scaled(gain, offset)
+    site, rank = e.sites.output or where(e).strip("'"), len(shape)
+    numbers = {
+        role: _narrowed(value, rank)
+        for role, value in (("multiplier", multiplier), ("bias", bias))
+    }
+    params = {
+        role: builder.add_param(f"{site}/{role}", x) for role, x in numbers.items()
+    }
+    attributes: dict[str, Any] = {
+        "algorithm": "newton_root",
+        "axes": list(call.axes),
+        "groups": list(call.groups),
+        "count": count,
+        "is_centred": call.is_centred,
+        "epsilon": int(epsilon),
+        "floor": int(floor),
+        "point": int(point),
+        "input_zero_points": [x.zero_point],
+        "shift": int(shift),
+        "bias_shift": int(bias_shift),
+        "zero_point": int(zero_point),
+        "low": int(qmin),
+        "high": int(qmax),
+    }
+    operands = Operands(attributes, [builder.values[x.value]], numbers)
+    ends = OPERATIONS["norm"].interval(operands)
+    attributes |= {"low": int(np.min(ends[0])), "high": int(np.max(ends[1]))}
+    grid = scale, zero_point, qmin, qmax
+    return _added(builder, e, "norm", [x.value], attributes, params, grid)
+
+
+def _codes(
+    builder: Builder, e: Equation, trace: Trace, x: Abstract, unit: Any
+) -> Integers:
+    """Returns the codes that a call reads, on the grid that it knows of."""
+    x = settled(builder, e, trace, x)
+    is_plain = x.is_codes and not np.ndim(x.scale) and x.gain is None
+    if not is_plain or np.float32(x.scale) != unit or x.rescaled is not None:
+        raise refuse(e, x, "input")
+    return x
+
+
+def _added(
+    builder: Builder,
+    e: Equation,
+    operation: str,
+    inputs: Sequence[int],
+    attributes: Mapping[str, Any],
+    params: Mapping[str, str],
+    grid: tuple[Any, Any, Any, Any],
+) -> tuple[Integers, ...]:
+    """Returns the codes of a node on the grid of its site."""
+    scale, zero_point, qmin, qmax = grid
     value = builder.add(
-        "softmax",
+        operation,
         inputs,
-        {
-            "algorithm": "exp_table",
-            "axes": list(call.axes),
-            "most_places": most_places(places),
-            "empty": call.empty,
-            "multiplier": int(multiplier),
-            "shift": int(shift),
-            "zero_point": int(zero_point),
-            "low": low,
-            "high": high,
-        },
+        attributes,
         params=params,
         grid=Grid(float(scale), int(zero_point)),
         dtype=storage(int(qmin), int(qmax)),
-        path=site,
+        path=e.sites.output or where(e).strip("'"),
     )
     found = Integers(
         value=value,
@@ -100,11 +190,11 @@ def _narrowed(x: np.ndarray, rank: int) -> np.ndarray:
 def _known(e: Equation, x: Abstract) -> Any:
     if not isinstance(x, Known):
         raise ValueError(
-            f"The softmax in {where(e)} has a grid or a mask that depends on an input."
-            f"\n  equation: {e}\nPass the mask as a constant."
+            f"The {integer_of(e).partition('.')[0]} in {where(e)} has a grid or a mask "
+            f"that depends on an input.\n  equation: {e}\nPass the mask as a constant."
         )
     return np.asarray(x.value)
 
 
 # What a call computes in integers -> its rule.
-NORMALISATIONS: Mapping[str, LoweringRule] = {"softmax": _softmax}
+NORMALISATIONS: Mapping[str, LoweringRule] = {"softmax": _softmax, "norm": _norm}

@@ -1,0 +1,202 @@
+"""What a simulation computes in integers: calls whose names say how.
+
+A call goes from values on a grid to values on the grid of its site, by the algorithm of
+the integer program. Lowering reads what it computes from its name.
+"""
+
+import math
+import struct
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax import integer_norm
+from qjax.calls import shared
+from qjax.integer import traced_fixed_point, traced_ratio
+from qjax.integer_softmax import (
+    FRACTION,
+    Empty,
+    coded,
+    exp_table,
+    exp_tables,
+    probabilities,
+)
+from qjax.integer_softmax import fraction as fraction_of
+from qjax.model.kept import INTEGER, integer_of
+
+
+class SoftmaxCall(NamedTuple):
+    """A softmax of codes, as far as it is known before it is traced.
+
+    Attributes:
+      axes: Axes that its sums go over.
+      factor: Factor of its input, a float32.
+      empty: What a row is in which the mask keeps nothing.
+      fill: Largest finite number that a mask puts or adds; 0 if there is none.
+      is_byte: Whether the codes of the input are 256 at most.
+    """
+
+    axes: tuple[int, ...]
+    factor: float
+    empty: Empty
+    fill: float
+    is_byte: bool
+
+    @property
+    def name(self) -> str:
+        """Returns the name of the call, which `parse` reads."""
+        axes = "_".join(map(str, self.axes))
+        factor, fill = (
+            f"{np.float32(x).view(np.uint32):08x}" for x in (self.factor, self.fill)
+        )
+        known = axes, factor, self.empty, fill, str(int(self.is_byte))
+        return f"{INTEGER}softmax.{'.'.join(known)}"
+
+    def codes(self, x: jax.Array, unit: jax.Array, others: Any, grid: Any) -> Any:
+        """Returns codes, int32, and whether each is below the largest without a clip.
+
+        Args:
+          x: Values on a grid.
+          unit: Its scale.
+          others: What a mask keeps, if there is one.
+          grid: Scale, zero point, least and largest code of the site.
+        """
+        scale, *ends = grid
+        places = math.prod(x.shape[d] for d in self.axes)
+        factor = unit * np.float32(self.factor)
+        tables = shared(_tables, factor, places, self.is_byte)
+        mask = others[0] if others else None
+        steps = _steps(x, unit)
+        found = probabilities(steps, tables, self.axes, mask, self.empty)
+        return coded(found, *shared(_multiplier, scale), *ends)
+
+    @staticmethod
+    def parse(e: Any) -> "SoftmaxCall":
+        """Reads the name of an equation."""
+        _, axes, factor, empty, fill, is_byte = integer_of(e).split(".")
+        real = lambda bits: float(np.uint32(int(bits, 16)).view(np.float32))
+        own: Any = empty
+        places = tuple(map(int, axes.split("_")))
+        return SoftmaxCall(places, real(factor), own, real(fill), is_byte == "1")
+
+
+class NormCall(NamedTuple):
+    """A normalisation of codes, as far as it is known before it is traced.
+
+    Attributes:
+      axes: Axes that a group goes along.
+      groups: Groups that each of them is split into.
+      is_centred: Whether values are about the mean of their group, else about zero.
+      epsilon: Number that is added to the sums of `qjax.integer_norm`, in squares of
+        the unit of the values.
+      floor: Least sum, in the same unit.
+      factor: Factor of all values.
+      has_gain: Whether known numbers scale it by place.
+      has_offset: Whether known numbers are added.
+      is_byte: Whether the codes of the input are 256 at most.
+    """
+
+    axes: tuple[int, ...]
+    groups: tuple[int, ...]
+    is_centred: bool
+    epsilon: float
+    floor: float
+    factor: float
+    has_gain: bool
+    has_offset: bool
+    is_byte: bool
+
+    @property
+    def name(self) -> str:
+        """Returns the name of the call, which `parse` reads."""
+        reals = (struct.pack(">d", x).hex() for x in self[3:6])
+        flags = (str(int(x)) for x in (self.is_centred, *self[6:]))
+        places = ("_".join(map(str, x)) for x in self[:2])
+        return f"{INTEGER}norm.{'.'.join((*places, *reals, *flags))}"
+
+    @staticmethod
+    def parse(e: Any) -> "NormCall":
+        """Reads the name of an equation."""
+        _, axes, groups, *rest = integer_of(e).split(".")
+        real = lambda x: struct.unpack(">d", bytes.fromhex(x))[0]
+        places = lambda x: tuple(map(int, x.split("_")))
+        epsilon, floor, factor = map(real, rest[:3])
+        is_centred, *flags = (x == "1" for x in rest[3:])
+        numbers = is_centred, epsilon, floor, factor
+        return NormCall(places(axes), places(groups), *numbers, *flags)
+
+    def codes(self, x: jax.Array, unit: jax.Array, others: Any, grid: Any) -> Any:
+        """Returns codes, int32, and whether each is within its ends without a clip.
+
+        Args:
+          x: Values on a grid.
+          unit: Its scale.
+          others: Gain and offset, those that it has.
+          grid: Scale, zero point, least and largest code of the site.
+        """
+        scale, *ends = grid
+        count = integer_norm.places(x.shape, self.axes, self.groups)
+        known = shared(_added, unit, self, count)
+        found = integer_norm.normalised(
+            _steps(x, unit),
+            self.axes,
+            self.groups,
+            *known,
+            is_centred=self.is_centred,
+            is_byte=self.is_byte,
+        )
+        gain, offset = self.affine(others)
+        numbers = shared(_scaled, gain, offset, scale, self, count)
+        return integer_norm.coded(found, *numbers, *ends)
+
+    def affine(self, others: Any) -> tuple[Any, Any]:
+        """Returns gain and offset among what is known of a call, or 1 and 0."""
+        gain = others[0] if self.has_gain else np.ones((), np.float32)
+        return gain, others[-1] if self.has_offset else np.zeros((), np.float32)
+
+    def unit(self, count: int) -> float:
+        """Returns the factor from integers of `normalised` to values without gain.
+
+        Args:
+          count: Number of codes in a group.
+        """
+        return self.factor * 2.0 ** -integer_norm.fraction(count, self.is_centred)
+
+
+IntegerCall = SoftmaxCall | NormCall
+
+
+def _steps(x: jax.Array, unit: jax.Array) -> jax.Array:
+    return jnp.rint(x.astype(jnp.float32) * (1.0 / unit)).astype(jnp.int32)
+
+
+def _added(unit: jax.Array, call: NormCall, count: int) -> Any:
+    with jax.enable_x64(True):
+        square = unit.astype(jnp.float64) * unit.astype(jnp.float64)  # Exact.
+        epsilon = traced_ratio([jnp.float64(call.epsilon)], square)
+        floor = traced_ratio([jnp.float64(call.floor)], square)
+        kind = call.is_centred, call.is_byte
+        return integer_norm.added(epsilon, floor, count, *kind, jnp)
+
+
+def _scaled(
+    gain: Any, offset: Any, scale: jax.Array, call: NormCall, count: int
+) -> Any:
+    with jax.enable_x64(True):
+        unit = jnp.float64(call.unit(count))
+        known = traced_ratio([gain, unit], scale), traced_ratio([offset], scale)
+        return integer_norm.scaled(*known, jnp)
+
+
+def _tables(unit: jax.Array, places: int, is_byte: bool) -> jax.Array:
+    with jax.enable_x64(True):
+        if is_byte and fraction_of(places) == FRACTION:
+            return exp_table(unit, jnp).astype(jnp.int32)
+        found = exp_tables(unit, places, jnp).astype(jnp.int32)
+        return found[1] if is_byte else found
+
+
+def _multiplier(scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return traced_fixed_point([jnp.float32(2.0**-FRACTION)], scale)
