@@ -107,6 +107,8 @@ class _Finder(Lineage):
             return
         self._check_fill(e)
         if self._is_dropout(e):
+            if e.primitive.name == "select_n" and x[0] in {*self.open, *self.on_grid}:
+                self.on_grid.add(out)
             return
         if not any(map(self.model.shape, e.outputs)):
             return  # A number, such as a loss, is no activation.
@@ -279,7 +281,7 @@ class _Finder(Lineage):
             return
         if not (block is not None and self._goes_on(block, e, x)):
             block = Block("affine", e, x)
-            self._start(block)
+            self.blocks.append(block)  # What ends at ``x`` stays open for others.
         block.has_statistics |= bool(self.statistics.intersection(e.inputs))
         block.affine.append(e)
         self._extend(block, e)
@@ -334,7 +336,8 @@ class _Finder(Lineage):
         self.open[block.value] = block
 
     def _extend(self, block: Block, e: Equation) -> None:
-        self.open.pop(block.value, None)
+        if self.open.get(block.value) is block:
+            self.open.pop(block.value)
         block.value, block.end = e.outputs[0], e
         self.open[block.value] = block
 
@@ -383,7 +386,10 @@ class _Finder(Lineage):
         """Returns whether an equation scales or selects by a mask without data."""
 
         def masks(u: Equation) -> bool:
-            return u.primitive.name == "select_n" and u.inputs[0] not in self.data
+            if u.primitive.name != "select_n" or u.inputs[0] in self.data:
+                return False
+            others = [v for v in u.inputs[1:] if v not in self.data]
+            return len(others) == len(u.inputs) - 2 and all(map(self.is_zero, others))
 
         users = self.users[e.outputs[0]]
         scales = e.primitive.name in _SCALING and len(users) == 1 and masks(users[0])

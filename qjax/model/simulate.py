@@ -261,7 +261,8 @@ class Simulation(AffineParts):
         if all(v in self._bytes for v in e.inputs if v in self._grids):
             self._bytes.update(e.outputs)
         if scale.ndim == 0 and e.outputs[0] in self._plan.on_grid:
-            self._grids[e.outputs[0]] = self._grids[x]
+            on_grid = self._plan.on_grid.intersection(e.outputs)
+            self._grids.update(dict.fromkeys(on_grid, self._grids[x]))
         elif e.primitive.name in SHAPE_MOVES:
             moved = move_scale(e, scale, self._model.shape(x))
             if moved is not None:
