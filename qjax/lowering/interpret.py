@@ -113,6 +113,8 @@ def interpret(
             e, trace, operands = _spread(builder, rules, e, trace, operands)
             if is_place(trace, e, operands):
                 found: Abstract | tuple[Abstract, ...] = follow(trace, e, operands)
+                if _is_lost(found) and e.primitive.name in rules:
+                    found = _rule_of(rules, e)(builder, e, trace, *operands)
             else:
                 found = _rule_of(rules, e)(builder, e, trace, *operands)
             _check_type(trace, e, found)
@@ -132,6 +134,11 @@ def interpret(
         results = found if isinstance(found, tuple) else (found,)
         env.update(zip(e.outputs, results, strict=True))
     return [env[v] for v in trace.outputs]
+
+
+def _is_lost(x: Any) -> bool:
+    """Returns whether a value is no function of one integer input."""
+    return isinstance(x, Real) and bool(x.dtype) and x.input is None and not x.is_left
 
 
 # Equations that return numbers of their operands, or of the first alone.
@@ -230,8 +237,8 @@ def _refuse_whole(e: Equation) -> NotImplementedError:
     if kind == SOFTMAX:
         other = (
             ", or write it so that integers compute it: exp of a quantized value times "
-            "one positive number, over its sum, behind masks that no input changes, of "
-            "truth values or of 0 and numbers below -100"
+            "one positive number, over its sum, behind masks that are known or made "
+            "of inputs of dtype bool: truth values, or 0 and numbers below -100"
         )
     return NotImplementedError(
         f"The {said(kind)} in {place} has no integer rule: it is computed in float, as "

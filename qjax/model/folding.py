@@ -49,7 +49,7 @@ def read_whole(
     model: Trace, data: set[int], e: Equation
 ) -> SoftmaxForm | NormForm | None:
     """Returns the form in which integers compute a call; None if they do not."""
-    return read_softmax(model, data, e) or read_norm(model, data, e)
+    return read_softmax(model, e) or read_norm(model, data, e)
 
 
 def _folded(

@@ -91,6 +91,38 @@ class FormReader:
             found = evaluate(e, *own) if isinstance(e, Equation) else bound(e, own)
         return _number_array(found[_results(e).index(v)])
 
+    def if_inputs_are(self, truths: Sequence[int], v: Any) -> Any:
+        """Returns a value for inputs of truth values; None where it has others.
+
+        Args:
+          truths: 0 or 1 for each of the integer inputs that it is made of.
+          v: The value.
+        """
+        known = self.known
+        leaves = sorted(u for u in self._leaves(v) if u in self.model.inputs)
+        if any(map(self.model.is_real, leaves)) or not 0 < len(leaves) <= len(truths):
+            return None
+        avals = (self.model.avals[u] for u in leaves)
+        own = zip(leaves, avals, truths, strict=False)
+        self.known = {u: np.full(a.shape, t, a.dtype) for u, a, t in own}
+        found, self.known = self.known_value(v), known
+        return found
+
+    def _leaves(self, v: Any) -> set[Any]:
+        """Returns what a value is made of that no equation makes."""
+        found, todo, seen = set(), [v], {v}
+        while todo:
+            u = todo.pop()
+            u = self.outer.get(u, u)
+            e = self.makers.get(u)
+            if e is None:
+                found.add(u)
+                continue
+            own = [w for w in _operands(e) if not isinstance(w, jex.Literal)]
+            todo += [w for w in own if w not in seen]
+            seen.update(own)
+        return found
+
     def key(self, v: Any) -> int:
         """Returns a number that is the same for values that are computed alike."""
         if isinstance(v, jex.Literal):

@@ -4,6 +4,7 @@ A call goes from values on a grid to values on the grid of its site, by the algo
 the integer program. Lowering reads what it computes from its name.
 """
 
+import functools
 import math
 import struct
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from qjax.integer_softmax import (
 )
 from qjax.integer_softmax import fraction as fraction_of
 from qjax.model.kept import INTEGER, integer_of
+from qjax.model.masks import LARGE
 
 
 class SoftmaxCall(NamedTuple):
@@ -60,14 +62,15 @@ class SoftmaxCall(NamedTuple):
         Args:
           x: Values on a grid.
           unit: Its scale.
-          others: What a mask keeps, if there is one.
+          others: Masks: truth values, of what is kept, or numbers to add.
           grid: Scale, zero point, least and largest code of the site.
         """
         scale, *ends = grid
         places = math.prod(x.shape[d] for d in self.axes)
         factor = unit * np.float32(self.factor)
         tables = shared(_tables, factor, places, self.is_byte)
-        mask = others[0] if others else None
+        kept = (m if m.dtype == jnp.bool_ else m > -LARGE / 2 for m in others)
+        mask = functools.reduce(jnp.logical_and, kept) if others else None
         steps = _steps(x, unit)
         found = probabilities(steps, tables, self.axes, mask, self.empty)
         return coded(found, *shared(_multiplier, scale), *ends)

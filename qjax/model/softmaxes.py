@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qjax.integer_softmax import Empty
@@ -22,6 +23,9 @@ from qjax.model.primitives import names
 from qjax.model.trace import Equation, Trace
 
 _SAME = names("keep") - {"sharding_constraint"}
+_SWALLOWS = 2.0**29  # To which float32 adds nothing below 2^5.
+# Truth values of the inputs that a mask may be made of.
+_PAIRS = ((0, 0), (0, 1), (1, 0), (1, 1))
 _MOVES = names("axes") - {"transpose"}
 
 
@@ -92,30 +96,30 @@ class SoftmaxForm:
         return SoftmaxCall(self.axes, self.factor, self.empty, self.fill, is_byte)
 
     def others(self, call: Any, operands: Sequence[Any]) -> tuple[jax.Array, ...]:
-        """Returns what the masks keep, if anything, for the operands of the call."""
+        """Returns the masks, for the operands of the call.
+
+        Each is truth values, of what is kept, or numbers to add.
+        """
         jaxpr = call.params["jaxpr"].jaxpr
         env = dict(zip(jaxpr.invars, operands, strict=True))
-        kept = None
+        found = []
         for mask in self.masks:
             value = value_of(jaxpr, env, mask.variable)
-            if mask.kept is None:
-                own = value > -LARGE / 2
-            else:
-                own = value if mask.kept == 1 else ~value
-            kept = own if kept is None else kept & own
-        return () if kept is None else (kept,)
+            value = ~value if mask.kept == 0 else value
+            value = jnp.asarray(value)
+            rank = jaxpr.invars[0].aval.ndim
+            found.append(value.reshape((1,) * (rank - value.ndim) + value.shape))
+        return tuple(found)
 
 
-def read_softmax(model: Trace, data: set[int], e: Equation) -> SoftmaxForm | None:
+def read_softmax(model: Trace, e: Equation) -> SoftmaxForm | None:
     """Returns the form of a softmax; None if integers do not compute it.
 
     Args:
       model: Trace that holds the call.
-      data: Values of the trace that depend on an input.
       e: The call.
     """
-    is_softmax = whole_of(e) == SOFTMAXES[0] and len(e.outputs) == 1
-    if not is_softmax or data.intersection(e.inputs[1:]):
+    if whole_of(e) != SOFTMAXES[0] or len(e.outputs) != 1:
         return None
     found = _SoftmaxReader(model, e).run(_Logits(1.0))
     if not isinstance(found, _Shares) or not found.factor > 0:
@@ -220,14 +224,17 @@ class _SoftmaxReader(FormReader):
             return None
         if isinstance(x, _Logits) and x.shift is None and fill <= -LARGE:
             empty: Empty = "zero" if fill == -np.inf else "uniform"
-        elif isinstance(x, _Powers) and fill == 0:
+        elif isinstance(x, _Powers | _Shares) and fill == 0:
             empty = "zero"
         else:
             return None
-        key = self.key(eqn.invars[0]), at
+        key, is_share = (self.key(eqn.invars[0]), at), isinstance(x, _Shares)
         known = next((m for m in x.masks if m.key == key), None)
         if known is not None:  # The same mask once more.
-            return x
+            own = known._replace(empty="zero") if is_share else known
+            return x._replace(masks=tuple(own if m is known else m for m in x.masks))
+        if is_share:
+            return None
         own_fill = fill if np.isfinite(fill) else 0.0
         mask = _Mask(eqn.invars[0], key, at - 1, empty, own_fill)
         return x._replace(masks=(*x.masks, mask))
@@ -235,14 +242,21 @@ class _SoftmaxReader(FormReader):
     def _added(self, eqn: Any, own: list[Any]) -> Any:
         """Returns logits to which a known mask is added."""
         k = own.index(OUTSIDE)
-        x, value = own[1 - k], self.known_value(eqn.invars[k])
-        if not isinstance(x, _Logits) or x.shift is not None or value is None:
+        x, v = own[1 - k], eqn.invars[k]
+        if not isinstance(x, _Logits) or x.shift is not None:
             return None
-        value = np.asarray(value, np.float64)
+        values = [self.known_value(v)]
+        if values[0] is None:
+            values = [self.if_inputs_are(pair, v) for pair in _PAIRS]
+        if any(value is None for value in values):
+            return None
+        value = np.stack([np.asarray(value, np.float64) for value in values])
         if not np.all((value == 0) | (value <= -LARGE)):
             return None
         finite = value[np.isfinite(value) & (value != 0)]
         empty: Empty = "all" if np.all(np.isfinite(value)) else "zero"
+        if empty == "all" and np.any(value <= -_SWALLOWS):
+            empty = "uniform"
         key, fill = self.key(eqn.invars[k]), float(finite.max(initial=-np.inf))
         fill = fill if np.isfinite(fill) else 0.0
         mask = _Mask(eqn.invars[k], key, None, empty, fill)

@@ -74,7 +74,7 @@ class Equation:
     def __str__(self):
         args = " ".join(f"%{i}" for i in self.inputs)
         outs = ", ".join(f"%{i}" for i in self.outputs)
-        if kind := whole_of(self):
+        if kind := whole_of(self) or integer_of(self).partition(".")[0]:
             return f"{outs} = {kind} {args}"
         shown = {
             k: v

@@ -15,7 +15,7 @@ from qjax.lowering.constants import (
     real_values,
     wider,
 )
-from qjax.lowering.entries import as_codes
+from qjax.lowering.entries import as_codes, raw
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import settled
 from qjax.lowering.rules.functions import add_table, curve
@@ -112,6 +112,37 @@ def _known_mask(
 _QUOTE = "'"
 
 
+def _truths(
+    builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
+) -> Abstract:
+    """Returns a conjunction or a disjunction of truth values."""
+    is_curve = not any(isinstance(x, Real) or not _is_uniform(x) for x in (a, b))
+    if is_curve and (found := curve(builder, e, trace, a, b)) is not None:
+        return found
+    if trace.avals[e.outputs[0]].dtype != np.bool_:
+        raise refuse(e, a if isinstance(a, Real) else b, "operand")
+    parts = [
+        _truth(builder, e, trace, x, v) for x, v in zip((a, b), e.inputs, strict=True)
+    ]
+    operation = "minimum" if e.primitive.name == "and" else "maximum"
+    path = where(e).strip(_QUOTE)
+    value = builder.add(operation, parts, {}, dtype="int8", path=path)
+    return Integers(
+        value=value, scale=np.ones(()), low=0, high=1, place=e.place, dtype="bool"
+    )
+
+
+def _truth(builder: Builder, e: Equation, trace: Trace, x: Abstract, v: int) -> int:
+    """Returns truth values as codes 0 and 1."""
+    if isinstance(x, Known):
+        codes, name = x.value.astype(np.int8), f"{where(e).strip(_QUOTE)}/mask"
+        first = codes[:1] if codes.ndim and np.all(codes == codes[:1]) else codes
+        return add_constant(builder, first, None, name=name, path=e.place.path)
+    if isinstance(x, Real) and x.input is not None and x.dtype:
+        x = raw(builder, e, trace, x, v)
+    return mask(builder, e, trace, x, v)
+
+
 def _concatenate(
     builder: Builder, e: Equation, trace: Trace, *parts: Abstract
 ) -> Abstract:
@@ -197,4 +228,6 @@ def _is_on_grid_of(x: Integers, other: Integers) -> bool:
 CHOICES: Mapping[str, LoweringRule] = {
     "select_n": _select,
     "concatenate": _concatenate,
+    "and": _truths,
+    "or": _truths,
 }

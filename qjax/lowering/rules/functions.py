@@ -273,7 +273,7 @@ def add_exact_table(
 
 # Elementwise primitives that have rules of their own.
 _ELSEWHERE = names("shift", "factor", "negate", "bound", "keep", "cast", "select")
-_ELSEWHERE |= {"round"}
+_ELSEWHERE |= {"and", "or", "round"}
 
 
 def _function(

@@ -1,9 +1,11 @@
 """Rules of softmaxes and normalisations, whose integers the simulation computes too."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from qjax import integer_norm
@@ -13,11 +15,15 @@ from qjax.graph.operations.record import Operands
 from qjax.integer import fixed_point
 from qjax.integer_softmax import FRACTION, exp_tables, joined_table, most_places
 from qjax.lowering.constants import add_constant
+from qjax.lowering.entries import raw
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import settled
-from qjax.lowering.values import Abstract, Builder, Integers, Known
+from qjax.lowering.rules.choices import mask
+from qjax.lowering.rules.functions import add_table, tabulate
+from qjax.lowering.values import Abstract, Builder, Curve, Integers, Known, Real
 from qjax.model.integer_calls import NormCall, SoftmaxCall
 from qjax.model.kept import integer_of
+from qjax.model.masks import LARGE
 from qjax.model.trace import Equation, Trace
 
 _MOST_CODES = 1 << 16
@@ -28,7 +34,9 @@ def _softmax(
     builder: Builder, e: Equation, trace: Trace, x: Abstract, *others: Abstract
 ) -> tuple[Integers, ...]:
     call = SoftmaxCall.parse(e)
-    unit, *keep, scale, zero_point, qmin, qmax = (_known(e, v) for v in others)
+    first, *masks, last_scale, last_zero, least, most_code = others
+    unit, scale = _known(e, first), _known(e, last_scale)
+    zero_point, qmin, qmax = (_known(e, v) for v in (last_zero, least, most_code))
     x = _codes(builder, e, trace, x, unit)
     if x.high - x.low >= _MOST_CODES:
         raise ValueError(
@@ -50,11 +58,8 @@ def _softmax(
     multiplier, shift = fixed_point(2.0**-FRACTION / np.float64(scale))
     site = e.sites.output or where(e).strip("'")
     params = {"table": builder.add_param(f"{site}/table", table.astype(np.int32))}
-    inputs = [x.value]
-    if keep:
-        options: Any = {"name": f"{site}/mask", "path": site, "dtype": "int8"}
-        mask = _narrowed(keep[0].astype(np.int8), len(trace.shape(e.inputs[0])))
-        inputs.append(add_constant(builder, mask, None, **options))
+    mask = _mask(builder, e, trace, masks, site)
+    inputs = [x.value] if mask is None else [x.value, mask]
     ends = np.array([0, 1 << FRACTION]) * np.int64(multiplier)
     ends = ((ends + ((1 << int(shift)) >> 1)) >> int(shift)) + zero_point
     low, high = map(int, np.clip(ends, qmin, qmax))
@@ -71,6 +76,51 @@ def _softmax(
     }
     grid = scale, zero_point, qmin, qmax
     return _added(builder, e, "softmax", inputs, attributes, params, grid)
+
+
+def _mask(
+    builder: Builder, e: Equation, trace: Trace, masks: Sequence[Abstract], site: str
+) -> int | None:
+    """Returns what all masks of a softmax keep, as codes 0 and 1; None for all."""
+    known, found = None, []
+    for k, x in enumerate(masks):
+        if isinstance(x, Known):
+            own = x.value if x.value.dtype == np.bool_ else x.value > -LARGE / 2
+            known = own if known is None else known & own
+        else:
+            found.append(_mask_of_data(builder, e, trace, x, k + 2, site))
+    if known is not None:
+        codes = _narrowed(known.astype(np.int8), len(trace.shape(e.inputs[0])))
+        options: Any = {"name": f"{site}/mask", "path": site, "dtype": "int8"}
+        found.append(add_constant(builder, codes, None, **options))
+    if not found:
+        return None
+    both = lambda a, b: builder.add("minimum", [a, b], {}, dtype="int8", path=site)
+    return functools.reduce(both, found)
+
+
+def _mask_of_data(
+    builder: Builder, e: Equation, trace: Trace, x: Abstract, place: int, site: str
+) -> int:
+    """Returns what a mask of integer or boolean inputs keeps, as codes 0 and 1."""
+    v = e.inputs[place]
+    if isinstance(x, Real) and x.input is not None and x.dtype:
+        x = raw(builder, e, trace, x, v)
+    if not trace.is_real(v):
+        return mask(builder, e, trace, x, v)
+    if not isinstance(x, Curve):
+        raise refuse(e, x, "mask")
+    # 1 and 0 for what it adds, 0 and numbers that are large; -1 for all others.
+    kind = lambda y: jnp.where(y == 0, 1, jnp.where(y <= -LARGE, 0, -1))
+    table, *_ = tabulate(x, kind, builder.types)
+    if np.any(table < 0):
+        raise ValueError(
+            f"The mask of the softmax in {where(e)} adds other numbers than 0 and what "
+            f"is below {-LARGE:g}, for some integers of its input.\n  equation: {e}\n"
+            "Pass the mask as truth values, of dtype bool."
+        )
+    finish = lambda y: (y > -LARGE / 2).astype(jnp.int32)
+    return add_table(builder, x, finish, f"{site}/mask", dtype="int8")
 
 
 def _norm(
