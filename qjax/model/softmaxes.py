@@ -159,8 +159,10 @@ class _SoftmaxReader(FormReader):
                 return None
             shift = _Shift(frozenset(own[1].axes), _keys(own[1].masks))
             return own[0]._replace(shift=shift)
-        if name == "exp" and isinstance(own[0], _Logits):
-            return _Powers(own[0].factor, own[0].masks, own[0].shift)
+        if name in ("exp", "exp2") and isinstance(own[0], _Logits):
+            base = np.float32(np.log(2) if name == "exp2" else 1)
+            factor = float(np.float32(own[0].factor) * base)
+            return _Powers(factor, own[0].masks, own[0].shift)
         if name == "select_n" and own[0] is OUTSIDE and len(own) == 3:
             return self._selected(eqn, own)
         if name == "add" and OUTSIDE in own:
