@@ -178,7 +178,7 @@ def _agreement(
         return _of_requantizer(graph, makers, node, arrays)
     if node.operation == "embed":
         return _proven(f"rows of a table, {_AT_ANY_SCALE}")
-    if node.operation in ("softmax", "norm"):
+    if node.operation in ("softmax", "norm", "divide"):
         what = f"a {node.operation} of integers in the model too, {_AT_ANY_SCALE}"
         return _proven(what)
     if node.operation == "constant":

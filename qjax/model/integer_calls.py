@@ -16,6 +16,8 @@ import numpy as np
 from qjax import integer_norm
 from qjax.calls import shared
 from qjax.integer import traced_fixed_point, traced_ratio
+from qjax.integer_division import FRACTION as DIVISION
+from qjax.integer_division import divided
 from qjax.integer_softmax import (
     FRACTION,
     Empty,
@@ -168,7 +170,37 @@ class NormCall(NamedTuple):
         return self.factor * 2.0 ** -integer_norm.fraction(count, self.is_centred)
 
 
-IntegerCall = SoftmaxCall | NormCall
+class DivideCall(NamedTuple):
+    """A quotient of the codes of two values."""
+
+    @property
+    def name(self) -> str:
+        """Returns the name of the call."""
+        return f"{INTEGER}divide"
+
+    def codes(self, x: jax.Array, unit: jax.Array, others: Any, grid: Any) -> Any:
+        """Returns codes, int32, and whether each is within its ends without a clip.
+
+        Args:
+          x: Dividends on a grid.
+          unit: Its scale.
+          others: Divisors, and the scale of their grid.
+          grid: Scale, zero point, least and largest code of the site.
+        """
+        scale, *ends = grid
+        y, other = others
+        multiplier, shift = shared(_ratio, unit, other, scale)
+        return divided(_steps(x, unit), _steps(y, other), multiplier, shift, *ends)
+
+
+IntegerCall = SoftmaxCall | NormCall | DivideCall
+
+
+def _ratio(unit: jax.Array, other: jax.Array, scale: jax.Array) -> Any:
+    with jax.enable_x64(True):
+        below = other.astype(jnp.float64) * scale.astype(jnp.float64)  # Exact.
+        multiplier, shift = traced_fixed_point([unit], below)
+    return multiplier, shift + DIVISION
 
 
 def _steps(x: jax.Array, unit: jax.Array) -> jax.Array:

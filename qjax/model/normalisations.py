@@ -365,7 +365,7 @@ class Normalisations:
         if self.model.is_real(out) and self.model.avals[out].dtype != np.float32:
             return False
         if name == "div" and e.inputs[1] in self.data:
-            return len(data) == 1 and self._size(e.inputs[0]) == 1
+            return len(data) == 2 or self._size(e.inputs[0]) == 1
         if name in AFFINE and len(data) == 1:
             return self._size(data[0]) == self._size(out)
         if name == "select_n":

@@ -23,6 +23,7 @@ from qjax.model.common_scales import (
     channels_of,
 )
 from qjax.model.exact import Exact
+from qjax.model.integer_calls import DivideCall
 from qjax.model.lines import (
     HeldLine,
     exceeds,
@@ -174,6 +175,8 @@ class Simulation(AffineParts):
     def _compute_exactly(self, e: Equation, real: Any) -> None:
         """Has a softmax or normalisation computed in the integers that ship."""
         form, out = self._traced.exact.get(e.outputs[0]), e.outputs[0]
+        if form is None and e.primitive.name == "div":
+            self._divide_exactly(e, real)
         if form is None:
             self._bound_exactly(e, real)
             return
@@ -185,6 +188,20 @@ class Simulation(AffineParts):
         own = lax.stop_gradient((operands[0], grid.scale))
         known = lax.stop_gradient(form.others(e, operands))
         self._units[out] = Exact(form.call(x in self._bytes), real, (*own, *known))
+
+    def _divide_exactly(self, e: Equation, real: Any) -> None:
+        """Has a quotient of two values on grids computed in integers."""
+        number = self._traced.numbers.get(e.outputs[0])
+        is_site = number is not None and not self._plan.blocks[number].is_function
+        grids = [self._grids.get(v) for v in e.inputs]
+        if is_site and all(g is not None and not g.scale.ndim for g in grids):
+            own = [
+                x
+                for v, g in zip(e.inputs, grids, strict=True)
+                for x in (self._env[v], g.scale)  # type: ignore[union-attr]
+            ]
+            known = lax.stop_gradient(tuple(own))
+            self._units[e.outputs[0]] = Exact(DivideCall(), real, known)
 
     def _bound_exactly(self, e: Equation, real: Any) -> None:
         """Lets an activation bound what is computed in integers."""

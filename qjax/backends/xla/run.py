@@ -14,6 +14,7 @@ from qjax.backends.xla.tflite import TFLITE
 from qjax.calls import alone
 from qjax.graph.graph import Graph, Node, holds
 from qjax.integer import align_products, requantize, requantize_sum
+from qjax.integer_division import divided
 from qjax.integer_softmax import coded, probabilities
 
 NodeBody = Callable[[Node, Mapping[str, jax.Array], Sequence[jax.Array]], jax.Array]
@@ -177,6 +178,12 @@ def _norm(node, params, inputs):
     return integer_norm.coded(values, *numbers, *rest)[0]
 
 
+def _divide(node, params, inputs):
+    a, (x, y) = node.attributes, _differences(node, inputs)
+    names = "multiplier", "shift", "zero_point", "low", "high"
+    return divided(x, y, *(jnp.int32(a[name]) for name in names))[0]
+
+
 def _embed(node, params, inputs):
     kernel = params[node.params["kernel"]]
     rows = jnp.where(inputs[0] < 0, inputs[0] + kernel.shape[0], inputs[0])
@@ -331,6 +338,7 @@ BODIES: dict[str, NodeBody] = {
     "multiply_codes": _multiply_codes,
     "softmax": _softmax,
     "norm": _norm,
+    "divide": _divide,
     "table": _table,
     "embed": _embed,
     "take": _take,

@@ -251,4 +251,47 @@ NORM = Operation(
     each_input=("input_zero_points",),
 )
 
-NORMALISATIONS = (SOFTMAX, NORM)
+
+def _divide_interval(o: Operands) -> Ends:
+    o.check_zero_points("zero_points", o["zero_points"])
+    for x in o.inputs:
+        far = o.check_distance(x, x.zero_point)
+        o.check(far < 1 << 17, "codes must be below 2^17 about their zero point", far)
+    return o["low"], o["high"]
+
+
+def _divide(a, own, inputs):
+    """Divides in Python's integers, which have no end."""
+    x, y = (v - z for v, z in zip(inputs, a["zero_points"], strict=True))
+    x, y = (v.astype(object) for v in np.broadcast_arrays(x, y))
+    size = np.maximum(np.abs(y), 1)
+    reciprocal = ((a["multiplier"] << 14) + size // 2) // size
+    half = (1 << a["shift"]) >> 1
+    steps = (x * np.where(y < 0, -reciprocal, reciprocal) + half) >> a["shift"]
+    steps = np.where(y == 0, np.sign(x) << 40, steps)
+    low, high = a["low"] - a["zero_point"], a["high"] - a["zero_point"]
+    return np.clip(steps, low, high).astype(np.int64) + a["zero_point"]
+
+
+DIVIDE = Operation(
+    "divide",
+    "code = clip(floor(a * round(multiplier * 2^14 / b) * 2^-shift + 1/2) + "
+    "zero_point), a and b codes less their zero points; a / 0 saturates, 0 / 0 is 0",
+    "rescale",
+    broadcast_shape,
+    _divide_interval,
+    _divide,
+    inputs=2,
+    attributes={
+        "zero_points": INTEGERS,
+        "multiplier": _MULTIPLIER,
+        "shift": Attribute(
+            "an integer from 0 to 76", lambda x: is_integer(x) and 0 <= x <= 76
+        ),
+        "zero_point": INTEGER,
+        **CLIP,
+    },
+    each_input=("zero_points",),
+)
+
+NORMALISATIONS = (SOFTMAX, NORM, DIVIDE)

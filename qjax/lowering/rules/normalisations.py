@@ -13,6 +13,8 @@ from qjax.graph.graph import Grid, storage
 from qjax.graph.operations import OPERATIONS
 from qjax.graph.operations.record import Operands
 from qjax.integer import fixed_point
+from qjax.integer_division import FRACTION as FRACTION_OF_DIVISION
+from qjax.integer_division import MOST
 from qjax.integer_softmax import FRACTION, exp_tables, joined_table, most_places
 from qjax.lowering.constants import add_constant
 from qjax.lowering.entries import raw
@@ -185,6 +187,34 @@ def _norm(
     return _added(builder, e, "norm", [x.value], attributes, params, grid)
 
 
+def _divide(
+    builder: Builder, e: Equation, trace: Trace, x: Abstract, *others: Abstract
+) -> tuple[Integers, ...]:
+    first, y, *rest = others
+    unit, other, scale, zero_point, qmin, qmax = (_known(e, v) for v in (first, *rest))
+    pair = _codes(builder, e, trace, x, unit), _codes(builder, e, trace, y, other)
+    for part in pair:
+        ends = part.low - part.zero_point, part.high - part.zero_point
+        if max(map(abs, ends)) >= MOST:
+            raise ValueError(
+                f"The quotient in {where(e)} is of codes up to {max(map(abs, ends))}, "
+                f"which its 64 bits do not hold.\n  equation: {e}\nUse words of at "
+                "most 16 bits for what it divides."
+            )
+    ratio = np.float64(unit) / (np.float64(other) * np.float64(scale))
+    multiplier, shift = fixed_point(ratio)
+    attributes = {
+        "zero_points": [part.zero_point for part in pair],
+        "multiplier": int(multiplier),
+        "shift": int(shift) + FRACTION_OF_DIVISION,
+        "zero_point": int(zero_point),
+        "low": int(qmin),
+        "high": int(qmax),
+    }
+    grid, inputs = (scale, zero_point, qmin, qmax), [part.value for part in pair]
+    return _added(builder, e, "divide", inputs, attributes, {}, grid)
+
+
 def _codes(
     builder: Builder, e: Equation, trace: Trace, x: Abstract, unit: Any
 ) -> Integers:
@@ -247,4 +277,8 @@ def _known(e: Equation, x: Abstract) -> Any:
 
 
 # What a call computes in integers -> its rule.
-NORMALISATIONS: Mapping[str, LoweringRule] = {"softmax": _softmax, "norm": _norm}
+NORMALISATIONS: Mapping[str, LoweringRule] = {
+    "softmax": _softmax,
+    "norm": _norm,
+    "divide": _divide,
+}
