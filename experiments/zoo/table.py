@@ -7,15 +7,12 @@ import dataclasses
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import rich.console
-import rich.table
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
@@ -39,9 +36,10 @@ SCHEMES = {
     ),
     "default": qjax.Scheme(),
 }
-COLUMNS = (
-    *("model", "sites", "quantize s", "step s", "lower"),
-    *("codes equal, 2^n", "codes equal", "SQNR dB", "s"),
+LINE = "{:<16}{:>6}{:>11}{:>11}{:>9}{:>5}{:>17}{:>17}  {}"
+HEAD = (
+    *("model", "sites", "quantize s", "step s", "SQNR dB", "s"),
+    *("equal, 2^n", "equal, default", "lower"),
 )
 
 
@@ -58,17 +56,14 @@ class Row:
     refusals: dict[str, str] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
 
-    def cells(self) -> Iterator[str]:
-        """The row as texts."""
-        yield self.name
-        yield str(self.sites)
-        yield f"{self.quantize:.1f}"
-        yield f"{self.step:.1f}" if np.isfinite(self.step) else "not finite"
-        yield short(next(iter(self.refusals.values()), "ok"))
-        for name in SCHEMES:
-            yield self.codes.get(name, "")
-        yield f"{self.sqnr:.1f}"
-        yield f"{self.seconds:.0f}"
+    def __str__(self) -> str:
+        step = f"{self.step:.1f}" if np.isfinite(self.step) else "not finite"
+        return LINE.format(
+            *(self.name, self.sites, f"{self.quantize:.1f}", step),
+            *(f"{self.sqnr:.1f}", f"{self.seconds:.0f}"),
+            *(self.codes.get(name, "-") for name in SCHEMES),
+            short(next(iter(self.refusals.values()), "ok")),
+        )
 
 
 def sqnr(real: Any, quantized: Any) -> float:
@@ -112,7 +107,7 @@ def trains(member: Member, qmodel: qjax.QuantizedModel, qstate: Any) -> bool:
 
 
 def lowers(member: Member, scheme: qjax.Scheme) -> str:
-    """Lowers and verifies a model; returns its equal codes over all, and if exact."""
+    """Lowers and verifies a model; returns how many codes are equal."""
     qmodel = qjax.quantize_model(
         member.apply, member.params, *member.inputs, scheme=scheme
     )
@@ -121,7 +116,7 @@ def lowers(member: Member, scheme: qjax.Scheme) -> str:
     report = qjax.verify(program, qmodel, member.params, qstate, *member.inputs)
     rows = report.sites.values()
     equal, codes = sum(row.equal for row in rows), sum(row.codes for row in rows)
-    return f"{equal}/{codes}" + (", exact" if report.is_exact else "")
+    return f"all {codes}" if report.is_exact else f"{equal}/{codes}"
 
 
 def calibrated(qmodel: qjax.QuantizedModel, member: Member) -> Any:
@@ -156,22 +151,15 @@ def short(message: str, width: int = 60) -> str:
     return line if len(line) <= width else line[: width - 3] + "..."
 
 
-def show(rows: list[Row], has_errors: bool) -> None:
-    """Prints the table."""
-    table = rich.table.Table()
-    for column in COLUMNS:
-        is_text = column in ("model", "lower")
-        table.add_column(column, justify="left" if is_text else "right")
-    for row in rows:
-        table.add_row(*row.cells())
-    rich.console.Console().print(table)
-    for row in rows if has_errors else ():
-        for scheme, message in row.refusals.items():
-            print(f"\n{row.name}, {scheme}: {message}")
-
-
 if __name__ == "__main__":
     config = parse(Config)
     wanted = config.models.split(",") if config.models else [m.__name__ for m in MODELS]
     makers = {make.__name__: make for make in MODELS}
-    show([run(makers[name]()) for name in wanted], config.errors)
+    print(LINE.format(*HEAD))
+    rows = []
+    for name in wanted:
+        rows.append(run(makers[name]()))
+        print(rows[-1], flush=True)
+    for row in rows if config.errors else ():
+        for scheme, message in row.refusals.items():
+            print(f"\n{row.name}, {scheme}: {message}")
