@@ -26,8 +26,8 @@ def test_a_model_runs_and_is_quantized(name):
 
 
 # Those that lower today; in the fast part as many as fit into a minute.
-FAST = ("mixer", "vit")
-SLOW = ("bert", "gpt", "convnext", "cross_attention", "unet")
+FAST = ("cross_attention",)
+SLOW = ("vit", "bert", "gpt", "mixer", "convnext", "unet", "conformer")
 lowered = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import nnx
 
@@ -119,7 +120,7 @@ class ConvNeXt(nnx.Module):
 
 
 def convnext() -> Member:
-    return from_nnx("convnext", ConvNeXt(nnx.Rngs(0)), smooth((8, 16, 16, 3), (1, 2)))
+    return from_nnx("convnext", ConvNeXt, smooth((8, 16, 16, 3), (1, 2)))
 
 
 class ResidualBlock(nnx.Module):
@@ -190,5 +191,5 @@ class UNet(nnx.Module):
 
 
 def unet() -> Member:
-    step = jnp.arange(8, dtype=jnp.int32) * 12
-    return from_nnx("unet", UNet(nnx.Rngs(0)), smooth((8, 8, 8, 3), (1, 2)), step)
+    step = np.arange(0, 96, 12, dtype=np.int32)
+    return from_nnx("unet", UNet, smooth((8, 8, 8, 3), (1, 2)), step)

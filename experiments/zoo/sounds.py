@@ -44,7 +44,7 @@ class AudioEncoder(nnx.Module):
 
 
 def audio() -> Member:
-    return from_nnx("audio", AudioEncoder(nnx.Rngs(0)), smooth((8, 32, 16), (1, 2)))
+    return from_nnx("audio", AudioEncoder, smooth((8, 32, 16), (1, 2)))
 
 
 class FeedForward(nn.Module):

@@ -68,10 +68,10 @@ class Bert(nnx.Module):
 
 def bert() -> Member:
     ids = tokens((8, 12), VOCABULARY)
-    places, lengths = jnp.arange(12)[None], jnp.arange(5, 13)[:, None]
-    types = jnp.int32(2 * places >= lengths)  # The second of two sentences.
-    mask = jnp.where(places < lengths, 0.0, -1e9)
-    return from_nnx("bert", Bert(nnx.Rngs(0)), ids, types, mask[:, None, None])
+    places, lengths = np.arange(12), np.arange(5, 13)[:, None]
+    types = np.int32(2 * places >= lengths)  # The second of two sentences.
+    mask = np.float32(np.where(places < lengths, 0, -1e9))
+    return from_nnx("bert", Bert, ids, types, mask[:, None, None])
 
 
 class GPT(nn.Module):
@@ -182,7 +182,7 @@ class Decoder(nnx.Module):
 
 
 def decoder() -> Member:
-    return from_nnx("decoder", Decoder(nnx.Rngs(0)), tokens((8, 12), VOCABULARY))
+    return from_nnx("decoder", Decoder, tokens((8, 12), VOCABULARY))
 
 
 class CrossAttention(nn.Module):
@@ -201,6 +201,8 @@ class CrossAttention(nn.Module):
 
 
 def cross_attention() -> Member:
-    x = jax.random.normal(jax.random.key(0), (8, 8, 32))
-    memory = jax.random.normal(jax.random.key(1), (8, 12, 24))
-    return from_linen("cross_attention", CrossAttention(), x, memory)
+    rng = np.random.default_rng(0)
+    x, memory = rng.normal(size=(8, 8, 32)), rng.normal(size=(8, 12, 24))
+    return from_linen(
+        "cross_attention", CrossAttention(), np.float32(x), np.float32(memory)
+    )
