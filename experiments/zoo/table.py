@@ -1,0 +1,165 @@
+"""Takes each model of the zoo through all of qjax: quantize, train, lower, verify.
+
+python experiments/zoo/table.py [--models vit,bert]
+"""
+
+import dataclasses
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+import qjax  # noqa: E402
+from experiments.config import option, parse  # noqa: E402
+from experiments.zoo.member import Member  # noqa: E402
+from experiments.zoo.models import MODELS  # noqa: E402
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Takes models of the zoo through all of qjax."""
+
+    models: str = option("", "names with commas; '' for all")
+    errors: bool = option(False, "whether refusals are printed whole")
+
+
+SCHEMES = {
+    "power of two": qjax.Scheme(
+        qjax.QSpec(8, power_of_two=True), qjax.QSpec(8, power_of_two=True)
+    ),
+    "default": qjax.Scheme(),
+}
+LINE = "{:<16}{:>6}{:>11}{:>11}{:>9}{:>5}{:>17}{:>17}  {}"
+HEAD = (
+    *("model", "sites", "quantize s", "step s", "SQNR dB", "s"),
+    *("equal, 2^n", "equal, default", "lower"),
+)
+
+
+@dataclasses.dataclass
+class Row:
+    """What the table shows of a model. Codes are empty where it does not lower."""
+
+    name: str
+    sites: int
+    quantize: float  # Seconds.
+    step: float  # Seconds, compilation included; nan if gradients are not finite.
+    sqnr: float  # dB, of the default scheme.
+    codes: dict[str, str] = dataclasses.field(default_factory=dict)
+    refusals: dict[str, str] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        step = f"{self.step:.1f}" if np.isfinite(self.step) else "not finite"
+        return LINE.format(
+            *(self.name, self.sites, f"{self.quantize:.1f}", step),
+            *(f"{self.sqnr:.1f}", f"{self.seconds:.0f}"),
+            *(self.codes.get(name, "-") for name in SCHEMES),
+            short(next(iter(self.refusals.values()), "ok")),
+        )
+
+
+def sqnr(real: Any, quantized: Any) -> float:
+    """Returns the power of outputs over that of their errors in dB."""
+    flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+    a, b = flat(real).astype(np.float64), flat(quantized).astype(np.float64)
+    return 10 * float(np.log10(np.sum(a**2) / np.sum((a - b) ** 2)))
+
+
+def is_statistic(path: Any) -> bool:
+    """Returns whether a leaf of parameters is a running average of BatchNorm."""
+    return "batch_stats" in jax.tree_util.keystr(path)
+
+
+def trains(member: Member, qmodel: qjax.QuantizedModel, qstate: Any) -> bool:
+    """Takes a step of Adam towards random targets; returns whether all is finite."""
+    shapes = jax.eval_shape(member.apply, member.params, *member.inputs)
+    rng = np.random.default_rng(9)
+    targets = [
+        rng.normal(size=y.shape).astype(np.float32) for y in jax.tree.leaves(shapes)
+    ]
+    optimizer = optax.adam(1e-3)
+
+    @jax.jit
+    def step(params, state, qstate, *inputs):
+        def loss(params):
+            found = jax.tree.leaves(qmodel.apply(params, qstate, *inputs))
+            pairs = zip(found, targets, strict=True)
+            return sum(jnp.mean((y - t) ** 2) for y, t in pairs)
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(grads, state)
+        still = lambda path, u: jnp.zeros_like(u) if is_statistic(path) else u
+        updates = jax.tree_util.tree_map_with_path(still, updates)
+        return optax.apply_updates(params, updates), state, (value, grads)
+
+    params, _, found = step(
+        member.params, optimizer.init(member.params), qstate, *member.inputs
+    )
+    return all(np.isfinite(x).all() for x in jax.tree.leaves((params, found)))
+
+
+def lowers(member: Member, scheme: qjax.Scheme) -> str:
+    """Lowers and verifies a model; returns how many codes are equal."""
+    qmodel = qjax.quantize_model(
+        member.apply, member.params, *member.inputs, scheme=scheme
+    )
+    qstate = calibrated(qmodel, member)
+    program = qjax.lower(qmodel, member.params, qstate, *member.inputs)
+    report = qjax.verify(program, qmodel, member.params, qstate, *member.inputs)
+    rows = report.sites.values()
+    equal, codes = sum(row.equal for row in rows), sum(row.codes for row in rows)
+    return f"all {codes}" if report.is_exact else f"{equal}/{codes}"
+
+
+def calibrated(qmodel: qjax.QuantizedModel, member: Member) -> Any:
+    """Returns ranges of the one batch that there is."""
+    return qjax.calibrate(qmodel, member.params, [member.inputs], progress=False)
+
+
+def run(member: Member) -> Row:
+    """Takes a model through all."""
+    start = time.perf_counter()
+    qmodel = qjax.quantize_model(member.apply, member.params, *member.inputs)
+    quantize = time.perf_counter() - start
+    qstate = calibrated(qmodel, member)
+    real = jax.jit(member.apply)(member.params, *member.inputs)
+    quantized = jax.jit(qmodel.apply)(member.params, qstate, *member.inputs)
+    before = time.perf_counter()
+    is_finite = trains(member, qmodel, qstate)
+    step = time.perf_counter() - before if is_finite else float("nan")
+    row = Row(member.name, len(qmodel.sites), quantize, step, sqnr(real, quantized))
+    for name, scheme in SCHEMES.items():
+        try:
+            row.codes[name] = lowers(member, scheme)
+        except (NotImplementedError, ValueError, OverflowError) as error:
+            row.refusals[name] = f"{type(error).__name__}: {error}"
+    row.seconds = time.perf_counter() - start
+    return row
+
+
+def short(message: str, width: int = 60) -> str:
+    """Returns the first line of a message, cut."""
+    line = message.partition("\n")[0]
+    return line if len(line) <= width else line[: width - 3] + "..."
+
+
+if __name__ == "__main__":
+    config = parse(Config)
+    wanted = config.models.split(",") if config.models else [m.__name__ for m in MODELS]
+    makers = {make.__name__: make for make in MODELS}
+    print(LINE.format(*HEAD))
+    rows = []
+    for name in wanted:
+        rows.append(run(makers[name]()))
+        print(rows[-1], flush=True)
+    for row in rows if config.errors else ():
+        for scheme, message in row.refusals.items():
+            print(f"\n{row.name}, {scheme}: {message}")

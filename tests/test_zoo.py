@@ -1,0 +1,44 @@
+"""The zoo of small models: each runs, is quantized, and those that lower are exact."""
+
+import jax
+import numpy as np
+import pytest
+
+import qjax
+from experiments.zoo import table
+from experiments.zoo.models import MODELS
+
+pytestmark = pytest.mark.usefixtures("flax_promotion")
+
+MAKERS = {make.__name__: make for make in MODELS}
+each = pytest.mark.parametrize("name", MAKERS)
+
+
+@each
+def test_a_model_runs_and_is_quantized(name):
+    member = MAKERS[name]()
+    assert member.name == name
+    for y in jax.tree.leaves(jax.jit(member.apply)(member.params, *member.inputs)):
+        assert np.isfinite(y).all() and np.std(y) > 0.1
+    qmodel = qjax.quantize_model(member.apply, member.params, *member.inputs)
+    names = {site.name for site in qmodel.sites}
+    assert any(name.endswith("/kernel") for name in names) and "output:0" in names
+
+
+# Those that lower today; in the fast part as many as fit into a minute.
+FAST = ("cross_attention",)
+SLOW = ("vit", "bert", "gpt", "mixer", "convnext", "unet", "conformer")
+lowered = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+
+
+@pytest.mark.parametrize("name", lowered)
+def test_a_model_lowers_and_all_codes_are_equal(name):
+    codes = table.lowers(MAKERS[name](), table.SCHEMES["power of two"])
+    assert codes.startswith("all ")
+
+
+@pytest.mark.slow
+def test_the_table_has_a_row_for_a_model():
+    row = table.run(MAKERS["mixer"]())
+    assert np.isfinite(row.step) and not row.refusals and row.sqnr > 25
+    assert str(row).endswith("ok") and set(row.codes) == set(table.SCHEMES)
