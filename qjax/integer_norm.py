@@ -28,6 +28,7 @@ from qjax.integer import binary_parts
 
 ROOT = 29  # Bits behind the point of a root of a number in [1/4, 1).
 MOST_POINT = 30  # Most bits behind the point of a sum of squares; even.
+MOST_GAIN = 0.5  # Most codes for a unit of a normalised value: its half rounds them.
 _STEPS = 5  # Of Newton's iteration: the error is squared by each, from 1/8.
 # A line by 1/sqrt(a) on [1/4, 1): at most .12 from it.
 _LINE = round(2.2 * 2**30), round(1.3 * 2**30)

@@ -206,7 +206,9 @@ class _NormReader(FormReader):
                 is_sum = eqn.primitive.name in ("add", "sub")
                 gain |= not is_sum and getattr(found, "is_scaled", True)
                 offset |= is_sum and isinstance(found, _Normed)
-            gain |= eqn.primitive.name == "neg" and not isinstance(found, _Line)
+            is_negative = eqn.primitive.name == "neg"
+            is_negative |= eqn.primitive.name == "sub" and own[0] is OUTSIDE
+            gain |= is_negative and isinstance(found, _Root | _Normed)
             self.kinds[eqn.outvars[0]] = gain, offset
         return found
 
@@ -231,7 +233,9 @@ class _NormReader(FormReader):
             power = self.number(eqn.invars[1])
             return _root(x, int(2 * power)) if power in (0.5, -0.5) else None
         if name == "neg":
-            return x if isinstance(x, _Root | _Normed) else _times(x, -1.0)
+            if isinstance(x, _Root):  # No floor goes on: it would be a ceiling.
+                return x._replace(is_scaled=True)
+            return x if isinstance(x, _Normed) else _times(x, -1.0)
         if name in ("add", "sub"):
             return self._sum(eqn, own)
         if name == "max" and OUTSIDE in own:
@@ -251,7 +255,7 @@ class _NormReader(FormReader):
             k = own.index(OUTSIDE)
             x, number = own[1 - k], self.number(eqn.invars[k])
             if isinstance(x, _Normed):
-                return None if k == 0 and sign < 0 else self._beside(eqn, x, 1 - k)
+                return self._beside(eqn, x, 1 - k)
             if number == 0 and (k == 1 or sign > 0):
                 return x if isinstance(x, _Line | _Moments) else None
             is_plus = isinstance(x, _Moments) and number is not None and k == 1
@@ -361,10 +365,14 @@ class _NormReader(FormReader):
         other = jax.numpy.asarray(other, jax.numpy.float32)
         other = other.reshape((1,) * (len(out) - other.ndim) + other.shape)
         if name in ("add", "sub"):
+            is_minuend = name == "sub" and k == 0
             if not which:
-                return x if k == 1 or name == "add" else -x
+                x = jax.numpy.float32(1) if x is None else x
+                return -x if is_minuend else x
             if x is None:
-                return -other if name == "sub" else other
+                return -other if name == "sub" and k == 1 else other
+            if is_minuend:
+                return other - x
             return x + other if name == "add" else x - other
         is_line = isinstance(own[1 - k], _Line)
         if is_line and _is_coefficient(self.number(eqn.invars[k])):

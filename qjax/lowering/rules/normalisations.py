@@ -155,6 +155,13 @@ def _norm(
             f"codes of its site, which 32 bits do not hold.\n  equation: {e}\n"
             f"Calibrate {e.sites.output!r} with what it makes of them."
         )
+    if np.max(np.abs(gain)) > integer_norm.MOST_GAIN:
+        raise ValueError(
+            f"The normalisation in {where(e)} divides by much more than the root of "
+            f"its squares: its values of 32 bits are {np.max(np.abs(gain)):g} codes of "
+            f"{e.sites.output!r} apart.\n  equation: {e}\nUse a smaller "
+            "epsilon, inputs of larger values, or fewer bits for this site."
+        )
     multiplier, bias, shift, bias_shift = integer_norm.scaled(gain, offset)
     site, rank = e.sites.output or where(e).strip("'"), len(shape)
     numbers = {
