@@ -243,7 +243,7 @@ class Simulation(AffineParts):
             site = plan.sites[plan.activations[v]]
             x, unit = self._env[v], self._units.get(v)
             found = Visit(*self._visitor.activation(site, x, unit))
-            self._bytes.update({v} if found.is_byte else ())
+            (self._bytes.add if found.is_byte else self._bytes.discard)(v)
             found = found._replace(value=self._typed(v, found.value))
         elif v in plan.weights:
             site = plan.sites[plan.weights[v]]
