@@ -25,6 +25,7 @@ from qjax.calibration.batches import (
     random_samples,
 )
 from qjax.leaves import shapes_of
+from qjax.model.masks import LARGE
 from qjax.model.states import check_state
 from qjax.model.trace import is_key
 from qjax.model.visitors import LEARNED, QState
@@ -162,7 +163,10 @@ def calibrate(
                 if step is None:
                     first = shapes_of(inputs)
                     step, params, state = _start(qmodel, params, state, inputs)
-                new, flags = step(params, state, *inputs)
+                new, flags, masks = step(params, state, *inputs)
+                for name, is_mask in masks.items():
+                    if not is_mask:
+                        raise CalibrationError(_NO_MASK.format(name), qstate, number)
                 is_finite, is_reached, is_below = np.asarray(flags)
                 if not is_finite.all():
                     raise CalibrationError(
@@ -261,7 +265,13 @@ def _codes(word: Any) -> tuple[int, int]:
     return (low, high) if word.symmetric else (0, high - low)
 
 
-_Step = Callable[..., tuple[QState, jax.Array]]
+_Step = Callable[..., tuple[QState, jax.Array, dict[str, jax.Array]]]
+_NO_MASK = (
+    "An input is added to what the softmax at {0!r} reads, as a mask, and has other "
+    f"numbers than 0 and what is below {-LARGE:g}. Pass a mask as dtype bool and "
+    "select by it, `jnp.where(mask, scores, -1e9)`; a bias of scores as a parameter, "
+    "or times 1.0, which makes it a value with a site of its own."
+)
 
 
 def _start(
@@ -309,8 +319,9 @@ def _compiler_options() -> dict[str, bool | int | str] | None:
 
 
 def _observe(qmodel: QuantizedModel, is_sharded: bool) -> _Step:
-    """Makes the step over one batch, which returns the new state and flags by site.
+    """Makes the step over one batch, which returns a new state, and flags by site.
 
+    Also, by the site of a softmax, whether inputs that are added before it are masks.
     Flags: all values are finite, not all are 0, and some are lost below zero.
     """
 
@@ -327,9 +338,14 @@ def _observe(qmodel: QuantizedModel, is_sharded: bool) -> _Step:
 
     def observe(
         params: chex.ArrayTree, qstate: QState, *inputs: Any
-    ) -> tuple[QState, jax.Array]:
+    ) -> tuple[QState, jax.Array, dict[str, jax.Array]]:
         seen = qmodel.float_values(params, inputs)
         rows = [flags(seen[site.name], spec) for site, spec, _ in qmodel.calibrated()]
-        return qmodel.update(seen, qstate), jnp.array(rows, bool).reshape(-1, 3).T
+        masks = {
+            name: jnp.all(jnp.stack([jnp.all((x == 0) | (x <= -LARGE)) for x in added]))
+            for name, added in qmodel.added_masks(params, inputs).items()
+        }
+        flags_ = jnp.array(rows, bool).reshape(-1, 3).T
+        return qmodel.update(seen, qstate), flags_, masks
 
     return observe

@@ -355,6 +355,14 @@ class QuantizedModel:
         self.simulation(params, inputs).run(recorder)
         return recorder.values
 
+    def added_masks(
+        self, params: chex.ArrayTree, inputs: Any
+    ) -> dict[str, list[jax.Array]]:
+        """Returns the inputs that softmaxes add as masks, by the site of a softmax."""
+        simulation = self.simulation(params, inputs)
+        simulation.run(Recorder({}))
+        return simulation.added_masks
+
     def simulation(self, params: chex.ArrayTree, inputs: Any) -> Simulation:
         """Returns a run over some inputs, with a visitor at the sites of the model."""
         return Simulation(self._traced(params, inputs), params, inputs)

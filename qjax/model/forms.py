@@ -8,8 +8,10 @@ import jax.extend.core as jex
 import numpy as np
 
 from qjax.mesh_axes import aligned
+from qjax.model.primitives import names
 from qjax.model.trace import Equation, Trace, evaluate, is_key
 
+_MOVES = names("axes", "keep")
 OUTSIDE = "outside"  # What does not depend on the first operand of the call.
 
 
@@ -107,6 +109,17 @@ class FormReader:
         self.known = {u: np.full(a.shape, t, a.dtype) for u, a, t in own}
         found, self.known = self.known_value(v), known
         return found
+
+    def is_input(self, v: Any) -> bool:
+        """Returns whether moves alone make a value of a real input of the model."""
+        while True:
+            v = self.outer.get(v, v)
+            e = self.makers.get(v)
+            if e is None:
+                return v in self.model.inputs and self.model.is_real(v)
+            if e.primitive.name not in _MOVES:
+                return False
+            v = _operands(e)[0]
 
     def _leaves(self, v: Any) -> set[Any]:
         """Returns what a value is made of that no equation makes."""

@@ -102,12 +102,22 @@ class _MaskFinder:
         return is_large
 
     def _is_added(self, v: int) -> bool:
-        """Returns whether shape moves alone lead from an input to a value."""
+        """Returns whether a value is an input that is added wherever it is read."""
         while (e := self.source.get(v)) is not None:
-            if e.primitive.name not in _AXES or len(self.users[v]) != 1:
+            if e.primitive.name not in _AXES:
                 return False
             v = e.inputs[0]
-        return v in self.model.inputs and len(self.users[v]) == 1
+        return v in self.model.inputs and self._is_only_added(v)
+
+    def _is_only_added(self, v: int) -> bool:
+        if v in self.model.outputs or not self.users[v]:
+            return False
+        return all(
+            self._is_only_added(e.outputs[0])
+            if e.primitive.name in _AXES
+            else e.primitive.name == "add" and len({*e.inputs}) == 2
+            for e in self.users[v]
+        )
 
     def served(self) -> frozenset[int]:
         """Returns the masks of softmaxes, and what is computed for masks alone."""

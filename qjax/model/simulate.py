@@ -36,6 +36,7 @@ from qjax.model.lines import (
 from qjax.model.places import Mark, block_scope, mark_scope
 from qjax.model.primitives import FUSED, SHAPE_MOVES
 from qjax.model.regions import Region
+from qjax.model.softmaxes import SoftmaxForm
 from qjax.model.trace import Equation, evaluate
 from qjax.model.traced_model import TracedModel
 from qjax.model.visits import Unit, Visit, Visitor
@@ -82,6 +83,8 @@ class Simulation(AffineParts):
         # Product -> the line that follows it, and a factor behind the line.
         self._lines: dict[int, tuple[HeldLine, Any]] = {}
         self._met: set[int] = set()  # Values that have been visited.
+        # Site of a softmax -> inputs that are added before it as masks.
+        self.added_masks: dict[str, list[jax.Array]] = {}
         # Value -> sites on the way to it that each of its readers would compute anew.
         self._chains: dict[int, int] = {}
         self._raw: dict[int, Any] = dict(self._model.constants)
@@ -180,11 +183,14 @@ class Simulation(AffineParts):
         if form is None:
             self._bound_exactly(e, real)
             return
-        x = e.inputs[0]
+        x, operands = e.inputs[0], [self._env[v] for v in e.inputs]
+        if isinstance(form, SoftmaxForm) and (added := form.added(e, operands)):
+            k = self._plan.activations.get(out)
+            name = e.path if k is None else self._plan.sites[k].name
+            self.added_masks[name] = added
         grid = self._grids.get(x)
         if grid is None or grid.scale.ndim:
             return
-        operands = [self._env[v] for v in e.inputs]
         own = lax.stop_gradient((operands[0], grid.scale))
         known = lax.stop_gradient(form.others(e, operands))
         self._units[out] = Exact(form.call(x in self._bytes), real, (*own, *known))

@@ -21,6 +21,7 @@ from qjax.model.kept import whole_of
 from qjax.model.masks import LARGE, SOFTMAXES
 from qjax.model.primitives import names
 from qjax.model.trace import Equation, Trace
+from qjax.qpoint import bind_point, known_zeros
 
 _SAME = names("keep") - {"sharding_constraint"}
 _SWALLOWS = 2.0**29  # To which float32 adds nothing below 2^5.
@@ -37,6 +38,7 @@ class _Mask(NamedTuple):
     kept: int | None  # Case of a selection that is kept; None: added.
     empty: Empty  # What a row without any kept value is.
     fill: float  # Largest finite number that it puts or adds; 0 if there is none.
+    is_input: bool = False  # Whether real inputs of the model are added as they are.
 
 
 class _Shift(NamedTuple):
@@ -95,6 +97,13 @@ class SoftmaxForm:
         """Returns what integers compute, for codes of 8 bits or more."""
         return SoftmaxCall(self.axes, self.factor, self.empty, self.fill, is_byte)
 
+    def added(self, call: Any, operands: Sequence[Any]) -> list[jax.Array]:
+        """Returns the inputs of the model that are added to its input as masks."""
+        jaxpr = call.params["jaxpr"].jaxpr
+        env = dict(zip(jaxpr.invars, operands, strict=True))
+        own = (mask.variable for mask in self.masks if mask.is_input)
+        return [value_of(jaxpr, env, v) for v in own]
+
     def others(self, call: Any, operands: Sequence[Any]) -> tuple[jax.Array, ...]:
         """Returns the masks, for the operands of the call.
 
@@ -105,8 +114,11 @@ class SoftmaxForm:
         found = []
         for mask in self.masks:
             value = value_of(jaxpr, env, mask.variable)
-            value = ~value if mask.kept == 0 else value
-            value = jnp.asarray(value)
+            value = jnp.asarray(~value if mask.kept == 0 else value)
+            if mask.is_input:  # 0 for what is kept, -1 for what is masked.
+                ends = np.int32(-1), np.int32(0)
+                grid = jnp.float32(LARGE), known_zeros()
+                value = bind_point(value, *grid, *ends, site="mask")
             rank = jaxpr.invars[0].aval.ndim
             found.append(value.reshape((1,) * (rank - value.ndim) + value.shape))
         return tuple(found)
@@ -248,6 +260,9 @@ class _SoftmaxReader(FormReader):
         if not isinstance(x, _Logits) or x.shift is not None:
             return None
         values = [self.known_value(v)]
+        if values[0] is None and self.is_input(v):
+            mask = _Mask(v, self.key(v), None, "uniform", 0.0, is_input=True)
+            return x._replace(masks=(*x.masks, mask))
         if values[0] is None:
             values = [self.if_inputs_are(pair, v) for pair in _PAIRS]
         if any(value is None for value in values):

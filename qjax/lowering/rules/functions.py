@@ -49,7 +49,7 @@ def curve(
       ValueError: for an operand that has no codes, or more than 16 bits of them.
     """
     own = [
-        None if isinstance(x, Known | KnownCodes) else _as_curve(e, v, x)
+        None if isinstance(x, Known | KnownCodes) else as_curve(e, v, x)
         for v, x in zip(e.inputs, operands, strict=True)
     ]
     curves = [c for c in own if c is not None]
@@ -97,8 +97,17 @@ def _ending(x: Curve, end: int) -> Curve:
     return dataclasses.replace(x, steps={**x.steps, end: same}, end=end)
 
 
-def _as_curve(e: Equation, v: int, x: Abstract) -> Curve:
-    """Returns codes as a function of themselves."""
+def as_curve(e: Equation, v: int, x: Abstract) -> Curve:
+    """Returns codes as a function of themselves.
+
+    Args:
+      e: The equation that reads them.
+      v: Their value in the trace.
+      x: The codes, or a function.
+
+    Raises:
+      ValueError: for what has no codes, or more than 16 bits of them.
+    """
     if isinstance(x, Curve):
         return _ending(x, v)
     if isinstance(x, Integers) and x.rescaled is not None:

@@ -21,8 +21,8 @@ from qjax.lowering.entries import raw
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import settled
 from qjax.lowering.rules.choices import mask
-from qjax.lowering.rules.functions import add_table, tabulate
-from qjax.lowering.values import Abstract, Builder, Curve, Integers, Known, Real
+from qjax.lowering.rules.functions import add_table, as_curve, tabulate
+from qjax.lowering.values import Abstract, Builder, Integers, Known, Real
 from qjax.model.integer_calls import NormCall, SoftmaxCall
 from qjax.model.kept import integer_of
 from qjax.model.masks import LARGE
@@ -110,8 +110,7 @@ def _mask_of_data(
         x = raw(builder, e, trace, x, v)
     if not trace.is_real(v):
         return mask(builder, e, trace, x, v)
-    if not isinstance(x, Curve):
-        raise refuse(e, x, "mask")
+    x = as_curve(e, v, x)
     # 1 and 0 for what it adds, 0 and numbers that are large; -1 for all others.
     kind = lambda y: jnp.where(y == 0, 1, jnp.where(y <= -LARGE, 0, -1))
     table, *_ = tabulate(x, kind, builder.types)
@@ -227,6 +226,7 @@ def _codes(
 ) -> Integers:
     """Returns the codes that a call reads, on the grid that it knows of."""
     x = settled(builder, e, trace, x)
+    print(x)
     is_plain = x.is_codes and not np.ndim(x.scale) and x.gain is None
     if not is_plain or np.float32(x.scale) != unit or x.rescaled is not None:
         raise refuse(e, x, "input")
