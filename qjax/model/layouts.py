@@ -11,6 +11,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
+from jax import lax
+
 from qjax.model.primitives import names
 
 MOVES = names("axes")
@@ -98,15 +101,31 @@ def joined(digits: Sequence[Digit]) -> tuple[Digit, ...]:
     return tuple(found)
 
 
-def is_source(layout: Layout, shape: Sequence[int]) -> bool:
-    """Returns whether a value has each place of the source where that has it."""
-    if sizes(layout) != tuple(shape):
-        return False
-    for d, n in enumerate(shape):
-        own = [digit for digit in layout[d] if digit.size > 1]
-        if n > 1 and joined(own) != (Digit(d, 1, n),):
-            return False
-    return True
+def permutation(layout: Layout, shape: Sequence[int]) -> tuple[int, ...] | None:
+    """Returns the axes of the source in the order of a value's; None if it has others.
+
+    Args:
+      layout: Layout of the value.
+      shape: Shape of the source.
+    """
+    found: list[int | None] = []
+    for axis in layout:
+        own = joined([digit for digit in axis if digit.size > 1] or axis)
+        is_one = len(own) == 1 and own[0].axis is not None
+        whole = is_one and own[0] == Digit(own[0].axis, 1, shape[own[0].axis or 0])
+        if own and not whole:
+            return None
+        found.append(own[0].axis if own else None)
+    left = [d for d in range(len(shape)) if d not in found]
+    if len(found) != len(shape) or any(shape[d] > 1 for d in left):
+        return None
+    order = [left.pop(0) if d is None else d for d in found if d is not None or left]
+    return tuple(order) if len({*order}) == len(shape) else None
+
+
+def transposed(x: jax.Array, order: Sequence[int]) -> jax.Array:
+    """Returns an array with its axes in an order; itself where that is its own."""
+    return x if tuple(order) == tuple(range(x.ndim)) else lax.transpose(x, order)
 
 
 def meets(values: Layout, statistics: Layout, over: Sequence[Digit]) -> bool:
@@ -141,14 +160,14 @@ def _axis_meets(
             for digit in (own, other)
         )
         if other.axis is None:
-            if own.axis is not None and not _is_within(own, over):
+            if own.axis is not None and not is_within(own, over):
                 return False
         elif own != other:
             return False
     return not b or all(digit.axis is None for digit in b)
 
 
-def _is_within(digit: Digit, over: Sequence[Digit]) -> bool:
+def is_within(digit: Digit, over: Sequence[Digit]) -> bool:
     """Returns whether a group goes along all places of a digit."""
     return any(
         own.axis == digit.axis

@@ -25,10 +25,10 @@ from qjax.model.layouts import (
     MOVES,
     Digit,
     Layout,
-    is_source,
     joined,
     meets,
     moved,
+    permutation,
     source_layout,
 )
 from qjax.model.normalisations import NORM
@@ -94,7 +94,8 @@ class NormForm:
     """A normalisation that integers compute.
 
     Attributes:
-      axes: Axes that a group goes along.
+      order: Axes of its input in the order of its result.
+      axes: Axes of the result that a group goes along.
       groups: Groups that each of them is split into.
       is_centred: Whether values are about the mean of their group, else about zero.
       epsilon: Number that is added to the sums of `qjax.integer_norm`, in squares of
@@ -105,6 +106,7 @@ class NormForm:
       has_offset: Whether known numbers are added.
     """
 
+    order: tuple[int, ...]
     axes: tuple[int, ...]
     groups: tuple[int, ...]
     is_centred: bool
@@ -141,10 +143,11 @@ def read_norm(model: Trace, data: set[int], e: Equation) -> NormForm | None:
         return None
     reader = _NormReader(model, e)
     found = reader.run(_Line(1.0, 0.0, source_layout(reader.shape)))
-    if not isinstance(found, _Normed) or not is_source(found.layout, reader.shape):
+    if not isinstance(found, _Normed):
         return None
     line, moments = found.line, found.moments
-    over = _groups(reader.shape, moments.over)
+    order = permutation(found.layout, reader.shape)
+    over = None if order is None else _groups(reader.shape, order, moments.over)
     is_centred = abs(moments.mean + moments.square) <= _NEAR * moments.square
     is_line = line.mean == 0
     if is_centred:
@@ -165,22 +168,23 @@ def read_norm(model: Trace, data: set[int], e: Equation) -> NormForm | None:
     least = max(moments.floor, 0.0)
     epsilon, floor = (x * unit / moments.square for x in (moments.plus, least))
     gain, offset = reader.kinds[reader.jaxpr.outvars[0]]
+    assert order is not None
     return NormForm(
-        axes, groups, is_centred, epsilon, floor, factor, gain, offset, reader
+        order, axes, groups, is_centred, epsilon, floor, factor, gain, offset, reader
     )
 
 
 def _groups(
-    shape: Sequence[int], over: Over
+    shape: Sequence[int], order: Sequence[int], over: Over
 ) -> tuple[tuple[int, ...], tuple[int, ...], int] | None:
-    """Returns axes, the groups of each, and the numbers in one; None for others."""
+    """Returns axes in an order, groups of each, and the numbers in one; or None."""
     if not over or len({digit.axis for digit in over}) != len(over):
         return None
     axes, groups = [], []
     for digit in over:
         if digit.axis is None or digit.stride != 1:
             return None
-        axes.append(digit.axis)
+        axes.append(order.index(digit.axis))
         groups.append(shape[digit.axis] // digit.size)
     return tuple(axes), tuple(groups), math.prod(digit.size for digit in over)
 

@@ -24,6 +24,7 @@ from qjax.model.common_scales import (
 )
 from qjax.model.exact import Exact
 from qjax.model.integer_calls import DivideCall
+from qjax.model.layouts import transposed
 from qjax.model.lines import (
     HeldLine,
     exceeds,
@@ -191,7 +192,8 @@ class Simulation(AffineParts):
         grid = self._grids.get(x)
         if grid is None or grid.scale.ndim:
             return
-        own = lax.stop_gradient((operands[0], grid.scale))
+        value = transposed(operands[0], form.order)
+        own = lax.stop_gradient((value, grid.scale))
         known = lax.stop_gradient(form.others(e, operands))
         self._units[out] = Exact(form.call(x in self._bytes), real, (*own, *known))
 

@@ -18,6 +18,18 @@ from qjax.integer_softmax import Empty
 from qjax.model.forms import OUTSIDE, FormReader, value_of
 from qjax.model.integer_calls import SoftmaxCall
 from qjax.model.kept import whole_of
+from qjax.model.layouts import (
+    MOVES,
+    Digit,
+    Layout,
+    is_within,
+    joined,
+    meets,
+    moved,
+    permutation,
+    source_layout,
+    transposed,
+)
 from qjax.model.masks import LARGE, SOFTMAXES
 from qjax.model.primitives import names
 from qjax.model.trace import Equation, Trace
@@ -27,7 +39,6 @@ _SAME = names("keep") - {"sharding_constraint"}
 _SWALLOWS = 2.0**29  # To which float32 adds nothing below 2^5.
 # Truth values of the inputs that a mask may be made of.
 _PAIRS = ((0, 0), (0, 1), (1, 0), (1, 1))
-_MOVES = names("axes") - {"transpose"}
 
 
 class _Mask(NamedTuple):
@@ -38,40 +49,44 @@ class _Mask(NamedTuple):
     kept: int | None  # Case of a selection that is kept; None: added.
     empty: Empty  # What a row without any kept value is.
     fill: float  # Largest finite number that it puts or adds; 0 if there is none.
+    order: tuple[int, ...]  # Axes of the logits, in the order of its own.
     is_input: bool = False  # Whether real inputs of the model are added as they are.
 
 
 class _Shift(NamedTuple):
     """The maximum that is subtracted from logits: its axes, and keys of its masks."""
 
-    axes: frozenset[int]
+    over: tuple[Digit, ...]
     masks: frozenset[Any]
 
 
 class _Logits(NamedTuple):
     factor: float
+    layout: Layout
     masks: tuple[_Mask, ...] = ()
     shift: _Shift | None = None
 
 
 class _Powers(NamedTuple):
     factor: float
+    layout: Layout
     masks: tuple[_Mask, ...]
     shift: _Shift | None
 
 
 class _Reduced(NamedTuple):
     kind: str  # max or sum.
-    axes: tuple[int, ...]
+    over: tuple[Digit, ...]
+    layout: Layout
     masks: tuple[_Mask, ...]
     factor: float
     shift: _Shift | None = None  # Of the powers of a sum.
-    is_aligned: bool = False  # Has the rank of the logits, their axes of size 1.
 
 
 class _Shares(NamedTuple):
     factor: float
-    axes: tuple[int, ...]
+    over: tuple[Digit, ...]
+    layout: Layout
     masks: tuple[_Mask, ...]
 
 
@@ -80,13 +95,15 @@ class SoftmaxForm:
     """A softmax that integers compute.
 
     Attributes:
-      axes: Axes that its sums go over.
+      order: Axes of its input in the order of its result.
+      axes: Axes of the result that its sums go over.
       factor: Positive factor of its input, a float32.
       empty: What a row is in which the mask keeps nothing.
       fill: Largest finite number that a mask puts or adds; 0 if there is none.
       masks: Masks in the call.
     """
 
+    order: tuple[int, ...]
     axes: tuple[int, ...]
     factor: float
     empty: Empty
@@ -119,8 +136,9 @@ class SoftmaxForm:
                 ends = np.int32(-1), np.int32(0)
                 grid = jnp.float32(LARGE), known_zeros()
                 value = bind_point(value, *grid, *ends, site="mask")
-            rank = jaxpr.invars[0].aval.ndim
-            found.append(value.reshape((1,) * (rank - value.ndim) + value.shape))
+            value = value.reshape((1,) * (len(self.order) - value.ndim) + value.shape)
+            turned = tuple(mask.order.index(d) for d in self.order)
+            found.append(transposed(value, turned))
         return tuple(found)
 
 
@@ -133,15 +151,21 @@ def read_softmax(model: Trace, e: Equation) -> SoftmaxForm | None:
     """
     if whole_of(e) != SOFTMAXES[0] or len(e.outputs) != 1:
         return None
-    found = _SoftmaxReader(model, e).run(_Logits(1.0))
+    reader = _SoftmaxReader(model, e)
+    found = reader.run(_Logits(1.0, source_layout(reader.shape)))
     if not isinstance(found, _Shares) or not found.factor > 0:
         return None
+    order = permutation(found.layout, reader.shape)
+    is_whole = all(d == Digit(d.axis, 1, reader.shape[d.axis or 0]) for d in found.over)
+    if order is None or not is_whole:
+        return None
+    axes = tuple(sorted(order.index(d.axis) for d in found.over if d.axis is not None))
     empties = {mask.empty for mask in found.masks}
     if len(empties) > 1:
         return None
     fill = max((mask.fill for mask in found.masks if mask.fill), default=0.0)
     (empty,) = empties or {"zero"}
-    return SoftmaxForm(found.axes, found.factor, empty, fill, found.masks)
+    return SoftmaxForm(order, axes, found.factor, empty, fill, found.masks)
 
 
 class _SoftmaxReader(FormReader):
@@ -153,8 +177,9 @@ class _SoftmaxReader(FormReader):
             return own[0]
         if name == "convert_element_type":
             return own[0] if eqn.outvars[0].aval.dtype == np.float32 else None
-        if name in _MOVES:
-            return self._moved(eqn, own[0])
+        if name in MOVES:
+            layout = moved(eqn, own[0].layout)
+            return None if layout is None else own[0]._replace(layout=layout)
         if name in ("mul", "div"):
             return self._scaled(eqn, own)
         if name == "max" and OUTSIDE in own:
@@ -166,15 +191,16 @@ class _SoftmaxReader(FormReader):
             return self._reduced(name, eqn, own[0])
         if name == "sub" and isinstance(own[0], _Logits):
             is_max = isinstance(own[1], _Reduced) and own[1].kind == "max"
-            fits = is_max and own[1].is_aligned and own[1].factor == own[0].factor
+            fits = is_max and own[1].factor == own[0].factor
+            fits = fits and meets(own[0].layout, own[1].layout, own[1].over)
             if not fits or own[0].shift is not None:
                 return None
-            shift = _Shift(frozenset(own[1].axes), _keys(own[1].masks))
+            shift = _Shift(own[1].over, _keys(own[1].masks))
             return own[0]._replace(shift=shift)
         if name in ("exp", "exp2") and isinstance(own[0], _Logits):
             base = np.float32(np.log(2) if name == "exp2" else 1)
             factor = float(np.float32(own[0].factor) * base)
-            return _Powers(factor, own[0].masks, own[0].shift)
+            return _Powers(factor, own[0].layout, own[0].masks, own[0].shift)
         if name == "select_n" and own[0] is OUTSIDE and len(own) == 3:
             return self._selected(eqn, own)
         if name == "add" and OUTSIDE in own:
@@ -186,13 +212,16 @@ class _SoftmaxReader(FormReader):
         if eqn.primitive.name == "div" and isinstance(own[0], _Powers):
             x, total = own
             fits = isinstance(total, _Reduced) and total.kind == "sum"
-            fits = fits and total.is_aligned and total.factor == x.factor
+            fits = fits and total.factor == x.factor
+            fits = fits and meets(x.layout, total.layout, total.over)
             # One maximum for both, the same all along a sum: it cancels.
             fits = fits and total.shift == x.shift
-            fits = fits and (x.shift is None or x.shift.axes.issuperset(total.axes))
+            fits = fits and (
+                x.shift is None or all(is_within(d, x.shift.over) for d in total.over)
+            )
             if not fits or _keys(x.masks) != _keys(total.masks):
                 return None
-            return _Shares(x.factor, total.axes, x.masks)
+            return _Shares(x.factor, total.over, x.layout, x.masks)
         if eqn.primitive.name == "div" and own[1] is not OUTSIDE or OUTSIDE not in own:
             return None
         k = own.index(OUTSIDE)
@@ -201,32 +230,23 @@ class _SoftmaxReader(FormReader):
         if not is_plain or number is None or not 0 < number < np.inf:
             return None
         a, b = np.float32(x.factor), np.float32(number)
-        return _Logits(float(a * b if eqn.primitive.name == "mul" else a / b))
+        is_product = eqn.primitive.name == "mul"
+        return x._replace(factor=float(a * b if is_product else a / b))
 
     def _reduced(self, name: str, eqn: Any, x: Any) -> _Reduced | None:
         axes = tuple(int(d) for d in eqn.params["axes"])
-        if name == "reduce_max" and isinstance(x, _Logits) and x.shift is None:
-            return _Reduced("max", axes, x.masks, x.factor)
-        if name == "reduce_sum" and isinstance(x, _Powers):
-            return _Reduced("sum", axes, x.masks, x.factor, x.shift)
-        return None
-
-    def _moved(self, eqn: Any, x: Any) -> Any:
-        """Returns a statistic that is back in the rank of the logits."""
-        if not isinstance(x, _Reduced):
-            same = eqn.outvars[0].aval.shape == eqn.invars[0].aval.shape
-            return x if same and eqn.primitive.name == "reshape" else None
-        kept = [d for d in range(len(self.shape)) if d not in x.axes]
-        ones = tuple(1 if d in x.axes else n for d, n in enumerate(self.shape))
-        out = eqn.outvars[0].aval.shape
-        if x.is_aligned:
-            return x if out == ones else None
-        if out != ones:
+        if not isinstance(x, _Logits | _Powers):
             return None
-        if eqn.primitive.name == "broadcast_in_dim":
-            along = [int(d) for d in eqn.params["broadcast_dimensions"]]
-            return x._replace(is_aligned=True) if along == kept else None
-        return x._replace(is_aligned=True)  # A reshape keeps the order.
+        over = tuple(digit for d in axes for digit in x.layout[d])
+        if not over or any(digit.axis is None for digit in over):
+            return None
+        over = joined(over)
+        kept = tuple(axis for d, axis in enumerate(x.layout) if d not in axes)
+        if name == "reduce_max" and isinstance(x, _Logits) and x.shift is None:
+            return _Reduced("max", over, kept, x.masks, x.factor)
+        if name == "reduce_sum" and isinstance(x, _Powers):
+            return _Reduced("sum", over, kept, x.masks, x.factor, x.shift)
+        return None
 
     def _selected(self, eqn: Any, own: list[Any]) -> Any:
         """Returns masked logits, powers or shares."""
@@ -234,7 +254,8 @@ class _SoftmaxReader(FormReader):
         if not at or own[3 - at] is not OUTSIDE:
             return None
         x, fill = own[at], self.number(eqn.invars[3 - at])
-        if eqn.invars[0].aval.dtype != np.bool_ or fill is None:
+        order = permutation(x.layout, self.shape)
+        if eqn.invars[0].aval.dtype != np.bool_ or fill is None or order is None:
             return None
         if isinstance(x, _Logits) and x.shift is None and fill <= -LARGE:
             empty: Empty = "zero" if fill == -np.inf else "uniform"
@@ -250,18 +271,19 @@ class _SoftmaxReader(FormReader):
         if is_share:
             return None
         own_fill = fill if np.isfinite(fill) else 0.0
-        mask = _Mask(eqn.invars[0], key, at - 1, empty, own_fill)
+        mask = _Mask(eqn.invars[0], key, at - 1, empty, own_fill, order)
         return x._replace(masks=(*x.masks, mask))
 
     def _added(self, eqn: Any, own: list[Any]) -> Any:
         """Returns logits to which a known mask is added."""
         k = own.index(OUTSIDE)
         x, v = own[1 - k], eqn.invars[k]
-        if not isinstance(x, _Logits) or x.shift is not None:
+        order = permutation(x.layout, self.shape)
+        if not isinstance(x, _Logits) or x.shift is not None or order is None:
             return None
         values = [self.known_value(v)]
         if values[0] is None and self.is_input(v):
-            mask = _Mask(v, self.key(v), None, "uniform", 0.0, is_input=True)
+            mask = _Mask(v, self.key(v), None, "uniform", 0.0, order, is_input=True)
             return x._replace(masks=(*x.masks, mask))
         if values[0] is None:
             values = [self.if_inputs_are(pair, v) for pair in _PAIRS]
@@ -276,7 +298,7 @@ class _SoftmaxReader(FormReader):
             empty = "uniform"
         key, fill = self.key(eqn.invars[k]), float(finite.max(initial=-np.inf))
         fill = fill if np.isfinite(fill) else 0.0
-        mask = _Mask(eqn.invars[k], key, None, empty, fill)
+        mask = _Mask(eqn.invars[k], key, None, empty, fill, order)
         return x._replace(masks=(*x.masks, mask))
 
 
