@@ -32,8 +32,11 @@ def _rank_promotion():
 
 
 X = images(2, 5, 8)
-WHOLE = ["input:0", "a/kernel", "norm/output", "b/kernel", "output:0"]
-BARE = ["input:0", "a/kernel", "norm_0/output", "b/kernel", "output:0"]
+# Of normalisations in integers, which read codes; those in float read the product.
+WHOLE = [*"input:0 a/kernel a/output norm/output b/kernel output:0".split()]
+BARE = [*"input:0 a/kernel a/output norm_0/output b/kernel output:0".split()]
+FLOAT = [name for name in WHOLE if name != "a/output"]
+BARE_FLOAT = [name for name in BARE if name != "a/output"]
 SOFT = ["input:0", "a/kernel", "a/output", "softmax_0/output", "b/kernel", "output:0"]
 
 
@@ -132,23 +135,24 @@ BY_HAND = {
     ),
     "all": lambda h, p: h / jnp.sqrt((h * h).sum()),
 }
+IN_FLOAT = "std", "l1", "largest", "range", "window", "all"  # No integers compute them.
 
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_quotients_by_hand_are_one_site(name):
-    f = BY_HAND[name]
-    assert _names(_between(f), PARAMS, X) == BARE
+    f, is_float = BY_HAND[name], name in IN_FLOAT
+    assert _names(_between(f), PARAMS, X) == (BARE_FLOAT if is_float else BARE)
     scaled = lambda h, p: jax.nn.relu(f(h, p) * p["scale"] + p["bias"])
-    assert _names(_between(scaled), PARAMS, X) == WHOLE
+    assert _names(_between(scaled), PARAMS, X) == (FLOAT if is_float else WHOLE)
 
 
 @pytest.mark.parametrize("is_input", [False, True])
 def test_masked_normalisations_are_one_site(is_input):
     f = lambda h, p, m: jax.nn.standardize(h, axis=-1, where=m)
     if is_input:
-        assert _names(_between(f), PARAMS, X, MASK) == BARE
+        assert _names(_between(f), PARAMS, X, MASK) == BARE_FLOAT
     else:
-        assert _names(_between(lambda h, p: f(h, p, MASK)), PARAMS, X) == BARE
+        assert _names(_between(lambda h, p: f(h, p, MASK)), PARAMS, X) == BARE_FLOAT
 
 
 def _exp(z):
@@ -204,7 +208,7 @@ def _two_norms(h, p):
 NEIGHBOURS = {
     "two norms of one product": (
         _between(_two_norms),
-        ["norm_0/output", "norm_1/output", "residual_0/output"],
+        ["a/output", "norm_0/output", "norm_1/output", "residual_0/output"],
     ),
     "a residual sum keeps its site": (
         _between(lambda h, p: _l2(h + h @ p["scale"][:, None])),
@@ -216,11 +220,11 @@ NEIGHBOURS = {
     ),
     "after heads": (
         _between(lambda h, p: _l2(h.reshape(2, 5, 2, 4)).reshape(2, 5, 8)),
-        ["norm_0/output"],
+        ["a/output", "norm_0/output"],
     ),
     "a function after it": (
         _between(lambda h, p: jnp.tanh(_l2(h))),
-        ["norm_0/output", "tanh_0/output"],
+        ["a/output", "norm_0/output", "tanh_0/output"],
     ),
     "centring is none": (
         _between(lambda h, p: h - h.mean(-1, keepdims=True)),
@@ -286,6 +290,7 @@ def test_values_and_derivatives_are_those_of_float_between_sites():
         rounded = jnp.round(bias / scale.reshape(-1)) * scale.reshape(-1)
         bias = bias + lax.stop_gradient(rounded - bias)
         h = on(x, "input:0") @ kernel(p["a"]["kernel"]) + bias
+        h = on(h, "a/output")
         h = on(_layer_norm(h, p["norm"]["scale"], p["norm"]["bias"]), "norm/output")
         return on(h @ kernel(p["b"]["kernel"]), "output:0")
 
@@ -302,6 +307,18 @@ def test_values_and_derivatives_are_those_of_float_between_sites():
     on = lambda s: qmodel.apply(PARAMS, qstate, X, scheme=s)
     several = jax.jit(jax.vmap(on))(qjax.stack_schemes(schemes))
     np.testing.assert_allclose(several[1], alone, atol=0.05)
+    shipped = qjax.lower(qmodel, PARAMS, qstate, X)(X)
+    np.testing.assert_array_equal(qmodel.apply_integer(PARAMS, qstate, X), shipped)
+
+
+def _by_a_sum(h, p):
+    """A norm that no integers compute: something is added to the root itself."""
+    return BY_HAND["std"](h, p) * p["scale"] + p["bias"]
+
+
+def test_integers_of_a_norm_in_float_are_refused():
+    qmodel = quantize_model(_between(_by_a_sum), PARAMS, X)
+    qstate = calibrate(qmodel, PARAMS, [X])
     with pytest.raises(ValueError, match="'norm/output' is a normalisation"):
         jax.eval_shape(qmodel.apply_integer, PARAMS, qstate, X)
 
@@ -319,18 +336,19 @@ def test_a_masked_softmax_calibrates_and_keeps_zeros():
 
 def test_a_layer_norm_costs_less_than_3_decibels_at_16_bits():
     schemes = norm.schemes()
-    del schemes["16-bit input"], schemes["16-bit input, 8-bit output"]
+    for name in ("16 bits before the norm", "and an 8-bit output", "16-bit input"):
+        del schemes[name]
     rows = {row["scheme"]: row["decibels"] for row in norm.compare(16, 4, schemes)}
     assert rows["kernels alone"] - rows["16-bit activations"] < 3
-    assert abs(rows["8-bit input"] - rows["8-bit input alone"]) < 1
+    # The norm reads codes too, of which small tokens have few.
+    assert abs(rows["8-bit input"] - rows["8-bit input alone"]) < 2
 
 
 # Lowering.
 
 
 def test_one_thing_is_refused_and_the_parts_beside_it_lower():
-    norm = lambda h, p: _layer_norm(h, p["scale"], p["bias"])
-    fn = _between(norm)
+    fn = _between(_by_a_sum)
     qmodel = quantize_model(fn, PARAMS, X)
     qstate = calibrate(qmodel, PARAMS, [X])
     with pytest.raises(NotImplementedError, match="normalisation in 'norm'") as error:
@@ -344,7 +362,7 @@ def test_one_thing_is_refused_and_the_parts_beside_it_lower():
     )
     y = X
     for k, half in enumerate(halves):
-        y = y if k == 0 else np.asarray(jax.jit(norm)(y, PARAMS["norm"]))
+        y = y if k == 0 else np.asarray(jax.jit(_by_a_sum)(y, PARAMS["norm"]))
         own = quantize_model(half, PARAMS, y)
         y = qjax.lower(own, PARAMS, calibrate(own, PARAMS, [y]), y)(y)
     wanted = jax.jit(fn)(PARAMS, X)
@@ -362,7 +380,8 @@ def test_a_softmax_without_a_module_is_named_by_its_site():
 
 
 def _by_a_root(h, p):
-    centred = h - h.mean(-1, keepdims=True)
+    """A norm about half the mean, which is none that integers compute."""
+    centred = h - 0.5 * h.mean(-1, keepdims=True)
     root = lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-3)
     return centred * root * p["scale"] + p["bias"]
 
@@ -377,7 +396,7 @@ def test_what_lowers_in_parts_does_so_unless_it_is_to_be_whole():
     exact = jax.jit(fn)(PARAMS, X)
     assert np.max(np.abs(found - wanted)) < 0.1 * np.max(np.abs(wanted))
     whole = quantize_model(fn, PARAMS, X, whole_norms=True)
-    assert [s.name for s in whole.sites] == WHOLE
+    assert [s.name for s in whole.sites] == FLOAT
     closer = jax.jit(whole.apply)(PARAMS, calibrate(whole, PARAMS, [X]), X)
     assert np.sum((closer - exact) ** 2) < np.sum((wanted - exact) ** 2)
 
@@ -392,16 +411,15 @@ def test_logarithms_of_softmaxes(is_log):
     assert _names(_between(masked), PARAMS, X)[3] == f"{kind}_0/output"
 
 
-def test_group_norm_stays_in_parts():
+@pytest.mark.parametrize("whole", [True, False])
+def test_group_norm_is_one_site(whole):
     fn, params = _linen(nn.GroupNorm(num_groups=4))
-    assert len(_names(fn, params, X)) == 17
-    assert _names(fn, params, X, whole=True) == WHOLE
+    assert _names(fn, params, X, whole=whole) == WHOLE
 
 
 def test_a_float_norm_leaves_its_product_without_a_site_of_its_own():
-    fn, params = _linen(nn.LayerNorm())
     scheme = Scheme(rules=(Rule("norm/output", None),))
-    qmodel = quantize_model(fn, params, X, scheme=scheme)
+    qmodel = quantize_model(_between(_by_a_sum), PARAMS, X, scheme=scheme)
     kernel = next(s for s in qmodel.sites if s.name == "a/kernel")
     assert (kernel.op, kernel.inputs, kernel.feeds) == (
         "dense",

@@ -1,4 +1,4 @@
-"""What a simulation computes in integers: calls whose names say how.
+"""Calls that a simulation computes in integers, whose names say how.
 
 A call goes from values on a grid to values on the grid of its site, by the algorithm of
 the integer program. Lowering reads what it computes from its name.
