@@ -48,6 +48,8 @@ def explain_site(scheme: Scheme, site: Site) -> Explanation:
                 is_weight = site.role == "weight"
                 why = site.note or "the output axis" if is_weight else "one scale"
                 reason = f"{reason}: {why}"
+            if field.name == "bits" and scheme.is_widened(site):
+                reason = f"{reason}: normalisations alone read it"
             if field.name == "symmetric" and site.role == "weight":
                 value, reason = True, "weights are symmetric"
             found[field.name] = value, reason

@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qjax.affine import QSpec
 from qjax.calibration.calibrator import Calibrator
 from qjax.calibration.calibrators import min_max
 from qjax.qpoint import Estimator, clipped_ste
+from qjax.quantizers.spec import is_known
 from qjax.schemes import codec
 from qjax.schemes.patterns import Site, Where, check_fields, check_name, no_match
 from qjax.schemes.rules import Constraints, Rule, as_rules, speaks_of_bias
@@ -23,6 +25,8 @@ from qjax.schemes.words import (
     check_site_word,
 )
 from qjax.tables import show, show_fields
+
+NORM_BITS = 16  # Of what normalisations alone read.
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +43,8 @@ class Scheme:
       weights: For kernels. A `QSpec` is taken as symmetric; ranges come from the
         weights themselves. None leaves them in float; `qjax.quantizers.parse` reads a
         string, here and below.
-      activations: For inputs and outputs of blocks.
+      activations: For inputs and outputs of blocks. What normalisations alone read has
+        16 bits at least, unless ``rules`` or ``constraints`` say more.
       rules: The first one that matches a site decides it. Tuples of the arguments of a
         `Rule` are taken for it.
       calibrator: Calibrator that finds the ranges of activations.
@@ -108,7 +113,26 @@ class Scheme:
         rule = self.rule(site)
         if rule is not None:
             return rule.spec
-        return self.weights if site.role == "weight" else self.activations
+        if site.role == "weight":
+            return self.weights
+        return self.activations if not self.is_widened(site) else self._widened()
+
+    def is_widened(self, site: Site) -> bool:
+        """Returns whether a site has the default word of activations in 16 bits.
+
+        Normalisations alone read it, which enlarge what is small, and no demands of a
+        runtime are made.
+        """
+        is_default = self.rule(site) is None and isinstance(self.activations, QSpec)
+        is_free = self.constraints == Constraints() and site.role == "activation"
+        return is_default and is_free and site.feeds == ("norm",) and site.op != "input"
+
+    def _widened(self) -> Word | None:
+        word = self.activations
+        assert isinstance(word, QSpec)
+        known = is_known(word.bits) and np.ndim(word.bits) == 0
+        wide = known and int(np.asarray(word.bits)) >= NORM_BITS
+        return word if wide else dataclasses.replace(word, bits=NORM_BITS)
 
     def bias_spec(self, site: Site) -> Word | None:
         """Returns the word of a bias; None for the grid of its accumulator."""
