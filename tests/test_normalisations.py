@@ -141,9 +141,10 @@ IN_FLOAT = "std", "l1", "largest", "range", "window", "all"  # No integers compu
 @pytest.mark.parametrize("name", BY_HAND)
 def test_quotients_by_hand_are_one_site(name):
     f, is_float = BY_HAND[name], name in IN_FLOAT
-    assert _names(_between(f), PARAMS, X) == (BARE_FLOAT if is_float else BARE)
+    names = lambda f: _names(_between(f), PARAMS, X, whole=is_float)
+    assert names(f) == (BARE_FLOAT if is_float else BARE)
     scaled = lambda h, p: jax.nn.relu(f(h, p) * p["scale"] + p["bias"])
-    assert _names(_between(scaled), PARAMS, X) == (FLOAT if is_float else WHOLE)
+    assert names(scaled) == (FLOAT if is_float else WHOLE)
 
 
 @pytest.mark.parametrize("is_input", [False, True])
@@ -257,9 +258,10 @@ def test_statistics_that_others_read_have_a_site_of_their_own():
         size = jnp.linalg.norm(x, axis=-1, keepdims=True)
         return (x / size) @ p["b"]["kernel"] * size
 
-    names = _names(fn, PARAMS, X)
+    names = _names(fn, PARAMS, X, whole=True)
     assert names[:3] == ["input:0", "norm_0/output", "norm_1/output"]
-    qmodel = quantize_model(fn, PARAMS, X, scheme=Scheme(weights=QSpec(16, axis=-1)))
+    scheme = Scheme(weights=QSpec(16, axis=-1))
+    qmodel = quantize_model(fn, PARAMS, X, scheme=scheme, whole_norms=True)
     qstate = calibrate(qmodel, PARAMS, [X])
     wanted = jax.jit(fn)(PARAMS, X)
     error = np.abs(jax.jit(qmodel.apply)(PARAMS, qstate, X) - wanted)
@@ -283,14 +285,14 @@ def test_values_and_derivatives_are_those_of_float_between_sites():
 
     def reference(p, x):
         grid = lambda site: QParams(by_name[site].scale, by_name[site].zero_point)
-        on = lambda y, site: fake_quant(y, grid(site), spec)
+        on = lambda y, site, spec=spec: fake_quant(y, grid(site), spec)
         kernel = lambda w: fake_quant(w, abs_max_params(w, word), word)
         scale = by_name["input:0"].scale * abs_max_params(p["a"]["kernel"], word).scale
         bias = p["a"]["bias"]
         rounded = jnp.round(bias / scale.reshape(-1)) * scale.reshape(-1)
         bias = bias + lax.stop_gradient(rounded - bias)
         h = on(x, "input:0") @ kernel(p["a"]["kernel"]) + bias
-        h = on(h, "a/output")
+        h = on(h, "a/output", QSpec(16))  # A norm alone reads it.
         h = on(_layer_norm(h, p["norm"]["scale"], p["norm"]["bias"]), "norm/output")
         return on(h @ kernel(p["b"]["kernel"]), "output:0")
 
@@ -317,7 +319,7 @@ def _by_a_sum(h, p):
 
 
 def test_integers_of_a_norm_in_float_are_refused():
-    qmodel = quantize_model(_between(_by_a_sum), PARAMS, X)
+    qmodel = quantize_model(_between(_by_a_sum), PARAMS, X, whole_norms=True)
     qstate = calibrate(qmodel, PARAMS, [X])
     with pytest.raises(ValueError, match="'norm/output' is a normalisation"):
         jax.eval_shape(qmodel.apply_integer, PARAMS, qstate, X)
@@ -336,12 +338,10 @@ def test_a_masked_softmax_calibrates_and_keeps_zeros():
 
 def test_a_layer_norm_costs_less_than_3_decibels_at_16_bits():
     schemes = norm.schemes()
-    for name in ("16 bits before the norm", "and an 8-bit output", "16-bit input"):
-        del schemes[name]
+    del schemes["16-bit input"], schemes["16-bit input, 8-bit output"]
     rows = {row["scheme"]: row["decibels"] for row in norm.compare(16, 4, schemes)}
     assert rows["kernels alone"] - rows["16-bit activations"] < 3
-    # The norm reads codes too, of which small tokens have few.
-    assert abs(rows["8-bit input"] - rows["8-bit input alone"]) < 2
+    assert abs(rows["8-bit input"] - rows["8-bit input alone"]) < 1
 
 
 # Lowering.
@@ -349,7 +349,7 @@ def test_a_layer_norm_costs_less_than_3_decibels_at_16_bits():
 
 def test_one_thing_is_refused_and_the_parts_beside_it_lower():
     fn = _between(_by_a_sum)
-    qmodel = quantize_model(fn, PARAMS, X)
+    qmodel = quantize_model(fn, PARAMS, X, whole_norms=True)
     qstate = calibrate(qmodel, PARAMS, [X])
     with pytest.raises(NotImplementedError, match="normalisation in 'norm'") as error:
         qjax.lower(qmodel, PARAMS, qstate, X)
@@ -419,7 +419,8 @@ def test_group_norm_is_one_site(whole):
 
 def test_a_float_norm_leaves_its_product_without_a_site_of_its_own():
     scheme = Scheme(rules=(Rule("norm/output", None),))
-    qmodel = quantize_model(_between(_by_a_sum), PARAMS, X, scheme=scheme)
+    fn = _between(_by_a_sum)
+    qmodel = quantize_model(fn, PARAMS, X, scheme=scheme, whole_norms=True)
     kernel = next(s for s in qmodel.sites if s.name == "a/kernel")
     assert (kernel.op, kernel.inputs, kernel.feeds) == (
         "dense",

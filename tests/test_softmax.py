@@ -282,18 +282,6 @@ def test_masks_are_read_inside_of_shard_map():
     np.testing.assert_array_equal(jax.jit(inside)(P, X), jax.jit(run)(P, X))
 
 
-@pytest.mark.parametrize("is_added", [False, True])
-def test_a_mask_that_is_an_input_is_refused_by_name(is_added):
-    fn = lambda p, x, m: jax.nn.softmax(
-        x @ p + m if is_added else jnp.where(m, x @ p, -1e9)
-    )
-    mask = np.broadcast_to(ADDED if is_added else EMPTY, X.shape).copy()
-    qmodel = qjax.quantize_model(fn, P, X, mask)
-    qstate = qjax.calibrate(qmodel, P, [(X, mask)])
-    with pytest.raises(NotImplementedError, match="masks that no input changes"):
-        qjax.lower(qmodel, P, qstate, X, mask)
-
-
 def _maximum_of_another_axis(p, x):
     z = x @ p
     e = jnp.exp(z - z.max(1, keepdims=True))

@@ -163,6 +163,10 @@ def _of_kernel(
     return lows, highs, witness
 
 
+# What a simulation computes in integers as well.
+_IN_BOTH = {"softmax": "a softmax", "norm": "a normalisation", "divide": "a quotient"}
+
+
 def _agreement(
     graph: Graph,
     makers: Mapping[int, Node],
@@ -178,9 +182,9 @@ def _agreement(
         return _of_requantizer(graph, makers, node, arrays)
     if node.operation == "embed":
         return _proven(f"rows of a table, {_AT_ANY_SCALE}")
-    if node.operation in ("softmax", "norm", "divide"):
-        what = f"a {node.operation} of integers in the model too, {_AT_ANY_SCALE}"
-        return _proven(what)
+    if node.operation in _IN_BOTH:
+        what = f"{_IN_BOTH[node.operation]} of integers in the model too"
+        return _proven(f"{what}, {_AT_ANY_SCALE}")
     if node.operation == "constant":
         return _proven("a constant, rounded as the model rounds it")
     if node.operation == "compare":

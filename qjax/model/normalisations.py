@@ -356,16 +356,18 @@ class Normalisations:
     def has_rules(self, whole: Whole) -> bool:
         """Returns whether all equations have integer rules with sites of their own."""
         outside = [v for v in whole.reads() if v in self.data]
-        has_rules = all(map(self._has_rule, whole.members.values()))
+        has_rules = all(self._has_rule(e, whole) for e in whole.members.values())
         return has_rules and outside == [whole.source] and not whole.is_masked
 
-    def _has_rule(self, e: Equation) -> bool:
+    def _has_rule(self, e: Equation, whole: Whole) -> bool:
         name, out = e.primitive.name, e.outputs[0]
         data = [v for v in dict.fromkeys(e.inputs) if v in self.data]
         if self.model.is_real(out) and self.model.avals[out].dtype != np.float32:
             return False
         if name == "div" and e.inputs[1] in self.data:
-            return len(data) == 2 or self._size(e.inputs[0]) == 1
+            # The powers of a softmax want more than the codes of a word.
+            is_quotient = len(data) == 2 and whole.kind == NORM
+            return is_quotient or (len(data) == 1 and self._size(e.inputs[0]) == 1)
         if name in AFFINE and len(data) == 1:
             return self._size(data[0]) == self._size(out)
         if name == "select_n":

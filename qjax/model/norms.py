@@ -10,7 +10,7 @@ lines ``a * x + b * mean(x)``, their squares, the moments of a group, roots of t
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,72 +21,29 @@ from qjax.model.blocks import place_of
 from qjax.model.forms import OUTSIDE, FormReader, bound, value_of
 from qjax.model.integer_calls import NormCall
 from qjax.model.kept import whole_of
-from qjax.model.layouts import (
-    MOVES,
-    Digit,
-    Layout,
-    joined,
-    meets,
-    moved,
-    permutation,
-    source_layout,
+from qjax.model.layouts import MOVES, Digit, moved, permutation, source_layout
+from qjax.model.moments import (
+    NEAR,
+    Line,
+    Moments,
+    Normed,
+    Over,
+    Root,
+    at_least,
+    inverse,
+    is_coefficient,
+    line_sum,
+    normed,
+    product,
+    root,
+    summed,
+    times,
 )
 from qjax.model.normalisations import NORM
 from qjax.model.primitives import names
 from qjax.model.trace import Equation, Trace
 
 _SAME = names("keep") - {"sharding_constraint"}
-_NEAR = 1e-6  # Of coefficients, which are float32 numbers.
-
-Over = tuple[Digit, ...] | None
-
-
-class _Line(NamedTuple):
-    """``x * values + mean * (mean of their group)``, perhaps times known numbers."""
-
-    x: float
-    mean: float
-    layout: Layout
-    over: Over = None
-    is_scaled: bool = False
-
-
-class _Square(NamedTuple):
-    """A product of two lines, by its coefficients."""
-
-    xx: float
-    xm: float
-    mm: float
-    layout: Layout
-    over: Over
-
-
-class _Moments(NamedTuple):
-    """``max(square * mean(x^2) + mean * mean(x)^2 + plus, floor)`` of a group."""
-
-    square: float
-    mean: float
-    plus: float
-    floor: float
-    layout: Layout
-    over: Over
-
-
-class _Root(NamedTuple):
-    """A root of moments, or one over it, perhaps times known numbers."""
-
-    moments: _Moments
-    power: int
-    layout: Layout
-    is_scaled: bool = False
-
-
-class _Normed(NamedTuple):
-    """A line over a root, with known factors and summands."""
-
-    line: _Line
-    moments: _Moments
-    layout: Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,16 +99,16 @@ def read_norm(model: Trace, data: set[int], e: Equation) -> NormForm | None:
     if not is_norm or data.intersection(e.inputs[1:]):
         return None
     reader = _NormReader(model, e)
-    found = reader.run(_Line(1.0, 0.0, source_layout(reader.shape)))
-    if not isinstance(found, _Normed):
+    found = reader.run(Line(1.0, 0.0, source_layout(reader.shape)))
+    if not isinstance(found, Normed):
         return None
     line, moments = found.line, found.moments
     order = permutation(found.layout, reader.shape)
     over = None if order is None else _groups(reader.shape, order, moments.over)
-    is_centred = abs(moments.mean + moments.square) <= _NEAR * moments.square
+    is_centred = abs(moments.mean + moments.square) <= NEAR * moments.square
     is_line = line.mean == 0
     if is_centred:
-        is_line = abs(line.mean + line.x) <= _NEAR * abs(line.x)
+        is_line = abs(line.mean + line.x) <= NEAR * abs(line.x)
     fits = moments.square > 0 and (is_centred or moments.mean == 0) and is_line
     numbers = line.x, line.mean, *moments[:3]
     if over is None or not fits or moments.plus < 0 or not np.all(np.isfinite(numbers)):
@@ -206,13 +163,13 @@ class _NormReader(FormReader):
                 if s is not OUTSIDE
             ]
             gain, offset = (any(flags) for flags in zip(*pairs, strict=True))
-            if OUTSIDE in own and isinstance(found, _Line | _Root | _Normed):
+            if OUTSIDE in own and isinstance(found, Line | Root | Normed):
                 is_sum = eqn.primitive.name in ("add", "sub")
                 gain |= not is_sum and getattr(found, "is_scaled", True)
-                offset |= is_sum and isinstance(found, _Normed)
+                offset |= is_sum and isinstance(found, Normed)
             is_negative = eqn.primitive.name == "neg"
             is_negative |= eqn.primitive.name == "sub" and own[0] is OUTSIDE
-            gain |= is_negative and isinstance(found, _Root | _Normed)
+            gain |= is_negative and isinstance(found, Root | Normed)
             self.kinds[eqn.outvars[0]] = gain, offset
         return found
 
@@ -226,31 +183,31 @@ class _NormReader(FormReader):
             layout = moved(eqn, x.layout)
             return None if layout is None else x._replace(layout=layout)
         if name == "reduce_sum":
-            return _summed(x, tuple(int(d) for d in eqn.params["axes"]))
+            return summed(x, tuple(int(d) for d in eqn.params["axes"]))
         if name == "square" or (name == "integer_pow" and eqn.params["y"] == 2):
-            return _product(x, x)
+            return product(x, x)
         if name in ("sqrt", "rsqrt"):
-            return _root(x, 1 if name == "sqrt" else -1)
+            return root(x, 1 if name == "sqrt" else -1)
         if name == "integer_pow" and eqn.params["y"] == -1:
-            return None if getattr(x, "is_scaled", True) else _inverse(x)
+            return None if getattr(x, "is_scaled", True) else inverse(x)
         if name == "pow" and own[1] is OUTSIDE:
             power = self.number(eqn.invars[1])
-            return _root(x, int(2 * power)) if power in (0.5, -0.5) else None
+            return root(x, int(2 * power)) if power in (0.5, -0.5) else None
         if name == "neg":
-            if isinstance(x, _Root):  # No floor goes on: it would be a ceiling.
+            if isinstance(x, Root):  # No floor goes on: it would be a ceiling.
                 return x._replace(is_scaled=True)
-            return x if isinstance(x, _Normed) else _times(x, -1.0)
+            return x if isinstance(x, Normed) else times(x, -1.0)
         if name in ("add", "sub"):
             return self._sum(eqn, own)
         if name == "max" and OUTSIDE in own:
             k = own.index(OUTSIDE)
-            return _at_least(own[1 - k], self.number(eqn.invars[k]))
+            return at_least(own[1 - k], self.number(eqn.invars[k]))
         if name in ("mul", "div"):
             return self._scaled(eqn, own)
         if name == "select_n" and own[0] is OUTSIDE:
             which = self.number(eqn.invars[0])
             found = None if which is None else own[1 + int(which)]
-            return found if isinstance(found, _Moments) else None
+            return found if isinstance(found, Moments) else None
         return None
 
     def _sum(self, eqn: Any, own: list[Any]) -> Any:
@@ -258,21 +215,21 @@ class _NormReader(FormReader):
         if OUTSIDE in own:
             k = own.index(OUTSIDE)
             x, number = own[1 - k], self.number(eqn.invars[k])
-            if isinstance(x, _Normed):
+            if isinstance(x, Normed):
                 return self._beside(eqn, x, 1 - k)
             if number == 0 and (k == 1 or sign > 0):
-                return x if isinstance(x, _Line | _Moments) else None
-            is_plus = isinstance(x, _Moments) and number is not None and k == 1
+                return x if isinstance(x, Line | Moments) else None
+            is_plus = isinstance(x, Moments) and number is not None and k == 1
             if not is_plus:
-                is_plus = isinstance(x, _Moments) and number is not None and sign > 0
+                is_plus = isinstance(x, Moments) and number is not None and sign > 0
             if not is_plus:
                 return None
             plus = sign * number  # type: ignore[operator]
             return x._replace(plus=x.plus + plus, floor=x.floor + plus)
         a, b = own
-        if isinstance(a, _Line) and isinstance(b, _Line):
-            return _line_sum(a, b, sign)
-        if isinstance(a, _Moments) and isinstance(b, _Moments):
+        if isinstance(a, Line) and isinstance(b, Line):
+            return line_sum(a, b, sign)
+        if isinstance(a, Moments) and isinstance(b, Moments):
             same = a.layout == b.layout and a.over == b.over
             if not same or a.floor > 0 or b.floor > 0:
                 return None
@@ -288,23 +245,23 @@ class _NormReader(FormReader):
         is_quotient = eqn.primitive.name == "div"
         a, b = own
         if OUTSIDE not in own:
-            if isinstance(b, _Root) and isinstance(a, _Line):
-                return _normed(a, b, 1 if is_quotient else -1)
-            if isinstance(a, _Root) and isinstance(b, _Line) and not is_quotient:
-                return _normed(b, a, -1)
-            return None if is_quotient else _product(a, b)
+            if isinstance(b, Root) and isinstance(a, Line):
+                return normed(a, b, 1 if is_quotient else -1)
+            if isinstance(a, Root) and isinstance(b, Line) and not is_quotient:
+                return normed(b, a, -1)
+            return None if is_quotient else product(a, b)
         k = own.index(OUTSIDE)
         x, number = own[1 - k], self.number(eqn.invars[k])
         if is_quotient and k == 0:
-            found = _inverse(x)
+            found = inverse(x)
             return (
                 found if found is None or number == 1 else self._beside(eqn, found, 1)
             )
-        if isinstance(x, _Root | _Normed):
+        if isinstance(x, Root | Normed):
             return self._beside(eqn, x, 1 - k)
-        if _is_coefficient(number):
-            return _times(x, 1 / number if is_quotient else number)
-        return self._beside(eqn, x, 1 - k) if isinstance(x, _Line) else None
+        if is_coefficient(number):
+            return times(x, 1 / number if is_quotient else number)
+        return self._beside(eqn, x, 1 - k) if isinstance(x, Line) else None
 
     def _beside(self, eqn: Any, x: Any, at: int) -> Any:
         """Returns a symbol with a known value by place beside it."""
@@ -316,7 +273,7 @@ class _NormReader(FormReader):
             for axis, n, m in zip(x.layout, own, out, strict=True)
         )
         x = x._replace(layout=layout)
-        is_scaled = isinstance(x, _Line | _Root)
+        is_scaled = isinstance(x, Line | Root)
         return x._replace(is_scaled=True) if is_scaled else x
 
     # Known factors and summands, for operands of the call.
@@ -351,7 +308,7 @@ class _NormReader(FormReader):
             (x,) = (x for x in known if x is not None) if name != "neg" else (known[0],)
             if name == "neg":
                 x = jax.numpy.float32(1) if x is None else x
-                return x if isinstance(own[0], _Line) else -x
+                return x if isinstance(own[0], Line) else -x
             if name in MOVES:
                 x = lax.broadcast_in_dim(x, eqn.invars[0].aval.shape, range(np.ndim(x)))
                 return bound(eqn, [x])[0]
@@ -378,18 +335,14 @@ class _NormReader(FormReader):
             if is_minuend:
                 return other - x
             return x + other if name == "add" else x - other
-        is_line = isinstance(own[1 - k], _Line)
-        if is_line and _is_coefficient(self.number(eqn.invars[k])):
+        is_line = isinstance(own[1 - k], Line)
+        if is_line and is_coefficient(self.number(eqn.invars[k])):
             return x  # In the coefficients of the line.
         if name == "mul":
             return other if x is None else _times_exactly(x, other)
         if k == 0:
             return other if x is None else _quotient(other, x)
         return _quotient(1.0 if x is None else x, other)
-
-
-def _is_coefficient(number: float | None) -> TypeGuard[float]:
-    return number is not None and number != 0 and bool(np.isfinite(number))
 
 
 def _times_exactly(a: Any, b: Any) -> Any:
@@ -404,128 +357,3 @@ def _quotient(a: Any, b: Any) -> Any:
 
 def _divided(a: jax.Array, b: jax.Array) -> jax.Array:
     return a / lax.optimization_barrier(b)
-
-
-def _same_over(a: Over, b: Over) -> bool:
-    return a is None or b is None or a == b
-
-
-def _summed(x: Any, axes: tuple[int, ...]) -> Any:
-    """Returns the mean of lines, or the moments of squares, times their number."""
-    if not isinstance(x, _Line | _Square):
-        return None
-    over = tuple(digit for d in axes for digit in x.layout[d])
-    if not over or any(digit.axis is None for digit in over):
-        return None
-    over = joined(over)
-    kept = tuple(axis for d, axis in enumerate(x.layout) if d not in axes)
-    count = math.prod(digit.size for digit in over)
-    if not _same_over(x.over, over):
-        return None
-    if isinstance(x, _Line):
-        if not x.x or x.is_scaled:
-            return None
-        return _Line(0.0, count * (x.x + x.mean), kept, over)
-    mean = count * (x.xm + x.mm)
-    return _Moments(count * x.xx, mean, 0.0, -math.inf, kept, over)
-
-
-def _product(a: Any, b: Any) -> Any:
-    """Returns a product of two lines: of means alone, moments."""
-    if not (isinstance(a, _Line) and isinstance(b, _Line)):
-        return None
-    if a.is_scaled or b.is_scaled or not _same_over(a.over, b.over):
-        return None
-    over = a.over or b.over
-    if not a.x and not b.x:
-        if a.layout != b.layout or over is None:
-            return None
-        return _Moments(0.0, a.mean * b.mean, 0.0, -math.inf, a.layout, over)
-    layout = _together(a, b)
-    if layout is None:
-        return None
-    mixed = a.x * b.mean + a.mean * b.x
-    return _Square(a.x * b.x, mixed, a.mean * b.mean, layout, over)
-
-
-def _together(a: _Line, b: _Line) -> Layout | None:
-    """Returns the layout of what is computed of two lines; None if they do not meet."""
-    if a.x and b.x:
-        return a.layout if a.layout == b.layout else None
-    values, means = (a, b) if a.x else (b, a)
-    over = values.over or means.over
-    fits = over is not None and meets(values.layout, means.layout, over)
-    return values.layout if fits else None
-
-
-def _line_sum(a: _Line, b: _Line, sign: float) -> _Line | None:
-    if a.is_scaled or b.is_scaled or not _same_over(a.over, b.over):
-        return None
-    if a.x or b.x:
-        layout = _together(a, b)
-    else:
-        layout = a.layout if a.layout == b.layout else None
-    if layout is None:
-        return None
-    return _Line(a.x + sign * b.x, a.mean + sign * b.mean, layout, a.over or b.over)
-
-
-def _times(x: Any, number: float) -> Any:
-    """Returns a symbol times a number that is not 0."""
-    if isinstance(x, _Line):
-        return x._replace(x=x.x * number, mean=x.mean * number)
-    if isinstance(x, _Square):
-        return x._replace(xx=x.xx * number, xm=x.xm * number, mm=x.mm * number)
-    if isinstance(x, _Moments):
-        if number < 0 and x.floor > -math.inf:
-            return None
-        return x._replace(
-            square=x.square * number,
-            mean=x.mean * number,
-            plus=x.plus * number,
-            floor=x.floor * number if x.floor > -math.inf else x.floor,
-        )
-    return None
-
-
-def _is_positive(x: _Moments) -> bool:
-    """Returns whether moments are not negative by what they are."""
-    return x.square >= 0 and x.square + x.mean >= -_NEAR * x.square and x.plus >= 0
-
-
-def _at_least(x: Any, number: float | None) -> Any:
-    """Returns moments, or a root of them, of at least a number."""
-    if number is None:
-        return None
-    if isinstance(x, _Moments):
-        if number <= 0 and _is_positive(x):
-            return x
-        return x._replace(floor=max(x.floor, number)) if number > 0 else None
-    if isinstance(x, _Root) and x.power == 1 and not x.is_scaled:
-        if number <= 0:
-            return x
-        floor = max(x.moments.floor, number**2)
-        return x._replace(moments=x.moments._replace(floor=floor))
-    return None
-
-
-def _root(x: Any, power: int) -> _Root | None:
-    if not isinstance(x, _Moments) or not _is_positive(x):
-        return None
-    return _Root(x, power, x.layout)
-
-
-def _inverse(x: Any) -> _Root | None:
-    return x._replace(power=-x.power) if isinstance(x, _Root) else None
-
-
-def _normed(line: _Line, root: _Root, power: int) -> _Normed | None:
-    """Returns a line over a root, which is one over itself if ``power`` is -1."""
-    moments = root.moments
-    fits = root.power == power and bool(line.x)
-    if not fits or moments.over is None or not _same_over(line.over, moments.over):
-        return None
-    layout = root.layout
-    if not meets(line.layout, layout, moments.over):
-        return None
-    return _Normed(line, moments, line.layout)

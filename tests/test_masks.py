@@ -1,0 +1,189 @@
+"""Masks of softmaxes that are inputs: bool, made of inputs, or added; what is none."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import qjax
+from qjax import QSpec, Rule, Scheme
+from tests.oracles import assert_equals_oracle
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(0, 2, (6, 5, 8)).astype(np.float32)
+P = RNG.normal(0, 0.4, (8, 8)).astype(np.float32)
+KEPT = RNG.random((6, 5)) > 0.4
+KEPT[:, 0] = True
+PAST = np.tril(np.ones((5, 5), bool))
+
+
+def _scores(p, x):
+    return jnp.einsum("bnc,bmc->bnm", x @ p, x) / 2
+
+
+def _attend(p, x, mask, attend=jax.nn.dot_product_attention, **options):
+    heads = lambda y: y.reshape(-1, 5, 2, 4)
+    return attend(heads(x @ p), heads(x), heads(x), mask=mask, **options)
+
+
+def _twice(p, x, m):
+    h = jnp.einsum("bnm,bmc->bnc", jax.nn.softmax(_scores(p, x) + m[:, None]), x)
+    return jax.nn.softmax(_scores(p, h) + m[:, None])
+
+
+ADDED = np.where(KEPT, 0, -1e9).astype(np.float32)
+FORMS = {
+    "select": (
+        lambda p, x, m: jax.nn.softmax(jnp.where(m[:, None], _scores(p, x), -1e9)),
+        KEPT,
+    ),
+    "select the rest": (
+        lambda p, x, m: nnx.softmax(jnp.where(~m[:, None], -jnp.inf, _scores(p, x))),
+        KEPT,
+    ),
+    "where": (
+        lambda p, x, m: jax.nn.softmax(_scores(p, x), where=m[:, None]),
+        KEPT,
+    ),
+    "attention": (lambda p, x, m: _attend(p, x, m[:, None, None]), KEPT),
+    "causal too": (
+        lambda p, x, m: _attend(p, x, m[:, None, None], is_causal=True),
+        KEPT,
+    ),
+    "pairs": (
+        lambda p, x, m: _attend(
+            p, x, nn.make_attention_mask(m, m), nn.dot_product_attention
+        ),
+        KEPT,
+    ),
+    "times a number": (
+        lambda p, x, m: jax.nn.softmax(
+            _scores(p, x) + ((1 - m.astype(jnp.float32)) * -1e9)[:, None]
+        ),
+        KEPT,
+    ),
+    "compared": (
+        lambda p, x, m: jax.nn.softmax(
+            _scores(p, x) + jnp.where(m > 0, 0.0, -1e4)[:, None]
+        ),
+        KEPT.astype(np.uint8),
+    ),
+    "added": (lambda p, x, m: jax.nn.softmax(_scores(p, x) + m[:, None]), ADDED),
+    "added twice": (_twice, ADDED),
+}
+POWERS = Scheme(QSpec(8, power_of_two=True), QSpec(8, power_of_two=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_masks_that_are_inputs_ship_and_widen_no_range(form):
+    fn, mask = FORMS[form]
+    scheme = POWERS if form in ("added", "pairs") else Scheme()
+    qmodel = qjax.quantize_model(fn, P, X, mask, scheme=scheme)
+    assert "input:1" not in [site.name for site in qmodel.sites]
+    qstate = qjax.calibrate(qmodel, P, [(X, mask)])
+    found = np.asarray(qmodel.apply(P, qstate, X, mask))
+    wanted = np.asarray(jax.jit(fn)(P, X, mask))
+    assert np.sum(wanted**2) > 300 * np.sum((found - wanted) ** 2)
+    program = qjax.lower(qmodel, P, qstate, X, mask)
+    assert program.graph.nodes[-1].operation != "divide"
+    report = qjax.verify(program, qmodel, P, qstate, X, mask)
+    sites = {s: row for s, row in report.sites.items() if s.startswith("softmax")}
+    assert all(row.equal == row.codes for row in sites.values())
+    assert_equals_oracle(program, X, mask)
+    shipped = np.asarray(program(X, mask))
+    np.testing.assert_array_equal(qmodel.apply_integer(P, qstate, X, mask), shipped)
+    other = X[::-1].copy(), np.roll(mask, 1, 0)
+    if scheme is POWERS:
+        np.testing.assert_array_equal(qmodel.apply(P, qstate, *other), program(*other))
+    assert_equals_oracle(program, *other)
+
+
+def test_what_is_added_and_no_mask_is_met_by_calibration():
+    fn, _ = FORMS["added"]
+    bias = RNG.normal(size=(6, 5)).astype(np.float32)
+    qmodel = qjax.quantize_model(fn, P, X, bias)
+    with pytest.raises(qjax.CalibrationError, match="as a mask, and has other"):
+        qjax.calibrate(qmodel, P, [(X, bias)])
+    # Both remedies.
+    other = lambda p, x, m: jax.nn.softmax(_scores(p, x) + m[:, None] * 1.0)
+    qmodel = qjax.quantize_model(other, P, X, bias)
+    qstate = qjax.calibrate(qmodel, P, [(X, bias)])
+    program = qjax.lower(qmodel, P, qstate, X, bias)
+    assert np.max(np.abs(program(X, bias) - other(P, X, bias))) < 0.2
+    fn, mask = FORMS["select"]
+    qjax.calibrate(qjax.quantize_model(fn, P, X, mask), P, [(X, mask)])
+
+
+def test_a_mask_of_integers_that_are_no_truth_values_is_refused():
+    fn, mask = FORMS["times a number"]
+    mask = mask.astype(np.int8)
+    qmodel = qjax.quantize_model(fn, P, X, mask)
+    qstate = qjax.calibrate(qmodel, P, [(X, mask)])
+    with pytest.raises(ValueError, match="Pass the mask as truth values"):
+        qjax.lower(qmodel, P, qstate, X, mask)
+
+
+def test_a_mask_made_of_real_inputs_stays_float_and_is_refused():
+    fn, mask = FORMS["times a number"]
+    mask = mask.astype(np.float32)
+    qmodel = qjax.quantize_model(fn, P, X, mask)
+    qstate = qjax.calibrate(qmodel, P, [(X, mask)])
+    found = np.asarray(qmodel.apply(P, qstate, X, mask))
+    assert np.max(np.abs(found - fn(P, X, mask))) < 0.2
+    with pytest.raises(NotImplementedError, match="inputs of dtype bool"):
+        qjax.lower(qmodel, P, qstate, X, mask)
+
+
+@pytest.mark.parametrize("is_norm", [False, True])
+def test_a_sum_of_bytes_in_16_bits_is_not_read_as_bytes(is_norm):
+    def fn(p, x):
+        h = jnp.tanh(x @ p) + x
+        return jax.nn.standardize(h) if is_norm else jax.nn.softmax(h)
+
+    scheme = Scheme(rules=[Rule("residual_0/output", QSpec(16))])
+    qmodel = qjax.quantize_model(fn, P, X, scheme=scheme)
+    qstate = qjax.calibrate(qmodel, P, [X])
+    wanted = np.asarray(jax.jit(fn)(P, X))
+    found = np.asarray(qmodel.apply(P, qstate, X))
+    assert np.sum(wanted**2) > 1e3 * np.sum((found - wanted) ** 2)
+    np.testing.assert_array_equal(qjax.lower(qmodel, P, qstate, X)(X), found)
+
+
+Q = RNG.normal(0, 2, (4, 5, 3, 8)).astype(np.float32)
+CHOSEN = RNG.random((5, 3, 8)) > 0.3
+TURNED = {
+    "vmap": lambda x: jax.vmap(jax.nn.softmax, 1)(x),
+    "vmap back": lambda x: jax.vmap(jax.nn.softmax, 2, 2)(x),
+    "masked before": lambda x: jax.nn.softmax(
+        jnp.swapaxes(jnp.where(CHOSEN, x, -1e9), 1, 2)
+    ),
+    "masked between": lambda x: jnp.swapaxes(
+        jax.nn.softmax(
+            jnp.where(np.swapaxes(CHOSEN, 0, 1), jnp.swapaxes(x, 1, 2), -1e9)
+        ),
+        1,
+        2,
+    ),
+    "attention": lambda x: jax.nn.dot_product_attention(x, x, x),
+    "joined axes": lambda x: jax.nn.softmax(x.reshape(len(x), 5, 24)),
+    "of a mean": lambda x: jax.nn.softmax(x.mean((1, 2))),
+}
+
+
+@pytest.mark.parametrize("form", TURNED)
+def test_softmaxes_of_turned_values(form):
+    fn = lambda p, x: TURNED[form](x)
+    qmodel = qjax.quantize_model(fn, (), Q)
+    qstate = qjax.calibrate(qmodel, (), [Q])
+    program = qjax.lower(qmodel, (), qstate, Q)
+    assert [n.operation for n in program.graph.nodes].count("softmax") == 1
+    assert_equals_oracle(program, Q[:2])
+    report = qjax.verify(program, qmodel, (), qstate, Q)
+    site = next(s for s in report.sites if s.startswith(("softmax", "output")))
+    assert report.sites[site].equal == report.sites[site].codes
+    np.testing.assert_array_equal(qmodel.apply_integer((), qstate, Q), program(Q))
+    wanted = np.asarray(fn((), Q))
+    error = np.asarray(program(Q)) - wanted
+    assert np.sum(wanted**2) > 200 * np.sum(error**2)
