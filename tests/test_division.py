@@ -109,7 +109,10 @@ def test_derivatives_are_those_of_the_quotient():
     scheme = Scheme(activations=QSpec(16))
     qmodel = qjax.quantize_model(fn, P, X, scheme=scheme)
     qstate = qjax.calibrate(qmodel, P, [X])
-    slope = lambda f: jax.grad(lambda p: jnp.sum(f(p) ** 2))(P)
+    y = np.asarray(fn(P, X))
+    inside = lambda v: np.abs(v) < 0.98 * np.abs(v).max()  # What does not saturate.
+    dy = np.where(inside(y) & inside(X @ P), y, 0)
+    slope = lambda f: np.asarray(jax.grad(lambda p: jnp.sum(f(p) * dy))(P))
     found, wanted = (
         slope(lambda p: qmodel.apply(p, qstate, X)),
         slope(lambda p: fn(p, X)),
@@ -118,7 +121,7 @@ def test_derivatives_are_those_of_the_quotient():
 
 
 def test_a_quotient_of_wide_codes_is_refused():
-    fn = lambda p, x: (x @ p) / jnp.maximum(x[..., ::-1], 3.0)
+    fn = lambda p, x: (x @ p) / (x @ p.T)
     qmodel = qjax.quantize_model(fn, P, X, scheme=Scheme(QSpec(8), QSpec(20)))
     qstate = qjax.calibrate(qmodel, P, [X])
     with pytest.raises(ValueError, match="at most 16 bits"):

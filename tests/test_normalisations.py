@@ -209,7 +209,10 @@ def _two_norms(h, p):
 NEIGHBOURS = {
     "two norms of one product": (
         _between(_two_norms),
-        ["a/output", "norm_0/output", "norm_1/output", "residual_0/output"],
+        [
+            *("a/output", "norm_0/output", "abs_0/output", "sum_0/output"),
+            *("div_0/output", "residual_0/output"),
+        ],
     ),
     "a residual sum keeps its site": (
         _between(lambda h, p: _l2(h + h @ p["scale"][:, None])),
