@@ -508,7 +508,7 @@ def test_a_program_with_a_norm_is_saved(tmp_path):
     program.save(tmp_path / "norm.qjax")
     again = qjax.load(tmp_path / "norm.qjax")
     np.testing.assert_array_equal(again(IMAGES[:2]), program(IMAGES[:2]))
-    assert "a norm of integers" in str(program.report())
+    assert "a normalisation of integers" in str(program.report())
 
 
 def test_norms_are_the_same_inside_of_shard_map():

@@ -15,7 +15,7 @@ NEAR = 1e-6  # Of coefficients, which are float32 numbers.
 Over = tuple[Digit, ...] | None
 
 
-class Line(NamedTuple):
+class GroupLine(NamedTuple):
     """``x * values + mean * (mean of their group)``, perhaps times known numbers."""
 
     x: float
@@ -58,7 +58,7 @@ class Root(NamedTuple):
 class Normed(NamedTuple):
     """A line over a root, with known factors and summands."""
 
-    line: Line
+    line: GroupLine
     moments: Moments
     layout: Layout
 
@@ -75,7 +75,7 @@ def same_over(a: Over, b: Over) -> bool:
 
 def summed(x: Any, axes: tuple[int, ...]) -> Any:
     """Returns the mean of lines, or the moments of squares, times their number."""
-    if not isinstance(x, Line | Square):
+    if not isinstance(x, GroupLine | Square):
         return None
     over = tuple(digit for d in axes for digit in x.layout[d])
     if not over or any(digit.axis is None for digit in over):
@@ -85,17 +85,17 @@ def summed(x: Any, axes: tuple[int, ...]) -> Any:
     count = math.prod(digit.size for digit in over)
     if not same_over(x.over, over):
         return None
-    if isinstance(x, Line):
+    if isinstance(x, GroupLine):
         if not x.x or x.is_scaled:
             return None
-        return Line(0.0, count * (x.x + x.mean), kept, over)
+        return GroupLine(0.0, count * (x.x + x.mean), kept, over)
     mean = count * (x.xm + x.mm)
     return Moments(count * x.xx, mean, 0.0, -math.inf, kept, over)
 
 
 def product(a: Any, b: Any) -> Any:
     """Returns a product of two lines: of means alone, moments."""
-    if not (isinstance(a, Line) and isinstance(b, Line)):
+    if not (isinstance(a, GroupLine) and isinstance(b, GroupLine)):
         return None
     if a.is_scaled or b.is_scaled or not same_over(a.over, b.over):
         return None
@@ -111,7 +111,7 @@ def product(a: Any, b: Any) -> Any:
     return Square(a.x * b.x, mixed, a.mean * b.mean, layout, over)
 
 
-def together(a: Line, b: Line) -> Layout | None:
+def together(a: GroupLine, b: GroupLine) -> Layout | None:
     """Returns the layout of what is computed of two lines; None if they do not meet."""
     if a.x and b.x:
         return a.layout if a.layout == b.layout else None
@@ -121,7 +121,7 @@ def together(a: Line, b: Line) -> Layout | None:
     return values.layout if fits else None
 
 
-def line_sum(a: Line, b: Line, sign: float) -> Line | None:
+def line_sum(a: GroupLine, b: GroupLine, sign: float) -> GroupLine | None:
     """Returns the sum or difference of two lines; None if they do not meet."""
     if a.is_scaled or b.is_scaled or not same_over(a.over, b.over):
         return None
@@ -131,12 +131,12 @@ def line_sum(a: Line, b: Line, sign: float) -> Line | None:
         layout = a.layout if a.layout == b.layout else None
     if layout is None:
         return None
-    return Line(a.x + sign * b.x, a.mean + sign * b.mean, layout, a.over or b.over)
+    return GroupLine(a.x + sign * b.x, a.mean + sign * b.mean, layout, a.over or b.over)
 
 
 def times(x: Any, number: float) -> Any:
     """Returns a symbol times a number that is not 0."""
-    if isinstance(x, Line):
+    if isinstance(x, GroupLine):
         return x._replace(x=x.x * number, mean=x.mean * number)
     if isinstance(x, Square):
         return x._replace(xx=x.xx * number, xm=x.xm * number, mm=x.mm * number)
@@ -185,7 +185,7 @@ def inverse(x: Any) -> Root | None:
     return x._replace(power=-x.power) if isinstance(x, Root) else None
 
 
-def normed(line: Line, root: Root, power: int) -> Normed | None:
+def normed(line: GroupLine, root: Root, power: int) -> Normed | None:
     """Returns a line over a root, which is one over itself if ``power`` is -1."""
     moments = root.moments
     fits = root.power == power and bool(line.x)

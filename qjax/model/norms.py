@@ -24,7 +24,7 @@ from qjax.model.kept import whole_of
 from qjax.model.layouts import MOVES, Digit, moved, permutation, source_layout
 from qjax.model.moments import (
     NEAR,
-    Line,
+    GroupLine,
     Moments,
     Normed,
     Over,
@@ -99,7 +99,7 @@ def read_norm(model: Trace, data: set[int], e: Equation) -> NormForm | None:
     if not is_norm or data.intersection(e.inputs[1:]):
         return None
     reader = _NormReader(model, e)
-    found = reader.run(Line(1.0, 0.0, source_layout(reader.shape)))
+    found = reader.run(GroupLine(1.0, 0.0, source_layout(reader.shape)))
     if not isinstance(found, Normed):
         return None
     line, moments = found.line, found.moments
@@ -163,7 +163,7 @@ class _NormReader(FormReader):
                 if s is not OUTSIDE
             ]
             gain, offset = (any(flags) for flags in zip(*pairs, strict=True))
-            if OUTSIDE in own and isinstance(found, Line | Root | Normed):
+            if OUTSIDE in own and isinstance(found, GroupLine | Root | Normed):
                 is_sum = eqn.primitive.name in ("add", "sub")
                 gain |= not is_sum and getattr(found, "is_scaled", True)
                 offset |= is_sum and isinstance(found, Normed)
@@ -218,7 +218,7 @@ class _NormReader(FormReader):
             if isinstance(x, Normed):
                 return self._beside(eqn, x, 1 - k)
             if number == 0 and (k == 1 or sign > 0):
-                return x if isinstance(x, Line | Moments) else None
+                return x if isinstance(x, GroupLine | Moments) else None
             is_plus = isinstance(x, Moments) and number is not None and k == 1
             if not is_plus:
                 is_plus = isinstance(x, Moments) and number is not None and sign > 0
@@ -227,7 +227,7 @@ class _NormReader(FormReader):
             plus = sign * number  # type: ignore[operator]
             return x._replace(plus=x.plus + plus, floor=x.floor + plus)
         a, b = own
-        if isinstance(a, Line) and isinstance(b, Line):
+        if isinstance(a, GroupLine) and isinstance(b, GroupLine):
             return line_sum(a, b, sign)
         if isinstance(a, Moments) and isinstance(b, Moments):
             same = a.layout == b.layout and a.over == b.over
@@ -245,9 +245,9 @@ class _NormReader(FormReader):
         is_quotient = eqn.primitive.name == "div"
         a, b = own
         if OUTSIDE not in own:
-            if isinstance(b, Root) and isinstance(a, Line):
+            if isinstance(b, Root) and isinstance(a, GroupLine):
                 return normed(a, b, 1 if is_quotient else -1)
-            if isinstance(a, Root) and isinstance(b, Line) and not is_quotient:
+            if isinstance(a, Root) and isinstance(b, GroupLine) and not is_quotient:
                 return normed(b, a, -1)
             return None if is_quotient else product(a, b)
         k = own.index(OUTSIDE)
@@ -261,7 +261,7 @@ class _NormReader(FormReader):
             return self._beside(eqn, x, 1 - k)
         if is_coefficient(number):
             return times(x, 1 / number if is_quotient else number)
-        return self._beside(eqn, x, 1 - k) if isinstance(x, Line) else None
+        return self._beside(eqn, x, 1 - k) if isinstance(x, GroupLine) else None
 
     def _beside(self, eqn: Any, x: Any, at: int) -> Any:
         """Returns a symbol with a known value by place beside it."""
@@ -273,7 +273,7 @@ class _NormReader(FormReader):
             for axis, n, m in zip(x.layout, own, out, strict=True)
         )
         x = x._replace(layout=layout)
-        is_scaled = isinstance(x, Line | Root)
+        is_scaled = isinstance(x, GroupLine | Root)
         return x._replace(is_scaled=True) if is_scaled else x
 
     # Known factors and summands, for operands of the call.
@@ -308,7 +308,7 @@ class _NormReader(FormReader):
             (x,) = (x for x in known if x is not None) if name != "neg" else (known[0],)
             if name == "neg":
                 x = jax.numpy.float32(1) if x is None else x
-                return x if isinstance(own[0], Line) else -x
+                return x if isinstance(own[0], GroupLine) else -x
             if name in MOVES:
                 x = lax.broadcast_in_dim(x, eqn.invars[0].aval.shape, range(np.ndim(x)))
                 return bound(eqn, [x])[0]
@@ -335,7 +335,7 @@ class _NormReader(FormReader):
             if is_minuend:
                 return other - x
             return x + other if name == "add" else x - other
-        is_line = isinstance(own[1 - k], Line)
+        is_line = isinstance(own[1 - k], GroupLine)
         if is_line and is_coefficient(self.number(eqn.invars[k])):
             return x  # In the coefficients of the line.
         if name == "mul":
