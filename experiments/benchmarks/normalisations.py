@@ -13,7 +13,7 @@ warm-up: rows of 1,000, attention's scores with and without a causal mask, token
     LayerNorm 4096x256        750        1566   2.09
     RMSNorm 4096x256          730        1455   1.99
 
-(2 cores, JAX 0.10.2; another run had 1.58 to 2.36; no code differs from float64's here.)
+(2 cores, JAX 0.10.2; another run had 1.58 to 2.36; no code differs from float64)
 """
 
 import dataclasses
