@@ -64,6 +64,10 @@ FORMS = {
         ),
         KEPT,
     ),
+    "times a real number": (
+        lambda p, x, m: _twice(p, x, (1 - m) * -1e9),
+        KEPT.astype(np.float32),
+    ),
     "compared": (
         lambda p, x, m: jax.nn.softmax(
             _scores(p, x) + jnp.where(m > 0, 0.0, -1e4)[:, None]
@@ -125,15 +129,23 @@ def test_a_mask_of_integers_that_are_no_truth_values_is_refused():
         qjax.lower(qmodel, P, qstate, X, mask)
 
 
-def test_a_mask_made_of_real_inputs_stays_float_and_is_refused():
-    fn, mask = FORMS["times a number"]
-    mask = mask.astype(np.float32)
-    qmodel = qjax.quantize_model(fn, P, X, mask)
-    qstate = qjax.calibrate(qmodel, P, [(X, mask)])
-    found = np.asarray(qmodel.apply(P, qstate, X, mask))
-    assert np.max(np.abs(found - fn(P, X, mask))) < 0.2
-    with pytest.raises(NotImplementedError, match="inputs of dtype bool"):
-        qjax.lower(qmodel, P, qstate, X, mask)
+def _of_tokens(p, t):
+    x = p["table"][t]
+    return jax.nn.softmax(jnp.where((t != 0)[:, None], _scores(p["kernel"], x), -1e9))
+
+
+def test_integers_choose_rows_and_mask():
+    params = {"table": RNG.normal(size=(16, 8)).astype(np.float32), "kernel": P}
+    tokens = np.where(KEPT, RNG.integers(1, 16, KEPT.shape), 0).astype(np.int32)
+    qmodel = qjax.quantize_model(_of_tokens, params, tokens)
+    qstate = qjax.calibrate(qmodel, params, [tokens])
+    program = qjax.lower(qmodel, params, qstate, tokens)
+    shipped = np.asarray(program(tokens))
+    np.testing.assert_array_equal(qmodel.apply_integer(params, qstate, tokens), shipped)
+    assert np.all(shipped[np.broadcast_to(~KEPT[:, None], shipped.shape)] == 0)
+    assert_equals_oracle(program, tokens[:2])
+    with pytest.raises(ValueError, match="input 0"):
+        program(tokens + 16)  # No row, so that nothing is known of its mask.
 
 
 @pytest.mark.parametrize("is_norm", [False, True])

@@ -1,5 +1,7 @@
 """Integer inputs of the program as codes."""
 
+import dataclasses
+
 import numpy as np
 
 from qjax.graph.graph import Grid
@@ -33,6 +35,11 @@ def raw(
     k = x.input
     assert k is not None
     v, ends = trace.inputs[k], integer_range(trace, x)
+    if k not in builder.raw and (rows := _as_rows(builder, k)) is not None:
+        value, *ends_ = rows
+        builder.raw[k] = _codes(e, trace, v, value, *ends_)
+    if k in builder.raw:
+        ends = builder.raw[k].low, builder.raw[k].high
     if ends is None or ends[1] - ends[0] >= MOST_RANGE:
         raise ValueError(
             f"{at_start(x.source)} goes through integer arithmetic before it is "
@@ -44,17 +51,8 @@ def raw(
         raise InputTwiceError(e, trace, x)
     if k not in builder.raw:
         value = builder.add_value(trace.shape(v), *ends, Grid(1.0, 0))
-        dtype = str(trace.avals[v].dtype)
         builder.inputs[k] = value
-        low, high = ends
-        builder.raw[k] = Integers(
-            value=value,
-            scale=np.ones(()),
-            low=low,
-            high=high,
-            place=e.place,
-            dtype=dtype,
-        )
+        builder.raw[k] = _codes(e, trace, v, value, *ends)
     codes: Abstract = builder.raw[k]
     codes = move_again(builder, x, trace, codes)
     assert isinstance(codes, Integers)
@@ -62,6 +60,33 @@ def raw(
     known = {u: np.reshape(n, (1,) * rank) for u, n in x.known.items()}
     end = e.inputs[0] if end is None else end
     return Curve(codes, {v: codes}, known, x.steps, end, place=e.place)
+
+
+def _as_rows(builder: Builder, k: int) -> tuple[int, int, int] | None:
+    """Returns an input that chooses rows of a table already, and its range; or None.
+
+    It takes no other integers then.
+    """
+    if k not in builder.rows:
+        return None
+    value = builder.inputs[k]
+    own = dataclasses.replace(builder.values[value], is_place=True)
+    builder.values[value] = own
+    return value, own.low, own.high
+
+
+def _codes(
+    e: Equation, trace: Trace, v: int, value: int, low: int, high: int
+) -> Integers:
+    """Returns integers that are their own codes."""
+    return Integers(
+        value=value,
+        scale=np.ones(()),
+        low=low,
+        high=high,
+        place=e.place,
+        dtype=str(trace.avals[v].dtype),
+    )
 
 
 def as_codes(builder: Builder, e: Equation, trace: Trace, x: Real) -> Abstract:

@@ -278,6 +278,7 @@ class Builder(GraphBuilder):
         self._buffer_bits = dict(buffer_bits or {})
         self.inputs: dict[int, int] = {}  # Input of the program -> value.
         self.raw: dict[int, Integers] = {}  # Integer input -> itself, as codes.
+        self.rows: set[int] = set()  # Inputs that choose rows of a table.
         self.is_raw = frozenset(is_raw)
         self.types: dict[int, Any] = {}  # Value of the trace -> its dtype.
 

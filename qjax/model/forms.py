@@ -8,7 +8,7 @@ import jax.extend.core as jex
 import numpy as np
 
 from qjax.mesh_axes import aligned
-from qjax.model.primitives import names
+from qjax.model.primitives import AFFINE, names
 from qjax.model.trace import Equation, Trace, evaluate, is_key
 
 _MOVES = names("axes", "keep")
@@ -111,15 +111,22 @@ class FormReader:
         return found
 
     def is_input(self, v: Any) -> bool:
-        """Returns whether moves alone make a value of a real input of the model."""
+        """Returns whether a value is a real input of the model, moved or rescaled."""
         while True:
             v = self.outer.get(v, v)
             e = self.makers.get(v)
             if e is None:
                 return v in self.model.inputs and self.model.is_real(v)
-            if e.primitive.name not in _MOVES:
+            own = list(_operands(e))
+            if e.primitive.name in AFFINE:
+                others = [u for u in own if self.number(u) is not None]
+                own = [u for u in own if u not in others]
+                is_divided = e.primitive.name == "div" and _operands(e)[1] in own
+                if len(own) != 1 or is_divided:
+                    return False
+            elif e.primitive.name not in _MOVES:
                 return False
-            v = _operands(e)[0]
+            v = own[0]
 
     def _leaves(self, v: Any) -> set[Any]:
         """Returns what a value is made of that no equation makes."""

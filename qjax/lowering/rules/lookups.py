@@ -198,6 +198,7 @@ def _place_input(
         shape = trace.shape(trace.inputs[k])
         value = builder.add_value(shape, *ends, Grid(1.0, 0), dtype="int32")
         builder.inputs[k] = value
+        builder.rows.add(k)
         builder.values[value] = dataclasses.replace(
             builder.values[value], is_place=not chosen.is_held
         )
