@@ -74,6 +74,12 @@ class NormForm:
     has_offset: bool
     reader: "_NormReader" = dataclasses.field(compare=False, repr=False)
 
+    @property
+    def is_of_length_one(self) -> bool:
+        """Returns whether all it does is to divide by the length of a vector."""
+        is_plain = not (self.is_centred or self.has_gain or self.has_offset)
+        return is_plain and self.factor == 1
+
     def call(self, is_byte: bool) -> NormCall:
         """Returns what integers compute, for codes of 8 bits or more."""
         own = {field: getattr(self, field) for field in NormCall._fields[:-1]}

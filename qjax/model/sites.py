@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,9 @@ import numpy as np
 from qjax.model.blocks import MEANS, Block, Plan, constant_of, data_of
 from qjax.model.channels import Uses, factor_channels
 from qjax.model.normalisations import NORM
+from qjax.model.norms import NormForm
 from qjax.model.primitives import SHAPE_MOVES
+from qjax.model.softmaxes import SoftmaxForm
 from qjax.model.trace import Equation, Trace, evaluate
 from qjax.schemes.patterns import Site
 
@@ -22,13 +24,19 @@ _BOUNDS = {
 }
 
 
-def describe(model: Trace, plan: Plan, names: Sequence[str]) -> Plan:
+def describe(
+    model: Trace,
+    plan: Plan,
+    names: Sequence[str],
+    exact: Mapping[int, SoftmaxForm | NormForm] | None = None,
+) -> Plan:
     """Completes the facts of a site that rules, presets and configs ask for.
 
     Args:
       model: Trace that the plan is of.
       plan: Sites with names, roles and shapes.
       names: Names of the parameters, which are the first inputs of the trace.
+      exact: Result of a softmax or norm that integers compute -> its form.
 
     Returns:
       The plan with whole sites.
@@ -44,12 +52,19 @@ def describe(model: Trace, plan: Plan, names: Sequence[str]) -> Plan:
                 f"The parameter {name!r} has half of a surrogate pair in its name, "
                 "which is no text. Rename it."
             ) from error
-    return dataclasses.replace(plan, sites=_Describer(model, plan, names).sites())
+    describer = _Describer(model, plan, names, exact or {})
+    return dataclasses.replace(plan, sites=describer.sites())
 
 
 class _Describer:
-    def __init__(self, model: Trace, plan: Plan, names: Sequence[str]):
-        self.model, self.plan = model, plan
+    def __init__(
+        self,
+        model: Trace,
+        plan: Plan,
+        names: Sequence[str],
+        exact: Mapping[int, SoftmaxForm | NormForm],
+    ):
+        self.model, self.plan, self.exact = model, plan, exact
         self.source = {v: e for e in model.equations for v in e.outputs}
         self.uses = Uses(model, data_of(model, model.inputs[len(names) :]))
         self.users: dict[int, list[Equation]] = collections.defaultdict(list)
@@ -282,6 +297,9 @@ class _Describer:
             return _BOUNDS.get(tuple(block.bounds), "clip")
         if op in ("mean", "avg_pool", "concatenate"):
             return min(passed, default="")
+        form = self.exact.get(block.root.outputs[0])
+        if isinstance(form, NormForm) and form.is_of_length_one:
+            return "l2_normalize"
         name = block.root.primitive.name
         if name == "sub" and self._is_log_softmax(block.root):
             return "log_softmax"

@@ -104,7 +104,7 @@ def trace_model(
     data = data_of(model, own)
     wholes = ((e.outputs[0], read_whole(model, data, e)) for e in model.equations)
     exact = {v: form for v, form in wholes if form is not None}
-    plan = describe(model, find_blocks(model, names, split, exact), names)
+    plan = describe(model, find_blocks(model, names, split, exact), names, exact)
     # Known values come first: a kernel is held by its bias and its BatchNorm.
     known = set(model.avals) - data
     order = sorted(model.equations, key=lambda e: not known.issuperset(e.outputs))

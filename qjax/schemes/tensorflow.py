@@ -112,7 +112,7 @@ def _fixed_8_bit() -> tuple[Rule, ...]:
     return (
         _fixed((*_SIGMOIDS, "softmax"), word, unit),
         _fixed("tanh", word, both),
-        _fixed(("mul", "div"), word, both, "l2_normalize"),
+        _fixed(("mul", "div", "norm"), word, both, "l2_normalize"),
         _fixed("residual", word, below, "log_softmax"),
     )
 

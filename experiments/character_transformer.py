@@ -1,0 +1,159 @@
+"""A character transformer in integers: trained in float and in 8 bits, equal steps.
+
+    python experiments/character_transformer.py --data-dir DIR
+
+Two blocks of 32 features and four heads read 32 characters of DIR/text and say the next
+ones: LayerNorms, softmaxes, gelus, position table and all have power-of-two scales, so
+that the integer program equals the simulated model in every code. Both networks start
+from the same weights and take 1,000 steps on the same batches. Loss in nats on the last
+tenth of the text:
+"""
+
+import dataclasses
+import os
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import qjax  # noqa: E402
+from experiments.config import option, parse  # noqa: E402
+from experiments.training.train import LENGTH, Transformer  # noqa: E402
+from qjax import QSpec, Rule  # noqa: E402
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A character transformer in float and in 8 bits."""
+
+    data_dir: str = option("", "folder with text/; default: $QJAX_DATA")
+    seeds: int = option(3, "trainings of each")
+    steps: int = option(1000, "of each training")
+    batch_size: int = option(32, "windows in a batch")
+    learning_rate: float = option(3e-3, "at the start; it falls as a cosine")
+
+
+class Result(NamedTuple):
+    """Losses on held-out text, and the codes that differ."""
+
+    real: float
+    simulated: float
+    integers: float
+    is_exact: bool
+
+
+def scheme() -> qjax.Scheme:
+    """8 bits everywhere, scales that are powers of two; logits stay accumulators."""
+    weights = QSpec(8, narrow_range=True, axis="output", power_of_two=True)
+    activations = QSpec(8, power_of_two=True)
+    rules = (Rule("output:0", None),)
+    return qjax.Scheme(weights, activations, rules, qjax.ema_min_max(0.99))
+
+
+def windows(text: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns windows of a text, and the characters that follow each of theirs."""
+    rng = np.random.default_rng(seed)
+    starts = rng.integers(0, len(text) - LENGTH - 1, count)
+    rows = starts[:, None] + np.arange(LENGTH)
+    return text[rows], text[rows + 1]
+
+
+def loss_of(logits: Any, labels: Any) -> jax.Array:
+    """Returns the mean cross-entropy in nats."""
+    found = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return found.mean()
+
+
+def trained(
+    config: Config, text: np.ndarray, seed: int, loss: Callable[..., Any], run: Any
+) -> Any:
+    """Takes the steps of a training; ``loss(params, state, batch)`` returns a state."""
+    rate = optax.cosine_decay_schedule(config.learning_rate, config.steps)
+    optimizer = optax.adam(rate)
+
+    @jax.jit
+    def step(params, state, moments, *batch):
+        grads, state = jax.grad(loss, has_aux=True)(params, state, batch)
+        updates, moments = optimizer.update(grads, moments)
+        return optax.apply_updates(params, updates), state, moments
+
+    params, state = run
+    moments = optimizer.init(params)
+    batches = windows(text, config.steps * config.batch_size, seed)
+    for k in range(config.steps):
+        own = slice(k * config.batch_size, (k + 1) * config.batch_size)
+        params, state, moments = step(
+            params, state, moments, *(part[own] for part in batches)
+        )
+    return params, state
+
+
+def compare(config: Config, text: np.ndarray, seed: int) -> Result:
+    """Trains both networks from one start and compares them on held-out text."""
+    network = Transformer(int(text.max()) + 1, jnp.float32, False)
+    head, tail = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
+    first = windows(head, config.batch_size, seed)[0]
+    params = jax.jit(network.init)(jax.random.key(seed), first)
+
+    def real_loss(params, state, batch):
+        return loss_of(network.apply(params, batch[0]), batch[1]), state
+
+    qmodel = qjax.quantize_model(network.apply, params, first, scheme=scheme())
+    qstate = qjax.calibrate(qmodel, params, [first], progress=False)
+
+    def simulated_loss(params, state, batch):
+        logits, state = qmodel.apply_and_update(params, state, batch[0])
+        return loss_of(logits, batch[1]), state
+
+    real, _ = trained(config, head, seed, real_loss, (params, ()))
+    run = trained(config, head, seed, simulated_loss, (params, qstate))
+    x, labels = windows(tail, 512, 0)
+    program = qjax.lower(qmodel, *run, x)
+    found = jax.jit(qmodel.apply)(*run, x)
+    return Result(
+        float(loss_of(jax.jit(network.apply)(real, x), labels)),
+        float(loss_of(found, labels)),
+        float(loss_of(program(x), labels)),
+        qjax.verify(program, qmodel, *run, x).is_exact,
+    )
+
+
+def read(config: Config) -> np.ndarray:
+    """Reads the text as numbers of its characters."""
+    folder = pathlib.Path(config.data_dir or os.environ.get("QJAX_DATA", ""))
+    path = folder / "text" / "tinyshakespeare.txt"
+    if not path.exists():  # A text that is always there.
+        path = pathlib.Path(__file__).resolve().parents[1] / "LICENSE"
+    text = path.read_text()
+    characters = sorted(set(text))
+    return np.array([characters.index(c) for c in text], np.int32)
+
+
+if __name__ == "__main__":
+    config, start = parse(Config), time.perf_counter()
+    text, rows = read(config), []
+    print("seed   float  8 bits  integers  over float  all codes equal")
+    for seed in range(config.seeds):
+        row = compare(config, text, seed)
+        rows.append(row)
+        share = row.simulated / row.real - 1
+        print(
+            f"{seed:>4}{row.real:>8.4f}{row.simulated:>8.4f}{row.integers:>10.4f}"
+            f"{share:>11.2%}  {row.is_exact}",
+            flush=True,
+        )
+    mean = lambda name: statistics.mean(getattr(row, name) for row in rows)
+    print(
+        f"mean{mean('real'):>8.4f}{mean('simulated'):>8.4f}{mean('integers'):>10.4f}"
+        f"{mean('simulated') / mean('real') - 1:>11.2%}  "
+        f"{time.perf_counter() - start:.0f} s"
+    )
