@@ -6,7 +6,13 @@ Two blocks of 32 features and four heads read 32 characters of DIR/text and say 
 ones: LayerNorms, softmaxes, gelus, position table and all have power-of-two scales, so
 that the integer program equals the simulated model in every code. Both networks start
 from the same weights and take 1,000 steps on the same batches. Loss in nats on the last
-tenth of the text:
+tenth of Tiny Shakespeare, 146 s on 2 cores:
+
+    seed   float  8 bits  integers  over float  all codes equal
+       0  2.1204  2.1303    2.1303      0.47%  True
+       1  2.1775  2.1847    2.1847      0.33%  True
+       2  2.1454  2.1483    2.1483      0.13%  True
+    mean  2.1478  2.1544    2.1544      0.31%
 """
 
 import dataclasses

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import data, learned_scales, quickstart
+from experiments import character_transformer, data, learned_scales, quickstart
 from experiments.training import train as training_script
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -209,3 +209,11 @@ def test_ways_of_training_agree(learned):
     assert losses["plain"] == losses["resumed"]
     np.testing.assert_allclose(losses["remat"], losses["plain"], rtol=2e-5)
     assert losses["plain"][-1] < losses["plain"][0]
+
+
+@pytest.mark.slow
+def test_a_character_transformer_ships_what_it_simulates(tmp_path):
+    config = character_transformer.Config(data_dir=str(tmp_path), steps=4)
+    row = character_transformer.compare(config, character_transformer.read(config), 0)
+    assert row.is_exact and row.simulated == row.integers
+    assert abs(row.simulated / row.real - 1) < 0.02
