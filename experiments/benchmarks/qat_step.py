@@ -11,11 +11,11 @@ float, on one core and on two of an idle machine with JAX 0.10.2:
                  apply         apply_and_update   compilation of both
     CNN          1.02  1.00    1.03 to 1.07       1.2 to 1.5   1.3 to 1.5
     MLP          1.09  1.27    1.15  1.29         3.0  2.4     3.3  2.9
-    Mixer        1.16  1.16    1.30  1.28         2.4  2.2     2.5  2.4
-    transformer  1.33  1.20    1.41  1.32         2.5  2.6     2.6  2.9
+    Mixer        1.35  1.28    1.41  1.42         2.6  2.7     3.0  2.7
+    transformer  1.38  1.23    1.46  1.40         2.8  2.7     2.8  3.3
 
-The transformer computes its softmax twice, in integers for its value and in float for
-its derivative.
+Mixer and transformer (medians of 40) compute softmaxes and normalisations twice, in
+integers for their values and in float for their derivatives.
 """
 
 import dataclasses
