@@ -129,6 +129,21 @@ def test_a_mask_of_integers_that_are_no_truth_values_is_refused():
         qjax.lower(qmodel, P, qstate, X, mask)
 
 
+def test_what_neighbours_in_a_mask_make_is_none():
+    """Equal truth values make 0 of it; others make numbers above 0, too."""
+
+    def fn(p, x, m):
+        m = m.astype(jnp.float32)[:, None]
+        next_ = jnp.concatenate([m[..., 1:], m[..., :1]], -1)
+        return jax.nn.softmax(_scores(p, x) + (m - next_) * 1e3)
+
+    mask = KEPT.astype(np.int8)
+    qmodel = qjax.quantize_model(fn, P, X, mask)
+    qstate = qjax.calibrate(qmodel, P, [(X, mask)])
+    found, wanted = qmodel.apply(P, qstate, X, mask), fn(P, X, mask)
+    np.testing.assert_allclose(found, wanted, atol=0.05)
+
+
 def _of_tokens(p, t):
     x = p["table"][t]
     return jax.nn.softmax(jnp.where((t != 0)[:, None], _scores(p["kernel"], x), -1e9))

@@ -3,8 +3,8 @@
     python experiments/zoo/table.py [--models vit,bert] [--errors]
 
 Codes of 8 bits, before training; gradients of all are finite. Power-of-two scales: all
-codes equal; the default schemes off by at most one, near a tie. When last run, 8 min
-on 2 cores:
+codes equal; with the default scheme some are off by one, near a tie. When last run, 8
+min on 2 cores:
 
     model            sites  SQNR dB  equal, 2^n   equal, default
     vit                 49     30.4  all 182224   all 182224

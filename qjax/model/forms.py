@@ -1,5 +1,6 @@
 """Runs the equations of a call on symbols, to find out what it computes."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,21 +94,31 @@ class FormReader:
             found = evaluate(e, *own) if isinstance(e, Equation) else bound(e, own)
         return _number_array(found[_results(e).index(v)])
 
-    def if_inputs_are(self, truths: Sequence[int], v: Any) -> Any:
-        """Returns a value for inputs of truth values; None where it has others.
+    def of_truths(self, v: Any) -> list[Any]:
+        """Returns a value for truth values in the place of integer inputs.
+
+        All are equal, or they are drawn: what is made of neighbours differs then.
 
         Args:
-          truths: 0 or 1 for each of the integer inputs that it is made of.
           v: The value.
+
+        Returns:
+          Values for several inputs; None among them if it is made of others.
         """
         known = self.known
         leaves = sorted(u for u in self._leaves(v) if u in self.model.inputs)
-        if any(map(self.model.is_real, leaves)) or not 0 < len(leaves) <= len(truths):
-            return None
-        avals = (self.model.avals[u] for u in leaves)
-        own = zip(leaves, avals, truths, strict=False)
-        self.known = {u: np.full(a.shape, t, a.dtype) for u, a, t in own}
-        found, self.known = self.known_value(v), known
+        if any(map(self.model.is_real, leaves)) or not 0 < len(leaves) <= 2:
+            return [None]
+        rng, found = np.random.default_rng(0), []
+        for truths in (*itertools.product((0, 1), repeat=len(leaves)), None, None):
+            self.known = {}
+            for k, u in enumerate(leaves):
+                aval = self.model.avals[u]
+                drawn = rng.integers(0, 2, aval.shape)
+                own = drawn if truths is None else np.full(aval.shape, truths[k])
+                self.known[u] = own.astype(aval.dtype)
+            found.append(self.known_value(v))
+        self.known = known
         return found
 
     def is_input(self, v: Any) -> bool:

@@ -37,8 +37,6 @@ from qjax.qpoint import bind_point, known_zeros
 
 _SAME = names("keep") - {"sharding_constraint"}
 _SWALLOWS = 2.0**29  # To which float32 adds nothing below 2^5.
-# Truth values of the inputs that a mask may be made of.
-_PAIRS = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
 class _Mask(NamedTuple):
@@ -286,7 +284,7 @@ class _SoftmaxReader(FormReader):
             mask = _Mask(v, self.key(v), None, "uniform", 0.0, order, is_input=True)
             return x._replace(masks=(*x.masks, mask))
         if values[0] is None:
-            values = [self.if_inputs_are(pair, v) for pair in _PAIRS]
+            values = self.of_truths(v)
         if any(value is None for value in values):
             return None
         value = np.stack([np.asarray(value, np.float64) for value in values])
