@@ -249,6 +249,27 @@ def shift_round(value: jax.Array, shift: jax.Array) -> jax.Array:
     return (value + jnp.where(shift > 0, below_half + is_odd, 0 * one)) >> shift
 
 
+def clipped_codes(
+    steps: jax.Array, zero_point: Any, low: Any, high: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Adds a zero point to whole steps and clips them, where 64 bits are enabled.
+
+    Args:
+      steps: int64, any shape.
+      zero_point: int32, ``[]``.
+      low: Least code.
+      high: Largest code.
+
+    Returns:
+      Codes, int32, and whether each is within its ends without a clip.
+    """
+    wide = lambda x: jnp.asarray(x).astype(jnp.int64)
+    least, most = wide(low) - wide(zero_point), wide(high) - wide(zero_point)
+    held = jnp.clip(steps, least, most).astype(jnp.int32)
+    inside = (steps >= least) & (steps <= most)
+    return held + jnp.asarray(zero_point, jnp.int32), inside
+
+
 def requantize(
     acc: jax.Array,
     multiplier: ArrayLike,

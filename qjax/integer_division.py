@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qjax.integer import clipped_codes
+
 FRACTION = 14  # Bits by which a reciprocal is finer than the multiplier.
 MOST = 1 << 17  # Codes are below that, less their zero point.
 
@@ -53,7 +55,4 @@ def divided(
         steps = jnp.where(down > 62, jnp.zeros_like(steps), steps)
         beyond = jnp.sign(wide(a)) << 40
         steps = jnp.where(wide(b) == 0, beyond, steps)
-        least, most = wide(low) - wide(zero_point), wide(high) - wide(zero_point)
-        inside = (steps >= least) & (steps <= most)
-        held = jnp.clip(steps, least, most).astype(jnp.int32)
-        return held + jnp.asarray(zero_point, jnp.int32), inside
+        return clipped_codes(steps, zero_point, low, high)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax.integer import binary_parts
+from qjax.integer import binary_parts, clipped_codes
 
 ROOT = 29  # Bits behind the point of a root of a number in [1/4, 1).
 MOST_POINT = 30  # Most bits behind the point of a sum of squares; even.
@@ -266,8 +266,4 @@ def coded(
         half = (jnp.ones_like(down) << down) >> 1
         offset = (wide(bias) << wide(bias_shift)) + half
         steps = (wide(values) * wide(multiplier) + offset) >> down
-        ends = (wide(q) - wide(zero_point) for q in (low, high))
-        least, most = ends
-        inside = (steps >= least) & (steps <= most)
-        held = jnp.clip(steps, least, most).astype(jnp.int32)
-        return held + jnp.asarray(zero_point, jnp.int32), inside
+        return clipped_codes(steps, zero_point, low, high)

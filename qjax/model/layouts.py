@@ -167,6 +167,20 @@ def _axis_meets(
     return not b or all(digit.axis is None for digit in b)
 
 
+def reduced(
+    layout: Layout, axes: Sequence[int]
+) -> tuple[Layout, tuple[Digit, ...]] | None:
+    """Returns the layout behind a reduction, and the digits that it goes over, joined.
+
+    None if it goes over what is broadcast, or over no digit.
+    """
+    over = tuple(digit for d in axes for digit in layout[d])
+    if not over or any(digit.axis is None for digit in over):
+        return None
+    kept = tuple(axis for d, axis in enumerate(layout) if d not in axes)
+    return kept, joined(over)
+
+
 def is_within(digit: Digit, over: Sequence[Digit]) -> bool:
     """Returns whether a group goes along all places of a digit."""
     return any(

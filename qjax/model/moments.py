@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
-from qjax.model.layouts import Digit, Layout, joined, meets
+from qjax.model.layouts import Digit, Layout, meets, reduced
 
 NEAR = 1e-6  # Of coefficients, which are float32 numbers.
 
@@ -77,11 +77,10 @@ def summed(x: Any, axes: tuple[int, ...]) -> Any:
     """Returns the mean of lines, or the moments of squares, times their number."""
     if not isinstance(x, GroupLine | Square):
         return None
-    over = tuple(digit for d in axes for digit in x.layout[d])
-    if not over or any(digit.axis is None for digit in over):
+    found = reduced(x.layout, axes)
+    if found is None:
         return None
-    over = joined(over)
-    kept = tuple(axis for d, axis in enumerate(x.layout) if d not in axes)
+    kept, over = found
     count = math.prod(digit.size for digit in over)
     if not same_over(x.over, over):
         return None

@@ -23,10 +23,10 @@ from qjax.model.layouts import (
     Digit,
     Layout,
     is_within,
-    joined,
     meets,
     moved,
     permutation,
+    reduced,
     source_layout,
     transposed,
 )
@@ -233,13 +233,10 @@ class _SoftmaxReader(FormReader):
 
     def _reduced(self, name: str, eqn: Any, x: Any) -> _Reduced | None:
         axes = tuple(int(d) for d in eqn.params["axes"])
-        if not isinstance(x, _Logits | _Powers):
+        found = reduced(x.layout, axes) if isinstance(x, _Logits | _Powers) else None
+        if found is None:
             return None
-        over = tuple(digit for d in axes for digit in x.layout[d])
-        if not over or any(digit.axis is None for digit in over):
-            return None
-        over = joined(over)
-        kept = tuple(axis for d, axis in enumerate(x.layout) if d not in axes)
+        kept, over = found
         if name == "reduce_max" and isinstance(x, _Logits) and x.shift is None:
             return _Reduced("max", over, kept, x.masks, x.factor)
         if name == "reduce_sum" and isinstance(x, _Powers):
