@@ -245,7 +245,14 @@ class IntegerProgram:
                 _check_range(name, x, v)
             if not shape:
                 continue
-            if v.fixed_by and shape[0] != v.shape[0]:
+            if v.is_free_beyond_one and shape[0] < 2:
+                raise ValueError(
+                    f"{called} of the program must have a leading size of 2 or more, "
+                    f"got shape {shape}: for 1 the model differs, by {v.fixed_by}.\n"
+                    "Lower the model for inputs of this size."
+                )
+            is_other = shape[0] != v.shape[0] and not v.is_free_beyond_one
+            if v.fixed_by and is_other:
                 raise ValueError(
                     f"{called} of the program must have shape {v.shape}, got {shape}: "
                     f"its leading size is fixed by {v.fixed_by}.\nLower the model for "
@@ -269,6 +276,10 @@ class IntegerProgram:
             grid, operands = _grid(v), (v.low, v.high)
             zero, low, high = (jnp.int32(n) for n in (grid.zero_point, *operands))
             scale = jnp.asarray(grid.array())
+            is_whole = jnp.issubdtype(jax.dtypes.result_type(x), jnp.integer)
+            if is_whole and v.grid == Grid(1.0, 0) and v.rescaling == (1.0, 0.0):
+                found.append(jnp.clip(jnp.asarray(x), v.low, v.high).astype(v.dtype))
+                continue
             gain, offset = map(jnp.float32, v.rescaling)
             x = jnp.asarray(x).astype(jnp.float32) * gain + offset
             found.append(grid_codes(x, scale, zero, low, high).astype(v.dtype))

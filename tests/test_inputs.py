@@ -97,12 +97,13 @@ def test_a_cast_of_what_has_another_unit_cuts_it(name):
     np.testing.assert_array_equal(qjax.lower(fn, x)(x), jax.jit(fn)(x))
 
 
-def test_arithmetic_of_32_bits_is_refused():
+def test_arithmetic_of_32_bits_that_float32_rounds_is_refused():
     fn = lambda u: point((u + 1).astype(jnp.float32))
     u = np.arange(8, dtype=np.int32).reshape(2, 4)
-    with pytest.raises(ValueError, match="pass the input as uint8") as error:
+    with pytest.raises(ValueError, match=r"Pass the input as uint8(.|\n)*clip"):
         qjax.lower(fn, u)
-    assert "nput 0" in str(error.value)
+    bounded = lambda u: point(jnp.clip(u + 1, 0, 255).astype(jnp.float32))
+    np.testing.assert_array_equal(qjax.lower(bounded, u)(u), bounded(u))
     narrow = lambda u: point((u + np.int16(1)).astype(jnp.float32))
     program = qjax.lower(narrow, np.int16(u))
     np.testing.assert_array_equal(program(np.int16(u)), narrow(jnp.int16(u)))
@@ -170,13 +171,13 @@ def test_rows_that_are_not_there_are_refused():
     ],
     ids=["wrap", "remainder", "narrow"],
 )
-def test_rows_that_the_model_counts_another_way_are_refused(row):
+def test_rows_that_the_model_counts_another_way(row):
     ids, table = np.int32([[0, 7, 3]]), jnp.asarray(KERNEL)
     fn = lambda i: row(point(table, site="t"), i)
     program = qjax.lower(fn, ids)
     np.testing.assert_array_equal(program(ids), fn(jnp.asarray(ids)))
-    with pytest.raises(ValueError, match="must lie in"):
-        program(np.int32([[0, 257, 300]]))
+    wild = np.int32([[0, 257, 300], [-9, -300, 2**31 - 1]])
+    np.testing.assert_array_equal(program(wild), fn(jnp.asarray(wild)))
 
 
 def test_known_places_that_are_not_there_are_refused():

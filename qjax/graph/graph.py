@@ -41,6 +41,7 @@ class Value:
     # The equation that fixes the leading size of an input. Empty: it may differ at
     # call time, if it stays that of all inputs that were traced with the same one.
     fixed_by: str = ""
+    is_free_beyond_one: bool = False  # True if `fixed_by` speaks of a size of 1 alone.
     is_place: bool = False  # True for an input that chooses rows and takes no others.
     dtype_of_model: str = ""  # Type in the model of an output of integers.
 
@@ -203,6 +204,8 @@ def _check_keys(data: Any, kind: type) -> None:
 
 
 def _value(data: Any) -> Value:
+    if isinstance(data, dict):
+        data = {"is_free_beyond_one": False, **data}  # Older files do not say it.
     _check_keys(data, Value)
     grid = data["grid"]
     if grid is not None:

@@ -113,6 +113,8 @@ def _check_value(where: str, v: Value) -> None:
     for name in ("is_rescaling_exact", "is_place"):
         found = getattr(v, name)
         _need(isinstance(found, bool), where, f"`{name}` must be true or false", found)
+    is_flag = isinstance(v.is_free_beyond_one, bool)
+    _need(is_flag, where, "`is_free_beyond_one` must be a flag", v.is_free_beyond_one)
     _need(isinstance(v.fixed_by, str), where, "`fixed_by` must be a text", v.fixed_by)
     _need(
         isinstance(v.dtype_of_model, str) and v.dtype_of_model in _MODEL_TYPES,
@@ -255,7 +257,10 @@ def _check_computed(graph: Graph) -> None:
 def _check_roles(graph: Graph) -> None:
     """Raises for statements about values that are no inputs, outputs or codes."""
     plain = Value((), "int32", 0, 0)
-    names = ("rescaling", "is_rescaling_exact", "fixed_by", "is_place")
+    names = (
+        *("rescaling", "is_rescaling_exact", "is_place"),
+        *("fixed_by", "is_free_beyond_one"),
+    )
     for v, value in enumerate(graph.values):
         where = f"Value %{v}"
         if v not in graph.inputs:

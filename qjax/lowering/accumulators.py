@@ -2,13 +2,19 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.integer import RequantizeRule, requantize_sum, traced_fixed_point
+from qjax.integer import (
+    RequantizeRule,
+    requantize_sum,
+    traced_common_fixed_point,
+    traced_fixed_point,
+)
+from qjax.model.trace import Equation, evaluate
 from qjax.qpoint import grid_codes
 
 
@@ -86,3 +92,38 @@ def _of_rank(x: jax.Array, rank: int) -> jax.Array:
 
 def _is_power_of_two(x: jax.Array) -> jax.Array:
     return jnp.all(jnp.abs(jnp.frexp(x)[0]) == 0.5)
+
+
+def late_sum(steps: Any, scales: Any, signs: tuple[float, float]) -> Late:
+    """Returns the sum of two values, to be rounded once."""
+
+    def late(target: TargetGrid) -> jax.Array:
+        fixed, shift = traced_common_fixed_point(scales, signs, target.scale)
+        return target.rounded(list(zip(steps, fixed, strict=True)), shift)
+
+    return late
+
+
+def padded(
+    e: Equation, codes: jax.Array, fill: jax.Array, target: TargetGrid
+) -> jax.Array:
+    """Pads codes with the codes of a real number, which may differ by channel."""
+    if target.scale.ndim == 0:
+        return evaluate(e, codes, target.codes_of(fill).astype(codes.dtype))[0]
+    (is_pad,) = evaluate(e, jnp.zeros(codes.shape, jnp.int8), jnp.int8(1))
+    (found,) = evaluate(e, codes, jnp.zeros((), codes.dtype))
+    fills = target.codes_of(jnp.broadcast_to(fill, found.shape))
+    return jnp.where(is_pad == 1, fills.astype(codes.dtype), found)
+
+
+def whole_steps(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """Returns the distance from zero, in steps, of a value on a grid."""
+    x, scale = lax.stop_gradient((x, scale))
+    return jnp.rint(x.astype(scale.dtype) * (1.0 / scale)).astype(jnp.int32)
+
+
+def is_whole_code(end: jax.Array, scale: jax.Array) -> jax.Array:
+    """Returns whether all finite bounds lie on a grid."""
+    ends = jnp.where(jnp.isfinite(end), end, 0.0)
+    ratio = ends / lax.optimization_barrier(jnp.broadcast_to(scale, end.shape))
+    return jnp.all(ratio == jnp.rint(ratio))

@@ -141,6 +141,25 @@ def like_of(
     return next((v for v in data if builder.values[v].shape[:1] == shape[:1]), None)
 
 
+def repeated(
+    x: Joined, codes: np.ndarray, like: int | None
+) -> tuple[np.ndarray, int | None]:
+    """Returns a constant of a join as short as its operation takes it.
+
+    Args:
+      x: The join.
+      codes: The constant.
+      like: The value that sets its leading size.
+
+    Returns:
+      The constant and that value; an extreme repeats what is the same for each example.
+    """
+    is_extreme = x.operation in ("maximum", "minimum")
+    if is_extreme and codes.ndim and len(codes) and np.all(codes == codes[:1]):
+        return codes[:1], None
+    return codes, like
+
+
 _grid_codes = jax.jit(grid_codes)
 _MOST_PADDED = 1 << 16  # Numbers from here on are compiled in their own shape.
 

@@ -15,7 +15,7 @@ from qjax.model.trace import Equation, Trace
 
 def raw(
     builder: Builder, e: Equation, trace: Trace, x: Real, end: int | None = None
-) -> Curve:
+) -> Curve | None:
     """Returns the codes of an integer input, with what was computed of them.
 
     Args:
@@ -26,10 +26,9 @@ def raw(
       end: The value of the trace that it is; by default what ``e`` reads first.
 
     Returns:
-      A function of the integers.
+      A function of the integers; None for more than 16 bits.
 
     Raises:
-      ValueError: for more than 16 bits.
       InputTwiceError: if the input has other codes already.
     """
     k = x.input
@@ -40,13 +39,9 @@ def raw(
         builder.raw[k] = _codes(e, trace, v, value, *ends_)
     if k in builder.raw:
         ends = builder.raw[k].low, builder.raw[k].high
-    if ends is None or ends[1] - ends[0] >= MOST_RANGE:
-        raise ValueError(
-            f"{at_start(x.source)} goes through integer arithmetic before it is "
-            f"quantized, in {where(e)}.\n  equation: {e}\nThat is a table of at most "
-            "16 bits: pass the input as uint8, int8, uint16 or int16, or do the "
-            "arithmetic outside of the program."
-        )
+    assert ends is not None
+    if ends[1] - ends[0] >= MOST_RANGE:
+        return None
     if k not in builder.raw and k in builder.inputs:
         raise InputTwiceError(e, trace, x)
     if k not in builder.raw:
@@ -93,4 +88,31 @@ def as_codes(builder: Builder, e: Equation, trace: Trace, x: Real) -> Abstract:
     """Returns an integer or boolean input as codes, and any other value as it is."""
     if x.input is None or integer_range(trace, x) is None:
         return x
-    return raw(builder, e, trace, x)
+    found = raw(builder, e, trace, x)
+    return x if found is None else found
+
+
+def wide_input(builder: Builder, e: Equation, trace: Trace, x: Real) -> Integers:
+    """Returns an integer input of more than 16 bits as it is, after its moves.
+
+    Raises:
+      ValueError: for a type that int32 does not hold.
+    """
+    k = x.input
+    assert k is not None
+    v, ends = trace.inputs[k], integer_range(trace, x)
+    assert ends is not None
+    if not -(2**31) <= ends[0] <= ends[1] < 2**31:
+        raise ValueError(
+            f"{at_start(x.source)} holds {x.dtype}, and integer programs hold int32, "
+            f"met in {where(e)}.\n  equation: {e}\nPass it as int32."
+        )
+    if k not in builder.raw:
+        if k in builder.inputs:
+            raise InputTwiceError(e, trace, x)
+        value = builder.add_value(trace.shape(v), *ends, Grid(1.0, 0), dtype="int32")
+        builder.inputs[k] = value
+        builder.raw[k] = _codes(e, trace, v, value, *ends)
+    codes = move_again(builder, x, trace, builder.raw[k])
+    assert isinstance(codes, Integers)
+    return codes

@@ -19,10 +19,15 @@ from jax import lax
 from qjax.affine import QParams, QSpec, dequantize
 from qjax.backends.xla import bodies
 from qjax.graph.graph import Node
-from qjax.integer import (
-    traced_common_fixed_point,
+from qjax.lowering.accumulators import (
+    Accumulator,
+    Late,
+    TargetGrid,
+    is_whole_code,
+    late_sum,
+    padded,
+    whole_steps,
 )
-from qjax.lowering.accumulators import Accumulator, Late, TargetGrid
 from qjax.lowering.interpret import where
 from qjax.lowering.precision import find_half
 from qjax.lowering.rules.products import (
@@ -51,6 +56,8 @@ _NEUTRAL = names("cast") | {"copy", "copy_p", "name"}
 _EXTREMES = names("maximum", "minimum")
 _CHOICES = (SHAPE_MOVES | _EXTREMES | names("pad", "pick")) - {"concatenate"}
 _JOINS = names("select") | {"concatenate", "max", "min"}
+_JOINS |= {"scatter", "dynamic_update_slice"}
+_LOOKUPS = {"gather", "dynamic_slice"}
 _SUMS = names("sum", "running sum")
 
 
@@ -187,8 +194,10 @@ class IntegerForward(Simulation):
             self._product(e)
         elif name in _SUMS:
             self._sum(e)
-        elif name == "gather" and e.inputs[0] not in self._data:
-            self._embedding(e)
+        elif name in _LOOKUPS and (e.inputs[0] not in data or len(data) > 1):
+            self._lookup(e)
+        elif name == "scatter-add":
+            self._scatter_add(e)
         elif name in ("add", "add_any", "sub", "mul") and len(data) == 2:
             self._of_two(e)
         elif len(data) == 1 and bounds_of(self._model, e) is not None:
@@ -255,12 +264,13 @@ class IntegerForward(Simulation):
         (acc,) = evaluate(e, self._steps(x))
         self._set(e.outputs[0], Accumulator(acc, (self._grids[x].scale,)))
 
-    def _embedding(self, e: Equation) -> None:
-        """Looks rows of a table up; the codes of the rows count as accumulators."""
+    def _lookup(self, e: Equation) -> None:
+        """Looks places of a table up; the codes of the rows count as accumulators."""
         table = e.inputs[0]
         if table not in self._grids:
             return
-        whole = dataclasses.replace(e, params={**e.params, "fill_value": 0})
+        filled = {"fill_value": 0} if e.primitive.name == "gather" else {}
+        whole = dataclasses.replace(e, params={**e.params, **filled})
         rows = (self._env[v] for v in e.inputs[1:])
         (acc,) = evaluate(whole, self._steps(table), *rows)
         scale = self._grids[table].scale
@@ -281,24 +291,43 @@ class IntegerForward(Simulation):
             self._set(e.outputs[0], Accumulator(steps[0] * steps[1], scales))
             return
         signs = 1.0, -1.0 if e.primitive.name == "sub" else 1.0
+        self._late[e.outputs[0]] = late_sum(steps, scales, signs)
 
-        def late(target: TargetGrid) -> jax.Array:
-            fixed, shift = traced_common_fixed_point(scales, signs, target.scale)
-            return target.rounded(list(zip(steps, fixed, strict=True)), shift)
-
-        self._late[e.outputs[0]] = late
+    def _scatter_add(self, e: Equation) -> None:
+        """Sums codes at places that integers name."""
+        x, index, updates = e.inputs
+        if not self._data.intersection((x, updates)):
+            self._of_codes.update(e.outputs)
+            return
+        if updates not in self._grids or self._grids[updates].scale.ndim:
+            return
+        own, scale = self._steps(updates), self._grids[updates].scale
+        zeros = jnp.zeros(self._model.shape(x), own.dtype)
+        names = "dimension_numbers", "mode", "indices_are_sorted", "unique_indices"
+        options = {name: e.params[name] for name in names}
+        acc = lax.scatter_add(zeros, self._env[index], own, **options)
+        if x not in self._data:  # Zeros, or `lower` refuses it.
+            self._set(e.outputs[0], Accumulator(acc, (scale,)))
+        elif x in self._grids and not self._grids[x].scale.ndim:
+            scales, steps = (self._grids[x].scale, scale), (self._steps(x), acc)
+            self._late[e.outputs[0]] = late_sum(steps, scales, (1.0, 1.0))
 
     # Equations that rounding commutes with.
 
     def _join(self, e: Equation) -> None:
         """Puts each part on the grid, then joins all parts."""
-        parts = list(e.inputs[1:] if e.primitive.name == "select_n" else e.inputs)
-        lates = [self._part(v) for v in parts]
-        if all(late is not None for late in lates):
-            others = [self._env[v] for v in e.inputs[: len(e.inputs) - len(parts)]]
-            self._late[e.outputs[0]] = lambda target: evaluate(
-                e, *others, *(late(target) for late in lates if late)
-            )[0]
+        name, count = e.primitive.name, len(e.inputs)
+        first = 1 if name == "select_n" else 0
+        places = _JOINED.get(name, range(first, count))
+        lates = {k: self._part(e.inputs[k]) for k in places}
+        if all(late is not None for late in lates.values()):
+            values = {k: self._env[v] for k, v in enumerate(e.inputs)}
+
+            def joined(target: TargetGrid) -> jax.Array:
+                codes = {k: late(target) for k, late in lates.items() if late}
+                return evaluate(e, *{**values, **codes}.values())[0]
+
+            self._late[e.outputs[0]] = joined
 
     def _part(self, v: int) -> Late | None:
         value = self._env[v]
@@ -327,9 +356,9 @@ class IntegerForward(Simulation):
             )
         elif x in self._grids and not self._grids[x].scale.ndim:
             scale, real = self._grids[x].scale, lax.stop_gradient(self._env[out])
-            codes = _whole_steps(real, scale)
+            codes = whole_steps(real, scale)
             is_whole = functools.reduce(
-                jnp.logical_and, (_is_whole(end, scale) for end in ends)
+                jnp.logical_and, (is_whole_code(end, scale) for end in ends)
             )
             acc = Accumulator(codes, (scale,))
             self._late[out] = lambda target: jnp.where(
@@ -340,7 +369,7 @@ class IntegerForward(Simulation):
         """Pads a value; the padding goes on the grid of the value."""
         before, fill = self._part(e.inputs[0]), self._env[e.inputs[1]]
         if before is not None and e.inputs[1] not in self._data:
-            self._late[e.outputs[0]] = lambda t: _padded(e, before(t), fill, t)
+            self._late[e.outputs[0]] = lambda t: padded(e, before(t), fill, t)
 
     def _choose(self, e: Equation) -> None:
         before, name = self._late[e.inputs[0]], e.primitive.name
@@ -384,7 +413,7 @@ class IntegerForward(Simulation):
         self, site: Site, x: int, end: int, factor: jax.Array, grid: QParams
     ) -> jax.Array:
         value = super()._scaled(site, x, end, factor, grid)
-        steps = self._steps(x) * _whole_steps(factor, grid.scale)
+        steps = self._steps(x) * whole_steps(factor, grid.scale)
         acc = Accumulator(steps, (grid.scale, self._grids[x].scale))
         return self._set(end, acc, value)
 
@@ -435,12 +464,15 @@ class IntegerForward(Simulation):
 
     def _steps(self, v: int) -> jax.Array:
         """Returns codes less their zero point, int32."""
-        return _whole_steps(self._env[v], self._grids[v].scale)
+        return whole_steps(self._env[v], self._grids[v].scale)
 
     def _codes(self, v: int) -> jax.Array:
         """Returns codes in the type of their word."""
         codes = self._steps(v) + self._grids[v].zero_point
         return codes.astype(self._words[v])
+
+
+_JOINED = {"scatter": (0, 2), "dynamic_update_slice": (0, 1)}
 
 
 def _site_in(e: Any) -> str:
@@ -459,28 +491,3 @@ def _own_quantizer(e: Equation) -> ValueError:
         "`apply`, which `lower` takes as it is; or take the quantizer out of the model "
         "and name its word in the scheme: `Rule(site, word)`."
     )
-
-
-def _padded(
-    e: Equation, codes: jax.Array, fill: jax.Array, target: TargetGrid
-) -> jax.Array:
-    """Pads codes with the codes of a real number, which may differ by channel."""
-    if target.scale.ndim == 0:
-        return evaluate(e, codes, target.codes_of(fill).astype(codes.dtype))[0]
-    (is_pad,) = evaluate(e, jnp.zeros(codes.shape, jnp.int8), jnp.int8(1))
-    (found,) = evaluate(e, codes, jnp.zeros((), codes.dtype))
-    fills = target.codes_of(jnp.broadcast_to(fill, found.shape))
-    return jnp.where(is_pad == 1, fills.astype(codes.dtype), found)
-
-
-def _whole_steps(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns the distance from zero, in steps, of a value on a grid."""
-    x, scale = lax.stop_gradient((x, scale))
-    return jnp.rint(x.astype(scale.dtype) * (1.0 / scale)).astype(jnp.int32)
-
-
-def _is_whole(end: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns whether all finite bounds lie on a grid."""
-    ends = jnp.where(jnp.isfinite(end), end, 0.0)
-    ratio = ends / lax.optimization_barrier(jnp.broadcast_to(scale, end.shape))
-    return jnp.all(ratio == jnp.rint(ratio))

@@ -194,6 +194,7 @@ def _spread(
         e, primitive=broadcast_in_dim_p, params=params, inputs=ends[0], outputs=ends[1]
     )
     aval = trace.avals[e.inputs[k]].update(shape=shape)
+    builder.types[fresh] = aval.dtype
     trace = dataclasses.replace(trace, avals={**trace.avals, fresh: aval})
     found = _rule_of(rules, move)(builder, move, trace, operands[k])
     assert not isinstance(found, tuple)

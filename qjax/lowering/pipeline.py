@@ -95,7 +95,7 @@ def _lower(model: Any, args: tuple[Any, ...], strict: bool) -> IntegerProgram:
     fixed = find_fixed(lower_again, example, (traced, graph, builder.params))
     values = list(graph.values)
     shapes = [np.shape(x) for x in jax.tree.leaves(bound.inputs)]
-    for k, reason in fixed.items():
+    for k, (reason, is_of_one) in fixed.items():
         if shapes[k][0] == 0:
             name = at_start(traced.names[k])
             raise ValueError(
@@ -104,10 +104,12 @@ def _lower(model: Any, args: tuple[Any, ...], strict: bool) -> IntegerProgram:
                 "that it is called with."
             )
         v = graph.inputs[k]
-        values[v] = dataclasses.replace(values[v], fixed_by=reason)
+        sizes: Any = {"fixed_by": reason, "is_free_beyond_one": is_of_one}
+        values[v] = dataclasses.replace(values[v], **sizes)
     graph = dataclasses.replace(graph, values=tuple(values))
     graph, params = drop_dead(graph, _arrays(builder))
     trees = jax.tree.structure(tuple(bound.inputs)), jax.tree.structure(out)
+    notes = (*notes, *builder.notes)
     program = IntegerProgram(graph, params, *trees, notes=notes)
     check_integer_only(program)
     return program

@@ -21,7 +21,7 @@ Lowered = tuple[Trace, Graph, Mapping[str, np.ndarray]]
 
 def find_fixed(
     lower: Callable[[tuple[Any, ...]], Lowered], inputs: tuple[Any, ...], found: Lowered
-) -> dict[int, str]:
+) -> dict[int, tuple[str, bool]]:
     """Finds the inputs whose leading size is fixed.
 
     Args:
@@ -30,24 +30,32 @@ def find_fixed(
       found: Result of that lowering.
 
     Returns:
-      Number of the input -> the equation that fixes its leading size, in words.
+      Number of the input -> the equation that fixes its leading size, in words, and
+      whether it does so for a size of 1 alone.
     """
     leaves, tree = jax.tree.flatten(inputs)
     shapes = [jax.ShapeDtypeStruct(np.shape(x), _dtype(x)) for x in leaves]
-    fixed: dict[int, str] = {}
+    fixed: dict[int, tuple[str, bool]] = {}
     for size in dict.fromkeys(x.shape[0] for x in shapes if x.shape):
         own = [k for k, x in enumerate(shapes) if x.shape and x.shape[0] == size]
-        # Many more, odd where this one is even and the reverse; the least there is.
-        for other in (4 * size + 3 + size % 2, 1):
+
+        def reason(other: int, size: int = size, own: list[int] = own) -> str:
+            """Returns why another size differs; empty if it does not."""
+            if size == other:
+                return ""
             resized = [
                 jax.ShapeDtypeStruct((other, *x.shape[1:]), x.dtype) if k in own else x
                 for k, x in enumerate(shapes)
             ]
             again = jax.tree.unflatten(tree, resized)
-            pair = size, other
-            if reason := "" if size == other else _reason(lower, again, found, pair):
-                fixed.update(dict.fromkeys(own, reason))
-                break
+            return _reason(lower, again, found, (size, other))
+
+        # Many more, odd where this one is even and the reverse; the least there is.
+        is_of_one, why = False, reason(4 * size + 3 + size % 2)
+        if not why and (why := reason(1)):
+            is_of_one = size > 1 and not reason(2)
+        if why:
+            fixed.update(dict.fromkeys(own, (why, is_of_one)))
     return fixed
 
 

@@ -281,11 +281,35 @@ class Builder(GraphBuilder):
         self.rows: set[int] = set()  # Inputs that choose rows of a table.
         self.is_raw = frozenset(is_raw)
         self.types: dict[int, Any] = {}  # Value of the trace -> its dtype.
+        self.notes: list[str] = []  # What the program does otherwise than the model.
 
     def site_of_input(self, k: int) -> str:
         """Returns the site that a rule can name to quantize an input; empty if none."""
         name = f"input:{k}"
         return name if name in self._buffer_bits else ""
+
+    def numbers(self, value: int, place: Place, dtype: str = "int32") -> Integers:
+        """Returns a value of the graph as numbers that stand for themselves.
+
+        Args:
+          value: Number of the value.
+          place: Place of what computes it.
+          dtype: Type of the numbers in the model.
+        """
+        own, one = self.values[value], np.ones(())
+        return Integers(
+            value=value,
+            scale=one,
+            low=own.low,
+            high=own.high,
+            place=place,
+            dtype=dtype,
+        )
+
+    def note(self, text: str) -> None:
+        """Records what the program does otherwise than the model, once."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     def most(self, site: str) -> int:
         """Returns the largest magnitude in the accumulator of a weight."""

@@ -9,7 +9,8 @@ from qjax.model.blocks import constant_of, data_of, is_quantizer
 from qjax.model.primitives import SHAPE_MOVES, names
 from qjax.model.trace import Equation, Trace, makers_and_readers
 
-_GRID_KEEPING = SHAPE_MOVES | names("maximum", "minimum", "running extreme") | {"split"}
+_GRID_KEEPING = SHAPE_MOVES | names("maximum", "minimum", "running extreme")
+_GRID_KEEPING |= names("order") | {"split"}
 
 
 class Lineage:

@@ -16,6 +16,8 @@ Kind = Literal[
     "place",
     "pad",
     "pick",
+    "place by data",
+    "order",
     "select",
     "maximum",
     "minimum",
@@ -46,15 +48,16 @@ class Primitive:
       kind: What becomes of the numbers of its operands. ``keep``: they stay; ``cast``:
         they stay, in another type; ``axes``: under other axes; ``place``: at other
         places; ``pad``: with others around them; ``pick``: some of one operand or all
-        of several; ``select``: of one operand or another, by a mask; ``maximum``,
-        ``minimum``: the extremes over axes or a window; ``running extreme``: so far
-        along an axis; ``shift``: a sum or difference; ``factor``: a product or
-        quotient, elementwise; ``negate``: of the other sign; ``bound``: clipped;
-        ``comparison``: truth values; ``function``: any other, elementwise; ``sum``:
-        over axes or a window; ``running sum``: so far along an axis; ``reduction``: any
-        other over axes; ``product``: sums of products; ``number``: of its own;
-        ``index``: places of extremes; ``point``: rounded to a grid; ``call``: what a
-        function makes of them.
+        of several; ``place by data``: at places that another operand names; ``order``:
+        in another order along an axis; ``select``: of one operand or another, by a
+        mask; ``maximum``, ``minimum``: the extremes over axes or a window; ``running
+        extreme``: so far along an axis; ``shift``: a sum or difference; ``factor``: a
+        product or quotient, elementwise; ``negate``: of the other sign; ``bound``:
+        clipped; ``comparison``: truth values; ``function``: any other, elementwise;
+        ``sum``: over axes or a window; ``running sum``: so far along an axis;
+        ``reduction``: any other over axes; ``product``: sums of products; ``number``:
+        of its own; ``index``: places of extremes; ``point``: rounded to a grid;
+        ``call``: what a function makes of them.
       is_elementwise: Whether each number of the output depends on one number of each
         operand, and `jax.lax` wants equal shapes.
       remedy: What to write in place of a call that no site is inside of.
@@ -87,6 +90,8 @@ PRIMITIVES: Mapping[str, Primitive] = {
         *_named("place", "rev slice"),
         *_named("pad", "pad"),
         *_named("pick", "concatenate dynamic_slice gather split"),
+        *_named("place by data", "dynamic_update_slice scatter scatter-add"),
+        *_named("order", "sort top_k"),
         *_named("select", "", "select_n"),
         *_named("maximum", "reduce_max reduce_window_max"),
         *_named("minimum", "reduce_min reduce_window_min"),
@@ -99,9 +104,10 @@ PRIMITIVES: Mapping[str, Primitive] = {
         *_named(
             "function",
             "",
-            "abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt "
-            "ceil cos cosh digamma erf erf_inv erfc exp exp2 expm1 floor integer_pow "
-            "is_finite lgamma log log1p logistic not or pow rem round rsqrt sign sin "
+            "abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e "
+            "cbrt ceil cos cosh digamma erf erf_inv erfc exp exp2 expm1 floor "
+            "integer_pow is_finite lgamma log log1p logistic not or pow rem round "
+            "rsqrt sign sin shift_left shift_right_arithmetic shift_right_logical "
             "sinh sqrt square tan tanh xor",
         ),
         *_named("sum", "reduce_sum reduce_window_sum"),

@@ -26,7 +26,9 @@ _HALF = (np.dtype(jnp.bfloat16), np.dtype(jnp.float16))
 # In float32 in any model: what rounds nothing, as values on a grid stay there, and what
 # is elementwise, as the codes that follow are those of its float32 form then.
 _FLOAT32 = names("keep", "axes", "place", "pad", "pick", "maximum", "minimum")
-_FLOAT32 |= names("running extreme", "comparison", "index", "shift") | POINTWISE
+_FLOAT32 |= (
+    names("order", "running extreme", "comparison", "index", "shift") | POINTWISE
+)
 _FLOAT32 -= names("cast")
 _PRODUCTS = names("product")
 _UNIT = 2.0**-6  # Of codes in half precision: float16 holds those of 16 bits then.

@@ -10,6 +10,7 @@ from jax import lax
 
 from qjax import integer_norm
 from qjax.backends.xla import bodies
+from qjax.backends.xla.gathers import GATHERS
 from qjax.backends.xla.tflite import TFLITE
 from qjax.calls import alone
 from qjax.graph.graph import Graph, Node, holds
@@ -360,5 +361,6 @@ BODIES: dict[str, NodeBody] = {
     "rev": _rev,
     "pad": _pad,
     "broadcast": _broadcast,
+    **GATHERS,
     **TFLITE,
 }

@@ -90,9 +90,12 @@ def build_tflite(
     given = tuple(jax.ShapeDtypeStruct(tensors[k].shape, jnp.int32) for k in inputs)
     _, graph, arrays = found = grow(*given)
     values = list(graph.values)
-    for k, reason in find_fixed(lambda xs: grow(*xs), given, found).items():
+    for k, (reason, is_of_one) in find_fixed(
+        lambda xs: grow(*xs), given, found
+    ).items():
         v = graph.inputs[k]
-        values[v] = dataclasses.replace(values[v], fixed_by=reason)
+        sizes: Any = {"fixed_by": reason, "is_free_beyond_one": is_of_one}
+        values[v] = dataclasses.replace(values[v], **sizes)
     graph = dataclasses.replace(graph, values=tuple(values))
     params = {name: jnp.asarray(p) for name, p in arrays.items()}
     count = len(graph.outputs)

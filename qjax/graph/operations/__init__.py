@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from qjax.graph.operations.arithmetic import ARITHMETIC
+from qjax.graph.operations.gathers import GATHERS
 from qjax.graph.operations.lookups import LOOKUPS
 from qjax.graph.operations.moves import MOVES
 from qjax.graph.operations.normalisations import NORMALISATIONS
@@ -14,5 +16,14 @@ __all__ = ("OPERATIONS", "Operands", "Operation")
 
 OPERATIONS: Mapping[str, Operation] = {
     operation.name: operation
-    for operation in (*PRODUCTS, *RESCALES, *LOOKUPS, *MOVES, *NORMALISATIONS, *TFLITE)
+    for operation in (
+        *PRODUCTS,
+        *RESCALES,
+        *LOOKUPS,
+        *MOVES,
+        *GATHERS,
+        ARITHMETIC,
+        *NORMALISATIONS,
+        *TFLITE,
+    )
 }

@@ -11,24 +11,31 @@ from qjax.lowering.rules.arithmetic import ARITHMETIC
 from qjax.lowering.rules.casts import CASTS
 from qjax.lowering.rules.choices import CHOICES
 from qjax.lowering.rules.functions import FUNCTIONS
+from qjax.lowering.rules.gathers import GATHERS
 from qjax.lowering.rules.lookups import LOOKUPS
 from qjax.lowering.rules.moves import MOVES
 from qjax.lowering.rules.normalisations import NORMALISATIONS
 from qjax.lowering.rules.points import POINTS
 from qjax.lowering.rules.products import PRODUCTS
 from qjax.lowering.rules.reductions import REDUCTIONS
+from qjax.lowering.rules.sorts import SORTS
+from qjax.lowering.rules.whole import extended
 
 __all__ = ("RULES",)
 
-RULES: Mapping[str, LoweringRule] = {
-    **ARITHMETIC,
-    **CASTS,
-    **CHOICES,
-    **FUNCTIONS,
-    **LOOKUPS,
-    **MOVES,
-    **NORMALISATIONS,
-    **POINTS,
-    **PRODUCTS,
-    **REDUCTIONS,
-}
+RULES: Mapping[str, LoweringRule] = extended(
+    {
+        **ARITHMETIC,
+        **CASTS,
+        **CHOICES,
+        **FUNCTIONS,
+        **GATHERS,
+        **LOOKUPS,
+        **MOVES,
+        **NORMALISATIONS,
+        **POINTS,
+        **PRODUCTS,
+        **REDUCTIONS,
+        **SORTS,
+    }
+)

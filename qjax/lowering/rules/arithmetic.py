@@ -1,10 +1,12 @@
 """Rules of sums, factors and bounds, which the next requantizer absorbs."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from jax.extend.core.primitives import max_p, min_p
 
 from qjax.graph.builder import compact
 from qjax.lowering.inputs import rescaled
@@ -13,6 +15,7 @@ from qjax.lowering.operands import settled
 from qjax.lowering.rules.choices import extremum
 from qjax.lowering.rules.functions import curve
 from qjax.lowering.rules.products import multiply, multiply_codes, reopened
+from qjax.lowering.rules.whole import exact_codes
 from qjax.lowering.values import (
     Abstract,
     Builder,
@@ -54,9 +57,15 @@ def _add(
         return _add_known(builder, e, a, b, sign)
     if isinstance(b, Known | KnownCodes):
         return _add_known(builder, e, a, b, sign)
+    a, b = (exact_codes(builder, e, trace, *pair) for pair in _pairs(e, a, b))
     left, right = _terms(e, a), _terms(e, b)
     right = tuple((t, s * sign) for t, s in right)
     return Sum(left + right, place=e.place)
+
+
+def _pairs(e: Equation, *operands: Abstract) -> Iterator[tuple[Abstract, int]]:
+    """Returns operands, each with its value in the trace."""
+    return zip(operands, e.inputs, strict=True)
 
 
 def _bends(*operands: Abstract) -> bool:
@@ -186,6 +195,7 @@ def _mul(builder: Builder, e: Equation, trace: Trace, *operands: Abstract) -> Ab
             return found
         return _scaled(e, operands[0], np.asarray(-1.0), None)
     a, b = operands
+    a, b = (_numbers_made_real(builder, e, trace, *pair) for pair in _pairs(e, a, b))
     if isinstance(a, ByChannel) and isinstance(b, Known) and e.primitive.name == "mul":
         return _one_unit(e, a, b)
     if _bends(a, b) and not _is_unit(e, a, b):
@@ -200,6 +210,8 @@ def _mul(builder: Builder, e: Equation, trace: Trace, *operands: Abstract) -> Ab
         if isinstance(a, Integers) and a.is_of_codes and factor.size == 1:
             return _rescaled(builder, e, trace, (a, b), factor.reshape(()))
         return _scaled(e, a, factor, b, is_quotient=True)
+    if not any(isinstance(x, Known | KnownCodes) for x in (a, b)):
+        a, b = (exact_codes(builder, e, trace, *pair) for pair in _pairs(e, a, b))
     x, known = (b, a) if isinstance(a, Known | KnownCodes) else (a, b)
     if isinstance(x, ScaledIntegers) and isinstance(known, ScaledIntegers):
         if _are_same_codes(x, known) and x.high - x.low < 1 << 16:
@@ -214,6 +226,17 @@ def _mul(builder: Builder, e: Equation, trace: Trace, *operands: Abstract) -> Ab
     if isinstance(x, Integers) and x.is_of_codes and factor.size == 1:
         return _rescaled(builder, e, trace, (a, b), factor.reshape(()))
     return _scaled(e, x, factor, known)
+
+
+def _numbers_made_real(
+    builder: Builder, e: Equation, trace: Trace, x: Abstract, v: int
+) -> Abstract:
+    """Returns an integer input as codes where a factor for each place meets it."""
+    others = [trace.shape(u) for u in e.inputs if u != v]
+    is_single = all(math.prod(shape) == 1 for shape in others)
+    if not isinstance(x, Real) or is_single:
+        return x
+    return exact_codes(builder, e, trace, x, v)
 
 
 def _are_same_codes(x: Abstract, y: Abstract) -> bool:
@@ -333,11 +356,8 @@ def _bound(
     if _is_off_grid(x, ends) or (np.any(known.value != bound) and _bends(x)):
         if (found := curve(builder, e, trace, a, b)) is not None:
             return found
-    if np.any(known.value != bound):
-        raise NotImplementedError(
-            f"There is no integer rule for a bound per channel, met in {where(e)}.\n"
-            f"  equation: {e}\nUse one bound for all, as in `jnp.maximum(x, 0.5)`."
-        )
+    if np.any(known.value != bound):  # Rounding keeps the order: codes are bounded.
+        return extremum(builder, e, trace, a, b)
     return _within(builder, e, trace, x, ends, (a, b))
 
 
@@ -349,13 +369,32 @@ def _clamp(
             return found
     ends = []
     for end in (low, high):
-        if not isinstance(end, Known) or end.value.size != 1:
+        if not isinstance(end, Known) or end.value.size == 0:
             raise refuse(e, end, "bound")
+        if np.any(end.value != end.value.flat[0]):
+            return _clamped(builder, e, trace, low, x, high)
         ends.append(float(end.value.flat[0]))
     if _is_off_grid(x, (ends[0], ends[1])):
         if (found := curve(builder, e, trace, low, x, high)) is not None:
             return found
     return _within(builder, e, trace, x, (ends[0], ends[1]), (low, x, high))
+
+
+def _clamped(
+    builder: Builder, e: Equation, trace: Trace, low: Abstract, x: Abstract, high: Any
+) -> Abstract:
+    """Bounds a value by numbers that differ by place."""
+    first, second, third = e.inputs
+    fresh = max(trace.avals) + 1
+    avals = {**trace.avals, fresh: trace.avals[e.outputs[0]]}
+    builder.types[fresh] = avals[fresh].dtype
+    trace = dataclasses.replace(trace, avals=avals)
+    below = dataclasses.replace(
+        e, primitive=max_p, params={}, inputs=(first, second), outputs=(fresh,)
+    )
+    above = dataclasses.replace(e, primitive=min_p, params={}, inputs=(fresh, third))
+    found = _bound(builder, below, trace, low, x)
+    return _bound(builder, above, trace, found, high)
 
 
 def _is_off_grid(x: Abstract, ends: tuple[float, float]) -> bool:

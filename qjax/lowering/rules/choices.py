@@ -13,12 +13,14 @@ from qjax.lowering.constants import (
     codes_on,
     like_of,
     real_values,
+    repeated,
     wider,
 )
-from qjax.lowering.entries import as_codes, raw
+from qjax.lowering.entries import as_codes
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import settled
 from qjax.lowering.rules.functions import add_table, curve
+from qjax.lowering.rules.whole import joined_whole, whole
 from qjax.lowering.values import (
     Abstract,
     Builder,
@@ -139,13 +141,15 @@ def _truth(builder: Builder, e: Equation, trace: Trace, x: Abstract, v: int) -> 
         first = codes[:1] if codes.ndim and np.all(codes == codes[:1]) else codes
         return add_constant(builder, first, None, name=name, path=e.place.path)
     if isinstance(x, Real) and x.input is not None and x.dtype:
-        x = raw(builder, e, trace, x, v)
+        return whole(builder, e, trace, x, v, "condition").value
     return mask(builder, e, trace, x, v)
 
 
 def _concatenate(
     builder: Builder, e: Equation, trace: Trace, *parts: Abstract
 ) -> Abstract:
+    if not trace.is_real(e.outputs[0]):
+        return joined_whole(builder, e, trace, parts)
     axis = int(e.params["dimension"])
     shapes, shape = _shapes(e, trace, e.inputs)
     joined = Joined(
@@ -199,14 +203,7 @@ def _joined_now(builder: Builder, x: Joined) -> Abstract:
     inputs = [
         v
         if isinstance(v, int)
-        else add_constant(
-            builder,
-            np.broadcast_to(v, shape),
-            grid,
-            name=f"{x.place.path or x.operation}/constant",
-            path=x.place.path,
-            like=like_of(builder, x, data, shape),
-        )
+        else _added_constant(builder, x, np.broadcast_to(v, shape), grid, data)
         for v, shape in zip(found, x.shapes, strict=True)
     ]
     _, low, high = builder.outcome(x.operation, (*x.others, *inputs), {}, x.attributes)
@@ -217,6 +214,16 @@ def _joined_now(builder: Builder, x: Joined) -> Abstract:
     }
     value = builder.add(x.operation, (*x.others, *inputs), x.attributes, **options)
     return first.elsewhere(value, low=low, high=high, place=x.place)
+
+
+def _added_constant(
+    builder: Builder, x: Joined, codes: np.ndarray, grid: Any, data: Sequence[int]
+) -> int:
+    """Adds a constant of a join to the graph."""
+    codes, like = repeated(x, codes, like_of(builder, x, data, codes.shape))
+    name = f"{x.place.path or x.operation}/constant"
+    options: Any = {"name": name, "path": x.place.path, "like": like}
+    return add_constant(builder, codes, grid, **options)
 
 
 def _is_on_grid_of(x: Integers, other: Integers) -> bool:

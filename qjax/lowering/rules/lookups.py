@@ -17,26 +17,24 @@ from qjax.lowering.inputs import integer_range
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import settled
 from qjax.lowering.rules.functions import run_steps
+from qjax.lowering.rules.gathers import gathered, sliced
 from qjax.lowering.rules.moves import move_again, placed
 from qjax.lowering.values import Abstract, Builder, Integers, Known, KnownCodes, Real
 from qjax.model.trace import Equation, Trace, evaluate
 
-_CHOOSE = "Choose outside of the program, or by `jnp.where` over all places."
 _MOST_ROWS = 1 << 24  # Numbers of rows are exact in float32.
 
 
 def _gather(
     builder: Builder, e: Equation, trace: Trace, x: Abstract, index: Abstract
 ) -> Abstract:
-    if isinstance(x, KnownCodes):
-        return _embed(builder, e, trace, x, index)
-    if isinstance(x, Known):
-        raise refuse(e, x, "table")
+    if isinstance(x, KnownCodes) and isinstance(index, Real):
+        if (found := _embed(builder, e, trace, x, index)) is not None:
+            return found
     if not isinstance(index, Known):
-        raise NotImplementedError(
-            f"There is no integer rule for `gather` from data at places that depend on "
-            f"an input, met in {where(e)}.\n  equation: {e}\n{_CHOOSE}"
-        )
+        return gathered(builder, e, trace, x, index)
+    if isinstance(x, Known | KnownCodes):
+        raise refuse(e, x, "table")
     return _taken(builder, e, trace, x, index.value)
 
 
@@ -44,10 +42,7 @@ def _dynamic_slice(
     builder: Builder, e: Equation, trace: Trace, x: Abstract, *starts: Abstract
 ) -> Abstract:
     if not all(isinstance(s, Known) for s in starts):
-        raise NotImplementedError(
-            f"There is no integer rule for `dynamic_slice` at a place that depends on "
-            f"an input, met in {where(e)}.\n  equation: {e}\n{_CHOOSE}"
-        )
+        return sliced(builder, e, trace, x, *starts)
     known = (s.value for s in starts if isinstance(s, Known))
     return _taken(builder, e, trace, x, *known)
 
@@ -88,9 +83,13 @@ def _taken(
 
 
 def _embed(
-    builder: Builder, e: Equation, trace: Trace, w: KnownCodes, index: Abstract
-) -> Integers:
-    """Looks rows of a table of weights up by an integer input."""
+    builder: Builder, e: Equation, trace: Trace, w: KnownCodes, index: Real
+) -> Integers | None:
+    """Looks rows of a table of weights up by an integer input.
+
+    Returns:
+      Codes; None where the input does not choose rows as they are counted.
+    """
     dimensions, rows = e.params["dimension_numbers"], w.codes.shape[0]
     axes = tuple(range(len(trace.shape(e.outputs[0])) - w.codes.ndim + 1, 99))
     is_rows = (
@@ -99,14 +98,12 @@ def _embed(
         and tuple(dimensions.offset_dims) == axes[: w.codes.ndim - 1]
         and tuple(e.params["slice_sizes"]) == (1, *w.codes.shape[1:])
     )
-    if not isinstance(index, Real) or index.input is None:
+    if index.input is None:
         raise refuse(e, index, "index")
     ends = _chosen_ends(e, trace, index, rows) if is_rows else None
-    if ends is None or np.any(w.zero_point):
-        raise NotImplementedError(
-            f"There is no integer rule for this `gather` in {where(e)}: rows of a "
-            f"symmetric table, chosen by an integer input, have one.\n  equation: {e}"
-        )
+    is_other = index.input in builder.raw and index.input not in builder.rows
+    if ends is None or np.any(w.zero_point) or is_other:
+        return None
     ids = _place_input(builder, e, trace, index, ends)
     low, high = int(w.codes.min(initial=0)), int(w.codes.max(initial=0))
     kernel = w.codes.astype(storage(low, high))
@@ -167,6 +164,8 @@ def _chosen_ends(e: Equation, trace: Trace, index: Real, rows: int) -> "_Chosen 
     theirs = rows_of(probes)
     is_held = np.array_equal(np.clip(theirs, 0, rows - 1), held)
     is_there = bool(np.all((theirs >= 0) & (theirs < rows)))
+    if is_there and not is_held:
+        return None  # Other integers choose other rows.
     return _Chosen(*chosen, is_held and (is_there or not is_filled))
 
 

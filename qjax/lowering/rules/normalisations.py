@@ -16,12 +16,14 @@ from qjax.integer import fixed_point
 from qjax.integer_division import FRACTION as FRACTION_OF_DIVISION
 from qjax.integer_division import MOST
 from qjax.integer_softmax import FRACTION, exp_tables, joined_table, most_places
+from qjax.leaves import at_start
 from qjax.lowering.constants import add_constant
 from qjax.lowering.entries import raw
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import settled
 from qjax.lowering.rules.choices import mask
 from qjax.lowering.rules.functions import add_table, as_curve, tabulate
+from qjax.lowering.rules.whole import whole
 from qjax.lowering.values import Abstract, Builder, Integers, Known, Real
 from qjax.model.integer_calls import NormCall, SoftmaxCall
 from qjax.model.kept import integer_of
@@ -107,7 +109,15 @@ def _mask_of_data(
     """Returns what a mask of integer or boolean inputs keeps, as codes 0 and 1."""
     v = e.inputs[place]
     if isinstance(x, Real) and x.input is not None and x.dtype:
-        x = raw(builder, e, trace, x, v)
+        if not trace.is_real(v):
+            return whole(builder, e, trace, x, v, "mask").value
+        if (function := raw(builder, e, trace, x, v)) is None:
+            raise ValueError(
+                f"{at_start(x.source)} holds {x.dtype} and is made a mask of real "
+                f"numbers, in {where(e)}.\n  equation: {e}\nThat is a table of at most "
+                "16 bits: pass the mask with dtype bool, uint8, int8, uint16 or int16."
+            )
+        x = function
     if not trace.is_real(v):
         return mask(builder, e, trace, x, v)
     x = as_curve(e, v, x)

@@ -10,12 +10,18 @@ import numpy as np
 
 from qjax.graph.graph import Grid, storage
 from qjax.integer import common_fixed_point, fixed_point
-from qjax.lowering.constants import add_constant, known_codes, like_of
+from qjax.lowering.constants import (
+    add_constant,
+    known_codes,
+    like_of,
+    repeated,
+)
 from qjax.lowering.entries import raw
 from qjax.lowering.interpret import InputTwiceError, LoweringRule, refuse, where
 from qjax.lowering.operands import added
 from qjax.lowering.rules.functions import add_table
 from qjax.lowering.rules.moves import move_again
+from qjax.lowering.rules.whole import replayed
 from qjax.lowering.values import (
     Abstract,
     Builder,
@@ -204,9 +210,10 @@ def _constant_codes(
             "stands for. Replace it by a number."
         )
     grid, dtype = target.grid, target.dtype
-    if not x.others or not real.size or np.any(real != real.flat[0]):
+    is_mask = x.operation == "select"
+    if not is_mask or not real.size or np.any(real != real.flat[0]):
         codes = target.known_codes_of(real)
-        codes = np.broadcast_to(codes, shape)
+        codes, like = repeated(x, np.broadcast_to(codes, shape), like)
         options: Any = {"path": x.place.path, "dtype": dtype, "like": like}
         return add_constant(
             builder, codes, grid, name=f"{target.site}/constant", **options
@@ -311,7 +318,9 @@ def _quantize_input(
     if x.input is None:
         raise refuse(e, x, "input")
     if not x.is_plain or x.input in builder.raw or x.input in builder.is_raw:
-        return _table(builder, raw(builder, e, trace, x), target, shape)
+        if (function := raw(builder, e, trace, x)) is not None:
+            return _table(builder, function, target, shape)
+        return _requantize(builder, replayed(builder, e, trace, x), target, shape)
     own = trace.shape(trace.inputs[x.input])
     fresh = Builder()
     target.add_input(fresh, own)

@@ -9,6 +9,7 @@ import numpy as np
 from qjax.graph.builder import compact
 from qjax.graph.operations.products import channel_ends, product_ends
 from qjax.lowering.interpret import LoweringRule, refuse, where
+from qjax.lowering.rules.whole import exact_codes
 from qjax.lowering.values import (
     Abstract,
     Builder,
@@ -38,6 +39,10 @@ class AccumulatorOverflowError(OverflowError):
 def _dot_general(
     builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
 ) -> Abstract:
+    a, b = (
+        exact_codes(builder, e, trace, x, v)
+        for x, v in zip((a, b), e.inputs, strict=True)
+    )
     if not isinstance(a, Known | KnownCodes) and not isinstance(b, Known | KnownCodes):
         return _dot_codes(builder, e, trace, a, b)
     operand = 0 if isinstance(a, Known | KnownCodes) else 1
@@ -119,6 +124,7 @@ def _conv(
             f"There is no integer rule for this convolution, met in {where(e)}.\n"
             f"  equation: {e}"
         )
+    x = exact_codes(builder, e, trace, x, e.inputs[0])
     return _product(builder, e, trace, x, w, 1)
 
 

@@ -11,6 +11,7 @@ from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import emitted, settled
 from qjax.lowering.rules.moves import add_move
 from qjax.lowering.rules.products import AccumulatorOverflowError
+from qjax.lowering.rules.whole import exact_codes, whole
 from qjax.lowering.values import Abstract, Builder, Integers, PendingAccumulator
 from qjax.model.trace import Equation, Trace
 
@@ -37,6 +38,7 @@ def _sum(
     operation: str,
     attributes: dict[str, Any],
 ) -> Abstract:
+    x = _numbers(builder, e, trace, x)
     x = _reduced(e, settled(builder, e, trace, x))
     if x.dtype and x.dtype != "int32":
         raise refuse(e, x, "input")  # Sums of narrow types wrap.
@@ -76,7 +78,16 @@ def _sum(
     )
 
 
+def _numbers(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
+    """Returns whole numbers, and functions of them, as integers in the graph."""
+    v = e.inputs[0]
+    if trace.is_real(v):
+        return exact_codes(builder, e, trace, x, v)
+    return whole(builder, e, trace, x, v, "input")
+
+
 def _max_pool(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
+    x = _numbers(builder, e, trace, x)
     # A bound may wait: it never changes which value is largest.
     x = emitted(builder, e, x)
     if np.any(x.real_scale() < 0):
@@ -87,6 +98,17 @@ def _max_pool(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstr
         attributes: dict[str, Any] = {"axes": [int(a) for a in e.params["axes"]]}
         return add_move(builder, e, trace, x, x.scale, kind, attributes)
     return add_move(builder, e, trace, x, x.scale, f"{kind}_pool", _window(e))
+
+
+def _truth(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Integers:
+    """Returns whether any or all of truth values over axes are true."""
+    if trace.avals[e.inputs[0]].dtype != np.bool_:
+        raise refuse(e, x, "input")
+    own = whole(builder, e, trace, x, e.inputs[0], "input")
+    kind = "max" if e.primitive.name == "reduce_or" else "min"
+    axes, path = [int(a) for a in e.params["axes"]], where(e).strip("'")
+    value = builder.add(kind, (own.value,), {"axes": axes}, dtype="int8", path=path)
+    return builder.numbers(value, e.place, "bool")
 
 
 def _reduced(e: Equation, x: Integers) -> Integers:
@@ -161,6 +183,8 @@ REDUCTIONS: Mapping[str, LoweringRule] = {
     "reduce_max": _max_pool,
     "reduce_window_min": _max_pool,
     "reduce_min": _max_pool,
+    "reduce_or": _truth,
+    "reduce_and": _truth,
     "cumsum": _running_sum,
     "cummax": _running_extreme,
     "cummin": _running_extreme,
