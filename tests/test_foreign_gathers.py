@@ -255,6 +255,45 @@ class AxisTest(chex.TestCase):
             program_of(kind, operands, [y], **options)
 
 
+class MoveTest(chex.TestCase):
+    @parameterized.parameters(
+        ([0, 1, 0], {"begin_mask": 2}, 0), ([0, -4, 0], {}, 0), ([0, -1, 0], {}, 2)
+    )
+    def test_single_places(self, begin, options, place):
+        """As TFLite: an open start is the first, and so is what lies before it."""
+        x = draw_codes(np.random.default_rng(39), "int8", (2, 3, 6))
+        ends = [whole_numbers(n) for n in (begin, [2, 3, 6], [1, 1, 1])]
+        y = tensor("y", (2, 6))
+        options = {"shrink_axis_mask": 2, **options}
+        program = program_of(
+            "STRIDED_SLICE", [tensor("x", x.shape), *ends], [y], **options
+        )
+        check(program, [x], x[:, place])
+
+    def test_axes_of_a_transposition_count_from_the_last(self):
+        x = draw_codes(np.random.default_rng(39), "int8", (2, 3, 6))
+        operands = [tensor("x", x.shape), whole_numbers([0, -1, 1])]
+        program = program_of("TRANSPOSE", operands, [tensor("y", (2, 6, 3))])
+        check(program, [x], x.transpose(0, 2, 1))
+
+    @parameterized.parameters(
+        ("PAD", [[[0, 0], [-1, 0]]], {}, "must not be negative"),
+        ("MIRROR_PAD", [[[0, 0], [3, 0]]], {"mode": "REFLECT"}, "must lie in 0 to"),
+        ("MIRROR_PAD", [[[0, 0], [0, 4]]], {"mode": "SYMMETRIC"}, "must lie in 0 to"),
+        ("SLICE", [[0, -1], [2, 1]], {}, "lie not within 3"),
+    )
+    def test_what_tflite_refuses_is_refused(self, kind, operands, options, message):
+        operands = [tensor("x", (2, 3)), *map(whole_numbers, operands)]
+        with pytest.raises(ValueError, match=message):
+            program_of(kind, operands, [tensor("y", (2, 4))], **options)
+
+    def test_a_single_place_beyond_the_last_is_refused(self):
+        ends = [whole_numbers(n) for n in ([0, 4], [2, 5], [1, 1])]
+        operands, y = [tensor("x", (2, 3)), *ends], tensor("y", (2,))
+        with pytest.raises(NotImplementedError, match="a single place 4 of 3"):
+            program_of("STRIDED_SLICE", operands, [y], shrink_axis_mask=2)
+
+
 class NumbersTest(chex.TestCase):
     """Integers that are no codes: of inputs, moved."""
 

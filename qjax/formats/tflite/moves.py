@@ -50,7 +50,8 @@ def _into(call: Call, shape: Sequence[int]) -> None:
 
 
 def _transpose(call: Call) -> None:
-    order = [int(d) for d in np.ravel(call.constant(1))]
+    rank = len(call.tensor().shape)
+    order = [call.axis(d, rank) for d in np.ravel(call.constant(1))]
     call.move("transpose", (call.value(),), permutation=order)
 
 
@@ -59,6 +60,8 @@ def _pad(call: Call) -> None:
     if call.op.name == "PADV2":
         code = int(np.ravel(call.constant(2))[0])
     padding = [[int(a), int(b), 0] for a, b in call.constant(1)]
+    if min((n for pair in padding for n in pair), default=0) < 0:
+        raise ValueError(f"padding must not be negative, got {padding}")
     call.emit("pad", (call.value(),), padding=padding, padding_code=code)
 
 
@@ -185,9 +188,17 @@ def _strided_slice(call: Call) -> None:
         no_start, no_stop, single = (mask >> d & 1 for mask in masks)
         cuts[d] = slice(None if no_start else start, None if no_stop else stop, step)
         if single:
-            cuts[d] = slice(start % shape[d], start % shape[d] + 1)
+            cuts[d] = _single(call, 0 if no_start else start, step, shape[d])
     dropped = [d for d in range(len(shape)) if masks[2] >> d & 1]
     _cut(call, cuts, dropped=dropped)
+
+
+def _single(call: Call, start: int, step: int, size: int) -> slice:
+    """Cuts one place out; one before the first is the first, as in TFLite."""
+    if step < 1 or not start < size:
+        raise call.refuse(f"a single place {start} of {size}, in steps of {step},")
+    first = max(start + size if start < 0 else start, 0)
+    return slice(first, first + 1)
 
 
 def _split(call: Call) -> None:
@@ -326,6 +337,10 @@ def _mirror_pad(call: Call) -> None:
     first, *padding = call.constant(1).tolist()
     if any(first):
         raise call.refuse("padding of the leading axis")
+    most = [n - (mode == "reflect") for n in call.tensor().shape[1:]]
+    pairs = zip(padding, most, strict=True)
+    if any(min(pair) < 0 or max(pair) > n for pair, n in pairs):
+        raise ValueError(f"padding must lie in 0 to {most}, got {padding}")
     take(call, lambda x: np.pad(x, padding, mode))
 
 
@@ -412,7 +427,7 @@ def _fold_slice(call: Call, x: np.ndarray, *ends: np.ndarray) -> np.ndarray:
         int(call.option(f"{name}_mask", 0)) for name in ("begin", "end", "shrink_axis")
     )
     if single:
-        return x[start]
+        return x[0 if no_start else start]
     return x[None if no_start else start : None if no_stop else stop : step]
 
 
