@@ -1,11 +1,15 @@
 """Real ends of TFLite graphs: what is moved before QUANTIZE and after DEQUANTIZE."""
 
+import os
+import tempfile
+
 import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
 
+import qjax
 from qjax.formats.tflite.build import Operator, Tensor, build_tflite
 from tests.foreign import check, half_away, range_of, tensor
 from tests.foreign import whole_numbers as whole
@@ -49,15 +53,44 @@ class EndsTest(chex.TestCase):
         program = build_tflite(tensors, operators, [0, 5], [10, 12])
         rng = np.random.default_rng(40)
         for batch in (2, 5):
-            x, z = rng.normal(size=(batch, 2, 2)), rng.normal(size=(batch, 2))
+            draw = lambda *shape: rng.integers(-40, 40, shape) / 16  # With ties.
+            x, z = draw(batch, 2, 2), draw(batch, 2)
             out, most = program(np.float32(x), np.float32(z))
             joined = np.concatenate([np.pad(x.reshape(-1, 4), ((0, 0), (1, 1))), z], 1)
-            codes = np.clip(np.rint(joined / 0.125) + 3, *range_of(dtype))
+            steps = np.reshape([half_away(n) for n in joined.ravel() * 8], joined.shape)
+            codes = np.clip(steps + 3, *range_of(dtype))
             wanted = 0.125 * (codes - 3)
             np.testing.assert_array_equal(out, wanted[:, [7, 1, 0]])
             np.testing.assert_array_equal(most, codes.argmax(1))
         assert out.dtype == jnp.float32 and most.dtype == jnp.int32
         assert set(program.graph.sites) == {"q", "most"}
+
+    @parameterized.product(
+        dtype=["int8", "int16"], scale=[0.05, 0.1, 0.0625, 1 / 255, 1.0]
+    )
+    def test_real_inputs_round_as_the_kernels_do(self, dtype, scale):
+        """Ties and their neighbours in float32; XNNPACK's go to even codes."""
+        scale = np.float32(scale)
+        tensors = [_real("x", (1, 9)), tensor("q", (1, 9), dtype, scale, 3)]
+        operators = [Operator("QUANTIZE", (0,), (1,))]
+        program = build_tflite(tensors, operators, [0], [1])
+        rng = np.random.default_rng(42)
+        ties = (rng.integers(-400, 400, (300, 9)) * scale / np.float32(2)).ravel()
+        ends = np.float32([-np.inf, np.inf])
+        x = np.stack([ties, *(np.nextafter(ties, end) for end in ends)])
+        x = np.append(x, [*ends, 1e30, 1e-30, -0.0, 0, 0.5, 1, 2]).astype(np.float32)
+        with np.errstate(over="ignore"):
+            quotient = np.clip(np.float64(x / scale), -1e9, 1e9)
+        wanted = np.sign(quotient) * np.floor(np.abs(quotient) + 0.5) + 3
+        wanted = np.clip(wanted, *range_of(dtype)).reshape(-1, 9)
+        (found,) = program.quantize_inputs(x.reshape(-1, 9))
+        np.testing.assert_array_equal(found, wanted)
+        with tempfile.TemporaryDirectory() as folder:
+            program.save(path := os.path.join(folder, "p.qjax"))
+            assert qjax.load(path).graph.values[0].rounding == "half_away"
+        rule = {"rule": "fp32_half_even"}
+        program = build_tflite(tensors, operators, [0], [1], **rule)
+        assert program.graph.values[0].rounding == "half_even"
 
     @parameterized.product(
         kinds=[("int8", "uint8"), ("int8", "int16"), ("int16", "int8")],

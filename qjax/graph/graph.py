@@ -43,6 +43,9 @@ class Value:
     fixed_by: str = ""
     is_place: bool = False  # True for an input that chooses rows and takes no others.
     dtype_of_model: str = ""  # Type in the model of an output of integers.
+    # Rounding of a real input: "half_even" of its product with the reciprocal of the
+    # scale, or "half_away" of its float32 quotient by the scale, as TFLite has it.
+    rounding: str = "half_even"
 
     @property
     def zero_point(self) -> int:
@@ -203,6 +206,8 @@ def _check_keys(data: Any, kind: type) -> None:
 
 
 def _value(data: Any) -> Value:
+    if isinstance(data, dict):
+        data = {"rounding": "half_even", **data}  # Older files have none.
     _check_keys(data, Value)
     grid = data["grid"]
     if grid is not None:

@@ -113,6 +113,8 @@ def _check_value(where: str, v: Value) -> None:
     for name in ("is_rescaling_exact", "is_place"):
         found = getattr(v, name)
         _need(isinstance(found, bool), where, f"`{name}` must be true or false", found)
+    known = isinstance(v.rounding, str) and v.rounding in _ROUNDINGS
+    _need(known, where, f"`rounding` must be one of {_ROUNDINGS}", v.rounding)
     _need(isinstance(v.fixed_by, str), where, "`fixed_by` must be a text", v.fixed_by)
     _need(
         isinstance(v.dtype_of_model, str) and v.dtype_of_model in _MODEL_TYPES,
@@ -120,6 +122,9 @@ def _check_value(where: str, v: Value) -> None:
         "`dtype_of_model` must be an integer type",
         v.dtype_of_model,
     )
+
+
+_ROUNDINGS = ("half_even", "half_away")
 
 
 def _is_float32(x: Any) -> bool:
@@ -255,7 +260,7 @@ def _check_computed(graph: Graph) -> None:
 def _check_roles(graph: Graph) -> None:
     """Raises for statements about values that are no inputs, outputs or codes."""
     plain = Value((), "int32", 0, 0)
-    names = ("rescaling", "is_rescaling_exact", "fixed_by", "is_place")
+    names = "rescaling", "is_rescaling_exact", "fixed_by", "is_place", "rounding"
     for v, value in enumerate(graph.values):
         where = f"Value %{v}"
         if v not in graph.inputs:

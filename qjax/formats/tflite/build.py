@@ -60,9 +60,8 @@ def build_tflite(
       operators: In the order of their execution.
       inputs: Numbers of the input tensors. One of float32 must go to ``QUANTIZE`` and
         nowhere else, perhaps moved before; its codes become the input, and a call with
-        real numbers rounds them half to even, as XNNPACK does (reference kernels round
-        ties away from zero). One of int32 or int64 holds integers within 2^24, moved
-        or indices: those of ``GATHER`` stay within its axis.
+        real numbers rounds them as the kernels do. One of int32 or int64 holds integers
+        within 2^24, moved or indices: those of ``GATHER`` stay within its axis.
       outputs: Numbers of the output tensors, codes or what ``DEQUANTIZE`` makes of
         them, perhaps moved after; or integers.
       rule: Rescaling of 32-bit accumulators. ``tflite_double`` is what TFLite's

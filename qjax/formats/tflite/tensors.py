@@ -150,9 +150,10 @@ class Growth:
         t = self.tensors[k]
         low, high = ends or t.codes()[2:]
         value = self.builder.add_value(t.shape, low, high, t.grid(), dtype=t.storage)
-        if t.is_number:
-            own = dataclasses.replace(self.builder.values[value], is_place=True)
-            self.builder.values[value] = own
+        own = self.builder.values[value]
+        if t.is_real and not self.rules.is_xnnpack:
+            own = dataclasses.replace(own, rounding="half_away")
+        self.builder.values[value] = dataclasses.replace(own, is_place=t.is_number)
         self.inputs[k] = value
         self.bind(k, value)
 
