@@ -151,6 +151,14 @@ def test_averages_without_padding(bits):
     _equal(net, [net.quant(y, 0.125, 7)], x, [_quantized(wanted, 0.125, 7)])
 
 
+def test_averages_that_leave_int32_are_refused():
+    net = Net((1, 2, 9, 9))
+    y = net.quant("x", 0.25, 16)
+    y = net.add("AveragePool", y, kernel_shape=[7, 7], pads=[3] * 4)
+    with pytest.raises(OverflowError, match="AveragePool.*parts of 1 / 176400"):
+        read_qonnx(net.model(net.quant(y, 0.5, 8)).SerializeToString())
+
+
 # Resizes.
 
 

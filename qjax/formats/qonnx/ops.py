@@ -1,7 +1,7 @@
 """The operators of QONNX graphs as JAX functions that lower: table, lines, functions.
 
 References:
-  ONNX's own are those of github.com/onnx/onnx, docs/Operators.md, from operator set 9
+  ONNX's own are those of github.com/onnx/onnx, docs/Operators.md, from operator set 7
   on; the others stand in `qjax.formats.qonnx.quantizers`.
 """
 

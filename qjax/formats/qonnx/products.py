@@ -331,6 +331,13 @@ def _mean_of_some(
     unit, one = x.grid.scale, np.ones((1,) * acc.ndim)
     ends = min(x.grid.low, 0), max(x.grid.high, 0)
     most = int(counts.max())
+    reach = parts * max(map(abs, ends))
+    if reach >= 1 << 31:
+        raise OverflowError(
+            f"An average over windows of {np.unique(counts).tolist()} numbers sums in "
+            f"parts of 1 / {parts}, which must fit int32, got up to {reach}. Give its "
+            "input fewer bits, or pad before it."
+        )
     least, largest = (end * most for end in ends)
     codes = point(acc, unit, 0, least, largest, site=f"{op.site}/sum").real()
     whole = codes * unit_kernel(parts // counts, f"{op.site}/parts")

@@ -133,7 +133,8 @@ def read_qonnx(
     and the next quantizer (BatchNormalization, thresholds, any rounding) is a table of
     it, computed in float32 in the order of the file. Wider ones are requantized: off by
     a code at most, at ties. Biases of outputs are rounded to the bits that int32 has
-    left below the unit of the accumulator, at most 24. Needs the extra `qjax[onnx]`.
+    left below the unit of the accumulator, at most 24. Operators are those of ONNX's
+    sets 7 to 28, each as its own set has it. Needs the extra `qjax[onnx]`.
 
     Args:
       path_or_bytes: The file, or what is in it.

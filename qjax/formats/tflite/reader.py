@@ -27,7 +27,9 @@ def read_tflite(
     """Reads a fully quantized TFLite file as the program that gives its codes.
 
     The weights, scales and zero points are those of the file; nothing is calibrated or
-    rounded anew. Needs the extra `qjax[tflite]`.
+    rounded anew. Its inputs and outputs are codes, real numbers that ``QUANTIZE`` takes
+    and ``DEQUANTIZE`` gives, or integers that are indices. Needs the extra
+    `qjax[tflite]`.
 
     Args:
       path_or_bytes: The file, or what is in it. Of several subgraphs the first is read.
