@@ -91,12 +91,13 @@ class GatherTest(chex.TestCase):
         (2, (2, 3, 2), (2, 3, 2), 2),
         (2, (2, 3, 5), (2, 2), 1),
         (1, (2, 1), (2,), 1),
+        (0, (3, 4), (), 0),
     )
     def test_inputs_choose_among_inputs(self, axis, shape, ids, batch):
         rng = np.random.default_rng(32)
         draw = lambda n: (
             draw_codes(rng, "int8", (n, *shape[1:])),
-            rng.integers(0, shape[axis], (n if batch else ids[0], *ids[1:])),
+            rng.integers(0, shape[axis], (n, *ids[1:]) if batch else ids),
         )
         x, at = draw(shape[0])
         wanted = _gathered(x, at, axis, batch)
@@ -140,6 +141,34 @@ class GatherTest(chex.TestCase):
             pair = np.stack([at, at], 2)
             most = np.stack([x.max(2)] * 2, 2)
             check(program, [x], [table[at], at, pair, most])
+
+    def test_inputs_choose_together(self):
+        """Of what is packed of two inputs each has the range of the axis."""
+        table = draw_codes(np.random.default_rng(43), "int8", (7, 4))
+        tensors = [
+            Tensor("a", (2,), "int32"),
+            Tensor("b", (2,), "int64"),
+            Tensor("cast", (2,), "int32"),
+            Tensor("pair", (2, 2), "int32"),
+            tensor("table", (7, 4), data=table),
+            tensor("y", (2, 2, 4)),
+        ]
+        operators = [
+            Operator("CAST", (1,), (2,)),
+            Operator("PACK", (0, 2), (3,), {"axis": 1}),
+            Operator("GATHER", (4, 3), (5,), {"axis": 0}),
+        ]
+        program = build_tflite(tensors, operators, [0, 1], [5])
+        a, b = np.int32([6, 0]), np.int32([3, 1])
+        check(program, [a, b], table[np.stack([a, b], 1)])
+        with pytest.raises(ValueError, match=r"input 1 must lie in \[0, 6\]"):
+            program(a, b + 4)
+        part = Operator("SLICE", (0, 2, 3), (4,))
+        ends = [whole_numbers([n], name) for n, name in ((0, "from"), (1, "size"))]
+        tensors = [*tensors[:2], *ends, Tensor("part", (1,), "int32"), tensors[4]]
+        operators = [part, Operator("GATHER", (5, 4), (6,), {"axis": 0})]
+        with pytest.raises(NotImplementedError, match="are all of an input"):
+            build_tflite([*tensors, tensor("y", (1, 4))], operators, [0], [6])
 
     def test_what_may_leave_the_axis_is_refused(self):
         x, y = tensor("x", (2, 3, 6)), tensor("y", (2, 1, 6))

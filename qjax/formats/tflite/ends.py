@@ -26,7 +26,13 @@ MOVES_OF_REALS: Mapping[str, slice] = {
         slice(1),
     ),
 }
-_WHOLE = ("CAST", "EXPAND_DIMS", "RESHAPE", "SQUEEZE", "TILE", "TRANSPOSE")
+# Operators that move all integers -> the inputs that do.
+_WHOLE: Mapping[str, slice] = {
+    **dict.fromkeys(("CONCATENATION", "PACK"), _ALL),
+    **dict.fromkeys(
+        ("CAST", "EXPAND_DIMS", "RESHAPE", "SQUEEZE", "TILE", "TRANSPOSE"), slice(1)
+    ),
+}
 _INDICES = {"EMBEDDING_LOOKUP": 0, "GATHER": 1}
 _MOST = 1 << 24  # Largest integer of an input: float32 holds it.
 
@@ -126,14 +132,18 @@ def input_ends(
       of the axis that they choose from.
     """
     ends = {k: (-_MOST, _MOST) for k in inputs if tensors[k].is_number}
-    origins = {k: k for k in ends}
+    origins = {k: {k} for k in ends}
     for op in operators:
         place = _INDICES.get(op.name)
         if place is not None and op.inputs[place] in origins:
-            k, x = origins[op.inputs[place]], tensors[op.inputs[1 - place]]
+            x = tensors[op.inputs[1 - place]]
             axis = int(op.options.get("axis", 0)) if op.name == "GATHER" else 0
-            if -len(x.shape) <= axis < len(x.shape):
+            if not -len(x.shape) <= axis < len(x.shape):
+                continue  # Its rule refuses it.
+            for k in origins[op.inputs[place]]:
                 ends[k] = 0, max(min(ends[k][1], x.shape[axis] - 1), 0)
-        elif op.name in _WHOLE and op.inputs[0] in origins:
-            origins[op.outputs[0]] = origins[op.inputs[0]]
+        elif op.name in _WHOLE:
+            parts = [origins.get(k, set()) for k in op.inputs[_WHOLE[op.name]]]
+            if found := set().union(*parts):
+                origins[op.outputs[0]] = found
     return ends

@@ -337,7 +337,8 @@ class Call:
         if v.shape == shape:
             return value
         like = None if v.grid is None else value
-        return self.add("reshape", (value,), like=like, sizes=any_batch(shape))
+        sizes = any_batch(shape) if v.shape else list(shape)
+        return self.add("reshape", (value,), like=like, sizes=sizes)
 
     def _node(
         self,
