@@ -10,6 +10,7 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from qjax.affine import QParams, dequantize
 from qjax.backends.xla import run as xla
@@ -278,11 +279,12 @@ class IntegerProgram:
             scale = jnp.asarray(grid.array())
             is_whole = jnp.issubdtype(jax.dtypes.result_type(x), jnp.integer)
             if is_whole and v.grid == Grid(1.0, 0) and v.rescaling == (1.0, 0.0):
-                found.append(jnp.clip(jnp.asarray(x), v.low, v.high).astype(v.dtype))
+                found.append(_clipped(jnp.asarray(x), v))
                 continue
             gain, offset = map(jnp.float32, v.rescaling)
             x = jnp.asarray(x).astype(jnp.float32) * gain + offset
-            found.append(grid_codes(x, scale, zero, low, high).astype(v.dtype))
+            codes = _quotient_codes if v.rounding == "half_away" else grid_codes
+            found.append(codes(x, scale, zero, low, high).astype(v.dtype))
         return found
 
     def _dequantize(self, outputs: Sequence[jax.Array]) -> list[jax.Array]:
@@ -348,6 +350,35 @@ def _check_range(name: str, x: Any, v: Value) -> None:
         raise ValueError(
             f"The codes of {name} must lie in [{v.low}, {v.high}], got [{low}, {high}]."
         )
+
+
+def _quotient_codes(
+    x: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array,
+    qmin: jax.Array,
+    qmax: jax.Array,
+) -> jax.Array:
+    """Computes codes as TFLite does: float32 quotients, halves away from zero.
+
+    In float64, where a quotient of float32 numbers is never so near to the middle of
+    two others that an ulp, or a reciprocal in its place, would round it elsewhere.
+    """
+    with jax.enable_x64(True):
+        wide = lambda a: a.astype(jnp.float64)
+        quotient = lax.reduce_precision(wide(x) / wide(scale), 8, 23)
+        half = jnp.full_like(quotient, 0.5)
+        steps = jnp.sign(quotient) * jnp.floor(jnp.abs(quotient) + half)
+        steps = jnp.where(jnp.isnan(steps), jnp.zeros_like(steps), steps)
+        low, high = (wide(end) - wide(zero_point) for end in (qmin, qmax))
+        return jnp.clip(steps, low, high).astype(jnp.int32) + zero_point
+
+
+def _clipped(x: jax.Array, v: Value) -> jax.Array:
+    """Clips whole numbers, which are their own codes, without float32's roundings."""
+    info = jnp.iinfo(x.dtype)
+    ends = max(v.low, int(info.min)), min(v.high, int(info.max))
+    return jnp.clip(x, *(jnp.asarray(end, x.dtype) for end in ends)).astype(v.dtype)
 
 
 def _grid(value: Value) -> Grid:

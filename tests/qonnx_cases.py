@@ -25,7 +25,7 @@ class Net:
 
     def constant(self, array):
         array = np.asarray(array)
-        if array.dtype.kind != "i":
+        if array.dtype.kind not in "ib":
             array = array.astype(np.float32)
         name = f"c{len(self.constants)}"
         self.constants.append(numpy_helper.from_array(array, name))

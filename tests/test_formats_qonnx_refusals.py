@@ -176,3 +176,62 @@ def test_mnist_logits_are_the_published_ones(name, right):
     labels = np.argmax(wanted, 1)
     np.testing.assert_array_equal(np.argmax(program(x[:, None]), 1), labels)
     assert np.sum(labels == mnist["y_test"]) == right
+
+
+@pytest.mark.parametrize("opset", range(7, 29))
+def test_every_operator_set_gives_the_same_network(opset):
+    """Inputs that were attributes once."""
+    rng, net = np.random.default_rng(14), Net((1, 2, 4, 4), opset)
+    pair = lambda since, *axes: (
+        ([np.int64(axes)], {}) if opset >= since else ([], {"axes": list(axes)})
+    )
+    y, w = net.quant("x", 0.25, 4), net.quant(rng.normal(size=(3, 2, 3, 3)), 0.25, 3)
+    y = net.add("Relu", net.add("Conv", y, w, pads=[1] * 4))
+    given, options = pair(18, 2, 3)
+    y = net.add("ReduceMean", net.quant(y, 0.5, 3), *given, keepdims=0, **options)
+    given, options = pair(13, 2)
+    y = net.add("Unsqueeze", net.quant(y, 0.25, 4), *given, **options)
+    y = net.add("Dropout", net.add("Squeeze", y, *given, **options))
+    y = net.add("Gemm", y, net.quant(rng.normal(size=(3, 5)), 0.25, 3), np.zeros(5))
+    ends = ([-2.0, 3.0], {}) if opset >= 11 else ([], {"min": -2.0, "max": 3.0})
+    y = net.quant(net.add("Clip", y, *ends[0], **ends[1]), 0.25, 5)
+    check(net.model(y), _dyadic(rng, (8, 2, 4, 4)))
+
+
+_MORE_MISSING = {
+    "Cast to element type 6": lambda n, y: n.add("Cast", y, to=6),
+    "Cast to element type 9": lambda n, y: n.add("Cast", y, to=9),
+    "Dropout in training": lambda n, y: n.add("Dropout", y, 0.5, np.bool_(True)),
+    "first of equal ones": lambda n, y: n.add("ArgMax", y, select_last_index=1),
+    "size of 0": lambda n, y: n.add("Reshape", y, np.int64([1, 0]), allowzero=1),
+}
+
+
+@pytest.mark.parametrize("message", _MORE_MISSING)
+def test_options_of_later_sets_are_refused(message):
+    net = Net((1, 4), 14)
+    y = _MORE_MISSING[message](net, net.quant("x", 0.5, 4))
+    with pytest.raises(NotImplementedError, match=message):
+        read_qonnx(net.model(y).SerializeToString())
+
+
+def test_casts_of_whole_numbers_pass_them_on():
+    net = Net((1, 4), 14)
+    y = net.add("Cast", net.quant("x", 2.0, 4), to=7)
+    y = net.add("Mul", net.add("Cast", y, to=11), 0.5)
+    model, x = (
+        net.model(net.quant(y, 1.0, 3)),
+        _dyadic(np.random.default_rng(15), (8, 4)),
+    )
+    check(model, 4 * x)
+
+
+def test_part_of_a_shape():
+    net = Net((1, 2, 3, 4), 15)
+    y = net.quant("x", 0.5, 4)
+    size = net.add("Shape", y, start=2, end=-1)
+    size = net.add("Concat", np.int64([1, -1]), size, axis=0)
+    check(
+        net.model(net.add("Reshape", y, size)),
+        _dyadic(np.random.default_rng(16), (4, 2, 3, 4)),
+    )

@@ -87,7 +87,7 @@ class Model:
         op = {
             "OpcodeIndex": len(self.codes),
             "Inputs": np.asarray(inputs, np.int32),
-            "Outputs": np.asarray([output], np.int32),
+            "Outputs": np.atleast_1d(np.int32(output)),
         }
         if kind:
             op["BuiltinOptionsType"] = getattr(tflite.BuiltinOptions, kind)

@@ -44,6 +44,9 @@ class Value:
     is_free_beyond_one: bool = False  # True if `fixed_by` speaks of a size of 1 alone.
     is_place: bool = False  # True for an input that chooses rows and takes no others.
     dtype_of_model: str = ""  # Type in the model of an output of integers.
+    # Rounding of a real input: "half_even" of its product with the reciprocal of the
+    # scale, or "half_away" of its float32 quotient by the scale, as TFLite has it.
+    rounding: str = "half_even"
 
     @property
     def zero_point(self) -> int:
@@ -205,7 +208,8 @@ def _check_keys(data: Any, kind: type) -> None:
 
 def _value(data: Any) -> Value:
     if isinstance(data, dict):
-        data = {"is_free_beyond_one": False, **data}  # Older files do not say it.
+        # Older files do not say them.
+        data = {"is_free_beyond_one": False, "rounding": "half_even", **data}
     _check_keys(data, Value)
     grid = data["grid"]
     if grid is not None:

@@ -115,6 +115,8 @@ def _check_value(where: str, v: Value) -> None:
         _need(isinstance(found, bool), where, f"`{name}` must be true or false", found)
     is_flag = isinstance(v.is_free_beyond_one, bool)
     _need(is_flag, where, "`is_free_beyond_one` must be a flag", v.is_free_beyond_one)
+    known = isinstance(v.rounding, str) and v.rounding in _ROUNDINGS
+    _need(known, where, f"`rounding` must be one of {_ROUNDINGS}", v.rounding)
     _need(isinstance(v.fixed_by, str), where, "`fixed_by` must be a text", v.fixed_by)
     _need(
         isinstance(v.dtype_of_model, str) and v.dtype_of_model in _MODEL_TYPES,
@@ -122,6 +124,9 @@ def _check_value(where: str, v: Value) -> None:
         "`dtype_of_model` must be an integer type",
         v.dtype_of_model,
     )
+
+
+_ROUNDINGS = ("half_even", "half_away")
 
 
 def _is_float32(x: Any) -> bool:
@@ -258,7 +263,7 @@ def _check_roles(graph: Graph) -> None:
     """Raises for statements about values that are no inputs, outputs or codes."""
     plain = Value((), "int32", 0, 0)
     names = (
-        *("rescaling", "is_rescaling_exact", "is_place"),
+        *("rescaling", "is_rescaling_exact", "is_place", "rounding"),
         *("fixed_by", "is_free_beyond_one"),
     )
     for v, value in enumerate(graph.values):

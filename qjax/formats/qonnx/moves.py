@@ -14,11 +14,15 @@ from qjax.formats.qonnx.values import Constant, Data, moved_data, of_codes
 def _arg_max(op: QonnxOperator, x: Data) -> QonnxValue:
     axis = op.attributes.get("axis", 0)
     keepdims = bool(op.attributes.get("keepdims", 1))
+    if op.attributes.get("select_last_index", 0):
+        raise NotImplementedError("ArgMax must find the first of equal ones.")
     return Data(jnp.argmax(x.real(), axis, keepdims=keepdims))
 
 
 def _reshape(op: QonnxOperator, x: Data, shape: Constant | None = None) -> QonnxValue:
     found = op.attributes["shape"] if shape is None else shape.value.tolist()
+    if op.attributes.get("allowzero", 0) and 0 in found:
+        raise NotImplementedError("Reshape to a size of 0 has no rule.")
     sizes = [x.shape[d] if n == 0 else int(n) for d, n in enumerate(found)]
     if not sizes:
         raise NotImplementedError("A tensor without axes has no batch.")
@@ -99,6 +103,32 @@ def _concat(op: QonnxOperator, *parts: QonnxValue) -> QonnxValue:
     return of_codes(y, dataclasses.replace(grids[0], low=low, high=high))
 
 
+def _split(op: QonnxOperator, x: Data, sizes: Constant | None = None) -> QonnxValue:
+    """Cuts one part out; without sizes parts are equal, perhaps less the last."""
+    a, rank = op.attributes, len(x.shape)
+    part, count = a["part"], a["parts"]
+    axis = a.get("axis", 0)
+    if not -rank <= axis < rank:
+        raise ValueError(f"Split must have an axis of {rank}, got {axis}")
+    axis %= rank
+    if not axis:
+        raise NotImplementedError("Split must keep the batch.")
+    size, found = x.shape[axis], a.get("split") if sizes is None else sizes.value
+    if found is None:
+        each = -(-size // count)
+        found = [each] * (count - 1) + [size - each * (count - 1)]
+        if size % count and "num_outputs" not in a:
+            raise ValueError(f"{count} equal parts are no split of {size}")
+    found = [int(n) for n in found]
+    if len(found) != count or sum(found) != size or min(found) < 0:
+        raise ValueError(f"parts {found} are no split of {size} into {count}")
+    start = sum(found[:part])
+    if not found[part]:
+        raise NotImplementedError("A part of size 0 has no rule.")
+    cut = (slice(None),) * axis + (slice(start, start + found[part]),)
+    return moved_data(x, lambda y: y[cut], is_order_kept=False)
+
+
 # Operator -> its rule.
 MOVES: Mapping[str, QonnxRule] = {
     "ArgMax": _arg_max,
@@ -109,4 +139,5 @@ MOVES: Mapping[str, QonnxRule] = {
     "Unsqueeze": _unsqueeze,
     "Pad": _pad,
     "Concat": _concat,
+    "Split": _split,
 }

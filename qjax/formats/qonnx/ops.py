@@ -1,7 +1,7 @@
 """The operators of QONNX graphs as JAX functions that lower: table, lines, functions.
 
 References:
-  ONNX's own are those of github.com/onnx/onnx, docs/Operators.md, from operator set 9
+  ONNX's own are those of github.com/onnx/onnx, docs/Operators.md, from operator set 7
   on; the others stand in `qjax.formats.qonnx.quantizers`.
 """
 
@@ -246,6 +246,33 @@ def _identity(op: QonnxOperator, x: Data, *rest: Any) -> QonnxValue:
     return x
 
 
+def _dropout(op: QonnxOperator, x: Data, *rest: Constant | None) -> QonnxValue:
+    training = rest[1] if len(rest) > 1 else None
+    if training is not None and np.any(training.value):
+        raise NotImplementedError("Dropout in training has no rule. Export to infer.")
+    return x
+
+
+_REAL_TYPES = (1, 11)  # ONNX's numbers of float32 and float64.
+_INTEGER_TYPES = (*range(2, 8), 12, 13)
+
+
+def _cast(op: QonnxOperator, x: Data) -> QonnxValue:
+    """Passes values on that the other type holds: none that it would round."""
+    to = op.attributes.get("to")
+    is_real = x.x is None or jnp.issubdtype(x.x.dtype, jnp.floating)
+    if to in _REAL_TYPES:
+        return x if is_real else Data(x.real().astype(jnp.float32))
+    grid = x.grid
+    is_whole = not is_real or grid is not None and grid.scale == round(grid.scale)
+    if to not in _INTEGER_TYPES or not is_whole:
+        raise NotImplementedError(
+            f"Cast to element type {to} has no rule for what it may round. Known are "
+            "those to float32, and of codes of a whole scale to integers."
+        )
+    return x
+
+
 # Functions.
 
 
@@ -337,8 +364,8 @@ POINTWISE: Mapping[str, QonnxRule] = {
     "Neg": _neg,
     "BatchNormalization": _batch_norm,
     "Identity": _identity,
-    "Cast": _identity,
-    "Dropout": _identity,
+    "Cast": _cast,
+    "Dropout": _dropout,
     "Relu": _relu,
     "Clip": _clip,
     **dict.fromkeys(_FUNCTIONS, _function),

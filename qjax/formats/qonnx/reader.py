@@ -15,10 +15,16 @@ from qjax.affine import QParams, QSpec
 from qjax.formats.qonnx.moves import MOVES
 from qjax.formats.qonnx.ops import POINTWISE, QonnxOperator, QonnxRule
 from qjax.formats.qonnx.products import PRODUCTS
+from qjax.formats.qonnx.resizes import RESIZES
 from qjax.formats.qonnx.values import Constant, Data, each, line_values, point
 from qjax.rounding import half_even
 
-RULES: Mapping[str, QonnxRule] = {**MOVES, **POINTWISE, **PRODUCTS}
+RULES: Mapping[str, QonnxRule] = {
+    **MOVES,
+    **POINTWISE,
+    **PRODUCTS,
+    **RESIZES,
+}
 
 _DOMAINS = (
     *("", "ai.onnx", "onnx.brevitas", "brevitas"),
@@ -30,7 +36,11 @@ _DOMAINS = (
 )
 _QUANTIZERS = ("BipolarQuant", "IntQuant", "Quant", "Trunc")
 _OLDEST, _NEWEST = 7, 13  # Operator sets: read, and taken for one that is not named.
-_SAME_CODES = ("Identity", "Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+_PARTED = ("Split",)  # Each output is a node of its own here.
+_SAME_CODES = (
+    *("Identity", "Flatten", "Reshape", "Split", "Squeeze", "Transpose"),
+    "Unsqueeze",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -123,7 +133,8 @@ def read_qonnx(
     and the next quantizer (BatchNormalization, thresholds, any rounding) is a table of
     it, computed in float32 in the order of the file. Wider ones are requantized: off by
     a code at most, at ties. Biases of outputs are rounded to the bits that int32 has
-    left below the unit of the accumulator, at most 24. Needs the extra `qjax[onnx]`.
+    left below the unit of the accumulator, at most 24. Operators are those of ONNX's
+    sets 7 to 28, each as its own set has it. Needs the extra `qjax[onnx]`.
 
     Args:
       path_or_bytes: The file, or what is in it.
@@ -205,8 +216,9 @@ def _model(
     names = tuple(outputs or (v.name for v in graph.output))
     opsets = {o.domain: o.version for o in proto.opset_import}
     batch = next(iter(inputs.values())).shape[0]
-    nodes = _needed([_node(onnx, n, opsets, batch) for n in graph.node], names)
-    _check(nodes, {*constants, *inputs}, names)
+    found = [each for n in graph.node for each in _nodes(onnx, n, opsets, batch)]
+    nodes = _needed(found, names)
+    _check(nodes, {*constants, *inputs}, names, _further(graph.node))
     shapes = tuple(inputs.values())
     return QonnxModel(shapes, tuple(inputs), names, tuple(nodes), constants, input_grid)
 
@@ -243,7 +255,27 @@ def _needed(nodes: list["_Node"], names: Sequence[str]) -> list["_Node"]:
     return kept[::-1]
 
 
-def _check(nodes: Sequence["_Node"], known: set[str], names: Sequence[str]) -> None:
+def _further(nodes: Sequence[Any]) -> dict[str, str]:
+    """Names the outputs that no rule computes, each with its node."""
+    return {
+        name: f"{n.op_type} {n.name!r}"
+        for n in nodes
+        for name in n.output[1:]
+        if name and n.op_type not in _PARTED
+    }
+
+
+def _check(
+    nodes: Sequence["_Node"],
+    known: set[str],
+    names: Sequence[str],
+    further: Mapping[str, str],
+) -> None:
+    wanted = (*names, *(name for node in nodes for name in node.inputs))
+    for name in (name for name in wanted if name in further):
+        raise NotImplementedError(
+            f"The output {name!r} of {further[name]} has no rule, the first one has."
+        )
     for node in nodes:
         for name in node.inputs:
             if name and name not in known:
@@ -286,7 +318,8 @@ class _Node:
     def _apply(self, operands: list[Any]) -> Constant | Data:
         op, first = self.operator, operands[0] if operands else None
         if op.name == "Shape" and isinstance(first, Data):
-            return Constant(np.asarray(first.shape, np.int64))
+            ends = op.attributes.get("start", 0), op.attributes.get("end")
+            return Constant(np.asarray(first.shape, np.int64)[slice(*ends)])
         if op.name in _QUANTIZERS or any(isinstance(v, Data) for v in operands):
             return self._rule()(op, *operands)
         found = self._folded([v.value if v else None for v in operands])
@@ -332,6 +365,18 @@ class _Node:
         return _converted(np.asarray(found))
 
 
+def _nodes(onnx: Any, proto: Any, opsets: Mapping[str, int], batch: int) -> list[_Node]:
+    """Returns an operator for each output that its rule computes."""
+    node = _node(onnx, proto, opsets, batch)
+    if proto.op_type not in _PARTED:
+        return [node]
+    own, parts = node.operator, len(proto.output)
+    kinds = ({**own.attributes, "part": k, "parts": parts} for k in range(parts))
+    pairs = zip(kinds, proto.output, strict=True)
+    each = [dataclasses.replace(own, site=y, attributes=a) for a, y in pairs if y]
+    return [dataclasses.replace(node, operator=op) for op in each]
+
+
 def _node(onnx: Any, proto: Any, opsets: Mapping[str, int], batch: int) -> _Node:
     if not proto.output:
         raise _Contradiction(f"must have nodes with outputs, got {proto.op_type}.")
@@ -351,6 +396,9 @@ def _node(onnx: Any, proto: Any, opsets: Mapping[str, int], batch: int) -> _Node
         )
     if proto.op_type == "Softmax" and opset < 13:
         attributes = {"axis": 1, **attributes, "is_flat": True}
+    if proto.op_type in ("Resize", "Upsample") and opset < 11:
+        old = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "simple"}
+        attributes |= {**old, "is_old": True}
     operator = QonnxOperator(proto.op_type, site, attributes, batch)
     return _Node(operator, tuple(proto.input), name, proto, opset)
 

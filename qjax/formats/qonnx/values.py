@@ -277,7 +277,7 @@ def _rising(line: Line) -> Line:
     line = _pointed(line)
     ends = np.sort(np.stack([line.low * sign, line.high * sign]), 0)
     least, most = int(ends[0].min()), int(ends[1].max())
-    acc = line.acc * _unit_kernel(sign, "sign")
+    acc = line.acc * unit_kernel(sign, "sign")
     acc = point(acc, line.unit, 0, least, most, site="accumulator").real()
     codes = None if line.codes is None else acc
     gain = np.abs(line.gain)
@@ -307,7 +307,7 @@ def line_values(line: Line) -> jax.Array:
     line = line if np.all(is_used) else _pointed(line)
     x = line.acc
     if line.is_codes and (np.any(steps) or gain.size > 1 or not np.all(is_used)):
-        x = x * _unit_kernel(is_used, "unit")
+        x = x * unit_kernel(is_used, "unit")
     if np.any(steps):
         room = int(np.log2(_MOST_INT32 / max(top, 1))) - 1
         scale = line.unit * 2.0 ** -min(max(room, 0), _MOST_SHIFT)
@@ -381,7 +381,7 @@ def kernel_product(
     low = channels(positive * down + negative * up)
     first = tuple(0 if d in over else slice(None) for d in range(scale.ndim))
     gain = channels(np.asarray(scale, np.float64)[first].reshape(positive.shape))
-    acc = multiply(v.x, _unit_kernel(codes, f"{site}/kernel"))
+    acc = multiply(v.x, unit_kernel(codes, f"{site}/kernel"))
     return accumulated(acc, v.grid.scale, low, high, gain, site=f"{site}/sum")
 
 
@@ -412,7 +412,8 @@ def _shifted_grid(v: Data, site: str) -> Data:
     return point(v.real(), abs(unit) / parts, 0, *ends, site=f"{site}/shifted")
 
 
-def _unit_kernel(codes: np.ndarray, site: str) -> jax.Array:
+def unit_kernel(codes: np.ndarray, site: str) -> jax.Array:
+    """Returns known integers as codes on a grid of scale 1."""
     top = int(np.abs(codes).max(initial=1))
     ends = jnp.int32(0), jnp.int32(-top), jnp.int32(top)
     return clipped_ste(single(codes), jnp.float32(1), *ends, site)

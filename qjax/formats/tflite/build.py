@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.formats.tflite.ends import MOVES_OF_REALS, input_ends, with_codes
+from qjax.formats.tflite.gathers import GATHERS
 from qjax.formats.tflite.moves import MOVES, fold
 from qjax.formats.tflite.products import PRODUCTS
 from qjax.formats.tflite.rules import FUNCTIONS
@@ -34,7 +36,12 @@ from qjax.program import IntegerProgram, float_values
 
 __all__ = ("Operator", "Tensor", "build_tflite")
 
-RULES: Mapping[str, TfliteRule] = {**FUNCTIONS, **MOVES, **PRODUCTS}
+RULES: Mapping[str, TfliteRule] = {
+    **FUNCTIONS,
+    **GATHERS,
+    **MOVES,
+    **PRODUCTS,
+}
 
 
 def build_tflite(
@@ -51,10 +58,12 @@ def build_tflite(
     Args:
       tensors: All tensors.
       operators: In the order of their execution.
-      inputs: Numbers of the input tensors. One of float32 must go to a ``QUANTIZE``
-        and nowhere else; its codes become the input.
+      inputs: Numbers of the input tensors. One of float32 must go to ``QUANTIZE`` and
+        nowhere else, perhaps moved before; its codes become the input, and a call with
+        real numbers rounds them as the kernels do. One of int32 or int64 holds integers
+        within 2^24, moved or indices: those of ``GATHER`` stay within its axis.
       outputs: Numbers of the output tensors, codes or what ``DEQUANTIZE`` makes of
-        them.
+        them, perhaps moved after; or integers.
       rule: Rescaling of 32-bit accumulators. ``tflite_double`` is what TFLite's
         reference kernels do, ``tflite_single`` what they do when built to round once.
         ``fp32_half_even`` is what XNNPACK does to products and, but for exact ties, to
@@ -67,7 +76,7 @@ def build_tflite(
       input may differ at call time where the operators are the same with another one,
       as TFLite has them for inputs that are resized; shapes that the file fixes have
       the batch as their leading size. Else calls with another one are refused. Whole
-      numbers, of ``ARG_MAX``, are int32.
+      numbers, of ``ARG_MAX`` or moved, are int32.
 
     Raises:
       NotImplementedError: for an operator or an option that has no rule, by name.
@@ -78,11 +87,16 @@ def build_tflite(
     integer: RequantizeRule = "tflite_double" if is_xnnpack else rule
     rules = Rules(integer, dense_rule or integer, is_xnnpack)
 
+    tensors = with_codes(tensors, operators, outputs)
+    ends = input_ends(tensors, operators, inputs)
     file: list[Tensor] = []  # Once they are known.
 
     def grow(*shaped: Any) -> Lowered:
         shapes = {k: x.shape for k, x in zip(inputs, shaped, strict=True)}
         growth = Growth(tensors, rules, shapes, file or None)
+        for k in inputs:
+            if growth.tensors[k].dtype != "float32":
+                growth.add_input(k, ends.get(k))
         grown = _grown(growth, operators, inputs, outputs)
         file[:] = file or growth.tensors
         return Trace((), (), (), {}, {}), *grown
@@ -114,9 +128,6 @@ def _grown(
     outputs: Sequence[int],
 ) -> tuple[Graph, dict[str, np.ndarray]]:
     """Returns the integer graph of the operators and its parameters."""
-    for k in inputs:
-        if growth.tensors[k].dtype != "float32":
-            growth.add_input(k, k)
     for number, op in enumerate(operators):
         call = Call(op, growth)
         with _named(number, call):
@@ -127,8 +138,9 @@ def _grown(
     missing = [growth.tensors[k].name for k in inputs if k not in growth.inputs]
     if missing:
         raise NotImplementedError(
-            f"The input {missing[0]!r} is float32 and goes to no QUANTIZE. Only the "
-            "integer part of a graph can be built."
+            f"The input {missing[0]!r} is float32 and goes to no QUANTIZE, not to it "
+            "alone, or to two of different scales. Only the integer part of a graph "
+            "can be built."
         )
     ends = tuple(growth.value(k) for k in outputs)
     graph = growth.builder.graph(tuple(growth.inputs[k] for k in inputs), ends)
@@ -151,13 +163,22 @@ def _named(number: int, call: Call) -> Iterator[None]:
 
 
 def _gives_shape(call: Call) -> bool:
-    """Returns whether an operator computes integers that are no codes."""
+    """Returns whether an operator computes integers from known ones, or a shape."""
     outputs = [call.output(place) for place in range(len(call.op.outputs))]
-    if call.op.name in ("ARG_MAX", "ARG_MIN"):
+    if not all(t.is_number for t in outputs) or call.op.name in ("ARG_MAX", "ARG_MIN"):
         return False
-    return all(not t.scale and t.dtype in ("int32", "int64") for t in outputs)
+    given = (k for k in call.op.inputs if k >= 0)
+    return call.op.name == "SHAPE" or not any(map(call.growth.is_computed, given))
 
 
+# Operators that take or give integers which are no codes.
+_ON_NUMBERS = (
+    *("ARG_MAX", "ARG_MIN", "CAST", "CONCATENATION", "EMBEDDING_LOOKUP", "EXPAND_DIMS"),
+    *("GATHER", "MAXIMUM", "MINIMUM", "MIRROR_PAD", "PACK", "PAD", "REDUCE_MAX"),
+    *("REDUCE_MIN", "RESHAPE", "SLICE", "SPLIT", "SPLIT_V", "SQUEEZE"),
+    *("STRIDED_SLICE", "TILE", "TRANSPOSE", "UNPACK"),
+)
+_ON_REALS = ("ARG_MAX", "ARG_MIN", "DEQUANTIZE", "QUANTIZE", *MOVES_OF_REALS)
 _STATEFUL = (
     *("SVDF", "LSTM", "RNN", "UNIDIRECTIONAL_SEQUENCE_LSTM"),
     *("UNIDIRECTIONAL_SEQUENCE_RNN", "BIDIRECTIONAL_SEQUENCE_LSTM"),
@@ -179,4 +200,15 @@ def _add(call: Call) -> None:
             f"TFLite's {name} has no rule. Its output is {call.output().name!r}. Known "
             f"are {known}."
         )
+    inputs = [k for k in call.op.inputs if k >= 0]
+    computed = [k for k in inputs if call.growth.is_computed(k)]
+    ends = [call.growth.tensors[k] for k in (*computed, *call.op.outputs)]
+    kinds = (
+        ("integers", _ON_NUMBERS, [t.name for t in ends if t.is_number]),
+        ("real numbers", _ON_REALS, [t.name for t in ends if t.is_real]),
+    )
+    for kind, own, names in kinds:
+        if names and name not in own:
+            known = ", ".join(sorted(own))
+            raise call.refuse(f"{kind}, {names[0]!r},", f" Known are {known}.")
     RULES[name](call)

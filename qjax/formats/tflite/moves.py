@@ -22,14 +22,14 @@ def _reshape(call: Call) -> None:
 
 def _squeeze(call: Call) -> None:
     shape = call.tensor().shape
-    axes = [d % len(shape) for d in call.option("squeeze_dims", ())]
+    axes = [call.axis(d, len(shape)) for d in call.option("squeeze_dims", ())]
     axes = axes or [d for d, n in enumerate(shape) if n == 1]
     _into(call, [n for d, n in enumerate(shape) if d not in axes])
 
 
 def _expand_dims(call: Call) -> None:
-    shape, axis = call.tensor().shape, int(np.ravel(call.constant(1))[0])
-    axis %= len(shape) + 1
+    shape = call.tensor().shape
+    axis = call.axis(call.constant(1), len(shape) + 1)
     _into(call, [*shape[:axis], 1, *shape[axis:]])
 
 
@@ -50,7 +50,8 @@ def _into(call: Call, shape: Sequence[int]) -> None:
 
 
 def _transpose(call: Call) -> None:
-    order = [int(d) for d in np.ravel(call.constant(1))]
+    rank = len(call.tensor().shape)
+    order = [call.axis(d, rank) for d in np.ravel(call.constant(1))]
     call.move("transpose", (call.value(),), permutation=order)
 
 
@@ -59,6 +60,8 @@ def _pad(call: Call) -> None:
     if call.op.name == "PADV2":
         code = int(np.ravel(call.constant(2))[0])
     padding = [[int(a), int(b), 0] for a, b in call.constant(1)]
+    if min((n for pair in padding for n in pair), default=0) < 0:
+        raise ValueError(f"padding must not be negative, got {padding}")
     call.emit("pad", (call.value(),), padding=padding, padding_code=code)
 
 
@@ -97,7 +100,7 @@ def _reduce_extreme(call: Call) -> None:
 def _arg_extreme(call: Call) -> None:
     """Finds the first place of the largest or least code: integers without a grid."""
     value, shape = call.value(), call.tensor().shape
-    axis = int(np.ravel(call.constant(1))[0]) % len(shape)
+    axis = call.axis(call.constant(1), len(shape))
     operation = call.op.name.lower().replace("_", "")
     found = call.add(operation, (value,), axis=axis)
     call.growth.bind(call.op.outputs[0], found)
@@ -107,19 +110,30 @@ def _arg_extreme(call: Call) -> None:
 
 
 def _tile(call: Call) -> None:
-    first, *rest = (int(n) for n in np.ravel(call.constant(1)))
-    value = call.value()
-    if first * math.prod(rest) == 0 or any(n < 0 for n in rest):
-        raise call.refuse(f"multiples {[first, *rest]}")
+    multiples, value = [int(n) for n in np.ravel(call.constant(1))], call.value()
+    rank = len(call.known(value).shape)
+    if len(multiples) != rank or min(multiples, default=0) < 0:
+        raise ValueError(f"multiples {multiples} are no {rank} numbers, 0 or more")
+    if not rank:
+        call.move("reshape", (value,), sizes=[])
+        return
+    first, *rest = multiples
     if first > 1:
         value = call.add("concatenate", (value,) * first, like=value, axis=0)
-    _take(call, lambda x: np.tile(x, rest), value)
+    if not first:
+        ends: Any = {
+            "start": [None] * rank,
+            "stop": [0, *[None] * len(rest)],
+        }
+        ends |= {"steps": [1] * rank}
+        value = call.add("slice", (value,), like=value, **ends)
+    take(call, lambda x: np.tile(x, rest), value)
 
 
 def _concatenate(call: Call) -> None:
     call.option("fused_activation_function", "NONE", "NONE")
     values = [_on_output_grid(call, place) for place in range(len(call.op.inputs))]
-    axis = int(call.option("axis", 0)) % len(call.known(values[0]).shape)
+    axis = call.axis(call.option("axis", 0), len(call.known(values[0]).shape))
     _joined(call, values, axis)
 
 
@@ -137,14 +151,14 @@ def _on_output_grid(call: Call, place: int) -> int:
         raise call.refuse(f"different scales of {v.dtype}")
     table = tables.requantized_table(x, y)[v.low - x.low : v.high - x.low + 1]
     params = {"table": table.astype(v.dtype)}
-    ends = {"low": v.low, "axis": None}
+    ends: Any = {"low": v.low, "axis": None}
     return call.add("table", (value,), like=value, params=params, **ends)
 
 
 def _pack(call: Call) -> None:
     _check_same_grids(call)
     shape = call.tensor().shape
-    axis = int(call.option("axis", 0)) % (len(shape) + 1)
+    axis = call.axis(call.option("axis", 0), len(shape) + 1)
     part = (*shape[:axis], 1, *shape[axis:])
     places = range(len(call.op.inputs))
     _joined(call, [call.reshaped(call.value(place), part) for place in places], axis)
@@ -155,8 +169,8 @@ def _slice(call: Call) -> None:
     pairs = list(zip(starts, sizes, strict=True))
     known = (call.known(call.value()).shape, call.growth.file[call.op.inputs[0]].shape)
     for (a, n), size, file in zip(pairs, *known, strict=True):
-        if a + n > size and (a, n) != (0, file):
-            raise ValueError(f"{a} to {a + n} lie not within {size}")
+        if not 0 <= a <= size or n < -1 or a + n > size and (a, n) != (0, file):
+            raise ValueError(f"{n} from {a} on lie not within {size}")
     _cut(call, [slice(a, None if n == -1 else a + n) for a, n in pairs])
 
 
@@ -174,29 +188,49 @@ def _strided_slice(call: Call) -> None:
         no_start, no_stop, single = (mask >> d & 1 for mask in masks)
         cuts[d] = slice(None if no_start else start, None if no_stop else stop, step)
         if single:
-            cuts[d] = slice(start % shape[d], start % shape[d] + 1)
+            cuts[d] = _single(call, 0 if no_start else start, step, shape[d])
     dropped = [d for d in range(len(shape)) if masks[2] >> d & 1]
     _cut(call, cuts, dropped=dropped)
+
+
+def _single(call: Call, start: int, step: int, size: int) -> slice:
+    """Cuts one place out; one before the first is the first, as in TFLite."""
+    if step < 1 or not start < size:
+        raise call.refuse(f"a single place {start} of {size}, in steps of {step},")
+    first = max(start + size if start < 0 else start, 0)
+    return slice(first, first + 1)
 
 
 def _split(call: Call) -> None:
     source = 1 if call.op.name == "SPLIT" else 0
     shape = call.tensor(source).shape
     is_unpack, count = call.op.name == "UNPACK", len(call.op.outputs)
+    found = call.option("axis", 0) if is_unpack else call.constant(0 if source else 2)
+    axis = call.axis(found, len(shape))
+    given, is_open = [shape[axis] // count] * count, False
     if is_unpack:
-        axis = int(call.option("axis", 0)) % len(shape)
-    else:
-        axis = int(np.ravel(call.constant(0 if source else 2))[0]) % len(shape)
-    sizes = [shape[axis] // count] * count
+        given = [1] * count
     if call.op.name == "SPLIT_V":
-        sizes = call.constant(1).tolist()
-        sizes = [shape[axis] - sum(sizes) - 1 if n == -1 else n for n in sizes]
+        given = [int(n) for n in np.ravel(call.constant(1))]
+        is_open = given[-1:] == [-1]
+    sizes = _parts(given, shape[axis], count)
     start = 0
     for place, size in enumerate(sizes):
-        cuts = [slice(None)] * len(shape)
-        cuts[axis] = slice(start, start + size)
-        start += size
+        cuts, stop = [slice(None)] * len(shape), start + size
+        is_last = is_open and place == count - 1
+        cuts[axis] = slice(start, None if is_last else stop)
+        start = stop
         _cut(call, cuts, source, place, [axis] if is_unpack else [])
+
+
+def _parts(sizes: Sequence[int], size: int, count: int) -> list[int]:
+    """Returns the sizes of the parts of an axis; one may be -1, what is left."""
+    left = size - sum(n for n in sizes if n != -1)
+    is_open = -1 in sizes
+    fits = left >= 0 if is_open else not left
+    if not fits or len(sizes) != count or sizes.count(-1) > 1 or min(sizes) < -1:
+        raise ValueError(f"{list(sizes)} split no axis of size {size} into {count}")
+    return [left if n == -1 else n for n in sizes]
 
 
 def _cut(
@@ -209,6 +243,7 @@ def _cut(
     """Cuts a part out of an input; an axis that stays whole may have any size."""
     value = call.value(source)
     v = call.known(value)
+    call.check_type((value,), place)
     file = call.growth.file[call.op.inputs[source]].shape
     own = (*file[:1], *v.shape[1:])  # All of the batch that the file has is all.
     whole = [cut.indices(n) == (0, n, 1) for cut, n in zip(cuts, own, strict=True)]
@@ -281,24 +316,20 @@ def _transposed(call: Call, value: int, order: list[int]) -> int:
 # Places within each example.
 
 
-def _take(
+def take(
     call: Call, move: Callable[[np.ndarray], np.ndarray], value: int | None = None
 ) -> None:
-    """Moves the codes of each example as ``move`` moves their places."""
+    """Moves the codes of each example as ``move`` moves their places.
+
+    Args:
+      call: The operator.
+      move: Maps the places of an example, of its shape, to the places to take.
+      value: What to take from; None for the first input.
+    """
     value = call.value() if value is None else value
     shape = call.known(value).shape[1:]
     places = move(np.arange(math.prod(shape), dtype=np.int32).reshape(shape))
-    params = {"places": np.ascontiguousarray(places)}
-    call.move("take", (value,), params=params)
-
-
-def _gather(call: Call) -> None:
-    axis = int(call.option("axis", 0)) % len(call.tensor().shape)
-    call.option("batch_dims", 0, 0)
-    if axis == 0:
-        raise call.refuse("the leading axis")
-    places = call.constant(1)
-    _take(call, lambda x: np.take(x, places, axis - 1))
+    call.move("take", (value,), params={"places": places.copy()})
 
 
 def _mirror_pad(call: Call) -> None:
@@ -306,7 +337,11 @@ def _mirror_pad(call: Call) -> None:
     first, *padding = call.constant(1).tolist()
     if any(first):
         raise call.refuse("padding of the leading axis")
-    _take(call, lambda x: np.pad(x, padding, mode))
+    most = [n - (mode == "reflect") for n in call.tensor().shape[1:]]
+    pairs = zip(padding, most, strict=True)
+    if any(min(pair) < 0 or max(pair) > n for pair, n in pairs):
+        raise ValueError(f"padding must lie in 0 to {most}, got {padding}")
+    take(call, lambda x: np.pad(x, padding, mode))
 
 
 def _space_to_depth(call: Call) -> None:
@@ -316,7 +351,7 @@ def _space_to_depth(call: Call) -> None:
         x = x.reshape(h // b, b, w // b, b, c).transpose(0, 2, 1, 3, 4)
         return x.reshape(h // b, w // b, b * b * c)
 
-    _take(call, move)
+    take(call, move)
 
 
 def _depth_to_space(call: Call) -> None:
@@ -326,12 +361,12 @@ def _depth_to_space(call: Call) -> None:
         x = x.reshape(h, w, b, b, c // b**2).transpose(0, 2, 1, 3, 4)
         return x.reshape(h * b, w * b, c // b**2)
 
-    _take(call, move)
+    take(call, move)
 
 
 def _resize_nearest(call: Call) -> None:
     rows, columns = (tables.nearest_places(*s, **_aligned(call)) for s in _sizes(call))
-    _take(call, lambda x: x[rows][:, columns])
+    take(call, lambda x: x[rows][:, columns])
 
 
 def _resize_bilinear(call: Call) -> None:
@@ -359,36 +394,54 @@ def _sizes(call: Call) -> list[tuple[int, int]]:
 
 
 def fold(call: Call) -> None:
-    """Computes integers that are no codes, such as a shape, if they are known."""
+    """Computes integers that are no codes, such as a shape, if they are known.
+
+    Whoever needs what is not known says so.
+    """
     inputs = [call.tensor(place) for place in range(len(call.op.inputs))]
     if call.op.name == "SHAPE":
-        found = np.array(inputs[0].shape, np.int32)
+        found = np.array(inputs[0].shape, call.output().dtype)
     elif call.op.name in _FOLDS and all(t.data is not None for t in inputs):
         found = _FOLDS[call.op.name](call, *(np.asarray(t.data) for t in inputs))
     else:
-        return  # Whoever needs it says so.
+        call.growth.unknown |= dict.fromkeys(call.op.outputs, call.op.name)
+        return
     k = call.op.outputs[0]
     tensors = call.growth.tensors
     tensors[k] = dataclasses.replace(tensors[k], shape=found.shape, data=found)
 
 
+def _fold_gather(call: Call, x: np.ndarray, places: np.ndarray) -> np.ndarray:
+    call.option("batch_dims", 0, 0)
+    axis = call.axis(call.option("axis", 0), x.ndim)
+    if np.any((places < 0) | (places >= x.shape[axis])):
+        raise ValueError(f"indices {places.tolist()} leave an axis of {x.shape[axis]}")
+    return np.take(x, places, axis)
+
+
 def _fold_slice(call: Call, x: np.ndarray, *ends: np.ndarray) -> np.ndarray:
+    if x.ndim != 1:
+        raise call.refuse(f"known integers of shape {x.shape}")
     start, stop, step = (int(np.ravel(end)[0]) for end in ends)
     no_start, no_stop, single = (
         int(call.option(f"{name}_mask", 0)) for name in ("begin", "end", "shrink_axis")
     )
     if single:
-        return x[start]
+        return x[0 if no_start else start]
     return x[None if no_start else start : None if no_stop else stop : step]
 
 
 _FOLDS: dict[str, Callable[..., np.ndarray]] = {
     "ADD": lambda call, a, b: a + b,
-    "CAST": lambda call, x: x,
-    "CONCATENATION": lambda call, *xs: np.concatenate([np.ravel(x) for x in xs]),
-    "GATHER": lambda call, x, places: np.take(x, places),
+    "CAST": lambda call, x: x.astype(call.output().dtype),
+    "CONCATENATION": lambda call, *xs: np.concatenate(
+        xs, call.axis(call.option("axis", 0), xs[0].ndim)
+    ),
+    "GATHER": _fold_gather,
     "MUL": lambda call, a, b: a * b,
-    "PACK": lambda call, *xs: np.stack(xs),
+    "PACK": lambda call, *xs: np.stack(
+        xs, call.axis(call.option("axis", 0), xs[0].ndim + 1)
+    ),
     "REDUCE_PROD": lambda call, x, axes: np.prod(x, dtype=x.dtype),
     "RESHAPE": lambda call, x, shape: x.reshape(shape),
     "SQUEEZE": lambda call, x: np.squeeze(x),
@@ -422,7 +475,6 @@ MOVES: Mapping[str, TfliteRule] = {
     "UNPACK": _split,
     "SPACE_TO_BATCH_ND": _space_to_batch,
     "BATCH_TO_SPACE_ND": _batch_to_space,
-    "GATHER": _gather,
     "MIRROR_PAD": _mirror_pad,
     "SPACE_TO_DEPTH": _space_to_depth,
     "DEPTH_TO_SPACE": _depth_to_space,

@@ -1,5 +1,6 @@
 """The reader of TFLite files: quantized graphs as integer programs, bit for bit."""
 
+import dataclasses
 import functools
 import importlib
 import math
@@ -26,7 +27,9 @@ def read_tflite(
     """Reads a fully quantized TFLite file as the program that gives its codes.
 
     The weights, scales and zero points are those of the file; nothing is calibrated or
-    rounded anew. Needs the extra `qjax[tflite]`.
+    rounded anew. Its inputs and outputs are codes, real numbers that ``QUANTIZE`` takes
+    and ``DEQUANTIZE`` gives, or integers that are indices. Needs the extra
+    `qjax[tflite]`.
 
     Args:
       path_or_bytes: The file, or what is in it. Of several subgraphs the first is read.
@@ -102,6 +105,11 @@ def _read_graph(schema: Any, data: "_Bytes") -> _Graph:
     inputs, outputs = (
         list(_numbers(graph, name, len(tensors))) for name in ("inputs", "outputs")
     )
+    computed = {*inputs, *(k for op in operators for k in op.outputs)}
+    for k, t in enumerate(tensors):
+        if k not in computed and t.dtype in _TYPES and not math.prod(t.shape):
+            none = np.zeros(t.shape, t.dtype)  # Constants of no numbers have no bytes.
+            tensors[k] = dataclasses.replace(t, data=none)
     if not outputs:
         raise ValueError("must have outputs, got none.")
     return tensors, operators, inputs, outputs

@@ -17,6 +17,7 @@ from qjax.formats.tflite.products import (
     strides,
     window,
 )
+from qjax.formats.tflite.tables import Codes
 from qjax.formats.tflite.tensors import Call, TfliteRule, bounds
 from qjax.integer import tflite_multiplier
 
@@ -25,11 +26,15 @@ from qjax.integer import tflite_multiplier
 
 def _quantize(call: Call) -> None:
     if call.tensor().dtype == "float32":
-        if call.op.inputs[0] in call.growth.inputs:
-            raise call.refuse("an input that another QUANTIZE has taken")
-        call.growth.add_input(call.op.inputs[0], call.op.outputs[0])
-        return
+        raise call.refuse(
+            f"the real numbers {call.tensor().name!r}",
+            " Known are those of an input with one grid, and of DEQUANTIZE, perhaps "
+            "moved.",
+        )
     x, y = call.codes(), call.y
+    if call.tensor().is_real:
+        _quantize_real(call, x, y)
+        return
     rescaling = exact_rescaling(call, np.float64(x.scale) / np.float64(y.scale))
     same = call.tensor().dtype == call.output().dtype
     if call.growth.rules.is_xnnpack and same and not x.is_wide:
@@ -37,9 +42,20 @@ def _quantize(call: Call) -> None:
     add_requantize(call, call.value(), rescaling, (y.low, y.high), x.zero_point)
 
 
+def _quantize_real(call: Call, x: Codes, y: Codes) -> None:
+    """Quantizes real numbers of which the codes are known, on their grid or another."""
+    is_same = x == y and call.tensor().dtype == call.output().dtype
+    if is_same:
+        call.growth.bind(call.op.outputs[0], call.value())
+        return
+    if call.growth.rules.is_xnnpack:
+        raise call.refuse("real numbers on another grid, by XNNPACK's rule,")
+    _table(call, tables.quantized_table(x, y))
+
+
 def _dequantize(call: Call) -> None:
     """Passes codes on, as the program itself returns real numbers."""
-    call.growth.values[call.op.outputs[0]] = call.value()
+    call.growth.bind(call.op.outputs[0], call.value())
 
 
 def _relu(call: Call) -> None:
@@ -151,7 +167,7 @@ def reduced_shape(call: Call, shape: Sequence[int], over: Sequence[int]) -> list
 def axes(call: Call) -> list[int]:
     """Returns the axes that an operator reduces."""
     rank = len(call.tensor().shape)
-    return sorted({int(d) % rank for d in np.ravel(call.constant(1))})
+    return sorted({call.axis(d, rank) for d in np.ravel(call.constant(1))})
 
 
 def _softmax(call: Call) -> None:

@@ -174,6 +174,14 @@ def requantized_table(x: Codes, y: Codes) -> np.ndarray:
     return np.clip(c_round(real).astype(np.int64) + y.zero_point, y.low, y.high)
 
 
+def quantized_table(x: Codes, y: Codes) -> np.ndarray:
+    """Tabulates the codes on another grid of real numbers: a float32 quotient."""
+    real = x.scale * (x.all() - x.zero_point).astype(np.float32)
+    with np.errstate(over="ignore"):
+        code = c_round(np.clip(real / y.scale, -(2.0**24), 2.0**24))
+    return np.clip(code.astype(np.int64) + y.zero_point, y.low, y.high)
+
+
 def _wide_pair(ratio: Any) -> tuple[np.ndarray, np.ndarray]:
     """Writes a factor of either sign as multiplier and shift."""
     multiplier, shift = tflite_multiplier(np.abs(np.float64(ratio)))

@@ -26,6 +26,9 @@ class Tensor:
       zero_point: The code of zero, one for each scale.
       axis: The axis of the channels.
       data: Value of the tensor, if it is a constant.
+      is_real: Whether the file holds real numbers there, and the type, the scale and
+        the zero point are those of their codes: between ``QUANTIZE`` or ``DEQUANTIZE``
+        and an end of the graph.
     """
 
     name: str
@@ -35,13 +38,26 @@ class Tensor:
     zero_point: tuple[int, ...] = ()
     axis: int = 0
     data: np.ndarray | None = None
+    is_real: bool = False
+
+    @property
+    def is_number(self) -> bool:
+        """Returns whether the tensor holds integers that are no codes: indices, say."""
+        return not self.scale and self.dtype in ("int32", "int64")
+
+    @property
+    def storage(self) -> str:
+        """Returns the type of the tensor's integers in the integer graph."""
+        return "int32" if self.is_number else self.dtype
 
     def codes(self) -> Codes:
-        """Returns the codes of the tensor's grid.
+        """Returns the codes of the tensor's grid; numbers are codes of themselves.
 
         Raises:
           NotImplementedError: unless it has one scale, and a type of codes.
         """
+        if self.is_number:
+            return Codes(np.float32(1), 0, -(2**31), 2**31 - 1)
         if len(self.scale) != 1 or self.dtype not in ("int8", "uint8", "int16"):
             raise NotImplementedError(
                 f"The tensor {self.name!r} must be int8, uint8, int16 with one scale, "
@@ -52,8 +68,10 @@ class Tensor:
         scale, zero_point = np.float32(self.scale[0]), int(self.zero_point[0])
         return Codes(scale, zero_point, int(info.min), int(info.max))
 
-    def grid(self) -> Grid:
-        """Returns the grid of the tensor in the form of the integer graph."""
+    def grid(self) -> Grid | None:
+        """Returns the grid of the tensor in the form of the integer graph, if any."""
+        if self.is_number:
+            return None
         codes = self.codes()
         return Grid(float(codes.scale), codes.zero_point)
 
@@ -106,6 +124,7 @@ class Growth:
       builder: Builder of the integer graph.
       inputs: Tensor that is an input -> value of its codes.
       values: Tensor -> value.
+      unknown: Tensor of integers that no rule computes -> the operator that would.
     """
 
     def __init__(
@@ -124,34 +143,55 @@ class Growth:
         self.builder = GraphBuilder()
         self.inputs: dict[int, int] = {}
         self.values: dict[int, int] = {}
+        self.unknown: dict[int, str] = {}
 
-    def add_input(self, k: int, codes: int) -> None:
-        """Adds tensor ``k`` as an input of the program with the codes of ``codes``."""
-        t = self.tensors[codes]
-        low, high = t.codes()[2:]
-        shape = self.tensors[k].shape
-        value = self.builder.add_value(shape, low, high, t.grid(), dtype=t.dtype)
+    def add_input(self, k: int, ends: tuple[int, int] | None = None) -> None:
+        """Adds tensor ``k`` as an input, of codes or of numbers within ``ends``."""
+        t = self.tensors[k]
+        low, high = ends or t.codes()[2:]
+        value = self.builder.add_value(t.shape, low, high, t.grid(), dtype=t.storage)
+        own = self.builder.values[value]
+        if t.is_real and not self.rules.is_xnnpack:
+            own = dataclasses.replace(own, rounding="half_away")
+        self.builder.values[value] = dataclasses.replace(own, is_place=t.is_number)
         self.inputs[k] = value
-        self.bind(codes, value)
+        self.bind(k, value)
 
     def bind(self, k: int, value: int) -> None:
         """Binds a tensor to a value of the graph."""
         shape = self.builder.values[value].shape
         self.tensors[k] = dataclasses.replace(self.tensors[k], shape=shape)
         self.values[k] = value
-        self.builder.add_site(self.tensors[k].name, value)
+        if not self.tensors[k].is_real:
+            self.builder.add_site(self.tensors[k].name, value)
+
+    def is_computed(self, k: int) -> bool:
+        """Returns whether a tensor is an input or depends on one."""
+        return k in self.values and self.tensors[k].data is None
 
     def value(self, k: int) -> int:
         """Returns the value of a tensor; a constant is added to the graph."""
         if k not in self.values:
             t = self.tensors[k]
+            if k in self.unknown:
+                raise NotImplementedError(
+                    f"TFLite's {self.unknown[k]} computes the integers {t.name!r} at "
+                    "run time, which has no rule. Only codes and their places can be "
+                    "computed."
+                )
             grid = t.grid()
             if t.data is None:
                 raise ValueError(
                     f"The tensor {t.name!r} is used before it is computed."
                 )
-            name = self.builder.add_param(t.short_name, np.asarray(t.data, t.dtype))
-            options: Any = {"params": {"value": name}, "grid": grid, "dtype": t.dtype}
+            data = np.asarray(t.data, t.storage)
+            if np.any(data != t.data):
+                raise NotImplementedError(
+                    f"The constant {t.name!r} of type {t.dtype} must fit int32, got "
+                    f"{t.data.min()} to {t.data.max()}."
+                )
+            name = self.builder.add_param(t.short_name, data)
+            options: Any = {"params": {"value": name}, "grid": grid, "dtype": t.storage}
             self.values[k] = self.builder.add("tflite_constant", (), **options)
         return self.values[k]
 
@@ -201,6 +241,21 @@ class Call:
             raise self.refuse(f"input {place}, {t.name!r}, computed at run time")
         return np.asarray(t.data)
 
+    def axis(self, found: Any, rank: int) -> int:
+        """Returns an axis of ``rank`` axes; raises ValueError if it is none of them.
+
+        Args:
+          found: A number, or an array of one; below zero it counts from the last.
+          rank: Number of the axes.
+        """
+        axis = int(np.ravel(found)[0])
+        if np.size(found) != 1 or not -rank <= axis < rank:
+            raise ValueError(
+                f"TFLite's {self.op.name} must have an axis within [{-rank}, "
+                f"{rank - 1}], got {np.ravel(found).tolist()}."
+            )
+        return axis % rank
+
     def option(self, name: str, default: Any, *supported: Any) -> Any:
         """Returns an option; raises unless it is one of those that have a rule."""
         found = self.op.options.get(name, default)
@@ -229,6 +284,7 @@ class Call:
         inputs: Sequence[int],
         *,
         like: int | None = None,
+        is_output: bool = False,
         params: Mapping[str, np.ndarray] | None = None,
         **attributes: Any,
     ) -> int:
@@ -238,12 +294,15 @@ class Call:
           operation: Operation of the graph.
           inputs: Values.
           like: A value with the same grid and type; an int32 accumulator if None.
+          is_output: Whether grid and type are those of the output.
           params: Role -> array.
           **attributes: Attributes of the node.
         """
         grid, dtype = None, "int32"
         if like is not None:
             grid, dtype = self.known(like).grid, self.known(like).dtype
+        if is_output:
+            grid, dtype = self.output().grid(), self.output().storage
         return self._node(operation, inputs, params, attributes, grid, dtype)
 
     def emit(
@@ -257,15 +316,19 @@ class Call:
     ) -> None:
         """Adds the node that computes an output."""
         t = self.output(place)
-        own = attributes, t.grid(), t.dtype
+        own = attributes, t.grid(), t.storage
         value = self._node(operation, inputs, params, *own)
         self.growth.bind(self.op.outputs[place], value)
 
     def move(self, operation: str, inputs: Sequence[int], **options: Any) -> None:
         """Adds the node of an operator that takes its codes from its inputs."""
-        if any(self.known(v).dtype != self.output().dtype for v in inputs):
-            raise self.refuse("an output of another type")
+        self.check_type(inputs, options.get("place", 0))
         self.emit(operation, inputs, **options)
+
+    def check_type(self, inputs: Sequence[int], place: int = 0) -> None:
+        """Raises NotImplementedError unless an output has the type of its inputs."""
+        if any(self.known(v).dtype != self.output(place).storage for v in inputs):
+            raise self.refuse("an output of another type")
 
     def reshaped(self, value: int, shape: Sequence[int]) -> int:
         """Returns a value in another shape."""
@@ -274,7 +337,8 @@ class Call:
         if v.shape == shape:
             return value
         like = None if v.grid is None else value
-        return self.add("reshape", (value,), like=like, sizes=any_batch(shape))
+        sizes = any_batch(shape) if v.shape else list(shape)
+        return self.add("reshape", (value,), like=like, sizes=sizes)
 
     def _node(
         self,
