@@ -37,15 +37,15 @@ ACTIVATIONS = [
     "quantized_linear(6,2)",
     "quantized_linear(6,2,alpha=0.5)",
     "quantized_sigmoid(6)",
-]
-REFUSED = [
     "quantized_relu(6,2,negative_slope=0.25)",
     "quantized_tanh(6)",
     "quantized_hswish(6,2)",
+    "binary",
+]
+REFUSED = [
     "quantized_ulaw(6)",
     "quantized_po2(8)",
     "quantized_bits(6,alpha='auto')",
-    "binary",
 ]
 
 
