@@ -18,6 +18,7 @@ KERNELS = [
     "quantized_linear(4,alpha='auto_po2')",
     "quantized_po2(4)",
     "quantized_po2(3,1)",
+    "quantized_po2(5)",
     "binary",
     "binary(alpha='auto_po2')",
     "ternary",

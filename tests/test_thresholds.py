@@ -65,8 +65,10 @@ FAMILIES = {
     "hard swish": bits("quantized_hswish({},1)", 2, 3, 5, 8),
     "relu": bits("quantized_relu({},1,use_sigmoid=True)", 1, 3, 8),
     "leaky relu": bits("quantized_relu({},2,negative_slope=0.25)", 2, 4, 8),
-    "po2": ["quantized_po2(2,max_value=1)", *bits("quantized_po2({})", 3, 4, 5)],
-    "relu_po2": bits("quantized_relu_po2({})", 2, 3, 4),
+    "po2": bits("quantized_po2({},max_value=1)", 2)
+    + bits("quantized_po2({})", 3, 4, 5),
+    "relu_po2": bits("quantized_relu_po2({})", 2, 3, 4)
+    + ["quantized_relu_po2(4,negative_slope=0.25)"],
     "two levels": ["binary", "binary(alpha=0.5)", "binary(use_01=True)", "bernoulli"],
     "three levels": ["ternary", "ternary(threshold=0.25)", "stochastic_ternary"],
     "random": ["stochastic_binary", "quantized_bits(3,1,use_stochastic_rounding=True)"],

@@ -319,7 +319,7 @@ def encode(
 
     Returns:
       `Quantized`: float32 values, int32 codes, and scale with zero point, or None where
-      codes are not linear (`quantized_ulaw`; powers of two over more than 8 exponents,
+      codes are not linear (`quantized_ulaw`; powers of two over more than 16 exponents,
       or a traced number of them). The code of NaN is 0, or the closest to it that there
       is. ``qnoise_factor`` is not applied.
 
