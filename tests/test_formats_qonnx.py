@@ -109,6 +109,19 @@ def test_families_equal_the_oracle(name):
     check(*_FAMILIES[name]())
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_thresholds_of_accumulators_of_more_than_16_bits(rows):
+    rng = np.random.default_rng(0)
+    net = Net((1, 16))
+    w = net.quant(rng.normal(size=(16, 4)), 2.0**-9, 12, narrow=1)
+    y = net.add("MatMul", net.quant("x", 2.0**-8, 12), w)
+    steps = np.sort(rng.integers(-(2**16), 2**16, (rows, 7)) * 2.0**-15, -1)
+    y = net.add("MultiThreshold", y, steps, out_scale=0.5, out_bias=-1.0)
+    x = np.float32(rng.integers(-(2**11), 2**11, (32, 16)) * 2.0**-9)
+    program = check(net.model(y), x)
+    assert "thresholds" in [node.operation for node in program.graph.nodes]
+
+
 _PATHS = ("raw", "table", "wide")
 
 

@@ -87,19 +87,13 @@ def test_functions_are_tables():
         assert np.max(off) <= 1 and np.mean(off == 0) > 0.99, name
 
 
-def test_sixteen_bits_are_tabulated_and_more_are_refused():
+def test_sixteen_bits_are_tabulated_and_more_are_thresholds():
     fn = lambda x: point(jnp.tanh(point(x, 2.0**-12, 16)), 2.0**-15, 16)
     program = checked(fn, X, exact=False)
     assert program.nbytes == 2**17
-    fn = lambda x: point(jnp.tanh(point(x, 2.0**-12, 17)))
-    with pytest.raises(ValueError, match="`tanh`.* is not quantized"):
-        qjax.lower(fn, X)
-
-
-def test_an_accumulator_is_no_input_of_a_table():
-    fn = lambda x: point(jnp.tanh(point(x) @ point(jnp.eye(3))))
-    with pytest.raises(ValueError, match=r"`tanh` in `.*` \(test_low.*not quant"):
-        qjax.lower(fn, X)
+    fn = lambda x: point(jnp.tanh(point(x, 2.0**-12, 17)), 2.0**-7)
+    (node,) = checked(fn, X).graph.nodes
+    assert node.operation == "thresholds"
 
 
 TWO = {

@@ -18,6 +18,7 @@ KERNELS = [
     "quantized_linear(4,alpha='auto_po2')",
     "quantized_po2(4)",
     "quantized_po2(3,1)",
+    "quantized_po2(5)",
     "binary",
     "binary(alpha='auto_po2')",
     "ternary",
@@ -37,15 +38,15 @@ ACTIVATIONS = [
     "quantized_linear(6,2)",
     "quantized_linear(6,2,alpha=0.5)",
     "quantized_sigmoid(6)",
-]
-REFUSED = [
     "quantized_relu(6,2,negative_slope=0.25)",
     "quantized_tanh(6)",
     "quantized_hswish(6,2)",
+    "binary",
+]
+REFUSED = [
     "quantized_ulaw(6)",
     "quantized_po2(8)",
     "quantized_bits(6,alpha='auto')",
-    "binary",
 ]
 
 

@@ -51,7 +51,6 @@ def test_lowering_before_calibration_names_the_site():
         ("conv1/output", "linen_residual", "conv_general_dilated", "conv2"),
         ("head/kernel", "nnx_residual", "dot_general", "head"),
         ("conv2/output", "nnx_residual", "add", ""),
-        ("Dense_0/output", "linen_mlp", "sub", "LinenMlp/BatchNorm_0"),
     ],
 )
 def test_an_operand_that_is_not_quantized(site, name, operation, place):

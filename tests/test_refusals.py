@@ -192,6 +192,7 @@ def test_rows_that_the_model_clips_are_clipped():
 
 def test_a_bound_for_each_channel():
     bounds = jnp.float32([[0.1, 0.2, 0.5, 0.0]])
+    bounds = bounds * jnp.arange(len(X), dtype=jnp.float32)[:, None]  # By example.
     product = lambda x: point(x) @ point(jnp.asarray(W), site="w")
     fn = lambda x, bound: point(jnp.maximum(product(x), bound), site="y")
     for bound in (bounds, 0.5):

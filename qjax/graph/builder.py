@@ -146,6 +146,6 @@ def compact(x: np.ndarray) -> np.ndarray:
     """Reduces to size 1 every axis along which values repeat."""
     for axis in range(x.ndim):
         first = x.take([0], axis) if x.shape[axis] else x
-        if x.shape[axis] > 1 and np.all(x == first):
+        if x.shape[axis] > 1 and np.all((x == first) | ((x != x) & (first != first))):
             x = first
     return x

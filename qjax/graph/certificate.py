@@ -48,7 +48,8 @@ class Agreement:
         the site.
       reason: The proof, or the step that rounds.
       most: Most codes by which they can differ, given the same codes before the site: 0
-        if proven, else 1; None where no bound is known.
+        if proven, 1 behind a requantizer, or the step between two levels of a word that
+        leaves codes out; None where no bound is known.
     """
 
     is_proven: bool
@@ -58,7 +59,9 @@ class Agreement:
     def __str__(self):
         if self.is_proven:
             return f"proven: {self.reason}"
-        bound = "not bounded" if self.most is None else f"within {self.most} code"
+        plural = "" if self.most == 1 else "s"
+        bound = f"within {self.most} code{plural}"
+        bound = "not bounded" if self.most is None else bound
         return f"{bound}: {self.reason}"
 
 
@@ -176,8 +179,8 @@ def _agreement(
     node = makers.get(v)
     if node is None:
         return _of_input(graph.values[v])
-    if node.operation == "table":
-        return _of_table(node, arrays)
+    if node.operation in ("table", "thresholds"):
+        return _of_function(graph, makers, node, arrays)
     if node.operation == "requantize":
         return _of_requantizer(graph, makers, node, arrays)
     if node.operation == "embed":
@@ -224,14 +227,45 @@ def _of_input(value: Value) -> Agreement:
     return _rounded(error, "an input that is rescaled in float32 first")
 
 
-def _of_table(node: Node, arrays: Mapping[str, np.ndarray]) -> Agreement:
-    table = arrays[node.params["table"]]
-    off = node.attributes.get("most_off", 0)
-    text = f"a table of the float function on all {table.shape[0]} codes"
-    if not off:
+def _of_function(
+    graph: Graph,
+    makers: Mapping[int, Node],
+    node: Node,
+    arrays: Mapping[str, np.ndarray],
+) -> Agreement:
+    """Returns the agreement of a function of integers, by a table or by thresholds.
+
+    It is proven for codes. An accumulator may fall on the other side of a threshold,
+    unless float32 holds it.
+    """
+    own = {role: arrays[name].astype(np.int64) for role, name in node.params.items()}
+    off, is_exact = node.attributes.get("most_off", 0), node.attributes.get("is_exact")
+    is_table = node.operation == "table"
+    text = "thresholds of the float function"
+    if is_table:
+        count = own["table"].shape[0]
+        text = f"a table of the float function on all {count} codes"
+    if is_exact is None and not off:
         return _proven(f"{text}, {_AT_ANY_SCALE}")
-    text += f"; how the compiler fuses it changes some by up to {off} codes"
-    return Agreement(False, text, None)
+    if is_exact is None:
+        text += f"; how the compiler fuses it changes some by up to {off} codes"
+        return Agreement(False, text, None)
+    terms, most = _reach(graph, makers, node.inputs[0], arrays)
+    if is_exact and most < _EXACT_FLOAT32 and not off:
+        return _proven(f"{text}, of an accumulator that float32 holds")
+    if off:
+        text += "; how the compiler fuses it moves some"
+    elif most >= _EXACT_FLOAT32:
+        text += f"; accumulators up to {most}, beyond float32's 2^24"
+    else:
+        text += "; scales that are no powers of two: float32 rounds sums"
+    reach = int(np.ceil((terms + _OTHER_ROUNDINGS) * _HALF_ULP * most)) + 1
+    if is_table:
+        table = np.atleast_2d(own["table"].T)
+        cuts = np.broadcast_to(np.arange(1, count), (len(table), count - 1))
+    else:
+        cuts, table = (np.atleast_2d(own[role]) for role in ("thresholds", "table"))
+    return Agreement(False, text, max(off, _most_change(cuts, table, reach)))
 
 
 def _of_requantizer(
@@ -262,6 +296,19 @@ def _of_requantizer(
     else:
         reason = "scales that are no powers of two: ties may fall elsewhere"
     return _rounded(error, reason)
+
+
+def _most_change(cuts: np.ndarray, table: np.ndarray, reach: int) -> int:
+    """Returns the most that a code changes between integers ``reach`` apart."""
+    found = 0
+    for row, codes in zip(cuts, table, strict=True):
+        last = np.searchsorted(row, row + reach - 1, side="right")
+        # Pieces from the one before a threshold to the last within reach of it.
+        for count in range(1, int(np.max(last - np.arange(len(row)), initial=0)) + 1):
+            first = np.flatnonzero(last - np.arange(len(row)) >= count)
+            change = np.abs(codes[first + count] - codes[first])
+            found = max(found, int(np.max(change, initial=0)))
+    return found
 
 
 def _error_of_sum(graph: Graph, node: Node) -> float:

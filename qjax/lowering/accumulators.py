@@ -67,6 +67,11 @@ class Accumulator(NamedTuple):
             scale = functools.reduce(jnp.multiply, factors).astype(jnp.float32)
         return self.value.astype(jnp.float32) * scale
 
+    def simulated(self) -> jax.Array:
+        """Returns the real value by the steps of the model, from which functions go."""
+        real = self._replace(gain=None).real()
+        return real if self.gain is None else real * self.factors[-1]
+
     def codes(self, target: TargetGrid) -> jax.Array:
         """Requantizes with one rounding, or with float32's where lowering does."""
         multiplier, shift = traced_fixed_point(self.factors, target.scale)

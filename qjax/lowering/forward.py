@@ -99,6 +99,7 @@ class IntegerForward(Simulation):
         self._late: dict[int, Late] = {}
         self._sums: dict[int, Accumulator] = {}
         self._shipped: dict[int, jax.Array] = {}  # Accumulators as the program returns.
+        self._sources: dict[int, jax.Array] = {}  # As its thresholds take them.
         self._data = set(self._traced.inputs)
         self._of_codes: set[int] = set()  # Functions of what lies on grids.
         self._ends = {b.value: b for b in self._plan.blocks}
@@ -137,6 +138,10 @@ class IntegerForward(Simulation):
             codes = late(TargetGrid(*grid, word.qmin, word.qmax))
             value = dequantize(codes, grid).astype(before.dtype)
             self._env[v] = straight(self._env[v], value)
+        elif late is not None and is_folded and v in self._sources:
+            source = self._sources.pop(v).astype(before.dtype)
+            self._env[v] = straight(before, source)
+            super()._place(v)
         elif isinstance(self._units.get(v), Exact):
             self._of_codes.add(v)
         elif not self._is_input(v) and v not in self._of_codes:
@@ -187,7 +192,8 @@ class IntegerForward(Simulation):
             return
         if data[0] in self._shipped and len(data) == 1:
             if name in _CHOICES or bounds_of(self._model, e) is not None:
-                self._ship(e, data[0])
+                self._ship(e, data[0], self._shipped)
+                self._ship(e, data[0], self._sources)
         if e.outputs[0] in self._late:
             return
         if name in ("dot_general", "conv_general_dilated"):
@@ -209,11 +215,11 @@ class IntegerForward(Simulation):
         elif name in _CHOICES and e.inputs[0] in self._late:
             self._choose(e)
 
-    def _ship(self, e: Equation, x: int) -> None:
+    def _ship(self, e: Equation, x: int, shipped: dict[int, jax.Array]) -> None:
         """Carries the program's value of an accumulator through an equation."""
-        values = (self._shipped[v] if v == x else self._env[v] for v in e.inputs)
+        values = (shipped[v] if v == x else self._env[v] for v in e.inputs)
         found = evaluate(e, *map(lax.stop_gradient, values))
-        self._shipped.update(zip(e.outputs, found, strict=True))
+        shipped.update(zip(e.outputs, found, strict=True))
 
     def _product(self, e: Equation) -> None:
         data = [v for v in e.inputs if v in self._data]
@@ -457,7 +463,7 @@ class IntegerForward(Simulation):
         acc = jax.tree.map(lax.stop_gradient, acc)
         self._env[v] = self._env[v] if real is None else real
         self._sums[v], self._late[v] = acc, acc.codes
-        self._shipped[v] = acc.real()
+        self._shipped[v], self._sources[v] = acc.real(), acc.simulated()
         return self._env[v]
 
     # Codes of what lies on grids.

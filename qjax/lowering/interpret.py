@@ -1,18 +1,17 @@
 """The pass that walks a traced program once and builds its integer graph."""
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import numpy as np
 from jax.extend.core.primitives import broadcast_in_dim_p
 
 from qjax.graph.builder import compact
 from qjax.leaves import at_start
 from qjax.lowering.binding import Folded
+from qjax.lowering.folding import fold_known
 from qjax.lowering.inputs import MOST_RANGE, follow, integer_range, is_place
 from qjax.lowering.values import (
     Abstract,
@@ -110,6 +109,7 @@ def interpret(
         name = whole_of(e) or e.primitive.name
         try:
             _check_drawn(e, operands, drawn)
+            _check_scale(e)
             e, trace, operands = _spread(builder, rules, e, trace, operands)
             if is_place(trace, e, operands):
                 found: Abstract | tuple[Abstract, ...] = follow(trace, e, operands)
@@ -273,6 +273,20 @@ def _check_drawn(e: Equation, operands: list[Abstract], drawn: set[int]) -> None
         )
 
 
+def _check_scale(e: Equation) -> None:
+    """Raises for a quantizer that finds its scale in each batch."""
+    if e.is_of_quantizer and (whole_of(e) or e.primitive.name in _OVER_AXES):
+        raise ValueError(
+            f"The quantizer in {where(e)} finds its scale in each batch, as `alpha="
+            f"'auto'` does, and integer programs have fixed scales.\n  equation: {e}\n"
+            "Give it a scale, such as `alpha=1.0`, or use a word whose range is "
+            "calibrated, such as `QSpec(bits=8)`."
+        )
+
+
+_OVER_AXES = names("sum", "maximum", "minimum", "reduction")
+
+
 def _is_mask(x: Abstract) -> bool:
     """Returns whether a constant is zero or one other number everywhere."""
     if not isinstance(x, Known):
@@ -293,124 +307,6 @@ def _placed(message: str, e: Equation) -> str:
 
 
 _FOLDED = Known(np.zeros(0))  # A known value that no rule reads.
-
-
-def fold_known(trace: Trace, folded: Folded | None = None) -> dict[int, Any]:
-    """Computes all values that do not depend on an input.
-
-    In one compiled function with the constants as arguments, so that the compiler does
-    not fold them its own way: `verify` meets the same numbers.
-
-    Args:
-      trace: Program with its parameters as constants.
-      folded: Holds the last result, which is taken where it is of the same equations
-        and bytes, and receives this one.
-
-    Returns:
-      Value -> array, for the constants, the operands of known quantization points, and
-      the known values that other equations use.
-    """
-    known = set(trace.constants)
-    equations: list[Equation] = []
-    read: set[int] = set()  # Known values that other equations use.
-    for e in trace.equations:
-        folds = known.issuperset(e.inputs)
-        if folds:
-            known.update(e.outputs)
-            equations.append(e)
-        if not folds or e.primitive is qpoint_p:
-            read.update(e.inputs)
-    read = known.intersection(read.union(trace.outputs))
-    equations, copies = _without_copies(equations)
-    wanted = read.difference(trace.constants)
-    for e in reversed(copies):
-        if e.outputs[0] in wanted:
-            wanted.remove(e.outputs[0])
-            wanted.update(e.inputs)
-    wanted -= trace.constants.keys()
-    found = _folded(trace, equations, wanted, {} if folded is None else folded)
-    read.update(v for e in copies for v in e.inputs)
-    for e in copies:
-        if e.outputs[0] in read:
-            found[e.outputs[0]] = _copied(e, found[e.inputs[0]])
-    return found
-
-
-def _without_copies(
-    equations: list[Equation],
-) -> tuple[list[Equation], list[Equation]]:
-    """Splits off broadcasts that no other of the equations reads.
-
-    They alone know the number of examples: without them a model folds the same
-    computation for any of it.
-    """
-    left: list[Equation] = []
-    copies: list[Equation] = []
-    read: set[int] = set()
-    for e in reversed(equations):
-        is_copy = e.primitive.name == "broadcast_in_dim" and len(e.inputs) == 1
-        if is_copy and e.outputs[0] not in read:
-            copies.append(e)
-        else:
-            read.update(e.inputs)
-            left.append(e)
-    return left[::-1], copies[::-1]
-
-
-def _copied(e: Equation, x: Any) -> Any:
-    """Broadcasts a known value as an equation does."""
-    if is_key(x):
-        return evaluate(e, x)[0]
-    sizes = [1] * len(e.params["shape"])
-    for d, axis in enumerate(e.params["broadcast_dimensions"]):
-        sizes[axis] = np.shape(x)[d]
-    return np.broadcast_to(np.asarray(x).reshape(sizes), e.params["shape"])
-
-
-def _folded(
-    trace: Trace, equations: list[Equation], wanted: set[int], folded: Folded
-) -> dict[int, Any]:
-    """Computes what is wanted of known values, or takes it from an earlier result."""
-    if not wanted:
-        return dict(trace.constants)
-    own = {v for e in equations for v in e.inputs}.union(wanted)
-    constants = {v: x for v, x in trace.constants.items() if v in own}
-    key = _digest(equations, wanted, constants)
-    if key is not None and key in folded:
-        return {**trace.constants, **folded[key]}
-
-    @jax.jit
-    def fold(constants: dict[int, Any]) -> dict[int, Any]:
-        env = dict(constants)
-        for e in equations:
-            env.update(
-                zip(e.outputs, evaluate(e, *(env[v] for v in e.inputs)), strict=True)
-            )
-        return {v: env[v] for v in wanted}
-
-    found = fold(constants)
-    folded.clear()
-    if key is not None:
-        folded[key] = found
-    return {**trace.constants, **found}
-
-
-def _digest(
-    equations: list[Equation], wanted: set[int], constants: dict[int, Any]
-) -> str | None:
-    """Hashes a computation; returns None where text and bytes do not show all of it."""
-    if any(map(is_key, constants.values())):
-        return None
-    found = hashlib.sha256(repr(sorted(wanted)).encode())
-    for e in equations:
-        if any(getattr(j, "consts", ()) for j in jex.jaxprs_in_params(e.params)):
-            return None
-        found.update(f"{e.primitive}{e.params!r}{e.inputs}{e.outputs}".encode())
-    for v, x in sorted(constants.items()):
-        array = np.asarray(x)
-        found.update(f"{v}{array.dtype}{array.shape}".encode())
-        found.update(np.ascontiguousarray(array).view(np.uint8).data)
-    return found.hexdigest()
 
 
 UNKNOWN = "the traced function"
@@ -439,6 +335,14 @@ def refuse(e: Equation, x: Abstract, role: str) -> ValueError:
             f"  equation: {e}\nUse one scale, Rule({x.site!r}, QSpec(bits=8)), or "
             f"powers of two, which are brought to one scale exactly: Rule({x.site!r}, "
             f"{word})."
+        )
+    if isinstance(x, Curve) and x.steps and x.steps[x.end].is_of_quantizer:
+        name = x.steps[x.end].place.path.rpartition("/")[2]
+        return ValueError(
+            f"The {role} of `{e.primitive.name}` in {where(e)} is what `{name}` "
+            f"returns, a quantizer with levels on no grid.\n  equation: {e}\nPut them "
+            "on one with `qjax.fake_quant`, or use a word of equal steps, such as "
+            "`quantized_bits(8)`."
         )
     if isinstance(x, Real):
         what, site = x.source, x.remedy

@@ -10,6 +10,7 @@ from qjax.lowering.values import (
     Builder,
     Integers,
     PendingAccumulator,
+    ScaledIntegers,
     Sum,
 )
 from qjax.model.trace import Equation, Trace
@@ -47,6 +48,15 @@ def emitted(builder: Builder, e: Equation, x: Abstract) -> Integers:
     return x
 
 
+def source_of(builder: Builder, x: ScaledIntegers) -> Integers:
+    """Returns the integers in the graph that a function of given ones starts from."""
+    own = x if x.past is None else x.past.source
+    if isinstance(own, PendingAccumulator):
+        return builder.put(own)
+    assert isinstance(own, Integers)
+    return own
+
+
 def added(builder: Builder, e: Equation, x: Sum) -> Integers:
     """Adds a sum of codes as an accumulator, where one grid holds all codes exactly."""
     terms = [t for t, _ in x.terms]
@@ -60,21 +70,11 @@ def added(builder: Builder, e: Equation, x: Sum) -> Integers:
     limit = builder.most(x.place.sites.output)
     if any(f != int(f) for f in factors) or not -limit - 1 <= low <= high <= limit:
         raise refuse(e, x, "input")
-    inputs = tuple(t.value for t in terms)
-    value = builder.add(
-        "add",
-        inputs,
-        {
-            "input_zero_points": [t.zero_point for t in terms],
-            "multipliers": [int(f) for f in factors],
-            "shift": 0,
-            "zero_point": 0,
-            "low": int(low),
-            "high": int(high),
-        },
-        dtype="int32",
-        path=where(e).strip("'"),
-    )
+    key = tuple((t.value, sign) for t, sign in x.terms)
+    if key not in builder.placed:
+        value = _add_sum(builder, e, terms, factors, (int(low), int(high)))
+        builder.placed[key] = value, int(low), int(high)
+    value, *_ = builder.placed[key]
     return Integers(
         value=value,
         scale=np.asarray(scale),
@@ -83,4 +83,28 @@ def added(builder: Builder, e: Equation, x: Sum) -> Integers:
         is_gain_exact=all(t.rescaled is None for t in terms),
         bounds=x.bounds,
         place=x.place,
+    )
+
+
+def _add_sum(
+    builder: Builder,
+    e: Equation,
+    terms: list[Integers],
+    factors: list[float],
+    ends: tuple[int, int],
+) -> int:
+    """Adds whole multiples of codes to the graph as a sum."""
+    return builder.add(
+        "add",
+        tuple(t.value for t in terms),
+        {
+            "input_zero_points": [t.zero_point for t in terms],
+            "multipliers": [int(f) for f in factors],
+            "shift": 0,
+            "zero_point": 0,
+            "low": ends[0],
+            "high": ends[1],
+        },
+        dtype="int32",
+        path=where(e).strip("'"),
     )

@@ -22,7 +22,7 @@ class SiteWord(NamedTuple):
     qmin: jax.Array
     qmax: jax.Array
     dtype: str  # The smallest that holds its codes; int32 if bits are traced.
-    is_direct: bool  # True if one rounding makes the codes.
+    is_direct: bool  # True if one rounding of the value itself makes the codes.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Words(Quantizer):
                 shapes = (np.shape(array) for array in arrays)
                 zeros = jnp.zeros(np.broadcast_shapes((1,) * x.ndim, *shapes))
                 point = make_point(spec, None, zeros, *arrays)
-            self._remember(site, point.qmin, point.qmax, point.is_direct)
+            is_direct = point.is_direct and not point.is_curve
+            self._remember(site, point.qmin, point.qmax, is_direct)
         return super()._apply(site, x, spec)
 
     def _round(

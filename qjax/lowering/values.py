@@ -69,6 +69,8 @@ class ScaledIntegers:
         values.
       is_still: Whether a channel is zero but for its bias, in the rank of the value or
         ``[]``; None where that is not known.
+      past: Arithmetic of the model between an accumulator and this one; None if these
+        are integers of their own.
     """
 
     scale: np.ndarray
@@ -83,6 +85,7 @@ class ScaledIntegers:
     most: int = 2**31 - 1
     dtype: str = ""
     is_still: np.ndarray | None = None
+    past: "Past | None" = None
 
     def real_scale(self) -> np.ndarray:
         """Returns units per integer: scale and gain together."""
@@ -131,7 +134,13 @@ class Integers(ScaledIntegers):
 
     def elsewhere(self, value: int, **changes: Any) -> "Integers":
         """Returns the same numbers as another value of the graph."""
-        changes = {"bounded": None, "rescaled": None, "is_still": None, **changes}
+        own: dict[str, Any] = {
+            "bounded": None,
+            "rescaled": None,
+            "is_still": None,
+            "past": None,
+        }
+        changes = {**own, **changes}
         return dataclasses.replace(self, value=value, **changes)
 
     def before_bias(self, emit: "Emit") -> "PendingAccumulator":
@@ -166,9 +175,37 @@ class PendingAccumulator(ScaledIntegers):
         """Returns the accumulator in the graph."""
         bias = np.zeros((), np.int64) if self.bias is None else self.bias
         value, low, high = self.emit(bias, self.shift or 0)
-        still = None if self.is_still is None else self.is_still & (bias == 0)
-        found = Integers(**self._shared(), value=value)
-        return dataclasses.replace(found, low=low, high=high, is_still=still)
+        return dataclasses.replace(self.at(value), low=low, high=high)
+
+    def at(self, value: int) -> Integers:
+        """Returns the accumulator as a value of the graph."""
+        is_plain = True if self.bias is None else self.bias == 0
+        still = None if self.is_still is None else self.is_still & is_plain
+        return dataclasses.replace(
+            Integers(**self._shared(), value=value), is_still=still
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """The arithmetic between an accumulator and what it became, as the model has it.
+
+    A requantizer merges factors and biases. A function of them is evaluated as the
+    model does it, step by step.
+
+    Attributes:
+      source: The accumulator, which has no past.
+      start: Value of the trace that it is.
+      known: Values of the trace that are constants: one number, or one a channel.
+      steps: Value of the trace -> the equation that computes it, in order.
+      end: The value of the trace at the end.
+    """
+
+    source: ScaledIntegers
+    start: int
+    known: Mapping[int, np.ndarray]
+    steps: Mapping[int, Equation]
+    end: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,10 +219,12 @@ class Sum:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """An elementwise function of codes that waits for a grid, then is a lookup table.
+    """An elementwise function of codes or of an accumulator that waits for a grid.
+
+    It is a lookup table then, or thresholds.
 
     Attributes:
-      source: The codes.
+      source: The integers.
       aliases: Values of the trace that are these codes, each in its unit.
       known: Values of the trace that are constants: one number, or one a channel.
       steps: Value of the trace -> the equation that computes it, in order.
@@ -282,11 +321,23 @@ class Builder(GraphBuilder):
         self.is_raw = frozenset(is_raw)
         self.types: dict[int, Any] = {}  # Value of the trace -> its dtype.
         self.notes: list[str] = []  # What the program does otherwise than the model.
+        # What an accumulator is made of -> its value, its least and largest integer.
+        self.placed: dict[Any, tuple[int, int, int]] = {}
 
     def site_of_input(self, k: int) -> str:
         """Returns the site that a rule can name to quantize an input; empty if none."""
         name = f"input:{k}"
         return name if name in self._buffer_bits else ""
+
+    def put(self, x: PendingAccumulator) -> Integers:
+        """Returns an accumulator in the graph; the same value each time."""
+        bias = np.zeros(()) if x.bias is None else x.bias
+        key = x.emit, x.shift, bias.shape, bias.tobytes()
+        if key not in self.placed:
+            own = x.emitted()
+            self.placed[key] = own.value, own.low, own.high
+        value, low, high = self.placed[key]
+        return dataclasses.replace(x.at(value), low=low, high=high)
 
     def numbers(self, value: int, place: Place, dtype: str = "int32") -> Integers:
         """Returns a value of the graph as numbers that stand for themselves.

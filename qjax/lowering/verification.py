@@ -14,7 +14,7 @@ from qjax.calls import alone
 from qjax.graph.builder import unique_name
 from qjax.graph.graph import Grid
 from qjax.lowering.binding import bind
-from qjax.lowering.interpret import fold_known
+from qjax.lowering.folding import fold_known
 from qjax.model.trace import Trace, evaluate, trace
 from qjax.program import IntegerProgram
 from qjax.qpoint import grid_codes, qpoint_p

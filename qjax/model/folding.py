@@ -118,7 +118,8 @@ def _call(model: Trace, whole: Whole, finder: Normalisations) -> Equation:
         own = Own(call(evaluate_own).params, (None,) * len(inputs))
     ends = inputs, outputs
     found = Equation(eqn.primitive, eqn.params, *ends, whole.end.path, own=own)
-    return dataclasses.replace(found, regions=common_regions(equations))
+    regions, source = common_regions(equations), whole.end.source
+    return dataclasses.replace(found, regions=regions, source=source)
 
 
 def _is_number(x: Any) -> bool:

@@ -105,10 +105,10 @@ PRIMITIVES: Mapping[str, Primitive] = {
             "function",
             "",
             "abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e "
-            "cbrt ceil cos cosh digamma erf erf_inv erfc exp exp2 expm1 floor "
-            "integer_pow is_finite lgamma log log1p logistic not or pow rem round "
-            "rsqrt sign sin shift_left shift_right_arithmetic shift_right_logical "
-            "sinh sqrt square tan tanh xor",
+            "bitcast_convert_type cbrt ceil cos cosh digamma erf erf_inv erfc exp exp2 "
+            "expm1 floor integer_pow is_finite lgamma log log1p logistic not or pow "
+            "rem round rsqrt shift_left shift_right_arithmetic shift_right_logical "
+            "sign sin sinh sqrt square tan tanh xor",
         ),
         *_named("sum", "reduce_sum reduce_window_sum"),
         *_named("running sum", "cumsum"),

@@ -67,6 +67,11 @@ class Equation:
     own: Own | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
+    def is_of_quantizer(self) -> bool:
+        """Returns whether a quantizer by name computes the equation."""
+        return SCOPE in str(getattr(self.source, "name_stack", ""))
+
+    @property
     def place(self) -> Place:
         """Returns the place of the equation."""
         return Place(self.path.strip("/"), self.sites)

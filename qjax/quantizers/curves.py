@@ -411,6 +411,7 @@ def _curve_point(
         low,
         high,
         is_direct=key is None,
+        is_curve=True,
         passes=passes,
     )
 
@@ -434,4 +435,4 @@ def _hswish_point(
         spec.scale_axis,
         strict=spec.strict,
     )
-    return bits_point(bits, key, real)
+    return bits_point(bits, key, real)._replace(is_curve=True)

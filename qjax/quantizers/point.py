@@ -47,6 +47,7 @@ class Point(NamedTuple):
     zero_point: jax.Array | None = None  # int32, shape of scale; None: 0.
     codes: jax.Array | None = None  # Codes if they are not linear.
     is_direct: bool = False  # True if one rounding to the scale makes the value.
+    is_curve: bool = False  # True if the value is another function of the array.
     passes: jax.Array | None = None  # Mask of the nonzero own derivative; None: all.
     learned: jax.Array | None = None  # A term that is there for its derivative only.
 
@@ -133,7 +134,12 @@ def encode_point(point: Point, x: jax.Array) -> Quantized:
     value = _tagged(point, x)
     if point.scale is None:
         if point.codes is None:
-            raise ValueError("A value that is off every grid has no codes.")
+            raise ValueError(
+                "A value that is off every grid has no codes: a sigmoid or a tangent "
+                "alone rounds nothing. Use a quantizer of it, such as "
+                "`quantized_tanh(8)` or `quantized_sigmoid(8)`, or let the model apply "
+                "the function before its quantizer."
+            )
         codes = jnp.where(jnp.isnan(x), 0, point.codes)
         return Quantized(value, codes.astype(jnp.int32), None)
     scale, zero_point, *ends = _grid(point)
@@ -313,7 +319,7 @@ def encode(
 
     Returns:
       `Quantized`: float32 values, int32 codes, and scale with zero point, or None where
-      codes are not linear (`quantized_ulaw`; powers of two over more than 8 exponents,
+      codes are not linear (`quantized_ulaw`; powers of two over more than 16 exponents,
       or a traced number of them). The code of NaN is 0, or the closest to it that there
       is. ``qnoise_factor`` is not applied.
 

@@ -27,7 +27,7 @@ from qjax.quantizers.words import (
 )
 from qjax.rounding import floor_log2, power_of_two, round_log2
 
-_MOST_LINEAR = 8  # Exponents: codes up to 2^7.
+_MOST_LINEAR = 16  # Exponents: codes up to 2^15, whose products fit int32.
 
 
 def _check_po2(spec: Any, signed: int) -> None:
@@ -112,7 +112,7 @@ def quantized_po2(
     most 1 leaves the exponents up to its own, 0 included: for 1, one more than the bits
     count. The derivative is 1 everywhere.
 
-    Over at most 8 exponents codes are linear, ``2^(E - least)`` with the sign; over
+    Over at most 16 exponents codes are linear, ``2^(E - least)`` with the sign; over
     more `encode` gives their place in the table `levels`.
 
     Args:
@@ -257,7 +257,7 @@ def _round_exponent(
 
 
 def _is_linear(word: _Word) -> bool:
-    """Returns whether codes of at most 8 bits and a sign hold all values."""
+    """Returns whether codes of at most 16 bits and a sign hold all values."""
     known = isinstance(word.reached, int) and isinstance(word.least, int)
     return known and word.reached - word.least < _MOST_LINEAR
 

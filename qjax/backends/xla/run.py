@@ -143,6 +143,49 @@ def _table(node, params, inputs):
     return table.reshape(-1).take(places * table.shape[1] + channels, mode="clip")
 
 
+# Milliseconds for 2^18 integers in 64 channels, with thresholds of their own, on 2 free
+# cores: 31 thresholds 2.8 in turn, 5.5 by halves; 63 thresholds 5.7 and 3.2.
+_MOST_IN_TURN = 32
+
+
+def _thresholds(node, params, inputs):
+    x, axis = inputs[0].astype(jnp.int32), node.attributes["axis"]
+    cuts, table = (params[node.params[role]] for role in ("thresholds", "table"))
+    cuts, table = cuts.astype(jnp.int32), table.astype(jnp.int32)
+    count = cuts.shape[-1]
+    sizes = [1] * x.ndim
+    if axis is not None:
+        sizes[axis] = cuts.shape[0]
+    if count <= _MOST_IN_TURN:
+        column = lambda array, k: array[..., k].reshape(sizes)
+        shape = jnp.broadcast_shapes(x.shape, tuple(sizes))
+        found = jnp.broadcast_to(column(table, 0), shape)
+        for k in range(count):
+            step = column(table, k + 1) - column(table, k)
+            found = found + jnp.where(x >= column(cuts, k), step, 0)
+        return found
+    rows = jnp.zeros((), jnp.int32)
+    if axis is not None:
+        rows = jnp.arange(cuts.shape[0], dtype=jnp.int32).reshape(sizes)
+    place = _number_reached(x, cuts, rows)
+    return table.reshape(-1).take(rows * (count + 1) + place, mode="clip")
+
+
+def _number_reached(x: jax.Array, cuts: jax.Array, rows: jax.Array) -> jax.Array:
+    """Counts the thresholds of a row that are not above an integer, by halves."""
+    count = cuts.shape[-1]
+    flat, start = cuts.reshape(-1), rows * count
+    shape = jnp.broadcast_shapes(x.shape, jnp.shape(rows))
+    found = jnp.zeros(shape, jnp.int32)
+    half = 1 << (count.bit_length() - 1)
+    while half:
+        there = found + half
+        cut = flat.take(start + jnp.minimum(there, count) - 1, mode="clip")
+        found = jnp.where((there <= count) & (cut <= x), there, found)
+        half //= 2
+    return found
+
+
 def _softmax(node, params, inputs):
     a, x = node.attributes, inputs[0]
     keep = inputs[1] != 0 if len(inputs) > 1 else None
@@ -341,6 +384,7 @@ BODIES: dict[str, NodeBody] = {
     "norm": _norm,
     "divide": _divide,
     "table": _table,
+    "thresholds": _thresholds,
     "embed": _embed,
     "take": _take,
     "constant": _constant,

@@ -7,6 +7,8 @@ import numpy as np
 from qjax.graph.operations.record import (
     AXIS_OR_NONE,
     COUNT,
+    FLAG,
+    INT32,
     INTEGER,
     INTEGERS,
     SIZE,
@@ -62,6 +64,49 @@ def _table(a, own, inputs):
     sizes = [1] * places.ndim
     sizes[a["axis"]] = table.shape[1]
     return table[places, np.arange(table.shape[1]).reshape(sizes)]
+
+
+def _thresholds_shape(o: Operands) -> Shape:
+    axis, cuts, table = _table_axis(o), o.params["thresholds"], o.params["table"]
+    rank = 1 if axis is None else 2
+    o.check(cuts.ndim == rank, f"thresholds must have {rank} axes", cuts.ndim)
+    wanted = (*cuts.shape[:-1], cuts.shape[-1] + 1)
+    fits = table.shape == wanted
+    o.check(fits, f"the table must have the shape {wanted}", table.shape)
+    if axis is None:
+        return o.x.shape
+    rows = len(cuts)
+    wanted_rows = f"thresholds must have a row for each of {o.x.shape[axis]} channels"
+    o.check(o.x.shape[axis] in (1, rows), wanted_rows, rows)
+    return tuple(rows if d == axis else n for d, n in enumerate(o.x.shape))
+
+
+def _thresholds_interval(o: Operands) -> Ends:
+    cuts = o.check_range("thresholds", INT32.min, INT32.max)
+    table = o.params["table"]
+    is_sorted = bool(np.all(cuts[..., 1:] >= cuts[..., :-1]))
+    o.check(is_sorted, "thresholds must not descend", "some that do")
+    # Pieces that an integer of the input lies in.
+    first = np.sum(cuts <= o.x.low, -1, keepdims=True)
+    last = np.sum(cuts <= o.x.high, -1, keepdims=True)
+    places = np.arange(table.shape[-1])
+    reached = table[(first <= places) & (places <= last)]
+    return (int(reached.min()), int(reached.max())) if reached.size else (0, 0)
+
+
+def _thresholds(a, own, inputs):
+    x, cuts, table = inputs[0], own["thresholds"], own["table"]
+    if a["axis"] is None:
+        return table[np.searchsorted(cuts, x, side="right")]
+    shape = list(x.shape)
+    shape[a["axis"]] = len(cuts)
+    rows = np.moveaxis(np.broadcast_to(x, shape), a["axis"], 0)
+    found = [
+        t[np.searchsorted(c, row, side="right")]
+        for c, t, row in zip(cuts, table, rows, strict=True)
+    ]
+    whole = np.stack(found) if found else np.zeros(rows.shape, np.int64)
+    return np.moveaxis(whole, 0, a["axis"])
 
 
 def _embed_shape(o: Operands) -> Shape:
@@ -204,7 +249,19 @@ TABLE = Operation(
     _table,
     attributes={"low": INTEGER, "axis": AXIS_OR_NONE},
     roles=("table",),
-    optional={"most_off": COUNT},
+    optional={"most_off": COUNT, "is_exact": FLAG},
+)
+THRESHOLDS = Operation(
+    "thresholds",
+    "code = table[number of thresholds <= q], of each channel its own if there is an "
+    "axis",
+    "table",
+    _thresholds_shape,
+    _thresholds_interval,
+    _thresholds,
+    attributes={"axis": AXIS_OR_NONE},
+    roles=("thresholds", "table"),
+    optional={"most_off": COUNT, "is_exact": FLAG},
 )
 EMBED = Operation(
     "embed",
@@ -263,4 +320,4 @@ SELECT = Operation(
     inputs=None,
 )
 
-LOOKUPS = (TABLE, EMBED, TAKE, CONSTANT, COMPARE, SELECT)
+LOOKUPS = (TABLE, THRESHOLDS, EMBED, TAKE, CONSTANT, COMPARE, SELECT)

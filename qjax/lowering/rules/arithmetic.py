@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from jax.extend.core.primitives import max_p, min_p
+from jax.extend.core.primitives import copy_p, max_p, min_p
 
 from qjax.graph.builder import compact
 from qjax.lowering.inputs import rescaled
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import settled
 from qjax.lowering.rules.choices import extremum
-from qjax.lowering.rules.functions import curve
+from qjax.lowering.rules.functions import curve, per_channel
 from qjax.lowering.rules.products import multiply, multiply_codes, reopened
 from qjax.lowering.rules.whole import exact_codes
 from qjax.lowering.values import (
@@ -25,6 +25,7 @@ from qjax.lowering.values import (
     Joined,
     Known,
     KnownCodes,
+    Past,
     PendingAccumulator,
     Real,
     ScaledIntegers,
@@ -71,13 +72,29 @@ def _pairs(e: Equation, *operands: Abstract) -> Iterator[tuple[Abstract, int]]:
 def _bends(*operands: Abstract) -> bool:
     """Returns whether an operand is a function of codes, or codes meet a number.
 
-    Accumulators absorb numbers; codes with a number are a function.
+    Accumulators absorb numbers; codes with a number are a function, and so are sums of
+    codes with one, and an accumulator that an activation bounds.
     """
-    if any(isinstance(x, Curve) for x in operands):
+    if any(isinstance(x, Curve) or _is_bounded_sum(x) for x in operands):
         return True
-    codes = [x for x in operands if isinstance(x, ScaledIntegers) and x.is_of_codes]
+    if len(operands) == 2 and all(map(_is_sum, operands)):
+        return True
+    whole = [x for x in operands if isinstance(x, Sum) or _is_of_codes(x)]
     known = [x for x in operands if isinstance(x, Known)]
-    return len(codes) == 1 and len(known) == len(operands) - 1
+    return len(whole) == 1 and len(known) == len(operands) - 1
+
+
+def _is_of_codes(x: Abstract) -> bool:
+    return isinstance(x, ScaledIntegers) and x.is_of_codes
+
+
+def _is_sum(x: Abstract) -> bool:
+    """Returns whether a value is an accumulator."""
+    return isinstance(x, ScaledIntegers) and not x.is_of_codes
+
+
+def _is_bounded_sum(x: Abstract) -> bool:
+    return isinstance(x, ScaledIntegers) and _is_sum(x) and x.is_bounded
 
 
 def _terms(e: Equation, x: Abstract) -> tuple[tuple[Integers, float], ...]:
@@ -353,7 +370,8 @@ def _bound(
         raise refuse(e, known, "bound")
     bound = float(known.value.flat[0])
     ends = (bound, np.inf) if e.primitive.name == "max" else (-np.inf, bound)
-    if _is_off_grid(x, ends) or (np.any(known.value != bound) and _bends(x)):
+    is_each = np.any(known.value != bound) and _bends(x)
+    if _is_off_grid(x, ends) or is_each:
         if (found := curve(builder, e, trace, a, b)) is not None:
             return found
     if np.any(known.value != bound):  # Rounding keeps the order: codes are bounded.
@@ -428,16 +446,74 @@ def _within(
     return bounded
 
 
+def _remembered(rule: LoweringRule) -> LoweringRule:
+    """Returns a rule whose accumulators remember the arithmetic of the model.
+
+    A bias on their own grid is part of the integers, without a rounding.
+    """
+
+    def apply(
+        builder: Builder, e: Equation, trace: Trace, *operands: Abstract
+    ) -> Abstract:
+        found = rule(builder, e, trace, *operands)
+        assert not isinstance(found, tuple)
+        data = [k for k, x in enumerate(operands) if not isinstance(x, _CONSTANTS)]
+        x = operands[data[0]]
+        if not isinstance(found, ScaledIntegers) or not _is_sum(found) or found is x:
+            return found
+        past = None
+        if len(data) == 1 and isinstance(x, ScaledIntegers) and _is_sum(x):
+            past = _past(e, data[0], x, operands)
+            if x.past is None and _is_biased(x, found):
+                past = None
+        return dataclasses.replace(found, past=past)
+
+    return apply
+
+
+_CONSTANTS = (Known, KnownCodes)
+
+
+def _is_biased(x: ScaledIntegers, found: ScaledIntegers) -> bool:
+    """Returns whether an accumulator is another one with an exact bias."""
+    is_plain = x.gain is None and found.gain is None and not found.is_bounded
+    return is_plain and found.is_bias_exact and found.is_gain_exact
+
+
+def _past(
+    e: Equation, place: int, x: ScaledIntegers, operands: tuple[Abstract, ...]
+) -> Past | None:
+    """Returns what an accumulator remembers after an equation; None if it cannot."""
+    constants = [
+        (v, o)
+        for v, o in zip(e.inputs, operands, strict=True)
+        if isinstance(o, Known | KnownCodes)
+    ]
+    shapes = [
+        compact(o.value if isinstance(o, Known) else o.codes) for _, o in constants
+    ]
+    if any(sum(n > 1 for n in a.shape) > 1 for a in shapes):
+        return None
+    known = {v: per_channel(e, o) for v, o in constants}
+    v, (end,) = e.inputs[place], e.outputs
+    past = Past(x, v, {}, {}, v) if x.past is None else x.past
+    steps = dict(past.steps)
+    if past.end != v:
+        steps[v] = Equation(copy_p, {}, (past.end,), (v,), e.path)
+    steps[end] = e
+    return Past(past.source, past.start, {**past.known, **known}, steps, end)
+
+
 # Primitive -> its rule.
 ARITHMETIC: Mapping[str, LoweringRule] = {
-    "add": _add,
-    "add_any": _add,
-    "sub": _add,
-    "mul": _mul,
-    "div": _mul,
-    "neg": _mul,
+    "add": _remembered(_add),
+    "add_any": _remembered(_add),
+    "sub": _remembered(_add),
+    "mul": _remembered(_mul),
+    "div": _remembered(_mul),
+    "neg": _remembered(_mul),
     "round": _round,
-    "max": _bound,
-    "min": _bound,
-    "clamp": _clamp,
+    "max": _remembered(_bound),
+    "min": _remembered(_bound),
+    "clamp": _remembered(_clamp),
 }

@@ -46,7 +46,7 @@ def _convert(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstra
         return x
     if isinstance(x, KnownCodes) and _keeps_weight(e, x):
         return x
-    if isinstance(x, ScaledIntegers) and x.is_of_codes:
+    if isinstance(x, ScaledIntegers) and (x.is_of_codes or is_cast):
         if x.dtype and is_cast and _keeps_range(x, dtype):
             if not trace.is_real(e.outputs[0]):
                 return dataclasses.replace(x, dtype=str(dtype))

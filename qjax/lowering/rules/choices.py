@@ -18,7 +18,7 @@ from qjax.lowering.constants import (
 )
 from qjax.lowering.entries import as_codes
 from qjax.lowering.interpret import LoweringRule, refuse, where
-from qjax.lowering.operands import settled
+from qjax.lowering.operands import added, settled, source_of
 from qjax.lowering.rules.functions import add_table, curve
 from qjax.lowering.rules.whole import joined_whole, whole
 from qjax.lowering.values import (
@@ -32,6 +32,7 @@ from qjax.lowering.values import (
     PendingAccumulator,
     Real,
     ScaledIntegers,
+    Sum,
 )
 from qjax.model.trace import Equation, Trace
 
@@ -51,7 +52,7 @@ def mask(builder: Builder, e: Equation, trace: Trace, x: Abstract, v: int) -> in
 def _select(
     builder: Builder, e: Equation, trace: Trace, which: Abstract, *cases: Abstract
 ) -> Abstract:
-    cases = tuple(_ready(c) for c in cases)
+    cases = tuple(_ready(builder, c) for c in cases)
     if isinstance(which, Real):
         which = as_codes(builder, e, trace, which)
     if isinstance(which, Known):
@@ -60,8 +61,8 @@ def _select(
             return cases[int(flat[0])]
     if isinstance(which, Curve) or (isinstance(which, ScaledIntegers) and which.dtype):
         codes = [c for c in cases if not isinstance(c, Known)]
-        source = which.source if isinstance(which, Curve) else which
-        same = all(_is_source(c, source) for c in codes)
+        source = _source(builder, e, which)
+        same = all(_source(builder, e, c) == source for c in codes)
         if same and all(map(_is_uniform, cases)):
             if (found := curve(builder, e, trace, which, *cases)) is not None:
                 return found
@@ -74,11 +75,11 @@ def _select(
     return _joined_now(builder, joined)
 
 
-def _ready(x: Abstract) -> Abstract:
+def _ready(builder: Builder, x: Abstract) -> Abstract:
     """Puts an accumulator into the graph, and turns weights into numbers."""
     if isinstance(x, KnownCodes):
         return Known(real_values(x))
-    return x.emitted() if isinstance(x, PendingAccumulator) else x
+    return builder.put(x) if isinstance(x, PendingAccumulator) else x
 
 
 def _is_uniform(x: Abstract) -> bool:
@@ -88,11 +89,16 @@ def _is_uniform(x: Abstract) -> bool:
     return sum(n > 1 for n in compact(x.value).shape) <= 1
 
 
-def _is_source(x: Abstract, source: Abstract) -> bool:
-    own = x.source if isinstance(x, Curve) else x
-    if not isinstance(own, Integers) or not isinstance(source, Integers):
-        return False
-    return own.value == source.value
+def _source(builder: Builder, e: Equation, x: Abstract) -> int | None:
+    """Returns the value that a function starts from; None where there is none."""
+    if isinstance(x, Curve):
+        return x.source.value
+    if isinstance(x, Sum):
+        try:
+            return added(builder, e, x).value
+        except ValueError:  # No grid holds it.
+            return None
+    return source_of(builder, x).value if isinstance(x, ScaledIntegers) else None
 
 
 def _known_mask(
@@ -154,7 +160,7 @@ def _concatenate(
     shapes, shape = _shapes(e, trace, e.inputs)
     joined = Joined(
         "concatenate",
-        tuple(map(_ready, parts)),
+        tuple(_ready(builder, x) for x in parts),
         shapes,
         shape,
         attributes={"axis": axis},

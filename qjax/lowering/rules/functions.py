@@ -9,11 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core.primitives import copy_p
 
-from qjax.affine import QParams, dequantize
 from qjax.graph.builder import compact
 from qjax.graph.graph import Grid, storage
 from qjax.lowering.constants import exact_grid, real_values
+from qjax.lowering.evaluation import (
+    Finish,
+    find_thresholds,
+    is_exact_source,
+    tabulate,
+)
 from qjax.lowering.interpret import UNKNOWN, LoweringRule, refuse, where
+from qjax.lowering.operands import added, source_of
 from qjax.lowering.values import (
     Abstract,
     Builder,
@@ -21,13 +27,13 @@ from qjax.lowering.values import (
     Integers,
     Known,
     KnownCodes,
-    PendingAccumulator,
+    ScaledIntegers,
+    Sum,
 )
 from qjax.model.primitives import POINTWISE, names
-from qjax.model.trace import Equation, Trace, evaluate
+from qjax.model.trace import Equation, Trace
 
 _MOST_CODES = 1 << 16  # Largest range of a value that indexes a table.
-_MOST_ENTRIES = 1 << 22  # Largest table with one row per channel.
 _COMPARISONS = names("comparison")
 
 
@@ -49,7 +55,7 @@ def curve(
       ValueError: for an operand that has no codes, or more than 16 bits of them.
     """
     own = [
-        None if isinstance(x, Known | KnownCodes) else as_curve(e, v, x)
+        None if isinstance(x, Known | KnownCodes) else as_curve(builder, e, v, x)
         for v, x in zip(e.inputs, operands, strict=True)
     ]
     curves = [c for c in own if c is not None]
@@ -60,7 +66,7 @@ def curve(
     curves = [_since(c, min(common)) for c in curves]
     aliases: dict[int, Integers] = {}
     known = {
-        v: _per_channel(e, x)
+        v: per_channel(e, x)
         for v, x in zip(e.inputs, operands, strict=True)
         if isinstance(x, Known | KnownCodes)
     }
@@ -97,31 +103,40 @@ def _ending(x: Curve, end: int) -> Curve:
     return dataclasses.replace(x, steps={**x.steps, end: same}, end=end)
 
 
-def as_curve(e: Equation, v: int, x: Abstract) -> Curve:
-    """Returns codes as a function of themselves.
+def as_curve(builder: Builder, e: Equation, v: int, x: Abstract) -> Curve:
+    """Returns codes, or an accumulator, as a function of themselves.
 
     Args:
+      builder: Receives accumulators.
       e: The equation that reads them.
       v: Their value in the trace.
-      x: The codes, or a function.
+      x: The integers, or a function.
 
     Raises:
-      ValueError: for what has no codes, or more than 16 bits of them.
+      ValueError: for what has no integers.
     """
     if isinstance(x, Curve):
         return _ending(x, v)
     if isinstance(x, Integers) and x.rescaled is not None:
         return _ending(x.rescaled, v)
-    if isinstance(x, PendingAccumulator) and x.dtype:
-        x = x.emitted()
-    if isinstance(x, Integers):
-        if x.high - x.low < _MOST_CODES and not x.is_bounded and x.gain is None:
-            return Curve(x, {v: x}, {}, {}, v, place=x.place)
-    raise refuse(e, x, "input")
+    if isinstance(x, Sum):
+        x = added(builder, e, x)
+    if not isinstance(x, ScaledIntegers):
+        raise refuse(e, x, "input")
+    source, past = source_of(builder, x), x.past
+    if past is not None:
+        start = {past.start: source}
+        found = Curve(source, start, past.known, past.steps, past.end, place=e.place)
+        return _ending(found, v)
+    return Curve(source, {v: source}, {}, {}, v, place=x.place)
 
 
-def _per_channel(e: Equation, x: Known | KnownCodes) -> np.ndarray:
-    """Returns a known operand with size 1 on each axis along which it repeats."""
+def per_channel(e: Equation, x: Known | KnownCodes) -> np.ndarray:
+    """Returns a known operand with size 1 on each axis along which it repeats.
+
+    Raises:
+      ValueError: for one that varies along several axes.
+    """
     value = compact(
         real_values(x) if isinstance(x, KnownCodes) else np.asarray(x.value)
     )
@@ -135,85 +150,16 @@ def _per_channel(e: Equation, x: Known | KnownCodes) -> np.ndarray:
     return value
 
 
-def tabulate(
-    x: Curve, finish: Any, types: Mapping[int, Any]
-) -> tuple[np.ndarray, int | None, int]:
-    """Computes a function on all codes of its source, as the float model does.
-
-    Args:
-      x: The function.
-      finish: Function from real values to integers.
-      types: Value of the trace -> its dtype.
-
-    Returns:
-      ``(table, axis, off)``: shape ``[codes]``, or ``[codes, channels]`` with the axis
-      of the value along which the rows are chosen; and by how much an entry changes if
-      the compiler does not fuse the function (``a * b + c`` into one rounding, say).
-    """
-    low, high = x.source.low, x.source.high
-    whole = {v for v, a in x.aliases.items() if a.dtype}
-    constants = (*x.known.values(), *(a.scale for a in x.aliases.values()))
-    rank = max(map(np.ndim, constants))
-    codes = np.arange(low, high + 1, dtype=np.int32).reshape((-1,) + (1,) * rank)
-    grids = {
-        v: QParams(jnp.float32(a.scale), jnp.int32(a.zero_point))
-        for v, a in x.aliases.items()
-    }
-
-    def table(codes: Any, grids: Mapping[int, QParams], known: Any) -> Any:
-        env = dict(known)
-        for v, grid in grids.items():
-            value = codes if v in whole else dequantize(codes, grid)
-            env[v] = value.astype(types[v])
-        return finish(run_steps(env, x.steps)[x.end])
-
-    with jax.numpy_rank_promotion("allow"):
-        found = np.asarray(jax.jit(table)(codes, grids, dict(x.known)))
-        alone = np.asarray(table(jnp.asarray(codes), grids, dict(x.known)))
-    off = int(np.max(np.abs(found.astype(np.int64) - alone), initial=0))
-    axes = [d for d in range(1, found.ndim) if found.shape[d] > 1]
-    if not axes:
-        return found.reshape(-1), None, off
-    if len(axes) > 1 or found.size > _MOST_ENTRIES:
-        raise ValueError(
-            f"The function in {x.place.path or UNKNOWN!r} would need a table of shape "
-            f"{found.shape}. Use fewer bits for its input, or numbers that vary along "
-            "one axis only."
-        )
-    return found.reshape(len(codes), -1), axes[0] - found.ndim, off
-
-
-def run_steps(
-    env: Mapping[int, Any], steps: Mapping[int, Equation]
-) -> dict[int, jax.Array]:
-    """Evaluates elementwise equations, in order, on values that broadcast.
-
-    Args:
-      env: Value of the trace -> array, for what the steps start from.
-      steps: Value of the trace -> the equation that computes it.
-
-    Returns:
-      All values.
-    """
-    found = dict(env)
-    for e in steps.values():
-        args = [found[v] for v in e.inputs]
-        shape = jnp.broadcast_shapes(*map(jnp.shape, args))
-        args = [jnp.broadcast_to(arg, shape) for arg in args]
-        found.update(zip(e.outputs, evaluate(e, *args), strict=True))
-    return found
-
-
 def add_table(
     builder: Builder,
     x: Curve,
-    finish: Any,
+    finish: Finish,
     name: str,
     *,
     dtype: str,
     grid: Grid | None = None,
 ) -> int:
-    """Adds a function of codes to the graph as a lookup table.
+    """Adds a function of integers to the graph as a lookup table or as thresholds.
 
     Args:
       builder: Receives it.
@@ -229,17 +175,80 @@ def add_table(
     Raises:
       ValueError: if the type does not hold an entry.
     """
-    table, axis, off = tabulate(x, finish, builder.types)
-    if not np.array_equal(table.astype(dtype), table):
+    own: Any = {"dtype": dtype, "grid": grid}
+    if not (x.source.is_of_codes and _is_short(x.source)):
+        return _add_thresholds(builder, x, finish, name, **own)
+    return _add_whole_table(builder, x, finish, name, **own)
+
+
+def _is_short(x: Integers) -> bool:
+    """Returns whether integers index a table."""
+    return x.high - x.low < _MOST_CODES
+
+
+def _add_thresholds(
+    builder: Builder,
+    x: Curve,
+    finish: Finish,
+    name: str,
+    *,
+    dtype: str,
+    grid: Grid | None,
+) -> int:
+    """Adds a function of an accumulator as thresholds, or as a table if that is small.
+
+    A table answers within the range of the accumulator alone, and so do thresholds.
+    """
+    found = find_thresholds(x, finish, builder.types)
+    channels = 1 if found.axis is None else len(found.cuts)
+    if (x.source.high - x.source.low + 1) * channels <= found.nbytes:
+        return _add_whole_table(builder, x, finish, name, dtype=dtype, grid=grid)
+    _check_holds(x, found.codes, dtype)
+    params = {
+        "thresholds": builder.add_param(f"{name}/thresholds", found.cuts),
+        "table": builder.add_param(f"{name}/table", found.codes.astype(dtype)),
+    }
+    attributes = {
+        "axis": found.axis,
+        "is_exact": is_exact_source(x),
+        **({"most_off": found.off} if found.off else {}),
+    }
+    options: Any = {"params": params, "grid": grid, "dtype": dtype, "path": name}
+    return builder.add("thresholds", (x.source.value,), attributes, **options)
+
+
+def _check_holds(x: Curve, codes: np.ndarray, dtype: str) -> None:
+    """Raises ValueError for integers that a type does not hold."""
+    if not np.array_equal(codes.astype(dtype), codes):
         raise ValueError(
             f"The function in {x.place.path or UNKNOWN!r} has values of "
-            f"{table.dtype} from {table.min()} to {table.max()}, which {dtype} does "
+            f"{codes.dtype} from {codes.min()} to {codes.max()}, which {dtype} does "
             "not hold. Use a narrower type."
         )
+
+
+def _add_whole_table(
+    builder: Builder,
+    x: Curve,
+    finish: Finish,
+    name: str,
+    *,
+    dtype: str,
+    grid: Grid | None,
+) -> int:
+    """Adds a function as a table of all integers of its source."""
+    table, axis, off = tabulate(x, finish, builder.types)
+    _check_holds(x, table, dtype)
+    attributes = {
+        "low": x.source.low,
+        "axis": axis,
+        **({"most_off": off} if off else {}),
+        **({} if x.source.is_of_codes else {"is_exact": is_exact_source(x)}),
+    }
     return builder.add(
         "table",
         (x.source.value,),
-        {"low": x.source.low, "axis": axis, **({"most_off": off} if off else {})},
+        attributes,
         params={"table": builder.add_param(f"{name}/table", table.astype(dtype))},
         grid=grid,
         dtype=dtype,
@@ -259,6 +268,8 @@ def add_exact_table(
     def bits(real: jax.Array) -> jax.Array:
         return jax.lax.bitcast_convert_type(real.astype(jnp.float32), jnp.int32)
 
+    if not _is_short(x.source):
+        return None
     found, axis, off = tabulate(x, bits, builder.types)
     exact = exact_grid(found.view(np.float32))
     if exact is None or off:
@@ -301,8 +312,7 @@ def _function(
 def _compare(
     builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
 ) -> Abstract:
-    known = isinstance(a, Known | KnownCodes) or isinstance(b, Known | KnownCodes)
-    if known or isinstance(a, Curve) or isinstance(b, Curve):
+    if any(isinstance(x, Known | KnownCodes | Curve) or _sums(x) for x in (a, b)):
         return _function(builder, e, trace, a, b)
     pair = []
     for x in (a, b):
@@ -332,6 +342,11 @@ def _compare(
     return Integers(
         value=value, scale=np.ones(()), low=0, high=1, place=e.place, dtype="bool"
     )
+
+
+def _sums(x: Abstract) -> bool:
+    """Returns whether a value is an accumulator or a sum, whose unit holds no codes."""
+    return isinstance(x, Sum) or isinstance(x, ScaledIntegers) and not x.is_of_codes
 
 
 def _argmax(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:

@@ -13,10 +13,10 @@ from jax import lax
 
 from qjax.graph.graph import Grid, storage
 from qjax.leaves import at_start
+from qjax.lowering.evaluation import run_steps
 from qjax.lowering.inputs import integer_range
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import settled
-from qjax.lowering.rules.functions import run_steps
 from qjax.lowering.rules.gathers import gathered, sliced
 from qjax.lowering.rules.moves import move_again, placed
 from qjax.lowering.values import Abstract, Builder, Integers, Known, KnownCodes, Real

@@ -19,12 +19,20 @@ from qjax.integer_softmax import FRACTION, exp_tables, joined_table, most_places
 from qjax.leaves import at_start
 from qjax.lowering.constants import add_constant
 from qjax.lowering.entries import raw
+from qjax.lowering.evaluation import tabulate
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import settled
 from qjax.lowering.rules.choices import mask
-from qjax.lowering.rules.functions import add_table, as_curve, tabulate
+from qjax.lowering.rules.functions import add_table, as_curve
 from qjax.lowering.rules.whole import whole
-from qjax.lowering.values import Abstract, Builder, Integers, Known, Real
+from qjax.lowering.values import (
+    Abstract,
+    Builder,
+    Integers,
+    Known,
+    Real,
+    ScaledIntegers,
+)
 from qjax.model.integer_calls import NormCall, SoftmaxCall
 from qjax.model.kept import integer_of
 from qjax.model.masks import LARGE
@@ -120,7 +128,9 @@ def _mask_of_data(
         x = function
     if not trace.is_real(v):
         return mask(builder, e, trace, x, v)
-    x = as_curve(e, v, x)
+    if isinstance(x, ScaledIntegers) and x.high - x.low >= 1 << 16:
+        raise refuse(e, x, "mask")
+    x = as_curve(builder, e, v, x)
     # 1 and 0 for what it adds, 0 and numbers that are large; -1 for all others.
     kind = lambda y: jnp.where(y == 0, 1, jnp.where(y <= -LARGE, 0, -1))
     table, *_ = tabulate(x, kind, builder.types)

@@ -1,14 +1,12 @@
 """Rules of quantization points: inputs are quantized, accumulators requantized."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from qjax.graph.graph import Grid, storage
+from qjax.graph.graph import storage
 from qjax.integer import common_fixed_point, fixed_point
 from qjax.lowering.constants import (
     add_constant,
@@ -17,11 +15,13 @@ from qjax.lowering.constants import (
     repeated,
 )
 from qjax.lowering.entries import raw
+from qjax.lowering.evaluation import UNITS
 from qjax.lowering.interpret import InputTwiceError, LoweringRule, refuse, where
 from qjax.lowering.operands import added
-from qjax.lowering.rules.functions import add_table
+from qjax.lowering.rules.functions import add_table, as_curve
 from qjax.lowering.rules.moves import move_again
 from qjax.lowering.rules.whole import replayed
+from qjax.lowering.site_grids import SiteGrid
 from qjax.lowering.values import (
     Abstract,
     Builder,
@@ -37,9 +37,7 @@ from qjax.lowering.values import (
     Sum,
     is_power_of_two,
 )
-from qjax.model.places import Place
 from qjax.model.trace import Equation, Trace
-from qjax.qpoint import grid_codes
 from qjax.rounding import half_even
 
 
@@ -73,10 +71,10 @@ def _qpoint(
         _check_channels(e, x, zero_point, site)
         units = np.asarray(scale, np.float64)
         common = float(scale.max())
-        target = _SiteGrid(common, 0, *ends, site, is_double=is_double, units=units)
+        target = SiteGrid(common, 0, *ends, site, is_double=is_double, units=units)
         return ByChannel(_by_channel(builder, e, x, target, shape), units, site)
     word = int(zero_point.reshape(())), *ends
-    target = _SiteGrid(float(scale.reshape(())), *word, site, is_double=is_double)
+    target = SiteGrid(float(scale.reshape(())), *word, site, is_double=is_double)
     if isinstance(x, ByChannel):
         x = dataclasses.replace(x.codes, scale=x.scale)
     if isinstance(x, Real):
@@ -107,13 +105,13 @@ def _check_channels(
 
 
 def _by_channel(
-    builder: Builder, e: Equation, x: Abstract, target: "_SiteGrid", shape: Any
+    builder: Builder, e: Equation, x: Abstract, target: SiteGrid, shape: Any
 ) -> Integers:
     """Returns codes with a scale per channel, in the unit of the coarsest channel."""
     if isinstance(x, Sum):
         x = added(builder, e, x)
     if isinstance(x, Curve):
-        known = {**x.known, -1: np.asarray(target.units)}  # Known for its rank.
+        known = {**x.known, UNITS: np.asarray(target.units)}
         return _table(builder, dataclasses.replace(x, known=known), target, shape)
     if not isinstance(x, ScaledIntegers):
         raise refuse(e, x, "input")
@@ -128,7 +126,7 @@ def _capped(
     builder: Builder,
     e: Equation,
     x: Integers,
-    target: "_SiteGrid",
+    target: SiteGrid,
     ends: tuple[np.ndarray, np.ndarray],
     shape: Any,
 ) -> Integers:
@@ -148,12 +146,15 @@ def _capped(
 
 
 def _onto(
-    builder: Builder, e: Equation, x: Abstract, target: "_SiteGrid", shape: Any
+    builder: Builder, e: Equation, x: Abstract, target: SiteGrid, shape: Any
 ) -> Integers:
     """Puts the operand of a quantization point on its grid."""
     if isinstance(x, Sum):
         return _requantize_sum(builder, x, target, shape)
     if isinstance(x, ScaledIntegers):
+        if e.is_of_quantizer and _is_curve(x, target):
+            x = as_curve(builder, e, e.inputs[0], x)
+            return _table(builder, x, target, shape)
         return _requantize(builder, x, target, shape)
     if isinstance(x, Curve):
         return _table(builder, x, target, shape)
@@ -162,13 +163,25 @@ def _onto(
     raise refuse(e, x, "input")
 
 
-def _table(builder: Builder, x: Curve, target: "_SiteGrid", shape: Any) -> Integers:
+def _is_curve(x: ScaledIntegers, target: SiteGrid) -> bool:
+    """Returns whether thresholds are exact for a line that no requantizer has exactly.
+
+    Such is the line of a sigmoid whose bias the unit of its accumulator does not hold.
+    """
+    if x.past is None or target.qmax - target.qmin > _MOST_LEVELS:
+        return False
+    source = x.past.source
+    is_exact = is_power_of_two(source.scale) and source.is_bias_exact
+    return is_exact and source.is_gain_exact and not _is_exact(x, target)
+
+
+def _table(builder: Builder, x: Curve, target: SiteGrid, shape: Any) -> Integers:
     options: Any = {"dtype": target.dtype, "grid": target.grid}
     value = add_table(builder, x, target.codes_of, target.site, **options)
     return target.integers(builder, value)
 
 
-def _join(builder: Builder, e: Equation, x: Joined, target: "_SiteGrid") -> Integers:
+def _join(builder: Builder, e: Equation, x: Joined, target: SiteGrid) -> Integers:
     """Puts each part on the grid, then joins them, as rounding keeps their order."""
     part = dataclasses.replace(target, is_part=True)
     pairs = list(zip(x.parts, x.shapes, strict=True))
@@ -198,7 +211,7 @@ def _constant_codes(
     builder: Builder,
     x: Joined,
     known: Known,
-    target: "_SiteGrid",
+    target: SiteGrid,
     shape: tuple[int, ...],
     like: int | None,
 ) -> int:
@@ -226,94 +239,8 @@ def _constant_codes(
     return target.add(builder, "table", x.others, ends, params=params, path=path)
 
 
-@dataclasses.dataclass(frozen=True)
-class _SiteGrid:
-    """The grid of a quantization point."""
-
-    scale: float
-    zero_point: int
-    qmin: int
-    qmax: int
-    site: str
-    is_part: bool = False  # True for a part of the value at the site.
-    is_double: bool = False  # True if the model computes in float64.
-    units: np.ndarray | None = None  # Scales of the channels, if there are several.
-
-    def units_of(self) -> np.ndarray:
-        """Returns the scales, float64: one, or one per channel."""
-        if self.units is not None:
-            return self.units
-        return np.asarray(np.float64(np.float32(self.scale)))
-
-    def codes_of(self, real: jax.Array) -> jax.Array:
-        """Returns the codes of real values, by the formula of `qpoint`."""
-        zero, low, high = map(jnp.int32, (self.zero_point, self.qmin, self.qmax))
-        return grid_codes(real, jnp.float32(self.units_of()), zero, low, high)
-
-    def known_codes_of(self, real: Any) -> np.ndarray:
-        """Returns the same of real values that are known."""
-        units = self.units_of().astype(np.float32)
-        ends = (np.int32(v) for v in (self.zero_point, self.qmin, self.qmax))
-        return known_codes(np.asarray(real, np.float32), units, *ends)
-
-    def bound_codes(self, bound: float) -> np.ndarray:
-        """Returns the codes of a bound by channel."""
-        return self.known_codes_of(np.full(self.units_of().shape, bound, np.float32))
-
-    def codes(self, real: float) -> int:
-        """Returns the code of one real value."""
-        return int(self.known_codes_of(real))
-
-    def range(self, bounds: tuple[float, float]) -> tuple[int, int]:
-        """Returns the ends of the codes that an activation with given bounds leaves."""
-        low, high = (self.bound_codes(bound) for bound in bounds)
-        return int(low.min()), int(high.max())
-
-    def integers(self, builder: Builder, value: int) -> Integers:
-        if not self.is_part:
-            builder.add_site(self.site, value)
-        v = builder.values[value]
-        return Integers(
-            value=value,
-            scale=np.asarray(np.float64(np.float32(self.scale))),
-            zero_point=self.zero_point,
-            low=v.low,
-            high=v.high,
-            is_codes=True,
-            place=Place(self.site),
-        )
-
-    @property
-    def grid(self) -> Grid:
-        return Grid(float(np.float32(self.scale)), self.zero_point)
-
-    @property
-    def dtype(self) -> str:
-        return storage(self.qmin, self.qmax)
-
-    def add(
-        self,
-        builder: Builder,
-        operation: str,
-        inputs: Sequence[int],
-        attributes: Mapping[str, Any],
-        *,
-        params: Mapping[str, str] | None = None,
-        path: str | None = None,
-    ) -> int:
-        """Adds an operation whose output is on the grid."""
-        options: Any = {"grid": self.grid, "dtype": self.dtype, "params": params}
-        options["path"] = self.site if path is None else path
-        return builder.add(operation, inputs, attributes, **options)
-
-    def add_input(self, builder: Builder, shape: tuple[int, ...]) -> int:
-        """Adds a value on the grid that no operation computes."""
-        ends = self.qmin, self.qmax
-        return builder.add_value(shape, *ends, self.grid, dtype=self.dtype)
-
-
 def _quantize_input(
-    builder: Builder, e: Equation, trace: Trace, x: Real, target: _SiteGrid, shape: Any
+    builder: Builder, e: Equation, trace: Trace, x: Real, target: SiteGrid, shape: Any
 ) -> Abstract:
     if x.input is None:
         raise refuse(e, x, "input")
@@ -344,7 +271,7 @@ def _quantize_input(
 def _requantize(
     builder: Builder,
     x: Integers | PendingAccumulator,
-    target: _SiteGrid,
+    target: SiteGrid,
     shape: tuple[int, ...],
 ) -> Integers:
     x = x.emitted() if isinstance(x, PendingAccumulator) else x
@@ -392,17 +319,19 @@ def _requantize(
     return target.integers(builder, value)
 
 
+_MOST_LEVELS = 255  # Largest code less the least that prefers thresholds.
 _MOST_WHOLE = 1 << 20  # Float error in a unit is no step below it.
 _EXACT = 1 << 24  # Integers below are exact in float32.
 _MOST_SUM = 1 << 62  # Largest sum of products without signs: `requantize_sum`.
 
 
-def _most_steps(x: Integers) -> int:
+def _most_steps(x: ScaledIntegers) -> int:
     """Returns the largest distance of codes from their zero point."""
-    return max(abs(x.low - x.zero_point), abs(x.high - x.zero_point))
+    zero_point = x.zero_point if isinstance(x, Integers) else 0
+    return max(abs(x.low - zero_point), abs(x.high - zero_point))
 
 
-def _is_exact(x: Integers, target: _SiteGrid) -> bool:
+def _is_exact(x: ScaledIntegers, target: SiteGrid) -> bool:
     """Returns whether float32 rounds accumulators as the requantizer does.
 
     All scales are powers of two, nothing overflows or is denormal, and one operation at
@@ -410,7 +339,8 @@ def _is_exact(x: Integers, target: _SiteGrid) -> bool:
     """
     once = x.is_gain_exact and not x.is_quotient
     scales = np.asarray(x.scale), target.units_of()
-    if not once or x.rescaled is not None or not x.is_bias_exact:
+    is_rescaled = isinstance(x, Integers) and x.rescaled is not None
+    if not once or is_rescaled or not x.is_bias_exact:
         return False
     units = np.abs(x.real_scale()[x.real_scale() != 0])
     ends = (*scales, units, 1 / scales[1])
@@ -418,7 +348,7 @@ def _is_exact(x: Integers, target: _SiteGrid) -> bool:
     return is_normal and all(map(is_power_of_two, scales)) and _most_steps(x) < _EXACT
 
 
-def _is_exact_sum(x: Sum, target: _SiteGrid) -> bool:
+def _is_exact_sum(x: Sum, target: SiteGrid) -> bool:
     """Returns whether float32 adds codes exactly: powers of two within 24 bits."""
     scales = np.array([*(float(t.scale) for t, _ in x.terms), target.scale])
     if not is_power_of_two(scales) or any(t.rescaled is not None for t, _ in x.terms):
@@ -430,7 +360,7 @@ def _is_exact_sum(x: Sum, target: _SiteGrid) -> bool:
 
 
 def _requantize_sum(
-    builder: Builder, x: Sum, target: _SiteGrid, shape: tuple[int, ...]
+    builder: Builder, x: Sum, target: SiteGrid, shape: tuple[int, ...]
 ) -> Integers:
     ratios = np.array([sign * float(t.scale) / target.scale for t, sign in x.terms])
     multipliers, shift = _at_site(common_fixed_point, ratios, target.site)
