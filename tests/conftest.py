@@ -34,7 +34,8 @@ MOST_CASES = 12  # Of one test function in a run of the whole suite.
 def pytest_collection_modifyitems(config, items):
     """Leaves out what is heavy, unless it is asked for.
 
-    Thousands of random programs and deep ones run with `-m fuzz`. Of a function with
+    Thousands of random programs and deep ones run with `-m fuzz`, long compilations and
+    trainings beside the kinds that always run with `-m heavy`. Of a function with
     more than a dozen cases the whole suite runs a dozen, spread over all; a run that
     names files, or `-m "more or not more"`, runs each.
     """
@@ -42,7 +43,7 @@ def pytest_collection_modifyitems(config, items):
     is_whole = not config.option.file_or_dir and "more" not in expression
     for item in _further_cases(items) if is_whole else ():
         item.add_marker("more")
-    skipped = {name for name in ("fuzz", "more") if name not in expression}
+    skipped = {name for name in ("fuzz", "heavy", "more") if name not in expression}
     left_out = [i for i in items if any(map(i.get_closest_marker, skipped))]
     config.hook.pytest_deselected(items=left_out)
     gone = {id(item) for item in left_out}

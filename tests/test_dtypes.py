@@ -151,7 +151,13 @@ def _function_params(dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("types", [("float32", "float64"), ("float64", "float64")])
+@pytest.mark.parametrize(
+    "types",
+    [
+        ("float32", "float64"),
+        pytest.param(("float64", "float64"), marks=pytest.mark.heavy),
+    ],
+)
 def test_double_precision(types, tmp_path):
     with jax.enable_x64(True):
         params, x = _function_params(types[0]), images(6, 5).astype(types[1])

@@ -56,7 +56,7 @@ def test_the_quickstart_prints_its_table(monkeypatch, capsys, tmp_path):
         assert name in out
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_learned_scales_print_their_table(monkeypatch, capsys):
     methods = {"EWGS": learned_scales.CANDIDATES["EWGS"]}
     monkeypatch.setattr(learned_scales, "CANDIDATES", methods)
@@ -197,7 +197,9 @@ def test_the_tutorial_prints_quantizemls_json(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize(
+    "learned", [pytest.param(False, marks=pytest.mark.heavy), True]
+)
 def test_ways_of_training_agree(learned):
     """Under checkpoints, and stopped and resumed: the losses are the same."""
     own = {"steps": 8, "batch_size": 32, "delay": 2, "freeze": 6, "learned": learned}
@@ -211,7 +213,7 @@ def test_ways_of_training_agree(learned):
     assert losses["plain"][-1] < losses["plain"][0]
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_character_transformer_ships_what_it_simulates(tmp_path):
     config = character_transformer.Config(data_dir=str(tmp_path), steps=4)
     row = character_transformer.compare(config, character_transformer.read(config), 0)

@@ -164,7 +164,7 @@ def commit() -> str:
     return found.stdout.strip()
 
 
-@pytest.mark.parametrize("part", range(2))
+@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.heavy)])
 def test_random_programs_of_this_commit(part):
     """For a time: the seed is that of the commit, and is named by a failure."""
     kinds = (

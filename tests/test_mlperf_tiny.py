@@ -79,6 +79,7 @@ def test_the_study_prints_its_table(folder, monkeypatch, capsys):
     assert rows[-1].nbytes < rows[1].nbytes < 0.5 * rows[0].nbytes
 
 
+@pytest.mark.heavy
 def test_training_moves_weights_towards_the_float_model(folder):
     config = study.Config(
         data_dir=str(folder), images=16, calibration=16, left_out=8, test=10
@@ -108,6 +109,7 @@ def test_data_that_is_nowhere_says_what_to_do(tmp_path):
         models.find(str(tmp_path))
 
 
+@pytest.mark.heavy
 def test_linen_and_nnx_give_the_same_program():
     model = _made(models.MODELS["resnet-8"].make)
     x = np.float32(np.random.default_rng(0).uniform(size=(4, 32, 32, 3)))

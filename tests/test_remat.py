@@ -323,23 +323,28 @@ def _is_in_a_loop(checkpoint):
     return fn
 
 
+_ODD = (
+    _returns_several_values,
+    _takes_an_integer,
+    _adds_across_the_border,
+    _has_no_site,
+    _is_in_a_loop,
+)
+_HEAVY = (
+    _closes_over_a_parameter,
+    _adds_the_bias_in_another,
+    _is_called_twice,
+    _is_the_whole_model,
+    _is_jitted_inside_and_outside,
+    _makes_a_weight,
+    _drops_at_random,
+)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
-    [
-        _closes_over_a_parameter,
-        _returns_several_values,
-        _takes_an_integer,
-        _adds_across_the_border,
-        _has_no_site,
-        _adds_the_bias_in_another,
-        _is_called_twice,
-        _is_the_whole_model,
-        _is_jitted_inside_and_outside,
-        _makes_a_weight,
-        _drops_at_random,
-        _is_in_a_loop,
-    ],
+    [*_ODD, *(pytest.param(make, marks=pytest.mark.heavy) for make in _HEAVY)],
     ids=lambda make: make.__name__[1:],
 )
 def test_odd_models_compute_the_same_and_leak_nothing(make):

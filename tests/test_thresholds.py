@@ -123,7 +123,6 @@ FUNCTIONS = {
     "gelu": lambda h: point(jax.nn.gelu(h), 1 / 32),
     "square": lambda h: point(h * h),
     "channels turn": lambda h: point(jnp.tanh(h * GAINS[None] + 0.1), 1 / 128),
-    "bounds by channel": lambda h: point(jnp.minimum(h, np.abs(GAINS)[None]), 1 / 64),
     "bounded, then scaled": lambda h: point(jnp.clip(h, 0, 0.5) * 2 + 0.25),
     "with itself": lambda h: point(h + 0.5 * jnp.sin(h)),
     "constant": lambda h: point(jnp.tanh(jnp.clip(h, 1.0, 1.0)), 1 / 128),
