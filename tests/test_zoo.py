@@ -6,6 +6,7 @@ import pytest
 
 import qjax
 from experiments.zoo import table
+from experiments.zoo.member import Member
 from experiments.zoo.models import MODELS
 
 pytestmark = pytest.mark.usefixtures("flax_promotion")
@@ -42,3 +43,18 @@ def test_the_table_has_a_row_for_a_model():
     row = table.run(MAKERS["mixer"]())
     assert np.isfinite(row.step) and not row.refusals and row.sqnr > 25
     assert str(row).endswith("ok") and set(row.codes) == set(table.SCHEMES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["experts", "vq_vae"])
+def test_choices_are_those_of_the_float_model(name):
+    row = table.run(MAKERS[name]())
+    assert row.choices >= 0.95 and row.sqnr > 28 and not row.refusals
+
+
+def test_a_model_that_chooses_is_compared_where_choices_agree():
+    member = Member("", lambda: None, {}, (), choices=lambda y: y[1][:, None])
+    real = np.float32([[1, 2], [3, 4]]), np.int32([0, 1])
+    other = np.float32([[1, 2.2], [9, 9]]), np.int32([0, 2])
+    found, share = table.agreement(member, real, other)
+    assert share == 0.5 and found == pytest.approx(10 * np.log10(5 / 0.04), 1e-5)

@@ -20,20 +20,29 @@ class Member:
     apply: Callable[..., Any]
     params: Any  # All that the model holds, statistics of BatchNorm included.
     inputs: tuple[np.ndarray, ...]
+    # Of a model that chooses: from its outputs, what each place chose, whose values are
+    # the first output; shape=(*places, choices).
+    choices: Callable[[Any], np.ndarray] | None = None
 
 
 # Draws of weights compile in half of the time, and run once.
 QUICK = {"xla_backend_optimization_level": 0}
 
 
-def from_linen(name: str, module: nn.Module, *inputs: np.ndarray) -> Member:
+def from_linen(
+    name: str, module: nn.Module, *inputs: np.ndarray, choices: Any = None
+) -> Member:
     """Initialises a Linen module."""
     init = jax.jit(module.init, compiler_options=QUICK)
-    return Member(name, module.apply, moved(init(jax.random.key(0), *inputs)), inputs)
+    params = moved(init(jax.random.key(0), *inputs))
+    return Member(name, module.apply, params, inputs, choices)
 
 
 def from_nnx(
-    name: str, make: Callable[[nnx.Rngs], nnx.Module], *inputs: np.ndarray
+    name: str,
+    make: Callable[[nnx.Rngs], nnx.Module],
+    *inputs: np.ndarray,
+    choices: Any = None,
 ) -> Member:
     """Makes an NNX module and splits it into a function and its state."""
     module = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
@@ -41,7 +50,8 @@ def from_nnx(
     graph, _ = nnx.split(module)
     init = lambda: nnx.state(make(nnx.Rngs(0)))
     apply = lambda state, *inputs: nnx.merge(graph, state)(*inputs)
-    return Member(name, apply, moved(jax.jit(init, compiler_options=QUICK)()), inputs)
+    params = moved(jax.jit(init, compiler_options=QUICK)())
+    return Member(name, apply, params, inputs, choices)
 
 
 def moved(params: Any, seed: int = 0) -> Any:

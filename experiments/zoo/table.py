@@ -3,8 +3,10 @@
     python experiments/zoo/table.py [--models vit,bert] [--errors]
 
 Codes of 8 bits, before training; gradients of all are finite. Power-of-two scales: all
-codes equal; with the default scheme some are off by one, near a tie. When last run, 8
-min on 2 cores:
+codes equal; with the default scheme some are off by one, near a tie. Of models that
+choose (experts of a token, rows of a codebook) the table counts the choices that equal
+the float model's, and the SQNR where they do. When last run, 8 min for the first ten
+and 4 min for the others on 2 cores:
 
     model            sites  SQNR dB  equal, 2^n   equal, default
     vit                 49     30.4  all 182224   all 182224
@@ -17,6 +19,13 @@ min on 2 cores:
     audio               50     28.1  all 184320   184317/184320
     unet                88     25.7  all 343680   343668/343680
     conformer          101     28.8  all 441344   441335/441344
+    graph_network       33     30.3  all 22336    all 22336
+    recommender         21     31.8  all 7328     all 7328
+    experts             14     33.3  all 31296    all 31296      99.5 % of choices
+    vq_vae              22     37.7  all 67584    all 67584      99.2 % of choices
+    dqn                 11     35.6  all 52784    all 52784
+    efficientnet        24     40.4  all 204560   all 204560
+    bilinear_unet       37     38.3  all 134144   134095/134144
 
 The decoder and the U-Net lose a little at each of many sites; no one site stands out.
 """
@@ -54,9 +63,9 @@ SCHEMES = {
     ),
     "default": qjax.Scheme(),
 }
-LINE = "{:<16}{:>6}{:>11}{:>11}{:>9}{:>5}{:>17}{:>17}  {}"
+LINE = "{:<16}{:>6}{:>11}{:>11}{:>9}{:>9}{:>5}{:>17}{:>17}  {}"
 HEAD = (
-    *("model", "sites", "quantize s", "step s", "SQNR dB", "s"),
+    *("model", "sites", "quantize s", "step s", "SQNR dB", "choices", "s"),
     *("equal, 2^n", "equal, default", "lower"),
 )
 
@@ -69,7 +78,8 @@ class Row:
     sites: int
     quantize: float  # Seconds.
     step: float  # Seconds, compilation included; nan if gradients are not finite.
-    sqnr: float  # dB, of the default scheme.
+    sqnr: float  # dB, of the default scheme; where choices are equal, if there are any.
+    choices: float | None = None  # Share of them equal to the float model's.
     codes: dict[str, str] = dataclasses.field(default_factory=dict)
     refusals: dict[str, str] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
@@ -78,7 +88,9 @@ class Row:
         step = f"{self.step:.1f}" if np.isfinite(self.step) else "not finite"
         return LINE.format(
             *(self.name, self.sites, f"{self.quantize:.1f}", step),
-            *(f"{self.sqnr:.1f}", f"{self.seconds:.0f}"),
+            f"{self.sqnr:.1f}",
+            "-" if self.choices is None else f"{100 * self.choices:.1f} %",
+            f"{self.seconds:.0f}",
             *(self.codes.get(name, "-") for name in SCHEMES),
             short(next(iter(self.refusals.values()), "ok")),
         )
@@ -89,6 +101,20 @@ def sqnr(real: Any, quantized: Any) -> float:
     flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
     a, b = flat(real).astype(np.float64), flat(quantized).astype(np.float64)
     return 10 * float(np.log10(np.sum(a**2) / np.sum((a - b) ** 2)))
+
+
+def agreement(member: Member, real: Any, quantized: Any) -> tuple[float, float | None]:
+    """Returns the SQNR, and the share of equal choices of a model that chooses.
+
+    A choice that differs is another value, not a noisy one: the SQNR is over the values
+    of the places where all choices are equal.
+    """
+    if member.choices is None:
+        return sqnr(real, quantized), None
+    equal = member.choices(real) == member.choices(quantized)
+    kept = equal.all(-1)
+    values = (np.asarray(outputs[0])[kept] for outputs in (real, quantized))
+    return sqnr(*values), float(equal.mean())
 
 
 def is_statistic(path: Any) -> bool:
@@ -153,7 +179,8 @@ def run(member: Member) -> Row:
     before = time.perf_counter()
     is_finite = trains(member, qmodel, qstate)
     step = time.perf_counter() - before if is_finite else float("nan")
-    row = Row(member.name, len(qmodel.sites), quantize, step, sqnr(real, quantized))
+    found = agreement(member, real, quantized)
+    row = Row(member.name, len(qmodel.sites), quantize, step, *found)
     for name, scheme in SCHEMES.items():
         try:
             row.codes[name] = lowers(member, scheme)
