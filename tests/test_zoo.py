@@ -27,9 +27,9 @@ def test_a_model_runs_and_is_quantized(name):
 
 
 FAST = "cross_attention"
-lowered = [FAST] + [
-    pytest.param(name, marks=pytest.mark.slow) for name in MAKERS if name != FAST
-]
+lowered = [FAST, "experts", "bert"]
+heavy = [name for name in MAKERS if name not in lowered]
+lowered += [pytest.param(name, marks=pytest.mark.heavy) for name in heavy]
 
 
 @pytest.mark.parametrize("name", lowered)
@@ -38,14 +38,14 @@ def test_a_model_lowers_and_all_codes_are_equal(name):
     assert codes.startswith("all ")
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_the_table_has_a_row_for_a_model():
     row = table.run(MAKERS["mixer"]())
     assert np.isfinite(row.step) and not row.refusals and row.sqnr > 25
     assert str(row).endswith("ok") and set(row.codes) == set(table.SCHEMES)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["experts", "vq_vae"])
 def test_choices_are_those_of_the_float_model(name):
     row = table.run(MAKERS[name]())
