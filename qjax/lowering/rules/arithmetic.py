@@ -370,7 +370,8 @@ def _bound(
         raise refuse(e, known, "bound")
     bound = float(known.value.flat[0])
     ends = (bound, np.inf) if e.primitive.name == "max" else (-np.inf, bound)
-    is_each = np.any(known.value != bound) and _bends(x)
+    is_function = isinstance(x, Curve) or _is_of_codes(x)
+    is_each = is_function and bool(np.any(known.value != bound))
     if _is_off_grid(x, ends) or is_each:
         if (found := curve(builder, e, trace, a, b)) is not None:
             return found

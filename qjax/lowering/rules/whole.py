@@ -218,7 +218,7 @@ def _spread(
 
 
 def _of_one_value(operands: Sequence[Abstract]) -> bool:
-    """Returns whether a table can hold a function: of one value of few integers."""
+    """Returns whether one table, or thresholds of one accumulator, hold a function."""
     sources: set[int] = set()
     for x in operands:
         if isinstance(x, Known | KnownCodes):
@@ -228,7 +228,8 @@ def _of_one_value(operands: Sequence[Abstract]) -> bool:
         own = x.source if isinstance(x, Curve) else x
         if not isinstance(own, Integers | PendingAccumulator):
             return False
-        if own.high - own.low >= MOST_RANGE or own.gain is not None:
+        is_wide = own.high - own.low >= MOST_RANGE or own.gain is not None
+        if is_wide and not isinstance(x, Curve):
             return False
         sources.add(own.value if isinstance(own, Integers) else id(own))
     return len(sources) == 1
