@@ -84,6 +84,37 @@ def test_a_switch_on_a_known_computed_index():
     assert [n.operation for n in program.graph.nodes] == ["table"]
 
 
+class _Normalises(nnx.Module):
+    def __init__(self):
+        self.norm = nnx.BatchNorm(6, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return nnx.relu(self.norm(x))
+
+
+class _LinenNormalises(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.relu(nn.BatchNorm(use_running_average=not train, name="norm")(x))
+
+
+@pytest.mark.usefixtures("flax_promotion")
+def test_batch_statistics_name_their_module_and_the_switch():
+    model = _Normalises()
+    graph, params = nnx.split(model)
+    with pytest.raises(ValueError, match=r"flax BatchNorm(.|\n)*model\.eval\(\)"):
+        lowered(lambda p, x: nnx.merge(graph, p)(x), params, X)
+    model.eval()
+    graph, params = nnx.split(model)
+    lowered(lambda p, x: nnx.merge(graph, p)(x), params, X)
+    net = _LinenNormalises()
+    params = net.init(jax.random.key(0), X, False)
+    train = lambda p, x: net.apply(p, x, True, mutable=["batch_stats"])[0]
+    with pytest.raises(ValueError, match=r"norm'(.|\n)*`use_running_average=True`"):
+        lowered(train, params, X)
+    lowered(lambda p, x: net.apply(p, x, False), params, X)
+
+
 def test_residues_tell_causes_from_what_follows():
     def fn(x):
         y = jnp.cumprod(point(x), -1)

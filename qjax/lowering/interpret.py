@@ -381,6 +381,11 @@ def _remedy(e: Equation, x: Abstract, role: str, site: str) -> str:
         )
     if site and e.is_simulated:
         return f'Quantize it with a rule like Rule("{site}", QSpec(bits=8)).'
+    if library.endswith("BatchNorm") and not is_input:
+        return (
+            "It normalises by statistics of the batch, as in training. Lower the model "
+            "in inference: `use_running_average=True` in Linen, `model.eval()` in NNX."
+        )
     if library and not is_input and e.is_simulated:
         return (
             f"It is inside of {library!r}: replace this layer by one of your own, or "
