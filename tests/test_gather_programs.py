@@ -269,6 +269,17 @@ def test_numbers_of_32_bits_stay_whole():
     np.testing.assert_array_equal(program(-wide), qmodel.apply(P, qstate, -wide))
 
 
+def test_ids_in_a_real_input_are_warned_of():
+    both = np.concatenate([X, 100.0 * integers(0, 3, 4, 2)], 1).astype(np.float32)
+    fn = lambda p, x: p["e"][x[:, 8:].astype(jnp.int32) % 9].sum(1) + x[:, :8] @ p["w"]
+    with pytest.warns(UserWarning, match="Input 0 is real(.|\n)*input of integers"):
+        qjax.quantize_model(fn, P, both)
+    apart = lambda p, x, i: p["e"][i % 9].sum(1) + x @ p["w"]
+    ids = both[:, 8:].astype(np.int32)
+    qmodel, qstate, program = lowered(apart, (X, ids), EXACT)
+    np.testing.assert_array_equal(program(X, ids), qmodel.apply(P, qstate, X, ids))
+
+
 @pytest.mark.parametrize("which", ["sum", "set"])
 def test_gradients_of_what_integers_place(which):
     """`apply_integer` has the program's outputs, and the derivatives of `apply`."""

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from qjax.model.blocks import Block, Plan, data_of, path_name
+from qjax.model.cuts import warn_of_cuts
 from qjax.model.finder import find_blocks
 from qjax.model.folding import fold_normalisations, read_whole
 from qjax.model.norms import NormForm
@@ -105,6 +106,7 @@ def trace_model(
     wholes = ((e.outputs[0], read_whole(model, data, e)) for e in model.equations)
     exact = {v: form for v, form in wholes if form is not None}
     plan = describe(model, find_blocks(model, names, split, exact), names, exact)
+    warn_of_cuts(model, plan)
     # Known values come first: a kernel is held by its bias and its BatchNorm.
     known = set(model.avals) - data
     order = sorted(model.equations, key=lambda e: not known.issuperset(e.outputs))
