@@ -1,4 +1,7 @@
-"""Random Flax programs: layers, branches, gates, pools, functions, of odd sizes."""
+"""Random Flax programs: layers, branches, gates, pools, functions, of odd sizes.
+
+Sorts, gathers, scatters and choices among channels; kernels that are parts of weights.
+"""
 
 import dataclasses
 from typing import Any
@@ -33,6 +36,22 @@ _FUNCTIONS = {
     "square": lambda x: x * x,
     "where": lambda x: jnp.where(x > 0.25, x, -0.5),
     "x+tanh": lambda x: x + jnp.tanh(x),
+}
+# Each takes any number of channels.
+_ORDERS = {
+    "up": lambda x: jnp.sort(x, -1),
+    "down": lambda x: -jnp.sort(-x, -1),
+    "up along rows": lambda x: jnp.sort(x, 1),
+    "by argsort": lambda x: _along(x, jnp.argsort(x, -1)),
+    "others by argsort": lambda x: _along(x[..., ::-1], jnp.argsort(x, -1)),
+    "at argmax": lambda x: x - _along(x, jnp.argmax(x, -1, keepdims=True)),
+    "others at argmax": lambda x: _along(
+        x[..., ::-1], jnp.argmax(x, -1, keepdims=True)
+    ),
+    "one-hot": lambda x: jax.nn.one_hot(jnp.argmax(x, -1), x.shape[-1]) * x,
+    "one-hot of others": lambda x: (
+        jax.nn.one_hot(jnp.argmax(x[..., ::-1], -1), x.shape[-1]) * x
+    ),
 }
 _PADDING = ("SAME", "VALID", ((1, 0), (0, 2)))
 
@@ -72,6 +91,7 @@ def programs(draw: Any) -> Program:
         st.tuples(st.just("avg_pool"), pool),
         st.tuples(st.just("resize"), st.tuples(st.integers(2, 9), st.integers(2, 9))),
         st.tuples(st.just("move"), st.tuples(st.sampled_from(("flip", "pad", "swap")))),
+        st.one_of(_choices(), _parts()),
     )
     steps = draw(st.lists(step, min_size=1, max_size=5))
     power_of_two = draw(st.booleans())
@@ -82,6 +102,40 @@ def programs(draw: Any) -> Program:
         draw(_schemes(power_of_two)),
         draw(st.booleans()),
         power_of_two,
+    )
+
+
+def _choices() -> Any:
+    """Steps without parameters that sort, gather, scatter, extend."""
+    axis, place = st.integers(1, 3), st.integers(0, 4)
+    mode = st.sampled_from(("edge", "reflect", "symmetric", "wrap"))
+    update = st.sampled_from(("zero", "number", "set", "add", "many"))
+    size = st.integers(1, 9)
+    return st.one_of(
+        st.tuples(st.just("order"), st.tuples(st.sampled_from(sorted(_ORDERS)))),
+        st.tuples(st.just("top_k"), st.tuples(st.integers(1, 3), st.booleans())),
+        st.tuples(
+            st.just("places"),
+            st.tuples(axis, st.lists(place, min_size=1, max_size=4).map(tuple)),
+        ),
+        st.tuples(st.just("scatter"), st.tuples(update, place, place)),
+        st.tuples(
+            st.just("bounds"), st.tuples(st.sampled_from(("clip", "min", "max")))
+        ),
+        st.tuples(st.just("bilinear"), st.tuples(size, size)),
+        st.tuples(st.just("extend"), st.tuples(mode, st.integers(0, 2))),
+        st.tuples(st.just("roll"), st.tuples(st.integers(-2, 2), axis)),
+        st.tuples(st.just("cumsum"), st.tuples(axis)),
+    )
+
+
+def _parts() -> Any:
+    """Steps whose kernel is a part of a weight, or one of several."""
+    return st.one_of(
+        st.tuples(st.just("slice"), st.tuples(st.integers(0, 2))),
+        st.tuples(st.just("stacked"), st.tuples(st.integers(0, 2))),
+        st.tuples(st.just("rows"), st.tuples()),
+        st.tuples(st.just("experts"), st.tuples(st.integers(1, 2), st.booleans())),
     )
 
 
@@ -167,13 +221,47 @@ class Linen(nn.Module):
         if kind == "gate":
             y = x.mean((1, 2), keepdims=True) if args[0] else x
             return x * nn.sigmoid(nn.Dense(c, name=name)(y))
+        if kind in PARTS:
+            init = nn.initializers.lecun_normal()
+            return part(kind, args, x, self.param(name, init, PARTS[kind](c)))
         return plain(kind, args, x)
+
+
+def _along(x: Any, places: Any) -> Any:
+    return jnp.take_along_axis(x, places, -1)
+
+
+# Shapes of the weights of which a step uses a part.
+PARTS = {
+    "slice": lambda c: (c, c + 2),
+    "stacked": lambda c: (3, c, c),
+    "rows": lambda c: (c, c),
+    "experts": lambda c: (4, c, 3),
+}
+
+
+def part(kind: str, args: Any, x: Any, weight: Any) -> Any:
+    """Steps with one weight."""
+    c = x.shape[-1]
+    if kind == "slice":
+        return x @ weight[:, args[0] : args[0] + c]
+    if kind == "stacked":
+        return x @ weight[args[0]]
+    if kind == "rows":
+        return weight[jnp.argmax(x, -1)]
+    best, is_gated = args
+    scores, which = jax.lax.top_k(x @ weight[3], best)
+    y = jnp.einsum("bhwi,eio->bhweo", x, weight[:3])
+    y = jnp.take_along_axis(y, which[..., None], -2)
+    return (nn.softmax(scores)[..., None] * y if is_gated else y).sum(-2)
 
 
 def plain(kind: str, args: Any, x: Any) -> Any:
     """Steps without parameters."""
     if kind == "function":
         return _FUNCTIONS[args[0]](x)
+    if kind in CHOICES:
+        return CHOICES[kind](x, *args)
     if kind in ("max_pool", "avg_pool"):
         window, strides, padding = args
         window = tuple(min(w, n) for w, n in zip(window, x.shape[1:3], strict=True))
@@ -187,6 +275,57 @@ def plain(kind: str, args: Any, x: Any) -> Any:
     if args[0] == "pad":
         return jnp.pad(x, ((0, 0), (1, 0), (0, 2), (0, 1)))
     return x.transpose((0, 2, 1, 3))
+
+
+def _scattered(x: Any, update: str, to: int, of: int) -> Any:
+    """Writes channel ``to``, of itself or from channel ``of``; or every other one."""
+    c = x.shape[-1]
+    to, of = to % c, of % c
+    if update == "add":
+        return x.at[..., to].add(x[..., of])
+    if update == "many":
+        places = np.arange(to % 2 if c > 1 else 0, c, 2)
+        return x.at[..., places].set(x[..., places[::-1]])
+    new = {"zero": 0.0, "number": 0.5, "set": x[..., of]}[update]
+    return x.at[..., to].set(new)
+
+
+def _bounded(x: Any, which: str) -> Any:
+    """Bounds that differ by channel."""
+    c = x.shape[-1]
+    low = np.linspace(-1.0, -0.1, c, dtype=np.float32)[None, None, None]
+    high = np.linspace(0.3, 1.7, c, dtype=np.float32)[None, None, None]
+    if which == "clip":
+        return jnp.clip(x, low, high)
+    return jnp.minimum(x, high) if which == "min" else jnp.maximum(x, low)
+
+
+def _extended(x: Any, mode: str, more: int) -> Any:
+    """Reflections need as many values as they repeat, beside the one at the edge."""
+    h, w = (min(more, n - 1) for n in x.shape[1:3])
+    return jnp.pad(x, ((0, 0), (h, 0), (w, w), (0, 0)), mode)
+
+
+def _top(x: Any, k: int, is_weighted: bool) -> Any:
+    y, _ = jax.lax.top_k(x, min(k, x.shape[-1]))
+    return x * y[..., :1] if is_weighted else y
+
+
+CHOICES = {
+    "order": lambda x, name: _ORDERS[name](x),
+    "top_k": _top,
+    "places": lambda x, axis, places: jnp.take(
+        x, np.array(places) % x.shape[axis], axis
+    ),
+    "scatter": _scattered,
+    "bounds": _bounded,
+    "bilinear": lambda x, h, w: jax.image.resize(
+        x, (x.shape[0], h, w, x.shape[-1]), "bilinear"
+    ),
+    "extend": _extended,
+    "roll": jnp.roll,
+    "cumsum": jnp.cumsum,
+}
 
 
 class Nnx(nnx.Module):
@@ -255,4 +394,8 @@ class Nnx(nnx.Module):
         if kind == "gate":
             y = x.mean((1, 2), keepdims=True) if args[0] else x
             return x * nn.sigmoid(self.made(lambda r: nnx.Linear(c, c, rngs=r))(y))
+        if kind in PARTS:
+            init = nnx.initializers.lecun_normal()
+            make = lambda r: nnx.Param(init(r.params(), PARTS[kind](c), jnp.float32))
+            return part(kind, args, x, self.made(make)[...])
         return plain(kind, args, x)
