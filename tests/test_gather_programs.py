@@ -146,6 +146,24 @@ PROGRAMS = {
         ),
         (X,),
     ),
+    "bounds by place": (
+        lambda p, x: (
+            jnp.maximum(
+                (x @ p["w"]).reshape(-1, 2, 4) * 1.0, p["v"][None, :2, :4]
+            ).reshape(-1, 8)
+            @ p["v"]
+        ),
+        (X,),
+    ),
+    "bounds by place, of codes": (
+        lambda p, x: (
+            jnp.minimum(
+                jnp.sort(x @ p["w"], -1).reshape(-1, 2, 4), p["v"][None, :2, :4]
+            ).reshape(-1, 8)
+            @ p["v"]
+        ),
+        (X,),
+    ),
     "an upper bound that is a weight": (
         lambda p, x: jnp.minimum(jax.nn.relu(x @ p["w"]), p["e"][1:2] ** 2) @ p["v"],
         (X,),

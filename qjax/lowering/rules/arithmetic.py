@@ -3,16 +3,14 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
-from jax.extend.core.primitives import copy_p, max_p, min_p
+from jax.extend.core.primitives import copy_p
 
 from qjax.graph.builder import compact
 from qjax.lowering.inputs import rescaled
 from qjax.lowering.interpret import LoweringRule, refuse, where
-from qjax.lowering.operands import settled
-from qjax.lowering.rules.choices import extremum
+from qjax.lowering.rules.bounds import bound, clamp
 from qjax.lowering.rules.functions import curve, per_channel
 from qjax.lowering.rules.products import multiply, multiply_codes, reopened
 from qjax.lowering.rules.whole import exact_codes
@@ -22,7 +20,6 @@ from qjax.lowering.values import (
     ByChannel,
     Curve,
     Integers,
-    Joined,
     Known,
     KnownCodes,
     Past,
@@ -357,96 +354,6 @@ def _numbers(e: Equation, known: Abstract | None) -> dict[int, np.ndarray]:
     return dict.fromkeys(e.inputs, number.reshape(())) if number.size == 1 else {}
 
 
-def _bound(
-    builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
-) -> Abstract:
-    x, known = (b, a) if isinstance(a, Known) else (a, b)
-    if isinstance(a, Curve) or isinstance(b, Curve):
-        if (found := curve(builder, e, trace, a, b)) is not None:
-            return found
-    if not isinstance(known, Known | KnownCodes):
-        return extremum(builder, e, trace, a, b)
-    if not isinstance(known, Known) or known.value.size == 0:
-        raise refuse(e, known, "bound")
-    bound = float(known.value.flat[0])
-    ends = (bound, np.inf) if e.primitive.name == "max" else (-np.inf, bound)
-    is_function = isinstance(x, Curve) or _is_of_codes(x)
-    is_each = is_function and bool(np.any(known.value != bound))
-    if _is_off_grid(x, ends) or is_each:
-        if (found := curve(builder, e, trace, a, b)) is not None:
-            return found
-    if np.any(known.value != bound):  # Rounding keeps the order: codes are bounded.
-        return extremum(builder, e, trace, a, b)
-    return _within(builder, e, trace, x, ends, (a, b))
-
-
-def _clamp(
-    builder: Builder, e: Equation, trace: Trace, low: Abstract, x: Abstract, high: Any
-) -> Abstract:
-    if isinstance(x, Curve):
-        if (found := curve(builder, e, trace, low, x, high)) is not None:
-            return found
-    ends = []
-    for end in (low, high):
-        if not isinstance(end, Known) or end.value.size == 0:
-            raise refuse(e, end, "bound")
-        if np.any(end.value != end.value.flat[0]):
-            return _clamped(builder, e, trace, low, x, high)
-        ends.append(float(end.value.flat[0]))
-    if _is_off_grid(x, (ends[0], ends[1])):
-        if (found := curve(builder, e, trace, low, x, high)) is not None:
-            return found
-    return _within(builder, e, trace, x, (ends[0], ends[1]), (low, x, high))
-
-
-def _clamped(
-    builder: Builder, e: Equation, trace: Trace, low: Abstract, x: Abstract, high: Any
-) -> Abstract:
-    """Bounds a value by numbers that differ by place."""
-    first, second, third = e.inputs
-    fresh = max(trace.avals) + 1
-    avals = {**trace.avals, fresh: trace.avals[e.outputs[0]]}
-    builder.types[fresh] = avals[fresh].dtype
-    trace = dataclasses.replace(trace, avals=avals)
-    below = dataclasses.replace(
-        e, primitive=max_p, params={}, inputs=(first, second), outputs=(fresh,)
-    )
-    above = dataclasses.replace(e, primitive=min_p, params={}, inputs=(fresh, third))
-    found = _bound(builder, below, trace, low, x)
-    return _bound(builder, above, trace, found, high)
-
-
-def _is_off_grid(x: Abstract, ends: tuple[float, float]) -> bool:
-    """Returns whether a bound lies between two codes."""
-    if not (isinstance(x, Integers) and x.is_codes and not np.ndim(x.scale)):
-        return False
-    codes = (end / float(x.scale) for end in ends if np.isfinite(end))
-    return any(code != round(code) for code in codes)
-
-
-def _within(
-    builder: Builder,
-    e: Equation,
-    trace: Trace,
-    x: Abstract,
-    ends: tuple[float, float],
-    operands: tuple[Abstract, ...],
-) -> Abstract:
-    if not isinstance(x, ScaledIntegers | Sum | Joined):
-        raise refuse(e, x, "operand")
-    low, high = (min(max(b, ends[0]), ends[1]) for b in x.bounds)
-    bounded = dataclasses.replace(x, bounds=(low, high))
-    if isinstance(bounded, Integers) and bounded.is_codes:
-        clipped = settled(builder, e, trace, bounded)
-        if bounded.high - bounded.low < 1 << 16 and np.ndim(bounded.scale) == 0:
-            before = curve(builder, e, trace, *operands)
-            if isinstance(x, Integers) and x.rescaled is not None:
-                return dataclasses.replace(clipped, rescaled=before)
-            return dataclasses.replace(clipped, bounded=before)
-        return clipped
-    return bounded
-
-
 def _remembered(rule: LoweringRule) -> LoweringRule:
     """Returns a rule whose accumulators remember the arithmetic of the model.
 
@@ -514,7 +421,7 @@ ARITHMETIC: Mapping[str, LoweringRule] = {
     "div": _remembered(_mul),
     "neg": _remembered(_mul),
     "round": _round,
-    "max": _remembered(_bound),
-    "min": _remembered(_bound),
-    "clamp": _remembered(_clamp),
+    "max": _remembered(bound),
+    "min": _remembered(bound),
+    "clamp": _remembered(clamp),
 }
