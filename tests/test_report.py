@@ -85,6 +85,24 @@ def test_residues_are_listed_with_their_remedies():
     assert "table" in str(program.graph)
 
 
+def test_constants_that_meet_data_are_listed():
+    token = np.linspace(-1, 1, 6, dtype=np.float32).reshape(1, 1, 6)
+
+    def fn(x):
+        tokens = jnp.broadcast_to(jnp.asarray(token), (len(x), 1, 6))
+        return _point(jnp.concatenate([tokens, _point(x)], 1), site="tokens")
+
+    program = qjax.lower(fn, np.ones((2, 3, 6), np.float32))
+    (constant,) = program.report().constants
+    codes = np.asarray(program.params[constant.name])
+    assert (constant.low, constant.high) == (codes.min(), codes.max())
+    real = codes * constant.scale
+    assert np.abs(real - token).max() <= constant.scale / 2
+    assert constant.name in str(program.report())
+    plain = qjax.lower(lambda x: _point(_point(x) + 1.0), np.ones((2, 3), np.float32))
+    assert plain.report().constants == () and "constant " not in str(plain.report())
+
+
 def test_without_residues_the_program_is_the_strict_one():
     fn = lambda x: _point(_point(x) @ _point(jnp.eye(3)))
     x = np.ones((2, 3), np.float32)

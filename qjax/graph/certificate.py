@@ -66,6 +66,25 @@ class Agreement:
 
 
 @dataclasses.dataclass(frozen=True)
+class KnownValue:
+    """A constant among the values of a program: a class token, a table of positions.
+
+    Attributes:
+      name: Name of its codes in the parameters.
+      shape: Shape, 1 where examples share it.
+      low: Least code.
+      high: Largest code.
+      scale: Units per code.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    low: int
+    high: int
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """The certificates of a program. Its ``str`` is a table.
 
@@ -75,6 +94,7 @@ class Report:
       float_values: Types of floating-point values in ``program.codes``; empty.
       nbytes: Bytes of the parameters, 2 and 4 bits packed.
       notes: Notes of the program.
+      constants: Constants that meet data, each on the grid of its place.
     """
 
     overflow: tuple[Overflow, ...]
@@ -82,11 +102,11 @@ class Report:
     float_values: tuple[str, ...]
     nbytes: int
     notes: tuple[str, ...] = ()
+    constants: tuple[KnownValue, ...] = ()
 
     def __str__(self):
-        wide = max(
-            [4, *(len(o.path) for o in self.overflow), *map(len, self.agreement)]
-        )
+        names = [*(o.path for o in self.overflow), *self.agreement]
+        wide = max([4, *map(len, names), *(len(c.name) for c in self.constants)])
         lines = [f"{'accumulator':<{wide}} {'bits':>4} {'least':>12} {'largest':>12}"]
         lines += [
             f"{o.path:<{wide}} {o.bits:>4} {o.low.min():>12} {o.high.max():>12}"
@@ -94,6 +114,13 @@ class Report:
         ]
         lines += ["", f"{'site':<{wide}} agreement"]
         lines += [f"{name:<{wide}} {a}" for name, a in self.agreement.items()]
+        if self.constants:
+            head = f"{'scale':>12} {'least':>7} {'largest':>7} shape"
+            lines += ["", f"{'constant':<{wide}} {head}"]
+        lines += [
+            f"{c.name:<{wide}} {c.scale:>12.6g} {c.low:>7} {c.high:>7} {c.shape}"
+            for c in self.constants
+        ]
         found = ", ".join(self.float_values) or "none"
         lines += ["", f"float values: {found}; {self.nbytes} bytes"]
         return "\n".join([*lines, *self.notes])
@@ -115,15 +142,29 @@ def certify(
       The certificates.
     """
     arrays = {name: np.asarray(p) for name, p in params.items()}
-    overflow, agreement = [], {}
+    overflow, agreement, constants = [], {}, []
     for _, own in graph.walk():
         sums = filter(_accumulates, own.nodes)
         overflow += [_overflow(own, node, arrays) for node in sums]
+        constants += _constants(own)
         makers = {node.output: node for node in own.nodes}
         for name, v in own.sites.items():
             agreement[name] = _agreement(own, makers, arrays, v)
     size = sum(map(nbytes, arrays.values()))
-    return Report(tuple(overflow), agreement, float_values, size)
+    ends = tuple(overflow), agreement, float_values, size
+    return Report(*ends, constants=tuple(constants))
+
+
+def _constants(graph: Graph) -> list[KnownValue]:
+    """Returns the constants of a graph that stand for real values."""
+    found: dict[str, KnownValue] = {}
+    for node in graph.nodes:
+        value = graph.values[node.output]
+        if node.operation == "constant" and value.grid is not None:
+            name, scale = node.params["value"], float(np.max(value.grid.array()))
+            own = KnownValue(name, value.shape, value.low, value.high, scale)
+            found.setdefault(name, own)
+    return list(found.values())
 
 
 def _accumulates(node: Node) -> bool:
