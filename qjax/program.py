@@ -278,7 +278,7 @@ class IntegerProgram:
             zero, low, high = (jnp.int32(n) for n in (grid.zero_point, *operands))
             scale = jnp.asarray(grid.array())
             is_whole = jnp.issubdtype(jax.dtypes.result_type(x), jnp.integer)
-            if is_whole and v.grid == Grid(1.0, 0) and v.rescaling == (1.0, 0.0):
+            if is_whole and v.grid is None:
                 found.append(_clipped(jnp.asarray(x), v))
                 continue
             gain, offset = map(jnp.float32, v.rescaling)

@@ -70,6 +70,23 @@ def cached(p, x):
 PROGRAMS = {
     "a sort": (lambda p, x: jnp.sort(x @ p["w"], -1) @ p["v"], (X,)),
     "a descending sort": (lambda p, x: -jnp.sort(-(x @ p["w"]), 0), (X,)),
+    "a sort of means": (
+        lambda p, x: jnp.sort((x @ p["w"]).reshape(-1, 2, 4).mean(-1) * 3.0, -1),
+        (X,),
+    ),
+    "decays": (
+        lambda p, x: (
+            jnp.exp(
+                jnp.where(np.tri(8, dtype=bool)[None], (x @ p["w"])[:, None], -jnp.inf)
+            )
+            @ p["v"]
+        ),
+        (X,),
+    ),
+    "decays by an input": (
+        lambda p, x, m: jnp.exp(jnp.where(m, x @ p["w"], -1e9)) @ p["v"],
+        (X, X > 0),
+    ),
     "the largest": (lambda p, x: lax.top_k(x @ p["w"], 3), (X,)),
     "the largest along an axis": (
         lambda p, x: lax.top_k((x @ p["w"]).reshape(-1, 2, 4), 2)[0],
@@ -252,11 +269,21 @@ def test_sums_of_edges_hold_for_as_many_as_there_were():
         program(X, np.int32([0] * 7), np.int32([0] * 7))
 
 
-def test_files_hold_gathers(tmp_path):
-    fn, xs = PROGRAMS["experts"]
+def test_integers_of_a_site_are_float32_first():
+    """A site of 32 bits has float32's numbers, as the model has."""
+    wide = qjax.QSpec(32, symmetric=True)
+    one = QParams(jnp.float32(1), jnp.int32(0))
+    fn = lambda x: qjax.fake_quant(x.astype(jnp.float32), one, wide)
+    x = np.int32([[2**24 + 1, -(2**24) - 1, 2**30 + 65, 7]])
+    np.testing.assert_array_equal(qjax.lower(fn, x)(x), fn(jnp.asarray(x)))
+
+
+@pytest.mark.parametrize("name", ["experts", "tokens: a hash"])
+def test_files_hold_gathers(tmp_path, name):
+    fn, xs = PROGRAMS[name]
     _, _, program = lowered(fn, xs, EXACT)
-    program.save(tmp_path / "experts.qjax")
-    again = qjax.load(tmp_path / "experts.qjax")
+    program.save(tmp_path / "program.qjax")
+    again = qjax.load(tmp_path / "program.qjax")
     np.testing.assert_array_equal(again(*xs), program(*xs))
 
 
@@ -296,6 +323,21 @@ def test_ids_in_a_real_input_are_warned_of():
     ids = both[:, 8:].astype(np.int32)
     qmodel, qstate, program = lowered(apart, (X, ids), EXACT)
     np.testing.assert_array_equal(program(X, ids), qmodel.apply(P, qstate, X, ids))
+
+
+def test_masks_before_an_exponential_are_moved_behind_it():
+    """Values are those of float; so are derivatives, 0 where it is masked."""
+    off = qjax.Scheme(weights=None, activations=None)
+    for name in ("decays", "decays by an input"):
+        fn, xs = PROGRAMS[name]
+        qmodel = qjax.quantize_model(fn, P, *xs, scheme=off)
+        qstate = qjax.calibrate(qmodel, P, [xs])
+        run = lambda p, xs=xs, m=qmodel, s=qstate: m.apply(p, s, *xs)
+        np.testing.assert_allclose(run(P), fn(P, *xs), rtol=1e-5, atol=1e-6)
+        plain = lambda p, fn=fn, xs=xs: fn(p, *xs)
+        grads = [jax.grad(lambda p, f=f: (f(p) ** 2).sum())(P) for f in (run, plain)]
+        for key in ("w", "v"):
+            np.testing.assert_allclose(grads[0][key], grads[1][key], rtol=1e-5)
 
 
 @pytest.mark.parametrize("which", ["sum", "set"])

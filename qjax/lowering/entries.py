@@ -110,7 +110,7 @@ def wide_input(builder: Builder, e: Equation, trace: Trace, x: Real) -> Integers
     if k not in builder.raw:
         if k in builder.inputs:
             raise InputTwiceError(e, trace, x)
-        value = builder.add_value(trace.shape(v), *ends, Grid(1.0, 0), dtype="int32")
+        value = builder.add_value(trace.shape(v), *ends, dtype="int32")
         builder.inputs[k] = value
         builder.raw[k] = _codes(e, trace, v, value, *ends)
     codes = move_again(builder, x, trace, builder.raw[k])

@@ -19,6 +19,7 @@ from qjax.lowering.sizes import Lowered, find_fixed
 from qjax.lowering.values import Abstract, Builder, Integers
 from qjax.model.blocks import data_of
 from qjax.model.folding import fold_normalisations
+from qjax.model.masked_exponentials import masked_behind
 from qjax.model.places import BlockSites
 from qjax.model.trace import Equation, Trace, trace
 from qjax.program import IntegerProgram, Residue, check_integer_only
@@ -139,6 +140,7 @@ def _traced(bound: Bound, inputs: Any) -> tuple[Trace, Any]:
     """Traces a model, with each softmax and each normalisation as one equation."""
     traced, out = trace(bound.fn, *inputs, keep_derivatives=False)
     traced = fold_normalisations(traced, data_of(traced, traced.inputs))
+    traced = masked_behind(traced)
     if bound.blocks is not None:
         blocks = bound.blocks(*inputs)
         marked = (_in_block(e, blocks) for e in traced.equations)

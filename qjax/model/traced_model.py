@@ -10,6 +10,7 @@ from qjax.model.blocks import Block, Plan, data_of, path_name
 from qjax.model.cuts import warn_of_cuts
 from qjax.model.finder import find_blocks
 from qjax.model.folding import fold_normalisations, read_whole
+from qjax.model.masked_exponentials import masked_behind
 from qjax.model.norms import NormForm
 from qjax.model.places import BlockSites
 from qjax.model.primitives import SHAPE_MOVES
@@ -102,6 +103,7 @@ def trace_model(
     model = widened(model)
     own = model.inputs[len(leaves) :]
     model = fold_normalisations(model, data_of(model, own), in_parts=not whole_norms)
+    model = masked_behind(model)
     data = data_of(model, own)
     wholes = ((e.outputs[0], read_whole(model, data, e)) for e in model.equations)
     exact = {v: form for v, form in wholes if form is not None}

@@ -10,6 +10,7 @@ from jax import lax
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import settled
 from qjax.lowering.rules.gathers import read_places
+from qjax.lowering.rules.moves import add_move, placed
 from qjax.lowering.rules.whole import exact_codes, place_of
 from qjax.lowering.values import Abstract, Builder, Integers, Known
 from qjax.model.trace import Equation, Trace
@@ -27,11 +28,9 @@ def _sort(
             f"in {where(e)}.\n  equation: {e}\nSort by one key."
         )
     key = _key(builder, e, trace, operands[0])
-    path = where(e).strip("'")
-    own = builder.values[key.value]
-    options: Any = {"grid": own.grid, "dtype": own.dtype, "path": path}
-    ordered = builder.add("sort", (key.value,), {"axis": axis}, **options)
-    found: list[Abstract] = [key.elsewhere(ordered, place=e.place)]
+    found: list[Abstract] = [
+        add_move(builder, e, trace, key, key.scale, "sort", {"axis": axis})
+    ]
     if len(operands) == 1:
         return tuple(found)
     if not e.params["is_stable"]:
@@ -58,7 +57,7 @@ def _key(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Integers:
         raise refuse(e, x, "input")
     x = settled(builder, e, trace, x)
     most = max(abs(n) for n in (x.low, x.high, x.zero_point))
-    if most > _MOST_SORTED or x.rescaled is not None:
+    if most > _MOST_SORTED:
         raise ValueError(
             f"`{e.primitive.name}` in {where(e)} is of codes up to {most}, of which "
             f"float32 may take several for one.\n  equation: {e}\nQuantize its input "
@@ -126,16 +125,18 @@ def _top_k(
     rank = len(trace.shape(e.inputs[0]))
     axis, k = int(e.params.get("axis", -1)) % rank, int(e.params["k"])
     key, path = _key(builder, e, trace, x), where(e).strip("'")
-    own = builder.values[key.value]
-    options: Any = {"grid": own.grid, "dtype": own.dtype, "path": path}
-    ordered = builder.add("sort", (key.value,), {"axis": axis}, **options)
-    falling = builder.add("rev", (ordered,), {"axes": [axis]}, **options)
     stop: list[int | None] = [None] * rank
     stop[axis] = k
     ends = {"start": [0] * rank, "stop": stop, "steps": [1] * rank}
-    values = key.elsewhere(
-        builder.add("slice", (falling,), ends, **options), place=e.place
-    )
+
+    def largest(source: int) -> int:
+        own = builder.values[source]
+        options: Any = {"grid": own.grid, "dtype": own.dtype, "path": path}
+        ordered = builder.add("sort", (source,), {"axis": axis}, **options)
+        falling = builder.add("rev", (ordered,), {"axes": [axis]}, **options)
+        return builder.add("slice", (falling,), ends, **options)
+
+    values = placed(key, largest, e, rank)
     order = _order(builder, e, key, axis, descending=True)
     places = builder.add("slice", (order.value,), ends, dtype="int32", path=path)
     return values, dataclasses.replace(order, value=places)
