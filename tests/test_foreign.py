@@ -195,11 +195,6 @@ class ProgramTest(chex.TestCase):
                 np.testing.assert_array_equal(program.codes(x[:size]), move(x[:size]))
         fixed = {
             "MEAN": ([[0]], (3, 4), "`sum` in 'y'"),
-            "SLICE": (
-                [[1, 0, 0], [1, 3, 4]],
-                (1, 3, 4),
-                "Operator 0 .SLICE, output 'y'",
-            ),
             "RESHAPE": ([[3, 8]], (3, 8), r"Operator 0 \(RESHAPE, output 'y'\)"),
         }
         for kind, (operands, shape, reason) in fixed.items():
@@ -209,6 +204,12 @@ class ProgramTest(chex.TestCase):
             match = f"leading size is fixed by .*{reason}"
             with pytest.raises(ValueError, match=match):
                 program.codes(x)
+        operands = [tensor("x", (2, 3, 4)), *map(whole_numbers, [[1, 0, 0], [1, 3, 4]])]
+        program = program_of("SLICE", operands, [tensor("y", (1, 3, 4))])
+        np.testing.assert_array_equal(program.codes(x), x[1:2])
+        match = r"2 or more(.|\n)*Operator 0 \(SLICE, output 'y'\)"
+        with pytest.raises(ValueError, match=match):
+            program.codes(x[:1])
 
     def test_errors_name_the_operator(self):
         x, y = tensor("x", (1, 4)), tensor("y", (1, 4), scale=1e-30)

@@ -29,7 +29,7 @@ _FLOAT32 = names("keep", "axes", "place", "pad", "pick", "maximum", "minimum")
 _FLOAT32 |= (
     names("order", "running extreme", "comparison", "index", "shift") | POINTWISE
 )
-_FLOAT32 -= names("cast")
+_FLOAT32 -= names("cast") | {"bitcast_convert_type"}  # Bits of another type.
 _PRODUCTS = names("product")
 _UNIT = 2.0**-6  # Of codes in half precision: float16 holds those of 16 bits then.
 # Numbers in `jax.nn`: of gelu, of its exact form, and of selu.
