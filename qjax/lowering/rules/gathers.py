@@ -14,7 +14,7 @@ from qjax.lowering.constants import add_constant, codes_on, exact_grid
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import settled
 from qjax.lowering.rules.products import AccumulatorOverflowError
-from qjax.lowering.rules.whole import exact_codes, place_of
+from qjax.lowering.rules.whole import exact_codes, places_of
 from qjax.lowering.values import (
     Abstract,
     Builder,
@@ -35,7 +35,7 @@ def gathered(
     builder: Builder, e: Equation, trace: Trace, x: Abstract, index: Abstract
 ) -> Integers:
     """Returns what a gather reads at places that depend on an input."""
-    places = place_of(builder, e, trace, index, e.inputs[1], "index")
+    places = places_of(builder, e, trace, index, e.inputs[1], "index")
     dimensions = e.params["dimension_numbers"]
     attributes: dict[str, Any] = {
         name: [int(d) for d in getattr(dimensions, name)]
@@ -126,7 +126,7 @@ def _table(
         kind: Any = {"dtype": "", "is_codes": not scale.ndim, "scale": scale}
         return dataclasses.replace(builder.numbers(value, e.place), **kind), scale
     if not trace.is_real(v):
-        found = place_of(builder, e, trace, x, v, "table")
+        found = places_of(builder, e, trace, x, v, "table")
         return found, np.ones(())
     x = exact_codes(builder, e, trace, x, v)
     if isinstance(x, Known | Real):
@@ -219,7 +219,7 @@ def starts(
     """Returns the starts of a slice as one vector of places."""
     path, parts = where(e).strip("'"), []
     for v, x in zip(e.inputs[first:], operands, strict=True):
-        own = place_of(builder, e, trace, x, v, "start")
+        own = places_of(builder, e, trace, x, v, "start")
         parts.append(builder.add("reshape", (own.value,), {"sizes": [1]}, path=path))
     value = builder.add("concatenate", parts, {"axis": 0}, path=path)
     return builder.numbers(value, e.place)
@@ -271,7 +271,7 @@ def _scatter_add(
 ) -> Abstract:
     """Sums codes at computed places, onto zeros or onto other codes."""
     attributes = _scattering(e)
-    places = place_of(builder, e, trace, index, e.inputs[1], "index")
+    places = places_of(builder, e, trace, index, e.inputs[1], "index")
     codes = _updates(builder, e, trace, updates)
     shape, given = trace.shape(e.inputs[0]), trace.shape(e.inputs[2])
     taken = updates_at_most(attributes, trace.shape(e.inputs[1]))
@@ -317,7 +317,7 @@ def _updates(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Intege
     """Returns the updates of a sum as codes on one grid."""
     v = e.inputs[2]
     if not trace.is_real(v):
-        return place_of(builder, e, trace, x, v, "updates")
+        return places_of(builder, e, trace, x, v, "updates")
     if isinstance(x, KnownCodes):
         raise refuse(e, x, "updates")
     if isinstance(x, Known):
@@ -356,7 +356,7 @@ def _scatter(
     updates: Abstract,
 ) -> Abstract:
     """Puts values at computed places, once both are on one grid."""
-    places = place_of(builder, e, trace, index, e.inputs[1], "index")
+    places = places_of(builder, e, trace, index, e.inputs[1], "index")
     shapes = trace.shape(e.inputs[0]), trace.shape(e.inputs[2])
     return _placed(builder, e, trace, x, updates, places, _scattering(e), shapes)
 

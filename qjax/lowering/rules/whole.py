@@ -327,7 +327,7 @@ def _whole_constant(
     return builder.numbers(value, e.place, str(x.dtype))
 
 
-def place_of(
+def places_of(
     builder: Builder, e: Equation, trace: Trace, x: Abstract, v: int, role: str
 ) -> Integers:
     """Returns places that a gather or a scatter reads, known ones as a constant."""
