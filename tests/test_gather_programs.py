@@ -233,6 +233,8 @@ def test_programs_equal_the_simulated_model(name):
     assert_equals_oracle(program, *xs)
     found = qjax.verify(program, qmodel, P, qstate, *xs)
     assert found.is_exact, found
+    claims = program.report().agreement
+    assert all(claim.is_proven for claim in claims.values()), claims
     wanted = jax.tree.leaves(qmodel.apply(P, qstate, *xs))
     for a, b in zip(jax.tree.leaves(program(*xs)), wanted, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -298,6 +300,8 @@ def test_places_beyond_the_ends_are_those_of_the_mode():
     qmodel, qstate, program = lowered(fill, (IDS[:1],), EXACT)
     assert "NaN beyond the 9 places" in program.notes[0]
     assert "NaN beyond the 9 places" in str(program.report())
+    claim = program.report().agreement["e/output"]
+    assert not claim.is_proven and "NaN" in claim.reason
     wanted = np.asarray(qmodel.apply(P, qstate, far))
     found = np.asarray(program(far))
     np.testing.assert_array_equal(np.isnan(wanted).any(-1), [[0, 1, 1, 1, 1]])
@@ -338,6 +342,21 @@ def test_masks_before_an_exponential_are_moved_behind_it():
         grads = [jax.grad(lambda p, f=f: (f(p) ** 2).sum())(P) for f in (run, plain)]
         for key in ("w", "v"):
             np.testing.assert_allclose(grads[0][key], grads[1][key], rtol=1e-5)
+
+
+def test_what_is_masked_before_an_exponential_may_overflow():
+    """Decays between places: those of later places would be infinite."""
+    since = np.float32(200 * (np.arange(8)[None] - np.arange(8)[:, None]))[None]
+    past = np.tri(8, dtype=bool)[None]
+
+    def fn(p, x):
+        far = (x @ p["w"])[:, None] * jnp.ones((1, 8, 1)) + since
+        return jnp.exp(jnp.where(past, far, -jnp.inf)) @ p["v"]
+
+    qmodel, qstate, program = lowered(fn, (X,), EXACT)
+    assert qjax.verify(program, qmodel, P, qstate, X).is_exact
+    grads = jax.grad(lambda p: (qmodel.apply(p, qstate, X) ** 2).sum())(P)
+    assert all(np.isfinite(g).all() for g in grads.values())
 
 
 @pytest.mark.parametrize("which", ["sum", "set"])

@@ -96,7 +96,6 @@ GATHERS = {
     "rows": (lambda x, i: x[i], (7, 3), (5,)),
     "pairs": (lambda x, i: x[i, i + 1], (7, 3), (5,)),
     "columns": (lambda x, i: x[:, i], (7, 3), (2, 2)),
-    "a slice": (lambda x, i: lax.dynamic_slice(x, (i[0], i[1]), (2, 2)), (7, 3), (2,)),
     "along": (
         lambda x, i: jnp.take_along_axis(x, i, 1, mode="clip"),
         (4, 3),
@@ -109,7 +108,6 @@ GATHERS = {
         (4, 7),
         (4,),
     ),
-    "of nothing": (lambda x, i: x[i], (7, 3), (0,)),
 }
 
 
@@ -144,11 +142,7 @@ def test_a_gather_reads_what_jax_reads(name, mode):
     fn, shape, places = GATHERS[name]
     x = integers(-100, 100, *shape, dtype=np.int8)
     i = integers(-2, 9, *places, seed=1)  # Some beyond the ends.
-    (case,) = [c for c in equations(fn, x, i) if c[0].primitive.name == "gather"] or [
-        None
-    ]
-    if case is None:
-        pytest.skip("another primitive")
+    (case,) = [c for c in equations(fn, x, i) if c[0].primitive.name == "gather"]
     eqn, (own, at), _ = case
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     fields = "offset_dims collapsed_slice_dims start_index_map operand_batching_dims"

@@ -149,7 +149,10 @@ def certify(
         constants += _constants(own)
         makers = {node.output: node for node in own.nodes}
         for name, v in own.sites.items():
-            agreement[name] = _agreement(own, makers, arrays, v)
+            found = _agreement(own, makers, arrays, v)
+            if found.is_proven and _meets_nan(own, makers, v):
+                found = Agreement(False, _BEYOND, None)
+            agreement[name] = found
     size = sum(map(nbytes, arrays.values()))
     ends = tuple(overflow), agreement, float_values, size
     return Report(*ends, constants=tuple(constants))
@@ -211,6 +214,27 @@ def _of_kernel(
 _IN_BOTH = {"softmax": "a softmax", "norm": "a normalisation", "divide": "a quotient"}
 
 
+_BEYOND = "a gather before it, whose places beyond its table are NaN in the model"
+
+
+def _meets_nan(graph: Graph, makers: Mapping[int, Node], site: int) -> bool:
+    """Returns whether a site is NaN in the model for some places that are inputs."""
+    todo, sites = [site], set(graph.sites.values()) - {site}
+    seen: set[int] = set()
+    while todo:
+        v = todo.pop()
+        if v in seen or v in sites or v not in makers:
+            continue
+        seen.add(v)
+        if makers[v].attributes.get("is_nan"):
+            return True
+        todo += makers[v].inputs
+    return False
+
+
+_WHOLE = ("arithmetic", "argsort", "argmax", "argmin")  # Numbers of their own.
+
+
 def _agreement(
     graph: Graph,
     makers: Mapping[int, Node],
@@ -233,17 +257,25 @@ def _agreement(
         return _proven("a constant, rounded as the model rounds it")
     if node.operation == "compare":
         return _proven(f"products compared as float32 rounds them, {_AT_ANY_SCALE}")
+    if node.operation in _WHOLE:
+        return _proven(f"whole numbers, {_AT_ANY_SCALE}")
     if node.operation == "add":
         if node.attributes.get("is_exact"):
             return _proven("a sum on scales that are powers of two, within 24 bits")
         return _rounded(_error_of_sum(graph, node), "a sum of codes on other scales")
     if OPERATIONS[node.operation].kind in ("move", "choice"):
-        own = [_agreement(graph, makers, arrays, i) for i in node.inputs]
+        own = [_agreement(graph, makers, arrays, i) for i in _moved_by(node)]
         worst = [a for a in own if not a.is_proven]
         if not worst:
             return _proven(f"{node.operation} of codes on one grid, {_AT_ANY_SCALE}")
         return next((a for a in worst if a.most is None), worst[0])
     return Agreement(False, f"no proof is known of {node.operation}", None)
+
+
+def _moved_by(node: Node) -> tuple[int, ...]:
+    """Returns the values that a move or a choice takes codes from, without places."""
+    places = {"gather": slice(1), "scatter": slice(1, None), "select": slice(1, None)}
+    return node.inputs[places.get(node.operation, slice(None))]
 
 
 def _proven(reason: str) -> Agreement:
@@ -376,7 +408,7 @@ def _reach(
     if node is None:
         return 1, most
     if OPERATIONS[node.operation].kind in ("move", "choice"):
-        found = [_reach(graph, makers, i, arrays) for i in node.inputs]
+        found = [_reach(graph, makers, i, arrays) for i in _moved_by(node)]
         return max(n for n, _ in found), max(most, *(m for _, m in found))
     if node.operation == "multiply" and graph.values[node.inputs[0]].grid is None:
         terms, inner = _reach(graph, makers, node.inputs[0], arrays)

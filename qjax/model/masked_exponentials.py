@@ -1,9 +1,10 @@
 """Masks before an exponential, which stand behind it as well.
 
-    exp(where(mask, x, -inf)) = where(mask, exp(x), 0)
+    exp(where(mask, x, -inf)) = where(mask, exp(where(mask, x, 0)), 0)
 
 Exactly so, since the exponential of what masks is 0. A site could not hold -inf; it
-holds both sides on the right.
+holds all on the right. What is masked stays masked inside: its exponential could
+overflow, and infinity times a derivative of 0 is NaN.
 """
 
 import dataclasses
@@ -35,22 +36,17 @@ def masked_behind(model: Trace) -> Trace:
         x = e.inputs[0]
         if len(users[x]) != 1 or x in model.outputs or e.regions != choice.regions:
             continue
-        which, *cases = choice.inputs
+        cases = choice.inputs[1:]
         known = [constant_of(model, v, source) for v in cases]
-        masks = [k is not None and k.size > 0 and np.all(k <= _LEAST) for k in known]
-        if sum(masks) != 1:
-            continue
-        fresh = range(max(avals) + 1, max(avals) + 1 + len(cases))
-        avals.update(zip(fresh, (avals[v] for v in cases), strict=True))
-        each = [
-            dataclasses.replace(e, inputs=(v,), outputs=(w,))
-            for v, w in zip(cases, fresh, strict=True)
+        masks = [
+            k is not None and k.size > 0 and bool(np.all(k <= _LEAST)) for k in known
         ]
-        behind = dataclasses.replace(
-            choice, inputs=(which, *fresh), outputs=e.outputs, source=e.source
-        )
+        if len(cases) != 2 or sum(masks) != 1:
+            continue
+        first = max(avals) + 1
+        avals.update(dict.fromkeys(range(first, first + 3), avals[x]))
         dropped.add(choice.outputs[0])
-        moved[e.outputs[0]] = [*each, behind]
+        moved[e.outputs[0]] = _behind(e, choice, masks.index(True), first)
     if not moved:
         return model
     equations: list[Equation] = []
@@ -58,3 +54,30 @@ def masked_behind(model: Trace) -> Trace:
         if e.outputs[0] not in dropped:
             equations += moved.get(e.outputs[0], [e])
     return dataclasses.replace(model, equations=tuple(equations), avals=avals)
+
+
+def _behind(e: Equation, choice: Equation, masked: int, first: int) -> list[Equation]:
+    """Returns an exponential between two choices.
+
+    Args:
+      e: The exponential.
+      choice: The choice that it reads.
+      masked: Number of the case whose exponential is 0.
+      first: First of three unused numbers of values.
+    """
+    zero, inside, found = first, first + 1, first + 2
+    which, *cases = choice.inputs
+
+    def chosen(other: int) -> tuple[int, ...]:
+        return (which, zero, other) if masked == 0 else (which, other, zero)
+
+    return [
+        dataclasses.replace(e, inputs=(cases[masked],), outputs=(zero,)),
+        dataclasses.replace(
+            choice, inputs=chosen(cases[1 - masked]), outputs=(inside,)
+        ),
+        dataclasses.replace(e, inputs=(inside,), outputs=(found,)),
+        dataclasses.replace(
+            choice, inputs=chosen(found), outputs=e.outputs, source=e.source
+        ),
+    ]

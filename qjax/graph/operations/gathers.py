@@ -302,6 +302,7 @@ GATHER = Operation(
     _gather,
     inputs=2,
     attributes=_GATHERING,
+    optional={"is_nan": FLAG},  # True if the model reads NaN beyond the ends.
 )
 SCATTER_ADD = Operation(
     "scatter_add",

@@ -172,7 +172,7 @@ def _beyond(
             f"{shape[attributes['start_index_map'][0]]} places of its table in the "
             "model; the program has the code of zero there."
         )
-        return {"mode": "fill", "fill": codes.zero_point}
+        return {"mode": "fill", "fill": codes.zero_point, "is_nan": True}
     scale = np.unique(codes.scale)
     value = np.asarray(fill, np.float32)
     code = None
