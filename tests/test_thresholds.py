@@ -26,9 +26,10 @@ W, B = np.float32(RNG.normal(0, 0.5, (8, 6))), np.float32(RNG.normal(0, 0.3, 6))
 GAINS = np.float32([1.3, -0.7, 2.0, -1.0, 0.25, 3.1])
 
 
-def point(x, scale=1 / 16, bits=8, *, signed=True, zero_point=0):
+def point(x, scale=1 / 16, bits=8, *, signed=True, zero_point=0, site=""):
     params = QParams(jnp.float32(scale), jnp.int32(zero_point))
-    return qjax.fake_quant(jnp.asarray(x), params, QSpec(bits, signed=signed))
+    spec = QSpec(bits, signed=signed)
+    return qjax.fake_quant(jnp.asarray(x), params, spec, site=site)
 
 
 def accumulator(x):
@@ -152,6 +153,23 @@ def test_functions_of_other_sums():
         lambda x: point(jnp.tanh(point(x[:, :1]) * point(one, 1 / 4)), 1 / 128),
     ):
         checked(fn)
+
+
+def test_long_ranges_are_proven_where_samples_tell_all():
+    """A function of a user's own may change between samples, and nothing is claimed."""
+    x = np.float32(np.linspace(-7.9, 7.9, 30)).reshape(10, 3)
+    w = np.float32([[0.9], [-0.7], [0.8]])
+    acc = lambda x: point(x, 2.0**-12, 16) @ point(w, 2.0**-7)
+    is_near = lambda h: (h > 1.0001) & (h < 1.0002)
+    bump = lambda h: jnp.where(is_near(h), 0.5, jnp.tanh(h))
+    for finish, is_proven in ((jnp.tanh, True), (bump, False)):
+        fn = lambda x, finish=finish: point(finish(acc(x)), 1 / 128, site="y")
+        program = qjax.lower(fn, x)
+        own = program.graph.values[program.graph.nodes[-1].inputs[0]]
+        assert own.high - own.low >= 1 << 24 and own.high < 1 << 24
+        claim = program.report().agreement["y"]
+        assert claim.is_proven == is_proven, claim
+        assert is_proven or claim.most is None
 
 
 def test_one_function_for_all_channels_is_one_row():

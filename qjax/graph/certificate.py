@@ -323,6 +323,9 @@ def _of_function(
     if is_exact is None:
         text += f"; how the compiler fuses it changes some by up to {off} codes"
         return Agreement(False, text, None)
+    if node.attributes.get("is_sampled"):
+        text += " in a range too long to look at all of it"
+        return Agreement(False, text, None)
     terms, most = _reach(graph, makers, node.inputs[0], arrays)
     if is_exact and most < _EXACT_FLOAT32 and not off:
         return _proven(f"{text}, of an accumulator that float32 holds")

@@ -112,12 +112,15 @@ class Thresholds:
       codes: ``[n + 1]`` or ``[channels, n + 1]``: ``codes[number of cuts <= integer]``.
       axis: Axis of the channels, counted from the last; None if there is none.
       off: By how much a code changes if the compiler does not fuse the function.
+      is_certain: Whether no change can be missing: all integers were evaluated, or
+        samples tell all of the function but for float error.
     """
 
     cuts: np.ndarray
     codes: np.ndarray
     axis: int | None
     off: int
+    is_certain: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -162,7 +165,33 @@ def find_thresholds(x: Curve, finish: Finish, types: Mapping[int, Any]) -> Thres
     cuts, codes = (np.stack(part)[channels] for part in zip(*rows, strict=True))
     if axis is None:
         cuts, codes = cuts[0], codes[0]
-    return Thresholds(cuts.astype(np.int32), codes, axis, off)
+    is_whole = all(p.is_whole for p in found)
+    is_certain = (is_whole or _is_monotone(x)) and off is not None
+    return Thresholds(cuts.astype(np.int32), codes, axis, off or 0, is_certain)
+
+
+# Rise or fall all along, beside constants.
+_MONOTONE = frozenset(
+    "acosh add add_any asinh atan atanh cbrt ceil clamp convert_element_type copy "
+    "copy_p div erf erfc exp exp2 expm1 floor ge gt le log log1p logistic lt max min "
+    "mul neg "
+    "round sign sinh sqrt stop_gradient sub tanh".split()
+)
+
+
+def _is_monotone(x: Curve) -> bool:
+    """Returns whether samples tell all of a function but for float error.
+
+    It is a quantizer of the library, or a chain of monotone functions of one value.
+    """
+    if all(e.is_of_quantizer for e in x.steps.values()):
+        return True
+    for e in x.steps.values():
+        data = [v for v in e.inputs if v not in x.known]
+        is_divisor = e.primitive.name == "div" and e.inputs[0] in x.known
+        if e.primitive.name not in _MONOTONE or len(data) != 1 or is_divisor:
+            return False
+    return True
 
 
 def _functions(x: Curve) -> tuple[_Numbers, np.ndarray, int | None]:
@@ -237,17 +266,25 @@ def _runner(
     return compiled
 
 
-def _off(run: Callable[..., Any], found: list[Pieces], low: int, high: int) -> int:
-    """Returns by how much codes at thresholds change if nothing is fused."""
-    cuts = [p.cuts[:: 1 + len(p.cuts) // (1 << 12)] for p in found]
-    fn = np.repeat(np.arange(len(found)), [len(c) for c in cuts])
-    at = np.concatenate(cuts)
-    step = 1 + len(at) // (1 << 14)
-    fn, at = fn[::step], at[::step]
+_MOST_CHECKED = 1 << 22  # Integers about thresholds, of all functions together.
+_ABOUT = 16  # Codes were seen to change again at most 7 integers further.
+
+
+def _off(
+    run: Callable[..., Any], found: list[Pieces], low: int, high: int
+) -> int | None:
+    """Returns by how much codes about thresholds change if nothing is fused.
+
+    None for more thresholds than are looked at.
+    """
+    fn = np.repeat(np.arange(len(found)), [len(p.cuts) for p in found])
+    at = np.concatenate([p.cuts for p in found])
     if not len(at):
         return 0
-    near = np.clip(at[:, None] + np.arange(-2, 2), low, high).reshape(-1)
-    fn = np.repeat(fn, 4)
+    if 2 * _ABOUT * len(at) > _MOST_CHECKED:
+        return None
+    near = np.clip(at[:, None] + np.arange(-_ABOUT, _ABOUT), low, high).reshape(-1)
+    fn = np.repeat(fn, 2 * _ABOUT)
     fused, alone = (run(way)(fn, near) for way in (jax.jit, lambda f: f))
     return int(np.max(np.abs(fused - alone), initial=0))
 

@@ -59,10 +59,12 @@ class Pieces:
     Attributes:
       cuts: int64, ascending: the first integer of each piece but the first.
       codes: Code of each piece.
+      is_whole: Whether all integers were evaluated.
     """
 
     cuts: np.ndarray
     codes: np.ndarray
+    is_whole: bool = True
 
 
 def find_pieces(
@@ -214,7 +216,8 @@ def _split(
         places, codes = x[own], q[own]
         changed = np.flatnonzero(np.diff(codes)) + 1
         total += len(changed)
-        found.append(Pieces(places[changed], codes[np.r_[0, changed]]))
+        pieces = Pieces(places[changed], codes[np.r_[0, changed]], is_whole=False)
+        found.append(pieces)
     if total > MOST_CUTS:
         raise ManyCutsError(total)
     return found

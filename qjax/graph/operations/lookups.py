@@ -261,7 +261,8 @@ THRESHOLDS = Operation(
     _thresholds,
     attributes={"axis": AXIS_OR_NONE},
     roles=("thresholds", "table"),
-    optional={"most_off": COUNT, "is_exact": FLAG},
+    # The last one where a change between samples may be missing.
+    optional={"most_off": COUNT, "is_exact": FLAG, "is_sampled": FLAG},
 )
 EMBED = Operation(
     "embed",

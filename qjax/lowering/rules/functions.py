@@ -212,6 +212,7 @@ def _add_thresholds(
         "axis": found.axis,
         "is_exact": is_exact_source(x),
         **({"most_off": found.off} if found.off else {}),
+        **({} if found.is_certain else {"is_sampled": True}),
     }
     options: Any = {"params": params, "grid": grid, "dtype": dtype, "path": name}
     return builder.add("thresholds", (x.source.value,), attributes, **options)

@@ -60,7 +60,7 @@ def whole(
       ValueError: for what has no integers, or for real values.
     """
     if isinstance(x, Known) and not trace.is_real(v):
-        return _constant(builder, e, trace, np.asarray(x.value), None)
+        return _constant(builder, e, _short(np.asarray(x.value)))
     if isinstance(x, Real) and x.input is not None and x.dtype:
         x = _input(builder, e, trace, x, v)
     if isinstance(x, Curve) and not trace.is_real(v):
@@ -96,20 +96,6 @@ def replayed(builder: Builder, e: Equation, trace: Trace, x: Real) -> Integers:
     return found
 
 
-def _constant(
-    builder: Builder, e: Equation, trace: Trace, x: np.ndarray, like: Integers | None
-) -> Integers:
-    """Adds known whole numbers, as short as arithmetic repeats them."""
-    codes = x.astype(np.int64)
-    if codes.size and np.all(codes == codes.flat[0]):
-        codes = codes.reshape(-1)[0].reshape(())
-    elif like is not None and codes.ndim and np.all(codes == codes[:1]):
-        codes = codes[:1]
-    name, path = f"{where(e).strip(_QUOTE)}/number", where(e).strip(_QUOTE)
-    value = add_constant(builder, codes, None, name=name, path=path)
-    return builder.numbers(value, e.place, str(x.dtype))
-
-
 _QUOTE = "'"
 
 
@@ -117,23 +103,21 @@ def _step(
     builder: Builder, e: Equation, trace: Trace, operands: Sequence[Abstract]
 ) -> Integers:
     """Adds one elementwise equation of whole numbers to the graph."""
-    name, known = e.primitive.name, [isinstance(x, Known) for x in operands]
+    name = e.primitive.name
     if name in _SAME or e.primitive.name == "copy_p":
         (x,) = operands
         assert isinstance(x, Integers)
         return x
-    data = [x for x in operands if isinstance(x, Integers)]
-    like = max(data, key=lambda x: len(builder.values[x.value].shape))
-    parts = [
-        _constant(builder, e, trace, np.asarray(x.value), like)
+    if name == "select_n":
+        return _selected(builder, e, trace, operands)
+    pieces = [
+        _constant(builder, e, _short(np.asarray(x.value)))
         if isinstance(x, Known)
         else x
         for x in operands
+        if isinstance(x, Known | Integers)
     ]
-    assert all(known) is False and all(isinstance(x, Integers) for x in parts)
-    pieces = [x for x in parts if isinstance(x, Integers)]
-    if name == "select_n":
-        return _selected(builder, e, trace, pieces)
+    assert len(pieces) == len(operands)
     if name == "clamp":
         low, x, high = pieces
         bounded = _added(builder, e, trace, "max", [low, x])
@@ -184,37 +168,19 @@ def _made_real(e: Equation, trace: Trace, x: Integers) -> Integers:
 
 
 def _selected(
-    builder: Builder, e: Equation, trace: Trace, parts: Sequence[Integers]
+    builder: Builder, e: Equation, trace: Trace, operands: Sequence[Abstract]
 ) -> Integers:
     """Adds a selection among whole numbers."""
-    which, *cases = parts
-    shapes = [builder.values[x.value].shape for x in parts]
-    shape = np.broadcast_shapes(*shapes)
-    anchor = next(x for x, own in zip(parts, shapes, strict=True) if own == shape)
-    whole_cases = [_spread(builder, e, x, anchor, shape) for x in cases]
-    mask = (
-        which if shapes[0] in ((), shape) else _spread(builder, e, which, anchor, shape)
-    )
-    inputs = [mask.value, *(x.value for x in whole_cases)]
+    like = next(x for x in operands if isinstance(x, Integers))
+    shape = builder.values[like.value].shape
+    inputs = []
+    for x in operands:
+        if isinstance(x, Known):
+            x = _constant(builder, e, np.broadcast_to(x.value, shape), like)
+        assert isinstance(x, Integers)
+        inputs.append(x.value)
     value = builder.add("select", inputs, path=where(e).strip(_QUOTE))
     return builder.numbers(value, e.place, str(trace.avals[e.outputs[0]].dtype))
-
-
-def _spread(
-    builder: Builder, e: Equation, x: Integers, like: Integers, shape: tuple[int, ...]
-) -> Integers:
-    """Broadcasts a single number to the shape of another value."""
-    own = builder.values[x.value]
-    if own.shape == shape:
-        return x
-    # A sum with zeros of the shape keeps the leading size open.
-    path, kind = where(e).strip(_QUOTE), {"kind": "sub", "dtype": "int32"}
-    zeros = builder.add("arithmetic", [like.value, like.value], kind, path=path)
-    ends = {"low": 0, "high": 0}
-    zeros = builder.add("clip", [zeros], ends, path=path)
-    kind = {"kind": "add", "dtype": "int32"}
-    value = builder.add("arithmetic", [zeros, x.value], kind, path=path)
-    return builder.numbers(value, e.place, x.dtype)
 
 
 def _of_one_value(operands: Sequence[Abstract]) -> bool:
@@ -306,17 +272,17 @@ def joined_whole(
     for x, (part, _) in zip(found, own, strict=True):
         if x is None:
             assert isinstance(part, Known)
-            x = _whole_constant(builder, e, np.asarray(part.value), like)
+            x = _constant(builder, e, np.asarray(part.value), like)
         inputs.append(x.value)
     path = where(e).strip(_QUOTE)
     value = builder.add("concatenate", inputs, {"axis": axis}, path=path)
     return builder.numbers(value, e.place, str(trace.avals[e.outputs[0]].dtype))
 
 
-def _whole_constant(
-    builder: Builder, e: Equation, x: np.ndarray, like: Integers | None
+def _constant(
+    builder: Builder, e: Equation, x: np.ndarray, like: Integers | None = None
 ) -> Integers:
-    """Adds known whole numbers in their own shape."""
+    """Adds known whole numbers, with the leading size of a value that has it."""
     own = None
     if like is not None and x.ndim:
         shape = builder.values[like.value].shape
@@ -327,12 +293,19 @@ def _whole_constant(
     return builder.numbers(value, e.place, str(x.dtype))
 
 
+def _short(x: np.ndarray) -> np.ndarray:
+    """Returns numbers as short as arithmetic repeats them."""
+    if x.size and np.all(x == x.flat[0]):
+        return x.reshape(-1)[0].reshape(())
+    return x[:1] if x.ndim and np.all(x == x[:1]) else x
+
+
 def places_of(
     builder: Builder, e: Equation, trace: Trace, x: Abstract, v: int, role: str
 ) -> Integers:
     """Returns places that a gather or a scatter reads, known ones as a constant."""
     if isinstance(x, Known):
-        return _whole_constant(builder, e, np.asarray(x.value), None)
+        return _constant(builder, e, np.asarray(x.value))
     return whole(builder, e, trace, x, v, role)
 
 
