@@ -20,7 +20,7 @@ from qjax.lowering.entries import as_codes
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import added, settled, source_of
 from qjax.lowering.rules.functions import add_table, curve
-from qjax.lowering.rules.whole import joined_whole, whole
+from qjax.lowering.rules.whole import joined_whole, whole_numbers
 from qjax.lowering.values import (
     Abstract,
     Builder,
@@ -147,7 +147,7 @@ def _truth(builder: Builder, e: Equation, trace: Trace, x: Abstract, v: int) -> 
         first = codes[:1] if codes.ndim and np.all(codes == codes[:1]) else codes
         return add_constant(builder, first, None, name=name, path=e.place.path)
     if isinstance(x, Real) and x.input is not None and x.dtype:
-        return whole(builder, e, trace, x, v, "condition").value
+        return whole_numbers(builder, e, trace, x, v, "condition").value
     return mask(builder, e, trace, x, v)
 
 

@@ -24,7 +24,7 @@ from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import settled
 from qjax.lowering.rules.choices import mask
 from qjax.lowering.rules.functions import add_table, as_curve
-from qjax.lowering.rules.whole import whole
+from qjax.lowering.rules.whole import whole_numbers
 from qjax.lowering.values import (
     Abstract,
     Builder,
@@ -118,7 +118,7 @@ def _mask_of_data(
     v = e.inputs[place]
     if isinstance(x, Real) and x.input is not None and x.dtype:
         if not trace.is_real(v):
-            return whole(builder, e, trace, x, v, "mask").value
+            return whole_numbers(builder, e, trace, x, v, "mask").value
         if (function := raw(builder, e, trace, x, v)) is None:
             raise ValueError(
                 f"{at_start(x.source)} holds {x.dtype} and is made a mask of real "

@@ -11,7 +11,7 @@ from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import emitted, settled
 from qjax.lowering.rules.moves import add_move
 from qjax.lowering.rules.products import AccumulatorOverflowError
-from qjax.lowering.rules.whole import exact_codes, whole
+from qjax.lowering.rules.whole import exact_codes, whole_numbers
 from qjax.lowering.values import Abstract, Builder, Integers, PendingAccumulator
 from qjax.model.trace import Equation, Trace
 
@@ -83,7 +83,7 @@ def _numbers(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstra
     v = e.inputs[0]
     if trace.is_real(v):
         return exact_codes(builder, e, trace, x, v)
-    return whole(builder, e, trace, x, v, "input")
+    return whole_numbers(builder, e, trace, x, v, "input")
 
 
 def _max_pool(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstract:
@@ -104,7 +104,7 @@ def _truth(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Integers
     """Returns whether any or all of truth values over axes are true."""
     if trace.avals[e.inputs[0]].dtype != np.bool_:
         raise refuse(e, x, "input")
-    own = whole(builder, e, trace, x, e.inputs[0], "input")
+    own = whole_numbers(builder, e, trace, x, e.inputs[0], "input")
     kind = "max" if e.primitive.name == "reduce_or" else "min"
     axes, path = [int(a) for a in e.params["axes"]], where(e).strip("'")
     value = builder.add(kind, (own.value,), {"axes": axes}, dtype="int8", path=path)

@@ -5,8 +5,7 @@ the graph, in the type that the model computes in.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +42,7 @@ _KINDS = {
 }
 
 
-def whole(
+def whole_numbers(
     builder: Builder, e: Equation, trace: Trace, x: Abstract, v: int, role: str
 ) -> Integers:
     """Returns whole numbers as integers in the graph.
@@ -222,7 +221,9 @@ def with_whole(rule: LoweringRule) -> LoweringRule:
         if is_truth and e.primitive.name in ("and", "or"):
             return rule(builder, e, trace, *operands)
         own = [
-            x if isinstance(x, Known) else whole(builder, e, trace, x, v, "operand")
+            x
+            if isinstance(x, Known)
+            else whole_numbers(builder, e, trace, x, v, "operand")
             for v, x in zip(e.inputs, operands, strict=True)
         ]
         return _step(builder, e, trace, own)
@@ -263,7 +264,9 @@ def joined_whole(
     """Concatenates whole numbers."""
     own = list(zip(parts, e.inputs, strict=True))
     found: list[Integers | None] = [
-        None if isinstance(x, Known) else whole(builder, e, trace, x, v, "operand")
+        None
+        if isinstance(x, Known)
+        else whole_numbers(builder, e, trace, x, v, "operand")
         for x, v in own
     ]
     axis = int(e.params["dimension"])
@@ -306,10 +309,9 @@ def places_of(
     """Returns places that a gather or a scatter reads, known ones as a constant."""
     if isinstance(x, Known):
         return _constant(builder, e, np.asarray(x.value))
-    return whole(builder, e, trace, x, v, role)
+    return whole_numbers(builder, e, trace, x, v, role)
 
 
 def extended(rules: Mapping[str, LoweringRule]) -> dict[str, LoweringRule]:
     """Returns rules of which those of elementwise primitives take whole numbers."""
-    taken: Callable[[str], Any] = lambda name: name in POINTWISE
-    return {k: with_whole(r) if taken(k) else r for k, r in rules.items()}
+    return {k: with_whole(r) if k in POINTWISE else r for k, r in rules.items()}
