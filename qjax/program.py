@@ -117,12 +117,20 @@ class IntegerProgram:
         return self._unflatten(self.run_codes(self.params, *typed))
 
     def site_codes(self, *inputs: Any) -> dict[str, jax.Array]:
-        """Computes the codes at every quantization point, from real inputs."""
+        """Computes the codes at every quantization point, from real inputs.
+
+        Those inside of loops have an axis of steps before the others.
+        """
         return self.run_sites(*inputs)[0]
 
     def run_sites(self, *inputs: Any) -> tuple[dict[str, jax.Array], list[jax.Array]]:
         """Computes the codes at every quantization point and of the outputs, flat."""
         return self._run_sites(self.params, *self._flat(inputs))
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """Returns the names of the quantization points, those of a loop after it."""
+        return tuple(name for _, own in self.graph.walk() for name in own.sites)
 
     def quantize_inputs(self, *inputs: Any) -> Any:
         """Computes the input codes of real inputs."""
@@ -191,8 +199,8 @@ class IntegerProgram:
     @functools.cached_property
     def _run_sites(self) -> Callable[..., Any]:
         def sites(params: Mapping[str, jax.Array], *inputs: jax.Array) -> Any:
-            values = xla.run(self.graph, params, self._quantize(inputs))
-            found = {name: values[v] for name, v in self.graph.sites.items()}
+            found: dict[str, jax.Array] = {}
+            values = xla.run(self.graph, params, self._quantize(inputs), found)
             return found, [values[v] for v in self.graph.outputs]
 
         return jax.jit(sites)

@@ -418,6 +418,7 @@ class QuantizedModel:
             blocks=lambda *xs: traced(*xs).blocks,
             refusal=no_program(self.choices),
             folded=self.traces.folded,
+            folds=self.traces.folds,
             half=lambda *xs: traced(*xs).model.half,
             own=functools.partial(run, False),
         )

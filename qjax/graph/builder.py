@@ -18,6 +18,7 @@ class GraphBuilder:
       nodes: Nodes of the graph, in order.
       params: Name -> array.
       sites: Name of a quantization point -> its codes.
+      taken: Names of quantization points in graphs around it and inside of its nodes.
     """
 
     def __init__(self) -> None:
@@ -25,6 +26,7 @@ class GraphBuilder:
         self.nodes: list[Node] = []
         self.params: dict[str, np.ndarray] = {}
         self.sites: dict[str, int] = {}
+        self.taken: set[str] = set()
 
     def add_value(
         self,
@@ -111,6 +113,47 @@ class GraphBuilder:
         self.nodes.append(node)
         return value
 
+    def add_loop(
+        self,
+        inputs: Sequence[int],
+        body: Graph,
+        attributes: Mapping[str, Any],
+        *,
+        path: str = "",
+    ) -> tuple[int, ...]:
+        """Adds a loop, each output in type and on the grid that its step has.
+
+        Args:
+          inputs: What all steps read, what is carried, what each step has a part of.
+          body: Graph of a step, over the parameters of this.
+          attributes: Attributes of the node.
+          path: Module path of the loop.
+
+        Returns:
+          The numbers of the outputs: what is carried, then what each step leaves.
+
+        Raises:
+          ValueError: if the body does not fit the inputs.
+        """
+        graphs = {"body": body}
+        given = [self.values[v] for v in inputs]
+        found = OPERATIONS["loop"].outputs(Operands(attributes, given, {}, graphs))
+        first, carries = attributes["consts"], attributes["carries"]
+        own = [*body.inputs[first : first + carries], *body.outputs[carries:]]
+        outputs = tuple(
+            self.add_value(
+                shape, *ends, body.values[v].grid, dtype=body.values[v].dtype
+            )
+            for v, (shape, ends) in zip(own, found, strict=True)
+        )
+        options: Any = {"graphs": graphs, "others": outputs[1:]}
+        self.nodes.append(
+            Node(
+                "loop", tuple(inputs), outputs[0], {}, dict(attributes), path, **options
+            )
+        )
+        return outputs
+
     def add_param(self, name: str, array: np.ndarray) -> str:
         """Adds a parameter under its name, or under a similar one if that is taken."""
         others = [k for k, p in self.params.items() if not _same(p, array)]
@@ -120,7 +163,8 @@ class GraphBuilder:
 
     def add_site(self, name: str, value: int) -> None:
         """Records the codes of a quantization point."""
-        self.sites[unique_name(name or "qpoint", self.sites)] = value
+        taken = {*self.sites, *self.taken}
+        self.sites[unique_name(name or "qpoint", taken)] = value
 
     def graph(self, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Graph:
         """Returns the finished graph."""

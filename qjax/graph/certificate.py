@@ -143,13 +143,13 @@ def certify(
     """
     arrays = {name: np.asarray(p) for name, p in params.items()}
     overflow, agreement, constants = [], {}, []
-    for _, own in graph.walk():
+    for place, own in graph.walk():
         sums = filter(_accumulates, own.nodes)
         overflow += [_overflow(own, node, arrays) for node in sums]
         constants += _constants(own)
-        makers = {node.output: node for node in own.nodes}
+        makers = {v: node for node in own.nodes for v in node.outputs}
         for name, v in own.sites.items():
-            found = _agreement(own, makers, arrays, v)
+            found = _agreement(own, makers, arrays, v, is_inside=bool(place))
             if found.is_proven and _meets_nan(own, makers, v):
                 found = Agreement(False, _BEYOND, None)
             agreement[name] = found
@@ -240,10 +240,15 @@ def _agreement(
     makers: Mapping[int, Node],
     arrays: Mapping[str, np.ndarray],
     v: int,
+    is_inside: bool = False,
 ) -> Agreement:
     node = makers.get(v)
+    if node is None and is_inside:
+        return _proven(f"codes from outside of its loop, {_AT_ANY_SCALE}")
     if node is None:
         return _of_input(graph.values[v])
+    if node.operation == "loop":
+        return _of_loop(graph, makers, arrays, v, is_inside)
     if node.operation in ("table", "thresholds"):
         return _of_function(graph, makers, node, arrays)
     if node.operation == "requantize":
@@ -264,12 +269,30 @@ def _agreement(
             return _proven("a sum on scales that are powers of two, within 24 bits")
         return _rounded(_error_of_sum(graph, node), "a sum of codes on other scales")
     if OPERATIONS[node.operation].kind in ("move", "choice"):
-        own = [_agreement(graph, makers, arrays, i) for i in _moved_by(node)]
+        given = graph, makers, arrays
+        own = [_agreement(*given, i, is_inside) for i in _moved_by(node)]
         worst = [a for a in own if not a.is_proven]
         if not worst:
             return _proven(f"{node.operation} of codes on one grid, {_AT_ANY_SCALE}")
         return next((a for a in worst if a.most is None), worst[0])
     return Agreement(False, f"no proof is known of {node.operation}", None)
+
+
+def _of_loop(
+    graph: Graph,
+    makers: Mapping[int, Node],
+    arrays: Mapping[str, np.ndarray],
+    v: int,
+    is_inside: bool,
+) -> Agreement:
+    """Returns the agreement of what a loop leaves, which is that inside of its body."""
+    node = makers[v]
+    k, a, body = node.outputs.index(v), node.attributes, node.graphs["body"]
+    inner = {u: own for own in body.nodes for u in own.outputs}
+    found = _agreement(body, inner, arrays, body.outputs[k], is_inside=True)
+    if not found.is_proven or k >= a["carries"]:
+        return found
+    return _agreement(graph, makers, arrays, node.inputs[a["consts"] + k], is_inside)
 
 
 def _moved_by(node: Node) -> tuple[int, ...]:

@@ -66,6 +66,12 @@ class Node:
     path: str = ""
     # Role -> graph that the operation runs, over the same parameters.
     graphs: Mapping[str, "Graph"] = dataclasses.field(default_factory=dict)
+    others: tuple[int, ...] = ()  # Outputs after the first.
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """Returns the values that it computes."""
+        return (self.output, *self.others)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +105,8 @@ class Graph:
         for n in self.nodes:
             args = ", ".join([*(f"%{v}" for v in n.inputs), *n.params.values()])
             where = f"  # {n.path}" if n.path else ""
-            lines.append(f"{self._show(n.output)} = {n.operation}({args}){where}")
+            made = ", ".join(map(self._show, n.outputs))
+            lines.append(f"{made} = {n.operation}({args}){where}")
             for role, graph in n.graphs.items():
                 lines += [f"  {role}:", textwrap.indent(str(graph), " " * 4)]
         return "\n".join(
@@ -171,9 +178,10 @@ def check_order(graph: Graph) -> None:
     """Raises ValueError as `check`, without the graphs inside of nodes."""
     defined = set(graph.inputs)
     for n in graph.nodes:
-        if not defined.issuperset(n.inputs) or n.output in defined:
+        is_new = defined.isdisjoint(n.outputs) and len(set(n.outputs)) == len(n.outputs)
+        if not defined.issuperset(n.inputs) or not is_new:
             raise ValueError(f"The graph is out of order at {n}.")
-        defined.add(n.output)
+        defined.update(n.outputs)
     used = {*graph.outputs, *graph.sites.values()}
     if not used <= defined or max(defined, default=-1) >= len(graph.values):
         raise ValueError("The graph returns or names values that it does not compute.")
@@ -221,10 +229,11 @@ def _value(data: Any) -> Value:
 
 def _node(data: Any) -> Node:
     if isinstance(data, dict):
-        data = {"graphs": {}, **data}  # Version 1 of the files has none.
+        data = {"graphs": {}, "others": (), **data}  # Older files have none.
     _check_keys(data, Node)
     graphs = {role: _graph(graph) for role, graph in data["graphs"].items()}
-    return Node(**{**data, "inputs": tuple(data["inputs"]), "graphs": graphs})
+    ends = {k: tuple(data[k]) for k in ("inputs", "others")}
+    return Node(**{**data, **ends, "graphs": graphs})
 
 
 def _graph(data: Any) -> Graph:

@@ -25,7 +25,7 @@ def merge_equal(graph: Graph, params: Mapping[str, Any]) -> Graph:
       The graph; values that nobody reads any more are still in it (`drop_dead`).
     """
     number = list(range(len(graph.values)))
-    known: dict[Any, int] = {}
+    known: dict[Any, tuple[int, ...]] = {}
     nodes = []
     for node in graph.nodes:
         inputs = tuple(number[v] for v in node.inputs)
@@ -33,9 +33,13 @@ def merge_equal(graph: Graph, params: Mapping[str, Any]) -> Graph:
         attributes = json.dumps(node.attributes, sort_keys=True)
         graphs = {role: merge_equal(g, params) for role, g in node.graphs.items()}
         inner = tuple((role, g.to_json()) for role, g in sorted(graphs.items()))
-        made = graph.values[node.output], tuple(sorted(arrays.items())), inner
+        values = [graph.values[v] for v in node.outputs]
+        made = values, tuple(sorted(arrays.items())), inner
         key = node.operation, inputs, attributes, repr(made)
-        number[node.output] = known.setdefault(key, node.output)
+        for v, same in zip(
+            node.outputs, known.setdefault(key, node.outputs), strict=True
+        ):
+            number[v] = same
         nodes.append(dataclasses.replace(node, inputs=inputs, graphs=graphs))
     return dataclasses.replace(
         graph,
@@ -73,8 +77,8 @@ def _pruned(graph: Graph) -> Graph:
     needed = {*graph.inputs, *graph.outputs, *graph.sites.values()}
     nodes = []
     for node in reversed(graph.nodes):
-        if node.output in needed:
-            needed.update(node.inputs)
+        if not needed.isdisjoint(node.outputs):
+            needed.update(node.inputs, node.outputs)
             nodes.append(node)
     number = {v: k for k, v in enumerate(sorted(needed))}
     renumbered = tuple(
@@ -82,6 +86,7 @@ def _pruned(graph: Graph) -> Graph:
             node,
             inputs=tuple(number[v] for v in node.inputs),
             output=number[node.output],
+            others=tuple(number[v] for v in node.others),
             graphs={role: _pruned(inner) for role, inner in node.graphs.items()},
         )
         for node in reversed(nodes)

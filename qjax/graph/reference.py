@@ -47,14 +47,16 @@ def _run(
         v: np.asarray(x, np.int64) for v, x in zip(graph.inputs, inputs, strict=True)
     }
     for node in graph.nodes:
-        own = {role: arrays[name] for role, name in node.params.items()}
+        roles = {role: arrays[name] for role, name in node.params.items()}
         given = [env[v] for v in node.inputs]
-        operands: list[Any] = [node.attributes, own, given]
+        operands: list[Any] = [node.attributes, roles, given]
         if node.graphs:
             operands.append({role: runner(g) for role, g in node.graphs.items()})
         out = OPERATIONS[node.operation].meaning(*operands)
-        bound = graph.values[node.output]
-        if out.size and (out.min() < bound.low or out.max() > bound.high):
-            raise OverflowError(f"{node} leaves [{bound.low}, {bound.high}].")
-        env[node.output] = out
+        results = out if isinstance(out, tuple) else (out,)
+        for v, own in zip(node.outputs, results, strict=True):
+            bound = graph.values[v]
+            if own.size and (own.min() < bound.low or own.max() > bound.high):
+                raise OverflowError(f"{node} leaves [{bound.low}, {bound.high}].")
+            env[v] = own
     return [env[v] for v in range(len(graph.values))]

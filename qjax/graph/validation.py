@@ -178,12 +178,10 @@ def _check_node(graph: Graph, node: Node) -> None:
             "one may know it."
         )
     size = len(graph.values)
-    _need(
-        is_integer(node.output) and 0 <= node.output < size,
-        f"The operation {node.operation}",
-        f"its output must be one of {size} values",
-        node.output,
-    )
+    for v in node.outputs:
+        is_value = is_integer(v) and 0 <= v < size
+        text = f"its output must be one of {size} values"
+        _need(is_value, f"The operation {node.operation}", text, v)
     _need(
         isinstance(node.path, str), "An operation", "`path` must be a text", node.path
     )
@@ -202,9 +200,9 @@ def _check_node(graph: Graph, node: Node) -> None:
     _need(names, where, "parameters must be texts", node.params)
     own = node.attributes
     _check_names(where, "attributes", own, form.attributes, form.optional)
-    for name, found in own.items():
+    for name, given in own.items():
         kind = form.attributes.get(name) or form.optional[name]
-        _check_attribute(where, name, kind, found)
+        _check_attribute(where, name, kind, given)
     _check_names(where, "graphs", node.graphs, form.graphs, ())
     graphs = all(isinstance(graph, Graph) for graph in node.graphs.values())
     _need(graphs, where, "graphs must be integer graphs", [*node.graphs])
@@ -253,7 +251,8 @@ def _check_ends(graph: Graph) -> None:
 
 
 def _check_computed(graph: Graph) -> None:
-    computed = {*graph.inputs, *(node.output for node in graph.nodes)}
+    made = (v for node in graph.nodes for v in node.outputs)
+    computed = {*graph.inputs, *made}
     for v in range(len(graph.values)):
         if v not in computed:
             raise ValueError(f"Value %{v} is no input, and no operation computes it.")
@@ -311,7 +310,7 @@ def _check_params(graph: Graph, arrays: Mapping[str, np.ndarray]) -> None:
 
 def _check_operation(graph: Graph, node: Node, arrays: Mapping[str, Any]) -> None:
     """Raises unless the output of a node in the graph is as its record computes it."""
-    record, value = OPERATIONS[node.operation], graph.values[node.output]
+    record = OPERATIONS[node.operation]
     inputs = [graph.values[v] for v in node.inputs]
     own = {role: arrays[name] for role, name in node.params.items()}
     operands = Operands(node.attributes, inputs, own, node.graphs)
@@ -321,17 +320,29 @@ def _check_operation(graph: Graph, node: Node, arrays: Mapping[str, Any]) -> Non
         raise ValueError(
             f"{_at(node)} does not fit its inputs of shapes {operands.shapes}: {error}."
         ) from error
+    _check_shape(node, node.output, graph.values[node.output], shape)
+    _check_ends_of_output(node, graph.values[node.output])
+    try:
+        found = record.outputs(operands)
+    except ValueError as error:
+        raise ValueError(f"{_at(node)}: {error}.") from error
+    count = len(node.outputs)
+    _need(len(found) == count, _at(node), f"it must have {len(found)} outputs", count)
+    for v, (shape, ends) in zip(node.outputs, found, strict=True):
+        _check_shape(node, v, graph.values[v], shape)
+        _check_interval(node, graph.values[v], ends)
+
+
+def _check_shape(node: Node, v: int, value: Value, shape: tuple[int, ...]) -> None:
     if shape != value.shape:
         raise ValueError(
-            f"Value %{node.output} is {value.dtype}{list(value.shape)} in the graph, "
+            f"Value %{v} is {value.dtype}{list(value.shape)} in the graph, "
             f"and is computed as {list(shape)} by {node.operation}"
             f"{f' in {node.path!r}' if node.path else ''}."
         )
-    _check_ends_of_output(node, value)
-    try:
-        ends = record.interval(operands)
-    except ValueError as error:
-        raise ValueError(f"{_at(node)}: {error}.") from error
+
+
+def _check_interval(node: Node, value: Value, ends: tuple[Any, Any]) -> None:
     if math.prod(value.shape) and all(np.size(end) for end in ends):
         low, high = int(np.min(ends[0])), int(np.max(ends[1]))
         if not value.low <= low <= high <= value.high:

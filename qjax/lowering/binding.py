@@ -22,6 +22,7 @@ class Bound:
       refusal: Why no program of integers only can come of it; empty if one may.
       folded: Known values that the last lowering of the model has computed, for the
         next and for `verify`.
+      folds: The same of the bodies of its loops, by their places.
       half: ``half(*inputs)``: the half types of a model of which ``fn`` is the float32
         form, for inputs of these types; None for a function.
       own: The model in its own types, on the inputs of ``fn``; None for a function.
@@ -33,6 +34,7 @@ class Bound:
     blocks: Callable[..., Sequence[BlockSites]] | None = None
     refusal: str = ""
     folded: Folded = dataclasses.field(default_factory=dict)
+    folds: dict[tuple[int, ...], Folded] = dataclasses.field(default_factory=dict)
     half: Callable[..., Sequence[str]] | None = None
     own: Callable[..., Any] | None = None
 

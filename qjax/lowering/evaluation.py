@@ -97,7 +97,12 @@ class _Numbers:
             if v in self.gains:
                 value = value * self.gains[v]
             if a.is_bounded:
-                value = jnp.clip(value, *map(jnp.float32, a.bounds))
+                # Bounds of whole numbers are whole numbers.
+                dtype = value.dtype if a.dtype else jnp.float32
+                least, most = a.bounds
+                if a.dtype:
+                    least, most = max(least, a.low), min(most, a.high)
+                value = jnp.clip(value, *(jnp.asarray(b, dtype) for b in (least, most)))
             env[v] = value.astype(types[v])
         return run_steps(env, x.steps)[x.end], *units
 

@@ -43,11 +43,13 @@ from qjax.model.channels import output_scale
 from qjax.model.common_scales import CodeEnds
 from qjax.model.exact import Exact
 from qjax.model.kept import quantizer_of, whole_of
+from qjax.model.loop_runs import OnGrid
 from qjax.model.normalisations import said
 from qjax.model.primitives import POINTWISE, SHAPE_MOVES, names
 from qjax.model.simulate import Simulation
 from qjax.model.trace import CALLS, Equation, evaluate
-from qjax.model.traced_model import TracedModel
+from qjax.model.traced_model import Loop, TracedModel
+from qjax.model.visits import Visitor
 from qjax.qpoint import grid_codes, qpoint_p
 from qjax.quantizers.point import straight
 from qjax.schemes.patterns import Site
@@ -94,6 +96,16 @@ class IntegerForward(Simulation):
         own = next(filter(is_quantizer, self._model.equations), None)
         if own is not None:
             raise _own_quantizer(own)
+        leaves, tree = jax.tree.flatten(super().run(visitor))
+        for k, v in enumerate(self._model.outputs):
+            if v in self._shipped:
+                value = self._shipped[v].astype(leaves[k].dtype)
+                leaves[k] = straight(leaves[k], value)
+        found = jax.tree.unflatten(tree, leaves)
+        return jax.tree.map(lambda x, own: x.astype(own.dtype), found, self._traced.out)
+
+    def _enter(self, visitor: Words) -> None:  # type: ignore[override]
+        super()._enter(visitor)
         self._seen = visitor.words
         self._words: dict[int, str] = {}  # Value on a grid -> type of its codes.
         self._late: dict[int, Late] = {}
@@ -103,13 +115,37 @@ class IntegerForward(Simulation):
         self._data = set(self._traced.inputs)
         self._of_codes: set[int] = set()  # Functions of what lies on grids.
         self._ends = {b.value: b for b in self._plan.blocks}
-        leaves, tree = jax.tree.flatten(super().run(visitor))
-        for k, v in enumerate(self._model.outputs):
-            if v in self._shipped:
-                value = self._shipped[v].astype(leaves[k].dtype)
-                leaves[k] = straight(leaves[k], value)
-        found = jax.tree.unflatten(tree, leaves)
-        return jax.tree.map(lambda x, own: x.astype(own.dtype), found, self._traced.out)
+
+    # Loops.
+
+    def _inside(self, body: TracedModel) -> "IntegerForward":
+        return IntegerForward(body, (), ())
+
+    def _run_loop(self, e: Equation, loop: Loop) -> list[Any]:
+        found = super()._run_loop(e, loop)
+        self._data.update(e.outputs)
+        return found
+
+    def _copied(self, visitor: Visitor) -> "IntegerForward":
+        own = super()._copied(visitor)
+        own._seen = self._seen  # One table of words.
+        return own
+
+    def _kept(self, v: int) -> OnGrid:
+        return super()._kept(v)._replace(word=self._words.get(v, ""))
+
+    def _give(self, v: int, own: OnGrid) -> None:
+        super()._give(v, own)
+        if own.word:
+            self._words[v] = own.word
+
+    def _onto(self, v: int, site: Site, x: jax.Array) -> tuple[jax.Array, OnGrid]:
+        value, found = super()._onto(v, site, x)
+        word, late = self._seen[site.name], self._part(v) if v in self._env else None
+        if found.grid is not None and late is not None and word.is_direct:
+            codes = late(TargetGrid(*found.grid, word.qmin, word.qmax))
+            value = straight(value, dequantize(codes, found.grid).astype(value.dtype))
+        return value, found._replace(word=word.dtype)
 
     # Sites.
 
@@ -118,7 +154,10 @@ class IntegerForward(Simulation):
         self._words[v] = "int32"
 
     def _place(self, v: int) -> QSpec | None:
-        before = self._env[v]
+        before, block = self._env[v], self._ends.get(v)
+        if block is not None and block.kind == "carry":  # A move, or a choice.
+            late = self._part(v)
+            self._late |= {} if late is None else {v: late}
         found = super()._place(v)
         if v in self._plan.weights:
             site = self._plan.sites[self._plan.weights[v]]
@@ -206,6 +245,8 @@ class IntegerForward(Simulation):
             self._scatter_add(e)
         elif name in ("add", "add_any", "sub", "mul") and len(data) == 2:
             self._of_two(e)
+        elif not self._model.is_real(e.outputs[0]):
+            return  # Whole numbers have no grid.
         elif len(data) == 1 and bounds_of(self._model, e) is not None:
             self._bound(e, data[0])
         elif name in _JOINS:

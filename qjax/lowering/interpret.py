@@ -65,6 +65,7 @@ def interpret(
     rules: Mapping[str, LoweringRule],
     residues: list[Residue] | None = None,
     folded: Folded | None = None,
+    given: Mapping[int, Abstract] | None = None,
 ) -> list[Abstract]:
     """Builds the integer graph of a traced program.
 
@@ -74,6 +75,7 @@ def interpret(
       rules: Name of a primitive -> its rule; a few primitives have no public object.
       residues: Receives what has no integers, in place of errors; None raises them.
       folded: Known values of the last lowering, for this one and the next.
+      given: Of the body of a loop, its inputs, and weights among its constants.
 
     Returns:
       The knowledge of each output.
@@ -88,7 +90,10 @@ def interpret(
         for v, x in fold_known(trace, folded).items()
     }
     builder.types = {v: aval.dtype for v, aval in trace.avals.items()}
+    env.update(given or {})
     for k, v in enumerate(trace.inputs):
+        if given is not None:
+            break
         dtype = "" if trace.is_real(v) else str(trace.avals[v].dtype)
         source, remedy = f"{trace.names[k]} of the program", builder.site_of_input(k)
         env[v] = Real(source, remedy, input=k, dtype=dtype)

@@ -139,13 +139,18 @@ def _with_example(x: Any) -> Any:
 def _traced(bound: Bound, inputs: Any) -> tuple[Trace, Any]:
     """Traces a model, with each softmax and each normalisation as one equation."""
     traced, out = trace(bound.fn, *inputs, keep_derivatives=False)
+    blocks = None if bound.blocks is None else bound.blocks(*inputs)
+    return _prepared(traced, blocks), out
+
+
+def _prepared(traced: Trace, blocks: Sequence[BlockSites] | None) -> Trace:
+    """Returns a trace in the form that is interpreted, its blocks marked."""
     traced = fold_normalisations(traced, data_of(traced, traced.inputs))
     traced = masked_behind(traced)
-    if bound.blocks is not None:
-        blocks = bound.blocks(*inputs)
-        marked = (_in_block(e, blocks) for e in traced.equations)
-        traced = dataclasses.replace(traced, equations=tuple(marked))
-    return traced, out
+    if blocks is None:
+        return traced
+    marked = (_in_block(e, blocks) for e in traced.equations)
+    return dataclasses.replace(traced, equations=tuple(marked))
 
 
 def _in_block(e: Equation, blocks: Sequence[BlockSites]) -> Equation:
@@ -185,9 +190,17 @@ def _interpreted(
 ) -> tuple[Builder, list[Abstract], list[Residue]]:
     """Returns the builder of a trace, what it knows of outputs, and the residues."""
     is_raw: frozenset[int] = frozenset()
+    tree = jax.tree.structure(tuple(bound.inputs))
+    types = jax.tree.unflatten(tree, [traced.avals[v] for v in traced.inputs])
+    blocks = None if bound.blocks is None else bound.blocks(*types)
     while True:
         residues: list[Residue] = []
         builder = Builder(bound.buffer_bits, is_open=not strict, is_raw=is_raw)
+        builder.prepared = lambda own: _prepared(own, blocks)
+        builder.interpreted = lambda own, child, given: interpret(
+            own, child, RULES, folded=child.folded, given=given
+        )
+        builder.folds = bound.folds
         try:
             left = None if strict else residues
             outputs = interpret(traced, builder, RULES, left, bound.folded)

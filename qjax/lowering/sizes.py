@@ -99,10 +99,8 @@ def _first_difference(a: Any, b: Any) -> Node | str | None:
             pair = (inner, params), (twin.graphs[role], other_params)
             if _first_difference(*pair) is not None:
                 return node
-        values = zip(
-            (node.output, *node.inputs), (twin.output, *twin.inputs), strict=True
-        )
-        for v, w in values:
+        own = (*node.outputs, *node.inputs), (*twin.outputs, *twin.inputs)
+        for v, w in zip(*own, strict=True):
             x, y = graph.values[v], other.values[w]
             if dataclasses.replace(x, shape=y.shape) != y:
                 return node

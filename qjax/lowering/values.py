@@ -8,7 +8,7 @@ import numpy as np
 
 from qjax.graph.builder import GraphBuilder
 from qjax.model.places import Place
-from qjax.model.trace import Equation
+from qjax.model.trace import Equation, Trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,6 +323,29 @@ class Builder(GraphBuilder):
         self.notes: list[str] = []  # What the program does otherwise than the model.
         # What an accumulator is made of -> its value, its least and largest integer.
         self.placed: dict[Any, tuple[int, int, int]] = {}
+
+    # What the pass gives for the bodies of loops: the form that it interprets a trace
+    # in, the results of interpreting one, some of its values given, and known values
+    # that the last lowering has computed, by the place of a loop.
+    prepared: Callable[[Trace], Trace]
+    interpreted: Callable[[Trace, "Builder", Mapping[int, Abstract]], list[Abstract]]
+
+    folds: dict[tuple[int, ...], dict[str, dict[int, Any]]]
+    place: tuple[int, ...] = ()  # First results of the loops around it.
+
+    @property
+    def folded(self) -> dict[str, dict[int, Any]]:
+        """Returns the known values of the last lowering of this body."""
+        return self.folds.setdefault(self.place, {})
+
+    def inside(self, loop: int) -> "Builder":
+        """Returns a builder of the graph of a body, over the same parameters."""
+        own = Builder(self._buffer_bits)
+        own.folds, own.place = self.folds, (*self.place, loop)
+        own.params, own.notes = self.params, self.notes
+        own.taken = {*self.sites, *self.taken}
+        own.prepared, own.interpreted = self.prepared, self.interpreted
+        return own
 
     def site_of_input(self, k: int) -> str:
         """Returns the site that a rule can name to quantize an input; empty if none."""

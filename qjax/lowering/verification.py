@@ -2,20 +2,23 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from qjax.affine import QParams, dequantize
 from qjax.calls import alone
 from qjax.graph.builder import unique_name
 from qjax.graph.graph import Grid
-from qjax.lowering.binding import bind
+from qjax.lowering.binding import Folded, bind
 from qjax.lowering.folding import fold_known
-from qjax.model.trace import Trace, evaluate, trace
+from qjax.lowering.loops import Body, body_trace
+from qjax.model.loops import has_point, scan_parts
+from qjax.model.trace import Equation, Trace, evaluate, trace
 from qjax.program import IntegerProgram
 from qjax.qpoint import grid_codes, qpoint_p
 from qjax.tables import html_table, text_table
@@ -131,18 +134,19 @@ def verify(program: IntegerProgram, model: Any, *args: Any) -> Verification:
     known = fold_known(traced, bound.folded)
     flat = jax.tree.leaves(inputs)
     ours, codes = program.run_sites(*inputs)
-    names = _site_names(traced, known)
-    if set(names.values()) != set(ours):
-        lost = sorted(set(names.values()) ^ set(ours))
+    part = _part(traced, known, set(), bound.folds)
+    names = set(part.all_names())
+    if names != set(ours):
+        lost = sorted(names ^ set(ours))
         raise ValueError(
             f"The program was lowered from another model: the site {lost[0]!r} is in "
             "only one of them."
         )
     # Compiled once for both runs.
-    run = jax.jit(functools.partial(_run, traced, names))
-    forced, _ = run(known, flat, ours, True)
-    _, outputs = run(known, flat, ours, False)
-    sites = {n: _compare(ours[n], forced[n]) for n in program.graph.sites}
+    run = jax.jit(functools.partial(_run, part))
+    forced, _ = run(flat, ours, True)
+    _, outputs = run(flat, ours, False)
+    sites = {n: _compare(ours[n], forced[n]) for n in program.site_names}
     ends = []
     for q, real, grid in zip(codes, outputs, program.output_grids, strict=True):
         steps = np.asarray(real, np.float64) / np.float64(grid.array())
@@ -155,46 +159,112 @@ def verify(program: IntegerProgram, model: Any, *args: Any) -> Verification:
     return Verification(sites, tuple(ends), tuple(half))
 
 
-def _site_names(traced: Trace, known: Mapping[int, Any]) -> dict[int, str]:
-    """Maps what each quantization point of data computes to its name in a program."""
+class _Part(NamedTuple):
+    """A trace with what is known of it: a model, or the body of one of its loops."""
+
+    traced: Trace
+    known: Mapping[int, Any]
+    names: Mapping[int, str]  # What a quantization point computes -> its name.
+    loops: Mapping[int, tuple[Body, "_Part"]]  # First result of a loop -> its body.
+
+    def all_names(self) -> Iterator[str]:
+        """Yields the names of all quantization points, those inside of loops too."""
+        yield from self.names.values()
+        for _, part in self.loops.values():
+            yield from part.all_names()
+
+
+def _part(
+    traced: Trace,
+    known: Mapping[int, Any],
+    taken: set[str],
+    folds: dict[tuple[int, ...], Folded],
+    place: tuple[int, ...] = (),
+) -> _Part:
+    """Names the quantization points of data as a program does, and enters loops."""
     names: dict[int, str] = {}
+    loops: dict[int, tuple[Body, _Part]] = {}
     for e in traced.equations:
         if e.primitive is qpoint_p and e.inputs[0] not in known:
-            name = unique_name(e.params["site"] or "qpoint", names.values())
+            name = unique_name(e.params["site"] or "qpoint", taken)
             names[e.outputs[0]] = name
-    return names
+            taken.add(name)
+        elif has_point(e) and not known.keys() >= {*e.inputs}:
+            consts = range(scan_parts(e).consts)
+            same = {k: known[e.inputs[k]] for k in consts if e.inputs[k] in known}
+            body = body_trace(e, same)
+            own = (*place, e.outputs[0])
+            fixed = fold_known(body.trace, folds.setdefault(own, {}))
+            inner = _part(body.trace, fixed, taken, folds, own)
+            loops[e.outputs[0]] = body, inner
+    return _Part(traced, known, names, loops)
 
 
 def _run(
-    traced: Trace,
-    names: Mapping[int, str],
-    known: Mapping[int, Any],
-    inputs: list[Any],
-    ours: Mapping[str, jax.Array],
-    is_forced: bool,
+    part: _Part, inputs: list[Any], ours: Mapping[str, jax.Array], is_forced: Any
 ) -> tuple[dict[str, jax.Array], list[jax.Array]]:
     """Runs the model in float; returns the codes at each site and the outputs.
 
     Goes on from ``ours`` after each site if it is forced, else from its own codes.
     """
-    env: dict[int, Any] = dict(known)
-    env.update(zip(traced.inputs, inputs, strict=True))
+    env: dict[int, Any] = dict(part.known)
+    env.update(zip(part.traced.inputs, inputs, strict=True))
     codes: dict[str, jax.Array] = {}
-    for e in traced.equations:
-        if not known.keys().isdisjoint(e.outputs) or not env.keys() >= {*e.inputs}:
+    for e in part.traced.equations:
+        is_known = not part.known.keys().isdisjoint(e.outputs)
+        if is_known or not env.keys() >= {*e.inputs}:
             continue
         values = [env[v] for v in e.inputs]
-        out = evaluate(e, *values)
-        if name := names.get(e.outputs[0]):
+        if (loop := part.loops.get(e.outputs[0])) is not None:
+            found, out = _run_steps(e, *loop, values, ours, is_forced)
+            codes.update(found)
+            env.update(zip(e.outputs, out, strict=True))
+            continue
+        out = [*evaluate(e, *values)]
+        if name := part.names.get(e.outputs[0]):
             encode = functools.partial(grid_codes, rounding=e.params["rounding"])
             own = alone(encode, *values)
             codes[name] = own
             theirs = ours[name].astype(own.dtype)
             params = QParams(jnp.asarray(values[1]), jnp.asarray(values[2]))
             given = dequantize(jnp.where(is_forced, theirs, own), params)
-            out = (given.astype(out[0].dtype),)
+            out = [given.astype(out[0].dtype)]
         env.update(zip(e.outputs, out, strict=True))
-    return codes, [env[v] for v in traced.outputs]
+    return codes, [env[v] for v in part.traced.outputs]
+
+
+def _run_steps(
+    e: Equation,
+    body: Body,
+    part: _Part,
+    values: Sequence[Any],
+    ours: Mapping[str, jax.Array],
+    is_forced: Any,
+) -> tuple[dict[str, jax.Array], list[jax.Array]]:
+    """Runs a loop as `_run` does a model."""
+    parts = scan_parts(e)
+    first = parts.consts + parts.carries
+
+    def step(carry: Any, now: Any) -> Any:
+        xs, theirs = now
+        given = [*values[: parts.consts], *carry, *xs]
+        codes, found = _run(part, [given[k] for k in body.given], theirs, is_forced)
+        kept, rest = found[: parts.carries], found[parts.carries :]
+        kept = [jnp.asarray(x, c.dtype) for x, c in zip(kept, carry, strict=True)]
+        return kept, (rest, codes)
+
+    carry = [
+        jnp.asarray(x, aval.dtype)
+        for x, aval in zip(
+            values[parts.consts : first],
+            parts.body.in_avals[parts.consts : first],
+            strict=True,
+        )
+    ]
+    own = {name: ours[name] for name in part.all_names()}
+    options: dict[str, Any] = {"length": parts.length, "reverse": parts.is_reversed}
+    carry, (rest, codes) = lax.scan(step, carry, (values[first:], own), **options)
+    return codes, [*carry, *rest]
 
 
 def _distance(a: Any, b: Any, grid: Grid) -> Distance:

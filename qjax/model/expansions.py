@@ -43,7 +43,7 @@ def _tiled(x: jax.Array, reps: Sequence[int]) -> jax.Array:
     return x
 
 
-def _scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     """Returns how many operands of a scan are constants, and how many are carried."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
@@ -54,7 +54,7 @@ def _scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
 def _unrolled(params: Mapping[str, Any]) -> Callable[..., list[Any]]:
     """Returns a scan as a Python loop."""
     step, length = jex.jaxpr_as_fun(params["jaxpr"]), params["length"]
-    first, kept = _scan_counts(params)
+    first, kept = scan_counts(params)
     order = range(length)[::-1] if params["reverse"] else range(length)
 
     def loop(*args: Any) -> list[Any]:

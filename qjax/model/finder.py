@@ -23,9 +23,9 @@ from qjax.model.blocks import (
     place_of,
 )
 from qjax.model.elementwise import find_functions
-from qjax.model.expansions import MOST_STEPS
 from qjax.model.kept import whole_of
 from qjax.model.lineage import Lineage
+from qjax.model.loops import Surroundings, is_loop
 from qjax.model.normalisations import NORM
 from qjax.model.origin import origin_of
 from qjax.model.primitives import AFFINE, REMEDIES, SHAPE_MOVES, names
@@ -46,6 +46,7 @@ def find_blocks(
     names: Sequence[str],
     split: Sequence[str] = (),
     exact: Collection[int] = (),
+    around: Surroundings | None = None,
 ) -> Plan:
     """Finds the sites of a model.
 
@@ -54,11 +55,12 @@ def find_blocks(
       names: Names of the parameters, which are the first inputs of the trace.
       split: Functions that end at a site also where more follows: `Constraints`.
       exact: Softmaxes and normalisations that integers compute, from codes of a site.
+      around: Loop of which the model is the body; None for a whole model.
 
     Returns:
       The plan. Its sites have the same names in training and in inference.
     """
-    finder = _Finder(model, names, split, exact)
+    finder = _Finder(model, names, split, exact, around)
     for equation in model.equations:
         finder.visit(equation)
     return finder.plan()
@@ -73,9 +75,10 @@ class _Finder(Lineage):
         names: Sequence[str],
         split: Sequence[str],
         exact: Collection[int],
+        around: Surroundings | None = None,
     ):
         super().__init__(model, names)
-        self.exact = exact
+        self.exact, self.around = exact, around
         self.statistics = batch_statistics(model, self.data)
         self._servants = self._find_servants()
         self.blocks: list[Block] = []
@@ -89,7 +92,10 @@ class _Finder(Lineage):
         )
         for k, v in enumerate(self.inputs):
             if model.is_real(v) and self.users[v] and v not in self.masks:
-                self._add_input(v, k)
+                if around is None:
+                    self._add_input(v, k)
+                else:  # On the grid that it has outside, or had after the last step.
+                    self.on_grid.add(v)
 
     # The walk.
 
@@ -101,6 +107,9 @@ class _Finder(Lineage):
             return
         if whole_of(e):
             self._whole(e, whole_of(e))
+            return
+        if is_loop(e):
+            self.on_grid.update(filter(self.model.is_real, e.outputs))
             return
         self._check_call(e)
         if out in self.masks:
@@ -203,20 +212,17 @@ class _Finder(Lineage):
             return
         inside = list(dict.fromkeys(self.leaves_of(e)))
         # A function with a parameter is a function; a loop with one is a layer.
-        is_layer = name in ("scan", "while", "cond", "shard_map") and inside
+        is_layer = name in ("while", "cond", "shard_map") and inside
         if not is_layer and not any(map(_has_product, jaxprs)):
             return
         found = ", ".join(filter(None, inside)) or "a parameter"
         what = f"holds {found}" if inside else "holds a product"
         remedy = REMEDIES.get(name, "Call what is inside directly")
-        # Quantized inside, these are what `lower` can enter.
-        is_entered = name.startswith("custom") or (
-            name == "scan" and e.params["length"] <= MOST_STEPS
-        )
         library = origin_of(e.source).library
-        if library and name in ("scan", "while"):
+        if library and name == "while":
             remedy = f"Replace {library!r} by a Python loop over its cell"
-        is_own = is_entered and not library
+        # Quantized inside, these are what `lower` can enter.
+        is_own = name.startswith("custom") and not library
         own = ", or quantize inside with `qjax.fake_quant`" if is_own else ""
         raise NotImplementedError(
             f"`{name}` in {place_of(e)} {what}, and no site is inside of it: this part "
@@ -415,9 +421,10 @@ class _Finder(Lineage):
 
     def plan(self) -> Plan:
         """Names the sites in the order of the equations."""
-        returned = self._returned()
+        carried = self._carried()
+        returned = {} if self.around else self._returned()
         sites: list[Site] = []
-        taken: collections.Counter[str] = collections.Counter()
+        taken = collections.Counter[str]() if not self.around else self.around.taken
         kinds: collections.Counter[str] = collections.Counter()
         activations: dict[int, int] = {}
         weights: dict[int, int] = {}
@@ -443,6 +450,7 @@ class _Finder(Lineage):
                 block.scale_site = add(f"{name}/scale", "weight", self._factor(block))
             end = returned.get(block.value)
             name = f"{name}/output" if end is None else f"output:{end}"
+            name = carried.get(block.value, name)
             activations[block.value] = add(name, "activation", block.value)
         blocks = tuple(b for b in self.blocks if b.value in activations)
         inner = tuple(b for b in self.blocks if b.is_inner)
@@ -452,6 +460,19 @@ class _Finder(Lineage):
         return Plan(
             tuple(sites), activations, weights, blocks, inner, fused, on_grid, biases
         )
+
+    def _carried(self) -> dict[int, str]:
+        """Names the sites of what goes on to the next step, and makes those missing."""
+        found: dict[int, str] = {}
+        ends = {b.value for b in self.blocks}
+        count = 0 if self.around is None else self.around.carries
+        for k, v in enumerate(self.model.outputs[:count]):
+            if not self.model.is_real(v) or not self.model.shape(v):
+                continue
+            found[v] = f"{self.around.name}/carry:{k}"  # type: ignore[union-attr]
+            if v not in ends:
+                self.blocks.append(Block("carry", self.source[v], v))
+        return found
 
     def _biases(self, weights: dict[int, int]) -> dict[int, Site]:
         """Returns the parameters that are added to products first."""
@@ -480,7 +501,7 @@ class _Finder(Lineage):
         if block.affine:
             kind = MEANS.get(kind, kind)
         k, kinds[kind] = kinds[kind], kinds[kind] + 1
-        return f"{kind}_{k}"
+        return f"{self.around.name}/{kind}_{k}" if self.around else f"{kind}_{k}"
 
     def _factor(self, block: Block) -> int:
         """Returns a constant with the shape of the factor of an affine block."""

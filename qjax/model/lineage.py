@@ -70,6 +70,11 @@ class Lineage:
         leaves = (self.leaf(v, through=None) for v in known)
         return [self.names[leaf] for leaf in leaves if leaf is not None]
 
+    def leaf_name(self, v: int) -> str:
+        """Returns the name of the parameter that a known value is made of, or ""."""
+        leaf = self.leaf(v, SHAPE_MOVES)
+        return self.name_of([v]) if leaf is None else self.names[leaf]
+
     def name_of(self, values: Iterable[int]) -> str:
         """Returns the name of a parameter that goes into one of ``values``."""
         known = (v for v in values if v not in self.data)

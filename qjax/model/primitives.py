@@ -74,7 +74,10 @@ def _named(kind: Kind, names: str, elementwise: str = "") -> Iterator[Primitive]
     yield from (Primitive(name, kind, True) for name in elementwise.split())
 
 
-_LOOP = "Write it as a Python loop, which is unrolled"
+_LOOP = (
+    "The number of its steps depends on data: use `jax.lax.fori_loop` with a known "
+    "number, and choose with `jnp.where` in each step"
+)
 _DERIVATIVE = "Call the function without its own derivative"
 
 PRIMITIVES: Mapping[str, Primitive] = {
@@ -117,7 +120,7 @@ PRIMITIVES: Mapping[str, Primitive] = {
         *_named("number", "iota"),
         *_named("index", "argmax argmin"),
         *_named("point", "qpoint"),
-        Primitive("scan", "call", remedy=_LOOP),
+        Primitive("scan", "call"),
         Primitive("while", "call", remedy=_LOOP),
         Primitive(
             "cond", "call", remedy="Compute both branches and choose with `jnp.where`"

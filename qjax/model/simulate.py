@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jax.extend.source_info_util import user_context
 
 from qjax.affine import QParams, QSpec, fake_quant_bias
 from qjax.calls import computed_once, shared
-from qjax.model.affine_parts import AffineParts, of_type
+from qjax.model.affine_parts import of_type
 from qjax.model.arguments import unfolded
 from qjax.model.blocks import Block, bounds_of, is_quantizer
 from qjax.model.channel_scales import Kernel
@@ -34,6 +34,7 @@ from qjax.model.lines import (
     whole,
     zero_channels,
 )
+from qjax.model.loop_runs import LoopRuns
 from qjax.model.places import Mark, block_scope, mark_scope
 from qjax.model.primitives import FUSED, SHAPE_MOVES
 from qjax.model.regions import Region
@@ -46,7 +47,7 @@ from qjax.quantizers.point import straight
 from qjax.schemes.patterns import Site
 
 
-class Simulation(AffineParts):
+class Simulation(LoopRuns):
     """A run of a traced model over parameters and inputs.
 
     Args:
@@ -79,6 +80,17 @@ class Simulation(AffineParts):
 
     def run(self, visitor: Visitor) -> Any:
         """Returns the output of the model, computed on the values of the visitor."""
+        self._enter(visitor)
+        given = self._closed()
+        given.update(zip(self._model.inputs, self._arguments, strict=True))
+        with self._marked((), is_site=True):
+            self._take(given)
+        self._walk(self._model.equations)
+        self._check_seen()
+        return self._returned([self._env[v] for v in self._model.outputs])
+
+    def _enter(self, visitor: Visitor) -> None:
+        """Forgets all of an earlier run."""
         self._begin(visitor)
         self._units: dict[int, Unit | Exact] = {}
         # Product -> the line that follows it, and a factor behind the line.
@@ -89,23 +101,31 @@ class Simulation(AffineParts):
         # Value -> sites on the way to it that each of its readers would compute anew.
         self._chains: dict[int, int] = {}
         self._raw: dict[int, Any] = dict(self._model.constants)
+
+    def _closed(self) -> dict[int, Any]:
+        """Returns the weights that a function closes over, which are as others."""
         own = {*self._plan.weights, *self._plan.biases}
-        # Weights that a function closes over are weights like others.
         closed = sorted(own & self._model.constants.keys())
-        given = {v: jnp.asarray(self._env[v]) for v in closed}
-        given.update(zip(self._model.inputs, self._arguments, strict=True))
-        with self._marked((), is_site=True):
-            for v, x in given.items():
-                self._env[v] = self._typed(v, x)
-                if v not in self._model.constants:
-                    self._raw[v] = self._env[v]
-                self._visit(v)
-        for e in self._model.equations:
+        return {v: jnp.asarray(self._env[v]) for v in closed}
+
+    def _take(self, given: Mapping[int, Any]) -> None:
+        """Takes parameters and inputs, and visits those that are sites."""
+        for v, x in given.items():
+            self._env[v] = self._typed(v, x)
+            if v not in self._model.constants:
+                self._raw[v] = self._env[v]
+            self._visit(v)
+
+    def _walk(self, equations: Sequence[Equation]) -> None:
+        """Computes equations one after the other."""
+        for e in equations:
             traceback = getattr(e.source, "traceback", None)
             with jax.named_scope(self._scope(e)), user_context(traceback):
                 self._step(e)
-        self._check_seen()
-        return self._returned([self._env[v] for v in self._model.outputs])
+
+    def _inside(self, body: TracedModel) -> "Simulation":
+        """Returns the simulation of the body of a loop."""
+        return Simulation(body, (), (), in_float32=not self._keeps_types)
 
     def _returned(self, values: list[Any]) -> Any:
         """Returns outputs nested as the model's, in its types if it keeps them."""
@@ -119,7 +139,7 @@ class Simulation(AffineParts):
         number = self._traced.numbers.get(e.outputs[0])
         if number is None:
             return e.path or "model"
-        block = self._plan.blocks[number]
+        block = self._plan.blocks[number - self._traced.first_block]
         return block_scope(block.root.path or block.name, number)
 
     def _marked(
@@ -157,6 +177,10 @@ class Simulation(AffineParts):
             self._join_parts(e)
 
     def _compute(self, e: Equation) -> None:
+        if (loop := self._traced.loops.get(e.outputs[0])) is not None:
+            found = self._run_loop(e, loop)
+            self._env.update(zip(e.outputs, found, strict=True))
+            return
         if e.primitive.name in FUSED:
             longest = max((self._chains.get(v, 0) for v in e.inputs), default=0)
             self._chains.update(dict.fromkeys(e.outputs, longest))
@@ -200,7 +224,10 @@ class Simulation(AffineParts):
     def _divide_exactly(self, e: Equation, real: Any) -> None:
         """Has a quotient of two values on grids computed in integers."""
         number = self._traced.numbers.get(e.outputs[0])
-        is_site = number is not None and not self._plan.blocks[number].is_function
+        first = self._traced.first_block
+        is_site = (
+            number is not None and not self._plan.blocks[number - first].is_function
+        )
         grids = [self._grids.get(v) for v in e.inputs]
         if is_site and all(g is not None and not g.scale.ndim for g in grids):
             own = [

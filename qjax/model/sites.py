@@ -11,6 +11,7 @@ import numpy as np
 
 from qjax.model.blocks import MEANS, Block, Plan, constant_of, data_of
 from qjax.model.channels import Uses, factor_channels
+from qjax.model.loops import Surroundings
 from qjax.model.normalisations import NORM
 from qjax.model.norms import NormForm
 from qjax.model.primitives import SHAPE_MOVES
@@ -18,6 +19,7 @@ from qjax.model.softmaxes import SoftmaxForm
 from qjax.model.trace import Equation, Trace, evaluate
 from qjax.schemes.patterns import Site
 
+CARRY = "carry"  # What a sum that a loop carries is for the values that it adds.
 _BOUNDS = {
     (("max", 0.0),): "relu",
     (("max", 0.0), ("min", 6.0)): "relu6",
@@ -29,6 +31,7 @@ def describe(
     plan: Plan,
     names: Sequence[str],
     exact: Mapping[int, SoftmaxForm | NormForm] | None = None,
+    around: Surroundings | None = None,
 ) -> Plan:
     """Completes the facts of a site that rules, presets and configs ask for.
 
@@ -37,6 +40,7 @@ def describe(
       plan: Sites with names, roles and shapes.
       names: Names of the parameters, which are the first inputs of the trace.
       exact: Result of a softmax or norm that integers compute -> its form.
+      around: Loop of which the trace is the body; None for a whole model.
 
     Returns:
       The plan with whole sites.
@@ -52,7 +56,7 @@ def describe(
                 f"The parameter {name!r} has half of a surrogate pair in its name, "
                 "which is no text. Rename it."
             ) from error
-    describer = _Describer(model, plan, names, exact or {})
+    describer = _Describer(model, plan, names, exact or {}, around)
     return dataclasses.replace(plan, sites=describer.sites())
 
 
@@ -63,6 +67,7 @@ class _Describer:
         plan: Plan,
         names: Sequence[str],
         exact: Mapping[int, SoftmaxForm | NormForm],
+        around: Surroundings | None,
     ):
         self.model, self.plan, self.exact = model, plan, exact
         self.source = {v: e for e in model.equations for v in e.outputs}
@@ -77,6 +82,13 @@ class _Describer:
             self.modules.update("/".join(parts[: k + 1]) for k in range(len(parts)))
         self.top = next(filter(None, map(self._top, plan.blocks)), "")
         self._known_origins: dict[int, frozenset[int]] = {}
+        self._is_inside = around is not None
+        self._carries: dict[int, int] = {}  # Site of what a loop carries -> its end.
+        if around is not None:
+            for u, v in zip(around.carried, model.outputs, strict=False):
+                if v in plan.activations:
+                    self._known_origins[u] = frozenset([plan.activations[v]])
+                    self._carries[plan.activations[v]] = v
 
     def sites(self) -> tuple[Site, ...]:
         plan = self.plan
@@ -114,13 +126,17 @@ class _Describer:
                 inputs=inputs,
                 reads=self._reads(block),
             )
+            is_sum = k in self._carries and block.kind == "residual"
             for i in before:
-                feeds[i].append(op)
+                feeds[i].append(CARRY if is_sum else op)
             if (at := self._weight_site(block)) is not None:
                 sites[at] = self._of_weight(sites[at], op, inputs)
                 makes[at].append(k)
-        for i in self._origins(self.model.outputs):
-            feeds[i].append("return")
+        for k in self._carries:
+            feeds[k].append(CARRY)
+        if not self._is_inside:
+            for i in self._origins(self.model.outputs):
+                feeds[i].append("return")
         for at, ends in makes.items():
             feeds[at] += [op for k in ends for op in feeds[k]]
         for block in plan.blocks:
@@ -149,7 +165,7 @@ class _Describer:
 
     def _origin(self, value: int) -> frozenset[int]:
         known, todo = self._known_origins, [value]
-        while todo:
+        while todo and value not in known:
             v = todo[-1]
             e = self.source.get(v)
             if v in self.plan.activations:

@@ -19,7 +19,8 @@ from jax.extend.core import primitives as p
 from qjax.calls import SHARED, uninlined
 from qjax.leaves import leaf_names
 from qjax.mesh_axes import aligned, axes_of, vary
-from qjax.model.expansions import expansion
+from qjax.model.control_flow import both_branches, counted
+from qjax.model.expansions import expansion, scan_counts
 from qjax.model.kept import integer_of, whole_of
 from qjax.model.places import BlockSites, Place, split_scope
 from qjax.model.primitives import AFFINE, BOUNDS, POINTWISE
@@ -277,11 +278,9 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
                     env[eqn.outvars[0]] = inputs[0]
                     continue
             if (whole := expansion(eqn, keep_derivatives)) is not None and (
-                eqn.primitive is not p.scan_p or not data.isdisjoint(inputs)
+                eqn.primitive is not p.scan_p or is_unrolled(eqn, inputs)
             ):
-                types = [v.aval for v in eqn.invars]
-                body = jax.make_jaxpr(whole)(*types)
-                outputs = call(body, inputs, here, origin, around)
+                outputs = expanded(eqn, whole, inputs, here, origin, around)
             elif (
                 eqn.primitive is p.cond_p
                 and (at := known_number(inputs[0])) is not None
@@ -289,6 +288,11 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
                 branches = eqn.params["branches"]
                 branch = branches[min(max(at, 0), len(branches) - 1)]
                 outputs = call(branch, inputs[1:], here, origin, around)
+            elif not data.isdisjoint(inputs) and (
+                whole := both_branches(eqn)
+                or counted(eqn, [None if v in data else v for v in inputs], known_value)
+            ):
+                outputs = expanded(eqn, whole, inputs, here, origin, around)
             elif eqn.primitive in inlined and not is_kept:
                 own = [region_of(eqn, regions)] if eqn.primitive is p.remat_p else []
                 outputs = call(_inner(eqn), inputs, here, origin, (*around, *own))
@@ -310,6 +314,21 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
                     equations.append(e)
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(v) for v in jaxpr.outvars]
+
+    def is_unrolled(eqn: Any, inputs: Sequence[int]) -> bool:
+        """Returns whether a scan of data has no points, or weights for each step."""
+        steps = inputs[sum(scan_counts(eqn.params)) :]
+        weights = (v for v in steps if v not in data)
+        is_weighted = any(
+            jax.numpy.issubdtype(avals[v].dtype, np.inexact) for v in weights
+        )
+        return not data.isdisjoint(inputs) and (is_weighted or not has_qpoint(eqn))
+
+    def expanded(
+        eqn: Any, whole: Callable[..., Any], inputs: list[int], *at: Any
+    ) -> Any:
+        body = jax.make_jaxpr(whole)(*(v.aval for v in eqn.invars))
+        return call(body, inputs, *at)
 
     def known_number(v: int) -> int | None:
         """Returns a number that does not depend on an argument, or None."""

@@ -1,8 +1,10 @@
 """Models as they are simulated: traced, with the plan of their sites."""
 
 import dataclasses
+import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -10,6 +12,8 @@ from qjax.model.blocks import Block, Plan, data_of, path_name
 from qjax.model.cuts import warn_of_cuts
 from qjax.model.finder import find_blocks
 from qjax.model.folding import fold_normalisations, read_whole
+from qjax.model.lineage import Lineage
+from qjax.model.loops import ScanParts, Surroundings, body_of, is_loop, scan_parts
 from qjax.model.masked_exponentials import masked_behind
 from qjax.model.norms import NormForm
 from qjax.model.places import BlockSites
@@ -40,6 +44,8 @@ class TracedModel:
       numbers: Root of a block -> its number in the plan.
       exact: Result of a softmax or norm that integers compute -> its form.
       regions: Parts that the backward pass computes again.
+      loops: First result of a loop -> the loop.
+      first_block: Number of its first block, 0 but for the body of a loop.
     """
 
     model: Trace
@@ -54,15 +60,18 @@ class TracedModel:
     numbers: Mapping[int, int]
     exact: Mapping[int, SoftmaxForm | NormForm]
     regions: Regions
+    loops: Mapping[int, "Loop"]
+    first_block: int = 0
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Returns the sites of the model, in the order of the equations."""
-        return self.plan.sites
+        """Returns the sites of the model: its own, then those inside of its loops."""
+        inside = (loop.body.sites for loop in self.loops.values())
+        return (*self.plan.sites, *itertools.chain.from_iterable(inside))
 
     @property
     def blocks(self) -> tuple[BlockSites, ...]:
-        """Returns the sites of each block, in the order of `Plan.blocks`."""
+        """Returns the sites of each block: those of `Plan.blocks`, then of loops."""
         plan, sites = self.plan, self.plan.sites
         found = []
         for block in plan.blocks:
@@ -70,12 +79,36 @@ class TracedModel:
             weight = "" if at is None else sites[at].name
             output = sites[plan.activations[block.value]].name
             found.append(BlockSites(output, weight))
-        return tuple(found)
+        inside = (loop.body.blocks for loop in self.loops.values())
+        return (*found, *itertools.chain.from_iterable(inside))
 
     @property
     def biases(self) -> tuple[Site, ...]:
         """Returns the biases of the products of the model."""
-        return tuple(self.plan.biases.values())
+        inside = (loop.body.biases for loop in self.loops.values())
+        own = self.plan.biases.values()
+        return (*own, *itertools.chain.from_iterable(inside))
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A scan of a model, its body traced with the plan of its sites.
+
+    Attributes:
+      parts: What becomes of its operands and results.
+      body: A step, as a model of what is known and of data.
+      inputs: By operand, its value in the body.
+      known: Operands that depend on no input of the model.
+      ahead: Equations of the body that read what is known and the same in all steps.
+      rest: The other equations of the body.
+    """
+
+    parts: ScanParts
+    body: TracedModel
+    inputs: tuple[int, ...]
+    known: frozenset[int]
+    ahead: tuple[Equation, ...]
+    rest: tuple[Equation, ...]
 
 
 def trace_model(
@@ -100,14 +133,31 @@ def trace_model(
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     names = [path_name(path) for path, _ in leaves]
     model, out = trace(fn, params, *inputs, keep_derivatives=True)
-    model = widened(model)
-    own = model.inputs[len(leaves) :]
-    model = fold_normalisations(model, data_of(model, own), in_parts=not whole_norms)
+    return _planned(widened(model), out, names, _Settings(tuple(split), whole_norms))
+
+
+class _Settings(NamedTuple):
+    split: tuple[str, ...]
+    whole_norms: bool
+
+
+def _planned(
+    model: Trace,
+    out: Any,
+    names: Sequence[str],
+    settings: _Settings,
+    around: Surroundings | None = None,
+) -> TracedModel:
+    """Finds the sites of a trace, whose first inputs are parameters with some names."""
+    own = model.inputs[len(names) :]
+    in_parts = not settings.whole_norms
+    model = fold_normalisations(model, data_of(model, own), in_parts=in_parts)
     model = masked_behind(model)
     data = data_of(model, own)
     wholes = ((e.outputs[0], read_whole(model, data, e)) for e in model.equations)
     exact = {v: form for v, form in wholes if form is not None}
-    plan = describe(model, find_blocks(model, names, split, exact), names, exact)
+    found = find_blocks(model, names, settings.split, exact, around)
+    plan = describe(model, found, names, exact, around)
     warn_of_cuts(model, plan)
     # Known values come first: a kernel is held by its bias and its BatchNorm.
     known = set(model.avals) - data
@@ -115,8 +165,10 @@ def trace_model(
     moves = (e for e in order if e.primitive.name in SHAPE_MOVES)
     of_kind = lambda blocks, kind: (b for b in blocks if b.kind == kind)
     roots = lambda blocks: {b.root.outputs[0]: b for b in of_kind(blocks, "product")}
+    first = 0 if around is None else around.first_block
+    model = dataclasses.replace(model, equations=tuple(order))
     return TracedModel(
-        model=dataclasses.replace(model, equations=tuple(order)),
+        model=model,
         out=out,
         plan=plan,
         inputs=tuple(own),
@@ -125,10 +177,72 @@ def trace_model(
         source={v: e for e in order for v in e.outputs},
         tables={b.value: b.root.inputs[0] for b in of_kind(plan.blocks, "embedding")},
         moves={e.outputs[0]: e.inputs[0] for e in moves},
-        numbers={b.root.outputs[0]: k for k, b in enumerate(plan.blocks)},
+        numbers={b.root.outputs[0]: first + k for k, b in enumerate(plan.blocks)},
         exact=exact,
         regions=find_regions(order, model.avals),
+        loops=_loops(model, plan, names, data, settings, around),
+        first_block=first,
     )
+
+
+def _loops(
+    model: Trace,
+    plan: Plan,
+    names: Sequence[str],
+    data: set[int],
+    settings: _Settings,
+    around: Surroundings | None,
+) -> dict[int, Loop]:
+    """Traces the bodies of the loops of a model, and finds their sites."""
+    equations = [
+        e for e in model.equations if is_loop(e) and not data.isdisjoint(e.inputs)
+    ]
+    if not equations:
+        return {}
+    lineage = Lineage(model, names)
+    taken = Counter[str]() if around is None else around.taken
+    if around is None:
+        taken.update(site.name.partition(":")[0] for site in plan.sites)
+    count = (0 if around is None else around.first_block) + len(plan.blocks)
+    outer = "" if around is None else f"{around.name}/"
+    found: dict[int, Loop] = {}
+    for k, e in enumerate(equations):
+        parts = scan_parts(e)
+        is_known = [
+            v not in data and not parts.is_carry(n) for n, v in enumerate(e.inputs)
+        ]
+        sides: tuple[list[Any], list[Any]] = [], []
+        for known, aval in zip(is_known, parts.body.in_avals, strict=True):
+            sides[0 if known else 1].append(aval)
+        inner, out = trace(body_of(parts, is_known), *sides, keep_derivatives=True)
+        split = len(sides[0])
+        order = iter(inner.inputs[:split]), iter(inner.inputs[split:])
+        inputs = tuple(next(order[0 if known else 1]) for known in is_known)
+        pairs = zip(e.inputs, is_known, strict=True)
+        own = [lineage.leaf_name(v) for v, known in pairs if known]
+        ends = inputs[parts.consts : parts.consts + parts.carries]
+        name = f"{outer}scan_{k}"
+        inside = Surroundings(parts.carries, ends, name, taken, count)
+        body = _planned(inner, out, own, settings, inside)
+        count += len(body.blocks)
+        found[e.outputs[0]] = _loop(parts, body, inputs, is_known)
+    return found
+
+
+def _loop(
+    parts: ScanParts, body: TracedModel, inputs: tuple[int, ...], is_known: list[bool]
+) -> Loop:
+    """Returns a loop, the equations of its body in two parts."""
+    known = frozenset(k for k, is_one in enumerate(is_known) if is_one)
+    same = {inputs[k] for k in known if not parts.is_step(k)}
+    same.update(body.model.constants)
+    ahead: list[Equation] = []
+    rest: list[Equation] = []
+    for step in body.model.equations:
+        is_same = same.issuperset(step.inputs)
+        same.update(step.outputs if is_same else ())
+        (ahead if is_same else rest).append(step)
+    return Loop(parts, body, inputs, known, tuple(ahead), tuple(rest))
 
 
 class Traces:
@@ -139,11 +253,13 @@ class Traces:
 
     Attributes:
       folded: Known values that the last lowering has computed: `qjax.lowering.Bound`.
+      folds: The same of the bodies of loops.
     """
 
     def __init__(self) -> None:
         self._known: dict[Any, tuple[Callable[..., Any], TracedModel]] = {}
         self.folded: dict[str, dict[int, Any]] = {}
+        self.folds: dict[tuple[int, ...], dict[str, dict[int, Any]]] = {}
 
     def get(
         self,

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import chex
@@ -63,6 +63,37 @@ class Recorder:
     def takes_factors(self, site: Site) -> bool:
         """Returns that no factor goes into a weight."""
         return False
+
+    @property
+    def draws(self) -> bool:
+        """Returns that steps of a loop do not differ by their numbers."""
+        return False
+
+    @property
+    def seen(self) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """Returns the values and weights of a step."""
+        return self.values, self.weights
+
+    def at(self, site: Site, x: jax.Array) -> Visit:
+        """Leaves a value as it is."""
+        return Visit(x)
+
+    def state(self, names: Sequence[str]) -> tuple[()]:
+        """Returns nothing: steps go on from nothing."""
+        return ()
+
+    def inside(self, state: Any, step: jax.Array | None) -> "Recorder":
+        """Returns a recorder of one step."""
+        return dataclasses.replace(self, values={}, weights={})
+
+    def left(self, state: Any, seen: Any, starts: Mapping[str, jax.Array]) -> None:
+        """Records the values of all steps as those of one larger batch."""
+        for own, found in zip((self.values, self.weights), seen, strict=True):
+            for name, x in found.items():
+                x = x.reshape(-1, *x.shape[2:])
+                if name in starts:
+                    x = jnp.concatenate([starts[name].astype(x.dtype), x])
+                own[name] = x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +178,33 @@ class Quantizer:
             scale = jnp.maximum(scale, _LEAST_SCALE)
         params = QParams(scale, known_zeros(scale.shape))
         return Visit(self._round(site, x, params, spec), params)
+
+    @property
+    def draws(self) -> bool:
+        """Returns whether there is a key, of which each step of a loop has its own."""
+        return self.key is not None
+
+    @property
+    def seen(self) -> tuple[()]:
+        """Returns nothing: steps of a loop record nothing."""
+        return ()
+
+    def at(self, site: Site, x: jax.Array) -> Visit:
+        """Rounds to the grid of a site as it is now."""
+        return Quantizer.activation(self, site, x, None)
+
+    def state(self, names: Sequence[str]) -> Any:
+        """Returns nothing: ranges stay from step to step."""
+        return ()
+
+    def inside(self, state: Any, step: jax.Array | None) -> "Quantizer":
+        """Returns the visitor of a step, with a key of its own."""
+        if self.key is None or step is None:
+            return self
+        return dataclasses.replace(self, key=jax.random.fold_in(self.key, step))
+
+    def left(self, state: Any, seen: Any, starts: Mapping[str, jax.Array]) -> None:
+        """Takes nothing from a loop."""
 
     def _grid(self, site: Site, spec: QSpec) -> QParams:
         """Returns the grid of a site, or of the site that leads it."""
@@ -268,6 +326,31 @@ class Updater(Quantizer):
             self.qstate[site.name] = state
         return super().activation(site, x, unit)
 
+    def at(self, site: Site, x: jax.Array) -> Visit:
+        """Rounds to the grid of a site as it is now, of scale 1 before any batch."""
+        visit = super().at(site, x)
+        if visit.grid is None:
+            return visit
+        is_known = ~jnp.isnan(visit.grid.scale)
+        scale = jnp.where(is_known, visit.grid.scale, 1.0)
+        value = jnp.where(jnp.all(is_known), visit.value, x)
+        grid = visit.grid._replace(scale=scale)
+        return visit._replace(value=value, grid=grid)
+
+    def state(self, names: Sequence[str]) -> Any:
+        """Returns the states of calibrators, which go from step to step."""
+        return {name: self.qstate[name] for name in names if name in self.qstate}
+
+    def inside(self, state: Any, step: jax.Array | None) -> "Updater":
+        """Returns the visitor of a step, which moves ranges of its own."""
+        found = super().inside(state, step)
+        assert isinstance(found, Updater)
+        return dataclasses.replace(found, qstate={**self.qstate, **state})
+
+    def left(self, state: Any, seen: Any, starts: Mapping[str, jax.Array]) -> None:
+        """Takes the ranges after the last step."""
+        self.qstate.update(state)
+
     def _of_all_parts(self, x: jax.Array, spec: QSpec, reads_ends: bool) -> jax.Array:
         """Returns the values of all parts of a batch, or the ends of each scale."""
         if not reads_ends:
@@ -306,6 +389,33 @@ class Blend:
     def takes_factors(self, site: Site) -> bool:
         """Returns that no factor goes into a weight."""
         return False
+
+    @property
+    def draws(self) -> bool:
+        """Returns whether steps of a loop differ by their numbers."""
+        return self.visitor.draws
+
+    @property
+    def seen(self) -> tuple[()]:
+        """Returns what the other visitor records of a step."""
+        return self.visitor.seen
+
+    def at(self, site: Site, x: jax.Array) -> Visit:
+        """Blends a value with what the grid of a site makes of it."""
+        return self._blend(x, self.visitor.at(site, x))
+
+    def state(self, names: Sequence[str]) -> Any:
+        """Returns what the other visitor takes from step to step."""
+        return self.visitor.state(names)
+
+    def inside(self, state: Any, step: jax.Array | None) -> "Blend":
+        """Returns the visitor of a step."""
+        own = self.visitor.inside(state, step)
+        return dataclasses.replace(self, visitor=own)
+
+    def left(self, state: Any, seen: Any, starts: Mapping[str, jax.Array]) -> None:
+        """Lets the other visitor take what a loop leaves."""
+        self.visitor.left(state, seen, starts)
 
     def _blend(self, x: jax.Array, visit: Visit) -> Visit:
         return Visit(quantizers.blend_noise(x, visit.value, self.share))

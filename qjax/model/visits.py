@@ -1,7 +1,7 @@
 """Visits of sites: what a visitor is shown, and what it returns."""
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax.typing import ArrayLike
@@ -63,3 +63,31 @@ class Visitor(Protocol):
 
     def takes_factors(self, site: Site) -> bool:
         """Returns whether a weight's grid follows its values, which then may scale."""
+
+    # Loops, whose steps have visitors of their own.
+
+    @property
+    def draws(self) -> bool:
+        """Returns whether steps differ by their numbers, as what is drawn does."""
+
+    @property
+    def seen(self) -> Any:
+        """Returns the arrays that a loop collects from each step."""
+
+    def at(self, site: Site, x: jax.Array) -> Visit:
+        """Visits a value at the grid of an activation, which does not move by it."""
+
+    def state(self, names: Sequence[str]) -> Any:
+        """Returns the arrays at some sites that go from step to step."""
+
+    def inside(self, state: Any, step: jax.Array | None) -> "Visitor":
+        """Returns the visitor of a step."""
+
+    def left(self, state: Any, seen: Any, starts: Mapping[str, jax.Array]) -> None:
+        """Takes what a loop leaves: the last state, what each step saw, first values.
+
+        Args:
+          state: State after the last step.
+          seen: What the steps saw, along a first axis.
+          starts: Site of a carry -> its first value, unless that is zero.
+        """

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from typing import Any
 
 import jax
@@ -26,7 +27,8 @@ from qjax.schemes.words import (
 )
 from qjax.tables import show, show_fields
 
-NORM_BITS = 16  # Of what normalisations alone read.
+NORM_BITS = 16  # Of what normalisations alone read, and of the states of loops.
+_PRODUCTS = ("dense", "matmul")
 
 
 @jax.tree_util.register_dataclass
@@ -120,12 +122,16 @@ class Scheme:
     def is_widened(self, site: Site) -> bool:
         """Returns whether a site has the default word of activations in 16 bits.
 
-        Normalisations alone read it, which enlarge what is small, and no demands of a
-        runtime are made.
+        Normalisations alone read it, which enlarge what is small; or a loop carries it
+        and no product reads it, as the state of an LSTM; or it is a term of a sum that
+        a loop carries. No demands of a runtime are made.
         """
         is_default = self.rule(site) is None and isinstance(self.activations, QSpec)
         is_free = self.constraints == Constraints() and site.role == "activation"
-        return is_default and is_free and site.feeds == ("norm",) and site.op != "input"
+        is_read = any(fnmatch(op, "*conv*") or op in _PRODUCTS for op in site.feeds)
+        is_state = "carry" in site.feeds and not is_read
+        is_wide = site.feeds == ("norm",) or is_state
+        return is_default and is_free and is_wide and site.op != "input"
 
     def _widened(self) -> Word | None:
         word = self.activations

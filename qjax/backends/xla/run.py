@@ -22,7 +22,10 @@ NodeBody = Callable[[Node, Mapping[str, jax.Array], Sequence[jax.Array]], jax.Ar
 
 
 def run(
-    graph: Graph, params: Mapping[str, jax.Array], inputs: Sequence[jax.Array]
+    graph: Graph,
+    params: Mapping[str, jax.Array],
+    inputs: Sequence[jax.Array],
+    sites: dict[str, jax.Array] | None = None,
 ) -> list[jax.Array]:
     """Computes all values of a graph.
 
@@ -30,25 +33,53 @@ def run(
       graph: Graph to compute.
       params: Parameters of the graph, by name.
       inputs: Codes, in the types of the graph.
+      sites: Receives the codes of all quantization points by name; those inside of
+        loops with an axis of steps before the others.
 
     Returns:
       Every value by number. Under `jax.jit` those that are not used cost nothing.
     """
     env: dict[int, jax.Array] = dict(zip(graph.inputs, inputs, strict=True))
     for node in graph.nodes:
-        env[node.output] = apply(graph, node, params, [env[v] for v in node.inputs])
+        given = [env[v] for v in node.inputs]
+        if node.graphs:
+            found = LOOPS[node.operation](node, params, given, sites)
+        else:
+            found = [BODIES[node.operation](node, params, given)]
+        for v, x in zip(node.outputs, found, strict=True):
+            env[v] = x.astype(graph.values[v].dtype)
+    if sites is not None:
+        sites.update({name: env[v] for name, v in graph.sites.items()})
     return [env[v] for v in range(len(graph.values))]
 
 
-def apply(
-    graph: Graph,
+def _loop(
     node: Node,
     params: Mapping[str, jax.Array],
     inputs: Sequence[jax.Array],
-) -> jax.Array:
-    """Computes one node in the type of its output in the graph."""
-    out = BODIES[node.operation](node, params, inputs)
-    return out.astype(graph.values[node.output].dtype)
+    sites: dict[str, jax.Array] | None,
+) -> list[jax.Array]:
+    a, body = node.attributes, node.graphs["body"]
+    first, carries = a["consts"] + a["carries"], a["carries"]
+    given = [
+        x.astype(body.values[v].dtype) for x, v in zip(inputs, body.inputs, strict=True)
+    ]
+
+    def step(carry: Any, xs: Any) -> Any:
+        own: dict[str, jax.Array] | None = None if sites is None else {}
+        operands = [*given[: a["consts"]], *carry, *xs]
+        values = run(body, params, operands, own)
+        made = [values[v] for v in body.outputs]
+        types = [x.dtype for x in carry]
+        kept = [x.astype(t) for x, t in zip(made[:carries], types, strict=True)]
+        return kept, (made[carries:], own)
+
+    carry, xs = given[a["consts"] : first], given[first:]
+    options: dict[str, Any] = {"length": a["length"], "reverse": a["is_reversed"]}
+    carry, (ys, own) = lax.scan(step, carry, xs, **options)
+    if sites is not None:
+        sites.update(own)
+    return [*carry, *ys]
 
 
 def _multiply(node, params, inputs):
@@ -367,6 +398,9 @@ def _pad(node, params, inputs):
     fill = jnp.asarray(code, x.dtype)
     return lax.pad(x, fill, [tuple(c) for c in node.attributes["padding"]])
 
+
+# Bodies that run the graphs of their nodes, and may have several outputs.
+LOOPS = {"loop": _loop}
 
 BODIES: dict[str, NodeBody] = {
     "dot": bodies.dot,

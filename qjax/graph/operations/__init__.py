@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from qjax.graph.operations.arithmetic import ARITHMETIC
 from qjax.graph.operations.gathers import GATHERS
 from qjax.graph.operations.lookups import LOOKUPS
+from qjax.graph.operations.loops import LOOPS
 from qjax.graph.operations.moves import MOVES
 from qjax.graph.operations.normalisations import NORMALISATIONS
 from qjax.graph.operations.products import PRODUCTS
@@ -24,6 +25,7 @@ OPERATIONS: Mapping[str, Operation] = {
         *GATHERS,
         ARITHMETIC,
         *NORMALISATIONS,
+        *LOOPS,
         *TFLITE,
     )
 }

@@ -147,7 +147,7 @@ class Operands:
         return max(abs(ends[0]), abs(ends[1]))
 
 
-Meaning = Callable[..., np.ndarray]
+Meaning = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +176,8 @@ class Operation:
       each_input: Names of the lists that have an item for each input.
       each_axis: Names of the lists that have an item for each axis of the first input.
       graphs: Roles of the graphs of its node; each must be there.
+      others: Shapes and intervals of the outputs after the first; None where there is
+        one. Its meaning returns a tuple then.
       reach: Of an accumulator the number of terms, and a bound on the magnitude of any
         part of their sum, 0 where the interval of the output says enough; None where
         each input is one term.
@@ -194,7 +196,13 @@ class Operation:
     each_input: tuple[str, ...] = ()
     each_axis: tuple[str, ...] = ()
     graphs: tuple[str, ...] = ()
+    others: Callable[[Operands], Sequence[tuple[Shape, Ends]]] | None = None
     reach: Callable[[Operands], tuple[int, int]] | None = None
+
+    def outputs(self, o: Operands) -> list[tuple[Shape, Ends]]:
+        """Returns shape and interval of each output, as `shape` and `interval`."""
+        rest = [] if self.others is None else self.others(o)
+        return [(self.shape(o), self.interval(o)), *rest]
 
 
 # Shapes and intervals that several operations share.

@@ -13,6 +13,7 @@ from qjax.lowering.rules.choices import CHOICES
 from qjax.lowering.rules.functions import FUNCTIONS
 from qjax.lowering.rules.gathers import GATHERS
 from qjax.lowering.rules.lookups import LOOKUPS
+from qjax.lowering.rules.loops import LOOPS
 from qjax.lowering.rules.moves import MOVES
 from qjax.lowering.rules.normalisations import NORMALISATIONS
 from qjax.lowering.rules.points import POINTS
@@ -31,6 +32,7 @@ RULES: Mapping[str, LoweringRule] = extended(
         **FUNCTIONS,
         **GATHERS,
         **LOOKUPS,
+        **LOOPS,
         **MOVES,
         **NORMALISATIONS,
         **POINTS,

@@ -1,0 +1,225 @@
+"""Rules of loops: one graph of a step, on grids that do not change."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qjax.graph.graph import Graph, Grid, storage
+from qjax.lowering.constants import add_constant, real_values
+from qjax.lowering.folding import fold_known
+from qjax.lowering.interpret import LoweringRule, refuse, where
+from qjax.lowering.loops import Body, body_trace
+from qjax.lowering.operands import settled
+from qjax.lowering.rules.whole import whole_numbers
+from qjax.lowering.site_grids import SiteGrid
+from qjax.lowering.values import (
+    Abstract,
+    Builder,
+    Integers,
+    Known,
+    KnownCodes,
+    PendingAccumulator,
+    Sum,
+)
+from qjax.model.loops import ScanParts, scan_parts
+from qjax.model.primitives import SHAPE_MOVES
+from qjax.model.trace import Equation, Trace
+from qjax.qpoint import qpoint_p
+
+
+def _scan(
+    builder: Builder, e: Equation, trace: Trace, *operands: Abstract
+) -> tuple[Abstract, ...]:
+    """Lowers a loop to one operation, which runs the graph of its body.
+
+    What is carried has the grid of the quantization point at its end: the first value
+    is on it, or zero.
+    """
+    parts = scan_parts(e)
+    known = {
+        k: _array(x)
+        for k, x in enumerate(operands)
+        if k < parts.consts and isinstance(x, Known | KnownCodes)
+    }
+    body = body_trace(e, known)
+    body = body._replace(trace=builder.prepared(body.trace))
+    child = builder.inside(e.outputs[0])
+    grids = _grids(body, parts, fold_known(body.trace, child.folded))
+    given: dict[int, Abstract] = {
+        v: operands[k]
+        for k, v in body.constants.items()
+        if isinstance(operands[k], KnownCodes)
+    }
+    inputs, before = [], []
+    for k, v in zip(body.given, body.trace.inputs, strict=True):
+        carry = k - parts.consts if parts.is_carry(k) else None
+        grid = None if carry is None else grids[carry]
+        x = _operand(builder, e, trace, operands[k], e.inputs[k], grid)
+        own, inside = _inside(child, trace.shape(e.inputs[k]), x, parts, k, grid)
+        before.append((k, x.value))
+        inputs.append(own)
+        given[v] = inside
+    made = builder.interpreted(body.trace, child, given)
+    graph, ends = _graph(child, body, e, parts, inputs, made)
+    attributes = {
+        "consts": sum(k < parts.consts for k in body.given),
+        "carries": parts.carries,
+        "length": None
+        if len(operands) > parts.consts + parts.carries
+        else parts.length,
+        "is_reversed": parts.is_reversed,
+    }
+    path = where(e).strip("'")
+    values = builder.add_loop([v for _, v in before], graph, attributes, path=path)
+    builder.taken |= {*child.sites, *child.taken}
+    return tuple(_outside(builder, v, x) for v, x in zip(values, ends, strict=True))
+
+
+def _array(x: Known | KnownCodes) -> np.ndarray:
+    return np.asarray(x.value) if isinstance(x, Known) else real_values(x)
+
+
+def _grids(
+    body: Body, parts: ScanParts, known: Mapping[int, Any]
+) -> list[SiteGrid | None]:
+    """Returns the grid at the end of each carry; None for whole numbers."""
+    makers = {v: step for step in body.trace.equations for v in step.outputs}
+    found: list[SiteGrid | None] = []
+    for k, v in enumerate(body.trace.outputs[: parts.carries]):
+        if not body.trace.is_real(v):
+            found.append(None)
+            continue
+        step = makers.get(v)
+        while step is not None and step.primitive.name in SHAPE_MOVES:
+            step = makers.get(step.inputs[0])
+        if step is None or step.primitive is not qpoint_p:
+            raise ValueError(_NO_GRID.format(k))
+        numbers = [np.asarray(known[u]) for u in step.inputs[1:] if u in known]
+        if len(numbers) < 4 or any(n.size != 1 for n in numbers):
+            raise ValueError(_MANY.format(k, step.params["site"]))
+        scale, zero_point, low, high = (n.reshape(()) for n in numbers)
+        ends, site = (int(low), int(high)), step.params["site"]
+        word = int(zero_point), *ends
+        found.append(SiteGrid(float(scale), *word, site, is_part=True))
+    return found
+
+
+_NO_GRID = (
+    "What a loop carries at {0} is on no grid at the end of a step, so that the next "
+    "step has no codes. Quantize it there: a rule of the scheme, or `qjax.fake_quant` "
+    "in a loop of your own."
+)
+_MANY = (
+    "What a loop carries at {0} has no single scale, at {1!r}. Use one scale, "
+    'Rule("{1}", QSpec(bits=8)).'
+)
+
+
+def _operand(
+    builder: Builder,
+    e: Equation,
+    trace: Trace,
+    x: Abstract,
+    v: int,
+    grid: SiteGrid | None,
+) -> Integers:
+    """Returns an operand of a loop as integers of the graph."""
+    if grid is not None and isinstance(x, Known | KnownCodes):
+        return _constant(builder, trace, x, v, grid)
+    if not trace.is_real(v):
+        return whole_numbers(builder, e, trace, x, v, "operand")
+    if isinstance(x, Integers | PendingAccumulator | Sum):
+        x = settled(builder, e, trace, x)
+    if not isinstance(x, Integers) or not x.is_of_codes or x.gain is not None:
+        raise refuse(e, x, "operand")
+    if x.rescaled is not None or np.ndim(x.scale):
+        raise refuse(e, x, "operand")
+    if grid is None:
+        return x
+    if x.scale != np.float32(grid.scale) or x.zero_point != grid.zero_point:
+        raise ValueError(
+            f"What a loop carries to {grid.site!r} starts on another grid, in "
+            f"{where(e)}.\n  equation: {e}\nQuantize the first value as `qjax."
+            "quantize_model` does: to the grid that it has after each step."
+        )
+    return x
+
+
+def _constant(
+    builder: Builder, trace: Trace, x: Known | KnownCodes, v: int, grid: SiteGrid
+) -> Integers:
+    """Adds the known first value of a carry, in the examples of an input."""
+    codes = np.broadcast_to(grid.known_codes_of(_array(x)), trace.shape(v))
+    starts = (
+        builder.values[u].shape[:1] == codes.shape[:1] for u in builder.inputs.values()
+    )
+    same = zip(builder.inputs.values(), starts, strict=True)
+    like = next((u for u, is_same in same if is_same and codes.ndim), None)
+    name = f"{grid.site}/start"
+    options: Any = {"name": name, "path": name, "like": like, "dtype": grid.dtype}
+    return grid.integers(builder, add_constant(builder, codes, grid.grid, **options))
+
+
+def _inside(
+    child: Builder,
+    shape: tuple[int, ...],
+    x: Integers,
+    parts: ScanParts,
+    k: int,
+    grid: SiteGrid | None,
+) -> tuple[int, Integers]:
+    """Adds an input of the body, which stands for an operand in each step."""
+    shape = shape[1:] if parts.is_step(k) else shape
+    if grid is not None:
+        value = child.add_value(
+            shape, grid.qmin, grid.qmax, grid.grid, dtype=grid.dtype
+        )
+        return value, grid.integers(child, value)
+    if x.dtype:
+        ends = (x.low, x.high)
+        if parts.is_carry(k):
+            info = np.iinfo(np.int32)
+            ends = (0, 1) if x.dtype == "bool" else (int(info.min), int(info.max))
+        value = child.add_value(shape, *ends, dtype="int32")
+        return value, child.numbers(value, x.place, x.dtype)
+    scale = Grid(float(np.float32(x.scale)), x.zero_point)
+    dtype = storage(min(x.low, x.zero_point), max(x.high, x.zero_point))
+    value = child.add_value(shape, x.low, x.high, scale, dtype=dtype)
+    return value, x.elsewhere(value)
+
+
+def _graph(
+    child: Builder,
+    body: Body,
+    e: Equation,
+    parts: ScanParts,
+    inputs: Sequence[int],
+    made: Sequence[Abstract],
+) -> tuple[Graph, list[Integers]]:
+    """Returns the graph of a step, and what its outputs mean."""
+    ends = []
+    for v, x in zip(body.trace.outputs, made, strict=True):
+        if not body.trace.is_real(v):
+            own = whole_numbers(child, e, body.trace, x, v, "result")
+        else:
+            own = x if isinstance(x, Integers) else settled(child, e, body.trace, x)
+            if not own.is_codes or own.gain is not None or np.ndim(own.scale):
+                raise refuse(e, own, "result")
+            own = settled(child, e, body.trace, own)
+            grid = Grid(float(np.float32(own.scale)), own.zero_point)
+            if child.values[own.value].grid != grid:
+                raise refuse(e, own, "result")
+        ends.append(own)
+    outputs = tuple(x.value for x in ends)
+    return child.graph(tuple(inputs), outputs), ends
+
+
+def _outside(builder: Builder, v: int, x: Integers) -> Integers:
+    """Returns what a loop leaves, as its step has it."""
+    own = builder.values[v]
+    return x.elsewhere(v, low=own.low, high=own.high, place=x.place)
+
+
+# Primitive -> its rule.
+LOOPS: Mapping[str, LoweringRule] = {"scan": _scan}

@@ -1,0 +1,172 @@
+"""Loops in a simulation: `jax.lax.scan` over steps that put values on grids."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qjax.affine import QParams
+from qjax.mesh_axes import axes_of, vary
+from qjax.model.affine_parts import AffineParts
+from qjax.model.blocks import constant_of
+from qjax.model.trace import Equation
+from qjax.model.traced_model import Loop
+from qjax.model.visits import Visitor
+from qjax.schemes.patterns import Site
+
+
+class OnGrid(NamedTuple):
+    """What is known of the grid of a value."""
+
+    grid: QParams | None
+    is_byte: bool = False
+    word: str = ""  # Type of its codes, where a program is followed.
+
+
+class LoopRuns(AffineParts):
+    """The loops of a simulation.
+
+    What a loop carries has one grid in all steps, that of the site at its end: the
+    first value is rounded to it before the loop.
+    """
+
+    _inside: Callable[[Any], Self]  # Makes the simulation of a body.
+    _enter: Callable[[Visitor], None]
+    _take: Callable[[Mapping[int, Any]], None]
+    _closed: Callable[[], dict[int, Any]]
+    _walk: Callable[[Sequence[Equation]], None]
+    _typed: Callable[[int, Any], Any]
+    _check_seen: Callable[[], None]
+
+    def _run_loop(self, e: Equation, loop: Loop) -> list[Any]:
+        """Computes a loop, and keeps what is known of the grids of its results."""
+        parts, visitor = loop.parts, self._visitor
+        inner = self._inside(loop.body)
+        inner._enter(visitor)
+        given = [self._env[v] for v in e.inputs]
+        fixed = {loop.inputs[k]: given[k] for k in loop.known if not parts.is_step(k)}
+        inner._take({**inner._closed(), **fixed})
+        for k, v in enumerate(loop.inputs):
+            if k not in loop.known and not parts.is_carry(k):
+                inner._give(v, self._kept(e.inputs[k]))
+                if not parts.is_step(k):
+                    inner._env[v] = inner._typed(v, given[k])
+        inner._walk(loop.ahead)
+        starts: dict[str, jax.Array] = {}
+        first = range(parts.consts, parts.consts + parts.carries)
+        carry = [self._start(e.inputs[k], loop, k, inner, starts) for k in first]
+        names = [site.name for site in loop.body.sites]
+        xs = {k: x for k, x in enumerate(given) if parts.is_step(k)}
+        steps = jnp.arange(parts.length) if visitor.draws else None
+        sources: dict[int, int] = {}
+
+        def step(before: Any, now: Any) -> Any:
+            carried, state = before
+            own = inner._copied(visitor.inside(state, now[0]))
+            for k, x in enumerate(carried, parts.consts):
+                own._env[loop.inputs[k]] = x
+            for k, x in now[1].items():
+                if k not in loop.known:
+                    own._env[loop.inputs[k]] = own._typed(loop.inputs[k], x)
+            own._take({loop.inputs[k]: now[1][k] for k in now[1] if k in loop.known})
+            own._walk(loop.rest)
+            own._check_seen()
+            outputs = loop.body.model.outputs
+            sources.update(own._grid_sources(outputs))
+            results = [own._typed(v, own._env[v]) for v in outputs]
+            after = own._visitor.state(names)
+            after = jax.tree.map(lambda x, like: x.astype(like.dtype), after, state)
+            kept = results[: parts.carries]
+            types = [jax.typeof(x) for x in carried]
+            kept = [vary(x, axes_of(t)) for x, t in zip(kept, types, strict=True)]
+            return (kept, after), (results[parts.carries :], own._visitor.seen)
+
+        if any(step_.regions for step_ in loop.body.model.equations):
+            step = jax.checkpoint(step, prevent_cse=False)
+        state = jax.tree.map(jnp.asarray, visitor.state(names))
+        options: dict[str, Any] = {
+            "reverse": parts.is_reversed,
+            "unroll": parts.unroll,
+            "length": parts.length,
+        }
+        (carried, state), (ys, seen) = lax.scan(
+            step, (carry, state), (steps, xs), **options
+        )
+        visitor.left(state, seen, starts)
+        self._leave(e, loop, inner, sources)
+        return [*carried, *ys]
+
+    def _kept(self, v: int) -> OnGrid:
+        """Returns what is known of the grid of a value."""
+        return OnGrid(self._grids.get(v), v in self._bytes)
+
+    def _give(self, v: int, own: OnGrid) -> None:
+        """Keeps what is known of the grid of a value that comes from elsewhere."""
+        if own.grid is not None and not own.grid.scale.ndim:
+            self._grids[v] = own.grid
+        if own.is_byte:
+            self._bytes.add(v)
+
+    def _onto(self, v: int, site: Site, x: jax.Array) -> tuple[jax.Array, OnGrid]:
+        """Puts a value, or one like it, on the grid of a site as it is now."""
+        visit = self._visitor.at(site, x)
+        return visit.value, OnGrid(visit.grid, visit.is_byte)
+
+    def _start(
+        self, v: int, loop: Loop, k: int, inner: Self, starts: dict[str, jax.Array]
+    ) -> Any:
+        """Returns the first value of a carry, on the grid of its site."""
+        own, plan = loop.inputs[k], loop.body.plan
+        end = loop.body.model.outputs[k - loop.parts.consts]
+        aval = loop.body.model.avals[own]
+        x = jnp.asarray(self._env[v]).astype(aval.dtype)
+        if end in plan.activations:
+            site = plan.sites[plan.activations[end]]
+            value, found = self._onto(v, site, x)
+            inner._give(own, found)
+            known = constant_of(self._model, v, dict(self._traced.source))
+            if known is None or known.any():  # Every grid holds zero.
+                starts[site.name] = x
+                x = value.astype(aval.dtype)
+        return vary(x, axes_of(aval))
+
+    def _copied(self, visitor: Visitor) -> Self:
+        """Returns a simulation that goes on from this one, which stays as it is."""
+        own = copy.copy(self)
+        for name, value in vars(own).items():
+            if isinstance(value, dict | set):
+                setattr(own, name, value.copy())
+        own._visitor = visitor
+        return own
+
+    def _grid_sources(self, outputs: Sequence[int]) -> dict[int, int]:
+        """Maps results of a step to the site, or operand, whose grid they have."""
+        found = {}
+        for v in outputs:
+            grid = self._grids.get(v)
+            if grid is None or grid.scale.ndim:
+                continue
+            ends = (*self._plan.activations, *self._traced.inputs)
+            same = (u for u in ends if self._grids.get(u) is grid)
+            if (u := next(same, None)) is not None:
+                found[v] = u
+        return found
+
+    def _leave(
+        self, e: Equation, loop: Loop, inner: Self, sources: Mapping[int, int]
+    ) -> None:
+        """Keeps what is known of the grids of the results of a loop."""
+        plan, model = loop.body.plan, loop.body.model
+        for v, own in zip(e.outputs, model.outputs, strict=True):
+            source = sources.get(own)
+            if source is None:
+                continue
+            if source in plan.activations:
+                site = plan.sites[plan.activations[source]]
+                zeros = jnp.zeros(site.shape, model.avals[source].dtype)
+                self._give(v, self._onto(-1, site, zeros)[1])
+            else:
+                self._give(v, inner._kept(source))
