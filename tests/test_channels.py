@@ -391,7 +391,9 @@ def _closing(fn, weights):
     return (lambda params, x: fn(weights, x)), fn
 
 
-@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize(
+    "power_of_two", [False, pytest.param(True, marks=pytest.mark.heavy)]
+)
 def test_a_weight_that_a_function_closes_over_is_a_weight(power_of_two):
     """It has a site, so it is rounded: the codes are those of the same as parameter."""
     weights = {"a": _values(3, 3, 2, 4), "b": _values(4, 5, seed=1), "c": _values(1, 5)}

@@ -19,6 +19,11 @@ KEPT[:, 0] = True
 PAST = np.tril(np.ones((5, 5), bool))
 
 
+def cases(forms, heavy):
+    mark = lambda form: pytest.mark.heavy if form in heavy else ()
+    return [pytest.param(form, marks=mark(form)) for form in forms]
+
+
 def _scores(p, x):
     return jnp.einsum("bnc,bmc->bnm", x @ p, x) / 2
 
@@ -80,7 +85,11 @@ FORMS = {
 POWERS = Scheme(QSpec(8, power_of_two=True), QSpec(8, power_of_two=True))
 
 
-@pytest.mark.parametrize("form", FORMS)
+# Each of these is part of another form.
+HEAVY = ("select", "attention", "added twice")
+
+
+@pytest.mark.parametrize("form", cases(FORMS, HEAVY))
 def test_masks_that_are_inputs_ship_and_widen_no_range(form):
     fn, mask = FORMS[form]
     scheme = POWERS if form in ("added", "pairs") else Scheme()
@@ -199,7 +208,7 @@ TURNED = {
 }
 
 
-@pytest.mark.parametrize("form", TURNED)
+@pytest.mark.parametrize("form", cases(TURNED, ("vmap", "attention")))
 def test_softmaxes_of_turned_values(form):
     fn = lambda p, x: TURNED[form](x)
     qmodel = qjax.quantize_model(fn, (), Q)

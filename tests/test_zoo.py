@@ -27,7 +27,7 @@ def test_a_model_runs_and_is_quantized(name):
 
 
 FAST = "cross_attention"
-lowered = [FAST, "experts", "bert"]
+lowered = [FAST, "experts"]
 heavy = [name for name in MAKERS if name not in lowered]
 lowered += [pytest.param(name, marks=pytest.mark.heavy) for name in heavy]
 
