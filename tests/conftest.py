@@ -1,6 +1,7 @@
 """Strict JAX flags for all tests, and a folder of compiled programs between runs."""
 
 import collections
+import gc
 import os
 import pathlib
 import re
@@ -41,13 +42,19 @@ def pytest_collection_modifyitems(config, items):
     """
     expression = config.option.markexpr
     is_whole = not config.option.file_or_dir and "more" not in expression
-    for item in _further_cases(items) if is_whole else ():
+    skipped = [name for name in ("fuzz", "heavy", "more") if name not in expression]
+    runs = lambda item: not any(map(item.get_closest_marker, skipped))
+    for item in _further_cases(filter(runs, items)) if is_whole else ():
         item.add_marker("more")
-    skipped = {name for name in ("fuzz", "heavy", "more") if name not in expression}
-    left_out = [i for i in items if any(map(i.get_closest_marker, skipped))]
+    left_out = [item for item in items if not runs(item)]
     config.hook.pytest_deselected(items=left_out)
     gone = {id(item) for item in left_out}
     items[:] = [item for item in items if id(item) not in gone]
+
+
+def pytest_collection_finish():
+    """No collection of garbage goes through what stands before the first test."""
+    gc.freeze()
 
 
 def _further_cases(items):

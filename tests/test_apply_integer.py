@@ -136,7 +136,7 @@ def test_words_by_name():
 def test_derivatives_are_those_of_the_simulated_model():
     x = images(2, 8, 8, 3)
     qmodel, params, qstate = quantized(Small(), x, POWERS)
-    weights = jax.random.normal(jax.random.key(5), (2, 3))
+    weights = images(2, 3, seed=5)
 
     def slope(apply):
         return jax.jit(jax.grad(lambda p: (apply(p, qstate, x) * weights).sum()))
@@ -222,7 +222,7 @@ def test_derivatives_on_float_scales_are_those_at_the_codes_of_the_program(bits)
     x = images(4, 8, 8, 3)
     scheme = qjax.Scheme(qjax.QSpec(bits, narrow_range=True, axis=-1), qjax.QSpec(bits))
     qmodel, params, qstate = quantized(Small(), x, scheme)
-    weights = jax.random.normal(jax.random.key(5), (4, 3))
+    weights = images(4, 3, seed=5)
     run = forced(qmodel, params, qstate, x)
     wanted = jax.jit(jax.grad(lambda p: (run(p) * weights).sum()))(params)
     apply = qmodel.apply_integer

@@ -190,8 +190,9 @@ P = {"kernel": _draw(8, 8) * 0.4, "gain": 1 + 0.3 * _draw(8), "bias": _draw(8, s
 
 def _layer(layer, x=X):
     """A layer of Flax with parameters that are not 1 and 0."""
-    params = layer.init(jax.random.key(0), x)
-    params = jax.tree.map(lambda t: t + 0.2 * _draw(*t.shape, seed=3), params)
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), x)
+    draw = lambda path, t: ("scale" in str(path)) + 0.2 * _draw(*t.shape, seed=3)
+    params = jax.tree_util.tree_map_with_path(draw, shapes)
     return lambda p, x: layer.apply(params, x), x
 
 

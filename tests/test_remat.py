@@ -11,6 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 import qjax
+from tests.models import images, randomized
 
 pytestmark = pytest.mark.usefixtures("flax_promotion")
 
@@ -20,7 +21,7 @@ _plain = lambda fn, **_: fn
 
 
 def _normal(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape) / np.sqrt(shape[-1])
+    return images(*shape, seed=seed) / np.float32(np.sqrt(shape[-1]))
 
 
 def saved_bytes(fn, params):
@@ -111,7 +112,7 @@ def cnn(checkpoint):
             return nn.Dense(3)(jnp.mean(x, (1, 2)))
 
     x = _normal(8, 8, 8, 8)
-    params = Net().init(jax.random.key(0), x)
+    params = randomized(jax.eval_shape(Net().init, jax.random.key(0), x))
     fn = lambda params, x: Net().apply(params, x, mutable=["batch_stats"])
     return fn, params, x
 
