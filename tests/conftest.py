@@ -29,7 +29,7 @@ def flax_promotion():
         yield
 
 
-MOST_CASES = 12  # Of one test function in a run of the whole suite.
+MANY_CASES, KEPT_CASES = 12, 8  # Of a function with more, the whole suite runs these.
 
 
 def pytest_collection_modifyitems(config, items):
@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(config, items):
 
     Thousands of random programs and deep ones run with `-m fuzz`, long compilations and
     trainings beside the kinds that always run with `-m heavy`. Of a function with
-    more than a dozen cases the whole suite runs a dozen, spread over all; a run that
+    more than a dozen cases the whole suite runs eight, spread over all; a run that
     names files, or `-m "more or not more"`, runs each.
     """
     expression = config.option.markexpr
@@ -58,11 +58,11 @@ def pytest_collection_finish():
 
 
 def _further_cases(items):
-    """All cases of a test function but `MOST_CASES`, which are spread over them."""
+    """All cases of functions with many but `KEPT_CASES`, which are spread over them."""
     cases = collections.defaultdict(list)
     for item in items:
         cases[re.sub(r"\d*$", "", item.nodeid.partition("[")[0])].append(item)
     for own in cases.values():
-        if (n := len(own)) > MOST_CASES:
-            kept = {k * (n - 1) // (MOST_CASES - 1) for k in range(MOST_CASES)}
+        if (n := len(own)) > MANY_CASES:
+            kept = {k * (n - 1) // (KEPT_CASES - 1) for k in range(KEPT_CASES)}
             yield from (item for k, item in enumerate(own) if k not in kept)

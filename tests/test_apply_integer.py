@@ -72,13 +72,21 @@ def assert_ships(qmodel, params, qstate, x):
     np.testing.assert_array_equal(ours, shipped)
 
 
-@pytest.mark.parametrize("scheme", [POWERS, FLOATS], ids=["powers", "floats"])
+@pytest.mark.parametrize(
+    "scheme",
+    [pytest.param(POWERS, marks=pytest.mark.heavy), FLOATS],
+    ids=["powers", "floats"],
+)
 def test_values_are_those_of_the_program(scheme):
     x = images(2, 8, 8, 3)
     assert_ships(*quantized(Small(), x, scheme), x)
 
 
-@pytest.mark.parametrize("scheme", [POWERS, FLOATS], ids=["powers", "floats"])
+@pytest.mark.parametrize(
+    "scheme",
+    [POWERS, pytest.param(FLOATS, marks=pytest.mark.heavy)],
+    ids=["powers", "floats"],
+)
 def test_moves_joins_and_products(scheme):
     ids = jnp.arange(10).reshape(2, 5)
     assert_ships(*quantized(Moves(), ids, scheme), ids)

@@ -248,6 +248,7 @@ def test_a_half_model_has_the_values_and_the_state_of_float32(name, dtype):
     np.testing.assert_allclose(again, full, atol=0.08 * most, rtol=0)
 
 
+@pytest.mark.slow
 @pairs(
     ("cnn", F16),
     ("mlp", BF16),
@@ -283,6 +284,7 @@ def test_the_program_is_that_of_float32_and_says_so(name, dtype, tmp_path):
         np.testing.assert_array_equal(few, program(own.x[:3]).astype(found.dtype))
 
 
+@pytest.mark.slow
 @pairs(("mlp", BF16), ("cnn", F16), names=("mlp", "cnn"))
 def test_parameters_and_inputs_in_half_precision(name, dtype, tmp_path):
     own = case(name)
@@ -338,6 +340,7 @@ def _slope(fn, params, target):
     return np.concatenate([np.ravel(x).astype(np.float64) for x in reals])
 
 
+@pytest.mark.slow
 @pairs(
     ("cnn", BF16),
     ("mixer", F16),

@@ -196,7 +196,15 @@ def test_prevent_cse_and_nesting_are_those_of_the_model():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [mlp, nested, residual, cnn, nnx_model])
+@pytest.mark.parametrize(
+    "make",
+    [
+        nested,
+        cnn,
+        nnx_model,
+        *(pytest.param(make, marks=pytest.mark.heavy) for make in (mlp, residual)),
+    ],
+)
 def test_values_gradients_and_states_are_those_without_checkpoints(make):
     _, qmodel, plain, params, qstate, x = quantized(make)
 
