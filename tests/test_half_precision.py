@@ -250,8 +250,6 @@ def test_a_half_model_has_the_values_and_the_state_of_float32(name, dtype):
 
 @pytest.mark.slow
 @pairs(
-    ("cnn", F16),
-    ("mlp", BF16),
     ("embedding", BF16),
     ("by hand", F16),
     ("attention", BF16),
@@ -279,7 +277,7 @@ def test_the_program_is_that_of_float32_and_says_so(name, dtype, tmp_path):
     found = jax.jit(half.apply_integer)(own.params, own.qstate, own.x)
     assert found.dtype == jax.eval_shape(own.make(dtype), own.params, own.x).dtype
     np.testing.assert_array_equal(found, program(own.x).astype(found.dtype))
-    if name in ("mlp", "embedding"):
+    if name == "embedding":
         few = jax.jit(half.apply_integer)(own.params, own.qstate, own.x[:3])
         np.testing.assert_array_equal(few, program(own.x[:3]).astype(found.dtype))
 
@@ -343,8 +341,7 @@ def _slope(fn, params, target):
 @pytest.mark.slow
 @pairs(
     ("cnn", BF16),
-    ("mixer", F16),
-    ("by hand", BF16),
+    ("by hand", F16),
     names=("mlp", "cnn", "mixer", "embedding", "by hand"),
 )
 def test_gradients_are_as_near_to_float32_as_those_of_the_float_model(name, dtype):
