@@ -1,6 +1,7 @@
 """Strict JAX flags for all tests, and a folder of compiled programs between runs."""
 
 import collections
+import gc
 import os
 import pathlib
 import re
@@ -28,7 +29,7 @@ def flax_promotion():
         yield
 
 
-MOST_CASES = 12  # Of one test function in a run of the whole suite.
+MANY_CASES, KEPT_CASES = 12, 8  # Of a function with more, the whole suite runs these.
 
 
 def pytest_collection_modifyitems(config, items):
@@ -36,26 +37,32 @@ def pytest_collection_modifyitems(config, items):
 
     Thousands of random programs and deep ones run with `-m fuzz`, long compilations and
     trainings beside the kinds that always run with `-m heavy`. Of a function with
-    more than a dozen cases the whole suite runs a dozen, spread over all; a run that
+    more than a dozen cases the whole suite runs eight, spread over all; a run that
     names files, or `-m "more or not more"`, runs each.
     """
     expression = config.option.markexpr
     is_whole = not config.option.file_or_dir and "more" not in expression
-    for item in _further_cases(items) if is_whole else ():
+    skipped = [name for name in ("fuzz", "heavy", "more") if name not in expression]
+    runs = lambda item: not any(map(item.get_closest_marker, skipped))
+    for item in _further_cases(filter(runs, items)) if is_whole else ():
         item.add_marker("more")
-    skipped = {name for name in ("fuzz", "heavy", "more") if name not in expression}
-    left_out = [i for i in items if any(map(i.get_closest_marker, skipped))]
+    left_out = [item for item in items if not runs(item)]
     config.hook.pytest_deselected(items=left_out)
     gone = {id(item) for item in left_out}
     items[:] = [item for item in items if id(item) not in gone]
 
 
+def pytest_collection_finish():
+    """No collection of garbage goes through what stands before the first test."""
+    gc.freeze()
+
+
 def _further_cases(items):
-    """All cases of a test function but `MOST_CASES`, which are spread over them."""
+    """All cases of functions with many but `KEPT_CASES`, which are spread over them."""
     cases = collections.defaultdict(list)
     for item in items:
         cases[re.sub(r"\d*$", "", item.nodeid.partition("[")[0])].append(item)
     for own in cases.values():
-        if (n := len(own)) > MOST_CASES:
-            kept = {k * (n - 1) // (MOST_CASES - 1) for k in range(MOST_CASES)}
+        if (n := len(own)) > MANY_CASES:
+            kept = {k * (n - 1) // (KEPT_CASES - 1) for k in range(KEPT_CASES)}
             yield from (item for k, item in enumerate(own) if k not in kept)

@@ -36,6 +36,16 @@ class Small(nn.Module):
         return nn.Dense(3)(x)
 
 
+class Block(nn.Module):
+    """A convolution with BatchNorm, and a product."""
+
+    @nn.compact
+    def __call__(self, x):
+        norm = nn.BatchNorm(use_running_average=True)
+        x = nn.relu(norm(nn.Conv(6, (3, 3))(x)))
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
 class Moves(nn.Module):
     """Rows of a table, branches on different grids, a choice, a product of two."""
 
@@ -62,13 +72,21 @@ def assert_ships(qmodel, params, qstate, x):
     np.testing.assert_array_equal(ours, shipped)
 
 
-@pytest.mark.parametrize("scheme", [POWERS, FLOATS], ids=["powers", "floats"])
+@pytest.mark.parametrize(
+    "scheme",
+    [pytest.param(POWERS, marks=pytest.mark.heavy), FLOATS],
+    ids=["powers", "floats"],
+)
 def test_values_are_those_of_the_program(scheme):
     x = images(2, 8, 8, 3)
     assert_ships(*quantized(Small(), x, scheme), x)
 
 
-@pytest.mark.parametrize("scheme", [POWERS, FLOATS], ids=["powers", "floats"])
+@pytest.mark.parametrize(
+    "scheme",
+    [POWERS, pytest.param(FLOATS, marks=pytest.mark.heavy)],
+    ids=["powers", "floats"],
+)
 def test_moves_joins_and_products(scheme):
     ids = jnp.arange(10).reshape(2, 5)
     assert_ships(*quantized(Moves(), ids, scheme), ids)
@@ -97,7 +115,7 @@ def test_an_output_without_a_site_is_its_accumulator():
     x = images(2, 8, 8, 3)
     rules = (qjax.Rule("output:0", None),)
     scheme = qjax.Scheme(FLOATS.weights, FLOATS.activations, rules)
-    assert_ships(*quantized(Small(), x, scheme), x)
+    assert_ships(*quantized(Block(), x, scheme), x)
 
 
 @pytest.mark.parametrize("size", [1.0, 0.75], ids=["bias", "factor"])
@@ -120,13 +138,13 @@ def test_words_by_name():
     x = images(2, 8, 8, 3)
     rules = (qjax.Rule("Conv_0/output", parse("quantized_relu(4,1)")),)
     words = parse("ternary(alpha=1)"), qjax.QSpec(8, signed=False)
-    assert_ships(*quantized(Small(), x, qjax.Scheme(*words, rules)), x)
+    assert_ships(*quantized(Block(), x, qjax.Scheme(*words, rules)), x)
 
 
 def test_derivatives_are_those_of_the_simulated_model():
     x = images(2, 8, 8, 3)
     qmodel, params, qstate = quantized(Small(), x, POWERS)
-    weights = jax.random.normal(jax.random.key(5), (2, 3))
+    weights = images(2, 3, seed=5)
 
     def slope(apply):
         return jax.jit(jax.grad(lambda p: (apply(p, qstate, x) * weights).sum()))
@@ -138,7 +156,7 @@ def test_derivatives_are_those_of_the_simulated_model():
 
 def test_training_on_float_scales_trains_what_ships():
     x = images(2, 8, 8, 3)
-    qmodel, params, qstate = quantized(Small(), x, FLOATS)
+    qmodel, params, qstate = quantized(Block(), x, FLOATS)
     target = jnp.eye(3)[:2]
 
     @jax.jit
@@ -157,12 +175,12 @@ def test_training_on_float_scales_trains_what_ships():
 
 def test_bits_may_be_traced():
     x = images(2, 8, 8, 3)
-    qmodel, params, qstate = quantized(Small(), x, FLOATS)
+    qmodel, params, qstate = quantized(Block(), x, FLOATS)
     words = [qjax.QSpec(b, narrow_range=True, axis=-1) for b in (3, 8)]
     stacked = qjax.stack_schemes([qjax.Scheme(w, FLOATS.activations) for w in words])
     run = lambda s: qmodel.apply_integer(params, qstate, x, scheme=s)
     for ours, word in zip(jax.jit(jax.vmap(run))(stacked), words, strict=True):
-        alone, *args = quantized(Small(), x, qjax.Scheme(word, FLOATS.activations))
+        alone, *args = quantized(Block(), x, qjax.Scheme(word, FLOATS.activations))
         np.testing.assert_array_equal(ours, qjax.lower(alone, *args, x)(x))
 
 
@@ -206,13 +224,13 @@ def forced(qmodel, params, qstate, x):
     return run
 
 
-@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("bits", [3, pytest.param(8, marks=pytest.mark.heavy)])
 def test_derivatives_on_float_scales_are_those_at_the_codes_of_the_program(bits):
     """Accumulators that are exactly 0 before a relu are many at 3 bits."""
     x = images(4, 8, 8, 3)
     scheme = qjax.Scheme(qjax.QSpec(bits, narrow_range=True, axis=-1), qjax.QSpec(bits))
     qmodel, params, qstate = quantized(Small(), x, scheme)
-    weights = jax.random.normal(jax.random.key(5), (4, 3))
+    weights = images(4, 3, seed=5)
     run = forced(qmodel, params, qstate, x)
     wanted = jax.jit(jax.grad(lambda p: (run(p) * weights).sum()))(params)
     apply = qmodel.apply_integer

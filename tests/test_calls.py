@@ -10,6 +10,7 @@ import numpy as np
 import qjax
 from experiments.benchmarks.lowering import Residual
 from qjax.calls import alone, shared
+from tests.models import linen_example
 
 
 def _scaled(x, spec, gain):
@@ -91,7 +92,7 @@ def test_a_training_step_stays_small():
     """The bounds that `experiments/benchmarks/lowering.py --steps` shows more of."""
     model = Residual(10, 4)
     x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
-    params = jax.jit(model.init)(jax.random.key(0), x)
+    _, params, _ = linen_example(model, x)
     qmodel = qjax.quantize_model(model.apply, params, x)
     qstate = qmodel.init(params, x)
     fns = (lambda params, qstate, x: model.apply(params, x)), qmodel.apply

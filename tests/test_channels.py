@@ -17,6 +17,7 @@ import qjax
 from qjax import QSpec, Rule, Scheme
 from qjax.affine import QParams, fake_quant
 from qjax.quantizers import QuantizedBits, encode
+from tests.models import linen_example, randomized
 
 
 def _values(*shape, seed=0):
@@ -217,7 +218,7 @@ class _Tied(nn.Module):
 
 def test_where_uses_disagree_there_is_one_scale_and_a_note():
     ids, model = np.arange(12).reshape(3, 4) % 9, _Tied()
-    params = model.init(jax.random.key(0), ids)
+    params = randomized(jax.eval_shape(model.init, jax.random.key(0), ids))
     qmodel, qstate, program = _lowered(model.apply, params, ids)
     table = np.asarray(params["params"]["table"]["embedding"])
     _, codes = _rounded(table, (0, 1))
@@ -251,7 +252,8 @@ def test_kernels_of_flax_keep_their_last_axis():
     layers = [nn.Conv(4, (3, 3)), nn.relu, nn.Conv(8, (3, 3), feature_group_count=4)]
     model = nn.Sequential([*layers, lambda y: y.mean((1, 2)), nn.Dense(3)])
     y = _values(2, 5, 5, 2)
-    qmodel = qjax.quantize_model(model.apply, model.init(jax.random.key(0), y), y)
+    fn, params, _ = linen_example(model, y)
+    qmodel = qjax.quantize_model(fn, params, y)
     words = [qmodel.scheme.spec(s) for s in qmodel.sites if s.role == "weight"]
     assert words == [QSpec(8, narrow_range=True, axis=-1)] * 3
 
@@ -391,7 +393,9 @@ def _closing(fn, weights):
     return (lambda params, x: fn(weights, x)), fn
 
 
-@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize(
+    "power_of_two", [False, pytest.param(True, marks=pytest.mark.heavy)]
+)
 def test_a_weight_that_a_function_closes_over_is_a_weight(power_of_two):
     """It has a site, so it is rounded: the codes are those of the same as parameter."""
     weights = {"a": _values(3, 3, 2, 4), "b": _values(4, 5, seed=1), "c": _values(1, 5)}

@@ -81,27 +81,38 @@ SCHEMES = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_models_that_divide_compute_what_ships(form):
-    for name in ("floats", "powers") if form != "sum" else SCHEMES:
-        qmodel = qjax.quantize_model(FORMS[form], P, X, scheme=SCHEMES[name])
-        qstate = qjax.calibrate(qmodel, P, [X])
-        program = qjax.lower(qmodel, P, qstate, X)
-        operations = [node.operation for node in program.graph.nodes]
-        assert operations.count("divide") == 1
-        report = qjax.verify(program, qmodel, P, qstate, X)
-        row = report.sites["output:0"]
-        assert row.equal == row.codes
-        other = RNG.normal(0, 2, (3, 5, 8)).astype(np.float32)
-        assert_equals_oracle(program, other)
-        shipped = np.asarray(program(other))
-        np.testing.assert_array_equal(qmodel.apply_integer(P, qstate, other), shipped)
-        if name == "powers":
-            assert report.is_exact
-            np.testing.assert_array_equal(qmodel.apply(P, qstate, other), shipped)
-        wanted = np.asarray(jax.jit(FORMS[form])(P, X))
-        error = np.asarray(program(X)) - wanted
-        assert np.sum(wanted**2) > 200 * np.sum(error**2)
+# One scheme in turn for each form, all for a sum; the others run as heavy ones.
+CASES = [*zip(FORMS, itertools.cycle(("floats", "powers")), strict=False)]
+CASES += [("sum", scheme) for scheme in SCHEMES if ("sum", scheme) not in CASES]
+CASES += [
+    pytest.param(form, scheme, marks=pytest.mark.heavy)
+    for form in FORMS
+    for scheme in ("floats", "powers")
+    if (form, scheme) not in CASES
+]
+
+
+@pytest.mark.parametrize(("form", "scheme"), CASES)
+def test_models_that_divide_compute_what_ships(form, scheme):
+    qmodel = qjax.quantize_model(FORMS[form], P, X, scheme=SCHEMES[scheme])
+    qstate = qjax.calibrate(qmodel, P, [X])
+    program = qjax.lower(qmodel, P, qstate, X)
+    operations = [node.operation for node in program.graph.nodes]
+    assert operations.count("divide") == 1
+    report = qjax.verify(program, qmodel, P, qstate, X)
+    row = report.sites["output:0"]
+    assert row.equal == row.codes
+    other = RNG.normal(0, 2, X.shape).astype(np.float32)
+    assert_equals_oracle(program, other)
+    shipped = np.asarray(program(other))
+    np.testing.assert_array_equal(qmodel.apply_integer(P, qstate, other), shipped)
+    np.testing.assert_array_equal(program(other[:3]), shipped[:3])
+    if scheme == "powers":
+        assert report.is_exact
+        np.testing.assert_array_equal(qmodel.apply(P, qstate, other), shipped)
+    wanted = np.asarray(jax.jit(FORMS[form])(P, X))
+    error = np.asarray(program(X)) - wanted
+    assert np.sum(wanted**2) > 200 * np.sum(error**2)
 
 
 def test_derivatives_are_those_of_the_quotient():

@@ -83,8 +83,13 @@ def cast(tree, dtype):
     return jax.tree.map(lambda y: jnp.asarray(y, dtype), tree)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind, dtype", [("compute", jnp.bfloat16), ("parameters", jnp.float16)]
+    "kind, dtype",
+    [
+        pytest.param("compute", jnp.bfloat16, marks=pytest.mark.heavy),
+        ("parameters", jnp.float16),
+    ],
 )
 def test_half_precision_has_the_sites_and_the_state_of_float32(full, kind, dtype):
     qmodel, params, qstate = full
@@ -221,7 +226,15 @@ def _keyed(name):
     return lambda p, x: _noisy(p["key"])(p, x), {"w": images(5, 8), "key": key}
 
 
-@pytest.mark.parametrize("name", ["closed over", "state", "legacy", "parameter"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "closed over",
+        "state",
+        "legacy",
+        pytest.param("parameter", marks=pytest.mark.heavy),  # As in a state.
+    ],
+)
 def test_keys_are_known(name):
     fn, params = _keyed(name)
     x = images(6, 5)

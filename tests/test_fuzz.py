@@ -27,7 +27,7 @@ from tests.models import images, linen_example, nnx_example
 from tests.programs import Linen, Nnx, Program, programs
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("flax_promotion")]
-SECONDS = 90  # Of processor time, on new programs for each commit.
+SECONDS = 40  # Of processor time, on new programs for each commit.
 
 
 def check_claims(lowered: qjax.IntegerProgram, *inputs: Any) -> list[np.ndarray]:

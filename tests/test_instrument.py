@@ -129,7 +129,9 @@ def test_training_on_grids_lowers_the_loss():
     assert values[-1] < 0.5 * values[0]
 
 
-@pytest.mark.parametrize("name", ["nnx_residual", "linen_mlp"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("nnx_residual", marks=pytest.mark.heavy), "linen_mlp"]
+)
 def test_a_sweep_over_bits_compiles_once_and_equals_separate_runs(name):
     fn, params, x = example(name)
     x = x[:3]

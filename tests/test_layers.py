@@ -90,8 +90,15 @@ def _nnx(power_of_two):
     return model, x
 
 
-@pytest.mark.parametrize("power_of_two", [True, False])
-@pytest.mark.parametrize("make", [_linen, _nnx])
+@pytest.mark.parametrize(
+    "make, power_of_two",
+    [
+        (_linen, True),
+        (_nnx, False),
+        pytest.param(_linen, False, marks=pytest.mark.heavy),
+        pytest.param(_nnx, True, marks=pytest.mark.heavy),
+    ],
+)
 def test_a_model_of_layers_lowers_by_the_same_pass(make, power_of_two):
     fn, x = make(power_of_two)
     program = qjax.lower(fn, x[:2])

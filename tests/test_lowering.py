@@ -47,7 +47,9 @@ def test_float_scales_are_off_by_at_most_one_code(name):
     assert_equals_oracle(program, args[-1])
 
 
-@pytest.mark.parametrize("name", ["nnx_residual", "linen_mlp"])
+@pytest.mark.parametrize(
+    "name", ["nnx_residual", pytest.param("linen_mlp", marks=pytest.mark.heavy)]
+)
 def test_16_bit_activations_are_off_by_at_most_one_code(name):
     program, args = lowered(name, *specs(8, 16, False))
     result = qjax.verify(program, *args)

@@ -195,11 +195,10 @@ class Embeds(nn.Module):
 @pytest.mark.parametrize("axis", [None, -1])
 def test_an_embedding(axis):
     ids = np.random.default_rng(0).integers(0, 11, (4, 5)).astype(np.int32)
-    model = Embeds()
-    params = model.init(jax.random.key(0), ids)
+    fn, params, _ = linen_example(Embeds(), ids)
     table = QSpec(8, narrow_range=True, axis=axis)
     scheme = qjax.Scheme(rules=(qjax.Rule("embed/embedding", table),))
-    qmodel = qjax.quantize_model(model.apply, params, ids, scheme=scheme)
+    qmodel = qjax.quantize_model(fn, params, ids, scheme=scheme)
     assert [s.name for s in qmodel.sites][:2] == ["embed/embedding", "embed/output"]
     assert qmodel.sites[0].op == "embedding"
     qstate = qjax.calibrate(qmodel, params, [ids])
@@ -225,7 +224,9 @@ class SqueezeExcite(nn.Module):
         return nn.Dense(3, name="head")(nn.gelu(y).reshape((len(x), -1)))
 
 
-@pytest.mark.parametrize("power_of_two", [True, False])
+@pytest.mark.parametrize(
+    "power_of_two", [True, pytest.param(False, marks=pytest.mark.heavy)]
+)
 def test_a_gated_model_lowers(power_of_two):
     fn, params, x = linen_example(SqueezeExcite(), images(5, 5, 6, 2))
     scheme = qjax.Scheme(

@@ -44,6 +44,7 @@ def test_lowering_before_calibration_names_the_site():
         qjax.lower(qmodel, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("site", "name", "operation", "place"),
     [

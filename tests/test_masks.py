@@ -19,6 +19,12 @@ KEPT[:, 0] = True
 PAST = np.tril(np.ones((5, 5), bool))
 
 
+def cases(forms, slow, heavy):
+    marks = dict.fromkeys(slow, pytest.mark.slow)
+    marks |= dict.fromkeys(heavy, pytest.mark.heavy)
+    return [pytest.param(form, marks=marks.get(form, ())) for form in forms]
+
+
 def _scores(p, x):
     return jnp.einsum("bnc,bmc->bnm", x @ p, x) / 2
 
@@ -80,7 +86,11 @@ FORMS = {
 POWERS = Scheme(QSpec(8, power_of_two=True), QSpec(8, power_of_two=True))
 
 
-@pytest.mark.parametrize("form", FORMS)
+SLOW = ("pairs", "times a real number", "compared", "added")
+HEAVY = ("select", "attention", "added twice")  # Parts of other forms.
+
+
+@pytest.mark.parametrize("form", cases(FORMS, SLOW, HEAVY))
 def test_masks_that_are_inputs_ship_and_widen_no_range(form):
     fn, mask = FORMS[form]
     scheme = POWERS if form in ("added", "pairs") else Scheme()
@@ -199,7 +209,9 @@ TURNED = {
 }
 
 
-@pytest.mark.parametrize("form", TURNED)
+@pytest.mark.parametrize(
+    "form", cases(TURNED, ("masked before", "joined axes"), ("vmap", "attention"))
+)
 def test_softmaxes_of_turned_values(form):
     fn = lambda p, x: TURNED[form](x)
     qmodel = qjax.quantize_model(fn, (), Q)

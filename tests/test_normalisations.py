@@ -19,7 +19,7 @@ from qjax.observation import calibrate
 from qjax.ranges import abs_max_params
 from qjax.schemes.rules import Rule
 from qjax.schemes.scheme import Scheme
-from tests.models import images
+from tests.models import images, linen_example, nnx_example
 
 pytestmark = pytest.mark.usefixtures("flax_promotion")
 
@@ -69,7 +69,7 @@ def _linen(layer):
             h = layer.copy(name="norm")(nn.Dense(8, name="a")(x))
             return nn.Dense(3, name="b")(h)
 
-    return Model().apply, jax.jit(Model().init)(jax.random.key(0), X)
+    return linen_example(Model(), X)[:2]
 
 
 def _nnx(make):
@@ -81,8 +81,7 @@ def _nnx(make):
         def __call__(self, x):
             return self.b(self.norm(self.a(x)))
 
-    graph, params = nnx.split(Model(nnx.Rngs(0)))
-    return lambda p, x: nnx.merge(graph, p)(x), params
+    return nnx_example(lambda: Model(nnx.Rngs(0)), X)[:2]
 
 
 def _names(fn, params, *inputs, whole=False):
@@ -279,6 +278,7 @@ def _layer_norm(h, scale, bias):
     return (h - mean) / jnp.sqrt(var + 1e-6) * scale + bias
 
 
+@pytest.mark.slow
 def test_values_and_derivatives_are_those_of_float_between_sites():
     fn = _between(lambda h, p: _layer_norm(h, p["scale"], p["bias"]))
     qmodel = quantize_model(fn, PARAMS, X)

@@ -190,8 +190,9 @@ P = {"kernel": _draw(8, 8) * 0.4, "gain": 1 + 0.3 * _draw(8), "bias": _draw(8, s
 
 def _layer(layer, x=X):
     """A layer of Flax with parameters that are not 1 and 0."""
-    params = layer.init(jax.random.key(0), x)
-    params = jax.tree.map(lambda t: t + 0.2 * _draw(*t.shape, seed=3), params)
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), x)
+    draw = lambda path, t: ("scale" in str(path)) + 0.2 * _draw(*t.shape, seed=3)
+    params = jax.tree_util.tree_map_with_path(draw, shapes)
     return lambda p, x: layer.apply(params, x), x
 
 
@@ -340,9 +341,10 @@ def test_models_compute_what_ships(form, scheme):
     found = qjax.verify(program, qmodel, P, qstate, x)
     site = next(s for s in found.sites if s.startswith(("norm", "output")))
     assert found.sites[site].equal == found.sites[site].codes
-    other = x[:3][::-1] * np.float32(0.9)
+    other = x[::-1] * np.float32(0.9)
     assert_equals_oracle(program, other)
     shipped = np.asarray(program(other))
+    np.testing.assert_array_equal(program(other[:3]), shipped[:3])
     np.testing.assert_array_equal(qmodel.apply_integer(P, qstate, other), shipped)
     least = {"floats": 30, "powers": 30, "wide": 40, "narrow": 12}[scheme]
     assert _decibels(jax.jit(fn)(P, other), shipped) > least
@@ -425,6 +427,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_is_no_such_norm_is_no_other_number(name):
     """Either a program is close to the float model, or there is none."""

@@ -104,7 +104,7 @@ def test_words_of_quantizeml(net):
     "scheme",
     [
         presets.tflite_int8(),
-        presets.w4a8(),
+        pytest.param(presets.w4a8(), marks=pytest.mark.heavy),
         presets.quantizeml(per_tensor_activations=True, weight_bits=4),
         presets.qkeras(
             {

@@ -127,8 +127,16 @@ def _transposed(p, x):
     )
 
 
-@pytest.mark.parametrize("fn", [_conv, _transposed], ids=["conv", "transposed"])
-@pytest.mark.parametrize("axis", [-1, None])
+@pytest.mark.parametrize(
+    "fn, axis",
+    [
+        (_conv, -1),
+        (_transposed, None),
+        pytest.param(_conv, None, marks=pytest.mark.heavy),
+        pytest.param(_transposed, -1, marks=pytest.mark.heavy),
+    ],
+    ids=["conv", "transposed, one scale", "conv, one scale", "transposed"],
+)
 def test_a_kernel_of_zeros_keeps_its_bias(fn, axis):
     bias = np.float32([0.1, 0.2, -0.3]).reshape(1, 1, 1, 3)
     x = 2.4 * images(4, 5, 5, 2)

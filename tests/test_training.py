@@ -64,6 +64,7 @@ def test_schedules_that_are_none(arguments):
         training.qnoise_schedule(start, finish, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [(), (qz.LSQ(3), qz.LSQ(4)), (qz.Ternary(), qz.PACT(4))]
 )
@@ -305,6 +306,7 @@ def test_a_quantizer_of_ones_own_learns():
     assert qjax.verify(program, qmodel, PARAMS, qstate, X).is_exact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lsq", "bits"])
 def test_learned_words_lower_as_they_were_trained(name):
     words = {

@@ -57,7 +57,7 @@ def test_values_and_derivatives_are_those_of_plain_jax(name):
         assert np.abs(slope).max() > 0
 
 
-IN_ALL_RUNS = ("per channel", "lsq plus", "bits")
+IN_ALL_RUNS = ("lsq plus", "bits")
 TRAINED = [
     pytest.param(name, marks=() if name in IN_ALL_RUNS else pytest.mark.more)
     for name in CASES

@@ -27,8 +27,8 @@ def test_a_model_runs_and_is_quantized(name):
 
 
 FAST = "cross_attention"
-lowered = [FAST, "experts", "bert"]
-heavy = [name for name in MAKERS if name not in lowered]
+lowered = [FAST, pytest.param("experts", marks=pytest.mark.slow)]
+heavy = [name for name in MAKERS if name not in (FAST, "experts")]
 lowered += [pytest.param(name, marks=pytest.mark.heavy) for name in heavy]
 
 
