@@ -159,13 +159,13 @@ def verify(program: IntegerProgram, model: Any, *args: Any) -> Verification:
     return Verification(sites, tuple(ends), tuple(half))
 
 
-class _Part(NamedTuple):
+class _Stage(NamedTuple):
     """A trace with what is known of it: a model, or the body of one of its loops."""
 
     traced: Trace
     known: Mapping[int, Any]
     names: Mapping[int, str]  # What a quantization point computes -> its name.
-    loops: Mapping[int, tuple[Body, "_Part"]]  # First result of a loop -> its body.
+    loops: Mapping[int, tuple[Body, "_Stage"]]  # First result of a loop -> its body.
 
     def all_names(self) -> Iterator[str]:
         """Yields the names of all quantization points, those inside of loops too."""
@@ -180,10 +180,10 @@ def _part(
     taken: set[str],
     folds: dict[tuple[int, ...], Folded],
     place: tuple[int, ...] = (),
-) -> _Part:
+) -> _Stage:
     """Names the quantization points of data as a program does, and enters loops."""
     names: dict[int, str] = {}
-    loops: dict[int, tuple[Body, _Part]] = {}
+    loops: dict[int, tuple[Body, _Stage]] = {}
     for e in traced.equations:
         if e.primitive is qpoint_p and e.inputs[0] not in known:
             name = unique_name(e.params["site"] or "qpoint", taken)
@@ -197,11 +197,11 @@ def _part(
             fixed = fold_known(body.trace, folds.setdefault(own, {}))
             inner = _part(body.trace, fixed, taken, folds, own)
             loops[e.outputs[0]] = body, inner
-    return _Part(traced, known, names, loops)
+    return _Stage(traced, known, names, loops)
 
 
 def _run(
-    part: _Part, inputs: list[Any], ours: Mapping[str, jax.Array], is_forced: Any
+    part: _Stage, inputs: list[Any], ours: Mapping[str, jax.Array], is_forced: Any
 ) -> tuple[dict[str, jax.Array], list[jax.Array]]:
     """Runs the model in float; returns the codes at each site and the outputs.
 
@@ -236,7 +236,7 @@ def _run(
 def _run_steps(
     e: Equation,
     body: Body,
-    part: _Part,
+    part: _Stage,
     values: Sequence[Any],
     ours: Mapping[str, jax.Array],
     is_forced: Any,

@@ -19,7 +19,7 @@ from qjax.schemes.patterns import Site
 
 
 class OnGrid(NamedTuple):
-    """What is known of the grid of a value."""
+    """The knowledge of the grid of a value."""
 
     grid: QParams | None
     is_byte: bool = False

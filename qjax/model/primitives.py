@@ -35,6 +35,7 @@ Kind = Literal[
     "number",
     "index",
     "point",
+    "loop",
     "call",
 ]
 
@@ -57,7 +58,7 @@ class Primitive:
         ``sum``: over axes or a window; ``running sum``: so far along an axis;
         ``reduction``: any other over axes; ``product``: sums of products; ``number``:
         of its own; ``index``: places of extremes; ``point``: rounded to a grid;
-        ``call``: what a function makes of them.
+        ``loop``: what its steps make of them; ``call``: what a function does.
       is_elementwise: Whether each number of the output depends on one number of each
         operand, and `jax.lax` wants equal shapes.
       remedy: What to write in place of a call that no site is inside of.
@@ -120,7 +121,7 @@ PRIMITIVES: Mapping[str, Primitive] = {
         *_named("number", "iota"),
         *_named("index", "argmax argmin"),
         *_named("point", "qpoint"),
-        Primitive("scan", "call"),
+        Primitive("scan", "loop"),
         Primitive("while", "call", remedy=_LOOP),
         Primitive(
             "cond", "call", remedy="Compute both branches and choose with `jnp.where`"
