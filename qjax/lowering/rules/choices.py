@@ -1,5 +1,6 @@
 """Rules that join several values on one grid: selections, concatenations."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,13 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.graph.builder import compact
+from qjax.graph.graph import Grid
 from qjax.lowering.constants import (
     add_constant,
     anchor,
     codes_on,
+    exact_grid,
     like_of,
     real_values,
     repeated,
+    whole_grid,
     wider,
 )
 from qjax.lowering.entries import as_codes
@@ -59,6 +63,8 @@ def _select(
         flat = np.unique(which.value)
         if flat.size == 1:
             return cases[int(flat[0])]
+    if isinstance(which, Real) and which.input is not None and which.dtype:
+        which = whole_numbers(builder, e, trace, which, e.inputs[0], "condition")
     if isinstance(which, Curve) or (isinstance(which, ScaledIntegers) and which.dtype):
         codes = [c for c in cases if not isinstance(c, Known)]
         source = _source(builder, e, which)
@@ -72,7 +78,32 @@ def _select(
     else:
         others = (mask(builder, e, trace, which, e.inputs[0]),)
     joined = Joined("select", cases, shapes, shape, others, place=e.place)
+    known = [c.value for c in cases if isinstance(c, Known)]
+    if len(known) == len(cases) and trace.is_real(e.outputs[0]):
+        return _among_known(builder, joined, known, others[0])
     return _joined_now(builder, joined)
+
+
+def _among_known(
+    builder: Builder, x: Joined, known: Sequence[np.ndarray], which: int
+) -> Abstract:
+    """Returns a choice among constants on the grid that holds all, if there is one."""
+    flat = np.concatenate([np.ravel(value) for value in known])
+    exact = exact_grid(flat)
+    if exact is None or builder.values[which].shape != x.shape:
+        return x
+    scale, codes = whole_grid(*exact)
+    parts = np.split(codes, np.cumsum([np.size(value) for value in known])[:-1])
+    grid = Grid(float(np.float32(scale)), 0)
+    inputs = [
+        _added_constant(
+            builder, x, np.broadcast_to(own.reshape(value.shape), shape), grid, [which]
+        )
+        for own, value, shape in zip(parts, known, x.shapes, strict=True)
+    ]
+    value = builder.add("select", (which, *inputs), path=x.place.path, grid=grid)
+    kind: Any = {"dtype": "", "is_codes": True, "scale": np.asarray(scale)}
+    return dataclasses.replace(builder.numbers(value, x.place), **kind)
 
 
 def _ready(builder: Builder, x: Abstract) -> Abstract:

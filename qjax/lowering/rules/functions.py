@@ -11,7 +11,7 @@ from jax.extend.core.primitives import copy_p
 
 from qjax.graph.builder import compact
 from qjax.graph.graph import Grid, storage
-from qjax.lowering.constants import exact_grid, real_values
+from qjax.lowering.constants import exact_grid, real_values, whole_grid
 from qjax.lowering.evaluation import (
     Finish,
     find_thresholds,
@@ -275,7 +275,7 @@ def add_exact_table(
     exact = exact_grid(found.view(np.float32))
     if exact is None or off:
         return None
-    scale, codes = exact
+    scale, codes = whole_grid(*exact)
     low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
     dtype = storage(low, high)
     params = {"table": builder.add_param(f"{name}/table", codes.astype(dtype))}
@@ -313,6 +313,9 @@ def _function(
 def _compare(
     builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
 ) -> Abstract:
+    if e.inputs[0] == e.inputs[1] and isinstance(a, ScaledIntegers | Sum):
+        is_true = e.primitive.name in ("eq", "ge", "le")  # No code is NaN.
+        return Known(np.full(trace.shape(e.outputs[0]), is_true))
     if any(isinstance(x, Known | KnownCodes | Curve) or _sums(x) for x in (a, b)):
         return _function(builder, e, trace, a, b)
     pair = []
