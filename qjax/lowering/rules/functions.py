@@ -1,7 +1,7 @@
 """Rules of elementwise functions and comparisons, which become lookup tables."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,8 +59,9 @@ def curve(
         for v, x in zip(e.inputs, operands, strict=True)
     ]
     curves = [c for c in own if c is not None]
-    sources = [{s.value for s in _sources(c)} for c in curves]
-    common = set.intersection(*sources)
+    if not (common := _common(curves)):
+        curves = [_since_origin(builder, c) for c in curves]
+        common = _common(curves)
     if not common:
         return None
     curves = [_since(c, min(common)) for c in curves]
@@ -78,6 +79,26 @@ def curve(
     end = e.outputs[0]
     source = curves[0].source
     return Curve(source, aliases, known, {**steps, end: e}, end, place=e.place)
+
+
+def _common(curves: Sequence[Curve]) -> set[int]:
+    """Returns the values that all functions may start from."""
+    return set.intersection(*({s.value for s in _sources(c)} for c in curves))
+
+
+def _since_origin(builder: Builder, x: Curve) -> Curve:
+    """Returns a function of a biased accumulator as one of the accumulator."""
+    past = x.source.origin
+    if past is None:
+        return x
+    source = source_of(builder, past.source)
+    same = {
+        v: Equation(copy_p, {}, (past.end,), (v,), x.place.path)
+        for v in x.aliases
+        if v != past.end
+    }
+    steps, known = {**past.steps, **same, **x.steps}, {**past.known, **x.known}
+    return Curve(source, {past.start: source}, known, steps, x.end, place=x.place)
 
 
 def _sources(x: Curve) -> list[Integers]:
