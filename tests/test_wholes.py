@@ -64,6 +64,24 @@ FORMS = {
     "sum": (lambda p, x, i: x @ p["w"] + one_hot(i), (X, IDS)),
     "pooled": (lambda p, i: one_hot(i).max(1) @ p["w"], (SETS,)),
     "scaled": (lambda p, i: (count(i) * 0.3) @ p["w"], (SETS,)),
+    "joined rows": (
+        lambda p, i: (
+            jnp.concatenate([one_hot(i)[:, :6], (i > 3)[:, None] * jnp.ones(2)], 1)
+            @ p["w"]
+            + p["b"]
+        ),
+        (IDS.astype(np.uint8),),
+    ),
+    "chosen rows": (
+        lambda p, x, i: jnp.where(x > 0, one_hot(i), (i > 3)[:, None] * 2.0) @ p["w"],
+        (X, IDS),
+    ),
+    "padded": (
+        lambda p, i: (
+            jnp.pad(one_hot(i)[:, :6], ((0, 0), (2, 0)), constant_values=3.0) @ p["w"]
+        ),
+        (IDS,),
+    ),
     "masked mean": (_masked_mean, (Y, KEPT)),
     "masked mean of bytes": (_masked_mean, (Y, KEPT.astype(np.uint8))),
     "bounded counts": (

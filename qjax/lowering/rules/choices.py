@@ -24,7 +24,7 @@ from qjax.lowering.entries import as_codes
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import added, settled, source_of
 from qjax.lowering.rules.functions import add_table, curve
-from qjax.lowering.rules.whole import joined_whole, whole_numbers
+from qjax.lowering.rules.whole import exact_codes, joined_whole, whole_numbers
 from qjax.lowering.values import (
     Abstract,
     Builder,
@@ -72,6 +72,7 @@ def _select(
         if same and all(map(_is_uniform, cases)):
             if (found := curve(builder, e, trace, which, *cases)) is not None:
                 return found
+    cases = _in_units_of_one(builder, e, trace, cases, e.inputs[1:])
     shapes, shape = _shapes(e, trace, e.inputs[1:])
     if isinstance(which, Known):
         others = (_known_mask(builder, e, which, cases, shape),)
@@ -189,6 +190,7 @@ def _concatenate(
         return joined_whole(builder, e, trace, parts)
     axis = int(e.params["dimension"])
     shapes, shape = _shapes(e, trace, e.inputs)
+    parts = _in_units_of_one(builder, e, trace, parts, e.inputs)
     joined = Joined(
         "concatenate",
         tuple(_ready(builder, x) for x in parts),
@@ -204,9 +206,30 @@ def extremum(
     builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
 ) -> Abstract:
     """Returns the larger or the smaller of two quantized values."""
+    a, b = _in_units_of_one(builder, e, trace, (a, b), e.inputs)
     shapes, shape = _shapes(e, trace, e.inputs)
     joined = Joined(_EXTREMA[e.primitive.name], (a, b), shapes, shape, place=e.place)
     return _joined_now(builder, joined)
+
+
+def _in_units_of_one(
+    builder: Builder,
+    e: Equation,
+    trace: Trace,
+    parts: Sequence[Abstract],
+    values: Sequence[int],
+) -> tuple[Abstract, ...]:
+    """Returns parts as whole numbers if all are: a simulation gives them no site."""
+    if not e.is_simulated or all(isinstance(x, Known | Integers) for x in parts):
+        return tuple(parts)
+    found: list[Abstract] = []
+    for x, v in zip(parts, values, strict=True):
+        own = x if isinstance(x, Known) else exact_codes(builder, e, trace, x, v)
+        is_one = isinstance(own, Integers) and own.is_codes and np.all(own.scale == 1)
+        if not (isinstance(own, Known) or (is_one and trace.is_real(v))):
+            return tuple(parts)
+        found.append(own)
+    return tuple(found)
 
 
 def _shapes(

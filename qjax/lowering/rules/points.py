@@ -252,7 +252,10 @@ def _quantize_input(
         if (ends := _saturating(x, target)) is not None:
             function = held(builder, e, trace, x, ends)
             return _table(builder, function, target, shape)
-        return _requantize(builder, replayed(builder, e, trace, x), target, shape)
+        again = replayed(builder, e, trace, x)
+        if isinstance(again, Curve):
+            return _table(builder, again, target, shape)
+        return _requantize(builder, again, target, shape)
     own = trace.shape(trace.inputs[x.input])
     fresh = Builder()
     target.add_input(fresh, own)

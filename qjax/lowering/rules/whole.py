@@ -83,14 +83,27 @@ def _input(
     return replayed(builder, e, trace, x) if found is None else found
 
 
-def replayed(builder: Builder, e: Equation, trace: Trace, x: Real) -> Integers:
-    """Adds an input of more than 16 bits, and the arithmetic on it, to the graph."""
+def replayed(builder: Builder, e: Equation, trace: Trace, x: Real) -> Curve | Integers:
+    """Adds an input of more than 16 bits, and the arithmetic on it, to the graph.
+
+    What follows a cast of few integers is a function of these.
+    """
     assert x.input is not None
     start = wide_input(builder, e, trace, x)
     env: dict[int, Abstract] = {trace.inputs[x.input]: start}
     env |= {v: Known(np.asarray(n)) for v, n in x.known.items()}
     found = start
-    for v, step in x.steps.items():
+    for k, (v, step) in enumerate(x.steps.items()):
+        rest = dict([*x.steps.items()][k:])
+        own, before = step.inputs[0], env.get(step.inputs[0])
+        is_cast = trace.is_real(v) and not trace.is_real(own) and len(rest) > 1
+        if is_cast and isinstance(before, Integers):
+            given = {u for s in rest.values() for u in s.inputs} - {*rest, *x.known}
+            if given == {own} and before.high - before.low < MOST_RANGE:
+                rank = len(trace.shape(e.outputs[0]))
+                known = {u: np.reshape(n, (1,) * rank) for u, n in x.known.items()}
+                end = [*rest][-1]
+                return Curve(before, {own: before}, known, rest, end, place=e.place)
         found = _step(builder, step, trace, [env[u] for u in step.inputs])
         env[v] = found
     return found
