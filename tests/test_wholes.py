@@ -62,6 +62,7 @@ FORMS = {
     "signs": (lambda p, x, i: jnp.where(i > 3, 1.0, -1.0)[:, None] * x, (X, IDS)),
     "halves": (lambda p, x, i: jnp.where(i > 3, 0.5, -1.5)[:, None] * x, (X, IDS)),
     "sum": (lambda p, x, i: x @ p["w"] + one_hot(i), (X, IDS)),
+    "a line": (lambda p, x: jnp.tanh(x) * p["b"] + p["b"], (X,)),
     "pooled": (lambda p, i: one_hot(i).max(1) @ p["w"], (SETS,)),
     "scaled": (lambda p, i: (count(i) * 0.3) @ p["w"], (SETS,)),
     "joined rows": (

@@ -480,6 +480,8 @@ class Simulation(AffineParts):
 
         Whole numbers have the unit 1, whose products with a weight are coarse.
         """
+        if block.kind != "product":
+            return 0
         w, operand = block.root.inputs[block.weight_operand], block.weight_operand
         most = self._plan.wholes.get(block.root.inputs[1 - operand], math.inf)
         shape = self._model.shape(w)
