@@ -48,6 +48,13 @@ _ORDERS = {
     "others at argmax": lambda x: _along(
         x[..., ::-1], jnp.argmax(x, -1, keepdims=True)
     ),
+    "about the median": lambda x: x - jnp.median(x, -1, keepdims=True),
+    "by a count": lambda x: x / (1 + (x > 0).sum(-1, keepdims=True)),
+    "by places in a table": lambda x: (
+        x * jnp.searchsorted(np.float32([-0.5, 0, 0.75]), x, side="right")
+    ),
+    "extremes of channels": lambda x: x.at[..., ::2].max(x[..., :1]),
+    "product of channels": lambda x: jnp.prod(x[..., :2], -1, keepdims=True) + x,
     "one-hot": lambda x: jax.nn.one_hot(jnp.argmax(x, -1), x.shape[-1]) * x,
     "one-hot of others": lambda x: (
         jax.nn.one_hot(jnp.argmax(x[..., ::-1], -1), x.shape[-1]) * x

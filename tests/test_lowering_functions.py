@@ -262,7 +262,6 @@ def test_batched_products_with_weights():
 
 REFUSED = {
     "softmax": (lambda x: jax.nn.softmax(x), NotImplementedError, "The softmax in"),
-    "product": (lambda x: jnp.prod(x, -1), NotImplementedError, "`reduce_prod`"),
     "scan": (
         lambda x: lax.scan(lambda c, y: (jnp.tanh(c), c), x[0], None, 300)[1],
         NotImplementedError,

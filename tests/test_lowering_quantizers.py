@@ -107,3 +107,43 @@ def test_weights_without_linear_codes_are_refused(kernel):
     fn, x = dense(kernel, "quantized_relu(6,2)")
     with pytest.raises(ValueError, match="constant that is on no grid"):
         qjax.lower(fn, x)
+
+
+def _point(x, scale):
+    grid = qjax.QParams(jnp.float32(scale), jnp.int32(0))
+    return qjax.fake_quant(x, grid, qjax.QSpec(8))
+
+
+@pytest.mark.parametrize("word", ["quantized_ulaw(4)", "hard_tanh"])
+def test_levels_on_no_grid_are_put_on_one(word):
+    """Before a product: refused with the remedy, which lowers to thresholds."""
+    rng = np.random.default_rng(0)
+    x, w = (rng.normal(0, 1, n).astype(np.float32) for n in ((6, 8), (8, 8)))
+    spec = qjax.quantizers.parse(word)
+    bend = lambda x: qjax.quantizers.apply(spec, _point(x, 0.05) @ _point(w, 0.02))
+    fn = lambda x: _point(bend(x) @ _point(w, 0.02), 0.06)
+    with pytest.raises(ValueError, match="qjax.fake_quant"):
+        qjax.lower(fn, x)
+    fn = lambda x: _point(_point(bend(x), 0.01) @ _point(w, 0.02), 0.06)
+    assert_equals_oracle(qjax.lower(fn, x), x)
+
+
+def test_a_quantizer_of_a_sum_on_two_scales_is_refused_with_what_to_do():
+    rng = np.random.default_rng(0)
+    x, w = (rng.normal(0, 1, n).astype(np.float32) for n in ((6, 8), (8, 8)))
+    fn, tanh = lambda p, x: (x @ p + x) @ p, qjax.quantizers.parse("quantized_tanh(4)")
+    own = qjax.Rule("residual_0/output", tanh)
+    power = qjax.QSpec(bits=8, power_of_two=True)
+    rules = qjax.Rule("product_0/output", power), qjax.Rule("input:0", power)
+    for scheme in (qjax.Scheme(rules=(own,)), qjax.Scheme(rules=(*rules, own))):
+        qmodel = qjax.quantize_model(fn, w, x, scheme=scheme)
+        qstate = qjax.calibrate(qmodel, w, [x])
+        if len(scheme.rules) > 1:  # As the error of the first one says.
+            program = qjax.lower(qmodel, w, qstate, x)
+            np.testing.assert_array_equal(program(x), qmodel.apply(w, qstate, x))
+            continue
+        said = (
+            r"'product_0/output', QSpec\(bits=8, power_of_two=True\).*'input:0', QSpec"
+        )
+        with pytest.raises(ValueError, match=said):
+            qjax.lower(qmodel, w, qstate, x)

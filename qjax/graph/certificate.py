@@ -297,7 +297,9 @@ def _of_loop(
 
 def _moved_by(node: Node) -> tuple[int, ...]:
     """Returns the values that a move or a choice takes codes from, without places."""
-    places = {"gather": slice(1), "scatter": slice(1, None), "select": slice(1, None)}
+    places = {"gather": slice(1), "select": slice(1, None)}
+    names = "scatter", "scatter_max", "scatter_min"
+    places |= dict.fromkeys(names, slice(1, None))
     return node.inputs[places.get(node.operation, slice(None))]
 
 

@@ -67,6 +67,10 @@ class Accumulator(NamedTuple):
             scale = functools.reduce(jnp.multiply, factors).astype(jnp.float32)
         return self.value.astype(jnp.float32) * scale
 
+    def times(self, unit: jax.Array) -> "Accumulator":
+        """Returns the accumulator with one more factor."""
+        return self._replace(scales=(*self.scales, unit))
+
     def simulated(self) -> jax.Array:
         """Returns the real value by the steps of the model, from which functions go."""
         real = self._replace(gain=None).real()

@@ -74,6 +74,22 @@ def exact_grid(values: np.ndarray) -> tuple[float, np.ndarray] | None:
     return None if codes is None else (scale, codes)
 
 
+def whole_grid(scale: float, codes: np.ndarray) -> tuple[float, np.ndarray]:
+    """Returns whole numbers in the unit of one, as a simulation knows them.
+
+    Args:
+      scale: Scale of a grid about zero.
+      codes: Codes on it.
+
+    Returns:
+      Scale and codes of the same values; of other grids, and of numbers beyond 2^16,
+      what was given.
+    """
+    if scale != round(scale) or np.max(np.abs(codes), initial=0) * scale > 1 << 16:
+        return scale, codes
+    return 1.0, codes * int(scale)
+
+
 def add_constant(
     builder: Builder,
     codes: np.ndarray,

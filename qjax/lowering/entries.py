@@ -92,6 +92,27 @@ def as_codes(builder: Builder, e: Equation, trace: Trace, x: Real) -> Abstract:
     return x if found is None else found
 
 
+def held(
+    builder: Builder, e: Equation, trace: Trace, x: Real, ends: tuple[int, int]
+) -> Curve:
+    """Returns an integer input of more than 16 bits as codes between two ends.
+
+    Args:
+      builder: Receives it.
+      e: The equation that reads it, whose result beyond the ends is that at the end.
+      trace: The program.
+      x: The input, and what was done to it: moves and casts.
+      ends: Least and largest integer, at most 16 bits apart.
+    """
+    assert x.input is not None
+    start, v = wide_input(builder, e, trace, x), trace.inputs[x.input]
+    low, high = (int(np.clip(end, start.low, start.high)) for end in ends)
+    bounds, path = {"low": low, "high": high}, where(e).strip("'")
+    value = builder.add("clip", (start.value,), bounds, dtype="int32", path=path)
+    codes = start.elsewhere(value, low=low, high=high)
+    return Curve(codes, {v: codes}, {}, x.steps, e.inputs[0], place=e.place)
+
+
 def wide_input(builder: Builder, e: Equation, trace: Trace, x: Real) -> Integers:
     """Returns an integer input of more than 16 bits as it is, after its moves.
 

@@ -7,11 +7,11 @@ are traced; derivatives are those of the fake-quantized model.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -28,7 +28,7 @@ from qjax.lowering.accumulators import (
     padded,
     whole_steps,
 )
-from qjax.lowering.interpret import where
+from qjax.lowering.forward_errors import no_arithmetic, own_quantizer
 from qjax.lowering.precision import find_half
 from qjax.lowering.rules.products import (
     contracted_axes,
@@ -42,15 +42,13 @@ from qjax.model.blocks import Block, bounds_of, is_quantizer
 from qjax.model.channels import output_scale
 from qjax.model.common_scales import CodeEnds
 from qjax.model.exact import Exact
-from qjax.model.kept import quantizer_of, whole_of
 from qjax.model.loop_runs import OnGrid
-from qjax.model.normalisations import said
 from qjax.model.primitives import POINTWISE, SHAPE_MOVES, names
 from qjax.model.simulate import Simulation
 from qjax.model.trace import CALLS, Equation, evaluate
 from qjax.model.traced_model import Loop, TracedModel
 from qjax.model.visits import Visitor
-from qjax.qpoint import grid_codes, qpoint_p
+from qjax.qpoint import grid_codes
 from qjax.quantizers.point import straight
 from qjax.schemes.patterns import Site
 
@@ -58,7 +56,7 @@ _NEUTRAL = names("cast") | {"copy", "copy_p", "name"}
 _EXTREMES = names("maximum", "minimum")
 _CHOICES = (SHAPE_MOVES | _EXTREMES | names("pad", "pick")) - {"concatenate"}
 _JOINS = names("select") | {"concatenate", "max", "min"}
-_JOINS |= {"scatter", "dynamic_update_slice"}
+_JOINS |= {"scatter", "scatter-max", "scatter-min", "dynamic_update_slice"}
 _LOOKUPS = {"gather", "dynamic_slice"}
 _SUMS = names("sum", "running sum")
 
@@ -95,7 +93,7 @@ class IntegerForward(Simulation):
             raise NotImplementedError(half.message)
         own = next(filter(is_quantizer, self._model.equations), None)
         if own is not None:
-            raise _own_quantizer(own)
+            raise own_quantizer(own)
         leaves, tree = jax.tree.flatten(super().run(visitor))
         for k, v in enumerate(self._model.outputs):
             if v in self._shipped:
@@ -184,31 +182,11 @@ class IntegerForward(Simulation):
         elif isinstance(self._units.get(v), Exact):
             self._of_codes.add(v)
         elif not self._is_input(v) and v not in self._of_codes:
-            raise self._refusal(site, v)
+            raise no_arithmetic(site, self._ends.get(v))
         return found
 
     def _is_input(self, v: int) -> bool:
         return self._plan.sites[self._plan.activations[v]].name.startswith("input:")
-
-    def _refusal(self, site: Site, v: int) -> ValueError:
-        block = self._ends.get(v)
-        root = "" if block is None else f", a `{block.root.primitive.name}`,"
-        if block is not None and block.has_statistics:
-            return ValueError(
-                f"The site {site.name!r} is normalised by statistics of the batch, "
-                "which no integer program computes. Train with `apply` until they "
-                "have settled, then with BatchNorm in inference mode."
-            )
-        if block is not None and (kind := whole_of(block.root)):
-            return ValueError(
-                f"The site {site.name!r} is a {said(kind)}, which is computed in float "
-                "and has no integer arithmetic. Train with `apply`."
-            )
-        return ValueError(
-            f"The site {site.name!r}{root} has no integer arithmetic: what it is made "
-            "of lies on no grid, or has no integer rule. `lower` names the equation; "
-            "give each of its operands a quantizer."
-        )
 
     # Equations.
 
@@ -220,6 +198,8 @@ class IntegerForward(Simulation):
         if on_grid and e.outputs[0] in self._grids:
             self._words.update(dict.fromkeys(e.outputs, self._words[on_grid[0]]))
             self._grids.update(dict.fromkeys(e.outputs, self._grids[e.outputs[0]]))
+        wholes = self._plan.wholes.keys() & e.outputs
+        self._words.update(dict.fromkeys(wholes, "int32"))
 
     def _follow(self, e: Equation) -> None:
         data = [v for v in e.inputs if v in self._data]
@@ -227,7 +207,7 @@ class IntegerForward(Simulation):
         is_function = name in POINTWISE | SHAPE_MOVES or e.primitive in CALLS
         if is_function and all(v in self._grids or v in self._of_codes for v in data):
             self._of_codes.update(e.outputs)
-        if not data:
+        if not data or not any(map(self._model.is_real, e.outputs)):
             return
         if data[0] in self._shipped and len(data) == 1:
             if name in _CHOICES or bounds_of(self._model, e) is not None:
@@ -239,6 +219,8 @@ class IntegerForward(Simulation):
             self._product(e)
         elif name in _SUMS:
             self._sum(e)
+        elif name == "reduce_prod":
+            self._product_over_axes(e)
         elif name in _LOOKUPS and (e.inputs[0] not in data or len(data) > 1):
             self._lookup(e)
         elif name == "scatter-add":
@@ -311,6 +293,14 @@ class IntegerForward(Simulation):
         (acc,) = evaluate(e, self._steps(x))
         self._set(e.outputs[0], Accumulator(acc, (self._grids[x].scale,)))
 
+    def _product_over_axes(self, e: Equation) -> None:
+        (x,) = e.inputs
+        if x in self._grids and not self._grids[x].scale.ndim:
+            steps, axes = self._steps(x), e.params["axes"]
+            taps = math.prod(steps.shape[d] for d in axes)
+            scales = (self._grids[x].scale,) * taps
+            self._set(e.outputs[0], Accumulator(steps.prod(axes), scales))
+
     def _lookup(self, e: Equation) -> None:
         """Looks places of a table up; the codes of the rows count as accumulators."""
         table = e.inputs[0]
@@ -372,7 +362,7 @@ class IntegerForward(Simulation):
 
             def joined(target: TargetGrid) -> jax.Array:
                 codes = {k: late(target) for k, late in lates.items() if late}
-                return evaluate(e, *{**values, **codes}.values())[0]
+                return _evaluated(e, *{**values, **codes}.values())
 
             self._late[e.outputs[0]] = joined
 
@@ -485,7 +475,10 @@ class IntegerForward(Simulation):
                     "accumulator may be finer: `apply_integer` does not compute it. "
                     "Use `apply`, or leave the bias to the grid of its accumulator."
                 )
-            bias = self._rounded_bias(block, bias, scale)
+            bias, finer = self._rounded_bias(block, bias, scale), self._finer(block)
+            if finer:
+                unit = jnp.float32(2.0**-finer)
+                steps, found = steps << finer, found.times(unit)
             low, high = (jnp.int32(q) for q in (-(2**31), 2**31 - 1))
             bias = jnp.broadcast_to(bias, np.broadcast_shapes(bias.shape, scale.shape))
             steps = steps + grid_codes(bias, scale, jnp.int32(0), low, high)
@@ -519,22 +512,15 @@ class IntegerForward(Simulation):
         return codes.astype(self._words[v])
 
 
-_JOINED = {"scatter": (0, 2), "dynamic_update_slice": (0, 1)}
+def _evaluated(e: Equation, *values: Any) -> jax.Array:
+    """Applies an equation to codes in place of real values."""
+    scatter = {"scatter-max": lax.scatter_max, "scatter-min": lax.scatter_min}
+    if e.primitive.name not in scatter:
+        return evaluate(e, *values)[0]
+    names = "dimension_numbers", "mode", "indices_are_sorted", "unique_indices"
+    options: Any = {name: e.params[name] for name in names}
+    return scatter[e.primitive.name](*values, **options)
 
 
-def _site_in(e: Any) -> str:
-    """Returns the site of the quantization point that an equation is or calls."""
-    inner = (getattr(j, "jaxpr", j) for j in jex.jaxprs_in_params(e.params))
-    names = (_site_in(eqn) for jaxpr in inner for eqn in jaxpr.eqns)
-    is_point = e.primitive is qpoint_p
-    return e.params["site"] if is_point else next(filter(None, names), "")
-
-
-def _own_quantizer(e: Equation) -> ValueError:
-    name = _site_in(e) or quantizer_of(e) or "fake_quant"
-    return ValueError(
-        f"`apply_integer` knows the grids of the scheme alone, and the model has a "
-        f"quantizer of its own in {where(e)}: `{name}`.\n  equation: {e}\nTrain with "
-        "`apply`, which `lower` takes as it is; or take the quantizer out of the model "
-        "and name its word in the scheme: `Rule(site, word)`."
-    )
+_JOINED = dict.fromkeys(("scatter", "scatter-max", "scatter-min"), (0, 2))
+_JOINED |= {"dynamic_update_slice": (0, 1)}

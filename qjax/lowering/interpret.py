@@ -12,7 +12,7 @@ from qjax.graph.builder import compact
 from qjax.leaves import at_start
 from qjax.lowering.binding import Folded
 from qjax.lowering.folding import fold_known
-from qjax.lowering.inputs import MOST_RANGE, follow, integer_range, is_place
+from qjax.lowering.inputs import follow, integer_range, is_place
 from qjax.lowering.values import (
     Abstract,
     Builder,
@@ -44,14 +44,13 @@ class InputTwiceError(ValueError):
 
     Attributes:
       input: Number of the input.
-      is_raw: Whether it has few enough integers to be its own codes.
+      is_raw: Whether it holds integers, which can be their own codes.
     """
 
     def __init__(self, e: Equation, trace: Trace, x: Real):
         assert x.input is not None
-        ends = integer_range(trace, x)
         self.input = x.input
-        self.is_raw = ends is not None and ends[1] - ends[0] < MOST_RANGE
+        self.is_raw = integer_range(trace, x) is not None
         super().__init__(
             f"{at_start(x.source)} is quantized on two grids, the second one in "
             f"{where(e)}.\n  equation: {e}\nA program takes the codes of one. Quantize "
@@ -98,6 +97,7 @@ def interpret(
         source, remedy = f"{trace.names[k]} of the program", builder.site_of_input(k)
         env[v] = Real(source, remedy, input=k, dtype=dtype)
     blamed: set[int | None] = set()  # Inputs that a cause names.
+    ruled: set[int] = set()  # Known values that rules found, and what is made of them.
     drawn: set[int] = set()  # Random numbers, and what is made of them alone.
     for e in trace.equations:
         operands = [env.get(v, _FOLDED) for v in e.inputs]
@@ -110,6 +110,9 @@ def interpret(
             if not moves and e.primitive is not qpoint_p:
                 if e.primitive.name in _CHOICES:
                     env.update(_chosen(e, operands))
+                if not ruled.isdisjoint(e.inputs) and not on_grid:
+                    env.update(_folded_now(e, operands))
+                    ruled.update(e.outputs)
                 continue
         name = whole_of(e) or e.primitive.name
         try:
@@ -138,12 +141,20 @@ def interpret(
             found = (Real(source, "", is_left=True),) * len(e.outputs)
         results = found if isinstance(found, tuple) else (found,)
         env.update(zip(e.outputs, results, strict=True))
+        ruled.update(v for v in e.outputs if isinstance(env[v], Known))
     return [env[v] for v in trace.outputs]
 
 
 def _is_lost(x: Any) -> bool:
     """Returns whether a value is no function of one integer input."""
     return isinstance(x, Real) and bool(x.dtype) and x.input is None and not x.is_left
+
+
+def _folded_now(e: Equation, operands: list[Abstract]) -> dict[int, Abstract]:
+    """Computes an equation of values that rules have found to be known."""
+    values = [jax.numpy.asarray(x.value) for x in operands if isinstance(x, Known)]
+    found = (Known(np.asarray(y)) for y in evaluate(e, *values))
+    return dict(zip(e.outputs, found, strict=True))
 
 
 # Equations that return numbers of their operands, or of the first alone.

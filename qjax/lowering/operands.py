@@ -68,7 +68,10 @@ def added(builder: Builder, e: Equation, x: Sum) -> Integers:
     ]
     low, high = (sum(pair[k] for pair in ends) for k in (0, 1))
     limit = builder.most(x.place.sites.output)
-    if any(f != int(f) for f in factors) or not -limit - 1 <= low <= high <= limit:
+    is_whole = all(f == int(f) for f in factors)
+    if e.is_of_quantizer and not is_whole:
+        raise _refuse_sum(e, x)
+    if not is_whole or not -limit - 1 <= low <= high <= limit:
         raise refuse(e, x, "input")
     key = tuple((t.value, sign) for t, sign in x.terms)
     if key not in builder.placed:
@@ -83,6 +86,21 @@ def added(builder: Builder, e: Equation, x: Sum) -> Integers:
         is_gain_exact=all(t.rescaled is None for t in terms),
         bounds=x.bounds,
         place=x.place,
+    )
+
+
+def _refuse_sum(e: Equation, x: Sum) -> ValueError:
+    """Returns the error for a quantizer of a sum that no grid holds."""
+    site = x.place.sites.output
+    sites = dict.fromkeys(t.place.sites.output or t.place.path for t, _ in x.terms)
+    word = "QSpec(bits=8, power_of_two=True)"
+    rules = ", ".join(f"Rule({name!r}, {word})" for name in filter(None, sites))
+    return ValueError(
+        f"The quantizer at {site or where(e)!r} is of a sum of codes on two scales, "
+        f"which no grid holds, and its levels are not those of a grid alone.\n"
+        f"  equation: {e}\nGive what it adds scales that are powers of two, as with "
+        f"{rules or word}, or quantize the sum on a grid: "
+        f"Rule({site or '...'!r}, QSpec(bits=8))."
     )
 
 

@@ -71,6 +71,8 @@ class ScaledIntegers:
         ``[]``; None where that is not known.
       past: Arithmetic of the model between an accumulator and this one; None if these
         are integers of their own.
+      origin: The same for a sum of an accumulator and exact biases, which is integers
+        of its own: a function of both starts from the accumulator.
     """
 
     scale: np.ndarray
@@ -86,6 +88,7 @@ class ScaledIntegers:
     dtype: str = ""
     is_still: np.ndarray | None = None
     past: "Past | None" = None
+    origin: "Past | None" = None
 
     def real_scale(self) -> np.ndarray:
         """Returns units per integer: scale and gain together."""
@@ -139,6 +142,7 @@ class Integers(ScaledIntegers):
             "rescaled": None,
             "is_still": None,
             "past": None,
+            "origin": None,
         }
         changes = {**own, **changes}
         return dataclasses.replace(self, value=value, **changes)

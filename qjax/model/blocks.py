@@ -1,7 +1,7 @@
 """Blocks of a traced model, which end at a site, and the plan of all sites."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,6 +59,7 @@ class Plan:
       biases: Parameter -> its site, of those that are added to a product.
       on_grid: Values on the grid of the data that they are made of: inputs, and what
         shape moves, max-pools and relus return.
+      wholes: Real values that are whole numbers -> a bound of their magnitude.
     """
 
     sites: tuple[Site, ...]
@@ -69,6 +70,7 @@ class Plan:
     fused: dict[int, Block]
     on_grid: frozenset[int]
     biases: dict[int, Site] = dataclasses.field(default_factory=dict)
+    wholes: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
 
 def path_name(path: Sequence[Any]) -> str:

@@ -1,10 +1,11 @@
-"""Equations as simpler ones: stacks, tiles, and scans of few steps."""
+"""Equations as simpler ones: stacks, tiles, searches, and scans of few steps."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as p
 
@@ -12,8 +13,9 @@ from jax.extend.core import primitives as p
 def expansion(eqn: Any, keep_derivatives: bool) -> Callable[..., Any] | None:
     """Returns the computation of an equation by simpler ones; None if it stays.
 
-    Stacks and tiles are concatenations and broadcasts. A scan of few steps is unrolled
-    where it is lowered; as a part of a model that is trained it stays.
+    Stacks and tiles are concatenations and broadcasts; a search in a short sorted table
+    counts the numbers that come before. A scan of few steps is unrolled where it is
+    lowered; as a part of a model that is trained it stays.
     """
     params = eqn.params
     if eqn.primitive.name == "stack":
@@ -26,11 +28,41 @@ def expansion(eqn: Any, keep_derivatives: bool) -> Callable[..., Any] | None:
         return lambda x: [lax.squeeze(y, (axis,)) for y in lax.split(x, sizes, axis)]
     if eqn.primitive.name == "tile":
         return lambda x: _tiled(x, params["reps"])
+    if params.get("name") == "searchsorted" and _is_short_table(eqn):
+        return _counted(eqn)
     is_short = eqn.primitive is p.scan_p and params["length"] <= MOST_STEPS
     return _unrolled(params) if is_short and not keep_derivatives else None
 
 
 MOST_STEPS = 256  # Most steps of a scan that is unrolled.
+MOST_SEARCHED = 256  # Most numbers of a table whose comparisons are written out.
+
+
+def _is_short_table(eqn: Any) -> bool:
+    shapes = [v.aval.shape for v in eqn.invars]
+    return len(shapes) == 2 and len(shapes[0]) == 1 and shapes[0][0] <= MOST_SEARCHED
+
+
+def _counted(eqn: Any) -> Callable[..., list[Any]]:
+    """Returns a search in a sorted table as a sum of comparisons, number by number."""
+    dtype = eqn.outvars[0].aval.dtype
+    search = jex.jaxpr_as_fun(eqn.params["jaxpr"])
+    with jax.ensure_compile_time_eval():
+        zeros = (jnp.zeros(v.aval.shape, v.aval.dtype) for v in eqn.invars)
+        is_left = not jnp.any(search(*zeros)[0])
+    is_before = lax.le if is_left else lax.lt
+
+    def count(table: jax.Array, x: jax.Array) -> list[Any]:
+        found = lax.full(x.shape, 0, dtype)
+        if jnp.issubdtype(table.dtype, jnp.floating):
+            table = jnp.where(jnp.isnan(table), jnp.array(jnp.inf, table.dtype), table)
+        for k in range(table.shape[0]):
+            number = lax.index_in_dim(table, k, keepdims=False)
+            is_after = ~is_before(x, lax.broadcast(number, x.shape))  # NaN is last.
+            found = found + is_after.astype(dtype)
+        return [found]
+
+    return count
 
 
 def _tiled(x: jax.Array, reps: Sequence[int]) -> jax.Array:

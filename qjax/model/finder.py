@@ -24,13 +24,14 @@ from qjax.model.blocks import (
 )
 from qjax.model.elementwise import find_functions
 from qjax.model.kept import whole_of
-from qjax.model.lineage import Lineage
+from qjax.model.lineage import Lineage, has_product
 from qjax.model.loops import Surroundings, is_loop
 from qjax.model.normalisations import NORM
 from qjax.model.origin import origin_of
 from qjax.model.primitives import AFFINE, REMEDIES, SHAPE_MOVES, names
 from qjax.model.statistics import batch_statistics
 from qjax.model.trace import Equation, Trace
+from qjax.model.wholes import whole_numbers
 from qjax.schemes.patterns import Role, Site
 
 _MAXIMA = names("maximum")
@@ -85,7 +86,8 @@ class _Finder(Lineage):
         self.open: dict[int, Block] = {}  # End so far -> a block that may go on.
         self.input_sites: dict[int, str] = {}
         self.weights: dict[int, str] = {}
-        self.on_grid: set[int] = set()
+        self.wholes = whole_numbers(self)
+        self.on_grid: set[int] = set(self.wholes)
         self.pooled: dict[int, int] = {}  # A maximum -> the end of a block it is of.
         self.functions, self.bent, self.masks = find_functions(
             model, self.data, self._is_apart, split
@@ -121,12 +123,14 @@ class _Finder(Lineage):
             return
         if not any(map(self.model.shape, e.outputs)):
             return  # A number, such as a loss, is no activation.
+        if out in self.wholes:
+            return  # Its grid is known.
         if out in self.bent and not self._absorbs(e, x):
             if out in self.functions and self.model.is_real(out):
                 self._start(Block(self.functions[out], e, out, is_function=True))
         elif name == "convert_element_type" and not self.model.is_real(x[0]):
             self._cast(e, x[0])
-        elif name in _PRODUCTS or self._is_embedding(e):
+        elif name in _PRODUCTS or self.is_embedding(e):
             self._product(e)
         elif not any(map(self.model.is_real, e.outputs)):
             return  # Places, masks: they have no scale.
@@ -140,6 +144,8 @@ class _Finder(Lineage):
             self._extend(block, e)
         elif self.is_cast(e) and x[0] in self.open and self._is_only(e, x[0]):
             self._cast_block(self.open[x[0]], e)
+        elif (kept := self.checked_for_nan(e)) is not None:
+            self.on_grid |= {out} if kept in {*self.open, *self.on_grid} else set()
         elif self.keeps_grid(e):
             if x[0] in self.on_grid or x[0] in self.open:
                 self.on_grid.update(e.outputs)
@@ -213,7 +219,7 @@ class _Finder(Lineage):
         inside = list(dict.fromkeys(self.leaves_of(e)))
         # A function with a parameter is a function; a loop with one is a layer.
         is_layer = name in ("while", "cond", "shard_map") and inside
-        if not is_layer and not any(map(_has_product, jaxprs)):
+        if not is_layer and not any(map(has_product, jaxprs)):
             return
         found = ", ".join(filter(None, inside)) or "a parameter"
         what = f"holds {found}" if inside else "holds a product"
@@ -279,7 +285,7 @@ class _Finder(Lineage):
     def _affine(self, e: Equation, x: int) -> None:
         block = self.open.get(x)
         own = self._before_casts(x)
-        if own in self.input_sites and self._is_only(e, x) and self._is_rescaling(e, x):
+        if own in self.input_sites and self._is_only(e, x) and self.is_rescaling(e, x):
             # The site of an input is where its values have got their unit.
             self.on_grid -= {x, own}
             self.input_sites[e.outputs[0]] = self.input_sites.pop(own)
@@ -369,15 +375,6 @@ class _Finder(Lineage):
         same = size == math.prod(self.model.shape(x))
         return moves and scales and same and self._is_only(e, x)
 
-    def _is_rescaling(self, e: Equation, x: int) -> bool:
-        """Returns whether an affine equation has one known number for all values."""
-        known = (constant_of(self.model, v, self.source) for v in e.inputs if v != x)
-        return all(c is not None and c.size == 1 for c in known)
-
-    def _is_embedding(self, e: Equation) -> bool:
-        """Returns whether an input chooses rows of a parameter."""
-        return e.primitive.name == "gather" and e.inputs[0] not in self.data
-
     def _is_apart(self, e: Equation) -> bool:
         """Returns whether an equation is no part of an elementwise function."""
         is_statistic = bool(self.statistics.intersection(e.inputs))
@@ -456,10 +453,8 @@ class _Finder(Lineage):
         inner = tuple(b for b in self.blocks if b.is_inner)
         constant = (b for b in self.blocks if b.affine and not b.has_statistics)
         fused = {b.affine[-1].outputs[0]: b for b in constant}
-        on_grid, biases = frozenset(self.on_grid), self._biases(weights)
-        return Plan(
-            tuple(sites), activations, weights, blocks, inner, fused, on_grid, biases
-        )
+        own = frozenset(self.on_grid), self._biases(weights), self.wholes
+        return Plan(tuple(sites), activations, weights, blocks, inner, fused, *own)
 
     def _carried(self) -> dict[int, str]:
         """Names the sites of what goes on to the next step, and makes those missing."""
@@ -524,13 +519,3 @@ class _Finder(Lineage):
                 if uses or not [u for u in self.users[v] if not self._is_statistic(u)]:
                     found.setdefault(v, len(found))
         return found
-
-
-def _has_product(jaxpr: Any) -> bool:
-    """Returns whether a jaxpr contains a product at any depth."""
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    return any(
-        eqn.primitive.name in _PRODUCTS
-        or any(map(_has_product, jex.jaxprs_in_params(eqn.params)))
-        for eqn in jaxpr.eqns
-    )

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+import jax.extend.core as jex
 import numpy as np
 
 from qjax.model.blocks import constant_of, data_of, is_quantizer
@@ -10,6 +12,7 @@ from qjax.model.primitives import SHAPE_MOVES, names
 from qjax.model.trace import Equation, Trace, makers_and_readers
 
 _GRID_KEEPING = SHAPE_MOVES | names("maximum", "minimum", "running extreme")
+_PRODUCTS = names("product")
 _GRID_KEEPING |= names("order") | {"split"}
 
 
@@ -90,6 +93,25 @@ class Lineage:
         """Returns whether an equation divides by a value."""
         return e.primitive.name == "div" and e.inputs[1] == x
 
+    def is_rescaling(self, e: Equation, x: int) -> bool:
+        """Returns whether an affine equation has one known number for all values."""
+        known = (constant_of(self.model, v, self.source) for v in e.inputs if v != x)
+        return all(c is not None and c.size == 1 for c in known)
+
+    def is_embedding(self, e: Equation) -> bool:
+        """Returns whether an input chooses rows of a parameter."""
+        return e.primitive.name == "gather" and e.inputs[0] not in self.data
+
+    def checked_for_nan(self, e: Equation) -> int | None:
+        """Returns what a check for NaN passes on; None for other equations."""
+        if e.primitive.name != "select_n":
+            return None
+        data = [v for v in e.inputs[1:] if v in self.data]
+        others = [v for v in e.inputs[1:] if v not in self.data]
+        known = [constant_of(self.model, v, self.source) for v in others]
+        is_nan = [x is not None and bool(np.all(np.isnan(x))) for x in known]
+        return data[0] if len(data) == 1 and others and all(is_nan) else None
+
     def keeps_grid(self, e: Equation) -> bool:
         """Returns whether all outputs are values of the input, or zero."""
         name = e.primitive.name
@@ -98,3 +120,13 @@ class Lineage:
         if name in ("gather", "dynamic_slice"):
             return not self.data.intersection(e.inputs[1:])
         return name in _GRID_KEEPING
+
+
+def has_product(jaxpr: Any) -> bool:
+    """Returns whether a jaxpr contains a product at any depth."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    return any(
+        eqn.primitive.name in _PRODUCTS
+        or any(map(has_product, jex.jaxprs_in_params(eqn.params)))
+        for eqn in jaxpr.eqns
+    )

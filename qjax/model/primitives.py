@@ -94,7 +94,10 @@ PRIMITIVES: Mapping[str, Primitive] = {
         *_named("place", "rev slice"),
         *_named("pad", "pad"),
         *_named("pick", "concatenate dynamic_slice gather split"),
-        *_named("place by data", "dynamic_update_slice scatter scatter-add"),
+        *_named(
+            "place by data",
+            "dynamic_update_slice scatter scatter-add scatter-max scatter-min",
+        ),
         *_named("order", "sort top_k"),
         *_named("select", "", "select_n"),
         *_named("maximum", "reduce_max reduce_window_max"),
@@ -159,3 +162,9 @@ POINTWISE = names(is_elementwise=True)
 # XLA computes them in the loops of what reads them.
 FUSED = POINTWISE | SHAPE_MOVES | names("pad", "pick", "select")
 REMEDIES = {p.name: p.remedy for p in PRIMITIVES.values() if p.remedy}
+# Comparisons of `jnp.searchsorted`, in tables that are not written out.
+REMEDIES |= dict.fromkeys(
+    ("le_to", "lt_to"),
+    "Search a table of at most 256 numbers, known or a parameter, with "
+    "`jnp.searchsorted(table, x)`",
+)

@@ -2,11 +2,13 @@
 
 import contextlib
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.source_info_util import user_context
 
@@ -45,6 +47,9 @@ from qjax.model.visits import Unit, Visit, Visitor
 from qjax.model.widening import evaluate_own, is_half_product, product_of_codes
 from qjax.quantizers.point import straight
 from qjax.schemes.patterns import Site
+
+_FINER = 8  # Bits of a bias that a product of whole numbers makes room for.
+_MOST_BITS = 14.0  # Of a sum of whole numbers; a weight of 16 bits and a bias follow.
 
 
 class Simulation(LoopRuns):
@@ -306,8 +311,12 @@ class Simulation(LoopRuns):
         if is_quantizer(e):
             return  # The own grid of a quantizer is unknown here.
         self._carry(e)
+        if wholes := self._plan.wholes.keys() & e.outputs:
+            one = QParams(jnp.ones(()), jnp.zeros((), jnp.int32))
+            self._grids.update(dict.fromkeys(wholes, one))
+            return
         x = next((v for v in e.inputs if v in self._grids), None)
-        if x is None:
+        if x is None or not self._model.is_real(e.outputs[0]):
             return
         scale, zero_point = self._grids[x]
         if all(v in self._bytes for v in e.inputs if v in self._grids):
@@ -431,7 +440,7 @@ class Simulation(LoopRuns):
 
     def _fused_alone(self, block: Block) -> list[jax.Array] | None:
         x = next((v for v in block.root.inputs if v in self._grids), None)
-        if x is None or self._grids[x].scale.ndim:
+        if x is None or self._grids[x].scale.ndim or x in self._plan.wholes:
             return None
         before, factor, after = self._compose(block, x)
         value = self._env[x]
@@ -489,4 +498,21 @@ class Simulation(LoopRuns):
             return None
         rank = len(self._model.shape(out))
         scale = output_scale(block.root, block.weight_operand, own[1].scale, rank)
-        return None if scale is None else own[0].scale * scale
+        if scale is None:
+            return None
+        return own[0].scale * scale * np.float32(2.0 ** -self._finer(block))
+
+    def _finer(self, block: Block) -> int:
+        """Returns the bits by which the unit of a bias is finer than its accumulator.
+
+        Whole numbers have the unit 1, whose products with a weight are coarse.
+        """
+        if block.kind != "product":
+            return 0
+        w, operand = block.root.inputs[block.weight_operand], block.weight_operand
+        most = self._plan.wholes.get(block.root.inputs[1 - operand], math.inf)
+        shape = self._model.shape(w)
+        kept = kernel_axes(block.root, operand, len(shape), len(shape)).values()
+        taps = math.prod(n for d, n in enumerate(shape) if d not in kept)
+        bits = math.log2(max(most * taps, 1.0))
+        return 0 if math.isinf(bits) else max(0, min(_FINER, int(_MOST_BITS - bits)))

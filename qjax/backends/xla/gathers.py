@@ -68,12 +68,12 @@ def _scatter_add(node, params, inputs):
     )
 
 
-def _scatter(node, params, inputs):
+def _scatter(node, params, inputs, scatter=lax.scatter):
     a, (places, x, updates) = node.attributes, inputs
     if x.dtype != updates.dtype:
         x, updates = x.astype(jnp.int32), updates.astype(jnp.int32)
     options: Any = {"mode": _MODES[a["mode"]]}
-    return lax.scatter(x, places.astype(jnp.int32), updates, _scattering(a), **options)
+    return scatter(x, places.astype(jnp.int32), updates, _scattering(a), **options)
 
 
 def _argsort(node, params, inputs):
@@ -104,6 +104,8 @@ GATHERS = {
     "gather": _gather,
     "scatter_add": _scatter_add,
     "scatter": _scatter,
+    "scatter_max": lambda node, params, xs: _scatter(node, params, xs, lax.scatter_max),
+    "scatter_min": lambda node, params, xs: _scatter(node, params, xs, lax.scatter_min),
     "sort": lambda node, params, inputs: lax.sort(
         inputs[0], dimension=node.attributes["axis"]
     ),

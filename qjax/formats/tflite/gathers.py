@@ -5,15 +5,12 @@ and inputs that choose take no others.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
 from qjax.formats.tflite.moves import take
 from qjax.formats.tflite.tensors import Call, Tensor, TfliteRule
-
-_MOST_CASES = 64  # Longest axis of computed codes that computed indices choose from.
 
 
 def _gather(call: Call) -> None:
@@ -40,7 +37,7 @@ def _gather(call: Call) -> None:
     elif x.data is not None and not batch:
         _from_table(call, axis, x, 1)
     else:
-        _among_cases(call, axis, batch)
+        _at_places(call, axis, batch)
 
 
 def _by_known(call: Call, axis: int, batch: int, indices: np.ndarray) -> None:
@@ -95,49 +92,25 @@ def _from_table(call: Call, axis: int, x: Tensor, place: int) -> None:
     call.emit("transpose", (found,), permutation=[*before, *range(rank), *after])
 
 
-def _among_cases(call: Call, axis: int, batch: int) -> None:
-    """Selects among all slices along an axis."""
+def _at_places(call: Call, axis: int, batch: int) -> None:
+    """Gathers computed codes at computed places."""
     x, at = call.value(), call.value(1)
     shape, indices = call.known(x).shape, call.known(at).shape
-    size = shape[axis]
-    if not 0 < size <= _MOST_CASES:
-        raise call.refuse(
-            f"computed indices of an axis of {size} computed codes",
-            f" Known are up to {_MOST_CASES}, and any number of constant ones.",
-        )
-    _check_within(call, at, size)
+    _check_within(call, at, shape[axis])
     call.check_type((x,))
-    chosen, rest = indices[batch:], shape[axis + 1 :]
-    out = (*shape[:axis], *chosen, *rest)
-    ones = lambda n: (1,) * n
-    which = (*indices[:batch], *ones(axis - batch), *chosen, *ones(len(rest)))
-    which_value = _spread(call, at, which, out)
-    cases = []
-    for k in range(size):
-        ends: list[Any] = [[None, None]] * len(shape)
-        ends[axis] = [k, k + 1]
-        start, stop = (list(end) for end in zip(*ends, strict=True))
-        steps = [1] * len(shape)
-        options: Any = {"start": start, "stop": stop, "steps": steps}
-        case = call.add("slice", (x,), like=x, **options)
-        one = (*shape[:axis], *ones(len(chosen)), *rest)
-        cases.append(_spread(call, case, one, out))
-    if size == 1:
-        cases *= 2
-    call.emit("select", (which_value, *cases))
-
-
-def _spread(call: Call, value: int, shape: Sequence[int], out: Sequence[int]) -> int:
-    """Repeats a value, once it has the shape ``shape``, along its axes of size 1."""
-    value = call.reshaped(value, shape)
-    sizes: list[int | None] = [
-        None if m == n else m for m, n in zip(out, shape, strict=True)
-    ]
-    if all(n is None for n in sizes):
-        return value
-    dimensions = list(range(len(sizes)))
-    return call.add(
-        "broadcast", (value,), like=value, sizes=sizes, dimensions=dimensions
+    own, chosen = list(range(batch)), len(indices) - batch
+    rank = len(shape) - 1 + chosen
+    call.emit(
+        "gather",
+        (x, call.reshaped(at, (*indices, 1))),
+        offset_dims=[*range(batch, axis), *range(axis + chosen, rank)],
+        collapsed_slice_dims=[axis],
+        start_index_map=[axis],
+        operand_batching_dims=own,
+        start_indices_batching_dims=own,
+        slice_sizes=[1 if d in (*own, axis) else None for d in range(len(shape))],
+        mode="clip",
+        fill=0,
     )
 
 

@@ -260,6 +260,20 @@ def _scatter(a, own, inputs):
     return found
 
 
+def _scatter_extreme(join):
+    """Returns the meaning of a scatter that keeps the extreme at each place."""
+
+    def meaning(a, own, inputs):
+        places, x, updates = inputs
+        found = x.copy()
+        if found.size and updates.size:
+            index, is_there = _update_index(a, found.shape, places, updates.shape)
+            join.at(found, tuple(index), updates[is_there])
+        return found
+
+    return meaning
+
+
 # Sorts.
 
 
@@ -332,6 +346,23 @@ SCATTER = Operation(
     inputs=3,
     attributes=_SCATTERING,
 )
+SCATTER_MAX, SCATTER_MIN = (
+    Operation(
+        name,
+        f"code = the {said} of the second input and of what the third one has for a "
+        "place, which the first one names",
+        "choice",
+        _scatter_shape,
+        _scatter_interval,
+        _scatter_extreme(join),
+        inputs=3,
+        attributes=_SCATTERING,
+    )
+    for name, said, join in (
+        ("scatter_max", "largest", np.maximum),
+        ("scatter_min", "least", np.minimum),
+    )
+)
 SORT = Operation(
     "sort",
     "code = q in ascending order along an axis",
@@ -351,4 +382,4 @@ ARGSORT = Operation(
     attributes={"axis": AXIS, "descending": FLAG},
 )
 
-GATHERS = (GATHER, SCATTER_ADD, SCATTER, SORT, ARGSORT)
+GATHERS = (GATHER, SCATTER_ADD, SCATTER, SCATTER_MAX, SCATTER_MIN, SORT, ARGSORT)

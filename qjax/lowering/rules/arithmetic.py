@@ -369,12 +369,13 @@ def _remembered(rule: LoweringRule) -> LoweringRule:
         x = operands[data[0]]
         if not isinstance(found, ScaledIntegers) or not _is_sum(found) or found is x:
             return found
-        past = None
+        past = origin = None
         if len(data) == 1 and isinstance(x, ScaledIntegers) and _is_sum(x):
-            past = _past(e, data[0], x, operands)
             if x.past is None and _is_biased(x, found):
-                past = None
-        return dataclasses.replace(found, past=past)
+                origin = _past(e, data[0], x, operands, x.origin)
+            else:
+                past = _past(e, data[0], x, operands, x.past)
+        return dataclasses.replace(found, past=past, origin=origin)
 
     return apply
 
@@ -389,7 +390,11 @@ def _is_biased(x: ScaledIntegers, found: ScaledIntegers) -> bool:
 
 
 def _past(
-    e: Equation, place: int, x: ScaledIntegers, operands: tuple[Abstract, ...]
+    e: Equation,
+    place: int,
+    x: ScaledIntegers,
+    operands: tuple[Abstract, ...],
+    past: Past | None,
 ) -> Past | None:
     """Returns what an accumulator remembers after an equation; None if it cannot."""
     constants = [
@@ -404,7 +409,7 @@ def _past(
         return None
     known = {v: per_channel(e, o) for v, o in constants}
     v, (end,) = e.inputs[place], e.outputs
-    past = Past(x, v, {}, {}, v) if x.past is None else x.past
+    past = Past(x, v, {}, {}, v) if past is None else past
     steps = dict(past.steps)
     if past.end != v:
         steps[v] = Equation(copy_p, {}, (past.end,), (v,), e.path)

@@ -1,5 +1,6 @@
 """Rules that join several values on one grid: selections, concatenations."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,20 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.graph.builder import compact
+from qjax.graph.graph import Grid
 from qjax.lowering.constants import (
     add_constant,
     anchor,
     codes_on,
+    exact_grid,
     like_of,
     real_values,
     repeated,
+    whole_grid,
     wider,
 )
 from qjax.lowering.entries import as_codes
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import added, settled, source_of
 from qjax.lowering.rules.functions import add_table, curve
-from qjax.lowering.rules.whole import joined_whole, whole_numbers
+from qjax.lowering.rules.whole import exact_codes, joined_whole, whole_numbers
 from qjax.lowering.values import (
     Abstract,
     Builder,
@@ -59,6 +63,8 @@ def _select(
         flat = np.unique(which.value)
         if flat.size == 1:
             return cases[int(flat[0])]
+    if isinstance(which, Real) and which.input is not None and which.dtype:
+        which = whole_numbers(builder, e, trace, which, e.inputs[0], "condition")
     if isinstance(which, Curve) or (isinstance(which, ScaledIntegers) and which.dtype):
         codes = [c for c in cases if not isinstance(c, Known)]
         source = _source(builder, e, which)
@@ -66,13 +72,39 @@ def _select(
         if same and all(map(_is_uniform, cases)):
             if (found := curve(builder, e, trace, which, *cases)) is not None:
                 return found
+    cases = _in_units_of_one(builder, e, trace, cases, e.inputs[1:])
     shapes, shape = _shapes(e, trace, e.inputs[1:])
     if isinstance(which, Known):
         others = (_known_mask(builder, e, which, cases, shape),)
     else:
         others = (mask(builder, e, trace, which, e.inputs[0]),)
     joined = Joined("select", cases, shapes, shape, others, place=e.place)
+    known = [c.value for c in cases if isinstance(c, Known)]
+    if len(known) == len(cases) and trace.is_real(e.outputs[0]):
+        return _among_known(builder, joined, known, others[0])
     return _joined_now(builder, joined)
+
+
+def _among_known(
+    builder: Builder, x: Joined, known: Sequence[np.ndarray], which: int
+) -> Abstract:
+    """Returns a choice among constants on the grid that holds all, if there is one."""
+    flat = np.concatenate([np.ravel(value) for value in known])
+    exact = exact_grid(flat)
+    if exact is None or builder.values[which].shape != x.shape:
+        return x
+    scale, codes = whole_grid(*exact)
+    parts = np.split(codes, np.cumsum([np.size(value) for value in known])[:-1])
+    grid = Grid(float(np.float32(scale)), 0)
+    inputs = [
+        _added_constant(
+            builder, x, np.broadcast_to(own.reshape(value.shape), shape), grid, [which]
+        )
+        for own, value, shape in zip(parts, known, x.shapes, strict=True)
+    ]
+    value = builder.add("select", (which, *inputs), path=x.place.path, grid=grid)
+    kind: Any = {"dtype": "", "is_codes": True, "scale": np.asarray(scale)}
+    return dataclasses.replace(builder.numbers(value, x.place), **kind)
 
 
 def _ready(builder: Builder, x: Abstract) -> Abstract:
@@ -158,6 +190,7 @@ def _concatenate(
         return joined_whole(builder, e, trace, parts)
     axis = int(e.params["dimension"])
     shapes, shape = _shapes(e, trace, e.inputs)
+    parts = _in_units_of_one(builder, e, trace, parts, e.inputs)
     joined = Joined(
         "concatenate",
         tuple(_ready(builder, x) for x in parts),
@@ -173,9 +206,30 @@ def extremum(
     builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
 ) -> Abstract:
     """Returns the larger or the smaller of two quantized values."""
+    a, b = _in_units_of_one(builder, e, trace, (a, b), e.inputs)
     shapes, shape = _shapes(e, trace, e.inputs)
     joined = Joined(_EXTREMA[e.primitive.name], (a, b), shapes, shape, place=e.place)
     return _joined_now(builder, joined)
+
+
+def _in_units_of_one(
+    builder: Builder,
+    e: Equation,
+    trace: Trace,
+    parts: Sequence[Abstract],
+    values: Sequence[int],
+) -> tuple[Abstract, ...]:
+    """Returns parts as whole numbers if all are: a simulation gives them no site."""
+    if not e.is_simulated or all(isinstance(x, Known | Integers) for x in parts):
+        return tuple(parts)
+    found: list[Abstract] = []
+    for x, v in zip(parts, values, strict=True):
+        own = x if isinstance(x, Known) else exact_codes(builder, e, trace, x, v)
+        is_one = isinstance(own, Integers) and own.is_codes and np.all(own.scale == 1)
+        if not (isinstance(own, Known) or (is_one and trace.is_real(v))):
+            return tuple(parts)
+        found.append(own)
+    return tuple(found)
 
 
 def _shapes(

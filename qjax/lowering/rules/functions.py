@@ -1,7 +1,7 @@
 """Rules of elementwise functions and comparisons, which become lookup tables."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from jax.extend.core.primitives import copy_p
 
 from qjax.graph.builder import compact
 from qjax.graph.graph import Grid, storage
-from qjax.lowering.constants import exact_grid, real_values
+from qjax.lowering.constants import exact_grid, real_values, whole_grid
 from qjax.lowering.evaluation import (
     Finish,
     find_thresholds,
@@ -59,8 +59,9 @@ def curve(
         for v, x in zip(e.inputs, operands, strict=True)
     ]
     curves = [c for c in own if c is not None]
-    sources = [{s.value for s in _sources(c)} for c in curves]
-    common = set.intersection(*sources)
+    if not (common := _common(curves)):
+        curves = [_since_origin(builder, c) for c in curves]
+        common = _common(curves)
     if not common:
         return None
     curves = [_since(c, min(common)) for c in curves]
@@ -78,6 +79,26 @@ def curve(
     end = e.outputs[0]
     source = curves[0].source
     return Curve(source, aliases, known, {**steps, end: e}, end, place=e.place)
+
+
+def _common(curves: Sequence[Curve]) -> set[int]:
+    """Returns the values that all functions may start from."""
+    return set.intersection(*({s.value for s in _sources(c)} for c in curves))
+
+
+def _since_origin(builder: Builder, x: Curve) -> Curve:
+    """Returns a function of a biased accumulator as one of the accumulator."""
+    past = x.source.origin
+    if past is None:
+        return x
+    source = source_of(builder, past.source)
+    same = {
+        v: Equation(copy_p, {}, (past.end,), (v,), x.place.path)
+        for v in x.aliases
+        if v != past.end
+    }
+    steps, known = {**past.steps, **same, **x.steps}, {**past.known, **x.known}
+    return Curve(source, {past.start: source}, known, steps, x.end, place=x.place)
 
 
 def _sources(x: Curve) -> list[Integers]:
@@ -275,7 +296,7 @@ def add_exact_table(
     exact = exact_grid(found.view(np.float32))
     if exact is None or off:
         return None
-    scale, codes = exact
+    scale, codes = whole_grid(*exact)
     low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
     dtype = storage(low, high)
     params = {"table": builder.add_param(f"{name}/table", codes.astype(dtype))}
@@ -313,6 +334,9 @@ def _function(
 def _compare(
     builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
 ) -> Abstract:
+    if e.inputs[0] == e.inputs[1] and isinstance(a, ScaledIntegers | Sum):
+        is_true = e.primitive.name in ("eq", "ge", "le")  # No code is NaN.
+        return Known(np.full(trace.shape(e.outputs[0]), is_true))
     if any(isinstance(x, Known | KnownCodes | Curve) or _sums(x) for x in (a, b)):
         return _function(builder, e, trace, a, b)
     pair = []

@@ -357,6 +357,8 @@ def _scatter(
 ) -> Abstract:
     """Puts values at computed places, once both are on one grid."""
     places = places_of(builder, e, trace, index, e.inputs[1], "index")
+    if e.primitive.name != "scatter" and not trace.is_real(e.outputs[0]):
+        return _scatter_whole(builder, e, trace, x, updates, places)
     shapes = trace.shape(e.inputs[0]), trace.shape(e.inputs[2])
     return _placed(builder, e, trace, x, updates, places, _scattering(e), shapes)
 
@@ -403,14 +405,39 @@ def _placed(
         parts.append(part)
     others = (places.value,)
     shape = trace.shape(e.outputs[0])
+    operation = _SCATTERS.get(e.primitive.name, "scatter")
     return Joined(
-        "scatter", tuple(parts), shapes, shape, others, attributes, place=e.place
+        operation, tuple(parts), shapes, shape, others, attributes, place=e.place
     )
+
+
+def _scatter_whole(
+    builder: Builder,
+    e: Equation,
+    trace: Trace,
+    x: Abstract,
+    updates: Abstract,
+    places: Integers,
+) -> Integers:
+    """Returns the extremes of whole numbers at computed places."""
+    parts = [
+        places_of(builder, e, trace, part, e.inputs[k], role)
+        for k, part, role in ((0, x, "operand"), (2, updates, "updates"))
+    ]
+    inputs = [places.value, *(part.value for part in parts)]
+    operation, path = _SCATTERS[e.primitive.name], where(e).strip("'")
+    value = builder.add(operation, inputs, _scattering(e), path=path, dtype="int32")
+    return builder.numbers(value, e.place, str(trace.avals[e.outputs[0]].dtype))
+
+
+_SCATTERS = {"scatter-max": "scatter_max", "scatter-min": "scatter_min"}
 
 
 # Primitive -> its rule.
 GATHERS: Mapping[str, LoweringRule] = {
     "scatter-add": _scatter_add,
     "scatter": _scatter,
+    "scatter-max": _scatter,
+    "scatter-min": _scatter,
     "dynamic_update_slice": _dynamic_update_slice,
 }

@@ -24,7 +24,7 @@ from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import settled
 from qjax.lowering.rules.choices import mask
 from qjax.lowering.rules.functions import add_table, as_curve
-from qjax.lowering.rules.whole import whole_numbers
+from qjax.lowering.rules.whole import exact_codes, whole_numbers
 from qjax.lowering.values import (
     Abstract,
     Builder,
@@ -218,14 +218,18 @@ def _divide(
 ) -> tuple[Integers, ...]:
     first, y, *rest = others
     unit, other, scale, zero_point, qmin, qmax = (_known(e, v) for v in (first, *rest))
-    pair = _codes(builder, e, trace, x, unit), _codes(builder, e, trace, y, other)
+    pair = (
+        _codes(builder, e, trace, x, unit),
+        _codes(builder, e, trace, y, other, 2),
+    )
     for part in pair:
         ends = part.low - part.zero_point, part.high - part.zero_point
         if max(map(abs, ends)) >= MOST:
             raise ValueError(
                 f"The quotient in {where(e)} is of codes up to {max(map(abs, ends))}, "
                 f"which its 64 bits do not hold.\n  equation: {e}\nUse words of at "
-                "most 16 bits for what it divides."
+                "most 16 bits for what it divides, and bound a count, as in "
+                "`jnp.clip(count, 1, 1000)`."
             )
     ratio = np.float64(unit) / (np.float64(other) * np.float64(scale))
     multiplier, shift = fixed_point(ratio)
@@ -242,9 +246,10 @@ def _divide(
 
 
 def _codes(
-    builder: Builder, e: Equation, trace: Trace, x: Abstract, unit: Any
+    builder: Builder, e: Equation, trace: Trace, x: Abstract, unit: Any, place: int = 0
 ) -> Integers:
     """Returns the codes that a call reads, on the grid that it knows of."""
+    x = exact_codes(builder, e, trace, x, e.inputs[place])
     x = settled(builder, e, trace, x)
     is_plain = x.is_codes and not np.ndim(x.scale) and x.gain is None
     if not is_plain or np.float32(x.scale) != unit:

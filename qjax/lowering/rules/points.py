@@ -1,6 +1,7 @@
 """Rules of quantization points: inputs are quantized, accumulators requantized."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,8 +15,9 @@ from qjax.lowering.constants import (
     like_of,
     repeated,
 )
-from qjax.lowering.entries import raw
+from qjax.lowering.entries import held, raw
 from qjax.lowering.evaluation import UNITS
+from qjax.lowering.inputs import MOST_RANGE
 from qjax.lowering.interpret import InputTwiceError, LoweringRule, refuse, where
 from qjax.lowering.operands import added
 from qjax.lowering.rules.functions import add_table, as_curve
@@ -247,7 +249,13 @@ def _quantize_input(
     if not x.is_plain or x.input in builder.raw or x.input in builder.is_raw:
         if (function := raw(builder, e, trace, x)) is not None:
             return _table(builder, function, target, shape)
-        return _requantize(builder, replayed(builder, e, trace, x), target, shape)
+        if (ends := _saturating(x, target)) is not None:
+            function = held(builder, e, trace, x, ends)
+            return _table(builder, function, target, shape)
+        again = replayed(builder, e, trace, x)
+        if isinstance(again, Curve):
+            return _table(builder, again, target, shape)
+        return _requantize(builder, again, target, shape)
     own = trace.shape(trace.inputs[x.input])
     fresh = Builder()
     target.add_input(fresh, own)
@@ -266,6 +274,18 @@ def _quantize_input(
     if not target.is_part:
         builder.add_site(target.site, codes.value)
     return codes
+
+
+def _saturating(x: Real, target: SiteGrid) -> tuple[int, int] | None:
+    """Returns integers beyond which an input has the codes at the ends of its word.
+
+    None for more than a table holds between them, or for an input in another unit.
+    """
+    if not x.is_plain or x.rescaling != (1.0, 0.0):
+        return None
+    steps = (target.qmin - target.zero_point - 2, target.qmax - target.zero_point + 2)
+    low, high = (math.floor(n * target.scale) for n in steps)
+    return (low, high + 1) if high - low < MOST_RANGE - 2 else None
 
 
 def _requantize(

@@ -2,15 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from qjax.graph.operations.arithmetic import TYPES
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import emitted, settled
 from qjax.lowering.rules.moves import add_move
-from qjax.lowering.rules.products import AccumulatorOverflowError
+from qjax.lowering.rules.products import AccumulatorOverflowError, multiply_codes
 from qjax.lowering.rules.whole import exact_codes, whole_numbers
 from qjax.lowering.values import Abstract, Builder, Integers, PendingAccumulator
 from qjax.model.trace import Equation, Trace
@@ -40,17 +41,19 @@ def _sum(
 ) -> Abstract:
     x = _numbers(builder, e, trace, x)
     x = _reduced(e, settled(builder, e, trace, x))
-    if x.dtype and x.dtype != "int32":
+    if x.dtype and x.dtype not in ("int32", "uint32"):
         raise refuse(e, x, "input")  # Sums of narrow types wrap.
     low = taps * min(x.low - x.zero_point, 0)
     high = taps * max(x.high - x.zero_point, 0)
     limit = builder.most(e.sites.output)
     if low < -limit - 1 or high > limit:
+        remedy = "Use fewer bits for the input, or more `buffer_bits`."
+        if x.dtype:
+            remedy = "Bound what it adds first, as in `jnp.clip(x, 0, 1)`."
         raise AccumulatorOverflowError(
             f"The accumulator of `{e.primitive.name}` in {where(e)} could reach "
             f"{high if high > -low else low} when all {taps} input codes are at their "
-            f"end, beyond {limit}.\n  equation: {e}\nUse fewer bits for the input, or "
-            "more `buffer_bits`.",
+            f"end, beyond {limit}.\n  equation: {e}\n{remedy}",
             np.full((taps,), x.high if high > -low else x.low),
         )
 
@@ -109,6 +112,69 @@ def _truth(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Integers
     axes, path = [int(a) for a in e.params["axes"]], where(e).strip("'")
     value = builder.add(kind, (own.value,), {"axes": axes}, dtype="int8", path=path)
     return builder.numbers(value, e.place, "bool")
+
+
+def _product(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Integers:
+    """Multiplies few numbers over axes, one after the other."""
+    axes, shape = [int(a) for a in e.params["axes"]], trace.shape(e.inputs[0])
+    taps = math.prod(shape[d] for d in axes)
+    if not 0 < taps <= _MOST_FACTORS:
+        raise NotImplementedError(
+            f"`reduce_prod` in {where(e)} multiplies {taps} numbers, and integer "
+            f"programs multiply 1 to {_MOST_FACTORS}.\n  equation: {e}\nMultiply at "
+            "most that many, quantize the product, and multiply the products."
+        )
+    own = emitted(builder, e, _numbers(builder, e, trace, x))
+    path, real = where(e).strip("'"), trace.is_real(e.inputs[0])
+    if real and (not own.is_codes or np.ndim(own.scale) or own.is_bounded):
+        raise refuse(e, own, "input")
+    if not real and own.dtype not in TYPES:
+        raise refuse(e, own, "input")
+    ends = own.low - own.zero_point, own.high - own.zero_point
+    most = max(map(abs, ends)) ** taps
+    if real and most > (limit := builder.most(e.sites.output)):
+        raise AccumulatorOverflowError(
+            f"The product of `reduce_prod` in {where(e)} could reach {most}, of {taps} "
+            f"codes in {ends} about their zero point, beyond {limit}.\n  equation: {e}"
+            "\nMultiply in two halves, whose products are quantized: "
+            "`jnp.prod(x[..., :k], -1) * jnp.prod(x[..., k:], -1)`.",
+            np.full((taps,), max(ends, key=abs) + own.zero_point),
+        )
+    sizes = [int(n) for n in trace.shape(e.outputs[0])]
+    kept = [d for d in range(len(shape)) if d not in axes]
+    if sizes and kept[0] == 0:
+        sizes[0] = -1
+
+    def part(tap: Sequence[int]) -> Integers:
+        start: list[int] = [0] * len(shape)
+        stop: list[int | None] = [None] * len(shape)
+        for d, k in zip(axes, tap, strict=True):
+            start[d], stop[d] = k, k + 1
+        ends = {"start": start, "stop": stop, "steps": [1] * len(shape)}
+        v = builder.values[own.value]
+        options: Any = {"grid": v.grid, "dtype": v.dtype, "path": path}
+        cut = builder.add("slice", (own.value,), ends, **options)
+        return own.elsewhere(
+            builder.add("reshape", (cut,), {"sizes": sizes}, **options)
+        )
+
+    parts = [part(tap) for tap in np.ndindex(*(shape[d] for d in axes))]
+    found = parts[0]
+    for other in parts[1:]:
+        if real:
+            found = multiply_codes(builder, e, trace, found, other)
+            found = dataclasses.replace(found, is_codes=True)
+        else:
+            attributes = {"kind": "mul", "dtype": own.dtype}
+            inputs = found.value, other.value
+            value = builder.add("arithmetic", inputs, attributes, path=path)
+            found = builder.numbers(value, e.place, own.dtype)
+    is_exact = found.is_gain_exact and own.rescaled is None
+    is_codes = found.is_codes and taps == 1
+    return dataclasses.replace(found, is_codes=is_codes, is_gain_exact=is_exact)
+
+
+_MOST_FACTORS = 16  # Of a product over axes.
 
 
 def _reduced(e: Equation, x: Integers) -> Integers:
@@ -183,6 +249,7 @@ REDUCTIONS: Mapping[str, LoweringRule] = {
     "reduce_max": _max_pool,
     "reduce_window_min": _max_pool,
     "reduce_min": _max_pool,
+    "reduce_prod": _product,
     "reduce_or": _truth,
     "reduce_and": _truth,
     "cumsum": _running_sum,

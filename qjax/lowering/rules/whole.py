@@ -5,6 +5,7 @@ the graph, in the type that the model computes in.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
@@ -82,14 +83,27 @@ def _input(
     return replayed(builder, e, trace, x) if found is None else found
 
 
-def replayed(builder: Builder, e: Equation, trace: Trace, x: Real) -> Integers:
-    """Adds an input of more than 16 bits, and the arithmetic on it, to the graph."""
+def replayed(builder: Builder, e: Equation, trace: Trace, x: Real) -> Curve | Integers:
+    """Adds an input of more than 16 bits, and the arithmetic on it, to the graph.
+
+    What follows a cast of few integers is a function of these.
+    """
     assert x.input is not None
     start = wide_input(builder, e, trace, x)
     env: dict[int, Abstract] = {trace.inputs[x.input]: start}
     env |= {v: Known(np.asarray(n)) for v, n in x.known.items()}
     found = start
-    for v, step in x.steps.items():
+    for k, (v, step) in enumerate(x.steps.items()):
+        rest = dict([*x.steps.items()][k:])
+        own, before = step.inputs[0], env.get(step.inputs[0])
+        is_cast = trace.is_real(v) and not trace.is_real(own) and len(rest) > 1
+        if is_cast and isinstance(before, Integers):
+            given = {u for s in rest.values() for u in s.inputs} - {*rest, *x.known}
+            if given == {own} and before.high - before.low < MOST_RANGE:
+                rank = len(trace.shape(e.outputs[0]))
+                known = {u: np.reshape(n, (1,) * rank) for u, n in x.known.items()}
+                end = [*rest][-1]
+                return Curve(before, {own: before}, known, rest, end, place=e.place)
         found = _step(builder, step, trace, [env[u] for u in step.inputs])
         env[v] = found
     return found
@@ -140,15 +154,30 @@ def _added(
     dtype = after if kind == "convert" else before
     if trace.is_real(e.outputs[0]):
         return _made_real(e, trace, parts[0])
-    if dtype not in TYPES or after not in TYPES:
+    if dtype == "uint32" and _is_below_sign(kind, parts):
+        dtype = "int32"
+    if dtype not in TYPES or after not in (*TYPES, "uint32"):
         raise NotImplementedError(
             f"Integer programs compute in {', '.join(TYPES)}, not {dtype}, met in "
-            f"{where(e)}.\n  equation: {e}\nUse int32."
+            f"{where(e)}.\n  equation: {e}\nUse int32, as in `x.astype(jnp.int32)`."
         )
     path, attributes = where(e).strip(_QUOTE), {"kind": kind, "dtype": dtype}
     inputs = [x.value for x in parts]
     value = builder.add("arithmetic", inputs, attributes, path=path)
     return builder.numbers(value, e.place, after)
+
+
+def _is_below_sign(kind: str, parts: Sequence[Integers]) -> bool:
+    """Returns whether arithmetic of uint32 is that of int32: nothing reaches 2^31."""
+    ends = [(x.low, x.high) for x in parts]
+    if min(low for low, _ in ends) < 0:
+        return False
+    if kind in ("add", "mul"):
+        join = sum if kind == "add" else math.prod
+        return join(high for _, high in ends) < 1 << 31
+    if kind == "sub":
+        return ends[0][0] >= ends[1][1]
+    return kind not in ("neg", "not", "abs", "sign", "shift_left")
 
 
 def _made_real(e: Equation, trace: Trace, x: Integers) -> Integers:
@@ -252,10 +281,33 @@ def exact_codes(
             x = _input(builder, e, trace, x, v)
     if not isinstance(x, Curve) or not trace.is_real(v):
         return x
-    if not all(a.dtype for a in x.aliases.values()):
+    is_whole = _is_cast(trace, x)
+    if not is_whole and not all(a.dtype for a in x.aliases.values()):
         return x
-    codes = add_exact_table(builder, x, trace.shape(v), where(e).strip(_QUOTE))
+    path = where(e).strip(_QUOTE)
+    codes = add_exact_table(builder, x, trace.shape(v), path)
+    is_long = max(abs(x.source.low), abs(x.source.high)) > 1 << 24
+    if codes is None and is_whole and x.source.dtype and is_long:
+        _made_real(x.steps[x.end], trace, x.source)  # Raises.
+        return x
+    if codes is None and is_whole:  # Of an accumulator.
+        value = add_table(
+            builder, x, lambda y: y.astype(jnp.int32), path, dtype="int32"
+        )
+        own = builder.numbers(value, e.place)
+        if max(abs(own.low), abs(own.high)) <= 1 << 24:
+            codes = dataclasses.replace(own, dtype="", is_codes=True)
     return x if codes is None else dataclasses.replace(codes, bounded=x)
+
+
+def _is_cast(trace: Trace, x: Curve) -> bool:
+    """Returns whether a function ends at a cast of whole numbers."""
+    e = x.steps.get(x.end)
+    while e is not None and e.primitive.name in (*_SAME, "copy_p"):
+        e = x.steps.get(e.inputs[0])
+    if e is None or e.primitive.name != "convert_element_type":
+        return False
+    return not trace.is_real(e.inputs[0])
 
 
 def joined_whole(
