@@ -43,6 +43,7 @@ class Value:
     fixed_by: str = ""
     is_free_beyond_one: bool = False  # True if `fixed_by` speaks of a size of 1 alone.
     is_place: bool = False  # True for an input that chooses rows and takes no others.
+    time_axis: int | None = None  # Axis of an input along which the graph streams.
     dtype_of_model: str = ""  # Type in the model of an output of integers.
     # Rounding of a real input: "half_even" of its product with the reciprocal of the
     # scale, or "half_away" of its float32 quotient by the scale, as TFLite has it.
@@ -217,7 +218,8 @@ def _check_keys(data: Any, kind: type) -> None:
 def _value(data: Any) -> Value:
     if isinstance(data, dict):
         # Older files do not say them.
-        data = {"is_free_beyond_one": False, "rounding": "half_even", **data}
+        usual = {"is_free_beyond_one": False, "rounding": "half_even"}
+        data = {**usual, "time_axis": None, **data}
     _check_keys(data, Value)
     grid = data["grid"]
     if grid is not None:

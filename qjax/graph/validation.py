@@ -118,6 +118,9 @@ def _check_value(where: str, v: Value) -> None:
     known = isinstance(v.rounding, str) and v.rounding in _ROUNDINGS
     _need(known, where, f"`rounding` must be one of {_ROUNDINGS}", v.rounding)
     _need(isinstance(v.fixed_by, str), where, "`fixed_by` must be a text", v.fixed_by)
+    axis = v.time_axis
+    is_axis = axis is None or (is_integer(axis) and 0 <= axis < len(v.shape))
+    _need(is_axis, where, f"`time_axis` must be one of {len(v.shape)} axes", axis)
     _need(
         isinstance(v.dtype_of_model, str) and v.dtype_of_model in _MODEL_TYPES,
         where,
@@ -263,7 +266,7 @@ def _check_roles(graph: Graph) -> None:
     plain = Value((), "int32", 0, 0)
     names = (
         *("rescaling", "is_rescaling_exact", "is_place", "rounding"),
-        *("fixed_by", "is_free_beyond_one"),
+        *("fixed_by", "is_free_beyond_one", "time_axis"),
     )
     for v, value in enumerate(graph.values):
         where = f"Value %{v}"

@@ -1,7 +1,7 @@
 """The way from a traced model to its integer program."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,12 @@ from qjax.model.trace import Equation, Trace, trace
 from qjax.program import IntegerProgram, Residue, check_integer_only
 
 
-def lower(model: Any, *args: Any, strict: bool = True) -> IntegerProgram:
+def lower(
+    model: Any,
+    *args: Any,
+    strict: bool = True,
+    streaming: Mapping[int, int] | None = None,
+) -> IntegerProgram:
     """Lowers a quantized model to a program of integers only.
 
     Traces the model, walks the traced program once and replaces what lies between two
@@ -43,6 +48,8 @@ def lower(model: Any, *args: Any, strict: bool = True) -> IntegerProgram:
       strict: Whether what has no integers raises. If not, the ``residues`` of the
         program list it, each with its equation, its module path and the quantizer that
         would remove it.
+      streaming: Number of an input -> its axis of time. The program has `step` then,
+        which computes one time after the other, with the codes of whole sequences.
 
     Returns:
       The program. A checker has made sure that no floating-point value occurs in it.
@@ -58,7 +65,7 @@ def lower(model: Any, *args: Any, strict: bool = True) -> IntegerProgram:
         half precision.
     """
     try:
-        return _lower(model, args, strict)
+        return _lower(model, args, strict, streaming or {})
     except (ValueError, NotImplementedError) as error:
         # A reader of files knows what its caller can do.
         advise = getattr(model, "advise", None)
@@ -67,7 +74,9 @@ def lower(model: Any, *args: Any, strict: bool = True) -> IntegerProgram:
         raise type(error)(advise(str(error))) from error
 
 
-def _lower(model: Any, args: tuple[Any, ...], strict: bool) -> IntegerProgram:
+def _lower(
+    model: Any, args: tuple[Any, ...], strict: bool, streaming: Mapping[int, int]
+) -> IntegerProgram:
     bound = bind(model, args)
     if strict and bound.refusal:
         raise ValueError(bound.refusal)
@@ -107,13 +116,34 @@ def _lower(model: Any, args: tuple[Any, ...], strict: bool) -> IntegerProgram:
         v = graph.inputs[k]
         sizes: Any = {"fixed_by": reason, "is_free_beyond_one": is_of_one}
         values[v] = dataclasses.replace(values[v], **sizes)
+    for k, axis in streaming.items():
+        _check_time(traced, graph.inputs, k, axis)
+        v = graph.inputs[k]
+        axis %= len(values[v].shape)
+        values[v] = dataclasses.replace(values[v], time_axis=axis)
     graph = dataclasses.replace(graph, values=tuple(values))
     graph, params = drop_dead(graph, _arrays(builder))
     trees = jax.tree.structure(tuple(bound.inputs)), jax.tree.structure(out)
     notes = (*notes, *builder.notes)
     program = IntegerProgram(graph, params, *trees, notes=notes)
     check_integer_only(program)
+    if streaming:
+        program.initial_state()  # Raises for what no step computes.
     return program
+
+
+def _check_time(traced: Trace, inputs: Sequence[int], k: int, axis: int) -> None:
+    """Raises ValueError unless an input has an axis."""
+    if k not in range(len(inputs)):
+        raise ValueError(
+            f"`streaming` names input {k}, and the program has {len(inputs)}, numbered "
+            "from 0 on."
+        )
+    shape = traced.shape(traced.inputs[k])
+    if axis not in range(-len(shape), len(shape)):
+        raise ValueError(
+            f"`streaming` names axis {axis} of input {k}, which has shape {shape}."
+        )
 
 
 def _notes(half: Sequence[str]) -> tuple[str, ...]:

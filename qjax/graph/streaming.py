@@ -1,0 +1,502 @@
+"""The graph of one step in time, made of the graph of a whole sequence.
+
+What loops carry becomes the state of a step, and so do the codes that a causal
+convolution still needs. A step computes the codes that the whole sequence has at its
+place in time, as no operation looks ahead: one that may is refused.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qjax.graph.graph import Graph, Node, Value
+from qjax.graph.passes import drop_dead
+
+
+class Streamed(NamedTuple):
+    """A step of a program.
+
+    Attributes:
+      step: Graph from states and inputs of one step to the next states and outputs.
+      params: Parameters of the step.
+      start: Graph from the inputs of the program to the first states.
+      start_params: Parameters of the start.
+      axes: By output, its axis of time; None for what is of the last step.
+    """
+
+    step: Graph
+    params: dict[str, Any]
+    start: Graph
+    start_params: dict[str, Any]
+    axes: tuple[int | None, ...]
+
+
+def streamed(graph: Graph, params: Mapping[str, Any]) -> Streamed:
+    """Returns the step of a graph whose inputs name an axis of time.
+
+    Args:
+      graph: Graph of a whole sequence.
+      params: Its parameters.
+
+    Returns:
+      The step. Its axes of time have size 1.
+
+    Raises:
+      ValueError: for an operation that reads more than its own step, or of which that
+        is not known, with its module path.
+    """
+    return _Streamer(graph, params).streamed()
+
+
+class _Time(NamedTuple):
+    """The axis of time of a value in a step."""
+
+    axis: int
+    past: int = 0  # Steps before this one that the value still has.
+
+
+class _State(NamedTuple):
+    """A state of a step."""
+
+    value: int  # Number of its input in the step.
+    start: int | None  # Value of the whole graph that it starts with.
+    fill: tuple[int, Value] | None  # Code that it is full of at the start, else.
+    end: int  # Number of its next value in the step.
+
+
+class _Streamer:
+    def __init__(self, graph: Graph, params: Mapping[str, Any]):
+        self.graph, self.params = graph, params
+        self.values: list[Value] = []
+        self.nodes: list[Node] = []
+        self.number: dict[int, int] = {}  # Value of the graph -> value of the step.
+        self.times: dict[int, _Time] = {}  # Values with an axis of time.
+        self.states: list[_State] = []
+        # Values that the past of a sequence determines, with no axis of time.
+        self.late: set[int] = set()
+
+    def streamed(self) -> Streamed:
+        graph = self.graph
+        for v in graph.inputs:
+            value = graph.values[v]
+            if value.time_axis is not None:
+                self.times[v] = _Time(value.time_axis)
+            self.number[v] = self.add_value(self.step_value(v))
+        for node in graph.nodes:
+            self.visit(node)
+        inputs = (
+            *(s.value for s in self.states),
+            *(self.number[v] for v in graph.inputs),
+        )
+        outputs = (
+            *(s.end for s in self.states),
+            *(self.number[v] for v in graph.outputs),
+        )
+        for v in graph.outputs:
+            if v in self.times and self.times[v].past:
+                raise ValueError("An output of the program is padded along time.")
+        sites = {name: self.number[v] for name, v in graph.sites.items()}
+        step = Graph(tuple(self.values), tuple(self.nodes), inputs, outputs, sites)
+        found = drop_dead(_plain(step), self.params)
+        axes = tuple(
+            self.times[v].axis if v in self.times else None for v in graph.outputs
+        )
+        return Streamed(*found, *self.start(), axes)
+
+    def start(self) -> tuple[Graph, dict[str, Any]]:
+        """Returns the graph of the first states."""
+        graph = self.graph
+        values, nodes, outputs = list(graph.values), list(graph.nodes), []
+        params = dict(self.params)
+        for k, state in enumerate(self.states):
+            if state.start is not None:
+                outputs.append(state.start)
+                continue
+            assert state.fill is not None
+            code, own = state.fill
+            name = f"start {k}"
+            shape = (1, *own.shape[1:]) if own.shape else ()
+            params[name] = np.full(shape, code, own.dtype)
+            values.append(dataclasses.replace(own, low=code, high=code))
+            outputs.append(len(values) - 1)
+            like = next(
+                v for v in graph.inputs if graph.values[v].time_axis is not None
+            )
+            node = Node("constant", (like,), outputs[-1], {"value": name}, {})
+            nodes.append(node)
+        whole = Graph(tuple(values), tuple(nodes), graph.inputs, tuple(outputs), {})
+        return drop_dead(_plain(whole), params)
+
+    def add_value(self, value: Value) -> int:
+        self.values.append(value)
+        return len(self.values) - 1
+
+    def step_value(self, v: int) -> Value:
+        """Returns a value of the graph as a step has it."""
+        value, time = self.graph.values[v], self.times.get(v)
+        if time is None:
+            return value
+        shape = list(value.shape)
+        shape[time.axis] = 1 + time.past
+        return dataclasses.replace(value, shape=tuple(shape))
+
+    def visit(self, node: Node) -> None:
+        if node.operation == "loop" and self.visit_loop(node):
+            return
+        times = [self.times.get(v) for v in node.inputs]
+        if not any(times) or node.operation == "constant":
+            self.late.update(
+                node.outputs if self.late.intersection(node.inputs) else ()
+            )
+            self.copy(node, node.attributes)
+            return
+        if node.operation == "pad" and self.visit_pad(node, times[0]):
+            return
+        if node.operation == "conv" and self.visit_conv(node, times[0]):
+            return
+        is_past = any(time is not None and time.past for time in times)
+        # What is known at the end of a sequence alone.
+        is_ahead = any(v in self.late for v in node.inputs if v not in self.times)
+        if is_past or is_ahead:
+            raise self.refusal(node)
+        rule = _RULES.get(node.operation)
+        found = None if rule is None else rule(node, times, self)
+        if found is None:
+            raise self.refusal(node)
+        axis, attributes = found
+        self.times[node.output] = _Time(axis)
+        self.copy(node, attributes)
+
+    def refusal(self, node: Node) -> ValueError:
+        where = f" in {node.path!r}" if node.path else ""
+        return ValueError(
+            f"`{node.operation}`{where} reads more than one step in time, or it is not "
+            "known that it does not: what it computes of a sequence is not what a step "
+            "has at its time. Stream what comes before it and compute the rest of "
+            "whole sequences, or call the program on these."
+        )
+
+    def copy(self, node: Node, attributes: Mapping[str, Any]) -> None:
+        for v in node.outputs:
+            self.number[v] = self.add_value(self.step_value(v))
+        inputs = tuple(self.number[v] for v in node.inputs)
+        own = dataclasses.replace(
+            node,
+            inputs=inputs,
+            output=self.number[node.output],
+            others=tuple(self.number[v] for v in node.others),
+            attributes=dict(attributes),
+        )
+        self.nodes.append(own)
+
+    # Loops.
+
+    def visit_loop(self, node: Node) -> bool:
+        """Makes one step of a loop over time; returns whether the loop is one."""
+        a = node.attributes
+        consts, first = a["consts"], a["consts"] + a["carries"]
+        times = [self.times.get(v) for v in node.inputs]
+        if not any(times):
+            return False
+        self.late.update(node.outputs[: a["carries"]])
+        fixed = any(times[:first]) or self.late.intersection(node.inputs[:first])
+        leads = all(t == _Time(0) for t in times[first:])
+        if fixed or not leads or a["is_reversed"] or a["length"] is not None:
+            raise self.refusal(node)
+        for v in node.outputs[a["carries"] :]:
+            self.times[v] = _Time(0)
+        inputs = [self.number[v] for v in node.inputs]
+        for v in node.outputs:
+            self.number[v] = self.add_value(self.step_value(v))
+        for k in range(consts, first):
+            v, end = node.inputs[k], node.outputs[k - consts]
+            body = node.graphs["body"]
+            own = body.values[body.inputs[k]]
+            inputs[k] = self.add_value(own)
+            self.states.append(_State(inputs[k], v, None, self.number[end]))
+        outputs = [self.number[v] for v in node.outputs]
+        self.nodes.append(
+            dataclasses.replace(
+                node, inputs=tuple(inputs), output=outputs[0], others=tuple(outputs[1:])
+            )
+        )
+        return True
+
+    # Causal convolutions: what they read of the past is a state.
+
+    def visit_pad(self, node: Node, time: _Time | None) -> bool:
+        """Replaces padding before the first step by a state; returns whether it did."""
+        assert time is not None
+        low, high, inner = node.attributes["padding"][time.axis]
+        if not (low or high or inner):
+            return False
+        if low < 0 or high or inner or time.past:
+            raise self.refusal(node)
+        padding = [list(pair) for pair in node.attributes["padding"]]
+        padding[time.axis] = [0, 0, 0]
+        x = self.number[node.inputs[0]]
+        if any(map(any, padding)):
+            raise self.refusal(node)
+        code = node.attributes["padding_code"]
+        self.times[node.output] = _Time(time.axis, time.past + low)
+        self.number[node.output] = self.remembered(x, time.axis, low, code)
+        return True
+
+    def visit_conv(self, node: Node, time: _Time | None) -> bool:
+        """Convolves a step with what a state has of the steps before it."""
+        assert time is not None
+        a = node.attributes
+        (_, _, *space), (_, _, *taps), out = a["dimensions"]
+        if time.axis not in space:
+            raise self.refusal(node)
+        k = space.index(time.axis)
+        kernel = np.shape(self.params[node.params["kernel"]])
+        bias = np.shape(self.params[node.params["bias"]])
+        reach = (kernel[taps[k]] - 1) * a["dilation"][k]
+        low, high = a["padding"][k]
+        axis = out[2 + k]
+        is_one = a["strides"][k] == 1 and a["input_dilation"][k] == 1
+        aligned = len(bias) <= len(out) - 1 - axis or bias[axis - len(out)] == 1
+        if high or low < 0 or low + time.past != reach or not is_one or not aligned:
+            raise self.refusal(node)
+        x = self.number[node.inputs[0]]
+        if low:
+            x = self.remembered(x, time.axis, low, a["padding_code"])
+        padding = [list(pair) for pair in a["padding"]]
+        padding[k] = [0, 0]
+        self.times[node.output] = _Time(axis)
+        self.number[node.output] = self.add_value(self.step_value(node.output))
+        own = dataclasses.replace(
+            node,
+            inputs=(x,),
+            output=self.number[node.output],
+            attributes={**a, "padding": padding},
+        )
+        self.nodes.append(own)
+        return True
+
+    def remembered(self, x: int, axis: int, steps: int, code: int) -> int:
+        """Adds a state of the last steps of a value; returns both, joined."""
+        if not steps:
+            return x
+        own = self.values[x]
+        low, high = min(own.low, code), max(own.high, code)
+        own = dataclasses.replace(_bare(own), low=low, high=high)
+        sized = lambda n: dataclasses.replace(
+            own, shape=(*own.shape[:axis], n, *own.shape[axis + 1 :])
+        )
+        state = self.add_value(sized(steps))
+        whole = self.add_value(sized(steps + 1))
+        kept = self.add_value(sized(steps))
+        self.nodes.append(Node("concatenate", (state, x), whole, {}, {"axis": axis}))
+        rank = len(own.shape)
+        start: list[int | None] = [None] * rank
+        start[axis] = 1
+        ends = {"start": start, "stop": [None] * rank, "steps": [None] * rank}
+        self.nodes.append(Node("slice", (whole,), kept, {}, ends))
+        self.states.append(_State(state, None, (code, sized(steps)), kept))
+        return whole
+
+
+def _bare(value: Value) -> Value:
+    """Returns a value without what only inputs have."""
+    return Value(value.shape, value.dtype, value.low, value.high, value.grid)
+
+
+def _plain(graph: Graph) -> Graph:
+    """Returns a graph whose inputs name no axis of time."""
+    values = (dataclasses.replace(v, time_axis=None) for v in graph.values)
+    return dataclasses.replace(graph, values=tuple(values))
+
+
+# Rules: the axis of time of the output and the attributes of a step; None to refuse.
+
+_Found = tuple[int, Mapping[str, Any]] | None
+_Rule = Callable[[Node, Sequence[_Time | None], _Streamer], _Found]
+
+
+def _elementwise(node: Node, times: Sequence[_Time | None], s: _Streamer) -> _Found:
+    """Returns the axis that all inputs share, if nothing else has one size along it."""
+    shapes = [s.graph.values[v].shape for v in node.inputs]
+    rank = len(s.graph.values[node.output].shape)
+    (axis, *others) = {t.axis for t in times if t is not None}
+    if others or any(len(shape) != rank for shape in shapes):
+        return None
+    pairs = zip(shapes, times, strict=True)
+    if any(t is None and shape[axis] != 1 for shape, t in pairs):
+        return None
+    for role, name in node.params.items():
+        shape = np.shape(s.params[name])
+        if role in ("table", "thresholds"):
+            own = node.attributes["axis"]
+            if own is not None and own % rank == axis:
+                return None
+        elif len(shape) >= rank - axis and shape[axis - rank] != 1:
+            return None
+    return axis, node.attributes
+
+
+def _over_axes(node: Node, times: Sequence[_Time | None], s: _Streamer) -> _Found:
+    """Returns the axis behind a reduction over other axes."""
+    a, (time, *_) = node.attributes, times
+    axes = a["axes"] if "axes" in a else [a["axis"]]
+    if time is None or time.axis in axes or len([t for t in times if t]) > 1:
+        return None
+    return time.axis - sum(d < time.axis for d in axes), a
+
+
+def _kept(node: Node, times: Sequence[_Time | None], s: _Streamer) -> _Found:
+    """Returns the axis of an operation over other axes that keeps them."""
+    a, (time, *_) = node.attributes, times
+    axes = a.get("axes", [a.get("axis")])
+    is_split = any(n != 1 for n in a.get("groups", ()))
+    if time is None or time.axis in axes or len(times) > 1 or is_split:
+        return None
+    if any(
+        np.ndim(s.params[n]) > 1 and _size(s, n, time.axis, node) != 1
+        for n in node.params.values()
+    ):
+        return None
+    return time.axis, a
+
+
+def _size(s: _Streamer, name: str, axis: int, node: Node) -> int:
+    """Returns the size of a parameter along an axis of the output."""
+    shape, rank = np.shape(s.params[name]), len(s.graph.values[node.output].shape)
+    return shape[axis - rank] if len(shape) >= rank - axis else 1
+
+
+def _transpose(node: Node, times: Sequence[_Time | None], s: _Streamer) -> _Found:
+    (time,) = times
+    assert time is not None
+    return list(node.attributes["permutation"]).index(time.axis), node.attributes
+
+
+def _concatenate(node: Node, times: Sequence[_Time | None], s: _Streamer) -> _Found:
+    axes = {None if t is None else t.axis for t in times}
+    (axis, *others) = axes
+    if others or axis is None or axis == node.attributes["axis"]:
+        return None
+    return axis, node.attributes
+
+
+def _slice(node: Node, times: Sequence[_Time | None], s: _Streamer) -> _Found:
+    (time,), a = times, node.attributes
+    assert time is not None
+    own = slice(*(a[name][time.axis] for name in ("start", "stop", "steps")))
+    length = s.graph.values[node.inputs[0]].shape[time.axis]
+    if own.indices(length) != (0, length, 1):
+        return None
+    whole = {name: list(a[name]) for name in ("start", "stop", "steps")}
+    for name in whole:
+        whole[name][time.axis] = None
+    return time.axis, {**a, **whole}
+
+
+def _rev(node: Node, times: Sequence[_Time | None], s: _Streamer) -> _Found:
+    (time,), a = times, node.attributes
+    assert time is not None
+    return None if time.axis in a["axes"] else (time.axis, a)
+
+
+def _pad(node: Node, times: Sequence[_Time | None], s: _Streamer) -> _Found:
+    (time,), a = times, node.attributes
+    assert time is not None
+    return None if any(a["padding"][time.axis]) else (time.axis, a)
+
+
+def _reshape(node: Node, times: Sequence[_Time | None], s: _Streamer) -> _Found:
+    """Returns the axis behind a reshape that leaves it whole."""
+    (time,), a = times, node.attributes
+    assert time is not None
+    before = s.graph.values[node.inputs[0]].shape
+    after = s.graph.values[node.output].shape
+    length, ahead = before[time.axis], int(np.prod(before[: time.axis]))
+    rest = before[time.axis + 1 :]
+    for axis, n in enumerate(after):
+        same = int(np.prod(after[:axis])) == ahead and n == length
+        if same and int(np.prod(after[axis + 1 :])) == int(np.prod(rest)):
+            sizes = list(a["sizes"])
+            if sizes[axis] == -1:
+                return None
+            sizes[axis] = 1
+            return axis, {**a, "sizes": sizes}
+    return None
+
+
+def _broadcast(node: Node, times: Sequence[_Time | None], s: _Streamer) -> _Found:
+    (time,), a = times, node.attributes
+    assert time is not None
+    axis = a["dimensions"][time.axis]
+    sizes = list(a["sizes"])
+    length = s.graph.values[node.inputs[0]].shape[time.axis]
+    if sizes[axis] not in (None, length):
+        return None
+    sizes[axis] = None
+    return axis, {**a, "sizes": sizes}
+
+
+def _dot(node: Node, times: Sequence[_Time | None], s: _Streamer) -> _Found:
+    """Returns the axis behind a product that sums over other axes."""
+    a = node.attributes
+    sides: list[_Time | None] = list(times)
+    ranks = [len(s.graph.values[v].shape) for v in node.inputs]
+    if node.operation == "dot":
+        operand = a["kernel_operand"]
+        sides.insert(operand, None)
+        ranks.insert(operand, np.ndim(s.params[node.params["kernel"]]))
+    found: set[int] = set()
+    pairs = zip(ranks, a["contract"], a["batch"], strict=True)
+    frees = [
+        [d for d in range(rank) if d not in (*summed, *batch)]
+        for rank, summed, batch in pairs
+    ]
+    count = len(a["batch"][0])
+    for k, (time, free) in enumerate(zip(sides, frees, strict=True)):
+        if time is None:
+            continue
+        if time.axis in a["contract"][k]:
+            return None
+        if time.axis in a["batch"][k]:
+            found.add(list(a["batch"][k]).index(time.axis))
+        else:
+            found.add(count + k * len(frees[0]) + free.index(time.axis))
+    if len(found) != 1:
+        return None
+    both = [time is not None for time in sides]
+    (axis,) = found
+    if axis < count and not all(both):
+        return None
+    if "bias" in node.params and _size(s, node.params["bias"], axis, node) != 1:
+        return None
+    return axis, a
+
+
+def _embed(node: Node, times: Sequence[_Time | None], s: _Streamer) -> _Found:
+    (time,) = times
+    assert time is not None
+    return time.axis, node.attributes
+
+
+_RULES: Mapping[str, _Rule] = {
+    **dict.fromkeys(
+        (
+            "requantize table thresholds clip add multiply multiply_codes compare "
+            "select maximum minimum arithmetic divide"
+        ).split(),
+        _elementwise,
+    ),
+    **dict.fromkeys("sum max min argmax argmin".split(), _over_axes),
+    **dict.fromkeys(("softmax", "norm"), _kept),
+    "transpose": _transpose,
+    "concatenate": _concatenate,
+    "slice": _slice,
+    "rev": _rev,
+    "reshape": _reshape,
+    "broadcast": _broadcast,
+    "dot": _dot,
+    "dot_codes": _dot,
+    "embed": _embed,
+}

@@ -1,0 +1,187 @@
+"""Programs step by step: the codes of the whole sequence, one time after the other."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import lax
+
+import qjax
+from qjax import QSpec, Scheme
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(0, 1, (3, 7, 4)).astype(np.float32)
+W = {
+    "a": RNG.normal(0, 0.5, (4, 4)).astype(np.float32),
+    "b": RNG.normal(0, 0.2, (1, 4)).astype(np.float32),
+    "k": RNG.normal(0, 0.4, (3, 4, 5)).astype(np.float32),
+}
+WORD = QSpec(8, power_of_two=True)
+POWERS = Scheme(QSpec(8, power_of_two=True, axis="output"), WORD)
+FLOATS = Scheme()
+
+
+def _scan(step, x, start=None):
+    start = jnp.zeros(x.shape[::2]) if start is None else start
+    carry, ys = lax.scan(step, start, x.transpose(1, 0, 2))
+    return carry, ys.transpose(1, 0, 2)
+
+
+def _recurrent(p, x):
+    def step(h, t):
+        h = jnp.tanh(t @ p["a"] + h @ p["a"] + p["b"])
+        return h, h
+
+    h, ys = _scan(step, nn.relu(x @ p["a"]))
+    return ys @ p["a"], h
+
+
+def _counted(p, x):
+    def step(carry, t):
+        n, h = carry
+        h = jnp.where(n % 3 == 2, t, jnp.tanh(t @ p["a"] + h))
+        return (n + 1, h), h
+
+    return _scan(step, x, (0, jnp.ones((x.shape[0], 4)) * 0.5))[1]
+
+
+def _causal(p, x, dilation=1, stride=1):
+    pad = 2 * dilation
+    x = jnp.pad(x, ((0, 0), (pad, 0), (0, 0)))
+    return lax.conv_general_dilated(
+        x, p["k"], (stride,), "VALID", rhs_dilation=(dilation,),
+        dimension_numbers=("NWC", "WIO", "NWC"),
+    )  # fmt: skip
+
+
+def _temporal(p, x):
+    y = nn.relu(_causal(p, x))
+    y = _causal({"k": jnp.tile(p["k"], (1, 2, 1))[:, :5]}, y, 2)
+    return nn.softmax(y) * 2.0
+
+
+def _mixed(p, x):
+    y = nn.tanh(_causal(p, x))[..., :4]
+    return _recurrent(p, y + x)[0]
+
+
+MODELS = {
+    "recurrent": _recurrent,
+    "counter and a start": _counted,
+    "causal convolutions": _temporal,
+    "both": _mixed,
+}
+
+
+@functools.cache
+def _calibrated(fn, scheme):
+    qmodel = qjax.quantize_model(fn, W, X, scheme=scheme)
+    return qmodel, W, qjax.calibrate(qmodel, W, [X]), X
+
+
+@functools.cache
+def _lowered(fn, scheme=FLOATS, axes=((0, 1),)):
+    return qjax.lower(*_calibrated(fn, scheme), streaming=dict(axes))
+
+
+def _stepped(program, x):
+    """The outputs of all steps, joined along time, and those of the last."""
+    state, found = program.initial_state(len(x)), []
+    for t in range(x.shape[1]):
+        state, out = program.step(state, x[:, t])
+        found.append(jax.tree.leaves(out))
+    return [np.stack(column, 1) for column in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_steps_have_the_codes_of_the_whole_sequence(name):
+    program = _lowered(MODELS[name], POWERS if name == "both" else FLOATS)
+    for x in (X, np.concatenate([X, -X[:2]])):
+        whole = jax.tree.leaves(program(x))
+        for a, b in zip(whole, _stepped(program, x), strict=True):
+            np.testing.assert_array_equal(b if a.ndim == 3 else b[:, -1], a)
+
+
+def test_a_streaming_program_and_its_state_are_saved(tmp_path):
+    program = _lowered(_recurrent)
+    program.save(tmp_path / "a.qjax")
+    again = qjax.load(tmp_path / "a.qjax")
+    state, _ = program.step(program.initial_state(3), X[:, 0])
+    np.savez(tmp_path / "state.npz", *state)
+    held = np.load(tmp_path / "state.npz")
+    state = tuple(held[name] for name in held)
+    assert all(np.issubdtype(x.dtype, np.integer) for x in state)
+    found = again.step(state, X[:, 1])[1][0]
+    np.testing.assert_array_equal(found, program(X)[0][:, 1])
+
+
+def test_steps_under_jit_and_in_a_scan():
+    program = _lowered(_recurrent)
+    step = lambda state, x: program.step(state, x)
+    _, (ys, _) = lax.scan(step, program.initial_state(3), X.transpose(1, 0, 2))
+    np.testing.assert_array_equal(ys.transpose(1, 0, 2), program(X)[0])
+
+
+AHEAD = {
+    "a mean over time": (lambda p, x: (x @ p["a"]).mean(1), "`sum`"),
+    "a loop backwards": (
+        lambda p, x: lax.scan(
+            lambda h, t: (jnp.tanh(h + t @ p["a"]), h),
+            jnp.zeros((3, 4)),
+            x.transpose(1, 0, 2),
+            reverse=True,
+        )[1],
+        "`loop`",
+    ),
+    "the first step": (lambda p, x: (x[:, :1] + x) @ p["a"], "`slice`"),
+    "the last state beside each step": (
+        lambda p, x: _recurrent(p, x)[1][:, None] + x,
+        "`add`",
+    ),
+    "a convolution of neighbours": (
+        lambda p, x: lax.conv_general_dilated(
+            x, p["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        ),
+        "`conv`",
+    ),
+    "every other step": (lambda p, x: _causal(p, x, stride=2), "`conv`"),
+    "a product over time": (
+        lambda p, x: jnp.einsum("btc,bsc->bts", x @ p["a"], x),
+        "`dot_codes`",
+    ),
+    "a softmax over time": (lambda p, x: nn.softmax(x @ p["a"], 1), "`softmax`"),
+    "time among the channels": (
+        lambda p, x: x.reshape(3, -1)[:, :8] * 2.0,
+        "`reshape`",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AHEAD)
+def test_what_looks_ahead_is_refused_by_name(name):
+    fn, operation = AHEAD[name]
+    with pytest.raises(ValueError, match=f"{operation}.* reads more than one step"):
+        _lowered(fn)
+
+
+def test_wrong_axes_states_and_inputs():
+    with pytest.raises(ValueError, match="names input 1, and the program has 1"):
+        _lowered(_recurrent, axes=((1, 1),))
+    with pytest.raises(ValueError, match=r"names axis 3 of input 0, .*\(3, 7, 4\)"):
+        _lowered(_recurrent, axes=((0, 3),))
+    program = _lowered(_recurrent)
+    state = program.initial_state(3)
+    with pytest.raises(ValueError, match="`state` must hold"):
+        program.step(state[:0], X[:, 0])
+    with pytest.raises(ValueError, match="`state` must hold"):
+        program.step(jax.tree.map(lambda x: x[:, :2], state), X[:, 0])
+    with pytest.raises(
+        ValueError, match=r"must have shape \('batch', 4\), got \(3, 7, 4"
+    ):
+        program.step(state, X)
+    plain = qjax.lower(*_calibrated(_recurrent, FLOATS))
+    with pytest.raises(ValueError, match="has no steps: lower the model with"):
+        plain.step(state, X[:, 0])
