@@ -167,6 +167,17 @@ def test_what_looks_ahead_is_refused_by_name(name):
         _lowered(fn)
 
 
+def test_a_loop_that_starts_from_an_input_is_refused():
+    def fn(p, x, start):
+        step = lambda h, t: (jnp.tanh(t @ p["a"] + h), h)
+        return lax.scan(step, start * 1.0, x.transpose(1, 0, 2))[1].transpose(1, 0, 2)
+
+    qmodel = qjax.quantize_model(fn, W, X, X[:, 0])
+    qstate = qjax.calibrate(qmodel, W, [(X, X[:, 0])])
+    with pytest.raises(ValueError, match="starts from an input of the program"):
+        qjax.lower(qmodel, W, qstate, X, X[:, 0], streaming={0: 1})
+
+
 def test_wrong_axes_states_and_inputs():
     with pytest.raises(ValueError, match="names input 1, and the program has 1"):
         _lowered(_recurrent, axes=((1, 1),))

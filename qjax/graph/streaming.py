@@ -76,6 +76,8 @@ class _Streamer:
         self.states: list[_State] = []
         # Values that the past of a sequence determines, with no axis of time.
         self.late: set[int] = set()
+        # Values that inputs without an axis of time determine.
+        self.fed = {v for v in graph.inputs if graph.values[v].time_axis is None}
 
     def streamed(self) -> Streamed:
         graph = self.graph
@@ -143,6 +145,8 @@ class _Streamer:
         return dataclasses.replace(value, shape=tuple(shape))
 
     def visit(self, node: Node) -> None:
+        if self.fed.intersection(node.inputs) and node.operation != "constant":
+            self.fed.update(node.outputs)
         if node.operation == "loop" and self.visit_loop(node):
             return
         times = [self.times.get(v) for v in node.inputs]
@@ -210,6 +214,12 @@ class _Streamer:
         inputs = [self.number[v] for v in node.inputs]
         for v in node.outputs:
             self.number[v] = self.add_value(self.step_value(v))
+        if self.fed.intersection(node.inputs[consts:first]):
+            raise ValueError(
+                f"The loop in {node.path!r} starts from an input of the program, and a "
+                "state starts from nothing. Make the first value a constant of the "
+                "model, or a part of the input at each time."
+            )
         for k in range(consts, first):
             v, end = node.inputs[k], node.outputs[k - consts]
             body = node.graphs["body"]
@@ -354,10 +364,10 @@ def _kept(node: Node, times: Sequence[_Time | None], s: _Streamer) -> _Found:
     is_split = any(n != 1 for n in a.get("groups", ()))
     if time is None or time.axis in axes or len(times) > 1 or is_split:
         return None
-    if any(
-        np.ndim(s.params[n]) > 1 and _size(s, n, time.axis, node) != 1
-        for n in node.params.values()
-    ):
+    lines = (
+        node.params[role] for role in ("multiplier", "bias") if role in node.params
+    )
+    if any(_size(s, name, time.axis, node) != 1 for name in lines):
         return None
     return time.axis, a
 
