@@ -189,6 +189,10 @@ def test_ranges_move_in_a_loop_and_a_loop_starts_without_any():
 def test_the_state_of_a_cell_has_16_bits_unless_a_product_reads_it():
     qmodel = qjax.quantize_model(LOOPS["gated"], W, X)
     bits = {n: c.word.bits for n, c in qmodel.choices.sites.items() if c.word}
+    sites = {site.name: site for site in qmodel.sites}
+    assert sites["input:0"].feeds == ("scan",) and not sites["input:0"].inputs
+    assert "dense" in sites["scan_0/carry:0"].feeds
+    assert sites["scan_0/carry:1"].op == "residual"
     assert bits["scan_0/carry:1"] == 16 and bits["scan_0/carry:0"] == 8
     by_rule = Scheme(rules=(Rule("*/carry:1", QSpec(6)),))
     other = qjax.quantize_model(LOOPS["gated"], W, X, scheme=by_rule)

@@ -11,7 +11,7 @@ import numpy as np
 
 from qjax.model.blocks import MEANS, Block, Plan, constant_of, data_of
 from qjax.model.channels import Uses, factor_channels
-from qjax.model.loops import Surroundings
+from qjax.model.loops import Surroundings, is_loop
 from qjax.model.normalisations import NORM
 from qjax.model.norms import NormForm
 from qjax.model.primitives import SHAPE_MOVES
@@ -132,6 +132,9 @@ class _Describer:
             if (at := self._weight_site(block)) is not None:
                 sites[at] = self._of_weight(sites[at], op, inputs)
                 makes[at].append(k)
+        for e in filter(is_loop, self.model.equations):
+            for i in self._origins(e.inputs):
+                feeds[i].append(e.primitive.name)
         for k in self._carries:
             feeds[k].append(CARRY)
         if not self._is_inside:
@@ -170,7 +173,7 @@ class _Describer:
             e = self.source.get(v)
             if v in self.plan.activations:
                 known[v] = frozenset([self.plan.activations[v]])
-            elif e is None:
+            elif e is None or is_loop(e):  # What is inside is described apart.
                 known[v] = frozenset()
             elif missing := [u for u in e.inputs if u not in known]:
                 todo += missing
