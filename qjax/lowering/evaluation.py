@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.lowering.compilation import compiled_once
 from qjax.lowering.interpret import UNKNOWN
 from qjax.lowering.pieces import (
     MOST_CUTS,
@@ -51,7 +52,7 @@ def tabulate(
         return finish(*numbers.real(x, codes, types))
 
     with jax.numpy_rank_promotion("allow"):
-        found = np.asarray(jax.jit(table)(codes, numbers))
+        found = np.asarray(compiled_once(table)(codes, numbers))
         alone = np.asarray(table(jnp.asarray(codes), numbers))
     off = int(np.max(np.abs(found.astype(np.int64) - alone), initial=0))
     axes = [d for d in range(1, found.ndim) if found.shape[d] > 1]
@@ -157,7 +158,7 @@ def find_thresholds(x: Curve, finish: Finish, types: Mapping[int, Any]) -> Thres
         return Thresholds(empty, np.zeros((0, 1), np.int64), axis, 0)
     run = _runner(x, functions, finish, types)
     try:
-        found = find_pieces(run(jax.jit), int(count), low, high)
+        found = find_pieces(run(compiled_once), int(count), low, high)
     except BentError as error:
         raise _bent(x, error) from error
     except ManyCutsError as error:
@@ -290,7 +291,7 @@ def _off(
         return None
     near = np.clip(at[:, None] + np.arange(-_ABOUT, _ABOUT), low, high).reshape(-1)
     fn = np.repeat(fn, 2 * _ABOUT)
-    fused, alone = (run(way)(fn, near) for way in (jax.jit, lambda f: f))
+    fused, alone = (run(way)(fn, near) for way in (compiled_once, lambda f: f))
     return int(np.max(np.abs(fused - alone), initial=0))
 
 
