@@ -20,6 +20,7 @@ from qjax.lowering.forward import IntegerForward
 from qjax.lowering.site_words import Words
 from qjax.mesh_axes import AxisName, as_axes
 from qjax.model.arguments import check_leaves
+from qjax.model.blends import blended, run_blended
 from qjax.model.rematerialisation import in_regions
 from qjax.model.simulate import Simulation
 from qjax.model.states import check_state, start_learned
@@ -31,9 +32,7 @@ from qjax.model.visitors import (
     Recorder,
     Updater,
     WeightRecorder,
-    blended,
     check_key,
-    run_blended,
 )
 from qjax.model.widening import narrowed_types, widened_arguments
 from qjax.quantizers.learning import Learned

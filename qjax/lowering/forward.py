@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -28,7 +27,8 @@ from qjax.lowering.accumulators import (
     padded,
     whole_steps,
 )
-from qjax.lowering.interpret import where
+from qjax.lowering.forward_loops import ForwardLoops
+from qjax.lowering.forward_refusals import no_arithmetic, own_quantizer
 from qjax.lowering.precision import find_half
 from qjax.lowering.rules.products import (
     contracted_axes,
@@ -42,15 +42,10 @@ from qjax.model.blocks import Block, bounds_of, is_quantizer
 from qjax.model.channels import output_scale
 from qjax.model.common_scales import CodeEnds
 from qjax.model.exact import Exact
-from qjax.model.kept import quantizer_of, whole_of
-from qjax.model.loop_runs import OnGrid
-from qjax.model.normalisations import said
 from qjax.model.primitives import POINTWISE, SHAPE_MOVES, names
-from qjax.model.simulate import Simulation
 from qjax.model.trace import CALLS, Equation, evaluate
-from qjax.model.traced_model import Loop, TracedModel
-from qjax.model.visits import Visitor
-from qjax.qpoint import grid_codes, qpoint_p
+from qjax.model.traced_model import TracedModel
+from qjax.qpoint import grid_codes
 from qjax.quantizers.point import straight
 from qjax.schemes.patterns import Site
 
@@ -63,7 +58,7 @@ _LOOKUPS = {"gather", "dynamic_slice"}
 _SUMS = names("sum", "running sum")
 
 
-class IntegerForward(Simulation):
+class IntegerForward(ForwardLoops):
     """A simulation whose values are those of the integer program.
 
     Args:
@@ -95,7 +90,7 @@ class IntegerForward(Simulation):
             raise NotImplementedError(half.message)
         own = next(filter(is_quantizer, self._model.equations), None)
         if own is not None:
-            raise _own_quantizer(own)
+            raise own_quantizer(own)
         leaves, tree = jax.tree.flatten(super().run(visitor))
         for k, v in enumerate(self._model.outputs):
             if v in self._shipped:
@@ -115,37 +110,6 @@ class IntegerForward(Simulation):
         self._data = set(self._traced.inputs)
         self._of_codes: set[int] = set()  # Functions of what lies on grids.
         self._ends = {b.value: b for b in self._plan.blocks}
-
-    # Loops.
-
-    def _inside(self, body: TracedModel) -> "IntegerForward":
-        return IntegerForward(body, (), ())
-
-    def _run_loop(self, e: Equation, loop: Loop) -> list[Any]:
-        found = super()._run_loop(e, loop)
-        self._data.update(e.outputs)
-        return found
-
-    def _copied(self, visitor: Visitor) -> "IntegerForward":
-        own = super()._copied(visitor)
-        own._seen = self._seen  # One table of words.
-        return own
-
-    def _kept(self, v: int) -> OnGrid:
-        return super()._kept(v)._replace(word=self._words.get(v, ""))
-
-    def _give(self, v: int, own: OnGrid) -> None:
-        super()._give(v, own)
-        if own.word:
-            self._words[v] = own.word
-
-    def _onto(self, v: int, site: Site, x: jax.Array) -> tuple[jax.Array, OnGrid]:
-        value, found = super()._onto(v, site, x)
-        word, late = self._seen[site.name], self._part(v) if v in self._env else None
-        if found.grid is not None and late is not None and word.is_direct:
-            codes = late(TargetGrid(*found.grid, word.qmin, word.qmax))
-            value = straight(value, dequantize(codes, found.grid).astype(value.dtype))
-        return value, found._replace(word=word.dtype)
 
     # Sites.
 
@@ -184,30 +148,14 @@ class IntegerForward(Simulation):
         elif isinstance(self._units.get(v), Exact):
             self._of_codes.add(v)
         elif not self._is_input(v) and v not in self._of_codes:
-            raise self._refusal(site, v)
+            raise no_arithmetic(site, self._ends.get(v))
         return found
 
     def _is_input(self, v: int) -> bool:
-        return self._plan.sites[self._plan.activations[v]].name.startswith("input:")
-
-    def _refusal(self, site: Site, v: int) -> ValueError:
-        block = self._ends.get(v)
-        root = "" if block is None else f", a `{block.root.primitive.name}`,"
-        if block is not None and block.has_statistics:
-            return ValueError(
-                f"The site {site.name!r} is normalised by statistics of the batch, "
-                "which no integer program computes. Train with `apply` until they "
-                "have settled, then with BatchNorm in inference mode."
-            )
-        if block is not None and (kind := whole_of(block.root)):
-            return ValueError(
-                f"The site {site.name!r} is a {said(kind)}, which is computed in float "
-                "and has no integer arithmetic. Train with `apply`."
-            )
-        return ValueError(
-            f"The site {site.name!r}{root} has no integer arithmetic: what it is made "
-            "of lies on no grid, or has no integer rule. `lower` names the equation; "
-            "give each of its operands a quantizer."
+        return (
+            self._plan.sites[self._plan.activations[v]]
+            .name.rpartition("/")[2]
+            .startswith("input:")
         )
 
     # Equations.
@@ -520,21 +468,3 @@ class IntegerForward(Simulation):
 
 
 _JOINED = {"scatter": (0, 2), "dynamic_update_slice": (0, 1)}
-
-
-def _site_in(e: Any) -> str:
-    """Returns the site of the quantization point that an equation is or calls."""
-    inner = (getattr(j, "jaxpr", j) for j in jex.jaxprs_in_params(e.params))
-    names = (_site_in(eqn) for jaxpr in inner for eqn in jaxpr.eqns)
-    is_point = e.primitive is qpoint_p
-    return e.params["site"] if is_point else next(filter(None, names), "")
-
-
-def _own_quantizer(e: Equation) -> ValueError:
-    name = _site_in(e) or quantizer_of(e) or "fake_quant"
-    return ValueError(
-        f"`apply_integer` knows the grids of the scheme alone, and the model has a "
-        f"quantizer of its own in {where(e)}: `{name}`.\n  equation: {e}\nTrain with "
-        "`apply`, which `lower` takes as it is; or take the quantizer out of the model "
-        "and name its word in the scheme: `Rule(site, word)`."
-    )
