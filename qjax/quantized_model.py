@@ -105,7 +105,8 @@ class QuantizedModel:
         Jittable, differentiable (by the clipped straight-through estimator), and
         ``vmap``s over anything, the bits of ``scheme`` included. Products, sums
         and normalisations of a model in half precision are in its own types; products
-        multiply codes and sum in float32. All else is float32, the points first of all.
+        multiply codes and sum in float32. All else is float32, the points first of all,
+        and steps of loops whole.
 
         Args:
           params: Parameters of ``fn``. Weights are rounded on the way, not changed.

@@ -46,7 +46,11 @@ class LoopRuns(AffineParts):
         parts, visitor = loop.parts, self._visitor
         inner = self._inside(loop.body)
         inner._enter(visitor)
-        given = [self._env[v] for v in e.inputs]
+        # Weights have words of their own inside, also where they are on a grid outside.
+        given = [
+            self._known(v) if k in loop.known else self._env[v]
+            for k, v in enumerate(e.inputs)
+        ]
         fixed = {loop.inputs[k]: given[k] for k in loop.known if not parts.is_step(k)}
         inner._take({**inner._closed(), **fixed})
         for k, v in enumerate(loop.inputs):

@@ -328,10 +328,20 @@ class Updater(Quantizer):
 
     def at(self, site: Site, x: jax.Array) -> Visit:
         """Rounds to the grid of a site as it is now, of scale 1 before any batch."""
-        visit = super().at(site, x)
+        spec, leader = self.choices[site].word, self.choices[site].leader
+        visitor: Quantizer = self
+        state = self.qstate.get(leader.name)
+        is_fresh = state is not None and _is_fresh(state)
+        if is_fresh and isinstance(spec, QSpec):
+            # Known outside of the traced program, where it would be refused.
+            real = jax.lax.stop_gradient(x)
+            state = self.choices[leader].calibrator.update(real, state, spec)
+            own = {**self.qstate, leader.name: state}
+            visitor = dataclasses.replace(self, qstate=own)
+        visit = Quantizer.at(visitor, site, x)
         if visit.grid is None:
             return visit
-        is_known = ~jnp.isnan(visit.grid.scale)
+        is_known = ~jnp.isnan(visit.grid.scale) & (not is_fresh)
         scale = jnp.where(is_known, visit.grid.scale, 1.0)
         value = jnp.where(jnp.all(is_known), visit.value, x)
         grid = visit.grid._replace(scale=scale)
