@@ -71,7 +71,7 @@ def _counts_rows(p, x):
 
 def _known_rows(p, x):
     def step(h, t):
-        return jnp.tanh(h @ p["a"] + t[0] + p["rows"][t[1]]), None
+        return jnp.tanh(h @ p["a"] + t[0] + p["rows"][t[1]][None]), None
 
     return _scan(step, _zeros(x), x, jnp.arange(5))[0]
 
@@ -105,7 +105,7 @@ def _inner(p, x):
 
 def _inner_rows(p, x):
     def step(h, t):
-        rows = lambda g, w: (jnp.tanh(g * w + t[0]), None)
+        rows = lambda g, w: (jnp.tanh(g * w[None] + t[0]), None)
         return lax.scan(rows, h, p["a"][:2])[0], None
 
     return _scan(step, _zeros(x), x)[0]
@@ -132,7 +132,7 @@ PROGRAMS = {
     "shares": _shares,
 }
 ONE_SIZE = ("cache",)  # Of what a mask is repeated for.
-HEAVY = {*PROGRAMS} - {"int8", "decoded", "shares"}
+HEAVY = {*PROGRAMS} - {"decoded"}
 
 
 @functools.cache
