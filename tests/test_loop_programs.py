@@ -64,7 +64,7 @@ def _decoded(p, x):
 def _counts_rows(p, x):
     def step(carry, t):
         n, h = carry
-        return (n + 1, jnp.tanh(h @ p["a"] + t[0] + p["rows"][n])), None
+        return (n + 1, jnp.tanh(h @ p["a"] + t[0] + p["rows"][n][None])), None
 
     return _scan(step, (0, _zeros(x)), x)[0]
 
