@@ -20,6 +20,7 @@ from qjax.lowering.forward import IntegerForward
 from qjax.lowering.site_words import Words
 from qjax.mesh_axes import AxisName, as_axes
 from qjax.model.arguments import check_leaves
+from qjax.model.blends import blended, run_blended
 from qjax.model.rematerialisation import in_regions
 from qjax.model.simulate import Simulation
 from qjax.model.states import check_state, start_learned
@@ -31,9 +32,7 @@ from qjax.model.visitors import (
     Recorder,
     Updater,
     WeightRecorder,
-    blended,
     check_key,
-    run_blended,
 )
 from qjax.model.widening import narrowed_types, widened_arguments
 from qjax.quantizers.learning import Learned
@@ -106,7 +105,8 @@ class QuantizedModel:
         Jittable, differentiable (by the clipped straight-through estimator), and
         ``vmap``s over anything, the bits of ``scheme`` included. Products, sums
         and normalisations of a model in half precision are in its own types; products
-        multiply codes and sum in float32. All else is float32, the points first of all.
+        multiply codes and sum in float32. All else is float32, the points first of all,
+        and steps of loops whole.
 
         Args:
           params: Parameters of ``fn``. Weights are rounded on the way, not changed.

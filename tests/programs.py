@@ -106,7 +106,7 @@ def programs(draw: Any) -> Program:
     return Program(
         tuple(steps),
         (2, draw(size), draw(size), draw(st.integers(1, 4))),
-        draw(_schemes(power_of_two)),
+        draw(schemes(power_of_two)),
         draw(st.booleans()),
         power_of_two,
     )
@@ -147,7 +147,7 @@ def _parts() -> Any:
 
 
 @st.composite
-def _schemes(draw: Any, power_of_two: bool) -> qjax.Scheme:
+def schemes(draw: Any, power_of_two: bool) -> qjax.Scheme:
     bits = draw(st.integers(2, 8))
     axis = draw(st.sampled_from((None, -1)))
     word: Any = QSpec(bits, narrow_range=True, axis=axis, power_of_two=power_of_two)

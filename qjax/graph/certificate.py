@@ -29,6 +29,7 @@ class Overflow:
       value: Number of the accumulator in its graph.
       witness: Input codes that attain the bound, in the shape of the kernel of the
         worst channel; empty where all codes at one end do.
+      place: Place of its graph in the program; empty for the program itself.
     """
 
     path: str
@@ -37,6 +38,7 @@ class Overflow:
     bits: int
     value: int
     witness: np.ndarray
+    place: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +147,8 @@ def certify(
     overflow, agreement, constants = [], {}, []
     for place, own in graph.walk():
         sums = filter(_accumulates, own.nodes)
-        overflow += [_overflow(own, node, arrays) for node in sums]
+        bounds = (_overflow(own, node, arrays) for node in sums)
+        overflow += [dataclasses.replace(bound, place=place) for bound in bounds]
         constants += _constants(own)
         makers = {v: node for node in own.nodes for v in node.outputs}
         for name, v in own.sites.items():

@@ -29,6 +29,7 @@ from qjax.lowering.accumulators import (
     whole_steps,
 )
 from qjax.lowering.forward_errors import no_arithmetic, own_quantizer
+from qjax.lowering.forward_loops import ForwardLoops
 from qjax.lowering.precision import find_half
 from qjax.lowering.rules.products import (
     contracted_axes,
@@ -42,12 +43,9 @@ from qjax.model.blocks import Block, bounds_of, is_quantizer
 from qjax.model.channels import output_scale
 from qjax.model.common_scales import CodeEnds
 from qjax.model.exact import Exact
-from qjax.model.loop_runs import OnGrid
 from qjax.model.primitives import POINTWISE, SHAPE_MOVES, names
-from qjax.model.simulate import Simulation
 from qjax.model.trace import CALLS, Equation, evaluate
-from qjax.model.traced_model import Loop, TracedModel
-from qjax.model.visits import Visitor
+from qjax.model.traced_model import TracedModel
 from qjax.qpoint import grid_codes
 from qjax.quantizers.point import straight
 from qjax.schemes.patterns import Site
@@ -61,7 +59,7 @@ _LOOKUPS = {"gather", "dynamic_slice"}
 _SUMS = names("sum", "running sum")
 
 
-class IntegerForward(Simulation):
+class IntegerForward(ForwardLoops):
     """A simulation whose values are those of the integer program.
 
     Args:
@@ -114,37 +112,6 @@ class IntegerForward(Simulation):
         self._of_codes: set[int] = set()  # Functions of what lies on grids.
         self._ends = {b.value: b for b in self._plan.blocks}
 
-    # Loops.
-
-    def _inside(self, body: TracedModel) -> "IntegerForward":
-        return IntegerForward(body, (), ())
-
-    def _run_loop(self, e: Equation, loop: Loop) -> list[Any]:
-        found = super()._run_loop(e, loop)
-        self._data.update(e.outputs)
-        return found
-
-    def _copied(self, visitor: Visitor) -> "IntegerForward":
-        own = super()._copied(visitor)
-        own._seen = self._seen  # One table of words.
-        return own
-
-    def _kept(self, v: int) -> OnGrid:
-        return super()._kept(v)._replace(word=self._words.get(v, ""))
-
-    def _give(self, v: int, own: OnGrid) -> None:
-        super()._give(v, own)
-        if own.word:
-            self._words[v] = own.word
-
-    def _onto(self, v: int, site: Site, x: jax.Array) -> tuple[jax.Array, OnGrid]:
-        value, found = super()._onto(v, site, x)
-        word, late = self._seen[site.name], self._part(v) if v in self._env else None
-        if found.grid is not None and late is not None and word.is_direct:
-            codes = late(TargetGrid(*found.grid, word.qmin, word.qmax))
-            value = straight(value, dequantize(codes, found.grid).astype(value.dtype))
-        return value, found._replace(word=word.dtype)
-
     # Sites.
 
     def _align(self, v: int, name: str, scale: jax.Array, ends: CodeEnds) -> None:
@@ -186,7 +153,11 @@ class IntegerForward(Simulation):
         return found
 
     def _is_input(self, v: int) -> bool:
-        return self._plan.sites[self._plan.activations[v]].name.startswith("input:")
+        return (
+            self._plan.sites[self._plan.activations[v]]
+            .name.rpartition("/")[2]
+            .startswith("input:")
+        )
 
     # Equations.
 

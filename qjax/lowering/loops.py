@@ -38,14 +38,14 @@ def body_trace(e: Equation, known: Mapping[int, Any]) -> Body:
     parts = scan_parts(e)
     closed = parts.body
     run = jex.jaxpr_as_fun(closed)
-    traced, _ = trace(run, *closed.in_avals, keep_derivatives=False)
+    arrays = {k: np.asarray(x) for k, x in known.items()}
+    traced, _ = trace(run, *closed.in_avals, keep_derivatives=False, known=arrays)
     given = tuple(k for k in range(len(traced.inputs)) if k not in known)
     constants = {k: traced.inputs[k] for k in known}
-    arrays = {v: np.asarray(known[k]) for k, v in constants.items()}
     own = dataclasses.replace(
         traced,
+        is_step=True,
         inputs=tuple(traced.inputs[k] for k in given),
         names=tuple(f"operand {k} of a loop" for k in given),
-        constants={**traced.constants, **arrays},
     )
     return Body(own, given, constants)

@@ -189,7 +189,7 @@ def _part(
             name = unique_name(e.params["site"] or "qpoint", taken)
             names[e.outputs[0]] = name
             taken.add(name)
-        elif has_point(e) and not known.keys() >= {*e.inputs}:
+        elif has_point(e) and known.keys().isdisjoint(e.outputs):
             consts = range(scan_parts(e).consts)
             same = {k: known[e.inputs[k]] for k in consts if e.inputs[k] in known}
             body = body_trace(e, same)

@@ -79,6 +79,9 @@ class Uses:
             elif name == "gather" and v == x and e.inputs[1] in self._data:
                 dimensions = e.params["dimension_numbers"]
                 yield _Use(name, frozenset(dimensions.start_index_map), 1)
+            elif name == "dynamic_slice" and not self._data.isdisjoint(e.inputs[1:]):
+                pairs = enumerate(zip(shape, e.params["slice_sizes"], strict=True))
+                yield _Use(name, frozenset(d for d, (n, m) in pairs if n != m), 1)
             elif name in SHAPE_MOVES and v == x:
                 for use in self._of(e.outputs[0]):
                     out = self._model.shape(e.outputs[0])

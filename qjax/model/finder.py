@@ -10,25 +10,20 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import jax.extend.core as jex
-import numpy as np
-
 from qjax.model.blocks import (
     MEANS,
     Block,
     Plan,
     bounds_of,
-    constant_of,
     is_quantizer,
-    place_of,
 )
 from qjax.model.elementwise import find_functions
 from qjax.model.kept import whole_of
-from qjax.model.lineage import Lineage, has_product
+from qjax.model.lineage import Lineage
 from qjax.model.loops import Surroundings, is_loop
+from qjax.model.model_checks import check_call, check_fill
 from qjax.model.normalisations import NORM
-from qjax.model.origin import origin_of
-from qjax.model.primitives import AFFINE, REMEDIES, SHAPE_MOVES, names
+from qjax.model.primitives import AFFINE, SHAPE_MOVES, names
 from qjax.model.statistics import batch_statistics
 from qjax.model.trace import Equation, Trace
 from qjax.model.wholes import whole_numbers
@@ -39,7 +34,6 @@ _SCALING = names("factor")
 _PRODUCTS = names("product")
 _SUMS = {"reduce_sum": "sum", "reduce_window_sum": "sum_pool"}
 _TWO_OPERANDS = {"add": "residual", "add_any": "residual", "sub": "residual"}
-_MOST_FILL = 1e6  # A constant from here on is a mask.
 
 
 def find_blocks(
@@ -113,10 +107,10 @@ class _Finder(Lineage):
         if is_loop(e):
             self.on_grid.update(filter(self.model.is_real, e.outputs))
             return
-        self._check_call(e)
+        check_call(self, e)
         if out in self.masks:
             return
-        self._check_fill(e)
+        check_fill(self, e)
         if self._is_dropout(e):
             if e.primitive.name == "select_n" and x[0] in {*self.open, *self.on_grid}:
                 self.on_grid.add(out)
@@ -211,48 +205,6 @@ class _Finder(Lineage):
             self.input_sites.pop(x)
             self.on_grid.discard(x)
 
-    def _check_call(self, e: Equation) -> None:
-        """Raises for a call that holds a part of the model, where no site can be."""
-        name, jaxprs = e.primitive.name, [*jex.jaxprs_in_params(e.params)]
-        if not jaxprs or is_quantizer(e):
-            return
-        inside = list(dict.fromkeys(self.leaves_of(e)))
-        # A function with a parameter is a function; a loop with one is a layer.
-        is_layer = name in ("while", "cond", "shard_map") and inside
-        if not is_layer and not any(map(has_product, jaxprs)):
-            return
-        found = ", ".join(filter(None, inside)) or "a parameter"
-        what = f"holds {found}" if inside else "holds a product"
-        remedy = REMEDIES.get(name, "Call what is inside directly")
-        library = origin_of(e.source).library
-        if library and name == "while":
-            remedy = f"Replace {library!r} by a Python loop over its cell"
-        # Quantized inside, these are what `lower` can enter.
-        is_own = name.startswith("custom") and not library
-        own = ", or quantize inside with `qjax.fake_quant`" if is_own else ""
-        raise NotImplementedError(
-            f"`{name}` in {place_of(e)} {what}, and no site is inside of it: this part "
-            f"of the model would stay float. {remedy}{own}."
-        )
-
-    def _check_fill(self, e: Equation) -> None:
-        """Raises for a mask's constant that would determine the range of a site."""
-        if e.primitive.name not in ("add", "sub", "select_n", "pad"):
-            return
-        operands = e.inputs[1:] if e.primitive.name == "select_n" else e.inputs
-        for v in operands if self.model.is_real(e.outputs[0]) else ():
-            value = constant_of(self.model, v, self.source)
-            if value is None or not value.size:
-                continue
-            most = np.max(np.abs(value.astype(np.float64)))
-            if most >= _MOST_FILL:
-                raise ValueError(
-                    f"`{e.primitive.name}` in {place_of(e)} puts "
-                    f"a constant of {most:g} among the values of a site, whose grid "
-                    "would hold nothing else. Use a constant within their range, or "
-                    "mask right before a softmax."
-                )
-
     def _cast(self, e: Equation, x: int) -> None:
         """Adds the site of an integer input of the model where a cast makes it real."""
         while x in self.source and self.keeps_grid(self.source[x]):
@@ -261,12 +213,15 @@ class _Finder(Lineage):
             self._add_input(e.outputs[0], self.inputs.index(x))
 
     def _add_input(self, v: int, k: int) -> None:
-        self.input_sites[v] = f"input:{k}"
+        name = f"input:{k}"
+        self.input_sites[v] = f"{self.around.name}/{name}" if self.around else name
         self.on_grid.add(v)
 
     def _product(self, e: Equation) -> None:
-        weight = next((v for v in e.inputs[1::-1] if v not in self.data), None)
-        kind = "embedding" if e.primitive.name == "gather" else "product"
+        is_lookup = self.is_embedding(e)
+        operands = e.inputs[:1] if is_lookup else e.inputs[1::-1]
+        weight = next((v for v in operands if v not in self.data), None)
+        kind = "embedding" if is_lookup else "product"
         block = Block(kind, e, e.outputs[0], weight=weight)
         if weight is not None:
             leaf = self.leaf(weight, SHAPE_MOVES)

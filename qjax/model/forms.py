@@ -127,7 +127,7 @@ class FormReader:
             v = self.outer.get(v, v)
             e = self.makers.get(v)
             if e is None:
-                return v in self.model.inputs and self.model.is_real(v)
+                return self.model.is_given(v) and self.model.is_real(v)
             own = list(_operands(e))
             if e.primitive.name in AFFINE:
                 others = [u for u in own if self.number(u) is not None]

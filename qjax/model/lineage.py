@@ -84,6 +84,14 @@ class Lineage:
         leaves = (self.leaf(v, through=None) for v in known)
         return next((self.names[leaf] for leaf in leaves if leaf is not None), "")
 
+    def is_embedding(self, e: Equation) -> bool:
+        """Returns whether data chooses parts of what is known: rows, a slice."""
+        table, *places = e.inputs
+        is_lookup = e.primitive.name in ("gather", "dynamic_slice")
+        is_chosen = not self.data.isdisjoint(places)
+        is_real = self.model.is_real(table)
+        return is_lookup and is_chosen and is_real and table not in self.data
+
     def is_cast(self, e: Equation) -> bool:
         """Returns whether an equation casts real values to another real type."""
         is_cast = e.primitive.name == "convert_element_type"
@@ -97,10 +105,6 @@ class Lineage:
         """Returns whether an affine equation has one known number for all values."""
         known = (constant_of(self.model, v, self.source) for v in e.inputs if v != x)
         return all(c is not None and c.size == 1 for c in known)
-
-    def is_embedding(self, e: Equation) -> bool:
-        """Returns whether an input chooses rows of a parameter."""
-        return e.primitive.name == "gather" and e.inputs[0] not in self.data
 
     def checked_for_nan(self, e: Equation) -> int | None:
         """Returns what a check for NaN passes on; None for other equations."""

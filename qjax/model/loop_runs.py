@@ -46,7 +46,7 @@ class LoopRuns(AffineParts):
         parts, visitor = loop.parts, self._visitor
         inner = self._inside(loop.body)
         inner._enter(visitor)
-        # Weights are rounded inside, whatever reads them outside.
+        # Weights have words of their own inside, also where they are on a grid outside.
         given = [
             self._known(v) if k in loop.known else self._env[v]
             for k, v in enumerate(e.inputs)

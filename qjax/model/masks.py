@@ -107,7 +107,7 @@ class _MaskFinder:
             if e.primitive.name not in _AXES:
                 return False
             v = e.inputs[0]
-        return v in self.model.inputs and self._is_only_added(v)
+        return self.model.is_given(v) and self._is_only_added(v)
 
     def _is_only_added(self, v: int) -> bool:
         if v in self.model.outputs or not self.users[v]:

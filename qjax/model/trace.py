@@ -7,8 +7,7 @@ inlined once, here, and nowhere else.
 import collections
 import dataclasses
 import itertools
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,11 +23,11 @@ from qjax.model.expansions import expansion, scan_counts
 from qjax.model.kept import integer_of, whole_of
 from qjax.model.places import BlockSites, Place, split_scope
 from qjax.model.primitives import AFFINE, BOUNDS, POINTWISE
+from qjax.model.quantizer_calls import QUANTIZER, has_quantizer, with_quantizers
 from qjax.model.regions import Region, region_of
 from qjax.qpoint import qpoint_p
 from qjax.quantizers.point import SCOPE
 
-_QUANTIZER = re.compile(re.escape(SCOPE) + r"(\w+)")
 _CALLS = (p.jit_p, p.closed_call_p, p.remat_p)
 _DERIVATIVE_CALLS = (p.custom_jvp_call_p, p.custom_vjp_call_p)
 CALLS = (p.jit_p, *_DERIVATIVE_CALLS)  # Calls that a trace may keep whole.
@@ -104,6 +103,7 @@ class Trace:
     # surroundings, and names no axis of a mesh or a `vmap`.
     is_closed: bool = False
     half: tuple[str, ...] = ()  # Half types of the model, if this is its float32 form.
+    is_step: bool = False  # Whether this is a step of a loop of the model.
 
     def shape(self, value: int) -> tuple[int, ...]:
         """Returns the shape of a value."""
@@ -113,9 +113,22 @@ class Trace:
         """Returns whether a value has a floating-point type."""
         return jax.numpy.issubdtype(self.avals[value].dtype, np.floating)
 
+    def is_given(self, value: int) -> bool:
+        """Returns whether a value is what the user passes, no operand of a loop."""
+        return value in self.inputs and not self.is_step
+
+    def is_number(self, value: int) -> bool:
+        """Returns whether a value has whole numbers or truth values: no raw key."""
+        dtype = self.avals[value].dtype
+        is_whole = jax.numpy.issubdtype(dtype, np.integer) and dtype != np.uint32
+        return is_whole or dtype == np.bool_
+
 
 def trace(
-    fn: Callable[..., Any], *args: Any, keep_derivatives: bool
+    fn: Callable[..., Any],
+    *args: Any,
+    keep_derivatives: bool,
+    known: Mapping[int, Any] | None = None,
 ) -> tuple[Trace, Any]:
     """Traces a function of pytrees.
 
@@ -126,6 +139,7 @@ def trace(
         ``custom_vjp``) stay single equations, as do jitted elementwise functions of one
         argument that are more than a line and a bound (``jax.nn.gelu``), and the
         quantizers of `qjax.quantizers`. Inlined, the former lose these rules.
+      known: Number of an argument -> its array, if that is known.
 
     Returns:
       The trace without dead equations, and the tree of shapes that ``fn`` returns.
@@ -136,7 +150,7 @@ def trace(
     # with the arrays that it closed over then.
     fresh = lambda *xs: fn(*xs)
     closed, out = jax.make_jaxpr(fresh, return_shape=True)(*types)
-    whole = _prune(_flatten(closed, keep_derivatives))
+    whole = _prune(_flatten(closed, keep_derivatives, known or {}))
     names, is_closed = tuple(leaf_names(args)), _is_closed(closed)
     return dataclasses.replace(whole, names=names, is_closed=is_closed), out
 
@@ -225,7 +239,7 @@ def _called(e: Any) -> Any:
     return getattr(_inner(e), "jaxpr", _inner(e))
 
 
-def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
+def _flatten(closed: Any, keep_derivatives: bool, known: Mapping[int, Any]) -> Trace:
     fresh = itertools.count()
     regions = itertools.count()
     constants: dict[int, Any] = {}
@@ -260,9 +274,9 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
                 return constant(value, aval)
             return env[atom]
 
-        for eqn in _with_quantizers(jaxpr) if keep_derivatives else jaxpr.eqns:
+        for eqn in with_quantizers(jaxpr) if keep_derivatives else jaxpr.eqns:
             inputs = [read(v) for v in eqn.invars]
-            stack = _QUANTIZER.sub(r"\1", str(eqn.source_info.name_stack))
+            stack = QUANTIZER.sub(r"\1", str(eqn.source_info.name_stack))
             here = "/".join(s for s in (path, stack) if s)
             # Equations inside of a call that JAX has cached name its first caller.
             origin = eqn.source_info if source is None else source
@@ -366,7 +380,8 @@ def _flatten(closed: Any, keep_derivatives: bool) -> Trace:
         return walk(jaxpr, [*consts, *inputs], path, source, around)
 
     arguments = [number(v.aval) for v in closed.jaxpr.invars]
-    data.update(arguments)
+    constants.update({arguments[k]: array for k, array in known.items()})
+    data.update(v for v in arguments if v not in constants)
     consts = [
         constant(c, v.aval)
         for v, c in zip(closed.jaxpr.constvars, closed.consts, strict=True)
@@ -396,80 +411,11 @@ def _is_function(eqn: Any) -> bool:
         return False
     if str(eqn.params["name"]).startswith(SCOPE):
         return True
-    if len(eqn.invars) != 1 or len(eqn.outvars) != 1 or _has_quantizer(eqn):
+    if len(eqn.invars) != 1 or len(eqn.outvars) != 1 or has_quantizer(eqn):
         return False
     same = eqn.invars[0].aval.shape == eqn.outvars[0].aval.shape
     kinds = kinds_of(eqn.params["jaxpr"].jaxpr) if same else None
     return kinds is not None and "bent" in kinds
-
-
-def _has_quantizer(eqn: Any) -> bool:
-    """Returns whether a call has an equation of a quantizer inside."""
-    jaxprs = [getattr(j, "jaxpr", j) for j in jex.jaxprs_in_params(eqn.params)]
-    inner = [e for jaxpr in jaxprs for e in jaxpr.eqns]
-    return any(
-        SCOPE in str(e.source_info.name_stack) or _has_quantizer(e) for e in inner
-    )
-
-
-def _with_quantizers(jaxpr: Any) -> list[Any]:
-    """Returns the equations of a jaxpr, those of each quantizer as one call."""
-    marks = [_mark(eqn) for eqn in jaxpr.eqns]
-    found: list[Any] = []
-    at = 0
-    for mark, run in itertools.groupby(marks):
-        eqns = jaxpr.eqns[at : at + len(list(run))]
-        at += len(eqns)
-        if not mark:
-            found += eqns
-            continue
-        for part in _connected(eqns):
-            found.append(_as_call(jaxpr, part, mark))
-    return found
-
-
-def _mark(eqn: Any) -> str:
-    match = _QUANTIZER.search(str(eqn.source_info.name_stack))
-    return match.group(0) if match else ""
-
-
-def _connected(eqns: Sequence[Any]) -> list[list[Any]]:
-    """Splits equations into groups that read nothing of each other."""
-    groups: list[tuple[set[Any], list[Any]]] = []
-    for eqn in eqns:
-        reads = {v for v in eqn.invars if not isinstance(v, jex.Literal)}
-        own = [g for g in groups if reads & g[0]]
-        others = [g for g in groups if not reads & g[0]]
-        made = set(eqn.outvars).union(*(g[0] for g in own))
-        groups = [*others, (made, [e for g in own for e in g[1]] + [eqn])]
-    return [part for _, part in groups]
-
-
-def _as_call(jaxpr: Any, eqns: Sequence[Any], name: str) -> Any:
-    """Returns equations of a jaxpr as one equation, a jitted call with a name."""
-    made = {v for eqn in eqns for v in eqn.outvars}
-    reads = [v for eqn in eqns for v in eqn.invars if not isinstance(v, jex.Literal)]
-    inputs = [v for v in dict.fromkeys(reads) if v not in made]
-    rest = [eqn for eqn in jaxpr.eqns if not any(eqn is e for e in eqns)]
-    used = {v for eqn in rest for v in eqn.invars if not isinstance(v, jex.Literal)}
-    used.update(v for v in jaxpr.outvars if not isinstance(v, jex.Literal))
-    outputs = [v for eqn in eqns for v in eqn.outvars if v in used]
-
-    def quantizer(*values: Any) -> list[Any]:
-        env = dict(zip(inputs, values, strict=True))
-        for eqn in eqns:
-            read = lambda v: v.val if isinstance(v, jex.Literal) else env[v]
-            params = eqn.primitive.get_bind_params(eqn.params)
-            out = eqn.primitive.bind(*map(read, eqn.invars), **params)
-            several = eqn.primitive.multiple_results
-            env.update(zip(eqn.outvars, out if several else (out,), strict=True))
-        return [env[v] for v in outputs]
-
-    quantizer.__name__ = quantizer.__qualname__ = name
-    types = [v.aval for v in inputs]
-    (call,) = jax.make_jaxpr(jax.jit(quantizer))(*types).jaxpr.eqns
-    source = eqns[-1].source_info
-    return call.replace(invars=inputs, outvars=outputs, source_info=source)
 
 
 def kinds_of(jaxpr: Any, is_known: Sequence[bool] = (False,)) -> set[str] | None:

@@ -98,7 +98,8 @@ class Loop:
       parts: What becomes of its operands and results.
       body: A step, as a model of what is known and of data.
       inputs: By operand, its value in the body.
-      known: Operands that depend on no input of the model.
+      known: Operands that depend on no input of the model; not whole numbers that
+        differ from step to step, by which a step chooses.
       ahead: Equations of the body that read what is known and the same in all steps.
       rest: The other equations of the body.
     """
@@ -209,12 +210,16 @@ def _loops(
     for k, e in enumerate(equations):
         parts = scan_parts(e)
         is_known = [
-            v not in data and not parts.is_carry(n) for n, v in enumerate(e.inputs)
+            v not in data
+            and not parts.is_carry(n)
+            and not (parts.is_step(n) and model.is_number(v))
+            for n, v in enumerate(e.inputs)
         ]
         sides: tuple[list[Any], list[Any]] = [], []
         for known, aval in zip(is_known, parts.body.in_avals, strict=True):
             sides[0 if known else 1].append(aval)
         inner, out = trace(body_of(parts, is_known), *sides, keep_derivatives=True)
+        inner = dataclasses.replace(inner, is_step=True)
         split = len(sides[0])
         order = iter(inner.inputs[:split]), iter(inner.inputs[split:])
         inputs = tuple(next(order[0 if known else 1]) for known in is_known)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import chex
@@ -21,7 +21,7 @@ from qjax.estimators import clipped_ste, plain_ste
 from qjax.mesh_axes import axes_of, ends_of, joined
 from qjax.model.common_scales import held_scale
 from qjax.model.exact import Exact
-from qjax.model.visits import Biases, Pending, Visit, Visitor
+from qjax.model.visits import Biases, Pending, Visit
 from qjax.qpoint import Estimator, known_zeros
 from qjax.quantizers.spec import Spec, is_known
 from qjax.ranges import abs_max_params, reduce_range
@@ -328,10 +328,20 @@ class Updater(Quantizer):
 
     def at(self, site: Site, x: jax.Array) -> Visit:
         """Rounds to the grid of a site as it is now, of scale 1 before any batch."""
-        visit = super().at(site, x)
+        spec, leader = self.choices[site].word, self.choices[site].leader
+        visitor: Quantizer = self
+        state = self.qstate.get(leader.name)
+        is_fresh = state is not None and _is_fresh(state)
+        if is_fresh and isinstance(spec, QSpec):
+            # Known outside of the traced program, where it would be refused.
+            real = jax.lax.stop_gradient(x)
+            state = self.choices[leader].calibrator.update(real, state, spec)
+            own = {**self.qstate, leader.name: state}
+            visitor = dataclasses.replace(self, qstate=own)
+        visit = Quantizer.at(visitor, site, x)
         if visit.grid is None:
             return visit
-        is_known = ~jnp.isnan(visit.grid.scale)
+        is_known = ~jnp.isnan(visit.grid.scale) & (not is_fresh)
         scale = jnp.where(is_known, visit.grid.scale, 1.0)
         value = jnp.where(jnp.all(is_known), visit.value, x)
         grid = visit.grid._replace(scale=scale)
@@ -360,83 +370,6 @@ class Updater(Quantizer):
         own = low.shape or (1,)
         along = next((d for d, n in enumerate(own) if n == 1), 0)
         return jnp.concatenate([low.reshape(own), high.reshape(own)], along)
-
-
-@dataclasses.dataclass(frozen=True)
-class Blend:
-    """A visitor that blends what another one makes of a value with the value.
-
-    Attributes:
-      visitor: The other visitor.
-      share: Share of what it makes, 0 to 1.
-    """
-
-    visitor: Quantizer
-    share: ArrayLike
-
-    def activation(self, site: Site, x: jax.Array, unit: Pending) -> Visit:
-        """Blends the values of a site; the result is on no grid."""
-        return self._blend(x, self.visitor.activation(site, x, unit))
-
-    def weight(self, site: Site, x: jax.Array, biases: Biases = list) -> Visit:
-        """Blends a weight."""
-        return self._blend(x, self.visitor.weight(site, x, biases))
-
-    def bias(self, site: Site, x: jax.Array) -> Visit:
-        """Blends a bias."""
-        return self._blend(x, self.visitor.bias(site, x))
-
-    def takes_factors(self, site: Site) -> bool:
-        """Returns that no factor goes into a weight."""
-        return False
-
-    @property
-    def draws(self) -> bool:
-        """Returns whether steps of a loop differ by their numbers."""
-        return self.visitor.draws
-
-    @property
-    def seen(self) -> tuple[()]:
-        """Returns what the other visitor records of a step."""
-        return self.visitor.seen
-
-    def at(self, site: Site, x: jax.Array) -> Visit:
-        """Blends a value with what the grid of a site makes of it."""
-        return self._blend(x, self.visitor.at(site, x))
-
-    def state(self, names: Sequence[str]) -> Any:
-        """Returns what the other visitor takes from step to step."""
-        return self.visitor.state(names)
-
-    def inside(self, state: Any, step: jax.Array | None) -> "Blend":
-        """Returns the visitor of a step."""
-        own = self.visitor.inside(state, step)
-        return dataclasses.replace(self, visitor=own)
-
-    def left(self, state: Any, seen: Any, starts: Mapping[str, jax.Array]) -> None:
-        """Lets the other visitor take what a loop leaves."""
-        self.visitor.left(state, seen, starts)
-
-    def _blend(self, x: jax.Array, visit: Visit) -> Visit:
-        return Visit(quantizers.blend_noise(x, visit.value, self.share))
-
-
-def blended(visitor: Quantizer, share: ArrayLike) -> Visitor:
-    """Returns a visitor of which a share counts; the visitor itself for all of it."""
-    return visitor if is_known(share) and share == 1 else Blend(visitor, share)
-
-
-def run_blended(run: Callable[[ArrayLike], Any], share: ArrayLike) -> Any:
-    """Runs ``run(share)``, and ``run(1)`` where a traced share turns out to be 1."""
-    if jnp.ndim(share):
-        raise ValueError(
-            f"`qnoise_factor` must be one number, got shape {jnp.shape(share)}."
-        )
-    if is_known(share):
-        if not 0 <= float(np.asarray(share)) <= 1:
-            raise ValueError(f"`qnoise_factor` must lie in [0, 1], got {share}.")
-        return run(share)
-    return jax.lax.cond(share == 1, lambda: run(1.0), lambda: run(share))
 
 
 def check_key(choices: Choices, key: chex.PRNGKey | None) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from qjax.graph.graph import Graph, Grid, storage
+from qjax.graph.operations.arithmetic import TYPES, ends_of
 from qjax.lowering.constants import add_constant, real_values
 from qjax.lowering.folding import fold_known
 from qjax.lowering.interpret import LoweringRule, refuse, where
@@ -51,15 +52,19 @@ def _scan(
         for k, v in body.constants.items()
         if isinstance(operands[k], KnownCodes)
     }
-    inputs, before = [], []
+    on = lambda k: grids[k - parts.consts] if parts.is_carry(k) else None
+    before: dict[int, Integers] = {}
+    # Data first, which has the examples that constants are repeated for.
+    is_known = lambda k: isinstance(operands[k], Known | KnownCodes)
+    for k in sorted(body.given, key=is_known):
+        options: Any = {"grid": on(k), "is_step": parts.is_step(k)}
+        before[k] = _operand(builder, e, trace, operands[k], e.inputs[k], **options)
+    inputs: list[int] = []
     for k, v in zip(body.given, body.trace.inputs, strict=True):
-        carry = k - parts.consts if parts.is_carry(k) else None
-        grid = None if carry is None else grids[carry]
-        x = _operand(builder, e, trace, operands[k], e.inputs[k], grid)
-        own, inside = _inside(child, trace.shape(e.inputs[k]), x, parts, k, grid)
-        before.append((k, x.value))
+        shape = trace.shape(e.inputs[k])
+        own, given[v] = _inside(child, e, shape, before[k], parts, k, on(k))
+        child.inputs[len(inputs)] = own
         inputs.append(own)
-        given[v] = inside
     made = builder.interpreted(body.trace, child, given)
     graph, ends = _graph(child, body, e, parts, inputs, made)
     attributes = {
@@ -71,7 +76,9 @@ def _scan(
         "is_reversed": parts.is_reversed,
     }
     path = where(e).strip("'")
-    values = builder.add_loop([v for _, v in before], graph, attributes, path=path)
+    values = builder.add_loop(
+        [before[k].value for k in body.given], graph, attributes, path=path
+    )
     builder.taken |= {*child.sites, *child.taken}
     return tuple(_outside(builder, v, x) for v, x in zip(values, ends, strict=True))
 
@@ -94,7 +101,8 @@ def _grids(
         while step is not None and step.primitive.name in SHAPE_MOVES:
             step = makers.get(step.inputs[0])
         if step is None or step.primitive is not qpoint_p:
-            raise ValueError(_NO_GRID.format(k))
+            is_number = not body.trace.shape(v)
+            raise ValueError((_A_NUMBER if is_number else _NO_GRID).format(k))
         numbers = [np.asarray(known[u]) for u in step.inputs[1:] if u in known]
         if len(numbers) < 4 or any(n.size != 1 for n in numbers):
             raise ValueError(_MANY.format(k, step.params["site"]))
@@ -110,6 +118,10 @@ _NO_GRID = (
     "step has no codes. Quantize it there: a rule of the scheme, or `qjax.fake_quant` "
     "in a loop of your own."
 )
+_A_NUMBER = (
+    "A loop carries one real number at {0}, and no site puts a number without axes on "
+    "a grid. Carry it with an axis, as `x[None]`, which has a site; count in integers."
+)
 _MANY = (
     "What a loop carries at {0} has no single scale, at {1!r}. Use one scale, "
     'Rule("{1}", QSpec(bits=8)).'
@@ -122,11 +134,13 @@ def _operand(
     trace: Trace,
     x: Abstract,
     v: int,
+    *,
     grid: SiteGrid | None,
+    is_step: bool,
 ) -> Integers:
     """Returns an operand of a loop as integers of the graph."""
-    if grid is not None and isinstance(x, Known | KnownCodes):
-        return _constant(builder, trace, x, v, grid)
+    if isinstance(x, Known | KnownCodes) and (grid is not None or not trace.is_real(v)):
+        return _constant(builder, e, trace, x, v, grid=grid, is_step=is_step)
     if not trace.is_real(v):
         return whole_numbers(builder, e, trace, x, v, "operand")
     if isinstance(x, Integers | PendingAccumulator | Sum):
@@ -147,22 +161,41 @@ def _operand(
 
 
 def _constant(
-    builder: Builder, trace: Trace, x: Known | KnownCodes, v: int, grid: SiteGrid
+    builder: Builder,
+    e: Equation,
+    trace: Trace,
+    x: Known | KnownCodes,
+    v: int,
+    *,
+    grid: SiteGrid | None,
+    is_step: bool,
 ) -> Integers:
-    """Adds the known first value of a carry, in the examples of an input."""
-    codes = np.broadcast_to(grid.known_codes_of(_array(x)), trace.shape(v))
-    starts = (
-        builder.values[u].shape[:1] == codes.shape[:1] for u in builder.inputs.values()
-    )
-    same = zip(builder.inputs.values(), starts, strict=True)
-    like = next((u for u, is_same in same if is_same and codes.ndim), None)
-    name = f"{grid.site}/start"
-    options: Any = {"name": name, "path": name, "like": like, "dtype": grid.dtype}
-    return grid.integers(builder, add_constant(builder, codes, grid.grid, **options))
+    """Adds a known operand, in the examples of another one."""
+    shape, array = trace.shape(v), _array(x)
+    is_same = not is_step or not shape or bool(np.all(array == array[:1]))
+    like = _alike(builder, shape) if is_same else None
+    own: dict[str, Any] = {"like": like, "path": where(e).strip("'")}
+    if grid is None:
+        numbers = np.broadcast_to(array, shape).astype(np.int64)
+        name = f"{own['path']}/number"
+        value = add_constant(builder, numbers, None, name=name, **own)
+        return builder.numbers(value, e.place, str(trace.avals[v].dtype))
+    codes = np.broadcast_to(grid.known_codes_of(array), shape)
+    own |= {"name": f"{grid.site}/start", "path": f"{grid.site}/start"}
+    own |= {"dtype": grid.dtype}
+    return grid.integers(builder, add_constant(builder, codes, grid.grid, **own))
+
+
+def _alike(builder: Builder, shape: tuple[int, ...]) -> int | None:
+    """Returns an input of the graph that has as many examples; None if none has."""
+    found = builder.inputs.values()
+    same = (u for u in found if builder.values[u].shape[:1] == shape[:1])
+    return next(same, None) if shape else None
 
 
 def _inside(
     child: Builder,
+    e: Equation,
     shape: tuple[int, ...],
     x: Integers,
     parts: ScanParts,
@@ -177,10 +210,14 @@ def _inside(
         )
         return value, grid.integers(child, value)
     if x.dtype:
+        if x.dtype not in TYPES:
+            raise NotImplementedError(
+                f"Integer programs compute in {', '.join(TYPES)}, and a loop has "
+                f"{x.dtype}, met in {where(e)}.\n  equation: {e}\nUse int32."
+            )
         ends = (x.low, x.high)
         if parts.is_carry(k):
-            info = np.iinfo(np.int32)
-            ends = (0, 1) if x.dtype == "bool" else (int(info.min), int(info.max))
+            ends = ends_of(x.dtype)
         value = child.add_value(shape, *ends, dtype="int32")
         return value, child.numbers(value, x.place, x.dtype)
     scale = Grid(float(np.float32(x.scale)), x.zero_point)

@@ -214,7 +214,8 @@ def _reshape(e: Equation, trace: Trace, x: Integers) -> tuple[str, dict[str, Any
     sizes = [int(n) for n in trace.shape(e.outputs[0])]
     # The leading size may differ at call time: `lower` finds out.
     own = trace.shape(e.inputs[0])
-    if not math.prod(sizes[1:]) and own[:1] != tuple(sizes[:1]):
+    is_empty = not math.prod(sizes[1:]) and own[:1] != tuple(sizes[:1])
+    if is_empty or not own:
         return "reshape", {"sizes": sizes}  # Nothing tells the leading size.
     return "reshape", {"sizes": [-1, *sizes[1:]] if sizes else []}
 

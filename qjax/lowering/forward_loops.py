@@ -1,0 +1,55 @@
+"""Loops in the arithmetic of the integer program: words and accumulators of carries."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import jax
+
+from qjax.affine import dequantize
+from qjax.lowering.accumulators import Late, TargetGrid
+from qjax.lowering.site_words import SiteWord
+from qjax.model.loop_runs import OnGrid
+from qjax.model.simulate import Simulation
+from qjax.model.trace import Equation
+from qjax.model.traced_model import Loop, TracedModel
+from qjax.model.visits import Visitor
+from qjax.quantizers.point import straight
+from qjax.schemes.patterns import Site
+
+
+class ForwardLoops(Simulation):
+    """The loops of a simulation whose values are those of the integer program."""
+
+    _seen: Mapping[str, SiteWord]
+    _words: dict[int, str]  # Value on a grid -> type of its codes.
+    _data: set[int]
+    _part: Callable[[int], Late | None]
+
+    def _inside(self, body: TracedModel) -> Self:
+        return type(self)(body, (), ())
+
+    def _run_loop(self, e: Equation, loop: Loop) -> list[Any]:
+        found = super()._run_loop(e, loop)
+        self._data.update(e.outputs)
+        return found
+
+    def _copied(self, visitor: Visitor) -> Self:
+        own = super()._copied(visitor)
+        own._seen = self._seen  # One table of words.
+        return own
+
+    def _kept(self, v: int) -> OnGrid:
+        return super()._kept(v)._replace(word=self._words.get(v, ""))
+
+    def _give(self, v: int, own: OnGrid) -> None:
+        super()._give(v, own)
+        if own.word:
+            self._words[v] = own.word
+
+    def _onto(self, v: int, site: Site, x: jax.Array) -> tuple[jax.Array, OnGrid]:
+        value, found = super()._onto(v, site, x)
+        word, late = self._seen[site.name], self._part(v) if v in self._env else None
+        if found.grid is not None and late is not None and word.is_direct:
+            codes = late(TargetGrid(*found.grid, word.qmin, word.qmax))
+            value = straight(value, dequantize(codes, found.grid).astype(value.dtype))
+        return value, found._replace(word=word.dtype)
