@@ -1,4 +1,38 @@
-"""Recurrent networks in integers: series of the UCR archive, in float and on grids."""
+"""Recurrent networks in integers: time series of the UCR archive, float and on grids.
+
+    python experiments/recurrent.py --data-dir DIR
+    python experiments/recurrent.py --quick
+
+Percent right on test series, mean and seeds 0, 1, 2; then of the integer programs, and
+their codes, of all sites and steps, that differ from the simulated model's:
+
+JapaneseVowels
+    float                        96.94  95.41, 97.84, 97.57
+    8 bits                       97.03  95.68, 97.84, 97.57  97.03  1,620 of 22,063,470
+    8 bits, powers of two        97.39  96.76, 97.84, 97.57  97.39      0 of 22,063,470
+    4-bit weights, powers of two 97.30  97.03, 97.84, 97.03  97.30      0 of 22,063,470
+ArrowHead
+    float                        64.19  65.14, 58.29, 69.14
+    8 bits                       64.38  65.14, 59.43, 68.57  64.38    294 of 7,289,625
+    8 bits, powers of two        65.14  65.71, 60.57, 69.14  65.14      0 of 7,289,625
+    4-bit weights, powers of two 65.33  65.14, 59.43, 71.43  65.33      0 of 7,289,625
+ItalyPowerDemand
+    float                        96.24  96.11, 96.40, 96.21
+    8 bits                       96.27  96.11, 96.40, 96.31  96.27  1,466 of 20,281,590
+    8 bits, powers of two        96.27  96.11, 96.40, 96.31  96.27      0 of 20,281,590
+    4-bit weights, powers of two 96.27  96.21, 96.40, 96.21  96.27      0 of 20,281,590
+
+Half a point is what 8 bits may cost; they cost none. With scales that are powers of two
+no code differs. With others they are off by one, on ItalyPowerDemand by up to 714 steps
+of a 16-bit word, which are 2.8 of an 8-bit one.
+
+An LSTM of 32 (JapaneseVowels, its output at the last valid step) and GRUs of 32 and 16:
+ArrowHead is read ten samples at a time. All networks of a seed go on from one training
+in float, by half as many epochs: in float, or on grids with ranges that move. Weight
+decay is the one of 0, 0.1 and 0.5 with the least loss on held-out quarters of training
+series, all data together. 1,376 s, 506 of them CPU, on 2 cores that were busy with
+other work.
+"""
 
 import dataclasses
 import functools

@@ -223,6 +223,7 @@ def test_a_character_transformer_ships_what_it_simulates(tmp_path):
     assert abs(row.simulated / row.real - 1) < 0.02
 
 
+@pytest.mark.heavy
 def test_recurrent_networks_print_their_table(monkeypatch, capsys):
     """Waves of three frequencies, which the network tells apart by its last states."""
     words = "8 bits, powers of two"

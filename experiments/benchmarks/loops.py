@@ -1,4 +1,18 @@
-"""What loops cost: training steps over steps in float, and lowering by steps."""
+"""What loops cost: training steps over steps in float, and lowering by steps.
+
+    python experiments/benchmarks/loops.py
+
+Steps of Adam on a recurrent layer, 32 steps, 64 features, batch 32, interleaved in one
+process, medians after warm-up over the step in float: `apply` has the ranges it was
+calibrated with, `apply_and_update` moves them. On 2 cores that were busy with other
+work, medians of 85; on one of them, medians of 60:
+
+            apply         apply_and_update
+    LSTM    1.27  1.16    1.44  1.81
+    GRU     1.45  1.38    1.84  1.66
+
+Seconds to lower, compile and run a loop of 1,000 steps over one of 10: 0.94.
+"""
 
 import dataclasses
 import json
