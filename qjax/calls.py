@@ -59,10 +59,15 @@ def computed_once(x: jax.Array) -> jax.Array:
 
     Its derivative stays in the loops of its readers.
     """
-    return shared(lax.optimization_barrier, x) if _is_on_cpu() else x
+    return stored(x)
 
 
 computed_once.defjvp(lambda primals, tangents: (computed_once(*primals), tangents[0]))
+
+
+def stored(x: jax.Array) -> jax.Array:
+    """Returns a value that XLA:CPU stores, as it does its cotangent."""
+    return shared(lax.optimization_barrier, x) if _is_on_cpu() else x
 
 
 def _called(jitted: Callable[..., Any], *args: Any) -> Any:

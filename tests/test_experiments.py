@@ -12,7 +12,13 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import character_transformer, data, learned_scales, quickstart
+from experiments import (
+    character_transformer,
+    data,
+    learned_scales,
+    quickstart,
+    recurrent,
+)
 from experiments.training import train as training_script
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -215,3 +221,41 @@ def test_a_character_transformer_ships_what_it_simulates(tmp_path):
     row = character_transformer.compare(config, character_transformer.read(config), 0)
     assert row.is_exact and row.simulated == row.integers
     assert abs(row.simulated / row.real - 1) < 0.02
+
+
+@pytest.mark.heavy
+def test_recurrent_networks_print_their_table(monkeypatch, capsys):
+    """Waves of three frequencies, which the network tells apart by its last states."""
+    words = "8 bits, powers of two"
+    monkeypatch.setattr(recurrent, "SCHEMES", {words: recurrent.SCHEMES[words]})
+    real, row = recurrent.main(recurrent.Config(quick=True))
+    assert real.scheme == "float" and row.scheme == words
+    assert min(*real.simulated, *row.simulated) > 45  # Of 3 classes.
+    assert row.integers == row.simulated
+    assert row.codes > 100_000 and row.differing == row.most == 0
+    out = capsys.readouterr().out
+    assert "| waves | 8 bits, powers of two |" in out and "of them CPU" in out
+
+
+def test_series_are_cut_and_standardised(tmp_path, monkeypatch):
+    """By the steps of the training series that are none of the padding."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, n in (("train", 6), ("test", 3)):
+        lengths = rng.integers(2, 8, n).astype(np.int16)
+        x = rng.normal(3, 2, (n, 7, 2)).astype(np.float32)
+        x[np.arange(7) >= lengths[:, None]] = 0
+        arrays[f"JapaneseVowels_x_{part}"] = x
+        arrays[f"JapaneseVowels_y_{part}"] = np.arange(n, dtype=np.uint8) % 3
+        arrays[f"JapaneseVowels_len_{part}"] = lengths
+    monkeypatch.delenv("QJAX_DATA", raising=False)
+    with pytest.raises(FileNotFoundError, match=r"--data-dir or set \$QJAX_DATA"):
+        recurrent.load("JapaneseVowels", str(tmp_path))
+    np.savez(tmp_path / "timeseries.npz", **arrays)
+    train, test = recurrent.load("JapaneseVowels", str(tmp_path))
+    real = train.x[recurrent.is_real(train)]
+    np.testing.assert_allclose(real.mean(0), 0, atol=1e-6)
+    np.testing.assert_allclose(real.std(0), 1, rtol=1e-6)
+    assert not test.x[~recurrent.is_real(test)].any()
+    assert train.x.dtype == np.float32 and train.lengths.dtype == np.int32
+    assert recurrent.cut(train, 3).x.shape == (6, 2, 6)

@@ -10,6 +10,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from qjax.affine import QParams
+from qjax.calls import stored
 from qjax.qpoint import bind_point
 from qjax.quantizers.point import straight
 from qjax.rounding import ceil_power_of_two, select
@@ -54,7 +55,8 @@ def _with_line_jvp(primals: Any, tangents: Any) -> Any:
     terms += [] if is_zero(offset_dot) else [offset_dot]
     value = _with_line(*primals)
     total = sum(terms[1:], terms[0]) if terms else jnp.zeros((), value.dtype)
-    return value, jnp.broadcast_to(total.astype(value.dtype), value.shape)
+    total = jnp.broadcast_to(total.astype(value.dtype), value.shape)
+    return value, stored(total)
 
 
 _with_line.defjvp(_with_line_jvp, symbolic_zeros=True)
