@@ -32,6 +32,9 @@ def lowered(fn, params, *x):
 
 
 def test_a_scan_that_is_quantized_inside_is_one_operation():
+    def before(x):
+        return inside(point(x))
+
     def inside(x):
         def step(c, t):
             h = point(point(t) @ point(W, 2.0**-6, "w"), 2.0**-4, "h")
@@ -40,8 +43,12 @@ def test_a_scan_that_is_quantized_inside_is_one_operation():
 
         return lax.scan(step, jnp.zeros((2, 4)), x.swapaxes(0, 1), reverse=True)
 
-    program = qjax.lower(inside, STEPS)
+    program = qjax.lower(before, STEPS)
     assert "loop" in [n.operation for n in program.graph.nodes]
+    jax.tree.map(np.testing.assert_array_equal, program(STEPS), before(STEPS))
+    # What only its steps put on a grid is that of so many steps.
+    program = qjax.lower(inside, STEPS)
+    assert "loop" not in [n.operation for n in program.graph.nodes]
     jax.tree.map(np.testing.assert_array_equal, program(STEPS), inside(STEPS))
 
 

@@ -27,7 +27,6 @@ from qjax.lowering.values import (
     Sum,
 )
 from qjax.model.blocks import RANDOM, place_of
-from qjax.model.expansions import MOST_STEPS
 from qjax.model.kept import integer_of, whole_of
 from qjax.model.normalisations import NORM, SOFTMAX, said
 from qjax.model.origin import origin_of
@@ -235,11 +234,6 @@ def _rule_of(rules: Mapping[str, LoweringRule], e: Equation) -> LoweringRule:
 def _way_around(e: Equation) -> str:
     """Returns the remedy for a primitive without a rule."""
     name = e.primitive.name
-    if name == "scan":
-        return (
-            f"Scans of at most {MOST_STEPS} steps are unrolled, this one has "
-            f"{e.params['length']}: shorten it, or call the program once for each step"
-        )
     return REMEDIES.get(
         name,
         "Keep this part of the model out of `lower`, or have it computed of known "

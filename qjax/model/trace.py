@@ -22,7 +22,7 @@ from qjax.model.control_flow import both_branches, counted
 from qjax.model.expansions import expansion, scan_counts
 from qjax.model.kept import integer_of, whole_of
 from qjax.model.places import BlockSites, Place, split_scope
-from qjax.model.primitives import AFFINE, BOUNDS, POINTWISE
+from qjax.model.primitives import AFFINE, BOUNDS, POINTWISE, SHAPE_MOVES
 from qjax.model.quantizer_calls import QUANTIZER, has_quantizer, with_quantizers
 from qjax.model.regions import Region, region_of
 from qjax.qpoint import qpoint_p
@@ -139,7 +139,8 @@ def trace(
         ``custom_vjp``) stay single equations, as do jitted elementwise functions of one
         argument that are more than a line and a bound (``jax.nn.gelu``), and the
         quantizers of `qjax.quantizers`. Inlined, the former lose these rules.
-      known: Number of an argument -> its array, if that is known.
+      known: Number of an argument -> its array, of those that are known in the body of
+        a loop; None for a whole program.
 
     Returns:
       The trace without dead equations, and the tree of shapes that ``fn`` returns.
@@ -150,7 +151,7 @@ def trace(
     # with the arrays that it closed over then.
     fresh = lambda *xs: fn(*xs)
     closed, out = jax.make_jaxpr(fresh, return_shape=True)(*types)
-    whole = _prune(_flatten(closed, keep_derivatives, known or {}))
+    whole = _prune(_flatten(closed, keep_derivatives, known))
     names, is_closed = tuple(leaf_names(args)), _is_closed(closed)
     return dataclasses.replace(whole, names=names, is_closed=is_closed), out
 
@@ -239,7 +240,9 @@ def _called(e: Any) -> Any:
     return getattr(_inner(e), "jaxpr", _inner(e))
 
 
-def _flatten(closed: Any, keep_derivatives: bool, known: Mapping[int, Any]) -> Trace:
+def _flatten(
+    closed: Any, keep_derivatives: bool, known: Mapping[int, Any] | None
+) -> Trace:
     fresh = itertools.count()
     regions = itertools.count()
     constants: dict[int, Any] = {}
@@ -330,13 +333,27 @@ def _flatten(closed: Any, keep_derivatives: bool, known: Mapping[int, Any]) -> T
         return [read(v) for v in jaxpr.outvars]
 
     def is_unrolled(eqn: Any, inputs: Sequence[int]) -> bool:
-        """Returns whether a scan of data has no points, or weights for each step."""
+        """Returns whether a scan of data has no points, or reads what has no grid yet.
+
+        Such are weights for each step, and inputs of a program that it rounds inside.
+        """
         steps = inputs[sum(scan_counts(eqn.params)) :]
         weights = (v for v in steps if v not in data)
         is_weighted = any(
             jax.numpy.issubdtype(avals[v].dtype, np.inexact) for v in weights
         )
-        return not data.isdisjoint(inputs) and (is_weighted or not has_qpoint(eqn))
+        is_known = data.isdisjoint(inputs)
+        is_raw = known is None and any(map(is_input, inputs))
+        return not is_known and (is_weighted or is_raw or not has_qpoint(eqn))
+
+    def is_input(v: int) -> bool:
+        """Returns whether a real value is an argument, moved at most."""
+        while v not in arguments:
+            e = next((e for e in reversed(equations) if v in e.outputs), None)
+            if e is None or e.primitive.name not in SHAPE_MOVES:
+                return False
+            v = e.inputs[0]
+        return jax.numpy.issubdtype(avals[v].dtype, np.floating)
 
     def expanded(
         eqn: Any, whole: Callable[..., Any], inputs: list[int], *at: Any
@@ -380,7 +397,7 @@ def _flatten(closed: Any, keep_derivatives: bool, known: Mapping[int, Any]) -> T
         return walk(jaxpr, [*consts, *inputs], path, source, around)
 
     arguments = [number(v.aval) for v in closed.jaxpr.invars]
-    constants.update({arguments[k]: array for k, array in known.items()})
+    constants.update({arguments[k]: array for k, array in (known or {}).items()})
     data.update(v for v in arguments if v not in constants)
     consts = [
         constant(c, v.aval)

@@ -23,7 +23,8 @@ from qjax.lowering.values import (
     PendingAccumulator,
     Sum,
 )
-from qjax.model.loops import ScanParts, scan_parts
+from qjax.model.expansions import MOST_STEPS
+from qjax.model.loops import ScanParts, has_point, scan_parts
 from qjax.model.primitives import SHAPE_MOVES
 from qjax.model.trace import Equation, Trace
 from qjax.qpoint import qpoint_p
@@ -38,6 +39,13 @@ def _scan(
     is on it, or zero.
     """
     parts = scan_parts(e)
+    if not has_point(e):
+        raise NotImplementedError(
+            f"There is no integer rule for a `scan` without quantization points in its "
+            f"steps, met in {where(e)}.\n  equation: {e}\nScans of at most "
+            f"{MOST_STEPS} steps are unrolled, this one has {parts.length}: "
+            "quantize what a step carries with `qjax.fake_quant`, or shorten it."
+        )
     known = {
         k: _array(x)
         for k, x in enumerate(operands)
