@@ -374,7 +374,7 @@ SORT = Operation(
 )
 ARGSORT = Operation(
     "argsort",
-    "places along an axis in the order of their q, equal ones in their own",
+    "place = number of q along an axis in its order, equal ones in their own",
     "number",
     _sort_shape,
     lambda o: (0, max(o.x.shape[o["axis"]] - 1, 0)),
