@@ -88,9 +88,9 @@ def _of_steps(
 ) -> dict[str, np.ndarray]:
     """Returns the codes of the steps of a loop, the first step first."""
     a = node.attributes
-    length = a["length"]
+    length = a.get("length", len(seen))
     if length is None:
         length = len(inputs[a["consts"] + a["carries"]])
-    order = seen[::-1] if a["is_reversed"] else seen
+    order = seen[::-1] if a.get("is_reversed") else seen
     # One call has shown the shapes of a loop without steps.
     return {name: np.stack([s[name] for s in order])[:length] for name in seen[0]}
