@@ -235,6 +235,8 @@ class IntegerProgram:
                     f"{at_start(name)} of a step must have shape "
                     f"{('batch', *shape[1:])}, got {tuple(own_shape)}."
                 )
+            if v.is_place:
+                _check_range(name, x, v)
         states, outputs = self._run_step(own.params, given, flat)
         return tuple(states), self._unflatten(outputs)
 

@@ -248,3 +248,17 @@ def test_a_number_that_a_loop_carries_is_refused_and_the_remedy_lowers():
         program = qjax.lower(qmodel, W, qstate, X)
         found = jax.jit(qmodel.apply)(W, qstate, X)
         np.testing.assert_array_equal(found, program(X))
+
+
+def test_nothing_is_proven_of_what_a_loop_reads_beyond_a_table():
+    grid = qjax.QParams(jnp.float32(2.0**-5), jnp.int32(0))
+    point = lambda x: qjax.fake_quant(x, grid, qjax.QSpec(8), site="h")
+
+    def fn(x, i):
+        rows = jnp.take(point(x), i, axis=0, mode="fill")
+        step = lambda h, t: (point(jnp.maximum(h, t)),) * 2
+        return jax.lax.scan(step, jnp.zeros(4), rows)[1]
+
+    x, i = np.ones((3, 4), np.float32), np.array([0, 2, 1], np.int32)
+    report = qjax.lower(fn, x, i).report().agreement
+    assert report["h"].is_proven and not report["h:1"].is_proven

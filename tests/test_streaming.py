@@ -196,3 +196,18 @@ def test_wrong_axes_states_and_inputs():
     plain = qjax.lower(*_calibrated(_recurrent, FLOATS))
     with pytest.raises(ValueError, match="has no steps: lower the model with"):
         plain.step(state, X[:, 0])
+
+
+def test_tokens_stream_and_must_be_in_their_table():
+    table = RNG.normal(0, 0.5, (9, 4)).astype(np.float32)
+    fn = lambda p, t: _recurrent(p, jnp.take(p["table"], t, axis=0))[0]
+    tokens = RNG.integers(0, 9, (3, 5)).astype(np.int32)
+    params = {**W, "table": table}
+    qmodel = qjax.quantize_model(fn, params, tokens)
+    qstate = qjax.calibrate(qmodel, params, [tokens])
+    program = qjax.lower(qmodel, params, qstate, tokens, streaming={0: 1})
+    np.testing.assert_array_equal(_stepped(program, tokens)[0], program(tokens))
+    with pytest.raises(ValueError, match="must lie in"):
+        program(np.full((3, 5), 99, np.int32))
+    with pytest.raises(ValueError, match="must lie in"):
+        program.step(program.initial_state(3), np.full(3, 99, np.int32))

@@ -1,7 +1,7 @@
 """The certificate of an integer program: no overflow, no float, agreement of sites."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -145,7 +145,7 @@ def certify(
     """
     arrays = {name: np.asarray(p) for name, p in params.items()}
     overflow, agreement, constants = [], {}, []
-    for place, own in graph.walk():
+    for place, own, is_nan in _with_nan(graph):
         sums = filter(_accumulates, own.nodes)
         bounds = (_overflow(own, node, arrays) for node in sums)
         overflow += [dataclasses.replace(bound, place=place) for bound in bounds]
@@ -153,12 +153,25 @@ def certify(
         makers = {v: node for node in own.nodes for v in node.outputs}
         for name, v in own.sites.items():
             found = _agreement(own, makers, arrays, v, is_inside=bool(place))
-            if found.is_proven and _meets_nan(own, makers, v):
+            if found.is_proven and (is_nan or _meets_nan(own, makers, v)):
                 found = Agreement(False, _BEYOND, None)
             agreement[name] = found
     size = sum(map(nbytes, arrays.values()))
     ends = tuple(overflow), agreement, float_values, size
     return Report(*ends, constants=tuple(constants))
+
+
+def _with_nan(
+    graph: Graph, place: str = "", is_nan: bool = False
+) -> Iterator[tuple[str, Graph, bool]]:
+    """Yields graphs as `Graph.walk`, and whether what comes into one may be NaN."""
+    yield place, graph, is_nan
+    makers = {v: node for node in graph.nodes for v in node.outputs}
+    for node in graph.nodes:
+        bare = set(node.inputs) - set(graph.sites.values()) if node.graphs else ()
+        inside = is_nan or any(_meets_nan(graph, makers, v) for v in bare)
+        for role, own in node.graphs.items():
+            yield from _with_nan(own, graph.place_of(node, role, place), inside)
 
 
 def _constants(graph: Graph) -> list[KnownValue]:
@@ -229,7 +242,9 @@ def _meets_nan(graph: Graph, makers: Mapping[int, Node], site: int) -> bool:
         if v in seen or v in sites or v not in makers:
             continue
         seen.add(v)
-        if makers[v].attributes.get("is_nan"):
+        graphs = (own for g in makers[v].graphs.values() for _, own in g.walk())
+        inside = (node for own in graphs for node in own.nodes)
+        if any(node.attributes.get("is_nan") for node in (makers[v], *inside)):
             return True
         todo += makers[v].inputs
     return False

@@ -97,9 +97,12 @@ class Graph:
         yield place, self
         for n in self.nodes:
             for role, graph in n.graphs.items():
-                inside = f" in {place}" if place else ""
-                own = f"the {role} of %{n.output} = {n.operation}{inside}"
-                yield from graph.walk(own)
+                yield from graph.walk(self.place_of(n, role, place))
+
+    def place_of(self, node: Node, role: str, place: str) -> str:
+        """Returns the place of a graph inside of a node, in a graph at a place."""
+        inside = f" in {place}" if place else ""
+        return f"the {role} of %{node.output} = {node.operation}{inside}"
 
     def __str__(self):
         lines = [f"inputs: {', '.join(self._show(v) for v in self.inputs)}"]

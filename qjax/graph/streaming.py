@@ -6,13 +6,14 @@ place in time, as no operation looks ahead: one that may is refused.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from qjax.graph.graph import Graph, Node, Value
 from qjax.graph.passes import drop_dead
+from qjax.graph.time_axes import TIME_RULES, Time
 
 
 class Streamed(NamedTuple):
@@ -50,13 +51,6 @@ def streamed(graph: Graph, params: Mapping[str, Any]) -> Streamed:
     return _Streamer(graph, params).streamed()
 
 
-class _Time(NamedTuple):
-    """The axis of time of a value in a step."""
-
-    axis: int
-    past: int = 0  # Steps before this one that the value still has.
-
-
 class _State(NamedTuple):
     """A state of a step."""
 
@@ -72,7 +66,7 @@ class _Streamer:
         self.values: list[Value] = []
         self.nodes: list[Node] = []
         self.number: dict[int, int] = {}  # Value of the graph -> value of the step.
-        self.times: dict[int, _Time] = {}  # Values with an axis of time.
+        self.times: dict[int, Time] = {}  # Values with an axis of time.
         self.states: list[_State] = []
         # Values that the past of a sequence determines, with no axis of time.
         self.late: set[int] = set()
@@ -84,7 +78,7 @@ class _Streamer:
         for v in graph.inputs:
             value = graph.values[v]
             if value.time_axis is not None:
-                self.times[v] = _Time(value.time_axis)
+                self.times[v] = Time(value.time_axis)
             self.number[v] = self.add_value(self.step_value(v))
         for node in graph.nodes:
             self.visit(node)
@@ -165,12 +159,12 @@ class _Streamer:
         is_ahead = any(v in self.late for v in node.inputs if v not in self.times)
         if is_past or is_ahead:
             raise self.refusal(node)
-        rule = _RULES.get(node.operation)
-        found = None if rule is None else rule(node, times, self)
+        rule = TIME_RULES.get(node.operation)
+        found = None if rule is None else rule(node, times, self.graph, self.params)
         if found is None:
             raise self.refusal(node)
         axis, attributes = found
-        self.times[node.output] = _Time(axis)
+        self.times[node.output] = Time(axis)
         self.copy(node, attributes)
 
     def refusal(self, node: Node) -> ValueError:
@@ -206,11 +200,11 @@ class _Streamer:
             return False
         self.late.update(node.outputs[: a["carries"]])
         fixed = any(times[:first]) or self.late.intersection(node.inputs[:first])
-        leads = all(t == _Time(0) for t in times[first:])
+        leads = all(t == Time(0) for t in times[first:])
         if fixed or not leads or a["is_reversed"] or a["length"] is not None:
             raise self.refusal(node)
         for v in node.outputs[a["carries"] :]:
-            self.times[v] = _Time(0)
+            self.times[v] = Time(0)
         inputs = [self.number[v] for v in node.inputs]
         for v in node.outputs:
             self.number[v] = self.add_value(self.step_value(v))
@@ -236,7 +230,7 @@ class _Streamer:
 
     # Causal convolutions: what they read of the past is a state.
 
-    def visit_pad(self, node: Node, time: _Time | None) -> bool:
+    def visit_pad(self, node: Node, time: Time | None) -> bool:
         """Replaces padding before the first step by a state; returns whether it did."""
         assert time is not None
         low, high, inner = node.attributes["padding"][time.axis]
@@ -250,11 +244,11 @@ class _Streamer:
         if any(map(any, padding)):
             raise self.refusal(node)
         code = node.attributes["padding_code"]
-        self.times[node.output] = _Time(time.axis, time.past + low)
+        self.times[node.output] = Time(time.axis, time.past + low)
         self.number[node.output] = self.remembered(x, time.axis, low, code)
         return True
 
-    def visit_conv(self, node: Node, time: _Time | None) -> bool:
+    def visit_conv(self, node: Node, time: Time | None) -> bool:
         """Convolves a step with what a state has of the steps before it."""
         assert time is not None
         a = node.attributes
@@ -276,7 +270,7 @@ class _Streamer:
             x = self.remembered(x, time.axis, low, a["padding_code"])
         padding = [list(pair) for pair in a["padding"]]
         padding[k] = [0, 0]
-        self.times[node.output] = _Time(axis)
+        self.times[node.output] = Time(axis)
         self.number[node.output] = self.add_value(self.step_value(node.output))
         own = dataclasses.replace(
             node,
@@ -319,194 +313,3 @@ def _plain(graph: Graph) -> Graph:
     """Returns a graph whose inputs name no axis of time."""
     values = (dataclasses.replace(v, time_axis=None) for v in graph.values)
     return dataclasses.replace(graph, values=tuple(values))
-
-
-# Rules: the axis of time of the output and the attributes of a step; None to refuse.
-
-_Found = tuple[int, Mapping[str, Any]] | None
-_Rule = Callable[[Node, Sequence[_Time | None], _Streamer], _Found]
-
-
-def _elementwise(node: Node, times: Sequence[_Time | None], s: _Streamer) -> _Found:
-    """Returns the axis that all inputs share, if nothing else has one size along it."""
-    shapes = [s.graph.values[v].shape for v in node.inputs]
-    rank = len(s.graph.values[node.output].shape)
-    (axis, *others) = {t.axis for t in times if t is not None}
-    if others or any(len(shape) != rank for shape in shapes):
-        return None
-    pairs = zip(shapes, times, strict=True)
-    if any(t is None and shape[axis] != 1 for shape, t in pairs):
-        return None
-    for role, name in node.params.items():
-        shape = np.shape(s.params[name])
-        if role in ("table", "thresholds"):
-            own = node.attributes["axis"]
-            if own is not None and own % rank == axis:
-                return None
-        elif len(shape) >= rank - axis and shape[axis - rank] != 1:
-            return None
-    return axis, node.attributes
-
-
-def _over_axes(node: Node, times: Sequence[_Time | None], s: _Streamer) -> _Found:
-    """Returns the axis behind a reduction over other axes."""
-    a, (time, *_) = node.attributes, times
-    axes = a["axes"] if "axes" in a else [a["axis"]]
-    if time is None or time.axis in axes or len([t for t in times if t]) > 1:
-        return None
-    return time.axis - sum(d < time.axis for d in axes), a
-
-
-def _kept(node: Node, times: Sequence[_Time | None], s: _Streamer) -> _Found:
-    """Returns the axis of an operation over other axes that keeps them."""
-    a, (time, *_) = node.attributes, times
-    axes = a.get("axes", [a.get("axis")])
-    is_split = any(n != 1 for n in a.get("groups", ()))
-    if time is None or time.axis in axes or len(times) > 1 or is_split:
-        return None
-    lines = (
-        node.params[role] for role in ("multiplier", "bias") if role in node.params
-    )
-    if any(_size(s, name, time.axis, node) != 1 for name in lines):
-        return None
-    return time.axis, a
-
-
-def _size(s: _Streamer, name: str, axis: int, node: Node) -> int:
-    """Returns the size of a parameter along an axis of the output."""
-    shape, rank = np.shape(s.params[name]), len(s.graph.values[node.output].shape)
-    return shape[axis - rank] if len(shape) >= rank - axis else 1
-
-
-def _transpose(node: Node, times: Sequence[_Time | None], s: _Streamer) -> _Found:
-    (time,) = times
-    assert time is not None
-    return list(node.attributes["permutation"]).index(time.axis), node.attributes
-
-
-def _concatenate(node: Node, times: Sequence[_Time | None], s: _Streamer) -> _Found:
-    axes = {None if t is None else t.axis for t in times}
-    (axis, *others) = axes
-    if others or axis is None or axis == node.attributes["axis"]:
-        return None
-    return axis, node.attributes
-
-
-def _slice(node: Node, times: Sequence[_Time | None], s: _Streamer) -> _Found:
-    (time,), a = times, node.attributes
-    assert time is not None
-    own = slice(*(a[name][time.axis] for name in ("start", "stop", "steps")))
-    length = s.graph.values[node.inputs[0]].shape[time.axis]
-    if own.indices(length) != (0, length, 1):
-        return None
-    whole = {name: list(a[name]) for name in ("start", "stop", "steps")}
-    for name in whole:
-        whole[name][time.axis] = None
-    return time.axis, {**a, **whole}
-
-
-def _rev(node: Node, times: Sequence[_Time | None], s: _Streamer) -> _Found:
-    (time,), a = times, node.attributes
-    assert time is not None
-    return None if time.axis in a["axes"] else (time.axis, a)
-
-
-def _pad(node: Node, times: Sequence[_Time | None], s: _Streamer) -> _Found:
-    (time,), a = times, node.attributes
-    assert time is not None
-    return None if any(a["padding"][time.axis]) else (time.axis, a)
-
-
-def _reshape(node: Node, times: Sequence[_Time | None], s: _Streamer) -> _Found:
-    """Returns the axis behind a reshape that leaves it whole."""
-    (time,), a = times, node.attributes
-    assert time is not None
-    before = s.graph.values[node.inputs[0]].shape
-    after = s.graph.values[node.output].shape
-    length, ahead = before[time.axis], int(np.prod(before[: time.axis]))
-    rest = before[time.axis + 1 :]
-    for axis, n in enumerate(after):
-        same = int(np.prod(after[:axis])) == ahead and n == length
-        if same and int(np.prod(after[axis + 1 :])) == int(np.prod(rest)):
-            sizes = list(a["sizes"])
-            if sizes[axis] == -1:
-                return None
-            sizes[axis] = 1
-            return axis, {**a, "sizes": sizes}
-    return None
-
-
-def _broadcast(node: Node, times: Sequence[_Time | None], s: _Streamer) -> _Found:
-    (time,), a = times, node.attributes
-    assert time is not None
-    axis = a["dimensions"][time.axis]
-    sizes = list(a["sizes"])
-    length = s.graph.values[node.inputs[0]].shape[time.axis]
-    if sizes[axis] not in (None, length):
-        return None
-    sizes[axis] = None
-    return axis, {**a, "sizes": sizes}
-
-
-def _dot(node: Node, times: Sequence[_Time | None], s: _Streamer) -> _Found:
-    """Returns the axis behind a product that sums over other axes."""
-    a = node.attributes
-    sides: list[_Time | None] = list(times)
-    ranks = [len(s.graph.values[v].shape) for v in node.inputs]
-    if node.operation == "dot":
-        operand = a["kernel_operand"]
-        sides.insert(operand, None)
-        ranks.insert(operand, np.ndim(s.params[node.params["kernel"]]))
-    found: set[int] = set()
-    pairs = zip(ranks, a["contract"], a["batch"], strict=True)
-    frees = [
-        [d for d in range(rank) if d not in (*summed, *batch)]
-        for rank, summed, batch in pairs
-    ]
-    count = len(a["batch"][0])
-    for k, (time, free) in enumerate(zip(sides, frees, strict=True)):
-        if time is None:
-            continue
-        if time.axis in a["contract"][k]:
-            return None
-        if time.axis in a["batch"][k]:
-            found.add(list(a["batch"][k]).index(time.axis))
-        else:
-            found.add(count + k * len(frees[0]) + free.index(time.axis))
-    if len(found) != 1:
-        return None
-    both = [time is not None for time in sides]
-    (axis,) = found
-    if axis < count and not all(both):
-        return None
-    if "bias" in node.params and _size(s, node.params["bias"], axis, node) != 1:
-        return None
-    return axis, a
-
-
-def _embed(node: Node, times: Sequence[_Time | None], s: _Streamer) -> _Found:
-    (time,) = times
-    assert time is not None
-    return time.axis, node.attributes
-
-
-_RULES: Mapping[str, _Rule] = {
-    **dict.fromkeys(
-        (
-            "requantize table thresholds clip add multiply multiply_codes compare "
-            "select maximum minimum arithmetic divide"
-        ).split(),
-        _elementwise,
-    ),
-    **dict.fromkeys("sum max min argmax argmin".split(), _over_axes),
-    **dict.fromkeys(("softmax", "norm"), _kept),
-    "transpose": _transpose,
-    "concatenate": _concatenate,
-    "slice": _slice,
-    "rev": _rev,
-    "reshape": _reshape,
-    "broadcast": _broadcast,
-    "dot": _dot,
-    "dot_codes": _dot,
-    "embed": _embed,
-}

@@ -52,9 +52,7 @@ def _validate(graph: Graph, arrays: Mapping[str, np.ndarray], place: str) -> Non
         raise
     for node in graph.nodes:
         for role, inner in node.graphs.items():
-            inside = f" in {place}" if place else ""
-            own = f"the {role} of %{node.output} = {node.operation}{inside}"
-            _validate(inner, arrays, own)
+            _validate(inner, arrays, graph.place_of(node, role, place))
 
 
 def _check_graph(graph: Graph, arrays: Mapping[str, np.ndarray]) -> None:

@@ -198,8 +198,6 @@ class IntegerForward(ForwardLoops):
             self._scatter_add(e)
         elif name in ("add", "add_any", "sub", "mul") and len(data) == 2:
             self._of_two(e)
-        elif not self._model.is_real(e.outputs[0]):
-            return  # Whole numbers have no grid.
         elif len(data) == 1 and bounds_of(self._model, e) is not None:
             self._bound(e, data[0])
         elif name in _JOINS:

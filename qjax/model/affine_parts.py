@@ -1,16 +1,22 @@
 """The affine parts of blocks in a simulation: one bias and one factor a product."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qjax.model.blocks import Block
 from qjax.model.channel_scales import ChannelScales
-from qjax.model.channels import kernel_axes
+from qjax.model.channels import kernel_axes, output_scale
 from qjax.model.lines import exceeds, ranked, to_kernel
 from qjax.model.primitives import SHAPE_MOVES
 from qjax.model.visits import Bias
+
+_FINER = 8  # Bits of a bias that a product of whole numbers makes room for.
+_MOST_BITS = 14.0  # Of a sum of whole numbers; a weight of 16 bits and a bias follow.
 
 
 class AffineParts(ChannelScales):
@@ -112,6 +118,35 @@ class AffineParts(ChannelScales):
                 after = None if after is None else after * ratio
             x = e.outputs[0]
         return before, factor, after
+
+    def _accumulator_scale(self, block: Block) -> jax.Array | None:
+        """Returns ``scale_x * scale_w`` in the rank of the product, or None."""
+        out = block.root.outputs[0]
+        w = block.root.inputs[block.weight_operand]
+        x = block.root.inputs[1 - block.weight_operand]
+        own = self._folded.get(out, (self._grids.get(x), self._grids.get(w)))
+        if own[0] is None or own[1] is None or own[0].scale.ndim:
+            return None
+        rank = len(self._model.shape(out))
+        scale = output_scale(block.root, block.weight_operand, own[1].scale, rank)
+        if scale is None:
+            return None
+        return own[0].scale * scale * np.float32(2.0 ** -self._finer(block))
+
+    def _finer(self, block: Block) -> int:
+        """Returns the bits by which the unit of a bias is finer than its accumulator.
+
+        Whole numbers have the unit 1, whose products with a weight are coarse.
+        """
+        if block.kind != "product":
+            return 0
+        w, operand = block.root.inputs[block.weight_operand], block.weight_operand
+        most = self._plan.wholes.get(block.root.inputs[1 - operand], math.inf)
+        shape = self._model.shape(w)
+        kept = kernel_axes(block.root, operand, len(shape), len(shape)).values()
+        taps = math.prod(n for d, n in enumerate(shape) if d not in kept)
+        bits = math.log2(max(most * taps, 1.0))
+        return 0 if math.isinf(bits) else max(0, min(_FINER, int(_MOST_BITS - bits)))
 
 
 def of_type(x: Any, dtype: Any) -> Any:

@@ -415,7 +415,7 @@ class _Finder(Lineage):
         """Names the sites of what goes on to the next step, and makes those missing."""
         found: dict[int, str] = {}
         ends = {b.value for b in self.blocks}
-        count = 0 if self.around is None else self.around.carries
+        count = 0 if self.around is None else len(self.around.carried)
         for k, v in enumerate(self.model.outputs[:count]):
             if not self.model.is_real(v) or not self.model.shape(v):
                 continue

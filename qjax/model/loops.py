@@ -93,14 +93,13 @@ class Surroundings:
     """The surroundings of a body, from which its sites have their names.
 
     Attributes:
-      carries: Number of its outputs that go on to the next step; they come first.
-      carried: Values of its inputs that come from the last step, in this order.
+      carried: Values of its inputs that come from the last step, in the order of its
+        outputs that go on to the next; these come first.
       name: Name of the loop, with those around it.
       taken: How often each name of a site is taken.
       first_block: Number of its first block.
     """
 
-    carries: int
     carried: tuple[int, ...]
     name: str
     taken: Counter[str]

@@ -2,13 +2,11 @@
 
 import contextlib
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.extend.source_info_util import user_context
 
@@ -47,9 +45,6 @@ from qjax.model.visits import Unit, Visit, Visitor
 from qjax.model.widening import evaluate_own, is_half_product, product_of_codes
 from qjax.quantizers.point import straight
 from qjax.schemes.patterns import Site
-
-_FINER = 8  # Bits of a bias that a product of whole numbers makes room for.
-_MOST_BITS = 14.0  # Of a sum of whole numbers; a weight of 16 bits and a bias follow.
 
 
 class Simulation(LoopRuns):
@@ -487,32 +482,3 @@ class Simulation(LoopRuns):
     ) -> jax.Array:
         """Multiplies a value by the weight of a site, for the product ``end``."""
         return self._env[x].astype(factor.dtype) * factor
-
-    def _accumulator_scale(self, block: Block) -> jax.Array | None:
-        """Returns ``scale_x * scale_w`` in the rank of the product, or None."""
-        out = block.root.outputs[0]
-        w = block.root.inputs[block.weight_operand]
-        x = block.root.inputs[1 - block.weight_operand]
-        own = self._folded.get(out, (self._grids.get(x), self._grids.get(w)))
-        if own[0] is None or own[1] is None or own[0].scale.ndim:
-            return None
-        rank = len(self._model.shape(out))
-        scale = output_scale(block.root, block.weight_operand, own[1].scale, rank)
-        if scale is None:
-            return None
-        return own[0].scale * scale * np.float32(2.0 ** -self._finer(block))
-
-    def _finer(self, block: Block) -> int:
-        """Returns the bits by which the unit of a bias is finer than its accumulator.
-
-        Whole numbers have the unit 1, whose products with a weight are coarse.
-        """
-        if block.kind != "product":
-            return 0
-        w, operand = block.root.inputs[block.weight_operand], block.weight_operand
-        most = self._plan.wholes.get(block.root.inputs[1 - operand], math.inf)
-        shape = self._model.shape(w)
-        kept = kernel_axes(block.root, operand, len(shape), len(shape)).values()
-        taps = math.prod(n for d, n in enumerate(shape) if d not in kept)
-        bits = math.log2(max(most * taps, 1.0))
-        return 0 if math.isinf(bits) else max(0, min(_FINER, int(_MOST_BITS - bits)))

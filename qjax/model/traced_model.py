@@ -227,7 +227,7 @@ def _loops(
         own = [lineage.leaf_name(v) for v, known in pairs if known]
         ends = inputs[parts.consts : parts.consts + parts.carries]
         name = f"{outer}scan_{k}"
-        inside = Surroundings(parts.carries, ends, name, taken, count)
+        inside = Surroundings(ends, name, taken, count)
         body = _planned(inner, out, own, settings, inside)
         count += len(body.blocks)
         found[e.outputs[0]] = _loop(parts, body, inputs, is_known)
