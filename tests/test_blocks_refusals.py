@@ -1,5 +1,7 @@
 """Quantizers in a function, parts that stay float, and masks."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,7 @@ from jax import lax
 from qjax import quantizers
 from qjax.instrumentation import quantize_model
 from qjax.observation import calibrate
-from tests.models import (
-    images,
-)
+from tests.models import images
 
 pytestmark = pytest.mark.usefixtures("flax_promotion")
 
@@ -81,13 +81,18 @@ def test_two_quantizers_of_one_value_stay_two():
     assert names == ["input:0", "a", "b", "output:0", "output:1"]
 
 
+def _shrunk(p, h):
+    """A step after which the loop ends: no number is beyond 0.5."""
+    return 0.5 * jnp.tanh(h @ p["a"])
+
+
 def _while(p, x):
-    step = lambda h: jnp.tanh(h @ p["a"])
+    step = functools.partial(_shrunk, p)
     return lax.while_loop(lambda h: jnp.max(jnp.abs(h)) > 0.9, step, x)
 
 
 def _bounded(p, x):
-    step = lambda _, h: jnp.where(jnp.max(jnp.abs(h)) > 0.9, jnp.tanh(h @ p["a"]), h)
+    step = lambda _, h: jnp.where(jnp.max(jnp.abs(h)) > 0.9, _shrunk(p, h), h)
     return lax.fori_loop(0, 8, step, x)
 
 
