@@ -2,6 +2,7 @@
 
 import collections
 import gc
+import json
 import os
 import pathlib
 import re
@@ -29,22 +30,36 @@ def flax_promotion():
         yield
 
 
-MANY_CASES, KEPT_CASES = 12, 8  # Of a function with more, the whole suite runs these.
+SECONDS = pathlib.Path(__file__).parent / "seconds.json"
+BUDGET = 1.5  # Seconds of one function, beyond which the whole suite leaves out cases.
+MOST_CASES = 8  # Cases of a function whose time is not known.
+
+
+def pytest_addoption(parser):
+    parser.addoption("--budget", type=float, default=BUDGET, help="seconds a function")
+    text = "write tests/seconds.json, the seconds that a case of each function takes"
+    parser.addoption("--write-seconds", action="store_true", help=text)
+
+
+def pytest_configure(config):
+    if config.option.write_seconds and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Stopwatch())
 
 
 def pytest_collection_modifyitems(config, items):
     """Leaves out what is heavy, unless it is asked for.
 
     Thousands of random programs and deep ones run with `-m fuzz`, long compilations and
-    trainings beside the kinds that always run with `-m heavy`. Of a function with
-    more than a dozen cases the whole suite runs eight, spread over all; a run that
-    names files, or `-m "more or not more"`, runs each.
+    trainings beside the kinds that always run with `-m heavy`. Of a function whose
+    cases take longer than the budget the whole suite runs as many as fit, at least
+    one, spread over all; a run that names files, or `-m "more or not more"`, runs each.
     """
     expression = config.option.markexpr
     is_whole = not config.option.file_or_dir and "more" not in expression
     skipped = [name for name in ("fuzz", "heavy", "more") if name not in expression]
     runs = lambda item: not any(map(item.get_closest_marker, skipped))
-    for item in _further_cases(filter(runs, items)) if is_whole else ():
+    chosen = list(filter(runs, items))
+    for item in _further_cases(chosen, config.option.budget) if is_whole else ():
         item.add_marker("more")
     left_out = [item for item in items if not runs(item)]
     config.hook.pytest_deselected(items=left_out)
@@ -57,12 +72,36 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-def _further_cases(items):
-    """All cases of functions with many but `KEPT_CASES`, which are spread over them."""
-    cases = collections.defaultdict(list)
+def _function(nodeid):
+    """The function of a test; `absl` numbers its cases."""
+    return re.sub(r"\d*$", "", nodeid.partition("[")[0])
+
+
+def _further_cases(items, budget):
+    """The cases beyond the budget of their functions."""
+    cases, seconds = collections.defaultdict(list), json.loads(SECONDS.read_text())
     for item in items:
-        cases[re.sub(r"\d*$", "", item.nodeid.partition("[")[0])].append(item)
-    for own in cases.values():
-        if (n := len(own)) > MANY_CASES:
-            kept = {k * (n - 1) // (KEPT_CASES - 1) for k in range(KEPT_CASES)}
-            yield from (item for k, item in enumerate(own) if k not in kept)
+        cases[_function(item.nodeid)].append(item)
+    for name, own in cases.items():
+        each, n = seconds.get(name, budget / MOST_CASES), len(own)
+        many = max(1, min(n, int(budget / each)))
+        kept = (
+            {k * (n - 1) // (many - 1) for k in range(many)} if many > 1 else {n // 2}
+        )
+        yield from (item for k, item in enumerate(own) if k not in kept)
+
+
+class _Stopwatch:
+    """Writes the mean time of a case by function, from a tenth of a second on."""
+
+    def __init__(self):
+        self.found = collections.defaultdict(list)
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call":
+            self.found[_function(report.nodeid)].append(report.duration)
+
+    def pytest_sessionfinish(self):
+        means = {name: sum(x) / len(x) for name, x in self.found.items()}
+        rows = {name: round(x, 1) for name, x in sorted(means.items()) if x >= 0.1}
+        SECONDS.write_text(json.dumps(rows, indent=0) + "\n")

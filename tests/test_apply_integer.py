@@ -161,8 +161,10 @@ def test_training_on_float_scales_trains_what_ships():
 
     @jax.jit
     def step(params):
-        loss = lambda p: jnp.mean((qmodel.apply_integer(p, qstate, x) - target) ** 2)
-        value, slope = jax.value_and_grad(loss)(params)
+        loss = lambda p: jnp.mean(
+            (jax.jit(qmodel.apply_integer)(p, qstate, x) - target) ** 2
+        )
+        value, slope = jax.jit(jax.value_and_grad(loss))(params)
         return value, jax.tree.map(lambda p, g: p - 0.05 * g, params, slope)
 
     losses = []
@@ -178,7 +180,7 @@ def test_bits_may_be_traced():
     qmodel, params, qstate = quantized(Block(), x, FLOATS)
     words = [qjax.QSpec(b, narrow_range=True, axis=-1) for b in (3, 8)]
     stacked = qjax.stack_schemes([qjax.Scheme(w, FLOATS.activations) for w in words])
-    run = lambda s: qmodel.apply_integer(params, qstate, x, scheme=s)
+    run = lambda s: jax.jit(qmodel.apply_integer)(params, qstate, x, scheme=s)
     for ours, word in zip(jax.jit(jax.vmap(run))(stacked), words, strict=True):
         alone, *args = quantized(Block(), x, qjax.Scheme(word, FLOATS.activations))
         np.testing.assert_array_equal(ours, qjax.lower(alone, *args, x)(x))
@@ -224,6 +226,7 @@ def forced(qmodel, params, qstate, x):
     return run
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("bits", [3, pytest.param(8, marks=pytest.mark.heavy)])
 def test_derivatives_on_float_scales_are_those_at_the_codes_of_the_program(bits):
     """Accumulators that are exactly 0 before a relu are many at 3 bits."""
@@ -251,8 +254,8 @@ def test_an_accumulator_that_is_0_has_the_derivative_of_the_simulated_model():
     qmodel = qjax.quantize_model(fn, params, x)
     qstate = qjax.calibrate(qmodel, params, [x])
     run = forced(qmodel, params, qstate, x)
-    wanted = jax.grad(lambda p: run(p).sum())(params)
-    loss = lambda p: qmodel.apply_integer(p, qstate, x).sum()
+    wanted = jax.jit(jax.grad(lambda p: run(p).sum()))(params)
+    loss = lambda p: jax.jit(qmodel.apply_integer)(p, qstate, x).sum()
     ours = jax.jit(jax.grad(loss))(params)
     jax.tree.map(np.testing.assert_array_equal, ours, wanted)
 

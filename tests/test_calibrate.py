@@ -433,6 +433,7 @@ def test_eight_devices_find_the_state_of_one(tmp_path, one_device):
     _check(_start(out, devices=8), out, 8, one_device)
 
 
+@pytest.mark.heavy
 def test_two_processes_find_the_state_of_one(tmp_path, one_device):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

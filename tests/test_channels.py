@@ -127,7 +127,7 @@ def test_training_on_slices_and_stacks_is_straight_through_and_ships():
     grid = qjax.scales(qmodel, params, qstate)["input:0"]
     steps = np.rint(x * (1 / grid.scale))
     free = Scheme(rules=(Rule("output:*", None),))
-    apply = lambda p, x: qmodel.apply(p, qstate, x, scheme=free)
+    apply = lambda p, x: jax.jit(qmodel.apply)(p, qstate, x, scheme=free)
     found = jax.jit(jax.grad(total(apply)))(params, x)
     expected = jax.jit(jax.grad(total(_of_matrices)))(
         params, steps * np.asarray(grid.scale)
@@ -298,7 +298,7 @@ def test_schemes_with_it_stack_and_go_through_json(dense):
         QSpec(axis="out")
     qmodel = qjax.quantize_model(_dense, params, x)
     qstate = qjax.calibrate(qmodel, params, [x])
-    apply = lambda s: qmodel.apply(params, qstate, x, scheme=s)
+    apply = lambda s: jax.jit(qmodel.apply)(params, qstate, x, scheme=s)
     stacked = jax.jit(jax.vmap(apply))(qjax.stack_schemes(schemes))
     for row, scheme in zip(stacked, schemes, strict=True):
         np.testing.assert_allclose(row, jax.jit(apply)(scheme), 1e-5, 1e-5)

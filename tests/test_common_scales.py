@@ -105,7 +105,7 @@ def graph_of_readers(p, x):
     return flat + h.mean((1, 2)) @ p["e"]["kernel"]
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_quantizemls_defaults_lower_whatever_reads_a_value():
     wide = np.float32([0.1, 1, 4, 9])
     params = {

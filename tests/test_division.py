@@ -105,11 +105,13 @@ def test_models_that_divide_compute_what_ships(form, scheme):
     other = RNG.normal(0, 2, X.shape).astype(np.float32)
     assert_equals_oracle(program, other)
     shipped = np.asarray(program(other))
-    np.testing.assert_array_equal(qmodel.apply_integer(P, qstate, other), shipped)
+    np.testing.assert_array_equal(
+        jax.jit(qmodel.apply_integer)(P, qstate, other), shipped
+    )
     np.testing.assert_array_equal(program(other[:3]), shipped[:3])
     if scheme == "powers":
         assert report.is_exact
-        np.testing.assert_array_equal(qmodel.apply(P, qstate, other), shipped)
+        np.testing.assert_array_equal(jax.jit(qmodel.apply)(P, qstate, other), shipped)
     wanted = np.asarray(jax.jit(FORMS[form])(P, X))
     error = np.asarray(program(X)) - wanted
     assert np.sum(wanted**2) > 200 * np.sum(error**2)
@@ -124,9 +126,9 @@ def test_derivatives_are_those_of_the_quotient():
     # What does not saturate.
     inside = lambda v: (v < 0.98 * v.max()) & (v > 0.98 * v.min())
     dy = np.where(inside(y) & inside(X @ P), y, 0)
-    slope = lambda f: np.asarray(jax.grad(lambda p: jnp.sum(f(p) * dy))(P))
+    slope = lambda f: np.asarray(jax.jit(jax.grad(lambda p: jnp.sum(f(p) * dy)))(P))
     found, wanted = (
-        slope(lambda p: qmodel.apply(p, qstate, X)),
+        slope(lambda p: jax.jit(qmodel.apply)(p, qstate, X)),
         slope(lambda p: fn(p, X)),
     )
     np.testing.assert_allclose(found, wanted, atol=1e-2 * np.max(np.abs(wanted)))

@@ -83,7 +83,7 @@ def cast(tree, dtype):
     return jax.tree.map(lambda y: jnp.asarray(y, dtype), tree)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "kind, dtype",
     [

@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.usefixtures("flax_promotion")
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_the_quickstart_keeps_its_accuracy(tmp_path):
     """On the mean of the seeds: each chip trains another way. Sites always agree."""
     figure = tmp_path / "ranges.png"
@@ -198,7 +198,7 @@ def test_the_tutorial_prints_quantizemls_json(monkeypatch, capsys):
     assert calibrated == by_hand
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "learned", [pytest.param(False, marks=pytest.mark.heavy), True]
 )

@@ -235,7 +235,7 @@ def test_programs_equal_the_simulated_model(name):
     assert found.is_exact, found
     claims = program.report().agreement
     assert all(claim.is_proven for claim in claims.values()), claims
-    wanted = jax.tree.leaves(qmodel.apply(P, qstate, *xs))
+    wanted = jax.tree.leaves(jax.jit(qmodel.apply)(P, qstate, *xs))
     for a, b in zip(jax.tree.leaves(program(*xs)), wanted, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -260,7 +260,7 @@ def test_other_numbers_of_examples(name):
     qmodel, qstate, program = lowered(fn, xs, EXACT)
     for size in (7,) if name in NOT_ONE else (1, 7):
         more = [np.resize(x, (size, *x.shape[1:])) for x in xs]
-        found, wanted = program(*more), qmodel.apply(P, qstate, *more)
+        found, wanted = program(*more), jax.jit(qmodel.apply)(P, qstate, *more)
         jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
@@ -295,14 +295,14 @@ def test_places_beyond_the_ends_are_those_of_the_mode():
     clip = lambda p, t: jnp.take(p["e"], t + 1, 0, mode="clip") @ p["v"]
     fill = lambda p, t: jnp.take(p["e"], t + 1, 0, mode="fill") @ p["v"]
     qmodel, qstate, program = lowered(clip, (IDS[:1],), EXACT)
-    np.testing.assert_array_equal(program(far), qmodel.apply(P, qstate, far))
+    np.testing.assert_array_equal(program(far), jax.jit(qmodel.apply)(P, qstate, far))
     assert not program.notes
     qmodel, qstate, program = lowered(fill, (IDS[:1],), EXACT)
     assert "NaN beyond the 9 places" in program.notes[0]
     assert "NaN beyond the 9 places" in str(program.report())
     claim = program.report().agreement["e/output"]
     assert not claim.is_proven and "NaN" in claim.reason
-    wanted = np.asarray(qmodel.apply(P, qstate, far))
+    wanted = np.asarray(jax.jit(qmodel.apply)(P, qstate, far))
     found = np.asarray(program(far))
     np.testing.assert_array_equal(np.isnan(wanted).any(-1), [[0, 1, 1, 1, 1]])
     np.testing.assert_array_equal(found[:, 0], wanted[:, 0])
@@ -314,8 +314,10 @@ def test_numbers_of_32_bits_stay_whole():
     fn = lambda p, t: p["e"][t % 9] @ p["v"]
     qmodel, qstate, program = lowered(fn, (IDS,), EXACT)
     wide = integers(2**24, 2**31 - 1, 4, 5, seed=4)
-    np.testing.assert_array_equal(program(wide), qmodel.apply(P, qstate, wide))
-    np.testing.assert_array_equal(program(-wide), qmodel.apply(P, qstate, -wide))
+    np.testing.assert_array_equal(program(wide), jax.jit(qmodel.apply)(P, qstate, wide))
+    np.testing.assert_array_equal(
+        program(-wide), jax.jit(qmodel.apply)(P, qstate, -wide)
+    )
 
 
 def test_ids_in_a_real_input_are_warned_of():
@@ -326,7 +328,9 @@ def test_ids_in_a_real_input_are_warned_of():
     apart = lambda p, x, i: p["e"][i % 9].sum(1) + x @ p["w"]
     ids = both[:, 8:].astype(np.int32)
     qmodel, qstate, program = lowered(apart, (X, ids), EXACT)
-    np.testing.assert_array_equal(program(X, ids), qmodel.apply(P, qstate, X, ids))
+    np.testing.assert_array_equal(
+        program(X, ids), jax.jit(qmodel.apply)(P, qstate, X, ids)
+    )
 
 
 def test_masks_before_an_exponential_are_moved_behind_it():
@@ -339,7 +343,9 @@ def test_masks_before_an_exponential_are_moved_behind_it():
         run = lambda p, xs=xs, m=qmodel, s=qstate: m.apply(p, s, *xs)
         np.testing.assert_allclose(run(P), fn(P, *xs), rtol=1e-5, atol=1e-6)
         plain = lambda p, fn=fn, xs=xs: fn(p, *xs)
-        grads = [jax.grad(lambda p, f=f: (f(p) ** 2).sum())(P) for f in (run, plain)]
+        grads = [
+            jax.jit(jax.grad(lambda p, f=f: (f(p) ** 2).sum()))(P) for f in (run, plain)
+        ]
         for key in ("w", "v"):
             np.testing.assert_allclose(grads[0][key], grads[1][key], rtol=1e-5)
 
@@ -355,7 +361,9 @@ def test_what_is_masked_before_an_exponential_may_overflow():
 
     qmodel, qstate, program = lowered(fn, (X,), EXACT)
     assert qjax.verify(program, qmodel, P, qstate, X).is_exact
-    grads = jax.grad(lambda p: (qmodel.apply(p, qstate, X) ** 2).sum())(P)
+    grads = jax.jit(
+        jax.grad(lambda p: (jax.jit(qmodel.apply)(p, qstate, X) ** 2).sum())
+    )(P)
     assert all(np.isfinite(g).all() for g in grads.values())
 
 
@@ -366,9 +374,12 @@ def test_gradients_of_what_integers_place(which):
     xs = PROGRAMS["segments" if which == "sum" else "columns set to others"][1]
     qmodel, qstate, program = lowered(fn, xs, EXACT)
     loss = lambda apply: lambda p: (apply(p, qstate, *xs) ** 2).sum()
-    np.testing.assert_array_equal(qmodel.apply_integer(P, qstate, *xs), program(*xs))
+    np.testing.assert_array_equal(
+        jax.jit(qmodel.apply_integer)(P, qstate, *xs), program(*xs)
+    )
     one, two = (
-        jax.grad(loss(apply))(P) for apply in (qmodel.apply, qmodel.apply_integer)
+        jax.jit(jax.grad(loss(apply)))(P)
+        for apply in (qmodel.apply, qmodel.apply_integer)
     )
     for name in ("w", "v"):
         np.testing.assert_allclose(one[name], two[name], rtol=1e-5, atol=1e-6)

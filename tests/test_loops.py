@@ -310,7 +310,7 @@ def test_bits_are_swept_through_a_loop():
     _, qmodel, qstate, _ = _lowered("gated")
     schemes = [Scheme(QSpec(b, axis="output"), QSpec(b)) for b in (3, 8)]
     stacked = qjax.stack_schemes(schemes)
-    run = lambda s: qmodel.apply(W, qstate, X, scheme=s)
+    run = lambda s: jax.jit(qmodel.apply)(W, qstate, X, scheme=s)
     both = jax.jit(jax.vmap(run))(stacked)
     for k, scheme in enumerate(schemes):
         np.testing.assert_allclose(both[k], jax.jit(run)(scheme), atol=1e-5)
@@ -325,7 +325,7 @@ def test_each_step_draws_anew():
     )[1]
     scheme = Scheme(None, None, rules=(Rule("*output*", word),))
     qmodel = qjax.quantize_model(fn, {}, X, scheme=scheme)
-    found = qmodel.apply({}, qmodel.init({}, X), X, key=jax.random.key(0))
+    found = jax.jit(qmodel.apply)({}, qmodel.init({}, X), X, key=jax.random.key(0))
     rows = {np.asarray(row).tobytes() for row in found}
     assert len(rows) > 1
 

@@ -13,6 +13,7 @@ from experiments.low_bit_mnist import Config
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("flax_promotion")]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("model, bits, seeds", [("tfc", 1, 2), ("cnn", 2, 1)])
 def test_integers_equal_the_simulated_model(model, bits, seeds, monkeypatch, capsys):
     programs, lower = [], qjax.lower

@@ -97,7 +97,7 @@ def test_masks_that_are_inputs_ship_and_widen_no_range(form):
     qmodel = qjax.quantize_model(fn, P, X, mask, scheme=scheme)
     assert "input:1" not in [site.name for site in qmodel.sites]
     qstate = qjax.calibrate(qmodel, P, [(X, mask)])
-    found = np.asarray(qmodel.apply(P, qstate, X, mask))
+    found = np.asarray(jax.jit(qmodel.apply)(P, qstate, X, mask))
     wanted = np.asarray(jax.jit(fn)(P, X, mask))
     assert np.sum(wanted**2) > 300 * np.sum((found - wanted) ** 2)
     program = qjax.lower(qmodel, P, qstate, X, mask)
@@ -107,10 +107,14 @@ def test_masks_that_are_inputs_ship_and_widen_no_range(form):
     assert all(row.equal == row.codes for row in sites.values())
     assert_equals_oracle(program, X, mask)
     shipped = np.asarray(program(X, mask))
-    np.testing.assert_array_equal(qmodel.apply_integer(P, qstate, X, mask), shipped)
+    np.testing.assert_array_equal(
+        jax.jit(qmodel.apply_integer)(P, qstate, X, mask), shipped
+    )
     other = X[::-1].copy(), np.roll(mask, 1, 0)
     if scheme is POWERS:
-        np.testing.assert_array_equal(qmodel.apply(P, qstate, *other), program(*other))
+        np.testing.assert_array_equal(
+            jax.jit(qmodel.apply)(P, qstate, *other), program(*other)
+        )
     assert_equals_oracle(program, *other)
 
 
@@ -150,7 +154,7 @@ def test_what_neighbours_in_a_mask_make_is_none():
     mask = KEPT.astype(np.int8)
     qmodel = qjax.quantize_model(fn, P, X, mask)
     qstate = qjax.calibrate(qmodel, P, [(X, mask)])
-    found, wanted = qmodel.apply(P, qstate, X, mask), fn(P, X, mask)
+    found, wanted = jax.jit(qmodel.apply)(P, qstate, X, mask), fn(P, X, mask)
     np.testing.assert_allclose(found, wanted, atol=0.05)
 
 
@@ -166,7 +170,9 @@ def test_integers_choose_rows_and_mask():
     qstate = qjax.calibrate(qmodel, params, [tokens])
     program = qjax.lower(qmodel, params, qstate, tokens)
     shipped = np.asarray(program(tokens))
-    np.testing.assert_array_equal(qmodel.apply_integer(params, qstate, tokens), shipped)
+    np.testing.assert_array_equal(
+        jax.jit(qmodel.apply_integer)(params, qstate, tokens), shipped
+    )
     assert np.all(shipped[np.broadcast_to(~KEPT[:, None], shipped.shape)] == 0)
     assert_equals_oracle(program, tokens[:2])
     with pytest.raises(ValueError, match="input 0"):
@@ -183,7 +189,7 @@ def test_a_sum_of_bytes_in_16_bits_is_not_read_as_bytes(is_norm):
     qmodel = qjax.quantize_model(fn, P, X, scheme=scheme)
     qstate = qjax.calibrate(qmodel, P, [X])
     wanted = np.asarray(jax.jit(fn)(P, X))
-    found = np.asarray(qmodel.apply(P, qstate, X))
+    found = np.asarray(jax.jit(qmodel.apply)(P, qstate, X))
     assert np.sum(wanted**2) > 1e3 * np.sum((found - wanted) ** 2)
     np.testing.assert_array_equal(qjax.lower(qmodel, P, qstate, X)(X), found)
 
@@ -222,7 +228,9 @@ def test_softmaxes_of_turned_values(form):
     report = qjax.verify(program, qmodel, (), qstate, Q)
     site = next(s for s in report.sites if s.startswith(("softmax", "output")))
     assert report.sites[site].equal == report.sites[site].codes
-    np.testing.assert_array_equal(qmodel.apply_integer((), qstate, Q), program(Q))
+    np.testing.assert_array_equal(
+        jax.jit(qmodel.apply_integer)((), qstate, Q), program(Q)
+    )
     wanted = np.asarray(fn((), Q))
     error = np.asarray(program(Q)) - wanted
     assert np.sum(wanted**2) > 200 * np.sum(error**2)

@@ -64,6 +64,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.heavy
 def test_the_study_prints_its_table(folder, monkeypatch, capsys):
     monkeypatch.setattr(study, "HISTOGRAMS", {"mse": qjax.mse()})  # Others compile too.
     config = study.Config(

@@ -278,7 +278,7 @@ def _layer_norm(h, scale, bias):
     return (h - mean) / jnp.sqrt(var + 1e-6) * scale + bias
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_values_and_derivatives_are_those_of_float_between_sites():
     fn = _between(lambda h, p: _layer_norm(h, p["scale"], p["bias"]))
     qmodel = quantize_model(fn, PARAMS, X)

@@ -345,13 +345,15 @@ def test_models_compute_what_ships(form, scheme):
     assert_equals_oracle(program, other)
     shipped = np.asarray(program(other))
     np.testing.assert_array_equal(program(other[:3]), shipped[:3])
-    np.testing.assert_array_equal(qmodel.apply_integer(P, qstate, other), shipped)
+    np.testing.assert_array_equal(
+        jax.jit(qmodel.apply_integer)(P, qstate, other), shipped
+    )
     least = {"floats": 30, "powers": 30, "wide": 40, "narrow": 12}[scheme]
     rows = slice(-3, None)
     assert _decibels(jax.jit(fn)(P, other)[rows], shipped[rows]) > least
     if scheme == "powers":
         assert found.is_exact
-        np.testing.assert_array_equal(qmodel.apply(P, qstate, other), shipped)
+        np.testing.assert_array_equal(jax.jit(qmodel.apply)(P, qstate, other), shipped)
 
 
 @pytest.mark.parametrize("layer", [nn.LayerNorm, nn.RMSNorm])
@@ -361,7 +363,7 @@ def test_half_precision_ships_the_integers_of_its_float32_form(layer):
     found = qjax.verify(program, qmodel, P, qstate, X)
     assert found.is_exact and _operations(program) == ["norm"]
     shipped = np.asarray(program(X[:2]))
-    found = np.asarray(qmodel.apply_integer(P, qstate, X[:2]))
+    found = np.asarray(jax.jit(qmodel.apply_integer)(P, qstate, X[:2]))
     np.testing.assert_array_equal(found, shipped.astype(jnp.bfloat16))
 
 
@@ -489,7 +491,7 @@ def test_gradients_are_those_of_the_float_function_at_the_codes(form):
     inside = np.abs(wanted_y) < 0.9 * np.abs(wanted_y).max()
     dy = np.where(inside & (np.abs(wanted_y) > 1e-2), _draw(*X.shape), 0)
     slope = lambda f: jax.jit(jax.grad(lambda x: jnp.sum(f(x) * dy)))
-    run = lambda x: qmodel.apply((), qstate, x)
+    run = lambda x: jax.jit(qmodel.apply)((), qstate, x)
     found, wanted = slope(run)(x), slope(ALONE[form])(x)
     np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(wanted).max())
     _, hessian = jax.jvp(slope(run), (x,), (dy.astype(np.float32),))
@@ -501,7 +503,7 @@ def test_stacked_schemes_give_the_integers_of_each():
     schemes = [Scheme(QSpec(b), QSpec(b)) for b in (4, 6, 8)]
     qmodel = qjax.quantize_model(fn, P, x, scheme=schemes[0])
     qstate = qjax.calibrate(qmodel, P, [x])
-    run = lambda s: qmodel.apply(P, qstate, x, scheme=s)
+    run = lambda s: jax.jit(qmodel.apply)(P, qstate, x, scheme=s)
     found = jax.jit(jax.vmap(run))(qjax.stack_schemes(schemes))
     for own, scheme in zip(found, schemes, strict=True):
         np.testing.assert_allclose(own, run(scheme), atol=1e-6)
@@ -520,7 +522,7 @@ def test_norms_are_the_same_inside_of_shard_map():
     fn, x = FORMS["relu"]
     qmodel = qjax.quantize_model(fn, P, x)
     qstate = qjax.calibrate(qmodel, P, [x])
-    run = lambda p, x: qmodel.apply(p, qstate, x)
+    run = lambda p, x: jax.jit(qmodel.apply)(p, qstate, x)
     inside = jax.shard_map(
         run,
         mesh=mesh,

@@ -21,6 +21,7 @@ OPTIONS = {
     "alpha": ALPHA,
     "axis": AXES,
     "bits": st.integers(2, 8),
+    "bounds": st.tuples(st.floats(0, 2), st.floats(8, 24)),
     "elements_per_scale": st.none(),
     "gradient_scale": st.one_of(st.just("auto"), REALS),
     "init_scale": st.one_of(st.none(), REALS),

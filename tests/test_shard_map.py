@@ -12,6 +12,7 @@ pytestmark = pytest.mark.slow  # A process of its own, and many compilations.
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.heavy
 def test_values_and_derivatives_are_those_on_whole_arrays():
     devices = "--xla_force_host_platform_device_count=2"
     environment = {**os.environ, "XLA_FLAGS": devices, "PYTHONPATH": str(ROOT)}

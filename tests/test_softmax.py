@@ -150,10 +150,12 @@ def test_models_compute_what_ships(form, scheme):
     assert_equals_oracle(program, other)
     shipped = np.asarray(program(other))
     np.testing.assert_array_equal(program(other[:3]), shipped[:3])
-    np.testing.assert_array_equal(qmodel.apply_integer(P, qstate, other), shipped)
+    np.testing.assert_array_equal(
+        jax.jit(qmodel.apply_integer)(P, qstate, other), shipped
+    )
     if scheme == "powers":
         assert found.is_exact
-        np.testing.assert_array_equal(qmodel.apply(P, qstate, other), shipped)
+        np.testing.assert_array_equal(jax.jit(qmodel.apply)(P, qstate, other), shipped)
 
 
 MASKS_ALONE = {
@@ -174,8 +176,8 @@ def test_gradients_are_those_of_the_float_function_at_the_codes(form):
     grid = qjax.scales(qmodel, (), qstate)["input:0"]
     x = (np.rint(X / grid.scale) * grid.scale).astype(np.float32)
     dy = RNG.normal(size=X.shape).astype(np.float32)
-    slope = lambda f: jax.grad(lambda x: jnp.sum(f(x) * dy))(x)
-    found = slope(lambda x: qmodel.apply((), qstate, x))
+    slope = lambda f: jax.jit(jax.grad(lambda x: jnp.sum(f(x) * dy)))(x)
+    found = slope(lambda x: jax.jit(qmodel.apply)((), qstate, x))
     wanted = slope(lambda x: fn((), x))
     inside = np.abs(X) < 0.98 * np.abs(X).max()
     np.testing.assert_allclose(found[inside], wanted[inside], atol=2e-6)
@@ -185,7 +187,7 @@ def test_gradients_are_those_of_the_float_function_at_the_codes(form):
 
 def slope_of(qmodel, qstate, dy):
     """Returns the gradient of a weighted sum of outputs."""
-    return jax.grad(lambda x: jnp.sum(qmodel.apply((), qstate, x) * dy))
+    return jax.grad(lambda x: jnp.sum(jax.jit(qmodel.apply)((), qstate, x) * dy))
 
 
 def test_stacked_schemes_give_the_integers_of_each():
@@ -193,7 +195,7 @@ def test_stacked_schemes_give_the_integers_of_each():
     schemes = [Scheme(QSpec(b), QSpec(b)) for b in (4, 6, 8)]
     qmodel = qjax.quantize_model(fn, P, X, scheme=schemes[0])
     qstate = qjax.calibrate(qmodel, P, [X])
-    run = lambda s: qmodel.apply(P, qstate, X, scheme=s)
+    run = lambda s: jax.jit(qmodel.apply)(P, qstate, X, scheme=s)
     found = jax.jit(jax.vmap(run))(qjax.stack_schemes(schemes))
     for own, scheme in zip(found, schemes, strict=True):
         np.testing.assert_allclose(own, run(scheme), atol=1e-6)
@@ -241,7 +243,7 @@ def test_what_integers_compute_otherwise_or_not_at_all_is_no_other_number(name):
     qmodel = qjax.quantize_model(OTHERS[name], P, X)
     qstate = qjax.calibrate(qmodel, P, [X])
     near = np.asarray(OTHERS[name](P, X))
-    np.testing.assert_allclose(qmodel.apply(P, qstate, X), near, atol=0.2)
+    np.testing.assert_allclose(jax.jit(qmodel.apply)(P, qstate, X), near, atol=0.2)
     try:
         program = qjax.lower(qmodel, P, qstate, X)
     except (NotImplementedError, ValueError) as error:
@@ -273,7 +275,7 @@ def test_masks_are_read_inside_of_shard_map():
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     qmodel = qjax.quantize_model(FORMS["select"], P, X)
     qstate = qjax.calibrate(qmodel, P, [X])
-    run = lambda p, x: qmodel.apply(p, qstate, x)
+    run = lambda p, x: jax.jit(qmodel.apply)(p, qstate, x)
     inside = jax.shard_map(
         run,
         mesh=mesh,
@@ -308,7 +310,7 @@ def test_a_maximum_that_does_not_cancel_makes_no_softmax(fn):
     qmodel = qjax.quantize_model(fn, P, X)
     qstate = qjax.calibrate(qmodel, P, [X])
     wanted = np.asarray(fn(P, X))
-    found = np.asarray(qmodel.apply(P, qstate, X))
+    found = np.asarray(jax.jit(qmodel.apply)(P, qstate, X))
     assert np.max(np.abs(found - wanted)) < 0.1 * np.max(np.abs(wanted))
     with pytest.raises(NotImplementedError, match="has no integer rule"):
         qjax.lower(qmodel, P, qstate, X)

@@ -380,10 +380,12 @@ def test_the_form_that_trains_on_integers_has_the_same_values(word):
     qmodel, params, qstate = calibrated(Dense(), words, X)
     program = qjax.lower(qmodel, params, qstate, X)
     assert qjax.verify(program, qmodel, params, qstate, X).is_exact
-    found = qmodel.apply_integer(params, qstate, X)
+    found = jax.jit(qmodel.apply_integer)(params, qstate, X)
     np.testing.assert_array_equal(found, program(X))
-    loss = lambda p: jnp.sum(qmodel.apply_integer(p, qstate, X) ** 2)
-    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(jax.grad(loss)(params)))
+    loss = lambda p: jnp.sum(jax.jit(qmodel.apply_integer)(p, qstate, X) ** 2)
+    assert all(
+        np.all(np.isfinite(g)) for g in jax.tree.leaves(jax.jit(jax.grad(loss))(params))
+    )
 
 
 # Refusals, each with its remedy.

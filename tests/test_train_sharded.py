@@ -31,6 +31,7 @@ def _finish(*processes):
         assert process.returncode == 0, text
 
 
+@pytest.mark.heavy
 def test_eight_devices_train_as_one():
     _finish(_start(8))
 

@@ -47,7 +47,7 @@ def test_values_and_derivatives_are_those_of_plain_jax(name):
 
     def both(f, params, learned):
         loss = lambda p, k: (out := f(p, k, X), jnp.sum(out * Y))[::-1]
-        slopes, out = jax.grad(loss, (0, 1), has_aux=True)(params, learned)
+        slopes, out = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, learned)
         return out, slopes
 
     found = jax.jit(functools.partial(both, own))(PARAMS, learned)

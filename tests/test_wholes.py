@@ -123,8 +123,10 @@ def test_a_mean_over_segments_divides_by_their_counts():
     for ids in (IDS, IDS * 0, IDS[::-1] + 1):
         assert_equals_oracle(program, X, ids)
         shipped = np.asarray(program(X, ids))
-        np.testing.assert_array_equal(qmodel.apply(P, qstate, X, ids), shipped)
-        np.testing.assert_array_equal(qmodel.apply_integer(P, qstate, X, ids), shipped)
+        np.testing.assert_array_equal(jax.jit(qmodel.apply)(P, qstate, X, ids), shipped)
+        np.testing.assert_array_equal(
+            jax.jit(qmodel.apply_integer)(P, qstate, X, ids), shipped
+        )
 
 
 def test_whole_numbers_have_no_site():
@@ -149,7 +151,7 @@ def test_a_wide_mask_is_a_number_and_a_count():
         program = qjax.lower(qmodel, P, qstate, Y, wide)
         assert_equals_oracle(program, Y, wide)
         np.testing.assert_array_equal(
-            qmodel.apply(P, qstate, Y, wide), program(Y, wide)
+            jax.jit(qmodel.apply)(P, qstate, Y, wide), program(Y, wide)
         )
 
 
