@@ -1,7 +1,7 @@
 """Quantizers by name in a function lower code for code, or are refused."""
 
-import jax.numpy as jnp
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
