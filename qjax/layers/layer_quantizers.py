@@ -1,0 +1,213 @@
+"""The quantizers of a layer, and what each does to its value: pure functions."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from qjax import quantizers
+from qjax.affine import QParams, QSpec, fake_quant, fake_quant_bias
+from qjax.calibration.averages import ema_min_max
+from qjax.calibration.calibrator import Calibrator, check_calibrated
+from qjax.quantizers.spec import Spec
+from qjax.ranges import abs_max_params
+from qjax.schemes.patterns import Role, Site
+from qjax.schemes.words import as_calibrator, as_word, at_site, check_site_word
+from qjax.tables import show
+
+OutputAxes = int | tuple[int, ...] | None
+Function = Callable[[jax.Array], jax.Array]
+LayerWord = QSpec | Spec | Function | str | None
+
+ACCUMULATOR = "accumulator"  # The word of a bias on the grid of its accumulator.
+
+
+def _as_layer_word(name: str, word: Any) -> Any:
+    is_class = isinstance(word, type)
+    if callable(word) and not is_class and not isinstance(word, QSpec | Spec):
+        return word
+    found = as_word(name, word)
+    if isinstance(found, Spec) and found.learning is not None:
+        raise ValueError(
+            f"`{name}={show(found)}` learns arrays, and a layer has none for it. Put "
+            f"it in a scheme: `qjax.quantize_model(fn, params, x, scheme=qjax.Scheme("
+            f'rules=(qjax.Rule("*", {show(found)}),)))`.'
+        )
+    return found
+
+
+def site_name(path: str, name: str) -> str:
+    """Returns the name of a site of a layer: ``Dense_0/kernel``."""
+    return f"{path}/{name}" if path else name
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerQuantizers:
+    """The quantizers of a layer.
+
+    Each is a `QSpec`, the options of a quantizer of `qjax.quantizers` or their text
+    (``"quantized_bits(4,0,1)"``), a function of an array, or None for float.
+
+    Attributes:
+      input: Word of the input. The range of a `QSpec` is found by the calibrator.
+      kernel: Word of the weight, whose range is that of its values; ``axis="output"``
+        has a scale for each output channel.
+      bias: Word of the bias; "accumulator": 32 bits on the grid of the products, which
+        is input scale times kernel scale, float where they have none.
+      output: Word of the output.
+      calibrator: Calibrator that finds the ranges of input and output.
+
+    Raises:
+      TypeError: for a word that is none of these.
+      ValueError: for a word that cannot hold its values, as a one-sided one of the
+        kernel; for one that learns, which stands in a scheme of `quantize_model`.
+    """
+
+    input: LayerWord = QSpec(8)
+    kernel: LayerWord = QSpec(8, narrow_range=True, axis="output")
+    bias: LayerWord = ACCUMULATOR
+    output: LayerWord = None
+    calibrator: Calibrator | str = ema_min_max()
+
+    def __post_init__(self):
+        for name in ("input", "kernel", "bias", "output"):
+            if name == "bias" and self.bias == ACCUMULATOR:
+                continue
+            word = _as_layer_word(name, getattr(self, name))
+            object.__setattr__(self, name, word)
+        object.__setattr__(self, "calibrator", as_calibrator(self.calibrator))
+
+    def check(self, path: str) -> None:
+        """Raises for a word that cannot hold the values of its site.
+
+        Args:
+          path: Path of the layer, for the message.
+        """
+        roles: dict[str, Role] = {
+            "input": "activation",
+            "kernel": "weight",
+            "output": "activation",
+        }
+        for name, role in roles.items():
+            word = getattr(self, name)
+            if isinstance(word, QSpec | Spec):
+                check_site_word(site_name(path, name), role, word)
+
+
+FLOAT = LayerQuantizers(None, None, None, None)  # All words are None.
+
+
+def on_grid_of(
+    x: jax.Array, word: Any, params: QParams | None, key: Any, site: str
+) -> tuple[jax.Array, QParams | None]:
+    """Rounds an activation by its word.
+
+    Args:
+      x: Real values, any shape.
+      word: Word, a function, or None.
+      params: Grid of a `QSpec`; None for others, which find their own.
+      key: Key of a word that draws at random, or None.
+      site: Name of the site.
+
+    Returns:
+      The value, and its grid where one is known.
+
+    Raises:
+      ValueError: for a grid that is known to have no scale yet. A traced one gives NaN.
+    """
+    if isinstance(word, QSpec):
+        assert params is not None
+        check_calibrated(params, site)
+        return fake_quant(x, params, word, site=site), params
+    return _by_quantizer(x, word, key, site)
+
+
+def quantized_weight(
+    x: jax.Array, word: Any, axis: OutputAxes, key: Any, site: str
+) -> tuple[jax.Array, QParams | None]:
+    """Rounds a weight by its word, whose range is that of the values.
+
+    Args:
+      x: Weight.
+      word: Word, a function, or None.
+      axis: Axes of the output channels, for a word with ``axis="output"`` and for one
+        that finds its scales and names no axis.
+      key: Key of a word that draws at random, or None.
+      site: Name of the site.
+
+    Returns:
+      The weight, and its grid where one is known.
+
+    Raises:
+      ValueError: for a word whose axis the weight does not have.
+    """
+    if isinstance(word, QSpec | Spec):
+        word = at_site(word, Site(site, "weight", x.shape, axis=axis))
+    if isinstance(word, QSpec):
+        try:
+            params = abs_max_params(x, word)
+        except ValueError as error:
+            raise ValueError(f"At {site!r}: {error}") from error
+        return fake_quant(x, params, word, site=site), params
+    return _by_quantizer(x, word, key, site)
+
+
+def quantized_bias(
+    bias: jax.Array,
+    word: Any,
+    grids: tuple[QParams | None, QParams | None],
+    site: str,
+) -> jax.Array:
+    """Rounds a bias by its word, or to the grid of its accumulator.
+
+    Args:
+      bias: Bias, of the shape of the output channels.
+      word: Word, a function, None, or "accumulator".
+      grids: Grids of the input and of the weight, as far as they are known.
+      site: Name of the site.
+
+    Returns:
+      The bias.
+    """
+    if isinstance(word, QSpec):
+        bits: Any = word.bits
+    elif word == ACCUMULATOR:
+        bits = 32
+    else:
+        return _by_quantizer(bias, word, None, site)[0]
+    x, kernel = grids
+    if x is None or kernel is None or x.scale.ndim:
+        if word == ACCUMULATOR:
+            return bias
+        raise ValueError(
+            f"The word of {site!r}, {word}, takes its scale from the grids of input "
+            "and kernel, which have none here. Use a quantizer with a scale of its "
+            'own, such as "quantized_bits(16,6,1)".'
+        )
+    scale = (x.scale * kernel.scale).astype(jnp.float32)
+    if scale.size == bias.size and scale.ndim:
+        scale = scale.reshape(bias.shape)
+    elif scale.ndim:
+        scale = scale.reshape(scale.shape[-bias.ndim :])
+    found = fake_quant_bias(bias.astype(jnp.float32), scale, bits=bits, site=site)
+    return found.astype(bias.dtype)
+
+
+def _by_quantizer(
+    x: jax.Array, word: Any, key: chex.PRNGKey | None, site: str
+) -> tuple[jax.Array, QParams | None]:
+    if word is None:
+        return x, None
+    if not isinstance(word, Spec):
+        found = word(x)
+        if jnp.shape(found) != x.shape:
+            raise ValueError(
+                f"The function at {site!r} must keep the shape {x.shape}, it returned "
+                f"{jnp.shape(found)}."
+            )
+        return found, None
+    value = quantizers.apply(word, x, key=key, site=site)
+    return value, quantizers.encode(word, x, key=key).params
