@@ -28,7 +28,8 @@ from qjax.lowering.values import (
 )
 from qjax.model.blocks import RANDOM, place_of
 from qjax.model.kept import integer_of, whole_of
-from qjax.model.normalisations import NORM, SOFTMAX, said
+from qjax.model.masks import SOFTMAXES
+from qjax.model.normalisations import NORM, said
 from qjax.model.origin import origin_of
 from qjax.model.primitives import POINTWISE, REMEDIES, SHAPE_MOVES, names
 from qjax.model.trace import Equation, Trace, evaluate, is_key
@@ -245,11 +246,12 @@ def _refuse_whole(e: Equation) -> NotImplementedError:
     kind, site = whole_of(e), e.sites.output
     place = where(e) if e.place.path or not site else repr(site)
     other = ", or use BatchNorm or GroupNorm in its place" if kind == NORM else ""
-    if kind == SOFTMAX:
+    if kind in SOFTMAXES:
         other = (
             ", or write it so that integers compute it: exp of a quantized value times "
-            "one positive number, over its sum, behind masks that are known or made "
-            "of inputs of dtype bool: truth values, or 0 and numbers below -100"
+            "one positive number, over its sum, or the logarithm of that, behind masks "
+            "that are known or made of inputs of dtype bool: truth values, or 0 and "
+            "numbers below -100"
         )
     return NotImplementedError(
         f"The {said(kind)} in {place} has no integer rule: it is computed in float, as "

@@ -20,10 +20,13 @@ from qjax.integer_division import FRACTION as DIVISION
 from qjax.integer_division import divided
 from qjax.integer_softmax import (
     FRACTION,
+    LOG,
     Empty,
+    Kind,
     coded,
     exp_table,
     exp_tables,
+    log_codes,
     probabilities,
 )
 from qjax.integer_softmax import fraction as fraction_of
@@ -32,9 +35,11 @@ from qjax.model.masks import LARGE
 
 
 class SoftmaxCall(NamedTuple):
-    """A softmax of codes, as far as it is known before it is traced.
+    """A softmax of codes or its logarithm, as far as it is known before it is traced.
 
     Attributes:
+      kind: softmax, log_softmax, or logsumexp, the logarithm of the sum alone.
+      keepdims: Whether that has its axes, with size 1; true for others.
       axes: Axes that its sums go over.
       factor: Factor of its input, a float32.
       empty: What a row is in which the mask keeps nothing.
@@ -42,6 +47,8 @@ class SoftmaxCall(NamedTuple):
       is_byte: Whether the codes of the input are 256 at most.
     """
 
+    kind: Kind
+    keepdims: bool
     axes: tuple[int, ...]
     factor: float
     empty: Empty
@@ -55,8 +62,9 @@ class SoftmaxCall(NamedTuple):
         factor, fill = (
             f"{np.float32(x).view(np.uint32):08x}" for x in (self.factor, self.fill)
         )
-        known = axes, factor, self.empty, fill, str(int(self.is_byte))
-        return f"{INTEGER}softmax.{'.'.join(known)}"
+        flags = (str(int(x)) for x in (self.is_byte, self.keepdims))
+        known = axes, factor, self.empty, fill, *flags
+        return f"{INTEGER}{self.kind}.{'.'.join(known)}"
 
     def codes(self, x: jax.Array, unit: jax.Array, others: Any, grid: Any) -> Any:
         """Returns codes, int32, and whether each is below the largest without a clip.
@@ -73,18 +81,30 @@ class SoftmaxCall(NamedTuple):
         tables = shared(_tables, factor, places, self.is_byte)
         kept = (m if m.dtype == jnp.bool_ else m > -LARGE / 2 for m in others)
         mask = functools.reduce(jnp.logical_and, kept) if others else None
-        steps = _steps(x, unit)
-        found = probabilities(steps, tables, self.axes, mask, self.empty)
-        return coded(found, *shared(_multiplier, scale), *ends)
+        own = _steps(x, unit), tables, self.axes, mask, self.empty
+        if self.kind == "softmax":
+            return coded(probabilities(*own), *shared(_multiplier, scale), *ends)
+        found = log_codes(
+            *own,
+            is_sum=self.kind == "logsumexp",
+            point=fraction_of(places),
+            factors=shared(_log_factors, factor, scale),
+            ends=(ends[0], ends[1], ends[2]),
+        )
+        if self.keepdims:
+            return found
+        return tuple(jax.lax.squeeze(y, self.axes) for y in found)
 
     @staticmethod
     def parse(e: Any) -> "SoftmaxCall":
         """Reads the name of an equation."""
-        _, axes, factor, empty, fill, is_byte = integer_of(e).split(".")
+        own: Any
+        own, axes, factor, empty, fill, *flags = integer_of(e).split(".")
         real = lambda bits: float(np.uint32(int(bits, 16)).view(np.float32))
-        own: Any = empty
+        is_byte, keepdims = (x == "1" for x in flags)
         places = tuple(map(int, axes.split("_")))
-        return SoftmaxCall(places, real(factor), own, real(fill), is_byte == "1")
+        numbers: Any = real(factor), empty, real(fill), is_byte
+        return SoftmaxCall(own, keepdims, places, *numbers)
 
 
 class NormCall(NamedTuple):
@@ -231,6 +251,12 @@ def _tables(unit: jax.Array, places: int, is_byte: bool) -> jax.Array:
             return exp_table(unit, jnp).astype(jnp.int32)
         found = exp_tables(unit, places, jnp).astype(jnp.int32)
         return found[1] if is_byte else found
+
+
+def _log_factors(factor: jax.Array, scale: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns the factors of steps and of the logarithm of a sum: `log_codes`."""
+    multiplier, shift = traced_fixed_point([jnp.float32(1)], scale)
+    return (*traced_fixed_point([factor], scale), multiplier, shift + LOG)
 
 
 def _multiplier(scale: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -15,7 +15,13 @@ from qjax.graph.operations.record import Operands
 from qjax.integer import fixed_point
 from qjax.integer_division import FRACTION as FRACTION_OF_DIVISION
 from qjax.integer_division import MOST
-from qjax.integer_softmax import FRACTION, exp_tables, joined_table, most_places
+from qjax.integer_softmax import (
+    FRACTION,
+    LOG,
+    exp_tables,
+    joined_table,
+    most_places,
+)
 from qjax.leaves import at_start
 from qjax.lowering.constants import add_constant
 from qjax.lowering.entries import raw
@@ -35,7 +41,8 @@ from qjax.lowering.values import (
 )
 from qjax.model.integer_calls import NormCall, SoftmaxCall
 from qjax.model.kept import integer_of
-from qjax.model.masks import LARGE
+from qjax.model.masks import LARGE, SOFTMAXES
+from qjax.model.normalisations import said
 from qjax.model.trace import Equation, Trace
 
 _MOST_CODES = 1 << 16
@@ -52,42 +59,86 @@ def _softmax(
     x = _codes(builder, e, trace, x, unit)
     if x.high - x.low >= _MOST_CODES:
         raise ValueError(
-            f"The softmax in {where(e)} is over codes from {x.low} to {x.high}, more "
-            f"than its table holds.\n  equation: {e}\nUse a word of at most 16 bits "
-            f"for its input, {x.place.path!r}."
+            f"The {said(call.kind)} in {where(e)} is over codes from {x.low} to "
+            f"{x.high}, more than its table holds.\n  equation: {e}\nUse a word of at "
+            f"most 16 bits for its input, {x.place.path!r}."
         )
     factor = np.float32(unit) * np.float32(call.factor)
     most = float(factor) * max(abs(x.low - x.zero_point), abs(x.high - x.zero_point))
-    if call.fill and -call.fill < 2 * most + _VANISHES:
-        raise ValueError(
-            f"The mask of the softmax in {where(e)} puts {call.fill:g} where its input "
-            f"may be as large as {most:g}, so that what it masks still counts.\n"
-            f"  equation: {e}\nUse a larger number: -1e9, or `-jnp.inf`."
-        )
+    _check_fill(e, call, most, scale, zero_point - qmin)
     places = math.prod(trace.shape(e.inputs[0])[d] for d in call.axes)
     table = joined_table(exp_tables(factor, places), x.high - x.low + 1)
     table = table[: int(np.flatnonzero(table)[-1]) + 2]  # What is farther is 0.
-    multiplier, shift = fixed_point(2.0**-FRACTION / np.float64(scale))
     site = e.sites.output or where(e).strip("'")
     params = {"table": builder.add_param(f"{site}/table", table.astype(np.int32))}
     mask = _mask(builder, e, trace, masks, site)
     inputs = [x.value] if mask is None else [x.value, mask]
-    ends = np.array([0, 1 << FRACTION]) * np.int64(multiplier)
-    ends = ((ends + ((1 << int(shift)) >> 1)) >> int(shift)) + zero_point
-    low, high = map(int, np.clip(ends, qmin, qmax))
     attributes = {
-        "algorithm": "exp_table",
         "axes": list(call.axes),
         "most_places": most_places(places),
         "empty": call.empty,
-        "multiplier": int(multiplier),
-        "shift": int(shift),
         "zero_point": int(zero_point),
-        "low": low,
-        "high": high,
+        "low": int(qmin),
+        "high": int(qmax),
     }
+    own = _of_logs(e, x, factor, scale) if call.kind != "softmax" else {}
+    if not own:
+        multiplier, shift = fixed_point(2.0**-FRACTION / np.float64(scale))
+        own = {"multiplier": int(multiplier), "shift": int(shift)}
+        own["algorithm"] = "exp_table"
+    else:
+        own["input_zero_points"] = [builder.values[v].zero_point for v in inputs]
+    if call.kind == "logsumexp":
+        own["keepdims"] = call.keepdims
+    attributes |= own
+    operands = [builder.values[v] for v in inputs]
+    ends = OPERATIONS[call.kind].interval(
+        Operands(attributes, operands, {"table": table})
+    )
+    attributes |= {"low": int(ends[0]), "high": int(ends[1])}
     grid = scale, zero_point, qmin, qmax
-    return _added(builder, e, "softmax", inputs, attributes, params, grid)
+    return _added(builder, e, call.kind, inputs, attributes, params, grid)
+
+
+def _check_fill(
+    e: Equation, call: SoftmaxCall, most: float, scale: Any, codes: int
+) -> None:
+    """Raises for a mask whose number still counts.
+
+    Args:
+      e: The call.
+      call: What it computes.
+      most: Largest magnitude of its input.
+      scale: Scale of its site.
+      codes: Codes below the zero point of the site.
+    """
+    # What is masked is a code below all others in a logarithm.
+    below = float(scale) * (codes - 0.5) if call.kind != "softmax" else 0.0
+    if call.fill and -call.fill < 2 * most + max(_VANISHES, below):
+        raise ValueError(
+            f"The mask of the {said(call.kind)} in {where(e)} puts {call.fill:g} where "
+            f"its input may be as large as {most:g}, so that what it masks still "
+            f"counts.\n  equation: {e}\nUse a larger number: -1e9, or `-jnp.inf`."
+        )
+
+
+def _of_logs(e: Equation, x: Integers, factor: Any, scale: Any) -> dict[str, Any]:
+    """Returns the attributes of logarithms: both factors, in codes of their site."""
+    ratios = np.array([factor, 1], np.float64) / np.float64(scale)
+    if np.any(ratios >= 2.0**31):
+        raise ValueError(
+            f"The logarithm in {where(e)} is of values that are {float(factor):g} "
+            f"apart, on a grid of the scale {float(scale):g}: 31 bits do not hold "
+            f"its codes.\n  equation: {e}\nCalibrate {e.sites.output!r} with inputs "
+            "whose logarithms differ, or give it a scale in `scales`."
+        )
+    (of_input, of_log), shifts = fixed_point(ratios)
+    names = "input_multiplier", "input_shift", "multiplier", "shift"
+    numbers = of_input, shifts[0], of_log, shifts[1] + LOG
+    return {
+        "algorithm": "exp_table_and_log_series",
+        **{name: int(x) for name, x in zip(names, numbers, strict=True)},
+    }
 
 
 def _mask(
@@ -309,7 +360,7 @@ def _known(e: Equation, x: Abstract) -> Any:
 
 # What a call computes in integers -> its rule.
 NORMALISATIONS: Mapping[str, LoweringRule] = {
-    "softmax": _softmax,
+    **dict.fromkeys(SOFTMAXES, _softmax),
     "norm": _norm,
     "divide": _divide,
 }
