@@ -11,7 +11,7 @@
 The table is made of the bits of the scale, in integers: a simulation, whose scale is
 traced, and a program, whose scale is known, have the same integers wherever they run.
 Its entries are within 2 of ``2^30 exp``; the sum of ``p`` over n places is within n/2
-of ``2^30``; ``L`` is within 1 of that of its sum, which is itself off by 2n at most.
+of ``2^30``, if nothing is added to their sum; ``L`` is within 1 of that of its sum, which is itself off by 2n at most.
 
 References:
   Kim et al., "I-BERT: Integer-only BERT Quantization", 2021 (arXiv:2101.01321): softmax
@@ -135,6 +135,7 @@ def probabilities(
     axes: tuple[int, ...],
     keep: jax.Array | None = None,
     empty: Empty = "zero",
+    plus: int = 0,
 ) -> jax.Array:
     """Computes the probabilities of a softmax over codes, in units of 2^-30.
 
@@ -146,13 +147,14 @@ def probabilities(
       keep: Truth values, broadcast against the codes: what takes part. None: all.
       empty: What a row is in which nothing takes part: 0 everywhere; the softmax of
         all; or all alike.
+      plus: Number that is added to each sum, in the unit of the exponentials.
 
     Returns:
       int32, at most 2^30, shape of the codes: 0 for what takes no part.
     """
     with jax.enable_x64(True):
         parts, *_ = _exponentials(codes, tables, axes, keep, empty)
-        total = jnp.maximum(_sum(parts, axes), 1)
+        total = jnp.maximum(_sum(parts, axes) + plus, 1)
         length = 64 - lax.clz(total)
         # round(2^(31 + length) / total), in (2^31, 2^32], by a quotient of two parts.
         one = jnp.ones_like(total)

@@ -44,6 +44,7 @@ class SoftmaxCall(NamedTuple):
       factor: Factor of its input, a float32.
       empty: What a row is in which the mask keeps nothing.
       fill: Largest finite number that a mask puts or adds; 0 if there is none.
+      plus: Number that is added to the sums, whose largest term is 1; 0 to 1.
       is_byte: Whether the codes of the input are 256 at most.
     """
 
@@ -53,17 +54,17 @@ class SoftmaxCall(NamedTuple):
     factor: float
     empty: Empty
     fill: float
+    plus: float
     is_byte: bool
 
     @property
     def name(self) -> str:
         """Returns the name of the call, which `parse` reads."""
         axes = "_".join(map(str, self.axes))
-        factor, fill = (
-            f"{np.float32(x).view(np.uint32):08x}" for x in (self.factor, self.fill)
-        )
+        numbers = self.factor, self.fill, self.plus
+        reals = (f"{np.float32(x).view(np.uint32):08x}" for x in numbers)
         flags = (str(int(x)) for x in (self.is_byte, self.keepdims))
-        known = axes, factor, self.empty, fill, *flags
+        known = axes, self.empty, *reals, *flags
         return f"{INTEGER}{self.kind}.{'.'.join(known)}"
 
     def codes(self, x: jax.Array, unit: jax.Array, others: Any, grid: Any) -> Any:
@@ -83,7 +84,8 @@ class SoftmaxCall(NamedTuple):
         mask = functools.reduce(jnp.logical_and, kept) if others else None
         own = _steps(x, unit), tables, self.axes, mask, self.empty
         if self.kind == "softmax":
-            return coded(probabilities(*own), *shared(_multiplier, scale), *ends)
+            shares = probabilities(*own, self.more(places))
+            return coded(shares, *shared(_multiplier, scale), *ends)
         found = log_codes(
             *own,
             is_sum=self.kind == "logsumexp",
@@ -99,12 +101,21 @@ class SoftmaxCall(NamedTuple):
     def parse(e: Any) -> "SoftmaxCall":
         """Reads the name of an equation."""
         own: Any
-        own, axes, factor, empty, fill, *flags = integer_of(e).split(".")
-        real = lambda bits: float(np.uint32(int(bits, 16)).view(np.float32))
-        is_byte, keepdims = (x == "1" for x in flags)
+        empty: Any
+        own, axes, empty, *numbers, is_byte, keepdims = integer_of(e).split(".")
+        reals = (float(np.uint32(int(x, 16)).view(np.float32)) for x in numbers)
+        factor, fill, plus = reals
         places = tuple(map(int, axes.split("_")))
-        numbers: Any = real(factor), empty, real(fill), is_byte
-        return SoftmaxCall(own, keepdims, places, *numbers)
+        rest = fill, plus, is_byte == "1"
+        return SoftmaxCall(own, keepdims == "1", places, factor, empty, *rest)
+
+    def more(self, places: int) -> int:
+        """Returns what is added to the sums, in the unit of the exponentials.
+
+        Args:
+          places: Number of exponentials in a sum.
+        """
+        return round(self.plus * 2 ** fraction_of(places))
 
 
 class NormCall(NamedTuple):

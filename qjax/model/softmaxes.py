@@ -82,6 +82,7 @@ class _Reduced(NamedTuple):
     masks: tuple[_Mask, ...]
     factor: float
     shift: _Shift | None = None  # Of the powers of a sum.
+    plus: float = 0.0  # Added to a sum.
 
 
 class _Shares(NamedTuple):
@@ -90,6 +91,7 @@ class _Shares(NamedTuple):
     layout: Layout
     masks: tuple[_Mask, ...]
     is_log: bool = False
+    plus: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +106,7 @@ class SoftmaxForm:
       factor: Positive factor of its input, a float32.
       empty: What a row is in which the mask keeps nothing.
       fill: Largest finite number that a mask puts or adds; 0 if there is none.
+      plus: Number that is added to the sums, whose largest term is 1; 0 to 1.
       masks: Masks in the call.
     """
 
@@ -114,11 +117,12 @@ class SoftmaxForm:
     factor: float
     empty: Empty
     fill: float
+    plus: float
     masks: tuple[_Mask, ...]
 
     def call(self, is_byte: bool) -> SoftmaxCall:
         """Returns what integers compute, for codes of 8 bits or more."""
-        numbers = self.axes, self.factor, self.empty, self.fill
+        numbers = self.axes, self.factor, self.empty, self.fill, self.plus
         return SoftmaxCall(self.kind, self.keepdims, *numbers, is_byte)
 
     def added(self, call: Any, operands: Sequence[Any]) -> list[jax.Array]:
@@ -196,7 +200,7 @@ def read_softmax(model: Trace, e: Equation) -> SoftmaxForm | None:
         return None
     fill = max((mask.fill for mask in found.masks if mask.fill), default=0.0)
     (empty,) = empties or {"zero"}
-    numbers = order, axes, found.factor, empty, fill, found.masks
+    numbers = order, axes, found.factor, empty, fill, found.plus, found.masks
     if not is_sum:
         return SoftmaxForm("log_softmax" if found.is_log else "softmax", True, *numbers)
     # What masks put in an empty row is below all codes, as far as it masks.
@@ -229,6 +233,10 @@ class _SoftmaxReader(FormReader):
             return None if layout is None else own[0]._replace(layout=layout)
         if name in ("mul", "div"):
             return self._scaled(eqn, own)
+        if name in ("add", "max") and OUTSIDE in own:
+            k = own.index(OUTSIDE)
+            if isinstance(own[1 - k], _Reduced) and own[1 - k].kind == "sum":
+                return _sum_and(name, own[1 - k], self.number(eqn.invars[k]))
         if name == "max" and OUTSIDE in own:
             k = own.index(OUTSIDE)
             is_same = isinstance(own[1 - k], _Reduced) and own[1 - k].kind == "max"
@@ -278,7 +286,12 @@ class _SoftmaxReader(FormReader):
             )
             if not fits or _keys(x.masks) != _keys(total.masks):
                 return None
-            return _Shares(x.factor, total.over, x.layout, x.masks)
+            # Over a sum of nothing, which is 0, no other share is a number.
+            empties = [{(m.key, m.empty) for m in s.masks} for s in (x, total)]
+            if total.plus and empties[0] != empties[1]:
+                return None
+            shares = _Shares(x.factor, total.over, x.layout, x.masks)
+            return shares._replace(plus=total.plus)
         if eqn.primitive.name == "div" and own[1] is not OUTSIDE or OUTSIDE not in own:
             return None
         k = own.index(OUTSIDE)
@@ -324,7 +337,8 @@ class _SoftmaxReader(FormReader):
         key, is_share = (self.key(eqn.invars[0]), at), isinstance(x, _Shares)
         known = next((m for m in x.masks if m.key == key), None)
         if known is not None:  # The same mask once more.
-            own = known._replace(empty="zero") if is_share else known
+            is_zero = not isinstance(x, _Logits)
+            own = known._replace(empty="zero") if is_zero else known
             return x._replace(masks=tuple(own if m is known else m for m in x.masks))
         if is_share:
             return None
@@ -362,13 +376,21 @@ class _SoftmaxReader(FormReader):
 
 def _of_one(name: str, x: Any) -> Any:
     """Returns the logarithm of shares or of a sum, and what is checked of others."""
-    if name == "log" and isinstance(x, _Shares) and not x.is_log:
-        return x._replace(is_log=True)
-    if not isinstance(x, _Reduced):
+    if not isinstance(x, _Shares | _Reduced) or x.plus:
         return None
+    if isinstance(x, _Shares):
+        return None if x.is_log or name != "log" else x._replace(is_log=True)
     kinds = {"log": ("sum", "log"), "abs": ("sum", "sum"), "is_finite": ("max", name)}
     before, behind = kinds[name]
     return x._replace(kind=behind) if x.kind == before else None
+
+
+def _sum_and(name: str, x: _Reduced, number: float | None) -> _Reduced | None:
+    """Returns a sum plus a small number, or of at least one: its largest term is 1."""
+    is_own = x.shift is not None and x.shift.over == x.over
+    if not is_own or number is None or not 0 <= x.plus + number <= 1 or number < 0:
+        return None
+    return x if name == "max" else x._replace(plus=x.plus + number)
 
 
 def _checked(number: float | None, which: Any, *cases: Any) -> Any:

@@ -230,7 +230,7 @@ def _softmax(node, params, inputs):
         )
     ends = a["zero_point"], a["low"], a["high"]
     if node.operation == "softmax":
-        found = probabilities(x, table, axes, keep, a["empty"])
+        found = probabilities(x, table, axes, keep, a["empty"], a.get("plus", 0))
         return coded(found, a["multiplier"], a["shift"], *ends)[0]
     names = "input_multiplier", "input_shift", "multiplier", "shift"
     codes, _ = log_codes(

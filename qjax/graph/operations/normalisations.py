@@ -168,7 +168,8 @@ def _softmax(a, own, inputs):
     found = np.zeros((len(pairs), len(pairs[0][0])), np.int64)
     for k, (row, kept) in enumerate(pairs):
         if kept.any():
-            found[k, kept] = _shares(_parts(own["table"], row[kept]))
+            parts = _parts(own["table"], row[kept])
+            found[k, kept] = _shares(parts, a.get("plus", 0))
     return _coded(a, _in_order(found, x, order))
 
 
@@ -205,9 +206,9 @@ def _logsumexp(a, own, inputs):
     return np.array(found, np.int64).reshape(shape)
 
 
-def _shares(parts: list[int]) -> list[int]:
-    """Returns parts of their sum, by a reciprocal of 32 bits."""
-    total = sum(parts)
+def _shares(parts: list[int], plus: int) -> list[int]:
+    """Returns parts of their sum and more, by a reciprocal of 32 bits."""
+    total = sum(parts) + plus
     length = total.bit_length()
     reciprocal = min(((1 << (32 + length)) // total + 1) // 2, (1 << 32) - 1)
     half, unit = 1 << length, 1 << (length + 1)
@@ -217,7 +218,7 @@ def _shares(parts: list[int]) -> list[int]:
 SOFTMAX = Operation(
     "softmax",
     "code = clip(floor(p * multiplier * 2^-shift + 1/2) + zero_point), "
-    "p = round(2^30 * e / sum(e)), e = table[max(q) - q]",
+    "p = round(2^30 * e / (sum(e) + plus)), e = table[max(q) - q]",
     "rescale",
     _softmax_shape,
     _softmax_interval,
@@ -234,6 +235,11 @@ SOFTMAX = Operation(
         **CLIP,
     },
     roles=("table",),
+    optional={
+        "plus": Attribute(
+            "an integer from 0 to 2^30", lambda x: is_integer(x) and 0 <= x <= _ONE
+        )
+    },
 )
 
 

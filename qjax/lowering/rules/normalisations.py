@@ -81,11 +81,14 @@ def _softmax(
         "low": int(qmin),
         "high": int(qmax),
     }
-    own = _of_logs(e, x, factor, scale) if call.kind != "softmax" else {}
+    plus = call.more(places)
+    own: dict[str, Any] = (
+        _of_logs(e, x, factor, scale) if call.kind != "softmax" else {}
+    )
     if not own:
         multiplier, shift = fixed_point(2.0**-FRACTION / np.float64(scale))
         own = {"multiplier": int(multiplier), "shift": int(shift)}
-        own["algorithm"] = "exp_table"
+        own |= {"algorithm": "exp_table"} | ({"plus": plus} if plus else {})
     else:
         own["input_zero_points"] = [builder.values[v].zero_point for v in inputs]
     if call.kind == "logsumexp":
