@@ -11,7 +11,8 @@
 The table is made of the bits of the scale, in integers: a simulation, whose scale is
 traced, and a program, whose scale is known, have the same integers wherever they run.
 Its entries are within 2 of ``2^30 exp``; the sum of ``p`` over n places is within n/2
-of ``2^30``, if nothing is added to their sum; ``L`` is within 1 of that of its sum, which is itself off by 2n at most.
+of ``2^30``, if nothing is added to the sum below; ``L`` is within 1 of the logarithm of
+its sum, which is off by 2n at most.
 
 References:
   Kim et al., "I-BERT: Integer-only BERT Quantization", 2021 (arXiv:2101.01321): softmax

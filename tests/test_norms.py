@@ -567,3 +567,26 @@ def test_an_epsilon_that_32_bits_are_too_coarse_for_is_refused():
         _quantized(fn, X)
     _, _, program = _quantized(lambda p, x: _standard(x, epsilon=1e6) * 1e3, X)
     assert _operations(program) == ["norm"]
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_masked_statistics_are_refused_and_their_remedy_ships(is_known):
+    x = RNG.normal(0, 2, (4, 5, 8)).astype(np.float32)
+    mask = RNG.random(x.shape) > 0.3
+    norm = nn.LayerNorm()
+    params = norm.init(jax.random.key(0), x)
+
+    def lowered(fn):
+        own = (lambda p, x: fn(p, x, mask)) if is_known else fn
+        inputs = (x,) if is_known else (x, mask)
+        qmodel = qjax.quantize_model(own, params, *inputs)
+        qstate = qjax.calibrate(qmodel, params, [x if is_known else inputs])
+        program = qjax.lower(qmodel, params, qstate, *inputs)
+        return program, qjax.verify(program, qmodel, params, qstate, *inputs)
+
+    with pytest.raises(NotImplementedError, match="statistics behind a mask"):
+        lowered(lambda p, x, m: norm.apply(p, x, mask=m))
+    program, report = lowered(lambda p, x, m: norm.apply(p, jnp.where(m, x, 0)))
+    assert _operations(program)[-1] == "norm"
+    site = report.sites["output:0"]
+    assert site.equal == site.codes
