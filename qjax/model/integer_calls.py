@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from qjax import integer_norm
 from qjax.calls import shared
@@ -95,7 +96,7 @@ class SoftmaxCall(NamedTuple):
         )
         if self.keepdims:
             return found
-        return tuple(jax.lax.squeeze(y, self.axes) for y in found)
+        return tuple(lax.squeeze(y, self.axes) for y in found)
 
     @staticmethod
     def parse(e: Any) -> "SoftmaxCall":
@@ -184,7 +185,7 @@ class NormCall(NamedTuple):
             is_byte=self.is_byte,
         )
         gain, offset = self.affine(others)
-        numbers = shared(_scaled, gain, offset, scale, self, count)
+        numbers = shared(_scaled, gain, offset, scale, known[3], self, count)
         return integer_norm.coded(found, *numbers, *ends)
 
     def affine(self, others: Any) -> tuple[Any, Any]:
@@ -193,7 +194,7 @@ class NormCall(NamedTuple):
         return gain, others[-1] if self.has_offset else np.zeros((), np.float32)
 
     def unit(self, count: int) -> float:
-        """Returns the factor from integers of `normalised` to values without gain.
+        """Returns the factor from values of `fraction` bits to those without gain.
 
         Args:
           count: Number of codes in a group.
@@ -248,10 +249,16 @@ def _added(unit: jax.Array, call: NormCall, count: int) -> Any:
 
 
 def _scaled(
-    gain: Any, offset: Any, scale: jax.Array, call: NormCall, count: int
+    gain: Any,
+    offset: Any,
+    scale: jax.Array,
+    more: jax.Array,
+    call: NormCall,
+    count: int,
 ) -> Any:
     with jax.enable_x64(True):
-        unit = jnp.float64(call.unit(count))
+        power = integer_norm.power_of_two(-more, jnp)
+        unit = lax.optimization_barrier(jnp.float64(call.unit(count)) * power)
         known = traced_ratio([gain, unit], scale), traced_ratio([offset], scale)
         return integer_norm.scaled(*known, jnp)
 

@@ -259,7 +259,8 @@ def _norm(node, params, inputs):
         )
     steps = x.astype(jnp.int32) - a["input_zero_points"][0]
     with jax.enable_x64(True):
-        known = (jnp.int64(a["epsilon"]), jnp.int64(a["floor"]), jnp.int32(a["point"]))
+        squares = (jnp.int64(a[name]) for name in ("epsilon", "floor"))
+        known = (*squares, jnp.int32(a["point"]), jnp.int32(a.get("more", 0)))
     kind = {"is_centred": a["is_centred"], "is_byte": x.dtype.itemsize == 1}
     values = integer_norm.normalised(steps, axes, groups, *known, **kind)
     numbers = (params[node.params[role]] for role in ("multiplier", "bias"))

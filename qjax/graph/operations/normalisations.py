@@ -7,6 +7,7 @@ import numpy as np
 from qjax.graph.operations.record import (
     AXES,
     CLIP,
+    COUNT,
     FLAG,
     INT32,
     INTEGER,
@@ -318,6 +319,13 @@ def _norm_interval(o: Operands) -> Ends:
     o.check(o["point"] % 2 == 0 and -60 <= o["point"] <= 30, "even point", o["point"])
     one = 1 << _fraction(count, o["is_centred"])
     most = one if not o["is_centred"] else math.isqrt(one * one * (count - 1)) + 1
+    if more := o.attributes.get("more", 0):
+        far = (count if o["is_centred"] else 1) * wide
+        added = max(o["epsilon"], o["floor"], 1)
+        bits = 2 * (_fraction(count, o["is_centred"]) + more) + o["point"]
+        square = far**2 << bits if bits >= 0 else (far**2 >> -bits) + 1
+        most = math.isqrt(square // added) + 1
+        o.check(most < 1 << 30, "values must fit 30 bits with `more`", more)
     most += (most >> 24) + 2  # What the root may be off by.
     least = 0 if not o["is_centred"] and o.x.low >= o.x.zero_point else -most
     o.check_range("multiplier", -(1 << 30), 1 << 30)
@@ -361,7 +369,7 @@ def _norm(a, own, inputs):
         point = a["point"]
         whole = squares[place] << point if point >= 0 else squares[place] >> -point
         root, down = _reciprocal_root(max(whole + a["epsilon"], a["floor"], 1))
-        down -= point // 2 + _fraction(a["count"], a["is_centred"])
+        down -= point // 2 + _fraction(a["count"], a["is_centred"]) + a.get("more", 0)
         down = min(max(down, 0), 62)
         at = tuple(slice(None) if d in over else k for d, k in enumerate(place))
         found[at] = (q[at] * root + ((1 << down) >> 1)) >> down
@@ -409,6 +417,7 @@ NORM = Operation(
         **CLIP,
     },
     roles=("multiplier", "bias"),
+    optional={"more": COUNT},
     each_input=("input_zero_points",),
 )
 

@@ -217,23 +217,24 @@ def _norm(
     square = np.float64(unit) * np.float64(unit)
     least, kind = call.floor / square, (call.is_centred, call.is_byte)
     added = integer_norm.added(call.epsilon / square, least, count, *kind)
-    epsilon, floor, point = added
+    epsilon, floor, point, more = added
     gain, offset = (np.asarray(v).astype(np.float64) for v in call.affine(own))
-    gain = gain * np.float64(call.unit(count)) / np.float64(scale)
+    unit = np.float64(call.unit(count)) * integer_norm.power_of_two(-more, np)
+    gain = gain * unit / np.float64(scale)
     offset = offset / np.float64(scale)
-    if not integer_norm.is_scalable(gain, offset):
-        raise ValueError(
-            f"The normalisation in {where(e)} has factors up to "
-            f"{np.max(np.abs(gain)):g} and offsets up to {np.max(np.abs(offset)):g} in "
-            f"codes of its site, which 32 bits do not hold.\n  equation: {e}\n"
-            f"Calibrate {e.sites.output!r} with what it makes of them."
-        )
     if np.max(np.abs(gain)) > integer_norm.MOST_GAIN:
         raise ValueError(
             f"The normalisation in {where(e)} divides by much more than the root of "
             f"its squares: its values of 32 bits are {np.max(np.abs(gain)):g} codes of "
             f"{e.sites.output!r} apart.\n  equation: {e}\nUse a smaller "
             "epsilon, inputs of larger values, or fewer bits for this site."
+        )
+    if not integer_norm.is_scalable(gain, offset):
+        raise ValueError(
+            f"The normalisation in {where(e)} has factors up to "
+            f"{np.max(np.abs(gain)):g} and offsets up to {np.max(np.abs(offset)):g} in "
+            f"codes of its site, which 32 bits do not hold.\n  equation: {e}\n"
+            f"Calibrate {e.sites.output!r} with what it makes of them."
         )
     multiplier, bias, shift, bias_shift = integer_norm.scaled(gain, offset)
     site, rank = e.sites.output or where(e).strip("'"), len(shape)
@@ -254,6 +255,7 @@ def _norm(
         "floor": int(floor),
         "point": int(point),
         "input_zero_points": [x.zero_point],
+        **({"more": int(more)} if more else {}),
         "shift": int(shift),
         "bias_shift": int(bias_shift),
         "zero_point": int(zero_point),
