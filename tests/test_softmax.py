@@ -121,7 +121,9 @@ PLUS = {
 }
 
 
-@pytest.mark.parametrize("form", PLUS)
+@pytest.mark.parametrize(
+    "form", ["a little", "a third", pytest.param("at least", marks=pytest.mark.heavy)]
+)
 def test_sums_plus_a_small_number_ship(form):
     fn, scheme = PLUS[form]
     qmodel = qjax.quantize_model(fn, P, X, scheme=SCHEMES[scheme])
