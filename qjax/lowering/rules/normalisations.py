@@ -117,6 +117,7 @@ def _check_fill(
     """
     # What is masked is a code below all others in a logarithm.
     below = float(scale) * (codes - 0.5) if call.kind != "softmax" else 0.0
+    below += _VANISHES if call.kind == "logsumexp" else 0.0  # Log of a row's places.
     if call.fill and -call.fill < 2 * most + max(_VANISHES, below):
         raise ValueError(
             f"The mask of the {said(call.kind)} in {where(e)} puts {call.fill:g} where "
