@@ -7,7 +7,7 @@
 
 over groups of n codes, less their zero point. ``v`` is exact; ``epsilon`` and ``floor``
 are integers behind a common point, the root is Newton's, and its relative error is
-below 2^-26.
+below 2^-26. Where they bound ``t``, it has more bits behind its point: 30 in all.
 
 References:
   Kim et al., "I-BERT: Integer-only BERT Quantization", 2021 (arXiv:2101.01321): the
@@ -83,7 +83,7 @@ def point(exponent: Any, count: int, is_centred: bool, is_byte: bool, xp: Any) -
 
 def added(
     epsilon: Any, floor: Any, count: int, is_centred: bool, is_byte: bool, xp: Any = np
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, Any, Any, Any]:
     """Writes what is added to a sum of squares in integers behind a common point.
 
     Args:
@@ -95,21 +95,58 @@ def added(
       xp: NumPy or `jax.numpy`; the latter where 64 bits are enabled.
 
     Returns:
-      ``epsilon`` and ``floor``, int64, and the bits behind their point, int32.
+      ``epsilon`` and ``floor``, int64, and the bits behind their point, int32; and
+      `more_bits` of them.
     """
     _, exponent = binary_parts(xp.maximum(epsilon, floor), xp)
     shift = point(exponent, count, is_centred, is_byte, xp)
-    # A power of two by its bits: exact, as a product with it is.
-    bits = (shift.astype(xp.int64) + 1023) << 52
-    power = (
-        bits.view(np.float64)
-        if xp is np
-        else lax.bitcast_convert_type(bits, jnp.float64)
-    )
+    power = power_of_two(shift, xp)
     most = 2.0**60  # Reached only where no code counts beside it.
     held = (xp.minimum(xp.rint(x * power), most) for x in (epsilon, floor))
     epsilon, floor = (x.astype(xp.int64) for x in held)
-    return epsilon, floor, shift.astype(xp.int32)
+    more = more_bits(epsilon, floor, shift, count, is_centred, is_byte, xp)
+    return epsilon, floor, shift.astype(xp.int32), more.astype(xp.int32)
+
+
+def power_of_two(exponent: Any, xp: Any) -> Any:
+    """Returns a power of two by its bits, float64: exact, as a product with it is."""
+    bits = (exponent.astype(xp.int64) + 1023) << 52
+    if xp is np:
+        return bits.view(np.float64)
+    return lax.bitcast_convert_type(bits, jnp.float64)
+
+
+def more_bits(
+    epsilon: Any,
+    floor: Any,
+    shift: Any,
+    count: int,
+    is_centred: bool,
+    is_byte: bool,
+    xp: Any,
+) -> Any:
+    """Returns bits that values have beyond `fraction`, where ``epsilon`` is large.
+
+    Args:
+      epsilon: int64, ``[]``, added to a sum of squares.
+      floor: int64, ``[]``, least sum.
+      shift: Bits behind the point of both.
+      count: Number of codes in a group.
+      is_centred: Whether values are about the mean.
+      is_byte: Whether the codes are 2^8 at most from each other, else 2^16.
+      xp: NumPy or `jax.numpy`; the latter where 64 bits are enabled.
+
+    Returns:
+      int64, ``[]``, 0 or more: a value is below 2^29 with them.
+    """
+    least = xp.maximum(xp.maximum(epsilon, floor), 1)
+    length: Any = int(least).bit_length() if xp is np else 64 - lax.clz(least)
+    # No value is above 2^most, and no root below 2^((length - 1 - shift) / 2).
+    most = (8 if is_byte else 16) + (count.bit_length() if is_centred else 0)
+    left = 2 * (29 - fraction(count, is_centred) - most)
+    more = (left + length - 1 - shift.astype(xp.int64)) >> 1
+    # At the least point what is added may be more than is held.
+    return xp.where((least > 1) & (shift > -60), xp.maximum(more, 0), 0)
 
 
 def normalised(
@@ -119,6 +156,7 @@ def normalised(
     epsilon: Any,
     floor: Any,
     shift: Any,
+    more: Any = 0,
     *,
     is_centred: bool,
     is_byte: bool,
@@ -132,11 +170,12 @@ def normalised(
       epsilon: int64, ``[]``, added to a sum of squares.
       floor: int64, ``[]``, least sum.
       shift: int32, ``[]``, bits behind the point of both; even, may be negative.
+      more: int32, ``[]``, bits of the result beyond `fraction`: `more_bits`.
       is_centred: Whether values are about the mean, else about zero.
       is_byte: Whether the codes are 2^8 at most from each other.
 
     Returns:
-      int32, shape of the codes, in units of ``2^-fraction``.
+      int32, shape of the codes, in units of ``2^-(fraction + more)``.
     """
     shape, count = codes.shape, places(codes.shape, axes, groups)
     split: list[int] = []
@@ -157,7 +196,7 @@ def normalised(
         whole = jnp.maximum(((squares >> lowered) << raised) + epsilon, floor)
         root, down = reciprocal_root(jnp.maximum(whole, 1))
         half_point = jnp.asarray(shift).astype(jnp.int32) >> 1
-        down = down - half_point - fraction(count, is_centred)
+        down = down - half_point - fraction(count, is_centred) - jnp.int32(more)
         down = jnp.clip(down, 0, 62).astype(jnp.int64)
         half = (jnp.ones_like(down) << down) >> 1
         found = (x.astype(jnp.int64) * root.astype(jnp.int64) + half) >> down

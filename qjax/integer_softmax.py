@@ -1,13 +1,18 @@
-"""Softmax of codes in integers: one algorithm, simulated and shipped.
+"""Softmax of codes and its logarithm in integers: one algorithm, simulated and shipped.
 
     e = round(2^30 * exp(-(max - q) * scale))      a table, by the distance from the max
     p = round(2^30 * e / sum(e))                   by one reciprocal of 32 bits a row
     code = floor(p * 2^-30 / scale_out + 1/2) + zero_point
 
+    L = round(2^26 * log(sum(e) * 2^-30))          by a series, once a row
+    code = floor(((q - max) * scale - L * 2^-26) / scale_out + 1/2) + zero_point
+    code = floor((max * scale + L * 2^-26) / scale_out + 1/2) + zero_point   logsumexp
+
 The table is made of the bits of the scale, in integers: a simulation, whose scale is
 traced, and a program, whose scale is known, have the same integers wherever they run.
 Its entries are within 2 of ``2^30 exp``; the sum of ``p`` over n places is within n/2
-of ``2^30``.
+of ``2^30``, if nothing is added to the sum below; ``L`` is within 1 of the logarithm of
+its sum, which is off by 2n at most.
 
 References:
   Kim et al., "I-BERT: Integer-only BERT Quantization", 2021 (arXiv:2101.01321): softmax
@@ -23,7 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from qjax.integer import clipped_codes
+
 Empty = Literal["zero", "all", "uniform"]
+Kind = Literal["softmax", "log_softmax", "logsumexp"]
 
 FRACTION = 30  # Bits behind the point of the exponentials and of the probabilities.
 _MOST_PLACES = 1 << 15  # Of which 64 bits hold the sum, and its reciprocal's remainder.
@@ -31,6 +39,11 @@ _BITS = 36  # Behind the point of an exponent of two.
 _LOG2E = round(math.log2(math.e) * 2**41)
 _LN2 = round(math.log(2) * 2**31)
 _TERMS = 11  # Of the series of exp on [0, ln 2]: the rest is below 2^-35.
+LOG = 26  # Bits behind the point of the logarithm of a sum.
+POINT = 14  # Bits behind the point of codes before they are rounded.
+_LN2_40 = round(math.log(2) * 2**40)
+# 1 + z^2/3 + z^4/5 ... on [0, 1/3]: the rest is below 2^-35.
+_ODDS = tuple(round(2**31 / k) for k in range(1, 20, 2))
 
 
 def exp_table(scale: Any, xp: Any = np) -> Any:
@@ -123,6 +136,7 @@ def probabilities(
     axes: tuple[int, ...],
     keep: jax.Array | None = None,
     empty: Empty = "zero",
+    plus: int = 0,
 ) -> jax.Array:
     """Computes the probabilities of a softmax over codes, in units of 2^-30.
 
@@ -134,25 +148,14 @@ def probabilities(
       keep: Truth values, broadcast against the codes: what takes part. None: all.
       empty: What a row is in which nothing takes part: 0 everywhere; the softmax of
         all; or all alike.
+      plus: Number that is added to each sum, in the unit of the exponentials.
 
     Returns:
       int32, at most 2^30, shape of the codes: 0 for what takes no part.
     """
     with jax.enable_x64(True):
-        if keep is not None and empty != "zero":
-            whole = jnp.broadcast_to(keep, codes.shape)
-            is_empty = ~jnp.any(whole, axes, keepdims=True)
-            if empty == "uniform":
-                codes = jnp.where(is_empty, jnp.zeros_like(codes), codes)
-            keep = keep | is_empty
-        least = jnp.asarray(jnp.iinfo(codes.dtype).min, codes.dtype)
-        kept = codes if keep is None else jnp.where(keep, codes, least)
-        top = jnp.max(kept, axes, keepdims=True, initial=least)
-        distance = top.astype(jnp.int32) - codes.astype(jnp.int32)
-        parts = _looked_up(tables, jnp.maximum(distance, 0))
-        if keep is not None:
-            parts = jnp.where(keep, parts, jnp.zeros_like(parts))
-        total = jnp.maximum(_sum(parts, axes), 1)
+        parts, *_ = _exponentials(codes, tables, axes, keep, empty)
+        total = jnp.maximum(_sum(parts, axes) + plus, 1)
         length = 64 - lax.clz(total)
         # round(2^(31 + length) / total), in (2^31, 2^32], by a quotient of two parts.
         one = jnp.ones_like(total)
@@ -166,6 +169,122 @@ def probabilities(
         # Products of numbers without sign, of 32 bits each, are one instruction.
         found = (_unsigned(parts) * _unsigned(reciprocal) + half) >> shift
         return found.astype(jnp.int32)
+
+
+def _exponentials(
+    codes: jax.Array,
+    tables: jax.Array,
+    axes: tuple[int, ...],
+    keep: jax.Array | None,
+    empty: Empty,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Returns exponentials, the largest code of each row, distances and what is kept.
+
+    The exponential of what is not kept is 0, its distance means nothing.
+    """
+    if keep is not None and empty != "zero":
+        whole = jnp.broadcast_to(keep, codes.shape)
+        is_empty = ~jnp.any(whole, axes, keepdims=True)
+        if empty == "uniform":
+            codes = jnp.where(is_empty, jnp.zeros_like(codes), codes)
+        keep = keep | is_empty
+    least = jnp.asarray(jnp.iinfo(codes.dtype).min, codes.dtype)
+    kept = codes if keep is None else jnp.where(keep, codes, least)
+    top = jnp.max(kept, axes, keepdims=True, initial=least)
+    distance = top.astype(jnp.int32) - codes.astype(jnp.int32)
+    parts = _looked_up(tables, jnp.maximum(distance, 0))
+    if keep is not None:
+        parts = jnp.where(keep, parts, jnp.zeros_like(parts))
+    return parts, top, distance, keep
+
+
+def log_codes(
+    codes: jax.Array,
+    tables: jax.Array,
+    axes: tuple[int, ...],
+    keep: jax.Array | None,
+    empty: Empty,
+    *,
+    is_sum: bool,
+    point: int,
+    factors: tuple[Any, Any, Any, Any],
+    ends: tuple[Any, Any, Any],
+) -> tuple[jax.Array, jax.Array]:
+    """Computes logarithms of a softmax, or of the sum of exponentials, as codes.
+
+        code = clip(floor(t * m_t * 2^-s_t - L * m_L * 2^-s_L + 1 / 2) + zero_point)
+
+    ``t`` is a code less the largest one of its row; for a sum ``t`` is that largest
+    code, and ``L`` is added. Both products are rounded to `POINT` bits first.
+
+    Args:
+      codes: As for `probabilities`; less their zero point for a sum.
+      tables: As for `probabilities`.
+      axes: Axes that a sum goes over.
+      keep: As for `probabilities`; what takes no part has the least code.
+      empty: As for `probabilities`.
+      is_sum: Whether the result is one logarithm of a sum for each row, size 1 along
+        the axes.
+      point: Bits behind the point of the exponentials: `fraction`.
+      factors: ``m_t``, ``s_t``, ``m_L``, ``s_L``, int32, ``[]``, as of
+        `qjax.integer.fixed_point`; ``s_L`` more by `LOG`.
+      ends: Zero point, least and largest code, int32, ``[]``.
+
+    Returns:
+      Codes, int32, and whether each is within its ends without a clip.
+    """
+    with jax.enable_x64(True):
+        own = codes, tables, axes, keep, empty
+        parts, top, distance, keep = _exponentials(*own)
+        total = _sum(parts, axes)
+        found = logarithm(jnp.maximum(total, 1), point)
+        if is_sum:
+            keep = None if keep is None else total > 0
+            steps = top.astype(jnp.int64)
+        else:
+            steps, found = -distance.astype(jnp.int64), -found
+        wide = tuple(jnp.asarray(x).astype(jnp.int64) for x in factors)
+        rounded = _to_point(steps, *wide[:2]) + _to_point(found, *wide[2:])
+        rounded = (rounded + (1 << (POINT - 1))) >> POINT
+        result, inside = clipped_codes(rounded, *ends)
+        if keep is None:
+            return result, inside
+        low = jnp.asarray(ends[1], jnp.int32)
+        return jnp.where(keep, result, low), inside & keep
+
+
+def _to_point(x: jax.Array, multiplier: jax.Array, shift: jax.Array) -> jax.Array:
+    """Returns ``x * multiplier * 2^-shift`` with `POINT` bits, halves up."""
+    up, down = jnp.maximum(POINT - shift, 0), jnp.clip(shift - POINT, 0, 62)
+    half = (jnp.ones_like(down) << down) >> 1
+    found = (((x * multiplier) << up) + half) >> down
+    return jnp.where(shift - POINT > 62, jnp.zeros_like(found), found)
+
+
+def logarithm(total: jax.Array, point: int) -> jax.Array:
+    """Computes ``2^26 * log(total * 2^-point)``, where 64 bits are enabled.
+
+        log(a) = 2 (z + z^3/3 + z^5/5 ...),  z = (a - 1) / (a + 1),  a in [1, 2)
+
+    Args:
+      total: int64, from 1 to 2^62.
+      point: Bits behind its point.
+
+    Returns:
+      int64, within 1 of the exact values.
+    """
+    length = 64 - lax.clz(total)
+    up, down = jnp.maximum(32 - length, 0), jnp.maximum(length - 32, 0)
+    a = (total << up) >> down  # In [1, 2), 31 bits behind the point.
+    one = 1 << 31
+    z = ((a - one) << 31) // (a + one)
+    square = (z * z) >> 31
+    series = jnp.full_like(z, _ODDS[-1])
+    for odd in _ODDS[-2::-1]:
+        series = odd + ((square * series) >> 31)
+    part = ((z * series) >> 30) << 9
+    whole = (length - 1 - point) * _LN2_40
+    return (whole + part + (1 << (39 - LOG))) >> (40 - LOG)
 
 
 def coded(

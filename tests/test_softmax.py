@@ -108,6 +108,47 @@ def _by_hand(p, x):
     return e / e.sum(-1, keepdims=True)
 
 
+def _plus(p, x, eps=1e-6, join=jnp.add):
+    z = jnp.where(EMPTY, x @ p, -1e9)
+    e = jnp.where(EMPTY, jnp.exp(z - z.max(-1, keepdims=True)), 0)
+    return e / join(e.sum(-1, keepdims=True), np.float32(eps))
+
+
+PLUS = {
+    "a little": (_plus, "floats"),
+    "a third": (lambda p, x: _plus(p, x, 0.33), "powers"),
+    "at least": (lambda p, x: _plus(p, x, 1e-3, jnp.maximum), "floats"),
+}
+
+
+@pytest.mark.parametrize(
+    "form", ["a little", "a third", pytest.param("at least", marks=pytest.mark.heavy)]
+)
+def test_sums_plus_a_small_number_ship(form):
+    fn, scheme = PLUS[form]
+    qmodel = qjax.quantize_model(fn, P, X, scheme=SCHEMES[scheme])
+    qstate = qjax.calibrate(qmodel, P, [X])
+    program = qjax.lower(qmodel, P, qstate, X)
+    assert program.graph.nodes[-1].operation == "softmax"
+    assert qjax.verify(program, qmodel, P, qstate, X).is_exact
+    assert_equals_oracle(program, X)
+    again = jax.jit(qmodel.apply_integer)(P, qstate, X)
+    np.testing.assert_array_equal(again, program(X))
+    np.testing.assert_allclose(program(X), fn(P, X), atol=0.05)
+    assert np.all(np.asarray(program(X))[:, 2] == 0)
+
+
+@pytest.mark.parametrize("plus", [1, 1 << 10, ONE // 3, ONE])
+def test_shares_of_more_than_a_sum_are_those_of_float64(plus):
+    rows, scale = _rows(64), np.float32(0.07)
+    table = joined_table(exp_tables(scale, 64), 256).astype(np.int32)
+    own = jnp.asarray(rows), jnp.asarray(table), (1,), None, "zero"
+    found = np.asarray(probabilities(*own, plus)).astype(np.int64)
+    reals = np.exp((rows - rows.max(1, keepdims=True)) * np.float64(scale))
+    reals *= ONE / (reals.sum(1, keepdims=True) + plus / ONE)
+    assert np.all(np.abs(found - reals) <= 3 + 128 / ONE * reals)
+
+
 FORMS = {
     "plain": lambda p, x: jax.nn.softmax(x),
     "dense": lambda p, x: jax.nn.softmax(x @ p),

@@ -227,7 +227,13 @@ def _of_kernel(
 
 
 # What a simulation computes in integers as well.
-_IN_BOTH = {"softmax": "a softmax", "norm": "a normalisation", "divide": "a quotient"}
+_IN_BOTH = {
+    "softmax": "a softmax",
+    "log_softmax": "a log-softmax",
+    "logsumexp": "a logsumexp",
+    "norm": "a normalisation",
+    "divide": "a quotient",
+}
 
 
 _BEYOND = "a gather before it, whose places beyond its table are NaN in the model"

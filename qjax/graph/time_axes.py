@@ -198,7 +198,10 @@ TIME_RULES: Mapping[str, _Rule] = {
         _elementwise,
     ),
     **dict.fromkeys("sum max min argmax argmin".split(), _over_axes),
-    **dict.fromkeys(("softmax", "norm"), _kept),
+    **dict.fromkeys(("softmax", "log_softmax", "norm"), _kept),
+    "logsumexp": lambda node, *rest: (
+        _kept if node.attributes["keepdims"] else _over_axes
+    )(node, *rest),
     "transpose": _transpose,
     "concatenate": _concatenate,
     "slice": _slice,

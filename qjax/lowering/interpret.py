@@ -28,7 +28,8 @@ from qjax.lowering.values import (
 )
 from qjax.model.blocks import RANDOM, place_of
 from qjax.model.kept import integer_of, whole_of
-from qjax.model.normalisations import NORM, SOFTMAX, said
+from qjax.model.masks import SOFTMAXES
+from qjax.model.normalisations import NORM, said
 from qjax.model.origin import origin_of
 from qjax.model.primitives import POINTWISE, REMEDIES, SHAPE_MOVES, names
 from qjax.model.trace import Equation, Trace, evaluate, is_key
@@ -245,17 +246,42 @@ def _refuse_whole(e: Equation) -> NotImplementedError:
     kind, site = whole_of(e), e.sites.output
     place = where(e) if e.place.path or not site else repr(site)
     other = ", or use BatchNorm or GroupNorm in its place" if kind == NORM else ""
-    if kind == SOFTMAX:
+    if kind == NORM and _is_masked(e):
+        other = (
+            ", or let its statistics count all values: `norm(jnp.where(mask, x, 0))`, "
+            "without the mask of the norm"
+        )
+        return NotImplementedError(
+            f"The normalisation in {place} has statistics behind a mask (`mask=`, "
+            "`where=`), which no integers compute: it is computed in float, as one "
+            f"site.\n  equation: {e}\nLower what comes before it and what comes after "
+            f"it as two programs{other}."
+        )
+    if kind in SOFTMAXES:
         other = (
             ", or write it so that integers compute it: exp of a quantized value times "
-            "one positive number, over its sum, behind masks that are known or made "
-            "of inputs of dtype bool: truth values, or 0 and numbers below -100"
+            "one positive number, over its sum, or the logarithm of that, behind masks "
+            "that are known or made of inputs of dtype bool: truth values, or 0 and "
+            "numbers below -100"
         )
     return NotImplementedError(
         f"The {said(kind)} in {place} has no integer rule: it is computed in float, as "
         f"one site.\n  equation: {e}\nLower what comes before it and what comes after "
         f"it as two programs{other}."
     )
+
+
+def _is_masked(e: Equation) -> bool:
+    """Returns whether a call chooses among its values before it sums them."""
+    jaxpr = e.params["jaxpr"].jaxpr
+    shape = jaxpr.invars[0].aval.shape
+    masked = [
+        eqn.outvars[0]
+        for eqn in jaxpr.eqns
+        if eqn.primitive.name == "select_n" and eqn.outvars[0].aval.shape == shape
+    ]
+    sums = (eqn.invars[0] for eqn in jaxpr.eqns if eqn.primitive.name == "reduce_sum")
+    return any(any(v is own for own in masked) for v in sums)
 
 
 def _check_type(trace: Trace, e: Equation, found: Any) -> None:

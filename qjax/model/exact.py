@@ -27,12 +27,18 @@ class Exact(NamedTuple):
       real: Its real value, whose derivative it has.
       operands: Operands of the call before those of the grid.
       bounds: Bounds of an activation behind it.
+      kept: Truth values of what no mask takes out of its range; None for all.
     """
 
     call: IntegerCall
     real: jax.Array
     operands: tuple[jax.Array, ...]
     bounds: tuple[tuple[str, float], ...] = ()
+    kept: jax.Array | None = None
+
+    def seen(self, x: jax.Array) -> jax.Array:
+        """Returns the real value as calibrators see it."""
+        return x if self.kept is None else unmasked(x, self.kept)
 
     def per(self, scale: Any) -> jax.Array:
         """Returns the factor from the value to codes of ``scale``."""
@@ -66,6 +72,31 @@ class Exact(NamedTuple):
         operands = (*self.operands, params.scale, zero, least, most)
         found = _exact(self.call, is_clipped, self.real.astype(jnp.float32), operands)
         return found.astype(self.real.dtype)
+
+
+class Masked(NamedTuple):
+    """Marks a real value of which masks take a part out of its range.
+
+    Attributes:
+      kept: Truth values of what they leave.
+    """
+
+    kept: jax.Array
+
+    def per(self, scale: Any) -> Any:
+        """Returns the factor from the value to codes of ``scale``."""
+        return 1.0 / scale
+
+    def seen(self, x: jax.Array) -> jax.Array:
+        """Returns the value as calibrators see it."""
+        return unmasked(x, self.kept)
+
+
+def unmasked(x: jax.Array, kept: jax.Array) -> jax.Array:
+    """Puts the least value that is kept, whose code is the least, for all others."""
+    least = jnp.min(jnp.where(kept, x, jnp.inf), keepdims=True)
+    least = jnp.where(jnp.isfinite(least), least, jnp.zeros_like(least))
+    return jnp.where(kept, x, least.astype(x.dtype))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

@@ -10,7 +10,7 @@ import numpy as np
 
 from qjax.model.flow import Flow
 from qjax.model.kept import WHOLE
-from qjax.model.normalisations import Normalisations, Whole
+from qjax.model.normalisations import LOG_SUM, Normalisations, Whole
 from qjax.model.norms import NormForm, read_norm
 from qjax.model.regions import common_regions
 from qjax.model.softmaxes import SoftmaxForm, read_softmax
@@ -36,6 +36,11 @@ def fold_normalisations(
     """
     finder = Normalisations(Flow(model, data))
     calls = [(whole, _call(model, whole, finder)) for whole in finder.found()]
+    calls = [
+        (whole, call)
+        for whole, call in calls
+        if whole.kind != LOG_SUM or read_whole(model, data, call) is not None
+    ]
     if in_parts:
         calls = [
             (whole, call)

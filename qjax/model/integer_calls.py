@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from qjax import integer_norm
 from qjax.calls import shared
@@ -20,10 +21,13 @@ from qjax.integer_division import FRACTION as DIVISION
 from qjax.integer_division import divided
 from qjax.integer_softmax import (
     FRACTION,
+    LOG,
     Empty,
+    Kind,
     coded,
     exp_table,
     exp_tables,
+    log_codes,
     probabilities,
 )
 from qjax.integer_softmax import fraction as fraction_of
@@ -32,31 +36,37 @@ from qjax.model.masks import LARGE
 
 
 class SoftmaxCall(NamedTuple):
-    """A softmax of codes, as far as it is known before it is traced.
+    """A softmax of codes or its logarithm, as far as it is known before it is traced.
 
     Attributes:
+      kind: softmax, log_softmax, or logsumexp, the logarithm of the sum alone.
+      keepdims: Whether that has its axes, with size 1; true for others.
       axes: Axes that its sums go over.
       factor: Factor of its input, a float32.
       empty: What a row is in which the mask keeps nothing.
       fill: Largest finite number that a mask puts or adds; 0 if there is none.
+      plus: Number that is added to the sums, whose largest term is 1; 0 to 1.
       is_byte: Whether the codes of the input are 256 at most.
     """
 
+    kind: Kind
+    keepdims: bool
     axes: tuple[int, ...]
     factor: float
     empty: Empty
     fill: float
+    plus: float
     is_byte: bool
 
     @property
     def name(self) -> str:
         """Returns the name of the call, which `parse` reads."""
         axes = "_".join(map(str, self.axes))
-        factor, fill = (
-            f"{np.float32(x).view(np.uint32):08x}" for x in (self.factor, self.fill)
-        )
-        known = axes, factor, self.empty, fill, str(int(self.is_byte))
-        return f"{INTEGER}softmax.{'.'.join(known)}"
+        numbers = self.factor, self.fill, self.plus
+        reals = (f"{np.float32(x).view(np.uint32):08x}" for x in numbers)
+        flags = (str(int(x)) for x in (self.is_byte, self.keepdims))
+        known = axes, self.empty, *reals, *flags
+        return f"{INTEGER}{self.kind}.{'.'.join(known)}"
 
     def codes(self, x: jax.Array, unit: jax.Array, others: Any, grid: Any) -> Any:
         """Returns codes, int32, and whether each is below the largest without a clip.
@@ -73,18 +83,40 @@ class SoftmaxCall(NamedTuple):
         tables = shared(_tables, factor, places, self.is_byte)
         kept = (m if m.dtype == jnp.bool_ else m > -LARGE / 2 for m in others)
         mask = functools.reduce(jnp.logical_and, kept) if others else None
-        steps = _steps(x, unit)
-        found = probabilities(steps, tables, self.axes, mask, self.empty)
-        return coded(found, *shared(_multiplier, scale), *ends)
+        own = _steps(x, unit), tables, self.axes, mask, self.empty
+        if self.kind == "softmax":
+            shares = probabilities(*own, self.more(places))
+            return coded(shares, *shared(_multiplier, scale), *ends)
+        found = log_codes(
+            *own,
+            is_sum=self.kind == "logsumexp",
+            point=fraction_of(places),
+            factors=shared(_log_factors, factor, scale),
+            ends=(ends[0], ends[1], ends[2]),
+        )
+        if self.keepdims:
+            return found
+        return tuple(lax.squeeze(y, self.axes) for y in found)
 
     @staticmethod
     def parse(e: Any) -> "SoftmaxCall":
         """Reads the name of an equation."""
-        _, axes, factor, empty, fill, is_byte = integer_of(e).split(".")
-        real = lambda bits: float(np.uint32(int(bits, 16)).view(np.float32))
-        own: Any = empty
+        own: Any
+        empty: Any
+        own, axes, empty, *numbers, is_byte, keepdims = integer_of(e).split(".")
+        reals = (float(np.uint32(int(x, 16)).view(np.float32)) for x in numbers)
+        factor, fill, plus = reals
         places = tuple(map(int, axes.split("_")))
-        return SoftmaxCall(places, real(factor), own, real(fill), is_byte == "1")
+        rest = fill, plus, is_byte == "1"
+        return SoftmaxCall(own, keepdims == "1", places, factor, empty, *rest)
+
+    def more(self, places: int) -> int:
+        """Returns what is added to the sums, in the unit of the exponentials.
+
+        Args:
+          places: Number of exponentials in a sum.
+        """
+        return round(self.plus * 2 ** fraction_of(places))
 
 
 class NormCall(NamedTuple):
@@ -153,7 +185,7 @@ class NormCall(NamedTuple):
             is_byte=self.is_byte,
         )
         gain, offset = self.affine(others)
-        numbers = shared(_scaled, gain, offset, scale, self, count)
+        numbers = shared(_scaled, gain, offset, scale, known[3], self, count)
         return integer_norm.coded(found, *numbers, *ends)
 
     def affine(self, others: Any) -> tuple[Any, Any]:
@@ -162,7 +194,7 @@ class NormCall(NamedTuple):
         return gain, others[-1] if self.has_offset else np.zeros((), np.float32)
 
     def unit(self, count: int) -> float:
-        """Returns the factor from integers of `normalised` to values without gain.
+        """Returns the factor from values of `fraction` bits to those without gain.
 
         Args:
           count: Number of codes in a group.
@@ -217,10 +249,16 @@ def _added(unit: jax.Array, call: NormCall, count: int) -> Any:
 
 
 def _scaled(
-    gain: Any, offset: Any, scale: jax.Array, call: NormCall, count: int
+    gain: Any,
+    offset: Any,
+    scale: jax.Array,
+    more: jax.Array,
+    call: NormCall,
+    count: int,
 ) -> Any:
     with jax.enable_x64(True):
-        unit = jnp.float64(call.unit(count))
+        power = integer_norm.power_of_two(-more, jnp)
+        unit = lax.optimization_barrier(jnp.float64(call.unit(count)) * power)
         known = traced_ratio([gain, unit], scale), traced_ratio([offset], scale)
         return integer_norm.scaled(*known, jnp)
 
@@ -231,6 +269,12 @@ def _tables(unit: jax.Array, places: int, is_byte: bool) -> jax.Array:
             return exp_table(unit, jnp).astype(jnp.int32)
         found = exp_tables(unit, places, jnp).astype(jnp.int32)
         return found[1] if is_byte else found
+
+
+def _log_factors(factor: jax.Array, scale: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns the factors of steps and of the logarithm of a sum: `log_codes`."""
+    multiplier, shift = traced_fixed_point([jnp.float32(1)], scale)
+    return (*traced_fixed_point([factor], scale), multiplier, shift + LOG)
 
 
 def _multiplier(scale: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -14,7 +14,8 @@ _AXES = names("axes") - {"transpose"}
 LARGE = 100.0  # A constant of a mask is at least so large.
 _MASKING = POINTWISE | names("axes", "number", "pad") | {"slice", "concatenate"}
 
-SOFTMAXES = ("softmax", "log_softmax")  # Kinds that may have a mask before them.
+# Kinds that may have a mask before them.
+SOFTMAXES = ("softmax", "log_softmax", "logsumexp")
 
 
 def find_masks(

@@ -1,8 +1,9 @@
 """Finds softmaxes and normalisations in a traced model.
 
-Both scale values by statistics of these values themselves:
+They scale values by statistics of these values themselves, or are such a statistic:
 
     softmax:        y = exp(x - max(x)) / sum(exp(x - max(x)))
+    logsumexp:      y = max(x) + log(sum(exp(x - max(x))))
     normalisation:  y = (x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias
 
 No particular formula is looked for: any division of something made of ``x``, number
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 import jax.extend.core as jex
 import numpy as np
 
+from qjax.model.blocks import constant_of
 from qjax.model.flow import Flow
 from qjax.model.kept import quantizer_of
 from qjax.model.masks import SOFTMAXES, find_masks
@@ -25,7 +27,7 @@ from qjax.model.primitives import AFFINE, POINTWISE, names
 from qjax.model.statistics import batch_statistics
 from qjax.model.trace import CALLS, Equation, kinds_of
 
-SOFTMAX, LOG_SOFTMAX = SOFTMAXES
+SOFTMAX, LOG_SOFTMAX, LOG_SUM = SOFTMAXES
 NORM = "norm"
 
 _REDUCTIONS = names("sum", "maximum", "minimum", "reduction")
@@ -41,7 +43,7 @@ class Whole:
     """A softmax or a normalisation.
 
     Attributes:
-      kind: softmax, log_softmax or norm.
+      kind: softmax, log_softmax, logsumexp or norm.
       source: The value that all of it is made of.
       members: Number of an equation -> the equation.
       end: The last one.
@@ -73,7 +75,10 @@ class Normalisations:
         self.flow, self.model, self.data = flow, flow.model, flow.data
 
     def found(self) -> Iterator[Whole]:
-        """Yields softmaxes and normalisations in order, with no equation in common."""
+        """Yields softmaxes and normalisations in order, with no equation in common.
+
+        Logarithms of sums of exponentials that are no part of them come last.
+        """
         statistics = batch_statistics(self.model, self.data)
         taken: set[int] = set()
         for k, e in enumerate(self.model.equations):
@@ -85,6 +90,44 @@ class Normalisations:
                 continue
             taken.update(whole.members)
             yield whole
+        for name in ("add", "log"):  # What is less its maximum, and what is not.
+            for e in self.model.equations:
+                whole = self._log_sum(e) if e.primitive.name == name else None
+                if whole is not None and not taken.intersection(whole.members):
+                    taken.update(whole.members)
+                    yield whole
+
+    def _log_sum(self, e: Equation) -> Whole | None:
+        """Returns the logarithm of a sum of exponentials that ends at an equation."""
+        x, operands = self.flow.common(self.flow.operands(e)), self.flow.operands(e)
+        if e.primitive.name == "log":
+            sums = [s for s in self._before(e) if s.primitive.name == "reduce_sum"]
+            power = self._behind(sums[0].inputs[0]) if len(sums) == 1 else None
+            if power is None or power.primitive.name not in _POWERS:
+                return None
+            x = power.inputs[0]
+        elif len(operands) != 2 or not self._is_any_log(operands, x):
+            return None
+        is_given = x in self.data and self.model.is_real(x)
+        if not is_given or not self.model.shape(e.outputs[0]):
+            return None
+        members = self._between(x, e)
+        return None if members is None else self._finished(LOG_SUM, x, members, e)
+
+    def _before(self, e: Equation) -> Iterator[Equation]:
+        """Yields the last sum behind an equation, if only moves are between."""
+        (v,) = e.inputs
+        while (own := self.flow.source.get(v)) is not None:
+            if own.primitive.name not in _SAME | _MOVES | {"broadcast_in_dim", "abs"}:
+                yield own
+                return
+            v = own.inputs[0]
+
+    def _is_any_log(self, operands: list[int], x: int) -> bool:
+        """Returns whether operands are reduced, one the log of a sum of powers."""
+        if x == -1 or not all(self._is_reduced(v, x) for v in operands):
+            return False
+        return any(self._is_log_of_powers(v, x) for v in operands)
 
     def _whole(self, e: Equation) -> Whole | None:
         """Returns the softmax or normalisation that divides at an equation, if any."""
@@ -113,7 +156,9 @@ class Normalisations:
     def _finished(
         self, kind: str, source: int, members: dict[int, Equation], e: Equation
     ) -> Whole:
-        end, kind = self._with_tail(kind, e, members)
+        end = e
+        if kind != LOG_SUM:
+            end, kind = self._with_tail(kind, e, members)
         masks: set[int] = set()
         if kind in SOFTMAXES:
             readers = {v for m in members.values() for v in m.outputs}
@@ -312,6 +357,9 @@ class Normalisations:
         others = [u for u in e.inputs if u != v]
         if not self._keeps_size(v, e.outputs[0]):
             return False
+        if name == "select_n" and kind == LOG_SOFTMAX:
+            fills = (constant_of(self.model, u, self.flow.source) for u in others)
+            return any(x is not None and bool(np.all(x == -np.inf)) for x in fills)
         if name == "select_n":
             return e.inputs[0] in self.flow.side and all(
                 u in self.flow.side or u not in self.data for u in others

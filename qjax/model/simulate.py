@@ -22,7 +22,7 @@ from qjax.model.common_scales import (
     aligned_ends,
     channels_of,
 )
-from qjax.model.exact import Exact
+from qjax.model.exact import Exact, Masked
 from qjax.model.integer_calls import DivideCall
 from qjax.model.layouts import transposed
 from qjax.model.lines import (
@@ -92,7 +92,7 @@ class Simulation(LoopRuns):
     def _enter(self, visitor: Visitor) -> None:
         """Forgets all of an earlier run."""
         self._begin(visitor)
-        self._units: dict[int, Unit | Exact] = {}
+        self._units: dict[int, Unit | Exact | Masked] = {}
         # Product -> the line that follows it, and a factor behind the line.
         self._lines: dict[int, tuple[HeldLine, Any]] = {}
         self._met: set[int] = set()  # Values that have been visited.
@@ -213,13 +213,19 @@ class Simulation(LoopRuns):
             k = self._plan.activations.get(out)
             name = e.path if k is None else self._plan.sites[k].name
             self.added_masks[name] = added
+        kept = None
+        if isinstance(form, SoftmaxForm):
+            kept = form.kept(e, operands)
         grid = self._grids.get(x)
         if grid is None or grid.scale.ndim:
+            if kept is not None:
+                self._units[out] = Masked(kept)
             return
         value = transposed(operands[0], form.order)
         own = lax.stop_gradient((value, grid.scale))
         known = lax.stop_gradient(form.others(e, operands))
-        self._units[out] = Exact(form.call(x in self._bytes), real, (*own, *known))
+        call = form.call(x in self._bytes)
+        self._units[out] = Exact(call, real, (*own, *known), kept=kept)
 
     def _divide_exactly(self, e: Equation, real: Any) -> None:
         """Has a quotient of two values on grids computed in integers."""

@@ -2,11 +2,13 @@
 
     p = exp(factor * x) / sum(exp(factor * x))        over axes, of what a mask keeps
 
-A softmax is a call of `qjax.model.folding`, with any formula inside. Its equations are
-run on symbols: what is left of the formula is a factor, axes and masks, or nothing.
+or its logarithm, or that of the sum, ``logsumexp``. A softmax is a call of
+`qjax.model.folding`, with any formula inside. Its equations are run on symbols: what is
+left of the formula is a factor, axes and masks, or nothing.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.integer_softmax import Empty
+from qjax.integer_softmax import Empty, Kind
 from qjax.model.forms import OUTSIDE, FormReader, value_of
 from qjax.model.integer_calls import SoftmaxCall
 from qjax.model.kept import whole_of
@@ -23,6 +25,7 @@ from qjax.model.layouts import (
     Digit,
     Layout,
     is_within,
+    joined,
     meets,
     moved,
     permutation,
@@ -73,12 +76,13 @@ class _Powers(NamedTuple):
 
 
 class _Reduced(NamedTuple):
-    kind: str  # max or sum.
+    kind: str  # max, is_finite of it, sum, log of it; total: the log, and the maximum.
     over: tuple[Digit, ...]
     layout: Layout
     masks: tuple[_Mask, ...]
     factor: float
     shift: _Shift | None = None  # Of the powers of a sum.
+    plus: float = 0.0  # Added to a sum.
 
 
 class _Shares(NamedTuple):
@@ -86,31 +90,40 @@ class _Shares(NamedTuple):
     over: tuple[Digit, ...]
     layout: Layout
     masks: tuple[_Mask, ...]
+    is_log: bool = False
+    plus: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class SoftmaxForm:
-    """A softmax that integers compute.
+    """A softmax, or its logarithm, that integers compute.
 
     Attributes:
+      kind: softmax, log_softmax or logsumexp.
+      keepdims: Whether a logsumexp has its axes, with size 1; true for others.
       order: Axes of its input in the order of its result.
       axes: Axes of the result that its sums go over.
       factor: Positive factor of its input, a float32.
       empty: What a row is in which the mask keeps nothing.
       fill: Largest finite number that a mask puts or adds; 0 if there is none.
+      plus: Number that is added to the sums, whose largest term is 1; 0 to 1.
       masks: Masks in the call.
     """
 
+    kind: Kind
+    keepdims: bool
     order: tuple[int, ...]
     axes: tuple[int, ...]
     factor: float
     empty: Empty
     fill: float
+    plus: float
     masks: tuple[_Mask, ...]
 
     def call(self, is_byte: bool) -> SoftmaxCall:
         """Returns what integers compute, for codes of 8 bits or more."""
-        return SoftmaxCall(self.axes, self.factor, self.empty, self.fill, is_byte)
+        numbers = self.axes, self.factor, self.empty, self.fill, self.plus
+        return SoftmaxCall(self.kind, self.keepdims, *numbers, is_byte)
 
     def added(self, call: Any, operands: Sequence[Any]) -> list[jax.Array]:
         """Returns the inputs of the model that are added to its input as masks."""
@@ -124,20 +137,43 @@ class SoftmaxForm:
 
         Each is truth values, of what is kept, or numbers to add.
         """
-        jaxpr = call.params["jaxpr"].jaxpr
-        env = dict(zip(jaxpr.invars, operands, strict=True))
-        found = []
-        for mask in self.masks:
-            value = value_of(jaxpr, env, mask.variable)
-            value = jnp.asarray(~value if mask.kept == 0 else value)
+        values = []
+        for mask, value in zip(self.masks, self._masks(call, operands), strict=True):
             if mask.is_input:  # 0 for what is kept, -1 for what is masked.
                 ends = np.int32(-1), np.int32(0)
                 grid = jnp.float32(LARGE), known_zeros()
                 value = bind_point(value, *grid, *ends, site="mask")
-            value = value.reshape((1,) * (len(self.order) - value.ndim) + value.shape)
-            turned = tuple(mask.order.index(d) for d in self.order)
-            found.append(transposed(value, turned))
-        return tuple(found)
+            values.append(self._in_order(mask, value))
+        return tuple(values)
+
+    def kept(self, call: Any, operands: Sequence[Any]) -> jax.Array | None:
+        """Returns what masks leave of a logarithm, for the operands of the call.
+
+        What they take would go into its range. None for all, and for a softmax.
+        """
+        if self.kind == "softmax" or not self.masks:
+            return None
+        values = zip(self.masks, self._masks(call, operands), strict=True)
+        found = [self._in_order(mask, value) for mask, value in values]
+        kept = [m if m.dtype == jnp.bool_ else m > -LARGE / 2 for m in found]
+        shape = [jnp.shape(operands[0])[d] for d in self.order]
+        whole = jnp.broadcast_to(functools.reduce(jnp.logical_and, kept), shape)
+        rows = jnp.any(whole, self.axes, keepdims=self.keepdims)
+        if self.kind == "logsumexp":
+            return rows
+        return whole if self.empty == "zero" else whole | ~rows
+
+    def _masks(self, call: Any, operands: Sequence[Any]) -> list[Any]:
+        jaxpr = call.params["jaxpr"].jaxpr
+        env = dict(zip(jaxpr.invars, operands, strict=True))
+        values = [value_of(jaxpr, env, mask.variable) for mask in self.masks]
+        pairs = zip(self.masks, values, strict=True)
+        return [jnp.asarray(~x if mask.kept == 0 else x) for mask, x in pairs]
+
+    def _in_order(self, mask: _Mask, value: jax.Array) -> jax.Array:
+        """Returns a mask with its axes in the order of the result."""
+        value = value.reshape((1,) * (len(self.order) - value.ndim) + value.shape)
+        return transposed(value, tuple(mask.order.index(d) for d in self.order))
 
 
 def read_softmax(model: Trace, e: Equation) -> SoftmaxForm | None:
@@ -147,15 +183,16 @@ def read_softmax(model: Trace, e: Equation) -> SoftmaxForm | None:
       model: Trace that holds the call.
       e: The call.
     """
-    if whole_of(e) != SOFTMAXES[0] or len(e.outputs) != 1:
+    if whole_of(e) not in SOFTMAXES or len(e.outputs) != 1:
         return None
     reader = _SoftmaxReader(model, e)
-    found = reader.run(_Logits(1.0, source_layout(reader.shape)))
-    if not isinstance(found, _Shares) or not found.factor > 0:
+    found = _of_shares(reader.run(_Logits(1.0, source_layout(reader.shape))))
+    is_sum = isinstance(found, _Reduced) and found.kind == "total"
+    if not (is_sum or isinstance(found, _Shares)) or not found.factor > 0:
         return None
-    order = permutation(found.layout, reader.shape)
-    is_whole = all(d == Digit(d.axis, 1, reader.shape[d.axis or 0]) for d in found.over)
-    if order is None or not is_whole:
+    whole = source_layout(reader.shape)
+    order = permutation(whole if is_sum else found.layout, reader.shape)
+    if order is None or not all(d == whole[d.axis or 0][0] for d in found.over):
         return None
     axes = tuple(sorted(order.index(d.axis) for d in found.over if d.axis is not None))
     empties = {mask.empty for mask in found.masks}
@@ -163,14 +200,30 @@ def read_softmax(model: Trace, e: Equation) -> SoftmaxForm | None:
         return None
     fill = max((mask.fill for mask in found.masks if mask.fill), default=0.0)
     (empty,) = empties or {"zero"}
-    return SoftmaxForm(order, axes, found.factor, empty, fill, found.masks)
+    numbers = order, axes, found.factor, empty, fill, found.plus, found.masks
+    if not is_sum:
+        return SoftmaxForm("log_softmax" if found.is_log else "softmax", True, *numbers)
+    # What masks put in an empty row is below all codes, as far as it masks.
+    form = SoftmaxForm("logsumexp", True, *numbers)
+    form = dataclasses.replace(form, empty="zero")
+    left = tuple(axis for d, axis in enumerate(whole) if d not in axes)
+    if tuple(map(joined, found.layout)) == left:
+        return dataclasses.replace(form, keepdims=False)
+    kept = tuple(() if d in axes else axis for d, axis in enumerate(whole))
+    return form if found.layout == kept else None
+
+
+def _of_shares(x: Any) -> Any:
+    """Returns the logarithm of a sum without a maximum as that with it."""
+    is_plain = isinstance(x, _Reduced) and x.kind == "log" and x.shift is None
+    return x._replace(kind="total") if is_plain else x
 
 
 class _SoftmaxReader(FormReader):
     """A run of a call on symbols."""
 
     def step(self, eqn: Any, own: list[Any]) -> Any:
-        name = eqn.primitive.name
+        name, own = eqn.primitive.name, list(map(_of_shares, own))
         if name in _SAME:
             return own[0]
         if name == "convert_element_type":
@@ -180,6 +233,10 @@ class _SoftmaxReader(FormReader):
             return None if layout is None else own[0]._replace(layout=layout)
         if name in ("mul", "div"):
             return self._scaled(eqn, own)
+        if name in ("add", "max") and OUTSIDE in own:
+            k = own.index(OUTSIDE)
+            if isinstance(own[1 - k], _Reduced) and own[1 - k].kind == "sum":
+                return _sum_and(name, own[1 - k], self.number(eqn.invars[k]))
         if name == "max" and OUTSIDE in own:
             k = own.index(OUTSIDE)
             is_same = isinstance(own[1 - k], _Reduced) and own[1 - k].kind == "max"
@@ -187,6 +244,14 @@ class _SoftmaxReader(FormReader):
             return own[1 - k] if is_least else None
         if name in ("reduce_max", "reduce_sum"):
             return self._reduced(name, eqn, own[0])
+        if name in ("log", "abs", "is_finite"):
+            return _of_one(name, own[0])
+        if name == "sub" and isinstance(own[1], _Reduced) and own[1].kind != "max":
+            return _log_shares(*own)
+        if name == "add" and OUTSIDE not in own:
+            return _total(*own) or _total(*own[::-1])
+        if name == "select_n" and OUTSIDE in own[1:] and own[0] is not OUTSIDE:
+            return _checked(self.number(eqn.invars[1]), *own)
         if name == "sub" and isinstance(own[0], _Logits):
             is_max = isinstance(own[1], _Reduced) and own[1].kind == "max"
             fits = is_max and own[1].factor == own[0].factor
@@ -195,6 +260,8 @@ class _SoftmaxReader(FormReader):
                 return None
             shift = _Shift(own[1].over, _keys(own[1].masks))
             return own[0]._replace(shift=shift)
+        if name == "exp" and isinstance(own[0], _Shares) and own[0].is_log:
+            return own[0]._replace(is_log=False)
         if name in ("exp", "exp2") and isinstance(own[0], _Logits):
             base = np.float32(np.log(2) if name == "exp2" else 1)
             factor = float(np.float32(own[0].factor) * base)
@@ -219,7 +286,12 @@ class _SoftmaxReader(FormReader):
             )
             if not fits or _keys(x.masks) != _keys(total.masks):
                 return None
-            return _Shares(x.factor, total.over, x.layout, x.masks)
+            # Over a sum of nothing, which is 0, no other share is a number.
+            empties = [{(m.key, m.empty) for m in s.masks} for s in (x, total)]
+            if total.plus and empties[0] != empties[1]:
+                return None
+            shares = _Shares(x.factor, total.over, x.layout, x.masks)
+            return shares._replace(plus=total.plus)
         if eqn.primitive.name == "div" and own[1] is not OUTSIDE or OUTSIDE not in own:
             return None
         k = own.index(OUTSIDE)
@@ -254,14 +326,19 @@ class _SoftmaxReader(FormReader):
             return None
         if isinstance(x, _Logits) and x.shift is None and fill <= -LARGE:
             empty: Empty = "zero" if fill == -np.inf else "uniform"
+        elif isinstance(x, _Shares) and x.is_log and fill == -np.inf:
+            empty = "zero"
         elif isinstance(x, _Powers | _Shares) and fill == 0:
+            if isinstance(x, _Shares) and x.is_log:
+                return None
             empty = "zero"
         else:
             return None
         key, is_share = (self.key(eqn.invars[0]), at), isinstance(x, _Shares)
         known = next((m for m in x.masks if m.key == key), None)
         if known is not None:  # The same mask once more.
-            own = known._replace(empty="zero") if is_share else known
+            is_zero = not isinstance(x, _Logits)
+            own = known._replace(empty="zero") if is_zero else known
             return x._replace(masks=tuple(own if m is known else m for m in x.masks))
         if is_share:
             return None
@@ -295,6 +372,64 @@ class _SoftmaxReader(FormReader):
         fill = fill if np.isfinite(fill) else 0.0
         mask = _Mask(eqn.invars[k], key, None, empty, fill, order)
         return x._replace(masks=(*x.masks, mask))
+
+
+def _of_one(name: str, x: Any) -> Any:
+    """Returns the logarithm of shares or of a sum, and what is checked of others."""
+    if not isinstance(x, _Shares | _Reduced) or x.plus:
+        return None
+    if isinstance(x, _Shares):
+        return None if x.is_log or name != "log" else x._replace(is_log=True)
+    kinds = {"log": ("sum", "log"), "abs": ("sum", "sum"), "is_finite": ("max", name)}
+    before, behind = kinds[name]
+    return x._replace(kind=behind) if x.kind == before else None
+
+
+def _sum_and(name: str, x: _Reduced, number: float | None) -> _Reduced | None:
+    """Returns a sum plus a small number, or of at least one: its largest term is 1."""
+    is_own = x.shift is not None and x.shift.over == x.over
+    if not is_own or number is None or not 0 <= x.plus + number <= 1 or number < 0:
+        return None
+    return x if name == "max" else x._replace(plus=x.plus + number)
+
+
+def _checked(number: float | None, which: Any, *cases: Any) -> Any:
+    """Returns a maximum that is 0 where it is not finite: of a row without any value.
+
+    Args:
+      number: The first case, if it is a number.
+      which: The choice.
+      cases: Both cases.
+    """
+    x = cases[1]
+    is_max = isinstance(x, _Reduced) and x.kind == "max" and number == 0
+    return x if is_max and which == x._replace(kind="is_finite") else None
+
+
+def _log_shares(x: Any, total: _Reduced) -> _Shares | None:
+    """Returns logits less the logarithm of the sum of their exponentials."""
+    fits = isinstance(x, _Logits) and x.factor == total.factor
+    fits = fits and (
+        (total.kind == "log" and x.shift == total.shift)
+        or (total.kind == "total" and x.shift is None)
+    )
+    if not fits or not meets(x.layout, total.layout, total.over):
+        return None
+    shift = total.shift
+    is_row = shift is None or all(is_within(d, shift.over) for d in total.over)
+    if not is_row or _keys(total.masks) != _keys(x.masks):
+        return None
+    return _Shares(x.factor, total.over, x.layout, x.masks, is_log=True)
+
+
+def _total(x: Any, top: Any) -> _Reduced | None:
+    """Returns the logarithm of a sum and the maximum that its logits are less."""
+    fits = isinstance(x, _Reduced) and isinstance(top, _Reduced)
+    if not fits or x.kind != "log" or top.kind != "max" or x.shift is None:
+        return None
+    is_same = x.shift == _Shift(top.over, _keys(top.masks)) and x.over == top.over
+    is_same = is_same and x.factor == top.factor and x.layout == top.layout
+    return x._replace(kind="total", shift=None) if is_same else None
 
 
 def _keys(masks: Sequence[_Mask]) -> frozenset[Any]:

@@ -47,7 +47,7 @@ class Recorder:
 
     def activation(self, site: Site, x: jax.Array, unit: Pending) -> Visit:
         """Records the values of a site."""
-        x = x if unit is None else x * unit.per(1.0)
+        x = x if unit is None else unit.seen(x)
         self.values[site.name] = x
         return Visit(x)
 
@@ -313,7 +313,7 @@ class Updater(Quantizer):
         """Updates the range of the site, then rounds by it."""
         spec = self.choices[site].word
         if isinstance(spec, QSpec) and site.name in self.qstate:
-            real = jax.lax.stop_gradient(x if unit is None else x * unit.per(1.0))
+            real = jax.lax.stop_gradient(x if unit is None else unit.seen(x))
             calibrator = self.choices[site].calibrator
             old = self.qstate[site.name]
             if self.axes:

@@ -7,7 +7,7 @@ import jax
 from jax.typing import ArrayLike
 
 from qjax.affine import QParams, QSpec
-from qjax.model.exact import Exact
+from qjax.model.exact import Exact, Masked
 from qjax.schemes.patterns import Site
 
 
@@ -37,13 +37,17 @@ class Unit(NamedTuple):
     factor: jax.Array  # Factor of the sum: one over the number of codes.
     scale: jax.Array  # shape=(). Of the codes.
 
+    def seen(self, x: jax.Array) -> jax.Array:
+        """Returns the real value of a sum."""
+        return x * self.per(1.0)
+
     def per(self, scale: ArrayLike) -> jax.Array:
         """Returns the factor from the sum to codes of ``scale``, or to reals for 1."""
         factor = self.factor.astype(self.scale.dtype) * (self.scale / scale)
         return factor.astype(self.factor.dtype)
 
 
-Pending = Unit | Exact | None
+Pending = Unit | Exact | Masked | None
 
 
 class Visitor(Protocol):
@@ -52,7 +56,8 @@ class Visitor(Protocol):
     def activation(self, site: Site, x: jax.Array, unit: Pending) -> Visit:
         """Visits the input of the model or the end of a block.
 
-        ``x`` is real but for a `Unit`; an `Exact` computes it once its grid is known.
+        ``x`` is real but for a `Unit`; an `Exact` computes it once its grid is known,
+        and a calibrator reads what a unit has it see.
         """
 
     def weight(self, site: Site, x: jax.Array, biases: "Biases" = list) -> Visit:

@@ -113,7 +113,7 @@ def _fixed_8_bit() -> tuple[Rule, ...]:
         _fixed((*_SIGMOIDS, "softmax"), word, unit),
         _fixed("tanh", word, both),
         _fixed(("mul", "div", "norm"), word, both, "l2_normalize"),
-        _fixed("residual", word, below, "log_softmax"),
+        _fixed(("residual", "log_softmax"), word, below, "log_softmax"),
     )
 
 

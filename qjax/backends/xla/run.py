@@ -16,7 +16,7 @@ from qjax.calls import alone
 from qjax.graph.graph import Graph, Node, holds
 from qjax.integer import align_products, requantize, requantize_sum
 from qjax.integer_division import divided
-from qjax.integer_softmax import coded, probabilities
+from qjax.integer_softmax import coded, fraction, log_codes, probabilities
 
 NodeBody = Callable[[Node, Mapping[str, jax.Array], Sequence[jax.Array]], jax.Array]
 
@@ -228,9 +228,23 @@ def _softmax(node, params, inputs):
             f"made for at most {a['most_places']} places, and they now have {places}. "
             "Lower the model for this shape."
         )
-    found = probabilities(x, table, axes, keep, a["empty"])
-    grid = a["multiplier"], a["shift"], a["zero_point"]
-    return coded(found, *grid, a["low"], a["high"])[0]
+    ends = a["zero_point"], a["low"], a["high"]
+    if node.operation == "softmax":
+        found = probabilities(x, table, axes, keep, a["empty"], a.get("plus", 0))
+        return coded(found, a["multiplier"], a["shift"], *ends)[0]
+    names = "input_multiplier", "input_shift", "multiplier", "shift"
+    codes, _ = log_codes(
+        x.astype(jnp.int32) - a["input_zero_points"][0],
+        table,
+        axes,
+        keep,
+        a["empty"],
+        is_sum=node.operation == "logsumexp",
+        point=fraction(a["most_places"]),
+        factors=tuple(a[name] for name in names),
+        ends=ends,
+    )
+    return codes if a.get("keepdims", True) else jnp.squeeze(codes, axes)
 
 
 def _norm(node, params, inputs):
@@ -245,7 +259,8 @@ def _norm(node, params, inputs):
         )
     steps = x.astype(jnp.int32) - a["input_zero_points"][0]
     with jax.enable_x64(True):
-        known = (jnp.int64(a["epsilon"]), jnp.int64(a["floor"]), jnp.int32(a["point"]))
+        squares = (jnp.int64(a[name]) for name in ("epsilon", "floor"))
+        known = (*squares, jnp.int32(a["point"]), jnp.int32(a.get("more", 0)))
     kind = {"is_centred": a["is_centred"], "is_byte": x.dtype.itemsize == 1}
     values = integer_norm.normalised(steps, axes, groups, *known, **kind)
     numbers = (params[node.params[role]] for role in ("multiplier", "bias"))
@@ -414,7 +429,7 @@ BODIES: dict[str, NodeBody] = {
     "clip": _clip,
     "dot_codes": _dot_codes,
     "multiply_codes": _multiply_codes,
-    "softmax": _softmax,
+    **dict.fromkeys(("softmax", "log_softmax", "logsumexp"), _softmax),
     "norm": _norm,
     "divide": _divide,
     "table": _table,

@@ -7,6 +7,7 @@ import numpy as np
 from qjax.graph.operations.record import (
     AXES,
     CLIP,
+    COUNT,
     FLAG,
     INT32,
     INTEGER,
@@ -45,7 +46,15 @@ def _softmax_shape(o: Operands) -> Shape:
     return o.x.shape
 
 
-def _softmax_interval(o: Operands) -> Ends:
+def _sum_shape(o: Operands) -> Shape:
+    shape = _softmax_shape(o)
+    if o["keepdims"]:
+        return tuple(1 if d in o["axes"] else n for d, n in enumerate(shape))
+    return tuple(n for d, n in enumerate(shape) if d not in o["axes"])
+
+
+def _check_table(o: Operands) -> np.ndarray:
+    """Returns the table of exponentials; raises ValueError for one that is none."""
     table = o.check_range("table", 0, _ONE)
     size, distance = len(table), o.x.high - o.x.low
     places = math.prod(o.x.shape[d] for d in o["axes"])
@@ -60,6 +69,11 @@ def _softmax_interval(o: Operands) -> Ends:
     for mask in o.inputs[1:]:
         is_mask = 0 <= mask.low and mask.high <= 1
         o.check(is_mask, "the mask must be 0 or 1", [mask.low, mask.high])
+    return table
+
+
+def _softmax_interval(o: Operands) -> Ends:
+    _check_table(o)
     codes = (_coded(o, np.asarray(p, np.int64)) for p in (0, _ONE))
     return tuple(map(int, codes))  # type: ignore[return-value]
 
@@ -70,36 +84,132 @@ def _coded(a, p):
     return np.clip(steps + a["zero_point"], a["low"], a["high"])
 
 
-def _softmax(a, own, inputs):
-    """Computes each row in Python's integers, which have no end."""
-    x, axes, table = inputs[0], tuple(a["axes"]), own["table"]
+def _log_interval(o: Operands) -> Ends:
+    table = _check_table(o)
+    o.check_zero_points("input_zero_points", o["input_zero_points"])
+    one, most = int(table[0]), int(table.max())
+    is_one = most == one and one * o["most_places"] == 1 << 45
+    o.check(is_one, "the table must begin with its largest, 2^45 / `most_places`", most)
+    log = _logarithm(o["most_places"] * one, one) + 2
+    if "keepdims" in o.attributes:
+        far = o.check_distance(o.x, o.x.zero_point)
+        o.check(far < 1 << 17, "codes must be below 2^17 about their zero point", far)
+        zero = o.x.zero_point
+        pairs = (o.x.low - zero, 0), (o.x.high - zero, log)
+    else:
+        pairs = (o.x.low - o.x.high, -log), (0, 0)
+    low, high = (int(_log_coded(o, *pair)) for pair in pairs)
+    return (o["low"] if len(o.inputs) > 1 else low), high
+
+
+def _logarithm(total: int, one: int) -> int:
+    """Returns ``2^26 * log(total / one)``, by the series of a quotient."""
+    length = total.bit_length()
+    a = total << 32 - length if length < 32 else total >> length - 32
+    z = ((a - (1 << 31)) << 31) // (a + (1 << 31))
+    series = 0
+    for k in range(19, 0, -2):
+        series = ((2 << 31) + k) // (2 * k) + ((z * z >> 31) * series >> 31)
+    found = (length - one.bit_length()) * _LN2 + ((z * series >> 30) << 9)
+    return (found + (1 << 13)) >> 14
+
+
+_LN2 = 762123384786  # In units of 2^-40.
+
+
+def _log_coded(a, t, log):
+    """Returns the code of a step and of what is added to it, 2^26 times a logarithm."""
+    pairs = (
+        (t, a["input_multiplier"], a["input_shift"]),
+        ((log, a["multiplier"], a["shift"])),
+    )
+    total = 0
+    for x, multiplier, shift in pairs:
+        up, down = max(14 - shift, 0), max(shift - 14, 0)
+        total += ((x * multiplier << up) + ((1 << down) >> 1)) >> down
+    steps = (total + (1 << 13)) >> 14
+    return max(a["low"], min(a["high"], steps + a["zero_point"]))
+
+
+def _rows(a, inputs):
+    """Returns codes and what a mask keeps by rows, and the axes of both in order."""
+    x, axes = inputs[0], tuple(a["axes"])
     keep = np.ones(x.shape, bool)
     if len(inputs) > 1:
         keep = np.broadcast_to(inputs[1] != 0, x.shape)
     others = tuple(d for d in range(x.ndim) if d not in axes)
-    order = others + axes
     rows = (math.prod(x.shape[d] for d in others), -1)
+    codes, kept = (v.transpose(others + axes).reshape(rows) for v in (x, keep))
+    pairs = []
+    for row, own in zip(codes, kept, strict=True):
+        if not own.any() and a["empty"] != "zero":
+            own = np.ones(len(row), bool)
+            row = row if a["empty"] == "all" else np.zeros_like(row)
+        pairs.append((row, own))
+    return pairs, others + axes
+
+
+def _in_order(found, x, order):
+    """Returns what is found by rows, its axes in the order of the codes."""
+    shape = [x.shape[d] for d in order]
+    return np.array(found, np.int64).reshape(shape).transpose(np.argsort(order))
+
+
+def _parts(table, row):
+    """Returns exponentials of codes, by the distance from their largest."""
+    return [int(table[min(d, len(table) - 1)]) for d in row.max() - row]
+
+
+def _softmax(a, own, inputs):
+    """Computes each row in Python's integers, which have no end."""
+    x = inputs[0]
     if not x.size:
         return x
-    shape = [x.shape[d] for d in order]
-    codes, kept = (v.transpose(order).reshape(rows) for v in (x, keep))
-    found = np.zeros(codes.shape, np.int64)
-    for k, (row, own_kept) in enumerate(zip(codes, kept, strict=True)):
-        if not own_kept.any() and a["empty"] != "zero":
-            own_kept = np.ones(len(row), bool)
-            row = row if a["empty"] == "all" else np.zeros_like(row)
-        if own_kept.any():
-            places = np.flatnonzero(own_kept)
-            distance = row[places].max() - row[places]
-            parts = [int(table[min(d, len(table) - 1)]) for d in distance]
-            found[k, places] = _shares(parts)
-    found = found.reshape(shape).transpose(np.argsort(order))
-    return _coded(a, found)
+    pairs, order = _rows(a, inputs)
+    found = np.zeros((len(pairs), len(pairs[0][0])), np.int64)
+    for k, (row, kept) in enumerate(pairs):
+        if kept.any():
+            parts = _parts(own["table"], row[kept])
+            found[k, kept] = _shares(parts, a.get("plus", 0))
+    return _coded(a, _in_order(found, x, order))
 
 
-def _shares(parts: list[int]) -> list[int]:
-    """Returns parts of their sum, by a reciprocal of 32 bits."""
-    total = sum(parts)
+def _log_softmax(a, own, inputs):
+    """Computes each row in Python's integers, which have no end."""
+    x = inputs[0]
+    if not x.size:
+        return x
+    pairs, order = _rows(a, inputs)
+    found = np.full((len(pairs), len(pairs[0][0])), a["low"], np.int64)
+    for k, (row, kept) in enumerate(pairs):
+        if kept.any():
+            log = _logarithm(sum(_parts(own["table"], row[kept])), int(own["table"][0]))
+            top = int(row[kept].max())
+            found[k, kept] = [_log_coded(a, int(q) - top, -log) for q in row[kept]]
+    return _in_order(found, x, order)
+
+
+def _logsumexp(a, own, inputs):
+    """Computes each row in Python's integers, which have no end."""
+    x, axes = inputs[0], a["axes"]
+    kept = [1 if d in axes else n for d, n in enumerate(x.shape)]
+    shape = kept if a["keepdims"] else [n for d, n in enumerate(kept) if d not in axes]
+    if not x.size:
+        return np.full(shape, a["low"], np.int64)
+    found = []
+    for row, kept in _rows(a, inputs)[0]:
+        code = a["low"]
+        if kept.any():
+            log = _logarithm(sum(_parts(own["table"], row[kept])), int(own["table"][0]))
+            top = int(row[kept].max()) - a["input_zero_points"][0]
+            code = _log_coded(a, top, log)
+        found.append(code)
+    return np.array(found, np.int64).reshape(shape)
+
+
+def _shares(parts: list[int], plus: int) -> list[int]:
+    """Returns parts of their sum and more, by a reciprocal of 32 bits."""
+    total = sum(parts) + plus
     length = total.bit_length()
     reciprocal = min(((1 << (32 + length)) // total + 1) // 2, (1 << 32) - 1)
     half, unit = 1 << length, 1 << (length + 1)
@@ -109,7 +219,7 @@ def _shares(parts: list[int]) -> list[int]:
 SOFTMAX = Operation(
     "softmax",
     "code = clip(floor(p * multiplier * 2^-shift + 1/2) + zero_point), "
-    "p = round(2^30 * e / sum(e)), e = table[max(q) - q]",
+    "p = round(2^30 * e / (sum(e) + plus)), e = table[max(q) - q]",
     "rescale",
     _softmax_shape,
     _softmax_interval,
@@ -126,6 +236,58 @@ SOFTMAX = Operation(
         **CLIP,
     },
     roles=("table",),
+    optional={
+        "plus": Attribute(
+            "an integer from 0 to 2^30", lambda x: is_integer(x) and 0 <= x <= _ONE
+        )
+    },
+)
+
+
+_LOGS: dict[str, Attribute] = {
+    "algorithm": choice("exp_table_and_log_series"),
+    "axes": AXES,
+    "most_places": SIZE,
+    "empty": choice("zero", "all", "uniform"),
+    "input_multiplier": _MULTIPLIER,
+    "input_shift": SHIFT,
+    "input_zero_points": INTEGERS,
+    "multiplier": _MULTIPLIER,
+    "shift": Attribute(
+        "an integer from 26 to 88", lambda x: is_integer(x) and 26 <= x <= 88
+    ),
+    "zero_point": INTEGER,
+    **CLIP,
+}
+
+LOG_SOFTMAX = Operation(
+    "log_softmax",
+    "code = clip(floor((q - max(q)) * input_multiplier * 2^-input_shift "
+    "- L * multiplier * 2^-shift + 1/2) + zero_point), "
+    "L = round(2^26 * log(sum(e) / table[0])), e = table[max(q) - q]",
+    "rescale",
+    _softmax_shape,
+    _log_interval,
+    _log_softmax,
+    inputs=(1, 2),
+    attributes=_LOGS,
+    roles=("table",),
+    each_input=("input_zero_points",),
+)
+
+LOGSUMEXP = Operation(
+    "logsumexp",
+    "code = clip(floor((max(q) - input_zero_point) * input_multiplier * 2^-input_shift "
+    "+ L * multiplier * 2^-shift + 1/2) + zero_point), "
+    "L = round(2^26 * log(sum(e) / table[0])), e = table[max(q) - q]",
+    "rescale",
+    _sum_shape,
+    _log_interval,
+    _logsumexp,
+    inputs=(1, 2),
+    attributes={**_LOGS, "keepdims": FLAG},
+    roles=("table",),
+    each_input=("input_zero_points",),
 )
 
 
@@ -157,6 +319,13 @@ def _norm_interval(o: Operands) -> Ends:
     o.check(o["point"] % 2 == 0 and -60 <= o["point"] <= 30, "even point", o["point"])
     one = 1 << _fraction(count, o["is_centred"])
     most = one if not o["is_centred"] else math.isqrt(one * one * (count - 1)) + 1
+    if more := o.attributes.get("more", 0):
+        far = (count if o["is_centred"] else 1) * wide
+        added = max(o["epsilon"], o["floor"], 1)
+        bits = 2 * (_fraction(count, o["is_centred"]) + more) + o["point"]
+        square = far**2 << bits if bits >= 0 else (far**2 >> -bits) + 1
+        most = math.isqrt(square // added) + 1
+        o.check(most < 1 << 30, "values must fit 30 bits with `more`", more)
     most += (most >> 24) + 2  # What the root may be off by.
     least = 0 if not o["is_centred"] and o.x.low >= o.x.zero_point else -most
     o.check_range("multiplier", -(1 << 30), 1 << 30)
@@ -200,7 +369,7 @@ def _norm(a, own, inputs):
         point = a["point"]
         whole = squares[place] << point if point >= 0 else squares[place] >> -point
         root, down = _reciprocal_root(max(whole + a["epsilon"], a["floor"], 1))
-        down -= point // 2 + _fraction(a["count"], a["is_centred"])
+        down -= point // 2 + _fraction(a["count"], a["is_centred"]) + a.get("more", 0)
         down = min(max(down, 0), 62)
         at = tuple(slice(None) if d in over else k for d, k in enumerate(place))
         found[at] = (q[at] * root + ((1 << down) >> 1)) >> down
@@ -248,6 +417,7 @@ NORM = Operation(
         **CLIP,
     },
     roles=("multiplier", "bias"),
+    optional={"more": COUNT},
     each_input=("input_zero_points",),
 )
 
@@ -294,4 +464,4 @@ DIVIDE = Operation(
     each_input=("zero_points",),
 )
 
-NORMALISATIONS = (SOFTMAX, NORM, DIVIDE)
+NORMALISATIONS = (SOFTMAX, LOG_SOFTMAX, LOGSUMEXP, NORM, DIVIDE)

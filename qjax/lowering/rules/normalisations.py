@@ -15,7 +15,13 @@ from qjax.graph.operations.record import Operands
 from qjax.integer import fixed_point
 from qjax.integer_division import FRACTION as FRACTION_OF_DIVISION
 from qjax.integer_division import MOST
-from qjax.integer_softmax import FRACTION, exp_tables, joined_table, most_places
+from qjax.integer_softmax import (
+    FRACTION,
+    LOG,
+    exp_tables,
+    joined_table,
+    most_places,
+)
 from qjax.leaves import at_start
 from qjax.lowering.constants import add_constant
 from qjax.lowering.entries import raw
@@ -35,7 +41,8 @@ from qjax.lowering.values import (
 )
 from qjax.model.integer_calls import NormCall, SoftmaxCall
 from qjax.model.kept import integer_of
-from qjax.model.masks import LARGE
+from qjax.model.masks import LARGE, SOFTMAXES
+from qjax.model.normalisations import said
 from qjax.model.trace import Equation, Trace
 
 _MOST_CODES = 1 << 16
@@ -52,42 +59,90 @@ def _softmax(
     x = _codes(builder, e, trace, x, unit)
     if x.high - x.low >= _MOST_CODES:
         raise ValueError(
-            f"The softmax in {where(e)} is over codes from {x.low} to {x.high}, more "
-            f"than its table holds.\n  equation: {e}\nUse a word of at most 16 bits "
-            f"for its input, {x.place.path!r}."
+            f"The {said(call.kind)} in {where(e)} is over codes from {x.low} to "
+            f"{x.high}, more than its table holds.\n  equation: {e}\nUse a word of at "
+            f"most 16 bits for its input, {x.place.path!r}."
         )
     factor = np.float32(unit) * np.float32(call.factor)
     most = float(factor) * max(abs(x.low - x.zero_point), abs(x.high - x.zero_point))
-    if call.fill and -call.fill < 2 * most + _VANISHES:
-        raise ValueError(
-            f"The mask of the softmax in {where(e)} puts {call.fill:g} where its input "
-            f"may be as large as {most:g}, so that what it masks still counts.\n"
-            f"  equation: {e}\nUse a larger number: -1e9, or `-jnp.inf`."
-        )
+    _check_fill(e, call, most, scale, zero_point - qmin)
     places = math.prod(trace.shape(e.inputs[0])[d] for d in call.axes)
     table = joined_table(exp_tables(factor, places), x.high - x.low + 1)
     table = table[: int(np.flatnonzero(table)[-1]) + 2]  # What is farther is 0.
-    multiplier, shift = fixed_point(2.0**-FRACTION / np.float64(scale))
     site = e.sites.output or where(e).strip("'")
     params = {"table": builder.add_param(f"{site}/table", table.astype(np.int32))}
     mask = _mask(builder, e, trace, masks, site)
     inputs = [x.value] if mask is None else [x.value, mask]
-    ends = np.array([0, 1 << FRACTION]) * np.int64(multiplier)
-    ends = ((ends + ((1 << int(shift)) >> 1)) >> int(shift)) + zero_point
-    low, high = map(int, np.clip(ends, qmin, qmax))
     attributes = {
-        "algorithm": "exp_table",
         "axes": list(call.axes),
         "most_places": most_places(places),
         "empty": call.empty,
-        "multiplier": int(multiplier),
-        "shift": int(shift),
         "zero_point": int(zero_point),
-        "low": low,
-        "high": high,
+        "low": int(qmin),
+        "high": int(qmax),
     }
+    plus = call.more(places)
+    own: dict[str, Any] = (
+        _of_logs(e, x, factor, scale) if call.kind != "softmax" else {}
+    )
+    if not own:
+        multiplier, shift = fixed_point(2.0**-FRACTION / np.float64(scale))
+        own = {"multiplier": int(multiplier), "shift": int(shift)}
+        own |= {"algorithm": "exp_table"} | ({"plus": plus} if plus else {})
+    else:
+        own["input_zero_points"] = [builder.values[v].zero_point for v in inputs]
+    if call.kind == "logsumexp":
+        own["keepdims"] = call.keepdims
+    attributes |= own
+    operands = [builder.values[v] for v in inputs]
+    ends = OPERATIONS[call.kind].interval(
+        Operands(attributes, operands, {"table": table})
+    )
+    attributes |= {"low": int(ends[0]), "high": int(ends[1])}
     grid = scale, zero_point, qmin, qmax
-    return _added(builder, e, "softmax", inputs, attributes, params, grid)
+    return _added(builder, e, call.kind, inputs, attributes, params, grid)
+
+
+def _check_fill(
+    e: Equation, call: SoftmaxCall, most: float, scale: Any, codes: int
+) -> None:
+    """Raises for a mask whose number still counts.
+
+    Args:
+      e: The call.
+      call: What it computes.
+      most: Largest magnitude of its input.
+      scale: Scale of its site.
+      codes: Codes below the zero point of the site.
+    """
+    # What is masked is a code below all others in a logarithm.
+    below = float(scale) * (codes - 0.5) if call.kind != "softmax" else 0.0
+    below += _VANISHES if call.kind == "logsumexp" else 0.0  # Log of a row's places.
+    if call.fill and -call.fill < 2 * most + max(_VANISHES, below):
+        raise ValueError(
+            f"The mask of the {said(call.kind)} in {where(e)} puts {call.fill:g} where "
+            f"its input may be as large as {most:g}, so that what it masks still "
+            f"counts.\n  equation: {e}\nUse a larger number: -1e9, or `-jnp.inf`."
+        )
+
+
+def _of_logs(e: Equation, x: Integers, factor: Any, scale: Any) -> dict[str, Any]:
+    """Returns the attributes of logarithms: both factors, in codes of their site."""
+    ratios = np.array([factor, 1], np.float64) / np.float64(scale)
+    if np.any(ratios >= 2.0**31):
+        raise ValueError(
+            f"The logarithm in {where(e)} is of values that are {float(factor):g} "
+            f"apart, on a grid of the scale {float(scale):g}: 31 bits do not hold "
+            f"its codes.\n  equation: {e}\nCalibrate {e.sites.output!r} with inputs "
+            "whose logarithms differ, or give it a scale in `scales`."
+        )
+    (of_input, of_log), shifts = fixed_point(ratios)
+    names = "input_multiplier", "input_shift", "multiplier", "shift"
+    numbers = of_input, shifts[0], of_log, shifts[1] + LOG
+    return {
+        "algorithm": "exp_table_and_log_series",
+        **{name: int(x) for name, x in zip(names, numbers, strict=True)},
+    }
 
 
 def _mask(
@@ -163,23 +218,24 @@ def _norm(
     square = np.float64(unit) * np.float64(unit)
     least, kind = call.floor / square, (call.is_centred, call.is_byte)
     added = integer_norm.added(call.epsilon / square, least, count, *kind)
-    epsilon, floor, point = added
+    epsilon, floor, point, more = added
     gain, offset = (np.asarray(v).astype(np.float64) for v in call.affine(own))
-    gain = gain * np.float64(call.unit(count)) / np.float64(scale)
+    unit = np.float64(call.unit(count)) * integer_norm.power_of_two(-more, np)
+    gain = gain * unit / np.float64(scale)
     offset = offset / np.float64(scale)
-    if not integer_norm.is_scalable(gain, offset):
-        raise ValueError(
-            f"The normalisation in {where(e)} has factors up to "
-            f"{np.max(np.abs(gain)):g} and offsets up to {np.max(np.abs(offset)):g} in "
-            f"codes of its site, which 32 bits do not hold.\n  equation: {e}\n"
-            f"Calibrate {e.sites.output!r} with what it makes of them."
-        )
     if np.max(np.abs(gain)) > integer_norm.MOST_GAIN:
         raise ValueError(
             f"The normalisation in {where(e)} divides by much more than the root of "
             f"its squares: its values of 32 bits are {np.max(np.abs(gain)):g} codes of "
             f"{e.sites.output!r} apart.\n  equation: {e}\nUse a smaller "
             "epsilon, inputs of larger values, or fewer bits for this site."
+        )
+    if not integer_norm.is_scalable(gain, offset):
+        raise ValueError(
+            f"The normalisation in {where(e)} has factors up to "
+            f"{np.max(np.abs(gain)):g} and offsets up to {np.max(np.abs(offset)):g} in "
+            f"codes of its site, which 32 bits do not hold.\n  equation: {e}\n"
+            f"Calibrate {e.sites.output!r} with what it makes of them."
         )
     multiplier, bias, shift, bias_shift = integer_norm.scaled(gain, offset)
     site, rank = e.sites.output or where(e).strip("'"), len(shape)
@@ -200,6 +256,7 @@ def _norm(
         "floor": int(floor),
         "point": int(point),
         "input_zero_points": [x.zero_point],
+        **({"more": int(more)} if more else {}),
         "shift": int(shift),
         "bias_shift": int(bias_shift),
         "zero_point": int(zero_point),
@@ -309,7 +366,7 @@ def _known(e: Equation, x: Abstract) -> Any:
 
 # What a call computes in integers -> its rule.
 NORMALISATIONS: Mapping[str, LoweringRule] = {
-    "softmax": _softmax,
+    **dict.fromkeys(SOFTMAXES, _softmax),
     "norm": _norm,
     "divide": _divide,
 }
