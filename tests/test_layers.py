@@ -227,6 +227,20 @@ def test_a_dense_layer_computes_its_formula():
     np.testing.assert_allclose(layer.apply(variables, x), by_hand(params, x), atol=1e-5)
 
 
+def test_a_scale_for_each_input_is_none_of_the_bias():
+    """A square kernel has as many inputs as outputs: the bias stays as it is."""
+    own = LayerQuantizers(kernel=QSpec(8, narrow_range=True, axis=0))
+    layer, x = qn.QLinear(6, 6, quantizers=own, rngs=nnx.Rngs(0)), images(4, 6)
+    layer.bias.set_value(jnp.linspace(0.1, 0.7, 6))
+    found = layer(x)
+    layer.bias.set_value(jnp.zeros(6))
+    wanted = layer(x) + jnp.linspace(0.1, 0.7, 6)[None]
+    layer.eval()
+    np.testing.assert_allclose(found[0], wanted[0], atol=0.02)
+    layer.bias.set_value(jnp.linspace(0.1, 0.7, 6))
+    np.testing.assert_allclose(layer(x), wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_gradients_are_straight_through():
     """Of values in range they are the float layer's at the rounded values."""
     layer, variables, x = calibrated("dense", words())

@@ -139,7 +139,7 @@ def quantized_weight(
       site: Name of the site.
 
     Returns:
-      The weight, and its grid where one is known.
+      The weight, and its grid, where one is known whose scales are those of outputs.
 
     Raises:
       ValueError: for a word whose axis the weight does not have.
@@ -151,8 +151,18 @@ def quantized_weight(
             params = abs_max_params(x, word)
         except ValueError as error:
             raise ValueError(f"At {site!r}: {error}") from error
-        return fake_quant(x, params, word, site=site), params
-    return _by_quantizer(x, word, key, site)
+        value, grid = fake_quant(x, params, word, site=site), params
+    else:
+        value, grid = _by_quantizer(x, word, key, site)
+    return value, grid if _is_of_outputs(grid, axis) else None
+
+
+def _is_of_outputs(grid: QParams | None, axis: OutputAxes) -> bool:
+    """Returns whether a weight has one scale for each output channel, or for all."""
+    shape = () if grid is None else grid.scale.shape
+    axes = () if axis is None else (axis,) if isinstance(axis, int) else axis
+    outputs = {a % len(shape) for a in axes} if shape else set()
+    return all(n == 1 or k in outputs for k, n in enumerate(shape))
 
 
 def quantized_bias(
