@@ -8,6 +8,7 @@ import jax.extend.core as jex
 import numpy as np
 
 from qjax.lowering.binding import Folded
+from qjax.model.kept import BEGIN, integer_of
 from qjax.model.trace import Equation, Trace, evaluate, is_key
 from qjax.qpoint import qpoint_p
 
@@ -28,10 +29,11 @@ def fold_known(trace: Trace, folded: Folded | None = None) -> dict[int, Any]:
       the known values that other equations use.
     """
     known = set(trace.constants)
+    is_begun = lambda e: integer_of(e) == BEGIN
     equations: list[Equation] = []
     read: set[int] = set()  # Known values that other equations use.
     for e in trace.equations:
-        folds = known.issuperset(e.inputs)
+        folds = known.issuperset(e.inputs) and not is_begun(e)
         if folds:
             known.update(e.outputs)
             equations.append(e)

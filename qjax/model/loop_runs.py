@@ -11,7 +11,8 @@ from jax import lax
 from qjax.affine import QParams
 from qjax.mesh_axes import axes_of, vary
 from qjax.model.affine_parts import AffineParts
-from qjax.model.blocks import constant_of
+from qjax.model.blocks import constant_of, data_of
+from qjax.model.integer_calls import begun
 from qjax.model.trace import Equation
 from qjax.model.traced_model import Loop
 from qjax.model.visits import Visitor
@@ -93,7 +94,7 @@ class LoopRuns(AffineParts):
         return [*carried, *ys]
 
     def _begun(self, e: Equation, loop: Loop) -> tuple[Self, list[Any]]:
-        """Computes what is the same in all steps of a loop, and returns its operands."""
+        """Computes what all steps of a loop share, and returns its operands."""
         parts = loop.parts
         inner = self._inside(loop.body)
         inner._enter(self._visitor)
@@ -158,6 +159,7 @@ class LoopRuns(AffineParts):
 
         One without a grid has a site; zero is on every grid, as on that of its end.
         """
+        source = v
         if k in loop.starts:
             self._walk([loop.starts[k]])
             v = loop.starts[k].outputs[0]
@@ -169,6 +171,9 @@ class LoopRuns(AffineParts):
         is_zero = known is not None and not known.any()
         if kept.grid is None and is_zero and end in plan.activations:
             kept = self._onto(-1, plan.sites[plan.activations[end]], x)[1]
+        data = data_of(self._model, self._traced.inputs)
+        if source not in data and kept.grid is not None and not kept.grid.scale.ndim:
+            x = begun(x, kept.grid)
         return x, kept
 
     def _kept(self, v: int) -> OnGrid:

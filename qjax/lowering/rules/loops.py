@@ -24,6 +24,7 @@ from qjax.lowering.values import (
     Sum,
 )
 from qjax.model.expansions import MOST_STEPS
+from qjax.model.kept import BEGIN
 from qjax.model.loops import ScanParts, has_point, scan_parts
 from qjax.model.primitives import SHAPE_MOVES
 from qjax.model.trace import Equation, Trace
@@ -266,5 +267,21 @@ def _outside(builder: Builder, v: int, x: Integers) -> Integers:
     return x.elsewhere(v, low=own.low, high=own.high, place=x.place)
 
 
-# Primitive -> its rule.
-LOOPS: Mapping[str, LoweringRule] = {"scan": _scan}
+def _begin(
+    builder: Builder, e: Equation, trace: Trace, x: Abstract, *known: Known
+) -> Integers:
+    """Adds the first value of a loop in steps, whose grid is known."""
+    v = e.inputs[0]
+    if not isinstance(x, KnownCodes | Known):
+        assert isinstance(x, Integers)
+        return x
+    scale, zero_point = (np.asarray(own.value).reshape(()) for own in known)
+    site = x.site if isinstance(x, KnownCodes) else where(e).strip("'")
+    codes = np.rint(_array(x) / scale).astype(np.int64) + int(zero_point)
+    ends = (int(codes.min()), int(codes.max())) if codes.size else (0, 0)
+    grid = SiteGrid(float(scale), int(zero_point), *ends, site, is_part=True)
+    return _constant(builder, e, trace, x, v, grid=grid, is_step=False)
+
+
+# Primitive, or call -> its rule.
+LOOPS: Mapping[str, LoweringRule] = {"scan": _scan, BEGIN: _begin}
