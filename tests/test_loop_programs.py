@@ -232,22 +232,29 @@ def test_ranges_move_from_a_fresh_state_outside_of_jit():
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
-def test_a_number_that_a_loop_carries_is_refused_and_the_remedy_lowers():
-    def fn(start, p, x):
-        step = lambda c, t: ((c[0] * 0.5 + 0.1, jnp.tanh(c[1] @ p["a"] + c[0])), None)
-        return _scan(step, (start, _zeros(x)), x)[0][1]
+@pytest.mark.parametrize(
+    "rules", [(), (qjax.Rule("scan_0/*", WORD, per_step=True),)], ids=["one", "steps"]
+)
+def test_a_number_that_a_loop_carries_has_a_site(rules):
+    def fn(p, x):
+        def step(carry, t):
+            heat, total, h = carry
+            h = jnp.tanh(h @ p["a"] + t[0] * heat)
+            return (heat * 0.5 + 0.1, total + jnp.sum(h * h), h), total
 
-    for start, is_refused in ((jnp.float32(1), True), (jnp.ones((1, 1)), False)):
-        own = functools.partial(fn, start)
-        qmodel = qjax.quantize_model(own, W, X, scheme=POWERS)
-        qstate = qjax.calibrate(qmodel, W, [X])
-        if is_refused:
-            with pytest.raises(ValueError, match="one real number at 0"):
-                qjax.lower(qmodel, W, qstate, X)
-            continue
-        program = qjax.lower(qmodel, W, qstate, X)
-        found = jax.jit(qmodel.apply)(W, qstate, X)
-        np.testing.assert_array_equal(found, program(X))
+        return _scan(step, (jnp.float32(1), jnp.float32(0), _zeros(x)), x)
+
+    x = X[:, :3]
+    scheme = Scheme(POWERS.weights, WORD, rules=rules)
+    qmodel = qjax.quantize_model(fn, W, x, scheme=scheme)
+    assert any(s.name.endswith("/carry:0") and s.shape == () for s in qmodel.sites)
+    qstate = qjax.calibrate(qmodel, W, [x])
+    program = qjax.lower(qmodel, W, qstate, x)
+    found, wanted = jax.jit(qmodel.apply)(W, qstate, x), jax.jit(fn)(W, x)
+    jax.tree.map(np.testing.assert_array_equal, found, program(x))
+    for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        assert np.sum(b**2) > 300 * np.sum((a - b) ** 2)
+    assert_equals_oracle(program, x)
 
 
 def test_nothing_is_proven_of_what_a_loop_reads_beyond_a_table():

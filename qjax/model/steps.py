@@ -241,16 +241,21 @@ class _Ends:
             if self._needs_site(e.inputs[k]):
                 name = f"{loop.name}/start:{k - parts.consts}"
                 starts[k] = self._start(e, e.inputs[k], name, loop.name)
+        carries_number = any(
+            self.model.is_real(v) and not self.model.shape(v)
+            for v in e.outputs[: parts.carries]
+        )
         for n, v in enumerate(e.outputs[parts.carries :], parts.carries):
             joins[n] = self._join(v, e)
-            if self.model.is_real(v) and len(self.model.shape(v)) > 1:
+            has_axes = len(self.model.shape(v)) > 1
+            if self.model.is_real(v) and (has_axes or carries_number):
                 name = f"{loop.name}/output:{n - parts.carries}"
                 self._add(v, name, layer=loop.name, op="concatenate")
         return dataclasses.replace(loop, starts=starts, joins=joins)
 
     def _needs_site(self, v: int) -> bool:
         """Returns whether a first value is on no grid, and not zero."""
-        if not self.model.is_real(v) or not self.model.shape(v):
+        if not self.model.is_real(v):
             return False
         known = constant_of(self.model, v, self.source)
         is_zero = known is not None and not known.any()

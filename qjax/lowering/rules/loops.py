@@ -110,8 +110,7 @@ def _grids(
         while step is not None and step.primitive.name in SHAPE_MOVES:
             step = makers.get(step.inputs[0])
         if step is None or step.primitive is not qpoint_p:
-            is_number = not body.trace.shape(v)
-            raise ValueError((_A_NUMBER if is_number else _NO_GRID).format(k))
+            raise ValueError(_NO_GRID.format(k))
         numbers = [np.asarray(known[u]) for u in step.inputs[1:] if u in known]
         if len(numbers) < 4 or any(n.size != 1 for n in numbers):
             raise ValueError(_MANY.format(k, step.params["site"]))
@@ -126,10 +125,6 @@ _NO_GRID = (
     "What a loop carries at {0} is on no grid at the end of a step, so that the next "
     "step has no codes. Quantize it there: a rule of the scheme, or `qjax.fake_quant` "
     "in a loop of your own."
-)
-_A_NUMBER = (
-    "A loop carries one real number at {0}, and no site puts a number without axes on "
-    "a grid. Carry it with an axis, as `x[None]`, which has a site; count in integers."
 )
 _MANY = (
     "What a loop carries at {0} has no single scale, at {1!r}. Use one scale, "
