@@ -158,7 +158,11 @@ class _Finder(Lineage):
             called = e.params.get("name")
             for v in e.outputs:
                 has_axes = bool(self.model.shape(v)) or self.carries_number
-                if has_axes and self.model.is_real(v) and (self.users[v] or v in self.model.outputs):
+                if (
+                    has_axes
+                    and self.model.is_real(v)
+                    and (self.users[v] or v in self.model.outputs)
+                ):
                     self._start(Block(kind or str(called or name), e, v))
 
     def _whole(self, e: Equation, kind: str) -> None:

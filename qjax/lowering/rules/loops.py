@@ -126,6 +126,12 @@ _NO_GRID = (
     "step has no codes. Quantize it there: a rule of the scheme, or `qjax.fake_quant` "
     "in a loop of your own."
 )
+_STACKED = (
+    "A loop of {0} steps reads other weights in each step, met in {1}.\n  equation: "
+    "{2}\nSuch loops are unrolled, up to {3} steps. Split it into loops of at most {3}, "
+    "or choose the weights in the step by its number, `w[n]` with `jnp.arange({0})` "
+    "among what is scanned: they have one scale then."
+)
 _MANY = (
     "What a loop carries at {0} has no single scale, at {1!r}. Use one scale, "
     'Rule("{1}", QSpec(bits=8)).'
@@ -147,6 +153,9 @@ def _operand(
         return _constant(builder, e, trace, x, v, grid=grid, is_step=is_step)
     if not trace.is_real(v):
         return whole_numbers(builder, e, trace, x, v, "operand")
+    if is_step and isinstance(x, Known | KnownCodes):
+        length = scan_parts(e).length
+        raise ValueError(_STACKED.format(length, where(e), e, MOST_STEPS))
     if isinstance(x, Integers | PendingAccumulator | Sum):
         x = settled(builder, e, trace, x)
     if not isinstance(x, Integers) or not x.is_of_codes or x.gain is not None:
@@ -217,7 +226,8 @@ def _inside(
         if x.dtype not in TYPES:
             raise NotImplementedError(
                 f"Integer programs compute in {', '.join(TYPES)}, and a loop has "
-                f"{x.dtype}, met in {where(e)}.\n  equation: {e}\nUse int32."
+                f"{x.dtype}, met in {where(e)}.\n  equation: {e}\nCount in int32: start "
+                "with `jnp.int32(0)`, and give such bounds to a `fori_loop`."
             )
         ends = (x.low, x.high)
         if parts.is_carry(k):
