@@ -128,9 +128,9 @@ _NO_GRID = (
 )
 _STACKED = (
     "A loop of {0} steps reads other weights in each step, met in {1}.\n  equation: "
-    "{2}\nSuch loops are unrolled, up to {3} steps. Split it into loops of at most {3}, "
-    "or choose the weights in the step by its number, `w[n]` with `jnp.arange({0})` "
-    "among what is scanned: they have one scale then."
+    "{2}\nSuch loops are unrolled, up to {3} steps. Split it into loops of at most "
+    "{3}, or choose the weights in the step by its number, `w[n]` with "
+    "`jnp.arange({0})` among what is scanned: they have one scale then."
 )
 _MANY = (
     "What a loop carries at {0} has no single scale, at {1!r}. Use one scale, "
@@ -226,8 +226,8 @@ def _inside(
         if x.dtype not in TYPES:
             raise NotImplementedError(
                 f"Integer programs compute in {', '.join(TYPES)}, and a loop has "
-                f"{x.dtype}, met in {where(e)}.\n  equation: {e}\nCount in int32: start "
-                "with `jnp.int32(0)`, and give such bounds to a `fori_loop`."
+                f"{x.dtype}, met in {where(e)}.\n  equation: {e}\nCount in int32: "
+                "start with `jnp.int32(0)`, and give such bounds to a `fori_loop`."
             )
         ends = (x.low, x.high)
         if parts.is_carry(k):
