@@ -210,7 +210,7 @@ def test_what_has_no_steps_of_its_own_is_refused_and_the_remedies_work():
 
 
 def test_a_row_at_the_number_of_a_step_is_refused_and_the_remedy_lowers():
-    step = lambda p, c, t: ((c[0] + 1, jnp.tanh(c[1] + t + p["a"][c[0]])), None)
+    step = lambda p, c, t: ((c[0] + 1, jnp.tanh(c[1] + t + p["a"][c[0]][None])), None)
     fn = lambda p, x: _steps(step, p, x, (0, x[:, 0]))[0][1]
     for rules in ((OF_STEPS,), ()):
         qmodel = qjax.quantize_model(fn, W, X, scheme=_powers(*rules))
