@@ -9,7 +9,8 @@ import chex
 import jax
 
 from qjax.model.arguments import check_model
-from qjax.model.traced_model import Traces
+from qjax.model.steps import check_steps
+from qjax.model.traces import Traces
 from qjax.model.visitors import LEARNED, QState
 from qjax.quantized_model import QuantizedModel
 from qjax.schemes.accumulators import warn_of_buffers
@@ -101,7 +102,7 @@ def quantize_model(
         scheme = Scheme() if qparams is None and q_config is None else reader
     split = scheme.constraints.split
     traces = Traces()
-    traced = traces.get(fn, params, inputs, split, whole_norms)
+    traced = traces.get(fn, params, inputs, split, whole_norms, scheme.per_step)
     sites, biases = traced.sites, traced.biases
     if not sites:
         raise ValueError(
@@ -109,6 +110,7 @@ def quantize_model(
             "`params` and the inputs. Pass `fn(params, *inputs)`, and inputs and "
             "parameters of a real type."
         )
+    check_steps(scheme, traced)
     own = scheme
     if quantize_until is not None:
         after = sites[find_layer(quantize_until, sites) + 1 :]

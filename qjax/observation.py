@@ -3,7 +3,7 @@
 import functools
 import operator
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import chex
@@ -32,6 +32,7 @@ from qjax.model.visitors import LEARNED, QState
 from qjax.quantized_model import QuantizedModel
 from qjax.quantizers.spec import is_known
 from qjax.ranges import reduce_range
+from qjax.schemes.patterns import Site
 from qjax.schemes.words import is_one_sided
 
 
@@ -47,6 +48,14 @@ class CalibrationError(ValueError):
         super().__init__(message)
         self.qstate = qstate
         self.batch = batch
+
+
+def _unreached(sites: Sequence[Site], reached: np.ndarray) -> list[str]:
+    """Returns the sites that met zeros alone; not a step of a loop beside others."""
+    pairs = [*zip(sites, reached, strict=True)]
+    loops = {site.whole.name for site, seen in pairs if seen and site.whole}
+    is_first = lambda site: site.whole is not None and site.whole.name in loops
+    return [site.name for site, seen in pairs if not seen and not is_first(site)]
 
 
 class CalibrationInterrupt(KeyboardInterrupt):
@@ -195,8 +204,8 @@ def calibrate(
             qstate,
             0,
         )
-    if not reached.all():
-        zeros = (name for name, seen in zip(names, reached, strict=True) if not seen)
+    zeros = _unreached([s for s, *_ in qmodel.calibrated()], reached)
+    if zeros:
         warnings.warn(
             f"All values were 0 at {', '.join(zeros)}: the scale is 1 unless the state "
             "knows a range. Does the data reach this part of the model?",

@@ -24,7 +24,8 @@ from qjax.model.blends import blended, run_blended
 from qjax.model.rematerialisation import in_regions
 from qjax.model.simulate import Simulation
 from qjax.model.states import check_state, start_learned
-from qjax.model.traced_model import TracedModel, Traces
+from qjax.model.traced_model import TracedModel
+from qjax.model.traces import Traces
 from qjax.model.visitors import (
     LEARNED,
     QState,
@@ -43,7 +44,7 @@ from qjax.schemes.resolution import (
     no_program,
     resolve,
 )
-from qjax.schemes.scheme import Scheme, check_rules
+from qjax.schemes.scheme import Scheme, check_rules, check_same_steps
 from qjax.schemes.sharing import overwriters
 from qjax.tables import html_table, show, show_types
 
@@ -335,6 +336,7 @@ class QuantizedModel:
         if scheme is not None:
             if not isinstance(scheme, Scheme):
                 raise TypeError(f"`scheme` must be a `Scheme`, got {scheme!r}.")
+            check_same_steps(scheme, self.scheme)
             check_rules(scheme, self.sites, self.biases)
         choices = self.choices if scheme is None else self._resolved(scheme)
         check_words(choices)
@@ -383,7 +385,8 @@ class QuantizedModel:
     def _traced(self, params: chex.ArrayTree, inputs: Any) -> TracedModel:
         """Returns the model, traced for arguments of some types."""
         split = self.scheme.constraints.split
-        return self.traces.get(self.fn, params, inputs, split, self.whole_norms)
+        own = split, self.whole_norms, self.scheme.per_step
+        return self.traces.get(self.fn, params, inputs, *own)
 
     def bind(self, *args: Any) -> Bound:
         """Binds the model to parameters and a state, for `lower` and `verify`.

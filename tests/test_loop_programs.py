@@ -232,22 +232,88 @@ def test_ranges_move_from_a_fresh_state_outside_of_jit():
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
-def test_a_number_that_a_loop_carries_is_refused_and_the_remedy_lowers():
-    def fn(start, p, x):
-        step = lambda c, t: ((c[0] * 0.5 + 0.1, jnp.tanh(c[1] @ p["a"] + c[0])), None)
-        return _scan(step, (start, _zeros(x)), x)[0][1]
+@pytest.mark.parametrize(
+    "rules", [(), (qjax.Rule("scan_0/*", WORD, per_step=True),)], ids=["one", "steps"]
+)
+def test_a_number_that_a_loop_carries_has_a_site(rules):
+    def fn(p, x):
+        def step(carry, t):
+            heat, total, h = carry
+            h = jnp.tanh(h @ p["a"] + t[0] * heat)
+            return (heat * 0.5 + 0.1, total + jnp.sum(h * h), h), total
 
-    for start, is_refused in ((jnp.float32(1), True), (jnp.ones((1, 1)), False)):
-        own = functools.partial(fn, start)
-        qmodel = qjax.quantize_model(own, W, X, scheme=POWERS)
-        qstate = qjax.calibrate(qmodel, W, [X])
-        if is_refused:
-            with pytest.raises(ValueError, match="one real number at 0"):
-                qjax.lower(qmodel, W, qstate, X)
+        return _scan(step, (jnp.float32(1), jnp.float32(0), _zeros(x)), x)
+
+    x = X[:, :3]
+    scheme = Scheme(POWERS.weights, WORD, rules=rules)
+    qmodel = qjax.quantize_model(fn, W, x, scheme=scheme)
+    assert any(s.name.endswith("/carry:0") and s.shape == () for s in qmodel.sites)
+    qstate = qjax.calibrate(qmodel, W, [x])
+    program = qjax.lower(qmodel, W, qstate, x)
+    found, wanted = jax.jit(qmodel.apply)(W, qstate, x), jax.jit(fn)(W, x)
+    jax.tree.map(np.testing.assert_array_equal, found, program(x))
+    for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        assert np.sum(b**2) > 300 * np.sum((a - b) ** 2)
+    assert_equals_oracle(program, x)
+
+
+def test_weights_of_many_steps_are_refused_and_the_remedy_lowers():
+    x, stack = X[:, 0, :2], RNG.normal(0, 0.5, (300, 2, 2)).astype(np.float32)
+    params = {"w": stack + 0.7 * np.eye(2, dtype=np.float32)}
+    step = lambda h, w: (jnp.tanh(h @ w), None)
+    scanned = lambda p, x: lax.scan(step, x, p["w"])[0]
+    by_number = lambda p, x: lax.scan(
+        lambda h, n: step(h, p["w"][n]), x, jnp.arange(300)
+    )[0]
+    for fn in (scanned, by_number):
+        qmodel = qjax.quantize_model(fn, params, x, scheme=POWERS)
+        qstate = qjax.calibrate(qmodel, params, [x])
+        if fn is scanned:
+            with pytest.raises(ValueError, match="300 steps reads other weights in ea"):
+                qjax.lower(qmodel, params, qstate, x)
             continue
-        program = qjax.lower(qmodel, W, qstate, X)
-        found = jax.jit(qmodel.apply)(W, qstate, X)
-        np.testing.assert_array_equal(found, program(X))
+        program = qjax.lower(qmodel, params, qstate, x)
+        found = jax.jit(qmodel.apply)(params, qstate, x)
+        np.testing.assert_array_equal(found, program(x))
+
+
+def test_a_counter_of_64_bits_is_refused_and_the_remedy_lowers():
+    with jax.enable_x64(True):
+        for count in (jnp.int64, jnp.int32):
+            fn = lambda p, x, n=count: lax.fori_loop(
+                n(0), n(3), lambda i, h: jnp.tanh(h @ p["a"] + x[:, i]), x[:, 0]
+            )
+            qmodel = qjax.quantize_model(fn, W, X, scheme=POWERS)
+            qstate = qjax.calibrate(qmodel, W, [X])
+            if count is jnp.int64:
+                with pytest.raises(
+                    NotImplementedError, match="(?s)has int64.*Count in int32"
+                ):
+                    qjax.lower(qmodel, W, qstate, X)
+                continue
+            program = qjax.lower(qmodel, W, qstate, X)
+            found = jax.jit(qmodel.apply)(W, qstate, X)
+            np.testing.assert_array_equal(found, program(X))
+
+
+def _rounded(p, x):
+    half = lambda h, t: jnp.tanh(h @ p["a"][:, :2] + jnp.floor(2 * t[:, :2]))
+    step = lambda h, t: jnp.concatenate([half(h, t), jnp.sign(t[:, 2:]) * 0.5], -1)
+    return _scan(lambda h, t: (step(h, t[0]),) * 2, _zeros(x), x)
+
+
+def test_slices_of_weights_and_steps_of_data_in_a_loop():
+    x = X[:, :3]
+    qmodel = qjax.quantize_model(_rounded, W, x, scheme=POWERS)
+    qstate = qjax.calibrate(qmodel, W, [x])
+    program = qjax.lower(qmodel, W, qstate, x)
+    other = np.concatenate([x[::-1], x])
+    found = jax.jit(qmodel.apply)(W, qstate, other)
+    jax.tree.map(np.testing.assert_array_equal, found, program(other))
+    wanted = jax.jit(_rounded)(W, x)
+    for a, b in zip(*map(jax.tree.leaves, (program(x), wanted)), strict=True):
+        assert np.sum(b**2) > 100 * np.sum((a - b) ** 2)
+    assert_equals_oracle(program, x)
 
 
 def test_nothing_is_proven_of_what_a_loop_reads_beyond_a_table():

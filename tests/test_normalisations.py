@@ -14,7 +14,7 @@ import qjax
 from experiments.benchmarks import norm
 from qjax.affine import QParams, QSpec, fake_quant
 from qjax.instrumentation import quantize_model
-from qjax.model.traced_model import trace_model
+from qjax.model.traces import trace_model
 from qjax.observation import calibrate
 from qjax.ranges import abs_max_params
 from qjax.schemes.rules import Rule

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import qjax
-from qjax.model.traced_model import Traces
+from qjax.model.traces import Traces
 
 X = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
 PARAMS = {"kernel": np.float32(np.eye(3) * 0.7), "bias": np.ones((1, 3), np.float32)}

@@ -146,6 +146,7 @@ def quantized_weight(
     """
     if isinstance(word, QSpec | Spec):
         word = at_site(word, Site(site, "weight", x.shape, axis=axis))
+    grid: QParams | None
     if isinstance(word, QSpec):
         try:
             params = abs_max_params(x, word)

@@ -8,6 +8,8 @@ import jax.extend.core as jex
 import numpy as np
 
 from qjax.lowering.binding import Folded
+from qjax.model.kept import BEGIN, integer_of
+from qjax.model.primitives import names
 from qjax.model.trace import Equation, Trace, evaluate, is_key
 from qjax.qpoint import qpoint_p
 
@@ -28,15 +30,18 @@ def fold_known(trace: Trace, folded: Folded | None = None) -> dict[int, Any]:
       the known values that other equations use.
     """
     known = set(trace.constants)
+    is_begun = lambda e: integer_of(e) == BEGIN
     equations: list[Equation] = []
     read: set[int] = set()  # Known values that other equations use.
     for e in trace.equations:
-        folds = known.issuperset(e.inputs)
+        folds = known.issuperset(e.inputs) and not is_begun(e)
         if folds:
             known.update(e.outputs)
             equations.append(e)
         if not folds or e.primitive is qpoint_p:
             read.update(e.inputs)
+        elif e.primitive.name in _CHOICES:  # Weights are chosen there as codes.
+            read.update(filter(trace.is_number, e.inputs))
     read = known.intersection(read.union(trace.outputs))
     equations, copies = _without_copies(equations)
     wanted = read.difference(trace.constants)
@@ -51,6 +56,9 @@ def fold_known(trace: Trace, folded: Folded | None = None) -> dict[int, Any]:
         if e.outputs[0] in read:
             found[e.outputs[0]] = _copied(e, found[e.inputs[0]])
     return found
+
+
+_CHOICES = names("pick")
 
 
 def _without_copies(

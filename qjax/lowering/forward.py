@@ -156,7 +156,7 @@ class IntegerForward(ForwardLoops):
         return (
             self._plan.sites[self._plan.activations[v]]
             .name.rpartition("/")[2]
-            .startswith("input:")
+            .startswith(("input:", "start:"))
         )
 
     # Equations.

@@ -43,6 +43,7 @@ class ForwardLoops(Simulation):
 
     def _give(self, v: int, own: OnGrid) -> None:
         super()._give(v, own)
+        self._data.add(v)
         if own.word:
             self._words[v] = own.word
 

@@ -27,7 +27,7 @@ from qjax.lowering.values import (
     Sum,
 )
 from qjax.model.blocks import RANDOM, place_of
-from qjax.model.kept import integer_of, whole_of
+from qjax.model.kept import BEGIN, integer_of, whole_of
 from qjax.model.masks import SOFTMAXES
 from qjax.model.normalisations import NORM, said
 from qjax.model.origin import origin_of
@@ -102,7 +102,8 @@ def interpret(
     for e in trace.equations:
         operands = [env.get(v, _FOLDED) for v in e.inputs]
         on_grid = any(isinstance(x, KnownCodes) for x in operands)
-        if all(isinstance(x, Known | KnownCodes) for x in operands):
+        is_known = all(isinstance(x, Known | KnownCodes) for x in operands)
+        if is_known and integer_of(e) != BEGIN:
             # Folded already; only weights go on as codes, through shape moves.
             moves = on_grid and e.primitive.name in SHAPE_MOVES
             if e.primitive.name.startswith(RANDOM) or not drawn.isdisjoint(e.inputs):

@@ -63,7 +63,7 @@ class AffineParts(ChannelScales):
             parts = (to_kernel(part, axes, rank, shape) for part in (bias, factor))
             bias, factor = (part.transpose(order) for part in parts)
             names = self._plan.sites[self._plan.weights[v]].inputs
-            data = (site for site in self._plan.sites if site.name in names)
+            data = (site for site in self._beside if site.name in names)
             found += [Bias(site, bias, factor) for site in data]
         return found
 

@@ -45,6 +45,8 @@ class ChannelScales:
 
     def _begin(self, visitor: Visitor) -> None:
         """Forgets all values of an earlier run."""
+        # Sites that a weight may be read beside.
+        self._beside: Sequence[Site] = self._plan.sites
         self._visitor = visitor
         self._env: dict[int, Any] = dict(self._model.constants)
         self._grids: dict[int, QParams] = {}

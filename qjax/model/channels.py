@@ -91,8 +91,10 @@ class Uses:
 def factor_channels(shape: Sequence[int]) -> ScaleDemands:
     """Returns the axis of a factor that multiplies data elementwise.
 
-    That along which it varies; the last one if there are several.
+    That along which it varies; the last one if there are several. None for a number.
     """
+    if not shape:
+        return ScaleDemands(None, 1, "")
     wide = [d - len(shape) for d, n in enumerate(shape) if n != 1]
     return ScaleDemands(wide[0] if len(wide) == 1 else -1, 1, "")
 

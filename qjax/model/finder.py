@@ -75,6 +75,10 @@ class _Finder(Lineage):
         super().__init__(model, names)
         self.exact, self.around = exact, around
         self.statistics = batch_statistics(model, self.data)
+        count = 0 if around is None else len(around.carried)
+        self.carries_number = any(
+            model.is_real(v) and not model.shape(v) for v in model.outputs[:count]
+        )
         self._servants = self._find_servants()
         self.blocks: list[Block] = []
         self.open: dict[int, Block] = {}  # End so far -> a block that may go on.
@@ -115,7 +119,7 @@ class _Finder(Lineage):
             if e.primitive.name == "select_n" and x[0] in {*self.open, *self.on_grid}:
                 self.on_grid.add(out)
             return
-        if not any(map(self.model.shape, e.outputs)):
+        if not any(map(self.model.shape, e.outputs)) and not self.carries_number:
             return  # A number, such as a loss, is no activation.
         if out in self.wholes:
             return  # Its grid is known.
@@ -152,8 +156,13 @@ class _Finder(Lineage):
         else:
             kind = _SUMS.get(name) or (_TWO_OPERANDS.get(name) if len(x) == 2 else None)
             called = e.params.get("name")
-            for v in filter(self.model.shape, e.outputs):
-                if self.model.is_real(v) and (self.users[v] or v in self.model.outputs):
+            for v in e.outputs:
+                has_axes = bool(self.model.shape(v)) or self.carries_number
+                if (
+                    has_axes
+                    and self.model.is_real(v)
+                    and (self.users[v] or v in self.model.outputs)
+                ):
                     self._start(Block(kind or str(called or name), e, v))
 
     def _whole(self, e: Equation, kind: str) -> None:
@@ -417,7 +426,7 @@ class _Finder(Lineage):
         ends = {b.value for b in self.blocks}
         count = 0 if self.around is None else len(self.around.carried)
         for k, v in enumerate(self.model.outputs[:count]):
-            if not self.model.is_real(v) or not self.model.shape(v):
+            if not self.model.is_real(v):
                 continue
             found[v] = f"{self.around.name}/carry:{k}"  # type: ignore[union-attr]
             if v not in ends:

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from qjax import integer_norm
+from qjax.affine import QParams
 from qjax.calls import shared
 from qjax.integer import traced_fixed_point, traced_ratio
 from qjax.integer_division import FRACTION as DIVISION
@@ -31,7 +32,7 @@ from qjax.integer_softmax import (
     probabilities,
 )
 from qjax.integer_softmax import fraction as fraction_of
-from qjax.model.kept import INTEGER, integer_of
+from qjax.model.kept import BEGIN, INTEGER, integer_of
 from qjax.model.masks import LARGE
 
 
@@ -223,6 +224,17 @@ class DivideCall(NamedTuple):
         y, other = others
         multiplier, shift = shared(_ratio, unit, other, scale)
         return divided(_steps(x, unit), _steps(y, other), multiplier, shift, *ends)
+
+
+def begun(x: jax.Array, grid: QParams) -> jax.Array:
+    """Returns a known value on a grid, which a program has as a constant.
+
+    What is computed of it is computed in integers, as of any other value.
+    """
+    call = lambda x, *_: jax.lax.optimization_barrier(x)
+    call.__name__ = call.__qualname__ = f"{INTEGER}{BEGIN}"
+    found: jax.Array = jax.jit(call)(x, grid.scale, grid.zero_point)
+    return found
 
 
 IntegerCall = SoftmaxCall | NormCall | DivideCall

@@ -8,6 +8,7 @@ from qjax.quantizers.point import SCOPE
 # in integers, whatever it reads, and how.
 WHOLE = "qjax.whole."
 INTEGER = "qjax.integer."
+BEGIN = "begin"  # A first value of a loop: data for the steps, though it is known.
 
 
 def quantizer_of(e: Any) -> str:

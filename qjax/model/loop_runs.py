@@ -11,7 +11,8 @@ from jax import lax
 from qjax.affine import QParams
 from qjax.mesh_axes import axes_of, vary
 from qjax.model.affine_parts import AffineParts
-from qjax.model.blocks import constant_of
+from qjax.model.blocks import constant_of, data_of
+from qjax.model.integer_calls import begun
 from qjax.model.trace import Equation
 from qjax.model.traced_model import Loop
 from qjax.model.visits import Visitor
@@ -38,27 +39,16 @@ class LoopRuns(AffineParts):
     _take: Callable[[Mapping[int, Any]], None]
     _closed: Callable[[], dict[int, Any]]
     _walk: Callable[[Sequence[Equation]], None]
+    _compute: Callable[[Equation], None]
     _typed: Callable[[int, Any], Any]
     _check_seen: Callable[[], None]
 
     def _run_loop(self, e: Equation, loop: Loop) -> list[Any]:
         """Computes a loop, and keeps what is known of the grids of its results."""
+        if loop.steps:
+            return self._run_steps(e, loop)
         parts, visitor = loop.parts, self._visitor
-        inner = self._inside(loop.body)
-        inner._enter(visitor)
-        # Weights have words of their own inside, also where they are on a grid outside.
-        given = [
-            self._known(v) if k in loop.known else self._env[v]
-            for k, v in enumerate(e.inputs)
-        ]
-        fixed = {loop.inputs[k]: given[k] for k in loop.known if not parts.is_step(k)}
-        inner._take({**inner._closed(), **fixed})
-        for k, v in enumerate(loop.inputs):
-            if k not in loop.known and not parts.is_carry(k):
-                inner._give(v, self._kept(e.inputs[k]))
-                if not parts.is_step(k):
-                    inner._env[v] = inner._typed(v, given[k])
-        inner._walk(loop.ahead)
+        inner, given = self._begun(e, loop)
         starts: dict[str, jax.Array] = {}
         first = range(parts.consts, parts.consts + parts.carries)
         carry = [self._start(e.inputs[k], loop, k, inner, starts) for k in first]
@@ -102,6 +92,89 @@ class LoopRuns(AffineParts):
         visitor.left(state, seen, starts)
         self._leave(e, loop, inner, sources)
         return [*carried, *ys]
+
+    def _begun(self, e: Equation, loop: Loop) -> tuple[Self, list[Any]]:
+        """Computes what all steps of a loop share, and returns its operands."""
+        parts = loop.parts
+        inner = self._inside(loop.body)
+        inner._enter(self._visitor)
+        inner._beside = [site for own in loop.bodies for site in own.plan.sites]
+        # Weights have words of their own inside, also where they are on a grid outside.
+        given = [
+            self._known(v) if k in loop.known else self._env[v]
+            for k, v in enumerate(e.inputs)
+        ]
+        fixed = {loop.inputs[k]: given[k] for k in loop.known if not parts.is_step(k)}
+        inner._take({**inner._closed(), **fixed})
+        for k, v in enumerate(loop.inputs):
+            if k not in loop.known and not parts.is_carry(k):
+                inner._give(v, self._kept(e.inputs[k]))
+                if not parts.is_step(k):
+                    inner._env[v] = inner._typed(v, given[k])
+        inner._walk(loop.ahead)
+        return inner, given
+
+    def _run_steps(self, e: Equation, loop: Loop) -> list[Any]:
+        """Computes a loop whose steps have grids of their own, one after the other."""
+        parts = loop.parts
+        inner, given = self._begun(e, loop)
+        carried = [
+            self._first(e.inputs[k], loop, k)
+            for k in range(parts.consts, parts.consts + parts.carries)
+        ]
+        pieces: dict[int, list[tuple[Any, OnGrid]]] = {}
+        order = range(parts.length)
+        for t, model in zip(
+            order[::-1] if parts.is_reversed else order, loop.steps, strict=True
+        ):
+            own = inner._copied(self._visitor)
+            own._traced, own._plan = model, model.plan
+            for k, (x, kept) in enumerate(carried, parts.consts):
+                own._env[loop.inputs[k]] = own._typed(loop.inputs[k], x)
+                own._give(loop.inputs[k], kept)
+            steps = [k for k in range(len(given)) if parts.is_step(k)]
+            now = {k: lax.index_in_dim(given[k], t, keepdims=False) for k in steps}
+            for k in now.keys() - loop.known:
+                own._env[loop.inputs[k]] = own._typed(loop.inputs[k], now[k])
+            own._take({loop.inputs[k]: now[k] for k in now if k in loop.known})
+            own._walk(loop.rest)
+            own._check_seen()
+            ends = [(own._typed(v, own._env[v]), v) for v in loop.body.model.outputs]
+            results = [(x, own._kept(v)) for x, v in ends]
+            carried = results[: parts.carries]
+            pieces[t] = results[parts.carries :]
+        for v, (_, kept) in zip(e.outputs, carried, strict=False):
+            self._give(v, kept)
+        for n, join in loop.joins.items():
+            for t, v in enumerate(join.pieces):
+                self._env[v], kept = pieces[t][n - parts.carries]
+                self._give(v, kept)
+            for step in join.equations:
+                self._compute(step)
+        joined = [self._env[e.outputs[n]] for n in loop.joins]
+        return [*(x for x, _ in carried), *joined]
+
+    def _first(self, v: int, loop: Loop, k: int) -> tuple[Any, OnGrid]:
+        """Returns the first value of a carry, on the grid that it has.
+
+        One without a grid has a site; zero is on every grid, as on that of its end.
+        """
+        source = v
+        if k in loop.starts:
+            self._walk([loop.starts[k]])
+            v = loop.starts[k].outputs[0]
+        kept, plan = self._kept(v), loop.steps[0].plan
+        end = loop.body.model.outputs[k - loop.parts.consts]
+        aval = loop.body.model.avals[loop.inputs[k]]
+        x = vary(jnp.asarray(self._env[v]).astype(aval.dtype), axes_of(aval))
+        known = constant_of(self._model, v, dict(self._traced.source))
+        is_zero = known is not None and not known.any()
+        if kept.grid is None and is_zero and end in plan.activations:
+            kept = self._onto(-1, plan.sites[plan.activations[end]], x)[1]
+        data = data_of(self._model, self._traced.inputs)
+        if source not in data and kept.grid is not None and not kept.grid.scale.ndim:
+            x = begun(x, kept.grid)
+        return x, kept
 
     def _kept(self, v: int) -> OnGrid:
         """Returns what is known of the grid of a value."""

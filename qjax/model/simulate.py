@@ -35,6 +35,7 @@ from qjax.model.lines import (
     zero_channels,
 )
 from qjax.model.loop_runs import LoopRuns
+from qjax.model.loops import is_loop
 from qjax.model.places import Mark, block_scope, mark_scope
 from qjax.model.primitives import FUSED, SHAPE_MOVES
 from qjax.model.regions import Region
@@ -177,7 +178,8 @@ class Simulation(LoopRuns):
             self._join_parts(e)
 
     def _compute(self, e: Equation) -> None:
-        if (loop := self._traced.loops.get(e.outputs[0])) is not None:
+        loop = self._traced.loops.get(e.outputs[0]) if is_loop(e) else None
+        if loop is not None:
             found = self._run_loop(e, loop)
             self._env.update(zip(e.outputs, found, strict=True))
             return

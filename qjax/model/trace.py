@@ -20,7 +20,7 @@ from qjax.leaves import leaf_names
 from qjax.mesh_axes import aligned, axes_of, vary
 from qjax.model.control_flow import both_branches, counted
 from qjax.model.expansions import expansion, scan_counts
-from qjax.model.kept import integer_of, whole_of
+from qjax.model.kept import BEGIN, integer_of, whole_of
 from qjax.model.places import BlockSites, Place, split_scope
 from qjax.model.primitives import AFFINE, BOUNDS, POINTWISE, SHAPE_MOVES
 from qjax.model.quantizer_calls import QUANTIZER, has_quantizer, with_quantizers
@@ -322,7 +322,7 @@ def _flatten(
                     # A call that returns its operands is as many moves of one value.
                     parts = zip(zip(inputs), zip(outputs), strict=True)
                 for own, made in parts:
-                    if not data.isdisjoint(own):
+                    if not data.isdisjoint(own) or integer_of(eqn) == BEGIN:
                         data.update(made)
                     ends = tuple(own), tuple(made)
                     place, block = split_scope(here)

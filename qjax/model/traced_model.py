@@ -2,27 +2,16 @@
 
 import dataclasses
 import itertools
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax
-
-from qjax.model.blocks import Block, Plan, data_of, path_name
-from qjax.model.cuts import warn_of_cuts
-from qjax.model.finder import find_blocks
-from qjax.model.folding import fold_normalisations, read_whole
-from qjax.model.lineage import Lineage
-from qjax.model.loops import ScanParts, Surroundings, body_of, is_loop, scan_parts
-from qjax.model.masked_exponentials import masked_behind
+from qjax.model.blocks import Block, Plan
+from qjax.model.loops import ScanParts
 from qjax.model.norms import NormForm
 from qjax.model.places import BlockSites
-from qjax.model.primitives import SHAPE_MOVES
-from qjax.model.regions import Regions, find_regions
-from qjax.model.sites import describe
+from qjax.model.regions import Regions
 from qjax.model.softmaxes import SoftmaxForm
-from qjax.model.trace import Equation, Trace, trace
-from qjax.model.widening import widened
+from qjax.model.trace import Equation, Trace
 from qjax.schemes.patterns import Site
 
 
@@ -66,8 +55,10 @@ class TracedModel:
     @property
     def sites(self) -> tuple[Site, ...]:
         """Returns the sites of the model: its own, then those inside of its loops."""
-        inside = (loop.body.sites for loop in self.loops.values())
-        return (*self.plan.sites, *itertools.chain.from_iterable(inside))
+        found = dict.fromkeys(self.plan.sites)
+        for body in self._bodies:
+            found.update(dict.fromkeys(body.sites))  # Once where steps share it.
+        return tuple(found)
 
     @property
     def blocks(self) -> tuple[BlockSites, ...]:
@@ -79,7 +70,7 @@ class TracedModel:
             weight = "" if at is None else sites[at].name
             output = sites[plan.activations[block.value]].name
             found.append(BlockSites(output, weight))
-        inside = (loop.body.blocks for loop in self.loops.values())
+        inside = (body.blocks for body in self._bodies)
         return (*found, *itertools.chain.from_iterable(inside))
 
     @property
@@ -88,6 +79,18 @@ class TracedModel:
         inside = (loop.body.biases for loop in self.loops.values())
         own = self.plan.biases.values()
         return (*own, *itertools.chain.from_iterable(inside))
+
+    @property
+    def _bodies(self) -> Iterator["TracedModel"]:
+        for loop in self.loops.values():
+            yield from loop.bodies
+
+
+class Join(NamedTuple):
+    """A result of a loop as its parts, one for each step."""
+
+    pieces: tuple[int, ...]  # In the order of the result.
+    equations: tuple[Equation, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +105,12 @@ class Loop:
         differ from step to step, by which a step chooses.
       ahead: Equations of the body that read what is known and the same in all steps.
       rest: The other equations of the body.
+      name: Name of the loop, with those around it.
+      steps: Model of each step, in the order of computation, where steps have grids of
+        their own; empty for one grid in all steps.
+      starts: Carried operand -> the equation that puts its first value on a grid. These
+        and the next are of loops with ``steps``.
+      joins: Result with a part for each step -> the parts, and how they are joined.
     """
 
     parts: ScanParts
@@ -110,211 +119,19 @@ class Loop:
     known: frozenset[int]
     ahead: tuple[Equation, ...]
     rest: tuple[Equation, ...]
+    name: str = ""
+    steps: tuple[TracedModel, ...] = ()
+    starts: Mapping[int, Equation] = dataclasses.field(default_factory=dict)
+    joins: Mapping[int, Join] = dataclasses.field(default_factory=dict)
 
+    @property
+    def bodies(self) -> tuple[TracedModel, ...]:
+        """Returns the models of its steps, or the one of all."""
+        return self.steps or (self.body,)
 
-def trace_model(
-    fn: Callable[..., Any],
-    params: Any,
-    inputs: Sequence[Any],
-    split: Sequence[str] = (),
-    whole_norms: bool = False,
-) -> TracedModel:
-    """Traces a model and finds its sites.
-
-    Args:
-      fn: ``fn(params, *inputs)``.
-      params: Parameters of ``fn``; only types are read.
-      inputs: Inputs of ``fn``; only types are read.
-      split: Functions that end at a site whatever follows: `Constraints`.
-      whole_norms: Whether a normalisation is one site though its parts would lower.
-
-    Returns:
-      The traced model.
-    """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    names = [path_name(path) for path, _ in leaves]
-    model, out = trace(fn, params, *inputs, keep_derivatives=True)
-    return _planned(widened(model), out, names, _Settings(tuple(split), whole_norms))
-
-
-class _Settings(NamedTuple):
-    split: tuple[str, ...]
-    whole_norms: bool
-
-
-def _planned(
-    model: Trace,
-    out: Any,
-    names: Sequence[str],
-    settings: _Settings,
-    around: Surroundings | None = None,
-) -> TracedModel:
-    """Finds the sites of a trace, whose first inputs are parameters with some names."""
-    own = model.inputs[len(names) :]
-    in_parts = not settings.whole_norms
-    model = fold_normalisations(model, data_of(model, own), in_parts=in_parts)
-    model = masked_behind(model)
-    data = data_of(model, own)
-    wholes = ((e.outputs[0], read_whole(model, data, e)) for e in model.equations)
-    exact = {v: form for v, form in wholes if form is not None}
-    found = find_blocks(model, names, settings.split, exact, around)
-    plan = describe(model, found, names, exact, around)
-    warn_of_cuts(model, plan)
-    # Known values come first: a kernel is held by its bias and its BatchNorm.
-    known = set(model.avals) - data
-    order = sorted(model.equations, key=lambda e: not known.issuperset(e.outputs))
-    moves = (e for e in order if e.primitive.name in SHAPE_MOVES)
-    of_kind = lambda blocks, kind: (b for b in blocks if b.kind == kind)
-    roots = lambda blocks: {b.root.outputs[0]: b for b in of_kind(blocks, "product")}
-    first = 0 if around is None else around.first_block
-    model = dataclasses.replace(model, equations=tuple(order))
-    return TracedModel(
-        model=model,
-        out=out,
-        plan=plan,
-        inputs=tuple(own),
-        products=roots(plan.fused.values()),
-        made_of_weights=roots(plan.blocks),
-        source={v: e for e in order for v in e.outputs},
-        tables={b.value: b.root.inputs[0] for b in of_kind(plan.blocks, "embedding")},
-        moves={e.outputs[0]: e.inputs[0] for e in moves},
-        numbers={b.root.outputs[0]: first + k for k, b in enumerate(plan.blocks)},
-        exact=exact,
-        regions=find_regions(order, model.avals),
-        loops=_loops(model, plan, names, data, settings, around),
-        first_block=first,
-    )
-
-
-def _loops(
-    model: Trace,
-    plan: Plan,
-    names: Sequence[str],
-    data: set[int],
-    settings: _Settings,
-    around: Surroundings | None,
-) -> dict[int, Loop]:
-    """Traces the bodies of the loops of a model, and finds their sites."""
-    equations = [
-        e for e in model.equations if is_loop(e) and not data.isdisjoint(e.inputs)
-    ]
-    if not equations:
-        return {}
-    lineage = Lineage(model, names)
-    taken = Counter[str]() if around is None else around.taken
-    if around is None:
-        taken.update(site.name.partition(":")[0] for site in plan.sites)
-    count = (0 if around is None else around.first_block) + len(plan.blocks)
-    outer = "" if around is None else f"{around.name}/"
-    found: dict[int, Loop] = {}
-    for k, e in enumerate(equations):
-        parts = scan_parts(e)
-        is_known = [
-            v not in data
-            and not parts.is_carry(n)
-            and not (parts.is_step(n) and model.is_number(v))
-            for n, v in enumerate(e.inputs)
-        ]
-        sides: tuple[list[Any], list[Any]] = [], []
-        for known, aval in zip(is_known, parts.body.in_avals, strict=True):
-            sides[0 if known else 1].append(aval)
-        inner, out = trace(body_of(parts, is_known), *sides, keep_derivatives=True)
-        inner = dataclasses.replace(inner, is_step=True)
-        split = len(sides[0])
-        order = iter(inner.inputs[:split]), iter(inner.inputs[split:])
-        inputs = tuple(next(order[0 if known else 1]) for known in is_known)
-        pairs = zip(e.inputs, is_known, strict=True)
-        own = [lineage.leaf_name(v) for v, known in pairs if known]
-        ends = inputs[parts.consts : parts.consts + parts.carries]
-        name = f"{outer}scan_{k}"
-        inside = Surroundings(ends, name, taken, count)
-        body = _planned(inner, out, own, settings, inside)
-        count += len(body.blocks)
-        found[e.outputs[0]] = _loop(parts, body, inputs, is_known)
-    return found
-
-
-def _loop(
-    parts: ScanParts, body: TracedModel, inputs: tuple[int, ...], is_known: list[bool]
-) -> Loop:
-    """Returns a loop, the equations of its body in two parts."""
-    known = frozenset(k for k, is_one in enumerate(is_known) if is_one)
-    same = {inputs[k] for k in known if not parts.is_step(k)}
-    same.update(body.model.constants)
-    ahead: list[Equation] = []
-    rest: list[Equation] = []
-    for step in body.model.equations:
-        is_same = same.issuperset(step.inputs)
-        same.update(step.outputs if is_same else ())
-        (ahead if is_same else rest).append(step)
-    return Loop(parts, body, inputs, known, tuple(ahead), tuple(rest))
-
-
-class Traces:
-    """The last traces of models, by the types of their arguments.
-
-    As under `jax.jit`, a model is a function of its arguments: what else it reads, it
-    reads when it is traced. One that closes over arrays is traced each time.
-
-    Attributes:
-      folded: Known values that the last lowering has computed: `qjax.lowering.Bound`.
-      folds: The same of the bodies of loops.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[Any, tuple[Callable[..., Any], TracedModel]] = {}
-        self.folded: dict[str, dict[int, Any]] = {}
-        self.folds: dict[tuple[int, ...], dict[str, dict[int, Any]]] = {}
-
-    def get(
-        self,
-        fn: Callable[..., Any],
-        params: Any,
-        inputs: Sequence[Any],
-        split: Sequence[str] = (),
-        whole_norms: bool = False,
-    ) -> TracedModel:
-        """Returns a traced model: that of earlier arguments of the same types, if any.
-
-        Args:
-          fn: Same as for `trace_model`, and so are the others.
-          params: Parameters of ``fn``.
-          inputs: Inputs of ``fn``.
-          split: Functions that end at a site.
-          whole_norms: Whether a normalisation is one site.
-
-        Returns:
-          The traced model.
-        """
-        leaves, tree = jax.tree.flatten((params, tuple(inputs)))
-        types = tuple(map(_type, leaves))
-        settings = tuple(getattr(jax.config, name) for name in _SETTINGS)
-        mesh = jax.sharding.get_abstract_mesh()
-        key = id(fn), tree, types, tuple(split), whole_norms, mesh, settings
-        found = self._known.pop(key, None)
-        if found is None:
-            traced = trace_model(fn, params, inputs, split, whole_norms)
-            if not traced.model.is_closed:
-                return traced
-            found = fn, traced  # With the function, whose number no other gets so.
-        self._known[key] = found
-        while len(self._known) > _MOST_TRACES:
-            self._known.pop(next(iter(self._known)))
-        return found[1]
-
-
-def _type(x: Any) -> Any:
-    """Returns the type of an argument, which may be given in its place."""
-    if isinstance(x, jax.ShapeDtypeStruct) and x.sharding is None:
-        return jax.core.ShapedArray(x.shape, x.dtype, weak_type=x.weak_type)
-    is_type = isinstance(x, jax.ShapeDtypeStruct | jax.core.ShapedArray)
-    return x if is_type else jax.typeof(x)
-
-
-_MOST_TRACES = 8
-# Settings of JAX that a trace may depend on.
-_SETTINGS = (
-    "jax_enable_x64",
-    "jax_numpy_dtype_promotion",
-    "jax_default_matmul_precision",
-)
+    @property
+    def same(self) -> set[int]:
+        """Returns the values of the body that are known and the same in all steps."""
+        found = {self.inputs[k] for k in self.known if not self.parts.is_step(k)}
+        found.update(self.body.model.constants)
+        return found.union(*(e.outputs for e in self.ahead))

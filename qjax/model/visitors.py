@@ -92,7 +92,8 @@ class Recorder:
             for name, x in found.items():
                 x = x.reshape(-1, *x.shape[2:])
                 if name in starts:
-                    x = jnp.concatenate([starts[name].astype(x.dtype), x])
+                    first = starts[name].astype(x.dtype)
+                    x = jnp.concatenate([first if first.ndim else first[None], x])
                 own[name] = x
 
 

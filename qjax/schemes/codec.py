@@ -225,6 +225,8 @@ def _rule_out(path: str, rule: Rule) -> dict[str, Any]:
         found["reasons"] = dict(rule.reasons)
     if rule.optional:
         found["optional"] = True
+    if rule.per_step:
+        found["per_step"] = True
     return found
 
 
@@ -244,6 +246,7 @@ def _rule_in(path: str, data: Any) -> Rule:
         "estimator": _chosen(_ESTIMATORS),
         "reasons": _reasons_in,
         "optional": _bool_in,
+        "per_step": _bool_in,
     }
     found = _read(path, data, fields)
     if ("pattern" in found) == ("where" in found):

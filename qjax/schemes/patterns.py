@@ -32,6 +32,7 @@ class Site(NamedTuple):
     reads: tuple[str, ...] = ()  # Site of each operand of the op, in order; "" for one
     # that several sites make.
     overwrites: str = ""  # The first operand that nothing else reads, of this shape.
+    whole: Any = None  # Site of all steps, for that of one step: `Rule.per_step`.
 
 
 @dataclasses.dataclass(frozen=True)

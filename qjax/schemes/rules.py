@@ -36,6 +36,10 @@ class Rule:
         fields. The rule itself, where they are silent.
       optional: Whether the rule may match nothing, as those of presets, which are made
         for many models; for others that is an error.
+      per_step: Whether each step of a loop has grids of its own: a loop of at most 256
+        steps with a site that the rule matches is unrolled, and its sites are named by
+        the step, ``scan_0/step_3/carry:1``. Rules match them by this name, and by that
+        of the loop, ``scan_0/carry:1``.
 
     Raises:
       TypeError: for fields of another type.
@@ -57,6 +61,8 @@ class Rule:
         default=None, metadata={"static": True}
     )
 
+    per_step: bool = dataclasses.field(default=False, metadata={"static": True})
+
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str) and not callable(self.pattern):
             raise TypeError(
@@ -70,6 +76,10 @@ class Rule:
         if self.buffer_bits is not None:
             bits = as_buffer_bits(self.buffer_bits)
             object.__setattr__(self, "buffer_bits", bits)
+        if not isinstance(self.per_step, bool):
+            raise TypeError(
+                f"`per_step` of a `Rule` must be True or False, got {self.per_step!r}."
+            )
         if self.estimator is not None and not callable(self.estimator):
             raise TypeError(
                 "`estimator` of a `Rule` must be a function of `qjax.estimators`, got "
@@ -82,6 +92,8 @@ class Rule:
 
     def matches(self, site: Site) -> bool:
         """Returns whether the rule matches a site."""
+        if site.whole is not None and self.matches(site.whole):
+            return True
         if callable(self.pattern):
             return bool(self.pattern(site))
         return matches(site.name, self.pattern)

@@ -169,6 +169,11 @@ class Scheme:
         """Returns the rule that decides a site; None for the defaults."""
         return next((r for r in self.rules if r.matches(site)), None)
 
+    @property
+    def per_step(self) -> tuple[Any, ...]:
+        """Returns the patterns of the rules for a grid in each step of a loop."""
+        return tuple(rule.pattern for rule in self.rules if rule.per_step)
+
     def to_json(self, *, indent: int | None = 2) -> str:
         """Writes the scheme as JSON.
 
@@ -241,12 +246,28 @@ def check_rules(
                     "product. Leave its rule (`bias_quantizer`) out. The biases are: "
                     f"{known}."
                 )
-            check_fields(pattern, biases if is_of_bias else sites)
+            wholes = (s.whole for s in sites if s.whole is not None)
+            check_fields(pattern, biases if is_of_bias else (*sites, *wholes))
         if not any(map(rule.matches, sites)):
             names = [site.name for site in (*sites, *biases)]
             shown = show(pattern)
             found = repr(pattern) if isinstance(pattern, str) else f"{shown}: it"
             raise ValueError(f"The rule {found} {no_match(pattern, 'site', names)}")
+
+
+def check_same_steps(scheme: Scheme, own: Scheme) -> None:
+    """Raises for a scheme that asks for grids of steps where that of a model does not.
+
+    Raises:
+      ValueError: naming the patterns of both.
+    """
+    if scheme.per_step != own.per_step:
+        asked, there = (", ".join(map(repr, s.per_step)) for s in (scheme, own))
+        raise ValueError(
+            f"`scheme` has `per_step=True` in its rules for {asked or 'no site'}, and "
+            f"the model was made with it for {there or 'no site'}. The sites differ: "
+            "pass this scheme to `quantize_model`."
+        )
 
 
 def shadowed_rules(

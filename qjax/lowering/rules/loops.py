@@ -24,6 +24,7 @@ from qjax.lowering.values import (
     Sum,
 )
 from qjax.model.expansions import MOST_STEPS
+from qjax.model.kept import BEGIN
 from qjax.model.loops import ScanParts, has_point, scan_parts
 from qjax.model.primitives import SHAPE_MOVES
 from qjax.model.trace import Equation, Trace
@@ -109,8 +110,7 @@ def _grids(
         while step is not None and step.primitive.name in SHAPE_MOVES:
             step = makers.get(step.inputs[0])
         if step is None or step.primitive is not qpoint_p:
-            is_number = not body.trace.shape(v)
-            raise ValueError((_A_NUMBER if is_number else _NO_GRID).format(k))
+            raise ValueError(_NO_GRID.format(k))
         numbers = [np.asarray(known[u]) for u in step.inputs[1:] if u in known]
         if len(numbers) < 4 or any(n.size != 1 for n in numbers):
             raise ValueError(_MANY.format(k, step.params["site"]))
@@ -126,9 +126,11 @@ _NO_GRID = (
     "step has no codes. Quantize it there: a rule of the scheme, or `qjax.fake_quant` "
     "in a loop of your own."
 )
-_A_NUMBER = (
-    "A loop carries one real number at {0}, and no site puts a number without axes on "
-    "a grid. Carry it with an axis, as `x[None]`, which has a site; count in integers."
+_STACKED = (
+    "A loop of {0} steps reads other weights in each step, met in {1}.\n  equation: "
+    "{2}\nSuch loops are unrolled, up to {3} steps. Split it into loops of at most "
+    "{3}, or choose the weights in the step by its number, `w[n]` with "
+    "`jnp.arange({0})` among what is scanned: they have one scale then."
 )
 _MANY = (
     "What a loop carries at {0} has no single scale, at {1!r}. Use one scale, "
@@ -151,6 +153,9 @@ def _operand(
         return _constant(builder, e, trace, x, v, grid=grid, is_step=is_step)
     if not trace.is_real(v):
         return whole_numbers(builder, e, trace, x, v, "operand")
+    if is_step and isinstance(x, Known | KnownCodes):
+        length = scan_parts(e).length
+        raise ValueError(_STACKED.format(length, where(e), e, MOST_STEPS))
     if isinstance(x, Integers | PendingAccumulator | Sum):
         x = settled(builder, e, trace, x)
     if not isinstance(x, Integers) or not x.is_of_codes or x.gain is not None:
@@ -221,7 +226,8 @@ def _inside(
         if x.dtype not in TYPES:
             raise NotImplementedError(
                 f"Integer programs compute in {', '.join(TYPES)}, and a loop has "
-                f"{x.dtype}, met in {where(e)}.\n  equation: {e}\nUse int32."
+                f"{x.dtype}, met in {where(e)}.\n  equation: {e}\nCount in int32: "
+                "start with `jnp.int32(0)`, and give such bounds to a `fori_loop`."
             )
         ends = (x.low, x.high)
         if parts.is_carry(k):
@@ -266,5 +272,21 @@ def _outside(builder: Builder, v: int, x: Integers) -> Integers:
     return x.elsewhere(v, low=own.low, high=own.high, place=x.place)
 
 
-# Primitive -> its rule.
-LOOPS: Mapping[str, LoweringRule] = {"scan": _scan}
+def _begin(
+    builder: Builder, e: Equation, trace: Trace, x: Abstract, *known: Known
+) -> Integers:
+    """Adds the first value of a loop in steps, whose grid is known."""
+    v = e.inputs[0]
+    if not isinstance(x, KnownCodes | Known):
+        assert isinstance(x, Integers)
+        return x
+    scale, zero_point = (np.asarray(own.value).reshape(()) for own in known)
+    site = x.site if isinstance(x, KnownCodes) else where(e).strip("'")
+    codes = np.rint(_array(x) / scale).astype(np.int64) + int(zero_point)
+    ends = (int(codes.min()), int(codes.max())) if codes.size else (0, 0)
+    grid = SiteGrid(float(scale), int(zero_point), *ends, site, is_part=True)
+    return _constant(builder, e, trace, x, v, grid=grid, is_step=False)
+
+
+# Primitive, or call -> its rule.
+LOOPS: Mapping[str, LoweringRule] = {"scan": _scan, BEGIN: _begin}
