@@ -10,7 +10,14 @@ import pytest
 import qjax
 from qjax.affine import QSpec, dequantize, scale_shape
 from qjax.quantizers import tensorflow as tf
-from tests.conformance import models, qkeras, quantizeml, samples, tflite
+from tests.conformance import (
+    models,
+    qkeras,
+    qkeras_layers,
+    quantizeml,
+    samples,
+    tflite,
+)
 
 
 def _word(params, axis=None):
@@ -169,11 +176,11 @@ CHECKS = {
     )
 }
 CHECKS |= models.CHECKS | samples.CHECKS | tflite.CHECKS
-CHECKS |= qkeras.CHECKS | quantizeml.CHECKS
+CHECKS |= qkeras.CHECKS | qkeras_layers.CHECKS | quantizeml.CHECKS
 
-# Kinds of what the package has not: layers of Keras, QTools and its reports.
+# Kinds of what the package has not: states of layers, QTools and its reports.
 ELSEWHERE = frozenset(
-    "convert estimate export layer layer_stateful model_forward qml_layer qstats "
+    "convert estimate export layer_stateful model_forward qml_layer qstats "
     "qtools table".split()
 )
 
