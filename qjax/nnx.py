@@ -3,6 +3,7 @@
 Each takes the arguments of the layer that it replaces, and has its parameters.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -40,6 +41,8 @@ __all__ = (
     "QLinear",
     "QLinearGeneral",
     "QuantState",
+    "to_float",
+    "to_quantized",
 )
 
 _WORDS = LayerQuantizers()
@@ -58,7 +61,7 @@ class _QuantizedModule(nnx.Module):
       site: Prefix of the names of its sites.
     """
 
-    _base: ClassVar[type]  # The layer that it replaces.
+    _base: ClassVar[type] = object  # The layer that it replaces.
 
     def __init__(
         self,
@@ -255,3 +258,90 @@ class QActivation(_QuantizedModule):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Rounds an array of any shape."""
         return self._rounded("output", inputs)[0]
+
+
+_TWINS: dict[type, type[_QuantizedModule]] = {
+    cls._base: cls
+    for cls in (QLinear, QLinearGeneral, QEinsum, QConv, QConvTranspose, QEmbed)
+}
+Chooser = Callable[[str, nnx.Module], LayerQuantizers | None]
+
+
+def to_quantized(
+    model: nnx.Module,
+    quantizers: LayerQuantizers | Chooser = _WORDS,
+    *,
+    rngs: nnx.Rngs | None = None,
+) -> nnx.Module:
+    """Turns the layers of a model into quantized ones, in place.
+
+    Parameters stay as they are; sites are named by the path of a layer. Layers that are
+    of a subclass, or have no quantized form, stay.
+
+    Args:
+      model: Any module, also a layer itself.
+      quantizers: The quantizers of all layers, or a function of path and layer that
+        returns them, or None for a layer that stays in float.
+      rngs: Keys; the stream ``quant`` is for words that draw at random.
+
+    Returns:
+      The model.
+
+    Raises:
+      ValueError: for a model without a layer to turn; nothing is changed then.
+    """
+    found = {id(m): (path, m) for path, m in nnx.iter_modules(model)}
+    chosen = []
+    for path, layer in found.values():
+        if type(layer) in _TWINS:
+            site = "/".join(map(str, path))
+            own = quantizers(site, layer) if callable(quantizers) else quantizers
+            if own is not None:
+                own.check(site)
+                chosen.append((layer, own, site))
+    if not chosen:
+        names = ", ".join(cls.__name__ for cls in _TWINS)
+        raise ValueError(
+            f"The model has no layer to quantize: none of {names} for which there are "
+            "quantizers. `qjax.quantize_model` takes any function."
+        )
+    keys = nnx.Rngs() if rngs is None else rngs
+    try:
+        for layer, own, site in chosen:
+            twin: Any = layer
+            twin.__class__ = _TWINS[type(layer)]
+            twin._set(own, site, twin._ranks(), keys)
+    except Exception:
+        for layer, *_ in chosen:
+            _turn_back(layer)
+        raise
+    return model
+
+
+def to_float(model: nnx.Module) -> nnx.Module:
+    """Turns the quantized layers of a model into those of Flax, in place.
+
+    Parameters stay as they are; ranges are dropped.
+
+    Args:
+      model: Any module, also a layer itself.
+
+    Returns:
+      The model.
+    """
+    layers: list[Any] = [m for _, m in nnx.iter_modules(model)]
+    for layer in {id(m): m for m in layers}.values():
+        _turn_back(layer)
+    return model
+
+
+def _turn_back(layer: Any) -> None:
+    """Makes a quantized layer the one of Flax again; others stay."""
+    if isinstance(layer, _QuantizedModule) and type(layer)._base in _TWINS:
+        base = type(layer)._base
+        for name in filter(vars(layer).__contains__, _ADDED):
+            delattr(layer, name)
+        layer.__class__ = base
+
+
+_ADDED = "quantizers site input_range output_range keys use_running_average".split()

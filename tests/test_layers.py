@@ -518,3 +518,57 @@ def test_uncalibrated_layers_are_loud():
     assert np.all(np.isnan(traced(state, x)))
     with pytest.raises(ValueError, match="'head/input' has no scale yet"):
         qjax.lower(model, x)
+
+
+class FloatNet(nnx.Module):
+    """A list, a layer with two names, a chain."""
+
+    def __init__(self, rngs):
+        window = {"kernel_size": (3, 3), "rngs": rngs}
+        self.body = nnx.List([nnx.Conv(2, 4, **window), nnx.Conv(4, 4, **window)])
+        self.head = self.tied = nnx.Linear(64, 3, rngs=rngs)
+        self.end = nnx.Sequential(nnx.relu, nnx.Linear(3, 2, rngs=rngs))
+
+    def __call__(self, x):
+        for layer in self.body:
+            x = nnx.relu(layer(x))
+        return self.end(self.tied(x.reshape(x.shape[0], -1)))
+
+
+def test_models_turn_into_quantized_ones_and_back():
+    model, x = FloatNet(nnx.Rngs(0)), images(6, 4, 4, 2)
+    run = nnx.jit(lambda m, x: m(x))
+    wanted, params = run(model, x), jax.tree.leaves(nnx.state(model, nnx.Param))
+    assert qn.to_quantized(model, words()) is model and model.head is model.tied
+    layers = (*model.body, model.head, model.end.layers[1])
+    sites = [layer.site for layer in layers]
+    assert sites == ["body/0", "body/1", "head", "end/layers/1"]
+    run(model, x)
+    model.eval()
+    found = run(model, x)
+    assert np.sum(wanted**2) > 300 * np.sum((found - wanted) ** 2) > 0
+    program = qjax.lower(model, x)
+    report = qjax.verify(program, model, x)
+    assert report.is_exact and [*report.sites] == [f"{s}/input" for s in sites]
+    qn.to_float(model)
+    assert {type(layer) for layer in layers} == {nnx.Conv, nnx.Linear}
+    np.testing.assert_array_equal(run(model, x), wanted)
+    assert not jax.tree.leaves(nnx.state(model, qn.QuantState))
+    kept = jax.tree.leaves(nnx.state(model, nnx.Param))
+    jax.tree.map(np.testing.assert_array_equal, kept, params)
+
+
+def test_some_layers_of_a_model_stay():
+    model = FloatNet(nnx.Rngs(0))
+    qn.to_quantized(model, lambda path, _: None if "body" in path else words())
+    assert type(model.body[0]) is nnx.Conv and type(model.head) is qn.QLinear
+    with pytest.raises(ValueError, match="has no range yet"):
+        qn.to_quantized(model, words()).eval()
+        model(images(6, 4, 4, 2))
+    with pytest.raises(ValueError, match="no layer to quantize"):
+        qn.to_quantized(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+    model = FloatNet(nnx.Rngs(0))
+    with pytest.raises(ValueError, match="axis"):
+        qn.to_quantized(model, LayerQuantizers(input=QSpec(8, axis=3)))
+    assert type(model.body[0]) is nnx.Conv and type(model.head) is nnx.Linear
+    assert not jax.tree.leaves(nnx.state(model, qn.QuantState))

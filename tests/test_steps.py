@@ -113,6 +113,7 @@ def _lstm(per_step):
     return module.apply, params, x, qmodel, qstate, found
 
 
+@pytest.mark.heavy
 def test_steps_of_an_lstm_have_ranges_of_their_own(tmp_path):
     fn, params, x, qmodel, qstate, found = _lstm(True)
     highs = [float(qstate[f"scan_0/step_{t}/carry:1"].high) for t in range(3)]

@@ -306,7 +306,7 @@ def test_a_quantizer_of_ones_own_learns():
     assert qjax.verify(program, qmodel, PARAMS, qstate, X).is_exact
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["lsq", "bits"])
 def test_learned_words_lower_as_they_were_trained(name):
     words = {
