@@ -13,7 +13,8 @@ from jax.extend.core import primitives as p
 def expansion(eqn: Any, keep_derivatives: bool) -> Callable[..., Any] | None:
     """Returns the computation of an equation by simpler ones; None if it stays.
 
-    Stacks and tiles are concatenations and broadcasts; a search in a short sorted table
+    Stacks and tiles are concatenations and broadcasts; what JAX itself writes out is so
+    unless it has a derivative that would be lost; a search in a short sorted table
     counts the numbers that come before. A scan of few steps is unrolled where it is
     lowered; as a part of a model that is trained it stays.
     """
@@ -30,12 +31,30 @@ def expansion(eqn: Any, keep_derivatives: bool) -> Callable[..., Any] | None:
         return lambda x: _tiled(x, params["reps"])
     if params.get("name") == "searchsorted" and _is_short_table(eqn):
         return _counted(eqn)
+    if eqn.primitive.name == _HIGHER and not (keep_derivatives and _is_real(eqn)):
+        return _written_out(params["_prim"])
     is_short = eqn.primitive is p.scan_p and params["length"] <= MOST_STEPS
     return _unrolled(params) if is_short and not keep_derivatives else None
 
 
+_HIGHER = "call_hi_primitive"  # JAX's name for what others write out, from 0.12 on.
 MOST_STEPS = 256  # Most steps of a scan that is unrolled.
 MOST_SEARCHED = 256  # Most numbers of a table whose comparisons are written out.
+
+
+def _is_real(eqn: Any) -> bool:
+    dtypes = (v.aval.dtype for v in eqn.outvars)
+    return any(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes)
+
+
+def _written_out(primitive: Any) -> Callable[..., list[Any]]:
+    """Returns an operation in terms of simpler ones, as JAX defines it."""
+
+    def run(*args: Any) -> list[Any]:
+        found = primitive.expand(*jax.tree.unflatten(primitive.in_tree, args))
+        return jax.tree.leaves(found)
+
+    return run
 
 
 def _is_short_table(eqn: Any) -> bool:
