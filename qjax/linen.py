@@ -46,7 +46,8 @@ class _QuantizedLayer(nn.Module, kw_only=True):
 
     Attributes:
       quantizers: The quantizers.
-      train: Whether ranges move; None: where the collection ``quant`` is mutable.
+      train: Whether ranges move; None: where the collection ``quant`` is mutable. With
+        True it must be.
     """
 
     quantizers: LayerQuantizers = LayerQuantizers()
@@ -97,7 +98,7 @@ class _QuantizedLayer(nn.Module, kw_only=True):
             if self.is_initializing():
                 return x
             train = self.train if train is None else train
-            if self.is_mutable_collection("quant") and train is not False:
+            if self.is_mutable_collection("quant") if train is None else train:
                 seen = jax.lax.stop_gradient(x)
                 state.value = calibrator.update(seen, state.value, word)
             params = calibrator.params(state.value, word)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import errors, nnx
 from flax import linen as nn
-from flax import nnx
 
 import qjax
 import qjax.linen as ql
@@ -327,8 +327,11 @@ def test_ranges_move_where_the_collection_is_mutable_and_training_is_not_off():
     variables = frozen.init(jax.random.key(0), x)
     _, seen = frozen.apply(variables, x, train=True, mutable=["quant"])
     assert steps(seen) == 1
-    _, same = frozen.apply({**variables, **seen}, 9 * x, mutable=["quant"])
+    variables = {**variables, **seen}
+    _, same = frozen.apply(variables, 9 * x, mutable=["quant"])
     assert steps(same) == 1
+    with pytest.raises(errors.ModifyScopeVariableError, match="quant"):
+        frozen.apply(variables, x, train=True)
 
 
 def test_activations_are_layers():
