@@ -334,6 +334,21 @@ def test_ranges_move_where_the_collection_is_mutable_and_training_is_not_off():
         frozen.apply(variables, x, train=True)
 
 
+def test_nnx_ranges_are_variables_that_eval_freezes():
+    model, x = qn.QLinear(3, 2, rngs=nnx.Rngs(0)), images(6, 3)
+    assert isinstance(model.input_range, qn.QuantState)
+    model(x)
+    assert int(model.input_range.get_value().step) == 1
+    wrapper = nnx.Sequential(model)
+    wrapper.eval()
+    model(9 * x)
+    assert int(model.input_range.get_value().step) == 1
+    assert len(jax.tree.leaves(nnx.state(wrapper, qn.QuantState))) == 3
+    wrapper.train()
+    model(x)
+    assert int(model.input_range.get_value().step) == 2
+
+
 def test_activations_are_layers():
     x = images(6, 3)
     layer = ql.QActivation("quantized_relu(4,1)")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -172,3 +173,134 @@ def test_layers_refuse_words_that_lose_weights(word):
     own = LayerQuantizers(input=QSpec(1, symmetric=True))
     with pytest.raises(ValueError, match="'input'"):
         qjax.nnx.QLinear(3, 2, quantizers=own, rngs=keys)
+
+
+@pytest.mark.parametrize("word", RANDOM.values(), ids=RANDOM)
+def test_the_preset_of_qkeras_keeps_what_is_random(word):
+    scheme = presets.qkeras({"a": {"kernel_quantizer": str(word)}})
+    assert scheme.rules[0].spec == word
+
+
+# A state.
+
+
+def test_a_state_without_a_range_is_refused_where_it_is_known():
+    params, x = model()
+    qmodel = qjax.quantize_model(two_layers, params, x)
+    fresh = qmodel.init(params, x)
+    for apply in (qmodel.apply, qmodel.apply_integer):
+        with pytest.raises(ValueError, match="'input:0' has no range yet"):
+            apply(params, fresh, x)
+        with pytest.raises(ValueError, match="'input:0' has no range yet"):
+            jax.jit(lambda x, apply=apply: apply(params, fresh, x))(x)
+    assert np.all(np.isnan(jax.jit(qmodel.apply)(params, fresh, x)))
+    y, qstate = jax.jit(qmodel.apply_and_update)(params, fresh, x)
+    assert np.all(np.isfinite(y))
+    np.testing.assert_array_equal(y, jax.jit(qmodel.apply)(params, qstate, x))
+
+
+def test_the_state_of_something_else_is_refused():
+    qmodel, params, qstate, x = calibrated()
+    calls = (
+        qmodel.apply,
+        qmodel.apply_integer,
+        qmodel.apply_and_update,
+        qmodel.observe,
+    )
+    missing = {k: v for k, v in qstate.items() if k != "a/output"}
+    *_, channels, _ = calibrated(Scheme(activations=QSpec(8, axis=-1)))
+    *_, counts, _ = calibrated(Scheme(calibrator=qjax.percentile()))
+    for call in calls:
+        with pytest.raises(ValueError, match="not know the site 'a/output'"):
+            call(params, missing, x)
+        with pytest.raises(ValueError, match=r"'input:0' .*\(1, 5\)"):
+            call(params, channels, x)
+        with pytest.raises(ValueError, match="HistogramState .* needs a MinMaxState"):
+            call(params, counts, x)
+        with pytest.raises(TypeError, match="`qstate` must be what `calibrate`"):
+            call(params, None, x)
+    more = {**qstate, "of another site": qstate["input:0"]}
+    jax.jit(qmodel.apply)(params, more, x)
+
+
+def test_a_scheme_that_does_not_fit_is_refused():
+    qmodel, params, qstate, x = calibrated()
+    apply = lambda scheme: qmodel.apply(params, qstate, x, scheme=scheme)
+    with pytest.raises(ValueError, match="matches no site"):
+        apply(Scheme(rules=(Rule("c/kernel", QSpec(4)),)))
+    with pytest.raises(ValueError, match="state of another scheme"):
+        apply(Scheme(activations=QSpec(8, axis=-1)))
+    with pytest.raises(ValueError, match="needs a MovingState"):
+        apply(Scheme(calibrator=qjax.moving_max()))
+    with pytest.raises(TypeError, match="must be a `Scheme`"):
+        apply(QSpec(8))
+
+
+# A batch.
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        np.ones((8, 5), np.int32),
+        np.ones((8, 5), bool),
+        {"x": np.ones((8, 5), np.float32)},
+    ],
+)
+def test_a_batch_of_another_kind_is_refused(x):
+    qmodel, params, qstate, _ = calibrated()
+    for call in (
+        qmodel.apply,
+        qmodel.apply_integer,
+        qmodel.apply_and_update,
+        qmodel.observe,
+    ):
+        with pytest.raises(ValueError, match="The model was made for inputs of"):
+            call(params, qstate, x)
+    with pytest.raises(qjax.CalibrationError, match="Batch 0 has inputs of"):
+        qjax.calibrate(qmodel, params, [x])
+
+
+def test_another_number_of_examples_passes():
+    qmodel, params, qstate, x = calibrated()
+    apply = jax.jit(qmodel.apply)
+    part, whole = apply(params, qstate, x[:3]), apply(params, qstate, x)
+    np.testing.assert_array_equal(part, whole[:3])
+
+
+# Options of calibrators.
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda: qjax.ema_min_max(0.9, (6, -6)), ValueError, "low < high"),
+        (lambda: qjax.ema_min_max(0.9, (0, np.inf)), ValueError, "finite"),
+        (lambda: qjax.ema_min_max(0.9, (1,)), TypeError, "pair"),
+        (lambda: qjax.ema_min_max(np.nan), ValueError, "`decay`"),
+        (lambda: qjax.ema_min_max("0.9"), TypeError, "`decay` must be a number"),
+        (lambda: qjax.ema_min_max(True), TypeError, "`decay`"),
+        (lambda: qjax.moving_max(np.nan), ValueError, "`momentum`"),
+        (lambda: qjax.moving_min_max(None), TypeError, "`momentum`"),
+        (lambda: qjax.percentile("99"), TypeError, "`share` must be a number"),
+        (lambda: qjax.percentile(np.nan), ValueError, "`share`"),
+        (lambda: qjax.percentile(100.5), ValueError, "`share`"),
+        (lambda: qjax.mse(2.5), TypeError, "`candidates` must be a whole number"),
+        (lambda: qjax.mse(True), TypeError, "`candidates`"),
+        (lambda: qjax.mean_std(np.nan), ValueError, "`sigmas`"),
+        (lambda: qjax.mean_std("3"), TypeError, "`sigmas`"),
+        (lambda: qjax.constant(0.0, np.nan), ValueError, "finite"),
+        (lambda: qjax.constant(0.0, 1e39), ValueError, "float32"),
+        (lambda: qjax.constant(1.0, 1.0 + 1e-12), ValueError, "in float32"),
+        (lambda: qjax.constant("0", 1), TypeError, "must be a number"),
+    ],
+)
+def test_options_of_calibrators_that_cannot_be(make, error, match):
+    with pytest.raises(error, match=match):
+        make()
+
+
+def test_options_of_calibrators_in_json_name_their_place():
+    for text in ("mse(candidates=2.5)", "percentile('99')", "ema_min_max(initial=[1])"):
+        with pytest.raises(ValueError, match="calibrator: `"):
+            Scheme.from_json(json.dumps({"calibrator": text}))
