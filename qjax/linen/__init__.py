@@ -1,0 +1,29 @@
+"""Quantized layers for Flax Linen: Flax's own, with quantizers of their values.
+
+Each takes the arguments of the layer that it replaces, and has its parameters.
+"""
+
+from qjax.layers.layer_quantizers import FLOAT, LayerQuantizers
+from qjax.linen.activations import QActivation
+from qjax.linen.products import (
+    QConv,
+    QConvLocal,
+    QConvTranspose,
+    QDense,
+    QDenseGeneral,
+    QEinsum,
+    QEmbed,
+)
+
+__all__ = (
+    "FLOAT",
+    "LayerQuantizers",
+    "QActivation",
+    "QConv",
+    "QConvLocal",
+    "QConvTranspose",
+    "QDense",
+    "QDenseGeneral",
+    "QEinsum",
+    "QEmbed",
+)

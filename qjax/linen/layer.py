@@ -1,0 +1,115 @@
+"""The base of quantized layers for Flax Linen."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from qjax.affine import QSpec
+from qjax.layers.layer_quantizers import (
+    LayerQuantizers,
+    OutputAxes,
+    on_grid_of,
+    quantized_bias,
+    quantized_weight,
+    site_name,
+)
+from qjax.schemes.words import is_random
+
+_WORDS = {"kernel": "kernel", "embedding": "kernel", "bias": "bias"}
+
+
+class QuantizedLayer(nn.Module, kw_only=True):
+    """A layer whose parameters, input and output have quantizers.
+
+    Attributes:
+      quantizers: The quantizers.
+      train: Whether ranges move; None: where the collection ``quant`` is mutable. With
+        True it must be.
+    """
+
+    quantizers: LayerQuantizers = LayerQuantizers()
+    train: bool | None = None
+
+    @nn.nowrap
+    def param(self, name: str, init_fn: Callable[..., Any], *args: Any, **kw: Any):
+        """Returns a parameter, rounded by its quantizer."""
+        value = super().param(name, init_fn, *args, **kw)
+        if name not in _WORDS or self.is_initializing():
+            return value
+        word, site = getattr(self._words, _WORDS[name]), self._site(name)
+        if name == "bias":
+            grids = self._grids.get("input"), self._grids.get("kernel")
+            return quantized_bias(value, word, grids, site)
+        axis = self._output_axes(value.ndim)
+        value, grid = quantized_weight(value, word, axis, self._key(word), site)
+        self._grids["kernel"] = grid
+        return value
+
+    @nn.nowrap
+    def _output_axes(self, ndim: int) -> OutputAxes:
+        """Returns the axes of a weight that are its output channels."""
+        return -1
+
+    @nn.nowrap
+    def _site(self, name: str) -> str:
+        return site_name("/".join(self.path), name)
+
+    @nn.nowrap
+    def _key(self, word: Any) -> Any:
+        is_drawn = is_random(word) and self.has_rng("quant")
+        return self.make_rng("quant") if is_drawn else None
+
+    @nn.nowrap
+    def _range(self, name: str, x: jax.Array) -> Any:
+        """Returns the state of the calibrator of input or output."""
+        init: Any = self._words.calibrator.init
+        return self.variable("quant", name, init, x, getattr(self._words, name))
+
+    @nn.nowrap
+    def _rounded(self, name: str, x: jax.Array, train: bool | None) -> jax.Array:
+        """Rounds input or output, and moves the range of its word in training."""
+        word, params = getattr(self._words, name), None
+        if isinstance(word, QSpec):
+            calibrator: Any = self._words.calibrator
+            state = self._range(name, x)
+            if self.is_initializing():
+                return x
+            train = self.train if train is None else train
+            if self.is_mutable_collection("quant") if train is None else train:
+                seen = jax.lax.stop_gradient(x)
+                state.value = calibrator.update(seen, state.value, word)
+            params = calibrator.params(state.value, word)
+        elif self.is_initializing():
+            return x
+        x, grid = on_grid_of(x, word, params, self._key(word), self._site(name))
+        self._grids[name] = grid
+        return x
+
+    @nn.compact
+    def __call__(
+        self, inputs: jax.Array, *args: Any, train: bool | None = None, **kwargs: Any
+    ) -> jax.Array:
+        """Runs the layer that this one replaces between its quantizers.
+
+        Args:
+          inputs: Input of that layer.
+          *args: Its other arguments.
+          train: Whether ranges move; None: what the attribute says.
+          **kwargs: Its other arguments.
+        """
+        self._begin()
+        if jnp.issubdtype(inputs.dtype, jnp.inexact):
+            inputs = self._rounded("input", inputs, train)
+        found = super().__call__(inputs, *args, **kwargs)
+        return self._rounded("output", found, train)
+
+    @nn.nowrap
+    def _begin(self, words: LayerQuantizers | None = None) -> None:
+        """Checks the words, and forgets the grids of an earlier call."""
+        words = self.quantizers if words is None else words
+        words.check("/".join(self.path))
+        object.__setattr__(self, "_words", words)
+        object.__setattr__(self, "_grids", {})

@@ -1,0 +1,105 @@
+"""Turns the layers of an NNX model into quantized ones and back, in place."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+
+from qjax.layers.layer_quantizers import LayerQuantizers
+from qjax.nnx.layer import QuantizedModule
+from qjax.nnx.products import (
+    QConv,
+    QConvTranspose,
+    QEinsum,
+    QEmbed,
+    QLinear,
+    QLinearGeneral,
+)
+
+_WORDS = LayerQuantizers()
+
+_TWINS: dict[type, type[QuantizedModule]] = {
+    cls.base: cls
+    for cls in (QLinear, QLinearGeneral, QEinsum, QConv, QConvTranspose, QEmbed)
+}
+Chooser = Callable[[str, nnx.Module], LayerQuantizers | None]
+
+
+def to_quantized(
+    model: nnx.Module,
+    quantizers: LayerQuantizers | Chooser = _WORDS,
+    *,
+    rngs: nnx.Rngs | None = None,
+) -> nnx.Module:
+    """Turns the layers of a model into quantized ones, in place.
+
+    Parameters stay as they are; sites are named by the path of a layer. Layers that are
+    of a subclass, or have no quantized form, stay.
+
+    Args:
+      model: Any module, also a layer itself.
+      quantizers: The quantizers of all layers, or a function of path and layer that
+        returns them, or None for a layer that stays in float.
+      rngs: Keys; the stream ``quant`` is for words that draw at random.
+
+    Returns:
+      The model.
+
+    Raises:
+      ValueError: for a model without a layer to turn; nothing is changed then.
+    """
+    found = {id(m): (path, m) for path, m in nnx.iter_modules(model)}
+    chosen = []
+    for path, layer in found.values():
+        if type(layer) in _TWINS:
+            site = "/".join(map(str, path))
+            own = quantizers(site, layer) if callable(quantizers) else quantizers
+            if own is not None:
+                own.check(site)
+                chosen.append((layer, own, site))
+    if not chosen:
+        names = ", ".join(cls.__name__ for cls in _TWINS)
+        raise ValueError(
+            f"The model has no layer to quantize: none of {names} for which there are "
+            "quantizers. `qjax.quantize_model` takes any function."
+        )
+    keys = nnx.Rngs() if rngs is None else rngs
+    try:
+        for layer, own, site in chosen:
+            twin: Any = layer
+            twin.__class__ = _TWINS[type(layer)]
+            twin._set(own, site, twin._ranks(), keys)
+    except Exception:
+        for layer, *_ in chosen:
+            _turn_back(layer)
+        raise
+    return model
+
+
+def to_float(model: nnx.Module) -> nnx.Module:
+    """Turns the quantized layers of a model into those of Flax, in place.
+
+    Parameters stay as they are; ranges are dropped.
+
+    Args:
+      model: Any module, also a layer itself.
+
+    Returns:
+      The model.
+    """
+    layers: list[Any] = [m for _, m in nnx.iter_modules(model)]
+    for layer in {id(m): m for m in layers}.values():
+        _turn_back(layer)
+    return model
+
+
+def _turn_back(layer: Any) -> None:
+    """Makes a quantized layer the one of Flax again; others stay."""
+    if isinstance(layer, QuantizedModule) and type(layer).base in _TWINS:
+        base = type(layer).base
+        for name in filter(vars(layer).__contains__, _ADDED):
+            delattr(layer, name)
+        layer.__class__ = base
+
+
+_ADDED = "quantizers site input_range output_range keys use_running_average".split()
