@@ -25,7 +25,17 @@ LayerWord = QSpec | Spec | Function | str | None
 ACCUMULATOR = "accumulator"  # The word of a bias on the grid of its accumulator.
 
 
-def _as_layer_word(name: str, word: Any) -> Any:
+def as_layer_word(name: str, word: Any) -> Any:
+    """Returns the word that a text or a value means; functions stay.
+
+    Args:
+      name: Name of the argument, for the message.
+      word: Word as `LayerQuantizers` takes it.
+
+    Raises:
+      TypeError: for a value that is no word.
+      ValueError: for a word that learns.
+    """
     is_class = isinstance(word, type)
     if callable(word) and not is_class and not isinstance(word, QSpec | Spec):
         return word
@@ -76,7 +86,7 @@ class LayerQuantizers:
         for name in ("input", "kernel", "bias", "output"):
             if name == "bias" and self.bias == ACCUMULATOR:
                 continue
-            word = _as_layer_word(name, getattr(self, name))
+            word = as_layer_word(name, getattr(self, name))
             object.__setattr__(self, name, word)
         object.__setattr__(self, "calibrator", as_calibrator(self.calibrator))
 

@@ -3,8 +3,10 @@
 Each takes the arguments of the layer that it replaces, and has its parameters.
 """
 
+from qjax.layers.batch_norm import QKERAS_BATCH_NORM, BatchNormQuantizers
 from qjax.layers.layer_quantizers import FLOAT, LayerQuantizers
 from qjax.linen.activations import QActivation
+from qjax.linen.batch_norm import QBatchNorm, QFoldedBatchNorm
 from qjax.linen.products import (
     QConv,
     QConvLocal,
@@ -17,8 +19,11 @@ from qjax.linen.products import (
 
 __all__ = (
     "FLOAT",
+    "QKERAS_BATCH_NORM",
+    "BatchNormQuantizers",
     "LayerQuantizers",
     "QActivation",
+    "QBatchNorm",
     "QConv",
     "QConvLocal",
     "QConvTranspose",
@@ -26,4 +31,5 @@ __all__ = (
     "QDenseGeneral",
     "QEinsum",
     "QEmbed",
+    "QFoldedBatchNorm",
 )

@@ -3,8 +3,10 @@
 Each takes the arguments of the layer that it replaces, and has its parameters.
 """
 
+from qjax.layers.batch_norm import QKERAS_BATCH_NORM, BatchNormQuantizers
 from qjax.layers.layer_quantizers import FLOAT, LayerQuantizers
 from qjax.nnx.activations import QActivation
+from qjax.nnx.batch_norm import QBatchNorm, QFoldedBatchNorm
 from qjax.nnx.conversion import to_float, to_quantized
 from qjax.nnx.layer import QuantState
 from qjax.nnx.products import (
@@ -18,12 +20,16 @@ from qjax.nnx.products import (
 
 __all__ = (
     "FLOAT",
+    "QKERAS_BATCH_NORM",
+    "BatchNormQuantizers",
     "LayerQuantizers",
     "QActivation",
+    "QBatchNorm",
     "QConv",
     "QConvTranspose",
     "QEinsum",
     "QEmbed",
+    "QFoldedBatchNorm",
     "QLinear",
     "QLinearGeneral",
     "QuantState",

@@ -82,7 +82,8 @@ class QuantizedModule(nnx.Module):
         drawn: Any = (quantizers.input, quantizers.kernel, quantizers.output)
         has_keys = any(map(is_random, drawn)) and "quant" in rngs
         self.keys = nnx.data(rngs["quant"].fork() if has_keys else None)
-        self.use_running_average = False
+        if "use_running_average" not in vars(self):  # A batch normalisation has it.
+            self.use_running_average = False
 
     def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """Runs the layer that this one replaces between its quantizers."""
@@ -120,14 +121,17 @@ class QuantizedModule(nnx.Module):
     def _key(self, word: Any) -> Any:
         return self.keys() if is_random(word) and self.keys is not None else None
 
-    def _rounded(self, name: str, x: jax.Array) -> tuple[jax.Array, QParams | None]:
+    def _rounded(
+        self, name: str, x: jax.Array, is_frozen: bool | None = None
+    ) -> tuple[jax.Array, QParams | None]:
         """Rounds input or output, and moves the range of its word in training."""
+        is_frozen = self.use_running_average if is_frozen is None else is_frozen
         word, params = getattr(self.quantizers, name), None
         if isinstance(word, QSpec):
             calibrator: Any = self.quantizers.calibrator
             kept = getattr(self, f"{name}_range")
             state = kept.get_value()
-            if not self.use_running_average:
+            if not is_frozen:
                 state = calibrator.update(jax.lax.stop_gradient(x), state, word)
                 kept.set_value(state)
             params = calibrator.params(state, word)

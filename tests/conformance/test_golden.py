@@ -14,6 +14,7 @@ from tests.conformance import (
     models,
     qkeras,
     qkeras_layers,
+    qkeras_norms,
     quantizeml,
     samples,
     tflite,
@@ -176,7 +177,18 @@ CHECKS = {
     )
 }
 CHECKS |= models.CHECKS | samples.CHECKS | tflite.CHECKS
-CHECKS |= qkeras.CHECKS | qkeras_layers.CHECKS | quantizeml.CHECKS
+CHECKS |= qkeras.CHECKS | quantizeml.CHECKS
+LAYERS = qkeras_layers.LAYERS | qkeras_norms.LAYERS
+
+
+def layer(case, arrays):
+    """A layer of QKeras, by the check of its class."""
+    if case["fn"] not in LAYERS:
+        pytest.skip(f"no layer here is a {case['fn']}")
+    LAYERS[case["fn"]](case, arrays)
+
+
+CHECKS["layer"] = layer
 
 # Kinds of what the package has not: states of layers, QTools and its reports.
 ELSEWHERE = frozenset(
