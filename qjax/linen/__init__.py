@@ -3,33 +3,51 @@
 Each takes the arguments of the layer that it replaces, and has its parameters.
 """
 
+from qjax.layers.adaptive import Adaptation
 from qjax.layers.batch_norm import QKERAS_BATCH_NORM, BatchNormQuantizers
 from qjax.layers.layer_quantizers import FLOAT, LayerQuantizers
-from qjax.linen.activations import QActivation
+from qjax.linen.activations import QActivation, QAdaptiveActivation, QPReLU, QScaleShift
 from qjax.linen.batch_norm import QBatchNorm, QFoldedBatchNorm
+from qjax.linen.merges import QAdd, QConcatenate, QMultiply
+from qjax.linen.pools import QAvgPool, QGlobalAvgPool, QGlobalMaxPool, QMaxPool
 from qjax.linen.products import (
     QConv,
     QConvLocal,
     QConvTranspose,
     QDense,
     QDenseGeneral,
+    QDepthwiseConvTranspose,
     QEinsum,
     QEmbed,
+    QSeparableConv,
 )
 
 __all__ = (
     "FLOAT",
     "QKERAS_BATCH_NORM",
+    "Adaptation",
     "BatchNormQuantizers",
     "LayerQuantizers",
     "QActivation",
+    "QAdaptiveActivation",
+    "QAdd",
+    "QAvgPool",
     "QBatchNorm",
+    "QConcatenate",
     "QConv",
     "QConvLocal",
     "QConvTranspose",
     "QDense",
     "QDenseGeneral",
+    "QDepthwiseConvTranspose",
     "QEinsum",
     "QEmbed",
     "QFoldedBatchNorm",
+    "QGlobalAvgPool",
+    "QGlobalMaxPool",
+    "QMaxPool",
+    "QMultiply",
+    "QPReLU",
+    "QScaleShift",
+    "QSeparableConv",
 )

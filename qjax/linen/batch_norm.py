@@ -35,7 +35,7 @@ from qjax.layers.layer_quantizers import (
 from qjax.linen.layer import QuantizedLayer
 
 
-class QBatchNorm(QuantizedLayer, nn.BatchNorm):
+class QBatchNorm(QuantizedLayer, nn.BatchNorm, kw_only=True):
     """A `flax.linen.BatchNorm` on quantized values; see `BatchNormQuantizers`.
 
     Ranges move in training alone, where ``use_running_average`` is false. With words of
@@ -179,8 +179,8 @@ class QFoldedBatchNorm(QuantizedLayer):
         if self.freeze_delay is not None:
             steps = self.variable("quant", "step", lambda: jnp.int32(0))
         if self.is_initializing():
-            found = self.norm(self.layer(x), use_running_average=is_frozen, mask=mask)
-            return self._rounded("output", found, train)
+            made = self.norm(self.layer(x), use_running_average=is_frozen, mask=mask)
+            return self._rounded("output", made, train)
         kept, batch = kept_statistics(self.norm), None
         if not is_frozen:
             product = self.layer(x)
@@ -199,7 +199,7 @@ class QFoldedBatchNorm(QuantizedLayer):
         word, site = self._words.kernel, self._site("kernel")
         kernel, grid = quantized_weight(one.kernel, word, axis, self._key(word), site)
         float_layer = self.layer.clone(parent=None, name=None, use_bias=False)
-        found = float_layer.apply({"params": {"kernel": kernel}}, x)
+        found: Any = float_layer.apply({"params": {"kernel": kernel}}, x)
         if one.factor is not None:
             found = found * by_feature(one.factor, found.ndim).astype(found.dtype)
         grids = self._grids.get("input"), grid

@@ -37,16 +37,22 @@ class QuantizedLayer(nn.Module, kw_only=True):
     def param(self, name: str, init_fn: Callable[..., Any], *args: Any, **kw: Any):
         """Returns a parameter, rounded by its quantizer."""
         value = super().param(name, init_fn, *args, **kw)
-        if name not in _WORDS or self.is_initializing():
+        role = self._role(name)
+        if role is None or self.is_initializing():
             return value
-        word, site = getattr(self._words, _WORDS[name]), self._site(name)
-        if name == "bias":
+        word, site = getattr(self._words, role), self._site(name)
+        if role == "bias":
             grids = self._grids.get("input"), self._grids.get("kernel")
             return quantized_bias(value, word, grids, site)
         axis = self._output_axes(value.ndim)
         value, grid = quantized_weight(value, word, axis, self._key(word), site)
         self._grids["kernel"] = grid
         return value
+
+    @nn.nowrap
+    def _role(self, name: str) -> str | None:
+        """Returns which word a parameter has, if any: "kernel" or "bias"."""
+        return _WORDS.get(name)
 
     @nn.nowrap
     def _output_axes(self, ndim: int) -> OutputAxes:
@@ -63,18 +69,28 @@ class QuantizedLayer(nn.Module, kw_only=True):
         return self.make_rng("quant") if is_drawn else None
 
     @nn.nowrap
-    def _range(self, name: str, x: jax.Array) -> Any:
+    def _range(self, name: str, x: jax.Array, site: str) -> Any:
         """Returns the state of the calibrator of input or output."""
         init: Any = self._words.calibrator.init
-        return self.variable("quant", name, init, x, getattr(self._words, name))
+        return self.variable("quant", site, init, x, getattr(self._words, name))
 
     @nn.nowrap
-    def _rounded(self, name: str, x: jax.Array, train: bool | None) -> jax.Array:
-        """Rounds input or output, and moves the range of its word in training."""
+    def _rounded(
+        self, name: str, x: jax.Array, train: bool | None, site: str | None = None
+    ) -> jax.Array:
+        """Rounds input or output, and moves the range of its word in training.
+
+        Args:
+          name: Name of its word, "input" or "output".
+          x: Values.
+          train: Whether the range moves; None: as the attribute says.
+          site: Name of range and site; None: that of the word.
+        """
         word, params = getattr(self._words, name), None
+        site = name if site is None else site
         if isinstance(word, QSpec):
             calibrator: Any = self._words.calibrator
-            state = self._range(name, x)
+            state = self._range(name, x, site)
             if self.is_initializing():
                 return x
             train = self.train if train is None else train
@@ -84,8 +100,8 @@ class QuantizedLayer(nn.Module, kw_only=True):
             params = calibrator.params(state.value, word)
         elif self.is_initializing():
             return x
-        x, grid = on_grid_of(x, word, params, self._key(word), self._site(name))
-        self._grids[name] = grid
+        x, grid = on_grid_of(x, word, params, self._key(word), self._site(site))
+        self._grids[site] = grid
         return x
 
     @nn.compact

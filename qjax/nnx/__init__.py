@@ -3,35 +3,53 @@
 Each takes the arguments of the layer that it replaces, and has its parameters.
 """
 
+from qjax.layers.adaptive import Adaptation
 from qjax.layers.batch_norm import QKERAS_BATCH_NORM, BatchNormQuantizers
 from qjax.layers.layer_quantizers import FLOAT, LayerQuantizers
-from qjax.nnx.activations import QActivation
+from qjax.nnx.activations import QActivation, QAdaptiveActivation, QPReLU, QScaleShift
 from qjax.nnx.batch_norm import QBatchNorm, QFoldedBatchNorm
 from qjax.nnx.conversion import to_float, to_quantized
 from qjax.nnx.layer import QuantState
+from qjax.nnx.merges import QAdd, QConcatenate, QMultiply
+from qjax.nnx.pools import QAvgPool, QGlobalAvgPool, QGlobalMaxPool, QMaxPool
 from qjax.nnx.products import (
     QConv,
     QConvTranspose,
+    QDepthwiseConvTranspose,
     QEinsum,
     QEmbed,
     QLinear,
     QLinearGeneral,
+    QSeparableConv,
 )
 
 __all__ = (
     "FLOAT",
     "QKERAS_BATCH_NORM",
+    "Adaptation",
     "BatchNormQuantizers",
     "LayerQuantizers",
     "QActivation",
+    "QAdaptiveActivation",
+    "QAdd",
+    "QAvgPool",
     "QBatchNorm",
+    "QConcatenate",
     "QConv",
     "QConvTranspose",
+    "QDepthwiseConvTranspose",
     "QEinsum",
     "QEmbed",
     "QFoldedBatchNorm",
+    "QGlobalAvgPool",
+    "QGlobalMaxPool",
     "QLinear",
     "QLinearGeneral",
+    "QMaxPool",
+    "QMultiply",
+    "QPReLU",
+    "QScaleShift",
+    "QSeparableConv",
     "QuantState",
     "to_float",
     "to_quantized",

@@ -39,6 +39,7 @@ class QuantizedModule(nnx.Module):
     """
 
     base: ClassVar[type] = object  # The layer that it replaces.
+    weight: ClassVar[str] = "kernel"  # The parameter with the word of a kernel.
 
     def __init__(
         self,
@@ -102,7 +103,7 @@ class QuantizedModule(nnx.Module):
         words = self.quantizers
         twin: Any = object.__new__(self.base)
         vars(twin).update(vars(self))
-        name = "embedding" if hasattr(self, "embedding") else "kernel"
+        name = self.weight
         kernel, bias = getattr(self, name), getattr(self, "bias", None)
         value, axes = kernel[...], self._output_axes()
         own = self._key(words.kernel), site_name(self.site, name)
@@ -122,17 +123,32 @@ class QuantizedModule(nnx.Module):
         return self.keys() if is_random(word) and self.keys is not None else None
 
     def _rounded(
-        self, name: str, x: jax.Array, is_frozen: bool | None = None
+        self,
+        name: str,
+        x: jax.Array,
+        is_frozen: bool | None = None,
+        site: str | None = None,
     ) -> tuple[jax.Array, QParams | None]:
-        """Rounds input or output, and moves the range of its word in training."""
+        """Rounds input or output, and moves the range of its word in training.
+
+        Args:
+          name: Name of its word, "input" or "output".
+          x: Values.
+          is_frozen: Whether the range stays; None: as the attribute says.
+          site: Name of range and site; None: that of the word.
+
+        Returns:
+          The value, and its grid where one is known.
+        """
+        site = name if site is None else site
         is_frozen = self.use_running_average if is_frozen is None else is_frozen
         word, params = getattr(self.quantizers, name), None
         if isinstance(word, QSpec):
             calibrator: Any = self.quantizers.calibrator
-            kept = getattr(self, f"{name}_range")
+            kept = getattr(self, f"{site}_range")
             state = kept.get_value()
             if not is_frozen:
                 state = calibrator.update(jax.lax.stop_gradient(x), state, word)
                 kept.set_value(state)
             params = calibrator.params(state, word)
-        return on_grid_of(x, word, params, self._key(word), site_name(self.site, name))
+        return on_grid_of(x, word, params, self._key(word), site_name(self.site, site))

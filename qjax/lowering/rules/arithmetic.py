@@ -8,6 +8,7 @@ import numpy as np
 from jax.extend.core.primitives import copy_p
 
 from qjax.graph.builder import compact
+from qjax.lowering.constants import real_values
 from qjax.lowering.inputs import rescaled
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.rules.bounds import bound, clamp
@@ -234,6 +235,8 @@ def _mul(builder: Builder, e: Equation, trace: Trace, *operands: Abstract) -> Ab
         return multiply_codes(builder, e, trace, x, known)
     if isinstance(known, KnownCodes) and isinstance(x, Integers) and x.is_codes:
         return multiply(builder, e, trace, x, known)
+    if isinstance(known, KnownCodes) and isinstance(x, ScaledIntegers):
+        known = Known(real_values(known))  # A factor of a sum that is not rounded yet.
     if not isinstance(known, Known):
         raise refuse(e, known, "operand")
     factor = compact(np.asarray(known.value, np.float64))
