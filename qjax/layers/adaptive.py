@@ -155,7 +155,7 @@ def integer_bits(state: AdaptiveState, own: Adaptation) -> jax.Array:
         for v, widens in ((-low, is_symmetric), (high, True)):
             own_bits = jnp.ceil(exponent(v))
             most = jnp.exp2(own_bits) - jnp.exp2(jnp.minimum(own_bits - u, 0))
-            bits.append(own_bits + (v > most) if widens else own_bits)
+            bits.append(own_bits + (v > most).astype(v.dtype) if widens else own_bits)
     return jnp.minimum(u, jnp.maximum(*bits)).astype(jnp.int32)
 
 

@@ -33,10 +33,10 @@ FIELDS = frozenset(
 )
 
 
-def _check_read(case):
-    """Fails for what this check does not read."""
-    unread = set(case) - FIELDS | set(case["params"]) - OPTIONS
-    unread |= {name for name in case["arrays"] if not re.fullmatch(ARRAYS, name)}
+def check_read(case, options, arrays):
+    """Fails for options, arrays and fields that a check does not read."""
+    unread = set(case) - FIELDS | set(case["params"]) - options
+    unread |= {name for name in case["arrays"] if not re.fullmatch(arrays, name)}
     if case["exactness"] != "allclose" or case["follow"] is not True:
         unread |= {case["exactness"], case["follow"]}
     if unread:
@@ -114,7 +114,7 @@ def in_flax(name, kernel):
 
 
 def layer(case, arrays):
-    _check_read(case)
+    check_read(case, OPTIONS, ARRAYS)
     names = KERNELS[case["fn"]]
     shapes = {name: arrays[f"w_{name}"].shape for name in names}
     layers = _layers(case, shapes)

@@ -4,7 +4,6 @@ import re
 
 import jax
 import jax.numpy as jnp
-import pytest
 from flax import linen as nn
 from flax import nnx
 
@@ -37,15 +36,6 @@ ARRAYS = (
 )
 OF_QKERAS = {"gamma": "scale", "beta": "bias"}
 STATISTICS = {"moving_mean": "mean", "moving_variance": "var"}
-
-
-def _check_read(case, options):
-    unread = set(case) - products.FIELDS | set(case["params"]) - options
-    unread |= {name for name in case["arrays"] if not re.fullmatch(ARRAYS, name)}
-    if case["exactness"] != "allclose" or case["follow"] is not True:
-        unread |= {case["exactness"], case["follow"]}
-    if unread:
-        pytest.fail(f"no check reads the fields {sorted(map(str, unread))}")
 
 
 def _norm_options(p, rank):
@@ -125,7 +115,7 @@ def _at(tree, path):
 
 
 def batch_normalization(case, arrays):
-    _check_read(case, OF_NORM | set(NORM))
+    products.check_read(case, OF_NORM | set(NORM), ARRAYS)
     p = case["params"]
     x = arrays.get("x", arrays.get("x_train0"))
     options, words = _norm_options(p, x.ndim), _words(p)
@@ -161,7 +151,7 @@ def batch_normalization(case, arrays):
 
 
 def folded_batch_normalization(case, arrays):
-    _check_read(case, OF_FOLDED)
+    products.check_read(case, OF_FOLDED, ARRAYS)
     p, name = case["params"], FOLDED[case["fn"]]
     kernel = arrays[f"w_{name}"]
     rank = kernel.ndim - 2

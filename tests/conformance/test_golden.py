@@ -15,6 +15,7 @@ from tests.conformance import (
     qkeras,
     qkeras_layers,
     qkeras_norms,
+    qkeras_other_layers,
     quantizeml,
     samples,
     tflite,
@@ -178,7 +179,8 @@ CHECKS = {
 }
 CHECKS |= models.CHECKS | samples.CHECKS | tflite.CHECKS
 CHECKS |= qkeras.CHECKS | quantizeml.CHECKS
-LAYERS = qkeras_layers.LAYERS | qkeras_norms.LAYERS
+LAYERS = qkeras_layers.LAYERS | qkeras_norms.LAYERS | qkeras_other_layers.LAYERS
+STATEFUL = qkeras_other_layers.STATEFUL
 
 
 def layer(case, arrays):
@@ -188,12 +190,16 @@ def layer(case, arrays):
     LAYERS[case["fn"]](case, arrays)
 
 
-CHECKS["layer"] = layer
+def layer_stateful(case, arrays):
+    """A layer of QKeras over several steps, by the check of its class."""
+    STATEFUL[case["fn"]](case, arrays)
+
+
+CHECKS |= {f.__name__: f for f in (layer, layer_stateful)}
 
 # Kinds of what the package has not: states of layers, QTools and its reports.
 ELSEWHERE = frozenset(
-    "convert estimate export layer_stateful model_forward qml_layer qstats "
-    "qtools table".split()
+    "convert estimate export model_forward qml_layer qstats qtools table".split()
 )
 
 
