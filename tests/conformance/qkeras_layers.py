@@ -70,9 +70,8 @@ def read_window(params, rank):
     }
 
 
-def _layers(case, shapes):
-    """The layers of a case, the last one with its bias and activation."""
-    p, name = case["params"], case["fn"]
+def layers_of(name, p, shapes):
+    """The layers of a class and its options, the last one with bias and activation."""
     ends = {
         "bias": read_word(p.get("bias_quantizer")),
         "output": read_word(p.get("activation")),
@@ -117,7 +116,7 @@ def layer(case, arrays):
     check_read(case, OPTIONS, ARRAYS)
     names = KERNELS[case["fn"]]
     shapes = {name: arrays[f"w_{name}"].shape for name in names}
-    layers = _layers(case, shapes)
+    layers = layers_of(case["fn"], case["params"], shapes)
     params = [
         {"kernel": jnp.asarray(in_flax(name, arrays[f"w_{name}"]))} for name in names
     ]

@@ -38,7 +38,7 @@ OF_QKERAS = {"gamma": "scale", "beta": "bias"}
 STATISTICS = {"moving_mean": "mean", "moving_variance": "var"}
 
 
-def _norm_options(p, rank):
+def norm_options(p, rank):
     """Options of BatchNorm in both interfaces, with Keras's defaults."""
     axis = p.get("axis", -1)
     axis = axis[0] if isinstance(axis, list) else axis
@@ -52,7 +52,7 @@ def _norm_options(p, rank):
     }
 
 
-def _words(p):
+def norm_words(p):
     if not set(NORM) & set(p):
         return ql.QKERAS_BATCH_NORM
     defaults = ql.QKERAS_BATCH_NORM
@@ -118,7 +118,7 @@ def batch_normalization(case, arrays):
     products.check_read(case, OF_NORM | set(NORM), ARRAYS)
     p = case["params"]
     x = arrays.get("x", arrays.get("x_train0"))
-    options, words = _norm_options(p, x.ndim), _words(p)
+    options, words = norm_options(p, x.ndim), norm_words(p)
     layer = ql.QBatchNorm(quantizers=words, **options)
     names = {n: OF_QKERAS[n] for n in ("gamma", "beta") if f"w_{n}" in arrays}
     params = {v: jnp.asarray(arrays[f"w_{k}"]) for k, v in names.items()}
@@ -150,19 +150,17 @@ def batch_normalization(case, arrays):
                 check_near(found, arrays[f"after_{name}{suffix}"], 1e-4, 1e-6, name)
 
 
-def folded_batch_normalization(case, arrays):
-    products.check_read(case, OF_FOLDED, ARRAYS)
-    p, name = case["params"], FOLDED[case["fn"]]
-    kernel = arrays[f"w_{name}"]
+def folded_options(fn, p, w):
+    """Options of the product, of its normalisation and of what folds them."""
+    name = FOLDED[fn]
+    kernel = w[name]
     rank = kernel.ndim - 2
     window = products.read_window(p, rank)
     window["kernel_dilation"] = products.sizes(p.get("dilation_rate", 1), rank)
     text = p.get("kernel_quantizer", p.get("depthwise_quantizer"))
-    is_depthwise = name == "depthwise_kernel"
-    features = p.get("filters", kernel.shape[-1] * kernel.shape[-2])
-    if is_depthwise:
+    if name == "depthwise_kernel":
         window["feature_group_count"] = kernel.shape[-2]
-    window["use_bias"] = "w_bias" in arrays
+    window["use_bias"] = "bias" in w
     words = ql.LayerQuantizers(
         None,
         products.read_word(text, is_kernel=True, shape=kernel.shape),
@@ -171,51 +169,72 @@ def folded_batch_normalization(case, arrays):
     )
     modes = {"batch_stats_folding": "batch", "ema_stats_folding": "moving"}
     delay = p.get("ema_freeze_delay")
-    delay = None if delay is None or delay < 0 else delay + 2
-    norm = _norm_options(p, kernel.ndim)
-    options = {
+    folding = {
         "quantizers": words,
         "folding": modes[p.get("folding_mode", "ema_stats_folding")],
-        "freeze_delay": delay,
+        "freeze_delay": None if delay is None or delay < 0 else delay + 2,
         "unbiased": True,
     }
-    layer = ql.QFoldedBatchNorm(
-        nn.Conv(features, **window), nn.BatchNorm(**norm), **options
-    )
-    turn = lambda a: products.in_flax(name, a) if a.ndim == kernel.ndim else a
-    paths = {
-        name: ("layer", "kernel"),
+    return window, norm_options(p, kernel.ndim), folding
+
+
+def folded_paths(fn):
+    """Variable of Keras -> where it is here."""
+    return {
+        FOLDED[fn]: ("layer", "kernel"),
         "bias": ("layer", "bias"),
         "gamma": ("norm", "scale"),
         "beta": ("norm", "bias"),
     }
+
+
+def folded_layer(fn, p, w):
+    """The layer of Linen, its parameters and its state."""
+    window, norm, folding = folded_options(fn, p, w)
+    kernel = w[FOLDED[fn]]
+    features = p.get("filters", kernel.shape[-1] * kernel.shape[-2])
+    conv = nn.Conv(features, **window)
+    layer = ql.QFoldedBatchNorm(conv, nn.BatchNorm(**norm), **folding)
     params = {"layer": {}, "norm": {}}
-    for own, (part, field) in paths.items():
-        if f"w_{own}" in arrays:
-            params[part][field] = jnp.asarray(turn(arrays[f"w_{own}"]))
-    statistics = {v: jnp.asarray(arrays[f"w_{k}"]) for k, v in STATISTICS.items()}
+    for own, (part, field) in folded_paths(fn).items():
+        if own in w:
+            params[part][field] = jnp.asarray(products.in_flax(own, w[own]))
+    statistics = {v: jnp.asarray(w[k]) for k, v in STATISTICS.items()}
     state = {"batch_stats": {"norm": statistics}}
-    if delay is not None:
-        step = jnp.int32(arrays["w_iteration"]) + 1
-        state["quant"] = {"step": step}
+    if folding["freeze_delay"] is not None:
+        state["quant"] = {"step": jnp.int32(w["iteration"]) + 1}
+    return layer, params, state
+
+
+def weights_of(arrays):
+    return {k[2:]: v for k, v in arrays.items() if k.startswith("w_")}
+
+
+def folded_batch_normalization(case, arrays):
+    products.check_read(case, OF_FOLDED, ARRAYS)
+    fn, p, w = case["fn"], case["params"], weights_of(arrays)
+    layer, params, state = folded_layer(fn, p, w)
+    paths, name = folded_paths(fn), FOLDED[fn]
 
     def run(params, state, x, trains):
         collections = ["batch_stats", "quant"]
         variables = {"params": params, **state}
         return layer.apply(variables, x, not trains, mutable=collections)
 
-    to_flax = lambda name: (paths[name], turn)
+    to_flax = lambda name: (paths[name], lambda a: products.in_flax(name, a))
+    start = state["batch_stats"]["norm"]
     state = _check_calls(case, arrays, run, params, state, to_flax)
-    inputs = kernel.shape[-2]
+    window, norm, folding = folded_options(fn, p, w)
+    inputs, features = w[name].shape[-2], layer.layer.features
     twin = qn.QFoldedBatchNorm(
         nnx.Conv(inputs, features, **window, rngs=nnx.Rngs(0)),
         nnx.BatchNorm(features, **norm, rngs=nnx.Rngs(0)),
-        **options,
+        **folding,
     )
     for part, values in params.items():
         for field, value in values.items():
             getattr(getattr(twin, part), field).set_value(value)
-    for field, value in statistics.items():
+    for field, value in start.items():
         getattr(twin.norm, field).set_value(value)
     for suffix, trains in _steps(arrays):
         twin.use_running_average = not trains
@@ -223,7 +242,13 @@ def folded_batch_normalization(case, arrays):
         check_near(y, arrays[f"y{suffix}"], 1e-4, 1e-5, f"nnx y{suffix}")
     if "folded_kernel" in arrays:
         found = layer.bind({"params": params, **state}).folded()
-        check_near(found.kernel, turn(arrays["folded_kernel"]), 1e-4, 1e-6, "kernel")
+        check_near(
+            found.kernel,
+            products.in_flax(name, arrays["folded_kernel"]),
+            1e-4,
+            1e-6,
+            "kernel",
+        )
         check_near(found.bias, arrays["folded_bias"], 1e-4, 1e-5, "bias")
 
 

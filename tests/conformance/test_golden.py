@@ -14,6 +14,7 @@ from tests.conformance import (
     models,
     qkeras,
     qkeras_layers,
+    qkeras_models,
     qkeras_norms,
     qkeras_other_layers,
     quantizeml,
@@ -178,7 +179,7 @@ CHECKS = {
     )
 }
 CHECKS |= models.CHECKS | samples.CHECKS | tflite.CHECKS
-CHECKS |= qkeras.CHECKS | quantizeml.CHECKS
+CHECKS |= qkeras.CHECKS | qkeras_models.CHECKS | quantizeml.CHECKS
 LAYERS = qkeras_layers.LAYERS | qkeras_norms.LAYERS | qkeras_other_layers.LAYERS
 STATEFUL = qkeras_other_layers.STATEFUL
 
@@ -198,9 +199,7 @@ def layer_stateful(case, arrays):
 CHECKS |= {f.__name__: f for f in (layer, layer_stateful)}
 
 # Kinds of what the package has not: states of layers, QTools and its reports.
-ELSEWHERE = frozenset(
-    "convert estimate export model_forward qml_layer qstats qtools table".split()
-)
+ELSEWHERE = frozenset("convert estimate export qml_layer qstats qtools table".split())
 
 
 def _arrays(case):
