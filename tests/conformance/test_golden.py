@@ -17,6 +17,7 @@ from tests.conformance import (
     qkeras_models,
     qkeras_norms,
     qkeras_other_layers,
+    qkeras_tools,
     quantizeml,
     samples,
     tflite,
@@ -180,6 +181,7 @@ CHECKS = {
 }
 CHECKS |= models.CHECKS | samples.CHECKS | tflite.CHECKS
 CHECKS |= qkeras.CHECKS | qkeras_models.CHECKS | quantizeml.CHECKS
+CHECKS |= qkeras_tools.CHECKS
 LAYERS = qkeras_layers.LAYERS | qkeras_norms.LAYERS | qkeras_other_layers.LAYERS
 STATEFUL = qkeras_other_layers.STATEFUL
 
@@ -199,7 +201,7 @@ def layer_stateful(case, arrays):
 CHECKS |= {f.__name__: f for f in (layer, layer_stateful)}
 
 # Kinds of what the package has not: states of layers, QTools and its reports.
-ELSEWHERE = frozenset("convert estimate export qml_layer qstats qtools table".split())
+ELSEWHERE = frozenset("estimate qml_layer qstats qtools".split())
 
 
 def _arrays(case):

@@ -1,0 +1,161 @@
+"""What QKeras's layers and tools make of quantizers: pure functions."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax import quantizers
+from qjax.layers.layer_quantizers import as_layer_word
+from qjax.quantizers.power_of_two import QuantizedPo2, QuantizedReluPo2
+from qjax.quantizers.spec import Spec
+
+Initializer = Callable[..., jax.Array]
+
+
+def kernel_word(word: Spec | str) -> Spec:
+    """Returns the quantizer that a layer of QKeras makes of its kernel's.
+
+    One without ``alpha`` finds a power of two, without its least code where it has the
+    choice. Those of biases and activations stay.
+
+    Args:
+      word: Options of a quantizer, or their text.
+
+    Example:
+      >>> kernel_word("quantized_bits(4,0)").alpha
+      'auto_po2'
+
+    References:
+      QKeras, quantizers.py, `_set_trainable_parameter`, snapshot 78ea90f.
+    """
+    spec: Any = as_layer_word("word", word)
+    names = {f.name for f in dataclasses.fields(spec)}
+    if "alpha" not in names or not (spec.alpha is None or isinstance(spec.alpha, str)):
+        return spec
+    changed = {} if isinstance(spec.alpha, str) else {"alpha": "auto_po2"}
+    if "symmetric" in names:
+        changed["symmetric"] = True
+    return dataclasses.replace(spec, **changed)
+
+
+def quantized_initializer(initializer: Initializer, word: Spec | str) -> Initializer:
+    """Makes an initializer that respects the range of a quantizer, as QInitializer.
+
+        delta = M * 2^-bits
+        x <- x * sqrt(max(sum(q^2) / sum(q * x), 1)) if delta > std(x), q = Q(x)
+        x <- clip(x, -M, M)
+
+    with ``M`` the largest value of the quantizer (`largest_value`). Where all ``q`` are
+    0, the factor is ``M / rms(x)``. A quantizer that finds its scale needs no such
+    initializer, and its values stay as they are drawn.
+
+    Args:
+      initializer: ``init(key, shape, dtype)``, of a variance that may be scaled.
+      word: Options of the quantizer of the kernel, or their text.
+
+    Returns:
+      ``init(key, shape, dtype)``.
+
+    References:
+      QKeras, quantizers.py, `QInitializer`, snapshot 78ea90f: there the variance of the
+      initializer is scaled and it draws anew from the same seed.
+    """
+    spec: Any = as_layer_word("word", word)
+    if not isinstance(spec, Spec):
+        raise TypeError(
+            "An initializer respects the range of a quantizer of `qjax.quantizers`, "
+            f'such as "quantized_bits(4,0,1,alpha=1)", got {word!r}.'
+        )
+
+    def init(key: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        x = initializer(key, *args, **kwargs)
+        if isinstance(getattr(spec, "alpha", None), str):
+            return x
+        most = largest_value(spec)
+        q = quantizers.apply(spec, x)
+        product = jnp.sum(q * x)
+        factor = jnp.where(
+            product == 0,
+            most / jnp.sqrt(jnp.mean(x * x)),
+            jnp.sum(q * q) / jnp.where(product == 0, 1, product),
+        )
+        is_coarse = most * 2.0 ** -_bits(spec) > jnp.std(x)
+        widened = x * jnp.sqrt(jnp.maximum(factor, 1)).astype(x.dtype)
+        return jnp.clip(jnp.where(is_coarse, widened, x), -most, most)
+
+    return init
+
+
+def largest_value(spec: Any) -> float:
+    """Returns the largest value that QKeras says a quantizer has, its ``max()``.
+
+    Args:
+      spec: Options: ``max(1, 2^integer)`` of a fixed-point word, ``max(1, max_value)``
+        of powers of two, else ``alpha``, or 1.
+    """
+    if isinstance(spec, QuantizedPo2 | QuantizedReluPo2):
+        if spec.max_value is not None:
+            return max(1.0, float(spec.max_value))
+        is_signed = isinstance(spec, QuantizedPo2)
+        return max(1.0, 2.0 ** (2 ** (int(spec.bits) - 1 - is_signed) - 1))
+    if hasattr(spec, "integer"):
+        return max(1.0, 2.0 ** float(np.max(np.asarray(spec.integer))))
+    alpha = getattr(spec, "alpha", None)
+    return 1.0 if alpha is None or isinstance(alpha, str) else float(np.max(alpha))
+
+
+def _bits(spec: Any) -> int:
+    """Returns the bits of a quantizer: 2 of three levels, 1 of two."""
+    if hasattr(spec, "bits"):
+        return int(spec.bits)
+    return 2 if "ternary" in spec.name else 1
+
+
+class HardwareTensor(NamedTuple):
+    """The integers of a weight.
+
+    ``value == codes * scale``, or ``signs * 2^exponents`` where these stand.
+    """
+
+    value: np.ndarray  # float32. What the layer computes with.
+    codes: np.ndarray | None  # int32, shape of the value.
+    scale: np.ndarray | None  # float32, [] or the rank of the value.
+    exponents: np.ndarray | None  # int32, of powers of two.
+    signs: np.ndarray | None  # int32, -1 or 1, of powers of two.
+
+
+def hardware_tensor(weight: Any, word: Any) -> HardwareTensor:
+    """Returns the integers of a weight: those of `model_save_quantized_weights`.
+
+    Fixed-point words, binary and ternary ones have codes and one scale, which is in the
+    codes no second time; quantizers to powers of two have exponents and signs; a
+    function and None have the value alone.
+
+    Args:
+      weight: Weight before it is rounded.
+      word: Options of a quantizer, or their text.
+
+    References:
+      QKeras, utils.py, `model_save_quantized_weights`, snapshot 78ea90f, whose tensors
+      of "auto_po2" hold the scale that stands beside them.
+    """
+    x, spec = jnp.asarray(weight, jnp.float32), as_layer_word("word", word)
+    if isinstance(spec, QuantizedPo2 | QuantizedReluPo2):
+        value = np.asarray(quantizers.apply(spec, x))
+        _, exponents = np.frexp(np.abs(value))  # 2^k is 0.5 * 2^(k + 1).
+        signs = np.where(value < 0, -1, 1).astype(np.int32)
+        powers = (exponents - 1).astype(np.int32)
+        return HardwareTensor(value, None, None, powers, signs)
+    if not isinstance(spec, Spec):
+        value = x if spec is None else spec(x)
+        return HardwareTensor(np.asarray(value), None, None, None, None)
+    found = quantizers.encode(spec, x)
+    value, codes = np.asarray(found.value), np.asarray(found.codes)
+    if found.params is None:
+        return HardwareTensor(value, codes, None, None, None)
+    codes = codes - np.asarray(found.params.zero_point)
+    return HardwareTensor(value, codes, np.asarray(found.params.scale), None, None)
