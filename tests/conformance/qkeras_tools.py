@@ -15,6 +15,7 @@ from qjax.layers.qkeras import (
     largest_value,
     quantized_initializer,
 )
+from qjax.layers.qkeras_models import KerasLayer, converted_layers
 from tests.conformance.nearness import check_near
 
 
@@ -128,4 +129,57 @@ def _check_tensor(arrays, start, k, word):
         assert ratio.size == 1 and np.log2(ratio[0]) == np.rint(np.log2(ratio[0]))
 
 
-CHECKS = {f.__name__: f for f in (export, table)}
+def convert(case, arrays):
+    """What `model_quantize` makes of a model; `float_model` lacks its activations."""
+    found = _json(case)
+    assert set(found) == {"float_model", "runs"}
+    activations = _activations(found)
+    layers = [KerasLayer(n, c, activations.get(n)) for c, n in found["float_model"]]
+    for run in found["runs"]:
+        assert set(run) == {"config", "bits", "fold", "adaptive", "layers"}
+        got = converted_layers(
+            layers,
+            run["config"],
+            run["bits"],
+            folds=run["fold"],
+            prefers_adaptive=run["adaptive"],
+        )
+        assert [x.name for x in got] == [x["name"] for x in run["layers"]]
+        for own, wanted in zip(got, run["layers"], strict=True):
+            assert set(wanted) <= {"name", "cls", "quantizers", "activation"}
+            assert own.cls == wanted["cls"], wanted
+            if "quantizers" in wanted:
+                words = [None if w is None else _same(w) for w in wanted["quantizers"]]
+                assert [*own.quantizers] == words, wanted
+            if wanted.get("activation", "linear") != "linear":
+                assert own.activation == _same(wanted["activation"]), wanted
+            elif "activation" in wanted:
+                assert own.activation in (None, "linear"), wanted
+
+
+def _activations(found):
+    """Keras's activations, as the layers that stay in float in some run have them."""
+    rows = [x for run in found["runs"] for x in run["layers"] if "activation" in x]
+    known = {
+        x["name"]: x["activation"] for x in rows if "quantized" not in x["activation"]
+    }
+    for run in found["runs"]:  # Those that no run leaves: by the rule that took them.
+        for x in run["layers"]:
+            rules = run["config"].get(x["cls"])
+            if x["name"] not in known and isinstance(rules, dict) and "activation" in x:
+                for function, text in rules.items():
+                    if "quantized" in text and _same(text) == _same(x["activation"]):
+                        known[x["name"]] = function
+    return known
+
+
+def _same(text):
+    """A quantizer by its text, symmetric where QKeras made its scale automatic."""
+    if "(" not in text:
+        return text
+    spec = quantizers.parse(text)
+    is_automatic = isinstance(getattr(spec, "alpha", None), str)
+    return kernel_word(spec) if is_automatic else spec
+
+
+CHECKS = {f.__name__: f for f in (convert, export, table)}
