@@ -1,4 +1,4 @@
-"""What QKeras's layers and tools make of quantizers: pure functions."""
+"""Quantizers as QKeras's layers and tools take them: pure functions."""
 
 import dataclasses
 from collections.abc import Callable
@@ -36,7 +36,9 @@ def kernel_word(word: Spec | str) -> Spec:
     names = {f.name for f in dataclasses.fields(spec)}
     if "alpha" not in names or not (spec.alpha is None or isinstance(spec.alpha, str)):
         return spec
-    changed = {} if isinstance(spec.alpha, str) else {"alpha": "auto_po2"}
+    changed: dict[str, Any] = {}
+    if spec.alpha is None:
+        changed["alpha"] = "auto_po2"
     if "symmetric" in names:
         changed["symmetric"] = True
     return dataclasses.replace(spec, **changed)
@@ -99,9 +101,10 @@ def largest_value(spec: Any) -> float:
     """
     if isinstance(spec, QuantizedPo2 | QuantizedReluPo2):
         if spec.max_value is not None:
-            return max(1.0, float(spec.max_value))
-        is_signed = isinstance(spec, QuantizedPo2)
-        return max(1.0, 2.0 ** (2 ** (int(spec.bits) - 1 - is_signed) - 1))
+            return max(1.0, float(np.asarray(spec.max_value)))
+        bits = int(np.asarray(spec.bits))
+        most = 2 ** (bits - 1 - isinstance(spec, QuantizedPo2)) - 1
+        return max(1.0, 2.0**most)
     if hasattr(spec, "integer"):
         return max(1.0, 2.0 ** float(np.max(np.asarray(spec.integer))))
     alpha = getattr(spec, "alpha", None)
@@ -151,8 +154,8 @@ def hardware_tensor(weight: Any, word: Any) -> HardwareTensor:
         powers = (exponents - 1).astype(np.int32)
         return HardwareTensor(value, None, None, powers, signs)
     if not isinstance(spec, Spec):
-        value = x if spec is None else spec(x)
-        return HardwareTensor(np.asarray(value), None, None, None, None)
+        real = np.asarray(x if spec is None else spec(x))
+        return HardwareTensor(real, None, None, None, None)
     found = quantizers.encode(spec, x)
     value, codes = np.asarray(found.value), np.asarray(found.codes)
     if found.params is None:

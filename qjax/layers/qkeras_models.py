@@ -88,10 +88,10 @@ def converted_layers(
     """Converts the layers of a chain as QKeras's `model_quantize` does.
 
     A layer is looked up by its name, then by its class with a Q. Without a quantizer of
-    its kernel it stays in float. Activations "relu", "tanh" and "sigmoid" of a quantized
-    layer become quantizers of ``activation_bits`` bits where no ``activation_quantizer``
-    is given, without integer bits. A batch normalisation that is named has no quantizer
-    but those given.
+    its kernel it stays in float. Activations "relu", "tanh" and "sigmoid" of quantized
+    layers become quantizers of ``activation_bits`` bits, none of them integer, where no
+    ``activation_quantizer`` is given. A batch normalisation that is named has no
+    quantizers but those given.
 
     Args:
       layers: Name, class and activation of each layer, in order.
