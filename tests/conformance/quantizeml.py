@@ -306,6 +306,45 @@ def qml_output_quantizer(case, arrays):
 # What an upstream refuses, by the text that describes it.
 
 
+def _qml_table(case, x):
+    p = _known(case, "layer", "activation", "lut_bitwidth")
+    return qml.activation_table(x, qml.TABLES[p["activation"]], p["lut_bitwidth"])
+
+
+def _qml_relu(case, x):
+    p = _known(case, "layer", "max_value")
+    return qml.bounded_relu(x, p.get("max_value"))
+
+
+def _qml_flatten(case, x):
+    _known(case, "layer")
+    return qml.flatten(x)
+
+
+_QML_LAYERS = {
+    "QuantizedActivation": _qml_table,
+    "QuantizedFlatten": _qml_flatten,
+    "QuantizedReLU": _qml_relu,
+}
+
+
+def qml_layer(case, arrays):
+    run = _QML_LAYERS[case["params"]["layer"]]
+    x = _number(case, arrays, "in/x")
+    if "advisory" in case:  # There the word is not made longer, and values saturate.
+        found = run(case, x)
+        real, wanted = qml.to_float(x), qml.to_float(found)
+        np.testing.assert_array_equal(wanted, np.reshape(real, np.shape(wanted)))
+        return
+    if case["params"]["layer"] == "QuantizedReLU":  # Its buffer has 32 value bits.
+        meta = case["params"]["meta"]
+        assert meta["out/y"]["value_bits"] == 32
+        word = {"value_bits": meta["in/x"]["value_bits"]}
+        meta = {**meta, "out/y": {**meta["out/y"], **word}}
+        case = {**case, "params": {**case["params"], "meta": meta}}
+    _check_qml(case, arrays, lambda: {"y": run(case, x)})
+
+
 def _ones(*shape):
     return jnp.ones(shape, jnp.int32)
 
@@ -464,5 +503,6 @@ CHECKS = {
         qml_input_quantizer,
         qml_output_quantizer,
         qml_error,
+        qml_layer,
     )
 }

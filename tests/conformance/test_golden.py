@@ -201,7 +201,7 @@ def layer_stateful(case, arrays):
 CHECKS |= {f.__name__: f for f in (layer, layer_stateful)}
 
 # Kinds of what the package has not: states of layers, QTools and its reports.
-ELSEWHERE = frozenset("estimate qml_layer qstats qtools".split())
+ELSEWHERE = frozenset("estimate qstats qtools".split())
 
 
 def _arrays(case):

@@ -28,6 +28,12 @@ from qjax.quantizers.quantizeml.arithmetic import (
     subtract,
     to_fixed_point,
 )
+from qjax.quantizers.quantizeml.layers import (
+    TABLES,
+    activation_table,
+    bounded_relu,
+    flatten,
+)
 from qjax.quantizers.quantizeml.numbers import (
     FixedPoint,
     QFloat,
@@ -52,15 +58,19 @@ from qjax.quantizers.quantizeml.reals import (
 )
 
 __all__ = (
+    "TABLES",
     "FixedPoint",
     "QFloat",
     "absolute",
+    "activation_table",
     "add",
     "align",
+    "bounded_relu",
     "ceil_log2",
     "divide",
     "equal",
     "expand",
+    "flatten",
     "from_codes",
     "greater",
     "matmul",
