@@ -9,6 +9,7 @@ import runpy
 import struct
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from experiments import (
     character_transformer,
     data,
     learned_scales,
+    qkeras_digits,
     quickstart,
     recurrent,
 )
@@ -259,3 +261,25 @@ def test_series_are_cut_and_standardised(tmp_path, monkeypatch):
     assert not test.x[~recurrent.is_real(test)].any()
     assert train.x.dtype == np.float32 and train.lengths.dtype == np.int32
     assert recurrent.cut(train, 3).x.shape == (6, 2, 6)
+
+
+@pytest.mark.heavy
+def test_the_network_of_qkeras_learns_digits():
+    result = qkeras_digits.run(qkeras_digits.Config(steps=300))
+    assert result.agreement.is_exact
+    assert result.accuracy["integers"] == result.accuracy["simulated"] > 90
+
+
+def test_the_network_of_qkeras_lowers_whole(capsys):
+    digits = data.load("digits")
+    digits = digits._replace(x_test=digits.x_test[:32], y_test=digits.y_test[:32])
+    key, network = jax.random.key(0), qkeras_digits.Network()
+    params = jax.jit(network.init)(key, digits.x_test[:1])["params"]
+    result = qkeras_digits.evaluate(params, digits)
+    assert result.agreement.is_exact
+    values = result.program.params.values()
+    assert all(np.issubdtype(v.dtype, np.integer) for v in values)
+    console = qkeras_digits.rich.console.Console(width=100)
+    console.print(qkeras_digits.table(result.program))
+    out = capsys.readouterr().out
+    assert re.search(r"first_conv2d/kernel\D+3x3x1x18\D+int8\D+-1\D+1", out), out
