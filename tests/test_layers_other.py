@@ -353,6 +353,20 @@ def test_statistics_freeze_after_their_steps():
         np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_the_constructor_says_whether_statistics_are_the_running_ones():
+    x = images(*SHAPE)
+    for make in (
+        lambda frozen: ql.QBatchNorm(frozen, quantizers=FLOAT),
+        lambda frozen: ql.QFoldedBatchNorm(nn.Conv(2, (1, 1)), nn.BatchNorm(frozen)),
+    ):
+        variables = make(True).init(jax.random.key(0), x)
+        _, state = make(False).apply(variables, x, mutable=MOVES)
+        variables = {**variables, **state}
+        found = make(True).apply(variables, x)
+        np.testing.assert_array_equal(found, make(None).apply(variables, x, True))
+        assert not np.array_equal(found, make(False).apply(variables, x, mutable=MOVES))
+
+
 def test_the_folded_kernel_is_the_one_that_is_rounded():
     layer, variables, x = trained("folded conv", WORDS)
     found = layer.bind(variables).folded()

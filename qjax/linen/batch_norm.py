@@ -70,7 +70,7 @@ class QBatchNorm(QuantizedLayer, nn.BatchNorm, kw_only=True):
         x = self._rounded("input", x, train)
         if words.is_of_flax or self.is_initializing():
             base = super(QuantizedLayer, self).__call__
-            found = base(x, use_running_average=is_frozen, mask=mask)
+            found = base(x, use_running_average, mask=mask)
         else:
             found = self._normalised(x, words, is_frozen, mask)
         return self._rounded("output", found, train)
@@ -179,7 +179,7 @@ class QFoldedBatchNorm(QuantizedLayer):
         if self.freeze_delay is not None:
             steps = self.variable("quant", "step", lambda: jnp.int32(0))
         if self.is_initializing():
-            made = self.norm(self.layer(x), use_running_average=is_frozen, mask=mask)
+            made = self.norm(self.layer(x), use_running_average, mask=mask)
             return self._rounded("output", made, train)
         kept, batch = kept_statistics(self.norm), None
         if not is_frozen:
