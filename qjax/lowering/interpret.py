@@ -9,6 +9,7 @@ import numpy as np
 from jax.extend.core.primitives import broadcast_in_dim_p
 
 from qjax.graph.builder import compact
+from qjax.integer_calls import BEGIN, integer_of
 from qjax.leaves import at_start
 from qjax.lowering.binding import Folded
 from qjax.lowering.folding import fold_known
@@ -27,7 +28,7 @@ from qjax.lowering.values import (
     Sum,
 )
 from qjax.model.blocks import RANDOM, place_of
-from qjax.model.kept import BEGIN, integer_of, whole_of
+from qjax.model.kept import whole_of
 from qjax.model.masks import SOFTMAXES
 from qjax.model.normalisations import NORM, said
 from qjax.model.origin import origin_of

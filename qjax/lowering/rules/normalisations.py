@@ -13,6 +13,7 @@ from qjax.graph.graph import Grid, storage
 from qjax.graph.operations import OPERATIONS
 from qjax.graph.operations.record import Operands
 from qjax.integer import fixed_point
+from qjax.integer_calls import LARGE, NormCall, SoftmaxCall, integer_of
 from qjax.integer_division import FRACTION as FRACTION_OF_DIVISION
 from qjax.integer_division import MOST
 from qjax.integer_softmax import (
@@ -39,9 +40,7 @@ from qjax.lowering.values import (
     Real,
     ScaledIntegers,
 )
-from qjax.model.integer_calls import NormCall, SoftmaxCall
-from qjax.model.kept import integer_of
-from qjax.model.masks import LARGE, SOFTMAXES
+from qjax.model.masks import SOFTMAXES
 from qjax.model.normalisations import said
 from qjax.model.trace import Equation, Trace
 
