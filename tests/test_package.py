@@ -125,7 +125,11 @@ def test_no_module_has_the_name_of_a_public_function():
 
 
 # The name of two classes: a layer of both interfaces of Flax.
-MAY_SHARE_A_NAME = {"QActivation", "QConv", "QConvTranspose", "QEinsum", "QEmbed"}
+MAY_SHARE_A_NAME = {
+    *("QActivation", "QConv", "QConvTranspose", "QEinsum", "QEmbed"),
+    *("QGroupNorm", "QInstanceNorm", "QLayerNorm", "QRMSNorm", "QSoftmax"),
+    *("QMultiHeadAttention", "QuantizedNorm"),
+}
 
 
 def classes(source):

@@ -25,7 +25,8 @@ LayerWord = QSpec | Spec | Function | str | None
 ACCUMULATOR = "accumulator"  # The word of a bias on the grid of its accumulator.
 
 
-def _as_layer_word(name: str, word: Any) -> Any:
+def as_layer_word(name: str, word: Any) -> Any:
+    """Returns a word of a layer; text becomes the options of a quantizer."""
     is_class = isinstance(word, type)
     if callable(word) and not is_class and not isinstance(word, QSpec | Spec):
         return word
@@ -76,7 +77,7 @@ class LayerQuantizers:
         for name in ("input", "kernel", "bias", "output"):
             if name == "bias" and self.bias == ACCUMULATOR:
                 continue
-            word = _as_layer_word(name, getattr(self, name))
+            word = as_layer_word(name, getattr(self, name))
             object.__setattr__(self, name, word)
         object.__setattr__(self, "calibrator", as_calibrator(self.calibrator))
 

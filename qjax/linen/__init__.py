@@ -3,8 +3,21 @@
 Each takes the arguments of the layer that it replaces, and has its parameters.
 """
 
+from qjax.layers.attention import AttentionQuantizers
 from qjax.layers.layer_quantizers import FLOAT, LayerQuantizers
 from qjax.linen.activations import QActivation
+from qjax.linen.attention import (
+    QMultiHeadAttention,
+    QMultiHeadDotProductAttention,
+    QSelfAttention,
+)
+from qjax.linen.norms import (
+    QGroupNorm,
+    QInstanceNorm,
+    QLayerNorm,
+    QRMSNorm,
+    QSoftmax,
+)
 from qjax.linen.products import (
     QConv,
     QConvLocal,
@@ -17,6 +30,7 @@ from qjax.linen.products import (
 
 __all__ = (
     "FLOAT",
+    "AttentionQuantizers",
     "LayerQuantizers",
     "QActivation",
     "QConv",
@@ -26,4 +40,12 @@ __all__ = (
     "QDenseGeneral",
     "QEinsum",
     "QEmbed",
+    "QGroupNorm",
+    "QInstanceNorm",
+    "QLayerNorm",
+    "QMultiHeadAttention",
+    "QMultiHeadDotProductAttention",
+    "QRMSNorm",
+    "QSelfAttention",
+    "QSoftmax",
 )

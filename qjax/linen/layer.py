@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from qjax.affine import QSpec
+from qjax.layers.integer_values import IntegerSource
 from qjax.layers.layer_quantizers import (
     LayerQuantizers,
     OutputAxes,
@@ -18,7 +19,10 @@ from qjax.layers.layer_quantizers import (
 )
 from qjax.schemes.words import is_random
 
-_WORDS = {"kernel": "kernel", "embedding": "kernel", "bias": "bias"}
+_WORDS = {
+    **dict.fromkeys(("kernel", "embedding", "scale"), "kernel"),
+    "bias": "bias",
+}
 
 
 class QuantizedLayer(nn.Module, kw_only=True):
@@ -69,8 +73,21 @@ class QuantizedLayer(nn.Module, kw_only=True):
         return self.variable("quant", name, init, x, getattr(self._words, name))
 
     @nn.nowrap
-    def _rounded(self, name: str, x: jax.Array, train: bool | None) -> jax.Array:
-        """Rounds input or output, and moves the range of its word in training."""
+    def _rounded(
+        self,
+        name: str,
+        x: jax.Array,
+        train: bool | None,
+        source: IntegerSource | None = None,
+    ) -> jax.Array:
+        """Rounds input or output, and moves the range of its word in training.
+
+        Args:
+          name: Name of the word.
+          x: Real values.
+          train: Whether ranges move.
+          source: What integers compute them from, if they do.
+        """
         word, params = getattr(self._words, name), None
         if isinstance(word, QSpec):
             calibrator: Any = self._words.calibrator
@@ -84,6 +101,8 @@ class QuantizedLayer(nn.Module, kw_only=True):
             params = calibrator.params(state.value, word)
         elif self.is_initializing():
             return x
+        if source is not None:
+            x = source.on_grid(x, word, params, self._site(name))
         x, grid = on_grid_of(x, word, params, self._key(word), self._site(name))
         self._grids[name] = grid
         return x
