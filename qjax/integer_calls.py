@@ -37,12 +37,18 @@ from qjax.qpoint import grid_values
 
 INTEGER = "qjax.integer."  # Before what a call computes in integers, and how.
 BEGIN = "begin"  # A first value of a loop: data for the steps, though it is known.
+_RANK = "@"  # Before the rank of its first operand, as axes count from the first.
 LARGE = 100.0  # A constant of a mask is at least so large.
 
 
 def integer_of(e: Any) -> str:
     """Returns what a call computes in integers, and how, or ""."""
-    return name_behind(INTEGER, e)
+    return name_behind(INTEGER, e).partition(_RANK)[0]
+
+
+def rank_of(e: Any) -> int:
+    """Returns the rank of what a call in integers reads, before any `jax.vmap`."""
+    return int(name_behind(INTEGER, e).partition(_RANK)[2])
 
 
 def name_behind(prefix: str, e: Any) -> str:
@@ -283,12 +289,12 @@ def on_grid(
 def _exact(
     call: IntegerCall, is_clipped: bool, real: jax.Array, operands: Any
 ) -> jax.Array:
-    return _jitted(call)(*operands)[0]
+    return _jitted(call, operands[0].ndim)(*operands)[0]
 
 
 @_exact.defjvp
 def _exact_jvp(call: IntegerCall, is_clipped: bool, primals: Any, tangents: Any) -> Any:
-    value, inside = _jitted(call)(*primals[1])
+    value, inside = _jitted(call, primals[1][0].ndim)(*primals[1])
     real_dot = tangents[0]
     if not is_clipped:
         return value, real_dot
@@ -296,14 +302,14 @@ def _exact_jvp(call: IntegerCall, is_clipped: bool, primals: Any, tangents: Any)
 
 
 @functools.lru_cache(maxsize=1024)
-def _jitted(call: IntegerCall) -> Callable[..., Any]:
+def _jitted(call: IntegerCall, rank: int) -> Callable[..., Any]:
     def run(x: jax.Array, unit: jax.Array, *others: jax.Array) -> Any:
         *own, scale, zero_point, qmin, qmax = others
         grid = scale, zero_point, qmin, qmax
         codes, inside = call.codes(x, unit, own, grid)
         return grid_values(codes, scale, zero_point), inside
 
-    run.__name__ = run.__qualname__ = call.name
+    run.__name__ = run.__qualname__ = f"{call.name}{_RANK}{rank}"
     return jax.jit(run)
 
 

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -166,7 +165,7 @@ class RoundedAttention:
         value: jax.Array,
         *,
         mask: jax.Array | None = None,
-        dropout_rng: chex.PRNGKey | None = None,
+        dropout_rng: Any = None,
         dropout_rate: float = 0.0,
         broadcast_dropout: bool = True,
         deterministic: bool = False,

@@ -57,11 +57,11 @@ class IntegerSource(NamedTuple):
         if self.grid.scale.ndim or params.scale.ndim:
             return real
         check_calibrated(params, site)
-        ends = (jnp.asarray(q).astype(jnp.int32) for q in (word.qmin, word.qmax))
+        low, high = (jnp.asarray(q).astype(jnp.int32) for q in (word.qmin, word.qmax))
         own = lax.stop_gradient((self.x, self.grid.scale, *self.others))
         zero = jnp.asarray(params.zero_point)
         call = self.call(_is_byte(self.word, self.site))
-        return on_grid(call, real, own, (params.scale, zero, *ends))
+        return on_grid(call, real, own, (params.scale, zero, low, high))
 
 
 def _is_byte(word: QSpec, site: str) -> bool:

@@ -36,7 +36,7 @@ class QuantizedAttention(QuantizedLayer, kw_only=True):
     quantizers: LayerQuantizers = ATTENTION
 
     @nn.compact
-    def __call__(
+    def __call__(  # type: ignore[override]
         self, inputs_q: jax.Array, *args: Any, train: bool | None = None, **kwargs: Any
     ) -> jax.Array:
         """Runs the attention of Flax between quantizers.

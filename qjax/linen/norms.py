@@ -48,7 +48,7 @@ class QuantizedNorm(QuantizedLayer, kw_only=True):
         return layer_geometry(shape, own.reduction_axes, own.feature_axes)
 
     @nn.compact
-    def __call__(
+    def __call__(  # type: ignore[override]
         self,
         inputs: jax.Array,
         *,

@@ -34,7 +34,9 @@ class QMultiHeadAttention(QuantizedModule, nnx.MultiHeadAttention):
     base = nnx.MultiHeadAttention
     words = ATTENTION
 
-    def __call__(self, inputs_q: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    def __call__(  # type: ignore[override]
+        self, inputs_q: jax.Array, *args: Any, **kwargs: Any
+    ) -> jax.Array:
         """Runs the attention of Flax between quantizers."""
         words: Any = self.quantizers
         if is_plain(words):

@@ -145,7 +145,7 @@ class QSoftmax(QuantizedModule):
         self.axis = axis if isinstance(axis, int) else tuple(axis)
         self._set(quantizers, site, (2, 2), nnx.Rngs() if rngs is None else rngs)
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self, inputs: jax.Array, *, where: jax.Array | None = None
     ) -> jax.Array:
         """Returns the shares of what ``where`` keeps; all are 0 where it keeps none."""

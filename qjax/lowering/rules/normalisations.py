@@ -13,7 +13,7 @@ from qjax.graph.graph import Grid, storage
 from qjax.graph.operations import OPERATIONS
 from qjax.graph.operations.record import Operands
 from qjax.integer import fixed_point
-from qjax.integer_calls import LARGE, NormCall, SoftmaxCall, integer_of
+from qjax.integer_calls import LARGE, NormCall, SoftmaxCall, integer_of, rank_of
 from qjax.integer_division import FRACTION as FRACTION_OF_DIVISION
 from qjax.integer_division import MOST
 from qjax.integer_softmax import (
@@ -51,6 +51,7 @@ _VANISHES = 22.0  # exp(-22) is below half of 2^-30.
 def _softmax(
     builder: Builder, e: Equation, trace: Trace, x: Abstract, *others: Abstract
 ) -> tuple[Integers, ...]:
+    _check_rank(e, trace)
     call = SoftmaxCall.parse(e)
     first, *masks, last_scale, last_zero, least, most_code = others
     unit, scale = _known(e, first), _known(e, last_scale)
@@ -201,6 +202,7 @@ def _mask_of_data(
 def _norm(
     builder: Builder, e: Equation, trace: Trace, x: Abstract, *others: Abstract
 ) -> tuple[Integers, ...]:
+    _check_rank(e, trace)
     call = NormCall.parse(e)
     unit, *own, scale, zero_point, qmin, qmax = (_known(e, v) for v in others)
     x = _codes(builder, e, trace, x, unit)
@@ -267,6 +269,18 @@ def _norm(
     attributes |= {"low": int(np.min(ends[0])), "high": int(np.max(ends[1]))}
     grid = scale, zero_point, qmin, qmax
     return _added(builder, e, "norm", [x.value], attributes, params, grid)
+
+
+def _check_rank(e: Equation, trace: Trace) -> None:
+    """Raises for a call inside of `jax.vmap`, whose axes are others."""
+    rank, found = rank_of(e), len(trace.shape(e.inputs[0]))
+    if rank != found:
+        raise NotImplementedError(
+            f"The {integer_of(e).partition('.')[0]} in {where(e)} is of values of "
+            f"{rank} axes, and `jax.vmap` gives them {found}.\n  equation: {e}\nCall "
+            "the layer on the whole batch, without `jax.vmap`: its axes may count from "
+            "the last."
+        )
 
 
 def _divide(
