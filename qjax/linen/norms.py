@@ -1,5 +1,6 @@
 """Layers for Flax Linen that normalise: a softmax, and by the moments of groups."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -127,7 +128,7 @@ class QSoftmax(QuantizedLayer):
     """
 
     axis: int | Sequence[int] = -1
-    quantizers: LayerQuantizers = SOFTMAX
+    quantizers: LayerQuantizers = dataclasses.field(default=SOFTMAX, kw_only=True)
 
     @nn.compact
     def __call__(  # type: ignore[override]

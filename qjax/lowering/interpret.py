@@ -269,7 +269,9 @@ def _refuse_whole(e: Equation) -> NotImplementedError:
     return NotImplementedError(
         f"The {said(kind)} in {place} has no integer rule: it is computed in float, as "
         f"one site.\n  equation: {e}\nLower what comes before it and what comes after "
-        f"it as two programs{other}."
+        f"it as two programs{other}. A layer of `qjax.linen` or `qjax.nnx` computes it "
+        "in integers where the words of its input and output are a `QSpec` of one "
+        "scale."
     )
 
 

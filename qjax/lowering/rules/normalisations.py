@@ -37,6 +37,7 @@ from qjax.lowering.values import (
     Builder,
     Integers,
     Known,
+    KnownCodes,
     Real,
     ScaledIntegers,
 )
@@ -369,6 +370,9 @@ def _narrowed(x: np.ndarray, rank: int) -> np.ndarray:
 
 
 def _known(e: Equation, x: Abstract) -> Any:
+    if isinstance(x, KnownCodes):  # Gain or offset of a layer, on a grid.
+        scale = np.asarray(x.scale, np.float32)
+        return (x.codes - x.zero_point).astype(np.float32) * scale
     if not isinstance(x, Known):
         raise ValueError(
             f"The {integer_of(e).partition('.')[0]} in {where(e)} has a grid or a mask "
