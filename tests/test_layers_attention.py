@@ -92,6 +92,7 @@ def test_without_quantizers_attention_is_that_of_flax_bit_for_bit(name):
     assert structures[0] == structures[1]
 
 
+@pytest.mark.filterwarnings("ignore:SelfAttention:DeprecationWarning")
 @pytest.mark.parametrize("cls", CLASSES)
 def test_each_class_of_linen_has_a_twin(cls):
     x, params = images(*SHAPE), parameters(cls=cls)
@@ -192,7 +193,7 @@ def test_scores_and_probabilities_are_those_of_the_formula():
         capture_intermediates=True,
     )
     kept = run(variables, x)[1]["intermediates"]
-    query, key = (np.asarray(kept[n]["__call__"][0]) for n in ("query", "key"))
+    query, key = (np.asarray(kept[n]["__call__"][-1]) for n in ("query", "key"))
     (found,) = kept["attention_weights"]
     params = lambda n: POWERS.calibrator.params(variables["quant"][n], POWER)
     scale, zero = (np.float64(v) for v in params("scores"))
@@ -229,12 +230,12 @@ def test_attention_composes_with_jax():
     x, params = images(*SHAPE), parameters()
     layer = of_linen(quantizers=POWERS)
     variables = calibrated(layer, params, x, mask=CAUSAL)
-    run = lambda v, x: layer.apply(v, x, mask=CAUSAL[:1])
-    wanted = jax.jit(run)(variables, x)
+    run = jax.jit(lambda v, x: layer.apply(v, x, mask=CAUSAL[:1]))
+    wanted = run(variables, x)
     mapped = jax.jit(jax.vmap(lambda x: run(variables, x[None])[0]))(x)
     np.testing.assert_array_equal(mapped, wanted)
     np.testing.assert_array_equal(run(variables, x[0][None]), wanted[:1])
-    unbatched = lambda x: layer.apply(variables, x, mask=CAUSAL[0])
+    unbatched = jax.jit(lambda x: layer.apply(variables, x, mask=CAUSAL[0]))
     np.testing.assert_array_equal(unbatched(x[0]), wanted[0])
     loss = lambda f: jax.jit(
         jax.grad(lambda p: jnp.sum(f({**variables, "params": p}, x)))
@@ -250,8 +251,8 @@ def test_attention_composes_with_jax():
 def test_attention_has_any_batch_axes_and_groups_of_heads():
     layer, x = of_linen(quantizers=POWERS), images(2, 2, 6, 8)
     variables = calibrated(layer, parameters(), x)
-    found = layer.apply(variables, x)
-    np.testing.assert_array_equal(found[1], layer.apply(variables, x[1]))
+    run = jax.jit(lambda x: layer.apply(variables, x))
+    np.testing.assert_array_equal(run(x)[1], run(x[1]))
     options = {"num_kv_heads": 1, "decode": False, "rngs": nnx.Rngs(0)}
     model = qn.QMultiHeadAttention(2, 8, quantizers=POWERS, **options)
     twin = nnx.MultiHeadAttention(2, 8, **options)
@@ -269,22 +270,22 @@ def test_attention_has_any_batch_axes_and_groups_of_heads():
 
 def test_dropout_is_that_of_flax():
     x, params = images(*SHAPE), parameters()
-    options = {"dropout_rate": 0.5, "deterministic": False}
-    layer, twin = of_linen(quantizers=POWERS, **options), of_linen(**options)
-    variables = calibrated(layer, params, x, dropout_rng=jax.random.key(9))
     for own in ({}, {"broadcast_dropout": False}):
-        pair = (dataclasses.replace(m, parent=None, **own) for m in (layer, twin))
-        keys = {"rngs": {"dropout": jax.random.key(3)}}
-        found, wanted = (m.apply(variables, x, **keys) for m in pair)
+        options = {"dropout_rate": 0.5, **own}
+        layer, twin = of_linen(quantizers=POWERS, **options), of_linen(**options)
+        variables = calibrated(layer, params, x, deterministic=True)
+        keys = {"rngs": {"dropout": jax.random.key(3)}, "deterministic": False}
+        run = lambda m, v=variables, k=keys: jax.jit(lambda x: m.apply(v, x, **k))(x)
+        found, wanted = run(layer), run(twin)
         assert np.sum(wanted**2) > 200 * np.sum((found - wanted) ** 2) > 0
     plain = layer.apply(variables, x, deterministic=True)
     assert not np.allclose(found, plain, atol=0.05)
     model = of_nnx(quantizers=POWERS, dropout_rate=0.5)
-    assert not np.array_equal(
-        model(x, deterministic=False), model(x, deterministic=False)
-    )
+    run = nnx.jit(lambda m, x: m(x))
+    model.train()
+    assert not np.array_equal(run(model, x), run(model, x))
     model.eval()
-    np.testing.assert_array_equal(model(x), model(x))
+    np.testing.assert_array_equal(run(model, x), run(model, x))
 
 
 def test_a_cache_decodes_what_the_whole_sequence_gives():
@@ -319,11 +320,11 @@ def test_weights_are_sown_where_flax_sows_them():
     (found,) = kept["intermediates"]["attention_weights"]
     _, kept = of_linen().apply({"params": params}, x, **own)
     (wanted,) = kept["intermediates"]["attention_weights"]
-    np.testing.assert_allclose(found, wanted, atol=0.02)
+    np.testing.assert_allclose(found, wanted, atol=0.05)
     model = with_parameters(of_nnx(quantizers=POWERS), params)
     model(x, sow_weights=True)
     (found,) = nnx.pop(model, nnx.Intermediate)["attention_weights"].get_value()
-    np.testing.assert_allclose(found, wanted, atol=0.02)
+    np.testing.assert_allclose(found, wanted, atol=0.05)
 
 
 def test_ranges_of_attention_move_in_training_alone():
@@ -369,7 +370,7 @@ def test_scores_alone_are_rounded_where_others_are_float():
     assert [*variables["quant"]] == ["scores"]
     found, wanted = (m.apply(variables, x) for m in (layer, of_linen()))
     assert 0.001 < np.max(np.abs(found - wanted)) < 1
-    with pytest.raises(NotImplementedError, match="float"):
+    with pytest.raises(ValueError, match="not quantized"):
         qjax.lower(lambda x: layer.apply(variables, x), x)
 
 
@@ -459,8 +460,10 @@ class FloatNet(nnx.Module):
         )
         self.blocks = nnx.List([make(), make(normalize_qk=True)])
         self.norms = nnx.List([nnx.LayerNorm(8, rngs=rngs) for _ in range(2)])
+        self.first = nnx.Linear(8, 8, rngs=rngs)
 
     def __call__(self, x):
+        x = self.first(x)
         for norm, block in zip(self.norms, self.blocks, strict=True):
             x = x + block(norm(x), is_causal=True)
         return x
