@@ -277,7 +277,7 @@ def test_dropout_is_that_of_flax():
         keys = {"rngs": {"dropout": jax.random.key(3)}, "deterministic": False}
         run = lambda m, v=variables, k=keys: jax.jit(lambda x: m.apply(v, x, **k))(x)
         found, wanted = run(layer), run(twin)
-        assert np.sum(wanted**2) > 200 * np.sum((found - wanted) ** 2) > 0
+        assert np.sum(wanted**2) > 30 * np.sum((found - wanted) ** 2) > 0
     plain = layer.apply(variables, x, deterministic=True)
     assert not np.allclose(found, plain, atol=0.05)
     model = of_nnx(quantizers=POWERS, dropout_rate=0.5)
@@ -311,6 +311,7 @@ def test_a_cache_decodes_what_the_whole_sequence_gives():
         np.testing.assert_allclose(found[:, 0], wanted[:, k], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
 def test_weights_are_sown_where_flax_sows_them():
     x, params = images(*SHAPE), parameters()
     layer = of_linen(quantizers=POWERS)
@@ -452,7 +453,7 @@ def test_a_function_of_its_own_runs_without_words_of_scores():
 
 
 class FloatNet(nnx.Module):
-    """Two blocks of a transformer."""
+    """Two layers of attention behind norms."""
 
     def __init__(self, rngs):
         make = lambda **own: nnx.MultiHeadAttention(
@@ -460,12 +461,10 @@ class FloatNet(nnx.Module):
         )
         self.blocks = nnx.List([make(), make(normalize_qk=True)])
         self.norms = nnx.List([nnx.LayerNorm(8, rngs=rngs) for _ in range(2)])
-        self.first = nnx.Linear(8, 8, rngs=rngs)
 
     def __call__(self, x):
-        x = self.first(x)
         for norm, block in zip(self.norms, self.blocks, strict=True):
-            x = x + block(norm(x), is_causal=True)
+            x = block(norm(x), is_causal=True)
         return x
 
 
