@@ -455,6 +455,28 @@ def test_a_group_that_is_large_has_8_bits():
     assert_exact(lambda x: layer.apply(variables, x), x, "norm")
 
 
+@pytest.mark.parametrize("power_of_two", [True, False])
+def test_a_table_of_places_on_a_grid_is_added_to_codes(power_of_two):
+    """A sum of data and of what is known, each on a grid of one scale."""
+    word = QSpec(8, power_of_two=power_of_two)
+    table, x = images(6, 8), values((3, 6, 8))
+
+    class Places(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            places = ql.QActivation(word, name="table")(table)[None]
+            x = ql.QActivation(word, name="rounded")(x)
+            return ql.QActivation(word, name="sum")(places + x)
+
+    variables = calibrated(Places(), x)
+    run = lambda x: Places().apply(variables, x)
+    program = qjax.lower(run, x)
+    report = qjax.verify(program, run, x)
+    assert report.is_exact or not power_of_two and report.outputs[0].share > 0.99
+    assert qjax.verify(program, run, values((5, 6, 8))).outputs[0].share > 0.99
+    np.testing.assert_allclose(program(x), x + table[None], atol=0.1)
+
+
 class FloatNet(nnx.Module):
     """Norms of all kinds."""
 
