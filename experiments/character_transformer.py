@@ -13,6 +13,9 @@ tenth of Tiny Shakespeare, 146 s on 2 cores:
        1  2.1775  2.1847    2.1847      0.33%  True
        2  2.1454  2.1483    2.1483      0.13%  True
     mean  2.1478  2.1544    2.1544      0.31%
+
+With --layers the 8-bit network is made of layers of `qjax.linen`, with the parameters
+of the float one: seed 0 gives 2.1338 (0.63 %), all codes equal.
 """
 
 import dataclasses

@@ -27,6 +27,7 @@ from qjax.layers.layer_quantizers import (
 )
 from qjax.layers.norms import NORM
 from qjax.layers.softmax import masks, softmax_source
+from qjax.quantizers.spec import Spec
 from qjax.schemes.words import check_site_word
 
 _OWN = "query", "key", "value", "scores", "probabilities"
@@ -72,7 +73,7 @@ class AttentionQuantizers(LayerQuantizers):
         super().check(path)
         for name in _OWN:
             word = getattr(self, name)
-            if word is not None and not callable(word):
+            if isinstance(word, QSpec | Spec):
                 check_site_word(site_name(path, name), "activation", word)
 
 
