@@ -267,6 +267,20 @@ def test_norms_compose_with_jax(cls):
     assert found.dtype == jnp.bfloat16 and np.all(np.isfinite(found))
 
 
+@pytest.mark.parametrize("cls", [ql.QLayerNorm, ql.QSoftmax])
+def test_states_of_norms_stack(cls):
+    """`vmap` over states is a loop; what is not calibrated is NaN where traced."""
+    layer, x = cls(), values((3, 5, 8))
+    run = jax.jit(layer.apply)
+    made = layer.init(jax.random.key(0), x)
+    assert np.all(np.isnan(run(made, x)))
+    states = [calibrated(layer, factor * x) for factor in (1.0, 0.3)]
+    stack = jax.tree.map(lambda *a: jnp.stack(a), *states)
+    found = jax.jit(jax.vmap(layer.apply, (0, None)))(stack, x)
+    for own, state in zip(found, states, strict=True):
+        np.testing.assert_array_equal(own, run(state, x))
+
+
 def test_ranges_of_norms_move_in_training_alone():
     layer, x = ql.QLayerNorm(), values()
     variables = calibrated(layer, x)
