@@ -13,6 +13,9 @@ tenth of Tiny Shakespeare, 146 s on 2 cores:
        1  2.1775  2.1847    2.1847      0.33%  True
        2  2.1454  2.1483    2.1483      0.13%  True
     mean  2.1478  2.1544    2.1544      0.31%
+
+With --layers the 8-bit network is made of layers of `qjax.linen`, with the parameters
+of the float one: seed 0 gives 2.1338 (0.63 %), all codes equal.
 """
 
 import dataclasses
@@ -28,10 +31,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import qjax  # noqa: E402
+import qjax.linen as ql  # noqa: E402
 from experiments.config import option, parse  # noqa: E402
 from experiments.training.train import LENGTH, Transformer  # noqa: E402
 from qjax import QSpec, Rule  # noqa: E402
@@ -46,6 +51,7 @@ class Config:
     steps: int = option(1000, "of each training")
     batch_size: int = option(32, "windows in a batch")
     learning_rate: float = option(3e-3, "at the start; it falls as a cosine")
+    layers: bool = option(False, "of layers of qjax.linen, not by quantize_model")
 
 
 class Result(NamedTuple):
@@ -57,12 +63,107 @@ class Result(NamedTuple):
     is_exact: bool
 
 
+WEIGHT = QSpec(8, narrow_range=True, axis="output", power_of_two=True)
+ACTIVATION = QSpec(8, power_of_two=True)
+
+
 def scheme() -> qjax.Scheme:
     """8 bits everywhere, scales that are powers of two; logits stay accumulators."""
-    weights = QSpec(8, narrow_range=True, axis="output", power_of_two=True)
-    activations = QSpec(8, power_of_two=True)
     rules = (Rule("output:0", None),)
-    return qjax.Scheme(weights, activations, rules, qjax.ema_min_max(0.99))
+    return qjax.Scheme(WEIGHT, ACTIVATION, rules, qjax.ema_min_max(0.99))
+
+
+INNER = "query", "key", "value", "scores", "probabilities"
+LOGITS = ql.LayerQuantizers(ACTIVATION, WEIGHT, calibrator=qjax.ema_min_max(0.99))
+PRODUCT = dataclasses.replace(LOGITS, output=ACTIVATION)
+TABLE = dataclasses.replace(PRODUCT, kernel=dataclasses.replace(WEIGHT, axis=None))
+NORM = dataclasses.replace(PRODUCT, kernel=None)
+ATTENTION = ql.AttentionQuantizers(
+    **{
+        field.name: getattr(PRODUCT, field.name)
+        for field in dataclasses.fields(PRODUCT)
+    },
+    **dict.fromkeys(INNER, ACTIVATION),
+)
+
+
+class Layer(nn.Module):
+    """The block of the transformer, of quantized layers with its names."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Adds attention and two dense layers to the values."""
+        mask = nn.make_causal_mask(jnp.ones((1, x.shape[1]), jnp.int32))
+        y = ql.QLayerNorm(quantizers=NORM, name="LayerNorm_0")(x)
+        attention = ql.QMultiHeadDotProductAttention(
+            4, quantizers=ATTENTION, name="MultiHeadDotProductAttention_0"
+        )
+        x = ql.QActivation(ACTIVATION, name="sum_0")(x + attention(y, mask=mask))
+        y = ql.QLayerNorm(quantizers=NORM, name="LayerNorm_1")(x)
+        y = nn.gelu(ql.QDense(128, quantizers=LOGITS, name="Dense_0")(y))
+        y = ql.QDense(x.shape[-1], quantizers=PRODUCT, name="Dense_1")(y)
+        return ql.QActivation(ACTIVATION, name="sum_1")(x + y)
+
+
+class LayeredTransformer(nn.Module):
+    """The transformer of quantized layers, whose parameters are those of the float one.
+
+    Attributes:
+      classes: Number of characters.
+    """
+
+    classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns logits of the next characters."""
+        places = self.param("places", nn.initializers.normal(0.02), (1, LENGTH, 32))
+        places = ql.QActivation(ACTIVATION, name="table")(places)
+        x = ql.QEmbed(self.classes, 32, quantizers=TABLE, name="Embed_0")(x)
+        x = ql.QActivation(ACTIVATION, name="sum")(x + places)
+        for k in range(2):
+            x = Layer(name=f"layer_{k}")(x)
+        return ql.QDense(self.classes, quantizers=LOGITS, name="Dense_0")(x)
+
+
+class Quantized(NamedTuple):
+    """The quantized network, one way or the other.
+
+    Attributes:
+      state: Its ranges, calibrated.
+      update: Function of parameters, ranges and input: logits, and ranges that moved.
+      apply: Function of parameters, ranges and input: logits.
+      model: Function of parameters and ranges: what `lower` takes before the input.
+    """
+
+    state: Any
+    update: Callable[..., Any]
+    apply: Callable[..., Any]
+    model: Callable[[Any, Any], tuple[Any, ...]]
+
+
+def by_scheme(network: nn.Module, params: Any, first: np.ndarray) -> Quantized:
+    """Quantizes the float network."""
+    qmodel = qjax.quantize_model(network.apply, params, first, scheme=scheme())
+    state = qjax.calibrate(qmodel, params, [first], progress=False)
+    model = lambda params, state: (qmodel, params, state)
+    return Quantized(state, qmodel.apply_and_update, qmodel.apply, model)
+
+
+def by_layers(network: nn.Module, params: Any, first: np.ndarray) -> Quantized:
+    """Takes the network of quantized layers with the parameters of the float one."""
+    layers = LayeredTransformer(network.classes)  # type: ignore[attr-defined]
+
+    def update(params, state, x):
+        found = layers.apply({**params, "quant": state}, x, mutable=["quant"])
+        return found[0], found[1]["quant"]
+
+    made = jax.jit(layers.init)(jax.random.key(0), first)
+    assert jax.tree.structure(made["params"]) == jax.tree.structure(params["params"])
+    state = jax.jit(update)(params, made["quant"], first)[1]
+    apply = lambda params, state, x: layers.apply({**params, "quant": state}, x)
+    model = lambda params, state: (lambda x: apply(params, state, x),)
+    return Quantized(state, update, apply, model)
 
 
 def windows(text: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -113,23 +214,23 @@ def compare(config: Config, text: np.ndarray, seed: int) -> Result:
     def real_loss(params, state, batch):
         return loss_of(network.apply(params, batch[0]), batch[1]), state
 
-    qmodel = qjax.quantize_model(network.apply, params, first, scheme=scheme())
-    qstate = qjax.calibrate(qmodel, params, [first], progress=False)
+    quantized = (by_layers if config.layers else by_scheme)(network, params, first)
 
     def simulated_loss(params, state, batch):
-        logits, state = qmodel.apply_and_update(params, state, batch[0])
+        logits, state = quantized.update(params, state, batch[0])
         return loss_of(logits, batch[1]), state
 
     real, _ = trained(config, head, seed, real_loss, (params, ()))
-    run = trained(config, head, seed, simulated_loss, (params, qstate))
+    run = trained(config, head, seed, simulated_loss, (params, quantized.state))
     x, labels = windows(tail, 512, 0)
-    program = qjax.lower(qmodel, *run, x)
-    found = jax.jit(qmodel.apply)(*run, x)
+    model = quantized.model(*run)
+    program = qjax.lower(*model, x)
+    found = jax.jit(quantized.apply)(*run, x)
     return Result(
         float(loss_of(jax.jit(network.apply)(real, x), labels)),
         float(loss_of(found, labels)),
         float(loss_of(program(x), labels)),
-        qjax.verify(program, qmodel, *run, x).is_exact,
+        qjax.verify(program, *model, x).is_exact,
     )
 
 

@@ -24,8 +24,8 @@ from qjax.calibration.batches import (
     progress_bar,
     random_samples,
 )
+from qjax.integer_calls import LARGE
 from qjax.leaves import shapes_of
-from qjax.model.masks import LARGE
 from qjax.model.states import check_state
 from qjax.model.trace import is_key
 from qjax.model.visitors import LEARNED, QState

@@ -218,8 +218,11 @@ def test_ways_of_training_agree(learned):
 
 
 @pytest.mark.heavy
-def test_a_character_transformer_ships_what_it_simulates(tmp_path):
-    config = character_transformer.Config(data_dir=str(tmp_path), steps=4)
+@pytest.mark.usefixtures("flax_promotion")
+@pytest.mark.parametrize("layers", [False, True], ids=["scheme", "layers"])
+def test_a_character_transformer_ships_what_it_simulates(tmp_path, layers):
+    own = {"steps": 4, "layers": layers}
+    config = character_transformer.Config(data_dir=str(tmp_path), **own)
     row = character_transformer.compare(config, character_transformer.read(config), 0)
     assert row.is_exact and row.simulated == row.integers
     assert abs(row.simulated / row.real - 1) < 0.02

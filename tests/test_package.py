@@ -56,6 +56,7 @@ ROOMS = (
     ("tables", "leaves", "mesh_axes", "calls", "rounding", "integer", "qpoint"),
     ("integer_division", "integer_norm", "integer_softmax"),
     ("affine", "ranges", "estimators"),
+    ("integer_calls",),
     ("graph",),
     ("backends",),
     ("program",),

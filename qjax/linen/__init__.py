@@ -4,11 +4,24 @@ Each takes the arguments of the layer that it replaces, and has its parameters.
 """
 
 from qjax.layers.adaptive import Adaptation
+from qjax.layers.attention import AttentionQuantizers
 from qjax.layers.batch_norm import QKERAS_BATCH_NORM, BatchNormQuantizers
 from qjax.layers.layer_quantizers import FLOAT, LayerQuantizers
 from qjax.linen.activations import QActivation, QAdaptiveActivation, QPReLU, QScaleShift
+from qjax.linen.attention import (
+    QMultiHeadAttention,
+    QMultiHeadDotProductAttention,
+    QSelfAttention,
+)
 from qjax.linen.batch_norm import QBatchNorm, QFoldedBatchNorm
 from qjax.linen.merges import QAdd, QConcatenate, QMultiply
+from qjax.linen.norms import (
+    QGroupNorm,
+    QInstanceNorm,
+    QLayerNorm,
+    QRMSNorm,
+    QSoftmax,
+)
 from qjax.linen.pools import QAvgPool, QGlobalAvgPool, QGlobalMaxPool, QMaxPool
 from qjax.linen.products import (
     QConv,
@@ -26,6 +39,7 @@ __all__ = (
     "FLOAT",
     "QKERAS_BATCH_NORM",
     "Adaptation",
+    "AttentionQuantizers",
     "BatchNormQuantizers",
     "LayerQuantizers",
     "QActivation",
@@ -45,9 +59,17 @@ __all__ = (
     "QFoldedBatchNorm",
     "QGlobalAvgPool",
     "QGlobalMaxPool",
+    "QGroupNorm",
+    "QInstanceNorm",
+    "QLayerNorm",
     "QMaxPool",
+    "QMultiHeadAttention",
+    "QMultiHeadDotProductAttention",
     "QMultiply",
     "QPReLU",
+    "QRMSNorm",
     "QScaleShift",
+    "QSelfAttention",
     "QSeparableConv",
+    "QSoftmax",
 )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from qjax.affine import QSpec
+from qjax.layers.integer_values import IntegerSource
 from qjax.layers.layer_quantizers import (
     LayerQuantizers,
     OutputAxes,
@@ -18,7 +19,10 @@ from qjax.layers.layer_quantizers import (
 )
 from qjax.schemes.words import is_random
 
-_WORDS = {"kernel": "kernel", "embedding": "kernel", "bias": "bias"}
+_WORDS = {
+    **dict.fromkeys(("kernel", "embedding", "scale"), "kernel"),
+    "bias": "bias",
+}
 
 
 class QuantizedLayer(nn.Module, kw_only=True):
@@ -76,15 +80,21 @@ class QuantizedLayer(nn.Module, kw_only=True):
 
     @nn.nowrap
     def _rounded(
-        self, name: str, x: jax.Array, train: bool | None, site: str | None = None
+        self,
+        name: str,
+        x: jax.Array,
+        train: bool | None,
+        site: str | None = None,
+        source: IntegerSource | None = None,
     ) -> jax.Array:
         """Rounds input or output, and moves the range of its word in training.
 
         Args:
-          name: Name of its word, "input" or "output".
-          x: Values.
+          name: Name of the word.
+          x: Real values.
           train: Whether the range moves; None: as the attribute says.
           site: Name of range and site; None: that of the word.
+          source: What integers compute the values from, if they do.
         """
         word, params = getattr(self._words, name), None
         site = name if site is None else site
@@ -100,6 +110,8 @@ class QuantizedLayer(nn.Module, kw_only=True):
             params = calibrator.params(state.value, word)
         elif self.is_initializing():
             return x
+        if source is not None:
+            x = source.on_grid(x, word, params, self._site(site))
         x, grid = on_grid_of(x, word, params, self._key(word), self._site(site))
         self._grids[site] = grid
         return x

@@ -7,8 +7,8 @@ import jax
 import jax.extend.core as jex
 import numpy as np
 
+from qjax.integer_calls import BEGIN, integer_of
 from qjax.lowering.binding import Folded
-from qjax.model.kept import BEGIN, integer_of
 from qjax.model.primitives import names
 from qjax.model.trace import Equation, Trace, evaluate, is_key
 from qjax.qpoint import qpoint_p

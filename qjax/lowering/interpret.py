@@ -9,6 +9,7 @@ import numpy as np
 from jax.extend.core.primitives import broadcast_in_dim_p
 
 from qjax.graph.builder import compact
+from qjax.integer_calls import BEGIN, integer_of
 from qjax.leaves import at_start
 from qjax.lowering.binding import Folded
 from qjax.lowering.folding import fold_known
@@ -27,7 +28,7 @@ from qjax.lowering.values import (
     Sum,
 )
 from qjax.model.blocks import RANDOM, place_of
-from qjax.model.kept import BEGIN, integer_of, whole_of
+from qjax.model.kept import whole_of
 from qjax.model.masks import SOFTMAXES
 from qjax.model.normalisations import NORM, said
 from qjax.model.origin import origin_of
@@ -268,7 +269,9 @@ def _refuse_whole(e: Equation) -> NotImplementedError:
     return NotImplementedError(
         f"The {said(kind)} in {place} has no integer rule: it is computed in float, as "
         f"one site.\n  equation: {e}\nLower what comes before it and what comes after "
-        f"it as two programs{other}."
+        f"it as two programs{other}. A layer of `qjax.linen` or `qjax.nnx` computes it "
+        "in integers where the words of its input and output are a `QSpec` of one "
+        "scale."
     )
 
 

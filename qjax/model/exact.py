@@ -6,17 +6,13 @@ the float function. The algorithm is a call whose name says what it computes: lo
 reads it there.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from qjax.affine import QParams, QSpec
-from qjax.model.integer_calls import IntegerCall
-from qjax.qpoint import grid_values
+from qjax.integer_calls import IntegerCall, on_grid
 
 
 class Exact(NamedTuple):
@@ -69,9 +65,9 @@ class Exact(NamedTuple):
                 if name == "max"
                 else (jnp.minimum(least, code), jnp.minimum(most, code))
             )
-        operands = (*self.operands, params.scale, zero, least, most)
-        found = _exact(self.call, is_clipped, self.real.astype(jnp.float32), operands)
-        return found.astype(self.real.dtype)
+        grid = params.scale, zero, least, most
+        own = self.call, self.real, self.operands, grid
+        return on_grid(*own, is_clipped=is_clipped)
 
 
 class Masked(NamedTuple):
@@ -97,31 +93,3 @@ def unmasked(x: jax.Array, kept: jax.Array) -> jax.Array:
     least = jnp.min(jnp.where(kept, x, jnp.inf), keepdims=True)
     least = jnp.where(jnp.isfinite(least), least, jnp.zeros_like(least))
     return jnp.where(kept, x, least.astype(x.dtype))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _exact(
-    call: IntegerCall, is_clipped: bool, real: jax.Array, operands: Any
-) -> jax.Array:
-    return _jitted(call)(*operands)[0]
-
-
-@_exact.defjvp
-def _exact_jvp(call: IntegerCall, is_clipped: bool, primals: Any, tangents: Any) -> Any:
-    value, inside = _jitted(call)(*primals[1])
-    real_dot = tangents[0]
-    if not is_clipped:
-        return value, real_dot
-    return value, lax.select(inside, real_dot, lax.full_like(real_dot, 0))
-
-
-@functools.lru_cache(maxsize=1024)
-def _jitted(call: IntegerCall) -> Callable[..., Any]:
-    def run(x: jax.Array, unit: jax.Array, *others: jax.Array) -> Any:
-        *own, scale, zero_point, qmin, qmax = others
-        grid = scale, zero_point, qmin, qmax
-        codes, inside = call.codes(x, unit, own, grid)
-        return grid_values(codes, scale, zero_point), inside
-
-    run.__name__ = run.__qualname__ = call.name
-    return jax.jit(run)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.affine import QParams
+from qjax.integer_calls import begun
 from qjax.mesh_axes import axes_of, vary
 from qjax.model.affine_parts import AffineParts
 from qjax.model.blocks import constant_of, data_of
-from qjax.model.integer_calls import begun
 from qjax.model.trace import Equation
 from qjax.model.traced_model import Loop
 from qjax.model.visits import Visitor

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from qjax.integer_calls import LARGE
 from qjax.model.kept import whole_of
 from qjax.model.primitives import AFFINE, POINTWISE, names
 from qjax.model.trace import Equation, Trace, is_key, makers_and_readers
@@ -11,7 +12,6 @@ _NEUTRAL = names("keep", "cast", is_elementwise=True)
 
 _AXES = names("axes") - {"transpose"}
 
-LARGE = 100.0  # A constant of a mask is at least so large.
 _MASKING = POINTWISE | names("axes", "number", "pad") | {"slice", "concatenate"}
 
 # Kinds that may have a mask before them.

@@ -17,9 +17,9 @@ import numpy as np
 from jax import lax
 
 from qjax.calls import shared
+from qjax.integer_calls import NormCall
 from qjax.model.blocks import place_of
 from qjax.model.forms import OUTSIDE, FormReader, bound, value_of
-from qjax.model.integer_calls import NormCall
 from qjax.model.kept import whole_of
 from qjax.model.layouts import MOVES, Digit, moved, permutation, source_layout
 from qjax.model.moments import (

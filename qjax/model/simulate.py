@@ -12,6 +12,7 @@ from jax.extend.source_info_util import user_context
 
 from qjax.affine import QParams, QSpec, fake_quant_bias
 from qjax.calls import computed_once, shared
+from qjax.integer_calls import DivideCall
 from qjax.model.affine_parts import of_type
 from qjax.model.arguments import unfolded
 from qjax.model.blocks import Block, bounds_of, is_quantizer
@@ -23,7 +24,6 @@ from qjax.model.common_scales import (
     channels_of,
 )
 from qjax.model.exact import Exact, Masked
-from qjax.model.integer_calls import DivideCall
 from qjax.model.layouts import transposed
 from qjax.model.lines import (
     HeldLine,

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.integer_calls import LARGE, SoftmaxCall
 from qjax.integer_softmax import Empty, Kind
 from qjax.model.forms import OUTSIDE, FormReader, value_of
-from qjax.model.integer_calls import SoftmaxCall
 from qjax.model.kept import whole_of
 from qjax.model.layouts import (
     MOVES,
@@ -33,7 +33,7 @@ from qjax.model.layouts import (
     source_layout,
     transposed,
 )
-from qjax.model.masks import LARGE, SOFTMAXES
+from qjax.model.masks import SOFTMAXES
 from qjax.model.primitives import names
 from qjax.model.trace import Equation, Trace
 from qjax.qpoint import bind_point, known_zeros

@@ -16,11 +16,12 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from qjax.calls import SHARED, uninlined
+from qjax.integer_calls import BEGIN, integer_of
 from qjax.leaves import leaf_names
 from qjax.mesh_axes import aligned, axes_of, vary
 from qjax.model.control_flow import both_branches, counted
 from qjax.model.expansions import expansion, scan_counts
-from qjax.model.kept import BEGIN, integer_of, whole_of
+from qjax.model.kept import whole_of
 from qjax.model.places import BlockSites, Place, split_scope
 from qjax.model.primitives import AFFINE, BOUNDS, POINTWISE, SHAPE_MOVES
 from qjax.model.quantizer_calls import QUANTIZER, has_quantizer, with_quantizers

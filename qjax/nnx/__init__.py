@@ -4,13 +4,16 @@ Each takes the arguments of the layer that it replaces, and has its parameters.
 """
 
 from qjax.layers.adaptive import Adaptation
+from qjax.layers.attention import AttentionQuantizers
 from qjax.layers.batch_norm import QKERAS_BATCH_NORM, BatchNormQuantizers
 from qjax.layers.layer_quantizers import FLOAT, LayerQuantizers
 from qjax.nnx.activations import QActivation, QAdaptiveActivation, QPReLU, QScaleShift
+from qjax.nnx.attention import QMultiHeadAttention
 from qjax.nnx.batch_norm import QBatchNorm, QFoldedBatchNorm
 from qjax.nnx.conversion import to_float, to_quantized
 from qjax.nnx.layer import QuantState
 from qjax.nnx.merges import QAdd, QConcatenate, QMultiply
+from qjax.nnx.norms import QGroupNorm, QInstanceNorm, QLayerNorm, QRMSNorm, QSoftmax
 from qjax.nnx.pools import QAvgPool, QGlobalAvgPool, QGlobalMaxPool, QMaxPool
 from qjax.nnx.products import (
     QConv,
@@ -27,6 +30,7 @@ __all__ = (
     "FLOAT",
     "QKERAS_BATCH_NORM",
     "Adaptation",
+    "AttentionQuantizers",
     "BatchNormQuantizers",
     "LayerQuantizers",
     "QActivation",
@@ -43,13 +47,19 @@ __all__ = (
     "QFoldedBatchNorm",
     "QGlobalAvgPool",
     "QGlobalMaxPool",
+    "QGroupNorm",
+    "QInstanceNorm",
+    "QLayerNorm",
     "QLinear",
     "QLinearGeneral",
     "QMaxPool",
+    "QMultiHeadAttention",
     "QMultiply",
     "QPReLU",
+    "QRMSNorm",
     "QScaleShift",
     "QSeparableConv",
+    "QSoftmax",
     "QuantState",
     "to_float",
     "to_quantized",

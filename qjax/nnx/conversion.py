@@ -6,7 +6,9 @@ from typing import Any
 from flax import nnx
 
 from qjax.layers.layer_quantizers import LayerQuantizers
+from qjax.nnx.attention import QMultiHeadAttention
 from qjax.nnx.layer import QuantizedModule
+from qjax.nnx.norms import QGroupNorm, QInstanceNorm, QLayerNorm, QRMSNorm
 from qjax.nnx.products import (
     QConv,
     QConvTranspose,
@@ -16,18 +18,17 @@ from qjax.nnx.products import (
     QLinearGeneral,
 )
 
-_WORDS = LayerQuantizers()
-
+_PRODUCTS = (QLinear, QLinearGeneral, QEinsum, QConv, QConvTranspose, QEmbed)
+_NORMS = (QLayerNorm, QRMSNorm, QGroupNorm, QInstanceNorm)
 _TWINS: dict[type, type[QuantizedModule]] = {
-    cls.base: cls
-    for cls in (QLinear, QLinearGeneral, QEinsum, QConv, QConvTranspose, QEmbed)
+    cls.base: cls for cls in (*_PRODUCTS, *_NORMS, QMultiHeadAttention)
 }
 Chooser = Callable[[str, nnx.Module], LayerQuantizers | None]
 
 
 def to_quantized(
     model: nnx.Module,
-    quantizers: LayerQuantizers | Chooser = _WORDS,
+    quantizers: LayerQuantizers | Chooser | None = None,
     *,
     rngs: nnx.Rngs | None = None,
 ) -> nnx.Module:
@@ -39,7 +40,8 @@ def to_quantized(
     Args:
       model: Any module, also a layer itself.
       quantizers: The quantizers of all layers, or a function of path and layer that
-        returns them, or None for a layer that stays in float.
+        returns them, or None for a layer that stays in float. If they are not given,
+        each layer has those of its class.
       rngs: Keys; the stream ``quant`` is for words that draw at random.
 
     Returns:
@@ -49,14 +51,18 @@ def to_quantized(
       ValueError: for a model without a layer to turn; nothing is changed then.
     """
     found = {id(m): (path, m) for path, m in nnx.iter_modules(model)}
-    chosen = []
-    for path, layer in found.values():
-        if type(layer) in _TWINS:
+    chosen: list[tuple[Any, LayerQuantizers, str]] = []
+    inside: dict[int, Any] = {}  # Layers in one that sets their quantizers.
+    for path, layer in sorted(found.values(), key=lambda pair: len(pair[0])):
+        if type(layer) in _TWINS and id(layer) not in inside:
+            twin: Any = _TWINS[type(layer)]
             site = "/".join(map(str, path))
             own = quantizers(site, layer) if callable(quantizers) else quantizers
+            own = twin.words if quantizers is None else own
             if own is not None:
                 own.check(site)
                 chosen.append((layer, own, site))
+                inside.update({id(part): part for part in twin._parts(layer)})
     if not chosen:
         names = ", ".join(cls.__name__ for cls in _TWINS)
         raise ValueError(
@@ -66,11 +72,10 @@ def to_quantized(
     keys = nnx.Rngs() if rngs is None else rngs
     try:
         for layer, own, site in chosen:
-            twin: Any = layer
-            twin.__class__ = _TWINS[type(layer)]
-            twin._set(own, site, twin._ranks(), keys)
+            layer.__class__ = _TWINS[type(layer)]
+            layer._set(own, site, layer._ranks(), keys)
     except Exception:
-        for layer, *_ in chosen:
+        for layer in (*(layer for layer, *_ in chosen), *inside.values()):
             _turn_back(layer)
         raise
     return model
@@ -102,4 +107,5 @@ def _turn_back(layer: Any) -> None:
         layer.__class__ = base
 
 
-_ADDED = "quantizers site input_range output_range keys use_running_average".split()
+_RANGES = "input_range output_range scores_range probabilities_range".split()
+_ADDED = [*"quantizers site keys use_running_average".split(), *_RANGES]

@@ -1,5 +1,6 @@
 """The base of quantized layers for Flax NNX, and the type of their state."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qjax.affine import QParams, QSpec
+from qjax.layers.integer_values import IntegerSource
 from qjax.layers.layer_quantizers import (
     LayerQuantizers,
     OutputAxes,
@@ -20,9 +22,6 @@ from qjax.schemes.words import is_random
 
 class QuantState(nnx.Variable):
     """The state of a calibrator."""
-
-
-_WORDS = LayerQuantizers()
 
 
 class QuantizedModule(nnx.Module):
@@ -40,11 +39,12 @@ class QuantizedModule(nnx.Module):
 
     base: ClassVar[type] = object  # The layer that it replaces.
     weight: ClassVar[str] = "kernel"  # The parameter with the word of a kernel.
+    words: ClassVar[LayerQuantizers] = LayerQuantizers()  # If none are given.
 
     def __init__(
         self,
         *args: Any,
-        quantizers: LayerQuantizers = _WORDS,
+        quantizers: LayerQuantizers | None = None,
         site: str = "",
         rngs: nnx.Rngs,
         **kwargs: Any,
@@ -53,14 +53,15 @@ class QuantizedModule(nnx.Module):
 
         Args:
           *args: Arguments of the layer that it replaces.
-          quantizers: The quantizers.
+          quantizers: The quantizers; None for those of the class.
           site: Prefix of the names of its sites.
           rngs: Keys; the stream ``quant`` is for words that draw at random.
           **kwargs: Other arguments of that layer.
         """
         base: Any = self.base
         base.__init__(self, *args, rngs=rngs, **kwargs)
-        self._set(quantizers, site, self._ranks(), rngs)
+        own = self.words if quantizers is None else quantizers
+        self._set(own, site, self._ranks(), rngs)
 
     def _set(
         self,
@@ -70,17 +71,26 @@ class QuantizedModule(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         """Sets what this layer adds to the one that it replaces."""
+        self._keep(quantizers, site, {"input": ranks[0], "output": ranks[1]}, rngs)
+
+    def _keep(
+        self,
+        quantizers: LayerQuantizers,
+        site: str,
+        ranks: Mapping[str, int],
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Sets the quantizers, and the states of words by name."""
         quantizers.check(site)
         self.quantizers = nnx.static(quantizers)
         self.site = site
         calibrator: Any = quantizers.calibrator
-        words = ("input", quantizers.input), ("output", quantizers.output)
-        for (name, word), rank in zip(words, ranks, strict=True):
-            state = None
+        for name, rank in ranks.items():
+            word, state = getattr(quantizers, name), None
             if isinstance(word, QSpec):
                 state = QuantState(calibrator.init(jnp.zeros((1,) * rank), word))
             setattr(self, f"{name}_range", state)
-        drawn: Any = (quantizers.input, quantizers.kernel, quantizers.output)
+        drawn = (quantizers.kernel, *(getattr(quantizers, name) for name in ranks))
         has_keys = any(map(is_random, drawn)) and "quant" in rngs
         self.keys = nnx.data(rngs["quant"].fork() if has_keys else None)
         if "use_running_average" not in vars(self):  # A batch normalisation has it.
@@ -93,6 +103,10 @@ class QuantizedModule(nnx.Module):
             inputs, grid = self._rounded("input", inputs)
         found = self.base.__call__(self._twin(grid), inputs, *args, **kwargs)
         return self._rounded("output", found)[0]
+
+    def _parts(self) -> list[Any]:
+        """Returns the layers inside, whose quantizers are set by this one."""
+        return []
 
     def _ranks(self) -> tuple[int, int]:
         """Returns the numbers of axes of input and output."""
@@ -128,14 +142,16 @@ class QuantizedModule(nnx.Module):
         x: jax.Array,
         is_frozen: bool | None = None,
         site: str | None = None,
+        source: IntegerSource | None = None,
     ) -> tuple[jax.Array, QParams | None]:
         """Rounds input or output, and moves the range of its word in training.
 
         Args:
-          name: Name of its word, "input" or "output".
-          x: Values.
+          name: Name of the word.
+          x: Real values.
           is_frozen: Whether the range stays; None: as the attribute says.
           site: Name of range and site; None: that of the word.
+          source: What integers compute the values from, if they do.
 
         Returns:
           The value, and its grid where one is known.
@@ -151,4 +167,7 @@ class QuantizedModule(nnx.Module):
                 state = calibrator.update(jax.lax.stop_gradient(x), state, word)
                 kept.set_value(state)
             params = calibrator.params(state, word)
-        return on_grid_of(x, word, params, self._key(word), site_name(self.site, site))
+        own = site_name(self.site, site)
+        if source is not None:
+            x = source.on_grid(x, word, params, own)
+        return on_grid_of(x, word, params, self._key(word), own)

@@ -3,12 +3,14 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from jax.extend.core.primitives import copy_p
 
 from qjax.graph.builder import compact
-from qjax.lowering.constants import real_values
+from qjax.graph.graph import Grid
+from qjax.lowering.constants import add_constant, anchor, real_values
 from qjax.lowering.inputs import rescaled
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.rules.bounds import bound, clamp
@@ -47,6 +49,10 @@ def _add(
     if isinstance(b, ScaledIntegers) and isinstance(a, Known) and not np.any(a.value):
         if sign > 0:
             return b
+    if _is_constant(a, b):
+        a = _as_data(builder, e, trace, a, b)
+    elif _is_constant(b, a):
+        b = _as_data(builder, e, trace, b, a)
     if _bends(a, b) and (found := curve(builder, e, trace, a, b)) is not None:
         return found
     if isinstance(a, Known | KnownCodes):
@@ -60,6 +66,34 @@ def _add(
     left, right = _terms(e, a), _terms(e, b)
     right = tuple((t, s * sign) for t, s in right)
     return Sum(left + right, place=e.place)
+
+
+def _is_constant(x: Abstract, other: Abstract) -> bool:
+    """Returns whether a value is known codes of one scale beside codes of data."""
+    is_beside = isinstance(other, Sum) or _is_of_codes(other)
+    return isinstance(x, KnownCodes) and np.size(x.scale) == 1 and is_beside
+
+
+def _as_data(
+    builder: Builder, e: Equation, trace: Trace, x: Abstract, other: Abstract
+) -> Integers:
+    """Adds known codes to the graph, such as a table of places, on their own grid."""
+    assert isinstance(x, KnownCodes)
+    shape = trace.shape(e.outputs[0])
+    codes = np.broadcast_to(x.codes, shape)
+    grid = Grid(float(np.max(x.scale)), int(np.max(x.zero_point)))
+    own: dict[str, Any] = {"name": f"{x.site}/value", "path": x.site}
+    like = anchor(builder, other, shape)
+    value = add_constant(builder, codes, grid, like=like, **own)
+    return Integers(
+        value=value,
+        scale=np.asarray(np.float64(grid.scale)),
+        zero_point=grid.zero_point,
+        low=int(codes.min()),
+        high=int(codes.max()),
+        is_codes=True,
+        place=e.place,
+    )
 
 
 def _pairs(e: Equation, *operands: Abstract) -> Iterator[tuple[Abstract, int]]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from qjax.graph.graph import Graph, Grid, storage
 from qjax.graph.operations.arithmetic import TYPES, ends_of
+from qjax.integer_calls import BEGIN
 from qjax.lowering.constants import add_constant, real_values
 from qjax.lowering.folding import fold_known
 from qjax.lowering.interpret import LoweringRule, refuse, where
@@ -24,7 +25,6 @@ from qjax.lowering.values import (
     Sum,
 )
 from qjax.model.expansions import MOST_STEPS
-from qjax.model.kept import BEGIN
 from qjax.model.loops import ScanParts, has_point, scan_parts
 from qjax.model.primitives import SHAPE_MOVES
 from qjax.model.trace import Equation, Trace

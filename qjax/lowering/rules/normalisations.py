@@ -13,6 +13,7 @@ from qjax.graph.graph import Grid, storage
 from qjax.graph.operations import OPERATIONS
 from qjax.graph.operations.record import Operands
 from qjax.integer import fixed_point
+from qjax.integer_calls import LARGE, NormCall, SoftmaxCall, integer_of, rank_of
 from qjax.integer_division import FRACTION as FRACTION_OF_DIVISION
 from qjax.integer_division import MOST
 from qjax.integer_softmax import (
@@ -36,12 +37,11 @@ from qjax.lowering.values import (
     Builder,
     Integers,
     Known,
+    KnownCodes,
     Real,
     ScaledIntegers,
 )
-from qjax.model.integer_calls import NormCall, SoftmaxCall
-from qjax.model.kept import integer_of
-from qjax.model.masks import LARGE, SOFTMAXES
+from qjax.model.masks import SOFTMAXES
 from qjax.model.normalisations import said
 from qjax.model.trace import Equation, Trace
 
@@ -52,6 +52,7 @@ _VANISHES = 22.0  # exp(-22) is below half of 2^-30.
 def _softmax(
     builder: Builder, e: Equation, trace: Trace, x: Abstract, *others: Abstract
 ) -> tuple[Integers, ...]:
+    _check_rank(e, trace)
     call = SoftmaxCall.parse(e)
     first, *masks, last_scale, last_zero, least, most_code = others
     unit, scale = _known(e, first), _known(e, last_scale)
@@ -202,6 +203,7 @@ def _mask_of_data(
 def _norm(
     builder: Builder, e: Equation, trace: Trace, x: Abstract, *others: Abstract
 ) -> tuple[Integers, ...]:
+    _check_rank(e, trace)
     call = NormCall.parse(e)
     unit, *own, scale, zero_point, qmin, qmax = (_known(e, v) for v in others)
     x = _codes(builder, e, trace, x, unit)
@@ -268,6 +270,18 @@ def _norm(
     attributes |= {"low": int(np.min(ends[0])), "high": int(np.max(ends[1]))}
     grid = scale, zero_point, qmin, qmax
     return _added(builder, e, "norm", [x.value], attributes, params, grid)
+
+
+def _check_rank(e: Equation, trace: Trace) -> None:
+    """Raises for a call inside of `jax.vmap`, whose axes are others."""
+    rank, found = rank_of(e), len(trace.shape(e.inputs[0]))
+    if rank != found:
+        raise NotImplementedError(
+            f"The {integer_of(e).partition('.')[0]} in {where(e)} is of values of "
+            f"{rank} axes, and `jax.vmap` gives them {found}.\n  equation: {e}\nCall "
+            "the layer on the whole batch, without `jax.vmap`: its axes may count from "
+            "the last."
+        )
 
 
 def _divide(
@@ -356,6 +370,9 @@ def _narrowed(x: np.ndarray, rank: int) -> np.ndarray:
 
 
 def _known(e: Equation, x: Abstract) -> Any:
+    if isinstance(x, KnownCodes):  # Gain or offset of a layer, on a grid.
+        scale = np.asarray(x.scale, np.float32)
+        return (x.codes - x.zero_point).astype(np.float32) * scale
     if not isinstance(x, Known):
         raise ValueError(
             f"The {integer_of(e).partition('.')[0]} in {where(e)} has a grid or a mask "

@@ -7,6 +7,7 @@ the integer program. Lowering reads what it computes from its name.
 import functools
 import math
 import struct
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,8 +33,28 @@ from qjax.integer_softmax import (
     probabilities,
 )
 from qjax.integer_softmax import fraction as fraction_of
-from qjax.model.kept import BEGIN, INTEGER, integer_of
-from qjax.model.masks import LARGE
+from qjax.qpoint import grid_values
+
+INTEGER = "qjax.integer."  # Before what a call computes in integers, and how.
+BEGIN = "begin"  # A first value of a loop: data for the steps, though it is known.
+_RANK = "@"  # Before the rank of its first operand, as axes count from the first.
+LARGE = 100.0  # A constant of a mask is at least so large.
+
+
+def integer_of(e: Any) -> str:
+    """Returns what a call computes in integers, and how, or ""."""
+    return name_behind(INTEGER, e).partition(_RANK)[0]
+
+
+def rank_of(e: Any) -> int:
+    """Returns the rank of what a call in integers reads, before any `jax.vmap`."""
+    return int(name_behind(INTEGER, e).partition(_RANK)[2])
+
+
+def name_behind(prefix: str, e: Any) -> str:
+    """Returns the name of the call of an equation behind a prefix, or ""."""
+    name = str(e.params.get("name", ""))
+    return name.removeprefix(prefix) if name.startswith(prefix) else ""
 
 
 class SoftmaxCall(NamedTuple):
@@ -238,6 +259,58 @@ def begun(x: jax.Array, grid: QParams) -> jax.Array:
 
 
 IntegerCall = SoftmaxCall | NormCall | DivideCall
+
+
+def on_grid(
+    call: IntegerCall,
+    real: jax.Array,
+    operands: tuple[jax.Array, ...],
+    grid: tuple[Any, Any, Any, Any],
+    *,
+    is_clipped: bool = True,
+) -> jax.Array:
+    """Computes a call in integers, with the derivative of a float function.
+
+    Args:
+      call: The call.
+      real: Value of the float function, whose derivative it has.
+      operands: Operands of the call before those of the grid; no derivative is theirs.
+      grid: Scale, zero point, least and largest code of the site.
+      is_clipped: Whether its derivative is 0 where the largest code saturates.
+
+    Returns:
+      Real values on the grid, of the type of ``real``.
+    """
+    found = _exact(call, is_clipped, real.astype(jnp.float32), (*operands, *grid))
+    return found.astype(real.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _exact(
+    call: IntegerCall, is_clipped: bool, real: jax.Array, operands: Any
+) -> jax.Array:
+    return _jitted(call, operands[0].ndim)(*operands)[0]
+
+
+@_exact.defjvp
+def _exact_jvp(call: IntegerCall, is_clipped: bool, primals: Any, tangents: Any) -> Any:
+    value, inside = _jitted(call, primals[1][0].ndim)(*primals[1])
+    real_dot = tangents[0]
+    if not is_clipped:
+        return value, real_dot
+    return value, lax.select(inside, real_dot, lax.full_like(real_dot, 0))
+
+
+@functools.lru_cache(maxsize=1024)
+def _jitted(call: IntegerCall, rank: int) -> Callable[..., Any]:
+    def run(x: jax.Array, unit: jax.Array, *others: jax.Array) -> Any:
+        *own, scale, zero_point, qmin, qmax = others
+        grid = scale, zero_point, qmin, qmax
+        codes, inside = call.codes(x, unit, own, grid)
+        return grid_values(codes, scale, zero_point), inside
+
+    run.__name__ = run.__qualname__ = f"{call.name}{_RANK}{rank}"
+    return jax.jit(run)
 
 
 def _ratio(unit: jax.Array, other: jax.Array, scale: jax.Array) -> Any:
