@@ -125,6 +125,8 @@ def test_no_module_has_the_name_of_a_public_function():
 
 # The name of two classes: a layer of both interfaces of Flax.
 MAY_SHARE_A_NAME = {"QActivation", "QConv", "QConvTranspose", "QEinsum", "QEmbed"}
+MAY_SHARE_A_NAME |= {"QGRUCell", "QLSTMCell", "QOptimizedLSTMCell", "QRNN"}
+MAY_SHARE_A_NAME |= {"QSimpleCell", "QuantizedCell"}
 
 
 def classes(source):

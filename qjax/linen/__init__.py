@@ -14,16 +14,32 @@ from qjax.linen.products import (
     QEinsum,
     QEmbed,
 )
+from qjax.linen.recurrent import (
+    QRNN,
+    QConvLSTMCell,
+    QGRUCell,
+    QLSTMCell,
+    QMGUCell,
+    QOptimizedLSTMCell,
+    QSimpleCell,
+)
 
 __all__ = (
     "FLOAT",
+    "QRNN",
     "LayerQuantizers",
     "QActivation",
     "QConv",
+    "QConvLSTMCell",
     "QConvLocal",
     "QConvTranspose",
     "QDense",
     "QDenseGeneral",
     "QEinsum",
     "QEmbed",
+    "QGRUCell",
+    "QLSTMCell",
+    "QMGUCell",
+    "QOptimizedLSTMCell",
+    "QSimpleCell",
 )

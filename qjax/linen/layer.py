@@ -66,19 +66,29 @@ class QuantizedLayer(nn.Module, kw_only=True):
     def _range(self, name: str, x: jax.Array) -> Any:
         """Returns the state of the calibrator of input or output."""
         init: Any = self._words.calibrator.init
-        return self.variable("quant", name, init, x, getattr(self._words, name))
+        return self.variable("quant", name, init, x, self._word(name))
+
+    @nn.nowrap
+    def _word(self, name: str) -> Any:
+        """Returns the word of an activation by its name."""
+        return getattr(self._words, name)
+
+    @nn.nowrap
+    def _moves(self, train: bool | None) -> bool:
+        """Returns whether ranges move."""
+        train = self.train if train is None else train
+        return self.is_mutable_collection("quant") if train is None else train
 
     @nn.nowrap
     def _rounded(self, name: str, x: jax.Array, train: bool | None) -> jax.Array:
         """Rounds input or output, and moves the range of its word in training."""
-        word, params = getattr(self._words, name), None
+        word, params = self._word(name), None
         if isinstance(word, QSpec):
             calibrator: Any = self._words.calibrator
             state = self._range(name, x)
             if self.is_initializing():
                 return x
-            train = self.train if train is None else train
-            if self.is_mutable_collection("quant") if train is None else train:
+            if self._moves(train):
                 seen = jax.lax.stop_gradient(x)
                 state.value = calibrator.update(seen, state.value, word)
             params = calibrator.params(state.value, word)
