@@ -72,7 +72,7 @@ def as_function(fn: Any) -> Callable[[jax.Array], jax.Array]:
     if isinstance(fn, str):
         fn = parse(fn)
     if not isinstance(fn, Spec):
-        return fn  # type: ignore[no-any-return]
+        return fn
     return lambda x: quantizers.apply(fn, x)
 
 

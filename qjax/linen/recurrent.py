@@ -36,15 +36,15 @@ class _Product(QuantizedLayer):
         )
 
 
-class _Dense(_Product, nn.Dense):
+class _Dense(_Product, nn.Dense):  # type: ignore[misc]
     """A dense layer of a cell."""
 
 
-class _Conv(_Product, nn.Conv):
+class _Conv(_Product, nn.Conv):  # type: ignore[misc]
     """A convolution of a cell."""
 
 
-class _Parameters(_Product, DenseParams):
+class _Parameters(_Product, DenseParams):  # type: ignore[misc]
     """The parameters of a dense layer of a cell."""
 
 
@@ -225,7 +225,7 @@ class QSimpleCell(QuantizedCell, nn.SimpleCell):
     def _step(self, carry, inputs, f, train):
         (h,) = carry
         features = {"features": h.shape[-1]}
-        bias = {"bias_init": self.bias_init, **features}
+        bias: dict[str, Any] = {"bias_init": self.bias_init, **features}
         x = self._product("i", inputs, train, **bias)
         product = self._product("h", h, train, use_bias=False)
         return (recurrent.simple(x, product, h if self.residual else None, f),)
@@ -244,7 +244,7 @@ class QLSTMCell(QuantizedCell, nn.LSTMCell):
     def _step(self, carry, inputs, f, train):
         c, h = carry
         plain = {"features": h.shape[-1], "use_bias": False}
-        bias = {"bias_init": self.bias_init}
+        bias: dict[str, Any] = {"bias_init": self.bias_init}
         xs = {g: self._product(f"i{g}", inputs, train, **plain) for g in "ifgo"}
         hs = {g: self._product(f"h{g}", h, train, **bias) for g in "ifgo"}
         return recurrent.lstm(xs, hs, c, f)
@@ -306,8 +306,8 @@ class QGRUCell(QuantizedCell, nn.GRUCell):
     @nn.nowrap
     def _step(self, carry, inputs, f, train):
         (h,) = carry
-        options = {"bias_init": self.bias_init}
-        own = {"features": h.shape[-1], **options}
+        options: dict[str, Any] = {"bias_init": self.bias_init}
+        own: dict[str, Any] = {"features": h.shape[-1], **options}
         xs = {g: self._product(f"i{g}", inputs, train, **own) for g in "rzn"}
         own = {"use_bias": self.recurrent_bias, **options}
         hs = {g: self._product(f"h{g}", h, train, **own) for g in "rz"}
@@ -335,7 +335,7 @@ class QMGUCell(QuantizedCell, nn.MGUCell):
         inits = {"f": self.forget_bias_init, "n": self.activation_bias_init}
         xs, hs = {}, {}
         for gate, init in inits.items():
-            own = {"features": h.shape[-1], "bias_init": init}
+            own: dict[str, Any] = {"features": h.shape[-1], "bias_init": init}
             xs[gate] = self._product(f"i{gate}", inputs, train, **own)
             own = {"use_bias": gate == "n" and self.reset_gate}
             own["bias_init"] = self.activation_bias_init
@@ -369,7 +369,7 @@ class QConvLSTMCell(QuantizedCell, nn.ConvLSTMCell):
         return recurrent.lstm(xs, hs, c, f, 1)
 
 
-_STREAMS = FrozenDict({"params": False, "quant": True})
+_STREAMS: Mapping[Any, bool] = FrozenDict({"params": False, "quant": True})
 
 
 class QRNN(nn.RNN):

@@ -15,17 +15,29 @@ from qjax.nnx.products import (
     QLinear,
     QLinearGeneral,
 )
+from qjax.nnx.recurrent import (
+    QRNN,
+    QGRUCell,
+    QLSTMCell,
+    QOptimizedLSTMCell,
+    QSimpleCell,
+)
 
 __all__ = (
     "FLOAT",
+    "QRNN",
     "LayerQuantizers",
     "QActivation",
     "QConv",
     "QConvTranspose",
     "QEinsum",
     "QEmbed",
+    "QGRUCell",
+    "QLSTMCell",
     "QLinear",
     "QLinearGeneral",
+    "QOptimizedLSTMCell",
+    "QSimpleCell",
     "QuantState",
     "to_float",
     "to_quantized",

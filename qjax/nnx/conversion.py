@@ -15,12 +15,23 @@ from qjax.nnx.products import (
     QLinear,
     QLinearGeneral,
 )
+from qjax.nnx.recurrent import (
+    QRNN,
+    QGRUCell,
+    QLSTMCell,
+    QOptimizedLSTMCell,
+    QSimpleCell,
+    QuantizedCell,
+)
 
 _WORDS = LayerQuantizers()
 
 _TWINS: dict[type, type[QuantizedModule]] = {
     cls.base: cls
     for cls in (QLinear, QLinearGeneral, QEinsum, QConv, QConvTranspose, QEmbed)
+}
+_TWINS |= {
+    cls.base: cls for cls in (QSimpleCell, QLSTMCell, QOptimizedLSTMCell, QGRUCell)
 }
 Chooser = Callable[[str, nnx.Module], LayerQuantizers | None]
 
@@ -34,7 +45,7 @@ def to_quantized(
     """Turns the layers of a model into quantized ones, in place.
 
     Parameters stay as they are; sites are named by the path of a layer. Layers that are
-    of a subclass, or have no quantized form, stay.
+    of a subclass, or have no quantized form, stay. The loop over a cell is a `QRNN`.
 
     Args:
       model: Any module, also a layer itself.
@@ -50,8 +61,9 @@ def to_quantized(
     """
     found = {id(m): (path, m) for path, m in nnx.iter_modules(model)}
     chosen = []
+    inner = {id(part) for _, cell in found.values() for part in _parts(cell)}
     for path, layer in found.values():
-        if type(layer) in _TWINS:
+        if type(layer) in _TWINS and id(layer) not in inner:
             site = "/".join(map(str, path))
             own = quantizers(site, layer) if callable(quantizers) else quantizers
             if own is not None:
@@ -69,6 +81,10 @@ def to_quantized(
             twin: Any = layer
             twin.__class__ = _TWINS[type(layer)]
             twin._set(own, site, twin._ranks(), keys)
+        for _, loop in found.values():
+            own_loop: Any = loop
+            if type(loop) is nnx.RNN and isinstance(loop.cell, QuantizedCell):
+                own_loop.__class__ = QRNN
     except Exception:
         for layer, *_ in chosen:
             _turn_back(layer)
@@ -86,15 +102,41 @@ def to_float(model: nnx.Module) -> nnx.Module:
 
     Returns:
       The model.
+
+    Raises:
+      ValueError: for a cell with an option that Flax has not; nothing is changed then.
     """
     layers: list[Any] = [m for _, m in nnx.iter_modules(model)]
-    for layer in {id(m): m for m in layers}.values():
+    found = {id(m): m for m in layers}.values()
+    for layer in found:
+        _check_has_twin(layer)
+    for layer in found:
         _turn_back(layer)
     return model
 
 
+def _parts(cell: Any) -> list[Any]:
+    """Returns the layers that are parts of a recurrent cell."""
+    if not isinstance(cell, nnx.RNNCellBase):
+        return []
+    return [part for part in vars(cell).values() if isinstance(part, nnx.Module)]
+
+
+def _check_has_twin(layer: Any) -> None:
+    """Raises for a layer that computes what none of Flax does."""
+    if isinstance(layer, QGRUCell) and not layer.reset_after:
+        raise ValueError(
+            f"The cell {layer.site!r} has `reset_after=False`, and no cell of Flax "
+            "resets the state before its product. Use `quantizers=FLOAT` for a cell in "
+            "float."
+        )
+
+
 def _turn_back(layer: Any) -> None:
     """Makes a quantized layer the one of Flax again; others stay."""
+    loop: Any = layer
+    if isinstance(layer, QRNN):
+        loop.__class__ = nnx.RNN
     if isinstance(layer, QuantizedModule) and type(layer).base in _TWINS:
         base = type(layer).base
         for name in filter(vars(layer).__contains__, _ADDED):
@@ -102,4 +144,6 @@ def _turn_back(layer: Any) -> None:
         layer.__class__ = base
 
 
-_ADDED = "quantizers site input_range output_range keys use_running_average".split()
+_ADDED = (
+    "quantizers site input_range output_range ranges keys use_running_average".split()
+)

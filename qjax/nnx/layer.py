@@ -120,12 +120,20 @@ class QuantizedModule(nnx.Module):
     def _key(self, word: Any) -> Any:
         return self.keys() if is_random(word) and self.keys is not None else None
 
+    def _word(self, name: str) -> Any:
+        """Returns the word of an activation by its name."""
+        return getattr(self.quantizers, name)
+
+    def _range(self, name: str) -> Any:
+        """Returns the state of the calibrator of input or output."""
+        return getattr(self, f"{name}_range")
+
     def _rounded(self, name: str, x: jax.Array) -> tuple[jax.Array, QParams | None]:
         """Rounds input or output, and moves the range of its word in training."""
-        word, params = getattr(self.quantizers, name), None
+        word, params = self._word(name), None
         if isinstance(word, QSpec):
             calibrator: Any = self.quantizers.calibrator
-            kept = getattr(self, f"{name}_range")
+            kept = self._range(name)
             state = kept.get_value()
             if not self.use_running_average:
                 state = calibrator.update(jax.lax.stop_gradient(x), state, word)
