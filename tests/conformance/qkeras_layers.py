@@ -10,6 +10,7 @@ import pytest
 
 import qjax.linen as ql
 from qjax import quantizers
+from tests.conformance import qkeras_recurrent
 from tests.conformance.nearness import check_near
 
 # Class of QKeras -> the parameters that it has here, by its names.
@@ -114,6 +115,8 @@ def _in_flax(name, kernel):
 
 
 def layer(case, arrays):
+    if case["fn"] in qkeras_recurrent.CLASSES:
+        return qkeras_recurrent.layer(case, arrays)
     if case["fn"] not in KERNELS:
         pytest.skip(f"no layer here is a {case['fn']}")
     _check_read(case)
