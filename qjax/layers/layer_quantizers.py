@@ -77,7 +77,7 @@ class LayerQuantizers:
       state: Word of what a recurrent cell carries and returns.
       memory: Word of the cell state of an LSTM, which no product reads.
       gates: Word of what the gates of a recurrent cell read and give: products, their
-        sums, and values of gate and activation functions that are no quantizers.
+        sums, and values of gate and activation functions that are on no grid already.
       terms: Word of the terms of what a recurrent cell carries, and of their sum.
 
     Raises:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from qjax import quantizers
 from qjax.affine import QParams, QSpec
-from qjax.layers.layer_quantizers import KERNEL, LayerQuantizers
+from qjax.layers.layer_quantizers import KERNEL, LayerQuantizers, site_name
 from qjax.quantizers.spec import Spec
 from qjax.quantizers.strings import parse
 
@@ -49,31 +49,44 @@ class Functions(NamedTuple):
       rounded: Rounds a value, by its name.
       gate: Function of gates, or of their quantizer.
       activation: Function of candidate and of what is read from memory.
+      path: Path of the cell.
     """
 
     rounded: Round
     gate: Any
     activation: Any
+    path: str
 
     def gated(self, name: str, x: jax.Array, fn: Any) -> jax.Array:
-        """Returns a gate of a sum: both on grids, but for the values of a quantizer."""
-        x = self.rounded(f"{name}_sum", x)
-        return self.read(name, x, fn)
+        """Returns a function of a sum, which is rounded before and after."""
+        return self.read(name, self.rounded(f"{name}_sum", x), fn)
 
     def read(self, name: str, x: jax.Array, fn: Any) -> jax.Array:
-        """Returns a function of a value, on a grid, but for those of a quantizer."""
-        if isinstance(fn, str | Spec):
-            return as_function(fn)(x)
-        return self.rounded(f"{name}_gate", fn(x))
+        """Returns a function of a value, rounded where it is on no grid by itself."""
+        site, spec = f"{name}_gate", as_spec(fn)
+        value = called(fn, x, site_name(self.path, site))
+        is_done = spec is not None and quantizers.encode(spec, x).params is not None
+        return value if is_done else self.rounded(site, value)
 
 
-def as_function(fn: Any) -> Callable[[jax.Array], jax.Array]:
-    """Returns a function; the options of a quantizer, or their text, are one."""
+def as_spec(fn: Any) -> Spec | None:
+    """Returns the options of a quantizer, also of their text; None for a function."""
     if isinstance(fn, str):
         fn = parse(fn)
-    if not isinstance(fn, Spec):
-        return fn
-    return lambda x: quantizers.apply(fn, x)
+    return fn if isinstance(fn, Spec) else None
+
+
+def called(fn: Any, x: jax.Array, site: str) -> jax.Array:
+    """Returns a function, or a quantizer, of a value.
+
+    Args:
+      fn: Function, options of a quantizer, or their text.
+      x: Value.
+      site: Name of the site of a quantizer.
+    """
+    spec = as_spec(fn)
+    found: jax.Array = fn(x) if spec is None else quantizers.apply(spec, x, site=site)
+    return found
 
 
 def lstm(
@@ -177,7 +190,7 @@ def simple(x: jax.Array, h: jax.Array, residual: Any, f: Functions) -> jax.Array
     total = x + h
     if residual is not None:
         total += residual
-    return as_function(f.activation)(f.rounded("sum", total))
+    return called(f.activation, f.rounded("sum", total), site_name(f.path, "gate"))
 
 
 def words_of_product(words: LayerQuantizers, is_recurrent: bool) -> LayerQuantizers:

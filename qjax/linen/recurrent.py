@@ -87,6 +87,7 @@ class QuantizedCell(QuantizedLayer):
             lambda name, x: self._rounded(name, x, train),
             getattr(own, "gate_fn", nn.sigmoid),
             getattr(own, "activation_fn", nn.tanh),
+            "/".join(self.path),
         )
         found = self._step(parts, inputs, functions, train)
         ends: Any = tuple(

@@ -108,6 +108,7 @@ class QuantizedCell(QuantizedModule):
             lambda name, x: self._rounded(name, x)[0],
             getattr(own, "gate_fn", nnx.sigmoid),
             own.activation_fn,
+            self.site,
         )
         found = self._step(parts, inputs, grids, functions)
         ends: Any = tuple(
