@@ -343,6 +343,17 @@ def test_loops_lower_with_their_options(module, options):
     assert report.is_exact, f"\n{report}"
 
 
+def test_what_is_on_no_grid_is_refused_by_its_place():
+    """And with a word of what it names, it lowers."""
+    for gates in (None, QSpec(8, power_of_two=True)):
+        run = inference("simple", words(gates=gates), "linen")
+        if gates is not None:
+            assert qjax.verify(qjax.lower(run, X), run, X).is_exact
+            return
+        with pytest.raises(ValueError, match="not quantized.*\n.*\n.*\n.*a word for"):
+            qjax.lower(run, X)
+
+
 def test_both_directions_of_nnx_lower():
     class Model(nnx.Module):
         def __init__(self, rngs):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from qjax import quantizers
 from qjax.affine import QParams, QSpec
 from qjax.layers.layer_quantizers import KERNEL, LayerQuantizers, site_name
+from qjax.quantizers.point import make_point
 from qjax.quantizers.spec import Spec
 from qjax.quantizers.strings import parse
 
@@ -65,7 +66,7 @@ class Functions(NamedTuple):
         """Returns a function of a value, rounded where it is on no grid by itself."""
         site, spec = f"{name}_gate", as_spec(fn)
         value = called(fn, x, site_name(self.path, site))
-        is_done = spec is not None and quantizers.encode(spec, x).params is not None
+        is_done = spec is not None and make_point(spec, None, x).scale is not None
         return value if is_done else self.rounded(site, value)
 
 
