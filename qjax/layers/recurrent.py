@@ -44,7 +44,7 @@ MGU = {
 
 
 class Functions(NamedTuple):
-    """What a cell computes with.
+    """Functions that a cell computes with.
 
     Attributes:
       rounded: Rounds a value, by its name.
