@@ -498,6 +498,10 @@ WRONG = {
         lambda: qn.to_float(cell_of(reset_after=False)),
         "'head' has `reset_after=False`",
     ),
+    "a quantizer in Flax": (
+        lambda: qn.to_float(cell_of(gate_fn="hard_sigmoid")),
+        "'head' has a quantizer as `gate_fn`, 'hard_sigmoid'",
+    ),
 }
 
 
@@ -506,3 +510,14 @@ def test_what_is_wrong_is_named(name):
     run, text = WRONG[name]
     with pytest.raises(ValueError, match=text):
         run()
+
+
+def test_the_remedies_of_errors_work():
+    x, h = X[:, 0], jnp.zeros((3, 4))
+    cell = cell_of(gate_fn="hard_sigmoid")
+    cell.gate_fn = jax.nn.sigmoid
+    wanted, _ = cell(h, x)
+    assert type(qn.to_float(cell)) is nnx.GRUCell
+    assert not {"reset_after", "ranges", "site"} & set(vars(cell))
+    np.testing.assert_array_equal(cell(h, x)[0], wanted)
+    assert np.all(np.isfinite(cell_of(reset_after=False)(h, x)[0]))

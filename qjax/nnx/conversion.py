@@ -23,6 +23,8 @@ from qjax.nnx.recurrent import (
     QSimpleCell,
     QuantizedCell,
 )
+from qjax.quantizers.spec import Spec
+from qjax.tables import show
 
 _WORDS = LayerQuantizers()
 
@@ -117,7 +119,8 @@ def to_float(model: nnx.Module) -> nnx.Module:
 
 def _parts(cell: Any) -> list[Any]:
     """Returns the layers that are parts of a recurrent cell."""
-    if not isinstance(cell, nnx.RNNCellBase):
+    is_one = isinstance(cell, nnx.RNNCellBase)
+    if not is_one or (type(cell) not in _TWINS and not isinstance(cell, QuantizedCell)):
         return []
     return [part for part in vars(cell).values() if isinstance(part, nnx.Module)]
 
@@ -130,6 +133,14 @@ def _check_has_twin(layer: Any) -> None:
             "resets the state before its product. Use `quantizers=FLOAT` for a cell in "
             "float."
         )
+    for name in ("gate_fn", "activation_fn"):
+        fn = getattr(layer, name, None)
+        if isinstance(layer, QuantizedCell) and isinstance(fn, str | Spec):
+            raise ValueError(
+                f"The cell {layer.site!r} has a quantizer as `{name}`, {show(fn)}, and "
+                f"cells of Flax take functions. Set one first: `cell.{name} = "
+                "jax.nn.tanh`."
+            )
 
 
 def _turn_back(layer: Any) -> None:
@@ -145,5 +156,6 @@ def _turn_back(layer: Any) -> None:
 
 
 _ADDED = (
-    "quantizers site input_range output_range ranges keys use_running_average".split()
+    "quantizers site input_range output_range ranges keys use_running_average "
+    "reset_after".split()
 )
