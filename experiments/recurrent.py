@@ -1,6 +1,7 @@
 """Recurrent networks in integers: time series of the UCR archive, float and on grids.
 
     python experiments/recurrent.py --data-dir DIR
+    python experiments/recurrent.py --data-dir DIR --layers
     python experiments/recurrent.py --quick
 
 Percent right on test series, mean and seeds 0, 1, 2; then of the integer programs, and
@@ -25,6 +26,11 @@ ItalyPowerDemand
 Half a point is what 8 bits may cost; they cost none. With scales that are powers of two
 no code differs. With others the codes of a site are off by one at most, given the codes
 before it. The logits are accumulators: end to end they differ by some hundred units.
+
+With `--layers`, the same networks of layers of `qjax.linen`, from the same trainings in
+float. Seed 0, 8 bits, powers of two, by scheme and in layers (simulated and integers,
+no code differs): JapaneseVowels 96.76 and 97.03, ArrowHead 65.71 and 66.29,
+ItalyPowerDemand 96.11 and 96.11.
 
 An LSTM of 32 (JapaneseVowels, its output at the last valid step) and GRUs of 32 and 16:
 ArrowHead is read ten samples at a time. All networks of a seed go on from one training
