@@ -233,11 +233,13 @@ def test_recurrent_networks_print_their_table(monkeypatch, capsys):
     """Waves of three frequencies, which the network tells apart by its last states."""
     words = "8 bits, powers of two"
     monkeypatch.setattr(recurrent, "SCHEMES", {words: recurrent.SCHEMES[words]})
-    real, row = recurrent.main(recurrent.Config(quick=True))
-    assert real.scheme == "float" and row.scheme == words
-    assert min(*real.simulated, *row.simulated) > 45  # Of 3 classes.
-    assert row.integers == row.simulated
-    assert row.codes > 100_000 and row.differing == row.most == 0
+    real, *rows = recurrent.main(recurrent.Config(quick=True, layers=True))
+    assert real.scheme == "float"
+    assert [row.scheme for row in rows] == [words, f"{words}, in layers"]
+    for row in rows:
+        assert min(*real.simulated, *row.simulated) > 45  # Of 3 classes.
+        assert row.integers == row.simulated
+        assert row.codes > 100_000 and row.differing == row.most == 0
     out = capsys.readouterr().out
     assert "| waves | 8 bits, powers of two |" in out and "of them CPU" in out
 

@@ -23,6 +23,19 @@ Function = Callable[[jax.Array], jax.Array]
 LayerWord = QSpec | Spec | Function | str | None
 
 ACCUMULATOR = "accumulator"  # The word of a bias on the grid of its accumulator.
+KERNEL = "kernel"  # The word of a recurrent weight that has that of the others.
+
+_OTHERS = {"bias": ACCUMULATOR, "recurrent": KERNEL}
+_ROLES: dict[str, Role] = {
+    "input": "activation",
+    "kernel": "weight",
+    "output": "activation",
+    "recurrent": "weight",
+    "state": "activation",
+    "memory": "activation",
+    "gates": "activation",
+    "terms": "activation",
+}
 
 
 def as_layer_word(name: str, word: Any) -> Any:
@@ -67,8 +80,15 @@ class LayerQuantizers:
         has a scale for each output channel.
       bias: Word of the bias; "accumulator": 32 bits on the grid of the products, which
         is input scale times kernel scale, float where they have none.
-      output: Word of the output.
-      calibrator: Calibrator that finds the ranges of input and output.
+      output: Word of the output. A recurrent cell without one returns its state.
+      calibrator: Calibrator that finds the ranges of all but weights.
+      recurrent: Word of the weight of what a recurrent cell carries; "kernel": that of
+        its other weights.
+      state: Word of what a recurrent cell carries and returns.
+      memory: Word of the cell state of an LSTM, which no product reads.
+      gates: Word of what the gates of a recurrent cell read and give: products, their
+        sums, and values of gate and activation functions that are on no grid already.
+      terms: Word of the terms of what a recurrent cell carries, and of their sum.
 
     Raises:
       TypeError: for a word that is none of these.
@@ -81,10 +101,15 @@ class LayerQuantizers:
     bias: LayerWord = ACCUMULATOR
     output: LayerWord = None
     calibrator: Calibrator | str = ema_min_max()
+    recurrent: LayerWord = KERNEL
+    state: LayerWord = QSpec(8)
+    memory: LayerWord = QSpec(16)
+    gates: LayerWord = QSpec(8)
+    terms: LayerWord = QSpec(16)
 
     def __post_init__(self):
-        for name in ("input", "kernel", "bias", "output"):
-            if name == "bias" and self.bias == ACCUMULATOR:
+        for name in ("bias", *_ROLES):
+            if getattr(self, name) == _OTHERS.get(name, object):
                 continue
             word = as_layer_word(name, getattr(self, name))
             object.__setattr__(self, name, word)
@@ -96,18 +121,14 @@ class LayerQuantizers:
         Args:
           path: Path of the layer, for the message.
         """
-        roles: dict[str, Role] = {
-            "input": "activation",
-            "kernel": "weight",
-            "output": "activation",
-        }
-        for name, role in roles.items():
+        for name, role in _ROLES.items():
             word = getattr(self, name)
             if isinstance(word, QSpec | Spec):
                 check_site_word(site_name(path, name), role, word)
 
 
-FLOAT = LayerQuantizers(None, None, None, None)  # All words are None.
+# All words are None.
+FLOAT = LayerQuantizers(bias=None, **dict.fromkeys(_ROLES))  # type: ignore[arg-type]
 
 
 def on_grid_of(

@@ -76,7 +76,18 @@ class QuantizedLayer(nn.Module, kw_only=True):
     def _range(self, name: str, x: jax.Array, site: str) -> Any:
         """Returns the state of the calibrator of input or output."""
         init: Any = self._words.calibrator.init
-        return self.variable("quant", site, init, x, getattr(self._words, name))
+        return self.variable("quant", site, init, x, self._word(name))
+
+    @nn.nowrap
+    def _word(self, name: str) -> Any:
+        """Returns the word of an activation by its name."""
+        return getattr(self._words, name)
+
+    @nn.nowrap
+    def _moves(self, train: bool | None) -> bool:
+        """Returns whether ranges move."""
+        train = self.train if train is None else train
+        return self.is_mutable_collection("quant") if train is None else train
 
     @nn.nowrap
     def _rounded(
@@ -96,15 +107,14 @@ class QuantizedLayer(nn.Module, kw_only=True):
           site: Name of range and site; None: that of the word.
           source: What integers compute the values from, if they do.
         """
-        word, params = getattr(self._words, name), None
+        word, params = self._word(name), None
         site = name if site is None else site
         if isinstance(word, QSpec):
             calibrator: Any = self._words.calibrator
             state = self._range(name, x, site)
             if self.is_initializing():
                 return x
-            train = self.train if train is None else train
-            if self.is_mutable_collection("quant") if train is None else train:
+            if self._moves(train):
                 seen = jax.lax.stop_gradient(x)
                 state.value = calibrator.update(seen, state.value, word)
             params = calibrator.params(state.value, word)

@@ -435,7 +435,7 @@ def _remedy(e: Equation, x: Abstract, role: str, site: str) -> str:
         return (
             f"It is inside of {library!r}: give the model to `qjax.quantize_model`, "
             "which quantizes such layers too, or use a layer of `qjax.nnx` or "
-            "`qjax.linen`."
+            "`qjax.linen`, with a word for this value."
         )
     rule = f'with a rule like Rule("{site}", QSpec(bits=8)), or ' if site else ""
     if e.block is not None and not rule:  # A model inside of a function.

@@ -136,6 +136,14 @@ class QuantizedModule(nnx.Module):
     def _key(self, word: Any) -> Any:
         return self.keys() if is_random(word) and self.keys is not None else None
 
+    def _word(self, name: str) -> Any:
+        """Returns the word of an activation by its name."""
+        return getattr(self.quantizers, name)
+
+    def _range(self, site: str) -> Any:
+        """Returns the state of the calibrator of a site, such as "input"."""
+        return getattr(self, f"{site}_range")
+
     def _rounded(
         self,
         name: str,
@@ -158,10 +166,10 @@ class QuantizedModule(nnx.Module):
         """
         site = name if site is None else site
         is_frozen = self.use_running_average if is_frozen is None else is_frozen
-        word, params = getattr(self.quantizers, name), None
+        word, params = self._word(name), None
         if isinstance(word, QSpec):
             calibrator: Any = self.quantizers.calibrator
-            kept = getattr(self, f"{site}_range")
+            kept = self._range(site)
             state = kept.get_value()
             if not is_frozen:
                 state = calibrator.update(jax.lax.stop_gradient(x), state, word)

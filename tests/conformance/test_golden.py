@@ -17,6 +17,7 @@ from tests.conformance import (
     qkeras_models,
     qkeras_norms,
     qkeras_other_layers,
+    qkeras_recurrent,
     qkeras_tools,
     quantizeml,
     samples,
@@ -183,6 +184,7 @@ CHECKS |= models.CHECKS | samples.CHECKS | tflite.CHECKS
 CHECKS |= qkeras.CHECKS | qkeras_models.CHECKS | quantizeml.CHECKS
 CHECKS |= qkeras_tools.CHECKS
 LAYERS = qkeras_layers.LAYERS | qkeras_norms.LAYERS | qkeras_other_layers.LAYERS
+LAYERS |= qkeras_recurrent.LAYERS
 STATEFUL = qkeras_other_layers.STATEFUL
 
 

@@ -44,11 +44,10 @@ def _add(
     builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
 ) -> Abstract:
     sign = -1.0 if e.primitive.name == "sub" else 1.0
-    if isinstance(a, ScaledIntegers) and isinstance(b, Known) and not np.any(b.value):
+    if isinstance(a, ScaledIntegers) and _is_zero(b):
         return a
-    if isinstance(b, ScaledIntegers) and isinstance(a, Known) and not np.any(a.value):
-        if sign > 0:
-            return b
+    if isinstance(b, ScaledIntegers) and _is_zero(a) and sign > 0:
+        return b
     if _is_constant(a, b):
         a = _as_data(builder, e, trace, a, b)
     elif _is_constant(b, a):
@@ -94,6 +93,13 @@ def _as_data(
         is_codes=True,
         place=e.place,
     )
+
+
+def _is_zero(x: Abstract) -> bool:
+    """Returns whether a value is known to be 0."""
+    if isinstance(x, KnownCodes):
+        return bool(np.all(x.codes == x.zero_point))
+    return isinstance(x, Known) and not np.any(x.value)
 
 
 def _pairs(e: Equation, *operands: Abstract) -> Iterator[tuple[Abstract, int]]:
