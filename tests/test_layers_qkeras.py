@@ -5,18 +5,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 
+import qjax
 import qjax.linen as ql
+import qjax.nnx as qn
 from qjax import quantizers as qz
 from qjax.affine import QSpec
+from qjax.layers.hardware import HardwareTensor, hardware_tensor, integers
 from qjax.layers.qkeras import (
-    hardware_tensor,
     kernel_word,
     largest_value,
     quantized_initializer,
 )
 from qjax.layers.qkeras_models import KerasLayer, converted_layers, qkeras_words
 from tests.models import images
+
+pytestmark = pytest.mark.usefixtures("flax_promotion")
 
 
 def test_a_kernel_without_alpha_finds_a_power_of_two():
@@ -100,6 +105,58 @@ def test_functions_and_floats_have_no_integers():
     w = images(3, 2)
     np.testing.assert_array_equal(hardware_tensor(w, jnp.sign).value, np.sign(w))
     assert hardware_tensor(w, None)[1:] == (None,) * 4
+
+
+def test_a_model_says_the_integers_of_its_layers():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = ql.QDense(4, quantizers=ql.LayerQuantizers(output=QSpec(8)))(x)
+            x = ql.QActivation("quantized_relu(4,1)")(x)
+            own = ql.LayerQuantizers(None, "quantized_po2(4)", "quantized_bits(8,2,1)")
+            return ql.QDense(3, quantizers=own, name="last")(x)
+
+    x, net = images(5, 6), Net()
+    variables = net.init(jax.random.key(0), x)
+    run = jax.jit(lambda x: net.apply(variables, x))
+    with pytest.raises(ValueError, match="'QDense_0/input' has no range yet"):
+        integers(run, x)
+    _, state = net.apply(variables, x, mutable=["quant"])
+    variables = jax.tree.map(jnp.asarray, {**variables, **state})
+    run = jax.jit(lambda x: net.apply(variables, x))
+    found = integers(run, x)
+    ends = ("input", "kernel", "bias", "output")
+    names = [f"QDense_0/{n}" for n in ends] + ["QActivation_0/output"]
+    assert sorted(found) == sorted([*names, "last/kernel", "last/bias"])
+    kernel, bias = found["QDense_0/kernel"], found["QDense_0/bias"]
+    program = qjax.lower(run, x)
+    shipped = np.asarray(program.params["QDense_0/kernel"])
+    np.testing.assert_array_equal(kernel.codes, shipped)
+    scale = found["QDense_0/input"].scale * kernel.scale
+    np.testing.assert_allclose(bias.scale, scale.reshape(-1), rtol=1e-6)
+    assert float(found["QActivation_0/output"].scale) == 2.0**-3
+    assert found["last/kernel"].exponents.shape == (4, 3)
+    weights = variables["params"]["last"]["kernel"]
+    np.testing.assert_array_equal(
+        found["last/kernel"].value, qz.apply(qz.parse("quantized_po2(4)"), weights)
+    )
+    with pytest.raises(ValueError, match="No quantized layer ran"):
+        integers(jnp.sin, x)
+
+
+def test_integers_of_cells_and_of_nnx():
+    x = images(2, 3, 4)
+    layer = ql.QRNN(ql.QSimpleCell(5))
+    variables = layer.init(jax.random.key(0), x)
+    _, state = layer.apply(variables, x, mutable=["quant"])
+    found = integers(layer.apply, {**variables, **state}, x)
+    assert isinstance(found["cell/i/kernel"], HardwareTensor)
+    model = qn.QLinear(4, 3, rngs=nnx.Rngs(0))
+    model(x)
+    model.eval()
+    found = integers(nnx.jit(lambda m, x: m(x)), model, x)
+    assert sorted(found) == ["bias", "input", "kernel"]
+    assert found["kernel"].codes.shape == (4, 3)
 
 
 BITS, EIGHT = {"kernel_quantizer": "quantized_bits(4,0,1)"}, "quantized_bits(8)"

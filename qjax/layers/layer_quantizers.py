@@ -12,6 +12,7 @@ from qjax import quantizers
 from qjax.affine import QParams, QSpec, fake_quant, fake_quant_bias
 from qjax.calibration.averages import ema_min_max
 from qjax.calibration.calibrator import Calibrator, check_calibrated
+from qjax.layers.hardware import hardware_tensor, keep, tensor_of
 from qjax.quantizers.spec import Spec
 from qjax.ranges import abs_max_params
 from qjax.schemes.patterns import Role, Site
@@ -152,8 +153,12 @@ def on_grid_of(
     if isinstance(word, QSpec):
         assert params is not None
         check_calibrated(params, site)
+        keep(site, lambda: params, params)
         return fake_quant(x, params, word, site=site), params
-    return _by_quantizer(x, word, key, site)
+    found, grid = _by_quantizer(x, word, key, site)
+    if word is not None:
+        keep(site, lambda: grid, grid, found)
+    return found, grid
 
 
 def quantized_weight(
@@ -186,6 +191,7 @@ def quantized_weight(
         value, grid = fake_quant(x, params, word, site=site), params
     else:
         value, grid = _by_quantizer(x, word, key, site)
+    keep(site, lambda: hardware_tensor(x, word), x)
     return value, grid if _is_of_outputs(grid, axis) else None
 
 
@@ -219,10 +225,12 @@ def quantized_bias(
     elif word == ACCUMULATOR:
         bits = 32
     else:
+        keep(site, lambda: hardware_tensor(bias, word), bias)
         return _by_quantizer(bias, word, None, site)[0]
     x, kernel = grids
     if x is None or kernel is None or x.scale.ndim:
         if word == ACCUMULATOR:
+            keep(site, lambda: hardware_tensor(bias, None), bias)
             return bias
         raise ValueError(
             f"The word of {site!r}, {word}, takes its scale from the grids of input "
@@ -235,6 +243,8 @@ def quantized_bias(
     elif scale.ndim:
         scale = scale.reshape(scale.shape[-bias.ndim :])
     found = fake_quant_bias(bias.astype(jnp.float32), scale, bits=bits, site=site)
+    zero = jnp.zeros((), jnp.int32)
+    keep(site, lambda: tensor_of(found, QParams(scale, zero)), found, scale)
     return found.astype(bias.dtype)
 
 

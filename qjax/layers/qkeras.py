@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,49 +116,3 @@ def _bits(spec: Any) -> int:
     if hasattr(spec, "bits"):
         return int(spec.bits)
     return 2 if "ternary" in spec.name else 1
-
-
-class HardwareTensor(NamedTuple):
-    """The integers of a weight.
-
-    ``value == codes * scale``, or ``signs * 2^exponents`` where these stand.
-    """
-
-    value: np.ndarray  # float32. What the layer computes with.
-    codes: np.ndarray | None  # int32, shape of the value.
-    scale: np.ndarray | None  # float32, [] or the rank of the value.
-    exponents: np.ndarray | None  # int32, of powers of two.
-    signs: np.ndarray | None  # int32, -1 or 1, of powers of two.
-
-
-def hardware_tensor(weight: Any, word: Any) -> HardwareTensor:
-    """Returns the integers of a weight: those of `model_save_quantized_weights`.
-
-    Fixed-point words, binary and ternary ones have codes and one scale, which is in the
-    codes no second time; quantizers to powers of two have exponents and signs; a
-    function and None have the value alone.
-
-    Args:
-      weight: Weight before it is rounded.
-      word: Options of a quantizer, or their text.
-
-    References:
-      QKeras, utils.py, `model_save_quantized_weights`, snapshot 78ea90f, whose tensors
-      of "auto_po2" hold the scale that stands beside them.
-    """
-    x, spec = jnp.asarray(weight, jnp.float32), as_layer_word("word", word)
-    if isinstance(spec, QuantizedPo2 | QuantizedReluPo2):
-        value = np.asarray(quantizers.apply(spec, x))
-        _, exponents = np.frexp(np.abs(value))  # 2^k is 0.5 * 2^(k + 1).
-        signs = np.where(value < 0, -1, 1).astype(np.int32)
-        powers = (exponents - 1).astype(np.int32)
-        return HardwareTensor(value, None, None, powers, signs)
-    if not isinstance(spec, Spec):
-        real = np.asarray(x if spec is None else spec(x))
-        return HardwareTensor(real, None, None, None, None)
-    found = quantizers.encode(spec, x)
-    value, codes = np.asarray(found.value), np.asarray(found.codes)
-    if found.params is None:
-        return HardwareTensor(value, codes, None, None, None)
-    codes = codes - np.asarray(found.params.zero_point)
-    return HardwareTensor(value, codes, np.asarray(found.params.scale), None, None)

@@ -6,6 +6,7 @@ Each takes the arguments of the layer that it replaces, and has its parameters.
 from qjax.layers.adaptive import Adaptation
 from qjax.layers.attention import AttentionQuantizers
 from qjax.layers.batch_norm import QKERAS_BATCH_NORM, BatchNormQuantizers
+from qjax.layers.hardware import HardwareTensor, integers
 from qjax.layers.layer_quantizers import FLOAT, LayerQuantizers
 from qjax.nnx.activations import QActivation, QAdaptiveActivation, QPReLU, QScaleShift
 from qjax.nnx.attention import QMultiHeadAttention
@@ -40,6 +41,7 @@ __all__ = (
     "Adaptation",
     "AttentionQuantizers",
     "BatchNormQuantizers",
+    "HardwareTensor",
     "LayerQuantizers",
     "QActivation",
     "QAdaptiveActivation",
@@ -73,6 +75,7 @@ __all__ = (
     "QSimpleCell",
     "QSoftmax",
     "QuantState",
+    "integers",
     "to_float",
     "to_quantized",
 )

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from qjax import quantizers, training
+from qjax.layers.hardware import hardware_tensor
 from qjax.layers.qkeras import (
-    hardware_tensor,
     kernel_word,
     largest_value,
     quantized_initializer,
