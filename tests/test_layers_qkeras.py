@@ -230,3 +230,56 @@ def test_a_dictionary_gives_the_words_of_a_layer():
 def test_a_wrong_dictionary_names_the_layer(config, words):
     with pytest.raises(ValueError, match=words):
         converted_layers([KerasLayer("a", "Dense")], config, 8)
+
+
+class FloatNet(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(2, 4, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.wide = nnx.Conv(4, 4, (3, 3), feature_group_count=4, rngs=rngs)
+        self.act = nnx.PReLU()
+        self.head = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.conv(x)))
+        return self.head(self.act(self.wide(x)).mean((1, 2)))
+
+
+def test_a_dictionary_turns_a_model_and_back():
+    x, model = images(4, 5, 5, 2), FloatNet(nnx.Rngs(0))
+    model(x)
+    kinds = {name: type(getattr(model, name)) for name in "conv norm wide head".split()}
+    model.eval()
+    wanted = model(x)
+    config = {
+        "QConv2D": BITS,
+        "QDepthwiseConv2D": {"depthwise_quantizer": "ternary"},
+        "head": {**BITS, "bias_quantizer": "quantized_bits(8,3,1)"},
+        "QBatchNormalization": {"mean_quantizer": "quantized_po2(5)"},
+    }
+    choose = qn.qkeras_quantizers(config, input="quantized_bits(8,3,1)")
+    qn.to_quantized(model, choose)
+    assert type(model.wide) is qn.QConv and type(model.norm) is qn.QBatchNorm
+    assert model.wide.quantizers.kernel == kernel_word("ternary")
+    assert model.norm.quantizers.mean == qz.parse("quantized_po2(5)")
+    assert type(model.act) is nnx.PReLU and model.norm.use_running_average
+    found = integers(model, x)
+    assert found["wide/kernel"].codes.shape == (3, 3, 1, 4)
+    assert np.abs(found["wide/kernel"].codes).max() == 1
+    qn.to_float(model)
+    assert {n: type(getattr(model, n)) for n in kinds} == kinds
+    assert model.norm.use_running_average
+    np.testing.assert_array_equal(model(x), wanted)
+
+
+def test_a_batch_norm_turns_by_words_of_its_own_alone():
+    model = FloatNet(nnx.Rngs(0))
+    qn.to_quantized(model)
+    assert type(model.norm) is nnx.BatchNorm and type(model.act) is qn.QPReLU
+    assert type(model.conv) is qn.QConv
+    x = images(4, 5, 5, 2)
+    model(x)
+    model.eval()
+    sites = qjax.verify(qjax.lower(model, x), model, x).sites
+    assert "act/output" in sites
+    assert all(row.max_difference <= 1 for row in sites.values())

@@ -131,6 +131,9 @@ class LayerQuantizers:
 # All words are None.
 FLOAT = LayerQuantizers(bias=None, **dict.fromkeys(_ROLES))  # type: ignore[arg-type]
 
+# Words of a function of what a product gives.
+ACTIVATION = LayerQuantizers(input=None, output=QSpec(8))
+
 
 def on_grid_of(
     x: jax.Array, word: Any, params: QParams | None, key: Any, site: str

@@ -7,6 +7,7 @@ from qjax.affine import QSpec
 from qjax.calibration.calibrator import Calibrator
 from qjax.layers.adaptive import Adaptation, adapted
 from qjax.layers.layer_quantizers import (
+    ACTIVATION,
     LayerQuantizers,
     LayerWord,
     OutputAxes,
@@ -36,8 +37,10 @@ class QActivation(QuantizedLayer):
         return self._rounded("output", inputs, train)
 
 
-class QPReLU(QuantizedLayer, nn.PReLU):
+class QPReLU(QuantizedLayer, nn.PReLU, kw_only=True):
     """A `flax.linen.PReLU` whose slope has the word of a kernel."""
+
+    quantizers: LayerQuantizers = ACTIVATION
 
     @nn.nowrap
     def _role(self, name: str) -> str | None:

@@ -11,7 +11,7 @@ from qjax.layers.layer_quantizers import FLOAT, LayerQuantizers
 from qjax.nnx.activations import QActivation, QAdaptiveActivation, QPReLU, QScaleShift
 from qjax.nnx.attention import QMultiHeadAttention
 from qjax.nnx.batch_norm import QBatchNorm, QFoldedBatchNorm
-from qjax.nnx.conversion import to_float, to_quantized
+from qjax.nnx.conversion import qkeras_quantizers, to_float, to_quantized
 from qjax.nnx.layer import QuantState
 from qjax.nnx.merges import QAdd, QConcatenate, QMultiply
 from qjax.nnx.norms import QGroupNorm, QInstanceNorm, QLayerNorm, QRMSNorm, QSoftmax
@@ -76,6 +76,7 @@ __all__ = (
     "QSoftmax",
     "QuantState",
     "integers",
+    "qkeras_quantizers",
     "to_float",
     "to_quantized",
 )

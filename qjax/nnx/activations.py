@@ -9,6 +9,7 @@ from flax import nnx
 from qjax.calibration.calibrator import Calibrator
 from qjax.layers.adaptive import Adaptation, adapted
 from qjax.layers.layer_quantizers import (
+    ACTIVATION,
     LayerQuantizers,
     LayerWord,
     OutputAxes,
@@ -55,11 +56,12 @@ class QPReLU(QuantizedModule, nnx.PReLU):
 
     base = nnx.PReLU
     weight = "negative_slope"
+    words = ACTIVATION
 
     def __init__(
         self,
         *args: Any,
-        quantizers: LayerQuantizers = _WORDS,
+        quantizers: LayerQuantizers = ACTIVATION,
         site: str = "",
         rngs: nnx.Rngs | None = None,
         **kwargs: Any,

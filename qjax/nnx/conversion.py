@@ -1,12 +1,16 @@
 """Turns the layers of an NNX model into quantized ones and back, in place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import nnx
 
-from qjax.layers.layer_quantizers import LayerQuantizers
+from qjax.layers.batch_norm import BatchNormQuantizers
+from qjax.layers.layer_quantizers import LayerQuantizers, LayerWord
+from qjax.layers.qkeras_models import KerasLayer, converted_layers, qkeras_words
+from qjax.nnx.activations import QPReLU
 from qjax.nnx.attention import QMultiHeadAttention
+from qjax.nnx.batch_norm import QBatchNorm
 from qjax.nnx.layer import QuantizedModule
 from qjax.nnx.norms import QGroupNorm, QInstanceNorm, QLayerNorm, QRMSNorm
 from qjax.nnx.products import (
@@ -31,7 +35,8 @@ from qjax.tables import show
 _PRODUCTS = (QLinear, QLinearGeneral, QEinsum, QConv, QConvTranspose, QEmbed)
 _NORMS = (QLayerNorm, QRMSNorm, QGroupNorm, QInstanceNorm)
 _TWINS: dict[type, type[QuantizedModule]] = {
-    cls.base: cls for cls in (*_PRODUCTS, *_NORMS, QMultiHeadAttention)
+    cls.base: cls
+    for cls in (*_PRODUCTS, *_NORMS, QMultiHeadAttention, QPReLU, QBatchNorm)
 }
 _TWINS |= {
     cls.base: cls for cls in (QSimpleCell, QLSTMCell, QOptimizedLSTMCell, QGRUCell)
@@ -48,7 +53,9 @@ def to_quantized(
     """Turns the layers of a model into quantized ones, in place.
 
     Parameters stay as they are; sites are named by the path of a layer. Layers that are
-    of a subclass, or have no quantized form, stay. The loop over a cell is a `QRNN`.
+    of a subclass, or have no quantized form, stay, and so does a batch normalisation
+    without a `BatchNormQuantizers` of its own: it folds into the product before it. The
+    loop over a cell is a `QRNN`.
 
     Args:
       model: Any module, also a layer itself.
@@ -74,6 +81,8 @@ def to_quantized(
             site = "/".join(map(str, path))
             own = quantizers(site, layer) if callable(quantizers) else quantizers
             own = twin.words if quantizers is None else own
+            if twin is QBatchNorm and not _is_of_norm(quantizers, own):
+                continue
             if own is not None:
                 own.check(site)
                 chosen.append((layer, own, site))
@@ -98,6 +107,66 @@ def to_quantized(
             _turn_back(layer)
         raise
     return model
+
+
+def _is_of_norm(quantizers: Any, own: LayerQuantizers | None) -> bool:
+    """Returns whether a batch normalisation is to be turned."""
+    return callable(quantizers) and isinstance(own, BatchNormQuantizers)
+
+
+def qkeras_quantizers(
+    config: Mapping[str, Any],
+    activation_bits: int = 8,
+    *,
+    input: LayerWord = None,
+) -> Chooser:
+    """Makes the quantizers of a model by a dictionary of QKeras's `model_quantize`.
+
+    Layers are looked up by their path, then by the class that QKeras has for them:
+    "QDense", "QConv1D" to "QConv3D", "QDepthwiseConv2D", "QConv2DTranspose",
+    "QBatchNormalization". Activations of an NNX model are functions, which no
+    dictionary reaches: give its layers an ``activation_quantizer``.
+
+    Args:
+      config: Path or class -> names of quantizers.
+      activation_bits: Bits of an activation that is named without a quantizer.
+      input: Word of the input of each layer, which QKeras's do not have.
+
+    Returns:
+      Function of path and layer, for `to_quantized`.
+
+    Raises:
+      ValueError: when it is called, for a key or a text that is wrong, with the layer.
+    """
+
+    def choose(path: str, layer: nnx.Module) -> LayerQuantizers | None:
+        cls = _keras_class(layer)
+        if cls == "BatchNormalization":
+            (found,) = converted_layers([KerasLayer(path, cls)], config, 8)
+            if found.quantizers is None:
+                return None
+            gamma, beta, mean, variance, inverse = found.quantizers
+            own: dict[str, Any] = {"mean": mean, "variance": variance}
+            return BatchNormQuantizers(None, gamma, beta, inverse=inverse, **own)
+        return qkeras_words(KerasLayer(path, cls), config, activation_bits, input=input)
+
+    return choose
+
+
+def _keras_class(layer: Any) -> str:
+    """Returns the class that Keras has for a layer of Flax, or its own name."""
+    if isinstance(layer, nnx.Linear | nnx.LinearGeneral):
+        return "Dense"
+    if isinstance(layer, nnx.BatchNorm):
+        return "BatchNormalization"
+    if isinstance(layer, nnx.ConvTranspose):
+        return f"Conv{layer.kernel[...].ndim - 2}DTranspose"
+    if isinstance(layer, nnx.Conv):
+        shape = layer.kernel[...].shape
+        groups = layer.feature_group_count
+        kind = "Depthwise" if groups > 1 and shape[-2] == 1 else ""
+        return f"{kind}Conv{len(shape) - 2}D"
+    return type(layer).__name__
 
 
 def to_float(model: nnx.Module) -> nnx.Module:
@@ -156,8 +225,10 @@ def _turn_back(layer: Any) -> None:
         loop.__class__ = nnx.RNN
     if isinstance(layer, QuantizedModule) and type(layer).base in _TWINS:
         base = type(layer).base
+        own = ("use_running_average",) if base is nnx.BatchNorm else ()
         for name in filter(vars(layer).__contains__, _ADDED):
-            delattr(layer, name)
+            if name not in own:
+                delattr(layer, name)
         layer.__class__ = base
 
 
