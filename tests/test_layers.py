@@ -379,7 +379,24 @@ WRONG = {
     "no word": (lambda: LayerQuantizers(kernel=8), TypeError, r"QSpec\(bits=8\)"),
     "a class": (lambda: LayerQuantizers(input=qz.QuantizedBits), TypeError, "options"),
     "no calibrator": (lambda: LayerQuantizers(calibrator=3), TypeError, "calibrator"),
-    "one that learns": (lambda: LayerQuantizers(kernel="lsq(4)"), ValueError, "scheme"),
+    "one that learns": (
+        lambda: qn.QSimpleCell(
+            4, 3, quantizers=LayerQuantizers(kernel="lsq(4)"), rngs=nnx.Rngs(0)
+        )(jnp.zeros((2, 3)), images(2, 4)),
+        ValueError,
+        "learns arrays, and this layer has none",
+    ),
+    "one that learns of channels": (
+        lambda: qn.QLinear(
+            3,
+            2,
+            quantizers=LayerQuantizers("lsq(4,axis=-1)"),
+            site="head",
+            rngs=nnx.Rngs(0),
+        ),
+        ValueError,
+        "'head/input'.*layer of Linen",
+    ),
     "no such axis": (
         lambda: qn.QLinear(
             3,

@@ -11,6 +11,7 @@ from qjax.layers.layer_quantizers import (
     FLOAT,
     LayerQuantizers,
     LayerWord,
+    Rounding,
     as_layer_word,
     quantized_weight,
     site_name,
@@ -174,9 +175,10 @@ def batch_norm(
     References:
       QKeras, qnormalization.py, snapshot 78ea90f.
     """
+    how = Rounding(estimator=words.estimator)
 
     def rounded(name: str, value: jax.Array, word: Any) -> jax.Array:
-        return quantized_weight(value, word, None, None, site_name(path, name))[0]
+        return quantized_weight(value, word, None, how, site_name(path, name))[0]
 
     mean = rounded("mean", statistics.mean, words.mean)
     inverse = lax.rsqrt(rounded("var", statistics.var, words.variance) + epsilon)

@@ -29,7 +29,7 @@ class HardwareTensor(NamedTuple):
     signs: np.ndarray | None  # int32, -1 or 1, of powers of two.
 
 
-def hardware_tensor(weight: Any, word: Any) -> HardwareTensor:
+def hardware_tensor(weight: Any, word: Any, *learned: jax.Array) -> HardwareTensor:
     """Returns the integers of a weight: those of `model_save_quantized_weights`.
 
     Fixed-point words, binary and ternary ones have codes and one scale, which is in the
@@ -40,6 +40,7 @@ def hardware_tensor(weight: Any, word: Any) -> HardwareTensor:
       weight: Weight before it is rounded.
       word: Options of a quantizer or their text, a `QSpec` of the weight's own range,
         a function, or None.
+      *learned: Learned arrays of the word, if it has some.
 
     References:
       QKeras, utils.py, `model_save_quantized_weights`, snapshot 78ea90f, whose tensors
@@ -60,7 +61,7 @@ def hardware_tensor(weight: Any, word: Any) -> HardwareTensor:
     if not isinstance(spec, Spec):
         real = np.asarray(x if spec is None else spec(x))
         return HardwareTensor(real, None, None, None, None)
-    found = quantizers.encode(spec, x)
+    found = quantizers.encode(spec, x, *learned)
     if found.params is None:
         value, codes = np.asarray(found.value), np.asarray(found.codes)
         return HardwareTensor(value, codes, None, None, None)

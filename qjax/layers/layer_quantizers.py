@@ -1,10 +1,9 @@
 """The quantizers of a layer, and what each does to its value: pure functions."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -13,6 +12,8 @@ from qjax.affine import QParams, QSpec, fake_quant, fake_quant_bias
 from qjax.calibration.averages import ema_min_max
 from qjax.calibration.calibrator import Calibrator, check_calibrated
 from qjax.layers.hardware import hardware_tensor, keep, tensor_of
+from qjax.qpoint import Estimator
+from qjax.quantizers.learning import statistics
 from qjax.quantizers.spec import Spec
 from qjax.ranges import abs_max_params
 from qjax.schemes.patterns import Role, Site
@@ -48,19 +49,11 @@ def as_layer_word(name: str, word: Any) -> Any:
 
     Raises:
       TypeError: for a value that is no word.
-      ValueError: for a word that learns.
     """
     is_class = isinstance(word, type)
     if callable(word) and not is_class and not isinstance(word, QSpec | Spec):
         return word
-    found = as_word(name, word)
-    if isinstance(found, Spec) and found.learning is not None:
-        raise ValueError(
-            f"`{name}={show(found)}` learns arrays, and a layer has none for it. Put "
-            f"it in a scheme: `qjax.quantize_model(fn, params, x, scheme=qjax.Scheme("
-            f'rules=(qjax.Rule("*", {show(found)}),)))`.'
-        )
-    return found
+    return as_word(name, word)
 
 
 def site_name(path: str, name: str) -> str:
@@ -90,11 +83,12 @@ class LayerQuantizers:
       gates: Word of what the gates of a recurrent cell read and give: products, their
         sums, and values of gate and activation functions that are on no grid already.
       terms: Word of the terms of what a recurrent cell carries, and of their sum.
+      estimator: Backward pass of `qjax.estimators`; None for that of each word.
 
     Raises:
       TypeError: for a word that is none of these.
       ValueError: for a word that cannot hold its values, as a one-sided one of the
-        kernel; for one that learns, which stands in a scheme of `quantize_model`.
+        kernel.
     """
 
     input: LayerWord = QSpec(8)
@@ -107,6 +101,7 @@ class LayerQuantizers:
     memory: LayerWord = QSpec(16)
     gates: LayerWord = QSpec(8)
     terms: LayerWord = QSpec(16)
+    estimator: Estimator | None = None
 
     def __post_init__(self):
         for name in ("bias", *_ROLES):
@@ -135,8 +130,50 @@ FLOAT = LayerQuantizers(bias=None, **dict.fromkeys(_ROLES))  # type: ignore[arg-
 ACTIVATION = LayerQuantizers(input=None, output=QSpec(8))
 
 
+class Rounding(NamedTuple):
+    """The arrays that a word rounds with, and its backward pass."""
+
+    key: Any = None  # Of a word that draws at random.
+    estimator: Estimator | None = None  # None for the word's own.
+    learned: tuple[jax.Array, ...] = ()  # In the order of the word's names.
+
+
+PLAIN = Rounding()
+
+
+def learns(word: Any) -> bool:
+    """Returns whether a word has learned arrays."""
+    return isinstance(word, Spec) and word.learning is not None
+
+
+def started(word: Any, x: jax.Array) -> dict[str, jax.Array]:
+    """Returns the learned arrays of a word, as they start for values.
+
+    Args:
+      word: Word that learns.
+      x: Values, as a weight or the first batch of an activation.
+    """
+    x = jax.lax.stop_gradient(x)
+    shape = word.learning.shape(word, x.shape)
+    return dict(word.learning.start(word, statistics(x, shape)))
+
+
+def within_bounds(word: Any, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Returns learned arrays within the bounds of their word; they keep derivatives."""
+    bounds, found = word.learning.bounds(word), []
+    for name, x in zip(word.learning.names, arrays, strict=True):
+        if name in bounds:
+            x = x + jax.lax.stop_gradient(jnp.clip(x, *bounds[name]) - x)
+        found.append(x)
+    return tuple(found)
+
+
 def on_grid_of(
-    x: jax.Array, word: Any, params: QParams | None, key: Any, site: str
+    x: jax.Array,
+    word: Any,
+    params: QParams | None,
+    how: Rounding = PLAIN,
+    site: str = "",
 ) -> tuple[jax.Array, QParams | None]:
     """Rounds an activation by its word.
 
@@ -144,7 +181,7 @@ def on_grid_of(
       x: Real values, any shape.
       word: Word, a function, or None.
       params: Grid of a `QSpec`; None for others, which find their own.
-      key: Key of a word that draws at random, or None.
+      how: Key, estimator and learned arrays.
       site: Name of the site.
 
     Returns:
@@ -157,15 +194,30 @@ def on_grid_of(
         assert params is not None
         check_calibrated(params, site)
         keep(site, lambda: params, params)
-        return fake_quant(x, params, word, site=site), params
-    found, grid = _by_quantizer(x, word, key, site)
+        own: Any = {"site": site, "estimator": how.estimator}
+        return fake_quant(x, params, word, **own), params
+    found, grid = _by_quantizer(x, word, how, site)
     if word is not None:
         keep(site, lambda: grid, grid, found)
     return found, grid
 
 
+def weight_word(x: jax.Array, word: Any, axis: OutputAxes, site: str) -> Any:
+    """Returns the word of a weight, whose axes are those of its output channels.
+
+    Args:
+      x: Weight.
+      word: Word, a function, or None.
+      axis: Axes of the output channels.
+      site: Name of the site.
+    """
+    if not isinstance(word, QSpec | Spec):
+        return word
+    return at_site(word, Site(site, "weight", x.shape, axis=axis))
+
+
 def quantized_weight(
-    x: jax.Array, word: Any, axis: OutputAxes, key: Any, site: str
+    x: jax.Array, word: Any, axis: OutputAxes, how: Rounding = PLAIN, site: str = ""
 ) -> tuple[jax.Array, QParams | None]:
     """Rounds a weight by its word, whose range is that of the values.
 
@@ -174,7 +226,7 @@ def quantized_weight(
       word: Word, a function, or None.
       axis: Axes of the output channels, for a word with ``axis="output"`` and for one
         that finds its scales and names no axis.
-      key: Key of a word that draws at random, or None.
+      how: Key, estimator and learned arrays.
       site: Name of the site.
 
     Returns:
@@ -183,18 +235,18 @@ def quantized_weight(
     Raises:
       ValueError: for a word whose axis the weight does not have.
     """
-    if isinstance(word, QSpec | Spec):
-        word = at_site(word, Site(site, "weight", x.shape, axis=axis))
+    word = weight_word(x, word, axis, site)
     grid: QParams | None
     if isinstance(word, QSpec):
         try:
             params = abs_max_params(x, word)
         except ValueError as error:
             raise ValueError(f"At {site!r}: {error}") from error
-        value, grid = fake_quant(x, params, word, site=site), params
+        own: Any = {"site": site, "estimator": how.estimator}
+        value, grid = fake_quant(x, params, word, **own), params
     else:
-        value, grid = _by_quantizer(x, word, key, site)
-    keep(site, lambda: hardware_tensor(x, word), x)
+        value, grid = _by_quantizer(x, word, how, site)
+    keep(site, lambda: hardware_tensor(x, word, *how.learned), x)
     return value, grid if _is_of_outputs(grid, axis) else None
 
 
@@ -229,7 +281,7 @@ def quantized_bias(
         bits = 32
     else:
         keep(site, lambda: hardware_tensor(bias, word), bias)
-        return _by_quantizer(bias, word, None, site)[0]
+        return _by_quantizer(bias, word, PLAIN, site)[0]
     x, kernel = grids
     if x is None or kernel is None or x.scale.ndim:
         if word == ACCUMULATOR:
@@ -252,7 +304,7 @@ def quantized_bias(
 
 
 def _by_quantizer(
-    x: jax.Array, word: Any, key: chex.PRNGKey | None, site: str
+    x: jax.Array, word: Any, how: Rounding, site: str
 ) -> tuple[jax.Array, QParams | None]:
     if word is None:
         return x, None
@@ -264,5 +316,13 @@ def _by_quantizer(
                 f"{jnp.shape(found)}."
             )
         return found, None
-    value = quantizers.apply(word, x, key=key, site=site)
-    return value, quantizers.encode(word, x, key=key).params
+    if learns(word) and not how.learned:
+        raise ValueError(
+            f"The word of {site!r}, {show(word)}, learns arrays, and this layer has "
+            "none for it there. Put it in a scheme: `qjax.quantize_model(fn, params, "
+            f'x, scheme=qjax.Scheme(rules=(qjax.Rule("*", {show(word)}),)))`.'
+        )
+    learned, key = how.learned, how.key
+    own: Any = {"key": key, "estimator": how.estimator, "site": site}
+    value = quantizers.apply(word, x, *learned, **own)
+    return value, quantizers.encode(word, x, *learned, key=key).params

@@ -20,7 +20,7 @@ def pool_factor(size: int, word: Any, dtype: Any, site: str) -> jax.Array:
       site: Name of the site.
     """
     one = jnp.asarray(1.0 / size, jnp.float32)
-    return quantized_weight(one, word, None, None, site)[0].astype(dtype)
+    return quantized_weight(one, word, None, site=site)[0].astype(dtype)
 
 
 def average_pool(

@@ -197,7 +197,9 @@ class QFoldedBatchNorm(QuantizedLayer):
         axis = self._feature_axis()
         one = self._folded(kept, batch)
         word, site = self._words.kernel, self._site("kernel")
-        kernel, grid = quantized_weight(one.kernel, word, axis, self._key(word), site)
+        kernel, grid = quantized_weight(
+            one.kernel, word, axis, self._rounding(word), site
+        )
         float_layer = self.layer.clone(parent=None, name=None, use_bias=False)
         found: Any = float_layer.apply({"params": {"kernel": kernel}}, x)
         if one.factor is not None:

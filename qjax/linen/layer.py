@@ -12,10 +12,15 @@ from qjax.layers.integer_values import IntegerSource
 from qjax.layers.layer_quantizers import (
     LayerQuantizers,
     OutputAxes,
+    Rounding,
+    learns,
     on_grid_of,
     quantized_bias,
     quantized_weight,
     site_name,
+    started,
+    weight_word,
+    within_bounds,
 )
 from qjax.schemes.words import is_random
 
@@ -42,14 +47,19 @@ class QuantizedLayer(nn.Module, kw_only=True):
         """Returns a parameter, rounded by its quantizer."""
         value = super().param(name, init_fn, *args, **kw)
         role = self._role(name)
-        if role is None or self.is_initializing():
+        if role is None:
             return value
         word, site = getattr(self._words, role), self._site(name)
         if role == "bias":
+            if self.is_initializing():
+                return value
             grids = self._grids.get("input"), self._grids.get("kernel")
             return quantized_bias(value, word, grids, site)
         axis = self._output_axes(value.ndim)
-        value, grid = quantized_weight(value, word, axis, self._key(word), site)
+        how = self._rounding(weight_word(value, word, axis, site), name, value)
+        if self.is_initializing():
+            return value
+        value, grid = quantized_weight(value, word, axis, how, site)
         self._grids["kernel"] = grid
         return value
 
@@ -68,9 +78,36 @@ class QuantizedLayer(nn.Module, kw_only=True):
         return site_name("/".join(self.path), name)
 
     @nn.nowrap
-    def _key(self, word: Any) -> Any:
+    def _rounding(
+        self, word: Any, name: str = "", x: jax.Array | None = None
+    ) -> Rounding:
+        """Returns what a word rounds with: a key, an estimator, learned arrays.
+
+        Args:
+          word: Word.
+          name: Name of the parameter or of the value, before those of its arrays.
+          x: Values that these start from; None for a word without.
+        """
         is_drawn = is_random(word) and self.has_rng("quant")
-        return self.make_rng("quant") if is_drawn else None
+        key = self.make_rng("quant") if is_drawn else None
+        learned: tuple[jax.Array, ...] = ()
+        if learns(word) and x is not None:
+            learned = self._learned(word, name, x)
+        return Rounding(key, self._words.estimator, learned)
+
+    @nn.nowrap
+    def _learned(self, word: Any, name: str, x: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns the learned arrays of a word, which are parameters of the layer."""
+        start, found = lambda: started(word, x), []
+        restarts = self.is_mutable_collection("params") and not self.is_initializing()
+        for own in word.learning.names:
+            full = f"{name}_{own}"
+            value = nn.Module.param(self, full, lambda _, own=own: start()[own])
+            if restarts:
+                value = start()[own]
+                self.put_variable("params", full, value)
+            found.append(value)
+        return within_bounds(word, found)
 
     @nn.nowrap
     def _range(self, name: str, x: jax.Array, site: str) -> Any:
@@ -118,11 +155,12 @@ class QuantizedLayer(nn.Module, kw_only=True):
                 seen = jax.lax.stop_gradient(x)
                 state.value = calibrator.update(seen, state.value, word)
             params = calibrator.params(state.value, word)
-        elif self.is_initializing():
+        how = self._rounding(word, site, x)
+        if self.is_initializing():
             return x
         if source is not None:
             x = source.on_grid(x, word, params, self._site(site))
-        x, grid = on_grid_of(x, word, params, self._key(word), self._site(site))
+        x, grid = on_grid_of(x, word, params, how, self._site(site))
         self._grids[site] = grid
         return x
 

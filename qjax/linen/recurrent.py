@@ -198,7 +198,7 @@ class QuantizedCell(QuantizedLayer):
                 state = calibrator.update(seen, state, word)
                 self.put_variable("quant", name, state)
             params = calibrator.params(state, word)
-        return on_grid_of(x, word, params, self._key(word), self._site(name))[0]
+        return on_grid_of(x, word, params, self._rounding(word), self._site(name))[0]
 
     @nn.nowrap
     def _check_ranges(self) -> None:

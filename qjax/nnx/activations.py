@@ -114,7 +114,7 @@ class QScaleShift(QuantizedModule):
         x, grid = self._rounded("input", inputs)
         words, scale = self.quantizers, self.scale[...]
         rank = (1,) * (x.ndim - scale.ndim)
-        own = self._key(words.kernel), site_name(self.site, "scale")
+        own = self._rounding(words.kernel), site_name(self.site, "scale")
         scale, weights = quantized_weight(scale, words.kernel, None, *own)
         found = x * scale.reshape(rank + scale.shape).astype(x.dtype)
         if self.bias is not None:

@@ -212,8 +212,8 @@ class QFoldedBatchNorm(QuantizedModule):
         axis = self._feature_axis()
         one = self._folded(kept, batch)
         words = self.quantizers
-        key, path = self._key(words.kernel), site_name(self.site, "kernel")
-        kernel, weights = quantized_weight(one.kernel, words.kernel, axis, key, path)
+        how, path = self._rounding(words.kernel), site_name(self.site, "kernel")
+        kernel, weights = quantized_weight(one.kernel, words.kernel, axis, how, path)
         twin: Any = object.__new__(type(layer))
         vars(twin).update(vars(layer))
         vars(twin).update(kernel=nnx.Param(kernel), bias=None, use_bias=False)

@@ -7,6 +7,7 @@ from flax import nnx
 
 from qjax.layers.batch_norm import BatchNormQuantizers
 from qjax.layers.layer_quantizers import LayerQuantizers, LayerWord
+from qjax.layers.layer_schemes import scheme_words
 from qjax.layers.qkeras_models import KerasLayer, converted_layers, qkeras_words
 from qjax.nnx.activations import QPReLU
 from qjax.nnx.attention import QMultiHeadAttention
@@ -30,6 +31,7 @@ from qjax.nnx.recurrent import (
     QuantizedCell,
 )
 from qjax.quantizers.spec import Spec
+from qjax.schemes.scheme import Scheme
 from qjax.tables import show
 
 _PRODUCTS = (QLinear, QLinearGeneral, QEinsum, QConv, QConvTranspose, QEmbed)
@@ -46,7 +48,7 @@ Chooser = Callable[[str, nnx.Module], LayerQuantizers | None]
 
 def to_quantized(
     model: nnx.Module,
-    quantizers: LayerQuantizers | Chooser | None = None,
+    quantizers: LayerQuantizers | Chooser | Scheme | None = None,
     *,
     rngs: nnx.Rngs | None = None,
 ) -> nnx.Module:
@@ -59,9 +61,10 @@ def to_quantized(
 
     Args:
       model: Any module, also a layer itself.
-      quantizers: The quantizers of all layers, or a function of path and layer that
-        returns them, or None for a layer that stays in float. If they are not given,
-        each layer has those of its class.
+      quantizers: The quantizers of all layers; a function of path and layer that
+        returns them, or None for a layer that stays in float; or a scheme, whose rules
+        match the sites of the layers. If they are not given, each layer has those of
+        its class.
       rngs: Keys; the stream ``quant`` is for words that draw at random.
 
     Returns:
@@ -70,6 +73,8 @@ def to_quantized(
     Raises:
       ValueError: for a model without a layer to turn; nothing is changed then.
     """
+    if isinstance(quantizers, Scheme):
+        quantizers = _by_scheme(quantizers)
     found = {id(m): (path, m) for path, m in nnx.iter_modules(model)}
     chosen: list[tuple[Any, LayerQuantizers, str]] = []
     inside: dict[int, Any] = {}  # Layers in one that sets their quantizers.
@@ -107,6 +112,22 @@ def to_quantized(
             _turn_back(layer)
         raise
     return model
+
+
+_OPS = {nnx.Linear: "dense", nnx.LinearGeneral: "dense", nnx.Einsum: "dense"}
+_OPS |= {nnx.Conv: "conv", nnx.ConvTranspose: "conv", nnx.Embed: "embed"}
+
+
+def _by_scheme(scheme: Scheme) -> Chooser:
+    """Returns the quantizers of layers by a scheme."""
+
+    def choose(path: str, layer: nnx.Module) -> LayerQuantizers | None:
+        twin = _TWINS[type(layer)]
+        own: dict[str, Any] = {"op": _OPS.get(type(layer), ""), "weight": twin.weight}
+        own["is_end"] = twin in (*_NORMS, QMultiHeadAttention, QPReLU)
+        return scheme_words(scheme, path, **own)
+
+    return choose
 
 
 def _is_of_norm(quantizers: Any, own: LayerQuantizers | None) -> bool:
@@ -226,6 +247,9 @@ def _turn_back(layer: Any) -> None:
     if isinstance(layer, QuantizedModule) and type(layer).base in _TWINS:
         base = type(layer).base
         own = ("use_running_average",) if base is nnx.BatchNorm else ()
+        for start in loop.learned:
+            for name in [n for n in vars(layer) if n.startswith(f"{start}_")]:
+                delattr(layer, name)
         for name in filter(vars(layer).__contains__, _ADDED):
             if name not in own:
                 delattr(layer, name)
@@ -233,4 +257,5 @@ def _turn_back(layer: Any) -> None:
 
 
 _RANGES = "input_range output_range scores_range probabilities_range ranges".split()
-_ADDED = [*"quantizers site keys use_running_average reset_after".split(), *_RANGES]
+_ADDED = "quantizers site keys learned use_running_average reset_after".split()
+_ADDED += _RANGES

@@ -12,12 +12,18 @@ from qjax.layers.integer_values import IntegerSource
 from qjax.layers.layer_quantizers import (
     LayerQuantizers,
     OutputAxes,
+    Rounding,
+    learns,
     on_grid_of,
     quantized_bias,
     quantized_weight,
     site_name,
+    started,
+    weight_word,
+    within_bounds,
 )
 from qjax.schemes.words import is_random
+from qjax.tables import show
 
 
 class QuantState(nnx.Variable):
@@ -39,6 +45,7 @@ class QuantizedModule(nnx.Module):
 
     base: ClassVar[type] = object  # The layer that it replaces.
     weight: ClassVar[str] = "kernel"  # The parameter with the word of a kernel.
+    learned: tuple[str, ...] = ()  # Values and parameters whose words learn.
     words: ClassVar[LayerQuantizers] = LayerQuantizers()  # If none are given.
 
     def __init__(
@@ -84,12 +91,23 @@ class QuantizedModule(nnx.Module):
         quantizers.check(site)
         self.quantizers = nnx.static(quantizers)
         self.site = site
+        self.learned = ()
         calibrator: Any = quantizers.calibrator
         for name, rank in ranks.items():
             word, state = getattr(quantizers, name), None
             if isinstance(word, QSpec):
                 state = QuantState(calibrator.init(jnp.zeros((1,) * rank), word))
             setattr(self, f"{name}_range", state)
+            if learns(word):
+                self._check_learned(word, name)
+                self._learn(name, word, started(word, jnp.zeros((1,) * rank)))
+                setattr(self, f"{name}_started", QuantState(jnp.bool_(False)))
+        weight: Any = getattr(self, self.weight, None)
+        if learns(quantizers.kernel) and weight is not None:
+            x, name = weight[...], self.weight
+            own = site_name(site, name)
+            word = weight_word(x, quantizers.kernel, self._output_axes(), own)
+            self._learn(name, word, started(word, x))
         drawn = (quantizers.kernel, *(getattr(quantizers, name) for name in ranks))
         has_keys = any(map(is_random, drawn)) and "quant" in rngs
         self.keys = nnx.data(rngs["quant"].fork() if has_keys else None)
@@ -103,6 +121,15 @@ class QuantizedModule(nnx.Module):
             inputs, grid = self._rounded("input", inputs)
         found = self.base.__call__(self._twin(grid), inputs, *args, **kwargs)
         return self._rounded("output", found)[0]
+
+    def _check_learned(self, word: Any, name: str) -> None:
+        """Raises for learned arrays whose shape only a batch would tell."""
+        if getattr(word, "axis", None) is not None:
+            raise ValueError(
+                f"The word of {site_name(self.site, name)!r}, {show(word)}, learns an "
+                "array for each channel of an activation, whose number this layer does "
+                "not know. Use `axis=None`, or a layer of Linen."
+            )
 
     def _parts(self) -> list[Any]:
         """Returns the layers inside, whose quantizers are set by this one."""
@@ -120,8 +147,10 @@ class QuantizedModule(nnx.Module):
         name = self.weight
         kernel, bias = getattr(self, name), getattr(self, "bias", None)
         value, axes = kernel[...], self._output_axes()
-        own = self._key(words.kernel), site_name(self.site, name)
-        value, scale = quantized_weight(value, words.kernel, axes, *own)
+        site = site_name(self.site, name)
+        word = weight_word(value, words.kernel, axes, site)
+        how = self._rounding(word, name)
+        value, scale = quantized_weight(value, word, axes, how, site)
         vars(twin)[name] = nnx.Param(value)
         if bias is not None:
             grids, site = (grid, scale), site_name(self.site, "bias")
@@ -133,8 +162,34 @@ class QuantizedModule(nnx.Module):
         """Returns the axes of a weight that are its output channels."""
         return -1
 
-    def _key(self, word: Any) -> Any:
-        return self.keys() if is_random(word) and self.keys is not None else None
+    def _rounding(self, word: Any, name: str = "") -> Rounding:
+        """Returns what a word rounds with: a key, an estimator, learned arrays.
+
+        Args:
+          word: Word.
+          name: Name of the parameter or of the value, before those of its arrays.
+        """
+        key = self.keys() if is_random(word) and self.keys is not None else None
+        learned: tuple[jax.Array, ...] = ()
+        if learns(word) and name in self.learned:
+            arrays = (getattr(self, f"{name}_{own}") for own in word.learning.names)
+            learned = within_bounds(word, [array[...] for array in arrays])
+        return Rounding(key, self.quantizers.estimator, learned)
+
+    def _learn(self, name: str, word: Any, start: Any) -> None:
+        """Adds the learned arrays of a word, which are parameters of the layer."""
+        self.learned = (*self.learned, name)
+        for own in word.learning.names:
+            setattr(self, f"{name}_{own}", nnx.Param(start[own]))
+
+    def _start(self, name: str, word: Any, x: jax.Array) -> None:
+        """Starts the learned arrays of an activation with its first batch."""
+        has_started: Any = getattr(self, f"{name}_started")
+        start, is_known = started(word, x), has_started.get_value()
+        for own in word.learning.names:
+            array = getattr(self, f"{name}_{own}")
+            array.set_value(jnp.where(is_known, array[...], start[own]))
+        has_started.set_value(jnp.bool_(True))
 
     def _word(self, name: str) -> Any:
         """Returns the word of an activation by its name."""
@@ -178,4 +233,6 @@ class QuantizedModule(nnx.Module):
         own = site_name(self.site, site)
         if source is not None:
             x = source.on_grid(x, word, params, own)
-        return on_grid_of(x, word, params, self._key(word), own)
+        if learns(word) and site in self.learned and not is_frozen:
+            self._start(site, word, x)
+        return on_grid_of(x, word, params, self._rounding(word, site), own)

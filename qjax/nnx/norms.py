@@ -80,8 +80,8 @@ class QuantizedNorm(QuantizedModule):
         twin: Any = object.__new__(self.base)
         vars(twin).update(own)
         if (gain := own.get("scale")) is not None:
-            key, site = self._key(words.kernel), site_name(self.site, "scale")
-            value, _ = quantized_weight(gain[...], words.kernel, None, key, site)
+            how, site = self._rounding(words.kernel), site_name(self.site, "scale")
+            value, _ = quantized_weight(gain[...], words.kernel, None, how, site)
             vars(twin)["scale"] = nnx.Param(value)
         if (offset := own.get("bias")) is not None:
             none, site = (None, None), site_name(self.site, "bias")

@@ -155,7 +155,7 @@ class QDepthwiseConvTranspose(QuantizedModule):
         """Convolves ``[batch, ..., channels]``."""
         x, grid = self._rounded("input", inputs)
         words = self.quantizers
-        own = self._key(words.kernel), site_name(self.site, "kernel")
+        own = self._rounding(words.kernel), site_name(self.site, "kernel")
         kernel, weights = quantized_weight(self.kernel[...], words.kernel, -1, *own)
         options = {"padding": self.padding, "precision": self.precision}
         found = depthwise_transpose(x, kernel, self.strides, **options)

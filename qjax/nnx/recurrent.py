@@ -137,8 +137,8 @@ class QuantizedCell(QuantizedModule):
         twin: Any = object.__new__(nnx.Linear)
         vars(twin).update(vars(layer))
         site = site_name(self.site, f"{name}/kernel")
-        key = self._key(words.kernel)
-        kernel, scale = quantized_weight(layer.kernel[...], words.kernel, -1, key, site)
+        how = self._rounding(words.kernel)
+        kernel, scale = quantized_weight(layer.kernel[...], words.kernel, -1, how, site)
         vars(twin)["kernel"] = nnx.Param(kernel[:, part])
         if layer.bias is not None:
             site = site_name(self.site, f"{name}/bias")
