@@ -143,7 +143,11 @@ def tfmot_quantizer(case, arrays):
             wanted = arrays[name][i]
             if is_corrected:
                 least = np.min if name == "min_after" else np.max
-                assert end.size == x.shape[-1] and least(end) == wanted.reshape(())
+                assert end.size == x.shape[-1]
+                # An average of each channel rounds in an order of its own.
+                is_average = p["quantizer"] == "MovingAverageQuantizer"
+                rtol = 2.0**-22 if is_average else 0
+                np.testing.assert_allclose(least(end), wanted.reshape(()), rtol)
             else:
                 np.testing.assert_array_equal(end.reshape(wanted.shape), wanted)
         if is_corrected:
