@@ -87,9 +87,9 @@ def attention_words(words: LayerQuantizers) -> AttentionQuantizers:
     """
     if isinstance(words, AttentionQuantizers):
         return words
-    own = {name: getattr(words, name) for name in ("input", "kernel", "bias", "output")}
-    inside = dict.fromkeys(_OWN, words.input)
-    return AttentionQuantizers(**own, calibrator=words.calibrator, **inside)
+    names = "input", "kernel", "bias", "output", "calibrator", "estimator"
+    own = {name: getattr(words, name) for name in names}
+    return AttentionQuantizers(**own, **dict.fromkeys(_OWN, words.input))
 
 
 def words_of_parts(
@@ -101,20 +101,21 @@ def words_of_parts(
       words: The quantizers of attention.
       is_normalised: Whether queries and keys are normalised.
     """
-    own = {name: getattr(words, name) for name in ("input", "kernel", "bias")}
+    names = "input", "kernel", "bias", "calibrator", "estimator"
+    own = {name: getattr(words, name) for name in names}
     found = {}
     for name in PROJECTIONS:
         output = words.output if name == "out" else getattr(words, name)
         if is_normalised and name in ("query", "key"):
             output = None  # That of the normalisation.
-        found[name] = LayerQuantizers(**own, output=output, calibrator=words.calibrator)
+        found[name] = LayerQuantizers(**own, output=output)
     for name in QK_NORMS if is_normalised else ():
         word: Any = getattr(words, name.partition("_")[0])
         wide = word
         if isinstance(word, QSpec):
             wide = dataclasses.replace(word, bits=NORM.input.bits)  # type: ignore
-        norm = LayerQuantizers(wide, None, None, word, words.calibrator)
-        found[name] = norm
+        ends = {"input": wide, "kernel": None, "bias": None, "output": word}
+        found[name] = LayerQuantizers(**{**own, **ends})
     return found
 
 

@@ -95,8 +95,8 @@ def batch_norm_words(words: LayerQuantizers) -> BatchNormQuantizers:
     """
     if isinstance(words, BatchNormQuantizers):
         return words
-    own = words.input, None, None, words.output
-    return BatchNormQuantizers(*own, calibrator=words.calibrator)
+    own: Any = {"calibrator": words.calibrator, "estimator": words.estimator}
+    return BatchNormQuantizers(words.input, None, None, words.output, **own)
 
 
 def batch_statistics(
