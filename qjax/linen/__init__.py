@@ -43,6 +43,7 @@ from qjax.linen.recurrent import (
     QOptimizedLSTMCell,
     QSimpleCell,
 )
+from qjax.linen.weight_norms import QSpectralNorm, QWeightNorm
 
 __all__ = (
     "FLOAT",
@@ -88,4 +89,6 @@ __all__ = (
     "QSeparableConv",
     "QSimpleCell",
     "QSoftmax",
+    "QSpectralNorm",
+    "QWeightNorm",
 )

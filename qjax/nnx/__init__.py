@@ -32,6 +32,7 @@ from qjax.nnx.recurrent import (
     QOptimizedLSTMCell,
     QSimpleCell,
 )
+from qjax.nnx.weight_norms import QSpectralNorm, QWeightNorm
 
 __all__ = (
     "FLOAT",
@@ -72,6 +73,8 @@ __all__ = (
     "QSeparableConv",
     "QSimpleCell",
     "QSoftmax",
+    "QSpectralNorm",
+    "QWeightNorm",
     "QuantState",
     "to_float",
     "to_quantized",

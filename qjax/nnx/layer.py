@@ -39,6 +39,7 @@ class QuantizedModule(nnx.Module):
 
     base: ClassVar[type] = object  # The layer that it replaces.
     weight: ClassVar[str] = "kernel"  # The parameter with the word of a kernel.
+    weights: ClassVar[tuple[str, ...]] = ("kernel",)  # Words of weights.
     words: ClassVar[LayerQuantizers] = LayerQuantizers()  # If none are given.
 
     def __init__(
@@ -90,7 +91,7 @@ class QuantizedModule(nnx.Module):
             if isinstance(word, QSpec):
                 state = QuantState(calibrator.init(jnp.zeros((1,) * rank), word))
             setattr(self, f"{name}_range", state)
-        drawn = (quantizers.kernel, *(getattr(quantizers, name) for name in ranks))
+        drawn = [getattr(quantizers, name) for name in (*self.weights, *ranks)]
         has_keys = any(map(is_random, drawn)) and "quant" in rngs
         self.keys = nnx.data(rngs["quant"].fork() if has_keys else None)
         if "use_running_average" not in vars(self):  # A batch normalisation has it.
