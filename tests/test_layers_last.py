@@ -182,7 +182,130 @@ def test_flax_own_normalisation_keeps_ranges_from_moving():
         layer.apply(variables, x, mutable=["quant"])
 
 
+LORA = ql.LoRAQuantizers(
+    BITS,
+    KERNEL,
+    output=BITS,
+    lora_a=KERNEL,
+    lora_b=KERNEL,
+    low=BITS,
+    base=QSpec(16, power_of_two=True),
+    update=QSpec(16, power_of_two=True),
+)
+
+
+def low_rank(words, steps=2):
+    """A layer of Linen with a product of low rank that has trained, and an input."""
+    layer, x = ql.QLoRADense(5, lora_rank=2, quantizers=words), images(4, 6)
+    variables = layer.init(jax.random.key(0), x)
+    variables = {**variables, "params": moved(variables["params"])}
+    for _ in range(steps):
+        _, new = layer.apply(variables, x, mutable=["quant"])
+        variables = {**variables, **new}
+    return layer, variables, x
+
+
+def low_rank_nnx(params, words):
+    twin = qn.QLoRALinear(6, 5, lora_rank=2, quantizers=words, rngs=nnx.Rngs(0))
+    for name in ("kernel", "bias"):
+        getattr(twin, name).set_value(params[name])
+    for name in ("lora_a", "lora_b"):
+        getattr(twin.lora, name).set_value(params[name])
+    return twin
+
+
+def test_without_quantizers_low_rank_is_that_of_flax():
+    layer, variables, x = low_rank(FLOAT, 0)
+    assert set(variables) == {"params"}
+    dense = nn.Dense(5).init(jax.random.key(0), x)["params"]
+    made = layer.init(jax.random.key(0), x)["params"]
+    jax.tree.map(same, {k: made[k] for k in dense}, dense)
+    twin = nnx.LoRALinear(6, 5, lora_rank=2, rngs=nnx.Rngs(0))
+    ours = low_rank_nnx(variables["params"], FLOAT)
+    state = nnx.state(ours, nnx.Param)
+    assert jax.tree.structure(nnx.state(twin, nnx.Param)) == jax.tree.structure(state)
+    nnx.update(twin, state)
+    same(ours(x), twin(x))
+    same(layer.apply(variables, x), twin(x))
+    base = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
+    own = {"base_module": base, "rngs": nnx.Rngs(1)}
+    same(qn.QLoRA(6, 2, 5, quantizers=FLOAT, **own)(x), nnx.LoRA(6, 2, 5, **own)(x))
+
+
+def test_low_rank_of_linen_and_nnx_computes_the_same_and_lowers():
+    layer, variables, x = low_rank(LORA, 0)
+    twin = low_rank_nnx(variables["params"], LORA)
+    for _ in range(2):
+        y, new = layer.apply(variables, x, mutable=["quant"])
+        variables = {**variables, **new}
+        same(twin(x), y)
+    twin.eval()
+    run = lambda x: layer.apply(variables, x)
+    same(twin(x), run(x))
+    np.testing.assert_allclose(jax.jit(run)(x), run(x), rtol=1e-6)
+    program = qjax.lower(run, x)
+    for given in (x, 3 * images(2, 6, seed=4)):
+        report = qjax.verify(program, run, given)
+        assert report.is_exact, f"\n{report}"
+    assert {"input", "low", "base", "update", "output"} <= set(report.sites)
+
+
+def test_low_rank_of_a_base_module_turns_and_lowers():
+    """Words of a plain layer are completed; what was turned turns back."""
+    x, words = images(4, 6), LayerQuantizers(BITS, KERNEL, output=BITS, terms=BITS)
+    base = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
+    model = nnx.LoRA(6, 2, 5, base_module=base, rngs=nnx.Rngs(1))
+    model.lora_b.set_value(moved(model.lora_b.get_value()))
+    wanted, names = model(x), set(vars(model))
+    qn.to_quantized(model, words)
+    assert type(model) is qn.QLoRA and type(base) is qn.QLinear
+    np.testing.assert_allclose(model(x), wanted, atol=0.15)
+    model.eval()
+    assert qjax.verify(qjax.lower(model, x), model, x).is_exact
+    qn.to_float(model)
+    assert type(model) is nnx.LoRA and set(vars(model)) == names
+    same(model(x), wanted)
+
+
+def test_low_rank_trains_its_matrices_alone():
+    model = nnx.Sequential(nnx.LoRALinear(6, 5, lora_rank=2, rngs=nnx.Rngs(0)))
+    qn.to_quantized(model)
+    inner = model.layers[0]
+    assert type(inner) is qn.QLoRALinear and type(inner.lora) is qn.QLoRA
+    assert inner.lora.site == "layers/0/lora"
+    loss = lambda m, x: jnp.sum(m(x) ** 2)
+    wrt = nnx.DiffState(0, nnx.LoRAParam)
+    grads = nnx.jit(nnx.grad(loss, argnums=wrt))(model, images(4, 6))
+    leaves = {path[-1]: leaf for path, leaf in nnx.to_flat_state(grads)}
+    assert sorted(leaves) == ["lora_a", "lora_b"]
+    assert all(np.isfinite(leaf[...]).all() for leaf in leaves.values())
+    assert np.any(leaves["lora_b"][...])
+    qn.to_float(model)
+    assert type(inner) is nnx.LoRALinear and type(inner.lora) is nnx.LoRA
+
+
+def test_low_rank_of_default_words_lowers():
+    layer, variables, x = low_rank(ql.LoRAQuantizers(), 3)
+    run = lambda x: layer.apply(variables, x)
+    report = qjax.verify(qjax.lower(run, x), run, x)
+    assert all(row.equal > 0.9 * row.codes for row in report.outputs), f"\n{report}"
+
+
 WRONG = {
+    "a one-sided matrix": (
+        lambda: ql.QLoRADense(
+            5, lora_rank=2, quantizers=ql.LoRAQuantizers(lora_a=QSpec(8, signed=False))
+        ).init(jax.random.key(0), images(4, 6)),
+        ValueError,
+        "lora_a",
+    ),
+    "no module to call": (
+        lambda: qn.QLoRA(
+            6, 2, 5, base_module=nnx.Module(), rngs=nnx.Rngs(0), site="block"
+        )(images(4, 6)),
+        ValueError,
+        "'block' is called",
+    ),
     "no matrix": (
         lambda: qn.QSpectralNorm(
             qn.QConv(3, 4, (3, 2), rngs=nnx.Rngs(0)),

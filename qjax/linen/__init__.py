@@ -7,6 +7,7 @@ from qjax.layers.adaptive import Adaptation
 from qjax.layers.attention import AttentionQuantizers
 from qjax.layers.batch_norm import QKERAS_BATCH_NORM, BatchNormQuantizers
 from qjax.layers.layer_quantizers import FLOAT, LayerQuantizers
+from qjax.layers.low_rank import LoRAQuantizers
 from qjax.linen.activations import QActivation, QAdaptiveActivation, QPReLU, QScaleShift
 from qjax.linen.attention import (
     QMultiHeadAttention,
@@ -14,6 +15,7 @@ from qjax.linen.attention import (
     QSelfAttention,
 )
 from qjax.linen.batch_norm import QBatchNorm, QFoldedBatchNorm
+from qjax.linen.low_rank import QLoRADense
 from qjax.linen.merges import QAdd, QConcatenate, QMultiply
 from qjax.linen.norms import (
     QGroupNorm,
@@ -53,6 +55,7 @@ __all__ = (
     "AttentionQuantizers",
     "BatchNormQuantizers",
     "LayerQuantizers",
+    "LoRAQuantizers",
     "QActivation",
     "QAdaptiveActivation",
     "QAdd",
@@ -76,6 +79,7 @@ __all__ = (
     "QInstanceNorm",
     "QLSTMCell",
     "QLayerNorm",
+    "QLoRADense",
     "QMGUCell",
     "QMaxPool",
     "QMultiHeadAttention",

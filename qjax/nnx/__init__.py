@@ -7,11 +7,13 @@ from qjax.layers.adaptive import Adaptation
 from qjax.layers.attention import AttentionQuantizers
 from qjax.layers.batch_norm import QKERAS_BATCH_NORM, BatchNormQuantizers
 from qjax.layers.layer_quantizers import FLOAT, LayerQuantizers
+from qjax.layers.low_rank import LoRAQuantizers
 from qjax.nnx.activations import QActivation, QAdaptiveActivation, QPReLU, QScaleShift
 from qjax.nnx.attention import QMultiHeadAttention
 from qjax.nnx.batch_norm import QBatchNorm, QFoldedBatchNorm
 from qjax.nnx.conversion import to_float, to_quantized
 from qjax.nnx.layer import QuantState
+from qjax.nnx.low_rank import QLoRA, QLoRALinear
 from qjax.nnx.merges import QAdd, QConcatenate, QMultiply
 from qjax.nnx.norms import QGroupNorm, QInstanceNorm, QLayerNorm, QRMSNorm, QSoftmax
 from qjax.nnx.pools import QAvgPool, QGlobalAvgPool, QGlobalMaxPool, QMaxPool
@@ -42,6 +44,7 @@ __all__ = (
     "AttentionQuantizers",
     "BatchNormQuantizers",
     "LayerQuantizers",
+    "LoRAQuantizers",
     "QActivation",
     "QAdaptiveActivation",
     "QAdd",
@@ -63,6 +66,8 @@ __all__ = (
     "QLayerNorm",
     "QLinear",
     "QLinearGeneral",
+    "QLoRA",
+    "QLoRALinear",
     "QMaxPool",
     "QMultiHeadAttention",
     "QMultiply",
