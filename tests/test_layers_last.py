@@ -291,7 +291,127 @@ def test_low_rank_of_default_words_lowers():
     assert all(row.equal > 0.9 * row.codes for row in report.outputs), f"\n{report}"
 
 
+TABLE = QSpec(8, narrow_range=True, power_of_two=True)
+ROTARY = LayerQuantizers(BITS, TABLE, None, BITS)
+
+
+def rotated(x, positions=None, is_interleaved=False):
+    """The formula, by complex numbers, of ``[batch, position, ..., feature]``."""
+    n, d = x.shape[1], x.shape[-1]
+    positions = np.arange(n) if positions is None else positions
+    angles = positions[:, None] * 10_000.0 ** (-np.arange(0, d, 2) / d)
+    turn = np.exp(1j * angles).reshape(n, *(1,) * (x.ndim - 3), d // 2)
+    if is_interleaved:
+        z = (x[..., ::2] + 1j * x[..., 1::2]) * turn
+        return np.stack([z.real, z.imag], -1).reshape(x.shape)
+    z = (x[..., : d // 2] + 1j * x[..., d // 2 :]) * turn
+    return np.concatenate([z.real, z.imag], -1)
+
+
+def fitted(layer, *args):
+    """The ranges of a layer of Linen without parameters."""
+    variables = layer.init(jax.random.key(0), *args)
+    return layer.apply(variables, *args, mutable=["quant"])[1]
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 8), (3, 5, 2, 8)])
+@pytest.mark.parametrize("is_interleaved", [False, True])
+def test_rotations_follow_the_formula_and_lower(is_interleaved, shape):
+    x, own = images(*shape), {"is_interleaved": is_interleaved, "axis": 1 - len(shape)}
+    known = np.array([7, 0, 3, 2000, 1])
+    for positions in (None, known):
+        wanted = rotated(x, positions, is_interleaved)
+        found = ql.QRoPE(quantizers=FLOAT, **own).apply({}, x, positions)
+        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+        same(found, qn.QRoPE(quantizers=FLOAT, **own)(x, positions))
+    layer, twin = (m(quantizers=ROTARY, **own) for m in (ql.QRoPE, qn.QRoPE))
+    state = fitted(layer, x, known)
+    twin(x, known)
+    twin.eval()
+    run = lambda x: layer.apply(state, x, known)
+    same(twin(x, known), run(x))
+    np.testing.assert_allclose(jax.jit(run)(x), run(x), rtol=1e-6)
+    np.testing.assert_allclose(run(x), wanted, atol=0.12)
+    program = qjax.lower(run, x)
+    for given in (x, 2 * x[:1]):
+        assert qjax.verify(program, run, given).is_exact
+    grad = jax.grad(lambda x: jnp.sum(run(x) ** 2))(x)
+    assert np.isfinite(grad).all() and grad.any()
+
+
+def test_a_rotation_is_the_same_alone_and_among_others():
+    """Its table has one range, whatever rows are asked for, also traced ones."""
+    x = images(1, 5, 8)
+    layer = ql.QRoPE(quantizers=ROTARY, length=10)
+    state = fitted(layer, x)
+    run = lambda x, *at: layer.apply(state, x, *at)
+    wanted = run(x)
+    same(run(x[:, 3:4], np.array([3])), wanted[:, 3:4])
+    traced = jax.jit(run)(x, jnp.arange(5))
+    np.testing.assert_allclose(traced, wanted, rtol=1e-6)
+    each = jax.vmap(run)(np.stack([x, x]), jnp.arange(10).reshape(2, 5))
+    same(each[0], wanted)
+    assert np.isnan(jax.jit(run)(x, jnp.arange(5) + 6)[:, -1]).all()
+
+
+def test_rotated_queries_and_keys_lower():
+    class Scores(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            words = LayerQuantizers(BITS, KERNEL)
+            turned = []
+            for name in ("query", "key"):
+                y = ql.QDenseGeneral((2, 8), quantizers=words, name=name)(x)
+                rope = ql.QRoPE(axis=-3, quantizers=ROTARY, name=f"{name}_rope")
+                turned.append(rope(y))
+            query, key = turned
+            scores = jnp.einsum("...qhd,...khd->...hqk", query, key)
+            return ql.QActivation(BITS, name="scores")(scores)
+
+    layer, x = Scores(), images(2, 5, 6)
+    variables = layer.init(jax.random.key(0), x)
+    variables |= layer.apply(variables, x, mutable=["quant"])[1]
+    run = lambda x: layer.apply(variables, x)
+    program = qjax.lower(run, x)
+    for given in (x, images(1, 5, 6, seed=3)):
+        report = qjax.verify(program, run, given)
+        assert report.is_exact, f"\n{report}"
+    assert "query_rope/output" in report.sites
+
+
 WRONG = {
+    "odd features": (
+        lambda: qn.QRoPE(quantizers=FLOAT, site="block/rope")(images(2, 5, 7)),
+        ValueError,
+        "'block/rope' rotates pairs of features, and 7 are odd",
+    ),
+    "positions of each example": (
+        lambda: qn.QRoPE(quantizers=FLOAT)(images(2, 5, 8), np.zeros((2, 5), int)),
+        ValueError,
+        "jax.vmap",
+    ),
+    "real positions": (
+        lambda: qn.QRoPE(quantizers=FLOAT)(images(2, 5, 8), np.zeros(5)),
+        TypeError,
+        "integers",
+    ),
+    "traced positions": (
+        lambda: jax.jit(qn.QRoPE(quantizers=FLOAT))(images(2, 5, 8), jnp.arange(5)),
+        ValueError,
+        "length=512",
+    ),
+    "positions along features": (
+        lambda: qn.QRoPE(quantizers=FLOAT, axis=-1)(images(2, 5, 8)),
+        ValueError,
+        "-2 or less",
+    ),
+    "a table of many scales": (
+        lambda: qn.QRoPE(quantizers=LayerQuantizers(None, QSpec(8, axis=0), None))(
+            images(2, 5, 8)
+        ),
+        ValueError,
+        "one scale",
+    ),
     "a one-sided matrix": (
         lambda: ql.QLoRADense(
             5, lora_rank=2, quantizers=ql.LoRAQuantizers(lora_a=QSpec(8, signed=False))

@@ -45,6 +45,7 @@ from qjax.linen.recurrent import (
     QOptimizedLSTMCell,
     QSimpleCell,
 )
+from qjax.linen.rotary import QRoPE
 from qjax.linen.weight_norms import QSpectralNorm, QWeightNorm
 
 __all__ = (
@@ -88,6 +89,7 @@ __all__ = (
     "QOptimizedLSTMCell",
     "QPReLU",
     "QRMSNorm",
+    "QRoPE",
     "QScaleShift",
     "QSelfAttention",
     "QSeparableConv",

@@ -34,6 +34,7 @@ from qjax.nnx.recurrent import (
     QOptimizedLSTMCell,
     QSimpleCell,
 )
+from qjax.nnx.rotary import QRoPE
 from qjax.nnx.weight_norms import QSpectralNorm, QWeightNorm
 
 __all__ = (
@@ -74,6 +75,7 @@ __all__ = (
     "QOptimizedLSTMCell",
     "QPReLU",
     "QRMSNorm",
+    "QRoPE",
     "QScaleShift",
     "QSeparableConv",
     "QSimpleCell",
