@@ -379,7 +379,178 @@ def test_rotated_queries_and_keys_lower():
     assert "query_rope/output" in report.sites
 
 
+TERMS = QSpec(16, power_of_two=True)
+OCTAVE = LayerQuantizers(BITS, KERNEL, output=BITS, terms=TERMS)
+
+
+def octave_images(sizes, batch=2, seed=1, side=(6, 4)):
+    """High and low images; None for one without channels."""
+    shapes = (batch, *side, sizes[0]), (batch, side[0] // 2, side[1] // 2, sizes[1])
+    return tuple(
+        images(*shape, seed=seed + k) if shape[-1] else None
+        for k, shape in enumerate(shapes)
+    )
+
+
+def octave_formula(params, high, low, strides=1):
+    """Both frequencies by Flax's convolutions, pool and repetitions."""
+    found = {"high": [], "low": []}
+    given = {"high": high, "low": low}
+    for name in ("high_high", "low_high", "high_low", "low_low"):
+        if name not in params:
+            continue
+        source, target = name.split("_")
+        x, own = given[source], params[name]
+        x = nn.avg_pool(x, (2, 2), (2, 2)) if name == "high_low" else x
+        conv = nn.Conv(own["kernel"].shape[-1], (3, 3), strides, use_bias="bias" in own)
+        y = conv.apply({"params": own}, x)
+        if name == "low_high":
+            y = np.repeat(np.repeat(y, 2, -3), 2, -2)
+        found[target].append(y)
+    return tuple(sum(ys[1:], ys[0]) if ys else None for ys in found.values())
+
+
+def close(found, wanted, **own):
+    assert [y is None for y in found] == [y is None for y in wanted]
+    for y, z in zip(found, wanted, strict=True):
+        if y is not None:
+            np.testing.assert_allclose(y, z, **own)
+
+
+# Name -> channels of the input, share of low outputs, strides.
+OCTAVES = {
+    "both": ((3, 2), 0.5, 1),
+    "first": ((3, 0), 0.25, 1),
+    "last": ((3, 2), 0, 1),
+    "all low": ((3, 2), 1, 1),
+    "from low": ((0, 2), 0.5, 1),
+    "plain": ((3, 0), 0, 1),
+    "strides": ((3, 2), 0.5, 2),
+}
+
+
+@pytest.mark.parametrize("name", OCTAVES)
+def test_octaves_without_quantizers_follow_the_formula(name):
+    sizes, alpha, strides = OCTAVES[name]
+    side = (8, 4) if strides == 2 else (6, 4)
+    x, own = octave_images(sizes, side=side), {"alpha": alpha, "strides": strides}
+    layer = ql.QOctaveConv(4, (3, 3), quantizers=FLOAT, **own)
+    params = moved(layer.init(jax.random.key(0), *x)["params"])
+    wanted = octave_formula(params, *x, strides)
+    found = layer.apply({"params": params}, *x)
+    close(found, wanted, rtol=1e-6, atol=1e-6)
+    biases = [k for k, v in params.items() if "bias" in v]
+    assert len(biases) == sum(y is not None for y in wanted)
+    joined = ql.QOctaveConv(4, (3, 3), quantizers=FLOAT, is_joined=True, **own)
+    whole = joined.apply({"params": params}, *x)
+    up = lambda y: np.repeat(np.repeat(y, 2, -3), 2, -2)
+    parts = [y if k == 0 else up(y) for k, y in enumerate(wanted) if y is not None]
+    np.testing.assert_allclose(whole, np.concatenate(parts, -1), rtol=1e-6, atol=1e-6)
+
+
+def listed(found):
+    """The outputs that there are."""
+    found = found if isinstance(found, tuple) else (found,)
+    return [y for y in found if y is not None]
+
+
+def octave_pair(name, is_joined):
+    """A layer of Linen with parameters that moved, its arguments, and an input."""
+    sizes, alpha, strides = OCTAVES[name]
+    own = {"alpha": alpha, "strides": strides, "is_joined": is_joined}
+    own |= {"quantizers": OCTAVE}
+    x = octave_images(sizes, side=(8, 4) if strides == 2 else (6, 4))
+    layer = ql.QOctaveConv(4, (3, 3), **own)
+    variables = jax.jit(layer.init)(jax.random.key(0), *x)
+    params = jax.tree.map(lambda a: images(*a.shape, seed=a.size) / 4, variables)
+    return layer, {**variables, "params": params["params"]}, own, x
+
+
+@pytest.mark.parametrize("name", ["both", "first", "last", "all low"])
+def test_octaves_of_linen_and_nnx_compute_the_same(name):
+    layer, variables, own, x = octave_pair(name, name == "both")
+    make = lambda: qn.QOctaveConv(OCTAVES[name][0], 4, (3, 3), rngs=nnx.Rngs(0), **own)
+    twin = nnx.jit(make)()
+    for part, values in variables["params"].items():
+        for key, value in values.items():
+            getattr(getattr(twin, part), key).set_value(value)
+    step = jax.jit(lambda v: layer.apply(v, *x, mutable=["quant"]))
+    run = nnx.jit(lambda m: m(*x))
+    for _ in range(2):
+        y, new = step(variables)
+        variables = {**variables, **new}
+        close(listed(run(twin)), listed(y), rtol=1e-6, atol=1e-6)
+    twin.eval()
+    wanted = jax.jit(lambda v: layer.apply(v, *x))(variables)
+    close(listed(run(twin)), listed(wanted), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, is_joined",
+    [(name, False) for name in OCTAVES] + [("both", True), ("all low", True)],
+)
+def test_octaves_lower(name, is_joined):
+    layer, variables, _, x = octave_pair(name, is_joined)
+    variables |= jax.jit(lambda v: layer.apply(v, *x, mutable=["quant"])[1])(variables)
+    given = lambda x: [a for a in x if a is not None]
+    full = lambda x: (None, *x) if name == "from low" else x
+    run = lambda *x: listed(layer.apply(variables, *full(x)))
+    program = qjax.lower(run, *given(x))
+    sizes, side = OCTAVES[name][0], (8, 4) if name == "strides" else (6, 4)
+    for values in (x, octave_images(sizes, batch=1, seed=7, side=side)):
+        report = qjax.verify(program, run, *given(values))
+        assert report.is_exact, f"\n{report}"
+
+
+def test_octaves_have_gradients_and_map():
+    x = octave_images((3, 2))
+    layer = ql.QOctaveConv(4, (3, 3), quantizers=OCTAVE)
+    variables = layer.init(jax.random.key(0), *x)
+    variables |= layer.apply(variables, *x, mutable=["quant"])[1]
+    run = jax.jit(lambda p, *x: layer.apply({**variables, "params": p}, *x))
+    loss = lambda p: sum(jnp.sum(y**2) for y in run(p, *x))
+    grads = jax.grad(loss)(variables["params"])
+    assert all(np.isfinite(g).all() and g.any() for g in jax.tree.leaves(grads))
+    mapped = jax.vmap(run, (None, 0, 0))(variables["params"], *x)
+    close(mapped, run(variables["params"], *x), rtol=1e-6, atol=1e-6)
+
+
+def octave_of(*x, **own):
+    """An octave convolution in float, called once."""
+    layer = ql.QOctaveConv(4, (3, 3), quantizers=FLOAT, **own)
+    return layer.init_with_output(jax.random.key(0), *x)[0]
+
+
 WRONG = {
+    "no share": (
+        lambda: octave_of(images(2, 6, 4, 3), alpha=2),
+        ValueError,
+        "got 2. Use",
+    ),
+    "no frequency": (lambda: octave_of(None), ValueError, "got none"),
+    "an odd size": (
+        lambda: octave_of(images(2, 5, 4, 3)),
+        ValueError,
+        r"\(0, 1\), \(0, 0\)",
+    ),
+    "another half": (
+        lambda: octave_of(images(2, 6, 4, 3), images(2, 6, 4, 3)),
+        ValueError,
+        r"\(3, 2\), got \(6, 4\)",
+    ),
+    "no image": (lambda: octave_of(images(6, 4)), ValueError, "reads images"),
+    "valid windows": (
+        lambda: octave_of(images(2, 8, 8, 3), images(2, 4, 4, 3), padding="VALID"),
+        ValueError,
+        'padding="SAME"',
+    ),
+    "another input": (
+        lambda: qn.QOctaveConv(
+            3, 4, (3, 3), quantizers=FLOAT, rngs=nnx.Rngs(0), site="stem"
+        )(*octave_images((3, 2))),
+        ValueError,
+        "'stem' was made for the frequencies",
+    ),
     "odd features": (
         lambda: qn.QRoPE(quantizers=FLOAT, site="block/rope")(images(2, 5, 7)),
         ValueError,
@@ -449,6 +620,15 @@ WRONG = {
         "'layer_instance/input' has no range yet",
     ),
 }
+
+
+def test_the_remedies_of_rotations_and_octaves_hold():
+    odd, rope = images(2, 5, 7), qn.QRoPE(quantizers=FLOAT, length=8)
+    assert rope(odd[..., :6], np.arange(5.0).astype(int)).shape == (2, 5, 6)
+    assert jax.jit(rope)(odd[..., :6], jnp.arange(5)).shape == (2, 5, 6)
+    x = np.pad(images(2, 5, 4, 3), ((0, 0), (0, 1), (0, 0), (0, 0)))
+    high, low = octave_of(x, alpha=0.5)
+    assert high.shape == (2, 6, 4, 2) and low.shape == (2, 3, 2, 2)
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -24,6 +24,7 @@ from qjax.linen.norms import (
     QRMSNorm,
     QSoftmax,
 )
+from qjax.linen.octave import QOctaveConv
 from qjax.linen.pools import QAvgPool, QGlobalAvgPool, QGlobalMaxPool, QMaxPool
 from qjax.linen.products import (
     QConv,
@@ -86,6 +87,7 @@ __all__ = (
     "QMultiHeadAttention",
     "QMultiHeadDotProductAttention",
     "QMultiply",
+    "QOctaveConv",
     "QOptimizedLSTMCell",
     "QPReLU",
     "QRMSNorm",

@@ -16,6 +16,7 @@ from qjax.nnx.layer import QuantState
 from qjax.nnx.low_rank import QLoRA, QLoRALinear
 from qjax.nnx.merges import QAdd, QConcatenate, QMultiply
 from qjax.nnx.norms import QGroupNorm, QInstanceNorm, QLayerNorm, QRMSNorm, QSoftmax
+from qjax.nnx.octave import QOctaveConv
 from qjax.nnx.pools import QAvgPool, QGlobalAvgPool, QGlobalMaxPool, QMaxPool
 from qjax.nnx.products import (
     QConv,
@@ -72,6 +73,7 @@ __all__ = (
     "QMaxPool",
     "QMultiHeadAttention",
     "QMultiply",
+    "QOctaveConv",
     "QOptimizedLSTMCell",
     "QPReLU",
     "QRMSNorm",
