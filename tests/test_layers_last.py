@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import errors, nnx
 from flax import linen as nn
-from flax import nnx
 
 import qjax
 import qjax.linen as ql
@@ -354,6 +354,14 @@ def test_a_rotation_is_the_same_alone_and_among_others():
     assert np.isnan(jax.jit(run)(x, jnp.arange(5) + 6)[:, -1]).all()
 
 
+def test_positions_of_data_are_refused_by_lower():
+    x, layer = images(1, 5, 8), ql.QRoPE(quantizers=ROTARY, length=10)
+    state, positions = fitted(layer, x), np.arange(5, dtype=np.int32)
+    run = lambda x, positions: layer.apply(state, x, positions)
+    with pytest.raises(ValueError, match="QRoPE"):
+        qjax.lower(run, x, positions)
+
+
 def test_rotated_queries_and_keys_lower():
     class Scores(nn.Module):
         @nn.compact
@@ -496,8 +504,9 @@ def test_octaves_lower(name, is_joined):
     full = lambda x: (None, *x) if name == "from low" else x
     run = lambda *x: listed(layer.apply(variables, *full(x)))
     program = qjax.lower(run, *given(x))
-    sizes, side = OCTAVES[name][0], (8, 4) if name == "strides" else (6, 4)
-    for values in (x, octave_images(sizes, batch=1, seed=7, side=side)):
+    sizes = OCTAVES[name][0]
+    others = [octave_images(sizes, batch=1, seed=7)] if name in ("both", "last") else []
+    for values in (x, *others):
         report = qjax.verify(program, run, *given(values))
         assert report.is_exact, f"\n{report}"
 
@@ -519,6 +528,17 @@ def octave_of(*x, **own):
     """An octave convolution in float, called once."""
     layer = ql.QOctaveConv(4, (3, 3), quantizers=FLOAT, **own)
     return layer.init_with_output(jax.random.key(0), *x)[0]
+
+
+@pytest.mark.skipif(not hasattr(nnx, "WeightNorm"), reason="this Flax has none")
+def test_flax_own_normalisation_in_nnx_does_not_lower():
+    """It writes over the parameter; `QWeightNorm` does not."""
+    inner = qn.QLinear(6, 5, quantizers=WORDS, rngs=nnx.Rngs(0))
+    model, x = nnx.WeightNorm(inner, rngs=nnx.Rngs(0)), images(4, 6)
+    model(x)
+    model.eval()
+    with pytest.raises(errors.TraceContextError, match="mutate"):
+        qjax.lower(model, x)
 
 
 WRONG = {

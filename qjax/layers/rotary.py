@@ -28,8 +28,9 @@ def rotations(
 ) -> jax.Array:
     """Returns the rotation of each pair of features at each position.
 
-    Angles of known positions are computed in float64. Others are rows of the table of
-    positions below ``length``; one that is not there gives NaN.
+    Angles of known positions are computed in float64; these lower. Traced ones,
+    which do not, are rows of the table of positions below ``length``, NaN for one that is
+    not there.
 
     Args:
       positions: Integers, shape ``[size]``; None for 0 to ``size - 1``.
