@@ -8,6 +8,7 @@ from qjax.layers.attention import AttentionQuantizers
 from qjax.layers.batch_norm import QKERAS_BATCH_NORM, BatchNormQuantizers
 from qjax.layers.hardware import HardwareTensor, integers
 from qjax.layers.layer_quantizers import FLOAT, LayerQuantizers
+from qjax.layers.low_rank import LoRAQuantizers
 from qjax.linen.activations import QActivation, QAdaptiveActivation, QPReLU, QScaleShift
 from qjax.linen.attention import (
     QMultiHeadAttention,
@@ -15,6 +16,7 @@ from qjax.linen.attention import (
     QSelfAttention,
 )
 from qjax.linen.batch_norm import QBatchNorm, QFoldedBatchNorm
+from qjax.linen.low_rank import QLoRADense
 from qjax.linen.merges import QAdd, QConcatenate, QMultiply
 from qjax.linen.norms import (
     QGroupNorm,
@@ -23,6 +25,7 @@ from qjax.linen.norms import (
     QRMSNorm,
     QSoftmax,
 )
+from qjax.linen.octave import QOctaveConv
 from qjax.linen.pools import QAvgPool, QGlobalAvgPool, QGlobalMaxPool, QMaxPool
 from qjax.linen.products import (
     QConv,
@@ -44,6 +47,8 @@ from qjax.linen.recurrent import (
     QOptimizedLSTMCell,
     QSimpleCell,
 )
+from qjax.linen.rotary import QRoPE
+from qjax.linen.weight_norms import QSpectralNorm, QWeightNorm
 
 __all__ = (
     "FLOAT",
@@ -54,6 +59,7 @@ __all__ = (
     "BatchNormQuantizers",
     "HardwareTensor",
     "LayerQuantizers",
+    "LoRAQuantizers",
     "QActivation",
     "QAdaptiveActivation",
     "QAdd",
@@ -77,18 +83,23 @@ __all__ = (
     "QInstanceNorm",
     "QLSTMCell",
     "QLayerNorm",
+    "QLoRADense",
     "QMGUCell",
     "QMaxPool",
     "QMultiHeadAttention",
     "QMultiHeadDotProductAttention",
     "QMultiply",
+    "QOctaveConv",
     "QOptimizedLSTMCell",
     "QPReLU",
     "QRMSNorm",
+    "QRoPE",
     "QScaleShift",
     "QSelfAttention",
     "QSeparableConv",
     "QSimpleCell",
     "QSoftmax",
+    "QSpectralNorm",
+    "QWeightNorm",
     "integers",
 )

@@ -8,13 +8,16 @@ from qjax.layers.attention import AttentionQuantizers
 from qjax.layers.batch_norm import QKERAS_BATCH_NORM, BatchNormQuantizers
 from qjax.layers.hardware import HardwareTensor, integers
 from qjax.layers.layer_quantizers import FLOAT, LayerQuantizers
+from qjax.layers.low_rank import LoRAQuantizers
 from qjax.nnx.activations import QActivation, QAdaptiveActivation, QPReLU, QScaleShift
 from qjax.nnx.attention import QMultiHeadAttention
 from qjax.nnx.batch_norm import QBatchNorm, QFoldedBatchNorm
 from qjax.nnx.conversion import qkeras_quantizers, to_float, to_quantized
 from qjax.nnx.layer import QuantState
+from qjax.nnx.low_rank import QLoRA, QLoRALinear
 from qjax.nnx.merges import QAdd, QConcatenate, QMultiply
 from qjax.nnx.norms import QGroupNorm, QInstanceNorm, QLayerNorm, QRMSNorm, QSoftmax
+from qjax.nnx.octave import QOctaveConv
 from qjax.nnx.pools import QAvgPool, QGlobalAvgPool, QGlobalMaxPool, QMaxPool
 from qjax.nnx.products import (
     QConv,
@@ -33,6 +36,8 @@ from qjax.nnx.recurrent import (
     QOptimizedLSTMCell,
     QSimpleCell,
 )
+from qjax.nnx.rotary import QRoPE
+from qjax.nnx.weight_norms import QSpectralNorm, QWeightNorm
 
 __all__ = (
     "FLOAT",
@@ -43,6 +48,7 @@ __all__ = (
     "BatchNormQuantizers",
     "HardwareTensor",
     "LayerQuantizers",
+    "LoRAQuantizers",
     "QActivation",
     "QAdaptiveActivation",
     "QAdd",
@@ -64,16 +70,22 @@ __all__ = (
     "QLayerNorm",
     "QLinear",
     "QLinearGeneral",
+    "QLoRA",
+    "QLoRALinear",
     "QMaxPool",
     "QMultiHeadAttention",
     "QMultiply",
+    "QOctaveConv",
     "QOptimizedLSTMCell",
     "QPReLU",
     "QRMSNorm",
+    "QRoPE",
     "QScaleShift",
     "QSeparableConv",
     "QSimpleCell",
     "QSoftmax",
+    "QSpectralNorm",
+    "QWeightNorm",
     "QuantState",
     "integers",
     "qkeras_quantizers",

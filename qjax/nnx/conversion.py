@@ -13,6 +13,7 @@ from qjax.nnx.activations import QPReLU
 from qjax.nnx.attention import QMultiHeadAttention
 from qjax.nnx.batch_norm import QBatchNorm
 from qjax.nnx.layer import QuantizedModule
+from qjax.nnx.low_rank import QLoRA, QLoRALinear
 from qjax.nnx.norms import QGroupNorm, QInstanceNorm, QLayerNorm, QRMSNorm
 from qjax.nnx.products import (
     QConv,
@@ -36,9 +37,13 @@ from qjax.tables import show
 
 _PRODUCTS = (QLinear, QLinearGeneral, QEinsum, QConv, QConvTranspose, QEmbed)
 _NORMS = (QLayerNorm, QRMSNorm, QGroupNorm, QInstanceNorm)
+_LOW_RANK = (QLoRA, QLoRALinear)
 _TWINS: dict[type, type[QuantizedModule]] = {
     cls.base: cls
-    for cls in (*_PRODUCTS, *_NORMS, QMultiHeadAttention, QPReLU, QBatchNorm)
+    for cls in (
+        *(*_PRODUCTS, *_NORMS, *_LOW_RANK),
+        *(QMultiHeadAttention, QPReLU, QBatchNorm),
+    )
 }
 _TWINS |= {
     cls.base: cls for cls in (QSimpleCell, QLSTMCell, QOptimizedLSTMCell, QGRUCell)
@@ -257,5 +262,6 @@ def _turn_back(layer: Any) -> None:
 
 
 _RANGES = "input_range output_range scores_range probabilities_range ranges".split()
+_RANGES += "low_range base_range update_range".split()
 _ADDED = "quantizers site keys learned use_running_average reset_after".split()
 _ADDED += _RANGES

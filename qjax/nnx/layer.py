@@ -46,6 +46,7 @@ class QuantizedModule(nnx.Module):
     base: ClassVar[type] = object  # The layer that it replaces.
     weight: ClassVar[str] = "kernel"  # The parameter with the word of a kernel.
     learned: tuple[str, ...] = ()  # Values and parameters whose words learn.
+    weights: ClassVar[tuple[str, ...]] = ("kernel",)  # Words of weights.
     words: ClassVar[LayerQuantizers] = LayerQuantizers()  # If none are given.
 
     def __init__(
@@ -108,7 +109,7 @@ class QuantizedModule(nnx.Module):
             own = site_name(site, name)
             word = weight_word(x, quantizers.kernel, self._output_axes(), own)
             self._learn(name, word, started(word, x))
-        drawn = (quantizers.kernel, *(getattr(quantizers, name) for name in ranks))
+        drawn = [getattr(quantizers, name) for name in (*self.weights, *ranks)]
         has_keys = any(map(is_random, drawn)) and "quant" in rngs
         self.keys = nnx.data(rngs["quant"].fork() if has_keys else None)
         if "use_running_average" not in vars(self):  # A batch normalisation has it.
