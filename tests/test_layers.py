@@ -364,6 +364,21 @@ def test_activations_are_layers():
     np.testing.assert_array_equal(ql.QActivation(jnp.sign).apply({}, x), np.sign(x))
 
 
+def test_an_output_by_channel_is_refused_with_a_remedy_that_works():
+    x = images(4, 6)
+    for axis in (-1, None):
+        own = words(output=QSpec(8, symmetric=True, power_of_two=True, axis=axis))
+        layer = ql.QDense(5, quantizers=own)
+        variables = layer.init(jax.random.key(0), x)
+        _, state = layer.apply(variables, x, mutable=["quant"])
+        run = lambda x, s=state, v=variables, f=layer: f.apply({**v, **s}, x)
+        if axis is None:
+            assert qjax.verify(qjax.lower(run, x), run, x).is_exact
+        else:
+            with pytest.raises(ValueError, match="one scale there: a word without"):
+                qjax.lower(run, x)
+
+
 def test_words_that_draw_take_keys_of_their_own_stream():
     own = LayerQuantizers(None, "stochastic_ternary", None)
     layer, x = ql.QDense(64, quantizers=own), np.eye(8, dtype=np.float32)

@@ -369,12 +369,16 @@ def refuse(e: Equation, x: Abstract, role: str) -> ValueError:
     site = ""
     if isinstance(x, ByChannel):
         word = "QSpec(bits=8, symmetric=True, power_of_two=True, axis=-1)"
+        remedy = "Use one scale there: a word without an `axis`, such as QSpec(bits=8)."
+        if e.sites.output or e.sites.weight:  # Those of a scheme are aligned.
+            remedy = (
+                f"Use one scale, Rule({x.site!r}, QSpec(bits=8)), or powers of two, "
+                f"which are brought to one scale exactly: Rule({x.site!r}, {word})."
+            )
         return ValueError(
             f"The {role} of `{e.primitive.name}` in {where(e)} has a scale per channel,"
             f" that of {x.site!r}, which only the kernel of a product takes in.\n"
-            f"  equation: {e}\nUse one scale, Rule({x.site!r}, QSpec(bits=8)), or "
-            f"powers of two, which are brought to one scale exactly: Rule({x.site!r}, "
-            f"{word})."
+            f"  equation: {e}\n{remedy}"
         )
     if isinstance(x, Curve) and x.steps and x.steps[x.end].is_of_quantizer:
         name = x.steps[x.end].place.path.rpartition("/")[2]
