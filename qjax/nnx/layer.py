@@ -124,7 +124,8 @@ class QuantizedModule(nnx.Module):
         value, scale = quantized_weight(value, words.kernel, axes, *own)
         vars(twin)[name] = nnx.Param(value)
         if bias is not None:
-            grids, site = (grid, scale), site_name(self.site, "bias")
+            grids = grid, self._bias_grid(scale)
+            site = site_name(self.site, "bias")
             value = quantized_bias(bias[...], words.bias, grids, site)
             vars(twin)["bias"] = nnx.Param(value)
         return twin
@@ -132,6 +133,10 @@ class QuantizedModule(nnx.Module):
     def _output_axes(self) -> OutputAxes:
         """Returns the axes of a weight that are its output channels."""
         return -1
+
+    def _bias_grid(self, grid: QParams | None) -> QParams | None:
+        """Returns the grid of the weight with its axes as the bias has them."""
+        return grid
 
     def _key(self, word: Any) -> Any:
         return self.keys() if is_random(word) and self.keys is not None else None
