@@ -77,6 +77,13 @@ LAYERS = {
         (4, 6, 6, 3),
     ),
     "transposed": (nn.ConvTranspose, nnx.ConvTranspose, (3, 5), WINDOW, (4, 5, 4, 3)),
+    "transposed around": (
+        nn.ConvTranspose,
+        nnx.ConvTranspose,
+        (3, 5),
+        {**WINDOW, "padding": "CIRCULAR"},
+        (4, 5, 4, 3),
+    ),
     "transposed kernel": (
         nn.ConvTranspose,
         nnx.ConvTranspose,
@@ -184,6 +191,7 @@ def test_linen_and_nnx_compute_the_same(name, quantizers):
         ("general", words()),
         ("einsum", OUTPUT),
         ("transposed kernel", words()),
+        ("transposed around", words()),
         ("depthwise", QKERAS),
         ("embedding", OUTPUT),
         ("of one axis", words(bits=4)),
