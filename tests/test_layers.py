@@ -402,6 +402,12 @@ def test_words_that_draw_take_keys_of_their_own_stream():
     assert np.array_equal(layer.apply(variables, x), layer.apply(variables, x))
     layer = qn.QLinear(8, 64, quantizers=own, rngs=nnx.Rngs(0, quant=1))
     assert not np.array_equal(layer(x), layer(x))
+    own = LayerQuantizers(words().input, "stochastic_ternary", None)
+    layer = qn.QLinear(8, 64, quantizers=own, rngs=nnx.Rngs(0, quant=1))
+    layer(x)
+    layer.eval()  # Nothing is drawn in inference.
+    np.testing.assert_array_equal(layer(x), layer(x))
+    assert qjax.verify(qjax.lower(layer, x), layer, x).is_exact
 
 
 WRONG = {
@@ -419,6 +425,13 @@ WRONG = {
         )(images(4, 3)),
         ValueError,
         "At 'head/kernel': .*axis=2",
+    ),
+    "no such axis of the input": (
+        lambda: nn.Sequential(
+            [ql.QDense(2, quantizers=LayerQuantizers(QSpec(8, axis=5)))]
+        ).init(jax.random.key(0), images(4, 3)),
+        ValueError,
+        "At 'layers_0/input': .*axis=5",
     ),
     "another shape": (
         lambda: ql.QActivation(jnp.sum).apply({}, images(4, 3)),

@@ -456,6 +456,19 @@ def test_factors_of_other_types_of_input_stay(dtype):
         np.testing.assert_allclose(rounded(x), twin(x), atol=0.02)
 
 
+def test_the_unbiased_variance_is_of_what_a_mask_keeps():
+    layer = ql.QFoldedBatchNorm(
+        nn.Dense(2), nn.BatchNorm(momentum=0.0), quantizers=FLOAT, unbiased=True
+    )
+    x, mask = images(4, 3), np.array([[True], [True], [False], [True]])
+    variables = layer.init(jax.random.key(0), x, False)
+    _, state = layer.apply(variables, x, False, mask=mask, mutable=MOVES)
+    y = nn.Dense(2).apply({"params": variables["params"]["layer"]}, x)
+    wanted = np.var(np.asarray(y)[mask[:, 0]], 0, ddof=1)
+    found = state["batch_stats"]["norm"]["var"]
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
 def test_windows_and_steps_may_be_numbers():
     x = images(2, 5, 3)
     for options in ({"strides": 2}, {"is_transposed": True, "strides": 2}):

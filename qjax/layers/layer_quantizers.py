@@ -1,7 +1,8 @@
 """The quantizers of a layer, and what each does to its value: pure functions."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import chex
@@ -65,6 +66,15 @@ def as_layer_word(name: str, word: Any) -> Any:
 def site_name(path: str, name: str) -> str:
     """Returns the name of a site of a layer: ``Dense_0/kernel``."""
     return f"{path}/{name}" if path else name
+
+
+@contextlib.contextmanager
+def naming(site: str) -> Iterator[None]:
+    """Names a site in the errors of what runs inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"At {site!r}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +162,8 @@ def on_grid_of(
     if isinstance(word, QSpec):
         assert params is not None
         check_calibrated(params, site)
-        return fake_quant(x, params, word, site=site), params
+        with naming(site):
+            return fake_quant(x, params, word, site=site), params
     return _by_quantizer(x, word, key, site)
 
 
@@ -179,10 +190,8 @@ def quantized_weight(
         word = at_site(word, Site(site, "weight", x.shape, axis=axis))
     grid: QParams | None
     if isinstance(word, QSpec):
-        try:
+        with naming(site):
             params = abs_max_params(x, word)
-        except ValueError as error:
-            raise ValueError(f"At {site!r}: {error}") from error
         value, grid = fake_quant(x, params, word, site=site), params
     else:
         value, grid = _by_quantizer(x, word, key, site)

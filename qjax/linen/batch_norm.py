@@ -203,7 +203,7 @@ class QFoldedBatchNorm(QuantizedLayer):
             batch = TrainingBatch(statistics_of(self.norm, product, mask), moves)
             seen = batch.statistics
             if self.unbiased:
-                seen = unbiased(seen, product.size // product.shape[-1])
+                seen = unbiased(seen, product.shape, mask)
             kept = moved_until(kept, seen, self.norm.momentum, moves)
             keep_statistics(self.norm, kept)
             if steps is not None:

@@ -12,6 +12,7 @@ from qjax.layers.integer_values import IntegerSource
 from qjax.layers.layer_quantizers import (
     LayerQuantizers,
     OutputAxes,
+    naming,
     on_grid_of,
     quantized_bias,
     quantized_weight,
@@ -76,7 +77,8 @@ class QuantizedLayer(nn.Module, kw_only=True):
     def _range(self, name: str, x: jax.Array, site: str) -> Any:
         """Returns the state of the calibrator of input or output."""
         init: Any = self._words.calibrator.init
-        return self.variable("quant", site, init, x, self._word(name))
+        with naming(self._site(site)):
+            return self.variable("quant", site, init, x, self._word(name))
 
     @nn.nowrap
     def _word(self, name: str) -> Any:

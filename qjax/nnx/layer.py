@@ -12,6 +12,7 @@ from qjax.layers.integer_values import IntegerSource
 from qjax.layers.layer_quantizers import (
     LayerQuantizers,
     OutputAxes,
+    naming,
     on_grid_of,
     quantized_bias,
     quantized_weight,
@@ -88,7 +89,9 @@ class QuantizedModule(nnx.Module):
         for name, rank in ranks.items():
             word, state = getattr(quantizers, name), None
             if isinstance(word, QSpec):
-                state = QuantState(calibrator.init(jnp.zeros((1,) * rank), word))
+                zeros, own = jnp.zeros((1,) * rank), site_name(site, name)
+                with naming(own):
+                    state = QuantState(calibrator.init(zeros, word))
             setattr(self, f"{name}_range", state)
         drawn = (quantizers.kernel, *(getattr(quantizers, name) for name in ranks))
         has_keys = any(map(is_random, drawn)) and "quant" in rngs
@@ -139,7 +142,10 @@ class QuantizedModule(nnx.Module):
         return grid
 
     def _key(self, word: Any) -> Any:
-        return self.keys() if is_random(word) and self.keys is not None else None
+        """Returns a key for a word that draws at random, in training."""
+        if self.keys is None or self.use_running_average or not is_random(word):
+            return None
+        return self.keys()
 
     def _word(self, name: str) -> Any:
         """Returns the word of an activation by its name."""
