@@ -77,6 +77,13 @@ LAYERS = {
         (4, 6, 6, 3),
     ),
     "transposed": (nn.ConvTranspose, nnx.ConvTranspose, (3, 5), WINDOW, (4, 5, 4, 3)),
+    "transposed around": (
+        nn.ConvTranspose,
+        nnx.ConvTranspose,
+        (3, 5),
+        {**WINDOW, "padding": "CIRCULAR"},
+        (4, 5, 4, 3),
+    ),
     "transposed kernel": (
         nn.ConvTranspose,
         nnx.ConvTranspose,
@@ -184,6 +191,7 @@ def test_linen_and_nnx_compute_the_same(name, quantizers):
         ("general", words()),
         ("einsum", OUTPUT),
         ("transposed kernel", words()),
+        ("transposed around", words()),
         ("depthwise", QKERAS),
         ("embedding", OUTPUT),
         ("of one axis", words(bits=4)),
@@ -239,6 +247,27 @@ def test_a_scale_for_each_input_is_none_of_the_bias():
     np.testing.assert_allclose(found[0], wanted[0], atol=0.02)
     layer.bias.set_value(jnp.linspace(0.1, 0.7, 6))
     np.testing.assert_allclose(layer(x), wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", ["output", 0])
+@pytest.mark.parametrize(
+    "formula, shape, bias",
+    [("abd,hdk->abkh", (5, 7, 5), (5, 5)), ("abd,hkd->abhk", (2, 3, 7), (2, 3))],
+)
+def test_a_bias_of_an_einsum_has_the_grid_of_its_own_output(formula, shape, bias, axis):
+    """The axes of the bias are in the order of the result, the kernel's in another."""
+    x = images(2, 3, 7)
+    kernel = QSpec(8, narrow_range=True, axis=axis, power_of_two=True)
+    own = LayerQuantizers(QSpec(8, power_of_two=True), kernel)
+    init = {"quantizers": own, "bias_init": nn.initializers.normal(1.0)}
+    layer = ql.QEinsum(shape=shape, einsum_str=formula, **init)
+    variables = layer.init(jax.random.key(0), x)
+    _, state = layer.apply(variables, x, mutable=["quant"])
+    run = lambda x: layer.apply({**variables, **state}, x)
+    assert qjax.verify(qjax.lower(run, x), run, x).is_exact
+    other = qn.QEinsum(formula, shape, bias, rngs=nnx.Rngs(0), **init)
+    other = with_parameters(other, variables["params"])
+    np.testing.assert_array_equal(other(x), run(x))
 
 
 def test_gradients_are_straight_through():
@@ -388,6 +417,12 @@ def test_words_that_draw_take_keys_of_their_own_stream():
     assert np.array_equal(layer.apply(variables, x), layer.apply(variables, x))
     layer = qn.QLinear(8, 64, quantizers=own, rngs=nnx.Rngs(0, quant=1))
     assert not np.array_equal(layer(x), layer(x))
+    own = LayerQuantizers(words().input, "stochastic_ternary", None)
+    layer = qn.QLinear(8, 64, quantizers=own, rngs=nnx.Rngs(0, quant=1))
+    layer(x)
+    layer.eval()  # Nothing is drawn in inference.
+    np.testing.assert_array_equal(layer(x), layer(x))
+    assert qjax.verify(qjax.lower(layer, x), layer, x).is_exact
 
 
 WRONG = {
@@ -422,6 +457,13 @@ WRONG = {
         )(images(4, 3)),
         ValueError,
         "At 'head/kernel': .*axis=2",
+    ),
+    "no such axis of the input": (
+        lambda: nn.Sequential(
+            [ql.QDense(2, quantizers=LayerQuantizers(QSpec(8, axis=5)))]
+        ).init(jax.random.key(0), images(4, 3)),
+        ValueError,
+        "At 'layers_0/input': .*axis=5",
     ),
     "another shape": (
         lambda: ql.QActivation(jnp.sum).apply({}, images(4, 3)),
@@ -606,6 +648,16 @@ def test_models_turn_into_quantized_ones_and_back():
     assert not jax.tree.leaves(nnx.state(model, qn.QuantState))
     kept = jax.tree.leaves(nnx.state(model, nnx.Param))
     jax.tree.map(np.testing.assert_array_equal, kept, params)
+
+
+def test_what_a_folded_layer_folds_stays():
+    make = lambda: nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+    norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    model = nnx.Sequential(qn.QFoldedBatchNorm(make(), norm), make())
+    qn.to_quantized(model)
+    layer, head = model.layers
+    kinds = type(layer.layer), type(layer.norm), type(head)
+    assert kinds == (nnx.Linear, nnx.BatchNorm, qn.QLinear)
 
 
 def test_some_layers_of_a_model_stay():

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import errors, nnx
 from flax import linen as nn
-from flax import nnx
 
 import qjax
 import qjax.linen as ql
@@ -431,6 +431,74 @@ def test_adaptive_words_hold_their_range_and_lower(text):
     jax.tree.map(np.testing.assert_array_equal, same, state)
     run = lambda x: layer.apply(state, x)
     assert qjax.verify(qjax.lower(run, x), run, x).is_exact
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bfloat16])
+def test_factors_of_other_types_of_input_stay(dtype):
+    """A factor is no integer where values are, and types are those of Flax."""
+    x = jnp.arange(8).reshape(1, 8, 1).astype(dtype)
+    own = LayerQuantizers(None, "quantized_bits(8,0,1)", None)
+    found = qn.QAvgPool((2,), quantizers=own)(x)
+    np.testing.assert_array_equal(found.ravel(), np.arange(7) + 0.5)
+    found = qn.QGlobalAvgPool(quantizers=own)(x)
+    np.testing.assert_array_equal(found.ravel(), [3.5])
+    scaled = qn.QScaleShift((1,), quantizers=FLOAT)
+    scaled.scale.set_value(jnp.float32([0.5]))
+    np.testing.assert_array_equal(scaled(x), x * 0.5)
+    variables = {"params": {"scale": jnp.float32([0.5]), "bias": jnp.zeros(1)}}
+    layer = ql.QScaleShift((1,), quantizers=FLOAT)
+    np.testing.assert_array_equal(layer.apply(variables, x), x * 0.5)
+    words = ql.BatchNormQuantizers(kernel="quantized_bits(8,2,1)")
+    for given in ({}, {"dtype": jnp.bfloat16}):
+        rounded = qn.QBatchNorm(1, quantizers=words, rngs=nnx.Rngs(0), **given)
+        twin = nnx.BatchNorm(1, rngs=nnx.Rngs(0), **given)
+        assert rounded(x).dtype == twin(x).dtype
+        np.testing.assert_allclose(rounded(x), twin(x), atol=0.02)
+
+
+def test_the_unbiased_variance_is_of_what_a_mask_keeps():
+    layer = ql.QFoldedBatchNorm(
+        nn.Dense(2), nn.BatchNorm(momentum=0.0), quantizers=FLOAT, unbiased=True
+    )
+    x, mask = images(4, 3), np.array([[True], [True], [False], [True]])
+    variables = layer.init(jax.random.key(0), x, False)
+    _, state = layer.apply(variables, x, False, mask=mask, mutable=MOVES)
+    y = nn.Dense(2).apply({"params": variables["params"]["layer"]}, x)
+    wanted = np.var(np.asarray(y)[mask[:, 0]], 0, ddof=1)
+    found = state["batch_stats"]["norm"]["var"]
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+def test_windows_and_steps_may_be_numbers():
+    x = images(2, 5, 3)
+    for options in ({"strides": 2}, {"is_transposed": True, "strides": 2}):
+        own = {"depthwise": FLOAT, "pointwise": FLOAT, **options}
+        shapes = [
+            qn.QSeparableConv(3, 4, size, rngs=nnx.Rngs(0), **own)(x).shape
+            for size in (2, (2,))
+        ]
+        for size in (2, (2,)):
+            layer = ql.QSeparableConv(4, size, **own)
+            shapes.append(layer.init_with_output(jax.random.key(0), x)[0].shape)
+        assert len(set(shapes)) == 1
+    x = x.astype(jnp.bfloat16)
+    layer = qn.QDepthwiseConvTranspose(3, 2, 2, quantizers=FLOAT, rngs=nnx.Rngs(0))
+    other = ql.QDepthwiseConvTranspose(2, 2, quantizers=FLOAT)
+    params = {"kernel": layer.kernel[...], "bias": layer.bias[...]}
+    found = layer(x)
+    assert found.dtype == jnp.float32 and found.shape == (2, 10, 3)
+    np.testing.assert_array_equal(other.apply({"params": params}, x), found)
+
+
+@pytest.mark.parametrize("name", ["norm", "folded conv"])
+def test_statistics_that_there_are_not_are_made_in_training(name):
+    layer, variables, x = trained(name, LAYERS[name][2], steps=0)
+    params = {"params": variables["params"]}
+    _, wanted = layer.apply(variables, x, False, mutable=MOVES)
+    _, found = layer.apply(params, x, False, mutable=MOVES)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    with pytest.raises(errors.ScopeCollectionNotFound, match="batch_stats"):
+        layer.apply(params, x, False, mutable=["quant"])
 
 
 WRONG = {

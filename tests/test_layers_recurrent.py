@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import errors, nnx
 from flax import linen as nn
-from flax import nnx
 
 import qjax
 import qjax.linen as ql
@@ -462,6 +462,19 @@ def test_a_first_carry_is_put_on_the_grid_of_the_state():
     assert not np.array_equal(first, rounded)
     wanted = layer.apply(variables, X, initial_carry=rounded)
     np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_a_float_checkpoint_has_its_ranges_made(name):
+    (model, x), (twin, _) = of_linen(name, words()), of_linen(name)
+    params = {"params": twin.init(jax.random.key(1), x)["params"]}
+    made = model.init(jax.random.key(1), x)
+    wanted, moved_on = model.apply({**made, **params}, x, mutable=["quant"])
+    found, state = model.apply(params, x, mutable=["quant"])
+    np.testing.assert_array_equal(found, wanted)
+    jax.tree.map(np.testing.assert_array_equal, state, moved_on)
+    with pytest.raises(errors.ScopeVariableNotFoundError, match="/cell"):
+        model.apply(params, x)
 
 
 def test_uncalibrated_cells_are_loud():

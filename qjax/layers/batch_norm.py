@@ -153,6 +153,7 @@ def batch_norm(
     words: BatchNormQuantizers,
     *,
     epsilon: float,
+    dtype: Any = None,
     path: str = "",
 ) -> jax.Array:
     """Normalises by quantized statistics, scale and offset.
@@ -167,10 +168,11 @@ def batch_norm(
       bias: Offsets; None for 0.
       words: The quantizers.
       epsilon: Number that is added to variances.
+      dtype: Type of the result; None: that of values, scale and offset.
       path: Path of the layer, for the names of its sites.
 
     Returns:
-      Values of the shape and dtype of ``x``.
+      Values of the shape of ``x``.
 
     References:
       QKeras, qnormalization.py, snapshot 78ea90f.
@@ -180,6 +182,8 @@ def batch_norm(
     def rounded(name: str, value: jax.Array, word: Any) -> jax.Array:
         return quantized_weight(value, word, None, how, site_name(path, name))[0]
 
+    known = [v for v in (x, scale, bias) if v is not None]
+    dtype = jnp.result_type(*known, 1.0) if dtype is None else dtype
     mean = rounded("mean", statistics.mean, words.mean)
     inverse = lax.rsqrt(rounded("var", statistics.var, words.variance) + epsilon)
     if scale is not None:
@@ -189,7 +193,7 @@ def batch_norm(
     if bias is not None:
         offset = rounded("bias", bias.astype(mean.dtype), words.bias) + offset
     found = x * by_feature(inverse, x.ndim) + by_feature(offset, x.ndim)
-    return found.astype(x.dtype)
+    return found.astype(dtype)
 
 
 def by_feature(x: jax.Array, rank: int) -> jax.Array:

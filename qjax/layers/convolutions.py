@@ -7,6 +7,11 @@ import jax
 from jax import lax
 
 
+def window_axes(kernel_size: int | Sequence[int]) -> tuple[int, ...]:
+    """Returns the size of a window along each axis; a number is one of one axis."""
+    return (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
+
+
 def depthwise_transpose(
     x: jax.Array,
     kernel: jax.Array,

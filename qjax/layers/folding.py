@@ -4,6 +4,8 @@ With ``inv = scale * rsqrt(var + epsilon)`` a product and its batch normalisatio
 product with the kernel ``kernel * inv`` and the bias ``inv * (bias - mean) + offset``.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -102,14 +104,25 @@ def moved_until(
     )
 
 
-def unbiased(statistics: BatchStatistics, count: int) -> BatchStatistics:
+def unbiased(
+    statistics: BatchStatistics, shape: Sequence[int], mask: jax.Array | None = None
+) -> BatchStatistics:
     """Returns the variance that running averages take of TensorFlow's fused one.
 
     Args:
       statistics: Mean and variance of a batch.
-      count: Number of values that each feature has in the batch.
+      shape: Shape of the batch, the features along its last axis.
+      mask: Which of its values count; None for all.
     """
-    return statistics._replace(var=statistics.var * (count / max(count - 1, 1)))
+    ratio: Any
+    if mask is None:
+        count = math.prod(shape[:-1])
+        ratio = count / max(count - 1, 1)
+    else:
+        kept = jnp.broadcast_to(jnp.asarray(mask, bool), shape)
+        counts = jnp.sum(kept, range(len(shape) - 1))
+        ratio = counts / jnp.maximum(counts - 1, 1)
+    return statistics._replace(var=statistics.var * ratio)
 
 
 def folded(

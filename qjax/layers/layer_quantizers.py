@@ -1,7 +1,8 @@
 """The quantizers of a layer, and what each does to its value: pure functions."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -59,6 +60,15 @@ def as_layer_word(name: str, word: Any) -> Any:
 def site_name(path: str, name: str) -> str:
     """Returns the name of a site of a layer: ``Dense_0/kernel``."""
     return f"{path}/{name}" if path else name
+
+
+@contextlib.contextmanager
+def naming(site: str) -> Iterator[None]:
+    """Names a site in the errors of what runs inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"At {site!r}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +205,8 @@ def on_grid_of(
         check_calibrated(params, site)
         keep(site, lambda: params, params)
         own: Any = {"site": site, "estimator": how.estimator}
-        return fake_quant(x, params, word, **own), params
+        with naming(site):
+            return fake_quant(x, params, word, **own), params
     found, grid = _by_quantizer(x, word, how, site)
     if word is not None:
         keep(site, lambda: grid, grid, found)
@@ -238,10 +249,8 @@ def quantized_weight(
     word = weight_word(x, word, axis, site)
     grid: QParams | None
     if isinstance(word, QSpec):
-        try:
+        with naming(site):
             params = abs_max_params(x, word)
-        except ValueError as error:
-            raise ValueError(f"At {site!r}: {error}") from error
         own: Any = {"site": site, "estimator": how.estimator}
         value, grid = fake_quant(x, params, word, **own), params
     else:

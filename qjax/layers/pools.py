@@ -16,7 +16,7 @@ def pool_factor(size: int, word: Any, dtype: Any, site: str) -> jax.Array:
     Args:
       size: Number of values in a window.
       word: Word of the factor.
-      dtype: Type of the values.
+      dtype: Type of the factor.
       site: Name of the site.
     """
     one = jnp.asarray(1.0 / size, jnp.float32)
@@ -56,7 +56,7 @@ def average_pool(
     if word is None:
         return mean()
     size = math.prod(window)
-    factor = pool_factor(size, word, x.dtype, site)
+    factor = pool_factor(size, word, jnp.result_type(x, 1.0), site)
     if not counts_padding and options["padding"] != "VALID":
         return mean() * (size * factor)
     strides = options["strides"] or (1,) * len(window)
@@ -77,5 +77,5 @@ def global_average(x: jax.Array, word: Any, site: str, keepdims: bool) -> jax.Ar
     if word is None:
         return jnp.mean(x, axes, keepdims=keepdims)
     size = math.prod(x.shape[d] for d in axes)
-    factor = pool_factor(size, word, x.dtype, site)
+    factor = pool_factor(size, word, jnp.result_type(x, 1.0), site)
     return jnp.sum(x, axes, keepdims=keepdims) * factor

@@ -1,6 +1,7 @@
 """Layers for Flax Linen that are functions of one array."""
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from qjax.affine import QSpec
@@ -70,11 +71,12 @@ class QScaleShift(QuantizedLayer):
         self._begin()
         x = self._rounded("input", inputs, train)
         rank = (1,) * (x.ndim - len(self.shape))
+        kind = jnp.result_type(x, 1.0)
         own = self.param("scale", nn.initializers.ones, self.shape)
-        found = x * own.reshape(rank + self.shape).astype(x.dtype)
+        found = x * own.reshape(rank + self.shape).astype(kind)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.shape)
-            found = found + bias.reshape(rank + self.shape).astype(x.dtype)
+            found = found + bias.reshape(rank + self.shape).astype(kind)
         return self._rounded("output", found, train)
 
     @nn.nowrap

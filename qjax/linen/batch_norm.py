@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import errors
 from flax import linen as nn
 
 from qjax.layers.batch_norm import (
@@ -91,7 +92,7 @@ class QBatchNorm(QuantizedLayer, nn.BatchNorm, kw_only=True):
                 "to the end, or leave `kernel`, `bias`, `mean`, `variance` and "
                 "`inverse` None."
             )
-        kept = kept_statistics(self)
+        kept = kept_statistics(self, x.shape[-1])
         if is_frozen:
             used = kept
         else:
@@ -99,15 +100,28 @@ class QBatchNorm(QuantizedLayer, nn.BatchNorm, kw_only=True):
             keep_statistics(self, moved(kept, used, self.momentum))
         scale: Any = self.get_variable("params", "scale")
         bias: Any = self.get_variable("params", "bias")
-        own: dict[str, Any] = {"epsilon": self.epsilon, "path": "/".join(self.path)}
-        return batch_norm(x, used, scale, bias, words, **own)
+        own: dict[str, Any] = {"epsilon": self.epsilon, "dtype": self.dtype}
+        return batch_norm(x, used, scale, bias, words, path="/".join(self.path), **own)
 
 
-def kept_statistics(norm: nn.BatchNorm) -> BatchStatistics:
-    """Returns the running averages of a batch normalisation."""
-    return BatchStatistics(
-        *(norm.get_variable("batch_stats", k) for k in ("mean", "var"))
-    )
+def kept_statistics(norm: nn.BatchNorm, features: int) -> BatchStatistics:
+    """Returns the running averages of a batch normalisation.
+
+    Args:
+      norm: Batch normalisation.
+      features: Number of its features.
+
+    Raises:
+      ScopeCollectionNotFound: where there are none, and none may be made.
+    """
+    if norm.has_variable("batch_stats", "mean"):
+        own: Any = (norm.get_variable("batch_stats", k) for k in ("mean", "var"))
+        return BatchStatistics(*own)
+    if not norm.is_mutable_collection("batch_stats"):
+        raise errors.ScopeCollectionNotFound(
+            "batch_stats", "mean", "/" + "/".join(norm.path)
+        )
+    return BatchStatistics(jnp.zeros(features), jnp.ones(features))
 
 
 def keep_statistics(norm: nn.BatchNorm, statistics: BatchStatistics) -> None:
@@ -181,7 +195,7 @@ class QFoldedBatchNorm(QuantizedLayer):
         if self.is_initializing():
             made = self.norm(self.layer(x), use_running_average, mask=mask)
             return self._rounded("output", made, train)
-        kept, batch = kept_statistics(self.norm), None
+        kept, batch = self._kept(), None
         if not is_frozen:
             product = self.layer(x)
             step = None if steps is None else steps.value
@@ -189,7 +203,7 @@ class QFoldedBatchNorm(QuantizedLayer):
             batch = TrainingBatch(statistics_of(self.norm, product, mask), moves)
             seen = batch.statistics
             if self.unbiased:
-                seen = unbiased(seen, product.size // product.shape[-1])
+                seen = unbiased(seen, product.shape, mask)
             kept = moved_until(kept, seen, self.norm.momentum, moves)
             keep_statistics(self.norm, kept)
             if steps is not None:
@@ -212,7 +226,12 @@ class QFoldedBatchNorm(QuantizedLayer):
 
     def folded(self) -> Folded:
         """Returns kernel and bias of inference, in float."""
-        return self._folded(kept_statistics(self.norm))
+        return self._folded(self._kept())
+
+    @nn.nowrap
+    def _kept(self) -> BatchStatistics:
+        kernel = self.layer.variables["params"]["kernel"]
+        return kept_statistics(self.norm, kernel.shape[self._feature_axis()])
 
     @nn.nowrap
     def _folded(

@@ -14,6 +14,7 @@ from qjax.layers.layer_quantizers import (
     OutputAxes,
     Rounding,
     learns,
+    naming,
     on_grid_of,
     quantized_bias,
     quantized_weight,
@@ -113,7 +114,8 @@ class QuantizedLayer(nn.Module, kw_only=True):
     def _range(self, name: str, x: jax.Array, site: str) -> Any:
         """Returns the state of the calibrator of input or output."""
         init: Any = self._words.calibrator.init
-        return self.variable("quant", site, init, x, self._word(name))
+        with naming(self._site(site)):
+            return self.variable("quant", site, init, x, self._word(name))
 
     @nn.nowrap
     def _word(self, name: str) -> Any:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from qjax.affine import QSpec
-from qjax.layers.convolutions import depthwise_transpose
+from qjax.layers.convolutions import depthwise_transpose, window_axes
 from qjax.layers.layer_quantizers import LayerQuantizers, OutputAxes
-from qjax.layers.output_axes import einsum_axes
+from qjax.layers.output_axes import einsum_axes, einsum_bias_grid
 from qjax.linen.layer import QuantizedLayer
 
 
@@ -37,12 +37,21 @@ class QEinsum(QuantizedLayer, nn.Einsum):
     ) -> jax.Array:
         """Contracts input and kernel."""
         formula = nn.merge_param("einsum_str", self.einsum_str, einsum_str)
-        object.__setattr__(self, "_axes", einsum_axes(formula))
+        object.__setattr__(self, "_formula", formula)
         return super().__call__(inputs, einsum_str, **kwargs)
 
     @nn.nowrap
+    def param(self, name: str, init_fn: Any, *args: Any, **kw: Any) -> Any:
+        """Returns a parameter, rounded by its quantizer."""
+        value = super().param(name, init_fn, *args, **kw)
+        if name == "kernel":
+            grid = self._grids.get(name)
+            self._grids[name] = einsum_bias_grid(grid, self._formula)
+        return value
+
+    @nn.nowrap
     def _output_axes(self, ndim: int) -> OutputAxes:
-        return self._axes
+        return einsum_axes(self._formula)
 
 
 class QConv(QuantizedLayer, nn.Conv):
@@ -126,8 +135,8 @@ class QDepthwiseConvTranspose(QuantizedLayer):
       precision: Precision of the products.
     """
 
-    kernel_size: Sequence[int]
-    strides: Sequence[int] | None = None
+    kernel_size: int | Sequence[int]
+    strides: int | Sequence[int] | None = None
     padding: str = "SAME"
     channel_multiplier: int = 1
     use_bias: bool = True
@@ -145,7 +154,7 @@ class QDepthwiseConvTranspose(QuantizedLayer):
         self._begin()
         x = self._rounded("input", inputs, train)
         features = x.shape[-1] * self.channel_multiplier
-        shape = (*self.kernel_size, 1, features)
+        shape = (*window_axes(self.kernel_size), 1, features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = None
         if self.use_bias:
@@ -180,7 +189,7 @@ class QSeparableConv(nn.Module):
     """
 
     features: int
-    kernel_size: Sequence[int]
+    kernel_size: int | Sequence[int]
     strides: Any = 1
     padding: Any = "SAME"
     kernel_dilation: Any = 1
@@ -223,6 +232,6 @@ class QSeparableConv(nn.Module):
 
     @nn.nowrap
     def _pointwise(self, use_bias: bool) -> QConv:
-        ones = (1,) * len(self.kernel_size)
+        ones = (1,) * len(window_axes(self.kernel_size))
         own: dict[str, Any] = {"quantizers": self.pointwise, "name": "pointwise"}
         return QConv(self.features, ones, use_bias=use_bias, **own)

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from flax import errors
 from flax import linen as nn
 from flax.core import FrozenDict
 from flax.core.scope import union_filters
@@ -160,6 +161,31 @@ class QuantizedCell(QuantizedLayer):
         """Returns whether the cell's own first carry is known to be 0."""
         own: Any = self
         return bool(own.carry_init is nn.initializers.zeros)
+
+    def make_ranges(self, carry: Carry, inputs: jax.Array) -> None:
+        """Makes the ranges that there are not, as of a model in float.
+
+        Args:
+          carry: What the cell carries.
+          inputs: Input of a step.
+
+        Raises:
+          ScopeVariableNotFoundError: for one that may not be made.
+        """
+        kept = self.variables.get("quant", {})
+        if any(name in kept for name in ("input", *self.carries)):
+            return
+        own, key = self.clone(parent=None, name=None), jax.random.key(0)
+        shapes = jax.eval_shape(own.init, key, carry, inputs)
+        missing = set(shapes.get("quant", {})) - set(kept)
+        if not missing:
+            return
+        if not self.is_mutable_collection("quant"):
+            path = "/" + "/".join(self.path)
+            raise errors.ScopeVariableNotFoundError(min(missing), "quant", path)
+        made = own.init(key, carry, inputs)["quant"]
+        for name in missing:
+            self.put_variable("quant", name, made[name])
 
     def begin(
         self, carry: Carry, inputs: jax.Array, is_zero: bool = False
@@ -417,6 +443,7 @@ class QRNN(nn.RNN):
                 cell(initial_carry, step)
                 initial_carry = Begun(initial_carry)
             else:
+                cell.make_ranges(initial_carry, step)
                 initial_carry, inputs = cell.begin(initial_carry, inputs, is_zero)
         carried, shared = self.variable_carry, self.variable_broadcast
         moves = self.is_mutable_collection("quant")

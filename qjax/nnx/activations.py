@@ -113,15 +113,15 @@ class QScaleShift(QuantizedModule):
         """Scales an array of any shape."""
         x, grid = self._rounded("input", inputs)
         words, scale = self.quantizers, self.scale[...]
-        rank = (1,) * (x.ndim - scale.ndim)
+        rank, kind = (1,) * (x.ndim - scale.ndim), jnp.result_type(x, 1.0)
         own = self._rounding(words.kernel), site_name(self.site, "scale")
         scale, weights = quantized_weight(scale, words.kernel, None, *own)
-        found = x * scale.reshape(rank + scale.shape).astype(x.dtype)
+        found = x * scale.reshape(rank + scale.shape).astype(kind)
         if self.bias is not None:
             site = site_name(self.site, "bias")
             grids = grid, weights
             bias = quantized_bias(self.bias[...], words.bias, grids, site)
-            found = found + bias.reshape(rank + bias.shape).astype(x.dtype)
+            found = found + bias.reshape(rank + bias.shape).astype(kind)
         return self._rounded("output", found)[0]
 
 

@@ -97,8 +97,8 @@ class QBatchNorm(QuantizedModule, nnx.BatchNorm):  # type: ignore[misc]
             kept, used = used, statistics_of(self, x, mask)
             keep_statistics(self, moved(kept, used, self.momentum))
         scale, bias = (None if v is None else v[...] for v in (self.scale, self.bias))
-        own: dict[str, Any] = {"epsilon": self.epsilon, "path": self.site}
-        return batch_norm(x, used, scale, bias, words, **own)
+        own: dict[str, Any] = {"epsilon": self.epsilon, "dtype": self.dtype}
+        return batch_norm(x, used, scale, bias, words, path=self.site, **own)
 
 
 def is_frozen_now(layer: Any, use_running_average: bool | None) -> bool:
@@ -204,7 +204,7 @@ class QFoldedBatchNorm(QuantizedModule):
             batch = TrainingBatch(statistics_of(self.norm, product, mask), moves)
             seen = batch.statistics
             if self.unbiased:
-                seen = unbiased(seen, product.size // product.shape[-1])
+                seen = unbiased(seen, product.shape, mask)
             kept = moved_until(kept, seen, self.norm.momentum, moves)
             keep_statistics(self.norm, kept)
             if self.step is not None and step is not None:

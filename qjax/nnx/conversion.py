@@ -11,7 +11,7 @@ from qjax.layers.layer_schemes import scheme_words
 from qjax.layers.qkeras_models import KerasLayer, converted_layers, qkeras_words
 from qjax.nnx.activations import QPReLU
 from qjax.nnx.attention import QMultiHeadAttention
-from qjax.nnx.batch_norm import QBatchNorm
+from qjax.nnx.batch_norm import QBatchNorm, QFoldedBatchNorm
 from qjax.nnx.layer import QuantizedModule
 from qjax.nnx.low_rank import QLoRA, QLoRALinear
 from qjax.nnx.norms import QGroupNorm, QInstanceNorm, QLayerNorm, QRMSNorm
@@ -83,7 +83,7 @@ def to_quantized(
     found = {id(m): (path, m) for path, m in nnx.iter_modules(model)}
     chosen: list[tuple[Any, LayerQuantizers, str]] = []
     inside: dict[int, Any] = {}  # Layers in one that sets their quantizers.
-    inner = {id(part) for _, cell in found.values() for part in _parts(cell)}
+    inner = {id(part) for _, layer in found.values() for part in _parts(layer)}
     for path, layer in sorted(found.values(), key=lambda pair: len(pair[0])):
         is_own = id(layer) not in inside and id(layer) not in inner
         if type(layer) in _TWINS and is_own:
@@ -219,7 +219,9 @@ def to_float(model: nnx.Module) -> nnx.Module:
 
 
 def _parts(cell: Any) -> list[Any]:
-    """Returns the layers that are parts of a recurrent cell."""
+    """Returns the layers that are parts of a recurrent cell, or of a folded layer."""
+    if isinstance(cell, QFoldedBatchNorm):
+        return [cell.layer, cell.norm]
     is_one = isinstance(cell, nnx.RNNCellBase)
     if not is_one or (type(cell) not in _TWINS and not isinstance(cell, QuantizedCell)):
         return []

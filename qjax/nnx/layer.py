@@ -14,6 +14,7 @@ from qjax.layers.layer_quantizers import (
     OutputAxes,
     Rounding,
     learns,
+    naming,
     on_grid_of,
     quantized_bias,
     quantized_weight,
@@ -97,7 +98,9 @@ class QuantizedModule(nnx.Module):
         for name, rank in ranks.items():
             word, state = getattr(quantizers, name), None
             if isinstance(word, QSpec):
-                state = QuantState(calibrator.init(jnp.zeros((1,) * rank), word))
+                zeros, own = jnp.zeros((1,) * rank), site_name(site, name)
+                with naming(own):
+                    state = QuantState(calibrator.init(zeros, word))
             setattr(self, f"{name}_range", state)
             if learns(word):
                 self._check_learned(word, name)
@@ -154,7 +157,8 @@ class QuantizedModule(nnx.Module):
         value, scale = quantized_weight(value, word, axes, how, site)
         vars(twin)[name] = nnx.Param(value)
         if bias is not None:
-            grids, site = (grid, scale), site_name(self.site, "bias")
+            grids = grid, self._bias_grid(scale)
+            site = site_name(self.site, "bias")
             value = quantized_bias(bias[...], words.bias, grids, site)
             vars(twin)["bias"] = nnx.Param(value)
         return twin
@@ -163,14 +167,21 @@ class QuantizedModule(nnx.Module):
         """Returns the axes of a weight that are its output channels."""
         return -1
 
+    def _bias_grid(self, grid: QParams | None) -> QParams | None:
+        """Returns the grid of the weight with its axes as the bias has them."""
+        return grid
+
     def _rounding(self, word: Any, name: str = "") -> Rounding:
         """Returns what a word rounds with: a key, an estimator, learned arrays.
+
+        Words that draw at random do so in training.
 
         Args:
           word: Word.
           name: Name of the parameter or of the value, before those of its arrays.
         """
-        key = self.keys() if is_random(word) and self.keys is not None else None
+        is_drawn = is_random(word) and not self.use_running_average
+        key = self.keys() if is_drawn and self.keys is not None else None
         learned: tuple[jax.Array, ...] = ()
         if learns(word) and name in self.learned:
             arrays = (getattr(self, f"{name}_{own}") for own in word.learning.names)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qjax.layers.convolutions import depthwise_transpose
+from qjax.affine import QParams
+from qjax.layers.convolutions import depthwise_transpose, window_axes
 from qjax.layers.layer_quantizers import (
     LayerQuantizers,
     OutputAxes,
@@ -15,7 +16,7 @@ from qjax.layers.layer_quantizers import (
     quantized_weight,
     site_name,
 )
-from qjax.layers.output_axes import einsum_axes
+from qjax.layers.output_axes import einsum_axes, einsum_bias_grid
 from qjax.nnx.layer import QuantizedModule
 
 _WORDS = LayerQuantizers()
@@ -53,6 +54,9 @@ class QEinsum(QuantizedModule, nnx.Einsum):
 
     def _output_axes(self) -> OutputAxes:
         return einsum_axes(self.einsum_str)
+
+    def _bias_grid(self, grid: QParams | None) -> QParams | None:
+        return einsum_bias_grid(grid, self.einsum_str)
 
 
 class QConv(QuantizedModule, nnx.Conv):
@@ -108,14 +112,15 @@ class QDepthwiseConvTranspose(QuantizedModule):
     def __init__(
         self,
         in_features: int,
-        kernel_size: Sequence[int],
-        strides: Sequence[int] | None = None,
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int] | None = None,
         *,
         padding: str = "SAME",
         channel_multiplier: int = 1,
         use_bias: bool = True,
         kernel_init: Any = _KERNEL_INIT,
         bias_init: Any = _BIAS_INIT,
+        dtype: Any = None,
         param_dtype: Any = jnp.float32,
         precision: Any = None,
         quantizers: LayerQuantizers = _WORDS,
@@ -133,6 +138,7 @@ class QDepthwiseConvTranspose(QuantizedModule):
           use_bias: Whether there is a bias.
           kernel_init: Initializer of the kernel.
           bias_init: Initializer of the bias.
+          dtype: Type of the computation; None: that of input and parameters.
           param_dtype: Type of the parameters.
           precision: Precision of the products.
           quantizers: The quantizers.
@@ -140,14 +146,17 @@ class QDepthwiseConvTranspose(QuantizedModule):
           rngs: Keys; the stream ``quant`` is for words that draw at random.
         """
         features = in_features * channel_multiplier
-        shape = (*kernel_size, 1, features)
+        shape = (*window_axes(kernel_size), 1, features)
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
         bias: Any = nnx.data(None)
         if use_bias:
             bias = nnx.Param(bias_init(rngs.params(), (features,), param_dtype))
         self.bias = bias
+        if isinstance(strides, int):
+            strides = (strides,) * (len(shape) - 2)
         self.strides = None if strides is None else tuple(strides)
         self.padding, self.precision = padding, precision
+        self.dtype = dtype
         rank = len(shape)
         self._set(quantizers, site, (rank, rank), rngs)
 
@@ -157,11 +166,16 @@ class QDepthwiseConvTranspose(QuantizedModule):
         words = self.quantizers
         own = self._rounding(words.kernel), site_name(self.site, "kernel")
         kernel, weights = quantized_weight(self.kernel[...], words.kernel, -1, *own)
+        bias = None
+        if self.bias is not None:
+            grids, site = (grid, weights), site_name(self.site, "bias")
+            bias = quantized_bias(self.bias[...], words.bias, grids, site)
+        x, kernel, bias = nnx.nn.dtypes.promote_dtype(
+            (x, kernel, bias), dtype=self.dtype
+        )
         options = {"padding": self.padding, "precision": self.precision}
         found = depthwise_transpose(x, kernel, self.strides, **options)
-        if self.bias is not None:
-            site, bias = site_name(self.site, "bias"), self.bias[...]
-            bias = quantized_bias(bias, words.bias, (grid, weights), site)
+        if bias is not None:
             found = found + bias.reshape((1,) * (found.ndim - 1) + bias.shape)
         return self._rounded("output", found)[0]
 
@@ -181,7 +195,7 @@ class QSeparableConv(nnx.Module):
         self,
         in_features: int,
         out_features: int,
-        kernel_size: Sequence[int],
+        kernel_size: int | Sequence[int],
         *,
         strides: Any = 1,
         padding: Any = "SAME",
@@ -235,7 +249,7 @@ class QSeparableConv(nnx.Module):
         self.pointwise = QConv(
             between,
             out_features,
-            (1,) * len(kernel_size),
+            (1,) * len(window_axes(kernel_size)),
             use_bias=use_bias and not pointwise_first,
             quantizers=pointwise,
             site=site_name(site, "pointwise"),

@@ -358,7 +358,7 @@ class QRNN(nnx.RNN):
         """
         cell: Any = self.cell
         is_still = isinstance(cell, QuantizedCell) and cell.use_running_average
-        if not is_still or cell.keys is not None:
+        if not is_still:
             return self
         twin: Any = object.__new__(nnx.RNN)
         vars(twin).update(vars(self))

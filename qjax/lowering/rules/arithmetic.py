@@ -157,6 +157,8 @@ def _add_known(
     if isinstance(x, Integers):
         x = reopened(builder, e, x)
     if isinstance(known, KnownCodes):
+        if x.shift is None and np.ptp(known.codes):  # A sum has one bias for all.
+            x = reopened(builder, e, x.emitted())
         if sign > 0 and _is_on_grid_of(x, known):
             return _with_bias(x, known.codes)
         real = known.codes * np.float64(known.scale)
