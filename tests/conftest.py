@@ -92,7 +92,10 @@ def _further_cases(items, budget):
 
 
 class _Stopwatch:
-    """Writes the mean time of a case by function, from a tenth of a second on."""
+    """Writes the mean time of a case by function, from a tenth of a second on.
+
+    Functions that do not run keep theirs.
+    """
 
     def __init__(self):
         self.found = collections.defaultdict(list)
@@ -103,5 +106,11 @@ class _Stopwatch:
 
     def pytest_sessionfinish(self):
         means = {name: sum(x) / len(x) for name, x in self.found.items()}
-        rows = {name: round(x, 1) for name, x in sorted(means.items()) if x >= 0.1}
+        kept = {
+            name: x
+            for name, x in json.loads(SECONDS.read_text()).items()
+            if name not in means
+        }
+        rows = {name: round(x, 1) for name, x in means.items() if x >= 0.1}
+        rows = dict(sorted({**kept, **rows}.items()))
         SECONDS.write_text(json.dumps(rows, indent=0) + "\n")

@@ -226,6 +226,7 @@ def test_gradients_of_attention_are_close_to_the_float_layers():
     jax.tree.map(near, *pair)
 
 
+@pytest.mark.heavy
 def test_attention_composes_with_jax():
     x, params = images(*SHAPE), parameters()
     layer = of_linen(quantizers=POWERS)
@@ -248,6 +249,7 @@ def test_attention_composes_with_jax():
     assert np.max(np.abs(found.astype(np.float32) - wanted)) < 0.1
 
 
+@pytest.mark.heavy
 def test_attention_has_any_batch_axes_and_groups_of_heads():
     layer, x = of_linen(quantizers=POWERS), images(2, 2, 6, 8)
     variables = calibrated(layer, parameters(), x)
@@ -395,11 +397,6 @@ WRONG = {
         lambda x: ql.AttentionQuantizers(scores=8),
         TypeError,
         "`scores`|scores=8",
-    ),
-    "one that learns": (
-        lambda x: ql.AttentionQuantizers(probabilities="lsq(4)"),
-        ValueError,
-        "scheme",
     ),
     "one bit": (
         lambda x: Net(ql.AttentionQuantizers(key=QSpec(1, symmetric=True))).init(

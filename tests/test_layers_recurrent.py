@@ -173,6 +173,7 @@ def test_linen_and_nnx_compute_the_same(key):
     assert 0 < error < (0.01 if quantizers != QKERAS else 0.5)
 
 
+@pytest.mark.heavy
 def test_gated_units_of_linen_and_nnx_compute_the_same_on_given_grids():
     layer, variables = calibrated("gru", QKERAS)
     params = jax.tree.map(lambda a: a, variables["params"])
@@ -182,6 +183,7 @@ def test_gated_units_of_linen_and_nnx_compute_the_same_on_given_grids():
     np.testing.assert_array_equal(run_nnx(other, X), wanted)
 
 
+@pytest.mark.heavy
 def test_both_forms_of_an_lstm_share_parameters():
     """On grids that are given, they compute the same."""
     layer, variables = calibrated("lstm", QKERAS)
