@@ -133,4 +133,5 @@ def keep(site: str, make: Callable[[], Any], *values: Any) -> None:
     found = _FOUND.get()
     if found is not None:
         if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values)):
-            found[site] = make()
+            with jax.ensure_compile_time_eval():
+                found[site] = make()
