@@ -15,8 +15,11 @@ import qjax
 import qjax.linen as ql
 from qjax.formats.c99 import write_c99
 from qjax.formats.c99.arena import Lifetime, plan
+from qjax.formats.c99.writer import EMITTERS
+from qjax.formats.tflite import read_tflite
 from qjax.graph import reference
 from tests.models import images
+from tests.tflite_cases import _network, write
 
 pytestmark = [
     pytest.mark.usefixtures("flax_promotion"),
@@ -179,6 +182,26 @@ def test_layers_with_thresholds_and_tables(tmp_path):
     program = qjax.lower(lambda x: net.apply(variables, x), x)
     assert {"thresholds", "table"} & {n.operation for n in program.graph.nodes}
     check(program, tmp_path, x)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_files_of_tflite_keep_their_integers(tmp_path, dtype):
+    """The network of the reader's tests, with the roundings of TFLite."""
+    program = read_tflite(write(_network(dtype)))
+    names = {n.operation for n in program.graph.nodes}
+    if missing := names - set(EMITTERS):
+        with pytest.raises(ValueError, match=f"`{min(missing)}` at"):
+            write_c99(program)
+        return
+    function, rng = compiled(program, tmp_path), np.random.default_rng(3)
+    for _ in range(5):
+        codes = []
+        for v in program.graph.inputs:
+            own, ends = program.graph.values[v], np.iinfo(dtype)
+            shape = own.shape if own.fixed_by else (1, *own.shape[1:])
+            codes.append(rng.integers(ends.min, ends.max + 1, shape))
+        for found, wanted in zip(*run(function, program, codes), strict=True):
+            np.testing.assert_array_equal(found, wanted)
 
 
 def test_memory_is_shared_by_values_that_do_not_live_together(tmp_path):

@@ -19,6 +19,8 @@ from qjax.graph.graph import Node
 
 _INT32 = 1 << 31
 
+RULES = {"tflite_double": "double", "tflite_single": "single"}  # Functions in C.
+
 
 @dataclasses.dataclass(frozen=True)
 class CArray:
@@ -64,6 +66,8 @@ class CNode:
       output: Its output.
       params: Its parameters by role, int64.
       source: Where its code goes.
+      follower: The requantization of each element of an accumulator, if nothing else
+        reads it; its output is the one that is written then.
     """
 
     node: Node
@@ -71,6 +75,7 @@ class CNode:
     output: CArray
     params: Mapping[str, np.ndarray]
     source: Source
+    follower: "CNode | None" = None
 
     def __getitem__(self, name: str) -> Any:
         return self.node.attributes[name]
@@ -83,6 +88,30 @@ class CNode:
     def put(self, target: str, value: str) -> None:
         """Assigns a value to an element of the output."""
         self.source.line(f"{target} = ({self.output.ctype})({value});")
+
+    def finish(self, names: Sequence[str], value: str) -> None:
+        """Assigns an accumulator to its place, or its code to that of the follower."""
+        own = self.follower
+        if own is None:
+            self.put(f"{self.output.name}[{place(names, self.output.strides)}]", value)
+            return
+        self.source.line(f"const int32_t sum = (int32_t)({value});")
+        at = f"{own.output.name}[{place(names, own.output.strides)}]"
+        own.put(at, own.requantized("sum", names))
+
+    def requantized(self, q: str, names: Sequence[str]) -> str:
+        """Returns the code of an integer by a requantization, whose node this is."""
+        p, rule = self.source.prefix, self["rule"]
+        zero, low, high = (number(self[k]) for k in ("zero_point", "low", "high"))
+        q = minus(f"(int64_t){q}", self["input_zero_point"])
+        factor, shift = self.read("multiplier", names), self.read("shift", names)
+        rounded = f"{p}_round(({q}) * {factor}, {shift})"
+        if rule == "fp32_half_even":
+            product = f"{p}_float({p}_float({q}) * {factor})"
+            rounded = f"{p}_round({product}, {shift})"
+        elif rule != "half_even":
+            rounded = f"{p}_{RULES[rule]}({q}, {factor}, {shift})"
+        return f"{p}_clip({rounded} + {zero}, {low}, {high})"
 
     def read(self, role: str, names: Sequence[str]) -> str:
         """Returns an element of a parameter that broadcasts to the output."""

@@ -13,23 +13,11 @@ from qjax.formats.c99.text import broadcast_strides, number, place, strides_of
 
 
 def requantize(c: CNode) -> None:
-    """Adds a requantization, half to even."""
-    if c["rule"] not in ("half_even", "fp32_half_even"):
-        raise c.unsupported(f"the rule {c['rule']!r}")
-    if c.node.attributes.get("is_wide"):
-        raise c.unsupported("a sum of more than 32 bits")
-    in_float = c["rule"] == "fp32_half_even"
-    p, ends = c.source.prefix, [number(c[k]) for k in ("zero_point", "low", "high")]
+    """Adds a requantization by any of its rules."""
     xs = broadcast_strides(c.x.shape, len(c.output.shape))
     with c.each() as names:
-        q = minus(f"(int64_t){c.x.name}[{place(names, xs)}]", c["input_zero_point"])
-        factor = c.read("multiplier", names)
-        product = f"({q}) * {factor}"
-        if in_float:
-            product = f"{p}_float({p}_float({q}) * {factor})"
-        rounded = f"{p}_round({product}, {c.read('shift', names)})"
-        zero, low, high = ends
-        c.put(c.output.at(names), f"{p}_clip({rounded} + {zero}, {low}, {high})")
+        q = f"{c.x.name}[{place(names, xs)}]"
+        c.put(c.output.at(names), c.requantized(q, names))
 
 
 def add(c: CNode) -> None:

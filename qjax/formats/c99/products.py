@@ -62,7 +62,7 @@ def dot(c: CNode) -> None:
             q = f"p[{place(inner, [xs[d] for d in x_summed])}]"
             w = f"k[{place(inner, ks[n:])}]"
             c.source.line(f"acc += {_product(q, c['offset'], w, kind)};")
-        c.put(c.output.at(names), _finished(c, "acc", names, kind))
+        c.finish(names, _finished(c, "acc", names, kind))
 
 
 def _bound(kernel: np.ndarray, axes: tuple[int, ...], most: int) -> int:
@@ -80,7 +80,7 @@ def conv(c: CNode) -> None:
     x, kernel, groups = c.x, c.params["kernel"], c["groups"]
     turned = kernel.transpose(out, *taps, into)
     name = c.source.constant(turned, "kernel")
-    ks, xs, ys = strides_of(turned.shape), x.strides, c.output.strides
+    ks, xs = strides_of(turned.shape), x.strides
     outs, ins = turned.shape[0] // groups, turned.shape[-1]
     n = len(space)
     ends = [order[k] for k in range(2 + n)]  # Axes of batch, channels, places.
@@ -122,9 +122,7 @@ def conv(c: CNode) -> None:
                     c.source.line(f"{body} acc += ({kind}){filled} * {w};")
         full = dict(zip(ends, [batch, "channel", *places], strict=True))
         at_out = [full[d] for d in range(len(ends))]
-        c.put(
-            f"{c.output.name}[{place(at_out, ys)}]", _finished(c, "acc", at_out, kind)
-        )
+        c.finish(at_out, _finished(c, "acc", at_out, kind))
 
 
 def _window(
@@ -167,7 +165,7 @@ def multiply(c: CNode) -> None:
         value = f"(int64_t){minus(q, c['offset'])} * {c.read('kernel', names)}"
         if c["shift"]:
             value = f"{value} * {number(1 << c['shift'])}"
-        c.put(c.output.at(names), f"{value} + {c.read('bias', names)}")
+        c.finish(names, f"{value} + {c.read('bias', names)}")
 
 
 def dot_codes(c: CNode) -> None:
@@ -197,7 +195,7 @@ def dot_codes(c: CNode) -> None:
             k = f"k[{place(inner, [y.strides[d] for d in yc])}]"
             value = f"{wide(minus(p, zeros[0]), kind)} * {minus(k, zeros[1])}"
             c.source.line(f"acc += {value};")
-        c.put(c.output.at(names), "acc")
+        c.finish(names, "acc")
 
 
 def multiply_codes(c: CNode) -> None:
@@ -209,7 +207,7 @@ def multiply_codes(c: CNode) -> None:
             )
             for t, z in zip(c.inputs, c["zero_points"], strict=True)
         ]
-        c.put(c.output.at(names), f"(int64_t){parts[0]} * {parts[1]}")
+        c.finish(names, f"(int64_t){parts[0]} * {parts[1]}")
 
 
 def total(c: CNode) -> None:
@@ -219,7 +217,7 @@ def total(c: CNode) -> None:
         c.source.line(f"int64_t acc = {number(c['bias'])};")
         with c.source.loops([x.shape[d] for d in axes]) as inner:
             c.source.line(f"acc += {x.name}[{place([*at, *inner], _split(x, axes))}];")
-        c.put(c.output.at(names), "acc")
+        c.finish(names, "acc")
 
 
 def running_sum(c: CNode) -> None:
@@ -280,7 +278,7 @@ def _pooled(c: CNode, start: str, step: str, pad: int | None) -> None:
                 if pad:
                     with c.source.block("else"):
                         c.source.line(step.format(number(pad)))
-        c.put(c.output.at(names), "acc")
+        c.finish(names, "acc")
 
 
 def extreme(c: CNode) -> None:
@@ -293,7 +291,7 @@ def extreme(c: CNode) -> None:
         with c.source.loops([x.shape[d] for d in axes]) as inner:
             q = f"{x.name}[{place([*at, *inner], _split(x, axes))}]"
             c.source.line(f"if ({q} {sign} acc) acc = {q};")
-        c.put(c.output.at(names), "acc")
+        c.finish(names, "acc")
 
 
 def arg_extreme(c: CNode) -> None:

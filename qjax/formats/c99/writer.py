@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qjax.formats.c99 import elementwise, moves, normalisations, products
+from qjax.formats.c99 import elementwise, moves, normalisations, products, tflite
 from qjax.formats.c99.arena import Lifetime, plan
 from qjax.formats.c99.calls import CArray, CNode
 from qjax.formats.c99.text import Source, c_type, identifier
 from qjax.graph import reference
 from qjax.graph.atomic import write_atomically
-from qjax.graph.graph import Graph, Value
+from qjax.graph.graph import Graph, Node, Value
 from qjax.program import IntegerProgram
 
 EMITTERS: Mapping[str, Callable[[CNode], None]] = {
@@ -50,6 +50,10 @@ EMITTERS: Mapping[str, Callable[[CNode], None]] = {
     "sum_pool": products.sum_pool,
     "table": elementwise.table,
     "take": elementwise.take,
+    "tflite_add": tflite.add,
+    "tflite_average": tflite.average,
+    "tflite_constant": elementwise.constant,
+    "tflite_softmax": tflite.softmax,
     "thresholds": elementwise.thresholds,
     "transpose": moves.transpose,
 }
@@ -107,12 +111,21 @@ def write_c99(
     _check(graph)
     params = {k: np.asarray(v).astype(np.int64) for k, v in program.params.items()}
     shapes = _shapes(graph, params, batch_size)
-    tensors, arenas = _tensors(graph, shapes, name)
+    followers = _followers(graph, shapes)
+    tensors, arenas = _tensors(graph, shapes, followers, name)
     source = Source(name)
-    for node in graph.nodes:
+
+    def made(node: Node, follower: CNode | None = None) -> CNode:
         own = {role: params[k] for role, k in node.params.items()}
         inputs = tuple(tensors[v] for v in node.inputs)
-        call = CNode(node, inputs, tensors[node.output], own, source)
+        return CNode(node, inputs, tensors[node.output], own, source, follower)
+
+    fused = {id(node) for node in followers.values()}
+    for node in graph.nodes:
+        if id(node) in fused:
+            continue
+        behind = followers.get(node.output)
+        call = made(node, None if behind is None else made(behind))
         if not call.output.size:
             continue
         source.line(f"/* {node.operation}  {_comment(node.path)} */")
@@ -157,8 +170,33 @@ def _shapes(
     return [x.shape for x in reference.run(graph, params, inputs)]
 
 
+_ACCUMULATORS = frozenset(
+    "conv dot dot_codes multiply multiply_codes sum sum_pool".split()
+)
+
+
+def _followers(graph: Graph, shapes: list[tuple[int, ...]]) -> dict[int, Node]:
+    """Returns accumulators that one requantization alone reads, each with it."""
+    readers: dict[int, list[Node]] = {}
+    for node in graph.nodes:
+        for v in node.inputs:
+            readers.setdefault(v, []).append(node)
+    found = {}
+    for node in graph.nodes:
+        v, own = node.output, readers.get(node.output, [])
+        if node.operation not in _ACCUMULATORS or len(own) != 1 or v in graph.outputs:
+            continue
+        is_rescale = own[0].operation == "requantize"
+        if is_rescale and shapes[own[0].output] == shapes[v]:
+            found[v] = own[0]
+    return found
+
+
 def _tensors(
-    graph: Graph, shapes: list[tuple[int, ...]], name: str
+    graph: Graph,
+    shapes: list[tuple[int, ...]],
+    followers: Mapping[int, Node],
+    name: str,
 ) -> tuple[dict[int, CArray], dict[int, int]]:
     """Returns the pointers of all values, and the sizes of the arrays by bits."""
     last = {v: k for k, n in enumerate(graph.nodes) for v in n.inputs}
@@ -166,11 +204,14 @@ def _tensors(
     names = {v: f"in{k}" for k, v in enumerate(graph.inputs)}
     for k, v in enumerate(graph.outputs):
         names.setdefault(v, f"out{k}")
+    names.update({v: "0" for v in followers})  # They have no place.
+    begun = {v: k for k, n in enumerate(graph.nodes) for v in n.outputs}
+    first = {own.output: begun[v] for v, own in followers.items()}
     lives: dict[int, dict[int, Lifetime]] = {8: {}, 16: {}, 32: {}}
-    for k, node in enumerate(graph.nodes):
-        v = node.output
+    for at, node in enumerate(graph.nodes):
+        v, k = node.output, first.get(node.output, at)
         if v not in names:
-            own = Lifetime(int(np.prod(shapes[v])), k, last.get(v, k))
+            own = Lifetime(int(np.prod(shapes[v])), k, last.get(v, at))
             lives[_bits(graph.values[v])][v] = own
     sizes = {}
     for bits, spans in lives.items():
@@ -221,7 +262,7 @@ def _written(
         f"static int{bits}_t {name}_{bits}[{n}];" for bits, n in arenas.items() if n
     ]
     text = SOURCE.replace("NAME", name)
-    helpers = [own for own in text.split("\n\n") if _is_used(own, name, source)]
+    helpers = _used(text.strip().split("\n\n"), name, source.lines)
     body = "\n".join(
         [
             f'#include "{name}.h"',
@@ -239,12 +280,16 @@ def _written(
     return CSource(header, body, nbytes, source.nbytes)
 
 
-def _is_used(helper: str, name: str, source: Source) -> bool:
-    """Returns whether a helper is called, or is part of one that is."""
-    found = re.search(rf"{name}_(\w+)", helper)
-    word = f"{name}_{found[1] if found else ''}"
-    lines = "\n".join(source.lines)
-    return word in lines or (word.endswith("_share") and f"{name}_reciprocal" in lines)
+def _used(helpers: list[str], name: str, lines: list[str]) -> list[str]:
+    """Returns the helpers that are called, also by one another, in their order."""
+    text, found = "\n".join(lines), set()
+    for own in reversed(helpers):  # Each calls those before it alone.
+        word = re.search(rf"(?<!\w){name}_\w+(?= ?[(;])", own)
+        assert word is not None
+        if re.search(rf"(?<!\w){word[0]}\b", text):
+            found.add(own)
+            text += own
+    return [own for own in helpers if own in found]
 
 
 def _grid(x: Value) -> str:
@@ -296,6 +341,50 @@ static int64_t NAME_float(int64_t x) {
   size >>= shift;
   size += rest > half || (rest == half && (size & 1) != 0);
   return x < 0 ? -(int64_t)(size << shift) : (int64_t)(size << shift);
+}
+
+/* x / 2^n, halves away from zero. */
+static int64_t NAME_divide(int64_t x, int n) {
+  const int64_t rest = ((int64_t)1 << n) - 1;
+  const int64_t quotient = x >= 0 ? x >> n : ~(~x >> n);
+  const int64_t left = x - quotient * ((int64_t)1 << n);
+  return quotient + (left > (rest >> 1) + (x < 0));
+}
+
+/* a * b / 2^31, halves up, by a nudge; saturates. */
+static int64_t NAME_high(int64_t a, int64_t b) {
+  const int64_t product = a * b;
+  const int64_t nudge = product >= 0 ? (int64_t)1 << 30 : 1 - ((int64_t)1 << 30);
+  const int64_t found = (product + nudge) / ((int64_t)1 << 31);
+  return found > INT32_MAX ? INT32_MAX : found;
+}
+
+/* acc * multiplier / 2^shift, rounded once. */
+static int64_t NAME_single(int64_t acc, int64_t multiplier, int shift) {
+  const int64_t x = acc * multiplier + (shift ? (int64_t)1 << (shift - 1) : 0);
+  return x >= 0 ? x >> shift : ~(~x >> shift);
+}
+
+/* acc * multiplier / 2^shift, rounded twice. */
+static int64_t NAME_double(int64_t acc, int64_t multiplier, int shift) {
+  const int left = shift < 31 ? 31 - shift : 0;
+  const uint32_t bits = (uint32_t)((uint64_t)acc << left);
+  const int64_t wrapped = bits > INT32_MAX ? (int64_t)bits - ((int64_t)1 << 32) : bits;
+  return NAME_divide(NAME_high(wrapped, multiplier), shift > 31 ? shift - 31 : 0);
+}
+
+/* 1 / (1 + x / 2^31) for x from 0 to 2^31 - 1, by three of Newton's steps. */
+static int64_t NAME_newton(int64_t x) {
+  const int64_t total = x + INT32_MAX;
+  const int64_t half = (total + (total >= 0 ? 1 : -1)) / 2;
+  int64_t y = 1515870810 + NAME_high(half, -1010580540);
+  int k;
+  for (k = 0; k < 3; ++k) {
+    const int64_t step = NAME_high(y, ((int64_t)1 << 29) - NAME_high(half, y)) * 4;
+    y += step < INT32_MIN ? INT32_MIN : step > INT32_MAX ? INT32_MAX : step;
+  }
+  y *= 2;
+  return y < INT32_MIN ? INT32_MIN : y > INT32_MAX ? INT32_MAX : y;
 }
 
 static int32_t NAME_clip(int64_t x, int32_t low, int32_t high) {
