@@ -1,9 +1,11 @@
 """Programs as C99, compiled by gcc with all warnings and checks: the oracle's codes."""
 
 import ctypes
+import itertools
 import re
 import shutil
 import subprocess
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,8 @@ from qjax.formats.c99.writer import EMITTERS
 from qjax.formats.tflite import read_tflite
 from qjax.graph import reference
 from tests.models import images
+from tests.programs import Linen, programs
+from tests.test_fuzz import check_some
 from tests.tflite_cases import _network, write
 
 pytestmark = [
@@ -252,3 +256,33 @@ def test_what_c_has_not_is_refused_before_anything_is_written(tmp_path):
     assert "void net_run(const int8_t *in0, int8_t *out0)" in names.header
     assert names == write_c99(program, name="net")
     assert (tmp_path / "net.c").read_text() == names.source
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("part", range(10))
+def test_random_programs_in_c(tmp_path, part):
+    """What C has no code for is refused by name; all else has the oracle's codes."""
+    numbers = itertools.count()
+
+    def check_one(drawn):
+        x = images(*drawn.shape, seed=3)
+        net = Linen(drawn.steps)
+        params = jax.jit(net.init)(jax.random.key(0), x)
+        fn = lambda p, x: net.apply(p, x, mutable=["batch_stats"])[0]
+        model = qjax.quantize_model(fn, params, x, scheme=drawn.scheme)
+        state = qjax.calibrate(model, params, [x], progress=False)
+        try:
+            program = qjax.lower(model, params, state, x)
+        except ValueError:
+            return  # Said, and right: sums that int32 does not hold.
+        folder = tmp_path / str(next(numbers))
+        folder.mkdir()
+        if {n.operation for n in program.graph.nodes} <= set(EMITTERS):
+            check(program, folder, x)
+            return
+        with pytest.raises(ValueError, match="C99 has no code"):
+            write_c99(program, folder)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_some(programs, check_one, part, 10)
