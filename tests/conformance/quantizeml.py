@@ -308,7 +308,7 @@ def qml_output_quantizer(case, arrays):
 
 def _qml_table(case, x):
     p = _known(case, "layer", "activation", "lut_bitwidth")
-    return qml.activation_table(x, qml.TABLES[p["activation"]], p["lut_bitwidth"])
+    return qml.activation_table(x, qml.ACTIVATIONS[p["activation"]], p["lut_bitwidth"])
 
 
 def _qml_relu(case, x):

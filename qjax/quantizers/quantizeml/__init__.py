@@ -29,7 +29,7 @@ from qjax.quantizers.quantizeml.arithmetic import (
     to_fixed_point,
 )
 from qjax.quantizers.quantizeml.layers import (
-    TABLES,
+    ACTIVATIONS,
     activation_table,
     bounded_relu,
     flatten,
@@ -58,7 +58,7 @@ from qjax.quantizers.quantizeml.reals import (
 )
 
 __all__ = (
-    "TABLES",
+    "ACTIVATIONS",
     "FixedPoint",
     "QFloat",
     "absolute",

@@ -18,7 +18,7 @@ _Number = TypeVar("_Number", FixedPoint, QFloat)
 _MOST_CODES = 1 << 16
 
 # The functions that QuantizeML has tables of.
-TABLES: dict[str, Callable[[Any], Any]] = {
+ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "gelu": lambda x: 0.5 * x * (1 + erf(x / np.sqrt(2))),
     "hard_silu": lambda x: x * jnp.clip(x / 6 + 0.5, 0, 1),
     "leaky_relu": lambda x: jnp.where(x > 0, x, 0.2 * x),
@@ -36,7 +36,7 @@ def activation_table(
 
     Args:
       x: Numbers with one ``frac_bits`` and at most 15 value bits.
-      function: Elementwise function of real values, in `TABLES` or any other.
+      function: Elementwise function of real values, in `ACTIVATIONS` or any other.
       bits: Word length of the table, sign included.
 
     Returns:
