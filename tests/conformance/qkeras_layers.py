@@ -25,8 +25,10 @@ KERNELS = {
 OPTIONS = frozenset(
     "units filters kernel_size strides padding dilation_rate groups use_bias "
     "depth_multiplier activation kernel_quantizer depthwise_quantizer "
-    "pointwise_quantizer bias_quantizer".split()
+    "pointwise_quantizer bias_quantizer mask".split()
 )
+KERAS = {"linear": None, "relu": jax.nn.relu, "softmax": jax.nn.softmax}
+KERAS |= {"tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid}  # Functions by their names.
 ARRAYS = r"(x|g|y|dx|[wdq]_(kernel|depthwise_kernel|pointwise_kernel|bias))"
 FIELDS = frozenset(
     "id kind fn params file arrays exactness follow release_0_9_0 note folder".split()
@@ -48,8 +50,8 @@ def read_word(text, *, is_kernel=False, shape=None):
 
     `shape` is that of the kernel in Keras, whose last axis has the scales.
     """
-    if text is None:
-        return None
+    if text is None or text in KERAS:
+        return KERAS.get(text)
     spec = quantizers.parse(text)
     if is_kernel and getattr(spec, "alpha", 1) is None:
         spec = dataclasses.replace(spec, alpha="auto_po2")
@@ -70,6 +72,18 @@ def read_window(params, rank):
     }
 
 
+def _masked(word, mask):
+    """A word whose values a mask of places multiplies, as QKeras's layer does."""
+
+    def masked(x):
+        found = word(x) if not isinstance(word, quantizers.Spec) else None
+        found = quantizers.apply(word, x) if found is None else found
+        return found * mask.reshape(*mask.shape, *(1,) * (x.ndim - mask.ndim))
+
+    masked.word = word
+    return masked
+
+
 def layers_of(name, p, shapes):
     """The layers of a class and its options, the last one with bias and activation."""
     ends = {
@@ -82,6 +96,8 @@ def layers_of(name, p, shapes):
     kernel = KERNELS[name][0]
     text = p.get("kernel_quantizer", p.get("depthwise_quantizer"))
     word = read_word(text, is_kernel=True, shape=shapes[kernel])
+    if p.get("mask") is not None:
+        word = _masked(word, jnp.asarray(p["mask"], jnp.float32))
     bias = {"use_bias": p.get("use_bias", True)}
     if name == "QDense":
         return [ql.QDense(p["units"], **bias, **words(word, **ends))]
@@ -145,7 +161,9 @@ def layer(case, arrays):
         if "d_bias" in arrays:
             check_near(d[-1]["bias"], arrays["d_bias"], 1e-4, 1e-5, "bias")
     for name, own, each in zip(names, layers, params, strict=True):
-        word = own.quantizers.kernel
+        if f"q_{name}" not in arrays:
+            continue
+        word = getattr(own.quantizers.kernel, "word", own.quantizers.kernel)
         found = word(each["kernel"]) if not isinstance(word, quantizers.Spec) else None
         if found is None:
             found = quantizers.apply(word, each["kernel"])

@@ -190,7 +190,44 @@ def adaptive(case, arrays):
     np.testing.assert_array_equal(found, np.squeeze(arrays["integer_infer"]))
 
 
+SCALED = frozenset("weight_quantizer bias_quantizer use_bias activation".split())
+SCALED_ARRAYS = r"x|g|y|dx|[wdq]_(weight|bias)"
+
+
+def scale_shift(case, arrays):
+    """Weight and bias of the shape `[1, 1]`; both quantizers are those of kernels."""
+    products.check_read(case, SCALED, SCALED_ARRAYS)
+    p = case["params"]
+    words = ql.LayerQuantizers(
+        None,
+        products.read_word(p.get("weight_quantizer"), is_kernel=True),
+        products.read_word(p.get("bias_quantizer"), is_kernel=True),
+        products.read_word(p.get("activation")),
+    )
+    shape = arrays["w_weight"].shape
+    own = {"use_bias": "w_bias" in arrays, "quantizers": words}
+    layer, twin = ql.QScaleShift(shape, **own), qn.QScaleShift(shape, **own)
+    params = {"scale": jnp.asarray(arrays["w_weight"])}
+    if "w_bias" in arrays:
+        params["bias"] = jnp.asarray(arrays["w_bias"])
+    for name, value in params.items():
+        getattr(twin, name).set_value(value)
+    names = {"weight": (("scale",), np.asarray), "bias": (("bias",), np.asarray)}
+    run = lambda params, x: layer.apply({"params": params}, x)
+    _check(case, arrays, run, twin, params, names)
+
+
+def activation(case, arrays):
+    products.check_read(case, frozenset({"activation"}), products.ARRAYS)
+    word = products.read_word(case["params"]["activation"])
+    layer = ql.QActivation(word)
+    run = lambda params, x: layer.apply(params, x)
+    _check(case, arrays, run, qn.QActivation(word), {}, {})
+
+
 LAYERS = {
+    "QActivation": activation,
+    "QScaleShift": scale_shift,
     "QAveragePooling2D": pool,
     "QGlobalAveragePooling2D": pool,
     "QSeparableConv2DTranspose": transposed,
