@@ -1,6 +1,7 @@
 """Programs as C99, compiled by gcc with all warnings and checks: the oracle's codes."""
 
 import ctypes
+import dataclasses
 import itertools
 import re
 import shutil
@@ -19,6 +20,7 @@ import qjax.linen as ql
 from qjax.formats.c99 import write_c99
 from qjax.formats.c99.arena import Lifetime, plan
 from qjax.formats.c99.writer import EMITTERS
+from qjax.formats.stablehlo import write_stablehlo
 from qjax.formats.tflite import read_tflite
 from qjax.graph import reference
 from tests.models import images
@@ -186,6 +188,70 @@ def test_layers_with_thresholds_and_tables(tmp_path):
     check(program, tmp_path, x)
 
 
+GRID = qjax.QParams(jnp.float32(1 / 16), jnp.int32(0))
+
+
+def point(x):
+    return qjax.fake_quant(x, GRID, qjax.QSpec(8))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32"])
+def test_tokens_choose_rows(tmp_path, dtype):
+    table = images(5, 4)
+    fn = lambda i: point(point(table)[i].sum(1))
+    tokens = np.array([[0, 4, 2], [1, 1, 3]], dtype)
+    program = qjax.lower(fn, tokens)
+    assert "embed" in {n.operation for n in program.graph.nodes}
+    function = compiled(program, tmp_path)
+    for row in tokens:
+        (found,), (wanted,) = run(function, program, [row[None]])
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("is_filled", [True, False])
+def test_rows_of_which_a_mask_keeps_nothing(tmp_path, is_filled):
+    """Filled, they are uniform; by `where=` they are 0."""
+
+    def fn(p, x, mask):
+        if is_filled:
+            return jax.nn.softmax(jnp.where(mask, x @ p, -1e9))
+        return jax.nn.softmax(x @ p, where=mask)
+
+    p, x = images(4, 5), images(3, 4)
+    mask = np.array([[1, 0, 1, 1, 0], [0] * 5, [1] * 5], bool)
+    model = qjax.quantize_model(fn, p, x, mask)
+    state = qjax.calibrate(model, p, [(x, mask)], progress=False)
+    program = qjax.lower(model, p, state, x, mask)
+    function = compiled(program, tmp_path)
+    codes = jax.tree.leaves(program.quantize_inputs(x, mask))
+    for k in range(3):
+        own = [np.asarray(q)[k : k + 1] for q in codes]
+        (found,), (wanted,) = run(function, program, own)
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_an_axis_that_is_empty(tmp_path):
+    fn = lambda x: point(jnp.concatenate([point(x)[:, :0], point(x)], 1) * 0.5)
+    x = images(1, 4)
+    program = qjax.lower(fn, x)
+    check(program, tmp_path, x)
+
+
+def test_wide_sums_are_refused():
+    program = lowered(nn.Dense(2), images(2, 3))
+    nodes = [
+        dataclasses.replace(n, attributes={**n.attributes, "is_wide": True})
+        if n.operation == "requantize"
+        else n
+        for n in program.graph.nodes
+    ]
+    graph = dataclasses.replace(program.graph, nodes=tuple(nodes))
+    with pytest.raises(ValueError, match="a sum of more than 32 bits"):
+        write_c99(dataclasses.replace(program, graph=graph))
+    with pytest.raises(ValueError, match="a name of C"):
+        write_c99(program, name="mod\u00e8le")
+
+
 @pytest.mark.parametrize("dtype", ["int8", "uint8"])
 def test_files_of_tflite_keep_their_integers(tmp_path, dtype):
     """The network of the reader's tests, with the roundings of TFLite."""
@@ -248,10 +314,11 @@ def test_what_c_has_not_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match=r"(?s)`sort` at .*IntegerProgram.save"):
         write_c99(program, tmp_path)
     assert not list(tmp_path.iterdir())
+    program.save(tmp_path / "remedy.qjax")
+    assert write_stablehlo(program, platforms=("cpu",))
     program = lowered(nn.Dense(2), images(2, 3))
     with pytest.raises(ValueError, match="a name of C"):
         write_c99(program, tmp_path, name="2d model")
-    program.save(tmp_path / "remedy.qjax")
     names = write_c99(program, tmp_path, name="net")
     assert "void net_run(const int8_t *in0, int8_t *out0)" in names.header
     assert names == write_c99(program, name="net")

@@ -101,6 +101,12 @@ def test_powers_of_two_have_exponents_and_signs(text):
     assert set(np.unique(found.signs)) == {-1, 1} and found.codes is None
 
 
+def test_a_power_of_two_that_underflows_is_zero():
+    """The least one of 8 bits, 2^-128, is no float32 that arithmetic keeps."""
+    found = hardware_tensor(np.float32([-1, 0, 2]), "quantized_relu_po2(8)")
+    np.testing.assert_array_equal(found.signs * np.exp2(found.exponents), found.value)
+
+
 def test_functions_and_floats_have_no_integers():
     w = images(3, 2)
     np.testing.assert_array_equal(hardware_tensor(w, jnp.sign).value, np.sign(w))

@@ -79,18 +79,17 @@ def write_stablehlo(
 def _shapes(program: IntegerProgram) -> list[Any]:
     """Returns the types of the inputs; leading sizes that are free have names."""
     values = [program.graph.values[v] for v in program.graph.inputs]
-    scope = jax.export.SymbolicScope(
-        ["b >= 2"] if any(v.is_free_beyond_one for v in values) else []
-    )
-    sizes: dict[int, str] = {}
+    is_free = lambda v: v.shape and (not v.fixed_by or v.is_free_beyond_one)
+    names: dict[int, str] = {}
+    for v in filter(is_free, values):
+        names.setdefault(v.shape[0], f"b{len(names)}")
+    least = {names[v.shape[0]] for v in filter(is_free, values) if v.is_free_beyond_one}
+    scope = jax.export.SymbolicScope([f"{name} >= 2" for name in sorted(least)])
     found = []
     for v in values:
-        is_free = not v.fixed_by or v.is_free_beyond_one
         shape: Any = v.shape
-        if is_free and v.shape:
-            name = sizes.setdefault(v.shape[0], "b" if not sizes else f"b{len(sizes)}")
-            rest = ", ".join(map(str, v.shape[1:]))
-            text = f"{name}, {rest}" if rest else f"{name},"
-            shape = jax.export.symbolic_shape(text, scope=scope)
+        if is_free(v):
+            text = ", ".join([names[v.shape[0]], *map(str, v.shape[1:])])
+            shape = jax.export.symbolic_shape(f"{text},", scope=scope)
         found.append(jax.ShapeDtypeStruct(shape, jnp.dtype(v.dtype)))
     return found

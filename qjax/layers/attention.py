@@ -111,9 +111,10 @@ def words_of_parts(
         found[name] = LayerQuantizers(**own, output=output)
     for name in QK_NORMS if is_normalised else ():
         word: Any = getattr(words, name.partition("_")[0])
-        wide = word
+        wide, norm = word, NORM.input
         if isinstance(word, QSpec):
-            wide = dataclasses.replace(word, bits=NORM.input.bits)  # type: ignore
+            assert isinstance(norm, QSpec)
+            wide = dataclasses.replace(word, bits=norm.bits)
         ends = {"input": wide, "kernel": None, "bias": None, "output": word}
         found[name] = LayerQuantizers(**{**own, **ends})
     return found

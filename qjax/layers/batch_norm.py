@@ -196,6 +196,22 @@ def batch_norm(
     return found.astype(dtype)
 
 
+def check_last_axis(axis: Any, rank: int, site: str) -> None:
+    """Raises ValueError for features along another axis than the last.
+
+    Args:
+      axis: Axis of a batch normalisation with words.
+      rank: Number of axes of its input.
+      site: Name of the site, for the message.
+    """
+    if axis not in (-1, rank - 1):
+        raise ValueError(
+            f"{site!r}: words of a batch normalisation are of features along the last "
+            f"axis, got axis={axis}. Move that axis to the end, or leave `kernel`, "
+            "`bias`, `mean`, `variance` and `inverse` None."
+        )
+
+
 def by_feature(x: jax.Array, rank: int) -> jax.Array:
     """Gives numbers of features the rank of values with these along their last axis."""
     return x.reshape((1,) * (rank - 1) + x.shape)

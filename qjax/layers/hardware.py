@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax import quantizers
-from qjax.affine import QParams, QSpec, fake_quant
+from qjax.affine import QSpec, fake_quant, quantize
 from qjax.quantizers.power_of_two import QuantizedPo2, QuantizedReluPo2
 from qjax.quantizers.spec import Spec
 from qjax.ranges import abs_max_params
@@ -26,7 +26,7 @@ class HardwareTensor(NamedTuple):
     codes: np.ndarray | None  # int32, shape of the value.
     scale: np.ndarray | None  # float32, [] or the rank of the value.
     exponents: np.ndarray | None  # int32, of powers of two.
-    signs: np.ndarray | None  # int32, -1 or 1, of powers of two.
+    signs: np.ndarray | None  # int32, of powers of two; 0 for one that underflows.
 
 
 def hardware_tensor(weight: Any, word: Any, *learned: jax.Array) -> HardwareTensor:
@@ -51,31 +51,34 @@ def hardware_tensor(weight: Any, word: Any, *learned: jax.Array) -> HardwareTens
         spec = as_word("word", word)
     if isinstance(spec, QSpec):
         params = abs_max_params(x, spec)
-        return tensor_of(fake_quant(x, params, spec), params)
+        codes = np.asarray(quantize(x, params, spec))  # Its zero is the code 0.
+        value = np.asarray(fake_quant(x, params, spec))
+        return HardwareTensor(value, codes, np.asarray(params.scale), None, None)
     if isinstance(spec, QuantizedPo2 | QuantizedReluPo2):
         value = np.asarray(quantizers.apply(spec, x))
         _, exponents = np.frexp(np.abs(value))  # 2^k is 0.5 * 2^(k + 1).
-        signs = np.where(value < 0, -1, 1).astype(np.int32)
-        powers = (exponents - 1).astype(np.int32)
+        signs = np.sign(value).astype(np.int32)
+        powers = np.where(signs == 0, 0, exponents - 1).astype(np.int32)
         return HardwareTensor(value, None, None, powers, signs)
     if not isinstance(spec, Spec):
         real = np.asarray(x if spec is None else spec(x))
         return HardwareTensor(real, None, None, None, None)
     found = quantizers.encode(spec, x, *learned)
+    value, codes = np.asarray(found.value), np.asarray(found.codes)
     if found.params is None:
-        value, codes = np.asarray(found.value), np.asarray(found.codes)
         return HardwareTensor(value, codes, None, None, None)
-    return tensor_of(found.value, found.params)
+    codes = codes - np.asarray(found.params.zero_point)
+    return HardwareTensor(value, codes, np.asarray(found.params.scale), None, None)
 
 
-def tensor_of(value: Any, params: QParams) -> HardwareTensor:
-    """Returns the integers of values on a grid, whose zero is the code 0.
+def bias_tensor(value: Any, scale: Any) -> HardwareTensor:
+    """Returns the integers of a bias that is on the grid of its accumulator.
 
     Args:
-      value: Values on the grid.
-      params: Grid; its zero point counts no more.
+      value: Bias, rounded by `fake_quant_bias`.
+      scale: Scale of the accumulator.
     """
-    real, scale = np.asarray(value), np.asarray(params.scale)
+    real, scale = np.asarray(value), np.asarray(scale)
     steps = np.rint(real.astype(np.float64) / scale.astype(np.float64))
     return HardwareTensor(real, steps.astype(np.int32), scale, None, None)
 

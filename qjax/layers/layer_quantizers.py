@@ -12,7 +12,7 @@ from qjax import quantizers
 from qjax.affine import QParams, QSpec, fake_quant, fake_quant_bias
 from qjax.calibration.averages import ema_min_max
 from qjax.calibration.calibrator import Calibrator, check_calibrated
-from qjax.layers.hardware import hardware_tensor, keep, tensor_of
+from qjax.layers.hardware import bias_tensor, hardware_tensor, keep
 from qjax.qpoint import Estimator
 from qjax.quantizers.learning import statistics
 from qjax.quantizers.spec import Spec
@@ -307,8 +307,7 @@ def quantized_bias(
     elif scale.ndim:
         scale = scale.reshape(scale.shape[-bias.ndim :])
     found = fake_quant_bias(bias.astype(jnp.float32), scale, bits=bits, site=site)
-    zero = jnp.zeros((), jnp.int32)
-    keep(site, lambda: tensor_of(found, QParams(scale, zero)), found, scale)
+    keep(site, lambda: bias_tensor(found, scale), found, scale)
     return found.astype(bias.dtype)
 
 

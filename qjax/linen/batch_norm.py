@@ -14,6 +14,7 @@ from qjax.layers.batch_norm import (
     batch_norm_words,
     batch_statistics,
     by_feature,
+    check_last_axis,
     moved,
 )
 from qjax.layers.folding import (
@@ -85,13 +86,7 @@ class QBatchNorm(QuantizedLayer, nn.BatchNorm, kw_only=True):
     def _normalised(
         self, x: jax.Array, words: BatchNormQuantizers, is_frozen: bool, mask: Any
     ) -> jax.Array:
-        if self.axis not in (-1, x.ndim - 1):
-            raise ValueError(
-                f"{self._site('scale')!r}: words of a batch normalisation are of "
-                f"features along the last axis, got axis={self.axis}. Move that axis "
-                "to the end, or leave `kernel`, `bias`, `mean`, `variance` and "
-                "`inverse` None."
-            )
+        check_last_axis(self.axis, x.ndim, self._site("scale"))
         kept = kept_statistics(self, x.shape[-1])
         if is_frozen:
             used = kept

@@ -13,6 +13,7 @@ from qjax.layers.batch_norm import (
     batch_norm_words,
     batch_statistics,
     by_feature,
+    check_last_axis,
     moved,
 )
 from qjax.layers.folding import (
@@ -85,13 +86,7 @@ class QBatchNorm(QuantizedModule, nnx.BatchNorm):  # type: ignore[misc]
     def _normalised(
         self, x: jax.Array, words: BatchNormQuantizers, is_frozen: bool, mask: Any
     ) -> jax.Array:
-        if self.axis not in (-1, x.ndim - 1):
-            raise ValueError(
-                f"{site_name(self.site, 'scale')!r}: words of a batch normalisation "
-                f"are of features along the last axis, got axis={self.axis}. Move that "
-                "axis to the end, or leave `kernel`, `bias`, `mean`, `variance` and "
-                "`inverse` None."
-            )
+        check_last_axis(self.axis, x.ndim, site_name(self.site, "scale"))
         used = BatchStatistics(self.mean[...], self.var[...])
         if not is_frozen:
             kept, used = used, statistics_of(self, x, mask)

@@ -118,6 +118,19 @@ def fake_quant_error(case, arrays):
 # TFMOT's observers.
 
 
+def _check_channels(p, batches, state):
+    """The range of each channel by TFMOT's formula, bit for bit."""
+    over = tuple(range(1, batches.ndim - 1))
+    low, high = batches.min(over), batches.max(over)  # By batch and channel.
+    if p["symmetric"]:
+        levels = np.float32(2 ** p["num_bits"])
+        ratio = np.float32(1) if p["narrow_range"] else (levels - 2) / levels
+        low, high = np.minimum(low, -high / ratio), np.maximum(high, -low * ratio)
+    seen = np.minimum(low, 0).min(0), np.maximum(high, 0).max(0)
+    for end, wanted in zip((state.low, state.high), seen, strict=True):
+        np.testing.assert_array_equal(np.ravel(end), wanted)
+
+
 def tfmot_quantizer(case, arrays):
     p = case["params"]
     axis = -1 if p["per_axis"] else None
@@ -149,11 +162,7 @@ def tfmot_quantizer(case, arrays):
             else:
                 np.testing.assert_array_equal(end.reshape(wanted.shape), wanted)
         if is_corrected:
-            channels = np.float64(arrays["x_train"][: i + 1])
-            over = tuple(range(channels.ndim - 1))
-            if not p["symmetric"]:
-                seen = np.minimum(channels.min(over), 0)
-                np.testing.assert_array_equal(np.ravel(state.low), np.float32(seen))
+            _check_channels(p, arrays["x_train"][: i + 1], state)
             continue
         f = lambda x, s=state: _tfmot_fake_quant(p, x, s.low, s.high)
         y, pull = jax.vjp(f, jnp.asarray(x))

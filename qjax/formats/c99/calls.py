@@ -19,6 +19,10 @@ from qjax.graph.graph import Node
 
 _INT32 = 1 << 31
 
+REMEDY = (
+    "`IntegerProgram.save` and `qjax.formats.stablehlo.write_stablehlo` take all "
+    "operations."
+)
 RULES = {"tflite_double": "double", "tflite_single": "single"}  # Functions in C.
 
 
@@ -101,6 +105,8 @@ class CNode:
 
     def requantized(self, q: str, names: Sequence[str]) -> str:
         """Returns the code of an integer by a requantization, whose node this is."""
+        if self.node.attributes.get("is_wide"):
+            raise self.unsupported("a sum of more than 32 bits")
         p, rule = self.source.prefix, self["rule"]
         zero, low, high = (number(self[k]) for k in ("zero_point", "low", "high"))
         q = minus(f"(int64_t){q}", self["input_zero_point"])
@@ -132,8 +138,7 @@ class CNode:
         node = self.node
         return ValueError(
             f"C99 has no code for {what} of `{node.operation}` at "
-            f"{node.path or 'the program'!r}. `IntegerProgram.save` and "
-            "`qjax.formats.stablehlo` hold every program."
+            f"{node.path or 'the program'!r}. {REMEDY}"
         )
 
 

@@ -2,8 +2,6 @@
 
 import math
 
-import numpy as np
-
 from qjax.formats.c99.calls import (
     CNode,
     constant_type,
@@ -69,7 +67,7 @@ def thresholds(c: CNode) -> None:
     """Adds a search of thresholds and a lookup by their number."""
     cuts, array, axis = c.params["thresholds"], c.params["table"], c["axis"]
     n = cuts.shape[-1]
-    first = c.source.constant(cuts.astype(np.int64) | 0, "thresholds")
+    first = c.source.constant(cuts, "thresholds")
     kind = constant_type(c, first)
     values = c.source.constant(array, "codes")
     xs = broadcast_strides(c.x.shape, len(c.output.shape))
@@ -93,7 +91,7 @@ def embed(c: CNode) -> None:
     with c.each() as names:
         q = c.x.at(names[:rank])
         inner = place(names[rank:], strides_of(kernel.shape)[1:])
-        row = f"({q} < 0 ? {q} + {rows} : {q})"
+        row = q if c.x.low >= 0 else f"({q} < 0 ? {q} + {rows} : {q})"
         size = math.prod(kernel.shape[1:])
         c.put(c.output.at(names), f"{name}[{row} * {size} + {inner}]")
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from qjax.formats.c99 import elementwise, moves, normalisations, products, tflite
 from qjax.formats.c99.arena import Lifetime, plan
-from qjax.formats.c99.calls import CArray, CNode
+from qjax.formats.c99.calls import REMEDY, CArray, CNode
 from qjax.formats.c99.text import Source, c_type, identifier
 from qjax.graph import reference
 from qjax.graph.atomic import write_atomically
@@ -105,7 +105,7 @@ def write_c99(
     if program.residues:
         listed = "\n".join(residue.message for residue in program.residues)
         raise ValueError(f"This program is not whole. In float remain:\n{listed}")
-    if not re.fullmatch(r"[A-Za-z]\w*", name):
+    if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
         raise ValueError(f"`name` must be a name of C, such as 'model', got {name!r}.")
     graph = program.graph
     _check(graph)
@@ -151,8 +151,7 @@ def _check(graph: Graph) -> None:
             f"  `{n.operation}` at {n.path or 'the program'!r}" for n in missing
         )
         raise ValueError(
-            f"C99 has no code for operations of this program:\n{listed}\n"
-            "`IntegerProgram.save` and `qjax.formats.stablehlo` hold every program."
+            f"C99 has no code for operations of this program:\n{listed}\n{REMEDY}"
         )
 
 
@@ -258,11 +257,14 @@ def _written(
     header = HEADER.format(
         upper=upper, ends="\n".join(lines), nbytes=nbytes, prototype=prototype
     )
+    text = "\n".join(source.lines)  # Empty values are read in loops of no steps.
     arrays = [
-        f"static int{bits}_t {name}_{bits}[{n}];" for bits, n in arenas.items() if n
+        f"static int{bits}_t {name}_{bits}[{max(n, 1)}];"
+        for bits, n in arenas.items()
+        if f"{name}_{bits} +" in text
     ]
-    text = SOURCE.replace("NAME", name)
-    helpers = _used(text.strip().split("\n\n"), name, source.lines)
+    helpers = SOURCE.replace("NAME", name).strip().split("\n\n")
+    helpers = _used(helpers, name, source.lines)
     body = "\n".join(
         [
             f'#include "{name}.h"',
