@@ -10,6 +10,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.formats.support import check_whole
 from qjax.graph.atomic import write_atomically
 from qjax.program import IntegerProgram
 
@@ -46,9 +47,7 @@ def write_stablehlo(
     References:
       JAX, `jax.export`; StableHLO, https://openxla.org/stablehlo.
     """
-    if program.residues:
-        listed = "\n".join(residue.message for residue in program.residues)
-        raise ValueError(f"This program is not whole. In float remain:\n{listed}")
+    check_whole(program)
     known = {"cpu", "cuda", "rocm", "tpu"}
     if not platforms or set(platforms) - known:
         raise ValueError(

@@ -17,6 +17,7 @@ class GraphBuilder:
       values: Values of the graph.
       nodes: Nodes of the graph, in order.
       params: Name -> array.
+      grids: Name of a parameter -> its grid; None where readers have it on several.
       sites: Name of a quantization point -> its codes.
       taken: Names of quantization points in graphs around it and inside of its nodes.
     """
@@ -25,6 +26,7 @@ class GraphBuilder:
         self.values: list[Value] = []
         self.nodes: list[Node] = []
         self.params: dict[str, np.ndarray] = {}
+        self.grids: dict[str, Grid | None] = {}
         self.sites: dict[str, int] = {}
         self.taken: set[str] = set()
 
@@ -154,10 +156,21 @@ class GraphBuilder:
         )
         return outputs
 
-    def add_param(self, name: str, array: np.ndarray) -> str:
-        """Adds a parameter under its name, or under a similar one if that is taken."""
+    def add_param(self, name: str, array: np.ndarray, grid: Grid | None = None) -> str:
+        """Adds a parameter under its name, or under a similar one if that is taken.
+
+        Args:
+          name: Name that it should have.
+          array: Its integers.
+          grid: Grid of the integers, whose scale broadcasts to them.
+
+        Returns:
+          The name that it has.
+        """
         others = [k for k, p in self.params.items() if not _same(p, array)]
         unique = unique_name(name, others)
+        is_other = unique in self.params and self.grids.get(unique) != grid
+        self.grids[unique] = None if is_other else grid
         self.params[unique] = array
         return unique
 
@@ -168,9 +181,9 @@ class GraphBuilder:
 
     def graph(self, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Graph:
         """Returns the finished graph."""
-        graph = Graph(
-            tuple(self.values), tuple(self.nodes), inputs, outputs, dict(self.sites)
-        )
+        ends, sites = (inputs, outputs), dict(self.sites)
+        grids = {name: grid for name, grid in self.grids.items() if grid is not None}
+        graph = Graph(tuple(self.values), tuple(self.nodes), *ends, sites, grids)
         check(graph)
         return graph
 

@@ -84,6 +84,10 @@ class Graph:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     sites: Mapping[str, int]  # Name of a quantization point -> its codes.
+    # Name of a parameter -> its grid, of weights and biases that have one; of a whole
+    # program, for those in graphs inside of its nodes as well. The arithmetic reads
+    # none: what leaves the package with real values does.
+    grids: Mapping[str, Grid] = dataclasses.field(default_factory=dict)
 
     def walk(self, place: str = "") -> Iterator[tuple[str, "Graph"]]:
         """Yields this graph and all graphs inside of its nodes, each with its place.
@@ -242,8 +246,16 @@ def _node(data: Any) -> Node:
 
 
 def _graph(data: Any) -> Graph:
+    if isinstance(data, dict):
+        data = {"grids": {}, **data}  # Older files have none.
     _check_keys(data, Graph)
     values = tuple(_value(v) for v in data["values"])
     nodes = tuple(_node(n) for n in data["nodes"])
     ends = tuple(data["inputs"]), tuple(data["outputs"])
-    return Graph(values, nodes, *ends, dict(data["sites"]))
+    return Graph(values, nodes, *ends, dict(data["sites"]), _grids(data["grids"]))
+
+
+def _grids(data: Any) -> dict[str, Grid]:
+    for grid in data.values():
+        _check_keys(grid, Grid)
+    return {name: Grid(**grid) for name, grid in data.items()}

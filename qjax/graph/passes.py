@@ -69,6 +69,8 @@ def drop_dead(graph: Graph, params: Mapping[str, Any]) -> tuple[Graph, dict[str,
     nodes = (node for _, own in pruned.walk() for node in own.nodes)
     names = {name for node in nodes for name in node.params.values()}
     left = {name: array for name, array in params.items() if name in names}
+    grids = {name: grid for name, grid in graph.grids.items() if name in names}
+    pruned = dataclasses.replace(pruned, grids=grids)
     validate(pruned, left)
     return pruned, left
 

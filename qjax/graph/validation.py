@@ -41,11 +41,17 @@ def validate(graph: Graph, params: Mapping[str, Any]) -> None:
     used = {name for node in nodes for name in node.params.values()}
     unused = sorted(map(repr, set(arrays) - used))
     _need(not unused, "The graph", "each parameter must have a reader", unused)
+    for name, grid in graph.grids.items():
+        _need(name in arrays, "The graph", "only parameters have grids", name)
+        where = f"The parameter {name!r}"
+        _check_grid(where, str(arrays[name].dtype), arrays[name].shape, grid)
 
 
 def _validate(graph: Graph, arrays: Mapping[str, np.ndarray], place: str) -> None:
     """Raises ValueError unless a graph and those inside of its nodes are valid."""
     try:
+        if place and graph.grids:
+            raise ValueError("Grids of parameters stand in the whole program.")
         _check_graph(graph, arrays)
     except ValueError as error:
         error.args = (f"In {place}: {error}" if place else str(error),)
@@ -104,7 +110,7 @@ def _check_value(where: str, v: Value) -> None:
             f"{where} of type {v.dtype} does not hold its interval [{v.low}, {v.high}]."
         )
     if v.grid is not None:
-        _check_grid(where, v, v.grid)
+        _check_grid(where, v.dtype, v.shape, v.grid)
     pair = isinstance(v.rescaling, tuple) and len(v.rescaling) == 2
     finite = pair and all(_is_float32(x) for x in v.rescaling) and v.rescaling[0] != 0
     _need(finite, where, "`rescaling` must be a finite gain and offset", v.rescaling)
@@ -136,13 +142,13 @@ def _is_float32(x: Any) -> bool:
         return isinstance(x, float) and bool(np.isfinite(np.float32(x)))
 
 
-def _check_grid(where: str, v: Value, grid: Grid) -> None:
-    info = np.iinfo(v.dtype)
+def _check_grid(where: str, dtype: str, sizes: tuple[int, ...], grid: Grid) -> None:
+    info = np.iinfo(dtype)
     z = grid.zero_point
     _need(
         is_integer(z) and info.min <= z <= info.max,
         where,
-        f"`zero_point` must be an integer of type {v.dtype}",
+        f"`zero_point` must be an integer of type {dtype}",
         z,
     )
     scales = _leaves(grid.scale)
@@ -157,10 +163,10 @@ def _check_grid(where: str, v: Value, grid: Grid) -> None:
     except ValueError as error:
         raise ValueError(f"{where}: the scale has no shape: {error}.") from error
     fits = not shape or (
-        len(shape) == len(v.shape)
-        and all(n in (1, m) for n, m in zip(shape, v.shape, strict=True))
+        len(shape) == len(sizes)
+        and all(n in (1, m) for n, m in zip(shape, sizes, strict=True))
     )
-    _need(fits, where, f"a scale must broadcast to {v.shape}", shape)
+    _need(fits, where, f"a scale must broadcast to {sizes}", shape)
 
 
 def _leaves(scale: Any) -> list[Any]:

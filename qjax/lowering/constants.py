@@ -120,7 +120,8 @@ def add_constant(
         codes = codes[:1]  # The same for each example.
     elif like is not None and codes.ndim == 0:
         like = None
-    params = {"value": builder.add_param(name, codes.astype(dtype))}
+    own = None if grid is None or np.ndim(grid.scale) else grid
+    params = {"value": builder.add_param(name, codes.astype(dtype), own)}
     inputs = () if like is None else (like,)
     options: Any = {"params": params, "grid": grid, "dtype": dtype, "path": path}
     return builder.add("constant", inputs, **options)
@@ -174,6 +175,28 @@ def repeated(
     if is_extreme and codes.ndim and len(codes) and np.all(codes == codes[:1]):
         return codes[:1], None
     return codes, like
+
+
+def scale_grid(scale: np.ndarray, shape: Sequence[int]) -> Grid | None:
+    """Returns the grid about zero of a parameter.
+
+    Args:
+      scale: Scale, one or in the rank of the parameter.
+      shape: Shape of the parameter.
+
+    Returns:
+      The grid; None where the scale does not broadcast to the parameter, or is no
+      finite number of float32.
+    """
+    with np.errstate(over="ignore"):
+        own = np.asarray(scale, np.float32)
+    if own.size == 1:
+        own = own.reshape(())
+    fits = not own.ndim or (
+        own.ndim == len(shape)
+        and all(n in (1, m) for n, m in zip(own.shape, shape, strict=True))
+    )
+    return Grid(own.tolist(), 0) if fits and np.all(np.isfinite(own)) else None
 
 
 _grid_codes = jax.jit(grid_codes)

@@ -346,7 +346,7 @@ class Builder(GraphBuilder):
         """Returns a builder of the graph of a body, over the same parameters."""
         own = Builder(self._buffer_bits)
         own.folds, own.place = self.folds, (*self.place, loop)
-        own.params, own.notes = self.params, self.notes
+        own.params, own.grids, own.notes = self.params, self.grids, self.notes
         own.taken = {*self.sites, *self.taken}
         own.prepared, own.interpreted = self.prepared, self.interpreted
         return own

@@ -15,14 +15,12 @@ from qjax.formats.c99.text import (
     place,
     strides_of,
 )
+from qjax.formats.support import unsupported
 from qjax.graph.graph import Node
 
 _INT32 = 1 << 31
 
-REMEDY = (
-    "`IntegerProgram.save` and `qjax.formats.stablehlo.write_stablehlo` take all "
-    "operations."
-)
+WRITER = "qjax.formats.c99.write_c99"
 RULES = {"tflite_double": "double", "tflite_single": "single"}  # Functions in C.
 
 
@@ -135,11 +133,7 @@ class CNode:
 
     def unsupported(self, what: str) -> ValueError:
         """Returns the error for a form of the operation that C has not."""
-        node = self.node
-        return ValueError(
-            f"C99 has no code for {what} of `{node.operation}` at "
-            f"{node.path or 'the program'!r}. {REMEDY}"
-        )
+        return unsupported(WRITER, self.node, what)
 
 
 def sum_type(most: int) -> str:

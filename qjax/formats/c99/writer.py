@@ -10,8 +10,9 @@ import numpy as np
 
 from qjax.formats.c99 import elementwise, moves, normalisations, products, tflite
 from qjax.formats.c99.arena import Lifetime, plan
-from qjax.formats.c99.calls import REMEDY, CArray, CNode
+from qjax.formats.c99.calls import WRITER, CArray, CNode
 from qjax.formats.c99.text import Source, c_type, identifier
+from qjax.formats.support import check_operations, check_whole
 from qjax.graph import reference
 from qjax.graph.atomic import write_atomically
 from qjax.graph.graph import Graph, Node, Value
@@ -102,13 +103,11 @@ def write_c99(
         operation without code here, with its module path. Nothing is written then.
       OSError: if a file cannot be written.
     """
-    if program.residues:
-        listed = "\n".join(residue.message for residue in program.residues)
-        raise ValueError(f"This program is not whole. In float remain:\n{listed}")
+    check_whole(program)
     if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
         raise ValueError(f"`name` must be a name of C, such as 'model', got {name!r}.")
     graph = program.graph
-    _check(graph)
+    check_operations(WRITER, graph)
     params = {k: np.asarray(v).astype(np.int64) for k, v in program.params.items()}
     shapes = _shapes(graph, params, batch_size)
     followers = _followers(graph, shapes)
@@ -141,18 +140,6 @@ def write_c99(
         write_atomically(path / f"{name}.h", found.header.encode())
         write_atomically(path / f"{name}.c", found.source.encode())
     return found
-
-
-def _check(graph: Graph) -> None:
-    """Raises ValueError for operations without code."""
-    missing = [n for n in graph.nodes if n.operation not in EMITTERS]
-    if missing:
-        listed = "\n".join(
-            f"  `{n.operation}` at {n.path or 'the program'!r}" for n in missing
-        )
-        raise ValueError(
-            f"C99 has no code for operations of this program:\n{listed}\n{REMEDY}"
-        )
 
 
 def _shapes(

@@ -215,7 +215,10 @@ def same_shape(o: Operands) -> Shape:
 
 def broadcast_shape(o: Operands) -> Shape:
     """Returns the shape to which inputs and parameters broadcast."""
-    params = (p.shape for p in o.params.values())
+    params = [p.shape for p in o.params.values()]
+    rank = max(map(len, o.shapes))
+    fits = all(len(shape) in (0, rank) for shape in params)
+    o.check(fits, f"parameters must be numbers, or of {rank} axes", params)
     return np.broadcast_shapes(*o.shapes, *params)
 
 

@@ -13,6 +13,7 @@ from jax import lax
 
 from qjax.graph.graph import Grid, storage
 from qjax.leaves import at_start
+from qjax.lowering.constants import scale_grid
 from qjax.lowering.evaluation import run_steps
 from qjax.lowering.inputs import integer_range
 from qjax.lowering.interpret import LoweringRule, refuse, where
@@ -107,7 +108,8 @@ def _embed(
     ids = _place_input(builder, e, trace, index, ends)
     low, high = int(w.codes.min(initial=0)), int(w.codes.max(initial=0))
     kernel = w.codes.astype(storage(low, high))
-    params = {"kernel": builder.add_param(w.site or "embedding", kernel)}
+    grid = scale_grid(w.scale, kernel.shape)
+    params = {"kernel": builder.add_param(w.site or "embedding", kernel, grid)}
     path = where(e).strip("'")
     out = builder.add("embed", (ids.value,), params=params, path=path)
     scale = np.asarray(w.scale, np.float64)

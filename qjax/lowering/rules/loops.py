@@ -1,5 +1,6 @@
 """Rules of loops: one graph of a step, on grids that do not change."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -263,7 +264,8 @@ def _graph(
                 raise refuse(e, own, "result")
         ends.append(own)
     outputs = tuple(x.value for x in ends)
-    return child.graph(tuple(inputs), outputs), ends
+    graph = child.graph(tuple(inputs), outputs)
+    return dataclasses.replace(graph, grids={}), ends  # The whole program has them.
 
 
 def _outside(builder: Builder, v: int, x: Integers) -> Integers:

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from qjax.graph.builder import compact
+from qjax.graph.graph import Grid
 from qjax.graph.operations.products import channel_ends, product_ends
+from qjax.lowering.constants import scale_grid
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.rules.whole import exact_codes
 from qjax.lowering.values import (
@@ -159,7 +161,8 @@ def _product(
         _check_overflow(e, least, most, w, x, limit)
         folded = bias - ((x.zero_point - offset) * total << shift)
         _check_overflow(e, folded, folded, w, x, _INT32.max)
-        params = _add_params(builder, w.site or "kernel", w.codes, folded)
+        grids = _grids(w, scale * x.scale, shift, folded)
+        params = _add_params(builder, w.site or "kernel", w.codes, folded, grids)
         is_dot = e.primitive.name == "dot_general"
         attributes = (
             dot_attributes(e, operand) if is_dot else conv_attributes(e, x.zero_point)
@@ -285,14 +288,34 @@ def _check_overflow(
 
 
 def _add_params(
-    builder: Builder, site: str, kernel: np.ndarray, bias: np.ndarray
+    builder: Builder,
+    site: str,
+    kernel: np.ndarray,
+    bias: np.ndarray,
+    grids: tuple[Grid | None, Grid | None],
 ) -> dict[str, str]:
     """Adds kernel and bias as parameters, named as in their module."""
     parent = site.rpartition("/")[0] or site
     return {
-        "kernel": builder.add_param(site, _smallest(kernel)),
-        "bias": builder.add_param(f"{parent}/bias", bias.astype(np.int32)),
+        "kernel": builder.add_param(site, _smallest(kernel), grids[0]),
+        "bias": builder.add_param(f"{parent}/bias", bias.astype(np.int32), grids[1]),
     }
+
+
+def _grids(
+    w: KnownCodes, scale: np.ndarray, shift: int, bias: np.ndarray
+) -> tuple[Grid | None, Grid | None]:
+    """Returns the grids of a kernel and of the bias of its sums, about zero.
+
+    Args:
+      w: The kernel.
+      scale: Scale of the sums, in the rank of the output.
+      shift: Bits by which products are shifted before the bias joins.
+      bias: The bias, with what zero points add.
+    """
+    return scale_grid(w.scale, w.codes.shape), scale_grid(
+        np.ldexp(scale, -shift), bias.shape
+    )
 
 
 def _smallest(codes: np.ndarray) -> np.ndarray:
@@ -344,7 +367,8 @@ def multiply(
         _check_overflow(e, low, high, w, x, limit)
         folded = bias - ((x.zero_point - offset) * codes << shift)
         _check_overflow(e, folded, folded, w, x, _INT32.max)
-        params = _add_params(builder, w.site or "scale", codes, folded)
+        grids = _grids(w, np.asarray(np.float64(w.scale) * x.scale), shift, folded)
+        params = _add_params(builder, w.site or "scale", codes, folded, grids)
         attributes = {"offset": offset, "shift": shift}
         return _accumulated(builder, "multiply", x.value, attributes, params, where(e))
 

@@ -1,0 +1,84 @@
+"""Operations that each format expresses, and the refusal of the others."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from qjax.graph.graph import Graph, Node
+from qjax.program import IntegerProgram
+
+# Function that writes a format -> operations of the graph that it takes. Written out
+# here so that each refusal can name the others; a test compares it with their tables.
+OPERATIONS: Mapping[str, frozenset[str]] = {
+    "qjax.formats.c99.write_c99": frozenset(
+        "add argmax argmin broadcast clip concatenate constant conv dot dot_codes "
+        "embed max max_pool maximum min min_pool minimum multiply multiply_codes norm "
+        "pad requantize reshape rev running_sum select slice softmax sum sum_pool "
+        "table take tflite_add tflite_average tflite_constant tflite_softmax "
+        "thresholds transpose".split()
+    ),
+}
+ALL = ("IntegerProgram.save", "qjax.formats.stablehlo.write_stablehlo")
+
+
+def check_whole(program: IntegerProgram) -> None:
+    """Raises ValueError for a program of which something stays in float."""
+    if program.residues:
+        listed = "\n".join(residue.message for residue in program.residues)
+        raise ValueError(f"This program is not whole. In float remain:\n{listed}")
+
+
+def check_operations(writer: str, graph: Graph) -> None:
+    """Raises ValueError for operations that a format does not express.
+
+    Args:
+      writer: Function that writes the format, a key of `OPERATIONS`.
+      graph: Graph of a program; those inside of its nodes are checked as well.
+    """
+    own = OPERATIONS[writer]
+    nodes = [node for _, inner in graph.walk() for node in inner.nodes]
+    missing = [node for node in nodes if node.operation not in own]
+    if missing:
+        raise refusal(writer, {_named(n): "" for n in missing}, _kinds(missing))
+
+
+def unsupported(writer: str, node: Node, what: str) -> ValueError:
+    """Returns the error for a form of an operation that a format does not express.
+
+    Args:
+      writer: Function that writes the format.
+      node: The operation.
+      what: The form, in field words: "an accumulator of more than 32 bits".
+    """
+    return refusal(writer, {_named(node): what}, _kinds([node]))
+
+
+def refusal(
+    writer: str, reasons: Mapping[str, str], kinds: Iterable[str] = ()
+) -> ValueError:
+    """Returns the error for what a format does not express.
+
+    Args:
+      writer: Function that writes the format.
+      reasons: What it does not express, with its place -> why, or an empty text.
+      kinds: Operations that a format needs to be named as one that can.
+    """
+    lines = (f"  {name}{f': {why}' if why else ''}" for name, why in reasons.items())
+    listed = "\n".join(lines)
+    others = _others(writer, set(kinds))
+    return ValueError(
+        f"`{writer}` has no form for parts of this program:\n{listed}\n"
+        f"{', '.join(f'`{name}`' for name in others)} can."
+    )
+
+
+def _others(writer: str, kinds: set[str]) -> Sequence[str]:
+    """Returns the functions that write what has certain operations."""
+    able = (name for name, own in OPERATIONS.items() if kinds <= own)
+    return (*ALL, *(name for name in able if name != writer)) if kinds else ALL
+
+
+def _kinds(nodes: Iterable[Node]) -> list[str]:
+    return list(dict.fromkeys(node.operation for node in nodes))
+
+
+def _named(node: Node) -> str:
+    return f"`{node.operation}` at {node.path or 'the program'!r}"

@@ -1,0 +1,27 @@
+"""What each format says it takes, against the tables of the writers."""
+
+import pytest
+
+from qjax.formats import support
+from qjax.formats.c99.writer import EMITTERS
+from qjax.graph.graph import Node
+from qjax.graph.operations import OPERATIONS
+
+TABLES = {"qjax.formats.c99.write_c99": EMITTERS}
+
+
+@pytest.mark.parametrize("writer", TABLES)
+def test_the_operations_of_a_format_are_those_of_its_table(writer):
+    assert support.OPERATIONS[writer] == frozenset(TABLES[writer])
+
+
+def test_every_format_has_a_table_and_known_operations():
+    assert set(TABLES) == set(support.OPERATIONS)
+    assert frozenset().union(*support.OPERATIONS.values()) <= set(OPERATIONS)
+
+
+def test_a_refusal_names_the_operation_its_path_and_the_formats_that_can():
+    node = Node("sort", (0,), 1, {}, {}, "net/order")
+    found = str(support.unsupported("qjax.formats.c99.write_c99", node, "a payload"))
+    assert "`sort` at 'net/order': a payload" in found
+    assert "`IntegerProgram.save`" in found and "write_c99` can" not in found
