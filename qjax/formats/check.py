@@ -125,8 +125,9 @@ def _padded(x, triples, fill):
     return whole[tuple(slice(max(-a, 0), b if b < 0 else None) for a, b, _ in triples)]
 
 
-def _windows(x, window, strides, padding, spread, dilation, fill):
+def _windows(x, sizes, fill):
     """Returns for each place of a window what it sees, on as many axes more."""
+    window, strides, padding, spread, dilation = sizes
     x = _padded(x, [(*p, s - 1) for p, s in zip(padding, spread, strict=True)], fill)
     spans = [(w - 1) * d + 1 for w, d in zip(window, dilation, strict=True)]
     ends = zip(x.shape, spans, strides, strict=True)
@@ -150,8 +151,7 @@ def _by_channel(a, x, rows, of):
 def _pool(reduce, fill):
     def run(self, a, p, x):
         names = "window", "strides", "padding", "base_dilation", "dilation"
-        sizes, code = (a[name] for name in names), a.get("padding_code", fill)
-        seen = _windows(x, *sizes, fill=code)
+        seen = _windows(x, [a[k] for k in names], a.get("padding_code", fill))
         return reduce(seen, axis=tuple(range(x.ndim, 2 * x.ndim))) + a.get("bias", 0)
 
     return run
@@ -192,8 +192,8 @@ class _Operations:
         return (left.astype(kind) @ right.astype(kind)).astype("i8").reshape(shape)
 
     def dot(self, a, p, x):
-        pair = [x - a["offset"], p["kernel"]][:: -1 if a["kernel_operand"] == 0 else 1]
-        found = self.product(*pair, contract=a["contract"], batch=a["batch"])
+        x, y = [x - a["offset"], p["kernel"]][:: 1 if a["kernel_operand"] else -1]
+        found = self.product(x, y, a["contract"], a["batch"])
         return (found << a["shift"]) + p["bias"]
 
     def conv(self, a, p, x):
@@ -201,9 +201,8 @@ class _Operations:
         kernel, one, d = p["kernel"].transpose(rhs), (1, 1), x.ndim - 2
         steps, *own = ((*one, *a[k]) for k in ("strides", "input_dilation", "dilation"))
         window, pads = (*one, *kernel.shape[2:]), [(0, 0), (0, 0), *a["padding"]]
-        x = _windows(
-            x.transpose(lhs), window, steps, pads, *own, fill=a["padding_code"]
-        )
+        sizes = window, steps, pads, *own
+        x = _windows(x.transpose(lhs), sizes, a["padding_code"])
         n, c, *sizes = x.shape[: d + 2]
         x = x.reshape(n, groups, c // groups, *sizes, *window[2:]) - a["offset"]
         kernel = kernel.reshape(groups, len(kernel) // groups, *kernel.shape[1:])
