@@ -81,7 +81,7 @@ def save(
     kernels = _kernels(graph)
     for name in sorted(params):
         array = np.asarray(params[name])
-        if name not in kernels and small.has_room(array):
+        if name not in kernels and small.takes(array):
             places[name] = [str(array.dtype), small.add(smallest(array))]
             continue
         bits = storage_bits(array)

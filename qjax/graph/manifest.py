@@ -17,7 +17,7 @@ from qjax.graph.operations.record import is_integer
 
 _LEVEL = 9
 _MOST_BYTES = 1 << 26  # Of JSON, and of small arrays: what a file may unpack to.
-_SMALL = 1 << 12  # Bytes below which an array is a small one.
+_SMALL = 1 << 16  # Bytes below which a parameter is a small array.
 _FLOAT = "float32"
 _TYPES = ("int8", "uint8", "int16", "uint16", "int32", _FLOAT)
 
@@ -47,10 +47,13 @@ class SmallArrays:
             self._size += len(data)
         return self._places[key]
 
+    def takes(self, array: np.ndarray) -> bool:
+        """Returns whether a parameter is small, and has room among the others."""
+        return array.nbytes < _SMALL and self.has_room(array)
+
     def has_room(self, array: np.ndarray) -> bool:
-        """Returns whether an array is small, and has room among the others."""
-        fits = self._size + array.nbytes <= _MOST_BYTES
-        return array.nbytes < _SMALL and fits
+        """Returns whether an array has room among the others."""
+        return self._size + array.nbytes <= _MOST_BYTES
 
     def compressed(self) -> np.ndarray:
         """Returns all of them, uint8."""
