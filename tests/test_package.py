@@ -70,6 +70,8 @@ ROOMS = (
     ("quantized_model",),
     ("instrumentation", "observation", "inspection", "training"),
     ("formats",),
+    ("conformance",),
+    ("cli",),
 )
 
 
