@@ -2,6 +2,7 @@
 
 import dataclasses
 import statistics
+import textwrap
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from qjax.program import IntegerProgram
 from qjax.tables import html_table, text_table
 
 _RUNS = 5  # Timed calls, after one that warms up.
+_MOST_SHOWN = 160  # Letters of a reason in a table.
 _HEAD = ("runtime", "codes", "differ", "largest", "ms", "bytes", "first site")
 
 
@@ -53,8 +55,8 @@ class Outcome:
     def cells(self) -> tuple[object, ...]:
         """Returns the cells of a table."""
         if self.status != "compared":
-            line = self.reason.partition("\n")[0]
-            return self.runtime, *[""] * 5, f"{self.status}: {line}".rstrip(": ")
+            text = f"{self.status}: {' '.join(self.reason.split())}".rstrip(": ")
+            return self.runtime, *[""] * 5, textwrap.shorten(text, _MOST_SHOWN)
         own = self.comparison
         counts = own.codes, own.codes - own.equal, own.max_difference
         seconds = f"{self.milliseconds:.3f}", self.nbytes
