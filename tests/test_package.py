@@ -59,6 +59,7 @@ ROOMS = (
     ("integer_calls",),
     ("graph",),
     ("backends",),
+    ("ends",),
     ("program",),
     ("quantizers",),
     ("calibration",),
