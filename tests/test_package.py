@@ -71,6 +71,8 @@ ROOMS = (
     ("quantized_model",),
     ("instrumentation", "observation", "inspection", "training"),
     ("formats",),
+    ("conformance",),
+    ("cli",),
 )
 
 
