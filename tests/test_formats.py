@@ -14,7 +14,8 @@ import pytest
 import safetensors.numpy
 
 import qjax
-from qjax.graph import atomic, files
+from experiments.benchmarks import sizes
+from qjax.graph import atomic, files, manifest
 from tests.models import images
 
 
@@ -99,6 +100,55 @@ def test_kernels_are_plain_safetensors(program, path):
     arrays = safetensors.numpy.load_file(path)
     assert set(arrays) == {"w", "__manifest__", "__small__"}
     np.testing.assert_array_equal(arrays["w"], program.params["w"])
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("bits, most", [(8, 0.27), (4, 0.15), (2, 0.09)])
+def test_a_resnet_takes_this_part_of_its_float_file(bits, most):
+    state, program = sizes.lowered("resnet-8", bits)
+    assert sizes.float_bytes(state) == 317_904
+    assert sizes.saved(program) <= most * 317_904
+
+
+def test_large_parameters_are_tensors_and_scales_are_none(tmp_path):
+    """A bias for each of many channels, at each place; scales stay out of the JSON."""
+    params = {"w": images(2, 5000), "b": images(5, 5000)}
+    fn = lambda params, x: x @ params["w"] + params["b"]
+    x = images(5, 2)
+    scheme = qjax.Scheme(qjax.QSpec(8, narrow_range=True, axis=-1), qjax.QSpec(8))
+    qmodel = qjax.quantize_model(fn, params, x, scheme=scheme)
+    qstate = qjax.calibrate(qmodel, params, [x], progress=False)
+    program, path = qjax.lower(qmodel, params, qstate, x), tmp_path / "m.qjax"
+    program.save(path)
+    arrays = safetensors.numpy.load_file(path)
+    assert set(arrays) >= {"w", *RESERVED} and len(arrays) > 3
+    assert len(zlib.decompress(arrays["__manifest__"].tobytes())) < 10_000
+    loaded = qjax.load(path)
+    assert loaded.graph == program.graph
+    for name, param in program.params.items():
+        np.testing.assert_array_equal(loaded.params[name], param)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        np.zeros((3, 0, 2), np.int16),
+        np.int32(-(2**31)),
+        np.int32([[70000, -1]]),
+        np.uint16([65535]),
+        np.int8([]),
+    ],
+)
+def test_small_arrays_there_and_back(x):
+    small = manifest.SmallArrays()
+    numbers = [small.add(a) for a in (np.float32(1.5), manifest.smallest(x), x, x)]
+    assert numbers[2] == numbers[3]
+    forms = json.loads(json.dumps(small.forms))
+    found = manifest.read_small(forms, small.compressed())
+    for k, dtype in zip(numbers[1:3], (None, x.dtype), strict=True):
+        assert found[k].shape == x.shape and dtype in (None, found[k].dtype)
+        np.testing.assert_array_equal(found[k], x)
+    assert found[0] == np.float32(1.5)
 
 
 def test_equal_programs_make_equal_files(program, path, tmp_path):

@@ -178,12 +178,12 @@ def test_more_mutations_are_refused(sources, tmp_path):
 
 
 def _bomb(name):
-    """Returns a file whose tensor unpacks to 200 MB."""
+    """Returns a file whose tensor unpacks to 70 MB."""
     fields, tensors = _parts((PROGRAMS / "version3.qjax").read_bytes())
-    zeros = (b"[" if name == "nested" else b" ") * 200_000_000
+    zeros = (b"[" if name == "nested" else b" ") * 70_000_000
     if name == "small":
         tensors["__small__"] = np.frombuffer(zlib.compress(zeros, 1), np.uint8)
-        fields["small"] = [["int8", [200_000_000]]]
+        fields["small"] = [["int8", [70_000_000]]]
         return _joined(fields, tensors)
     if name == "shapes":
         fields["small"] = [["int32", [0, 2**31 - 1, 2**31 - 1, 2**31 - 1]]] * 50
