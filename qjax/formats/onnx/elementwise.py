@@ -64,8 +64,7 @@ def rescaled(
     if far << int(left.max(initial=0)) > np.iinfo(np.int32).max:
         acc = wrapped(g, acc, "int32")
     high = high_product(g, acc, multiplier)
-    size = g.shift_half_up(g.one("Abs", high), right)
-    return size if not np.any(right) else g.two("Mul", g.one("Sign", high), size)
+    return divided_by_power(g, high, right) if np.any(right) else high
 
 
 def high_product(g: OnnxGraph, a: OnnxValue, b: Any) -> OnnxValue:
