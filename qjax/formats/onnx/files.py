@@ -56,6 +56,7 @@ def model(
     opset: int,
     notes: Mapping[str, str] | None = None,
     domains: Mapping[str, int] | None = None,
+    types: Mapping[str, str] | None = None,
 ) -> Any:
     """Returns the model of a graph, without what no output needs.
 
@@ -66,6 +67,7 @@ def model(
       opset: Operator set.
       notes: What is to be known of the model, by name.
       domains: Further domains of operators, with their versions.
+      types: Types of tensors in the words of QONNX, by name.
 
     Raises:
       ValueError: if `onnx.checker` refuses it.
@@ -76,6 +78,11 @@ def model(
     for name, array in graph.constants.items():
         if name in needed:
             body.initializer.append(_tensor(onnx, name, array))
+    for name in sorted(needed & set(types or {})):
+        own = body.quantization_annotation.add(tensor_name=name)
+        own.quant_parameter_tensor_names.add(
+            key="finn_datatype", value=(types or {})[name]
+        )
     imports = [onnx.helper.make_opsetid("", opset)]
     imports += [onnx.helper.make_opsetid(*pair) for pair in (domains or {}).items()]
     found = onnx.helper.make_model(body, opset_imports=imports, producer_name="qjax")
@@ -126,7 +133,8 @@ def _graph(
     for op in reversed(graph.ops):
         if needed.isdisjoint(op.outputs):
             continue
-        attributes = {k: _attribute(onnx, k, v) for k, v in op.attributes.items()}
+        given = {k: v for k, v in op.attributes.items() if v != []}
+        attributes = {k: _attribute(onnx, k, v) for k, v in given.items()}
         node = onnx.helper.make_node(
             op.kind,
             op.inputs,

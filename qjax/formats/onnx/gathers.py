@@ -41,31 +41,32 @@ def _coordinate(
     return g.reshape(found, sizes)
 
 
-def _strides(shape: Sizes) -> list[int]:
-    """Returns how far apart neighbours are in a flat value."""
-    rest = [times(shape[d + 1 :]) for d in range(len(shape))]
-    if not all(isinstance(n, int) for n in rest):
-        raise FreeSizeError("places along an axis before one whose size is free")
-    return [int(n) for n in rest if isinstance(n, int)]
+def _room(g: OnnxGraph, n: Size, size: Size) -> Any:
+    """Returns the last start of a window of a size along an axis."""
+    if n == size:
+        return 0
+    if isinstance(n, int) and isinstance(size, int):
+        return max(n - size, 0)
+    if not isinstance(size, int):
+        raise FreeSizeError("windows of a size that is free")
+    return g.two("Max", g.add(g.sizes([n]), -size), 0)
 
 
 class _Places:
     """Places in a flat value, and whether the windows at them are inside of it."""
 
     def __init__(self, g: OnnxGraph, shape: Sizes) -> None:
-        self.g, self.shape, self.strides = g, shape, _strides(shape)
+        self.g, self.shape = g, shape
+        self.strides = [times(shape[d + 1 :]) for d in range(len(shape))]
         self.flat: OnnxValue | None = None
         self.inside: OnnxValue | None = None
 
-    def start(self, d: int, start: OnnxValue, size: int) -> None:
+    def start(self, d: int, start: OnnxValue, size: Size) -> None:
         """Adds the start of windows of a size along an axis, held inside."""
         g, n = self.g, self.shape[d]
-        if not isinstance(n, int):
-            raise FreeSizeError("places along an axis whose size is free")
-        last = max(n - size, 0)
-        held = g.two("Min", g.two("Max", start, 0), last)
+        held = g.two("Min", g.two("Max", start, 0), _room(g, n, size))
         own = g.two("Equal", start, held)
-        if n < size:
+        if isinstance(n, int) and isinstance(size, int) and n < size:
             own = g.two("Less", start, start)
         if self.inside is not None:
             joined = joint_shape(self.inside.shape, own.shape)
@@ -75,7 +76,9 @@ class _Places:
 
     def along(self, d: int, number: OnnxValue) -> None:
         """Adds numbers along an axis."""
-        part = self.g.mul(number, self.strides[d])
+        stride = self.strides[d]
+        by = stride if isinstance(stride, int) else self.g.sizes([stride])
+        part = self.g.mul(number, by)
         self.flat = part if self.flat is None else self.g.two("Add", self.flat, part)
 
 
@@ -96,10 +99,7 @@ def gather(call: OnnxCall) -> OnnxValue:
         return g.expand(g.constant(np.full((1,) * whole, fill), call.dtype), call.shape)
     own = _Places(g, x.shape)
     for k, d in enumerate(call["start_index_map"]):
-        size = sizes[d]
-        if not isinstance(size, int):
-            raise FreeSizeError("slices of a size that is free")
-        own.start(d, _coordinate(g, places, k, others, whole), size)
+        own.start(d, _coordinate(g, places, k, others, whole), sizes[d])
     batch = call["operand_batching_dims"], call["start_indices_batching_dims"]
     for d, j in zip(*batch, strict=True):
         own.along(d, _along(g, places.shape[j], others[j], whole))
@@ -130,10 +130,8 @@ def scatter(call: OnnxCall) -> OnnxValue:
     rows = g.reshape(updates, [times(updates.shape)])
     if name != "scatter":
         return _joined(g, own, rows, flat, name[-3:], x.shape)
-    if not isinstance(last, int):
-        raise FreeSizeError("updates of a number that is free")
     # The number of the last update at each place, counted from 1; then what it brings.
-    order = g.constant(np.arange(1, last + 1), "int64")
+    order = g.add(_along(g, last, 0, 1), 1)
     zeros = g.mul(own, 0)
     which = _joined(g, zeros, order, flat, "max", own.shape)
     brought = g.gather(rows, g.two("Max", g.add(which, -1), 0))
@@ -172,8 +170,6 @@ def _update_places(
     own = _Places(g, sizes)
     for k, d in enumerate(call["scatter_dims"]):
         size = shape[windows[d]] if d in windows else 1
-        if not isinstance(size, int):
-            raise FreeSizeError("windows of a size that is free")
         own.start(d, _coordinate(g, places, k, others, rank), size)
     batch = call["operand_batching_dims"], call["scatter_indices_batching_dims"]
     for d, j in zip(*batch, strict=True):
@@ -215,10 +211,7 @@ def argsort(call: OnnxCall) -> OnnxValue:
 
 def _sorted(call: OnnxCall, is_descending: bool) -> tuple[OnnxValue, OnnxValue]:
     g, x, axis = call.graph, call.read(), call["axis"]
-    n = x.shape[axis]
-    if not isinstance(n, int):
-        raise FreeSizeError("an order along an axis whose size is free")
     if 0 in x.shape:
         return x, x
     own = {"axis": axis, "largest": int(is_descending), "sorted": 1}
-    return g.ordered(x, n, **own)
+    return g.ordered(x, x.shape[axis], **own)

@@ -163,7 +163,9 @@ class OnnxGraph:
         if len(free) == 1 and 0 not in shape:  # Beside 0 nothing can be left open.
             target = (*shape[: free[0]], -1, *shape[free[0] + 1 :])
         own: dict[str, Any] = {"dtype": x.dtype, "shape": shape}
-        return self.op("Reshape", x, self.sizes(target), allowzero=1, **own)
+        if 0 in shape:  # A size of 0 would be that of the input otherwise.
+            own["allowzero"] = 1
+        return self.op("Reshape", x, self.sizes(target), **own)
 
     def transpose(self, x: OnnxValue, order: Sequence[int]) -> OnnxValue:
         """Orders axes."""
@@ -221,10 +223,10 @@ class OnnxGraph:
         return self.op(kind, x, over, keepdims=int(keepdims), **own)
 
     def ordered(
-        self, x: OnnxValue, n: int, axis: int, **attributes: Any
+        self, x: OnnxValue, n: Size, axis: int, **attributes: Any
     ) -> tuple[OnnxValue, OnnxValue]:
         """Orders all ``n`` values along an axis, and returns their places, too."""
-        size = self.constant([n], "int64")
+        size = self.sizes([n])
         names = self.unique(f"t{len(self.names)}"), self.unique(f"t{len(self.names)}p")
         own = {"axis": axis, **attributes}
         self.ops.append(OnnxOp("TopK", (x.name, size.name), names, own))
