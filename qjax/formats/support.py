@@ -22,6 +22,11 @@ OPERATIONS: Mapping[str, frozenset[str]] = {
         "max max_pool maximum min minimum multiply multiply_codes pad requantize "
         "reshape rev slice sum sum_pool table thresholds transpose".split()
     ),
+    "qjax.formats.qonnx.write_qonnx_quant": frozenset(
+        "add argmax argmin broadcast clip concatenate constant conv dot dot_codes "
+        "max max_pool maximum min minimum multiply multiply_codes pad requantize "
+        "reshape rev slice sum sum_pool table transpose".split()
+    ),
     "qjax.formats.c99.write_c99": frozenset(
         "add argmax argmin broadcast clip concatenate constant conv dot dot_codes "
         "embed max max_pool maximum min min_pool minimum multiply multiply_codes norm "

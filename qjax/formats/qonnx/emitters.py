@@ -35,7 +35,7 @@ def _acc(
     bias = (more << call["shift"]) + call.params["bias"]
     rank = len(call.shape)
     bias = bias.reshape((1,) * (rank - bias.ndim) + bias.shape)
-    return QonnxTensor(value, tuple(order), bias, call["shift"])
+    return QonnxTensor(value, tuple(order), bias, call["shift"], call.node.output)
 
 
 def conv(call: QonnxCall) -> QonnxTensor:
@@ -56,7 +56,7 @@ def conv(call: QonnxCall) -> QonnxTensor:
         if any(n < 0 for pair in pairs for n in pair):
             raise call.refuse("padding that crops")
         pads = [a for a, _ in pairs] + [b for _, b in pairs]
-        weights = call.sheet.numbers(kernel, "kernel")
+        weights = call.sheet.kernel(call, kernel, 0, out[1])
         own_: dict[str, Any] = {"pads": pads, "strides": list(call["strides"])}
         found = g.op("Conv", x, weights, **common, **own_)
     else:
@@ -91,7 +91,8 @@ def _transposed(
     own = np.flip(own, tuple(range(2, own.ndim)))
     strides = list(call["input_dilation"])
     found = {"pads": before + after, "output_padding": more, "strides": strides}
-    return call.sheet.numbers(np.ascontiguousarray(own), "kernel"), found
+    at = call["dimensions"][2][1] if groups == 1 else None
+    return call.sheet.kernel(call, np.ascontiguousarray(own), 1, at), found
 
 
 def dot(call: QonnxCall) -> QonnxTensor:
@@ -114,7 +115,8 @@ def dot(call: QonnxCall) -> QonnxTensor:
     if len(over) != 1 or not rows:
         x = g.reshape(x, [*(own or [1]), len(flat)])
     shape = (*(own or [1]), flat.shape[1])
-    weights = call.sheet.numbers(flat, "kernel")
+    channel = 0 if side == 0 else len(own)
+    weights = call.sheet.kernel(call, flat, 1, channel if len(outs) == 1 else None)
     acc = g.op("MatMul", x, weights, dtype="float32", shape=shape)
     acc = g.reshape(acc, [*own, *outs])
     order = list(range(len(own) + len(outs)))
@@ -141,6 +143,7 @@ def dot_codes(call: QonnxCall) -> QonnxTensor:
     call.check(a[-1] * call.far(0) * call.far(1))
     shape = (*a[:-1], b[-1])
     acc = g.op("MatMul", left, right, dtype="float32", shape=shape)
+    call.sheet.product(call)
     return call.sheet.tensor(g.reshape(acc, call.shape))
 
 
@@ -150,7 +153,7 @@ def multiply(call: QonnxCall) -> QonnxTensor:
     if kernel.ndim == 0:
         kernel = kernel.reshape((1,) * len(call.shape))
     own = call.sheet.finished(call.x)
-    weights = call.sheet.numbers(arranged(kernel, own.order), "kernel")
+    weights = call.sheet.kernel(call, arranged(kernel, own.order), 0, None)
     found = call.graph.two("Mul", own.value, weights)
     return _acc(call, found, own.order, np.abs(kernel), kernel)
 
@@ -159,6 +162,7 @@ def multiply_codes(call: QonnxCall) -> QonnxTensor:
     """Writes an elementwise product of two values."""
     call.check(call.far(0) * call.far(1))
     pair, order = call.sheet.aligned(call.inputs)
+    call.sheet.product(call)
     return call.sheet.tensor(call.graph.two("Mul", *pair), order)
 
 
@@ -180,9 +184,10 @@ def total(call: QonnxCall) -> QonnxTensor:
         common: dict[str, Any] = {"dtype": "float32", "shape": shape}
         acc = g.op("Conv", image, kernel, group=channels, kernel_shape=sizes, **common)
         acc = g.reshape(acc, shape[:2])
-        return QonnxTensor(acc, (0, 1), bias)
-    acc = g.reduce("ReduceSum", call.sheet.plain(x), axes)
-    return QonnxTensor(acc, tuple(range(len(call.shape))), bias)
+    else:
+        acc = g.reduce("ReduceSum", call.sheet.plain(x), axes)
+    places = tuple(range(len(call.shape)))
+    return QonnxTensor(acc, places, bias, 0, call.node.output)
 
 
 def _image(call: QonnxCall) -> tuple[OnnxValue, list[int]]:
@@ -231,7 +236,7 @@ def sum_pool(call: QonnxCall) -> QonnxTensor:
     kernel = call.sheet.numbers(np.ones((channels, 1, *sizes)), "ones")
     found = _windowed(call, "Conv", kernel, group=channels)
     bias = np.full((1,) * len(call.shape), count * call.zero() + call["bias"])
-    return QonnxTensor(found.value, found.order, bias)
+    return QonnxTensor(found.value, found.order, bias, 0, call.node.output)
 
 
 def max_pool(call: QonnxCall) -> QonnxTensor:

@@ -26,12 +26,14 @@ class QonnxTensor:
       order: Axis of the tensor for each axis of the value.
       bias: Integers that are still to be added, in the rank of the value, int64.
       shift: Bits by which they are still to be shifted.
+      number: Number of the accumulator in the integer graph, whose unit counts.
     """
 
     value: OnnxValue
     order: tuple[int, ...]
     bias: np.ndarray
     shift: int = 0
+    number: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,6 +62,22 @@ class QonnxSheet:
         if array.size:
             self.types[found.name] = type_of(int(array.min()), int(array.max()))
         return found
+
+    def kernel(
+        self, call: "QonnxCall", array: np.ndarray, axis: int, channel: int | None
+    ) -> OnnxValue:
+        """Returns a kernel.
+
+        Args:
+          call: The product that reads it.
+          array: Its integers, as the operator takes them.
+          axis: Its axis of the channels.
+          channel: Axis of the channels in the output, None if it is not one.
+        """
+        return self.numbers(array, "kernel")
+
+    def product(self, call: "QonnxCall") -> None:
+        """Notes that a node multiplies two values."""
 
     def finished(self, x: QonnxTensor) -> QonnxTensor:
         """Shifts and adds what is still to be."""
@@ -182,6 +200,7 @@ class QonnxCall:
       output: Output in the integer graph.
       shape: Its shape.
       params: Role -> integers, int64.
+      is_exact: Whether float32 must hold all sums.
     """
 
     writer: str
@@ -192,6 +211,7 @@ class QonnxCall:
     output: Value
     shape: tuple[int, ...]
     params: Mapping[str, np.ndarray]
+    is_exact: bool = True
 
     def __getitem__(self, name: str) -> Any:
         return self.node.attributes[name]
@@ -225,5 +245,5 @@ class QonnxCall:
 
     def check(self, most: int) -> None:
         """Raises ValueError for integers that float32 does not hold."""
-        if most > MOST:
+        if self.is_exact and most > MOST:
             raise self.refuse("integers of more than 24 bits, which float32 rounds")
