@@ -127,8 +127,7 @@ def write_onnx(
     """
     check_whole(program)
     onnx_module()
-    if not _OLDEST <= opset <= _NEWEST:
-        raise ValueError(f"`opset` must be from {_OLDEST} to {_NEWEST}, got {opset}.")
+    check_opset(opset)
     graph = program.graph
     check_operations(WRITER, graph)
     arrays = {k: np.asarray(v).astype(np.int64) for k, v in program.params.items()}
@@ -137,13 +136,19 @@ def write_onnx(
     inputs = entered(own, graph, names[0])
     sizes = value_sizes(graph, arrays, [x.shape for x in inputs])
     own.names.update(names[1])
-    found = _emit(own, graph, arrays, inputs, sizes)
+    found = emit(own, graph, arrays, inputs, sizes)
     outputs = ended(own, found, names[1])
     notes = notes_of([*names[0], *names[1]], [*_ends(program)])
     data = model(own, inputs, outputs, opset=opset, notes=notes).SerializeToString()
     if path is not None:
         write_atomically(path, data)
     return data
+
+
+def check_opset(opset: int) -> None:
+    """Raises ValueError for an operator set that the writers do not speak."""
+    if not _OLDEST <= opset <= _NEWEST:
+        raise ValueError(f"`opset` must be from {_OLDEST} to {_NEWEST}, got {opset}.")
 
 
 def _ends(program: IntegerProgram) -> list[Any]:
@@ -175,7 +180,7 @@ def ended(
     return outputs
 
 
-def _emit(
+def emit(
     own: OnnxGraph,
     graph: Graph,
     arrays: Mapping[str, np.ndarray],
@@ -194,7 +199,7 @@ def _emit(
             shapes=[sizes[v] for v in node.outputs],
             params={role: arrays[name] for role, name in node.params.items()},
             arrays=arrays,
-            run=_emit,
+            run=emit,
         )
         try:
             made = EMITTERS[node.operation](call)

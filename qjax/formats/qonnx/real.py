@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from qjax.formats.onnx.graph import OnnxGraph, OnnxValue
+from qjax.formats.onnx.reals import CLOSE, followers, kernel_scale, scale_of
 from qjax.formats.qonnx import emitters
 from qjax.formats.qonnx.sheet import (
     DOMAIN,
@@ -15,9 +16,7 @@ from qjax.formats.qonnx.sheet import (
     QonnxTensor,
     arranged,
 )
-from qjax.graph.graph import Graph, Grid, Node, Value
-
-_CLOSE = 2.0**-20  # Factors that are so near to 1 are roundings of it.
+from qjax.graph.graph import Graph, Value
 
 
 class RealSheet(QonnxSheet):
@@ -32,7 +31,7 @@ class RealSheet(QonnxSheet):
         super().__init__()
         self.program, self.arrays = graph, arrays
         self.units: dict[int, np.ndarray] = {}  # Accumulator -> real value of its 1.
-        self.followers = _followers(graph)
+        self.followers = followers(graph)
 
     def unit(self, x: QonnxTensor, value: Value) -> np.ndarray:
         """Returns the real value of one step of an input."""
@@ -60,7 +59,9 @@ class RealSheet(QonnxSheet):
     ) -> OnnxValue:
         """Returns a kernel on its grid: the one that the next requantizer speaks of."""
         count = array.shape[axis] if array.ndim else 1
-        own = self._kernel_scale(call, channel, count)
+        behind = self.followers.get(call.node.output)
+        pair = (channel, count)
+        own = kernel_scale(self.program, self.arrays, call.node, behind, *pair)
         rank = len(call.shape)
         sizes = [1] * rank
         if own.size > 1 and channel is not None:
@@ -75,50 +76,11 @@ class RealSheet(QonnxSheet):
         low, high = int(array.min(initial=0)), int(array.max(initial=0))
         return quant(self.graph, value, scale, 0, (min(low, -high), high))
 
-    def _kernel_scale(
-        self, call: QonnxCall, channel: int | None, count: int
-    ) -> np.ndarray:
-        behind = self.followers.get(call.node.output)
-        x = scale_of(call.values[0])
-        if behind is not None:
-            roles = {role: self.arrays[name] for role, name in behind.params.items()}
-            ratio = roles["multiplier"] * 2.0 ** -roles["shift"].astype(np.float64)
-            at = [d for d, n in enumerate(ratio.shape) if n > 1]
-            offset = len(call.shape) - ratio.ndim
-            is_fit = not at or (len(at) == 1 and at[0] + offset == channel)
-            if is_fit and np.all(ratio > 0):
-                own = ratio * scale_of(self.program.values[behind.output])
-                return own.reshape(-1) * 2.0 ** call["shift"] / x
-        grid = self.program.grids.get(call.node.params["kernel"])
-        if grid is None:
-            return np.ones(1)
-        own = grid.array().astype(np.float64)
-        is_fit = own.size == 1 or (channel is not None and own.size == count)
-        return own.reshape(-1) if is_fit else np.ones(1)
-
     def product(self, call: QonnxCall) -> None:
         """Notes the unit of a product of two values."""
         pair = (scale_of(x) for x in call.values)
         unit = np.asarray(np.prod([*pair]))
         self.units[call.node.output] = unit.reshape((1,) * len(call.shape))
-
-
-def scale_of(value: Value) -> np.ndarray:
-    """Returns the scale of a value as float64; integers have 1."""
-    return (value.grid or Grid(1.0, 0)).array().astype(np.float64)
-
-
-def _followers(graph: Graph) -> dict[int, Node]:
-    """Returns accumulators that one requantizer alone reads, with it."""
-    readers: dict[int, list[Node]] = {}
-    for node in graph.nodes:
-        for v in node.inputs:
-            readers.setdefault(v, []).append(node)
-    return {
-        v: own[0]
-        for v, own in readers.items()
-        if len(own) == 1 and own[0].operation == "requantize" and v not in graph.outputs
-    }
 
 
 def word(low: int, high: int) -> tuple[int, bool, bool, tuple[int, int]]:
@@ -175,7 +137,7 @@ def gridded(g: OnnxGraph, x: OnnxValue, own: Value) -> OnnxValue:
 
 def _times(call: QonnxCall, x: QonnxTensor, gain: np.ndarray) -> OnnxValue:
     """Multiplies real values by factors, unless they are 1."""
-    if np.all(np.abs(gain - 1) < _CLOSE):
+    if np.all(np.abs(gain - 1) < CLOSE):
         return x.value
     gain = gain.reshape((1,) * (len(x.order) - gain.ndim) + gain.shape)
     own = call.graph.constant(arranged(gain, x.order), "float32")
