@@ -10,7 +10,6 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from qjax.affine import QParams, dequantize
 from qjax.backends.xla import run as xla
@@ -20,7 +19,7 @@ from qjax.graph.graph import Graph, Grid, Value
 from qjax.graph.packing import nbytes
 from qjax.graph.streaming import Streamed, streamed
 from qjax.leaves import at_start, difference, leaf_names
-from qjax.qpoint import grid_codes
+from qjax.qpoint import grid_codes, quotient_codes
 from qjax.tables import show_types
 
 
@@ -399,7 +398,7 @@ class IntegerProgram:
                 continue
             gain, offset = map(jnp.float32, v.rescaling)
             x = jnp.asarray(x).astype(jnp.float32) * gain + offset
-            codes = _quotient_codes if v.rounding == "half_away" else grid_codes
+            codes = quotient_codes if v.rounding == "half_away" else grid_codes
             found.append(codes(x, scale, zero, low, high).astype(v.dtype))
         return found
 
@@ -466,28 +465,6 @@ def _check_range(name: str, x: Any, v: Value) -> None:
         raise ValueError(
             f"The codes of {name} must lie in [{v.low}, {v.high}], got [{low}, {high}]."
         )
-
-
-def _quotient_codes(
-    x: jax.Array,
-    scale: jax.Array,
-    zero_point: jax.Array,
-    qmin: jax.Array,
-    qmax: jax.Array,
-) -> jax.Array:
-    """Computes codes as TFLite does: float32 quotients, halves away from zero.
-
-    In float64, where a quotient of float32 numbers is never so near to the middle of
-    two others that an ulp, or a reciprocal in its place, would round it elsewhere.
-    """
-    with jax.enable_x64(True):
-        wide = lambda a: a.astype(jnp.float64)
-        quotient = lax.reduce_precision(wide(x) / wide(scale), 8, 23)
-        half = jnp.full_like(quotient, 0.5)
-        steps = jnp.sign(quotient) * jnp.floor(jnp.abs(quotient) + half)
-        steps = jnp.where(jnp.isnan(steps), jnp.zeros_like(steps), steps)
-        low, high = (wide(end) - wide(zero_point) for end in (qmin, qmax))
-        return jnp.clip(steps, low, high).astype(jnp.int32) + zero_point
 
 
 def _clipped(x: jax.Array, v: Value) -> jax.Array:

@@ -15,6 +15,7 @@ from qjax.model.traced_model import Loop, TracedModel
 from qjax.model.visits import Visitor
 from qjax.quantizers.point import straight
 from qjax.schemes.patterns import Site
+from qjax.targets import Target
 
 
 class ForwardLoops(Simulation):
@@ -23,10 +24,11 @@ class ForwardLoops(Simulation):
     _seen: Mapping[str, SiteWord]
     _words: dict[int, str]  # Value on a grid -> type of its codes.
     _data: set[int]
+    _target: Target
     _part: Callable[[int], Late | None]
 
     def _inside(self, body: TracedModel) -> Self:
-        return type(self)(body, (), ())
+        return type(self)(body, (), (), target=self._target)  # type: ignore[call-arg]
 
     def _run_loop(self, e: Equation, loop: Loop) -> list[Any]:
         found = super()._run_loop(e, loop)
@@ -51,6 +53,6 @@ class ForwardLoops(Simulation):
         value, found = super()._onto(v, site, x)
         word, late = self._seen[site.name], self._part(v) if v in self._env else None
         if found.grid is not None and late is not None and word.is_direct:
-            codes = late(TargetGrid(*found.grid, word.qmin, word.qmax))
+            codes = late(TargetGrid(*found.grid, word.qmin, word.qmax, word.dtype))
             value = straight(value, dequantize(codes, found.grid).astype(value.dtype))
         return value, found._replace(word=word.dtype)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qjax.formats.tflite import tables
+from qjax.graph import tflite_tables as tables
 from qjax.formats.tflite.products import operands
 from qjax.formats.tflite.rules import axes, pool, reduced_shape
 from qjax.formats.tflite.tensors import Call, TfliteRule, any_batch
