@@ -15,8 +15,8 @@ from qjax.lowering.interpret import InputTwiceError, interpret
 from qjax.lowering.outputs import add_output
 from qjax.lowering.precision import find_half
 from qjax.lowering.rules import RULES
-from qjax.lowering.sizes import Lowered, find_fixed
 from qjax.lowering.rules.tflite import check_tflite
+from qjax.lowering.sizes import Lowered, find_fixed
 from qjax.lowering.values import Abstract, Builder, Integers
 from qjax.model.blocks import data_of
 from qjax.model.folding import fold_normalisations

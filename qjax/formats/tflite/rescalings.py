@@ -1,0 +1,442 @@
+"""Requantizers of a program as the TFLite operators that compute the same codes.
+
+An operator derives its multiplier from scales. Those of weights are found here from the
+multiplier of the program, and accepted if they give it back bit for bit, or the same
+code for every accumulator.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qjax.formats.support import unsupported
+from qjax.formats.tflite.emission import (
+    REMEDY,
+    WRITER,
+    Emission,
+    Pending,
+    activation,
+)
+from qjax.graph.graph import Node
+from qjax.graph.operations import OPERATIONS
+from qjax.graph.tflite_tables import Codes
+from qjax.integer_tflite import (
+    Kind,
+    mean_multiplier,
+    product_ratio,
+    signed_multiplier,
+    sum_multipliers,
+)
+
+Pair = tuple[Any, Any]  # Multiplier and shift.
+_INT32 = np.iinfo(np.int32)
+_MOST_TRIED = 1 << 22  # Accumulators that are compared one by one.
+
+
+# Proofs.
+
+
+def check_pair(
+    emission: Emission, node: Node, found: Pair, rule: str, over: Any = None
+) -> None:
+    """Raises ValueError unless a kernel gives the codes of a requantizer.
+
+    Args:
+      emission: The graph.
+      node: The requantizer.
+      found: Multiplier and shift of the kernel.
+      rule: Its rule.
+      over: Least and largest accumulator; None for those of the input.
+    """
+    if not is_same(emission, node, found, rule, over):
+        raise unsupported(WRITER, node, REMEDY)
+
+
+def is_same(
+    emission: Emission, node: Node, found: Pair, rule: str, over: Any = None
+) -> bool:
+    """Returns whether a kernel gives the codes of a requantizer; see `check_pair`."""
+    own = tuple(emission.params[node.params[k]] for k in ("multiplier", "shift"))
+    pair = [np.broadcast_to(np.asarray(p), np.shape(q)) for p, q in zip(found, own, strict=True)]
+    if rule == node.attributes["rule"]:
+        if all(np.array_equal(p, q) for p, q in zip(pair, own, strict=True)):
+            return True
+        dead = np.asarray(own[0]) == 0
+        same = [(p == q) | (dead & (pair[0] == 0)) for p, q in zip(pair, own, strict=True)]
+        if all(map(np.all, same)):
+            return True
+    value = emission.value(node.inputs[0])
+    low, high = over or (value.low, value.high)
+    channels = np.stack([np.ravel(a) for a in (*own, *pair)], 1)
+    channels = np.unique(channels, axis=0)
+    if (high - low + 1) * len(channels) > _MOST_TRIED:
+        return False
+    acc = np.arange(low, high + 1, dtype=np.int64)[:, None]
+    meaning = OPERATIONS["requantize"].meaning
+    wide = channels.astype(np.int64).T
+    codes = [
+        meaning(
+            {**node.attributes, "rule": each},
+            {"multiplier": multiplier, "shift": shift},
+            [acc],
+        )
+        for each, multiplier, shift in (
+            (node.attributes["rule"], wide[0], wide[1]),
+            (rule, wide[2], wide[3]),
+        )
+    ]
+    return bool(np.array_equal(*codes))
+
+
+# Operators with fused activations.
+
+
+def finish(
+    emission: Emission,
+    node: Node,
+    name: str,
+    inputs: Sequence[int],
+    shape: Sequence[int],
+    *,
+    moves: Callable[[int], int] = lambda t: t,
+    is_fused: bool = True,
+    **options: Any,
+) -> None:
+    """Adds an operator and what bounds and moves its codes.
+
+    Args:
+      emission: Receives them.
+      node: The node that rounds; its ends bound the codes.
+      name: The operator.
+      inputs: Its tensors.
+      shape: Shape of its output.
+      moves: From its output to the tensor of the node.
+      is_fused: Whether the operator has a fused activation.
+      **options: Its options.
+    """
+    y = emission.codes(node.output, node)
+    ends = node.attributes["low"], node.attributes["high"]
+    found = activation(ends, y) if is_fused else None
+    if is_fused:
+        options["fused_activation_function"] = found or "NONE"
+    value = emission.value(node.output)
+    grid = (float(y.scale),), (y.zero_point,)
+    out = emission.add_tensor(node.path or name.lower(), shape, value.dtype, *grid)
+    t = moves(emission.add(name, inputs, out, **options))
+    if found is None:
+        t = emission.clipped(t, ends, y, node.path)
+    emission.place(node.output, t, node.path)
+
+
+def of_codes(emission: Emission, node: Node) -> None:
+    """Writes a step from grid to grid: QUANTIZE, or a RELU whose ratio is float32."""
+    x = node.inputs[0]
+    t, own = emission.tensor(x, node), emission.codes(x, node)
+    y, shape = emission.codes(node.output, node), emission.value(x).shape
+    ratio = product_ratio("codes", [own.scale], y.scale)
+    if is_same(emission, node, signed_multiplier(ratio), "tflite_double"):
+        finish(emission, node, "QUANTIZE", (t,), shape, is_fused=False)
+        return
+    ratio = np.float64(own.scale / y.scale)
+    ends = node.attributes["low"], node.attributes["high"]
+    name = activation(ends, y)
+    if name in (None, "NONE"):
+        raise unsupported(WRITER, node, REMEDY)
+    check_pair(emission, node, signed_multiplier(ratio), "tflite_double")
+    out = emission.add_value(node.output, node.path)
+    emission.add(str(name), (t,), out)
+
+
+# Products with weights.
+
+
+def weights(
+    emission: Emission,
+    node: Node,
+    made: Node,
+    kernel: np.ndarray,
+    bias: np.ndarray,
+    x: Codes,
+    axis: int,
+) -> tuple[int, int]:
+    """Adds the weights and the bias of a product, on scales that give its multiplier.
+
+    Args:
+      emission: Receives them.
+      node: The requantizer.
+      made: The product.
+      kernel: Weights as the operator has them, int64.
+      bias: One number per channel, int64, zero points not within.
+      x: Codes of the input.
+      axis: Axis of the channels in ``kernel``.
+
+    Returns:
+      The tensors of weights and bias.
+    """
+    count = kernel.shape[axis]
+    kind: Kind = "dot" if made.operation == "dot" else "conv"
+    own = [
+        _by_channel(emission.params[node.params[role]], count)
+        for role in ("multiplier", "shift")
+    ]
+    if own[0] is None or own[1] is None:
+        raise unsupported(WRITER, node, "multipliers that differ by place")
+    sign = np.where(own[0] < 0, -1, np.where(own[0] == 0, 0, 1))
+    shape = [1] * kernel.ndim
+    shape[axis] = count
+    kernel, bias = kernel * sign.reshape(shape), bias * sign
+    pair = np.abs(own[0].astype(np.int64)), own[1]
+    y = emission.codes(node.output, node)
+    scale = _weight_scale(emission, node, kind, pair, x, y)
+    ends = np.iinfo(np.int8)
+    if kernel.size and not (ends.min <= kernel.min() and kernel.max() <= ends.max):
+        raise unsupported(WRITER, node, "weights beyond 8 bits")
+    if np.any(np.abs(bias) > _INT32.max):
+        raise unsupported(WRITER, node, "a bias of more than 32 bits")
+    name, zeros = made.params["kernel"], (0,) * scale.size
+    named: Any = {"axis": axis if scale.size > 1 else 0}
+    data = kernel.astype(np.int8)
+    grid = tuple(scale.tolist()), zeros
+    w = emission.add_tensor(name, kernel.shape, "int8", *grid, data=data, **named)
+    emission.kernels.append(w)
+    units = np.float32(scale) * x.scale
+    grid = tuple(units.tolist()), zeros
+    data = bias.astype(np.int32)
+    b = emission.add_tensor(made.params["bias"], (count,), "int32", *grid, data=data)
+    return w, b
+
+
+def _by_channel(array: np.ndarray, count: int) -> np.ndarray | None:
+    """Returns one number per channel; None if they differ along other axes."""
+    if array.size not in (1, count):
+        return None
+    return np.broadcast_to(array.reshape(-1), (count,))
+
+
+def _weight_scale(
+    emission: Emission, node: Node, kind: Kind, pair: Pair, x: Codes, y: Codes
+) -> np.ndarray:
+    """Finds the scales of weights from which a kernel computes a multiplier.
+
+    Returns:
+      float32, one, or one per channel.
+
+    Raises:
+      ValueError: if there are none.
+    """
+    rule = "tflite_single" if kind == "dot" else "tflite_double"
+    ratio = np.ldexp(pair[0].astype(np.float64), -pair[1].astype(np.int64))
+    ideal = np.float32(ratio * np.float64(y.scale) / np.float64(x.scale))
+    live = pair[0] != 0
+    if live.any() and np.all(pair[0] == pair[0][0]) and np.all(pair[1] == pair[1][0]):
+        for near in _near(ideal[:1]):
+            found = signed_multiplier(product_ratio(kind, [near, x.scale], y.scale))
+            if is_same(emission, node, _shaped(emission, node, found), rule):
+                return near
+    best = np.where(live, ideal, np.float32(1))
+    done = ~live
+    for near in _near(ideal):
+        wide = np.float64(x.scale) * np.float64(near) / np.float64(y.scale)
+        found = signed_multiplier(np.where(live, wide, 0))
+        hits = (found[0] == pair[0]) & (found[1] == pair[1]) & ~done
+        best, done = np.where(hits, near, best), done | hits
+    wide = np.float64(x.scale) * np.float64(best) / np.float64(y.scale)
+    found = signed_multiplier(np.where(live, wide, 0))
+    check_pair(emission, node, _shaped(emission, node, found), rule)
+    if best.size > 1 and np.all(best == best[0]):
+        return best  # As many numbers as channels: no product of one is rounded.
+    return best
+
+
+def _near(x: np.ndarray) -> list[np.ndarray]:
+    """Returns numbers and their neighbours of float32, nearest first."""
+    found, up, down = [x], x, x
+    for _ in range(3):
+        up, down = np.nextafter(up, np.float32(np.inf)), np.nextafter(down, -up)
+        found += [up, down]
+    return [np.abs(n).astype(np.float32) for n in found]
+
+
+def _shaped(emission: Emission, node: Node, found: Pair) -> Pair:
+    """Returns multiplier and shift in the shapes that a requantizer has, and signs."""
+    own = emission.params[node.params["multiplier"]]
+    signs = np.where(own < 0, -1, 1)
+    multiplier, shift = (
+        np.broadcast_to(np.ravel(p), (own.size,)).reshape(own.shape)
+        if np.size(p) == own.size
+        else np.broadcast_to(np.ravel(p)[:1], (own.size,)).reshape(own.shape)
+        for p in found
+    )
+    return multiplier * signs, shift
+
+
+def after(emission: Emission, pending: Pending, node: Node) -> Callable[[int], int]:
+    """Returns how the codes of an accumulator move before a requantizer's value."""
+
+    def moved(t: int) -> int:
+        for move in pending.moves:
+            t = _MOVED[move.operation](emission, move, t)
+        return t
+
+    return moved
+
+
+def _reshape_tensor(emission: Emission, node: Node, t: int) -> int:
+    return emission.reshaped(t, emission.value(node.output).shape, node.path)
+
+
+def _transpose_tensor(emission: Emission, node: Node, t: int) -> int:
+    return emission.transposed(t, node.attributes["permutation"], node.path)
+
+
+_MOVED: Mapping[str, Callable[[Emission, Node, int], int]] = {
+    "reshape": _reshape_tensor,
+    "transpose": _transpose_tensor,
+}
+MOVES = frozenset(_MOVED)
+
+
+# Other accumulators.
+
+
+def of_two(emission: Emission, node: Node, pending: Pending) -> None:
+    """Writes MUL or BATCH_MATMUL."""
+    made = pending.node
+    given = [emission.tensor(v, made) for v in made.inputs]
+    codes = [emission.codes(v, made) for v in made.inputs]
+    y = emission.codes(node.output, node)
+    kind: Kind = "dot_codes" if made.operation == "dot_codes" else "multiply_codes"
+    ratio = product_ratio(kind, [c.scale for c in codes], y.scale)
+    check_pair(emission, node, signed_multiplier(ratio), "tflite_double")
+    moves = after(emission, pending, node)
+    shape = emission.value(made.output).shape
+    if kind == "multiply_codes":
+        finish(emission, node, "MUL", given, shape, moves=moves)
+        return
+    if y.is_wide:
+        raise unsupported(WRITER, node, "a product of two values of 16 bits")
+    flat = [_as_matrices(emission, made, side, t) for side, t in enumerate(given)]
+    batch = emission.tensors[flat[0]].shape[:-2]
+    rows, columns = (emission.tensors[t].shape[-2] for t in flat)
+    own: dict[str, Any] = {"adj_x": False, "adj_y": True, "is_fused": False}
+    own["moves"] = lambda t: moves(emission.reshaped(t, shape, node.path))
+    finish(emission, node, "BATCH_MATMUL", flat, (*batch, rows, columns), **own)
+
+
+def _as_matrices(emission: Emission, made: Node, side: int, t: int) -> int:
+    """Returns an operand with axes of the batch, what is free and what is summed."""
+    a, shape = made.attributes, emission.tensors[t].shape
+    batch, summed = a["batch"][side], a["contract"][side]
+    free = [d for d in range(len(shape)) if d not in (*batch, *summed)]
+    t = emission.transposed(t, [*batch, *free, *summed])
+    sizes = [math.prod(shape[d] for d in axes) for axes in (free, summed)]
+    return emission.reshaped(t, [*(shape[d] for d in batch), *sizes])
+
+
+def total(emission: Emission, node: Node, pending: Pending) -> None:
+    """Writes MEAN or SUM."""
+    made = pending.node
+    x = made.inputs[0]
+    t, own = emission.tensor(x, made), emission.codes(x, made)
+    y, a = emission.codes(node.output, node), made.attributes
+    taps = math.prod(a["sizes"])
+    if a["bias"] != -taps * own.zero_point:
+        raise unsupported(WRITER, made, "a constant that a sum adds")
+    ratio = product_ratio("sum", [own.scale], y.scale)
+    for name, divisor in (("MEAN", taps), ("SUM", 1)):
+        pair = mean_multiplier(ratio, divisor)
+        if is_same(emission, node, pair, "tflite_double"):
+            axes = emission.constant(a["axes"])
+            shape = emission.value(made.output).shape
+            options: Any = {"keep_dims": False, "is_fused": False}
+            options["moves"] = after(emission, pending, node)
+            finish(emission, node, name, (t, axes), shape, **options)
+            return
+    raise unsupported(WRITER, node, REMEDY)
+
+
+def add(emission: Emission, node: Node) -> None:
+    """Writes ADD or SUB of TFLite's own sums."""
+    a = node.attributes
+    given = [emission.tensor(v, node) for v in node.inputs]
+    codes = [emission.codes(v, node) for v in node.inputs]
+    y = emission.codes(node.output, node)
+    first, second, last = sum_multipliers(
+        codes[0].scale, codes[1].scale, y.scale, a["left_shift"]
+    )
+    sign = -1 if a["multipliers"][1] < 0 else 1
+    own = [int(first[0]), sign * int(second[0])], [int(first[1]), int(second[1])]
+    wanted = a["multipliers"], a["shifts"], a["multiplier"], a["shift"], a["rule"]
+    if (*own, int(last[0]), int(last[1]), "tflite_double") != (
+        list(wanted[0]),
+        list(wanted[1]),
+        *wanted[2:],
+    ):
+        raise unsupported(WRITER, node, REMEDY)
+    shape = emission.value(node.output).shape
+    name = "ADD" if sign > 0 else "SUB"
+    finish(emission, node, name, given, shape, pot_scale_int16=False)
+
+
+def average(emission: Emission, node: Node) -> None:
+    """Writes AVERAGE_POOL_2D."""
+    pending = emission.pending.get(node.inputs[0])
+    if pending is None or pending.node.operation != "sum_pool" or pending.moves:
+        raise unsupported(WRITER, node, "an average of no window")
+    made = pending.node
+    x = made.inputs[0]
+    own, y = emission.codes(x, made), emission.codes(node.output, node)
+    if own != y or made.attributes["bias"]:
+        raise unsupported(WRITER, node, "an average on another grid than its codes")
+    options = pool_options(emission, made)
+    shape = emission.value(node.output).shape
+    given = (emission.tensor(x, made),)
+    finish(emission, node, "AVERAGE_POOL_2D", given, shape, **options)
+
+
+def pool_options(emission: Emission, node: Node) -> dict[str, Any]:
+    """Returns the options of a pool; raises unless it is over rows and columns."""
+    a, shape = node.attributes, emission.value(node.inputs[0]).shape
+    ones = all(n == 1 for name in ("base_dilation", "dilation") for n in a[name])
+    is_image = len(shape) == 4 and [a["window"][d] for d in (0, 3)] == [1, 1]
+    if not ones or not is_image or [a["strides"][d] for d in (0, 3)] != [1, 1]:
+        raise unsupported(WRITER, node, "a window that is not over rows and columns")
+    spatial = (1, 2)
+    pads = [tuple(a["padding"][d]) for d in spatial]
+    taps = [a["window"][d] for d in spatial]
+    steps = [a["strides"][d] for d in spatial]
+    kind = padding([shape[d] for d in spatial], taps, steps, pads)
+    if kind is None or any(map(any, (a["padding"][d] for d in (0, 3)))):
+        raise unsupported(WRITER, node, f"a pool with padding {a['padding']}")
+    return {
+        "padding": kind,
+        "stride_h": steps[0],
+        "stride_w": steps[1],
+        "filter_height": taps[0],
+        "filter_width": taps[1],
+    }
+
+
+def padding(
+    sizes: Sequence[int],
+    reach: Sequence[int],
+    steps: Sequence[int],
+    pads: Sequence[tuple[int, int]],
+) -> str | None:
+    """Returns TFLite's name for the padding of a window; None if it has none.
+
+    Args:
+      sizes: Sizes of the input.
+      reach: Places from the first to the last of a window.
+      steps: Strides.
+      pads: Padding before and after each axis.
+    """
+    same = []
+    for n, taps, step in zip(sizes, reach, steps, strict=True):
+        total = max((-(-n // step) - 1) * step + taps - n, 0)
+        same.append((total // 2, total - total // 2))
+    if all(pad == (0, 0) for pad in pads):
+        return "VALID"
+    return "SAME" if list(map(tuple, pads)) == same else None
