@@ -89,8 +89,8 @@ def signed_multiplier(ratio: Any) -> tuple[Any, Any]:
     if isinstance(ratio, jax.Array):
         multiplier, shift = traced_tflite_multiplier(jnp.abs(ratio))
         return jnp.sign(ratio).astype(jnp.int32) * multiplier, shift
-    multiplier, shift = tflite_multiplier(np.abs(ratio))
-    return np.sign(ratio).astype(np.int32) * multiplier, shift
+    found, places = tflite_multiplier(np.abs(ratio))
+    return np.sign(ratio).astype(np.int32) * found, places
 
 
 def mean_multiplier(ratio: Any, taps: int) -> tuple[Any, Any]:
@@ -119,10 +119,11 @@ def sum_multipliers(a: Any, b: Any, y: Any, left: int) -> list[tuple[Any, Any]]:
       y: Scale of the output.
       left: Bits of `left_shift`.
     """
-    a, b, y = map(_wide, (a, b, y))
-    xp: Any = jnp if isinstance(a, jax.Array) else np
-    twice = xp.maximum(a, b) * 2.0
-    ratios = _divided(a, twice), _divided(b, twice), _divided(twice, y * 2.0**left)
+    first, second, last = map(_wide, (a, b, y))
+    xp: Any = jnp if isinstance(first, jax.Array) else np
+    twice = xp.maximum(first, second) * 2.0
+    pairs = (first, twice), (second, twice), (twice, last * 2.0**left)
+    ratios = [_divided(*pair) for pair in pairs]
     return [signed_multiplier(ratio) for ratio in ratios]
 
 
@@ -148,7 +149,7 @@ def traced_sum(
     scale, zero_point, low, high = grid
     left = left_shift(is_wide)
     with jax.enable_x64(True):
-        *pairs, last = sum_multipliers(*scales, scale, left)
+        *pairs, last = sum_multipliers(scales[0], scales[1], scale, left)
     ends: Any = {"qmin": _INT32.min, "qmax": _INT32.max, "rule": "tflite_double"}
     terms = [
         requantize(x << left, m * jnp.int32(sign), s, **ends)
@@ -171,6 +172,64 @@ def average_codes(total: jax.Array, counts: jax.Array) -> jax.Array:
     half = counts // 2
     biased = total + jnp.where(total > 0, half, -half)
     return lax.div(biased, jnp.broadcast_to(counts, total.shape))
+
+
+def traced_exponentials(scale: jax.Array, beta: float) -> jax.Array:
+    """Computes `qjax.graph.tflite_tables.exponential_table` of a traced scale.
+
+    Args:
+      scale: float32, ``[]``.
+      beta: Factor of the input.
+
+    Returns:
+      int32, ``[256]``.
+    """
+    with jax.enable_x64(True):
+        ratio = _wide(scale) * float(np.float32(beta)) * 2.0**26
+        most = jnp.float64(2.0**31 - 1)
+        multiplier, shift = traced_tflite_multiplier(jnp.minimum(ratio, most))
+        left = (31 - shift).astype(jnp.int64)
+        radius = jnp.floor(31 * 2.0**26 / 2.0 ** left.astype(jnp.float64))
+        n = jnp.arange(256, dtype=jnp.int64)
+        inside = n.astype(jnp.float64) <= radius
+        steps = -jnp.where(inside, n, jnp.int64(0)) << jnp.maximum(left, 0)
+        scaled = _high(steps, multiplier.astype(jnp.int64))
+        found = jnp.where(inside, _exponential(scaled), jnp.int64(0))
+        return found.astype(jnp.int32)
+
+
+def _exponential(x: jax.Array) -> jax.Array:
+    """Computes ``exp`` of numbers <= 0 with 26 fraction bits, to 31 fraction bits."""
+    quarter = jnp.int64(1 << 24)
+    rest = (x & (quarter - 1)) - quarter
+    y = (rest << 5) + (1 << 28)
+    y2 = _high(y, y)
+    y3, y4 = _high(y2, y), _high(y2, y2)
+    third = _high(_by_power(y4, 2) + y3, jnp.int64(715827883))
+    tail = _by_power(third + y2, 1)
+    eighth = jnp.int64(1895147668)
+    value = eighth + _high(jnp.broadcast_to(eighth, y.shape), y + tail)
+    factors = (1672461947, 1302514674, 790015084, 290630308, 39332535, 720401, 242)
+    for bit, factor in enumerate(factors, 24):
+        hit = ((rest - x) >> bit) & 1 == 1
+        value = jnp.where(hit, _high(value, jnp.int64(factor)), value)
+    return jnp.where(x == 0, jnp.int64(_INT32.max), value)
+
+
+def _high(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Computes gemmlowp's doubling high product of int64 that fit int32."""
+    product = a * b
+    one = jnp.int64(1)
+    nudged = product + jnp.where(product >= 0, one << 30, one - (one << 30))
+    whole = lax.div(nudged, jnp.broadcast_to(one << 31, nudged.shape))
+    return jnp.minimum(whole, jnp.int64(_INT32.max))
+
+
+def _by_power(x: jax.Array, n: int) -> jax.Array:
+    """Computes ``x / 2^n`` to nearest, halves away from zero."""
+    rest = jnp.int64((1 << n) - 1)
+    half = (rest >> 1) + (x < 0).astype(jnp.int64)
+    return (x >> n) + ((x & rest) > half).astype(jnp.int64)
 
 
 def _wide(x: Any) -> Any:

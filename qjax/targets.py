@@ -40,3 +40,5 @@ class Target:
 half_even = Target("half_even", "half_even", "half_even", "half_even", "native")
 # The reference kernels of LiteRT 2, which round dense layers once and others twice.
 tflite = Target("tflite", "tflite_double", "tflite_single", "half_away", "tflite")
+# tflite-micro, which rounds dense layers twice as well.
+tflite_micro = dataclasses.replace(tflite, name="tflite_micro", dense="tflite_double")

@@ -82,7 +82,7 @@ class IntegerForward(ForwardTargets):
     ):
         own = {"is_marked": is_marked, "has_units": not target.is_tflite}
         super().__init__(traced, params, inputs, in_float32=True, **own)
-        self._target = target  # type: ignore[misc]
+        self._target = target
 
     def run(self, visitor: Words) -> Any:  # type: ignore[override]
         """Returns what the model returns, computed as the integer program does.
@@ -331,8 +331,8 @@ class IntegerForward(ForwardTargets):
             self._set(e.outputs[0], self._made(acc, (scale,)))
         elif x in self._grids and not self._grids[x].scale.ndim:
             scales, steps = (self._grids[x].scale, scale), (self._steps(x), acc)
-            own = steps, scales, (1.0, 1.0), self._target
-            self._late[e.outputs[0]] = late_sum(*own)
+            pair = steps, scales, (1.0, 1.0)
+            self._late[e.outputs[0]] = late_sum(*pair, self._target)
 
     # Equations that rounding commutes with.
 
@@ -419,8 +419,8 @@ class IntegerForward(ForwardTargets):
         for e in block.moves:
             (steps,) = evaluate(e, steps)
         out = end.outputs[0]
-        if self._target.is_tflite and (own := self._average_of(block, steps)):
-            self._late[out] = own
+        if self._target.is_tflite and (late := self._average_of(block, steps)):
+            self._late[out] = late
             return values
         if out not in self._units:
             own = found._replace(value=steps, gain=jnp.asarray(factor))
@@ -428,11 +428,11 @@ class IntegerForward(ForwardTargets):
             return values
         unit, one = self._units[out], jnp.float32(1)
 
-        def late(target: TargetGrid) -> jax.Array:
+        def counted_late(target: TargetGrid) -> jax.Array:
             counted = Accumulator(steps, (one,), unit.per(target.scale))
             return counted.codes(target._replace(scale=one))
 
-        self._late[out] = late
+        self._late[out] = counted_late
         return [straight(values[0], steps.astype(values[0].dtype))]
 
     def _scaled(

@@ -47,9 +47,9 @@ def no_operator(site: Site, what: str) -> NotImplementedError:
       what: Why, in field words, after the name of the site.
     """
     return NotImplementedError(
-        f"The site {site.name!r} {what}. `target=targets.tflite` computes what TFLite's "
-        "kernels do and nothing else: leave this part out of the model, write it by "
-        "operators that TFLite has, or use `target=targets.half_even`."
+        f"The site {site.name!r} {what}. `target=targets.tflite` computes what "
+        "TFLite's kernels do and nothing else: leave this part out of the model, write "
+        "it by operators that TFLite has, or use `target=targets.half_even`."
     )
 
 

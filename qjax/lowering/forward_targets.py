@@ -9,18 +9,23 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.affine import QParams, dequantize
-from qjax.integer_tflite import Kind, average_codes
+from qjax.backends.xla import tflite
+from qjax.graph.graph import Node
+from qjax.integer_calls import SoftmaxCall
+from qjax.integer_tflite import Kind, average_codes, traced_exponentials
 from qjax.lowering.accumulators import (
     Accumulator,
     Late,
     Made,
     TargetError,
     TargetGrid,
+    whole_steps,
 )
 from qjax.lowering.forward_errors import no_operator
 from qjax.lowering.forward_loops import ForwardLoops
 from qjax.lowering.site_words import SiteWord
 from qjax.model.blocks import Block
+from qjax.model.exact import Exact
 from qjax.model.primitives import names
 from qjax.model.trace import Equation, evaluate
 from qjax.qpoint import quotient_codes
@@ -70,6 +75,8 @@ class ForwardTargets(ForwardLoops):
         if self._is_input(v):
             real = lax.stop_gradient(before).astype(jnp.float32)
             codes = quotient_codes(real, *own[:4])
+        elif isinstance(unit := self._units.get(v), Exact):
+            codes = self._softmax(site, unit, own)
         elif v in self._functions:
             name, x = self._functions[v]
             if word.dtype == "int16":
@@ -80,6 +87,20 @@ class ForwardTargets(ForwardLoops):
         value = dequantize(codes, grid).astype(before.dtype)
         self._env[v] = straight(self._env[v], value)
         self._of_codes.add(v)
+
+    def _softmax(self, site: Site, unit: Exact, grid: TargetGrid) -> jax.Array:
+        """Returns the codes of TFLite's softmax."""
+        call, (value, scale, *others) = unit.call, unit.operands
+        is_softmax = isinstance(call, SoftmaxCall) and call.kind == "softmax"
+        is_plain = is_softmax and not others and not unit.bounds and not call.plus
+        if not is_plain or call.axes != (value.ndim - 1,) or grid.dtype != "int8":
+            what = "is computed in whole by an algorithm that TFLite does not have"
+            raise no_operator(site, what)
+        steps = whole_steps(value, scale)
+        table = traced_exponentials(scale, call.factor)
+        roles, ends = {"exponentials": "exponentials"}, {"low": -128, "high": 127}
+        node = Node("tflite_softmax", (0,), 1, roles, ends)
+        return tflite.TFLITE["tflite_softmax"](node, {"exponentials": table}, [steps])
 
     def _average_of(self, block: Block, steps: jax.Array) -> Late | None:
         """Returns the codes of a pool of averages; None for a mean over axes."""

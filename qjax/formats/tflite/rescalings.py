@@ -59,12 +59,17 @@ def is_same(
 ) -> bool:
     """Returns whether a kernel gives the codes of a requantizer; see `check_pair`."""
     own = tuple(emission.params[node.params[k]] for k in ("multiplier", "shift"))
-    pair = [np.broadcast_to(np.asarray(p), np.shape(q)) for p, q in zip(found, own, strict=True)]
+    pair = [
+        np.broadcast_to(np.asarray(p), np.shape(q))
+        for p, q in zip(found, own, strict=True)
+    ]
     if rule == node.attributes["rule"]:
         if all(np.array_equal(p, q) for p, q in zip(pair, own, strict=True)):
             return True
         dead = np.asarray(own[0]) == 0
-        same = [(p == q) | (dead & (pair[0] == 0)) for p, q in zip(pair, own, strict=True)]
+        same = [
+            (p == q) | (dead & (pair[0] == 0)) for p, q in zip(pair, own, strict=True)
+        ]
         if all(map(np.all, same)):
             return True
     value = emission.value(node.inputs[0])
@@ -226,9 +231,11 @@ def _weight_scale(
     Raises:
       ValueError: if there are none.
     """
-    rule = "tflite_single" if kind == "dot" else "tflite_double"
+    rule = "tflite_double"
+    if kind == "dot" and node.attributes["rule"] != rule:
+        rule = "tflite_single"  # LiteRT's, and tflite-micro has the other one.
     ratio = np.ldexp(pair[0].astype(np.float64), -pair[1].astype(np.int64))
-    ideal = np.float32(ratio * np.float64(y.scale) / np.float64(x.scale))
+    ideal = (ratio * np.float64(y.scale) / np.float64(x.scale)).astype(np.float32)
     live = pair[0] != 0
     if live.any() and np.all(pair[0] == pair[0][0]) and np.all(pair[1] == pair[1][0]):
         for near in _near(ideal[:1]):
@@ -245,8 +252,6 @@ def _weight_scale(
     wide = np.float64(x.scale) * np.float64(best) / np.float64(y.scale)
     found = signed_multiplier(np.where(live, wide, 0))
     check_pair(emission, node, _shaped(emission, node, found), rule)
-    if best.size > 1 and np.all(best == best[0]):
-        return best  # As many numbers as channels: no product of one is rounded.
     return best
 
 

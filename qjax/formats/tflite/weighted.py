@@ -56,7 +56,7 @@ def conv(emission: Emission, node: Node, pending: Pending) -> None:
     kind = padding(sizes, reach, steps, [(p[0], p[1]) for p in pads])
     if kind is None:
         t, kind = _padded(emission, made, t, pads), "VALID"
-    options = {
+    options: dict[str, Any] = {
         "padding": kind,
         "stride_h": steps[0],
         "stride_w": steps[1],
@@ -102,7 +102,7 @@ def _transposed(
     kernel: np.ndarray,
     bias: np.ndarray,
     shape: Sequence[int],
-    axes: tuple[list[int], ...],
+    axes: tuple[list[Any], ...],
     moves: Any,
 ) -> None:
     """Writes TRANSPOSE_CONV: codes spread by the stride, and the flipped kernel."""
@@ -124,7 +124,7 @@ def _transposed(
     flipped = kernel[:, ::-1, ::-1]
     w, b = weights(emission, node, made, flipped, bias, x, 0)
     sizes = emission.constant(list(shape))
-    options = {"padding": kind, "stride_h": spread[0], "stride_w": spread[1]}
+    options: Any = {"padding": kind, "stride_h": spread[0], "stride_w": spread[1]}
     given = (sizes, w, t, b)
     finish(emission, node, "TRANSPOSE_CONV", given, shape, moves=moves, **options)
 
@@ -161,5 +161,5 @@ def dense(emission: Emission, node: Node, pending: Pending) -> None:
         return move(t)
 
     whole = [*(rows or [1]), len(flat)]
-    options = {"keep_num_dims": len(whole) != 2, "weights_format": 0}
+    options: Any = {"keep_num_dims": len(whole) != 2, "weights_format": 0}
     finish(emission, node, "FULLY_CONNECTED", (t, w, b), whole, moves=moves, **options)

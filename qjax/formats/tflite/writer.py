@@ -26,9 +26,10 @@ def write_tflite(
 
     For programs whose rounding is TFLite's: those of ``qjax.lower(...,
     target=qjax.targets.tflite)`` and of `read_tflite`. Others are written where their
-    requantizers are shown to give the same codes. In LiteRT's reference kernels and in
-    tflite-micro no code differs; XNNPACK rounds otherwise, by a code a layer. Needs the
-    extra `qjax[tflite]`.
+    requantizers are shown to give the same codes. In LiteRT's reference kernels no code
+    differs; XNNPACK rounds otherwise, by a code a layer. tflite-micro rounds dense
+    layers twice, where LiteRT rounds once: in it no code of programs for
+    ``targets.tflite_micro`` differs. Needs the extra `qjax[tflite]`.
 
     Args:
       program: The program.

@@ -11,10 +11,12 @@ from qjax.graph.graph import Graph, Node
 from qjax.graph.operations.record import window_taps
 from qjax.graph.tflite_tables import (
     Codes,
+    exponential_table,
     function_table,
     sigmoid,
     wide_function_table,
     wide_sigmoid_table,
+    wide_softmax_tables,
     wide_tanh_table,
 )
 from qjax.integer_tflite import (
@@ -33,7 +35,7 @@ from qjax.model.trace import Equation
 # Operations that only move accumulators, or choose among them.
 _MOVES = frozenset("reshape transpose slice max_pool max broadcast rev take".split())
 _KINDS: dict[str, Kind] = {
-    name: name  # type: ignore[misc]
+    name: name
     for name in ("conv", "dot", "dot_codes", "multiply_codes", "sum", "sum_pool")
 }
 
@@ -229,7 +231,8 @@ def summed(builder: Builder, x: Sum, target: SiteGrid) -> Integers:
         raise refuse(target.site, "is the negative of a sum")
     left = left_shift(target.dtype == "int16")
     scales = [np.float32(t.scale) for t, _ in terms]
-    *pairs, last = sum_multipliers(*scales, np.float32(target.scale), left)
+    y = np.float32(target.scale)
+    *pairs, last = sum_multipliers(scales[0], scales[1], y, left)
     low, high = target.range(x.bounds)
     attributes = {
         "left_shift": left,
@@ -303,6 +306,62 @@ def _name(e: Equation) -> str:
     return "" if name in ("copy", "copy_p", "convert_element_type") else name
 
 
+def softmax(
+    builder: Builder,
+    x: Integers,
+    factor: float,
+    grid: tuple[Any, Any, Any, Any],
+    site: str,
+    is_plain: bool,
+) -> tuple[str, tuple[int, ...], dict[str, Any], dict[str, str]]:
+    """Returns TFLite's softmax: its operation, inputs, attributes and parameters.
+
+    Args:
+      builder: Receives its tables.
+      x: The codes.
+      factor: Factor of the input.
+      grid: Scale, zero point, least and largest code of the site.
+      site: The site.
+      is_plain: Whether it is a softmax along the last axis, without masks.
+    """
+    if not is_plain:
+        raise refuse(
+            site,
+            "is a softmax behind a mask, over other axes than the last, or a logarithm",
+        )
+    scale, zero_point, low, high = grid
+    value = builder.values[x.value]
+    is_wide = value.dtype == "int16"
+    wanted = (2.0**-15, 0) if is_wide else (2.0**-8, -128)
+    if (float(scale), int(zero_point)) != wanted or value.dtype not in _TYPES:
+        raise refuse(
+            site,
+            f"has the scale {float(scale)} and the zero point {int(zero_point)}, and "
+            f"TFLite's softmax has {wanted}",
+            "Use `presets.tflite_int8` or `presets.tflite_int16x8`",
+        )
+    if not 0 < value.shape[-1] <= _MOST_SUMMANDS or factor <= 0:
+        raise refuse(site, f"is a softmax of {value.shape[-1]} numbers times {factor}")
+    unit = np.float32(x.scale)
+    if is_wide:
+        pair = wide_softmax_tables(unit, factor)
+        named = zip(("exponentials", "reciprocals"), pair, strict=True)
+        params = {
+            role: builder.add_param(f"{site}/{role}", table.astype(np.int32))
+            for role, table in named
+        }
+        attributes = {"high": int(high)}
+        return "tflite_softmax16", (x.value,), attributes, params
+    table = exponential_table(unit, factor).astype(np.int32)
+    params = {"exponentials": builder.add_param(f"{site}/exponentials", table)}
+    ends = {"low": int(low), "high": int(high)}
+    return "tflite_softmax", (x.value,), ends, params
+
+
+_TYPES = ("int8", "int16")
+_MOST_SUMMANDS = 4095  # Most terms of a softmax, whose sum has 31 bits.
+
+
 # Operations whose integers TFLite's kernels compute.
 ALLOWED = frozenset(
     "argmax argmin broadcast clip concatenate constant conv dot dot_codes embed gather "
@@ -313,7 +372,7 @@ ALLOWED = frozenset(
 
 
 def check_tflite(graph: Graph) -> None:
-    """Raises NotImplementedError for operations that TFLite's kernels do not compute."""
+    """Raises NotImplementedError for what TFLite's kernels do not compute."""
     for node in graph.nodes:
         if node.operation not in ALLOWED:
             raise refuse(
