@@ -8,8 +8,8 @@ The network has so many 3x3 convolutions of 16 channels with relu, the first one
 steps of 2, then a mean and a dense layer; it is trained in float first, then in the
 arithmetic of TFLite, `apply_integer(..., target=targets.tflite)`. Its program is
 written by `write_tflite` and run by LiteRT. Compared are the codes of the last
-convolution, on test images. "trained" is what `apply_integer` computes, "fake-quantized"
-what `apply` does of the same parameters, as other libraries train it.
+convolution, on test images. "trained" is what `apply_integer` computes,
+"fake-quantized" what `apply` does of the same parameters, as other libraries train it.
 """
 
 import dataclasses

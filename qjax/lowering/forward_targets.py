@@ -91,10 +91,11 @@ class ForwardTargets(ForwardLoops):
     def _softmax(self, site: Site, unit: Exact, grid: TargetGrid) -> jax.Array:
         """Returns the codes of TFLite's softmax."""
         call, (value, scale, *others) = unit.call, unit.operands
-        is_softmax = isinstance(call, SoftmaxCall) and call.kind == "softmax"
-        is_plain = is_softmax and not others and not unit.bounds and not call.plus
-        if not is_plain or call.axes != (value.ndim - 1,) or grid.dtype != "int8":
-            what = "is computed in whole by an algorithm that TFLite does not have"
+        what = "is computed in whole by an algorithm that TFLite does not have"
+        if not isinstance(call, SoftmaxCall) or call.kind != "softmax":
+            raise no_operator(site, what)
+        is_last = call.axes == (value.ndim - 1,)
+        if not is_last or others or unit.bounds or call.plus or grid.dtype != "int8":
             raise no_operator(site, what)
         steps = whole_steps(value, scale)
         table = traced_exponentials(scale, call.factor)

@@ -9,110 +9,27 @@ import numpy as np
 from qjax.formats.support import unsupported
 from qjax.formats.tflite import tensors
 from qjax.formats.tflite.emission import WRITER, Emission, Pending, activation
-from qjax.formats.tflite.rescalings import MOVES, pool_options
+from qjax.formats.tflite.written_moves import MOVES, padded
 from qjax.graph import tflite_tables as tables
 from qjax.graph.graph import Node
 
 # Moves, of codes and of accumulators.
 
 
-def _moved(move: Callable[[Emission, Node, int], int]) -> Callable[..., None]:
-    """Returns what writes a move: after the rescaling, if its input has none yet."""
-
-    def write(emission: Emission, node: Node) -> None:
-        before = emission.pending.get(node.inputs[0])
-        if before is not None and node.operation in MOVES:
-            own = Pending(before.node, (*before.moves, node))
-            emission.pending[node.output] = own
-            return
-        t = emission.tensor(node.inputs[0], node)
-        emission.places[node.output] = move(emission, node, t)
-
-    return write
+def _move(emission: Emission, node: Node) -> None:
+    """Writes a move; of an accumulator it comes after the rescaling."""
+    before = emission.pending.get(node.inputs[0])
+    if before is not None:
+        own = Pending(before.node, (*before.moves, node))
+        emission.pending[node.output] = own
+        return
+    t = emission.tensor(node.inputs[0], node)
+    emission.places[node.output] = MOVES[node.operation](emission, node, t)
 
 
-def _reshape(emission: Emission, node: Node, t: int) -> int:
-    return emission.reshaped(t, emission.value(node.output).shape, node.path)
-
-
-def _transpose(emission: Emission, node: Node, t: int) -> int:
-    return emission.transposed(t, node.attributes["permutation"], node.path)
-
-
-def _slice(emission: Emission, node: Node, t: int) -> int:
-    a, shape = node.attributes, emission.tensors[t].shape
-    return _strided(emission, node, t, a["start"], a["stop"], a["steps"], shape)
-
-
-def _rev(emission: Emission, node: Node, t: int) -> int:
-    shape = emission.tensors[t].shape
-    steps = [-1 if d in node.attributes["axes"] else 1 for d in range(len(shape))]
-    none = [None] * len(shape)
-    return _strided(emission, node, t, none, none, steps, shape)
-
-
-def _strided(
-    emission: Emission,
-    node: Node,
-    t: int,
-    start: Any,
-    stop: Any,
-    steps: Any,
-    shape: Any,
-) -> int:
-    """Cuts a part out; ends that are open stay so, as masks."""
-    if len(shape) > 5:
-        raise unsupported(WRITER, node, f"a slice of {len(shape)} axes")
-    masks = [sum((end is None) << d for d, end in enumerate(e)) for e in (start, stop)]
-    ends = [[0 if n is None else n for n in e] for e in (start, stop)]
-    given = (t, *map(emission.constant, (*ends, list(steps))))
-    out = emission.add_like(t, emission.value(node.output).shape, node.path)
-    options: Any = {"begin_mask": masks[0], "end_mask": masks[1]}
-    zeros = dict.fromkeys(("ellipsis_mask", "new_axis_mask", "shrink_axis_mask"), 0)
-    return emission.add("STRIDED_SLICE", given, out, **options, **zeros)
-
-
-def _pad(emission: Emission, node: Node, t: int) -> int:
-    a, shape = node.attributes, emission.value(node.output).shape
-    widths = [list(p[:2]) for p in a["padding"]]
-    if any(p[2] for p in a["padding"]) or min(map(min, widths), default=0) < 0:
-        raise unsupported(WRITER, node, f"padding {a['padding']}")
-    out = emission.add_like(t, shape, node.path)
-    own = emission.tensors[t]
-    given = [t, emission.constant(widths)]
-    if own.zero_point == (a["padding_code"],):
-        return emission.add("PAD", given, out)
-    like = t if own.scale else None
-    given.append(emission.constant([a["padding_code"]], own.dtype, like=like))
-    return emission.add("PADV2", given, out)
-
-
-def _broadcast(emission: Emission, node: Node, t: int) -> int:
-    """Repeats codes along axes of size 1."""
-    a, shape = node.attributes, emission.value(node.output).shape
-    own = emission.tensors[t].shape
-    sizes = [1] * len(shape)
-    for d, n in zip(a["dimensions"], own, strict=True):
-        sizes[d] = n
-    t = emission.reshaped(t, sizes)
-    times = [n // m if m else 1 for n, m in zip(shape, sizes, strict=True)]
-    if all(n == 1 for n in times):
-        return t
-    out = emission.add_like(t, shape, node.path)
-    return emission.add("TILE", (t, emission.constant(times)), out)
-
-
-def _take(emission: Emission, node: Node, t: int) -> int:
-    """Gathers by known places within each example."""
-    places = emission.params[node.params["places"]]
-    shape = emission.tensors[t].shape
-    if "crosses_examples" in node.attributes:
-        flat = emission.reshaped(t, (math.prod(shape),))
-        out = emission.add_like(t, places.shape, node.path)
-        return emission.add("GATHER", (flat, emission.constant(places)), out, axis=0)
-    flat = emission.reshaped(t, (shape[0], math.prod(shape[1:])))
-    out = emission.add_like(t, (shape[0], *places.shape), node.path)
-    return emission.add("GATHER", (flat, emission.constant(places)), out, axis=1)
+def _pad(emission: Emission, node: Node) -> None:
+    t = emission.tensor(node.inputs[0], node)
+    emission.places[node.output] = padded(emission, node, t)
 
 
 def _concatenate(emission: Emission, node: Node) -> None:
@@ -133,20 +50,6 @@ def _of_two(emission: Emission, node: Node) -> None:
         raise unsupported(WRITER, node, "operands on different grids")
     out = emission.add_value(node.output, node.path)
     emission.add(node.operation.upper(), given, out)
-
-
-def _over_axes(emission: Emission, node: Node, t: int) -> int:
-    axes = emission.constant(node.attributes["axes"])
-    out = emission.add_like(t, emission.value(node.output).shape, node.path)
-    name = f"REDUCE_{node.operation.upper()}"
-    return emission.add(name, (t, axes), out, keep_dims=False)
-
-
-def _max_pool(emission: Emission, node: Node, t: int) -> int:
-    options = pool_options(emission, node)
-    options["fused_activation_function"] = "NONE"
-    out = emission.add_like(t, emission.value(node.output).shape, node.path)
-    return emission.add("MAX_POOL_2D", (t,), out, **options)
 
 
 def _arg_extreme(emission: Emission, node: Node) -> None:
@@ -324,27 +227,19 @@ def _resize(emission: Emission, node: Node) -> None:
 
 # Operation -> what writes it.
 CHOSEN: Mapping[str, Callable[[Emission, Node], None]] = {
+    **dict.fromkeys(MOVES, _move),
     "argmax": _arg_extreme,
     "argmin": _arg_extreme,
-    "broadcast": _moved(_broadcast),
     "clip": _clip,
     "concatenate": _concatenate,
     "constant": _constant,
     "embed": _embed,
-    "max": _moved(_over_axes),
-    "max_pool": _moved(_max_pool),
     "maximum": _of_two,
-    "min": _moved(_over_axes),
     "minimum": _of_two,
-    "pad": _moved(_pad),
-    "reshape": _moved(_reshape),
-    "rev": _moved(_rev),
-    "slice": _moved(_slice),
     "table": _table,
-    "take": _moved(_take),
+    "pad": _pad,
     "tflite_constant": _constant,
     "tflite_resize": _resize,
     "tflite_softmax": _softmax,
     "tflite_softmax16": _softmax,
-    "transpose": _moved(_transpose),
 }

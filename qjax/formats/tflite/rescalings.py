@@ -6,7 +6,7 @@ code for every accumulator.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from qjax.formats.tflite.emission import (
     Pending,
     activation,
 )
+from qjax.formats.tflite.written_moves import MOVES, pool_options
 from qjax.graph.graph import Node
 from qjax.graph.operations import OPERATIONS
 from qjax.graph.tflite_tables import Codes
@@ -33,13 +34,14 @@ from qjax.integer_tflite import (
 Pair = tuple[Any, Any]  # Multiplier and shift.
 _INT32 = np.iinfo(np.int32)
 _MOST_TRIED = 1 << 22  # Accumulators that are compared one by one.
+_CHOICES = ("max", "max_pool", "min")  # Moves that keep some of their integers.
 
 
 # Proofs.
 
 
 def check_pair(
-    emission: Emission, node: Node, found: Pair, rule: str, over: Any = None
+    emission: Emission, node: Node, found: Pair, rule: str, own: Pair | None = None
 ) -> None:
     """Raises ValueError unless a kernel gives the codes of a requantizer.
 
@@ -48,49 +50,34 @@ def check_pair(
       node: The requantizer.
       found: Multiplier and shift of the kernel.
       rule: Its rule.
-      over: Least and largest accumulator; None for those of the input.
+      own: Multiplier and shift of the requantizer; None for its parameters.
     """
-    if not is_same(emission, node, found, rule, over):
+    if not is_same(emission, node, found, rule, own):
         raise unsupported(WRITER, node, REMEDY)
 
 
 def is_same(
-    emission: Emission, node: Node, found: Pair, rule: str, over: Any = None
+    emission: Emission, node: Node, found: Pair, rule: str, own: Pair | None = None
 ) -> bool:
     """Returns whether a kernel gives the codes of a requantizer; see `check_pair`."""
-    own = tuple(emission.params[node.params[k]] for k in ("multiplier", "shift"))
-    pair = [
-        np.broadcast_to(np.asarray(p), np.shape(q))
-        for p, q in zip(found, own, strict=True)
-    ]
-    if rule == node.attributes["rule"]:
-        if all(np.array_equal(p, q) for p, q in zip(pair, own, strict=True)):
-            return True
-        dead = np.asarray(own[0]) == 0
-        same = [
-            (p == q) | (dead & (pair[0] == 0)) for p, q in zip(pair, own, strict=True)
-        ]
-        if all(map(np.all, same)):
-            return True
+    if own is None:
+        params = emission.params
+        own = params[node.params["multiplier"]], params[node.params["shift"]]
+    arrays = np.broadcast_arrays(*own, *found)
+    rows = np.stack([np.ravel(a) for a in arrays], 1).astype(np.int64)
+    rows = np.unique(rows, axis=0)
+    is_equal = (rows[:, 0] == rows[:, 2]) & (rows[:, 1] == rows[:, 3])
+    is_equal &= rule == node.attributes["rule"]
+    rest = rows[~(is_equal | ((rows[:, 0] == 0) & (rows[:, 2] == 0)))]
     value = emission.value(node.inputs[0])
-    low, high = over or (value.low, value.high)
-    channels = np.stack([np.ravel(a) for a in (*own, *pair)], 1)
-    channels = np.unique(channels, axis=0)
-    if (high - low + 1) * len(channels) > _MOST_TRIED:
+    if (value.high - value.low + 1) * len(rest) > _MOST_TRIED:
         return False
-    acc = np.arange(low, high + 1, dtype=np.int64)[:, None]
-    meaning = OPERATIONS["requantize"].meaning
-    wide = channels.astype(np.int64).T
+    acc = np.arange(value.low, value.high + 1, dtype=np.int64)[:, None]
+    meaning, a = OPERATIONS["requantize"].meaning, node.attributes
+    both = ((a["rule"], *rest.T[:2]), (rule, *rest.T[2:]))
     codes = [
-        meaning(
-            {**node.attributes, "rule": each},
-            {"multiplier": multiplier, "shift": shift},
-            [acc],
-        )
-        for each, multiplier, shift in (
-            (node.attributes["rule"], wide[0], wide[1]),
-            (rule, wide[2], wide[3]),
-        )
+        meaning({**a, "rule": each}, {"multiplier": m, "shift": n}, [acc])
+        for each, m, n in both
     ]
     return bool(np.array_equal(*codes))
 
@@ -160,7 +147,7 @@ def of_codes(emission: Emission, node: Node) -> None:
 def weights(
     emission: Emission,
     node: Node,
-    made: Node,
+    pending: Pending,
     kernel: np.ndarray,
     bias: np.ndarray,
     x: Codes,
@@ -171,7 +158,7 @@ def weights(
     Args:
       emission: Receives them.
       node: The requantizer.
-      made: The product.
+      pending: The product.
       kernel: Weights as the operator has them, int64.
       bias: One number per channel, int64, zero points not within.
       x: Codes of the input.
@@ -181,18 +168,13 @@ def weights(
       The tensors of weights and bias.
     """
     count = kernel.shape[axis]
-    kind: Kind = "dot" if made.operation == "dot" else "conv"
-    own = [
-        _by_channel(emission.params[node.params[role]], count)
-        for role in ("multiplier", "shift")
-    ]
-    if own[0] is None or own[1] is None:
-        raise unsupported(WRITER, node, "multipliers that differ by place")
-    sign = np.where(own[0] < 0, -1, np.where(own[0] == 0, 0, 1))
+    kind: Kind = "dot" if pending.node.operation == "dot" else "conv"
+    own = by_channel(emission, node, pending, count)
+    sign = np.sign(own[0])
     shape = [1] * kernel.ndim
     shape[axis] = count
     kernel, bias = kernel * sign.reshape(shape), bias * sign
-    pair = np.abs(own[0].astype(np.int64)), own[1]
+    pair = np.abs(own[0]), own[1]
     y = emission.codes(node.output, node)
     scale = _weight_scale(emission, node, kind, pair, x, y)
     ends = np.iinfo(np.int8)
@@ -200,7 +182,8 @@ def weights(
         raise unsupported(WRITER, node, "weights beyond 8 bits")
     if np.any(np.abs(bias) > _INT32.max):
         raise unsupported(WRITER, node, "a bias of more than 32 bits")
-    name, zeros = made.params["kernel"], (0,) * scale.size
+    made, zeros = pending.node, (0,) * scale.size
+    name = made.params["kernel"]
     named: Any = {"axis": axis if scale.size > 1 else 0}
     data = kernel.astype(np.int8)
     grid = tuple(scale.tolist()), zeros
@@ -213,11 +196,58 @@ def weights(
     return w, b
 
 
-def _by_channel(array: np.ndarray, count: int) -> np.ndarray | None:
-    """Returns one number per channel; None if they differ along other axes."""
-    if array.size not in (1, count):
-        return None
-    return np.broadcast_to(array.reshape(-1), (count,))
+def by_channel(
+    emission: Emission, node: Node, pending: Pending, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns multiplier and shift of each channel of a product, int64.
+
+    Args:
+      emission: The graph.
+      node: The requantizer.
+      pending: The product, and how its accumulators move.
+      count: Number of channels.
+
+    Raises:
+      ValueError: if the places of a channel have several.
+    """
+    params = [emission.params[node.params[k]] for k in ("multiplier", "shift")]
+    is_choice = any(move.operation in _CHOICES for move in pending.moves)
+    if is_choice and np.any(params[0] < 0):
+        raise unsupported(WRITER, node, "a maximum times a negative number")
+    if all(p.size == 1 for p in params):
+        one, places = (np.full(count, int(p.reshape(-1)[0])) for p in params)
+        return one, places
+    at = _channels(emission, pending, count)
+    found = []
+    for p, dead in zip(params, (0, 31), strict=True):
+        whole = np.broadcast_to(p, at.shape).astype(np.int64)
+        own = np.full(count, dead, np.int64)
+        own[at] = whole
+        if not np.array_equal(own[at], whole):
+            raise unsupported(WRITER, node, "multipliers that differ by place")
+        found.append(own)
+    return found[0], found[1]
+
+
+def _channels(emission: Emission, pending: Pending, count: int) -> np.ndarray:
+    """Returns the channel of each place of an accumulator where it is rescaled."""
+    made = pending.node
+    shape, a = emission.value(made.output).shape, made.attributes
+    if made.operation == "conv":
+        sizes = [1] * len(shape)
+        sizes[a["dimensions"][2][1]] = count
+    else:
+        side = a["kernel_operand"]
+        kernel = emission.params[made.params["kernel"]].shape
+        free = [n for d, n in enumerate(kernel) if d not in a["contract"][side]]
+        rest = len(shape) - len(free)
+        sizes = [*free, *[1] * rest] if side == 0 else [*[1] * rest, *free]
+    at = np.broadcast_to(np.arange(count).reshape(sizes), shape)
+    for move in pending.moves:
+        meaning = OPERATIONS[move.operation].meaning
+        own = {role: emission.params[name] for role, name in move.params.items()}
+        at = meaning(move.attributes, own, [at])
+    return at
 
 
 def _weight_scale(
@@ -238,12 +268,12 @@ def _weight_scale(
     ideal = (ratio * np.float64(y.scale) / np.float64(x.scale)).astype(np.float32)
     live = pair[0] != 0
     if live.any() and np.all(pair[0] == pair[0][0]) and np.all(pair[1] == pair[1][0]):
+        one = pair[0][:1], pair[1][:1]
         for near in _near(ideal[:1]):
             found = signed_multiplier(product_ratio(kind, [near, x.scale], y.scale))
-            if is_same(emission, node, _shaped(emission, node, found), rule):
+            if is_same(emission, node, found, rule, one):
                 return near
-    best = np.where(live, ideal, np.float32(1))
-    done = ~live
+    best, done = np.where(live, ideal, np.float32(1)), ~live
     for near in _near(ideal):
         wide = np.float64(x.scale) * np.float64(near) / np.float64(y.scale)
         found = signed_multiplier(np.where(live, wide, 0))
@@ -251,7 +281,7 @@ def _weight_scale(
         best, done = np.where(hits, near, best), done | hits
     wide = np.float64(x.scale) * np.float64(best) / np.float64(y.scale)
     found = signed_multiplier(np.where(live, wide, 0))
-    check_pair(emission, node, _shaped(emission, node, found), rule)
+    check_pair(emission, node, found, rule, pair)
     return best
 
 
@@ -264,43 +294,15 @@ def _near(x: np.ndarray) -> list[np.ndarray]:
     return [np.abs(n).astype(np.float32) for n in found]
 
 
-def _shaped(emission: Emission, node: Node, found: Pair) -> Pair:
-    """Returns multiplier and shift in the shapes that a requantizer has, and signs."""
-    own = emission.params[node.params["multiplier"]]
-    signs = np.where(own < 0, -1, 1)
-    multiplier, shift = (
-        np.broadcast_to(np.ravel(p), (own.size,)).reshape(own.shape)
-        if np.size(p) == own.size
-        else np.broadcast_to(np.ravel(p)[:1], (own.size,)).reshape(own.shape)
-        for p in found
-    )
-    return multiplier * signs, shift
-
-
-def after(emission: Emission, pending: Pending, node: Node) -> Callable[[int], int]:
+def after(emission: Emission, pending: Pending) -> Callable[[int], int]:
     """Returns how the codes of an accumulator move before a requantizer's value."""
 
     def moved(t: int) -> int:
         for move in pending.moves:
-            t = _MOVED[move.operation](emission, move, t)
+            t = MOVES[move.operation](emission, move, t)
         return t
 
     return moved
-
-
-def _reshape_tensor(emission: Emission, node: Node, t: int) -> int:
-    return emission.reshaped(t, emission.value(node.output).shape, node.path)
-
-
-def _transpose_tensor(emission: Emission, node: Node, t: int) -> int:
-    return emission.transposed(t, node.attributes["permutation"], node.path)
-
-
-_MOVED: Mapping[str, Callable[[Emission, Node, int], int]] = {
-    "reshape": _reshape_tensor,
-    "transpose": _transpose_tensor,
-}
-MOVES = frozenset(_MOVED)
 
 
 # Other accumulators.
@@ -315,7 +317,7 @@ def of_two(emission: Emission, node: Node, pending: Pending) -> None:
     kind: Kind = "dot_codes" if made.operation == "dot_codes" else "multiply_codes"
     ratio = product_ratio(kind, [c.scale for c in codes], y.scale)
     check_pair(emission, node, signed_multiplier(ratio), "tflite_double")
-    moves = after(emission, pending, node)
+    moves = after(emission, pending)
     shape = emission.value(made.output).shape
     if kind == "multiply_codes":
         finish(emission, node, "MUL", given, shape, moves=moves)
@@ -356,7 +358,7 @@ def total(emission: Emission, node: Node, pending: Pending) -> None:
             axes = emission.constant(a["axes"])
             shape = emission.value(made.output).shape
             options: Any = {"keep_dims": False, "is_fused": False}
-            options["moves"] = after(emission, pending, node)
+            options["moves"] = after(emission, pending)
             finish(emission, node, name, (t, axes), shape, **options)
             return
     raise unsupported(WRITER, node, REMEDY)
@@ -399,49 +401,3 @@ def average(emission: Emission, node: Node) -> None:
     shape = emission.value(node.output).shape
     given = (emission.tensor(x, made),)
     finish(emission, node, "AVERAGE_POOL_2D", given, shape, **options)
-
-
-def pool_options(emission: Emission, node: Node) -> dict[str, Any]:
-    """Returns the options of a pool; raises unless it is over rows and columns."""
-    a, shape = node.attributes, emission.value(node.inputs[0]).shape
-    ones = all(n == 1 for name in ("base_dilation", "dilation") for n in a[name])
-    is_image = len(shape) == 4 and [a["window"][d] for d in (0, 3)] == [1, 1]
-    if not ones or not is_image or [a["strides"][d] for d in (0, 3)] != [1, 1]:
-        raise unsupported(WRITER, node, "a window that is not over rows and columns")
-    spatial = (1, 2)
-    pads = [tuple(a["padding"][d]) for d in spatial]
-    taps = [a["window"][d] for d in spatial]
-    steps = [a["strides"][d] for d in spatial]
-    kind = padding([shape[d] for d in spatial], taps, steps, pads)
-    if kind is None or any(map(any, (a["padding"][d] for d in (0, 3)))):
-        raise unsupported(WRITER, node, f"a pool with padding {a['padding']}")
-    return {
-        "padding": kind,
-        "stride_h": steps[0],
-        "stride_w": steps[1],
-        "filter_height": taps[0],
-        "filter_width": taps[1],
-    }
-
-
-def padding(
-    sizes: Sequence[int],
-    reach: Sequence[int],
-    steps: Sequence[int],
-    pads: Sequence[tuple[int, int]],
-) -> str | None:
-    """Returns TFLite's name for the padding of a window; None if it has none.
-
-    Args:
-      sizes: Sizes of the input.
-      reach: Places from the first to the last of a window.
-      steps: Strides.
-      pads: Padding before and after each axis.
-    """
-    same = []
-    for n, taps, step in zip(sizes, reach, steps, strict=True):
-        total = max((-(-n // step) - 1) * step + taps - n, 0)
-        same.append((total // 2, total - total // 2))
-    if all(pad == (0, 0) for pad in pads):
-        return "VALID"
-    return "SAME" if list(map(tuple, pads)) == same else None

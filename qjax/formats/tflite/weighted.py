@@ -8,7 +8,8 @@ import numpy as np
 
 from qjax.formats.support import unsupported
 from qjax.formats.tflite.emission import WRITER, Emission, Pending
-from qjax.formats.tflite.rescalings import after, finish, padding, weights
+from qjax.formats.tflite.rescalings import after, finish, weights
+from qjax.formats.tflite.written_moves import padding
 from qjax.graph.graph import Node
 
 
@@ -38,7 +39,7 @@ def conv(emission: Emission, node: Node, pending: Pending) -> None:
     shape = emission.value(made.output).shape
     wanted = [shape[d] for d in (outs[0], *outs[2:], outs[1])]
     whole = wanted if rank == 2 else [wanted[0], 1, *wanted[1:]]
-    move = after(emission, pending, node)
+    move = after(emission, pending)
 
     def moves(t: int) -> int:
         t = emission.reshaped(t, wanted)
@@ -48,7 +49,7 @@ def conv(emission: Emission, node: Node, pending: Pending) -> None:
 
     if spread != [1, 1]:
         own_steps = (steps, dilation, spread, pads)
-        _transposed(emission, node, made, t, kernel, bias, whole, own_steps, moves)
+        _transposed(emission, node, pending, t, kernel, bias, whole, own_steps, moves)
         return
     taps = kernel.shape[1:3]
     reach = [(n - 1) * d + 1 for n, d in zip(taps, dilation, strict=True)]
@@ -70,7 +71,7 @@ def conv(emission: Emission, node: Node, pending: Pending) -> None:
         name, axis = "DEPTHWISE_CONV_2D", 3
         options["depth_multiplier"] = kernel.shape[0] // channels
         kernel = kernel.transpose(3, 1, 2, 0)
-    w, b = weights(emission, node, made, kernel, bias, own, axis)
+    w, b = weights(emission, node, pending, kernel, bias, own, axis)
     finish(emission, node, name, (t, w, b), whole, moves=moves, **options)
 
 
@@ -97,7 +98,7 @@ def _padded(emission: Emission, made: Node, t: int, pads: Sequence[Any]) -> int:
 def _transposed(
     emission: Emission,
     node: Node,
-    made: Node,
+    pending: Pending,
     t: int,
     kernel: np.ndarray,
     bias: np.ndarray,
@@ -106,7 +107,7 @@ def _transposed(
     moves: Any,
 ) -> None:
     """Writes TRANSPOSE_CONV: codes spread by the stride, and the flipped kernel."""
-    steps, dilation, spread, pads = axes
+    made, (steps, dilation, spread, pads) = pending.node, axes
     if steps != [1, 1] or dilation != [1, 1] or made.attributes["groups"] != 1:
         raise unsupported(WRITER, made, "a transposed convolution with groups or steps")
     before = [n - 1 - p[0] for n, p in zip(kernel.shape[1:3], pads, strict=True)]
@@ -122,7 +123,7 @@ def _transposed(
         raise unsupported(WRITER, made, what)
     x = emission.codes(made.inputs[0], made)
     flipped = kernel[:, ::-1, ::-1]
-    w, b = weights(emission, node, made, flipped, bias, x, 0)
+    w, b = weights(emission, node, pending, flipped, bias, x, 0)
     sizes = emission.constant(list(shape))
     options: Any = {"padding": kind, "stride_h": spread[0], "stride_w": spread[1]}
     given = (sizes, w, t, b)
@@ -149,8 +150,8 @@ def dense(emission: Emission, node: Node, pending: Pending) -> None:
     t = emission.transposed(t, [*kept, *summed])
     rows = [shape[d] for d in kept]
     t = emission.reshaped(t, [*(rows or [1]), taps])
-    w, b = weights(emission, node, made, flat, bias, own, 0)
-    move = after(emission, pending, node)
+    w, b = weights(emission, node, pending, flat, bias, own, 0)
+    move = after(emission, pending)
 
     def moves(t: int) -> int:
         t = emission.reshaped(t, [*rows, *sizes])

@@ -64,8 +64,8 @@ def _softmax(
         site = e.sites.output or where(e).strip("'")
         last = call.axes == (len(trace.shape(e.inputs[0])) - 1,)
         is_plain = last and not masks and not call.plus and call.kind == "softmax"
-        own = tflite.softmax(builder, x, call.factor, known, site, is_plain)
-        return _added(builder, e, *own, known)
+        whole = tflite.softmax(builder, x, call.factor, known, site, is_plain)
+        return _added(builder, e, *whole, known)
     if x.high - x.low >= _MOST_CODES:
         raise ValueError(
             f"The {said(call.kind)} in {where(e)} is over codes from {x.low} to "

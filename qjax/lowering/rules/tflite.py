@@ -91,7 +91,11 @@ def requantized(
         gain = np.ones(()) if x.gain is None else np.asarray(x.gain)
         scales = [weight_scale(np.asarray(weights), np.float32(gain)), scales[0]]
     elif x.gain is not None:
-        raise refuse(target.site, "has a factor that joins no weights")
+        raise refuse(
+            target.site,
+            "multiplies a product of two values by a number",
+            "Multiply one of the two by it, right behind its weights",
+        )
     ratio = product_ratio(kind, scales, np.float32(target.scale))
     if x.is_still is not None:  # Zero is zero in any unit.
         ratio = np.where(x.is_still, 0.0, ratio)
