@@ -69,6 +69,8 @@ def is_same(
     is_equal = (rows[:, 0] == rows[:, 2]) & (rows[:, 1] == rows[:, 3])
     is_equal &= rule == node.attributes["rule"]
     rest = rows[~(is_equal | ((rows[:, 0] == 0) & (rows[:, 2] == 0)))]
+    if not len(rest):
+        return True
     value = emission.value(node.inputs[0])
     if (value.high - value.low + 1) * len(rest) > _MOST_TRIED:
         return False
