@@ -255,7 +255,8 @@ def _divided(a: Any, b: Any) -> Any:
 def _is_one(w: Any) -> Any:
     """Returns whether all channels have one scale, as their file has then."""
     xp: Any = jnp if isinstance(w, jax.Array) else np
-    return xp.all(w == xp.reshape(w, (-1,))[:1])
+    flat = xp.reshape(w, (-1,))
+    return xp.all(flat == flat[:1])
 
 
 def _where(condition: Any, a: Any, b: Any) -> Any:

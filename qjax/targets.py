@@ -5,9 +5,11 @@ what ships: ``lower(model, params, qstate, x, target=targets.tflite)``.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from qjax.integer import RequantizeRule
+
+_MOST_OF_16 = 2**15 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,18 @@ class Target:
     dense: RequantizeRule
     inputs: Literal["half_even", "half_away"]
     composites: Literal["native", "tflite"]
+
+    def ends(self, low: Any, high: Any) -> tuple[Any, Any]:
+        """Returns the ends of a word, where TFLite's kernels of 16 bits saturate.
+
+        Args:
+          low: Least code, known or traced.
+          high: Largest code.
+        """
+        if not self.is_tflite:
+            return low, high
+        more = (low == -_MOST_OF_16) & (high == _MOST_OF_16)
+        return low - more, high
 
     @property
     def is_tflite(self) -> bool:

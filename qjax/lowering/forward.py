@@ -146,7 +146,7 @@ class IntegerForward(ForwardTargets):
         self._shipped.pop(v, None)
         is_folded = grid.scale.ndim == 0 or found is not None
         if late is not None and is_folded and word.is_direct:
-            own = TargetGrid(*grid, word.qmin, word.qmax, word.dtype)
+            own = self._site_grid(grid, word)
             codes = self._at_site(late, own, site)
             value = dequantize(codes, grid).astype(before.dtype)
             self._env[v] = straight(self._env[v], value)

@@ -5,7 +5,7 @@ from typing import Any, Self
 
 import jax
 
-from qjax.affine import dequantize
+from qjax.affine import QParams, dequantize
 from qjax.lowering.accumulators import Late, TargetGrid
 from qjax.lowering.site_words import SiteWord
 from qjax.model.loop_runs import OnGrid
@@ -49,10 +49,14 @@ class ForwardLoops(Simulation):
         if own.word:
             self._words[v] = own.word
 
+    def _site_grid(self, grid: QParams, word: SiteWord) -> TargetGrid:
+        """Returns the grid of a site with the ends of its word."""
+        return TargetGrid(*grid, *self._target.ends(word.qmin, word.qmax), word.dtype)
+
     def _onto(self, v: int, site: Site, x: jax.Array) -> tuple[jax.Array, OnGrid]:
         value, found = super()._onto(v, site, x)
         word, late = self._seen[site.name], self._part(v) if v in self._env else None
         if found.grid is not None and late is not None and word.is_direct:
-            codes = late(TargetGrid(*found.grid, word.qmin, word.qmax, word.dtype))
+            codes = late(self._site_grid(found.grid, word))
             value = straight(value, dequantize(codes, found.grid).astype(value.dtype))
         return value, found._replace(word=word.dtype)

@@ -71,7 +71,7 @@ class ForwardTargets(ForwardLoops):
         """Puts what no accumulator gives on the grid of a site, as TFLite does."""
         if grid.scale.ndim:
             raise no_operator(site, "has a scale per channel, and TFLite has one")
-        own = TargetGrid(*grid, word.qmin, word.qmax, word.dtype)
+        own = self._site_grid(grid, word)
         if self._is_input(v):
             real = lax.stop_gradient(before).astype(jnp.float32)
             codes = quotient_codes(real, *own[:4])

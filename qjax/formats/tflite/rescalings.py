@@ -185,11 +185,15 @@ def weights(
     if np.any(np.abs(bias) > _INT32.max):
         raise unsupported(WRITER, node, "a bias of more than 32 bits")
     made, zeros = pending.node, (0,) * scale.size
-    name = made.params["kernel"]
+    name, dtype, middle = made.params["kernel"], "int8", 0
+    if not x.low and not x.is_wide:  # Of uint8: weights are, too.
+        dtype, middle = "uint8", 128
+        if scale.size > 1:
+            raise unsupported(WRITER, node, "codes of uint8 times weights by channel")
     named: Any = {"axis": axis if scale.size > 1 else 0}
-    data = kernel.astype(np.int8)
-    grid = tuple(scale.tolist()), zeros
-    w = emission.add_tensor(name, kernel.shape, "int8", *grid, data=data, **named)
+    data = (kernel + middle).astype(dtype)
+    grid = tuple(scale.tolist()), (middle,) * scale.size
+    w = emission.add_tensor(name, kernel.shape, dtype, *grid, data=data, **named)
     emission.kernels.append(w)
     units = np.float32(scale) * x.scale
     grid = tuple(units.tolist()), zeros

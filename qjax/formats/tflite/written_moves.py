@@ -43,7 +43,8 @@ def _strided(
         raise unsupported(WRITER, node, f"a slice of {len(shape)} axes")
     masks = [sum((end is None) << d for d, end in enumerate(e)) for e in (start, stop)]
     ends = [[0 if n is None else n for n in e] for e in (start, stop)]
-    given = (t, *map(emission.constant, (*ends, list(steps))))
+    strides = [1 if n is None else n for n in steps]
+    given = (t, *map(emission.constant, (*ends, strides)))
     out = emission.add_like(t, emission.value(node.output).shape, node.path)
     options: Any = {"begin_mask": masks[0], "end_mask": masks[1]}
     zeros = dict.fromkeys(("ellipsis_mask", "new_axis_mask", "shrink_axis_mask"), 0)

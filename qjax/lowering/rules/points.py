@@ -70,6 +70,7 @@ def _qpoint(
         return KnownCodes(codes, scale, zeros, site)
     is_double = trace.avals[e.outputs[0]].dtype == np.float64
     shape, ends = trace.shape(e.outputs[0]), (int(qmin), int(qmax))
+    ends = builder.target.ends(*ends)
     if scale.size > 1:
         _check_channels(e, x, zero_point, site)
         units = np.asarray(scale, np.float64)
