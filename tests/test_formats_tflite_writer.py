@@ -1,4 +1,4 @@
-"""Written TFLite files in LiteRT's reference kernels and tflite-micro: no code differs."""
+"""Written TFLite files in LiteRT and in tflite-micro: no code differs."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -228,13 +228,19 @@ def test_real_numbers_at_the_ends(tmp_path):
 
 
 def test_another_rounding_is_refused_with_the_remedy(tmp_path):
-    x = images(2, 6)
-    own = quantized(nn.Dense(5), x)
+    x = images(2, 6, 6, 3)
+    own = quantized(nn.Conv(8, (5, 5)), x)
     path = tmp_path / "model.tflite"
     with pytest.raises(ValueError, match="target=qjax.targets.tflite"):
         write_tflite(qjax.lower(*own, x), path)
     assert not path.exists()
     check(qjax.lower(*own, x, target=targets.tflite))
+
+
+def test_a_program_that_is_the_same_under_tflites_rule_is_written():
+    """Few accumulators: all are compared."""
+    x = images(2, 6)
+    check(qjax.lower(*quantized(nn.Dense(5), x), x))
 
 
 def test_an_operation_without_an_operator_is_refused_by_name():

@@ -5,6 +5,7 @@ multiplier of the program, and accepted if they give it back bit for bit, or the
 code for every accumulator.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from qjax.graph.operations import OPERATIONS
 from qjax.graph.tflite_tables import Codes
 from qjax.integer_tflite import (
     Kind,
+    left_shift,
     mean_multiplier,
     product_ratio,
     signed_multiplier,
@@ -391,6 +393,35 @@ def add(emission: Emission, node: Node) -> None:
     shape = emission.value(node.output).shape
     name = "ADD" if sign > 0 else "SUB"
     finish(emission, node, name, given, shape, pot_scale_int16=False)
+
+
+def add_once(emission: Emission, node: Node) -> None:
+    """Writes a sum that rounds once, if TFLite's gives the same code of all pairs."""
+    a = node.attributes
+    codes = [emission.codes(v, node) for v in node.inputs]
+    signs = [-1 if m < 0 else 1 for m in a["multipliers"]]
+    is_short = len(codes) == 2 and not any(c.is_wide for c in codes)
+    if not is_short or signs[0] < 0:
+        raise unsupported(WRITER, node, REMEDY)
+    y, left = emission.codes(node.output, node), left_shift(False)
+    *pairs, last = sum_multipliers(codes[0].scale, codes[1].scale, y.scale, left)
+    own = {
+        "left_shift": left,
+        "zero_points": a["input_zero_points"],
+        "multipliers": [int(m) * n for (m, _), n in zip(pairs, signs, strict=True)],
+        "shifts": [int(n) for _, n in pairs],
+        "multiplier": int(last[0]),
+        "shift": int(last[1]),
+        "rule": "tflite_double",
+        **{name: a[name] for name in ("zero_point", "low", "high")},
+    }
+    values = [emission.value(v) for v in node.inputs]
+    first, second = (np.arange(v.low, v.high + 1, dtype=np.int64) for v in values)
+    given = [first[:, None], second]
+    wanted = OPERATIONS["add"].meaning(a, {}, given)
+    if not np.array_equal(OPERATIONS["tflite_add"].meaning(own, {}, given), wanted):
+        raise unsupported(WRITER, node, REMEDY)
+    add(emission, dataclasses.replace(node, attributes=own))
 
 
 def average(emission: Emission, node: Node) -> None:

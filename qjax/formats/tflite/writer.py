@@ -8,7 +8,7 @@ import numpy as np
 
 from qjax.formats.support import check_operations, check_whole, unsupported
 from qjax.formats.tflite import chosen, rescalings, weighted
-from qjax.formats.tflite.emission import WRITER, Emission, Pending
+from qjax.formats.tflite.emission import REMEDY, WRITER, Emission, Pending
 from qjax.formats.tflite.schema import serialized
 from qjax.graph.atomic import write_atomically
 from qjax.graph.graph import Graph, Node
@@ -80,7 +80,7 @@ def _requantize(emission: Emission, node: Node) -> None:
         return
     kind = pending.node.operation
     if kind not in _PENDING:
-        raise unsupported(WRITER, node, f"a requantizer of `{kind}`")
+        raise unsupported(WRITER, node, f"sums of `{kind}`, {REMEDY}")
     _PENDING[kind](emission, node, pending)
 
 
@@ -100,6 +100,7 @@ _PENDING: Mapping[str, Callable[[Emission, Node, Pending], None]] = {
 EMITTERS: Mapping[str, Callable[[Emission, Node], None]] = {
     **dict.fromkeys((*_PENDING, "sum_pool"), _wait),
     **chosen.CHOSEN,
+    "add": rescalings.add_once,
     "requantize": _requantize,
     "tflite_add": rescalings.add,
     "tflite_average": rescalings.average,
