@@ -220,16 +220,34 @@ def tflite_multiplier(ratio: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
             f"A ratio of scales must be in [0, 2^31), got {ratio}. Check the scales: "
             "one is negative, zero, NaN, or much finer than the other."
         )
-    mantissa, exponent = np.frexp(ratio)
-    multiplier = np.floor(mantissa * 2.0**31 + 0.5).astype(np.int64)
-    carried = multiplier == 1 << 31
-    multiplier = np.where(carried, 1 << 30, multiplier)
-    shift = 31 - (exponent + carried)
+    multiplier, shift = _tflite_multiplier(ratio, np)
     if np.any(shift < 0):
         raise ValueError(f"A ratio of scales must be below 2^31, got {ratio}.")
+    return multiplier, shift
+
+
+def traced_tflite_multiplier(ratio: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Computes `tflite_multiplier` of a traced ratio, where 64 bits are enabled.
+
+    Args:
+      ratio: float64, any shape. What `tflite_multiplier` refuses is undefined.
+
+    Returns:
+      ``(multiplier, shift)``, int32, bit for bit those of `tflite_multiplier`.
+    """
+    return _tflite_multiplier(ratio, jnp)
+
+
+def _tflite_multiplier(ratio: Any, xp: Any) -> tuple[Any, Any]:
+    """Computes the formula of `tflite_multiplier` in NumPy or JAX."""
+    mantissa, exponent = binary_parts(ratio, xp)
+    multiplier = xp.floor(mantissa * 2.0**31 + 0.5).astype(xp.int64)
+    carried = multiplier == 1 << 31
+    multiplier = xp.where(carried, 1 << 30, multiplier)
+    shift = 31 - (exponent + carried)
     vanishes = (shift > _MOST_SHIFT) | (multiplier == 0)
-    multiplier = np.where(vanishes, 0, multiplier).astype(np.int32)
-    return multiplier, np.where(vanishes, 31, shift).astype(np.int32)
+    multiplier = xp.where(vanishes, 0, multiplier).astype(xp.int32)
+    return multiplier, xp.where(vanishes, 31, shift).astype(xp.int32)
 
 
 def shift_round(value: jax.Array, shift: jax.Array) -> jax.Array:

@@ -47,6 +47,7 @@ from qjax.schemes.resolution import (
 from qjax.schemes.scheme import Scheme, check_rules, check_same_steps
 from qjax.schemes.sharing import overwriters
 from qjax.tables import html_table, show, show_types
+from qjax.targets import Target, half_even
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +156,7 @@ class QuantizedModel:
         qstate: QState,
         *inputs: Any,
         scheme: Scheme | None = None,
+        target: Target = half_even,
     ) -> Any:
         """Computes the model in the arithmetic of its integer program, as it ships.
 
@@ -171,6 +173,8 @@ class QuantizedModel:
           *inputs: Inputs of ``fn``.
           scheme: Replaces the scheme of the model; may differ in bits. Products run on
             bytes where bits are known, on int32 where they are traced.
+          target: Roundings and algorithms of the program: those that `qjax.lower` is
+            given.
 
         Returns:
           The output of ``fn``, in its types: of a model in half precision the values of
@@ -180,12 +184,14 @@ class QuantizedModel:
         Raises:
           ValueError: as `apply`; for a site that has no integers: an operand without a
             quantizer, a BatchNorm in training; for a model with quantizers of its own.
-          NotImplementedError: for arithmetic that has no float32 form.
+          NotImplementedError: for arithmetic that has no float32 form; for what the
+            target has no exact operator for.
         """
         choices = self._checked(qstate, inputs, scheme)
         run = lambda own: own.run(Words(choices, qstate))
         reads = qstate, scheme
-        return self._kept(run, params, inputs, reads, kind=IntegerForward)
+        kind = functools.partial(IntegerForward, target=target)
+        return self._kept(run, params, inputs, reads, kind=kind)
 
     def apply_and_update(
         self,
@@ -375,7 +381,7 @@ class QuantizedModel:
         params: chex.ArrayTree,
         inputs: Any,
         reads: Any,
-        kind: type[Simulation] = Simulation,
+        kind: Callable[..., Simulation] = Simulation,
     ) -> Any:
         """Computes with a run whose calls of `jax.checkpoint` are the model's."""
         model = self._traced(params, inputs)
@@ -410,8 +416,9 @@ class QuantizedModel:
         own = tuple(inputs)  # Half precision included.
         traced = lambda *xs: self._traced(params, narrowed_types(xs, own))
 
-        def run(in_float32: bool, *xs: Any) -> Any:
-            simulation = Simulation(traced(*xs), params, xs, in_float32=in_float32)
+        def run(in_float32: bool, *xs: Any, has_units: bool = True) -> Any:
+            own = {"in_float32": in_float32, "has_units": has_units}
+            simulation = Simulation(traced(*xs), params, xs, **own)
             return simulation.run(Quantizer(self._checked(qstate, xs), qstate))
 
         return Bound(
@@ -424,4 +431,5 @@ class QuantizedModel:
             folds=self.traces.folds,
             half=lambda *xs: traced(*xs).model.half,
             own=functools.partial(run, False),
+            by_grids=functools.partial(run, True, has_units=False),
         )

@@ -4,10 +4,14 @@ import pytest
 
 from qjax.formats import support
 from qjax.formats.c99.writer import EMITTERS
+from qjax.formats.tflite.writer import EMITTERS as TFLITE
 from qjax.graph.graph import Node
 from qjax.graph.operations import OPERATIONS
 
-TABLES = {"qjax.formats.c99.write_c99": EMITTERS}
+TABLES = {
+    "qjax.formats.c99.write_c99": EMITTERS,
+    "qjax.formats.tflite.write_tflite": TFLITE,
+}
 
 
 @pytest.mark.parametrize("writer", TABLES)

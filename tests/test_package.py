@@ -54,7 +54,8 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 # In the order of the README's layout: a line imports only from lines above its own.
 ROOMS = (
     ("tables", "leaves", "mesh_axes", "calls", "rounding", "integer", "qpoint"),
-    ("integer_division", "integer_norm", "integer_softmax"),
+    ("targets",),
+    ("integer_division", "integer_norm", "integer_softmax", "integer_tflite"),
     ("affine", "ranges", "estimators"),
     ("integer_calls",),
     ("graph",),

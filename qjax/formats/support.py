@@ -37,6 +37,12 @@ OPERATIONS: Mapping[str, frozenset[str]] = {
         "table take tflite_add tflite_average tflite_constant tflite_softmax "
         "thresholds transpose".split()
     ),
+    "qjax.formats.tflite.write_tflite": frozenset(
+        "add argmax argmin broadcast clip concatenate constant conv dot dot_codes "
+        "embed max max_pool maximum min minimum multiply_codes pad requantize reshape "
+        "rev slice sum sum_pool table take tflite_add tflite_average tflite_constant "
+        "tflite_resize tflite_softmax tflite_softmax16 transpose".split()
+    ),
 }
 ALL = ("IntegerProgram.save", "qjax.formats.stablehlo.write_stablehlo")
 

@@ -1,5 +1,6 @@
 """Accumulators of an integer program whose scales are traced."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,8 +15,17 @@ from qjax.integer import (
     traced_common_fixed_point,
     traced_fixed_point,
 )
+from qjax.integer_tflite import (
+    Kind,
+    mean_multiplier,
+    product_ratio,
+    signed_multiplier,
+    traced_sum,
+    weight_scale,
+)
 from qjax.model.trace import Equation, evaluate
 from qjax.qpoint import grid_codes
+from qjax.targets import Target, half_even
 
 
 class TargetGrid(NamedTuple):
@@ -25,10 +35,11 @@ class TargetGrid(NamedTuple):
     zero_point: jax.Array
     qmin: jax.Array
     qmax: jax.Array
+    dtype: str = "int8"  # Of its word.
 
     def codes_of(self, real: jax.Array) -> jax.Array:
         """Returns the codes of real values, by the formula of `qpoint`."""
-        return grid_codes(real, *self)
+        return grid_codes(real, *self[:4])
 
     def rounded(
         self,
@@ -47,12 +58,33 @@ class TargetGrid(NamedTuple):
 Late = Callable[[TargetGrid], jax.Array]
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """How an accumulator is made, and the target by which it is rescaled.
+
+    Attributes:
+      kind: What it is made of.
+      target: Roundings and algorithms.
+      taps: Number of codes in each sum of a mean.
+    """
+
+    kind: Kind = "other"
+    target: Target = half_even
+    taps: int = 1
+
+
+class TargetError(NotImplementedError):
+    """An error for arithmetic that a target has no operator for."""
+
+
 class Accumulator(NamedTuple):
     """An accumulator, ``real = value * scales[0] * scales[1] * ... * gain``."""
 
     value: jax.Array  # int32.
     scales: tuple[jax.Array, ...]  # float32, [] or the rank of the value.
     gain: jax.Array | None = None  # float32, of BatchNorm or of an average.
+    made: Made = Made()
 
     @property
     def factors(self) -> tuple[jax.Array, ...]:
@@ -78,6 +110,8 @@ class Accumulator(NamedTuple):
 
     def codes(self, target: TargetGrid) -> jax.Array:
         """Requantizes with one rounding, or with float32's where lowering does."""
+        if self.made.target.is_tflite:
+            return self._tflite_codes(target)
         multiplier, shift = traced_fixed_point(self.factors, target.scale)
         # A coarser step saturates; a channel that is dead stays at zero in any unit.
         most = jnp.sign(multiplier) * jnp.int32(2**31 - 1)
@@ -94,6 +128,36 @@ class Accumulator(NamedTuple):
             lambda: target.rounded(terms, shift),
         )
 
+    def _tflite_codes(self, target: TargetGrid) -> jax.Array:
+        """Requantizes as TFLite's kernels do."""
+        kind, scales = self.made.kind, self.scales
+        if kind == "other" or len(scales) != _OPERANDS.get(kind, 1):
+            raise TargetError(
+                "is made of what TFLite has no operator for: a running sum, a product "
+                "of more than two values, or a bias finer than its accumulator"
+            )
+        if target.scale.ndim:
+            raise TargetError("has a scale per channel, and TFLite has one")
+        taps = 1 if self.gain is None else self.made.taps
+        if self.gain is not None and kind not in ("conv", "dot", "sum"):
+            raise TargetError("has a factor that joins no weights")
+        if self.gain is not None and kind != "sum":
+            gain = _of_rank(self.gain, self.value.ndim)
+            scales = (weight_scale(scales[0], gain), *scales[1:])
+        with jax.enable_x64(True):
+            ratio = product_ratio(kind, scales, target.scale)
+            if kind == "sum":
+                multiplier, shift = mean_multiplier(ratio, taps)
+            else:
+                multiplier, shift = signed_multiplier(ratio)
+        own = self.made.target
+        rule = own.dense if kind == "dot" else own.accumulators
+        return target.rounded([(self.value, multiplier)], shift, rule)
+
+
+# Kind -> number of its scales; one for others.
+_OPERANDS = {"conv": 2, "dot": 2, "dot_codes": 2, "multiply_codes": 2}
+
 
 def _of_rank(x: jax.Array, rank: int) -> jax.Array:
     return x.reshape((1,) * (rank - x.ndim) + x.shape) if x.ndim else x
@@ -103,10 +167,15 @@ def _is_power_of_two(x: jax.Array) -> jax.Array:
     return jnp.all(jnp.abs(jnp.frexp(x)[0]) == 0.5)
 
 
-def late_sum(steps: Any, scales: Any, signs: tuple[float, float]) -> Late:
-    """Returns the sum of two values, to be rounded once."""
+def late_sum(
+    steps: Any, scales: Any, signs: tuple[float, float], own: Target = half_even
+) -> Late:
+    """Returns the sum of two values, to be rounded once, or as a target does."""
 
     def late(target: TargetGrid) -> jax.Array:
+        if own.is_tflite:
+            is_wide = target.dtype == "int16"
+            return traced_sum(steps, scales, signs, target[:4], is_wide)
         fixed, shift = traced_common_fixed_point(scales, signs, target.scale)
         return target.rounded(list(zip(steps, fixed, strict=True)), shift)
 

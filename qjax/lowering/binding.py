@@ -26,6 +26,8 @@ class Bound:
       half: ``half(*inputs)``: the half types of a model of which ``fn`` is the float32
         form, for inputs of these types; None for a function.
       own: The model in its own types, on the inputs of ``fn``; None for a function.
+      by_grids: ``fn`` with averages as real values, of which both grids are known, for
+        targets that rescale by them; None for a function.
     """
 
     fn: Callable[..., Any]
@@ -37,6 +39,7 @@ class Bound:
     folds: dict[tuple[int, ...], Folded] = dataclasses.field(default_factory=dict)
     half: Callable[..., Sequence[str]] | None = None
     own: Callable[..., Any] | None = None
+    by_grids: Callable[..., Any] | None = None
 
     def half_types(self, *inputs: Any) -> tuple[str, ...]:
         """Returns the half types of the model for inputs of some types, or none."""

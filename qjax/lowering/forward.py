@@ -19,6 +19,7 @@ from jax import lax
 from qjax.affine import QParams, QSpec, dequantize
 from qjax.backends.xla import bodies
 from qjax.graph.graph import Node
+from qjax.integer_tflite import Kind
 from qjax.lowering.accumulators import (
     Accumulator,
     Late,
@@ -29,7 +30,7 @@ from qjax.lowering.accumulators import (
     whole_steps,
 )
 from qjax.lowering.forward_errors import no_arithmetic, own_quantizer
-from qjax.lowering.forward_loops import ForwardLoops
+from qjax.lowering.forward_targets import FUNCTIONS, ForwardTargets
 from qjax.lowering.precision import find_half
 from qjax.lowering.rules.products import (
     contracted_axes,
@@ -49,6 +50,7 @@ from qjax.model.traced_model import TracedModel
 from qjax.qpoint import grid_codes
 from qjax.quantizers.point import straight
 from qjax.schemes.patterns import Site
+from qjax.targets import Target, half_even
 
 _NEUTRAL = names("cast") | {"copy", "copy_p", "name"}
 _EXTREMES = names("maximum", "minimum")
@@ -59,13 +61,14 @@ _LOOKUPS = {"gather", "dynamic_slice"}
 _SUMS = names("sum", "running sum")
 
 
-class IntegerForward(ForwardLoops):
+class IntegerForward(ForwardTargets):
     """A simulation whose values are those of the integer program.
 
     Args:
       traced: The model; one in half precision computes in its float32 form.
       params: Parameters of the model.
       inputs: Inputs of the model.
+      target: Roundings and algorithms of the program.
     """
 
     def __init__(
@@ -75,8 +78,11 @@ class IntegerForward(ForwardLoops):
         inputs: Sequence[Any],
         *,
         is_marked: bool = False,
+        target: Target = half_even,
     ):
-        super().__init__(traced, params, inputs, is_marked=is_marked, in_float32=True)
+        own = {"is_marked": is_marked, "has_units": not target.is_tflite}
+        super().__init__(traced, params, inputs, in_float32=True, **own)
+        self._target = target
 
     def run(self, visitor: Words) -> Any:  # type: ignore[override]
         """Returns what the model returns, computed as the integer program does.
@@ -111,6 +117,7 @@ class IntegerForward(ForwardLoops):
         self._data = set(self._traced.inputs)
         self._of_codes: set[int] = set()  # Functions of what lies on grids.
         self._ends = {b.value: b for b in self._plan.blocks}
+        self._functions = {}
 
     # Sites.
 
@@ -139,13 +146,16 @@ class IntegerForward(ForwardLoops):
         self._shipped.pop(v, None)
         is_folded = grid.scale.ndim == 0 or found is not None
         if late is not None and is_folded and word.is_direct:
-            codes = late(TargetGrid(*grid, word.qmin, word.qmax))
+            own = self._site_grid(grid, word)
+            codes = self._at_site(late, own, site)
             value = dequantize(codes, grid).astype(before.dtype)
             self._env[v] = straight(self._env[v], value)
         elif late is not None and is_folded and v in self._sources:
             source = self._sources.pop(v).astype(before.dtype)
             self._env[v] = straight(before, source)
             super()._place(v)
+        elif self._target.is_tflite:
+            self._place_tflite(v, site, before, grid, word)
         elif isinstance(self._units.get(v), Exact):
             self._of_codes.add(v)
         elif not self._is_input(v) and v not in self._of_codes:
@@ -175,6 +185,8 @@ class IntegerForward(ForwardLoops):
     def _follow(self, e: Equation) -> None:
         data = [v for v in e.inputs if v in self._data]
         name = e.primitive.name
+        if name in FUNCTIONS and data and data[0] in self._grids:
+            self._functions[e.outputs[0]] = name, data[0]
         is_function = name in POINTWISE | SHAPE_MOVES or e.primitive in CALLS
         if is_function and all(v in self._grids or v in self._of_codes for v in data):
             self._of_codes.update(e.outputs)
@@ -222,7 +234,8 @@ class IntegerForward(ForwardLoops):
             params = {**e.params, "preferred_element_type": jnp.dtype("int32")}
             acc = e.primitive.bind(a, b, **e.primitive.get_bind_params(params))
             scales = tuple(self._grids[v].scale for v in e.inputs)
-            self._set(e.outputs[0], Accumulator(acc, scales))
+            kind: Kind = "dot_codes" if e.primitive.name == "dot_general" else "other"
+            self._set(e.outputs[0], self._made(acc, scales, kind))
             return
         operand = e.inputs.index(next(v for v in e.inputs if v not in self._data))
         if self._grids[data[0]].scale.ndim:
@@ -233,7 +246,8 @@ class IntegerForward(ForwardLoops):
         if scale is not None:
             acc = self._weighted(e, operand, rank)
             scales = (scale, self._grids[data[0]].scale)
-            self._set(e.outputs[0], Accumulator(acc, scales))
+            kind = "dot" if e.primitive.name == "dot_general" else "conv"
+            self._set(e.outputs[0], self._made(acc, scales, kind))
 
     def _weighted(self, e: Equation, operand: int, rank: int) -> jax.Array:
         """Computes a product by the program's node, zero point in the bias."""
@@ -260,7 +274,7 @@ class IntegerForward(ForwardLoops):
         if x not in self._grids or self._grids[x].scale.ndim:
             return
         (acc,) = evaluate(e, self._steps(x))
-        self._set(e.outputs[0], Accumulator(acc, (self._grids[x].scale,)))
+        self._set(e.outputs[0], self._made_of_sum(e, acc, self._grids[x].scale))
 
     def _product_over_axes(self, e: Equation) -> None:
         (x,) = e.inputs
@@ -268,7 +282,7 @@ class IntegerForward(ForwardLoops):
             steps, axes = self._steps(x), e.params["axes"]
             taps = math.prod(steps.shape[d] for d in axes)
             scales = (self._grids[x].scale,) * taps
-            self._set(e.outputs[0], Accumulator(steps.prod(axes), scales))
+            self._set(e.outputs[0], self._made(steps.prod(axes), scales))
 
     def _lookup(self, e: Equation) -> None:
         """Looks places of a table up; the codes of the rows count as accumulators."""
@@ -282,7 +296,7 @@ class IntegerForward(ForwardLoops):
         scale = self._grids[table].scale
         if scale.ndim and scale.shape[0] == 1:
             scale = scale.reshape((1,) * (acc.ndim - scale.ndim + 1) + scale.shape[1:])
-        self._set(e.outputs[0], Accumulator(acc, (scale,)))
+        self._set(e.outputs[0], self._made(acc, (scale,), "codes"))
 
     def _of_two(self, e: Equation) -> None:
         """Computes a sum, a difference or a product of two values on grids."""
@@ -294,10 +308,11 @@ class IntegerForward(ForwardLoops):
         steps = [self._steps(v) for v in (a, b)]
         scales = tuple(self._grids[v].scale for v in (a, b))
         if e.primitive.name == "mul":
-            self._set(e.outputs[0], Accumulator(steps[0] * steps[1], scales))
+            acc = self._made(steps[0] * steps[1], scales, "multiply_codes")
+            self._set(e.outputs[0], acc)
             return
         signs = 1.0, -1.0 if e.primitive.name == "sub" else 1.0
-        self._late[e.outputs[0]] = late_sum(steps, scales, signs)
+        self._late[e.outputs[0]] = late_sum(steps, scales, signs, self._target)
 
     def _scatter_add(self, e: Equation) -> None:
         """Sums codes at places that integers name."""
@@ -313,10 +328,11 @@ class IntegerForward(ForwardLoops):
         options = {name: e.params[name] for name in names}
         acc = lax.scatter_add(zeros, self._env[index], own, **options)
         if x not in self._data:  # Zeros, or `lower` refuses it.
-            self._set(e.outputs[0], Accumulator(acc, (scale,)))
+            self._set(e.outputs[0], self._made(acc, (scale,)))
         elif x in self._grids and not self._grids[x].scale.ndim:
             scales, steps = (self._grids[x].scale, scale), (self._steps(x), acc)
-            self._late[e.outputs[0]] = late_sum(steps, scales, (1.0, 1.0))
+            pair = steps, scales, (1.0, 1.0)
+            self._late[e.outputs[0]] = late_sum(*pair, self._target)
 
     # Equations that rounding commutes with.
 
@@ -343,7 +359,7 @@ class IntegerForward(ForwardLoops):
             return lambda target: target.codes_of(value)
         if v not in self._grids or self._grids[v].scale.ndim:
             return None
-        return Accumulator(self._steps(v), (self._grids[v].scale,)).codes
+        return self._made(self._steps(v), (self._grids[v].scale,), "codes").codes
 
     def _bound(self, e: Equation, x: int) -> None:
         """Clips codes; clips values on a grid where the bound is a code."""
@@ -366,7 +382,7 @@ class IntegerForward(ForwardLoops):
             is_whole = functools.reduce(
                 jnp.logical_and, (is_whole_code(end, scale) for end in ends)
             )
-            acc = Accumulator(codes, (scale,))
+            acc = self._made(codes, (scale,), "codes")
             self._late[out] = lambda target: jnp.where(
                 is_whole, acc.codes(target), target.codes_of(real)
             )
@@ -403,16 +419,20 @@ class IntegerForward(ForwardLoops):
         for e in block.moves:
             (steps,) = evaluate(e, steps)
         out = end.outputs[0]
+        if self._target.is_tflite and (late := self._average_of(block, steps)):
+            self._late[out] = late
+            return values
         if out not in self._units:
-            self._set(out, found._replace(value=steps, gain=jnp.asarray(factor)))
+            own = found._replace(value=steps, gain=jnp.asarray(factor))
+            self._set(out, own, values[0])
             return values
         unit, one = self._units[out], jnp.float32(1)
 
-        def late(target: TargetGrid) -> jax.Array:
+        def counted_late(target: TargetGrid) -> jax.Array:
             counted = Accumulator(steps, (one,), unit.per(target.scale))
             return counted.codes(target._replace(scale=one))
 
-        self._late[out] = late
+        self._late[out] = counted_late
         return [straight(values[0], steps.astype(values[0].dtype))]
 
     def _scaled(
@@ -420,7 +440,7 @@ class IntegerForward(ForwardLoops):
     ) -> jax.Array:
         value = super()._scaled(site, x, end, factor, grid)
         steps = self._steps(x) * whole_steps(factor, grid.scale)
-        acc = Accumulator(steps, (grid.scale, self._grids[x].scale))
+        acc = self._made(steps, (grid.scale, self._grids[x].scale))
         return self._set(end, acc, value)
 
     def _line(

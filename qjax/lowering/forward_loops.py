@@ -5,7 +5,7 @@ from typing import Any, Self
 
 import jax
 
-from qjax.affine import dequantize
+from qjax.affine import QParams, dequantize
 from qjax.lowering.accumulators import Late, TargetGrid
 from qjax.lowering.site_words import SiteWord
 from qjax.model.loop_runs import OnGrid
@@ -15,6 +15,7 @@ from qjax.model.traced_model import Loop, TracedModel
 from qjax.model.visits import Visitor
 from qjax.quantizers.point import straight
 from qjax.schemes.patterns import Site
+from qjax.targets import Target
 
 
 class ForwardLoops(Simulation):
@@ -23,10 +24,11 @@ class ForwardLoops(Simulation):
     _seen: Mapping[str, SiteWord]
     _words: dict[int, str]  # Value on a grid -> type of its codes.
     _data: set[int]
+    _target: Target
     _part: Callable[[int], Late | None]
 
     def _inside(self, body: TracedModel) -> Self:
-        return type(self)(body, (), ())
+        return type(self)(body, (), (), target=self._target)  # type: ignore[call-arg]
 
     def _run_loop(self, e: Equation, loop: Loop) -> list[Any]:
         found = super()._run_loop(e, loop)
@@ -47,10 +49,14 @@ class ForwardLoops(Simulation):
         if own.word:
             self._words[v] = own.word
 
+    def _site_grid(self, grid: QParams, word: SiteWord) -> TargetGrid:
+        """Returns the grid of a site with the ends of its word."""
+        return TargetGrid(*grid, *self._target.ends(word.qmin, word.qmax), word.dtype)
+
     def _onto(self, v: int, site: Site, x: jax.Array) -> tuple[jax.Array, OnGrid]:
         value, found = super()._onto(v, site, x)
         word, late = self._seen[site.name], self._part(v) if v in self._env else None
         if found.grid is not None and late is not None and word.is_direct:
-            codes = late(TargetGrid(*found.grid, word.qmin, word.qmax))
+            codes = late(self._site_grid(found.grid, word))
             value = straight(value, dequantize(codes, found.grid).astype(value.dtype))
         return value, found._replace(word=word.dtype)

@@ -15,6 +15,7 @@ from qjax.lowering.interpret import InputTwiceError, interpret
 from qjax.lowering.outputs import add_output
 from qjax.lowering.precision import find_half
 from qjax.lowering.rules import RULES
+from qjax.lowering.rules.tflite import check_tflite
 from qjax.lowering.sizes import Lowered, find_fixed
 from qjax.lowering.values import Abstract, Builder, Integers
 from qjax.model.blocks import data_of
@@ -23,6 +24,7 @@ from qjax.model.masked_exponentials import masked_behind
 from qjax.model.places import BlockSites
 from qjax.model.trace import Equation, Trace, trace
 from qjax.program import IntegerProgram, Residue, check_integer_only
+from qjax.targets import Target, half_even
 
 
 def lower(
@@ -30,6 +32,7 @@ def lower(
     *args: Any,
     strict: bool = True,
     streaming: Mapping[int, int] | None = None,
+    target: Target = half_even,
 ) -> IntegerProgram:
     """Lowers a quantized model to a program of integers only.
 
@@ -50,6 +53,8 @@ def lower(
         would remove it.
       streaming: Number of an input -> its axis of time. The program has `step` then,
         which computes one time after the other, with the codes of whole sequences.
+      target: Roundings and algorithms of the program, such as `qjax.targets.tflite`:
+        then each operation is what LiteRT's reference kernels compute.
 
     Returns:
       The program. A checker has made sure that no floating-point value occurs in it.
@@ -62,10 +67,10 @@ def lower(
       OverflowError: if an accumulator could leave its ``buffer_bits``, int32 by
         default; names the input that does it.
       NotImplementedError: for an operation without an integer rule; for a function in
-        half precision.
+        half precision; for what the target has no exact operator for.
     """
     try:
-        return _lower(model, args, strict, streaming or {})
+        return _lower(model, args, strict, streaming or {}, target)
     except (ValueError, NotImplementedError) as error:
         # A reader of files knows what its caller can do.
         advise = getattr(model, "advise", None)
@@ -75,9 +80,15 @@ def lower(
 
 
 def _lower(
-    model: Any, args: tuple[Any, ...], strict: bool, streaming: Mapping[int, int]
+    model: Any,
+    args: tuple[Any, ...],
+    strict: bool,
+    streaming: Mapping[int, int],
+    target: Target,
 ) -> IntegerProgram:
     bound = bind(model, args)
+    if target.is_tflite and bound.by_grids is not None:
+        bound = dataclasses.replace(bound, fn=bound.by_grids)
     if strict and bound.refusal:
         raise ValueError(bound.refusal)
     example = jax.tree.map(_with_example, bound.inputs)
@@ -89,9 +100,9 @@ def _lower(
     if half is not None:
         return _partial(Builder(bound.buffer_bits, is_open=True), [], [half], notes)
     try:
-        builder, outputs, residues = _interpreted(traced, bound, strict)
+        builder, outputs, residues = _interpreted(traced, bound, strict, target)
     except (NotImplementedError, OverflowError, ValueError) as error:
-        error.args = (str(error) + _others(traced, bound), *error.args[1:])
+        error.args = (str(error) + _others(traced, bound, target), *error.args[1:])
         raise
     if residues:
         return _partial(builder, outputs, residues, notes)
@@ -99,7 +110,7 @@ def _lower(
 
     def lower_again(other: tuple[Any, ...]) -> Lowered:
         again, _ = _traced(bound, other)
-        own, ends, _ = _interpreted(again, bound, strict=True)
+        own, ends, _ = _interpreted(again, bound, True, target)
         return again, _whole(own, ends, again), own.params
 
     fixed = find_fixed(lower_again, example, (traced, graph, builder.params))
@@ -123,6 +134,8 @@ def _lower(
         values[v] = dataclasses.replace(values[v], time_axis=axis)
     graph = dataclasses.replace(graph, values=tuple(values))
     graph, params = drop_dead(graph, _arrays(builder))
+    if target.is_tflite:
+        check_tflite(graph)
     trees = jax.tree.structure(tuple(bound.inputs)), jax.tree.structure(out)
     notes = (*notes, *builder.notes)
     program = IntegerProgram(graph, params, *trees, notes=notes)
@@ -189,10 +202,10 @@ def _in_block(e: Equation, blocks: Sequence[BlockSites]) -> Equation:
     return dataclasses.replace(e, sites=sites, is_simulated=True)
 
 
-def _others(traced: Trace, bound: Bound) -> str:
+def _others(traced: Trace, bound: Bound, target: Target) -> str:
     """Lists all else that has no integers, for the end of an error."""
     try:
-        _, _, residues = _interpreted(traced, bound, strict=False)
+        _, _, residues = _interpreted(traced, bound, False, target)
     except Exception:  # The first error says enough.
         return ""
     causes = [r for r in residues if not r.is_follower]
@@ -216,7 +229,7 @@ _MOST_SHOWN = 8  # Causes in one error.
 
 
 def _interpreted(
-    traced: Trace, bound: Bound, strict: bool
+    traced: Trace, bound: Bound, strict: bool, target: Target
 ) -> tuple[Builder, list[Abstract], list[Residue]]:
     """Returns the builder of a trace, what it knows of outputs, and the residues."""
     is_raw: frozenset[int] = frozenset()
@@ -225,7 +238,8 @@ def _interpreted(
     blocks = None if bound.blocks is None else bound.blocks(*types)
     while True:
         residues: list[Residue] = []
-        builder = Builder(bound.buffer_bits, is_open=not strict, is_raw=is_raw)
+        own: Any = {"is_open": not strict, "is_raw": is_raw, "target": target}
+        builder = Builder(bound.buffer_bits, **own)
         builder.prepared = lambda own: _prepared(own, blocks)
         builder.interpreted = lambda own, child, given: interpret(
             own, child, RULES, folded=child.folded, given=given

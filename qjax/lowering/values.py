@@ -9,6 +9,7 @@ import numpy as np
 from qjax.graph.builder import GraphBuilder
 from qjax.model.places import Place
 from qjax.model.trace import Equation, Trace
+from qjax.targets import Target, half_even
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,6 +308,7 @@ class Builder(GraphBuilder):
         others.
       is_open: Whether quantization points of what stays float become inputs.
       is_raw: Integer inputs that are their own codes: several grids are tables of them.
+      target: Roundings and algorithms of the program.
     """
 
     def __init__(
@@ -315,9 +317,11 @@ class Builder(GraphBuilder):
         *,
         is_open: bool = False,
         is_raw: Collection[int] = (),
+        target: Target = half_even,
     ) -> None:
         super().__init__()
         self.is_open = is_open
+        self.target = target
         self._buffer_bits = dict(buffer_bits or {})
         self.inputs: dict[int, int] = {}  # Input of the program -> value.
         self.raw: dict[int, Integers] = {}  # Integer input -> itself, as codes.
@@ -344,7 +348,7 @@ class Builder(GraphBuilder):
 
     def inside(self, loop: int) -> "Builder":
         """Returns a builder of the graph of a body, over the same parameters."""
-        own = Builder(self._buffer_bits)
+        own = Builder(self._buffer_bits, target=self.target)
         own.folds, own.place = self.folds, (*self.place, loop)
         own.params, own.grids, own.notes = self.params, self.grids, self.notes
         own.taken = {*self.sites, *self.taken}

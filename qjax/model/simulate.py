@@ -59,6 +59,8 @@ class Simulation(LoopRuns):
       in_float32: Whether a model in half precision computes in its float32 form. Else
         products, sums and normalisations are in its own types; points, the affine parts
         of blocks and all that is elementwise are float32 in both.
+      has_units: Whether averages are sums of codes in their unit until a site. Else
+        they are real values, from which a lowering knows both grids.
     """
 
     def __init__(
@@ -69,7 +71,9 @@ class Simulation(LoopRuns):
         *,
         is_marked: bool = False,
         in_float32: bool = False,
+        has_units: bool = True,
     ):
+        self._has_units = has_units
         self._evaluate = evaluate if in_float32 else evaluate_own
         self._keeps_types = not in_float32
         given = jax.tree.leaves(inputs)
@@ -126,7 +130,8 @@ class Simulation(LoopRuns):
 
     def _inside(self, body: TracedModel) -> "Simulation":
         """Returns the simulation of the body of a loop."""
-        return Simulation(body, (), (), in_float32=not self._keeps_types)
+        own = {"in_float32": not self._keeps_types, "has_units": self._has_units}
+        return Simulation(body, (), (), **own)
 
     def _returned(self, values: list[Any]) -> Any:
         """Returns outputs nested as the model's, in its types if it keeps them."""
@@ -432,7 +437,8 @@ class Simulation(LoopRuns):
         """Averages by a sum of codes, as ties of an average are exact in integers."""
         end, x = block.affine[-1].outputs[0], block.root.inputs[0]
         grid, value = self._grids.get(x), self._env[acc].astype(factor.dtype)
-        if grid is None or grid.scale.ndim or block.value != end:
+        is_plain = grid is None or grid.scale.ndim or block.value != end
+        if grid is None or is_plain or not self._has_units:
             return [value * factor]
         real = self._env[x].astype(factor.dtype)
         codes = whole(real * (1.0 / grid.scale).astype(real.dtype))

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from qjax.formats.tflite import tables
 from qjax.formats.tflite.products import operands
 from qjax.formats.tflite.rules import axes, pool, reduced_shape
 from qjax.formats.tflite.tensors import Call, TfliteRule, any_batch
+from qjax.graph import tflite_tables as tables
 
 
 def _reshape(call: Call) -> None:

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qjax.formats.tflite import tables
-from qjax.formats.tflite.tables import Codes
 from qjax.formats.tflite.tensors import Call, TfliteRule
+from qjax.graph import tflite_tables as tables
 from qjax.graph.operations.products import channel_ends, product_ends
+from qjax.graph.tflite_tables import Codes
 from qjax.integer import RequantizeRule, fixed_point, tflite_multiplier
 
 _INT32 = np.iinfo(np.int32)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from qjax.formats.tflite import tables
 from qjax.formats.tflite.products import (
     Rescaling,
     add_requantize,
@@ -17,8 +16,9 @@ from qjax.formats.tflite.products import (
     strides,
     window,
 )
-from qjax.formats.tflite.tables import Codes
 from qjax.formats.tflite.tensors import Call, TfliteRule, bounds
+from qjax.graph import tflite_tables as tables
+from qjax.graph.tflite_tables import Codes
 from qjax.integer import tflite_multiplier
 
 # From grid to grid.

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from qjax.formats.tflite.tables import Codes
 from qjax.graph.builder import GraphBuilder
 from qjax.graph.graph import Grid, Value
+from qjax.graph.tflite_tables import Codes
 from qjax.integer import RequantizeRule
 
 

@@ -29,6 +29,7 @@ from qjax.lowering.entries import raw
 from qjax.lowering.evaluation import tabulate
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import settled
+from qjax.lowering.rules import tflite
 from qjax.lowering.rules.choices import mask
 from qjax.lowering.rules.functions import add_table, as_curve
 from qjax.lowering.rules.whole import exact_codes, whole_numbers
@@ -58,6 +59,13 @@ def _softmax(
     unit, scale = _known(e, first), _known(e, last_scale)
     zero_point, qmin, qmax = (_known(e, v) for v in (last_zero, least, most_code))
     x = _codes(builder, e, trace, x, unit)
+    if builder.target.is_tflite:
+        known = scale, zero_point, qmin, qmax
+        site = e.sites.output or where(e).strip("'")
+        last = call.axes == (len(trace.shape(e.inputs[0])) - 1,)
+        is_plain = last and not masks and not call.plus and call.kind == "softmax"
+        whole = tflite.softmax(builder, x, call.factor, known, site, is_plain)
+        return _added(builder, e, *whole, known)
     if x.high - x.low >= _MOST_CODES:
         raise ValueError(
             f"The {said(call.kind)} in {where(e)} is over codes from {x.low} to "

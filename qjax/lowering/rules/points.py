@@ -20,6 +20,7 @@ from qjax.lowering.evaluation import UNITS
 from qjax.lowering.inputs import MOST_RANGE
 from qjax.lowering.interpret import InputTwiceError, LoweringRule, refuse, where
 from qjax.lowering.operands import added
+from qjax.lowering.rules import tflite
 from qjax.lowering.rules.functions import add_table, as_curve
 from qjax.lowering.rules.moves import move_again
 from qjax.lowering.rules.whole import replayed
@@ -69,6 +70,7 @@ def _qpoint(
         return KnownCodes(codes, scale, zeros, site)
     is_double = trace.avals[e.outputs[0]].dtype == np.float64
     shape, ends = trace.shape(e.outputs[0]), (int(qmin), int(qmax))
+    ends = builder.target.ends(*ends)
     if scale.size > 1:
         _check_channels(e, x, zero_point, site)
         units = np.asarray(scale, np.float64)
@@ -178,6 +180,8 @@ def _is_curve(x: ScaledIntegers, target: SiteGrid) -> bool:
 
 
 def _table(builder: Builder, x: Curve, target: SiteGrid, shape: Any) -> Integers:
+    if builder.target.is_tflite:
+        return tflite.tabled(builder, x, target)
     options: Any = {"dtype": target.dtype, "grid": target.grid}
     value = add_table(builder, x, target.codes_of, target.site, **options)
     return target.integers(builder, value)
@@ -260,7 +264,10 @@ def _quantize_input(
     fresh = Builder()
     target.add_input(fresh, own)
     wanted = dataclasses.replace(
-        fresh.values[0], rescaling=x.rescaling, is_rescaling_exact=x.is_exact
+        fresh.values[0],
+        rescaling=x.rescaling,
+        is_rescaling_exact=x.is_exact,
+        rounding=builder.target.inputs,
     )
     value = builder.inputs.get(x.input)
     if value is None:
@@ -307,6 +314,8 @@ def _requantize(
             if not target.is_part:
                 builder.add_site(target.site, x.value)
             return x
+    if builder.target.is_tflite:
+        return tflite.requantized(builder, x, target, (low, high))
     ratio = x.real_scale() / target.units_of()
     # If float32 arithmetic has one operation that rounds, round as it does.
     one_rounding = (
@@ -382,6 +391,8 @@ def _is_exact_sum(x: Sum, target: SiteGrid) -> bool:
 def _requantize_sum(
     builder: Builder, x: Sum, target: SiteGrid, shape: tuple[int, ...]
 ) -> Integers:
+    if builder.target.is_tflite:
+        return tflite.summed(builder, x, target)
     ratios = np.array([sign * float(t.scale) / target.scale for t, sign in x.terms])
     multipliers, shift = _at_site(common_fixed_point, ratios, target.site)
     most = [_most_steps(t) for t, _ in x.terms]

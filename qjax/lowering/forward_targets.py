@@ -1,0 +1,177 @@
+"""The arithmetic of a target inside of a model that has derivatives."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qjax.affine import QParams, dequantize
+from qjax.backends.xla import tflite
+from qjax.graph.graph import Node
+from qjax.integer_calls import SoftmaxCall
+from qjax.integer_tflite import Kind, average_codes, traced_exponentials
+from qjax.lowering.accumulators import (
+    Accumulator,
+    Late,
+    Made,
+    TargetError,
+    TargetGrid,
+    whole_steps,
+)
+from qjax.lowering.forward_errors import no_operator
+from qjax.lowering.forward_loops import ForwardLoops
+from qjax.lowering.site_words import SiteWord
+from qjax.model.blocks import Block
+from qjax.model.exact import Exact
+from qjax.model.primitives import names
+from qjax.model.trace import Equation, evaluate
+from qjax.qpoint import quotient_codes
+from qjax.quantizers.point import straight
+from qjax.schemes.patterns import Site
+from qjax.targets import Target
+
+
+class ForwardTargets(ForwardLoops):
+    """The sites of a simulation whose arithmetic is that of a target."""
+
+    _target: Target
+    _of_codes: set[int]  # Functions of what lies on grids.
+    _functions: dict[int, tuple[str, int]]  # Value -> its function, and of what.
+    _steps: Callable[[int], jax.Array]
+    _is_input: Callable[[int], bool]
+
+    def _made(self, value: jax.Array, scales: Any, kind: Kind = "other") -> Accumulator:
+        """Returns an accumulator that the target rescales."""
+        return Accumulator(value, tuple(scales), made=Made(kind, self._target))
+
+    def _made_of_sum(
+        self, e: Equation, value: jax.Array, scale: jax.Array
+    ) -> Accumulator:
+        """Returns a sum over axes or windows as an accumulator."""
+        kind: Kind = "other"
+        taps = 1
+        if e.primitive.name == "reduce_sum":
+            shape, kind = self._model.shape(e.inputs[0]), "sum"
+            taps = math.prod(shape[d] for d in e.params["axes"])
+        return Accumulator(value, (scale,), made=Made(kind, self._target, taps))
+
+    def _at_site(self, late: Late, grid: TargetGrid, site: Site) -> jax.Array:
+        """Returns the codes of a site; says there what its target has not."""
+        try:
+            return late(grid)
+        except TargetError as error:
+            raise no_operator(site, str(error)) from error
+
+    def _place_tflite(
+        self, v: int, site: Site, before: jax.Array, grid: QParams, word: SiteWord
+    ) -> None:
+        """Puts what no accumulator gives on the grid of a site, as TFLite does."""
+        if grid.scale.ndim:
+            raise no_operator(site, "has a scale per channel, and TFLite has one")
+        own = self._site_grid(grid, word)
+        if self._is_input(v):
+            real = lax.stop_gradient(before).astype(jnp.float32)
+            codes = quotient_codes(real, *own[:4])
+        elif isinstance(unit := self._units.get(v), Exact):
+            codes = self._softmax(site, unit, own)
+        elif v in self._functions:
+            name, x = self._functions[v]
+            if word.dtype == "int16":
+                raise no_operator(site, "is a function of 16 bits, traced")
+            codes = function_codes(name, self._steps(x), self._grids[x].scale, own)
+        else:
+            raise no_operator(site, "is a function that TFLite has no operator for")
+        value = dequantize(codes, grid).astype(before.dtype)
+        self._env[v] = straight(self._env[v], value)
+        self._of_codes.add(v)
+
+    def _softmax(self, site: Site, unit: Exact, grid: TargetGrid) -> jax.Array:
+        """Returns the codes of TFLite's softmax."""
+        call, (value, scale, *others) = unit.call, unit.operands
+        what = "is computed in whole by an algorithm that TFLite does not have"
+        if not isinstance(call, SoftmaxCall) or call.kind != "softmax":
+            raise no_operator(site, what)
+        is_last = call.axes == (value.ndim - 1,)
+        if not is_last or others or unit.bounds or call.plus or grid.dtype != "int8":
+            raise no_operator(site, what)
+        steps = whole_steps(value, scale)
+        table = traced_exponentials(scale, call.factor)
+        roles, ends = {"exponentials": "exponentials"}, {"low": -128, "high": 127}
+        node = Node("tflite_softmax", (0,), 1, roles, ends)
+        return tflite.TFLITE["tflite_softmax"](node, {"exponentials": table}, [steps])
+
+    def _average_of(self, block: Block, steps: jax.Array) -> Late | None:
+        """Returns the codes of a pool of averages; None for a mean over axes."""
+        e, x = block.root, block.root.inputs[0]
+        if e.primitive.name not in _POOLS:
+            return None
+        scale, zero_point = self._grids[x]
+        counts = window_counts(e, self._model.shape(x))
+        for move in block.moves:
+            (counts,) = evaluate(move, counts)
+        total = lax.stop_gradient(steps) + counts * zero_point
+        codes = average_codes(total, counts) - zero_point
+        return self._made(codes, (scale,), "codes").codes
+
+
+_POOLS = names("sum") & {"reduce_window_sum"}
+
+
+def window_counts(e: Equation, shape: tuple[int, ...]) -> jax.Array:
+    """Counts the inputs in each window of an equation, int32, padding left out.
+
+    Args:
+      e: The equation.
+      shape: Shape of its input.
+    """
+    (found,) = evaluate(e, jnp.ones(shape, jnp.int32))
+    return found
+
+
+# Functions that TFLite has as operators, of 8-bit codes, by primitive.
+def _logistic(x: jax.Array) -> jax.Array:
+    one = jnp.ones_like(x)
+    return _narrow(one / _narrow(one + _narrow(jnp.exp(-x))))
+
+
+FUNCTIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "exp": jnp.exp,
+    "logistic": _logistic,
+    "tanh": jnp.tanh,
+}
+
+
+def function_codes(
+    name: str, steps: jax.Array, scale: jax.Array, grid: TargetGrid
+) -> jax.Array:
+    """Computes a function of codes as `qjax.graph.tflite_tables.function_table` does.
+
+    Args:
+      name: Primitive of the function.
+      steps: Codes less their zero point, int32.
+      scale: Their scale.
+      grid: Grid of the result.
+
+    Returns:
+      Codes, int32.
+    """
+    with jax.enable_x64(True):
+        wide = lambda a: lax.optimization_barrier(a.astype(jnp.float64))
+        real = _narrow(wide(scale) * wide(steps))
+        one = jnp.ones((), jnp.float64)
+        inverse = _narrow(one / wide(grid.scale))
+        found = _narrow(FUNCTIONS[name](real))
+        most = jnp.float64(2.0**24)
+        scaled = jnp.clip(_narrow(found * inverse), -most, most)
+        half = jnp.full_like(scaled, 0.5)
+        code = jnp.sign(scaled) * jnp.floor(jnp.abs(scaled) + half)
+        code = code + wide(grid.zero_point)
+        return jnp.clip(code, wide(grid.qmin), wide(grid.qmax)).astype(jnp.int32)
+
+
+def _narrow(x: jax.Array) -> jax.Array:
+    """Rounds float64 to the numbers of float32."""
+    return lax.reduce_precision(lax.optimization_barrier(x), 8, 23)

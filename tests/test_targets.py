@@ -1,0 +1,171 @@
+"""Targets: TFLite's arithmetic in programs and in training, bit for bit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import qjax
+from qjax import integer_tflite, presets, targets
+from qjax.graph.tflite_tables import exponential_table
+from qjax.integer import tflite_multiplier, traced_tflite_multiplier
+from tests.models import images
+
+pytestmark = pytest.mark.usefixtures("flax_promotion")
+
+
+class Small(nn.Module):
+    """A product, a sum of two grids, an average and a function with a table."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3))(x))
+        x = x + nn.Conv(4, (1, 1))(x)
+        x = nn.avg_pool(x, (2, 2), (2, 2))
+        return jnp.tanh(nn.Dense(5)(x.mean((1, 2))))
+
+
+def quantized(net, *inputs, scheme=None):
+    """A model with parameters, calibrated."""
+    params = jax.jit(net.init)(jax.random.key(0), *inputs)
+    move = lambda a: a + 0.1 * jax.random.normal(jax.random.key(1), a.shape)
+    params = jax.tree.map(move, params)
+    scheme = scheme or presets.tflite_int8(same_scales=True)
+    model = qjax.quantize_model(net.apply, params, *inputs, scheme=scheme)
+    return model, params, qjax.calibrate(model, params, [inputs], progress=False)
+
+
+@pytest.fixture(scope="module")
+def small():
+    x = images(3, 6, 6, 2)
+    with jax.numpy_dtype_promotion("standard"):
+        own = quantized(Small(), x)
+        return *own, x, qjax.lower(*own, x, target=targets.tflite)
+
+
+def test_a_traced_multiplier_is_that_of_numpy():
+    rng = np.random.default_rng(0)
+    ratios = np.concatenate(
+        [np.exp(rng.uniform(-30, 20, 5000)), [0, 1, 0.5, 1 - 2e-17]]
+    )
+    with jax.enable_x64(True):
+        found = jax.jit(traced_tflite_multiplier)(jnp.asarray(ratios))
+    for got, wanted in zip(found, tflite_multiplier(ratios), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("kind", ("conv", "dot_codes", "multiply_codes", "codes"))
+def test_traced_ratios_are_those_of_numpy(kind):
+    rng = np.random.default_rng(1)
+    count = 1 if kind == "codes" else 2
+
+    def traced(scales, divisor):
+        with jax.enable_x64(True):
+            return integer_tflite.product_ratio(kind, scales, divisor)
+
+    for channels in (1, 7):
+        scales = [np.float32(rng.uniform(1e-3, 1, channels)) for _ in range(count)]
+        scales = scales[:1] + [np.float32(s[0]) for s in scales[1:]]
+        divisor = np.float32(rng.uniform(1e-3, 1))
+        found = jax.jit(traced)(list(map(jnp.asarray, scales)), jnp.asarray(divisor))
+        wanted = integer_tflite.product_ratio(kind, scales, divisor)
+        np.testing.assert_array_equal(np.asarray(found), np.ravel(wanted))
+
+
+def test_traced_exponentials_are_those_of_the_reader():
+    for beta in (1.0, 0.35):
+        run = jax.jit(lambda s, b=beta: integer_tflite.traced_exponentials(s, b))
+        for scale in np.float32([0.001, 0.03, 0.11, 1.7, 40.0]):
+            np.testing.assert_array_equal(run(scale), exponential_table(scale, beta))
+
+
+def test_training_computes_the_codes_of_the_program(small):
+    model, params, qstate, x, program = small
+    run = jax.jit(lambda p, x: model.apply_integer(p, qstate, x, target=targets.tflite))
+    for k in range(4):
+        own = (1 + k) * images(*x.shape, seed=k)
+        np.testing.assert_array_equal(run(params, own), program(own))
+
+
+def test_derivatives_are_those_of_the_quantized_model(small):
+    model, params, qstate, x, _ = small
+
+    def loss(apply, params):
+        return jnp.sum(apply(params, qstate, x) ** 2)
+
+    integer = lambda *own: model.apply_integer(*own, target=targets.tflite)
+    found, wanted = (
+        jax.jit(jax.grad(lambda p, f=f: loss(f, p)))(params)
+        for f in (integer, model.apply)
+    )
+    for got, own in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        cosine = np.vdot(got, own) / np.linalg.norm(got) / np.linalg.norm(own)
+        assert np.all(np.isfinite(got)) and cosine > 0.95  # Other codes, at ties.
+
+
+def test_a_program_has_tflites_operations_and_roundings(small):
+    *_, program = small
+    kinds = {node.operation for node in program.graph.nodes}
+    assert {"tflite_add", "tflite_average", "table"} <= kinds and "add" not in kinds
+    makers = {node.output: node.operation for node in program.graph.nodes}
+    for node in program.graph.nodes:
+        if node.operation == "requantize":
+            is_dense = makers[node.inputs[0]] == "dot"
+            wanted = "tflite_single" if is_dense else "tflite_double"
+            assert node.attributes["rule"] == wanted
+    (v,) = program.graph.inputs
+    assert program.graph.values[v].rounding == "half_away"
+    scale = program.input_grids[0].scale
+    ties = np.float32(scale) * np.float32(np.arange(-4, 4) + 0.5)
+    codes = np.resize(ties, program.graph.values[v].shape)
+    found = program.quantize_inputs(codes)[0].reshape(-1)[:8]
+    steps = found - program.input_grids[0].zero_point
+    np.testing.assert_array_equal(steps, [-4, -3, -2, -1, 1, 2, 3, 4])
+
+
+def test_targets_of_a_dense_layer():
+    x = images(2, 4)
+    model, params, qstate = own = quantized(nn.Dense(3), x)
+    usual = qjax.lower(*own, x)
+    assert usual.graph == qjax.lower(*own, x, target=targets.half_even).graph
+    for target, rule in ((targets.tflite, "single"), (targets.tflite_micro, "double")):
+        program = qjax.lower(*own, x, target=target)
+        (rounded,) = (n for n in program.graph.nodes if n.operation == "requantize")
+        assert rounded.attributes["rule"] == f"tflite_{rule}"
+        found = model.apply_integer(params, qstate, x, target=target)
+        np.testing.assert_array_equal(found, program(x))
+
+
+class Wave(nn.Module):
+    """A function that TFLite does not have."""
+
+    @nn.compact
+    def __call__(self, x):
+        return jnp.sin(nn.Dense(3)(x))
+
+
+class Scaled(nn.Module):
+    """A product of two values times a number."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(x) * nn.Dense(3)(x) * 0.3
+
+
+@pytest.mark.parametrize("net", (Wave(), Scaled()))
+def test_what_tflite_does_not_have_is_refused_by_name(net):
+    x = images(2, 4)
+    model, params, qstate = quantized(net, x)
+    for run in (
+        lambda: qjax.lower(model, params, qstate, x, target=targets.tflite),
+        lambda: model.apply_integer(params, qstate, x, target=targets.tflite),
+    ):
+        with pytest.raises(NotImplementedError, match="'output:0'.*half_even"):
+            run()
+
+
+def test_words_of_16_bits_saturate_as_the_kernels_do():
+    assert targets.tflite.ends(-(2**15) + 1, 2**15 - 1) == (-(2**15), 2**15 - 1)
+    assert targets.half_even.ends(-(2**15) + 1, 2**15 - 1) == (-(2**15) + 1, 2**15 - 1)
+    assert targets.tflite.ends(-127, 127) == (-127, 127)
