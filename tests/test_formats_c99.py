@@ -19,7 +19,7 @@ import qjax
 import qjax.linen as ql
 from qjax.formats.c99 import write_c99
 from qjax.formats.c99.arena import Lifetime, plan
-from qjax.formats.c99.writer import EMITTERS
+from qjax.formats.c99.emission import EMITTERS
 from qjax.formats.stablehlo import write_stablehlo
 from qjax.formats.tflite import read_tflite
 from qjax.graph import reference
@@ -239,8 +239,9 @@ def test_an_axis_that_is_empty(tmp_path):
 
 def test_wide_sums_are_refused():
     program = lowered(nn.Dense(2), images(2, 3))
+    wide = {"is_wide": True, "rule": "fp32_half_even"}
     nodes = [
-        dataclasses.replace(n, attributes={**n.attributes, "is_wide": True})
+        dataclasses.replace(n, attributes={**n.attributes, **wide})
         if n.operation == "requantize"
         else n
         for n in program.graph.nodes

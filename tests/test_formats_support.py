@@ -3,11 +3,11 @@
 import pytest
 
 from qjax.formats import support
-from qjax.formats.c99.writer import EMITTERS
+from qjax.formats.c99.emission import EMITTERS, LOOP
 from qjax.graph.graph import Node
 from qjax.graph.operations import OPERATIONS
 
-TABLES = {"qjax.formats.c99.write_c99": EMITTERS}
+TABLES = {"qjax.formats.c99.write_c99": {*EMITTERS, LOOP}}
 
 
 @pytest.mark.parametrize("writer", TABLES)
