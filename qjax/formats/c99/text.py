@@ -48,8 +48,9 @@ def broadcast_strides(shape: Sequence[int], rank: int) -> list[int]:
 
 def place(names: Sequence[str], strides: Sequence[int], offset: int = 0) -> str:
     """Returns a linear place: ``i0 * 12 + i2 + 3``."""
+    whole = lambda name: f"({name})" if " " in name and name[0] != "(" else name
     parts = [
-        name if stride == 1 else f"{name} * {stride}"
+        name if stride == 1 else f"{whole(name)} * {stride}"
         for name, stride in zip(names, strides, strict=True)
         if name != "0" and stride
     ]

@@ -233,7 +233,10 @@ def _text(function: _Function, source: Source, memory: Memory) -> list[str]:
     places = lambda slot, ctype: memory.pointer(function.scope, slot, ctype)
     emission = Emission(source, function.params, places)
     emission.emit(function.scope, [*states, *inputs], states, outputs)
-    return source.lines
+    text = "\n".join(source.lines)
+    ends = [x.name for x in (*inputs, *outputs)] + ["state"] * bool(states)
+    unused = [x for x in ends if not re.search(rf"(?<!\w){x}\b", text)]
+    return [*(f"  (void){x};" for x in unused), *source.lines]
 
 
 def _written(
