@@ -113,7 +113,7 @@ def _coded(c: CNode, step: str, log: str) -> str:
         up, down = max(14 - c[shift], 0), max(c[shift] - 14, 0)
         factor = f"{x} * {number(c[multiplier])} * {number(1 << up)}"
         # Products are below 2^62, which is half of the smallest unit then.
-        parts.append(f"{p}_up({factor}, {down})" if down < 63 else "0")
+        parts.append(f"{p}_up({factor}, {down})" if down < 63 else f"0 * {x}")
     zero, low, high = (number(c[k]) for k in ("zero_point", "low", "high"))
     return f"{p}_clip({p}_up({' + '.join(parts)}, 14) + {zero}, {low}, {high})"
 

@@ -88,10 +88,10 @@ def divide(c: CNode) -> None:
             line(f"const int64_t {letter} = {q};")
         line("const int64_t size = y == 0 ? 1 : y < 0 ? -y : y;")
         whole = number(c["multiplier"] << 14)
-        line(f"const int64_t reciprocal = ({whole} + size / 2) / size;")
-        product = "x * (y < 0 ? -reciprocal : reciprocal)"
-        steps = f"{p}_up({product}, {shift})" if shift <= _MOST_SHIFT else "0"
-        line(f"int64_t steps = {steps};")
+        line(f"int64_t steps = x * (({whole} + size / 2) / size);")
+        line("if (y < 0) steps = -steps;")
+        rounded = f"{p}_up(steps, {shift})" if shift <= _MOST_SHIFT else "0"
+        line(f"steps = {rounded};")
         line("if (y == 0) steps = ((x > 0) - (x < 0)) * ((int64_t)1 << 40);")
         code = f"{p}_clip(steps, {low}, {high}) + {number(c['zero_point'])}"
         c.put(c.output.at(names), code)

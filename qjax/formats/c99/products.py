@@ -140,7 +140,8 @@ class _Rows:
                 line(f"const {self.kind} accs[] = {{{', '.join(sums)}}};")
                 head = f"for (int {own} = 0; {own} < {together}; ++{own})"
                 with source.block(head):
-                    line(f"const int channel = {step} + {own};")
+                    if sizes:
+                        line(f"const int channel = {step} + {own};")
                     yield [*names, *(["channel"] if sizes else [])], f"accs[{own}]"
 
 
