@@ -1,11 +1,8 @@
 """Programs as C99, compiled by gcc with all warnings and checks: the oracle's codes."""
 
-import ctypes
 import dataclasses
 import itertools
-import re
 import shutil
-import subprocess
 import warnings
 
 import jax
@@ -22,7 +19,7 @@ from qjax.formats.c99.arena import Lifetime, plan
 from qjax.formats.c99.emission import EMITTERS
 from qjax.formats.stablehlo import write_stablehlo
 from qjax.formats.tflite import read_tflite
-from qjax.graph import reference
+from tests.c99_cases import compiled, run
 from tests.models import images
 from tests.programs import Linen, programs
 from tests.test_fuzz import check_some
@@ -32,33 +29,6 @@ pytestmark = [
     pytest.mark.usefixtures("flax_promotion"),
     pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed"),
 ]
-STRICT = "-std=c99 -pedantic -Wall -Wextra -Wconversion -Werror".split()
-CHECKED = "-fsanitize=undefined -fno-sanitize-recover=all".split()
-
-
-def compiled(program, folder, flags=(), **options):
-    """The function ``model_run`` of a program."""
-    found = write_c99(program, folder, **options)
-    library = folder / "model.so"
-    command = ["gcc", *STRICT, *CHECKED, *flags, "-shared", "-fPIC", "-O1"]
-    command += ["-o", str(library), str(folder / "model.c")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert not done.returncode, done.stderr
-    assert not re.search(r"\b(float|double|malloc|free|printf)\b", found.source)
-    return ctypes.CDLL(str(library)).model_run
-
-
-def run(function, program, codes):
-    """What the function computes of codes."""
-    values = program.graph.values
-    wanted = reference.run(program.graph, program.params, codes)
-    given = [
-        np.ascontiguousarray(q, values[v].dtype)
-        for q, v in zip(codes, program.graph.inputs, strict=True)
-    ]
-    outs = [np.zeros(wanted[v].shape, values[v].dtype) for v in program.graph.outputs]
-    function(*(x.ctypes.data_as(ctypes.c_void_p) for x in (*given, *outs)))
-    return outs, [wanted[v] for v in program.graph.outputs]
 
 
 def check(program, folder, *inputs, size=1, **options):
