@@ -48,14 +48,14 @@ def gather(c: CNode) -> None:
         for d, j in pairs:
             c.source.line(f"at += {place([batch[j]], [x.strides[d]])};")
         with c.source.loops([sizes[d] for d in window]) as inner:
-            names = dict(zip(batch_axes, batch, strict=True))
-            names |= dict(zip(sorted(c["offset_dims"]), inner, strict=True))
+            of = dict(zip(batch_axes, batch, strict=True))
+            of |= dict(zip(sorted(c["offset_dims"]), inner, strict=True))
             value = f"{x.name}[at + {place(inner, [x.strides[d] for d in window])}]"
             if is_filled:
                 value = f"there ? {value} : {number(c['fill'])}"
             else:
                 c.source.line("(void)there;")
-            c.put(c.output.at([names[d] for d in range(rank)]), value)
+            c.put(c.output.at([of[d] for d in range(rank)]), value)
 
 
 def _scattered(c: CNode, places: CArray, updates: CArray, form: str) -> None:
