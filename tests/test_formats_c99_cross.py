@@ -1,4 +1,7 @@
-"""Programs in C on other machines: big-endian, 64-bit ARM, and a Cortex-M4."""
+"""Programs in C on other machines: big-endian, 64-bit ARM, and a Cortex-M4.
+
+Also with the sanitizers of gcc, and as C11.
+"""
 
 import shutil
 import subprocess
@@ -21,6 +24,12 @@ BOARD = "-M mps2-an386 -nographic -semihosting-config enable=on,target=native -k
 TARGETS = {  # Compiler, its flags, what runs the file.
     "big-endian": ("powerpc-linux-gnu-gcc", ["-static"], ["qemu-ppc"]),
     "aarch64": ("aarch64-linux-gnu-gcc", ["-static"], ["qemu-aarch64"]),
+    "sanitizers": (
+        "gcc",
+        ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+        ["env"],
+    ),
+    "C11": ("clang", ["-std=c11"], ["env"]),
     "cortex-m4": (
         "arm-none-eabi-gcc",
         ["-mcpu=cortex-m4", "-mthumb", "--specs=rdimon.specs", "-Wl,-T,board.ld"],
@@ -119,5 +128,5 @@ def test_other_machines_compute_the_codes_of_the_oracle(tmp_path, name):
         for step in (make, link):
             done = subprocess.run(step, cwd=tmp_path, capture_output=True, text=True)
             assert not done.returncode, done.stderr
-        done = subprocess.run([*command, "test"], cwd=tmp_path, timeout=120)
+        done = subprocess.run([*command, "./test"], cwd=tmp_path, timeout=120)
         assert not done.returncode

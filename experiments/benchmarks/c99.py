@@ -3,7 +3,23 @@
     pip install ai-edge-litert tflite-micro  # Optional: left out where missing.
     python experiments/benchmarks/c99.py --data-dir DIR  # Or $QJAX_DATA.
 
-Results
+One image, one thread, medians of 50 in turn (of 30 for MobileNet) in milliseconds, on
+2 cores that others used as well, with AVX2; gcc 12, clang 14 with `-O3`. Bytes of C
+are those of code and constants by gcc. Of 1,000 images no code differs from LiteRT's
+reference kernels, by any of the four: 0 of 10,000, 10,000 and 2,000.
+
+| | ResNet-8 | ResNet-8, 2.5 x as wide | MobileNet-0.25 |
+|---|---|---|---|
+| gcc | 1.54 | 10.3 | 6.06 |
+| gcc, `-march=native` | 1.22 | 7.75 | 6.14 |
+| clang | 3.19 | 22.3 | 6.90 |
+| clang, `-march=native` | 1.16 | 8.24 | 1.05 |
+| tflite-micro, its wheel | 20.6 | 110 | 35.2 |
+| LiteRT, reference kernels | 8.33 | 28.6 | 17.4 |
+| LiteRT, XNNPACK | 0.39 | 2.20 | 0.34 |
+| arena of C, bytes | 50,304 | 125,760 | 55,808 |
+| arena of tflite-micro, bytes | 55,984 | 133,744 | 103,680 |
+| bytes of C | 114,369 | 520,957 | 297,844 |
 """
 
 import ctypes

@@ -80,7 +80,7 @@ LOOP = "loop"  # Its code is that of the graph inside.
 
 @dataclasses.dataclass(frozen=True)
 class Emission:
-    """What all graphs of a source share.
+    """Source, parameters and memory that all graphs of a program share.
 
     Attributes:
       source: Where their lines go.
