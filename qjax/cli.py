@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from qjax.conformance import RUNTIMES, conform
+from qjax.ends import real_input
 from qjax.formats.c99 import write_c99
 from qjax.formats.html import write_html
 from qjax.formats.qonnx import read_qonnx
@@ -286,12 +287,7 @@ def _random_inputs(program: IntegerProgram, count: int) -> Any:
         is_free = bool(v.shape) and not v.fixed_by
         shape = (count, *v.shape[1:]) if is_free else v.shape
         codes = rng.integers(v.low, v.high, shape, endpoint=True)
-        if v.grid is None:
-            found.append(codes.astype(v.dtype))
-            continue
-        gain, offset = v.rescaling
-        real = v.grid.array().astype(np.float64) * (codes - v.zero_point)
-        found.append(np.asarray((real - offset) / gain, np.float32))
+        found.append(real_input(codes, v))
     return jax.tree.unflatten(program.input_tree, found)
 
 

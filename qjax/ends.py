@@ -23,6 +23,23 @@ def input_codes(x: Any, v: Value) -> jax.Array:
     return codes(x, jnp.asarray(grid.array()), *ends).astype(v.dtype)
 
 
+def real_input(q: Any, v: Value) -> np.ndarray:
+    """Computes a real input that has certain codes.
+
+    Args:
+      q: Codes.
+      v: Value of the input.
+
+    Returns:
+      float32, before any rescaling; integers without a grid are their own.
+    """
+    if v.grid is None:
+        return np.asarray(q).astype(v.dtype)
+    gain, offset = v.rescaling
+    real = v.grid.array().astype(np.float64) * (np.asarray(q) - v.grid.zero_point)
+    return np.asarray((real - offset) / gain, np.float32)
+
+
 def real_output(q: jax.Array, v: Value) -> jax.Array:
     """Computes the real values of output codes; without a grid, the model's integers.
 

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from qjax.conformance.runtimes import RUNTIMES, Codes, Runtime, Session
+from qjax.conformance.runtimes import RUNTIMES
+from qjax.conformance.session import Codes, Runtime, Session
 from qjax.formats.support import check_whole
 from qjax.graph import reference
 from qjax.lowering.verification import Comparison
