@@ -36,7 +36,8 @@ def real_input(q: Any, v: Value) -> np.ndarray:
     if v.grid is None:
         return np.asarray(q).astype(v.dtype)
     gain, offset = v.rescaling
-    real = v.grid.array().astype(np.float64) * (np.asarray(q) - v.grid.zero_point)
+    steps = np.asarray(q, np.int64) - v.grid.zero_point
+    real = v.grid.array().astype(np.float64) * steps
     return np.asarray((real - offset) / gain, np.float32)
 
 
