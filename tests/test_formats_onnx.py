@@ -17,6 +17,8 @@ import qjax
 from qjax.formats.onnx import write_onnx, write_onnx_qdq, write_onnx_qlinear
 from qjax.formats.onnx.sizes import FreeSize, FreeSizeError, times, value_sizes
 from qjax.formats.tflite import read_tflite
+from qjax.graph.graph import Graph, Node, Value
+from qjax.graph.operations.arithmetic import ends_of
 from tests.models import images
 from tests.onnx_cases import (
     MODELS,
@@ -167,18 +169,45 @@ def test_moves_choices_and_orders():
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "int32"])
-def test_tokens_and_their_arithmetic(dtype):
+def test_tokens_choose_rows(dtype):
     table = images(5, 4)
-
-    def fn(i):
-        turned = (i * 3 + 7) % 5
-        return point(point(table)[turned].sum(1)), i >> 1, turned
-
     tokens = np.array([[0, 4, 2], [1, 1, 3]], dtype)
-    program = qjax.lower(fn, tokens)
-    own = session(write_onnx(program))
-    for x, wanted in zip(run(own, [tokens]), oracle(program, [tokens]), strict=True):
-        np.testing.assert_array_equal(x, wanted)
+    fn = lambda i: point(point(table)[(i * 3 + 7) % 5].sum(1))
+    check(qjax.lower(fn, tokens))
+
+
+KINDS = "add sub mul div rem max min and or xor eq lt ge ne".split()
+ONES = "neg abs sign not convert".split()
+SHIFTS = "shift_left shift_right_arithmetic shift_right_logical".split()
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "uint8", "int16", "int32"])
+def test_arithmetic_wraps_as_the_oracle_does(dtype):
+    low, high = ends_of(dtype)
+    stored = "uint8" if dtype == "bool" else dtype
+    whole = Value((2, 40), stored, low, high)
+    kinds = [k for k in (*KINDS, *ONES, *SHIFTS) if dtype != "bool" or k in BOOLEAN]
+    results = [
+        Value((2, 40), "uint8", 0, 1) if k in ("eq", "lt", "ge", "ne") else whole
+        for k in kinds
+    ]
+    nodes = [
+        Node(
+            "arithmetic",
+            (0,) if k in ONES else (0, 1),
+            2 + n,
+            {},
+            {"kind": k, "dtype": dtype},
+        )
+        for n, k in enumerate(kinds)
+    ]
+    places = tuple(range(2, 2 + len(kinds)))
+    graph = Graph((whole, whole, *results), tuple(nodes), (0, 1), places, {})
+    trees = (jax.tree.structure((0, 0)), jax.tree.structure([0] * len(kinds)))
+    check(qjax.IntegerProgram(graph, {}, *trees))
+
+
+BOOLEAN = "and or xor not convert eq ne".split()
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8"])
