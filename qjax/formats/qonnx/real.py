@@ -261,8 +261,8 @@ _MOVES = (
 EMITTERS: Mapping[str, Callable[[QonnxCall], QonnxTensor]] = {
     **{name: _moved(emitters.EMITTERS[name]) for name in _MOVES},
     "add": add,
-    "argmax": emitters.arg_extreme,
-    "argmin": emitters.arg_extreme,
+    "argmax": emitters.EMITTERS["argmax"],
+    "argmin": emitters.EMITTERS["argmin"],
     "clip": clip,
     "constant": constant,
     "conv": emitters.conv,
