@@ -11,6 +11,7 @@ from qjax.formats.tflite.emission import WRITER, Emission, Pending
 from qjax.formats.tflite.rescalings import after, finish, weights
 from qjax.formats.tflite.written_moves import padding
 from qjax.graph.graph import Node
+from qjax.graph.tflite_tables import Codes
 
 
 def conv(emission: Emission, node: Node, pending: Pending) -> None:
@@ -69,10 +70,18 @@ def conv(emission: Emission, node: Node, pending: Pending) -> None:
     name, axis = "CONV_2D", 0
     if is_depthwise:
         name, axis = "DEPTHWISE_CONV_2D", 3
+        if own.is_wide:
+            raise unsupported(WRITER, made, "a depthwise convolution of 16 bits")
         options["depth_multiplier"] = kernel.shape[0] // channels
         kernel = kernel.transpose(3, 1, 2, 0)
     w, b = weights(emission, node, pending, kernel, bias, own, axis)
+    options |= {} if is_depthwise else _of_bias(own)
     finish(emission, node, name, (t, w, b), whole, moves=moves, **options)
+
+
+def _of_bias(x: Codes) -> dict[str, Any]:
+    """Returns the option by which a kernel of 16 bits takes a bias of 32."""
+    return {"quantized_bias_type": "INT32"} if x.is_wide else {}
 
 
 def _bias(emission: Emission, made: Node, total: np.ndarray, x: Any) -> np.ndarray:
@@ -126,6 +135,7 @@ def _transposed(
     w, b = weights(emission, node, pending, flipped, bias, x, 0)
     sizes = emission.constant(list(shape))
     options: Any = {"padding": kind, "stride_h": spread[0], "stride_w": spread[1]}
+    options |= _of_bias(x)
     given = (sizes, w, t, b)
     finish(emission, node, "TRANSPOSE_CONV", given, shape, moves=moves, **options)
 
@@ -163,4 +173,5 @@ def dense(emission: Emission, node: Node, pending: Pending) -> None:
 
     whole = [*(rows or [1]), len(flat)]
     options: Any = {"keep_num_dims": len(whole) != 2, "weights_format": 0}
+    options |= _of_bias(own)
     finish(emission, node, "FULLY_CONNECTED", (t, w, b), whole, moves=moves, **options)
