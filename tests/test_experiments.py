@@ -21,7 +21,7 @@ from experiments import (
     quickstart,
     recurrent,
 )
-from experiments.agreement import agreement
+from experiments.agreement import agreement as agreement_script
 from experiments.training import train as training_script
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -66,11 +66,11 @@ def test_the_quickstart_prints_that_powers_of_two_agree_everywhere(monkeypatch, 
 def test_what_was_trained_is_what_litert_computes(residual, capsys):
     pytest.importorskip("ai_edge_litert")
     own = {"steps": 20, "qat_steps": 3, "images": 32, "residual": residual}
-    config = agreement.Config(data="digits", depths="1,4", **own)
-    rows = agreement.run(config)
+    config = agreement_script.Config(data="digits", depths="1,4", **own)
+    rows = agreement_script.run(config)
     assert [row.depth for row in rows] == [1, 4]
     assert all(row.trained == 0 < row.codes for row in rows)
-    agreement.show(rows, 1.0)
+    agreement_script.show(rows, 1.0)
     assert "fake-quantized" in capsys.readouterr().out
 
 
