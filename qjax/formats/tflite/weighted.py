@@ -133,6 +133,7 @@ def _transposed(
     x = emission.codes(made.inputs[0], made)
     flipped = kernel[:, ::-1, ::-1]
     w, b = weights(emission, node, pending, flipped, bias, x, 0)
+    emission.kernels.remove(w)  # The kernel takes no weights of 4 bits.
     sizes = emission.constant(list(shape))
     options: Any = {"padding": kind, "stride_h": spread[0], "stride_w": spread[1]}
     options |= _of_bias(x)
