@@ -6,6 +6,7 @@ from qjax.calibration.averages import ema_min_max, moving_max, moving_min_max
 from qjax.calibration.calibrator import Calibrator
 from qjax.calibration.calibrators import constant, last_value, mean_std, min_max
 from qjax.calibration.histograms import entropy, histogram, mse, percentile
+from qjax.conformance import Conformance, conform
 from qjax.inspection import (
     IntegerWeight,
     IntegerWeights,
@@ -36,6 +37,7 @@ __all__ = (
     "CalibrationError",
     "CalibrationInterrupt",
     "Calibrator",
+    "Conformance",
     "Constraints",
     "IntegerProgram",
     "IntegerWeight",
@@ -55,6 +57,7 @@ __all__ = (
     "abs_max_params",
     "calibrate",
     "clipped_ste",
+    "conform",
     "constant",
     "dequantize",
     "dump_config",

@@ -11,15 +11,14 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.affine import QParams, dequantize
 from qjax.backends.xla import run as xla
+from qjax.ends import check_range, grid_of, input_codes, real_output
 from qjax.graph import files
 from qjax.graph.certificate import Report, certify
 from qjax.graph.graph import Graph, Grid, Value
 from qjax.graph.packing import nbytes
 from qjax.graph.streaming import Streamed, streamed
 from qjax.leaves import at_start, difference, leaf_names
-from qjax.qpoint import grid_codes, quotient_codes
 from qjax.tables import show_types
 
 
@@ -112,7 +111,7 @@ class IntegerProgram:
                     f"`codes` takes integers, got {jax.dtypes.result_type(x)} for "
                     f"{name}. Call the program itself on real values."
                 )
-            _check_range(name, x, v)
+            check_range(name, x, v)
             typed.append(jnp.asarray(x).astype(v.dtype))
         return self._unflatten(self.run_codes(self.params, *typed))
 
@@ -146,12 +145,12 @@ class IntegerProgram:
     @property
     def input_grids(self) -> tuple[Grid, ...]:
         """Returns the grids of the inputs, flat."""
-        return tuple(_grid(v) for v in self._inputs)
+        return tuple(grid_of(v) for v in self._inputs)
 
     @property
     def output_grids(self) -> tuple[Grid, ...]:
         """Returns the grids of the outputs, flat."""
-        return tuple(_grid(v) for v in self._outputs)
+        return tuple(grid_of(v) for v in self._outputs)
 
     @property
     def nbytes(self) -> int:
@@ -235,7 +234,7 @@ class IntegerProgram:
                     f"{('batch', *shape[1:])}, got {tuple(own_shape)}."
                 )
             if v.is_place:
-                _check_range(name, x, v)
+                check_range(name, x, v)
         states, outputs = self._run_step(own.params, given, flat)
         return tuple(states), self._unflatten(outputs)
 
@@ -270,18 +269,20 @@ class IntegerProgram:
 
         return jax.jit(step)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, golden: Any = None) -> None:
         """Writes the program to one file, which `qjax.load` reads, all or nothing.
 
         Args:
           path: Path. An existing file is replaced once the new one is complete, and
             keeps its mode; a symbolic link stays, and what it points to is written.
+          golden: Real inputs: a tuple of them, or the only one. Their codes and those
+            of the outputs go to the file, so that every reader can compare its own.
 
         Raises:
           ValueError: if inputs or outputs are nested in other than tuples, lists,
             dicts; if a parameter has a name that no file holds; if something of the
-            program stays in float; if `qjax.load` would refuse it. Nothing is written
-            then.
+            program stays in float; if `qjax.load` would refuse it; if ``golden`` is no
+            input of the program. Nothing is written then.
           OSError: if the file cannot be written. An old one stays as it was.
         """
         if self.residues:
@@ -291,7 +292,49 @@ class IntegerProgram:
                 f"{listed}"
             )
         trees = self.input_tree, self.output_tree
-        files.save(path, self.graph, self.params, *trees)
+        codes = None if golden is None else self._golden_codes(golden)
+        files.save(path, self.graph, self.params, *trees, codes)
+
+    def _golden_codes(self, inputs: Any) -> files.Golden:
+        """Computes the codes of real inputs, and those of the outputs."""
+        is_all = jax.tree.structure(inputs) == self.input_tree
+        flat = self._flat(inputs if is_all else (inputs,))
+        codes = self._run_quantize(flat)
+        outputs = self.run_codes(self.params, *codes)
+        return list(map(np.asarray, codes)), list(map(np.asarray, outputs))
+
+    def golden_differences(self, path: str | os.PathLike[str]) -> tuple[int, ...]:
+        """Counts the output codes that differ from the golden ones of a file.
+
+        Args:
+          path: File of this program or of another one, written with ``golden``.
+
+        Returns:
+          The number for each output, flat: 0 for the program that was saved.
+
+        Raises:
+          ValueError: if the file is none that `qjax.load` reads; if it has no golden
+            codes, or those of other inputs and outputs.
+          OSError: if the file cannot be read.
+        """
+        inputs, wanted = files.load_golden(path)
+        if (len(inputs), len(wanted)) != (len(self._inputs), len(self._outputs)):
+            raise ValueError(
+                f"The golden codes of {os.fspath(path)!r} must be of "
+                f"{len(self._inputs)} inputs and {len(self._outputs)} outputs, got "
+                f"{len(inputs)} and {len(wanted)}."
+            )
+        found = jax.tree.leaves(
+            self.codes(*jax.tree.unflatten(self.input_tree, inputs))
+        )
+        shapes = [x.shape for x in found]
+        if shapes != [x.shape for x in wanted]:
+            raise ValueError(
+                f"The golden outputs of {os.fspath(path)!r} must have shapes {shapes}, "
+                f"got {[x.shape for x in wanted]}."
+            )
+        pairs = zip(found, wanted, strict=True)
+        return tuple(int(np.sum(np.asarray(x) != y)) for x, y in pairs)
 
     @functools.cached_property
     def run_codes(self) -> Callable[..., list[jax.Array]]:
@@ -358,7 +401,7 @@ class IntegerProgram:
                     f"{('batch', *v.shape[1:])}, got {shape}."
                 )
             if v.is_place:
-                _check_range(name, x, v)
+                check_range(name, x, v)
             if not shape:
                 continue
             if v.is_free_beyond_one and shape[0] < 2:
@@ -387,49 +430,40 @@ class IntegerProgram:
         return jax.tree.unflatten(self.output_tree, outputs)
 
     def _quantize(self, inputs: Sequence[Any]) -> list[jax.Array]:
-        found = []
-        for x, v in zip(inputs, self._inputs, strict=True):
-            grid, operands = _grid(v), (v.low, v.high)
-            zero, low, high = (jnp.int32(n) for n in (grid.zero_point, *operands))
-            scale = jnp.asarray(grid.array())
-            is_whole = jnp.issubdtype(jax.dtypes.result_type(x), jnp.integer)
-            if is_whole and v.grid is None:
-                found.append(_clipped(jnp.asarray(x), v))
-                continue
-            gain, offset = map(jnp.float32, v.rescaling)
-            x = jnp.asarray(x).astype(jnp.float32) * gain + offset
-            codes = quotient_codes if v.rounding == "half_away" else grid_codes
-            found.append(codes(x, scale, zero, low, high).astype(v.dtype))
-        return found
+        return [input_codes(x, v) for x, v in zip(inputs, self._inputs, strict=True)]
 
     def _dequantize(self, outputs: Sequence[jax.Array]) -> list[jax.Array]:
-        found = []
-        for q, v in zip(outputs, self._outputs, strict=True):
-            if v.grid is None:
-                found.append(q.astype(v.dtype_of_model) if v.dtype_of_model else q)
-                continue
-            grid = _grid(v)
-            scale = jnp.asarray(grid.array())
-            found.append(dequantize(q, QParams(scale, jnp.int32(grid.zero_point))))
-        return found
+        pairs = zip(outputs, self._outputs, strict=True)
+        return [real_output(q, v) for q, v in pairs]
 
 
-def load(path: str | os.PathLike[str]) -> IntegerProgram:
+def load(path: str | os.PathLike[str], *, check: bool = False) -> IntegerProgram:
     """Reads a program written by `IntegerProgram.save`.
 
     Args:
       path: The file.
+      check: Whether the program has to compute the golden codes of the file, here and
+        now: `IntegerProgram.golden_differences`.
 
     Returns:
       The program, equal to the one saved.
 
     Raises:
-      ValueError: if the file is no such program, is truncated or altered, or comes from
-        a later version; if what it holds is no program: `qjax.graph.validation`.
+      ValueError: if the file is no such program, is truncated or altered, which names
+        the tensor, or comes from a later version; if what it holds is no program:
+        `qjax.graph.validation`; with ``check``, if it has no golden codes or computes
+        others.
       OSError: if it cannot be read.
     """
     graph, params, *trees = files.load(path)
-    return IntegerProgram(graph, params, *trees)
+    program = IntegerProgram(graph, params, *trees)
+    if check and any(differ := program.golden_differences(path)):
+        raise ValueError(
+            f"{os.fspath(path)!r} computes other codes than its golden ones: "
+            f"{sum(differ)} differ, by output {differ}. Run "
+            "`qjax/formats/check.py` on it to see who is right."
+        )
+    return program
 
 
 def check_integer_only(program: IntegerProgram) -> None:
@@ -454,26 +488,3 @@ def _float_values(jaxpr: Any) -> list[str]:
             found += _float_values(getattr(inner, "jaxpr", inner))
     inexact = (a for a in atoms if jnp.issubdtype(a.aval.dtype, jnp.inexact))
     return [*found, *(str(a.aval) for a in inexact)]
-
-
-def _check_range(name: str, x: Any, v: Value) -> None:
-    """Raises for known codes outside of their range."""
-    if isinstance(x, jax.core.Tracer) or not np.size(x):
-        return
-    low, high = int(np.min(x)), int(np.max(x))
-    if low < v.low or high > v.high:
-        raise ValueError(
-            f"The codes of {name} must lie in [{v.low}, {v.high}], got [{low}, {high}]."
-        )
-
-
-def _clipped(x: jax.Array, v: Value) -> jax.Array:
-    """Clips whole numbers, which are their own codes, without float32's roundings."""
-    info = jnp.iinfo(x.dtype)
-    ends = max(v.low, int(info.min)), min(v.high, int(info.max))
-    return jnp.clip(x, *(jnp.asarray(end, x.dtype) for end in ends)).astype(v.dtype)
-
-
-def _grid(value: Value) -> Grid:
-    """Returns the grid of an input or output; whole numbers stand for themselves."""
-    return Grid(1.0, 0) if value.grid is None else value.grid

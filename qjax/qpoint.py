@@ -49,8 +49,9 @@ def quotient_codes(
 ) -> jax.Array:
     """Computes codes as TFLite does: float32 quotients, halves away from zero.
 
-    In float64, where a quotient of float32 numbers is never so near to the middle of
-    two others that an ulp, or a reciprocal in its place, would round it elsewhere.
+    Arguments and result are those of `grid_codes`. In float64, where a quotient of
+    float32 numbers is never so near to the middle of two others that an ulp, or a
+    reciprocal in its place, would round it elsewhere.
     """
     with jax.enable_x64(True):
         wide = lambda a: a.astype(jnp.float64)

@@ -11,6 +11,10 @@ import numpy as np
 Row = Sequence[object]
 
 
+class Markup(str):
+    """A cell that is HTML already."""
+
+
 def show_fields(obj: Any, always: Collection[str] = ()) -> str:
     """Returns ``Class(field=value, ...)`` of a dataclass without default values.
 
@@ -55,13 +59,15 @@ def text_table(head: Row, rows: Sequence[Row]) -> str:
 def html_table(head: Row, rows: Sequence[Row]) -> str:
     """Returns rows under a head as HTML, which notebooks show."""
     line = lambda tag, row: (
-        "<tr>"
-        + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row)
-        + "</tr>"
+        "<tr>" + "".join(f"<{tag}>{_markup(cell)}</{tag}>" for cell in row) + "</tr>"
     )
     body = "".join(line("td", row) for row in rows)
     head_line = line("th", head)
     return f"<table><thead>{head_line}</thead><tbody>{body}</tbody></table>"
+
+
+def _markup(cell: object) -> str:
+    return cell if isinstance(cell, Markup) else html.escape(str(cell))
 
 
 def show_types(shapes: Sequence[Any]) -> str:

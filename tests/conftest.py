@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 
 # All workers read what one has compiled, and processes that tests start inherit it.
 # Writes are not atomic: pyproject.toml ignores the warning of a half-written entry,
@@ -67,6 +68,22 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if id(item) not in gone]
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Notes the processor time of a test, which other work on the machine leaves."""
+    begun = _processor_time()
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append(("seconds", _processor_time() - begun))
+
+
+def _processor_time():
+    """Seconds of all threads of this process, and of the processes that it ended."""
+    rows = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(row.ru_utime + row.ru_stime for row in rows)
+
+
 def pytest_collection_finish():
     """No collection of garbage goes through what stands before the first test."""
     gc.freeze()
@@ -92,7 +109,7 @@ def _further_cases(items, budget):
 
 
 class _Stopwatch:
-    """Writes the mean time of a case by function, from a tenth of a second on.
+    """Writes the mean processor time of a case by function, from .1 seconds on.
 
     Functions that do not run keep theirs.
     """
@@ -102,7 +119,9 @@ class _Stopwatch:
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call":
-            self.found[_function(report.nodeid)].append(report.duration)
+            # Doctests are not below this file, so that no hook here times them.
+            own = dict(report.user_properties).get("seconds", report.duration)
+            self.found[_function(report.nodeid)].append(own)
 
     def pytest_sessionfinish(self):
         means = {name: sum(x) / len(x) for name, x in self.found.items()}

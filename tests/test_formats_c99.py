@@ -1,11 +1,8 @@
 """Programs as C99, compiled by gcc with all warnings and checks: the oracle's codes."""
 
-import ctypes
 import dataclasses
 import itertools
-import re
 import shutil
-import subprocess
 import warnings
 
 import jax
@@ -19,10 +16,9 @@ import qjax
 import qjax.linen as ql
 from qjax.formats.c99 import write_c99
 from qjax.formats.c99.arena import Lifetime, plan
-from qjax.formats.c99.writer import EMITTERS
 from qjax.formats.stablehlo import write_stablehlo
 from qjax.formats.tflite import read_tflite
-from qjax.graph import reference
+from tests.c99_cases import compiled, run
 from tests.models import images
 from tests.programs import Linen, programs
 from tests.test_fuzz import check_some
@@ -32,33 +28,6 @@ pytestmark = [
     pytest.mark.usefixtures("flax_promotion"),
     pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed"),
 ]
-STRICT = "-std=c99 -pedantic -Wall -Wextra -Wconversion -Werror".split()
-CHECKED = "-fsanitize=undefined -fno-sanitize-recover=all".split()
-
-
-def compiled(program, folder, flags=(), **options):
-    """The function ``model_run`` of a program."""
-    found = write_c99(program, folder, **options)
-    library = folder / "model.so"
-    command = ["gcc", *STRICT, *CHECKED, *flags, "-shared", "-fPIC", "-O1"]
-    command += ["-o", str(library), str(folder / "model.c")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert not done.returncode, done.stderr
-    assert not re.search(r"\b(float|double|malloc|free|printf)\b", found.source)
-    return ctypes.CDLL(str(library)).model_run
-
-
-def run(function, program, codes):
-    """What the function computes of codes."""
-    values = program.graph.values
-    wanted = reference.run(program.graph, program.params, codes)
-    given = [
-        np.ascontiguousarray(q, values[v].dtype)
-        for q, v in zip(codes, program.graph.inputs, strict=True)
-    ]
-    outs = [np.zeros(wanted[v].shape, values[v].dtype) for v in program.graph.outputs]
-    function(*(x.ctypes.data_as(ctypes.c_void_p) for x in (*given, *outs)))
-    return outs, [wanted[v] for v in program.graph.outputs]
 
 
 def check(program, folder, *inputs, size=1, **options):
@@ -239,8 +208,9 @@ def test_an_axis_that_is_empty(tmp_path):
 
 def test_wide_sums_are_refused():
     program = lowered(nn.Dense(2), images(2, 3))
+    wide = {"is_wide": True, "rule": "fp32_half_even"}
     nodes = [
-        dataclasses.replace(n, attributes={**n.attributes, "is_wide": True})
+        dataclasses.replace(n, attributes={**n.attributes, **wide})
         if n.operation == "requantize"
         else n
         for n in program.graph.nodes
@@ -256,11 +226,6 @@ def test_wide_sums_are_refused():
 def test_files_of_tflite_keep_their_integers(tmp_path, dtype):
     """The network of the reader's tests, with the roundings of TFLite."""
     program = read_tflite(write(_network(dtype)))
-    names = {n.operation for n in program.graph.nodes}
-    if missing := names - set(EMITTERS):
-        with pytest.raises(ValueError, match=f"`{min(missing)}` at"):
-            write_c99(program)
-        return
     function, rng = compiled(program, tmp_path), np.random.default_rng(3)
     for _ in range(5):
         codes = []
@@ -311,14 +276,15 @@ def test_what_c_has_not_is_refused_before_anything_is_written(tmp_path):
             return jnp.sort(nn.Dense(4, name="fc")(x))
 
     program = lowered(Sorts(), images(2, 3))
-    with pytest.raises(ValueError, match=r"(?s)`sort` at .*IntegerProgram.save"):
-        write_c99(program, tmp_path)
+    nodes = [dataclasses.replace(n, operation="turn") for n in program.graph.nodes]
+    graph = dataclasses.replace(program.graph, nodes=tuple(nodes))
+    with pytest.raises(ValueError, match=r"(?s)`turn` at .*IntegerProgram.save"):
+        write_c99(dataclasses.replace(program, graph=graph), tmp_path)
+    with pytest.raises(ValueError, match="a name of C"):
+        write_c99(program, tmp_path, name="2d model")
     assert not list(tmp_path.iterdir())
     program.save(tmp_path / "remedy.qjax")
     assert write_stablehlo(program, platforms=("cpu",))
-    program = lowered(nn.Dense(2), images(2, 3))
-    with pytest.raises(ValueError, match="a name of C"):
-        write_c99(program, tmp_path, name="2d model")
     names = write_c99(program, tmp_path, name="net")
     assert "void net_run(const int8_t *in0, int8_t *out0)" in names.header
     assert names == write_c99(program, name="net")
@@ -328,7 +294,7 @@ def test_what_c_has_not_is_refused_before_anything_is_written(tmp_path):
 @pytest.mark.fuzz
 @pytest.mark.parametrize("part", range(10))
 def test_random_programs_in_c(tmp_path, part):
-    """What C has no code for is refused by name; all else has the oracle's codes."""
+    """C has code for each, and the oracle's codes."""
     numbers = itertools.count()
 
     def check_one(drawn):
@@ -344,11 +310,7 @@ def test_random_programs_in_c(tmp_path, part):
             return  # Said, and right: sums that int32 does not hold.
         folder = tmp_path / str(next(numbers))
         folder.mkdir()
-        if {n.operation for n in program.graph.nodes} <= set(EMITTERS):
-            check(program, folder, x)
-            return
-        with pytest.raises(ValueError, match="has no form for"):
-            write_c99(program, folder)
+        check(program, folder, x)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

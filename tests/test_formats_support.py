@@ -3,13 +3,21 @@
 import pytest
 
 from qjax.formats import support
-from qjax.formats.c99.writer import EMITTERS
+from qjax.formats.c99.emission import EMITTERS, LOOP
+from qjax.formats.onnx.writer import EMITTERS as ONNX
+from qjax.formats.qonnx.emitters import EMITTERS as QONNX
+from qjax.formats.qonnx.real import EMITTERS as QONNX_QUANT
 from qjax.formats.tflite.writer import EMITTERS as TFLITE
 from qjax.graph.graph import Node
 from qjax.graph.operations import OPERATIONS
 
 TABLES = {
-    "qjax.formats.c99.write_c99": EMITTERS,
+    "qjax.formats.c99.write_c99": {*EMITTERS, LOOP},
+    "qjax.formats.onnx.write_onnx": ONNX,
+    "qjax.formats.onnx.write_onnx_qdq": ONNX,
+    "qjax.formats.onnx.write_onnx_qlinear": ONNX,
+    "qjax.formats.qonnx.write_qonnx": QONNX,
+    "qjax.formats.qonnx.write_qonnx_quant": QONNX_QUANT,
     "qjax.formats.tflite.write_tflite": TFLITE,
 }
 

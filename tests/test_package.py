@@ -60,6 +60,7 @@ ROOMS = (
     ("integer_calls",),
     ("graph",),
     ("backends",),
+    ("ends",),
     ("program",),
     ("quantizers",),
     ("calibration",),
@@ -71,6 +72,8 @@ ROOMS = (
     ("quantized_model",),
     ("instrumentation", "observation", "inspection", "training"),
     ("formats",),
+    ("conformance",),
+    ("cli",),
 )
 
 

@@ -9,12 +9,12 @@ import collections
 import copy
 import json
 import math
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors
 import safetensors.numpy
 from jax import lax
 
@@ -22,6 +22,7 @@ import qjax
 from qjax.affine import QSpec, fake_quant
 from qjax.formats.tflite import read_tflite
 from qjax.graph import files, reference
+from qjax.graph.container import checksum
 from qjax.graph.validation import validate
 from tests import test_formats_tflite
 from tests.models import images
@@ -87,34 +88,41 @@ _PROGRAMS = {"network": _lowered_network, "words": _lowered_words, "tflite": _fo
 
 
 class File:
-    """A program file in its parts."""
+    """A program file in its parts; each parameter is a tensor of its own."""
 
     def __init__(self, path, program):
         self.path, self.program = path, program
         program.save(path)
-        with safetensors.safe_open(path, framework="numpy") as file:
-            self.header = dict(file.metadata())
-            self.arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        del self.header["sha256"]
+        _, tensors = files._opened(path)
+        self.small = tensors[files.SMALL]
+        _, self.arrays = files._fields(tensors)
+        self.fields = {**files._manifest(tensors), "places": {}}
+        del self.fields["sha256"]
         rng = np.random.default_rng(5)
         self.codes = [
             rng.integers(v.low, v.high + 1, v.shape).astype(v.dtype)
             for v in program._inputs
         ]
 
-    def load(self, header=None, arrays=None):
-        """Loads the file with other parts, and a right checksum."""
-        header = dict(self.header if header is None else header)
-        arrays = self.arrays if arrays is None else arrays
-        header["sha256"] = files._checksum(header, arrays)
-        self.path.write_bytes(safetensors.numpy.save(arrays, header))
+    def load(self, fields=None, arrays=None, text=None):
+        """Loads the file with other parts, and right checksums."""
+        tensors = dict(self.arrays if arrays is None else arrays)
+        tensors[files.SMALL] = self.small
+        sums = {name: checksum(x) for name, x in tensors.items()}
+        fields = {"sha256": sums, **(self.fields if fields is None else fields)}
+        text = json.dumps(fields) if text is None else text
+        manifest = np.frombuffer(zlib.compress(text.encode()), np.uint8)
+        header = {"format": "qjax.integer_program", "version": "3"}
+        header["sha256"] = checksum(manifest)
+        tensors[files.MANIFEST] = manifest
+        self.path.write_bytes(safetensors.numpy.save(tensors, header))
         return qjax.load(self.path)
 
     def load_graph(self, edit):
         """Loads the file with an edited graph."""
-        graph = json.loads(self.header["graph"])
+        graph = copy.deepcopy(self.fields["graph"])
         edit(graph)
-        return self.load(self.header | {"graph": json.dumps(graph)})
+        return self.load(self.fields | {"graph": graph})
 
 
 @pytest.fixture(scope="module", params=_PROGRAMS)
@@ -194,9 +202,8 @@ def _kind(graph, path):
 def _edits(file):
     """Kind of field and of edit -> the edits of that kind: (header, arrays) each."""
     found = collections.defaultdict(list)
-    graph = json.loads(file.header["graph"])
-    for key in ("graph", "packed", "inputs", "outputs"):
-        tree = json.loads(file.header[key])
+    graph = file.fields["graph"]
+    for key, tree in file.fields.items():
         for path in _places(tree):
             kind = (key, *_kind(graph, path))
             edited = {k: (path, v) for k, v in _others(_at(tree, path)).items()}
@@ -232,7 +239,7 @@ def _load_edited(file, edit):
         arrays = {k: v for k, v in file.arrays.items() if k != place}
         return file.load(arrays=arrays if value is None else {**arrays, place: value})
     edited = value(tree, place) if value is _without else _changed(tree, place, value)
-    return file.load(file.header | {key: json.dumps(edited)})
+    return file.load(file.fields | {key: edited})
 
 
 def test_edits_are_refused_or_are_programs(file):
@@ -318,7 +325,7 @@ _FAULTS = {
     "the table must have a row for each code from": lambda g: _set(
         _node(g, "table")["attributes"], low=-127
     ),
-    "a value must have .*'fixed_by'": lambda g: g["values"][0].pop("fixed_by"),
+    "a value must have .*'low'": lambda g: g["values"][0].pop("low"),
     "gives integers in .*, and its output is said to lie in": lambda g: _set(
         g["values"][_node(g, "dot")["output"]], high=3, low=-3
     ),
@@ -350,21 +357,47 @@ def test_a_table_cut_short_and_a_shift_too_far(network):
 
 
 @pytest.mark.parametrize(
-    "header, message",
+    "fields, message",
     [
-        ({"graph": "[" * 100000}, "no JSON"),
-        ({"graph": '{"values": [], "values": []}'}, "stands twice"),
-        ({"inputs": "[" * 100000}, "no JSON"),
-        ({"inputs": '["tuple", []]'}, "nested as 1 values"),
-        ({"inputs": "null"}, "must be a tuple"),
-        ({"outputs": '["set", [null, null]]'}, "tuples, lists and dicts only"),
-        ({"packed": '{"none": [4, [2]]}'}, "packed parameter 'none' is not there"),
-        ({"more": "x"}, "header must hold"),
+        ({"inputs": ["tuple", []]}, "nested as 1 values"),
+        ({"inputs": None}, "must be a tuple"),
+        ({"outputs": ["set", [None, None]]}, "tuples, lists and dicts only"),
+        ({"packed": {"none": [4, [2]]}}, "packed parameter 'none' is not there"),
+        ({"more": "x"}, "manifest must hold"),
+        ({"places": {"none": ["float32", 0]}}, r"must be at \[type, number\]"),
+        ({"places": [0]}, "Small parameters must have names"),
+        ({"places": {"none": ["int8", 10**9]}}, r"must be at \[type, number\]"),
+        ({"small": [["int8", [1 << 30] * 5]]}, "at most 67108864 bytes"),
+        ({"small": [["int8", [1 << 20]]]}, "must take 1048576 bytes"),
+        ({"small": []}, "must end after at most 0 bytes"),
+        ({"small": [["int64", []]]}, r"must be \[type, shape\]"),
+        ({"sha256": {}}, "the tensor '.*' is not in its manifest"),
     ],
 )
-def test_headers_that_are_none(network, header, message):
+def test_manifests_that_are_none(network, fields, message):
     with pytest.raises(ValueError, match=message):
-        network.load(network.header | header)
+        network.load(network.fields | fields)
+
+
+def test_small_arrays_are_in_the_type_of_their_parameter():
+    for array, found in ((np.float32([1]), "float32"), (np.int16([300]), "int16")):
+        with pytest.raises(ValueError, match=f"'a' must hold int8, got {found}"):
+            files._small_param("a", ["int8", 0], [array])
+    assert files._small_param("a", ["int32", 0], [np.uint8([255])]).dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[" * 100000, "no JSON"),
+        ('{"graph": [], "graph": []}', "stands twice"),
+        ("[]", "manifest must hold"),
+        (" " * ((1 << 26) + 1), "must end after at most 67108864 bytes"),
+    ],
+)
+def test_manifests_that_are_no_data(network, text, message):
+    with pytest.raises(ValueError, match=message):
+        network.load(text=text)
 
 
 def test_what_is_saved_is_validated(network, tmp_path):

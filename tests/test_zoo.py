@@ -7,7 +7,7 @@ import pytest
 import qjax
 from experiments.zoo import table
 from experiments.zoo.member import Member
-from experiments.zoo.models import MODELS
+from experiments.zoo.models import MODELS, twins
 
 pytestmark = pytest.mark.usefixtures("flax_promotion")
 
@@ -50,6 +50,15 @@ def test_the_table_has_a_row_for_a_model():
 def test_choices_are_those_of_the_float_model(name):
     row = table.run(MAKERS[name]())
     assert row.choices >= 0.95 and row.sqnr > 28 and not row.refusals
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(not twins(), reason="the extra `zoo` is not installed")
+@pytest.mark.parametrize("make", twins())
+def test_twins_of_other_libraries_lower_and_all_codes_are_equal(make):
+    row = table.run(make())
+    assert row.codes["power of two"].startswith("all ") and not row.refusals
+    assert row.sqnr > 25 and np.isfinite(row.step)
 
 
 def test_a_model_that_chooses_is_compared_where_choices_agree():

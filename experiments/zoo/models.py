@@ -1,5 +1,7 @@
 """All models of the zoo."""
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 
 from experiments.zoo.choices import experts, vq_vae
@@ -29,3 +31,10 @@ MODELS: tuple[Callable[[], Member], ...] = (
     efficientnet,
     bilinear_unet,
 )
+
+
+def twins() -> tuple[Callable[[], Member], ...]:
+    """Returns the twins in other libraries, where the extra `zoo` is installed."""
+    if not all(map(importlib.util.find_spec, ("haiku", "equinox"))):
+        return ()
+    return importlib.import_module("experiments.zoo.twins").MODELS

@@ -26,6 +26,10 @@ and 4 min for the others on 2 cores:
     dqn                 11     35.6  all 52784    all 52784
     efficientnet        24     40.4  all 204560   all 204560
     bilinear_unet       37     38.3  all 134144   134095/134144
+    haiku_mixer         35     27.7  all 112976   112973/112976  with the extra `zoo`
+    haiku_dqn           11     34.6  all 52784    all 52784
+    equinox_mixer       55     28.7  all 158112   158111/158112
+    equinox_dqn         21     33.4  all 64096    all 64096
 
 The decoder and the U-Net lose a little at each of many sites; no one site stands out.
 """
@@ -46,7 +50,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import qjax  # noqa: E402
 from experiments.config import option, parse  # noqa: E402
 from experiments.zoo.member import Member  # noqa: E402
-from experiments.zoo.models import MODELS  # noqa: E402
+from experiments.zoo.models import MODELS, twins  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +203,7 @@ def short(message: str, width: int = 60) -> str:
 if __name__ == "__main__":
     config = parse(Config)
     wanted = config.models.split(",") if config.models else [m.__name__ for m in MODELS]
-    makers = {make.__name__: make for make in MODELS}
+    makers = {make.__name__: make for make in (*MODELS, *twins())}
     print(LINE.format(*HEAD))
     rows = []
     for name in wanted:

@@ -5,14 +5,38 @@ from collections.abc import Iterable, Mapping, Sequence
 from qjax.graph.graph import Graph, Node
 from qjax.program import IntegerProgram
 
+_ONNX = frozenset(
+    "add argmax argmin argsort arithmetic broadcast clip compare concatenate "
+    "constant conv divide dot dot_codes embed gather log_softmax logsumexp loop "
+    "max max_pool maximum min min_pool minimum multiply multiply_codes norm pad "
+    "requantize reshape rev running_sum scatter scatter_add scatter_max "
+    "scatter_min select slice softmax sort sum sum_pool table take tflite_add "
+    "tflite_average tflite_constant tflite_resize tflite_softmax "
+    "tflite_softmax16 thresholds transpose".split()
+)
 # Function that writes a format -> operations of the graph that it takes. Written out
 # here so that each refusal can name the others; a test compares it with their tables.
 OPERATIONS: Mapping[str, frozenset[str]] = {
-    "qjax.formats.c99.write_c99": frozenset(
+    "qjax.formats.onnx.write_onnx": _ONNX,
+    "qjax.formats.onnx.write_onnx_qdq": _ONNX,
+    "qjax.formats.onnx.write_onnx_qlinear": _ONNX,
+    "qjax.formats.qonnx.write_qonnx": frozenset(
         "add argmax argmin broadcast clip concatenate constant conv dot dot_codes "
-        "embed max max_pool maximum min min_pool minimum multiply multiply_codes norm "
-        "pad requantize reshape rev running_sum select slice softmax sum sum_pool "
-        "table take tflite_add tflite_average tflite_constant tflite_softmax "
+        "max max_pool maximum min minimum multiply multiply_codes pad requantize "
+        "reshape rev slice sum sum_pool table thresholds transpose".split()
+    ),
+    "qjax.formats.qonnx.write_qonnx_quant": frozenset(
+        "add argmax argmin broadcast clip concatenate constant conv dot dot_codes "
+        "max max_pool maximum min minimum multiply multiply_codes pad requantize "
+        "reshape rev slice sum sum_pool table transpose".split()
+    ),
+    "qjax.formats.c99.write_c99": frozenset(
+        "add argmax argmin argsort arithmetic broadcast clip compare concatenate "
+        "constant conv divide dot dot_codes embed gather log_softmax logsumexp loop "
+        "max max_pool maximum min min_pool minimum multiply multiply_codes norm pad "
+        "requantize reshape rev running_sum scatter scatter_add scatter_max "
+        "scatter_min select slice softmax sort sum sum_pool table take tflite_add "
+        "tflite_average tflite_constant tflite_resize tflite_softmax tflite_softmax16 "
         "thresholds transpose".split()
     ),
     "qjax.formats.tflite.write_tflite": frozenset(

@@ -1,33 +1,47 @@
-"""Integer programs in one file: safetensors, with the graph as JSON in its header."""
+"""Integer programs in one file: safetensors, with the graph in a manifest beside them.
 
-import hashlib
-import json
+`qjax/graph/FORMAT.md` has the file byte by byte.
+"""
+
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 
+from qjax.graph import header_files
 from qjax.graph.atomic import write_atomically
-from qjax.graph.graph import Graph, read_json
+from qjax.graph.container import checksum, to_bytes
+from qjax.graph.graph import Graph, holds
+from qjax.graph.manifest import (
+    SmallArrays,
+    graph_fields,
+    read_manifest,
+    read_small,
+    smallest,
+    with_scales,
+    write_manifest,
+)
 from qjax.graph.operations.record import is_integer
 from qjax.graph.packing import pack, storage_bits, unpack
-from qjax.graph.validation import validate
+from qjax.graph.validation import PARAM_TYPES, validate
 
 _FORMAT = "qjax.integer_program"
-_VERSION = 2  # Version 1 has no graphs inside of nodes, and no reserved fields.
-_READ = ("1", "2")
-# Header fields, JSON objects, and tensors for checksums and golden vectors. They are
-# reserved: a reader that does not know them skips them.
-_RESERVED = ("checksums", "golden")
-_GOLDEN = "__golden__/"
-
+# Version 1 has no graphs inside of nodes; 1 and 2 have all JSON in the header.
+_VERSION = 3
+_READ = ("1", "2", "3")
+MANIFEST, SMALL, GOLDEN = "__manifest__", "__small__", "__golden__/"
+_RESERVED = {
+    "__metadata__": "their header",
+    MANIFEST: "the graph",
+    SMALL: "small arrays",
+}
 
 Contents = tuple[Graph, dict[str, jax.Array], Any, Any]
+Golden = tuple[list[np.ndarray], list[np.ndarray]]
 
 
 def save(
@@ -36,12 +50,14 @@ def save(
     params: Mapping[str, Any],
     input_tree: Any,
     output_tree: Any,
+    golden: Golden | None = None,
 ) -> None:
     """Writes a graph with its parameters to a file, all or nothing.
 
-    The tensors are the parameters, those of 2 and 4 bits packed four and two to the
-    byte (`qjax.graph.packing`); the header holds the graph, the shapes of what is
-    packed, a format version and a SHA-256 over all of it.
+    Kernels and large parameters are tensors of their own, those of 2 and 4 bits packed
+    four and two to the byte (`qjax.graph.packing`). The small ones, and the scales of
+    grids, are compressed together in one tensor, the graph in another: the manifest,
+    which has the SHA-256 of each tensor as well. Equal programs make equal files.
 
     Args:
       path: Path. An existing file is replaced once the new one is complete, and keeps
@@ -50,6 +66,7 @@ def save(
       params: Name -> array.
       input_tree: Structure of the inputs.
       output_tree: Structure of the outputs.
+      golden: Codes of the inputs, and those of the outputs that belong to them.
 
     Raises:
       ValueError: if inputs or outputs are nested in other than tuples, lists, dicts; if
@@ -60,25 +77,50 @@ def save(
     for name in params:
         _check_name(name)
     validate(graph, params)
-    arrays = {k: np.asarray(v, order="C") for k, v in params.items()}
-    packed: dict[str, tuple[int, list[int]]] = {}
-    for name, array in arrays.items():
+    small, tensors, places, packed = SmallArrays(), {}, {}, {}
+    kernels = _kernels(graph)
+    for name in sorted(params):
+        array = np.asarray(params[name])
+        if name not in kernels and small.takes(array):
+            places[name] = [str(array.dtype), small.add(smallest(array))]
+            continue
         bits = storage_bits(array)
         if bits < 8:
-            packed[name] = bits, list(array.shape)
-            arrays[name] = pack(array, bits)
-    header = {
-        "format": _FORMAT,
-        "version": str(_VERSION),
-        "graph": graph.to_json(),
-        "packed": json.dumps(packed, sort_keys=True),
-        "inputs": json.dumps(_tree_to_json(input_tree)),
-        "outputs": json.dumps(_tree_to_json(output_tree)),
-        **dict.fromkeys(_RESERVED, "{}"),
+            packed[name] = [bits, list(array.shape)]
+        tensors[name] = pack(array, bits) if bits < 8 else array
+    if golden is not None:
+        tensors |= _golden_tensors(graph, golden)
+    fields: dict[str, Any] = {
+        "graph": graph_fields(graph, small),
+        "inputs": _tree_to_json(input_tree),
+        "outputs": _tree_to_json(output_tree),
+        "packed": packed,
+        "places": places,
     }
-    header["sha256"] = _checksum(header, arrays)
-    data = safetensors.numpy.save(arrays, header)
-    write_atomically(path, data)
+    fields["small"], tensors[SMALL] = small.forms, small.compressed()
+    fields["sha256"] = {name: checksum(x) for name, x in tensors.items()}
+    tensors[MANIFEST] = manifest = write_manifest(fields)
+    header = {"format": _FORMAT, "version": str(_VERSION), "sha256": checksum(manifest)}
+    write_atomically(path, to_bytes(tensors, header))
+
+
+def _kernels(graph: Graph) -> set[str]:
+    """Returns the names of the parameters that are kernels of products and of rows."""
+    nodes = (node for _, own in graph.walk() for node in own.nodes)
+    wanted = ("conv", "dot", "embed")
+    return {n.params["kernel"] for n in nodes if n.operation in wanted}
+
+
+def _golden_tensors(graph: Graph, golden: Golden) -> dict[str, np.ndarray]:
+    found = {}
+    for kind, ends, codes in _golden_ends(graph, *golden):
+        for k, (v, x) in enumerate(zip(ends, codes, strict=True)):
+            found[f"{GOLDEN}{kind}/{k}"] = np.asarray(x).astype(graph.values[v].dtype)
+    return found
+
+
+def _golden_ends(graph: Graph, inputs: Any, outputs: Any) -> Any:
+    return ("inputs", graph.inputs, inputs), ("outputs", graph.outputs, outputs)
 
 
 def load(path: str | os.PathLike[str]) -> Contents:
@@ -91,10 +133,50 @@ def load(path: str | os.PathLike[str]) -> Contents:
       The graph, its parameters, and how inputs and outputs are nested.
 
     Raises:
-      ValueError: if the file is no such program, is truncated or altered, or comes from
-        a later version; if what it holds is no program: `qjax.graph.validation`.
+      ValueError: if the file is no such program, is truncated or altered, which names
+        the tensor, or comes from a later version; if what it holds is no program:
+        `qjax.graph.validation`.
       OSError: if it cannot be read.
     """
+    return _loaded(path, _contents)
+
+
+def load_golden(path: str | os.PathLike[str]) -> Golden:
+    """Reads the golden codes of a file written by `save`.
+
+    Args:
+      path: The file.
+
+    Returns:
+      Codes of the inputs, and those of the outputs.
+
+    Raises:
+      ValueError: as `load`; if the file has none.
+      OSError: if it cannot be read.
+    """
+    return _loaded(path, _golden)
+
+
+def _loaded(path: str | os.PathLike[str], read: Callable[..., Any]) -> Any:
+    """Reads something of the header and the tensors of a file, once it is checked."""
+    header, arrays = _opened(path)
+    try:
+        _check_whole(header, arrays)
+        return read(header, arrays)
+    except _AlteredError as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} was altered: {error}. Save the program again."
+        ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} holds no integer program that could run. {error}"
+        ) from error
+
+
+def _opened(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """Returns header and tensors of a program file, which may have been altered."""
     with open(path, "rb"):
         pass  # A file that is not there raises as files do.
     try:
@@ -113,23 +195,50 @@ def load(path: str | os.PathLike[str]) -> Contents:
     if header.get("version") not in _READ:
         raise ValueError(
             f"{os.fspath(path)!r} has format version {header.get('version')}, this "
-            f"qjax reads versions {' and '.join(_READ)}. Use the qjax that wrote it, "
-            "or save anew."
+            f"qjax reads versions {', '.join(_READ[:-1])} and {_READ[-1]}. Use the "
+            "qjax that wrote it, or save anew."
         )
-    if header.pop("sha256", None) != _checksum(header, arrays):
-        raise ValueError(
-            f"{os.fspath(path)!r} was altered: its contents do not have the checksum "
-            "in its header. Save the program again."
-        )
-    try:
-        return _contents(header, arrays)
-    except ValueError as error:
-        raise ValueError(
-            f"{os.fspath(path)!r} holds no integer program that could run. {error}"
-        ) from error
+    return header, arrays
 
 
-_KEYS = ("format", "version", "graph", "packed", "inputs", "outputs")
+class _AlteredError(ValueError):
+    """Contents that do not have their checksum."""
+
+
+def _check_whole(header: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises `_AlteredError` unless contents have their checksums."""
+    if header["version"] != "3":
+        if header.get("sha256") != header_files.checksum(header, arrays):
+            raise _AlteredError("its contents do not have the checksum in its header")
+        return
+    if MANIFEST not in arrays:
+        raise ValueError(f"It has no tensor {MANIFEST!r}.")
+    if header.get("sha256") != checksum(arrays[MANIFEST]):
+        raise _AlteredError(f"{MANIFEST!r} does not have the checksum in its header")
+    wanted = _manifest(arrays)["sha256"]
+    if not isinstance(wanted, dict):
+        raise ValueError(f"Checksums must have names, got {wanted!r}.")
+    found = {name: checksum(x) for name, x in arrays.items() if name != MANIFEST}
+    for name in sorted({*map(str, wanted), *found}):
+        if name not in found or name not in wanted:
+            where = "file" if name in wanted else "manifest"
+            raise _AlteredError(f"the tensor {name!r} is not in its {where}")
+        if wanted[name] != found[name]:
+            raise _AlteredError(
+                f"the tensor {name!r} does not have the checksum in its manifest"
+            )
+
+
+_KEYS = ("graph", "inputs", "outputs", "packed", "places", "sha256", "small")
+
+
+def _manifest(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Returns the fields of a manifest; raises ValueError for others."""
+    fields = read_manifest(arrays[MANIFEST])
+    if not isinstance(fields, dict) or set(fields) != set(_KEYS):
+        found = sorted(fields) if isinstance(fields, dict) else fields
+        raise ValueError(f"Its manifest must hold {_KEYS}, got {found!r}.")
+    return fields
 
 
 def _contents(header: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> Contents:
@@ -138,21 +247,16 @@ def _contents(header: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> Co
     Raises:
       ValueError: if there is none.
     """
-    reserved = _RESERVED if header["version"] != "1" else ()
-    if set(header) != {*_KEYS, *reserved}:
-        wanted = (*_KEYS, *reserved)
-        raise ValueError(f"Its header must hold {wanted}, got {sorted(header)}.")
-    for name in reserved:
-        if not isinstance(read_json(header[name]), dict):
-            raise ValueError(f"Its {name} must be an object, got {header[name]!r}.")
-    if reserved:
-        arrays = {k: x for k, x in arrays.items() if not k.startswith(_GOLDEN)}
-    unpacked = {**arrays, **_unpacked(read_json(header["packed"]), arrays)}
-    graph = Graph.from_json(header["graph"])
+    if header["version"] == "3":
+        fields, arrays = _fields(arrays)
+    else:
+        fields, arrays = header_files.fields(header, arrays)
+    unpacked = {**arrays, **_unpacked(fields["packed"], arrays)}
+    graph = Graph.from_data(fields["graph"])
     validate(graph, unpacked)
     trees = []
     for name, ends in (("inputs", graph.inputs), ("outputs", graph.outputs)):
-        tree = _tree_from_json(read_json(header[name]))
+        tree = _tree_from_json(fields[name])
         if tree.num_leaves != len(ends):
             raise ValueError(
                 f"Its {name} must be nested as {len(ends)} values, got {tree}."
@@ -163,6 +267,62 @@ def _contents(header: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> Co
         raise ValueError(f"Its inputs must be a tuple, got {trees[0]}.")
     params = {name: jnp.asarray(array) for name, array in unpacked.items()}
     return graph, params, trees[0], trees[1]
+
+
+def _fields(
+    arrays: Mapping[str, np.ndarray],
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns the manifest, scales in their places, and the parameters as stored."""
+    fields = _manifest(arrays)
+    if SMALL not in arrays:
+        raise ValueError(f"It has no tensor {SMALL!r}.")
+    small = read_small(fields["small"], arrays[SMALL])
+    is_own = lambda name: name in (MANIFEST, SMALL) or name.startswith(GOLDEN)
+    found = {name: x for name, x in arrays.items() if not is_own(name)}
+    if not isinstance(fields["places"], dict):
+        raise ValueError(f"Small parameters must have names, got {fields['places']!r}.")
+    for name, place in fields["places"].items():
+        if name in found:
+            raise ValueError(f"The parameter {name!r} must have one place.")
+        found[name] = _small_param(name, place, small)
+    return {**fields, "graph": with_scales(fields["graph"], small)}, found
+
+
+def _small_param(name: str, place: Any, small: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns a parameter from its place among the small arrays, in its own type."""
+    is_place = isinstance(place, list) and len(place) == 2 and is_integer(place[1])
+    if not is_place or place[0] not in PARAM_TYPES or not 0 <= place[1] < len(small):
+        raise ValueError(f"{name!r} must be at [type, number], got {place!r}.")
+    dtype, array = place[0], small[place[1]]
+    ends = int(array.min(initial=0)), int(array.max(initial=0))
+    if array.dtype == np.float32 or not holds(dtype, *ends):
+        raise ValueError(f"{name!r} must hold {dtype}, got {array.dtype} in {ends}.")
+    return array.astype(dtype)
+
+
+def _golden(header: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> Golden:
+    """Returns golden codes; raises ValueError if there are none, or others."""
+    graph, *_ = _contents(header, arrays)
+    codes = {name: x for name, x in arrays.items() if name.startswith(GOLDEN)}
+    if not codes:
+        raise ValueError("It has no golden vectors: they are saved with `golden=`.")
+    found: dict[str, list[np.ndarray]] = {"inputs": [], "outputs": []}
+    for kind, ends, _ in _golden_ends(graph, (), ()):
+        for k, v in enumerate(ends):
+            name, value = f"{GOLDEN}{kind}/{k}", graph.values[v]
+            if name not in codes:
+                raise ValueError(f"It has no tensor {name!r}.")
+            x = codes.pop(name)
+            fits = x.shape[1:] == value.shape[1:] and x.ndim == len(value.shape)
+            if str(x.dtype) != value.dtype or not fits:
+                raise ValueError(
+                    f"{name!r} must be {value.dtype}{value.shape}, the leading size "
+                    f"aside, got {x.dtype}{x.shape}."
+                )
+            found[kind].append(x)
+    if codes:
+        raise ValueError(f"It has no inputs or outputs for {sorted(codes)}.")
+    return found["inputs"], found["outputs"]
 
 
 def _unpacked(packed: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -195,27 +355,12 @@ def _check_name(name: str) -> None:
             f"The parameter {name!r} has half of a surrogate pair in its name, which "
             "no file holds. Rename it in the model, and lower it anew."
         ) from error
-    if name == "__metadata__":
+    kept = _RESERVED.get(name, "golden vectors" if name.startswith(GOLDEN) else "")
+    if kept:
         raise ValueError(
-            "Safetensors files keep the name '__metadata__' for their header. Rename "
-            "this parameter in the model, and lower it anew."
+            f"Program files keep the name {name!r} for {kept}. Rename this parameter "
+            "in the model, and lower it anew."
         )
-    if name.startswith(_GOLDEN):
-        raise ValueError(
-            f"Names that begin with {_GOLDEN!r} are kept for golden vectors. Rename "
-            f"the parameter {name!r} in the model, and lower it anew."
-        )
-
-
-def _checksum(header: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(header):
-        digest.update(f"{name}={header[name]}\0".encode())
-    for name in sorted(arrays):
-        array = arrays[name]
-        digest.update(f"{name} {array.dtype.str} {array.shape}\0".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
 
 
 def _tree_to_json(tree: Any) -> Any:

@@ -144,7 +144,15 @@ class Graph:
         Raises:
           ValueError: if the text is no graph.
         """
-        data = read_json(text)
+        return Graph.from_data(read_json(text))
+
+    @staticmethod
+    def from_data(data: Any) -> "Graph":
+        """Reads a graph from the data of `to_json`, as `from_json`.
+
+        Raises:
+          ValueError: if they are no graph.
+        """
         try:
             graph = _graph(data)
             check(graph)
@@ -222,11 +230,20 @@ def _check_keys(data: Any, kind: type) -> None:
         )
 
 
+def usual_fields(kind: type) -> dict[str, Any]:
+    """Returns the fields of a class that data may leave out, with their values."""
+    found = {}
+    for field in dataclasses.fields(kind):
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = field.default_factory()
+    return found
+
+
 def _value(data: Any) -> Value:
     if isinstance(data, dict):
-        # Older files do not say them.
-        usual = {"is_free_beyond_one": False, "rounding": "half_even"}
-        data = {**usual, "time_axis": None, **data}
+        data = {**usual_fields(Value), **data}
     _check_keys(data, Value)
     grid = data["grid"]
     if grid is not None:
@@ -238,7 +255,7 @@ def _value(data: Any) -> Value:
 
 def _node(data: Any) -> Node:
     if isinstance(data, dict):
-        data = {"graphs": {}, "others": (), **data}  # Older files have none.
+        data = {**usual_fields(Node), **data}
     _check_keys(data, Node)
     graphs = {role: _graph(graph) for role, graph in data["graphs"].items()}
     ends = {k: tuple(data[k]) for k in ("inputs", "others")}

@@ -15,10 +15,10 @@ from qjax.graph.graph import Graph, Grid, Node, Value, check_order
 from qjax.graph.operations import OPERATIONS, Operands
 from qjax.graph.operations.record import Attribute, is_integer
 
-_TYPES = ("int8", "uint8", "int16", "uint16", "int32")
-_MODEL_TYPES = ("", "bool", *_TYPES, "uint32", "int64", "uint64")
+PARAM_TYPES = ("int8", "uint8", "int16", "uint16", "int32")
+_MODEL_TYPES = ("", "bool", *PARAM_TYPES, "uint32", "int64", "uint64")
 _MOST_NUMBERS = 1 << 40  # Most numbers in a value of a program.
-_PARAM_TYPES = {"bias": ("int32",), "multiplier": ("int32",), "shift": ("int32",)}
+_ROLE_TYPES = {"bias": ("int32",), "multiplier": ("int32",), "shift": ("int32",)}
 
 
 def validate(graph: Graph, params: Mapping[str, Any]) -> None:
@@ -96,10 +96,10 @@ def _check_value(where: str, v: Value) -> None:
     _need(sizes, where, "`shape` must hold sizes", v.shape)
     few = math.prod(v.shape) < _MOST_NUMBERS
     _need(few, where, f"`shape` must hold fewer than {_MOST_NUMBERS} numbers", v.shape)
-    if v.dtype not in _TYPES:
+    if v.dtype not in PARAM_TYPES:
         raise ValueError(
             f"The graph holds a value of type {v.dtype}: {where}. Known are "
-            f"{', '.join(_TYPES)}."
+            f"{', '.join(PARAM_TYPES)}."
         )
     for name in ("low", "high"):
         found = getattr(v, name)
@@ -306,7 +306,7 @@ def _check_params(graph: Graph, arrays: Mapping[str, np.ndarray]) -> None:
         for role, name in node.params.items():
             if name not in arrays:
                 raise ValueError(f"The parameter {name!r} of {node} is not there.")
-            types = _PARAM_TYPES.get(role, _TYPES)
+            types = _ROLE_TYPES.get(role, PARAM_TYPES)
             dtype = str(arrays[name].dtype)
             wanted = f"the parameter {name!r} must have a type of {', '.join(types)}"
             _need(dtype in types, _at(node), wanted, dtype)

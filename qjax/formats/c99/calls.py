@@ -103,10 +103,10 @@ class CNode:
 
     def requantized(self, q: str, names: Sequence[str]) -> str:
         """Returns the code of an integer by a requantization, whose node this is."""
-        if self.node.attributes.get("is_wide"):
-            raise self.unsupported("a sum of more than 32 bits")
-        p, rule = self.source.prefix, self["rule"]
-        zero, low, high = (number(self[k]) for k in ("zero_point", "low", "high"))
+        p, rule, zero = self.source.prefix, self["rule"], self["zero_point"]
+        low, high = (number(self[k] - zero) for k in ("low", "high"))
+        if self.node.attributes.get("is_wide") and rule != "half_even":
+            raise self.unsupported(f"a sum of more than 32 bits by the rule {rule!r}")
         q = minus(f"(int64_t){q}", self["input_zero_point"])
         factor, shift = self.read("multiplier", names), self.read("shift", names)
         rounded = f"{p}_round(({q}) * {factor}, {shift})"
@@ -115,7 +115,8 @@ class CNode:
             rounded = f"{p}_round({product}, {shift})"
         elif rule != "half_even":
             rounded = f"{p}_{RULES[rule]}({q}, {factor}, {shift})"
-        return f"{p}_clip({rounded} + {zero}, {low}, {high})"
+        clipped = f"{p}_clip({rounded}, {low}, {high})"
+        return f"{clipped} + {number(zero)}" if zero else clipped
 
     def read(self, role: str, names: Sequence[str]) -> str:
         """Returns an element of a parameter that broadcasts to the output."""

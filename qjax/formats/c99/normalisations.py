@@ -1,67 +1,158 @@
 """C code of softmaxes and normalisations."""
 
-from collections.abc import Sequence
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
 
 from qjax.formats.c99.calls import CArray, CNode
 from qjax.formats.c99.text import number, place
 from qjax.integer_norm import fraction
 
 
-def softmax(c: CNode) -> None:
-    """Adds a softmax by a table of exponentials and one reciprocal a row."""
-    x, axes, p = c.x, [d % len(c.x.shape) for d in c["axes"]], c.source.prefix
-    others = [d for d in range(len(x.shape)) if d not in axes]
-    table = c.params["table"]
-    name = c.source.constant(table, "table")
-    inside = [x.shape[d] for d in axes]
-    mask = c.inputs[1] if len(c.inputs) > 1 else None
-    plus = c.node.attributes.get("plus", 0)
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """A row of codes in C, with a mask or without one.
 
-    def at(t: CArray, outer: Sequence[str], inner: Sequence[str]) -> str:
-        names = dict(zip((*others, *axes), (*outer, *inner), strict=True))
+    Attributes:
+      c: The call.
+      outer: Places along the axes that stay.
+      others: These axes.
+      axes: The others, along which a row lies.
+      table: Name of the table of exponentials.
+    """
+
+    c: CNode
+    outer: Sequence[str]
+    others: Sequence[int]
+    axes: Sequence[int]
+    table: str
+
+    @property
+    def sizes(self) -> list[int]:
+        """Returns the sizes of a row."""
+        return [self.c.x.shape[d] for d in self.axes]
+
+    def at(self, t: CArray, inner: Sequence[str]) -> str:
+        """Returns an element of a value that broadcasts to the codes."""
+        pairs = zip((*self.others, *self.axes), (*self.outer, *inner), strict=True)
+        names = dict(pairs)
         strides = [0 if n == 1 else s for n, s in zip(t.shape, t.strides, strict=True)]
         return f"{t.name}[{place([names[d] for d in range(len(t.shape))], strides)}]"
 
+    @property
+    def mask(self) -> CArray | None:
+        """Returns the mask."""
+        return self.c.inputs[1] if len(self.c.inputs) > 1 else None
+
+    def value(self, inner: Sequence[str]) -> str:
+        """Returns a code; those of a row of which nothing is kept may be 0."""
+        q = self.at(self.c.x, inner)
+        is_reset = self.mask is not None and self.c["empty"] == "uniform"
+        return f"(all ? 0 : {q})" if is_reset else q
+
+    def counts(self, inner: Sequence[str]) -> str:
+        """Says whether a code is kept."""
+        if self.mask is None:
+            return "1"
+        return f"(all || {self.at(self.mask, inner)} != 0)"
+
+    def share(self, inner: Sequence[str]) -> str:
+        """Returns the exponential of a code."""
+        last = len(self.c.params["table"]) - 1
+        least = f"{self.c.source.prefix}_least(top - {self.value(inner)}, {last})"
+        return f"{self.table}[{least}]"
+
+
+@contextlib.contextmanager
+def _rows(c: CNode) -> Iterator[_Row]:
+    """Adds loops over rows, each with its largest code and its sum of exponentials."""
+    x, axes, line = c.x, [d % len(c.x.shape) for d in c["axes"]], c.source.line
+    others = [d for d in range(len(x.shape)) if d not in axes]
+    name = c.source.constant(c.params["table"], "table")
     with c.source.loops([x.shape[d] for d in others]) as outer:
-        line = c.source.line
+        row = _Row(c, outer, others, axes, name)
         line("int32_t top = 0;")
-        line(f"uint64_t total = {plus};")
+        line(f"uint64_t total = {c.node.attributes.get('plus', 0)};")
         line("int any = 1, seen = 0;")
-        if mask is not None:
+        if row.mask is not None:
             line("int all = 1;")
-            with c.source.loops(inside) as inner:
-                line(f"if ({at(mask, outer, inner)} != 0) all = 0;")
+            with c.source.loops(row.sizes) as inner:
+                line(f"if ({row.at(row.mask, inner)} != 0) all = 0;")
             if c["empty"] == "zero":
                 line("any = !all;")
-        is_reset = mask is not None and c["empty"] == "uniform"
+        with c.source.loops(row.sizes) as inner:
+            q, own = row.value(inner), row.counts(inner)
+            line(f"if ({own} && (!seen || {q} > top)) top = {q}, seen = 1;")
+        with c.source.loops(row.sizes) as inner:
+            line(f"if ({row.counts(inner)}) total += (uint64_t){row.share(inner)};")
+        yield row
 
-        def value(inner: Sequence[str]) -> str:
-            q = at(x, outer, inner)
-            return f"(all ? 0 : {q})" if is_reset else q
 
-        def counts(inner: Sequence[str]) -> str:
-            own = "1" if mask is None else f"(all || {at(mask, outer, inner)} != 0)"
-            return own
-
-        with c.source.loops(inside) as inner:
-            q = value(inner)
-            line(f"if ({counts(inner)} && (!seen || {q} > top)) top = {q}, seen = 1;")
-        last = len(table) - 1
-        share = lambda inner: f"{name}[{p}_least(top - {value(inner)}, {last})]"
-        with c.source.loops(inside) as inner:
-            line(f"if ({counts(inner)}) total += (uint64_t){share(inner)};")
+def softmax(c: CNode) -> None:
+    """Adds a softmax by a table of exponentials and one reciprocal a row."""
+    p, line = c.source.prefix, c.source.line
+    zero, low, high = (number(c[k]) for k in ("zero_point", "low", "high"))
+    with _rows(c) as row:
         line(f"const {p}_share part = {p}_reciprocal(any ? total : 1);")
-        with c.source.loops(inside) as inner:
+        with c.source.loops(row.sizes) as inner:
             line("int64_t e = 0;")
             line(
-                f"if (any && {counts(inner)}) "
-                f"e = {p}_part(part, (uint64_t){share(inner)});"
+                f"if (any && {row.counts(inner)}) "
+                f"e = {p}_part(part, (uint64_t){row.share(inner)});"
             )
             rounded = f"{p}_up(e * {number(c['multiplier'])}, {c['shift']})"
-            ends = (number(c[k]) for k in ("zero_point", "low", "high"))
-            zero, low, high = ends
-            target = at(c.output, outer, inner)
-            c.put(target, f"{p}_clip({rounded} + {zero}, {low}, {high})")
+            value = f"{p}_clip({rounded} + {zero}, {low}, {high})"
+            c.put(row.at(c.output, inner), value)
+
+
+def _coded(c: CNode, step: str, log: str) -> str:
+    """Returns the code of a step and of a logarithm in units of 2^-26."""
+    p, parts = c.source.prefix, []
+    pairs = (step, "input_multiplier", "input_shift"), (log, "multiplier", "shift")
+    for x, multiplier, shift in pairs:
+        up, down = max(14 - c[shift], 0), max(c[shift] - 14, 0)
+        factor = f"{x} * {number(c[multiplier])} * {number(1 << up)}"
+        # Products are below 2^62, which is half of the smallest unit then.
+        parts.append(f"{p}_up({factor}, {down})" if down < 63 else f"0 * {x}")
+    zero, low, high = (number(c[k]) for k in ("zero_point", "low", "high"))
+    return f"{p}_clip({p}_up({' + '.join(parts)}, 14) + {zero}, {low}, {high})"
+
+
+def _logarithm(c: CNode) -> None:
+    """Declares the logarithm of a sum in units of its first exponential."""
+    one = int(c.params["table"][0])
+    total = f"any ? total : {number(one)}"
+    found = f"{c.source.prefix}_logarithm({total}, {one.bit_length()})"
+    c.source.line(f"const int64_t log = {found};")
+
+
+def log_softmax(c: CNode) -> None:
+    """Adds a logarithm of a softmax by a table of exponentials and a series."""
+    low = number(c["low"])
+    with _rows(c) as row:
+        _logarithm(c)
+        with c.source.loops(row.sizes) as inner:
+            step = f"((int64_t){row.value(inner)} - top)"
+            code, own = _coded(c, step, "-log"), row.counts(inner)
+            value = code if row.mask is None else f"any && {own} ? {code} : {low}"
+            c.put(row.at(c.output, inner), value)
+
+
+def logsumexp(c: CNode) -> None:
+    """Adds a logarithm of sums of exponentials, by a table and a series."""
+    low, out = number(c["low"]), c.output
+    if not c.x.size:
+        with c.each() as names:
+            c.put(out.at(names), low)
+        return
+    zero = number(c["input_zero_points"][0])
+    with _rows(c) as row:
+        _logarithm(c)
+        kept = [d for d in range(len(c.x.shape)) if d in row.others or c["keepdims"]]
+        whole = dict(zip(row.others, row.outer, strict=True))
+        names = [whole.get(d, "0") for d in kept]
+        code = _coded(c, f"((int64_t)top - {zero})", "log")
+        c.put(out.at(names), f"any ? {code} : {low}")
 
 
 def norm(c: CNode) -> None:

@@ -1,13 +1,13 @@
 """C code of products, sums and windows."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from qjax.formats.c99.calls import (
-    CArray,
     CNode,
     constant_type,
     farthest,
@@ -16,9 +16,11 @@ from qjax.formats.c99.calls import (
     wide,
 )
 from qjax.formats.c99.text import broadcast_strides, number, place, strides_of
+from qjax.formats.c99.windows import window_places
+from qjax.graph.operations.record import Operands, window_sizes
 
 
-def _finished(c: CNode, acc: str, names: Sequence[str], kind: str) -> str:
+def _finished(c: CNode, acc: str, names: Sequence[str]) -> str:
     """Returns an accumulator with its shift and its bias."""
     shift, bias = c["shift"], c.params["bias"]
     is_plain = not shift and not np.any(bias)
@@ -34,35 +36,119 @@ def dot(c: CNode) -> None:
     summed, batch = c["contract"][side], c["batch"][side]
     free = [d for d in range(kernel.ndim) if d not in (*summed, *batch)]
     turned = kernel.transpose(*batch, *free, *summed)
-    name = c.source.constant(turned, "kernel")
-    ks = strides_of(turned.shape)
-    xs = x.strides
+    rows = _Rows.of(c, turned, len(summed), (x.low, x.high))
     x_summed, x_batch = c["contract"][1 - side], c["batch"][1 - side]
     x_free = [d for d in range(len(x.shape)) if d not in (*x_summed, *x_batch)]
-    batches = [x.shape[d] for d in x_batch]
-    sizes = [[x.shape[d] for d in x_free], [kernel.shape[d] for d in free]]
-    order = [0, 1] if side == 1 else [1, 0]
-    with c.source.loops([*batches, *sizes[order[0]], *sizes[order[1]]]) as names:
-        of_batch, rest = names[: len(batches)], names[len(batches) :]
-        first = len(sizes[order[0]])
-        parts = {order[0]: rest[:first], order[1]: rest[first:]}
-        start = place(
-            [*of_batch, *parts[0]],
-            [*(xs[d] for d in x_batch), *(xs[d] for d in x_free)],
-        )
-        n = len(batch) + len(free)
-        row = place([*of_batch, *parts[1]], ks[:n])
-        c.source.line(f"const {x.ctype} *p = {x.name} + {start};")
-        ctype = constant_type(c, name)
-        c.source.line(f"const {ctype} *k = {name} + {row};")
-        axes = tuple(range(n, turned.ndim))
-        kind = sum_type(_bound(turned, axes, farthest(x, c["offset"])))
-        c.source.line(f"{kind} acc = 0;")
-        with c.source.loops([kernel.shape[d] for d in summed]) as inner:
-            q = f"p[{place(inner, [xs[d] for d in x_summed])}]"
-            w = f"k[{place(inner, ks[n:])}]"
-            c.source.line(f"acc += {_product(q, c['offset'], w, kind)};")
-        c.finish(names, _finished(c, "acc", names, kind))
+    outer = [*x_batch, *x_free]
+    own = [kernel.shape[d] for d in free]
+    found = [[x.shape[d] for d in x_free], own]
+    sizes = [x.shape[d] for d in x_batch], *(found if side == 1 else found[::-1])
+    _check_shape(c, [n for part in sizes for n in part])
+    with c.source.loops([x.shape[d] for d in outer]) as names:
+        start = place(names, [x.strides[d] for d in outer])
+        with c.source.loops([x.shape[d] for d in x_summed]) as inner:
+            at = place([start, *inner], [1, *(x.strides[d] for d in x_summed)])
+            to = place(inner, strides_of([x.shape[d] for d in x_summed]))
+            rows.fill(to, f"{x.name}[{at}]")
+        of_batch, of_x = names[: len(x_batch)], names[len(x_batch) :]
+        with rows.outputs(of_batch, own) as (of_kernel, acc):
+            parts = [of_x, of_kernel] if side == 1 else [of_kernel, of_x]
+            full = [*of_batch, *parts[0], *parts[1]]
+            c.finish(full, _finished(c, acc, full))
+
+
+def _check_shape(c: CNode, sizes: Sequence[int]) -> None:
+    """Raises ValueError where a bias makes an output larger than its product."""
+    if list(sizes) != list(c.output.shape):
+        raise c.unsupported(f"a bias that makes {c.output.shape} of {tuple(sizes)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """A kernel by rows in C, and codes that lie as one of its rows does.
+
+    Attributes:
+      c: The call.
+      name: Name of the kernel, ``[outputs..., length]``.
+      strides: Strides of its axes of outputs.
+      size: Length of a row, with what fills it up.
+      kind: Type of a sum.
+      codes: Name of the codes, less their offset.
+      ctype: Type of the codes.
+    """
+
+    c: CNode
+    name: str
+    strides: Sequence[int]
+    size: int
+    kind: str
+    codes: str
+    ctype: str
+
+    @staticmethod
+    def of(c: CNode, turned: np.ndarray, summed: int, ends: tuple[int, int]) -> "_Rows":
+        """Returns a kernel whose last axes, some, are summed over."""
+        outs = turned.shape[: turned.ndim - summed]
+        size = math.prod(turned.shape[turned.ndim - summed :])
+        whole = _whole(size)
+        filled = np.zeros((*outs, whole), np.int64)
+        filled[..., :size] = turned.reshape(*outs, size)
+        low, high = (end - c["offset"] for end in ends)
+        kind = sum_type(_bound(filled, (-1,), max(abs(low), abs(high))))
+        ctype = "int16_t" if -(1 << 15) <= low and high < 1 << 15 else "int32_t"
+        name = c.source.constant(filled, "kernel")
+        codes = c.source.scratch(ctype, whole)
+        strides = strides_of(filled.shape)[:-1]
+        return _Rows(c, name, strides, whole, kind, codes, ctype)
+
+    def fill(self, at: str, q: str) -> None:
+        """Assigns a code to a place of the row."""
+        value = minus(q, self.c["offset"])
+        self.c.source.line(f"{self.codes}[{at}] = ({self.ctype}){value};")
+
+    @contextlib.contextmanager
+    def outputs(
+        self, first: Sequence[str], sizes: Sequence[int]
+    ) -> Iterator[tuple[list[str], str]]:
+        """Adds loops over outputs, some at once, so that each code is read once.
+
+        Args:
+          first: Places along the first axes of the kernel.
+          sizes: Sizes of its other axes of outputs.
+
+        Yields:
+          The places of an output along these axes, and its sum.
+        """
+        line, source = self.c.source.line, self.c.source
+        *others, n = sizes or [1]
+        together = next(k for k in (4, 2, 1) if n % k == 0)
+        with source.loops(others) as names:
+            step, own = source.fresh(), source.fresh()
+            head = f"for (int {step} = 0; {step} < {n}; {step} += {together})"
+            with source.block(head):
+                ends = [*first, *names, *([step] if sizes else [])]
+                line(f"const {self.ctype} *p = {self.codes};")
+                ctype = constant_type(self.c, self.name)
+                line(f"const {ctype} *k = {self.name} + {place(ends, self.strides)};")
+                sums = [f"acc{j}" for j in range(together)]
+                line(f"{self.kind} {', '.join(f'{own} = 0' for own in sums)};")
+                with source.block(f"for (int c = 0; c < {self.size}; ++c)"):
+                    line(f"const {self.kind} q = p[c];")
+                    for j, acc in enumerate(sums):
+                        at = f"c + {j * self.size}" if j else "c"
+                        line(f"{acc} += q * k[{at}];")
+                line(f"const {self.kind} accs[] = {{{', '.join(sums)}}};")
+                head = f"for (int {own} = 0; {own} < {together}; ++{own})"
+                with source.block(head):
+                    if sizes:
+                        line(f"const int channel = {step} + {own};")
+                    yield [*names, *(["channel"] if sizes else [])], f"accs[{own}]"
+
+
+def _whole(size: int) -> int:
+    """Returns a length of rows that vectors divide, if it is not much more."""
+    more = -(-size // 16) * 16
+    return more if more <= size * 5 // 4 else size
 
 
 def _bound(kernel: np.ndarray, axes: tuple[int, ...], most: int) -> int:
@@ -70,91 +156,107 @@ def _bound(kernel: np.ndarray, axes: tuple[int, ...], most: int) -> int:
     return int(sums.max(initial=0)) * most
 
 
-def _product(q: str, offset: int, w: str, kind: str) -> str:
-    return f"{wide(minus(q, offset), kind)} * {w}"
-
-
 def conv(c: CNode) -> None:
-    """Adds a convolution: its kernel as ``[out, taps, in]``."""
+    """Adds a convolution."""
+    (_, ch, *_), (out, into, *_), order = c["dimensions"]
+    kernel, x = c.params["kernel"], c.x
+    is_last = ch == order[1] == len(x.shape) - 1
+    (b, _, *space), (_, _, *taps), _ = c["dimensions"]
+    names = "strides", "padding", "input_dilation", "dilation"
+    sizes = [x.shape[d] for d in space]
+    operands = Operands(c.node.attributes, [], {})
+    window = [kernel.shape[d] for d in taps]
+    places = window_sizes(operands, sizes, window, names)
+    found = [x.shape[b], kernel.shape[out], *places]
+    _check_shape(c, [found[order.index(d)] for d in range(len(order))])
+    if is_last and c["groups"] == kernel.shape[out] and kernel.shape[into] == 1:
+        _depthwise(c)
+    else:
+        _convolution(c)
+
+
+def _ends(c: CNode) -> tuple[int, int]:
+    """Returns the least and the largest code that a convolution sees."""
+    pad = c["padding_code"]
+    return min(c.x.low, pad), max(c.x.high, pad)
+
+
+def _convolution(c: CNode) -> None:
+    """Adds a convolution: its kernel as ``[out, taps, in]``, its windows in rows."""
     (b, ch, *space), (out, into, *taps), order = c["dimensions"]
-    x, kernel, groups = c.x, c.params["kernel"], c["groups"]
+    x, kernel, groups, xs = c.x, c.params["kernel"], c["groups"], c.x.strides
+    outs, ins = kernel.shape[out] // groups, kernel.shape[into]
     turned = kernel.transpose(out, *taps, into)
-    name = c.source.constant(turned, "kernel")
-    ks, xs = strides_of(turned.shape), x.strides
-    outs, ins = turned.shape[0] // groups, turned.shape[-1]
-    n = len(space)
+    turned = turned.reshape(groups, outs, *turned.shape[1:])
+    rows = _Rows.of(c, turned, 1 + len(taps), _ends(c))
+    n, line = len(space), c.source.line
+    window = [kernel.shape[t] for t in taps]
     ends = [order[k] for k in range(2 + n)]  # Axes of batch, channels, places.
     sizes = [c.output.shape[d] for d in ends]
-    pad, offset = c["padding_code"], c["offset"]
-    most = max(farthest(x, offset), abs(pad - offset))
-    kind = sum_type(_bound(turned, tuple(range(1, turned.ndim)), most))
-    with c.source.loops([sizes[0], *sizes[2:], groups, outs]) as names:
-        batch, places, group, own = names[0], names[1 : 1 + n], names[-2], names[-1]
-        channel = place([group, own], [outs, 1])
-        c.source.line(f"const int channel = {channel};")
-        ctype = constant_type(c, name)
-        c.source.line(f"const {ctype} *k = {name} + channel * {ks[0]};")
-        c.source.line(f"{kind} acc = 0;")
-        with c.source.loops([kernel.shape[t] for t in taps]) as tap:
-            w = f"k[{place([*tap, 'c'], [*ks[1:-1], 1])}]"
-            inside, at = _window(c, places, tap, [x.shape[d] for d in space])
+    with c.source.loops([sizes[0], *sizes[2:], groups]) as names:
+        batch, places, group = names[0], names[1 : 1 + n], names[-1]
+        with c.source.loops(window) as tap:
+            inside, at = window_places(c, places, tap, [x.shape[d] for d in space])
             start = place([batch, group], [xs[b], ins * xs[ch]])
             steps = place(at, [xs[d] for d in space])
+            to = place([*tap, "c"], [*(s * ins for s in strides_of(window)), 1])
+            p = f"const {x.ctype} *p = {x.name} + {start} + {steps};"
+            step = place(["c"], [xs[ch]])
             body = f"for (int c = 0; c < {ins}; ++c)"
-            step = "c" if xs[ch] == 1 else f"c * {xs[ch]}"
+            with c.source.block(f"if ({inside})" if inside else ""):
+                line(p)
+                with c.source.block(body):
+                    rows.fill(to, f"p[{step}]")
+            if inside:
+                with c.source.block("else"), c.source.block(body):
+                    rows.fill(to, number(c["padding_code"]))
+        with rows.outputs([group], [outs]) as ((own,), acc):
+            channel = place([group, own], [outs, 1])
+            full = dict(zip(ends, [batch, channel, *places], strict=True))
+            at_out = [full[d] for d in range(len(ends))]
+            c.finish(at_out, _finished(c, acc, at_out))
 
-            def visit() -> None:
-                c.source.line(f"const {x.ctype} *p = {x.name} + {start} + {steps};")
-                c.source.line(
-                    f"{body} acc += {_product(f'p[{step}]', offset, w, kind)};"
-                )
 
-            if inside is None:
-                visit()
-            elif pad == offset:
-                with c.source.block(f"if ({inside})"):
-                    visit()
-            else:
-                with c.source.block(f"if ({inside})"):
-                    visit()
+_TOGETHER = 64  # Most channels whose sums lie side by side.
+
+
+def _depthwise(c: CNode) -> None:
+    """Adds a convolution of each channel alone: its kernel as ``[taps, channels]``."""
+    (b, _, *space), (out, into, *taps), order = c["dimensions"]
+    x, kernel, line, n = c.x, c.params["kernel"], c.source.line, len(space)
+    turned = kernel.transpose(*taps, into, out)
+    name = c.source.constant(turned, "kernel")
+    channels, offset = turned.shape[-1], c["offset"]
+    most = max(abs(end - offset) for end in _ends(c))
+    kind = sum_type(_bound(turned, tuple(range(turned.ndim - 1)), most))
+    count = max(d for d in range(1, _TOGETHER + 1) if channels % d == 0)
+    window = [kernel.shape[t] for t in taps]
+    ends = [order[k] for k in range(2 + n)]
+    sizes = [c.output.shape[d] for d in ends]
+    with c.source.loops([sizes[0], *sizes[2:], channels // count]) as names:
+        batch, places, block = names[0], names[1:-1], names[-1]
+        line(f"{kind} accs[{count}] = {{0}};")
+        with c.source.loops(window) as tap:
+            inside, at = window_places(c, places, tap, [x.shape[d] for d in space])
+            steps = [x.strides[d] for d in space]
+            start = place([batch, block, *at], [x.strides[b], count, *steps])
+            row = [s * channels for s in strides_of(window)]
+            ctype = constant_type(c, name)
+            line(f"const {ctype} *k = {name} + {place([*tap, block], [*row, count])};")
+            body = f"for (int c = 0; c < {count}; ++c)"
+            with c.source.block(f"if ({inside})" if inside else ""):
+                line(f"const {x.ctype} *p = {x.name} + {start};")
+                q = wide(minus("p[c]", offset), kind)
+                line(f"{body} accs[c] += {q} * k[c];")
+            if inside and c["padding_code"] != offset:
+                filled = number(c["padding_code"] - offset)
                 with c.source.block("else"):
-                    filled = number(pad - offset)
-                    c.source.line(f"{body} acc += ({kind}){filled} * {w};")
-        full = dict(zip(ends, [batch, "channel", *places], strict=True))
-        at_out = [full[d] for d in range(len(ends))]
-        c.finish(at_out, _finished(c, "acc", at_out, kind))
-
-
-def _window(
-    c: CNode, places: Sequence[str], tap: Sequence[str], sizes: Sequence[int]
-) -> tuple[str | None, list[str]]:
-    """Declares the places of the input in a window, and says when they are there."""
-    spread = c.node.attributes.get(
-        "input_dilation", c.node.attributes.get("base_dilation")
-    )
-    checks, found = [], []
-    whole = zip(
-        places,
-        tap,
-        sizes,
-        c["strides"],
-        c["padding"],
-        c["dilation"],
-        spread,
-        strict=True,
-    )
-    for k, (i, t, n, stride, (low, high), dilation, gap) in enumerate(whole):
-        name = f"a{k}"
-        at = place([i, t], [stride, dilation], -low)
-        c.source.line(f"const int {name} = {at};")
-        reach = (n - 1) * gap
-        if low > 0 or high > 0 or gap > 1:
-            checks.append(f"{name} >= 0 && {name} <= {reach}")
-        if gap > 1:
-            checks.append(f"{name} % {gap} == 0")
-            name = f"{name} / {gap}"
-        found.append(f"({name})" if gap > 1 else name)
-    return " && ".join(checks) or None, found
+                    line(f"{body} accs[c] += ({kind}){filled} * k[c];")
+        with c.source.block(f"for (int c = 0; c < {count}; ++c)"):
+            channel = place([block, "c"], [count, 1])
+            full = dict(zip(ends, [batch, channel, *places], strict=True))
+            at_out = [full[d] for d in range(len(ends))]
+            c.finish(at_out, _finished(c, "accs[c]", at_out))
 
 
 def multiply(c: CNode) -> None:
@@ -208,101 +310,3 @@ def multiply_codes(c: CNode) -> None:
             for t, z in zip(c.inputs, c["zero_points"], strict=True)
         ]
         c.finish(names, f"(int64_t){parts[0]} * {parts[1]}")
-
-
-def total(c: CNode) -> None:
-    """Adds sums over axes."""
-    x, axes = c.x, list(c["axes"])
-    with _reduced(c) as (names, at):
-        c.source.line(f"int64_t acc = {number(c['bias'])};")
-        with c.source.loops([x.shape[d] for d in axes]) as inner:
-            c.source.line(f"acc += {x.name}[{place([*at, *inner], _split(x, axes))}];")
-        c.finish(names, "acc")
-
-
-def running_sum(c: CNode) -> None:
-    """Adds sums of all places up to each along an axis."""
-    x, axis = c.x, c["axis"] % len(c.x.shape)
-    n, stride = x.shape[axis], x.strides[axis]
-    sizes = [1 if d == axis else m for d, m in enumerate(x.shape)]
-    with c.source.loops(sizes) as names:
-        start = place(names, x.strides)
-        c.source.line(f"int64_t acc = {number(c['bias'])};")
-        step = f"{n - 1} - c" if c["reverse"] else "c"
-        with c.source.block(f"for (int c = 0; c < {n}; ++c)"):
-            at = f"{start} + ({step}) * {stride}"
-            c.source.line(
-                f"acc += (int64_t){x.name}[{at}] - {number(c['input_zero_point'])};"
-            )
-            c.put(f"{c.output.name}[{at}]", "acc")
-
-
-@contextlib.contextmanager
-def _reduced(c: CNode) -> Iterator[tuple[list[str], list[str]]]:
-    """Adds loops over an output whose axes are those of the input that stay."""
-    with c.source.loops(c.output.shape) as names:
-        yield names, names
-
-
-def _split(x: CArray, axes: Sequence[int]) -> list[int]:
-    """Returns the strides of the axes that stay, then of the others."""
-    kept = [d for d in range(len(x.shape)) if d not in axes]
-    return [x.strides[d] for d in (*kept, *axes)]
-
-
-def sum_pool(c: CNode) -> None:
-    """Adds sums over windows."""
-    _pooled(c, f"int64_t acc = {number(c['bias'])};", "acc += {};", c["padding_code"])
-
-
-def extreme_pool(c: CNode) -> None:
-    """Adds extremes over windows; padding counts in none."""
-    sign = ">" if c.node.operation == "max_pool" else "<"
-    start = "INT64_MIN" if sign == ">" else "INT64_MAX"
-    step = f"if ({{0}} {sign} acc) acc = {{0}};"
-    _pooled(c, f"int64_t acc = {start};", step, None)
-
-
-def _pooled(c: CNode, start: str, step: str, pad: int | None) -> None:
-    x = c.x
-    with c.each() as names:
-        c.source.line(start)
-        with c.source.loops(c["window"]) as tap:
-            inside, at = _window(c, names, tap, x.shape)
-            q = f"{x.name}[{place(at, x.strides)}]"
-            if inside is None:
-                c.source.line(step.format(q))
-            else:
-                with c.source.block(f"if ({inside})"):
-                    c.source.line(step.format(q))
-                if pad:
-                    with c.source.block("else"):
-                        c.source.line(step.format(number(pad)))
-        c.finish(names, "acc")
-
-
-def extreme(c: CNode) -> None:
-    """Adds extremes over axes."""
-    x, axes = c.x, list(c["axes"])
-    sign = ">" if c.node.operation == "max" else "<"
-    with _reduced(c) as (names, at):
-        limit = "INT64_MIN" if sign == ">" else "INT64_MAX"
-        c.source.line(f"int64_t acc = {limit};")
-        with c.source.loops([x.shape[d] for d in axes]) as inner:
-            q = f"{x.name}[{place([*at, *inner], _split(x, axes))}]"
-            c.source.line(f"if ({q} {sign} acc) acc = {q};")
-        c.finish(names, "acc")
-
-
-def arg_extreme(c: CNode) -> None:
-    """Adds the places of extremes along an axis, the first of equal ones."""
-    x, axis = c.x, c["axis"] % len(c.x.shape)
-    sign = ">" if c.node.operation == "argmax" else "<"
-    with _reduced(c) as (names, at):
-        start = place(at, _split(x, [axis])[:-1])
-        c.source.line(f"const {x.ctype} *p = {x.name} + {start};")
-        c.source.line("int best = 0;")
-        step = x.strides[axis]
-        with c.source.block(f"for (int c = 1; c < {x.shape[axis]}; ++c)"):
-            c.source.line(f"if (p[c * {step}] {sign} p[best * {step}]) best = c;")
-        c.put(c.output.at(names), "best")

@@ -48,8 +48,9 @@ def broadcast_strides(shape: Sequence[int], rank: int) -> list[int]:
 
 def place(names: Sequence[str], strides: Sequence[int], offset: int = 0) -> str:
     """Returns a linear place: ``i0 * 12 + i2 + 3``."""
+    whole = lambda name: f"({name})" if " " in name and name[0] != "(" else name
     parts = [
-        name if stride == 1 else f"{name} * {stride}"
+        name if stride == 1 else f"{whole(name)} * {stride}"
         for name, stride in zip(names, strides, strict=True)
         if name != "0" and stride
     ]
@@ -81,6 +82,7 @@ class Source:
         self.constants: list[str] = []
         self.lines: list[str] = []
         self.nbytes = 0  # Of constants.
+        self.scratches: dict[int, int] = {}  # Width -> most elements.
         self._depth = 1
         self._known: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._loops = 0
@@ -107,12 +109,22 @@ class Source:
                 if n == 1:
                     names.append("0")
                     continue
-                name = f"i{self._loops}"
-                self._loops += 1
+                name = self.fresh()
                 head = f"for (int {name} = 0; {name} < {n}; ++{name})"
                 stack.enter_context(self.block(head))
                 names.append(name)
             yield names
+
+    def fresh(self) -> str:
+        """Returns a name for the place in a loop, which no other loop has."""
+        self._loops += 1
+        return f"i{self._loops - 1}"
+
+    def scratch(self, ctype: str, size: int) -> str:
+        """Returns the name of memory that one node alone needs."""
+        bits = int(re.sub(r"\D", "", ctype))
+        self.scratches[bits] = max(size, self.scratches.get(bits, 0))
+        return f"(({ctype} *){self.prefix}_scratch{bits})"
 
     def constant(self, array: np.ndarray, hint: str = "k") -> str:
         """Adds a constant array, once, and returns its name."""

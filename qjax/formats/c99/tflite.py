@@ -63,3 +63,50 @@ def softmax(c: CNode) -> None:
             line(f"const int64_t share = {p}_high(quotient, {name}[top - p[c]]);")
             value = f"{p}_clip({p}_divide(share, length + 3) + {low}, {low}, {high})"
             c.put("q[c]", value)
+
+
+def softmax16(c: CNode) -> None:
+    """Adds TFLite's softmax of the last axis, of 16 bits."""
+    x, p, line = c.x, c.source.prefix, c.source.line
+    exponentials = c.source.constant(c.params["exponentials"], "exponentials")
+    reciprocals = c.source.constant(c.params["reciprocals"], "reciprocals")
+    *outer, size = x.shape
+    with c.source.loops(outer) as names:
+        start = place(names, x.strides[:-1])
+        line(f"const {x.ctype} *p = {x.name} + {start};")
+        line(f"{c.output.ctype} *q = {c.output.name} + {start};")
+        line("int32_t top = p[0];")
+        line("int64_t total = 0, at;")
+        line("int length = 0;")
+        line(f"for (int c = 1; c < {size}; ++c) if (p[c] > top) top = p[c];")
+        line(f"for (int c = 0; c < {size}; ++c) total += {exponentials}[top - p[c]];")
+        line("while ((total >> length) != 0) ++length;")
+        line(f"at = {p}_up(total * ((int64_t)1 << (31 - length)), 14) - 98304;")
+        line(f"at = {p}_clip(at, -32768, 32767) + 32768;")
+        with c.source.block(f"for (int c = 0; c < {size}; ++c)"):
+            line(f"const int64_t e = {exponentials}[top - p[c]];")
+            share = f"{p}_up(e * {reciprocals}[at], length - 1)"
+            c.put("q[c]", f"{p}_clip({share}, 0, {number(c['high'])})")
+
+
+def resize(c: CNode) -> None:
+    """Adds TFLite's bilinear interpolation of an image."""
+    x, line = c.x, c.source.line
+    rows, columns = (
+        c.source.constant(c.params[role].T, role) for role in ("rows", "columns")
+    )
+    with c.source.loops(c.output.shape) as names:
+        batch, row, column, channel = names
+        line("int64_t total = 0;")
+        for letter, name, at in (("y", rows, row), ("x", columns, column)):
+            line(f"const int64_t {letter}1 = {name}[{place([at], [3], 2)}];")
+            line(f"const int64_t {letter}0 = 1024 - {letter}1;")
+        for a in range(2):
+            for b in range(2):
+                y = f"{rows}[{place([row], [3], a)}] * {x.strides[1]}"
+                z = f"{columns}[{place([column], [3], b)}] * {x.strides[2]}"
+                start = place([batch, channel], [x.strides[0], 1])
+                q = f"{x.name}[{start} + {y} + {z}]"
+                line(f"total += {q} * y{a} * x{b};")
+        half = "(total > 0 ? 524288 : -524288)"
+        c.put(c.output.at(names), f"(total + {half}) / 1048576")

@@ -3,61 +3,23 @@
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from qjax.formats.c99 import elementwise, moves, normalisations, products, tflite
 from qjax.formats.c99.arena import Lifetime, plan
-from qjax.formats.c99.calls import WRITER, CArray, CNode
-from qjax.formats.c99.text import Source, c_type, identifier
+from qjax.formats.c99.calls import WRITER, CArray
+from qjax.formats.c99.emission import Emission
+from qjax.formats.c99.helpers import SOURCE
+from qjax.formats.c99.scopes import Scope, Slot, assign_slots, make_scope
+from qjax.formats.c99.text import Source, c_type, identifier, number
 from qjax.formats.support import check_operations, check_whole
 from qjax.graph import reference
 from qjax.graph.atomic import write_atomically
-from qjax.graph.graph import Graph, Node, Value
+from qjax.graph.graph import Graph, Value
+from qjax.graph.streaming import streamed
 from qjax.program import IntegerProgram
-
-EMITTERS: Mapping[str, Callable[[CNode], None]] = {
-    "add": elementwise.add,
-    "argmax": products.arg_extreme,
-    "argmin": products.arg_extreme,
-    "broadcast": moves.broadcast,
-    "clip": elementwise.clip,
-    "concatenate": moves.concatenate,
-    "constant": elementwise.constant,
-    "conv": products.conv,
-    "dot": products.dot,
-    "dot_codes": products.dot_codes,
-    "embed": elementwise.embed,
-    "max": products.extreme,
-    "max_pool": products.extreme_pool,
-    "maximum": elementwise.of_two,
-    "min": products.extreme,
-    "min_pool": products.extreme_pool,
-    "minimum": elementwise.of_two,
-    "multiply": products.multiply,
-    "multiply_codes": products.multiply_codes,
-    "norm": normalisations.norm,
-    "pad": moves.pad,
-    "requantize": elementwise.requantize,
-    "reshape": moves.reshape,
-    "rev": moves.rev,
-    "running_sum": products.running_sum,
-    "select": elementwise.select,
-    "slice": moves.slices,
-    "softmax": normalisations.softmax,
-    "sum": products.total,
-    "sum_pool": products.sum_pool,
-    "table": elementwise.table,
-    "take": elementwise.take,
-    "tflite_add": tflite.add,
-    "tflite_average": tflite.average,
-    "tflite_constant": elementwise.constant,
-    "tflite_softmax": tflite.softmax,
-    "thresholds": elementwise.thresholds,
-    "transpose": moves.transpose,
-}
 
 
 class CSource(NamedTuple):
@@ -68,12 +30,14 @@ class CSource(NamedTuple):
       source: Text of the source.
       arena_bytes: Bytes of the static arrays.
       constant_bytes: Bytes of weights and tables.
+      state_bytes: Bytes of the state of a step; 0 without one.
     """
 
     header: str
     source: str
     arena_bytes: int
     constant_bytes: int
+    state_bytes: int = 0
 
 
 def write_c99(
@@ -89,11 +53,16 @@ def write_c99(
     `IntegerProgram.codes` has them: ``NAME_run(const int8_t *in0, int32_t *out0)``. It
     is not reentrant: values between lie in static arrays.
 
+    A program that was lowered with ``streaming`` has two functions more, which compute
+    what `IntegerProgram.step` does: ``NAME_reset(NAME_state *state)`` and
+    ``NAME_step(NAME_state *state, const int8_t *in0, int32_t *out0)``.
+
     Args:
       program: The program.
       folder: Folder of both files, which are replaced; None to write none.
       name: Prefix of files and names, a name of C.
-      batch_size: Size of the leading axis, where the program leaves it free.
+      batch_size: Size of the leading axis of the first input that leaves it free, and
+        of those that were traced with the same one. Others keep what they had.
 
     Returns:
       The texts, and how much memory they take.
@@ -106,35 +75,15 @@ def write_c99(
     check_whole(program)
     if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
         raise ValueError(f"`name` must be a name of C, such as 'model', got {name!r}.")
-    graph = program.graph
-    check_operations(WRITER, graph)
-    params = {k: np.asarray(v).astype(np.int64) for k, v in program.params.items()}
-    shapes = _shapes(graph, params, batch_size)
-    followers = _followers(graph, shapes)
-    tensors, arenas = _tensors(graph, shapes, followers, name)
-    source = Source(name)
-
-    def made(node: Node, follower: CNode | None = None) -> CNode:
-        own = {role: params[k] for role, k in node.params.items()}
-        inputs = tuple(tensors[v] for v in node.inputs)
-        return CNode(node, inputs, tensors[node.output], own, source, follower)
-
-    fused = {id(node) for node in followers.values()}
-    for node in graph.nodes:
-        if id(node) in fused:
-            continue
-        behind = followers.get(node.output)
-        call = made(node, None if behind is None else made(behind))
-        if not call.output.size:
-            continue
-        source.line(f"/* {node.operation}  {_comment(node.path)} */")
-        with source.block():
-            EMITTERS[node.operation](call)
-    for k, v in enumerate(graph.outputs):
-        if tensors[v].name != f"out{k}":
-            with source.loops([tensors[v].size]) as names:
-                source.line(f"out{k}[{names[0]}] = {tensors[v].name}[{names[0]}];")
-    found = _written(graph, tensors, arenas, source, name)
+    check_operations(WRITER, program.graph)
+    functions = [_run(program, batch_size)]
+    if any(program.graph.values[v].time_axis is not None for v in program.graph.inputs):
+        functions.append(_step(program, batch_size))
+    source, memory = Source(name), Memory(name)
+    for function in functions:
+        memory.add(function.scope)
+    texts = [_text(own, source, memory) for own in functions]
+    found = _written(functions, texts, source, memory)
     if folder is not None:
         path = pathlib.Path(folder)
         write_atomically(path / f"{name}.h", found.header.encode())
@@ -142,136 +91,245 @@ def write_c99(
     return found
 
 
-def _shapes(
-    graph: Graph, params: Mapping[str, np.ndarray], batch_size: int
-) -> list[tuple[int, ...]]:
-    """Returns the shape of each value at a batch size."""
-    inputs = []
-    for v in graph.inputs:
-        own = graph.values[v]
-        is_free = bool(own.shape) and not own.fixed_by
-        shape = (batch_size, *own.shape[1:]) if is_free else own.shape
-        code = min(max(own.zero_point, own.low), own.high)
-        inputs.append(np.full(shape, code, np.int64))
-    return [x.shape for x in reference.run(graph, params, inputs)]
+class _Function(NamedTuple):
+    """A function in C.
+
+    Attributes:
+      kind: ``run`` or ``step``.
+      scope: Its graph, whose first inputs and outputs are states.
+      params: Parameters of the graph.
+      start: Codes of the first states.
+    """
+
+    kind: str
+    scope: Scope
+    params: Mapping[str, np.ndarray]
+    start: Sequence[np.ndarray] = ()
+
+    def arrays(self, states: str = "state->s") -> tuple[list[CArray], ...]:
+        """Returns states, inputs and outputs."""
+        graph, count = self.scope.graph, len(self.start)
+
+        def named(prefix: str, values: Sequence[int]) -> list[CArray]:
+            return [
+                CArray(
+                    f"{prefix}{k}",
+                    self.scope.shapes[v],
+                    c_type(graph.values[v].dtype),
+                    graph.values[v].low,
+                    graph.values[v].high,
+                )
+                for k, v in enumerate(values)
+            ]
+
+        return (
+            named(states, graph.inputs[:count]),
+            named("in", graph.inputs[count:]),
+            named("out", graph.outputs[count:]),
+        )
+
+    def grids(self) -> list[Value]:
+        """Returns inputs and outputs as the graph has them."""
+        graph, count = self.scope.graph, len(self.start)
+        return [graph.values[v] for v in graph.inputs[count:] + graph.outputs[count:]]
 
 
-_ACCUMULATORS = frozenset(
-    "conv dot dot_codes multiply multiply_codes sum sum_pool".split()
-)
+def _run(program: IntegerProgram, batch_size: int) -> _Function:
+    params = _wide(program.params)
+    shapes = _input_shapes(program.graph, batch_size)
+    return _Function("run", make_scope(program.graph, params, shapes), params)
 
 
-def _followers(graph: Graph, shapes: list[tuple[int, ...]]) -> dict[int, Node]:
-    """Returns accumulators that one requantization alone reads, each with it."""
-    readers: dict[int, list[Node]] = {}
-    for node in graph.nodes:
-        for v in node.inputs:
-            readers.setdefault(v, []).append(node)
-    found = {}
-    for node in graph.nodes:
-        v, own = node.output, readers.get(node.output, [])
-        if node.operation not in _ACCUMULATORS or len(own) != 1 or v in graph.outputs:
-            continue
-        is_rescale = own[0].operation == "requantize"
-        if is_rescale and shapes[own[0].output] == shapes[v]:
-            found[v] = own[0]
-    return found
-
-
-def _tensors(
-    graph: Graph,
-    shapes: list[tuple[int, ...]],
-    followers: Mapping[int, Node],
-    name: str,
-) -> tuple[dict[int, CArray], dict[int, int]]:
-    """Returns the pointers of all values, and the sizes of the arrays by bits."""
-    last = {v: k for k, n in enumerate(graph.nodes) for v in n.inputs}
-    last.update(dict.fromkeys(graph.outputs, len(graph.nodes)))
-    names = {v: f"in{k}" for k, v in enumerate(graph.inputs)}
-    for k, v in enumerate(graph.outputs):
-        names.setdefault(v, f"out{k}")
-    names.update({v: "0" for v in followers})  # They have no place.
-    begun = {v: k for k, n in enumerate(graph.nodes) for v in n.outputs}
-    first = {own.output: begun[v] for v, own in followers.items()}
-    lives: dict[int, dict[int, Lifetime]] = {8: {}, 16: {}, 32: {}}
-    for at, node in enumerate(graph.nodes):
-        v, k = node.output, first.get(node.output, at)
-        if v not in names:
-            own = Lifetime(int(np.prod(shapes[v])), k, last.get(v, at))
-            lives[_bits(graph.values[v])][v] = own
-    sizes = {}
-    for bits, spans in lives.items():
-        places, sizes[bits] = plan(spans)
-        for v, at in places.items():
-            kind = c_type(graph.values[v].dtype)
-            names[v] = f"(({kind} *){name}_{bits} + {at})"
-    tensors = {}
-    for v, text in names.items():
+def _step(program: IntegerProgram, batch_size: int) -> _Function:
+    graph = program.graph
+    own = streamed(graph, program.params)
+    codes, shapes = [], []
+    for v, shape in zip(graph.inputs, _input_shapes(graph, batch_size), strict=True):
         x = graph.values[v]
-        tensors[v] = CArray(text, tuple(shapes[v]), c_type(x.dtype), x.low, x.high)
-    return tensors, sizes
+        codes.append(np.full(shape, min(max(x.zero_point, x.low), x.high), np.int64))
+        axis = x.time_axis
+        shapes.append(tuple(1 if d == axis else n for d, n in enumerate(shape)))
+    values = reference.run(own.start, own.start_params, codes)
+    start = [values[v] for v in own.start.outputs]
+    params = _wide(own.params)
+    shapes = [*(x.shape for x in start), *shapes]
+    scope = make_scope(own.step, params, shapes, carries=len(start))
+    return _Function("step", scope, params, start)
 
 
-def _bits(value: Value) -> int:
-    return max(8, np.dtype(value.dtype).itemsize * 8)
+def _wide(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(p).astype(np.int64) for name, p in params.items()}
 
 
-def _comment(text: str) -> str:
-    return text.replace("*/", "* /").replace("/*", "/ *")
+def _input_shapes(graph: Graph, batch_size: int) -> list[tuple[int, ...]]:
+    """Returns the shapes of the inputs at a batch size."""
+    values = [graph.values[v] for v in graph.inputs]
+
+    def is_free(x: Value) -> bool:
+        many = x.is_free_beyond_one and batch_size > 1
+        return bool(x.shape) and x.time_axis != 0 and (many or not x.fixed_by)
+
+    fixed = {x.shape[0] for x in values if x.shape and not is_free(x)}
+    open_ = [x.shape[0] for x in values if is_free(x) and x.shape[0] not in fixed]
+    return [
+        (batch_size, *x.shape[1:])
+        if is_free(x) and x.shape[0] in open_[:1]
+        else x.shape
+        for x in values
+    ]
+
+
+class Memory:
+    """Static arrays, which functions share.
+
+    Integers of 8 bits lie among those of 32 or 16 bits, if there are any: in C they may
+    lie in an array of any type.
+
+    Args:
+      name: Prefix of the arrays.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.sizes: dict[int, int] = {}  # Width -> elements.
+        self._places: dict[int, list[tuple[int, int, int]]] = {}  # Of each graph.
+        self._scopes: list[Scope] = []
+
+    def add(self, scope: Scope) -> None:
+        """Places what a graph needs."""
+        slots: list[Slot] = []
+        assign_slots(scope, slots)
+        there = {slot.bits for slot in slots}
+        home = max({8, *there} - ({16} if 32 in there else set()))
+        places: list[tuple[int, int, int]] = [(0, 0, 0)] * len(slots)
+        for width in {home, 16, 32} & {home, *there}:
+            spans = {}
+            for k, slot in enumerate(slots):
+                if width == (home if slot.bits == 8 else slot.bits):
+                    spans[k] = _counted(slot, width)
+            found, size = plan(spans)
+            self.sizes[width] = max(size, self.sizes.get(width, 0))
+            for k, at in found.items():
+                places[k] = (width, slots[k].bits, at)
+        self._places[id(scope)] = places
+        self._scopes.append(scope)  # So that no other has its number.
+
+    def pointer(self, scope: Scope, slot: int, ctype: str) -> str:
+        """Returns a pointer to the first element of a slot."""
+        width, bits, at = self._places[id(scope)][slot]
+        return f"(({ctype} *){self.name}_{width} + {at * width // bits})"
+
+
+def _counted(slot: Slot, width: int) -> Lifetime:
+    """Returns a lifetime in elements of an array."""
+    size = -(-slot.life.size * slot.bits // width)
+    return slot.life._replace(size=size)
+
+
+def _text(function: _Function, source: Source, memory: Memory) -> list[str]:
+    """Returns the lines of a function."""
+    states, inputs, outputs = function.arrays()
+    source.lines = []
+    places = lambda slot, ctype: memory.pointer(function.scope, slot, ctype)
+    emission = Emission(source, function.params, places)
+    emission.emit(function.scope, [*states, *inputs], states, outputs)
+    text = "\n".join(source.lines)
+    ends = [x.name for x in (*inputs, *outputs)] + ["state"] * bool(states)
+    unused = [x for x in ends if not re.search(rf"(?<!\w){x}\b", text)]
+    return [*(f"  (void){x};" for x in unused), *source.lines]
 
 
 def _written(
-    graph: Graph,
-    tensors: Mapping[int, CArray],
-    arenas: Mapping[int, int],
+    functions: Sequence[_Function],
+    texts: Sequence[Sequence[str]],
     source: Source,
-    name: str,
+    memory: Memory,
 ) -> CSource:
-    nbytes = sum(bits // 8 * n for bits, n in arenas.items())
-    upper = identifier(name).upper()
-    ends, lines = [], []
-    for kind, values, is_const in (
-        ("in", graph.inputs, "const "),
-        ("out", graph.outputs, ""),
-    ):
-        for k, v in enumerate(values):
-            t, x = tensors[v], graph.values[v]
-            ends.append(f"{is_const}{t.ctype} *{kind}{k}")
-            lines.append(f"#define {upper}_{kind.upper()}{k}_SIZE {max(t.size, 1)}")
-            grid = _grid(x)
-            lines.append(f"/* {kind}{k}: shape {list(t.shape)}, {grid} */")
-    prototype = f"void {name}_run({', '.join(ends)})"
+    name, upper = source.prefix, identifier(source.prefix).upper()
+    whole = "\n".join(line for text in texts for line in text)
+    arrays, nbytes = [], 0
+    for label, sizes in (("", memory.sizes), ("scratch", source.scratches)):
+        for bits, n in sorted(sizes.items()):
+            called = f"{name}_{label}{bits}"
+            if called in whole:  # Empty values are read in loops of no steps.
+                arrays.append(f"static int{bits}_t {called}[{max(n, 1)}];")
+                nbytes += bits // 8 * n
+    ends, prototypes, bodies, state_bytes = [], [], [], 0
+    for function, text in zip(functions, texts, strict=True):
+        ends += _sizes(function, upper)
+        prototype = _prototype(function, name)
+        prototypes.append(f"{prototype};")
+        bodies.append(_body(prototype, text))
+        if function.kind == "step":
+            state, state_bytes = _state(function, name)
+            ends.append(state)
+            prototype = f"void {name}_reset({name}_state *state)"
+            prototypes.append(f"{prototype};")
+            bodies.append(_body(prototype, _reset(function, source)))
     header = HEADER.format(
-        upper=upper, ends="\n".join(lines), nbytes=nbytes, prototype=prototype
+        upper=upper,
+        ends="\n".join(ends),
+        nbytes=nbytes,
+        prototypes="\n".join(prototypes),
     )
-    text = "\n".join(source.lines)  # Empty values are read in loops of no steps.
-    arrays = [
-        f"static int{bits}_t {name}_{bits}[{max(n, 1)}];"
-        for bits, n in arenas.items()
-        if f"{name}_{bits} +" in text
-    ]
-    helpers = SOURCE.replace("NAME", name).strip().split("\n\n")
-    helpers = _used(helpers, name, source.lines)
-    body = "\n".join(
-        [
-            f'#include "{name}.h"',
-            "",
-            *helpers,
-            *source.constants,
-            *arrays,
-            "",
-            f"{prototype} {{",
-            *source.lines,
-            "}",
-            "",
-        ]
-    )
-    return CSource(header, body, nbytes, source.nbytes)
+    helpers = _used(SOURCE.replace("NAME", name).strip().split("\n\n"), name, whole)
+    parts = [f'#include "{name}.h"', "", *helpers, *source.constants, *arrays, ""]
+    text = "\n".join([*parts, *bodies])
+    return CSource(header, text, nbytes, source.nbytes, state_bytes)
 
 
-def _used(helpers: list[str], name: str, lines: list[str]) -> list[str]:
+def _body(prototype: str, lines: Sequence[str]) -> str:
+    return "\n".join([f"{prototype} {{", *lines, "}", ""])
+
+
+def _prototype(function: _Function, name: str) -> str:
+    states, inputs, outputs = function.arrays()
+    ends = [f"{name}_state *state"] if states else []
+    ends += [f"const {x.ctype} *{x.name}" for x in inputs]
+    ends += [f"{x.ctype} *{x.name}" for x in outputs]
+    return f"void {name}_{function.kind}({', '.join(ends)})"
+
+
+def _sizes(function: _Function, upper: str) -> list[str]:
+    """Returns what the header says of inputs and outputs."""
+    _, inputs, outputs = function.arrays()
+    step = "STEP_" if function.kind == "step" else ""
+    found = []
+    for t, x in zip([*inputs, *outputs], function.grids(), strict=True):
+        found.append(f"#define {upper}_{step}{t.name.upper()}_SIZE {max(t.size, 1)}")
+        found.append(f"/* {t.name}: shape {list(t.shape)}, {_grid(x)} */")
+    return found
+
+
+def _state(function: _Function, name: str) -> tuple[str, int]:
+    """Returns the type of the state of a step, and its bytes."""
+    states, _, _ = function.arrays(states="s")
+    lines = [f"  {x.ctype} {x.name}[{max(x.size, 1)}];" for x in states]
+    size = sum(x.size * np.dtype(x.ctype.removesuffix("_t")).itemsize for x in states)
+    lines = lines or ["  int8_t none;"]
+    return "\n".join(["typedef struct {", *lines, f"}} {name}_state;"]), size
+
+
+def _reset(function: _Function, source: Source) -> list[str]:
+    """Returns the lines that fill a state."""
+    states, _, _ = function.arrays()
+    source.lines = []
+    for t, codes in zip(states, function.start, strict=True):
+        if not codes.size:
+            continue
+        is_one = codes.min() == codes.max()
+        first = (
+            number(int(codes.flat[0])) if is_one else source.constant(codes, "start")
+        )
+        with source.loops([t.size]) as names:
+            value = first if is_one else f"{first}[{names[0]}]"
+            source.line(f"{t.name}[{names[0]}] = ({t.ctype}){value};")
+    return source.lines
+
+
+def _used(helpers: Sequence[str], name: str, text: str) -> list[str]:
     """Returns the helpers that are called, also by one another, in their order."""
-    text, found = "\n".join(lines), set()
+    found = set()
     for own in reversed(helpers):  # Each calls those before it alone.
         word = re.search(rf"(?<!\w){name}_\w+(?= ?[(;])", own)
         assert word is not None
@@ -296,138 +354,7 @@ HEADER = """#ifndef {upper}_H
 {ends}
 #define {upper}_ARENA_BYTES {nbytes}
 
-{prototype};
+{prototypes}
 
 #endif
-"""
-
-SOURCE = """
-/* x / 2^shift, half to even. */
-static int64_t NAME_round(int64_t x, int shift) {
-  int64_t quotient, rest, half;
-  if (shift == 0) return x;
-  quotient = x >= 0 ? x >> shift : ~(~x >> shift);
-  rest = x - quotient * ((int64_t)1 << shift);
-  half = (int64_t)1 << (shift - 1);
-  return quotient + (rest > half || (rest == half && (quotient & 1) != 0));
-}
-
-/* x / 2^shift, halves up. */
-static int64_t NAME_up(int64_t x, int shift) {
-  if (shift == 0) return x;
-  x += (int64_t)1 << (shift - 1);
-  return x >= 0 ? x >> shift : ~(~x >> shift);
-}
-
-/* An integer rounded to 24 bits, half to even, as float32 holds it. */
-static int64_t NAME_float(int64_t x) {
-  uint64_t size = x < 0 ? (uint64_t)0 - (uint64_t)x : (uint64_t)x, rest, half;
-  int shift = 0;
-  while ((size >> shift) >= ((uint64_t)1 << 24)) ++shift;
-  if (shift == 0) return x;
-  half = (uint64_t)1 << (shift - 1);
-  rest = size & (2 * half - 1);
-  size >>= shift;
-  size += rest > half || (rest == half && (size & 1) != 0);
-  return x < 0 ? -(int64_t)(size << shift) : (int64_t)(size << shift);
-}
-
-/* x / 2^n, halves away from zero. */
-static int64_t NAME_divide(int64_t x, int n) {
-  const int64_t rest = ((int64_t)1 << n) - 1;
-  const int64_t quotient = x >= 0 ? x >> n : ~(~x >> n);
-  const int64_t left = x - quotient * ((int64_t)1 << n);
-  return quotient + (left > (rest >> 1) + (x < 0));
-}
-
-/* a * b / 2^31, halves up, by a nudge; saturates. */
-static int64_t NAME_high(int64_t a, int64_t b) {
-  const int64_t product = a * b;
-  const int64_t nudge = product >= 0 ? (int64_t)1 << 30 : 1 - ((int64_t)1 << 30);
-  const int64_t found = (product + nudge) / ((int64_t)1 << 31);
-  return found > INT32_MAX ? INT32_MAX : found;
-}
-
-/* acc * multiplier / 2^shift, rounded once. */
-static int64_t NAME_single(int64_t acc, int64_t multiplier, int shift) {
-  const int64_t x = acc * multiplier + (shift ? (int64_t)1 << (shift - 1) : 0);
-  return x >= 0 ? x >> shift : ~(~x >> shift);
-}
-
-/* acc * multiplier / 2^shift, rounded twice. */
-static int64_t NAME_double(int64_t acc, int64_t multiplier, int shift) {
-  const int left = shift < 31 ? 31 - shift : 0;
-  const uint32_t bits = (uint32_t)((uint64_t)acc << left);
-  const int64_t wrapped = bits > INT32_MAX ? (int64_t)bits - ((int64_t)1 << 32) : bits;
-  return NAME_divide(NAME_high(wrapped, multiplier), shift > 31 ? shift - 31 : 0);
-}
-
-/* 1 / (1 + x / 2^31) for x from 0 to 2^31 - 1, by three of Newton's steps. */
-static int64_t NAME_newton(int64_t x) {
-  const int64_t total = x + INT32_MAX;
-  const int64_t half = (total + (total >= 0 ? 1 : -1)) / 2;
-  int64_t y = 1515870810 + NAME_high(half, -1010580540);
-  int k;
-  for (k = 0; k < 3; ++k) {
-    const int64_t step = NAME_high(y, ((int64_t)1 << 29) - NAME_high(half, y)) * 4;
-    y += step < INT32_MIN ? INT32_MIN : step > INT32_MAX ? INT32_MAX : step;
-  }
-  y *= 2;
-  return y < INT32_MIN ? INT32_MIN : y > INT32_MAX ? INT32_MAX : y;
-}
-
-static int32_t NAME_clip(int64_t x, int32_t low, int32_t high) {
-  return x < low ? low : x > high ? high : (int32_t)x;
-}
-
-static int32_t NAME_least(int32_t x, int32_t most) {
-  return x < most ? x : most;
-}
-
-/* 2^30 / sqrt(x), up to the shift: five of Newton's steps. */
-static int64_t NAME_root(uint64_t x, int *down) {
-  uint64_t a, root;
-  int length = 0, up, k;
-  while (length < 64 && (x >> length) != 0) ++length;
-  up = (62 - length) / 2 * 2;
-  a = (x << up) >> 30;
-  root = UINT64_C(2362232013) - ((UINT64_C(1395864371) * a) >> 32);
-  for (k = 0; k < 5; ++k)
-    root = (root * (((uint64_t)3 << 30) - ((((root * root) >> 30) * a) >> 32))) >> 31;
-  *down = 60 - up / 2;
-  return (int64_t)(root >> 1);
-}
-
-typedef struct {
-  uint64_t reciprocal;
-  int length;
-} NAME_share;
-
-/* round(2^(31 + length) / total), of a sum of `length` bits. */
-static NAME_share NAME_reciprocal(uint64_t total) {
-  NAME_share found = {0, 0};
-  uint64_t rest, quotient;
-  int k;
-  while (found.length < 64 && (total >> found.length) != 0) ++found.length;
-  rest = (uint64_t)1 << (found.length - 1);
-  quotient = rest >= total;
-  rest -= quotient * total;
-  for (k = 0; k < 33; ++k) {
-    rest <<= 1;
-    quotient <<= 1;
-    if (rest >= total) {
-      rest -= total;
-      quotient |= 1;
-    }
-  }
-  found.reciprocal = (quotient + 1) / 2;
-  if (found.reciprocal > UINT64_C(0xffffffff)) found.reciprocal = UINT64_C(0xffffffff);
-  return found;
-}
-
-/* 2^30 times a part of a sum. */
-static int64_t NAME_part(NAME_share share, uint64_t e) {
-  uint64_t half = (uint64_t)1 << share.length;
-  return (int64_t)((e * share.reciprocal + half) >> (share.length + 1));
-}
 """

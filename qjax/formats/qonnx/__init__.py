@@ -1,5 +1,6 @@
-"""Reads QONNX files: networks with quantizers as functions that lower."""
+"""QONNX files: networks with quantizers as functions that lower, and programs."""
 
 from qjax.formats.qonnx.reader import QonnxModel, read_qonnx
+from qjax.formats.qonnx.writer import write_qonnx, write_qonnx_quant
 
-__all__ = ("QonnxModel", "read_qonnx")
+__all__ = ("QonnxModel", "read_qonnx", "write_qonnx", "write_qonnx_quant")

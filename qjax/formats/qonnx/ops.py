@@ -97,8 +97,9 @@ def _trunc(op: QonnxOperator, x: QonnxValue, *params: Constant) -> QonnxValue:
 
 
 def _multi_threshold(op: QonnxOperator, x: Data, thresholds: Constant) -> QonnxValue:
-    layout = op.attributes.get("data_layout", "NCHW")
-    axis = len(x.shape) - 1 if layout == "NHWC" or len(x.shape) == 2 else 1
+    layout = op.attributes.get("data_layout") or "NCHW"
+    is_last = layout.endswith("C") or len(x.shape) == 2
+    axis = len(x.shape) - 1 if is_last else 1
     scale, bias = (op.attributes.get(k, v) for k, v in _DEFAULTS.items())
     return multi_threshold(x, thresholds.value, scale, bias, axis=axis, site=op.site)
 

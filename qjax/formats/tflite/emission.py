@@ -34,7 +34,7 @@ class Pending:
     moves: tuple[Node, ...] = ()
 
 
-class Emission:
+class TfliteGraph:
     """The TFLite graph as written so far.
 
     Args:

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from qjax.formats.support import unsupported
-from qjax.formats.tflite.emission import WRITER, Emission, Pending
+from qjax.formats.tflite.emission import WRITER, Pending, TfliteGraph
 from qjax.formats.tflite.rescalings import after, finish, weights
 from qjax.formats.tflite.written_moves import padding
 from qjax.graph.graph import Node
 from qjax.graph.tflite_tables import Codes
 
 
-def conv(emission: Emission, node: Node, pending: Pending) -> None:
+def conv(emission: TfliteGraph, node: Node, pending: Pending) -> None:
     """Writes CONV_2D, DEPTHWISE_CONV_2D or TRANSPOSE_CONV."""
     made = pending.node
     a, x = made.attributes, made.inputs[0]
@@ -84,7 +84,7 @@ def _of_bias(x: Codes) -> dict[str, Any]:
     return {"quantized_bias_type": "INT32"} if x.is_wide else {}
 
 
-def _bias(emission: Emission, made: Node, total: np.ndarray, x: Any) -> np.ndarray:
+def _bias(emission: TfliteGraph, made: Node, total: np.ndarray, x: Any) -> np.ndarray:
     """Returns the bias of a product, less what the zero point of its input adds."""
     folded = emission.params[made.params["bias"]].astype(np.int64)
     if folded.size not in (1, total.size):
@@ -93,7 +93,7 @@ def _bias(emission: Emission, made: Node, total: np.ndarray, x: Any) -> np.ndarr
     return folded.reshape(-1) + (x.zero_point - offset) * total
 
 
-def _padded(emission: Emission, made: Node, t: int, pads: Sequence[Any]) -> int:
+def _padded(emission: TfliteGraph, made: Node, t: int, pads: Sequence[Any]) -> int:
     """Pads rows and columns with the code of zero, by an operator before."""
     if min(n for pair in pads for n in pair) < 0:
         raise unsupported(WRITER, made, f"padding {pads}, which crops")
@@ -105,7 +105,7 @@ def _padded(emission: Emission, made: Node, t: int, pads: Sequence[Any]) -> int:
 
 
 def _transposed(
-    emission: Emission,
+    emission: TfliteGraph,
     node: Node,
     pending: Pending,
     t: int,
@@ -141,7 +141,7 @@ def _transposed(
     finish(emission, node, "TRANSPOSE_CONV", given, shape, moves=moves, **options)
 
 
-def dense(emission: Emission, node: Node, pending: Pending) -> None:
+def dense(emission: TfliteGraph, node: Node, pending: Pending) -> None:
     """Writes FULLY_CONNECTED."""
     made = pending.node
     a, x = made.attributes, made.inputs[0]

@@ -1,0 +1,138 @@
+"""Loaders of what this package runs or writes for a compiler at hand."""
+
+import ctypes
+import importlib
+import pathlib
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.backends.xla import run as xla
+from qjax.conformance.session import Codes, Loader, Session
+from qjax.formats.c99 import write_c99
+from qjax.formats.stablehlo import write_stablehlo
+from qjax.graph import reference
+from qjax.graph.packing import nbytes
+from qjax.program import IntegerProgram
+
+
+def _bytes_of(program: IntegerProgram) -> int:
+    return sum(nbytes(np.asarray(p)) for p in program.params.values())
+
+
+def load_numpy(program: IntegerProgram, codes: Codes) -> Session:
+    """Loads the oracle: int64, operation by operation."""
+    params = {name: np.asarray(p) for name, p in program.params.items()}
+
+    def run(codes: Codes) -> list[np.ndarray]:
+        values = reference.run(program.graph, params, codes)
+        return [values[v] for v in program.graph.outputs]
+
+    def sites(codes: Codes) -> dict[str, np.ndarray]:
+        found: dict[str, np.ndarray] = {}
+        reference.run(program.graph, params, codes, found)
+        return found
+
+    return Session(run, _bytes_of(program), sites)
+
+
+def load_xla(program: IntegerProgram, codes: Codes) -> Session:
+    """Loads the jitted program itself."""
+
+    @jax.jit
+    def run_sites(params: Mapping[str, jax.Array], *codes: jax.Array) -> Any:
+        found: dict[str, jax.Array] = {}
+        xla.run(program.graph, params, codes, found)
+        return found
+
+    def run(codes: Codes) -> list[np.ndarray]:
+        return [*map(np.asarray, program.run_codes(program.params, *codes))]
+
+    def sites(codes: Codes) -> dict[str, np.ndarray]:
+        found = run_sites(program.params, *codes)
+        return {name: np.asarray(q) for name, q in found.items()}
+
+    return Session(run, _bytes_of(program), sites)
+
+
+def load_stablehlo(program: IntegerProgram, codes: Codes) -> Session:
+    """Loads the file of `write_stablehlo` for the platform at hand."""
+    data = write_stablehlo(program, platforms=(jax.default_backend(),))
+    call = jax.jit(jax.export.deserialize(bytearray(data)).call)
+
+    def run(codes: Codes) -> list[np.ndarray]:
+        return [*map(np.asarray, call(*map(jnp.asarray, codes)))]
+
+    return Session(run, len(data))
+
+
+_C_FLAGS = ("-std=c99", "-O3", "-shared", "-fPIC")
+
+
+def load_c(compiler: str) -> Loader:
+    """Returns the loader of the source of `write_c99` by a compiler."""
+
+    def load(program: IntegerProgram, codes: Codes) -> Session:
+        sizes = {len(q) for q in codes if q.ndim} or {1}
+        batch_size = max(sizes)
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder)
+            write_c99(program, path, batch_size=batch_size)
+            library = path / "model.so"
+            command = [compiler, *_C_FLAGS, "-o", str(library), str(path / "model.c")]
+            subprocess.run(command, check=True, capture_output=True)
+            function = ctypes.CDLL(str(library)).model_run
+            size = library.stat().st_size
+        values, graph = program.graph.values, program.graph
+        shapes = _output_shapes(program, codes)
+
+        def run(codes: Codes) -> list[np.ndarray]:
+            given = [
+                np.ascontiguousarray(q, values[v].dtype)
+                for q, v in zip(codes, graph.inputs, strict=True)
+            ]
+            outputs = [
+                np.zeros(shape, values[v].dtype)
+                for shape, v in zip(shapes, graph.outputs, strict=True)
+            ]
+            function(*(x.ctypes.data_as(ctypes.c_void_p) for x in (*given, *outputs)))
+            return outputs
+
+        return Session(run, size)
+
+    return load
+
+
+def _output_shapes(program: IntegerProgram, codes: Codes) -> list[tuple[int, ...]]:
+    """Returns the shapes of the outputs for input codes."""
+    found = jax.eval_shape(program.run_codes, program.params, *codes)
+    return [x.shape for x in found]
+
+
+def load_iree(program: IntegerProgram, codes: Codes) -> Session:
+    """Loads the StableHLO of a program, for these shapes, into IREE."""
+    compiler = importlib.import_module("iree.compiler")
+    runtime = importlib.import_module("iree.runtime")
+    params = {name: np.asarray(p) for name, p in program.params.items()}
+    function = jax.jit(lambda *codes: tuple(program.run_codes(params, *codes)))
+    shapes = [jax.ShapeDtypeStruct(q.shape, q.dtype) for q in codes]
+    text = str(jax.export.export(function, platforms=("cpu",))(*shapes).mlir_module())
+    data = compiler.compile_str(
+        text,
+        target_backends=["llvm-cpu"],
+        input_type="stablehlo",
+        extra_args=["--iree-llvmcpu-target-cpu=host"],
+    )
+    module = runtime.load_vm_flatbuffer(data, driver="local-sync")
+
+    def run(codes: Codes) -> list[np.ndarray]:
+        found = module.main(*codes)
+        return [*map(np.asarray, found if isinstance(found, tuple | list) else [found])]
+
+    return Session(run, len(data))

@@ -1,0 +1,278 @@
+"""The reader that runs on NumPy alone: it judges as qjax does, and stands alone."""
+
+import ast
+import dataclasses
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import linen as nn
+from jax import lax
+
+import qjax
+from qjax.formats import check
+from qjax.graph import files
+from tests.models import images
+from tests.test_validation import _network, _words
+
+ROOT = pathlib.Path(__file__).parent
+
+
+def _transformer(params, x, keep):
+    """A block with masked attention, LayerNorm, GELU, and a residual each."""
+    norm = lambda x: nn.LayerNorm(use_scale=False, use_bias=False).apply({}, x)
+    y = norm(x)
+    q, k, v = (y @ params[name] for name in "qkv")
+    scores = jnp.einsum("btc,bsc->bts", q, k) / 2
+    scores = jnp.where(keep[:, None], scores, -1e9)
+    x = x + nn.softmax(scores) @ v @ params["o"]
+    return x + nn.gelu(norm(x) @ params["up"]) @ params["down"]
+
+
+def _lstm(params, x):
+    return nn.RNN(nn.OptimizedLSTMCell(4)).apply(params, x)[:, -1]
+
+
+def _pools(params, x):
+    """Convolutions of 1 to 3 axes, groups, dilation, transposed; sums and pools."""
+    one = lax.conv_general_dilated(
+        x[:, 0], params["one"], (2,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+    )
+    two = lax.conv_general_dilated(
+        jnp.transpose(x, (3, 0, 1, 2)),
+        params["two"],
+        (1, 2),
+        ((0, 1), (2, 0)),
+        rhs_dilation=(2, 1),
+        dimension_numbers=("CNHW", "OIHW", "NHWC"),
+        feature_group_count=2,
+    )
+    turned = lax.conv_transpose(x, params["turned"], (2, 2), "VALID")
+    mean = lax.reduce_window(
+        nn.relu(turned), 0.0, lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "SAME"
+    )
+    return one, two, mean / 4, jnp.cumsum(x, 1), x.max(-1), jnp.argmin(x, 2)
+
+
+def _made(name):
+    """Returns the program of a model, and real inputs."""
+    if name == "network":
+        return qjax.lower(_network, images(2, 4, 4, 2)), (images(3, 4, 4, 2, seed=7),)
+    if name == "words":
+        own = np.int32([[0, 1, 6], [2, 3, 4]]), images(2, 3, 4, seed=3)
+        return qjax.lower(_words, *own), own
+    rng = np.random.default_rng(0)
+    if name == "lstm":
+        x = images(2, 5, 3)
+        params = nn.RNN(nn.OptimizedLSTMCell(4)).init(jax.random.key(0), x)
+        fn, args = _lstm, (x,)
+    elif name == "transformer":
+        shapes = dict.fromkeys("qkvo", (4, 4)) | {"up": (4, 8), "down": (8, 4)}
+        params = {k: np.float32(rng.normal(0, 0.5, s)) for k, s in shapes.items()}
+        args = images(2, 3, 4), np.array([[True, True, False], [True, False, False]])
+        fn = _transformer
+    else:
+        shapes = {"one": (3, 4, 3), "two": (4, 2, 2, 3), "turned": (3, 3, 4, 2)}
+        params = {k: np.float32(rng.normal(0, 0.5, s)) for k, s in shapes.items()}
+        fn, args = _pools, (images(2, 5, 5, 4),)
+    word = qjax.QSpec(4, narrow_range=True, axis="output")
+    scheme = qjax.Scheme(word, qjax.QSpec(8))
+    qmodel = qjax.quantize_model(fn, params, *args, scheme=scheme)
+    qstate = qjax.calibrate(qmodel, params, [args], progress=False)
+    return qjax.lower(qmodel, params, qstate, *args), args
+
+
+heavy = lambda name: pytest.param(name, marks=pytest.mark.heavy)
+NAMES = "network", "words", "pools", heavy("lstm"), heavy("transformer")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def made(request, tmp_path_factory):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        program, args = _made(request.param)
+        path = tmp_path_factory.mktemp(request.param) / "golden.qjax"
+        program.save(path, golden=args)
+    return program, path
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A small file with golden codes."""
+    path = tmp_path / "m.qjax"
+    fn = lambda params, x: x @ params["w"]
+    params, x = {"w": images(4, 3)}, images(5, 4)
+    qmodel = qjax.quantize_model(fn, params, x)
+    qstate = qjax.calibrate(qmodel, params, [x], progress=False)
+    qjax.lower(qmodel, params, qstate, x).save(path, golden=x)
+    return path
+
+
+def test_it_finds_what_qjax_finds(made, tmp_path, capsys):
+    """The golden codes, and the bits of each accumulator."""
+    program, path = made
+    assert check.main([str(path)]) == 0
+    out = capsys.readouterr().out
+    assert f"OK {path}" in out and "on golden inputs" in out
+    for k, v in enumerate(program.graph.outputs):
+        assert f"output  {k}: " in out, v
+    rows = [line.split() for line in out.splitlines() if line.startswith("  ")][1:]
+    found = sorted(tuple(map(int, row[-3:])) for row in rows)
+    wanted = sorted(
+        (int(o.low.min()), int(o.high.max()), o.bits)
+        for o in program.report().overflow
+        if o.low.size and _is_product(program, o)
+    )
+    if not any("turned" in name for name in program.params):
+        assert found == wanted
+    for own, other in zip(found, wanted, strict=True):  # Taps that never meet.
+        assert own[0] >= other[0] and own[1] <= other[1] and own[2] == other[2]
+    plain = tmp_path / "plain.qjax"
+    program.save(plain)
+    assert check.main([str(plain)]) == 0
+    assert "drawn at random" in capsys.readouterr().out
+
+
+def _is_product(program, bound):
+    graphs = dict(program.graph.walk())
+    nodes = graphs[bound.place].nodes
+    own = next(n.operation for n in nodes if bound.value in n.outputs)
+    return own in check.SUMS
+
+
+ALONE = """
+import runpy, sys
+sys.argv = ["check.py", sys.argv[1]]
+try:
+    runpy.run_path("check.py", run_name="__main__")
+except SystemExit as end:
+    assert not {"jax", "qjax", "safetensors"} & {m.split(".")[0] for m in sys.modules}
+    raise
+"""
+
+
+def test_it_computes_the_loop_of_version_3(capsys):
+    path = ROOT / "golden/programs/version3.qjax"
+    assert check.main([str(path)]) == 0
+    assert "18 golden codes, 0 differ" in capsys.readouterr().out
+
+
+def test_it_runs_alone(path, tmp_path):
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    shutil.copy(check.__file__, folder / "check.py")
+    for command in (["-I", "check.py"], ["-I", "-c", ALONE]):
+        own = [sys.executable, *command, str(path)]
+        run = subprocess.run(own, cwd=folder, capture_output=True, text=True)
+        assert (run.returncode, run.stderr) == (0, ""), run
+        assert run.stdout.endswith(f"OK {path}\n")
+    tree = ast.parse((folder / "check.py").read_text())
+    names = {
+        a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names
+    }
+    assert names - set(sys.stdlib_module_names) == {"numpy"}
+    assert not any(isinstance(n, ast.ImportFrom) for n in ast.walk(tree))
+
+
+def _rewritten(path, change):
+    """Writes a program anew with other fields and tensors, and right checksums."""
+    tensors = safetensors.numpy.load_file(path)
+    fields = files.read_manifest(tensors.pop("__manifest__"))
+    change(fields, tensors)
+    fields["sha256"] = {name: files.checksum(x) for name, x in tensors.items()}
+    tensors["__manifest__"] = manifest = files.write_manifest(fields)
+    header = {"format": "qjax.integer_program", "version": "3"}
+    header["sha256"] = files.checksum(manifest)
+    path.write_bytes(safetensors.numpy.save(tensors, header))
+
+
+def _node(fields, operation):
+    return next(n for n in fields["graph"]["nodes"] if n["operation"] == operation)
+
+
+CHANGES = {
+    "2 of 15 golden codes of output 0 differ": (
+        1,
+        lambda f, t: t["__golden__/outputs/0"].__setitem__((slice(2), 0), 1),
+    ),
+    "the operation 'until' is not here": (
+        2,
+        lambda f, t: _node(f, "dot").update(operation="until"),
+    ),
+    "the rounding 'tflite_single' is not here": (
+        2,
+        lambda f, t: _node(f, "requantize")["attributes"].update(rule="tflite_single"),
+    ),
+    "'w' reaches": (
+        1,
+        lambda f, t: f["graph"]["values"][_node(f, "dot")["output"]].update(low=-9),
+    ),
+    "input %0 is in": (1, lambda f, t: f["graph"]["values"][0].update(low=0)),
+    "is too large": (
+        2,
+        lambda f, t: f["graph"]["values"][0].update(shape=[1 << 40, 4]),
+    ),
+    "KeyError": (1, lambda f, t: f.pop("small")),
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_what_is_wrong_is_said(path, message, capsys):
+    code, change = CHANGES[message]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "_contents", None)  # The other reader takes no part.
+        _rewritten(path, change)
+    assert check.main([str(path)]) == code, capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert message in out and ("UNKNOWN " if code == 2 else "WRONG ") in out
+
+
+@pytest.mark.parametrize("name", ["w", "__small__", "__manifest__"])
+def test_an_altered_tensor_is_named(path, name, capsys):
+    data = bytearray(path.read_bytes())
+    size = int.from_bytes(data[:8], "little")
+    end = json.loads(data[8 : 8 + size])[name]["data_offsets"][1]
+    data[8 + size + end - 1] ^= 0xFF
+    path.write_bytes(data)
+    assert check.main([str(path)]) == 1
+    assert f"the tensor '{name}' was altered" in capsys.readouterr().out
+
+
+def test_what_it_cannot_read(tmp_path, capsys):
+    assert check.main([]) == check.main(["a", "b"]) == 2
+    assert check.main([str(tmp_path / "missing.qjax")]) == 2
+    assert "UNKNOWN" in capsys.readouterr().out
+    other = tmp_path / "other.qjax"
+    other.write_bytes(b"hello")
+    assert check.main([str(other)]) == 1
+
+
+def test_it_knows_most_operations():
+    """The others are named here, so that a new one is a choice."""
+    from qjax.graph.operations import OPERATIONS
+
+    assert check.OPERATIONS <= set(OPERATIONS)
+    missing = set(OPERATIONS) - check.OPERATIONS
+    assert missing == {
+        *("arithmetic", "gather", "scatter", "scatter_add", "scatter_max"),
+        *("scatter_min", "sort", "argsort", "log_softmax", "logsumexp", "divide"),
+        *("tflite_add", "tflite_average", "tflite_constant", "tflite_resize"),
+        *("tflite_softmax", "tflite_softmax16"),
+    }
+
+
+def test_a_program_that_computes_other_codes_is_found(path, capsys):
+    program = qjax.load(path)
+    inputs, outputs = files.load_golden(path)
+    moved = {**program.params, "w": np.roll(program.params["w"], 1, 0)}
+    other = dataclasses.replace(program, params=moved)
+    trees = program.input_tree, program.output_tree
+    files.save(path, other.graph, moved, *trees, (inputs, outputs))
+    assert check.main([str(path)]) == 1
+    assert "golden codes of output 0 differ" in capsys.readouterr().out
