@@ -121,7 +121,8 @@ def _table(emission: TfliteGraph, node: Node) -> None:
     table = emission.params[node.params["table"]].astype(np.int64)
     value = emission.value(x)
     for name, make, options in _FUNCTIONS:
-        whole = None if a["axis"] is not None else make(own, y)
+        is_one = a["axis"] is None and tables.has_fixed_grid(name.lower(), y)
+        whole = make(own, y) if is_one else None
         if whole is None:
             continue
         whole = whole[a["low"] - own.low :][: len(table)]
