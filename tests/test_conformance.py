@@ -8,11 +8,18 @@ import pytest
 from flax import linen as nn
 
 from qjax.conformance import RUNTIMES, Runtime, Session, conform
-from qjax.conformance.runtimes import _load_numpy
+from qjax.conformance.own import load_numpy
 from tests.models import images
 from tests.test_formats_c99 import Convolutions, lowered
 
-pytestmark = pytest.mark.usefixtures("flax_promotion")
+pytestmark = [
+    pytest.mark.usefixtures("flax_promotion"),
+    # Of protobuf's and NumPy's, in packages that runtimes import.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::PendingDeprecationWarning"),
+]
+# Other software, without codes promised, where it is installed.
+UNTESTED = ("openvino", "iree")
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +29,14 @@ def program():
 
 
 def test_every_runtime_here_has_the_codes_of_the_oracle(program):
-    found = conform(program, 3 * images(4, 5, seed=1))
-    assert found.is_exact
-    assert [row.runtime for row in found.rows] == list(RUNTIMES)
+    runtimes = [r for name, r in RUNTIMES.items() if name not in UNTESTED]
+    found = conform(program, 3 * images(4, 5, seed=1), runtimes)
+    assert [row.runtime for row in found.rows] == [r.name for r in runtimes]
     for row in found.rows:
         is_here = RUNTIMES[row.runtime].is_installed
         assert row.status == ("compared" if is_here else "not installed"), row
+        assert row.comparison.max_difference <= 1, row
+    assert found["onnx"].comparison.equal == found["c-gcc"].comparison.equal == 12
     assert found["xla"].comparison.codes == 12 and found["xla"].milliseconds > 0
     assert set(found["xla"].sites) == set(program.site_names)
 
@@ -36,7 +45,7 @@ def broken(change):
     """A runtime whose codes are changed."""
 
     def load(program, codes):
-        own = _load_numpy(program, codes)
+        own = load_numpy(program, codes)
         return Session(lambda codes: change(own.run(codes)), 7, None)
 
     return Runtime("broken", load)
@@ -47,7 +56,7 @@ def test_codes_that_differ_are_counted_and_placed(program):
         kernel = np.array(program.params["layers_2/kernel"])
         kernel[0] += 1
         params = {**program.params, "layers_2/kernel": kernel}
-        return _load_numpy(dataclasses.replace(program, params=params), codes)
+        return load_numpy(dataclasses.replace(program, params=params), codes)
 
     x = images(4, 5)
     row = conform(program, x, [Runtime("other", load)]).rows[0]
@@ -63,6 +72,20 @@ def test_codes_that_differ_are_counted_and_placed(program):
     assert "broken" in str(found) and "<td>8</td>" in found._repr_html_()
 
 
+def test_a_format_whose_codes_differ_is_asked_for_its_sites(program):
+    """A runtime that adds 1 to a kernel, and lets nothing but outputs out."""
+
+    def load(program, codes):
+        kernel = np.array(program.params["layers_2/kernel"])
+        kernel[0] += 1
+        params = {**program.params, "layers_2/kernel": kernel}
+        own = load_numpy(dataclasses.replace(program, params=params), codes)
+        return Session(own.run, own.nbytes)
+
+    row = conform(program, images(4, 5), [Runtime("other", load)]).rows[0]
+    assert row.first_site == "output:0" and row.sites["layers_0/output"].share == 1
+
+
 def test_what_is_absent_refused_or_fails_is_a_row(program):
     def refuse(program, codes):
         raise ValueError("no form for `dot` at 'a'\nmore")
@@ -71,8 +94,8 @@ def test_what_is_absent_refused_or_fails_is_a_row(program):
         raise RuntimeError("a crash")
 
     runtimes = [
-        Runtime("absent", _load_numpy, ("no_such_module",), "pip install it"),
-        Runtime("no command", _load_numpy, ("$no_such_command",), "it"),
+        Runtime("absent", load_numpy, ("no_such_module",), "pip install it"),
+        Runtime("no command", load_numpy, ("$no_such_command",), "it"),
         Runtime("refuses", refuse),
         Runtime("fails", fail),
         broken(lambda own: [own[0][:1]]),
@@ -94,5 +117,6 @@ def test_inputs_of_another_shape_are_refused(program):
 @pytest.mark.slow
 def test_convolutions_of_another_batch_size_agree():
     program = lowered(Convolutions(), images(2, 6, 6, 3))
-    found = conform(program, images(5, 6, 6, 3, seed=2))
+    runtimes = [RUNTIMES[name] for name in ("xla", "c-gcc", "onnx")]
+    found = conform(program, images(5, 6, 6, 3, seed=2), runtimes)
     assert found.is_exact and found["c-gcc"].status == "compared", found
