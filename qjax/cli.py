@@ -21,6 +21,7 @@ from qjax.formats.html import write_html
 from qjax.formats.qonnx import read_qonnx
 from qjax.formats.stablehlo import write_stablehlo
 from qjax.formats.tflite import read_tflite
+from qjax.graph.files import has_golden
 from qjax.graph.graph import Value
 from qjax.lowering import lower
 from qjax.program import IntegerProgram, load
@@ -101,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     with_json(
         command(
             _verify,
-            "check that a file is whole and certify its program",
+            "check that a file is whole, its golden codes too, and certify it",
             "verify model.qjax",
         )
     )
@@ -166,7 +167,8 @@ def _end(name: str, v: Value) -> tuple[Any, ...]:
 
 
 def _verify(options: Any) -> int:
-    report = _read(options.file).report()
+    program = _read(options.file)
+    report, differences = program.report(), _golden_differences(program, options.file)
     sites = report.agreement.values()
     proven = sum(own.is_proven for own in sites)
     bits = max((own.bits for own in report.overflow), default=0)
@@ -176,12 +178,26 @@ def _verify(options: Any) -> int:
         "accumulator_bits": bits,
         "sites": len(sites),
         "sites_proven": proven,
+        "golden_differences": differences,
     }
     if options.json:
         _print_json(found)
     else:
         print(text_table(("", ""), [*found.items()]))
-    return _GOOD if is_good else _DIFFERENT
+        if any(differences or ()):
+            print(f"{options.file!r} computes other codes than its golden ones.")
+    return _GOOD if is_good and not any(differences or ()) else _DIFFERENT
+
+
+def _golden_differences(program: IntegerProgram, path: str) -> list[int] | None:
+    """Counts by output the codes that differ from golden ones; None if none are there.
+
+    Raises:
+      ValueError: for golden codes of another program.
+    """
+    if pathlib.Path(path).suffix != ".qjax" or not has_golden(path):
+        return None
+    return [*program.golden_differences(path)]
 
 
 def _report(options: Any) -> int:

@@ -14,6 +14,7 @@ from flax import linen as nn
 import qjax
 from qjax import cli
 from qjax.conformance import Session
+from qjax.graph import files
 from tests.models import images
 from tests.test_formats_c99 import lowered
 from tests.tflite_cases import _network, write
@@ -68,6 +69,23 @@ def test_verify_and_report_say_what_the_report_says(folder, capsys):
     words = "report", folder / "net.qjax", "--html", page, "--inputs", folder / "x.npz"
     assert run(capsys, *words) == (0, "", "")
     assert "Codes of the given inputs" in page.read_text()
+
+
+def test_verify_compares_the_golden_codes_of_a_file(folder, capsys, tmp_path):
+    path, program = tmp_path / "golden.qjax", qjax.load(folder / "net.qjax")
+    code, out, _ = run(capsys, "verify", folder / "net.qjax", "--json")
+    assert code == 0 and json.loads(out)["golden_differences"] is None
+    program.save(path, golden=images(4, 5))
+    code, out, _ = run(capsys, "verify", path, "--json")
+    assert code == 0 and json.loads(out)["golden_differences"] == [0]
+    inputs, (codes,) = files.load_golden(path)
+    codes = np.where(np.arange(12).reshape(4, 3) < 2, codes - np.sign(codes), codes)
+    trees = program.input_tree, program.output_tree
+    files.save(path, program.graph, program.params, *trees, (inputs, [codes]))
+    code, out, _ = run(capsys, "verify", path)
+    assert code == 1 and "other codes than its golden ones" in out
+    code, out, _ = run(capsys, "verify", path, "--json")
+    assert code == 1 and sum(json.loads(out)["golden_differences"]) > 0
 
 
 @pytest.mark.parametrize("name", cli.WRITERS)
