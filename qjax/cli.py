@@ -206,10 +206,10 @@ def _report(options: Any) -> int:
     if options.html is not None:
         name = pathlib.Path(options.file).name
         write_html(program, options.html, title=name, inputs=inputs)
-        return _GOOD
     report = program.report()
     if not options.json:
-        print(report)
+        if options.html is None:
+            print(report)
         return _GOOD
     accumulators = [
         {
@@ -251,6 +251,8 @@ def _conform(options: Any) -> int:
                 f"`--runtimes` are some of {', '.join(RUNTIMES)}, got {unknown}."
             )
         chosen = [RUNTIMES[name] for name in names]
+    if options.count < 1:
+        raise ValueError(f"`--count` must be 1 or more, got {options.count}.")
     program = _read(options.file)
     if options.inputs is None:
         inputs = _random_inputs(program, options.count)
@@ -282,10 +284,21 @@ def _inputs(program: IntegerProgram, path: str) -> Any:
     """Reads the inputs of a program from a file of NumPy, in its order.
 
     Raises:
-      ValueError: for another number of arrays.
+      ValueError: for another file, another number of arrays, and other than numbers.
+      OSError: if it cannot be read.
     """
-    with np.load(path, allow_pickle=False) as file:
-        arrays = [file[name] for name in file.files]
+    try:
+        with open(path, "rb") as data, np.load(data, allow_pickle=False) as file:
+            arrays = [file[name] for name in file.files]
+    except OSError:
+        raise
+    except Exception as error:  # Of zipfile, of zlib, and what NumPy makes of others.
+        raise ValueError(
+            f"{path!r} must be a file that `np.savez` writes, of numbers: {error}"
+        ) from error
+    others = [str(x.dtype) for x in arrays if x.dtype.kind not in "biuf"]
+    if others:
+        raise ValueError(f"{path!r} must hold real numbers, got {', '.join(others)}.")
     count = len(program.input_names)
     if len(arrays) != count:
         raise ValueError(
