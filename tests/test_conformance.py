@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+import qjax
 from qjax.conformance import RUNTIMES, Runtime, Session, conform
 from qjax.conformance.own import load_numpy
+from qjax.formats.html import write_html
 from tests.models import images
 from tests.test_formats_c99 import Convolutions, lowered
 
@@ -115,3 +117,16 @@ def test_c_takes_the_batch_size_of_the_input_that_leaves_it_free():
     for few, status in ((y, "compared"), (y[:5], "refused")):
         found = conform(program, (x[:2], few), own)
         assert found.is_exact and found["c-gcc"].status == status, found
+
+
+def test_the_only_argument_may_be_a_tuple_and_stand_alone(tmp_path):
+    fn = lambda params, pair: pair[0] @ params["kernel"] + pair[1]
+    params, pair = {"kernel": images(4, 3)}, (images(2, 4), images(2, 3))
+    qmodel = qjax.quantize_model(fn, params, pair)
+    qstate = qjax.calibrate(qmodel, params, [(pair,)], progress=False)
+    program = qjax.lower(qmodel, params, qstate, pair)
+    for inputs in (pair, (pair,)):
+        assert conform(program, inputs, [RUNTIMES["xla"]]).is_exact
+        assert b"Codes of the given inputs" in write_html(program, inputs=inputs)
+        program.save(tmp_path / "pair.qjax", golden=inputs)
+        assert qjax.load(tmp_path / "pair.qjax", check=True).graph == program.graph
