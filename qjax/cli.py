@@ -22,6 +22,7 @@ from qjax.formats.onnx import write_onnx, write_onnx_qdq, write_onnx_qlinear
 from qjax.formats.qonnx import read_qonnx, write_qonnx, write_qonnx_quant
 from qjax.formats.stablehlo import write_stablehlo
 from qjax.formats.tflite import read_tflite, write_tflite
+from qjax.graph.files import has_golden
 from qjax.graph.graph import Value
 from qjax.lowering import lower
 from qjax.program import IntegerProgram, load
@@ -108,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     with_json(
         command(
             _verify,
-            "check that a file is whole and certify its program",
+            "check that a file is whole, its golden codes too, and certify it",
             "verify model.qjax",
         )
     )
@@ -173,7 +174,8 @@ def _end(name: str, v: Value) -> tuple[Any, ...]:
 
 
 def _verify(options: Any) -> int:
-    report = _read(options.file).report()
+    program = _read(options.file)
+    report, differences = program.report(), _golden_differences(program, options.file)
     sites = report.agreement.values()
     proven = sum(own.is_proven for own in sites)
     bits = max((own.bits for own in report.overflow), default=0)
@@ -183,12 +185,26 @@ def _verify(options: Any) -> int:
         "accumulator_bits": bits,
         "sites": len(sites),
         "sites_proven": proven,
+        "golden_differences": differences,
     }
     if options.json:
         _print_json(found)
     else:
         print(text_table(("", ""), [*found.items()]))
-    return _GOOD if is_good else _DIFFERENT
+        if any(differences or ()):
+            print(f"{options.file!r} computes other codes than its golden ones.")
+    return _GOOD if is_good and not any(differences or ()) else _DIFFERENT
+
+
+def _golden_differences(program: IntegerProgram, path: str) -> list[int] | None:
+    """Counts by output the codes that differ from golden ones; None if none are there.
+
+    Raises:
+      ValueError: for golden codes of another program.
+    """
+    if pathlib.Path(path).suffix != ".qjax" or not has_golden(path):
+        return None
+    return [*program.golden_differences(path)]
 
 
 def _report(options: Any) -> int:
@@ -197,10 +213,10 @@ def _report(options: Any) -> int:
     if options.html is not None:
         name = pathlib.Path(options.file).name
         write_html(program, options.html, title=name, inputs=inputs)
-        return _GOOD
     report = program.report()
     if not options.json:
-        print(report)
+        if options.html is None:
+            print(report)
         return _GOOD
     accumulators = [
         {
@@ -242,6 +258,8 @@ def _conform(options: Any) -> int:
                 f"`--runtimes` are some of {', '.join(RUNTIMES)}, got {unknown}."
             )
         chosen = [RUNTIMES[name] for name in names]
+    if options.count < 1:
+        raise ValueError(f"`--count` must be 1 or more, got {options.count}.")
     program = _read(options.file)
     if options.inputs is None:
         inputs = _random_inputs(program, options.count)
@@ -273,10 +291,21 @@ def _inputs(program: IntegerProgram, path: str) -> Any:
     """Reads the inputs of a program from a file of NumPy, in its order.
 
     Raises:
-      ValueError: for another number of arrays.
+      ValueError: for another file, another number of arrays, and other than numbers.
+      OSError: if it cannot be read.
     """
-    with np.load(path, allow_pickle=False) as file:
-        arrays = [file[name] for name in file.files]
+    try:
+        with open(path, "rb") as data, np.load(data, allow_pickle=False) as file:
+            arrays = [file[name] for name in file.files]
+    except OSError:
+        raise
+    except Exception as error:  # Of zipfile, of zlib, and what NumPy makes of others.
+        raise ValueError(
+            f"{path!r} must be a file that `np.savez` writes, of numbers: {error}"
+        ) from error
+    others = [str(x.dtype) for x in arrays if x.dtype.kind not in "biuf"]
+    if others:
+        raise ValueError(f"{path!r} must hold real numbers, got {', '.join(others)}.")
     count = len(program.input_names)
     if len(arrays) != count:
         raise ValueError(

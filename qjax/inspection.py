@@ -1,7 +1,7 @@
 """The contents of a quantized model: its grids, its config, and their reasons."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -122,7 +122,7 @@ def scales(qmodel: QuantizedModel, params: chex.ArrayTree, qstate: QState) -> Sc
         inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), qmodel.example)
         recorder = _GridRecorder(qmodel.choices, qstate)
         qmodel.simulation(params, inputs).run(recorder)
-        return recorder.grids
+        return recorder.found
 
     grids, table = run(params, qstate), Scales()
     for site in qmodel.sites:
@@ -152,12 +152,29 @@ def _span(values: np.ndarray, form: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _GridRecorder(Quantizer):
-    """A recorder of grids by site, with the ends of their codes."""
+class _SiteRecorder(Quantizer):
+    """A recorder of arrays by site, which are the same in all steps of a loop."""
 
-    grids: dict[str, tuple[QParams, tuple[jax.Array, ...]]] = dataclasses.field(
-        default_factory=dict
-    )
+    found: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def seen(self) -> Any:
+        """Returns what a step found."""
+        return self.found
+
+    def inside(self, state: Any, step: jax.Array | None) -> "_SiteRecorder":
+        """Returns a recorder of one step."""
+        return dataclasses.replace(self, found={})
+
+    def left(self, state: Any, seen: Any, starts: Mapping[str, jax.Array]) -> None:
+        """Keeps what the first step found; a loop of no steps has found nothing."""
+        if all(len(x) for x in jax.tree.leaves(seen)):
+            self.found.update(jax.tree.map(lambda x: x[0], seen))
+
+
+@dataclasses.dataclass(frozen=True)
+class _GridRecorder(_SiteRecorder):
+    """A recorder of grids by site, with the ends of their codes."""
 
     def activation(self, site: Site, x: jax.Array, unit: Pending) -> Visit:
         return self._keep(site, x, super().activation(site, x, unit))
@@ -169,7 +186,7 @@ class _GridRecorder(Quantizer):
         spec = self.choices[site].word
         if visit.grid is not None and spec is not None:
             arrays = () if isinstance(spec, QSpec) else self._learned(site, spec)
-            self.grids[site.name] = visit.grid, _extent(spec, x, *arrays)
+            self.found[site.name] = visit.grid, _extent(spec, x, *arrays)
         return visit
 
 
@@ -277,7 +294,7 @@ def integer_weights(
         inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), qmodel.example)
         recorder = _WeightRecorder(qmodel.choices, qstate)
         qmodel.simulation(params, inputs).run(recorder)
-        return recorder.weights
+        return recorder.found
 
     if qstate is not None:
         check_state(qmodel.choices, qstate)
@@ -315,13 +332,15 @@ def _extent(
 
 
 @dataclasses.dataclass(frozen=True)
-class _WeightRecorder(Quantizer):
+class _WeightRecorder(_SiteRecorder):
     """A recorder of weights, grids and extents, which leaves activations in float."""
-
-    weights: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def activation(self, site: Site, x: jax.Array, unit: Pending) -> Visit:
         return Visit(x if unit is None else x * unit.per(1.0))
+
+    def at(self, site: Site, x: jax.Array) -> Visit:
+        """Leaves a value as it is."""
+        return Visit(x)
 
     def weight(self, site: Site, x: jax.Array, biases: Biases = list) -> Visit:
         spec, visit, table = self.choices[site].word, super().weight(site, x), None
@@ -337,7 +356,7 @@ class _WeightRecorder(Quantizer):
         else:
             assert grid is not None
             codes = quantize(x, grid, spec)
-        self.weights[site.name] = codes, grid or (None, None), extent, table
+        self.found[site.name] = codes, grid or (None, None), extent, table
         return visit
 
 

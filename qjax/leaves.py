@@ -94,3 +94,14 @@ def difference(
     name, a, b = wrong
     form = lambda x: f"{x.dtype}[{','.join(map(str, x.shape))}]"
     return f"They differ at {name}: {form(a)} for {form(b)}."
+
+
+def arguments_of(inputs: Any, tree: Any) -> tuple[Any, ...]:
+    """Returns the arguments of a function, of which the only one may stand alone.
+
+    Args:
+      inputs: A tuple of the arguments, or the only one.
+      tree: Structure of the tuple.
+    """
+    is_alone = jax.tree.structure((inputs,)) == tree
+    return inputs if isinstance(inputs, tuple) and not is_alone else (inputs,)

@@ -18,7 +18,7 @@ from qjax.graph.certificate import Report, certify
 from qjax.graph.graph import Graph, Grid, Value
 from qjax.graph.packing import nbytes
 from qjax.graph.streaming import Streamed, streamed
-from qjax.leaves import at_start, difference, leaf_names
+from qjax.leaves import arguments_of, at_start, difference, leaf_names
 from qjax.tables import show_types
 
 
@@ -297,8 +297,7 @@ class IntegerProgram:
 
     def _golden_codes(self, inputs: Any) -> files.Golden:
         """Computes the codes of real inputs, and those of the outputs."""
-        is_all = jax.tree.structure(inputs) == self.input_tree
-        flat = self._flat(inputs if is_all else (inputs,))
+        flat = self._flat(arguments_of(inputs, self.input_tree))
         codes = self._run_quantize(flat)
         outputs = self.run_codes(self.params, *codes)
         return list(map(np.asarray, codes)), list(map(np.asarray, outputs))

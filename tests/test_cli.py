@@ -14,6 +14,7 @@ from flax import linen as nn
 import qjax
 from qjax import cli
 from qjax.conformance import Session
+from qjax.graph import files
 from tests.models import images
 from tests.test_formats_c99 import lowered
 from tests.tflite_cases import _network, write
@@ -68,6 +69,25 @@ def test_verify_and_report_say_what_the_report_says(folder, capsys):
     words = "report", folder / "net.qjax", "--html", page, "--inputs", folder / "x.npz"
     assert run(capsys, *words) == (0, "", "")
     assert "Codes of the given inputs" in page.read_text()
+    code, out, _ = run(capsys, *words, "--json")
+    assert code == 0 and json.loads(out) == found
+
+
+def test_verify_compares_the_golden_codes_of_a_file(folder, capsys, tmp_path):
+    path, program = tmp_path / "golden.qjax", qjax.load(folder / "net.qjax")
+    code, out, _ = run(capsys, "verify", folder / "net.qjax", "--json")
+    assert code == 0 and json.loads(out)["golden_differences"] is None
+    program.save(path, golden=images(4, 5))
+    code, out, _ = run(capsys, "verify", path, "--json")
+    assert code == 0 and json.loads(out)["golden_differences"] == [0]
+    inputs, (codes,) = files.load_golden(path)
+    codes = np.where(np.arange(12).reshape(4, 3) < 2, codes - np.sign(codes), codes)
+    trees = program.input_tree, program.output_tree
+    files.save(path, program.graph, program.params, *trees, (inputs, [codes]))
+    code, out, _ = run(capsys, "verify", path)
+    assert code == 1 and "other codes than its golden ones" in out
+    code, out, _ = run(capsys, "verify", path, "--json")
+    assert code == 1 and sum(json.loads(out)["golden_differences"]) > 0
 
 
 @pytest.mark.parametrize("name", cli.WRITERS)
@@ -109,6 +129,11 @@ def test_conform_ends_by_what_it_finds(folder, capsys, monkeypatch):
         (("conform", "net.qjax", "--runtimes", "xla,other"), "are some of"),
         (("conform", "net.qjax", "--inputs", "two.npz"), "must hold 1 arrays"),
         (("report", "net.qjax", "--inputs", "bad.npz", "--html", "b.html"), "shape"),
+        (("conform", "net.qjax", "--inputs", "zip.npz"), "`np.savez` writes"),
+        (("conform", "net.qjax", "--inputs", "empty.npz"), "`np.savez` writes"),
+        (("conform", "net.qjax", "--inputs", "one.npy"), "`np.savez` writes"),
+        (("conform", "net.qjax", "--inputs", "words.npz"), "real numbers, got <U1"),
+        (("conform", "net.qjax", "--count", "0"), "must be 1 or more"),
         (("inspect", "bad.qjax"), "truncated"),
         (("export", "net.qjax", "--to", "c99", "--output", "2x.c"), "a name of C"),
     ],
@@ -117,6 +142,10 @@ def test_what_does_not_do_is_one_sentence(folder, capsys, monkeypatch, words, sa
     monkeypatch.chdir(folder)
     np.savez(folder / "two.npz", np.zeros(1), np.zeros(1))
     np.savez(folder / "bad.npz", np.zeros((4, 6), np.float32))
+    np.savez(folder / "words.npz", np.full((4, 5), "a"))
+    np.save(folder / "one.npy", np.zeros((4, 5), np.float32))
+    (folder / "empty.npz").write_bytes(b"")
+    (folder / "zip.npz").write_bytes(b"PK\x03\x04 no archive")
     (folder / "bad.qjax").write_bytes(b"no program")
     before = sorted(folder.iterdir())
     code, out, err = run(capsys, *words)

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+import qjax
 from qjax.conformance import RUNTIMES, Runtime, Session, conform
 from qjax.conformance.own import load_numpy
+from qjax.formats.html import write_html
 from tests.models import images
 from tests.test_formats_c99 import Convolutions, lowered
 
@@ -120,3 +122,35 @@ def test_convolutions_of_another_batch_size_agree():
     runtimes = [RUNTIMES[name] for name in ("xla", "c-gcc", "onnx")]
     found = conform(program, images(5, 6, 6, 3, seed=2), runtimes)
     assert found.is_exact and found["c-gcc"].status == "compared", found
+
+
+def test_c_takes_the_batch_size_of_the_input_that_leaves_it_free():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, y):
+            return nn.Dense(4)(x) + y[:1]
+
+    class Pairs(nn.Module):
+        @nn.compact
+        def __call__(self, x, y):
+            return nn.Dense(4)(x) @ y.T
+
+    own, x, y = [RUNTIMES["c-gcc"]], images(3, 4), images(7, 4, seed=1)
+    assert conform(lowered(Net(), x, y), (x[:2], y), own).is_exact
+    program = lowered(Pairs(), x, y)
+    for few, status in ((y, "compared"), (y[:5], "refused")):
+        found = conform(program, (x[:2], few), own)
+        assert found.is_exact and found["c-gcc"].status == status, found
+
+
+def test_the_only_argument_may_be_a_tuple_and_stand_alone(tmp_path):
+    fn = lambda params, pair: pair[0] @ params["kernel"] + pair[1]
+    params, pair = {"kernel": images(4, 3)}, (images(2, 4), images(2, 3))
+    qmodel = qjax.quantize_model(fn, params, pair)
+    qstate = qjax.calibrate(qmodel, params, [(pair,)], progress=False)
+    program = qjax.lower(qmodel, params, qstate, pair)
+    for inputs in (pair, (pair,)):
+        assert conform(program, inputs, [RUNTIMES["xla"]]).is_exact
+        assert b"Codes of the given inputs" in write_html(program, inputs=inputs)
+        program.save(tmp_path / "pair.qjax", golden=inputs)
+        assert qjax.load(tmp_path / "pair.qjax", check=True).graph == program.graph

@@ -151,3 +151,33 @@ def test_objects_print_short_lines_and_tables(whole):
     shown = []
     jax.jit(lambda p: shown.append(str(qjax.scales(qmodel, p, qstate))))(PARAMS)
     assert len(shown[0].splitlines()) == 6
+
+
+def _recurrent(params, x):
+    """A recurrent cell, whose state a loop within each step moves on."""
+
+    def step(h, t):
+        s = t @ params["u"]
+        inner = lambda h, _: (jnp.tanh(h @ params["w"] + s), None)
+        h, _ = jax.lax.scan(inner, h, None, length=2)
+        return h, h
+
+    return jax.lax.scan(step, jnp.zeros((x.shape[1], 4)), x)[1]
+
+
+def test_sites_inside_of_loops_have_their_scales_and_integers():
+    params = {"u": PARAMS["a"]["kernel"], "w": PARAMS["b"]["kernel"] @ np.eye(3, 4)}
+    params["w"] = params["w"].astype(np.float32)
+    x = X.reshape(3, 2, 5)
+    qmodel = qjax.quantize_model(_recurrent, params, x)
+    qstate = qjax.calibrate(qmodel, params, [x], progress=False)
+    found = qjax.scales(qmodel, params, qstate)
+    program = qjax.lower(qmodel, params, qstate, x)
+    assert list(found) == [site.name for site in qmodel.sites]
+    assert all(row.scale.size in (1, 4) for row in found.values())
+    assert found["input:0"].scale == program.input_grids[0].scale
+    weights = qjax.integer_weights(qmodel, params)
+    assert sorted(weights) == ["u", "w"]
+    for name, row in weights.items():
+        np.testing.assert_array_equal(row.codes, program.params[name])
+        np.testing.assert_array_equal(row.scale, found[name].scale)

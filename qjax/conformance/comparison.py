@@ -14,6 +14,7 @@ from qjax.conformance.runtimes import RUNTIMES
 from qjax.conformance.session import Codes, Runtime, Session
 from qjax.formats.support import check_whole
 from qjax.graph import reference
+from qjax.leaves import arguments_of
 from qjax.lowering.verification import Comparison
 from qjax.program import IntegerProgram
 from qjax.tables import html_table, text_table
@@ -126,7 +127,7 @@ def conform(
       True
     """
     check_whole(program)
-    arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+    arguments = arguments_of(inputs, program.input_tree)
     codes = [*map(np.asarray, jax.tree.leaves(program.quantize_inputs(*arguments)))]
     params = {name: np.asarray(p) for name, p in program.params.items()}
     sites: dict[str, np.ndarray] = {}

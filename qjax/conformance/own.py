@@ -16,6 +16,7 @@ import numpy as np
 from qjax.backends.xla import run as xla
 from qjax.conformance.session import Codes, Loader, Session
 from qjax.formats.c99 import write_c99
+from qjax.formats.c99.writer import input_shapes
 from qjax.formats.stablehlo import write_stablehlo
 from qjax.graph import reference
 from qjax.graph.packing import nbytes
@@ -79,8 +80,7 @@ def load_c(compiler: str) -> Loader:
     """Returns the loader of the source of `write_c99` by a compiler."""
 
     def load(program: IntegerProgram, codes: Codes) -> Session:
-        sizes = {len(q) for q in codes if q.ndim} or {1}
-        batch_size = max(sizes)
+        batch_size = _batch_size(program, codes)
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder)
             write_c99(program, path, batch_size=batch_size)
@@ -107,6 +107,20 @@ def load_c(compiler: str) -> Loader:
         return Session(run, size)
 
     return load
+
+
+def _batch_size(program: IntegerProgram, codes: Codes) -> int:
+    """Returns the batch size at which C takes codes; raises ValueError for none."""
+    wanted = [q.shape for q in codes]
+    for size in dict.fromkeys(shape[0] for shape in wanted if shape):
+        if input_shapes(program.graph, size) == wanted:
+            return size
+    if not any(wanted):
+        return 1
+    raise ValueError(
+        f"C has one batch size, that of the first input which leaves it free, got "
+        f"inputs of shapes {wanted}. Lower the program for these."
+    )
 
 
 def _output_shapes(program: IntegerProgram, codes: Codes) -> list[tuple[int, ...]]:

@@ -157,6 +157,17 @@ def load_golden(path: str | os.PathLike[str]) -> Golden:
     return _loaded(path, _golden)
 
 
+def has_golden(path: str | os.PathLike[str]) -> bool:
+    """Returns whether a file written by `save` has golden codes.
+
+    Raises:
+      ValueError: if it is truncated, or no such file.
+      OSError: if it cannot be read.
+    """
+    _, arrays = _opened(path)
+    return any(name.startswith(GOLDEN) for name in arrays)
+
+
 def _loaded(path: str | os.PathLike[str], read: Callable[..., Any]) -> Any:
     """Reads something of the header and the tensors of a file, once it is checked."""
     header, arrays = _opened(path)

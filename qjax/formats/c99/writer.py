@@ -136,7 +136,7 @@ class _Function(NamedTuple):
 
 def _run(program: IntegerProgram, batch_size: int) -> _Function:
     params = _wide(program.params)
-    shapes = _input_shapes(program.graph, batch_size)
+    shapes = input_shapes(program.graph, batch_size)
     return _Function("run", make_scope(program.graph, params, shapes), params)
 
 
@@ -144,7 +144,7 @@ def _step(program: IntegerProgram, batch_size: int) -> _Function:
     graph = program.graph
     own = streamed(graph, program.params)
     codes, shapes = [], []
-    for v, shape in zip(graph.inputs, _input_shapes(graph, batch_size), strict=True):
+    for v, shape in zip(graph.inputs, input_shapes(graph, batch_size), strict=True):
         x = graph.values[v]
         codes.append(np.full(shape, min(max(x.zero_point, x.low), x.high), np.int64))
         axis = x.time_axis
@@ -161,8 +161,8 @@ def _wide(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {name: np.asarray(p).astype(np.int64) for name, p in params.items()}
 
 
-def _input_shapes(graph: Graph, batch_size: int) -> list[tuple[int, ...]]:
-    """Returns the shapes of the inputs at a batch size."""
+def input_shapes(graph: Graph, batch_size: int) -> list[tuple[int, ...]]:
+    """Returns the shapes of the inputs at a batch size, as `write_c99` takes it."""
     values = [graph.values[v] for v in graph.inputs]
 
     def is_free(x: Value) -> bool:

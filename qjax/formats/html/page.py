@@ -14,6 +14,7 @@ from qjax.graph import reference
 from qjax.graph.atomic import write_atomically
 from qjax.graph.graph import Value
 from qjax.graph.packing import nbytes, storage_bits
+from qjax.leaves import arguments_of
 from qjax.program import IntegerProgram
 from qjax.tables import Markup, Row, html_table
 
@@ -152,7 +153,7 @@ def _parameters(program: IntegerProgram) -> str:
 
 def _statistics(program: IntegerProgram, inputs: Any) -> str:
     """Returns the codes of inputs at each quantization point, as a table."""
-    arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+    arguments = arguments_of(inputs, program.input_tree)
     codes = [*map(np.asarray, jax.tree.leaves(program.quantize_inputs(*arguments)))]
     params = {name: np.asarray(p) for name, p in program.params.items()}
     found: dict[str, np.ndarray] = {}
