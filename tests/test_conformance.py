@@ -8,7 +8,7 @@ import pytest
 from flax import linen as nn
 
 from qjax.conformance import RUNTIMES, Runtime, Session, conform
-from qjax.conformance.runtimes import _load_numpy
+from qjax.conformance.own import load_numpy
 from tests.models import images
 from tests.test_formats_c99 import Convolutions, lowered
 
@@ -36,7 +36,7 @@ def broken(change):
     """A runtime whose codes are changed."""
 
     def load(program, codes):
-        own = _load_numpy(program, codes)
+        own = load_numpy(program, codes)
         return Session(lambda codes: change(own.run(codes)), 7, None)
 
     return Runtime("broken", load)
@@ -47,7 +47,7 @@ def test_codes_that_differ_are_counted_and_placed(program):
         kernel = np.array(program.params["layers_2/kernel"])
         kernel[0] += 1
         params = {**program.params, "layers_2/kernel": kernel}
-        return _load_numpy(dataclasses.replace(program, params=params), codes)
+        return load_numpy(dataclasses.replace(program, params=params), codes)
 
     x = images(4, 5)
     row = conform(program, x, [Runtime("other", load)]).rows[0]
@@ -71,8 +71,8 @@ def test_what_is_absent_refused_or_fails_is_a_row(program):
         raise RuntimeError("a crash")
 
     runtimes = [
-        Runtime("absent", _load_numpy, ("no_such_module",), "pip install it"),
-        Runtime("no command", _load_numpy, ("$no_such_command",), "it"),
+        Runtime("absent", load_numpy, ("no_such_module",), "pip install it"),
+        Runtime("no command", load_numpy, ("$no_such_command",), "it"),
         Runtime("refuses", refuse),
         Runtime("fails", fail),
         broken(lambda own: [own[0][:1]]),
