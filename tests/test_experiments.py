@@ -21,6 +21,7 @@ from experiments import (
     quickstart,
     recurrent,
 )
+from experiments.agreement import agreement as agreement_script
 from experiments.training import train as training_script
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -58,6 +59,19 @@ def test_the_quickstart_prints_that_powers_of_two_agree_everywhere(monkeypatch, 
     # All codes are equal, and the largest difference is 0.
     exact = [re.search(r"\D100\.0000\D+0\D", row) for row in rows]
     assert len(exact) == 2 and all(exact), out
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("residual", (False, True))
+def test_what_was_trained_is_what_litert_computes(residual, capsys):
+    pytest.importorskip("ai_edge_litert")
+    own = {"steps": 20, "qat_steps": 3, "images": 32, "residual": residual}
+    config = agreement_script.Config(data="digits", depths="1,4", **own)
+    rows = agreement_script.run(config)
+    assert [row.depth for row in rows] == [1, 4]
+    assert all(row.trained == 0 < row.codes for row in rows)
+    agreement_script.show(rows, 1.0)
+    assert "fake-quantized" in capsys.readouterr().out
 
 
 @pytest.mark.heavy

@@ -187,7 +187,9 @@ _MISSING = {
     "'x' must be int8, uint8, int16 with one scale, got int32": _set(
         *_TENSORS, 0, "Type", 2
     ),
-    "'kernel' of type int4": _set(*_TENSORS, 2, "Type", tflite.TensorType.INT4),
+    "'kernel' of type complex64": _set(
+        *_TENSORS, 2, "Type", tflite.TensorType.COMPLEX64
+    ),
 }
 
 

@@ -1,5 +1,7 @@
 """Written TFLite files in LiteRT and in tflite-micro: no code differs."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,7 +33,7 @@ def litert(data, codes, kind="BUILTIN_REF"):
 
 def micro(data, codes):
     """The outputs of a file in tflite-micro."""
-    runtime = pytest.importorskip("tflite_micro.runtime")
+    runtime = pytest.importorskip("tflite_micro").runtime
     run = runtime.Interpreter.from_bytes(data, arena_size=1 << 22)
     for k, q in enumerate(codes):
         run.set_input(q, k)
@@ -169,7 +171,7 @@ def four_bits():
     """Weights of 4 bits."""
     usual = presets.tflite_int8(same_scales=True)
     word = qjax.QSpec(bits=4, narrow_range=True, axis="output")
-    return usual.replace(weights=word)
+    return dataclasses.replace(usual, weights=word)
 
 
 SCHEMES = {

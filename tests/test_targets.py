@@ -8,6 +8,7 @@ from flax import linen as nn
 
 import qjax
 from qjax import integer_tflite, presets, targets
+from qjax.formats.tflite import write_tflite
 from qjax.graph.tflite_tables import exponential_table
 from qjax.integer import tflite_multiplier, traced_tflite_multiplier
 from tests.models import images
@@ -169,3 +170,26 @@ def test_words_of_16_bits_saturate_as_the_kernels_do():
     assert targets.tflite.ends(-(2**15) + 1, 2**15 - 1) == (-(2**15), 2**15 - 1)
     assert targets.half_even.ends(-(2**15) + 1, 2**15 - 1) == (-(2**15) + 1, 2**15 - 1)
     assert targets.tflite.ends(-127, 127) == (-127, 127)
+
+
+@pytest.mark.parametrize("function", [jax.nn.sigmoid, jnp.tanh])
+def test_functions_whose_grid_tflite_fixes_are_refused_on_others(function):
+    fn = lambda p, x: function(x @ p)
+    p, x = images(4, 3), images(2, 4)
+    for scheme in (qjax.Scheme(), presets.tflite_int8()):
+        qmodel = qjax.quantize_model(fn, p, x, scheme=scheme)
+        qstate = qjax.calibrate(qmodel, p, [x], progress=False)
+        lower = lambda q=qmodel, s=qstate: qjax.lower(q, p, s, x, target=targets.tflite)
+        if scheme == qjax.Scheme():
+            with pytest.raises(NotImplementedError, match=r"presets\.tflite_int8"):
+                lower()
+        else:  # The remedy.
+            assert write_tflite(lower())
+    point = lambda y, scale, zero=0: qjax.fake_quant(
+        y, qjax.QParams(jnp.float32(scale), jnp.int32(zero)), qjax.QSpec(8)
+    )
+    table = lambda scale, zero: qjax.lower(
+        lambda x: point(function(point(x, 1 / 16)), scale, zero), x
+    )
+    with pytest.raises(ValueError, match="none of TFLite's"):
+        write_tflite(table(1 / 100, 0))

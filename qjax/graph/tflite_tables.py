@@ -44,6 +44,30 @@ class Codes(NamedTuple):
         return self.high - self.low > 255
 
 
+# Function -> scale of its output in LiteRT's kernels, for 8 bits and for 16.
+FIXED_SCALES = {"logistic": (2.0**-8, 2.0**-15), "tanh": (2.0**-7, 2.0**-15)}
+
+
+def has_fixed_grid(name: str, y: Codes) -> bool:
+    """Returns whether an output has the grid that LiteRT's kernel of a function wants.
+
+    Args:
+      name: Function, as JAX names it.
+      y: Codes of the output.
+
+    Returns:
+      Whether the scale is that of `FIXED_SCALES` and zero has the code that puts the
+      values in range, as the kernel's ``Prepare`` checks it; True for other functions.
+
+    References:
+      LiteRT 2.3, kernels/activations.cc.
+    """
+    if name not in FIXED_SCALES:
+        return True
+    zero_point = 0 if y.is_wide else y.low if name == "logistic" else (y.low + 128)
+    return (float(y.scale), y.zero_point) == (FIXED_SCALES[name][y.is_wide], zero_point)
+
+
 def function_table(
     function: Callable[[np.ndarray], np.ndarray], x: Codes, y: Codes
 ) -> np.ndarray:

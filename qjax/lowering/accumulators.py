@@ -61,7 +61,7 @@ Late = Callable[[TargetGrid], jax.Array]
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """How an accumulator is made, and the target by which it is rescaled.
+    """The kind of an accumulator, and the target by which it is rescaled.
 
     Attributes:
       kind: What it is made of.

@@ -79,7 +79,7 @@ LOOP = "loop"  # Its code is that of the graph inside.
 
 
 @dataclasses.dataclass(frozen=True)
-class Emission:
+class CEmission:
     """Source, parameters and memory that all graphs of a program share.
 
     Attributes:

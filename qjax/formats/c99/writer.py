@@ -10,7 +10,7 @@ import numpy as np
 
 from qjax.formats.c99.arena import Lifetime, plan
 from qjax.formats.c99.calls import WRITER, CArray
-from qjax.formats.c99.emission import Emission
+from qjax.formats.c99.emission import CEmission
 from qjax.formats.c99.helpers import SOURCE
 from qjax.formats.c99.scopes import Scope, Slot, assign_slots, make_scope
 from qjax.formats.c99.text import Source, c_type, identifier, number
@@ -231,7 +231,7 @@ def _text(function: _Function, source: Source, memory: Memory) -> list[str]:
     states, inputs, outputs = function.arrays()
     source.lines = []
     places = lambda slot, ctype: memory.pointer(function.scope, slot, ctype)
-    emission = Emission(source, function.params, places)
+    emission = CEmission(source, function.params, places)
     emission.emit(function.scope, [*states, *inputs], states, outputs)
     text = "\n".join(source.lines)
     ends = [x.name for x in (*inputs, *outputs)] + ["state"] * bool(states)

@@ -41,7 +41,7 @@ def shifted_half_up(g: OnnxGraph, x: OnnxValue, shift: OnnxValue) -> OnnxValue:
     return g.two("Sub", found, g.two("Div", g.constant(1 << 62, "int64"), unit))
 
 
-class _Rows:
+class _SoftmaxRows:
     """Exponentials of the rows of a softmax, and what of them a mask keeps."""
 
     def __init__(self, call: OnnxCall) -> None:
@@ -82,7 +82,7 @@ def softmax(call: OnnxCall) -> OnnxValue:
     """Writes parts of sums, by one reciprocal of 32 bits a row."""
     if 0 in call.x.shape:
         return _empty(call)
-    g, rows = call.graph, _Rows(call)
+    g, rows = call.graph, _SoftmaxRows(call)
     total, length = rows.total, bit_length(g, rows.total, 47)
     rest = g.two("Max", g.two("Sub", length, 30), 0)
     one = powers(g, g.two("Sub", g.add(length, 31), rest))
@@ -138,7 +138,7 @@ def log_softmax(call: OnnxCall) -> OnnxValue:
     """Writes logarithms of parts of sums."""
     if 0 in call.x.shape:
         return _empty(call)
-    g, rows = call.graph, _Rows(call)
+    g, rows = call.graph, _SoftmaxRows(call)
     log = _logarithm(g, rows.total, int(call.params["table"][0]))
     own = g.two("Sub", rows.x, rows.top)
     if rows.keep is not None:  # What is kept alone is below the largest.
@@ -151,7 +151,7 @@ def logsumexp(call: OnnxCall) -> OnnxValue:
     """Writes logarithms of sums."""
     if 0 in call.x.shape:
         return _empty(call)
-    g, rows = call.graph, _Rows(call)
+    g, rows = call.graph, _SoftmaxRows(call)
     log = _logarithm(g, rows.total, int(call.params["table"][0]))
     top = g.sub(rows.top, call["input_zero_points"][0])
     found = _log_coded(call, top, log)

@@ -125,13 +125,12 @@ def gridded(g: OnnxGraph, x: OnnxValue, own: Value) -> OnnxValue:
     another without it rounds first then.
     """
     step, zero = float(scale_of(own).item()), own.zero_point
-    ends = own.low - zero, own.high - zero
-    wanted = (own.low, own.high) if zero % 2 == 0 else ends
-    if word(*wanted)[3] != wanted:
-        reals = [g.constant(end * step, "float32") for end in ends]
-        x = g.op("Clip", x, *reals, dtype="float32", shape=x.shape)
+    reals = ((end - zero) * step for end in (own.low, own.high))
     if zero % 2:
-        x = quant(g, x, step, 0, ends)
+        x = quant(g, x, step, 0, (own.low - zero, own.high - zero))
+    if word(own.low, own.high)[3] != (own.low, own.high):
+        ends = [g.constant(end, "float32") for end in reals]
+        x = g.op("Clip", x, *ends, dtype="float32", shape=x.shape)
     return quant(g, x, step, zero, (own.low, own.high))
 
 
@@ -264,8 +263,8 @@ _MOVES = (
 EMITTERS: Mapping[str, Callable[[QonnxCall], QonnxTensor]] = {
     **{name: _moved(emitters.EMITTERS[name]) for name in _MOVES},
     "add": add,
-    "argmax": emitters.arg_extreme,
-    "argmin": emitters.arg_extreme,
+    "argmax": emitters.EMITTERS["argmax"],
+    "argmin": emitters.EMITTERS["argmin"],
     "clip": clip,
     "constant": constant,
     "conv": emitters.conv,

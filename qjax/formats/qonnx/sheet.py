@@ -245,5 +245,5 @@ class QonnxCall:
 
     def check(self, most: int) -> None:
         """Raises ValueError for integers that float32 does not hold."""
-        if self.is_exact and most > MOST:
+        if self.is_exact and most >= MOST:
             raise self.refuse("integers of more than 24 bits, which float32 rounds")

@@ -8,7 +8,7 @@ import numpy as np
 
 from qjax.formats.support import unsupported
 from qjax.formats.tflite import tensors
-from qjax.formats.tflite.emission import WRITER, Emission, Pending, activation
+from qjax.formats.tflite.emission import WRITER, Pending, TfliteGraph, activation
 from qjax.formats.tflite.written_moves import MOVES, padded
 from qjax.graph import tflite_tables as tables
 from qjax.graph.graph import Node
@@ -16,7 +16,7 @@ from qjax.graph.graph import Node
 # Moves, of codes and of accumulators.
 
 
-def _move(emission: Emission, node: Node) -> None:
+def _move(emission: TfliteGraph, node: Node) -> None:
     """Writes a move; of an accumulator it comes after the rescaling."""
     before = emission.pending.get(node.inputs[0])
     if before is not None:
@@ -27,12 +27,12 @@ def _move(emission: Emission, node: Node) -> None:
     emission.places[node.output] = MOVES[node.operation](emission, node, t)
 
 
-def _pad(emission: Emission, node: Node) -> None:
+def _pad(emission: TfliteGraph, node: Node) -> None:
     t = emission.tensor(node.inputs[0], node)
     emission.places[node.output] = padded(emission, node, t)
 
 
-def _concatenate(emission: Emission, node: Node) -> None:
+def _concatenate(emission: TfliteGraph, node: Node) -> None:
     given = [emission.tensor(v, node) for v in node.inputs]
     out = emission.add_value(node.output, node.path)
     axis = node.attributes["axis"]
@@ -43,7 +43,7 @@ def _concatenate(emission: Emission, node: Node) -> None:
 # Choices.
 
 
-def _of_two(emission: Emission, node: Node) -> None:
+def _of_two(emission: TfliteGraph, node: Node) -> None:
     given = [emission.tensor(v, node) for v in node.inputs]
     grids = {emission.tensors[t].scale + emission.tensors[t].zero_point for t in given}
     if len(grids) > 1:
@@ -52,7 +52,7 @@ def _of_two(emission: Emission, node: Node) -> None:
     emission.add(node.operation.upper(), given, out)
 
 
-def _arg_extreme(emission: Emission, node: Node) -> None:
+def _arg_extreme(emission: TfliteGraph, node: Node) -> None:
     t = emission.tensor(node.inputs[0], node)
     name = {"argmax": "ARG_MAX", "argmin": "ARG_MIN"}[node.operation]
     out = emission.add_value(node.output, node.path)
@@ -60,7 +60,7 @@ def _arg_extreme(emission: Emission, node: Node) -> None:
     emission.add(name, (t, axis), out, output_type="INT32")
 
 
-def _clip(emission: Emission, node: Node) -> None:
+def _clip(emission: TfliteGraph, node: Node) -> None:
     x, a = node.inputs[0], node.attributes
     t, value = emission.tensor(x, node), emission.value(x)
     same = emission.value(node.output).grid == value.grid
@@ -82,7 +82,7 @@ def _clip(emission: Emission, node: Node) -> None:
 # Numbers and lookups.
 
 
-def _constant(emission: Emission, node: Node) -> None:
+def _constant(emission: TfliteGraph, node: Node) -> None:
     value = emission.value(node.output)
     data = emission.params[node.params["value"]]
     data = np.broadcast_to(data, value.shape).astype(value.dtype)
@@ -94,7 +94,7 @@ def _constant(emission: Emission, node: Node) -> None:
     )
 
 
-def _embed(emission: Emission, node: Node) -> None:
+def _embed(emission: TfliteGraph, node: Node) -> None:
     """Writes GATHER of a table by an input."""
     name = node.params["kernel"]
     table, grid = emission.params[name], emission.graph.grids.get(name)
@@ -113,7 +113,7 @@ def _embed(emission: Emission, node: Node) -> None:
     emission.places[node.output] = emission.add("GATHER", (t, ids), out, axis=0)
 
 
-def _table(emission: Emission, node: Node) -> None:
+def _table(emission: TfliteGraph, node: Node) -> None:
     """Writes the operator whose table a lookup is, if there is one."""
     x, a = node.inputs[0], node.attributes
     t, own = emission.tensor(x, node), emission.codes(x, node)
@@ -121,7 +121,8 @@ def _table(emission: Emission, node: Node) -> None:
     table = emission.params[node.params["table"]].astype(np.int64)
     value = emission.value(x)
     for name, make, options in _FUNCTIONS:
-        whole = None if a["axis"] is not None else make(own, y)
+        is_one = a["axis"] is None and tables.has_fixed_grid(name.lower(), y)
+        whole = make(own, y) if is_one else None
         if whole is None:
             continue
         whole = whole[a["low"] - own.low :][: len(table)]
@@ -178,7 +179,7 @@ _FUNCTIONS: tuple[tuple[str, Callable[..., Any], Mapping[str, Any]], ...] = (
 # Composites.
 
 
-def _softmax(emission: Emission, node: Node) -> None:
+def _softmax(emission: TfliteGraph, node: Node) -> None:
     x = node.inputs[0]
     t, own = emission.tensor(x, node), emission.codes(x, node)
     table = emission.params[node.params["exponentials"]]
@@ -206,7 +207,7 @@ def _betas(table: np.ndarray, x: tables.Codes, is_wide: bool) -> list[float]:
     return found
 
 
-def _resize(emission: Emission, node: Node) -> None:
+def _resize(emission: TfliteGraph, node: Node) -> None:
     x = node.inputs[0]
     t, shape = emission.tensor(x, node), emission.value(x).shape
     wanted = [emission.params[node.params[k]] for k in ("rows", "columns")]
@@ -226,7 +227,7 @@ def _resize(emission: Emission, node: Node) -> None:
 
 
 # Operation -> what writes it.
-CHOSEN: Mapping[str, Callable[[Emission, Node], None]] = {
+CHOSEN: Mapping[str, Callable[[TfliteGraph, Node], None]] = {
     **dict.fromkeys(MOVES, _move),
     "argmax": _arg_extreme,
     "argmin": _arg_extreme,

@@ -34,7 +34,7 @@ class Pending:
     moves: tuple[Node, ...] = ()
 
 
-class Emission:
+class TfliteGraph:
     """The TFLite graph as written so far.
 
     Args:
@@ -46,7 +46,7 @@ class Emission:
       operators: Operators, in order.
       places: Value of the graph -> its tensor.
       pending: Value of the graph that no tensor holds -> how it is computed.
-      kernels: Tensors that hold weights.
+      kernels: Tensors that hold weights, of operators that take them with 4 bits.
     """
 
     def __init__(self, graph: Graph, params: Mapping[str, np.ndarray]) -> None:

@@ -272,6 +272,8 @@ def _tensor(schema: Any, t: Mapping[str, Any], buffers: Sequence[np.ndarray]) ->
     dtype = _names(schema.TensorType)[t["type"]].lower()
     raw = buffers[t["buffer"]]
     data = _constant(raw, name, shape, dtype) if raw.size else None
+    if dtype == "int4" and data is not None:
+        dtype = "int8"
     if "sparsity" in t:
         raise NotImplementedError(f"The tensor {name!r} is sparse, which has no rule.")
     grid = _grid(t.get("quantization", {}), name, shape, dtype, data is not None)
@@ -281,6 +283,8 @@ def _tensor(schema: Any, t: Mapping[str, Any], buffers: Sequence[np.ndarray]) ->
 def _constant(
     raw: np.ndarray, name: str, shape: tuple[int, ...], dtype: str
 ) -> np.ndarray:
+    if dtype == "int4":
+        return _of_halves(raw, name, shape)
     if dtype not in _TYPES:
         raise NotImplementedError(
             f"The constant {name!r} of type {dtype} has no rule. Known are "
@@ -293,6 +297,18 @@ def _constant(
             f"got {raw.size}."
         )
     return raw.view(np.dtype(dtype).newbyteorder("<")).astype(dtype).reshape(shape)
+
+
+def _of_halves(raw: np.ndarray, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns constants of 4 bits, two in a byte and the first one low, as int8."""
+    count = math.prod(shape)
+    if raw.size != -(-count // 2):
+        raise ValueError(
+            f"must have {-(-count // 2)} bytes for {name!r} of shape {shape} and type "
+            f"int4, got {raw.size}."
+        )
+    pairs = np.stack([raw & 15, raw >> 4], -1).reshape(-1)[:count].astype(np.int8)
+    return ((pairs ^ 8) - 8).reshape(shape)
 
 
 def _grid(

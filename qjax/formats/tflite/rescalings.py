@@ -16,8 +16,8 @@ from qjax.formats.support import unsupported
 from qjax.formats.tflite.emission import (
     REMEDY,
     WRITER,
-    Emission,
     Pending,
+    TfliteGraph,
     activation,
 )
 from qjax.formats.tflite.written_moves import MOVES, pool_options
@@ -43,7 +43,7 @@ _CHOICES = ("max", "max_pool", "min")  # Moves that keep some of their integers.
 
 
 def check_pair(
-    emission: Emission, node: Node, found: Pair, rule: str, own: Pair | None = None
+    emission: TfliteGraph, node: Node, found: Pair, rule: str, own: Pair | None = None
 ) -> None:
     """Raises ValueError unless a kernel gives the codes of a requantizer.
 
@@ -59,7 +59,7 @@ def check_pair(
 
 
 def is_same(
-    emission: Emission, node: Node, found: Pair, rule: str, own: Pair | None = None
+    emission: TfliteGraph, node: Node, found: Pair, rule: str, own: Pair | None = None
 ) -> bool:
     """Returns whether a kernel gives the codes of a requantizer; see `check_pair`."""
     if own is None:
@@ -90,7 +90,7 @@ def is_same(
 
 
 def finish(
-    emission: Emission,
+    emission: TfliteGraph,
     node: Node,
     name: str,
     inputs: Sequence[int],
@@ -126,7 +126,7 @@ def finish(
     emission.place(node.output, t, node.path)
 
 
-def of_codes(emission: Emission, node: Node) -> None:
+def of_codes(emission: TfliteGraph, node: Node) -> None:
     """Writes a step from grid to grid: QUANTIZE, or a RELU whose ratio is float32."""
     x = node.inputs[0]
     t, own = emission.tensor(x, node), emission.codes(x, node)
@@ -149,7 +149,7 @@ def of_codes(emission: Emission, node: Node) -> None:
 
 
 def weights(
-    emission: Emission,
+    emission: TfliteGraph,
     node: Node,
     pending: Pending,
     kernel: np.ndarray,
@@ -205,7 +205,7 @@ def weights(
 
 
 def by_channel(
-    emission: Emission, node: Node, pending: Pending, count: int
+    emission: TfliteGraph, node: Node, pending: Pending, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns multiplier and shift of each channel of a product, int64.
 
@@ -237,7 +237,7 @@ def by_channel(
     return found[0], found[1]
 
 
-def _channels(emission: Emission, pending: Pending, count: int) -> np.ndarray:
+def _channels(emission: TfliteGraph, pending: Pending, count: int) -> np.ndarray:
     """Returns the channel of each place of an accumulator where it is rescaled."""
     made = pending.node
     shape, a = emission.value(made.output).shape, made.attributes
@@ -259,7 +259,7 @@ def _channels(emission: Emission, pending: Pending, count: int) -> np.ndarray:
 
 
 def _weight_scale(
-    emission: Emission, node: Node, kind: Kind, pair: Pair, x: Codes, y: Codes
+    emission: TfliteGraph, node: Node, kind: Kind, pair: Pair, x: Codes, y: Codes
 ) -> np.ndarray:
     """Finds the scales of weights from which a kernel computes a multiplier.
 
@@ -302,7 +302,7 @@ def _near(x: np.ndarray) -> list[np.ndarray]:
     return [np.abs(n).astype(np.float32) for n in found]
 
 
-def after(emission: Emission, pending: Pending) -> Callable[[int], int]:
+def after(emission: TfliteGraph, pending: Pending) -> Callable[[int], int]:
     """Returns how the codes of an accumulator move before a requantizer's value."""
 
     def moved(t: int) -> int:
@@ -316,7 +316,7 @@ def after(emission: Emission, pending: Pending) -> Callable[[int], int]:
 # Other accumulators.
 
 
-def of_two(emission: Emission, node: Node, pending: Pending) -> None:
+def of_two(emission: TfliteGraph, node: Node, pending: Pending) -> None:
     """Writes MUL or BATCH_MATMUL."""
     made = pending.node
     given = [emission.tensor(v, made) for v in made.inputs]
@@ -340,7 +340,7 @@ def of_two(emission: Emission, node: Node, pending: Pending) -> None:
     finish(emission, node, "BATCH_MATMUL", flat, (*batch, rows, columns), **own)
 
 
-def _as_matrices(emission: Emission, made: Node, side: int, t: int) -> int:
+def _as_matrices(emission: TfliteGraph, made: Node, side: int, t: int) -> int:
     """Returns an operand with axes of the batch, what is free and what is summed."""
     a, shape = made.attributes, emission.tensors[t].shape
     batch, summed = a["batch"][side], a["contract"][side]
@@ -350,7 +350,7 @@ def _as_matrices(emission: Emission, made: Node, side: int, t: int) -> int:
     return emission.reshaped(t, [*(shape[d] for d in batch), *sizes])
 
 
-def total(emission: Emission, node: Node, pending: Pending) -> None:
+def total(emission: TfliteGraph, node: Node, pending: Pending) -> None:
     """Writes MEAN or SUM."""
     made = pending.node
     x = made.inputs[0]
@@ -372,7 +372,7 @@ def total(emission: Emission, node: Node, pending: Pending) -> None:
     raise unsupported(WRITER, node, REMEDY)
 
 
-def add(emission: Emission, node: Node) -> None:
+def add(emission: TfliteGraph, node: Node) -> None:
     """Writes ADD or SUB of TFLite's own sums."""
     a = node.attributes
     given = [emission.tensor(v, node) for v in node.inputs]
@@ -395,7 +395,7 @@ def add(emission: Emission, node: Node) -> None:
     finish(emission, node, name, given, shape, pot_scale_int16=False)
 
 
-def add_once(emission: Emission, node: Node) -> None:
+def add_once(emission: TfliteGraph, node: Node) -> None:
     """Writes a sum that rounds once, if TFLite's gives the same code of all pairs."""
     a = node.attributes
     codes = [emission.codes(v, node) for v in node.inputs]
@@ -424,7 +424,7 @@ def add_once(emission: Emission, node: Node) -> None:
     add(emission, dataclasses.replace(node, attributes=own))
 
 
-def average(emission: Emission, node: Node) -> None:
+def average(emission: TfliteGraph, node: Node) -> None:
     """Writes AVERAGE_POOL_2D."""
     pending = emission.pending.get(node.inputs[0])
     if pending is None or pending.node.operation != "sum_pool" or pending.moves:

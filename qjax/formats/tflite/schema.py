@@ -52,6 +52,7 @@ _ENUMERATIONS = {
     "out_data_type": "TensorType",
     "output_type": "TensorType",
     "padding": "Padding",
+    "quantized_bias_type": "TensorType",
 }
 
 

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 from qjax.formats.support import unsupported
-from qjax.formats.tflite.emission import WRITER, Emission, Pending
+from qjax.formats.tflite.emission import WRITER, Pending, TfliteGraph
 from qjax.formats.tflite.rescalings import after, finish, weights
 from qjax.formats.tflite.written_moves import padding
 from qjax.graph.graph import Node
+from qjax.graph.tflite_tables import Codes
 
 
-def conv(emission: Emission, node: Node, pending: Pending) -> None:
+def conv(emission: TfliteGraph, node: Node, pending: Pending) -> None:
     """Writes CONV_2D, DEPTHWISE_CONV_2D or TRANSPOSE_CONV."""
     made = pending.node
     a, x = made.attributes, made.inputs[0]
@@ -69,13 +70,21 @@ def conv(emission: Emission, node: Node, pending: Pending) -> None:
     name, axis = "CONV_2D", 0
     if is_depthwise:
         name, axis = "DEPTHWISE_CONV_2D", 3
+        if own.is_wide:
+            raise unsupported(WRITER, made, "a depthwise convolution of 16 bits")
         options["depth_multiplier"] = kernel.shape[0] // channels
         kernel = kernel.transpose(3, 1, 2, 0)
     w, b = weights(emission, node, pending, kernel, bias, own, axis)
+    options |= {} if is_depthwise else _of_bias(own)
     finish(emission, node, name, (t, w, b), whole, moves=moves, **options)
 
 
-def _bias(emission: Emission, made: Node, total: np.ndarray, x: Any) -> np.ndarray:
+def _of_bias(x: Codes) -> dict[str, Any]:
+    """Returns the option by which a kernel of 16 bits takes a bias of 32."""
+    return {"quantized_bias_type": "INT32"} if x.is_wide else {}
+
+
+def _bias(emission: TfliteGraph, made: Node, total: np.ndarray, x: Any) -> np.ndarray:
     """Returns the bias of a product, less what the zero point of its input adds."""
     folded = emission.params[made.params["bias"]].astype(np.int64)
     if folded.size not in (1, total.size):
@@ -84,7 +93,7 @@ def _bias(emission: Emission, made: Node, total: np.ndarray, x: Any) -> np.ndarr
     return folded.reshape(-1) + (x.zero_point - offset) * total
 
 
-def _padded(emission: Emission, made: Node, t: int, pads: Sequence[Any]) -> int:
+def _padded(emission: TfliteGraph, made: Node, t: int, pads: Sequence[Any]) -> int:
     """Pads rows and columns with the code of zero, by an operator before."""
     if min(n for pair in pads for n in pair) < 0:
         raise unsupported(WRITER, made, f"padding {pads}, which crops")
@@ -96,7 +105,7 @@ def _padded(emission: Emission, made: Node, t: int, pads: Sequence[Any]) -> int:
 
 
 def _transposed(
-    emission: Emission,
+    emission: TfliteGraph,
     node: Node,
     pending: Pending,
     t: int,
@@ -124,13 +133,15 @@ def _transposed(
     x = emission.codes(made.inputs[0], made)
     flipped = kernel[:, ::-1, ::-1]
     w, b = weights(emission, node, pending, flipped, bias, x, 0)
+    emission.kernels.remove(w)  # The kernel takes no weights of 4 bits.
     sizes = emission.constant(list(shape))
     options: Any = {"padding": kind, "stride_h": spread[0], "stride_w": spread[1]}
+    options |= _of_bias(x)
     given = (sizes, w, t, b)
     finish(emission, node, "TRANSPOSE_CONV", given, shape, moves=moves, **options)
 
 
-def dense(emission: Emission, node: Node, pending: Pending) -> None:
+def dense(emission: TfliteGraph, node: Node, pending: Pending) -> None:
     """Writes FULLY_CONNECTED."""
     made = pending.node
     a, x = made.attributes, made.inputs[0]
@@ -163,4 +174,5 @@ def dense(emission: Emission, node: Node, pending: Pending) -> None:
 
     whole = [*(rows or [1]), len(flat)]
     options: Any = {"keep_num_dims": len(whole) != 2, "weights_format": 0}
+    options |= _of_bias(own)
     finish(emission, node, "FULLY_CONNECTED", (t, w, b), whole, moves=moves, **options)

@@ -8,7 +8,7 @@ import numpy as np
 
 from qjax.formats.support import check_operations, check_whole, unsupported
 from qjax.formats.tflite import chosen, rescalings, weighted
-from qjax.formats.tflite.emission import REMEDY, WRITER, Emission, Pending
+from qjax.formats.tflite.emission import REMEDY, WRITER, Pending, TfliteGraph
 from qjax.formats.tflite.schema import serialized
 from qjax.graph.atomic import write_atomically
 from qjax.graph.graph import Graph, Node
@@ -63,9 +63,9 @@ def write_tflite(
     return data
 
 
-def _emitted(graph: Graph, params: Mapping[str, np.ndarray]) -> Emission:
+def _emitted(graph: Graph, params: Mapping[str, np.ndarray]) -> TfliteGraph:
     """Returns the TFLite graph of a program, its ends as codes."""
-    emission = Emission(graph, params)
+    emission = TfliteGraph(graph, params)
     for number, v in enumerate(graph.inputs):
         emission.add_value(v, f"input_{number}")
     for node in graph.nodes:
@@ -73,7 +73,7 @@ def _emitted(graph: Graph, params: Mapping[str, np.ndarray]) -> Emission:
     return emission
 
 
-def _requantize(emission: Emission, node: Node) -> None:
+def _requantize(emission: TfliteGraph, node: Node) -> None:
     pending = emission.pending.get(node.inputs[0])
     if pending is None:
         rescalings.of_codes(emission, node)
@@ -84,12 +84,12 @@ def _requantize(emission: Emission, node: Node) -> None:
     _PENDING[kind](emission, node, pending)
 
 
-def _wait(emission: Emission, node: Node) -> None:
+def _wait(emission: TfliteGraph, node: Node) -> None:
     """Keeps an accumulator for what rescales it."""
     emission.pending[node.output] = Pending(node)
 
 
-_PENDING: Mapping[str, Callable[[Emission, Node, Pending], None]] = {
+_PENDING: Mapping[str, Callable[[TfliteGraph, Node, Pending], None]] = {
     "conv": weighted.conv,
     "dot": weighted.dense,
     "dot_codes": rescalings.of_two,
@@ -97,7 +97,7 @@ _PENDING: Mapping[str, Callable[[Emission, Node, Pending], None]] = {
     "sum": rescalings.total,
 }
 # Operation -> what writes it.
-EMITTERS: Mapping[str, Callable[[Emission, Node], None]] = {
+EMITTERS: Mapping[str, Callable[[TfliteGraph, Node], None]] = {
     **dict.fromkeys((*_PENDING, "sum_pool"), _wait),
     **chosen.CHOSEN,
     "add": rescalings.add_once,
@@ -108,7 +108,7 @@ EMITTERS: Mapping[str, Callable[[Emission, Node], None]] = {
 
 
 def _ends(
-    emission: Emission, graph: Graph, real_ends: bool
+    emission: TfliteGraph, graph: Graph, real_ends: bool
 ) -> tuple[list[int], list[int]]:
     """Returns the tensors of inputs and outputs, each output one of its own."""
     inputs = [emission.places[v] for v in graph.inputs]
@@ -127,7 +127,7 @@ def _ends(
     return before, [_real_output(emission, t) for t in outputs]
 
 
-def _copied(emission: Emission, t: int) -> int:
+def _copied(emission: TfliteGraph, t: int) -> int:
     own = emission.tensors[t]
     out = emission.add_like(t, own.shape, "output")
     sizes = emission.constant(list(own.shape))
@@ -135,7 +135,7 @@ def _copied(emission: Emission, t: int) -> int:
     return emission.add("RESHAPE", (t, sizes), out, new_shape=new)
 
 
-def _real_input(emission: Emission, graph: Graph, v: int) -> int:
+def _real_input(emission: TfliteGraph, graph: Graph, v: int) -> int:
     """Adds QUANTIZE before an input of codes."""
     t, value = emission.places[v], graph.values[v]
     if not emission.tensors[t].scale:
@@ -152,7 +152,7 @@ def _real_input(emission: Emission, graph: Graph, v: int) -> int:
     return real
 
 
-def _real_output(emission: Emission, t: int) -> int:
+def _real_output(emission: TfliteGraph, t: int) -> int:
     """Adds DEQUANTIZE after an output of codes."""
     own = emission.tensors[t]
     if not own.scale:
@@ -161,6 +161,6 @@ def _real_output(emission: Emission, t: int) -> int:
     return emission.add("DEQUANTIZE", (t,), out)
 
 
-def _is_short(emission: Emission, k: int) -> bool:
+def _is_short(emission: TfliteGraph, k: int) -> bool:
     data: Any = emission.tensors[k].data
     return bool(data.size and -8 <= data.min() and data.max() <= 7)

@@ -5,24 +5,24 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qjax.formats.support import unsupported
-from qjax.formats.tflite.emission import WRITER, Emission
+from qjax.formats.tflite.emission import WRITER, TfliteGraph
 from qjax.graph.graph import Node
 
 
-def _reshape(emission: Emission, node: Node, t: int) -> int:
+def _reshape(emission: TfliteGraph, node: Node, t: int) -> int:
     return emission.reshaped(t, emission.value(node.output).shape, node.path)
 
 
-def _transpose(emission: Emission, node: Node, t: int) -> int:
+def _transpose(emission: TfliteGraph, node: Node, t: int) -> int:
     return emission.transposed(t, node.attributes["permutation"], node.path)
 
 
-def _slice(emission: Emission, node: Node, t: int) -> int:
+def _slice(emission: TfliteGraph, node: Node, t: int) -> int:
     a, shape = node.attributes, emission.tensors[t].shape
     return _strided(emission, node, t, a["start"], a["stop"], a["steps"], shape)
 
 
-def _rev(emission: Emission, node: Node, t: int) -> int:
+def _rev(emission: TfliteGraph, node: Node, t: int) -> int:
     shape = emission.tensors[t].shape
     steps = [-1 if d in node.attributes["axes"] else 1 for d in range(len(shape))]
     none = [None] * len(shape)
@@ -30,7 +30,7 @@ def _rev(emission: Emission, node: Node, t: int) -> int:
 
 
 def _strided(
-    emission: Emission,
+    emission: TfliteGraph,
     node: Node,
     t: int,
     start: Any,
@@ -51,7 +51,7 @@ def _strided(
     return emission.add("STRIDED_SLICE", given, out, **options, **zeros)
 
 
-def padded(emission: Emission, node: Node, t: int) -> int:
+def padded(emission: TfliteGraph, node: Node, t: int) -> int:
     """Pads codes with a code that the node names."""
     a, shape = node.attributes, emission.value(node.output).shape
     widths = [list(p[:2]) for p in a["padding"]]
@@ -67,7 +67,7 @@ def padded(emission: Emission, node: Node, t: int) -> int:
     return emission.add("PADV2", given, out)
 
 
-def _broadcast(emission: Emission, node: Node, t: int) -> int:
+def _broadcast(emission: TfliteGraph, node: Node, t: int) -> int:
     """Repeats codes along axes of size 1."""
     a, shape = node.attributes, emission.value(node.output).shape
     own = emission.tensors[t].shape
@@ -82,7 +82,7 @@ def _broadcast(emission: Emission, node: Node, t: int) -> int:
     return emission.add("TILE", (t, emission.constant(times)), out)
 
 
-def _take(emission: Emission, node: Node, t: int) -> int:
+def _take(emission: TfliteGraph, node: Node, t: int) -> int:
     """Gathers by known places within each example."""
     places = emission.params[node.params["places"]]
     shape = emission.tensors[t].shape
@@ -95,21 +95,21 @@ def _take(emission: Emission, node: Node, t: int) -> int:
     return emission.add("GATHER", (flat, emission.constant(places)), out, axis=1)
 
 
-def _over_axes(emission: Emission, node: Node, t: int) -> int:
+def _over_axes(emission: TfliteGraph, node: Node, t: int) -> int:
     axes = emission.constant(node.attributes["axes"])
     out = emission.add_like(t, emission.value(node.output).shape, node.path)
     name = f"REDUCE_{node.operation.upper()}"
     return emission.add(name, (t, axes), out, keep_dims=False)
 
 
-def _max_pool(emission: Emission, node: Node, t: int) -> int:
+def _max_pool(emission: TfliteGraph, node: Node, t: int) -> int:
     options = pool_options(emission, node)
     options["fused_activation_function"] = "NONE"
     out = emission.add_like(t, emission.value(node.output).shape, node.path)
     return emission.add("MAX_POOL_2D", (t,), out, **options)
 
 
-def pool_options(emission: Emission, node: Node) -> dict[str, Any]:
+def pool_options(emission: TfliteGraph, node: Node) -> dict[str, Any]:
     """Returns the options of a pool; raises unless it is over rows and columns."""
     a, shape = node.attributes, emission.value(node.inputs[0]).shape
     ones = all(n == 1 for name in ("base_dilation", "dilation") for n in a[name])
@@ -156,7 +156,7 @@ def padding(
 
 
 # Operation -> what writes it: from the tensor of its input to that of its output.
-MOVES: Mapping[str, Callable[[Emission, Node, int], int]] = {
+MOVES: Mapping[str, Callable[[TfliteGraph, Node, int], int]] = {
     "broadcast": _broadcast,
     "max": _over_axes,
     "max_pool": _max_pool,

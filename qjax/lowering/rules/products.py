@@ -368,6 +368,7 @@ def multiply(
         folded = bias - ((x.zero_point - offset) * codes << shift)
         _check_overflow(e, folded, folded, w, x, _INT32.max)
         grids = _grids(w, np.asarray(np.float64(w.scale) * x.scale), shift, folded)
+        grids = scale_grid(w.scale, codes.shape), grids[1]  # Codes are compact.
         params = _add_params(builder, w.site or "scale", codes, folded, grids)
         attributes = {"offset": offset, "shift": shift}
         return _accumulated(builder, "multiply", x.value, attributes, params, where(e))

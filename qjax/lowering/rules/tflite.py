@@ -10,9 +10,11 @@ import numpy as np
 from qjax.graph.graph import Graph, Node
 from qjax.graph.operations.record import window_taps
 from qjax.graph.tflite_tables import (
+    FIXED_SCALES,
     Codes,
     exponential_table,
     function_table,
+    has_fixed_grid,
     sigmoid,
     wide_function_table,
     wide_sigmoid_table,
@@ -286,12 +288,17 @@ def tabled(builder: Builder, x: Curve, target: SiteGrid) -> Integers:
         np.float32(source.scale), source.zero_point, int(info.min), int(info.max)
     )
     made = Codes(np.float32(target.scale), target.zero_point, target.qmin, target.qmax)
-    if not given.is_wide:
-        table = function_table(function, given, made)
-    elif own[0] != "exp" and made[:2] != (np.float32(2.0**-15), 0):
-        raise refuse(target.site, f"has the scale {made.scale}, and TFLite has 2^-15")
-    else:
-        table = wide(given, made)
+    if not has_fixed_grid(own[0], made):
+        unit = FIXED_SCALES[own[0]][made.is_wide]
+        raise refuse(
+            target.site,
+            f"has the scale {made.scale} and the zero point {made.zero_point}, and "
+            f"TFLite's {own[0]} has the scale {unit}",
+            "Use `presets.tflite_int8` or `presets.tflite_int16x8`",
+        )
+    table = (
+        wide(given, made) if given.is_wide else function_table(function, given, made)
+    )
     table = table[source.low - given.low : source.high - given.low + 1]
     name = builder.add_param(f"{target.site}/table", table.astype(target.dtype))
     attributes = {"low": source.low, "axis": None}
