@@ -18,9 +18,10 @@ from qjax.conformance import RUNTIMES, conform
 from qjax.ends import real_input
 from qjax.formats.c99 import write_c99
 from qjax.formats.html import write_html
-from qjax.formats.qonnx import read_qonnx
+from qjax.formats.onnx import write_onnx, write_onnx_qdq, write_onnx_qlinear
+from qjax.formats.qonnx import read_qonnx, write_qonnx, write_qonnx_quant
 from qjax.formats.stablehlo import write_stablehlo
-from qjax.formats.tflite import read_tflite
+from qjax.formats.tflite import read_tflite, write_tflite
 from qjax.graph.graph import Value
 from qjax.lowering import lower
 from qjax.program import IntegerProgram, load
@@ -48,8 +49,14 @@ WRITERS: Mapping[str, Callable[[IntegerProgram, str], Any]] = {
         program, pathlib.Path(path).parent, name=pathlib.Path(path).stem
     ),
     "html": write_html,
+    "onnx": write_onnx,
+    "onnx-qdq": write_onnx_qdq,
+    "onnx-qlinear": write_onnx_qlinear,
     "qjax": lambda program, path: program.save(path),
+    "qonnx": write_qonnx,
+    "qonnx-quant": write_qonnx_quant,
     "stablehlo": write_stablehlo,
+    "tflite": write_tflite,
 }
 
 

@@ -22,7 +22,7 @@ RequantizeRule = Literal[
     "half_even", "fp32_half_even", "tflite_double", "tflite_single"
 ]
 
-_MOST_SHIFT = 62
+MOST_SHIFT = 62
 _INT32_MAX = np.iinfo(np.int32).max
 _INT32_MIN = np.iinfo(np.int32).min
 
@@ -47,7 +47,7 @@ def fixed_point(ratio: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
       >>> fixed_point(0.25)
       (array(1073741824, dtype=int32), array(32, dtype=int32))
     """
-    ratio = _reals("ratio", ratio)
+    ratio = float64_of("ratio", ratio)
     if not np.all(np.isfinite(ratio)) or np.any(np.abs(ratio) >= 2.0**31):
         raise ValueError(
             f"A ratio of scales must be finite and below 2^31, got {ratio}. Check the "
@@ -59,7 +59,7 @@ def fixed_point(ratio: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     return multiplier, shift
 
 
-def _reals(name: str, x: Any) -> np.ndarray:
+def float64_of(name: str, x: Any) -> np.ndarray:
     """Returns known real numbers as float64; raises TypeError for anything else."""
     if isinstance(x, jax.core.Tracer):
         raise TypeError(f"`{name}` must be known, got {x}: compute it outside of jit.")
@@ -103,7 +103,7 @@ def common_fixed_point(ratios: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
       TypeError: as `fixed_point`.
       ValueError: as `fixed_point`, for the largest; if there are none.
     """
-    ratios = _reals("ratios", ratios)
+    ratios = float64_of("ratios", ratios)
     if not ratios.size:
         raise ValueError("`ratios` must hold at least one ratio, got none.")
     fixed_point(np.max(np.abs(ratios)))  # Raises what it raises.
@@ -152,7 +152,7 @@ def _fixed_point(ratio: Any, xp: Any) -> tuple[Any, Any]:
     carried = xp.abs(multiplier) == 1 << 31
     multiplier = xp.where(carried, multiplier // 2, multiplier)
     shift = 31 - xp.where(carried, exponent + 1, exponent)
-    vanishes = (shift > _MOST_SHIFT) | (multiplier == 0)
+    vanishes = (shift > MOST_SHIFT) | (multiplier == 0)
     multiplier = xp.where(vanishes, 0, multiplier).astype(xp.int32)
     return multiplier, xp.where(vanishes, 0, shift).astype(xp.int32)
 
@@ -190,64 +190,6 @@ def _common_fixed_point(ratios: Any, xp: Any) -> tuple[Any, Any]:
     # Carried to 2^31 by rounding: one bit less.
     shift = xp.where(xp.max(xp.abs(scaled(shift))) > _INT32_MAX, shift - 1, shift)
     return scaled(shift).astype(xp.int32), shift.astype(xp.int32)
-
-
-def tflite_multiplier(ratio: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Writes real factors as TFLite does, for the two TFLite rules of `requantize`.
-
-    Args:
-      ratio: float64, any shape, not negative, finite.
-
-    Returns:
-      ``(multiplier, shift)``, int32, which stand for ``multiplier * 2^-shift``:
-      ``2^30 <= multiplier < 2^31``, halves rounded up. A ratio below 2^-32 becomes
-      ``(0, 31)``. TFLite's own shift is ``31 - shift``.
-
-    Raises:
-      TypeError: as `fixed_point`.
-      ValueError: if a ratio is negative, not finite, or 2^31 and more.
-
-    Example:
-      >>> tflite_multiplier(0.75)
-      (array(1610612736, dtype=int32), array(31, dtype=int32))
-
-    References:
-      TensorFlow Lite, `QuantizeMultiplier`, lite/kernels/internal/quantization_util.cc.
-    """
-    ratio = _reals("ratio", ratio)
-    if not np.all((ratio >= 0) & (ratio < 2.0**31)):
-        raise ValueError(
-            f"A ratio of scales must be in [0, 2^31), got {ratio}. Check the scales: "
-            "one is negative, zero, NaN, or much finer than the other."
-        )
-    multiplier, shift = _tflite_multiplier(ratio, np)
-    if np.any(shift < 0):
-        raise ValueError(f"A ratio of scales must be below 2^31, got {ratio}.")
-    return multiplier, shift
-
-
-def traced_tflite_multiplier(ratio: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Computes `tflite_multiplier` of a traced ratio, where 64 bits are enabled.
-
-    Args:
-      ratio: float64, any shape. What `tflite_multiplier` refuses is undefined.
-
-    Returns:
-      ``(multiplier, shift)``, int32, bit for bit those of `tflite_multiplier`.
-    """
-    return _tflite_multiplier(ratio, jnp)
-
-
-def _tflite_multiplier(ratio: Any, xp: Any) -> tuple[Any, Any]:
-    """Computes the formula of `tflite_multiplier` in NumPy or JAX."""
-    mantissa, exponent = binary_parts(ratio, xp)
-    multiplier = xp.floor(mantissa * 2.0**31 + 0.5).astype(xp.int64)
-    carried = multiplier == 1 << 31
-    multiplier = xp.where(carried, 1 << 30, multiplier)
-    shift = 31 - (exponent + carried)
-    vanishes = (shift > _MOST_SHIFT) | (multiplier == 0)
-    multiplier = xp.where(vanishes, 0, multiplier).astype(xp.int32)
-    return multiplier, xp.where(vanishes, 31, shift).astype(xp.int32)
 
 
 def shift_round(value: jax.Array, shift: jax.Array) -> jax.Array:
@@ -410,7 +352,7 @@ def _check_requantizer(
     for acc, multiplier in terms:
         _integer("acc", acc)
         _check_within("multiplier", multiplier, _INT32_MIN, _INT32_MAX)
-    _check_within("shift", shift, 0, _MOST_SHIFT)
+    _check_within("shift", shift, 0, MOST_SHIFT)
     for name, value in (("zero_point", zero_point), ("qmin", qmin), ("qmax", qmax)):
         _check_within(name, value, _INT32_MIN, _INT32_MAX)
     if _is_known(qmin) and _is_known(qmax):
@@ -501,7 +443,7 @@ def align_products(
     ]
     # The finer side in units of the other: its whole part, and whether there is more.
     finer = 0 if exponents[0] < exponents[1] else 1
-    bits = jnp.int64(min(abs(exponents[0] - exponents[1]), _MOST_SHIFT))
+    bits = jnp.int64(min(abs(exponents[0] - exponents[1]), MOST_SHIFT))
     whole = pair[finer] >> bits
     more = (pair[finer] != whole << bits).astype(jnp.int64)
     pair[finer], pair[1 - finer] = 2 * whole + more, 2 * pair[1 - finer]

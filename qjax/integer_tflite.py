@@ -14,12 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
-from qjax.integer import (
-    requantize,
-    tflite_multiplier,
-    traced_tflite_multiplier,
-)
+from qjax.integer import MOST_SHIFT, binary_parts, float64_of, requantize
 
 # What an accumulator is made of. conv and dot: codes times weights. dot_codes and
 # multiply_codes: codes times codes. sum and sum_pool: sums of codes. codes: codes
@@ -30,6 +27,64 @@ Kind = Literal[
 
 _INT32 = np.iinfo(np.int32)
 _NARROW_LEFT, _WIDE_LEFT = 20, 15  # Bits before the point of a sum.
+
+
+def tflite_multiplier(ratio: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Writes real factors as TFLite does, for the two TFLite rules of `requantize`.
+
+    Args:
+      ratio: float64, any shape, not negative, finite.
+
+    Returns:
+      ``(multiplier, shift)``, int32, which stand for ``multiplier * 2^-shift``:
+      ``2^30 <= multiplier < 2^31``, halves rounded up. A ratio below 2^-32 becomes
+      ``(0, 31)``. TFLite's own shift is ``31 - shift``.
+
+    Raises:
+      TypeError: as `fixed_point`.
+      ValueError: if a ratio is negative, not finite, or 2^31 and more.
+
+    Example:
+      >>> tflite_multiplier(0.75)
+      (array(1610612736, dtype=int32), array(31, dtype=int32))
+
+    References:
+      TensorFlow Lite, `QuantizeMultiplier`, lite/kernels/internal/quantization_util.cc.
+    """
+    ratio = float64_of("ratio", ratio)
+    if not np.all((ratio >= 0) & (ratio < 2.0**31)):
+        raise ValueError(
+            f"A ratio of scales must be in [0, 2^31), got {ratio}. Check the scales: "
+            "one is negative, zero, NaN, or much finer than the other."
+        )
+    multiplier, shift = _tflite_multiplier(ratio, np)
+    if np.any(shift < 0):
+        raise ValueError(f"A ratio of scales must be below 2^31, got {ratio}.")
+    return multiplier, shift
+
+
+def traced_tflite_multiplier(ratio: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Computes `tflite_multiplier` of a traced ratio, where 64 bits are enabled.
+
+    Args:
+      ratio: float64, any shape. What `tflite_multiplier` refuses is undefined.
+
+    Returns:
+      ``(multiplier, shift)``, int32, bit for bit those of `tflite_multiplier`.
+    """
+    return _tflite_multiplier(ratio, jnp)
+
+
+def _tflite_multiplier(ratio: Any, xp: Any) -> tuple[Any, Any]:
+    """Computes the formula of `tflite_multiplier` in NumPy or JAX."""
+    mantissa, exponent = binary_parts(ratio, xp)
+    multiplier = xp.floor(mantissa * 2.0**31 + 0.5).astype(xp.int64)
+    carried = multiplier == 1 << 31
+    multiplier = xp.where(carried, 1 << 30, multiplier)
+    shift = 31 - (exponent + carried)
+    vanishes = (shift > MOST_SHIFT) | (multiplier == 0)
+    multiplier = xp.where(vanishes, 0, multiplier).astype(xp.int32)
+    return multiplier, xp.where(vanishes, 31, shift).astype(xp.int32)
 
 
 def left_shift(is_wide: bool) -> int:

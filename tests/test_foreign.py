@@ -13,7 +13,8 @@ from absl.testing import parameterized
 import qjax
 from qjax.formats.tflite.build import Operator, Tensor, build_tflite
 from qjax.graph.operations.shifts import rescale
-from qjax.integer import fixed_point, requantize, requantize_sum, tflite_multiplier
+from qjax.integer import fixed_point, requantize, requantize_sum
+from qjax.integer_tflite import tflite_multiplier
 from tests.foreign import (
     INT32,
     ROUNDINGS,

@@ -14,10 +14,10 @@ from qjax.integer import (
     fixed_point,
     requantize,
     requantize_sum,
-    tflite_multiplier,
     traced_common_fixed_point,
     traced_fixed_point,
 )
+from qjax.integer_tflite import tflite_multiplier
 from tests.integer_cases import INT32, Fraction
 
 

@@ -10,7 +10,7 @@ import qjax
 from qjax import integer_tflite, presets, targets
 from qjax.formats.tflite import write_tflite
 from qjax.graph.tflite_tables import exponential_table
-from qjax.integer import tflite_multiplier, traced_tflite_multiplier
+from qjax.integer_tflite import tflite_multiplier, traced_tflite_multiplier
 from tests.models import images
 
 pytestmark = pytest.mark.usefixtures("flax_promotion")

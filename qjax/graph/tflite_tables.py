@@ -21,7 +21,7 @@ from qjax.graph.operations.shifts import (
     rescale,
     truncated,
 )
-from qjax.integer import tflite_multiplier
+from qjax.integer_tflite import tflite_multiplier
 
 _INT32 = np.iinfo(np.int32)
 

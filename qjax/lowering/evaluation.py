@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from qjax.lowering.compilation import compiled_once
 from qjax.lowering.interpret import UNKNOWN
@@ -372,3 +373,13 @@ def run_steps(
         args = [jnp.broadcast_to(arg, shape) for arg in args]
         found.update(zip(e.outputs, evaluate(e, *args), strict=True))
     return found
+
+
+def evaluated_codes(e: Equation, *values: Any) -> jax.Array:
+    """Applies an equation to codes in place of real values."""
+    scatter = {"scatter-max": lax.scatter_max, "scatter-min": lax.scatter_min}
+    if e.primitive.name not in scatter:
+        return evaluate(e, *values)[0]
+    names = "dimension_numbers", "mode", "indices_are_sorted", "unique_indices"
+    options: Any = {name: e.params[name] for name in names}
+    return scatter[e.primitive.name](*values, **options)

@@ -29,7 +29,8 @@ from qjax.lowering.accumulators import (
     padded,
     whole_steps,
 )
-from qjax.lowering.forward_errors import no_arithmetic, own_quantizer
+from qjax.lowering.evaluation import evaluated_codes
+from qjax.lowering.forward_errors import no_arithmetic, own_bias, own_quantizer
 from qjax.lowering.forward_targets import FUNCTIONS, ForwardTargets
 from qjax.lowering.precision import find_half
 from qjax.lowering.rules.products import (
@@ -241,8 +242,7 @@ class IntegerForward(ForwardTargets):
         if self._grids[data[0]].scale.ndim:
             return
         rank = len(self._model.shape(e.outputs[0]))
-        weight = self._grids[e.inputs[operand]].scale
-        scale = output_scale(e, operand, weight, rank)
+        scale = output_scale(e, operand, self._grids[e.inputs[operand]].scale, rank)
         if scale is not None:
             acc = self._weighted(e, operand, rank)
             scales = (scale, self._grids[data[0]].scale)
@@ -347,7 +347,7 @@ class IntegerForward(ForwardTargets):
 
             def joined(target: TargetGrid) -> jax.Array:
                 codes = {k: late(target) for k, late in lates.items() if late}
-                return _evaluated(e, *{**values, **codes}.values())
+                return evaluated_codes(e, *{**values, **codes}.values())
 
             self._late[e.outputs[0]] = joined
 
@@ -459,11 +459,7 @@ class IntegerForward(ForwardTargets):
         steps = found.value
         if bias is not None:
             if (own := self._own_bias(block)) is not None and own.word is None:
-                raise ValueError(
-                    f"The bias of {block.name!r} has a quantizer of its own, whose "
-                    "accumulator may be finer: `apply_integer` does not compute it. "
-                    "Use `apply`, or leave the bias to the grid of its accumulator."
-                )
+                raise own_bias(block.name)
             bias, finer = self._rounded_bias(block, bias, scale), self._finer(block)
             if finer:
                 unit = jnp.float32(2.0**-finer)
@@ -497,19 +493,8 @@ class IntegerForward(ForwardTargets):
 
     def _codes(self, v: int) -> jax.Array:
         """Returns codes in the type of their word."""
-        codes = self._steps(v) + self._grids[v].zero_point
-        return codes.astype(self._words[v])
+        return (self._steps(v) + self._grids[v].zero_point).astype(self._words[v])
 
 
-def _evaluated(e: Equation, *values: Any) -> jax.Array:
-    """Applies an equation to codes in place of real values."""
-    scatter = {"scatter-max": lax.scatter_max, "scatter-min": lax.scatter_min}
-    if e.primitive.name not in scatter:
-        return evaluate(e, *values)[0]
-    names = "dimension_numbers", "mode", "indices_are_sorted", "unique_indices"
-    options: Any = {name: e.params[name] for name in names}
-    return scatter[e.primitive.name](*values, **options)
-
-
-_JOINED = dict.fromkeys(("scatter", "scatter-max", "scatter-min"), (0, 2))
-_JOINED |= {"dynamic_update_slice": (0, 1)}
+_JOINED = {"dynamic_update_slice": (0, 1), "scatter": (0, 2)}
+_JOINED |= {"scatter-max": (0, 2), "scatter-min": (0, 2)}

@@ -70,3 +70,12 @@ def own_quantizer(e: Equation) -> ValueError:
         "`apply`, which `lower` takes as it is; or take the quantizer out of the model "
         "and name its word in the scheme: `Rule(site, word)`."
     )
+
+
+def own_bias(name: str) -> ValueError:
+    """Returns the error for a block whose bias has a quantizer of its own."""
+    return ValueError(
+        f"The bias of {name!r} has a quantizer of its own, whose accumulator may be "
+        "finer: `apply_integer` does not compute it. Use `apply`, or leave the bias to "
+        "the grid of its accumulator."
+    )

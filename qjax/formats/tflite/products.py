@@ -10,7 +10,8 @@ from qjax.formats.tflite.tensors import Call, TfliteRule
 from qjax.graph import tflite_tables as tables
 from qjax.graph.operations.products import channel_ends, product_ends
 from qjax.graph.tflite_tables import Codes
-from qjax.integer import RequantizeRule, fixed_point, tflite_multiplier
+from qjax.integer import RequantizeRule, fixed_point
+from qjax.integer_tflite import tflite_multiplier
 
 _INT32 = np.iinfo(np.int32)
 

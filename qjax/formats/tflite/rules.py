@@ -19,7 +19,7 @@ from qjax.formats.tflite.products import (
 from qjax.formats.tflite.tensors import Call, TfliteRule, bounds
 from qjax.graph import tflite_tables as tables
 from qjax.graph.tflite_tables import Codes
-from qjax.integer import tflite_multiplier
+from qjax.integer_tflite import tflite_multiplier
 
 # From grid to grid.
 
