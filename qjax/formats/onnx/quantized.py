@@ -305,9 +305,10 @@ def write_onnx_qdq(
     int4 by their codes, int2 outside of convolutions, int8 up to 7 bits and uint8 about
     128 beyond: products of uint8 with more of int8 saturate on chips without VNNI.
     Biases are int32. float32 sums round: one requantization may differ by a code near a
-    tie. ONNX Runtime 1.32 has no products of int4 and int2 with codes: it converts such
-    weights. Kernels with scales of blocks have none here: graphs have a product for
-    each block.
+    tie. Fused sums add the zero point before they round: about an odd one all ties go
+    the other way. ONNX Runtime 1.32 has no products of int4 and int2 with codes: it
+    converts such weights. Kernels with scales of blocks have none here: graphs have a
+    product for each block.
 
     Args:
       program: The program.
