@@ -12,7 +12,11 @@ from qjax.conformance.own import load_numpy
 from tests.models import images
 from tests.test_formats_c99 import Convolutions, lowered
 
-pytestmark = pytest.mark.usefixtures("flax_promotion")
+pytestmark = [
+    pytest.mark.usefixtures("flax_promotion"),
+    # OpenVINO counts processors in another process.
+    pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning"),
+]
 
 
 @pytest.fixture(scope="module")
