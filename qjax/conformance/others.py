@@ -1,7 +1,7 @@
 """Loaders of runtimes that read the files of other formats."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -43,9 +43,19 @@ def load_onnx_runtime(write: Writer, *, is_real: bool = False) -> Loader:
 
 
 def load_openvino(program: IntegerProgram, codes: Codes) -> Session:
-    """Loads the file of `write_onnx_qdq` into OpenVINO."""
-    data = write_onnx_qdq(program)
-    openvino = importlib.import_module("openvino")
+    """Loads the file of `write_onnx_qdq` into OpenVINO.
+
+    Raises:
+      ValueError: for integers that need int64, which its CPU computes as int32.
+    """
+    data = write_onnx_qdq(program, opset=21)  # It has no int2.
+    openvino, onnx = map(importlib.import_module, ("openvino", "onnx"))
+    wide = {"BitShift", "Mod"} & set(_kinds(onnx.load_model_from_string(data).graph))
+    if wide:
+        raise ValueError(
+            f"OpenVINO's CPU computes int64 as int32, and the file of `write_onnx_qdq` "
+            f"has {', '.join(sorted(wide))} of int64. ONNX Runtime computes it."
+        )
     core = openvino.Core()
     model = core.compile_model(core.read_model(data), "CPU")
 
@@ -54,6 +64,15 @@ def load_openvino(program: IntegerProgram, codes: Codes) -> Session:
         return [found[end] for end in model.outputs]
 
     return Session(_on_codes(program, run), len(data))
+
+
+def _kinds(graph: Any) -> Iterator[str]:
+    """Yields the operators of an ONNX graph and of those inside of it."""
+    for node in graph.node:
+        yield node.op_type
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _kinds(attribute.g)
 
 
 def _on_codes(

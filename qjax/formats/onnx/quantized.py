@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from qjax.formats.onnx.calls import OnnxCall
+from qjax.formats.onnx.elementwise import compared
 from qjax.formats.onnx.files import end_names, model, notes_of, onnx_module
 from qjax.formats.onnx.graph import OnnxGraph, OnnxOp, OnnxValue
 from qjax.formats.onnx.matrices import ImageProduct, image_product
@@ -163,7 +164,7 @@ class _QdqWalk(_Walk):
         scale = self.scale(call, own).astype(np.float32)
         axis: dict[str, Any] = {"axis": 0} if scale.size > 1 else {}
         one = scale if scale.size > 1 else scale.reshape(())
-        dtype = weight_type(own.kernel, opset)
+        dtype = weight_type(own.kernel, opset, is_conv=bool(own.attributes))
         zero = 128 if dtype == "uint8" else 0
         weights = g.op(
             "DequantizeLinear",
@@ -199,26 +200,53 @@ class _QdqWalk(_Walk):
         return True
 
     def requantized(self, node: Node) -> bool:
-        """Adds a requantizer of real sums; returns whether it is one."""
+        """Adds a requantizer of real values; returns whether it is one."""
         (v,), own = node.inputs, self.program.values[node.output]
-        if v not in self.units:
+        if v not in self.units and not _is_short(own):
             return False
-        gain = ratio_of(node, self.arrays) * scale_of(own) / self.units[v]
-        x = self.reals[v]
+        x, unit = self._steps(v, node.attributes["input_zero_point"])
+        gain = ratio_of(node, self.arrays) * scale_of(own) / unit
         if np.any(np.abs(gain - 1) > CLOSE):
             x = self.graph.two("Mul", x, gain)
         self.quantize(node.output, x)
+        return True
+
+    def _steps(self, v: int, zero: int) -> tuple[OnnxValue, np.ndarray]:
+        """Returns a value about a zero point as float32, and what its 1 stands for."""
+        own, g = self.program.values[v], self.graph
+        if v in self.units:
+            return self.reals[v], self.units[v]
+        if own.grid is not None and own.zero_point == zero:
+            return self.real(v), scale_of(own)
+        wide = g.sub(g.cast(self.code(v), "int64"), zero)
+        return g.cast(wide, "float32"), np.ones(())
+
+    def compared(self, node: Node) -> bool:
+        """Adds a comparison of values in float32; returns whether it is one."""
+        a, values = node.attributes, [self.program.values[v] for v in node.inputs]
+        rows = zip(a["zero_points"], a["multipliers"], a["exponents"], strict=True)
+        wanted = [(zero, m * 2.0**e) for zero, m, e in rows]
+        own = [(x.zero_point, *scale_of(x).reshape(-1)) for x in values]
+        if own != wanted or not all(map(_is_short, values)):
+            return False
+        sides = map(self.real, node.inputs)
+        self.codes[node.output] = compared(self.graph, a["kind"], *sides)
         return True
 
     def sum_of(self, node: Node) -> bool:
         """Adds a sum of codes in real values; returns whether it is one."""
         values = [self.program.values[v] for v in node.inputs]
         own, g = self.program.values[node.output], self.graph
-        if not all(map(_is_linear, (*values, own))):
+        multipliers, shift = node.attributes["multipliers"], node.attributes["shift"]
+        most = sum(
+            abs(m) * max(abs(x.low - x.zero_point), abs(x.high - x.zero_point))
+            for x, m in zip(values, multipliers, strict=True)
+        )
+        if not all(map(_is_short, (*values, own))) or most >> shift > 1 << 22:
             return False
-        step = scale_of(own) * 2.0 ** -node.attributes["shift"]
+        step = scale_of(own) * 2.0**-shift
         found = None
-        for v, m in zip(node.inputs, node.attributes["multipliers"], strict=True):
+        for v, m in zip(node.inputs, multipliers, strict=True):
             gain = m * step / scale_of(self.program.values[v])
             x = self.real(v)
             x = x if abs(gain - 1) < CLOSE else g.two("Mul", x, gain)
@@ -226,6 +254,11 @@ class _QdqWalk(_Walk):
         assert found is not None
         self.quantize(node.output, found)
         return True
+
+
+def _is_short(own: Value) -> bool:
+    """Returns whether codes have 16 bits, of which float32 is wrong by one at most."""
+    return own.high - own.low < 1 << 16
 
 
 def _is_linear(own: Value) -> bool:
@@ -241,10 +274,13 @@ def _centre(own: Value) -> int:
     return own.zero_point + (128 if own.dtype == "int8" else 0)
 
 
-def weight_type(kernel: np.ndarray, opset: int) -> str:
-    """Returns the smallest type of weights that an operator set has."""
+def weight_type(kernel: np.ndarray, opset: int, *, is_conv: bool) -> str:
+    """Returns the smallest type of weights that an operator set has.
+
+    ONNX Runtime 1.32 makes QLinearConv of a convolution of int2, and refuses it then.
+    """
     low, high = int(kernel.min(initial=0)), int(kernel.max(initial=0))
-    for bits, least in ((2, 25), (4, 21)):
+    for bits, least in ((4, 21),) if is_conv else ((2, 25), (4, 21)):
         end = 1 << (bits - 1)
         if opset >= least and -end <= low and high < end:
             return f"int{bits}"
@@ -262,13 +298,17 @@ def write_onnx_qdq(
 
     The file takes and gives the real values of the program itself; what is on no grid,
     such as tokens and places, stays integer. Products with kernels and sums are float
-    operators between DequantizeLinear and QuantizeLinear, which runtimes fuse; all else
-    is computed on codes, as `write_onnx` has it. Activations are uint8. Weights are
-    int2 or int4 by their codes, int8 up to 7 bits and uint8 about 128 beyond: products
-    of uint8 with more of int8 saturate on chips without VNNI. Biases are int32. float32
-    sums round: one requantization may differ by a code near a tie. ONNX Runtime 1.32
-    has no products of int4 and int2 with codes: it converts such weights. Kernels with
-    scales of blocks have none here: graphs have a product for each block.
+    operators between DequantizeLinear and QuantizeLinear, which runtimes fuse; so are
+    requantizers of up to 16 bits, and comparisons. All else is computed on codes, as
+    `write_onnx` has it: softmaxes, normalisations, quotients and loops need int64,
+    which OpenVINO's CPU computes as int32, wrongly. Activations are uint8. Weights are
+    int4 by their codes, int2 outside of convolutions, int8 up to 7 bits and uint8 about
+    128 beyond: products of uint8 with more of int8 saturate on chips without VNNI.
+    Biases are int32. float32 sums round: one requantization may differ by a code near a
+    tie. Fused sums add the zero point before they round: about an odd one all ties go
+    the other way. ONNX Runtime 1.32 has no products of int4 and int2 with codes: it
+    converts such weights. Kernels with scales of blocks have none here: graphs have a
+    product for each block.
 
     Args:
       program: The program.
@@ -309,6 +349,7 @@ def write_onnx_qdq(
         is_done = kind in ("conv", "dot") and walk.product(node, opset)
         is_done = is_done or (kind == "requantize" and walk.requantized(node))
         is_done = is_done or (kind == "add" and walk.sum_of(node))
+        is_done = is_done or (kind == "compare" and walk.compared(node))
         if not is_done:
             walk.exactly(node)
     outputs = []
@@ -330,11 +371,12 @@ def _named(walk: _Walk, x: OnnxValue, name: str) -> OnnxValue:
 
 
 def _least_opset(graph: Graph, params: Mapping[str, Any]) -> int:
-    kinds = {
-        weight_type(np.asarray(params[node.params["kernel"]]).astype(np.int64), 25)
+    kernels = (
+        (np.asarray(params[node.params["kernel"]]).astype(np.int64), node.operation)
         for node in graph.nodes
         if node.operation in ("conv", "dot")
-    }
+    )
+    kinds = {weight_type(own, 25, is_conv=kind == "conv") for own, kind in kernels}
     return 25 if "int2" in kinds else 21 if "int4" in kinds else 18
 
 

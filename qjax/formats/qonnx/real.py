@@ -199,16 +199,18 @@ def table(call: QonnxCall) -> QonnxTensor:
 
 
 def clip(call: QonnxCall) -> QonnxTensor:
-    """Writes real values within two ends."""
+    """Writes real values within two ends; codes may stand on another grid then."""
     own, zero = call.sheet.finished(call.x), call.zero()
     step = scale_of(call.values[0]).item()
     if zero != call.output.zero_point or call.x.number is not None:
-        raise call.refuse("ends of an accumulator, or on another grid")
+        raise call.refuse("ends of an accumulator, or about another zero point")
     ends = ((call[k] - zero) * step for k in ("low", "high"))
     given = [call.graph.constant(end, "float32") for end in ends]
     common: dict[str, Any] = {"dtype": "float32", "shape": own.value.shape}
-    made = call.graph.op("Clip", own.value, *given, **common)
-    return call.sheet.tensor(made, own.order)
+    value = call.graph.op("Clip", own.value, *given, **common)
+    made = call.sheet.tensor(value, own.order)
+    gain = scale_of(call.output) / step
+    return call.sheet.tensor(_times(call, made, gain), own.order)
 
 
 def constant(call: QonnxCall) -> QonnxTensor:

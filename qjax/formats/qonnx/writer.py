@@ -75,6 +75,8 @@ def write_qonnx(
         if max(abs(own.low), abs(own.high)) > MOST:
             why = {f"the input {name!r}": "codes of more than 24 bits"}
             raise refusal(WRITER, why)
+        if 0 in shapes[v]:
+            raise refusal(WRITER, {f"the input {name!r}": "no elements"})
     inputs = [
         OnnxValue(sheet.graph.unique(name), "float32", shapes[v])
         for v, name in zip(graph.inputs, names[0], strict=True)
@@ -205,6 +207,8 @@ def _emit(
         env[v] = _moved(sheet, sheet.tensor(x), -own.zero_point)
     for node in graph.nodes:
         call = _call(WRITER, sheet, graph, node, env, shapes, arrays)
+        if 0 in call.shape:  # QONNX looks for the largest of all values.
+            raise call.refuse("a value of no elements")
         made = EMITTERS[node.operation](call)
         assert made.shape == shapes[node.output], (node, made.shape)
         env[node.output] = made

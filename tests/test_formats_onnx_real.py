@@ -1,0 +1,119 @@
+"""Programs as ONNX of real values, and as Quant nodes, in their runtimes."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnx
+import pytest
+from jax import lax
+
+import qjax
+from qjax.affine import QSpec
+from qjax.conformance import RUNTIMES, conform
+from qjax.formats.onnx import write_onnx_qdq
+from qjax.formats.qonnx import write_qonnx
+from tests.models import images
+
+pytestmark = [
+    pytest.mark.usefixtures("flax_promotion"),
+    # Of protobuf's and NumPy's, in packages that runtimes import.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::PendingDeprecationWarning"),
+    # OpenVINO counts processors in another process.
+    pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning"),
+]
+X = images(3, 4, 4, 2)
+PARAMS = {"w": images(2, 2, seed=1), "k": images(3, 3, 2, 4, seed=2)}
+
+
+def average(x):
+    return lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), (1, 1, 1, 1), "VALID") / 4
+
+
+def conv(params, x):
+    numbers = "NHWC", "HWIO", "NHWC"
+    y = lax.conv_general_dilated(
+        x, params["k"], (1, 1), "SAME", dimension_numbers=numbers
+    )
+    return jax.nn.relu(y)
+
+
+# Name -> a function whose requantizers stand behind more than products with kernels.
+FUNCTIONS = {
+    "an average": lambda p, x: average(jnp.tanh(x)),
+    "a gate": lambda p, x: x * jax.nn.sigmoid(x @ p["w"]),
+    "a join": lambda p, x: jnp.concatenate([x, 10 * x @ p["w"]], -1) * 2.0,
+    "a product": lambda p, x: jnp.einsum("bijc,bikc->bijk", x, jnp.abs(x)),
+    "a comparison": lambda p, x: jnp.where(x @ p["w"] > x, x, 0.0),
+    "a sum of squares": lambda p, x: (x * x).sum(-1),
+}
+
+
+def lowered(function, **own):
+    scheme = qjax.Scheme(**own)
+    model = qjax.quantize_model(function, PARAMS, X, scheme=scheme)
+    state = qjax.calibrate(model, PARAMS, [X], progress=False)
+    return qjax.lower(model, PARAMS, state, X)
+
+
+def check(program, *runtimes):
+    """Each runtime that is here has the codes of the oracle, one beside at most."""
+    found = conform(program, 1.5 * X, [RUNTIMES[name] for name in runtimes])
+    for row in found.rows:
+        if row.status == "not installed":
+            continue
+        assert row.status == "compared" and row.comparison.codes, row
+        assert row.comparison.max_difference <= 1, row
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_requantizers_and_comparisons_need_no_int64(name):
+    program = lowered(FUNCTIONS[name])
+    own = onnx.load_model_from_string(write_onnx_qdq(program))
+    kinds = {node.op_type for node in own.graph.node}
+    assert not kinds & {"BitShift", "BitwiseAnd", "Mod"}
+    check(program, "onnx-qdq", "openvino")
+
+
+def test_what_needs_int64_is_refused_for_openvino():
+    program = lowered(lambda p, x: jax.nn.softmax(x @ p["w"]))
+    row = conform(program, X, [RUNTIMES["openvino"]]).rows[0]
+    if row.status != "not installed":
+        assert row.status == "refused" and "has BitShift of int64" in row.reason
+    check(program, "onnx-qdq")
+
+
+@pytest.mark.parametrize("bits", [2, 4, 16])
+def test_activations_of_other_words(bits):
+    function = lambda p, x: x + jnp.tanh(x @ p["w"])
+    check(lowered(function, activations=QSpec(bits)), "onnx-qdq", "openvino")
+
+
+@pytest.mark.parametrize("axis", [None, "output"])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_weights_of_convolutions_are_int4(bits, axis):
+    program = lowered(conv, weights=QSpec(bits, narrow_range=True, axis=axis))
+    own = onnx.load_model_from_string(write_onnx_qdq(program))
+    kinds = {array.data_type for array in own.graph.initializer}
+    assert onnx.TensorProto.INT4 in kinds and own.opset_import[0].version == 21
+    check(program, "onnx-qdq", "openvino")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("qonnx") is None, reason="without qonnx")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_that_are_clipped_onto_another_grid(bits):
+    program = lowered(lambda _, x: average(x), activations=QSpec(bits, symmetric=True))
+    clip = next(n for n in program.graph.nodes if n.operation == "clip")
+    pair = [program.graph.values[v].grid for v in (clip.inputs[0], clip.output)]
+    assert pair[0].scale != pair[1].scale
+    check(program, "qonnx-quant", "qonnx")
+
+
+def test_values_without_elements_are_refused_by_qonnx():
+    program = lowered(lambda p, x: (x @ p["w"])[..., :0])
+    with pytest.raises(ValueError, match="`slice` at .*: a value of no elements"):
+        write_qonnx(program)
+    assert conform(program, X, [RUNTIMES["onnx"]]).is_exact
+    assert np.prod(program.graph.values[program.graph.outputs[0]].shape) == 0
