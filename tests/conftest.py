@@ -33,6 +33,7 @@ def flax_promotion():
 
 SECONDS = pathlib.Path(__file__).parent / "seconds.json"
 BUDGET = 1.0  # Seconds of one function, beyond which the whole suite leaves out cases.
+LEAST = 0.01  # Seconds of a case, at least.
 MOST_CASES = 8  # Cases of a function whose time is not known.
 
 
@@ -100,7 +101,7 @@ def _further_cases(items, budget):
     for item in items:
         cases[_function(item.nodeid)].append(item)
     for name, own in cases.items():
-        each, n = seconds.get(name, budget / MOST_CASES), len(own)
+        each, n = max(seconds.get(name, budget / MOST_CASES), LEAST), len(own)
         many = max(1, min(n, int(budget / each)))
         kept = (
             {k * (n - 1) // (many - 1) for k in range(many)} if many > 1 else {n // 2}
