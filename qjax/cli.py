@@ -266,9 +266,11 @@ def _conform(options: Any) -> int:
     else:
         inputs = _inputs(program, options.inputs)
     found = conform(program, inputs, chosen)
+    is_any = any(row.status in ("compared", "failed") for row in found.rows)
+    ending = (_GOOD if found.is_exact else _DIFFERENT) if is_any else _BAD
     if not options.json:
         print(found)
-        return _GOOD if found.is_exact else _DIFFERENT
+        return ending
     rows = [
         {
             "runtime": row.runtime,
@@ -284,7 +286,7 @@ def _conform(options: Any) -> int:
         for row in found.rows
     ]
     _print_json(rows)
-    return _GOOD if found.is_exact else _DIFFERENT
+    return ending
 
 
 def _inputs(program: IntegerProgram, path: str) -> Any:

@@ -119,6 +119,10 @@ def test_conform_ends_by_what_it_finds(folder, capsys, monkeypatch):
     monkeypatch.setattr(cli, "RUNTIMES", {"xla": broken})
     code, out, _ = run(capsys, *words[:-1], "xla", "--json")
     assert code == 1 and json.loads(out)[0]["differ"] > 0
+    absent = dataclasses.replace(numpy, needs=("no_such_module",))
+    monkeypatch.setattr(cli, "RUNTIMES", {"xla": absent})
+    code, out, _ = run(capsys, *words[:-1], "xla", "--json")
+    assert code == 2 and json.loads(out)[0]["status"] == "not installed"
 
 
 @pytest.mark.parametrize(

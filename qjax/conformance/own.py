@@ -64,7 +64,7 @@ def load_xla(program: IntegerProgram, codes: Codes) -> Session:
 
 def load_stablehlo(program: IntegerProgram, codes: Codes) -> Session:
     """Loads the file of `write_stablehlo` for the platform at hand."""
-    data = write_stablehlo(program, platforms=(jax.default_backend(),))
+    data = write_stablehlo(program, platforms=(jax.export.default_export_platform(),))
     call = jax.jit(jax.export.deserialize(bytearray(data)).call)
 
     def run(codes: Codes) -> list[np.ndarray]:
