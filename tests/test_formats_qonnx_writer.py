@@ -155,3 +155,55 @@ def test_staircases_are_the_functions():
     )
     found = staircase(jumps(places, values, ends[1]), x)
     np.testing.assert_array_equal(found, wanted)
+
+
+def dense_program(*, is_twice=False):
+    """A program of two layers with powers of two; its output once or twice."""
+
+    def fn(p, x):
+        y = jnp.maximum(x @ p, 0) @ p.T
+        return (y, y, y * 0.5) if is_twice else y
+
+    p, x = images(6, 5), images(4, 6, seed=2)
+    own = {"power_of_two": True, "symmetric": True}
+    scheme = qjax.Scheme(
+        qjax.QSpec(6, narrow_range=True, axis=None, **own), qjax.QSpec(8, **own)
+    )
+    qmodel = qjax.quantize_model(fn, p, x, scheme=scheme)
+    qstate = qjax.calibrate(qmodel, p, [x], progress=False)
+    return qjax.lower(qmodel, p, qstate, x)
+
+
+def test_outputs_are_results_of_operators_also_where_one_is_read_twice():
+    program = dense_program(is_twice=True)
+    data = write_qonnx_quant(program, batch_size=4)
+    proto = onnx.load_model_from_string(data)
+    assert [n.op_type for n in proto.graph.node].count("Identity") <= 1
+    x = 1.5 * images(4, 6, seed=3)
+    for found, wanted in zip(run(data, [x]), program(x), strict=True):
+        np.testing.assert_array_equal(found, np.asarray(wanted))
+
+
+@pytest.mark.heavy
+def test_hls4ml_computes_the_same(tmp_path):
+    """Its simulation in C++, where it is installed."""
+    hls4ml = pytest.importorskip("hls4ml")
+    from qonnx.util.cleanup import cleanup_model
+
+    program = dense_program()
+    proto = onnx.load_model_from_string(write_qonnx_quant(program))
+    model = cleanup_model(ModelWrapper(proto))
+    config = hls4ml.utils.config_from_onnx_model(
+        model, granularity="name", default_precision="ap_fixed<32,16>"
+    )
+    project = hls4ml.converters.convert_from_onnx_model(
+        model,
+        output_dir=str(tmp_path),
+        io_type="io_parallel",
+        backend="Vitis",
+        hls_config=config,
+    )
+    project.compile()
+    inputs = np.ascontiguousarray(1.5 * images(500, 6, seed=3))
+    found = project.predict(inputs).reshape(500, -1)
+    np.testing.assert_array_equal(found, np.asarray(program(inputs)))

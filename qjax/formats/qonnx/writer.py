@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -146,20 +147,44 @@ def write_qonnx_quant(
     for node in graph.nodes:
         call = _call(QUANT_WRITER, sheet, graph, node, env, shapes, arrays)
         env[node.output] = real.EMITTERS[node.operation](call)
-    outputs = []
+    outputs, renamed = [], dict[str, str]()
     for v, name in zip(graph.outputs, names[1], strict=True):
         x = sheet.plain(sheet.finished(env[v]))
         if env[v].number is not None:  # Integers, or values on the grid of a sum.
             scale = real.scale_of(graph.values[v]) / sheet.units[env[v].number or 0]
             if np.any(np.abs(scale - 1) > 2.0**-20):
                 x = sheet.graph.two("Mul", x, sheet.real(scale))
-        sheet.graph.ops.append(OnnxOp("Identity", (x.name,), (name,), {}))
+        _name_output(sheet.graph.ops, x.name, name, renamed)
         outputs.append(OnnxValue(name, "float32", shapes[v]))
     found = model(sheet.graph, inputs, outputs, opset=OPSET, domains={DOMAIN: 1})
     data = bytes(found.SerializeToString())
     if path is not None:
         write_atomically(path, data)
     return data
+
+
+def _name_output(
+    ops: list[OnnxOp], own: str, name: str, renamed: dict[str, str]
+) -> None:
+    """Gives the result of an operator the name of an output.
+
+    hls4ml knows no Identity at the end: there is one only for an input, a constant, or
+    what is an output already.
+
+    Args:
+      ops: The operators, which are changed.
+      own: Name of the result.
+      name: Name that it gets.
+      renamed: Results that are outputs -> their names; receives this one.
+    """
+    if own in renamed or not any(own in op.outputs for op in ops):
+        ops.append(OnnxOp("Identity", (renamed.get(own, own),), (name,), {}))
+        return
+    renamed[own] = name
+    called = lambda ends: tuple(name if end == own else end for end in ends)
+    for k, op in enumerate(ops):
+        ends: Any = {"inputs": called(op.inputs), "outputs": called(op.outputs)}
+        ops[k] = dataclasses.replace(op, **ends)
 
 
 def _check_ends(graph: Graph) -> None:
