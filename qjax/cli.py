@@ -179,7 +179,6 @@ def _verify(options: Any) -> int:
     sites = report.agreement.values()
     proven = sum(own.is_proven for own in sites)
     bits = max((own.bits for own in report.overflow), default=0)
-    is_good = not report.float_values and bits <= 64
     found = {
         "float_values": list(report.float_values),
         "accumulator_bits": bits,
@@ -193,7 +192,8 @@ def _verify(options: Any) -> int:
         print(text_table(("", ""), [*found.items()]))
         if any(differences or ()):
             print(f"{options.file!r} computes other codes than its golden ones.")
-    return _GOOD if is_good and not any(differences or ()) else _DIFFERENT
+    is_good = not report.float_values and not any(differences or ())
+    return _GOOD if is_good else _DIFFERENT
 
 
 def _golden_differences(program: IntegerProgram, path: str) -> list[int] | None:

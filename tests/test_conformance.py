@@ -3,11 +3,13 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
 import qjax
+from qjax import presets, targets
 from qjax.conformance import RUNTIMES, Runtime, Session, conform
 from qjax.conformance.own import load_numpy
 from qjax.formats.html import write_html
@@ -141,6 +143,19 @@ def test_c_takes_the_batch_size_of_the_input_that_leaves_it_free():
     for few, status in ((y, "compared"), (y[:5], "refused")):
         found = conform(program, (x[:2], few), own)
         assert found.is_exact and found["c-gcc"].status == status, found
+
+
+def test_examples_that_are_not_the_first_axis_of_an_output_are_joined():
+    fn = lambda params, x: ((x @ params).T, jnp.maximum(x, 0))
+    params, x = images(5, 4), images(3, 5)
+    scheme = presets.tflite_int8(same_scales=True)
+    qmodel = qjax.quantize_model(fn, params, x, scheme=scheme)
+    qstate = qjax.calibrate(qmodel, params, [x], progress=False)
+    program = qjax.lower(qmodel, params, qstate, x, target=targets.tflite)
+    for size in (2, 3, 4, 7):
+        row = conform(program, images(size, 5), [RUNTIMES["litert"]]).rows[0]
+        assert row.status == "compared", row
+        assert row.comparison.equal == row.comparison.codes == 9 * size
 
 
 def test_the_only_argument_may_be_a_tuple_and_stand_alone(tmp_path):

@@ -8,6 +8,7 @@ from flax import linen as nn
 
 import qjax
 from qjax import integer_tflite, presets, targets
+from qjax.conformance import RUNTIMES, conform
 from qjax.formats.tflite import write_tflite
 from qjax.graph.tflite_tables import exponential_table
 from qjax.integer_tflite import tflite_multiplier, traced_tflite_multiplier
@@ -170,6 +171,29 @@ def test_words_of_16_bits_saturate_as_the_kernels_do():
     assert targets.tflite.ends(-(2**15) + 1, 2**15 - 1) == (-(2**15), 2**15 - 1)
     assert targets.half_even.ends(-(2**15) + 1, 2**15 - 1) == (-(2**15) + 1, 2**15 - 1)
     assert targets.tflite.ends(-127, 127) == (-127, 127)
+
+
+FORMS = {
+    "bytes": (lambda p, x: x.astype(jnp.float32) @ p / 255, np.uint8),
+    "integers": (lambda p, x: x.astype(jnp.float32) @ p, np.int32),
+    "a slice": (lambda p, x: jnp.maximum(x @ p[:, :3], 0) @ p[:3, 1:], np.float32),
+    "several": (lambda p, x: (x @ p, jnp.maximum(x @ p, 0) + x, x), np.float32),
+    "two activations": (lambda p, x: (x @ p) @ (x @ p).T, np.float32),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_other_inputs_and_forms_are_what_litert_computes(name):
+    fn, dtype = FORMS[name]
+    p, x = images(5, 5), (20 * images(4, 5, seed=2)).clip(0, 255).astype(dtype)
+    scheme = presets.tflite_int8(same_scales=True)
+    qmodel = qjax.quantize_model(fn, p, x, scheme=scheme)
+    qstate = qjax.calibrate(qmodel, p, [x], progress=False)
+    program = qjax.lower(qmodel, p, qstate, x, target=targets.tflite)
+    found = qmodel.apply_integer(p, qstate, x, target=targets.tflite)
+    jax.tree.map(np.testing.assert_array_equal, found, program(x))
+    row = conform(program, x, [RUNTIMES["litert"]]).rows[0]
+    assert row.comparison.equal == row.comparison.codes > 0, row
 
 
 @pytest.mark.parametrize("function", [jax.nn.sigmoid, jnp.tanh])

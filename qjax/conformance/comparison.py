@@ -73,7 +73,7 @@ class Conformance:
 
     def __getitem__(self, name: str) -> Outcome:
         """Returns the row of a runtime."""
-        return next(row for row in self.rows if row.runtime == name)
+        return {row.runtime: row for row in self.rows}[name]
 
     @property
     def is_exact(self) -> bool:

@@ -1,9 +1,10 @@
 """Loaders of runtimes that read the files of other formats."""
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from qjax.conformance.session import Codes, Loader, Session
@@ -149,6 +150,9 @@ def _in_parts(
     if not any(is_free):
         return run
     size = next(v.shape[0] for v, free in zip(inputs, is_free, strict=True) if free)
+    shapes = lambda codes: [
+        x.shape for x in jax.eval_shape(program.run_codes, program.params, *codes)
+    ]
 
     def part(q: np.ndarray, begin: int, free: bool) -> np.ndarray:
         if not free:
@@ -163,9 +167,19 @@ def _in_parts(
             run([part(q, begin, free) for q, free in pairs])
             for begin in range(0, count, size)
         ]
-        return [np.concatenate(own)[:count] for own in zip(*found, strict=True)]
+        if len(found) == 1 and count == size:
+            return found[0]
+        parts = zip(*found, strict=True)
+        return [_joined(own, s) for own, s in zip(parts, shapes(codes), strict=True)]
 
     return run_all
+
+
+def _joined(parts: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """Joins the parts of an output along the axis of its examples, whichever it is."""
+    pairs = zip(parts[0].shape, shape, strict=True)
+    axis = next((d for d, (own, whole) in enumerate(pairs) if own != whole), 0)
+    return np.concatenate(parts, axis).take(range(shape[axis]), axis)
 
 
 def load_qonnx(write: Any, *, is_real: bool = False) -> Loader:

@@ -89,21 +89,27 @@ def refusal(
     Args:
       writer: Function that writes the format.
       reasons: What it does not express, with its place -> why, or an empty text.
-      kinds: Operations that a format needs to be named as one that can.
+      kinds: Operations that another format needs to be named: it may still refuse this
+        form of them.
     """
     lines = (f"  {name}{f': {why}' if why else ''}" for name, why in reasons.items())
     listed = "\n".join(lines)
     others = _others(writer, set(kinds))
+    may = f"{_listed(others)} may, in another form; " if others else ""
     return ValueError(
         f"`{writer}` has no form for parts of this program:\n{listed}\n"
-        f"{', '.join(f'`{name}`' for name in others)} can."
+        f"{may}{_listed(ALL)} can."
     )
 
 
 def _others(writer: str, kinds: set[str]) -> Sequence[str]:
-    """Returns the functions that write what has certain operations."""
+    """Returns the other functions whose formats have certain operations."""
     able = (name for name, own in OPERATIONS.items() if kinds <= own)
-    return (*ALL, *(name for name in able if name != writer)) if kinds else ALL
+    return [name for name in able if name != writer] if kinds else []
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _kinds(nodes: Iterable[Node]) -> list[str]:

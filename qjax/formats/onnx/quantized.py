@@ -9,11 +9,11 @@ import numpy as np
 from qjax.formats.onnx.calls import OnnxCall
 from qjax.formats.onnx.elementwise import compared
 from qjax.formats.onnx.files import end_names, model, notes_of, onnx_module
-from qjax.formats.onnx.graph import OnnxGraph, OnnxOp, OnnxValue
+from qjax.formats.onnx.graph import OnnxGraph, OnnxValue
 from qjax.formats.onnx.matrices import ImageProduct, image_product
 from qjax.formats.onnx.reals import CLOSE, followers, kernel_scale, ratio_of, scale_of
 from qjax.formats.onnx.sizes import FreeSizeError, Sizes, value_sizes
-from qjax.formats.onnx.writer import EMITTERS, check_opset, emit, entered
+from qjax.formats.onnx.writer import EMITTERS, check_opset, emit, ended, entered
 from qjax.formats.support import check_operations, check_whole
 from qjax.graph.atomic import write_atomically
 from qjax.graph.graph import Graph, Node, Value
@@ -352,22 +352,18 @@ def write_onnx_qdq(
         is_done = is_done or (kind == "compare" and walk.compared(node))
         if not is_done:
             walk.exactly(node)
-    outputs = []
-    for v, name in zip(graph.outputs, names[1], strict=True):
+    found = []
+    for v in graph.outputs:
         is_real = graph.values[v].grid is not None
         if is_real and v in walk.units:
             walk.codes[v] = walk.code(v)
             del walk.reals[v]
-        outputs.append(_named(walk, walk.real(v) if is_real else walk.code(v), name))
+        found.append(walk.real(v) if is_real else walk.code(v))
+    outputs = ended(walk.graph, found, names[1])
     data = bytes(model(walk.graph, inputs, outputs, opset=opset).SerializeToString())
     if path is not None:
         write_atomically(path, data)
     return data
-
-
-def _named(walk: _Walk, x: OnnxValue, name: str) -> OnnxValue:
-    walk.graph.ops.append(OnnxOp("Identity", (x.name,), (name,), {}))
-    return OnnxValue(name, x.dtype, x.shape)
 
 
 def _least_opset(graph: Graph, params: Mapping[str, Any]) -> int:
@@ -467,10 +463,7 @@ def write_onnx_qlinear(
             fused.add(id(walk.followers[node.output]))
             continue
         walk.exactly(node)
-    outputs = [
-        _named(walk, walk.code(v), name)
-        for v, name in zip(graph.outputs, names[1], strict=True)
-    ]
+    outputs = ended(walk.graph, [walk.code(v) for v in graph.outputs], names[1])
     ends = [graph.values[v] for v in (*graph.inputs, *graph.outputs)]
     notes = notes_of([*names[0], *names[1]], ends)
     made = model(walk.graph, walk.inputs, outputs, opset=opset, notes=notes)

@@ -86,7 +86,10 @@ def requantized(
         return _averaged(builder, x, node, target, ends)
     if kind == "sum":
         return _mean(builder, x, node, target, ends)
-    own = [float(builder.values[v].grid.scale) for v in node.inputs]  # type: ignore
+    grids = [builder.values[v].grid for v in node.inputs]
+    if any(grid is None or np.ndim(grid.scale) for grid in grids):
+        raise refuse(target.site, "is made of what has no scale, or several")
+    own = [float(grid.scale) for grid in grids if grid is not None]
     scales: list[Any] = [np.float32(s) for s in own]
     if kind in ("conv", "dot"):
         weights = np.float32(np.asarray(x.scale) / own[0])
