@@ -54,7 +54,7 @@ def parameters(name="plain", cls=CLASSES[0]):
     """Parameters of a float layer, no bias 0."""
     init = jax.jit(of_linen(name, cls=cls).init)
     made = init(jax.random.key(1), images(*SHAPE))["params"]
-    move = lambda a: a + 0.2 * images(*a.shape, seed=a.size)
+    move = lambda a: a + 0.2 * jax.random.normal(jax.random.key(a.size), a.shape)
     return jax.tree.map(move, made)
 
 
