@@ -173,6 +173,7 @@ def test_random_samples_are_within_their_ends():
 # Resume.
 
 
+@pytest.mark.kept
 def test_a_calibration_resumes_bit_for_bit():
     qmodel, params = calibrate_sharded.make()  # With every calibrator.
     batches = [k * eighths(6, 5, seed=k) for k in (3, 1, 4, 2)]

@@ -60,6 +60,7 @@ def lowered(fn, **options):
     return qjax.lower(model, W, state, X, **options)
 
 
+@pytest.mark.kept
 def test_loops_have_the_codes_of_the_oracle(tmp_path):
     program = lowered(_turned)
     assert "loop" in {n.operation for n in program.graph.nodes}
@@ -73,6 +74,7 @@ def test_loops_have_the_codes_of_the_oracle(tmp_path):
                 np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.kept
 def test_steps_have_the_codes_of_the_whole_sequence(tmp_path):
     program = lowered(_causal, streaming={0: 1})
     own = streamed(program.graph, program.params)

@@ -339,6 +339,7 @@ def _slope(fn, params, target):
     return np.concatenate([np.ravel(x).astype(np.float64) for x in reals])
 
 
+@pytest.mark.kept
 @pytest.mark.slow
 @pairs(
     ("cnn", BF16),

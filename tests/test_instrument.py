@@ -95,6 +95,7 @@ def test_calibrate_is_silent_when_there_is_no_terminal(capfd):
     assert out == "" and err == ""
 
 
+@pytest.mark.kept
 def test_gradients_are_those_of_a_straight_through_step():
     qmodel, params, qstate, x = _calibrated()
     loss = lambda f: lambda p: jnp.mean(f(p) ** 2)

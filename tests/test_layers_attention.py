@@ -214,6 +214,7 @@ def test_scores_and_probabilities_are_those_of_the_formula():
     assert np.mean(codes != found / scale) < 0.02
 
 
+@pytest.mark.kept
 def test_gradients_of_attention_are_close_to_the_float_layers():
     x, params = images(*SHAPE), parameters()
     own = dict.fromkeys(ACTIVATIONS, QSpec(16))

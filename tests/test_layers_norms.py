@@ -224,6 +224,7 @@ def test_a_norm_of_another_scale_and_batch_is_exact():
 GRADIENTS = "layer", "groups", "mean square", "instance", "large epsilon"
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_gradients_of_a_norm_are_the_float_layers_at_the_rounded_input(name):
     layer, variables = norm_of(name, words())
@@ -373,6 +374,7 @@ def test_a_softmax_without_quantizers_is_that_of_jax():
         np.testing.assert_array_equal(layer(x, where=where), wanted)
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize("where", [None, np.arange(8) < 5], ids=["all", "masked"])
 def test_gradients_of_a_softmax_are_the_float_functions(where):
     layer, x, g = ql.QSoftmax(), values((4, 8)), images(4, 8)

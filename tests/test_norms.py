@@ -478,6 +478,7 @@ ALONE = {
 }
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize("form", ALONE)
 def test_gradients_are_those_of_the_float_function_at_the_codes(form):
     """Where no code saturates: the input is on its grid, and the output in range."""
