@@ -34,10 +34,15 @@ def grid_codes(
 ) -> jax.Array:
     """Computes the codes of `quantize`, int32, from the operands of `qpoint`."""
     steps = _to_int32(rounding(_steps(x, scale)))
-    # Clip before the zero point joins, with bounds that do not wrap.
-    low = jnp.maximum(qmin, _INT32.min + jnp.maximum(zero_point, 0)) - zero_point
-    high = jnp.minimum(qmax, _INT32.max + jnp.minimum(zero_point, 0)) - zero_point
-    return jnp.clip(steps, low, high) + zero_point
+    # Clip before the zero point joins.
+    return jnp.clip(steps, *_code_steps(zero_point, qmin, qmax)) + zero_point
+
+
+def _code_steps(zero_point, qmin, qmax):
+    """Returns the ends of ``code - zero_point``, where it does not wrap."""
+    low = jnp.maximum(qmin, _INT32.min + jnp.maximum(zero_point, 0))
+    high = jnp.minimum(qmax, _INT32.max + jnp.minimum(zero_point, 0))
+    return low - zero_point, high - zero_point
 
 
 def quotient_codes(
@@ -94,9 +99,39 @@ def _qpoint(x, scale, zero_point, qmin, qmax, *, site, rounding, in_float=False)
         zeros = lax.full_like(steps, 0)  # Codes know no -0.
         steps = lax.select(steps == zeros, zeros, steps)
         return (steps * scale).astype(x.dtype)  # NaN passes all of it.
+    if scale.dtype == jnp.float32:
+        steps = rounding(_steps(x, scale))
+        return (_whole_sums(steps, zero_point, qmin, qmax) * scale).astype(x.dtype)
     codes = grid_codes(x, scale, zero_point, qmin, qmax, rounding=rounding)
     value = grid_values(codes, scale, zero_point).astype(x.dtype)
     return select(jnp.isnan(x), x, value)
+
+
+def _whole_sums(steps, zero_point, qmin, qmax):
+    """Computes ``float(code) - float(zero_point)`` of any word from whole steps.
+
+    For words that are traced, without a conversion of each value. The conversion of a
+    code, ``steps + zero_point``, rounds once: so does the sum of steps, the zero point
+    as a float, the error of their float sum, and what the zero point lost, at most 64.
+
+    References:
+      Knuth, "The Art of Computer Programming", vol. 2, 4.2.2, theorem B: the error.
+    """
+    zero = zero_point.astype(steps.dtype)  # Up to 2^31, which is no int32.
+    is_top = zero == 2.0**31
+    held = jnp.where(is_top, _INT32.max, zero.astype(jnp.int32))
+    lost = (zero_point - held - is_top.astype(jnp.int32)).astype(steps.dtype)
+    far = jnp.asarray(2.0**32, steps.dtype)
+    steps = _clamp(-far, steps, far)  # Infinity has no error.
+    total = steps + zero
+    back = total - steps
+    error = (steps - (total - back)) + (zero - back)
+    whole = total + (error + lost)
+    low, high = (
+        (end + zero_point).astype(steps.dtype) - zero
+        for end in _code_steps(zero_point, qmin, qmax)
+    )
+    return _clamp(low, whole - zero, high)
 
 
 def _relative_ends(scale, zero_point, qmin, qmax):

@@ -72,6 +72,7 @@ ROOMS = (
     ("quantized_model",),
     ("instrumentation", "observation", "inspection", "training"),
     ("formats",),
+    ("search",),
     ("conformance",),
     ("cli",),
 )
