@@ -16,7 +16,7 @@ from qjax.qpoint import Estimator, clipped_ste
 from qjax.quantizers.spec import is_known
 from qjax.schemes import codec
 from qjax.schemes.differences import difference
-from qjax.schemes.patterns import Site, Where, check_fields, check_name, no_match
+from qjax.schemes.patterns import Role, Site, Where, check_fields, check_name, no_match
 from qjax.schemes.rules import Constraints, Rule, as_rules, speaks_of_bias
 from qjax.schemes.words import (
     Word,
@@ -349,16 +349,27 @@ def _check_alone(scheme: Scheme) -> None:
         role = rule.pattern.role if isinstance(rule.pattern, Where) else None
         word, name = rule.spec, f"Scheme.rules[{k}]"
         if rule.bits is not None:
-            usual = scheme.activations if role == "activation" else scheme.weights
-            word = with_bits(usual, rule.bits, name) if _has_bits(usual) else None
+            _check_bits_alone(scheme, rule, name, role or "weight")
         check_site_word(name, role or "activation", word)
         if role is None and isinstance(word, QSpec) and word.signed:
             # The word may be a weight's: an activation has the unsigned word as well.
             check_site_word(name, "weight", word)
 
 
-def _has_bits(word: Word | None) -> bool:
-    return hasattr(word, "bits")
+def _check_bits_alone(scheme: Scheme, rule: Rule, name: str, role: Role) -> None:
+    """Raises for bits that the default word of a role cannot have."""
+    usual = scheme.activations if role == "activation" else scheme.weights
+    if not hasattr(usual, "bits"):
+        return
+    try:
+        check_site_word(name, role, with_bits(usual, rule.bits, name))
+    except ValueError as error:
+        hint = " For activations alone write `Where(role='activation', name=...)`."
+        pattern = show(rule.pattern)
+        is_open = role == "weight" and isinstance(rule.pattern, str)
+        raise ValueError(
+            f"{name}, the bits of {pattern}: {error}{hint if is_open else ''}"
+        ) from error
 
 
 def stack_schemes(schemes: Sequence[Scheme]) -> Scheme:

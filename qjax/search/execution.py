@@ -195,7 +195,7 @@ def _check_number(name: str, value: Any) -> None:
         is_number = any(jnp.issubdtype(dtype, kind) for kind in kinds)
     except (TypeError, ValueError):
         shape, is_number = (), False
-    if not is_number or isinstance(value, str):
+    if not is_number or value is None or isinstance(value, str):
         raise TypeError(
             "`fn` must return a number or a dict of numbers by name, got "
             f"{type(value).__name__}{what}."
