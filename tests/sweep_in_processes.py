@@ -10,6 +10,7 @@ import signal
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -40,7 +41,7 @@ def model() -> tuple[qjax.QuantizedModel, dict[str, np.ndarray], np.ndarray]:
 
 def schemes() -> list[qjax.Scheme]:
     qmodel, _, _ = model()
-    return grid(qmodel, {"*/kernel": [2, 3, 4, 8], "*/output": [4, 8]})
+    return grid(qmodel, AXES)
 
 
 def function(kill: bool = False):
@@ -61,7 +62,7 @@ def function(kill: bool = False):
             qmodel.fn(params, x),
             qmodel.apply(params, qstate, x, scheme=scheme),
         )
-        error = jax.numpy.sum(jax.numpy.abs(real - found)) * (1 + seed)
+        error = jnp.sum(jnp.abs(real - found)) * jnp.float32(1 + seed)
         return {"error": error, "bits": scheme.rules[0].bits}
 
     return fn, x
@@ -69,13 +70,11 @@ def function(kill: bool = False):
 
 def results(mesh: str = "none", path: str | None = None, kill: bool = False):
     fn, x = function(kill)
-    devices = np.asarray(jax.devices())
-    meshes = {
-        "none": None,
-        "config": Mesh(devices, ("config",)),
-        "data": Mesh(devices.reshape(-1, 2), ("config", "data")),
-    }
-    own = meshes[mesh] if mesh in meshes else None
+    devices, own = np.asarray(jax.devices()), None
+    if mesh == "config":
+        own = Mesh(devices, ("config",))
+    elif mesh == "data":
+        own = Mesh(devices.reshape(-1, 2), ("config", "data"))
     options = {"execution": "loop"} if kill else {"mesh": own}
     return sweep(fn, schemes(), x, seeds=SEEDS, path=path, name="error", **options)
 

@@ -3,6 +3,7 @@
 import itertools
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
@@ -92,7 +93,10 @@ def test_the_best():
 
 
 def test_tables_show_axes_seeds_and_numbers():
-    fn = lambda s, n: {"a": s.rules[0].bits / (n + 0.5), "b": s.rules[1].bits > 4}
+    fn = lambda s, n: {
+        "a": jnp.float32(s.rules[0].bits) / (jnp.float32(n) + 0.5),
+        "b": s.rules[1].bits > 4,
+    }
     found = sweep(fn, SCHEMES, seeds=(0, 5))
     console = rich.console.Console(record=True, width=120)
     console.print(found)

@@ -43,10 +43,11 @@ class Counted:
 
 
 def products(scheme):
-    return scheme.rules[0].bits * 1.5 + scheme.rules[1].bits
+    first, second = (jnp.float32(rule.bits) for rule in scheme.rules)
+    return first * 1.5 + second
 
 
-WANTED = [r[0] * 1.5 + r[1] for r in ((a, b) for a in (2, 4, 8) for b in (4, 8))]
+WANTED = [1.5 * a + b for a in (2, 4, 8) for b in (4, 8)]
 
 
 @pytest.mark.parametrize("execution", WAYS)
@@ -119,8 +120,10 @@ def trainings(layers):
 def test_trainings_of_schemes_and_seeds(layers):
     fn, qmodel = trainings(layers)
     own = grid(qmodel, {"*/kernel": [6, 8]})
-    both = {way: sweep(fn, own, seeds=(0, 7), execution=way) for way in WAYS}
-    wanted = [jax.jit(lambda s=s, n=n: fn(s, n))() for s in own for n in (0, 7)]
+    ways = WAYS if layers == "linen" else ("loop",)
+    both = {way: sweep(fn, own, seeds=(0, 7), execution=way) for way in ways}
+    known = [jax.jit(lambda n, s=s: fn(s, n)) for s in own]
+    wanted = [alone(n) for alone in known for n in (0, 7)]
     for found in both.values():
         assert found.seeds.tolist() == [0, 7, 0, 7]
         for name in ("first", "last"):
@@ -154,7 +157,7 @@ def test_values_keep_their_types():
     fn = lambda s: {
         "whole": s.rules[0].bits,
         "truth": s.rules[0].bits > 2,
-        "half": s.rules[0].bits.astype(jnp.bfloat16) / 2,
+        "half": s.rules[0].bits.astype(jnp.bfloat16) * 0.5,
         "known": 3,
     }
     found = sweep(fn, SCHEMES[::2])
@@ -165,14 +168,14 @@ def test_values_keep_their_types():
 
 
 def test_nan_of_one_configuration_is_recorded(tmp_path):
-    fn = lambda s: jnp.log(4.0 - s.rules[0].bits)
+    fn = lambda s: jnp.log(4.0 - jnp.float32(s.rules[0].bits))
     path = tmp_path / "sweep.jsonl"
     for found in (sweep(fn, SCHEMES, path=path), read_results(path)):
         assert (
             np.isnan(found["value"]).tolist() == [False] * 2 + [False] * 2 + [True] * 2
         )
         assert np.isneginf(found["value"][2:4]).all()
-        assert found.best() == SCHEMES[2] or found.best() == SCHEMES[0]
+        assert found.best() == SCHEMES[0]
     lines = path.read_text().splitlines()
     assert all("NaN" not in line for line in lines)  # No JSON.
     assert json.loads(lines[-1])["values"] == {"value": "nan"}
@@ -252,7 +255,10 @@ def test_files_of_several_hosts_merge(tmp_path):
         ({"schemes": SCHEMES[::-1]}, "digest: its schemes or seeds are others"),
         ({"fn": lambda s: {"b": s.rules[0].bits}}, "another sweep: names"),
         ({"name": "g"}, "another sweep: function: f for g"),
-        ({"fn": lambda s, n: 1.0 * n, "seeds": [1]}, "schemes or seeds are others"),
+        (
+            {"fn": lambda s, n: jnp.float32(n), "seeds": [1]},
+            "schemes or seeds are others",
+        ),
     ],
 )
 def test_the_file_of_another_sweep_is_refused(tmp_path, options, text):
@@ -371,7 +377,9 @@ def test_the_bar_shows_configurations_a_second(capsys):
 
 
 def test_chunks_by_memory():
-    fn = Counted(lambda s: jnp.sum(jnp.sin(jnp.ones(1000) * s.rules[0].bits)))
+    fn = Counted(
+        lambda s: jnp.sum(jnp.sin(jnp.ones(1000) * jnp.float32(s.rules[0].bits)))
+    )
     traced = jax.jit(lambda b: jnp.sum(jnp.sin(jnp.ones(1000) * b))).trace(1.0)
     assert 8_000 <= peak_bytes(traced.jaxpr) < 16_000
     for memory in (1, 20_000, 10**9):

@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qjax.leaves import is_array
 from qjax.tables import show
 
 Execution = Literal["auto", "vmap", "loop", "shard"]
@@ -189,13 +190,12 @@ def named_numbers(found: Any) -> dict[str, jax.Array]:
 def _check_number(name: str, value: Any) -> None:
     """Raises unless a value is one real number, an integer or a truth value."""
     what = "" if name == ALONE else f" for {name!r}"
-    kinds = (jnp.floating, jnp.integer, jnp.bool_)
-    try:
+    shape, is_number = (), False
+    if value is not None and is_array(value):
         shape, dtype = np.shape(value), jax.dtypes.result_type(value)
+        kinds = (jnp.floating, jnp.integer, jnp.bool_)
         is_number = any(jnp.issubdtype(dtype, kind) for kind in kinds)
-    except (TypeError, ValueError):
-        shape, is_number = (), False
-    if not is_number or value is None or isinstance(value, str):
+    if not is_number:
         raise TypeError(
             "`fn` must return a number or a dict of numbers by name, got "
             f"{type(value).__name__}{what}."
