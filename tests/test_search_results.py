@@ -82,7 +82,8 @@ def test_axes_have_the_names_of_their_patterns():
     for own, name in ((schemes, "Where(role='weight')"), (words, "weights")):
         results = Results(tuple(own), {"a": np.arange(2)}, None, np.arange(2))
         assert [*results.axes] == [name] and results.axes[name].tolist() == [2, 3]
-    assert made(a=[1]).axes == {}
+    assert [*made(a=[1]).axes] == ["*/kernel", "a/output, b/output"]
+    assert Results((Scheme(),), {"a": np.arange(1)}, None, np.arange(1)).axes == {}
 
 
 def test_the_best():

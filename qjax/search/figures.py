@@ -8,7 +8,8 @@ import numpy as np
 from qjax.search.results import Results, pareto
 
 _GREY, _ACCENT, _INK = "#9aa5b1", "#c2410c", "#1f2933"
-_MOST_LABELS = 12
+_MOST_AXES = 6  # Whose bits are written.
+_WIDE, _TALL = 8.0, 13.0  # Of a digit and a line, pixels.
 
 
 def draw_front(
@@ -22,7 +23,8 @@ def draw_front(
 ) -> Any:
     """Draws two numbers of all configurations, and the front that none beats.
 
-    Points of the front bear the bits of their axes, in the order of the legend.
+    Points of the front bear the bits of their axes, in the order of the legend, where
+    there is room.
 
     Args:
       results: Results of a sweep.
@@ -80,8 +82,9 @@ def draw_front(
         label=f"front: {len(front)} of {len(results)}",
         zorder=3,
     )
-    _write_bits(axes, front, results, (x, y), x in up)
     _dress(axes, results, is_finite, (x, y), up)
+    figure.draw_without_rendering()  # Labels look where points lie.
+    _write_bits(axes, front, results, (x, y), up)
     axes.set_title(title or f"{len(results)} configurations", loc="left", color=_INK)
     if path:
         figure.savefig(path, dpi=160)
@@ -89,24 +92,44 @@ def draw_front(
 
 
 def _write_bits(
-    axes: Any, front: Results, results: Results, names: tuple[str, str], is_left: bool
+    axes: Any,
+    front: Results,
+    results: Results,
+    names: tuple[str, str],
+    up: tuple[str, ...],
 ) -> None:
-    """Writes the bits of its axes beside each point of the front, if they are few."""
-    columns = [v for name, v in results.axes.items() if name not in names]
-    if not columns or len(front) > _MOST_LABELS or len(columns) > 6:
+    """Writes the bits of its axes beside points of the front, where there is room."""
+    rows = np.flatnonzero(np.isin(results.places, front.places))
+    rows = rows[np.argsort(results[names[0]][rows], kind="stable")]
+    columns = [results[name][rows] for name in _shown_axes(results, names)]
+    if not columns:
         return
-    rows = {int(place): k for k, place in enumerate(results.places)}
-    for place, x, y in zip(front.places, front[names[0]], front[names[1]], strict=True):
-        bits = "/".join(str(column[rows[int(place)]]) for column in columns)
+    is_right, is_up = (name in up for name in names)
+    offset = (6 if is_right else -6, 4 if is_up else -4)
+    places = axes.transData.transform(np.stack([front[name] for name in names], -1))
+    last = np.full(2, -np.inf)
+    for k, place in enumerate(places):
+        width = _WIDE * (2 * len(columns) - 1)
+        if abs(place[0] - last[0]) < width and abs(place[1] - last[1]) < _TALL:
+            continue
+        last = place
         axes.annotate(
-            bits,
-            (x, y),
-            xytext=(-5 if is_left else 5, 5),
+            "/".join(str(column[k]) for column in columns),
+            (front[names[0]][k], front[names[1]][k]),
+            xytext=offset,
             textcoords="offset points",
-            ha="right" if is_left else "left",
+            ha="left" if is_right else "right",
+            va="bottom" if is_up else "top",
             fontsize=8,
             color=_ACCENT,
+            zorder=4,
         )
+
+
+def _shown_axes(results: Results, names: tuple[str, str]) -> list[str]:
+    """Returns the axes whose bits points bear; none if there are many."""
+    found = [name for name in results.axes if name not in names]
+    return found if len(found) <= _MOST_AXES else []
 
 
 def _dress(
@@ -129,10 +152,9 @@ def _dress(
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    labels = [name for name in results.axes if name not in names]
     legend = axes.legend(frameon=False, fontsize=8, loc="best")
-    if labels and len(labels) <= 6:
-        legend.set_title(f"bits of {' / '.join(labels)}", prop={"size": 8})
+    if labels := _shown_axes(results, names):
+        legend.set_title(f"labels: bits of {' / '.join(labels)}", prop={"size": 8})
     if lost := int((~is_finite).sum()):
         axes.annotate(
             f"{lost} without a number",

@@ -60,16 +60,19 @@ class Results:
 
     @property
     def axes(self) -> dict[str, np.ndarray]:
-        """Returns the bits that differ, by the pattern of their rule."""
+        """Returns the bits of rules for bits, and others that differ, by name.
+
+        The name is the pattern of the rule, "weights" or "activations".
+        """
         flat = [jax.tree_util.tree_flatten_with_path(s)[0] for s in self.schemes]
         found: dict[str, np.ndarray] = {}
         for k, (path, _) in enumerate(flat[0] if flat else ()):
             column = np.asarray([row[k][1] for row in flat])
-            if np.any(column != column[0]):
+            text = jax.tree_util.keystr(path)
+            is_axis = text.startswith(".rules") and text.endswith("].bits")
+            if is_axis or np.any(column != column[0]):
                 name = _label(self.schemes[0], path)
-                found[name if name not in found else jax.tree_util.keystr(path)] = (
-                    column
-                )
+                found[text if name in found else name] = column
         return found
 
     @property
