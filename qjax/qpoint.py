@@ -108,30 +108,17 @@ def _qpoint(x, scale, zero_point, qmin, qmax, *, site, rounding, in_float=False)
 
 
 def _whole_sums(steps, zero_point, qmin, qmax):
-    """Computes ``float(code) - float(zero_point)`` of any word from whole steps.
+    """Computes ``float(code) - float(zero_point)`` of traced words from whole steps.
 
-    For words that are traced, without a conversion of each value. The conversion of a
-    code, ``steps + zero_point``, rounds once: so does the sum of steps, the zero point
-    as a float, the error of their float sum, and what the zero point lost, at most 64.
-
-    References:
-      Knuth, "The Art of Computer Programming", vol. 2, 4.2.2, theorem B: the error.
+    The sum of steps and zero point is rounded to float32 once, as the conversion of a
+    code is: where float32 holds the zero point, both are the same for any word.
     """
-    zero = zero_point.astype(steps.dtype)  # Up to 2^31, which is no int32.
-    is_top = zero == 2.0**31
-    held = jnp.where(is_top, _INT32.max, zero.astype(jnp.int32))
-    lost = (zero_point - held - is_top.astype(jnp.int32)).astype(steps.dtype)
-    far = jnp.asarray(2.0**32, steps.dtype)
-    steps = _clamp(-far, steps, far)  # Infinity has no error.
-    total = steps + zero
-    back = total - steps
-    error = (steps - (total - back)) + (zero - back)
-    whole = total + (error + lost)
+    zero = zero_point.astype(steps.dtype)
     low, high = (
         (end + zero_point).astype(steps.dtype) - zero
         for end in _code_steps(zero_point, qmin, qmax)
     )
-    return _clamp(low, whole - zero, high)
+    return _clamp(low, (steps + zero) - zero, high)
 
 
 def _relative_ends(scale, zero_point, qmin, qmax):
