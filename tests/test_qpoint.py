@@ -104,9 +104,10 @@ def test_traced_words_have_the_values_of_their_codes(rounding):
                     if float(np.float32(zero)) == zero:
                         _assert_same(ints, floats)
                         continue
-                    # Up to the rounding of the zero point to float32.
-                    atol = 2 * scale * np.spacing(np.float32(abs(zero)))
-                    np.testing.assert_allclose(ints, floats, rtol=0, atol=atol)
+                    # The zero point is rounded, too: |fl(c + z) - fl(c + fl(z))|.
+                    ulp = np.spacing(np.float32([abs(zero), max(-low, high)]))
+                    atol = scale * (ulp[0] / 2 + ulp[1])
+                    np.testing.assert_allclose(ints, floats, rtol=2**-22, atol=atol)
 
 
 def test_only_what_is_known_is_computed_in_float():
