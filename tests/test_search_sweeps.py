@@ -116,12 +116,13 @@ def trainings(layers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", ["linen", "nnx"])
+@pytest.mark.parametrize(
+    "layers", ["linen", pytest.param("nnx", marks=pytest.mark.heavy)]
+)
 def test_trainings_of_schemes_and_seeds(layers):
     fn, qmodel = trainings(layers)
     own = grid(qmodel, {"*/kernel": [6, 8]})
-    ways = WAYS if layers == "linen" else ("loop",)
-    both = {way: sweep(fn, own, seeds=(0, 7), execution=way) for way in ways}
+    both = {way: sweep(fn, own, seeds=(0, 7), execution=way) for way in WAYS[:2]}
     known = [jax.jit(lambda n, s=s: fn(s, n)) for s in own]
     wanted = [alone(n) for alone in known for n in (0, 7)]
     for found in both.values():
@@ -136,7 +137,9 @@ def test_trainings_of_schemes_and_seeds(layers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("calibrator", ["min_max()", "mse(20)"])
+@pytest.mark.parametrize(
+    "calibrator", ["min_max()", pytest.param("mse(20)", marks=pytest.mark.heavy)]
+)
 def test_a_function_quantizes_and_calibrates(calibrator):
     qmodel, params, x = model()
 
@@ -145,12 +148,30 @@ def test_a_function_quantizes_and_calibrates(calibrator):
         qstate = qjax.calibrate(own, params, [x, x / 2])
         return jnp.mean(own.apply(params, qstate, x) ** 2)
 
-    own = grid(Scheme(calibrator=calibrator), {"*/kernel": [3, 8], "*/output": [3, 8]})
+    own = grid(Scheme(calibrator=calibrator), {"*/kernel": [3, 8]})
     eager = sweep(fn, own, compiled=False)
-    assert eager.execution == "eager" and len({*eager["value"]}) == 4
-    for way in ("loop", "vmap"):
-        found = sweep(fn, own, execution=way)["value"]
-        np.testing.assert_allclose(found, eager["value"], rtol=1e-5)
+    assert eager.execution == "eager" and len({*eager["value"]}) == 2
+    found = sweep(fn, own)["value"]
+    np.testing.assert_allclose(found, eager["value"], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_gradients_of_traced_words_are_those_of_known_ones():
+    """Also at the largest weights, whose codes are at the end of the word."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(32, 4)).astype(np.float32)
+    params = {"a": rng.normal(size=(4, 6)).astype(np.float32)}
+    fn = lambda p, x: jax.nn.relu(x @ p["a"])
+    qmodel = qjax.quantize_model(fn, params, x)
+    qstate = qjax.calibrate(qmodel, params, [x / 2], progress=False)  # Some saturate.
+    loss = lambda p, s: jnp.sum(qmodel.apply(p, qstate, x, scheme=s) ** 2)
+    schemes = grid(qmodel, {"*": [2, 8, 20]})
+    traced = jax.jit(jax.grad(loss))
+    for scheme in schemes:
+        known = jax.jit(lambda p, s=scheme: jax.grad(loss)(p, s))(params)["a"]
+        found = traced(params, jax.tree.map(jnp.int32, scheme))["a"]
+        np.testing.assert_allclose(found, known, rtol=1e-5)
+        assert np.count_nonzero(found) > found.size / 2
 
 
 def test_values_keep_their_types():
@@ -412,7 +433,9 @@ def _check(process, out, devices, number=0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["none", "data"])
+@pytest.mark.parametrize(
+    "mesh", ["none", pytest.param("data", marks=pytest.mark.heavy)]
+)
 def test_eight_devices_find_the_results_of_one(tmp_path, mesh):
     out = tmp_path / "found.npz"
     assert _check(_start(out, mesh, devices=8), out, 8) == "shard"

@@ -104,9 +104,9 @@ def sweep(
     Example:
       >>> from qjax.search.grids import grid
       >>> schemes = grid(Scheme(), {"*/kernel": [2, 4, 8]})
-      >>> results = sweep(lambda s: 2.0 ** -s.rules[0].bits, schemes)
-      >>> print(results["value"], results.best().rules[0].bits)
-      [0.25       0.0625     0.00390625] 8
+      >>> results = sweep(lambda s: {"bits": s.rules[0].bits}, schemes)
+      >>> print(results["bits"], results.best().rules[0].bits)
+      [2 4 8] 2
     """
     own = _plan(fn, schemes, seeds, data)
     if compiled:
