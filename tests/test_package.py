@@ -61,6 +61,7 @@ ROOMS = (
     ("graph",),
     ("backends",),
     ("ends",),
+    ("costs",),
     ("program",),
     ("quantizers",),
     ("calibration",),
