@@ -67,6 +67,7 @@ ROOMS = (
     ("calibration",),
     ("schemes", "presets"),
     ("layers",),
+    ("qtools",),
     ("linen", "nnx"),
     ("model",),
     ("lowering",),

@@ -213,7 +213,7 @@ class _GraphLayers:
 
     def _layer(self, node: Node) -> Layer:
         end, values = self.ends[node.output], self.graph.values
-        inputs = [Operand(values[v].shape, self.sources(v)) for v in node.inputs]
+        inputs = [self._operand(v) for v in node.inputs]
         products, useful, terms = self._count(node)
         work = Work(
             name=self.names[end],
@@ -241,6 +241,12 @@ class _GraphLayers:
             sign_bits=tuple(x.is_signed for x in operands),
             weight_spans=self._spans(node) if "kernel" in node.params else None,
         )
+
+    def _operand(self, v: int) -> Operand:
+        value, names = self.graph.values[v], self.sources(v)
+        size = math.prod(value.shape) * self.steps
+        is_given = any(name.startswith("input:") for name in names)
+        return Operand(value.shape, names, size=size, is_given=is_given)
 
     def _with_result(self, work: Work, v: int) -> Layer:
         value = self.graph.values[v]

@@ -21,6 +21,8 @@ class Operand(NamedTuple):
     shape: tuple[int, ...]  # Traced shape.
     sites: tuple[str, ...]  # Names of the values that it holds, moved or joined.
     bits: int = FLOAT_BITS  # Bits of its type, if it holds none with a name.
+    size: float = 0  # Numbers read, those of all steps of a loop.
+    is_given: bool = False  # True if it holds what the user passes.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,9 @@ class Work:
             products=_share(self.products, examples),
             useful_products=_share(self.useful_products, examples),
             kept=_share(self.kept, examples),
+            inputs=tuple(
+                x._replace(size=_share(x.size, examples)) for x in self.inputs
+            ),
         )
 
 

@@ -180,7 +180,9 @@ class _Outline:
 
     def _operand(self, v: int) -> Operand:
         bits = np.dtype(self.model.avals[v].dtype).itemsize * 8
-        return Operand(self.model.shape(v), self.sources(v), bits)
+        shape, names = self.model.shape(v), self.sources(v)
+        is_given = any(name.startswith("input:") for name in names)
+        return Operand(shape, names, bits, math.prod(shape) * self.steps, is_given)
 
     def sources(self, value: int) -> Names:
         """Returns the names of the nearest sites that a value is made of."""
