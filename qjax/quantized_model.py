@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import chex
@@ -14,14 +14,7 @@ from jax.typing import ArrayLike
 from qjax.affine import QParams, QSpec
 from qjax.calibration.batches import have_same_kinds, same_kind
 from qjax.calibration.calibrator import Calibrator, check_calibrated
-from qjax.costs.layers import (
-    ACCUMULATOR_BITS,
-    Layers,
-    WordBits,
-    Work,
-    count_examples,
-    with_bits,
-)
+from qjax.costs.layers import Layers, Work, count_examples, with_bits
 from qjax.leaves import difference, show_leaves
 from qjax.lowering.binding import Bound
 from qjax.lowering.forward import IntegerForward
@@ -54,7 +47,7 @@ from qjax.schemes.resolution import (
 )
 from qjax.schemes.scheme import Scheme, check_rules, check_same_steps
 from qjax.schemes.sharing import overwriters
-from qjax.schemes.word_bits import word_bits
+from qjax.schemes.word_bits import bits_by_name
 from qjax.tables import html_table, show, show_types
 from qjax.targets import Target, half_even
 
@@ -265,14 +258,18 @@ class QuantizedModel:
         scheme: Scheme | None = None,
         qstate: QState | None = None,
         *,
+        bits: Mapping[str, ArrayLike] | None = None,
         examples: int | None = None,
     ) -> Layers:
         """Returns the layers of the model with the bits of each operand: `qjax.costs`.
 
         Args:
-          scheme: Replaces the scheme of the model. Bits may be traced: prices of the
-            table are differentiable by them, and `jax.vmap` maps over schemes.
-          qstate: State that holds learned bits, where words have some.
+          scheme: Replaces the scheme of the model. Bits may be traced, so that
+            `jax.vmap` maps over schemes.
+          qstate: State that holds learned bits, where words have some: prices are
+            differentiable by them.
+          bits: Site -> bits in place of its word's. They need not be whole, and prices
+            are differentiable by them.
           examples: Examples in the inputs that the model was made for, by which counts
             are divided. None for the size of the first axis that all inputs share, 1 if
             they share none.
@@ -284,25 +281,16 @@ class QuantizedModel:
 
         Raises:
           TypeError: for what is no scheme.
-          ValueError: for rules that match no site; learned bits without a state; a
-            number of examples below 1.
+          ValueError: for rules and ``bits`` that match no site; learned bits without a
+            state; a number of examples below 1.
         """
         if scheme is not None:
             self._check_scheme(scheme)
         choices = self.choices if scheme is None else self._resolved(scheme)
         learned = {} if qstate is None else qstate.get(LEARNED, {})
-
-        def bits_of(name: str, float_bits: int) -> WordBits:
-            if (choice := choices.sites.get(name)) is not None:
-                own, is_weight = learned.get(name), choice.site.role == "weight"
-                return word_bits(name, choice.word, own, is_weight, float_bits)
-            word = choices.biases.get(name)
-            if word is None:
-                return WordBits(ACCUMULATOR_BITS)
-            return word_bits(name, word, None, True, float_bits)
-
+        names = bits_by_name(choices, learned, bits or {})
         shapes = [x.shape for x in jax.tree.leaves(self.example)]
-        return with_bits(self.works, count_examples(shapes, examples), bits_of)
+        return with_bits(self.works, count_examples(shapes, examples), names)
 
     def _check_scheme(self, scheme: Scheme) -> None:
         """Raises unless a scheme may stand in place of the model's."""

@@ -265,10 +265,10 @@ def _layer(work: Work, bits_of: BitsOf) -> Layer:
         sums = sum_bits(pair[0], pair[-1], terms=work.terms)
     return Layer(
         work,
-        tuple(x.bits for x in inputs),
-        operands[-1].bits if work.weight else None,
-        of(work.bias).bits if work.bias else None,
-        of(work.name).bits,
+        tuple(_exact(x.bits) for x in inputs),
+        _exact(operands[-1].bits) if work.weight else None,
+        _exact(of(work.bias).bits) if work.bias else None,
+        _exact(of(work.name).bits),
         sums,
         tuple(x.is_signed for x in operands),
     )
@@ -340,4 +340,5 @@ def _is_exact(bits: Any) -> bool:
 
 
 def _exact(bits: Any) -> Any:
+    """Returns a known whole number as an integer, others as float32."""
     return int(bits) if _is_exact(bits) else jnp.asarray(bits, jnp.float32)

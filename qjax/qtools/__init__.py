@@ -22,7 +22,7 @@ from qjax.qtools.forgiving import (
 )
 from qjax.qtools.keras_models import ShapedLayer, ShapedModel, read_model
 from qjax.qtools.operators import (
-    Operator,
+    Circuit,
     accumulator,
     adder,
     divider,
@@ -39,6 +39,7 @@ from qjax.qtools.type_maps import LayerTypes, Reference, TypeMap, type_map
 
 __all__ = (
     "BitSizes",
+    "Circuit",
     "DataType",
     "EnergyReport",
     "ForgivingFactor",
@@ -46,7 +47,6 @@ __all__ = (
     "LayerTypes",
     "ModelBits",
     "ModelStatistics",
-    "Operator",
     "Product",
     "Reference",
     "ShapedLayer",

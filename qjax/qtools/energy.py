@@ -5,8 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from qjax.costs.energy import (
-    Memory,
+from qjax.costs.energies import (
+    Memories,
     Place,
     Process,
     access_energy,
@@ -14,7 +14,7 @@ from qjax.costs.energy import (
     operation_energy,
 )
 from qjax.qtools.keras_models import AVERAGES, NORMS
-from qjax.qtools.operators import Operator
+from qjax.qtools.operators import Circuit
 from qjax.qtools.type_maps import LayerTypes, TypeMap
 
 # Parts of the energy that count, by the class of a layer: config_public.py.
@@ -71,7 +71,7 @@ class EnergyReport:
 
 
 def map_energy(
-    types: TypeMap, memory: Memory | None = None, process: Process = horowitz
+    types: TypeMap, memory: Memories | None = None, process: Process = horowitz
 ) -> EnergyReport:
     """Returns the energy of a model by its data-type map.
 
@@ -93,7 +93,7 @@ def map_energy(
     References:
       QKeras, qtools/qenergy/qenergy.py, snapshot 78ea90f.
     """
-    memory = Memory() if memory is None else memory
+    memory = Memories() if memory is None else memory
     rows, total = {}, 0.0
     for name, own in types.layers.items():
         parts = {
@@ -109,16 +109,16 @@ def map_energy(
 
 
 def _access(
-    size: int, bits: int, place: Place, memory: Memory, process: Process
+    size: int, bits: int, place: Place, memory: Memories, process: Process
 ) -> float:
     return float(access_energy(size * bits, place, memory=memory, process=process))
 
 
-def _end(memory: Memory) -> Place:
+def _end(memory: Memories) -> Place:
     return "dram" if memory.has_io else "sram"
 
 
-def _inputs(own: LayerTypes, memory: Memory, process: Process) -> float:
+def _inputs(own: LayerTypes, memory: Memories, process: Process) -> float:
     is_first = "in" in own.layer.inputs
     place = _end(memory) if is_first else memory.activations
     pairs = zip(own.layer.input_shapes, own.inputs, strict=True)
@@ -128,7 +128,7 @@ def _inputs(own: LayerTypes, memory: Memory, process: Process) -> float:
 
 
 def _outputs(
-    own: LayerTypes, types: TypeMap, memory: Memory, process: Process
+    own: LayerTypes, types: TypeMap, memory: Memories, process: Process
 ) -> float:
     layer = own.layer
     place = _end(memory) if layer.name in types.model.ends else memory.activations
@@ -136,7 +136,7 @@ def _outputs(
     return _access(size, own.output.bits, place, memory, process)
 
 
-def _parameters(own: LayerTypes, memory: Memory, process: Process) -> float:
+def _parameters(own: LayerTypes, memory: Memories, process: Process) -> float:
     layer, place = own.layer, memory.weights
     read = lambda size, bits: _access(size, bits, place, memory, process)
     if layer.base in NORMS:
@@ -151,7 +151,7 @@ def _parameters(own: LayerTypes, memory: Memory, process: Process) -> float:
     return total
 
 
-def _gate(operator: Operator, process: Process) -> float:
+def _gate(operator: Circuit, process: Process) -> float:
     float_bits = operator.output.bits if operator.output.is_float else 0
     one = operation_energy(
         operator.op_type, operator.gate_bits, float_bits=float_bits, process=process
@@ -159,8 +159,8 @@ def _gate(operator: Operator, process: Process) -> float:
     return operator.gate_factor * float(one)
 
 
-def _addition(operator: Operator, process: Process) -> float:
-    plain = Operator(operator.output, "add", 1, operator.output.bits)
+def _addition(operator: Circuit, process: Process) -> float:
+    plain = Circuit(operator.output, "add", 1, operator.output.bits)
     return _gate(plain, process)
 
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from qjax.costs.energy import Memory, Process, horowitz
+from qjax.costs.energies import Memories, Process, horowitz
 from qjax.qtools.energy import map_energy
 from qjax.qtools.keras_models import ShapedLayer, ShapedModel
 from qjax.qtools.type_maps import Reference, type_map
@@ -202,7 +202,7 @@ def energy_sizes(
     model: ShapedModel,
     reference: Reference,
     *,
-    memory: Memory | None = None,
+    memory: Memories | None = None,
     process: Process = horowitz,
 ) -> tuple[int, int]:
     """Returns the energy of a reference in given types, and that of a quantized model.

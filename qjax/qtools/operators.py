@@ -22,7 +22,7 @@ _GATE = 0.1  # Energy of an and gate, ditto.
 
 
 @dataclasses.dataclass(frozen=True)
-class Operator:
+class Circuit:
     """An operation in hardware.
 
     Attributes:
@@ -38,7 +38,7 @@ class Operator:
     gate_bits: float = 0
 
 
-def multiplier(weight: DataType, x: DataType) -> Operator:
+def multiplier(weight: DataType, x: DataType) -> Circuit:
     """Returns the multiplier of a weight and a value.
 
         fixed * fixed:      int = int_w + int_x, frac = frac_w + frac_x
@@ -63,13 +63,13 @@ def multiplier(weight: DataType, x: DataType) -> Operator:
     is_signed = weight.is_signed or x.is_signed
     if FLOAT in kinds:
         bits = max(t.bits for t in (weight, x) if t.is_float)
-        return Operator(floating(bits), "mul", 1, bits)
+        return Circuit(floating(bits), "mul", 1, bits)
     if ZERO_ONE in kinds:
         return _and_gate(weight, x, is_signed)
     if kinds == {BINARY}:
         bits, int_bits = max(weight.bits, x.bits), max(weight.int_bits, x.int_bits)
         output = DataType("binary", BINARY, bits, int_bits, is_signed)
-        return Operator(output, "xor", _CHOICE, 1)
+        return Circuit(output, "xor", _CHOICE, 1)
     if kinds & {BINARY, TERNARY}:
         return _mux(weight, x, is_signed)
     if kinds == {POWER}:
@@ -80,10 +80,10 @@ def multiplier(weight: DataType, x: DataType) -> Operator:
     int_bits = weight.int_bits + x.int_bits
     bits = int_bits + weight.fraction + x.fraction + is_signed
     output = fixed(bits, int_bits, is_signed)
-    return Operator(output, "mul", 1, math.sqrt(weight.bits * x.bits))
+    return Circuit(output, "mul", 1, math.sqrt(weight.bits * x.bits))
 
 
-def shifter(power: DataType, other: DataType, right: int, left: int) -> Operator:
+def shifter(power: DataType, other: DataType, right: int, left: int) -> Circuit:
     """Returns the shifter of a fixed-point value by a power of two.
 
     Args:
@@ -96,9 +96,9 @@ def shifter(power: DataType, other: DataType, right: int, left: int) -> Operator
     bits = other.bits + left + right + (power.is_signed and not other.is_signed)
     output = fixed(bits, other.int_bits + left, is_signed)
     if power.count > 0:
-        return Operator(output, "shifter", power.count * _CHOICE, other.bits)
+        return Circuit(output, "shifter", power.count * _CHOICE, other.bits)
     size = math.sqrt(2.0**power.bits * other.bits)
-    return Operator(output, "shifter", 1, size * math.log10(size))
+    return Circuit(output, "shifter", 1, size * math.log10(size))
 
 
 def _power(bits: int, int_bits: int, is_signed: bool, most: float) -> DataType:
@@ -106,15 +106,15 @@ def _power(bits: int, int_bits: int, is_signed: bool, most: float) -> DataType:
     return DataType(name, POWER, bits, int_bits, is_signed, most)
 
 
-def _exponent_adder(a: DataType, b: DataType, is_signed: bool) -> Operator:
+def _exponent_adder(a: DataType, b: DataType, is_signed: bool) -> Circuit:
     bits = max(a.bits, b.bits) + 1
     has_most = -1 not in (a.max_value, b.max_value)
     most = a.max_value * b.max_value if has_most else -1
     output = _power(bits, max(a.int_bits, b.int_bits) + 1, is_signed, most)
-    return Operator(output, "add", 1, bits)
+    return Circuit(output, "add", 1, bits)
 
 
-def _mux(weight: DataType, x: DataType, is_signed: bool) -> Operator:
+def _mux(weight: DataType, x: DataType, is_signed: bool) -> Circuit:
     is_of_weight = weight.kind in (BINARY, TERNARY)
     choice, value = (weight, x) if is_of_weight else (x, weight)
     bits = value.bits + (choice.is_signed and not value.is_signed)
@@ -126,10 +126,10 @@ def _mux(weight: DataType, x: DataType, is_signed: bool) -> Operator:
         output = fixed(bits, value.int_bits, is_signed)
     else:
         output = DataType("ternary", TERNARY, bits, value.int_bits, is_signed)
-    return Operator(output, "mux", factor, value.bits)
+    return Circuit(output, "mux", factor, value.bits)
 
 
-def _and_gate(weight: DataType, x: DataType, is_signed: bool) -> Operator:
+def _and_gate(weight: DataType, x: DataType, is_signed: bool) -> Circuit:
     bits = max(weight.bits, x.bits)
     is_gate = weight.name == "binary" and weight.kind == ZERO_ONE
     int_bits = x.int_bits if is_gate else weight.int_bits
@@ -142,12 +142,12 @@ def _and_gate(weight: DataType, x: DataType, is_signed: bool) -> Operator:
         output = DataType("binary", ZERO_ONE, bits, int_bits, is_signed)
     else:
         output = DataType("ternary", TERNARY, 2, 2)
-    return Operator(output, "and", _GATE, output.bits)
+    return Circuit(output, "and", _GATE, output.bits)
 
 
 def accumulator(
     kernel_shape: Sequence[int], product: DataType, *, has_bias: bool = False
-) -> Operator:
+) -> Circuit:
     """Returns the accumulator of the products with one output channel of a kernel.
 
         L = ceil(log2(terms + has_bias)), int = int + L, bits = bits + L
@@ -161,16 +161,16 @@ def accumulator(
       ValueError: for a kernel without terms.
     """
     if product.is_float:
-        return Operator(floating(product.bits), "add", 1, product.bits)
+        return Circuit(floating(product.bits), "add", 1, product.bits)
     terms = math.prod(kernel_shape[:-1]) + has_bias
     if terms < 1:
         raise ValueError(f"A kernel of shape {tuple(kernel_shape)} sums no product.")
     more, own = math.ceil(math.log2(terms)), product.as_fixed()
     output = fixed(own.bits + more, own.int_bits + more, own.is_signed)
-    return Operator(output, "add", 1, output.bits)
+    return Circuit(output, "add", 1, output.bits)
 
 
-def adder(a: DataType, b: DataType) -> Operator:
+def adder(a: DataType, b: DataType) -> Circuit:
     """Returns the adder of two values: int = max + 1, frac = max.
 
     As in QTools a power of two before {0, 1} is added as if its exponent were the
@@ -181,15 +181,15 @@ def adder(a: DataType, b: DataType) -> Operator:
     """
     if a.is_float or b.is_float:
         bits = max(a.bits, b.bits)
-        return Operator(floating(bits), "add", 1, bits)
+        return Circuit(floating(bits), "add", 1, bits)
     if not (a.is_power and b.kind == ZERO_ONE):
         a, b = a.as_fixed(), b.as_fixed()
     int_bits, is_signed = max(a.int_bits, b.int_bits) + 1, a.is_signed or b.is_signed
     bits = int_bits + max(a.fraction, b.fraction) + is_signed
-    return Operator(fixed(bits, int_bits, is_signed), "add", 1, bits)
+    return Circuit(fixed(bits, int_bits, is_signed), "add", 1, bits)
 
 
-def divider(numerator: DataType, denominator: DataType) -> Operator:
+def divider(numerator: DataType, denominator: DataType) -> Circuit:
     """Returns the divider of a normalisation.
 
     Raises:
@@ -207,7 +207,7 @@ def divider(numerator: DataType, denominator: DataType) -> Operator:
         floats = [t.bits for t in (numerator, denominator) if t.is_float]
         is_fixed = denominator.kind == FIXED and not numerator.is_float
         bits = 32 if is_fixed else max(floats)
-        return Operator(floating(bits), "mul", 1, bits)
+        return Circuit(floating(bits), "mul", 1, bits)
     if not numerator.is_power:
         left, right = denominator.exponents()  # A quotient moves the other way.
         return shifter(denominator, numerator, right, left)
@@ -215,10 +215,10 @@ def divider(numerator: DataType, denominator: DataType) -> Operator:
     int_bits = max(numerator.int_bits, denominator.int_bits) + 1
     has_most = -1 not in (numerator.max_value, denominator.max_value)
     most = numerator.max_value / denominator.max_value if has_most else -1
-    return Operator(_power(bits, int_bits, True, most), "add", 1, bits)
+    return Circuit(_power(bits, int_bits, True, most), "add", 1, bits)
 
 
-def merge(cls: str, inputs: Sequence[DataType]) -> Operator:
+def merge(cls: str, inputs: Sequence[DataType]) -> Circuit:
     """Returns the operator of a layer of Keras that merges its inputs.
 
     Args:
@@ -233,13 +233,13 @@ def merge(cls: str, inputs: Sequence[DataType]) -> Operator:
     """
     if cls == "Multiply":
         first, *others = inputs
-        made = Operator(first, "mul")
+        made = Circuit(first, "mul")
         for other in others:
             made = multiplier(made.output, other)
         return made
     if cls == "Add":
         output = _joined(inputs, more=1)
-        return Operator(output, "add", 1, output.bits)
+        return Circuit(output, "add", 1, output.bits)
     factors = {"Maximum": 0.2, "Minimum": 0.2, "Average": 1, "Concatenate": 0}
     if cls not in factors:
         raise ValueError(
@@ -247,7 +247,7 @@ def merge(cls: str, inputs: Sequence[DataType]) -> Operator:
         )
     same = [(t.name, t.bits, t.int_bits, t.is_signed) for t in inputs]
     output = inputs[0] if len(set(same)) == 1 else _joined(inputs)
-    return Operator(output, "add", factors[cls], output.bits)
+    return Circuit(output, "add", factors[cls], output.bits)
 
 
 def _joined(inputs: Sequence[DataType], more: int = 0) -> DataType:

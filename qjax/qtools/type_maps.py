@@ -20,7 +20,7 @@ from qjax.qtools.keras_models import (
 )
 from qjax.qtools.operation_counts import operation_count
 from qjax.qtools.operators import (
-    Operator,
+    Circuit,
     accumulator,
     adder,
     divider,
@@ -73,7 +73,7 @@ class LayerTypes:
     output: DataType
     count: int
     types: Types = dataclasses.field(default_factory=dict)
-    operators: Mapping[str, Operator] = dataclasses.field(default_factory=dict)
+    operators: Mapping[str, Circuit] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the entry of QTools's JSON."""
@@ -183,7 +183,7 @@ class _Given:
         """Returns the type of accumulators of the reference."""
         return data_type(self.reference.accumulators)
 
-    def in_reference(self, operator: Operator) -> Operator:
+    def in_reference(self, operator: Circuit) -> Circuit:
         """Returns an operator with a result of the reference's type."""
         return dataclasses.replace(operator, output=self.sums)
 
@@ -377,7 +377,7 @@ def _product(given: _Given) -> LayerTypes:
     return given.made(operators["fused_accumulator"].output, types, operators)
 
 
-def _rescaled(given: _Given, product: Operator) -> Operator:
+def _rescaled(given: _Given, product: Circuit) -> Circuit:
     """Returns a multiplier whose result holds all channels times their scales."""
     layer = given.layer
     word = None if given.is_fixed_by_reference else layer.kernel_word

@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from qjax.affine import QSpec
-from qjax.costs.layers import FLOAT_BITS, WordBits
+from qjax.costs.layers import ACCUMULATOR_BITS, FLOAT_BITS, BitsOf, WordBits
+from qjax.quantizers.strings import closest
+from qjax.schemes.resolution import Choices
 from qjax.schemes.words import Word, is_one_sided
 
 # Quantizers whose number of levels no option sets.
@@ -19,6 +22,47 @@ _FIXED = {
     "ternary": WordBits(2, is_narrow=True),
     "stochastic_ternary": WordBits(2, is_narrow=True),
 }
+
+
+def bits_by_name(
+    choices: Choices, learned: Mapping[str, Any], bits: Mapping[str, ArrayLike]
+) -> BitsOf:
+    """Returns the function that gives prices the word of a site or bias by its name.
+
+    Args:
+      choices: The scheme, resolved at the sites of a model.
+      learned: Site -> learned arrays.
+      bits: Site or bias -> bits in place of its word's.
+
+    Raises:
+      ValueError: for bits of a name that is neither.
+    """
+    for name in bits:
+        if name not in choices.sites and name not in choices.biases:
+            names = [*choices.sites, *choices.biases]
+            raise ValueError(
+                f"`bits` names {name!r}, which is no site. {closest(name, names)}"
+            )
+
+    def bits_of(name: str, float_bits: int) -> WordBits:
+        choice = choices.sites.get(name)
+        if choice is not None:
+            own, is_weight = learned.get(name), choice.site.role == "weight"
+            if name in bits and _has_learned_bits(choice.word):
+                own = {"bits": bits[name]}
+            found = word_bits(name, choice.word, own, is_weight, float_bits)
+        elif (word := choices.biases.get(name)) is not None:
+            found = word_bits(name, word, None, True, float_bits)
+        else:
+            found = WordBits(ACCUMULATOR_BITS)
+        return found._replace(bits=bits[name]) if name in bits else found
+
+    return bits_of
+
+
+def _has_learned_bits(word: Word | None) -> bool:
+    learning = getattr(word, "learning", None)
+    return learning is not None and "bits" in learning.names
 
 
 def word_bits(
@@ -49,7 +93,7 @@ def word_bits(
     if isinstance(word, QSpec):
         is_signed = word.signed and (word.symmetric or is_weight)
         return WordBits(word.bits, is_signed, is_signed and word.narrow_range)
-    if word.learning is not None and "bits" in word.learning.names:
+    if _has_learned_bits(word):
         if learned is None or "bits" not in learned:
             raise ValueError(
                 f"The bits of {name!r} are learned: pass the state that holds them, "

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from qjax import qtools
-from qjax.costs.energy import Memory
+from qjax.costs.energies import Memories
 
 LEAST_SRAM = 8 * 16 * 2**20  # As the notes of the cases say.
 
@@ -42,7 +42,7 @@ def _memory(key):
     """``w=sram,a=dram,io=1`` as a memory."""
     fields = dict(part.split("=") for part in key.split(","))
     assert set(fields) == {"w", "a", "io"}
-    return Memory(fields["w"], fields["a"], LEAST_SRAM, fields["io"] == "1")
+    return Memories(fields["w"], fields["a"], LEAST_SRAM, fields["io"] == "1")
 
 
 def check_qtools(case, arrays):

@@ -55,7 +55,7 @@ horowitz = Process(
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class Memories:
     """The places of weights and activations.
 
     Attributes:
@@ -79,12 +79,12 @@ class Memory:
         for name in ("weights", "activations"):
             if getattr(self, name) not in get_args(Place):
                 raise ValueError(
-                    f"`{name}` of a `Memory` must be one of "
+                    f"`{name}` of `Memories` must be one of "
                     f"{', '.join(get_args(Place))}, got {getattr(self, name)!r}."
                 )
         if self.least_sram < 0:
             raise ValueError(
-                "`least_sram` of a `Memory` is a number of bits, 0 or more, got "
+                "`least_sram` of `Memories` is a number of bits, 0 or more, got "
                 f"{self.least_sram}."
             )
 
@@ -100,7 +100,7 @@ def polynomial(coefficients: Sequence[float], x: Any) -> Any:
 
 
 def access_energy(
-    bits: Any, place: Place, *, memory: Memory, process: Process = horowitz
+    bits: Any, place: Place, *, memory: Memories, process: Process = horowitz
 ) -> Any:
     """Returns the energy to read or write a tensor, in pJ.
 
@@ -162,21 +162,21 @@ def operation_energy(
 
 
 def energy(
-    layer: Layer, *, memory: Memory | None = None, process: Process = horowitz
+    layer: Layer, *, memory: Memories | None = None, process: Process = horowitz
 ) -> Any:
     """Returns the energy of a layer for one example, in pJ.
 
         products * (multiply(sqrt(b_x * b_w)) + add(accumulator)) + reads + writes
 
     Weights, inputs and results move once each. What goes in and what the model returns
-    lie where `Memory.has_io` says.
+    lie where `Memories.has_io` says.
 
     Args:
       layer: The layer.
       memory: Places of weights and activations; DRAM for both by default.
       process: Energies.
     """
-    memory = Memory() if memory is None else memory
+    memory = Memories() if memory is None else memory
     io: Place = "dram" if memory.has_io else "sram"
     access = lambda bits, place: access_energy(
         bits, place, memory=memory, process=process
