@@ -146,7 +146,12 @@ class _GraphLayers:
                 yield self._with_result(Work(self.names[v], self.names[v], "input"), v)
         for node in self.graph.nodes:
             if node.graphs:
-                yield from self._body(node).layers()
+                reads = _union(self.sources(v) for v in node.inputs)
+                for layer in self._body(node).layers():
+                    names = _union([layer.work.reads, reads])
+                    work = dataclasses.replace(layer.work, reads=names)
+                    yield dataclasses.replace(layer, work=work)
+                    reads = ()
             elif node.output in self.ends:
                 yield self._layer(node)
 
@@ -200,9 +205,8 @@ class _GraphLayers:
             names = self.sources(node.inputs[k])
             if a["consts"] <= k < first:
                 end = body.outputs[k - a["consts"]]
-                names = _union(
-                    [names, *([n] for n, u in body.sites.items() if u == end)]
-                )
+                same = (n for n, u in body.sites.items() if u == end)
+                names = tuple(same) or names
             given[v] = names
         stacked = body.outputs[a["carries"] :]
         steps = self.steps * length

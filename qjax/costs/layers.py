@@ -49,6 +49,7 @@ class Work:
       is_returned: Whether the model returns its result.
       other_bytes: Bytes of its other parameters, tables and multipliers.
       float_bits: Bits of what the scheme leaves in float.
+      reads: Names of what the loop reads that it is the first layer of.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Work:
     is_returned: bool = False
     other_bytes: int = 0
     float_bits: int = FLOAT_BITS
+    reads: tuple[str, ...] = ()
 
     def per_example(self, examples: int) -> "Work":
         """Returns the work of one of ``examples`` examples."""
@@ -173,8 +175,7 @@ class Layer:
         if not self.products:
             return ()
         own = self.input_bits
-        pair = own[:2] if self.weight_bits is None else (*own[:1], self.weight_bits)
-        return pair if len(pair) == 2 else pair * 2  # A square.
+        return own[:2] if self.weight_bits is None else (*own[:1], self.weight_bits)
 
 
 @jax.tree_util.register_dataclass

@@ -129,10 +129,10 @@ def live_spans(layers: Layers) -> list[tuple[int, int]]:
     spans = [[k, k] for k in range(len(layers))]
     place = {layer.name: k for k, layer in enumerate(layers)}
     for k, layer in enumerate(layers):
-        for operand in layer.work.inputs:
-            for name in operand.sites:
-                if (made := place.get(name)) is not None:
-                    spans[made] = [min(spans[made][0], k), max(spans[made][1], k)]
+        names = [name for operand in layer.work.inputs for name in operand.sites]
+        for made in (place.get(name) for name in (*names, *layer.work.reads)):
+            if made is not None:
+                spans[made] = [min(spans[made][0], k), max(spans[made][1], k)]
         if layer.work.is_returned:
             spans[k][1] = len(layers) - 1
     return [(first, last) for first, last in spans]

@@ -84,13 +84,17 @@ class _Outline:
             if v not in ends:
                 yield self._of_input(self.plan.sites[k], v)
         for e in self.model.equations:
-            block = next((blocks[v] for v in e.outputs if v in blocks), None)
-            if block is not None:
-                yield self._of_block(block)
-            elif e.outputs and e.outputs[0] in self.traced.loops:
-                for body in self.bodies(e):
-                    yield from body.works()
-            elif self.data.intersection(e.inputs) and _multiplies(e):
+            is_loop = bool(e.outputs) and e.outputs[0] in self.traced.loops
+            reads = _union(self.sources(v) for v in e.inputs if v in self.data)
+            for body in self.bodies(e) if is_loop else ():
+                for work in body.works():
+                    yield dataclasses.replace(work, reads=_union([work.reads, reads]))
+                    reads = ()
+            own = [blocks[v] for v in e.outputs if v in blocks]
+            yield from map(self._of_block, own)
+            if own or is_loop:
+                continue
+            if self.data.intersection(e.inputs) and _multiplies(e):
                 raise NotImplementedError(
                     f"The equation {e} in {place_of(e)} multiplies at no site of the "
                     "scheme, so that its bits are not known. Make a layer of it whose "
@@ -134,7 +138,10 @@ class _Outline:
         return self._with_result(work, site, block.value)
 
     def _count(self, block: Block) -> tuple[int, int, int]:
-        """Returns products, those without padding, and the terms of one sum."""
+        """Returns products, those without padding, and the terms of one sum.
+
+        A function of one value is looked up in a table: it has no products.
+        """
         e, shape = block.root, self.model.shape
         name, shapes = e.primitive.name, [shape(v) for v in e.inputs]
         if name == "dot_general":
@@ -145,8 +152,8 @@ class _Outline:
             own = {name: e.params[name] for name in names} | {"dimensions": numbers}
             return conv_counts(shapes[0], shapes[1], shape(e.outputs[0]), own)
         pair = [v for v in e.inputs if v in self.data]
-        is_square = name == "integer_pow" or name == "square"
-        if name == "mul" and len(pair) == 2 or block.kind == "affine" or is_square:
+        is_product = name == "mul" and len(pair) == 2 and not block.is_function
+        if is_product or block.kind == "affine":
             size = math.prod(shape(block.value))
             return size, size, 1
         return 0, 0, 0
@@ -227,9 +234,10 @@ class _Outline:
                 if parts.is_carry(k):
                     end = traced.model.outputs[k - parts.consts]
                     last = found[-1].sources(end) if found else ()
-                    own = traced.plan.activations.get(end)
+                    own = None if loop.steps else traced.plan.activations.get(end)
+                    # What goes in is rounded to the grid of what is carried.
                     same = () if own is None else (traced.plan.sites[own].name,)
-                    names = last or _union([names, () if loop.steps else same])
+                    names = last or same or names
                 given[v] = names
             stacked = traced.model.outputs[parts.carries :]
             found.append(_Outline(traced, steps, given, stacked))

@@ -64,7 +64,10 @@ class DataType:
         return int(least), int(max(0, most))
 
     def as_fixed(self) -> "DataType":
-        """Returns the fixed-point type that holds powers of two; others as they are."""
+        """Returns the fixed-point type of powers of two; other types as they are.
+
+        As in QTools it has a place for all below the largest power, and none for that.
+        """
         if not self.is_power:
             return self
         right, left = self.exponents()
