@@ -271,8 +271,8 @@ class QuantizedModel:
           bits: Site -> bits in place of its word's. They need not be whole, and prices
             are differentiable by them.
           examples: Examples in the inputs that the model was made for, by which counts
-            are divided. None for the size of the first axis that all inputs share, 1 if
-            they share none.
+            are divided. None for the size of the first axis that all inputs share and
+            no product sums over, 1 if there is none.
 
         Returns:
           The table, a pytree, in the order of computation. Accumulators have the bits
@@ -290,7 +290,9 @@ class QuantizedModel:
         learned = {} if qstate is None else qstate.get(LEARNED, {})
         names = bits_by_name(choices, learned, bits or {})
         shapes = [x.shape for x in jax.tree.leaves(self.example)]
-        return with_bits(self.works, count_examples(shapes, examples), names)
+        return with_bits(
+            self.works, count_examples(shapes, self.works, examples), names
+        )
 
     def _check_scheme(self, scheme: Scheme) -> None:
         """Raises unless a scheme may stand in place of the model's."""

@@ -462,6 +462,46 @@ def test_json_is_refused_where_prices_have_no_values(qmodel):
         jax.jit(run)(4)
 
 
+def test_an_axis_that_products_sum_over_is_none_of_examples():
+    fn = lambda p, x: x @ p["kernel"]
+    params = {"kernel": _normal(4, 3)}
+    for shape, examples in (((4,), 1), ((5, 4), 5), ((5, 2, 4), 5)):
+        x = np.ones(shape, np.float32)
+        qmodel = qjax.quantize_model(fn, params, x)
+        program = qjax.lower(qmodel, params, qjax.calibrate(qmodel, params, [x]), x)
+        for layers in (qmodel.layers(), program.layers()):
+            assert layers.examples == examples
+            assert layers["output:0"].products == 12 * math.prod(shape[1:-1])
+    one = lambda p, x: lax.conv_general_dilated(
+        x[None], p["kernel"], (1, 1), "SAME", dimension_numbers=NUMBERS
+    )
+    x, params = np.ones((4, 4, 2), np.float32), {"kernel": _normal(3, 3, 2, 3)}
+    layers = qjax.quantize_model(one, params, x).layers()
+    assert layers.examples == 1 and layers["output:0"].products == 16 * 54
+
+
+def test_products_with_quantizers_of_their_own_are_refused():
+    own = parse("quantized_bits(4,0,1,alpha=1)")
+
+    def fn(p, x):
+        w = qjax.quantizers.apply(own, p["kernel"])
+        return jax.nn.relu(x @ w) @ p["head"]
+
+    x, params = np.ones((2, 4), np.float32), {"kernel": _normal(4, 4)}
+    qmodel = qjax.quantize_model(fn, {**params, "head": _normal(4, 3)}, x)
+    with pytest.raises(NotImplementedError, match="multiplies what has no site"):
+        qmodel.layers()
+
+
+def test_a_table_of_layers_prints_their_bits(qmodel, program):
+    for layers in (qmodel.layers(), program.layers()):
+        for layer in layers:
+            assert layer.name in str(layers) and layer.name in layers._repr_html_()
+    words = [Scheme(QSpec(b), QSpec(8)) for b in (2, 8)]
+    stacked = jax.vmap(lambda s: qmodel.layers(s))(qjax.stack_schemes(words))
+    assert "2..8" in str(stacked)
+
+
 @pytest.mark.parametrize(
     "call, error",
     [

@@ -39,7 +39,8 @@ def layers_of(
       graph: Graph of a program.
       params: Its integers.
       examples: Examples in the traced inputs, by which counts are divided. None for
-        the size of the first axis that all inputs share, 1 if they share none.
+        the size of the first axis that all inputs share and no product sums over, 1 if
+        there is none.
 
     Returns:
       The table, in the order of computation, a layer with the rescaling and the
@@ -50,12 +51,12 @@ def layers_of(
       ValueError: for a number of examples below 1.
     """
     shapes = [graph.values[v].shape for v in graph.inputs]
-    count = count_examples(shapes, examples)
     arrays = {name: np.asarray(p) for name, p in params.items()}
     found = certify(graph, arrays, ()).overflow
     sums = {(bound.place, bound.value): bound.bits for bound in found}
     layers = [*_GraphLayers(graph, arrays, sums).layers()]
-    works = counted_once(layer.work for layer in layers)
+    works = [*counted_once(layer.work for layer in layers)]
+    count = count_examples(shapes, works, examples)
     each = (_per_example(*pair, count) for pair in zip(layers, works, strict=True))
     return Layers(tuple(each), count)
 
@@ -227,6 +228,7 @@ class _GraphLayers:
             useful_products=useful * self.steps,
             terms=terms,
             inputs=tuple(inputs),
+            places=self._places(node),
             other_bytes=self._other_bytes(node.output, end),
             **self._params_of(node),
         )
@@ -286,6 +288,17 @@ class _GraphLayers:
             return conv_counts(first, kernel, self._shape(node.output), _conv_params(a))
         x, y = (kernel, first) if a["kernel_operand"] == 0 else (first, kernel)
         return dot_counts(x, y, (a["contract"], a["batch"]))
+
+    def _places(self, node: Node) -> int:
+        a = node.attributes
+        if node.operation not in ("dot", "dot_codes", "conv"):
+            return 0
+        x = self._shape(node.inputs[0])
+        if node.operation == "conv":
+            return x[a["dimensions"][0][0]]
+        side = 1 - a["kernel_operand"] if node.operation == "dot" else 0
+        summed = a["contract"][side]
+        return math.prod(n for d, n in enumerate(x) if d not in summed)
 
     def _params_of(self, node: Node) -> dict[str, Any]:
         found: dict[str, Any] = {}

@@ -11,6 +11,8 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from qjax.tables import html_table, text_table
+
 FLOAT_BITS = 32  # Bits of what no scheme puts on a grid.
 ACCUMULATOR_BITS = 32  # Bits of the accumulators of qjax, and of biases on their grid.
 
@@ -50,6 +52,9 @@ class Work:
       other_bytes: Bytes of its other parameters, tables and multipliers.
       float_bits: Bits of what the scheme leaves in float.
       reads: Names of what the loop reads that it is the first layer of.
+      places: Places at which a product of data is summed, whose number the examples
+        divide; 0 if it is no contraction or convolution.
+      refusal: Why its bits are not known; empty if they are.
     """
 
     name: str
@@ -71,6 +76,8 @@ class Work:
     other_bytes: int = 0
     float_bits: int = FLOAT_BITS
     reads: tuple[str, ...] = ()
+    places: int = 0
+    refusal: str = ""
 
     def per_example(self, examples: int) -> "Work":
         """Returns the work of one of ``examples`` examples."""
@@ -83,6 +90,21 @@ class Work:
                 x._replace(size=_share(x.size, examples)) for x in self.inputs
             ),
         )
+
+
+_HEAD = ("layer", "kind", "macs", "weights", "inputs", "weight", "output", "sums")
+
+
+def _text(bits: Any) -> str:
+    """Returns bits as a text: none, one number, or the ends of several."""
+    if bits is None:
+        return ""
+    if not isinstance(bits, int | float | np.ndarray | np.generic | jax.Array):
+        return "?"  # A placeholder of a tree.
+    if isinstance(bits, jax.core.Tracer):
+        return "?"
+    low, high = np.min(bits), np.max(bits)
+    return f"{low:g}" if low == high else f"{low:g}..{high:g}"
 
 
 def counted_once(works: Iterable[Work]) -> Iterator[Work]:
@@ -183,6 +205,8 @@ class Layer:
 class Layers:
     """The layers of a model, in the order of computation. A pytree of bits.
 
+    ``str`` is a table of their bits; `qjax.costs.price_table` has their prices.
+
     Attributes:
       layers: The layers, what goes in first.
       examples: Examples in the traced inputs, by which all counts are divided.
@@ -193,6 +217,23 @@ class Layers:
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
+
+    def __str__(self) -> str:
+        return text_table(_HEAD, self._rows())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table(_HEAD, self._rows())
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        found = []
+        for layer in self.layers:
+            inputs = ", ".join(map(_text, layer.input_bits))
+            bits = layer.weight_bits, layer.output_bits, layer.accumulator_bits
+            counts = f"{layer.products:,}", f"{layer.weights:,}"
+            found.append((layer.name, layer.kind, *counts, inputs, *map(_text, bits)))
+        return found
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -215,20 +256,26 @@ BitsOf = Callable[[str, int], WordBits]
 
 
 def count_examples(
-    shapes: Sequence[tuple[int, ...]], examples: int | None = None
+    shapes: Sequence[tuple[int, ...]],
+    works: Iterable[Work],
+    examples: int | None = None,
 ) -> int:
-    """Returns the number of examples in inputs: the first size, if all share it.
+    """Returns the number of examples in inputs.
 
     Args:
       shapes: Shapes of the inputs.
-      examples: The number itself, if it is known.
+      works: Layers of the model.
+      examples: The number itself, if it is known. None for the first size that all
+        inputs share, if no product sums over it; else for 1.
 
     Raises:
       ValueError: for a number below 1.
     """
     if examples is None:
         sizes = {shape[0] for shape in shapes if shape}
-        return max(1, sizes.pop()) if len(sizes) == 1 else 1
+        size = sizes.pop() if len(sizes) == 1 else 1
+        is_shared = size > 0 and all(work.places % size == 0 for work in works)
+        return size if is_shared else 1
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
         raise ValueError(
             f"`examples` must be a whole number, 1 or more, got {examples!r}: the "
@@ -251,12 +298,17 @@ def with_bits(
 
     Returns:
       The layers, for one example.
+
+    Raises:
+      NotImplementedError: for a layer whose bits are not known.
     """
     made = (_layer(work.per_example(examples), bits_of) for work in works)
     return Layers(tuple(made), examples)
 
 
 def _layer(work: Work, bits_of: BitsOf) -> Layer:
+    if work.refusal:
+        raise NotImplementedError(work.refusal)
     of = lambda name: bits_of(name, work.float_bits)
     inputs = [_of_operand(operand, of) for operand in work.inputs]
     operands = [*inputs, of(work.weight)] if work.weight else inputs

@@ -28,11 +28,7 @@ def outline(traced: TracedModel) -> tuple[Work, ...]:
     Returns:
       What goes in, each block in the order of computation, then weights that no block
       multiplies by. Counts are those of the traced inputs; of what a loop computes,
-      those of all steps.
-
-    Raises:
-      NotImplementedError: for products inside of a part that the plan of sites does
-        not look into.
+      those of all steps. A product whose bits no scheme decides has a refusal.
     """
     found = [*_Outline(traced).works()]
     used = {work.weight for work in found}
@@ -95,11 +91,7 @@ class _Outline:
             if own or is_loop:
                 continue
             if self.data.intersection(e.inputs) and _multiplies(e):
-                raise NotImplementedError(
-                    f"The equation {e} in {place_of(e)} multiplies at no site of the "
-                    "scheme, so that its bits are not known. Make a layer of it whose "
-                    "product the plan sees: `qmodel.sites` lists what it does."
-                )
+                yield Work(f"%{e.outputs[0]}", e.path, "unknown", refusal=_refusal(e))
 
     def _of_input(self, site: Site, v: int) -> Work:
         given = () if site.op == "input" else (self._operand(v),)
@@ -124,6 +116,7 @@ class _Outline:
         path = block.name if site is None else site.layer
         kind = op_of(self.model, block) if site is None else site.op
         products, useful, terms = self._count(block)
+        inputs = tuple(map(self._operand, self._data(block)))
         work = Work(
             name=name,
             path=path,
@@ -131,7 +124,9 @@ class _Outline:
             products=products * self.steps,
             useful_products=useful * self.steps,
             terms=terms,
-            inputs=tuple(map(self._operand, self._data(block))),
+            inputs=inputs,
+            places=self._places(block),
+            refusal=self._refusal(block, products, inputs),
             **self._weight_of(block),
             **self._bias_of(block),
         )
@@ -157,6 +152,27 @@ class _Outline:
             size = math.prod(shape(block.value))
             return size, size, 1
         return 0, 0, 0
+
+    def _places(self, block: Block) -> int:
+        """Returns the places at which a product of data is summed; 0 for others."""
+        e = block.root
+        numbers: Any = e.params.get("dimension_numbers")
+        k = next((k for k, v in enumerate(e.inputs) if v in self.data), 0)
+        if e.primitive.name == "conv_general_dilated":
+            lhs, rhs = numbers.lhs_spec[0], numbers.rhs_spec[0]
+            return self.model.shape(e.inputs[k])[rhs if k else lhs]
+        if e.primitive.name != "dot_general":
+            return 0
+        x, summed = self.model.shape(e.inputs[k]), numbers[0][k]
+        return math.prod(n for d, n in enumerate(x) if d not in summed)
+
+    def _refusal(self, block: Block, products: int, inputs: Sequence[Operand]) -> str:
+        """Returns why the bits of a product are not known; empty if they are."""
+        real = [v for v in self._data(block) if self.model.is_real(v)]
+        is_whole = len(inputs) + bool(self._weight_of(block)) > 1
+        if not products or (is_whole and all(map(self.sources, real))):
+            return ""
+        return _refusal(block.root)
 
     def _weight_of(self, block: Block) -> dict[str, Any]:
         at = block.scale_site
@@ -242,6 +258,15 @@ class _Outline:
             stacked = traced.model.outputs[parts.carries :]
             found.append(_Outline(traced, steps, given, stacked))
         return found
+
+
+def _refusal(e: Equation) -> str:
+    return (
+        f"The equation {e} in {place_of(e)} multiplies what has no site, so that its "
+        "bits are not known: it has a quantizer of its own, or is part of something "
+        "that the plan of sites does not look into. Lower the function, and take "
+        "`program.layers()`."
+    )
 
 
 def _union(names: Any) -> Names:
