@@ -115,6 +115,16 @@ def test_adders_have_the_type_of_qkeras_tests():
     assert (found.bits, found.int_bits, found.is_signed) == (17, 5, True)
 
 
+def test_a_map_prints_the_types_of_each_layer():
+    layer = {"units": 2, "kernel_quantizer": "quantized_po2(4,1)", "name": "d"}
+    found = qtools.type_map(_model(["QDense", layer], ["ReLU", {"name": "r"}]))
+    head, dense, relu = str(found).splitlines()
+    words = dense.split()
+    assert words[:5] == ["d", "QDense", "16", "fixed(8,0)", "po2(4)"]
+    assert words[5:] == ["fixed(12,0)", "float(32)", "float(32)", "float(32)"]
+    assert relu.split()[-1] == "float(32)" and "<td>d</td>" in found._repr_html_()
+
+
 def test_scales_of_powers_of_two_widen_the_fused_accumulator():
     layer = {"units": 2, "kernel_quantizer": "quantized_bits(3,0,1)", "name": "d"}
     layer |= {"bias_quantizer": "quantized_bits(3,2,1)"}

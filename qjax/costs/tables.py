@@ -107,7 +107,8 @@ def price_table(
 
     Args:
       layers: The layers, of `QuantizedModel.layers` or `IntegerProgram.layers`.
-      prices: Name -> function of one layer; `PRICES` by default.
+      prices: Name -> function of one layer; `PRICES` by default, which `energy` joins
+        by ``{**PRICES, "energy": energy}``.
 
     Returns:
       The table.

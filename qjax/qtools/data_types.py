@@ -34,6 +34,14 @@ class DataType:
     max_value: float = -1
     count: int = -1
 
+    def __str__(self) -> str:
+        if self.kind == FIXED:
+            sign = "" if self.is_signed else "u"
+            return f"{sign}fixed({self.bits},{self.int_bits})"
+        short = {"floating_point": "float", "quantized_po2": "po2"}
+        name = short.get(self.name, self.name.removeprefix("quantized_"))
+        return f"{name}({self.bits})"
+
     @property
     def is_float(self) -> bool:
         """Returns whether values are floats."""

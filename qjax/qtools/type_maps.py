@@ -27,9 +27,14 @@ from qjax.qtools.operators import (
     merge,
     multiplier,
 )
+from qjax.tables import html_table, text_table
 
 DEFAULT_SOURCE = "quantized_bits(8,0,1)"
 Types = Mapping[str, DataType]
+_HEAD = (
+    *("layer", "class", "operations", "input", "weight"),
+    *("multiplier", "accumulator", "fused", "output"),
+)
 
 # Quantizers of a QBatchNormalization that names none.
 _NORM_WORDS = {
@@ -75,6 +80,16 @@ class LayerTypes:
     types: Types = dataclasses.field(default_factory=dict)
     operators: Mapping[str, Circuit] = dataclasses.field(default_factory=dict)
 
+    def row(self) -> tuple[str, ...]:
+        """Returns the layer as a row of a table, its types by name and bits."""
+        names = ("multiplier", "accumulator", "fused_accumulator")
+        made = [self.operators.get(name) for name in names]
+        own = ["" if circuit is None else str(circuit.output) for circuit in made]
+        weight = str(self.types["weight"]) if "weight" in self.types else ""
+        inputs = ", ".join(map(str, self.inputs))
+        ends = self.layer.name, self.layer.cls, f"{self.count:,}", inputs
+        return (*ends, weight, *own, str(self.output))
+
     def to_json(self) -> dict[str, Any]:
         """Returns the entry of QTools's JSON."""
         layer = self.layer
@@ -96,9 +111,9 @@ class LayerTypes:
         return {**found, "operation_count": self.count}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TypeMap:
-    """The types of all layers of a model.
+    """The types of all layers of a model. ``str`` is a table.
 
     Attributes:
       model: The model.
@@ -109,6 +124,14 @@ class TypeMap:
     model: ShapedModel
     source: DataType
     layers: Mapping[str, LayerTypes]
+
+    def __str__(self) -> str:
+        return text_table(_HEAD, [types.row() for types in self.layers.values()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table(_HEAD, [types.row() for types in self.layers.values()])
 
     def to_json(self) -> dict[str, Any]:
         """Returns QTools's JSON, whose ``int_bits`` of fixed point count the sign."""
