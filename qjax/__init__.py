@@ -1,6 +1,15 @@
 """Quantize JAX and Flax models, train them as they ship, lower them to integers."""
 
-from qjax import estimators, presets, quantizers, search, targets, training
+from qjax import (
+    costs,
+    estimators,
+    presets,
+    qtools,
+    quantizers,
+    search,
+    targets,
+    training,
+)
 from qjax.affine import QParams, QSpec, dequantize, fake_quant, quantize
 from qjax.calibration.averages import ema_min_max, moving_max, moving_min_max
 from qjax.calibration.calibrator import Calibrator
@@ -59,6 +68,7 @@ __all__ = (
     "clipped_ste",
     "conform",
     "constant",
+    "costs",
     "dequantize",
     "dump_config",
     "ema_min_max",
@@ -82,6 +92,7 @@ __all__ = (
     "mse",
     "percentile",
     "presets",
+    "qtools",
     "quantize",
     "quantize_model",
     "quantizers",

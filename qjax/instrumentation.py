@@ -9,6 +9,7 @@ import chex
 import jax
 
 from qjax.model.arguments import check_model
+from qjax.model.outlines import outline
 from qjax.model.steps import check_steps
 from qjax.model.traces import Traces
 from qjax.model.visitors import LEARNED, QState
@@ -129,7 +130,7 @@ def quantize_model(
     warn_of_buffers(scheme, sites)
     shapes = jax.eval_shape(lambda: inputs)
     qmodel = QuantizedModel(
-        fn, scheme, sites, shapes, reader, biases, whole_norms, traces
+        fn, scheme, sites, shapes, reader, biases, whole_norms, traces, outline(traced)
     )
     # A dry run: an axis that does not exist raises here, before any data is spent.
     state = qmodel.init(params, *inputs)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.backends.xla import run as xla
+from qjax.costs.graphs import layers_of
+from qjax.costs.layers import Layers
 from qjax.ends import check_range, grid_of, input_codes, real_output
 from qjax.graph import files
 from qjax.graph.certificate import Report, certify
@@ -161,6 +163,10 @@ class IntegerProgram:
         """Certifies the program: no overflow, no float, agreement of each site."""
         found = certify(self.graph, self.params, tuple(float_values(self)))
         return dataclasses.replace(found, notes=self.notes)
+
+    def layers(self, *, examples: int | None = None) -> Layers:
+        """Returns its layers with the bits of its own integers: `costs.layers_of`."""
+        return layers_of(self.graph, self.params, examples=examples)
 
     def initial_state(self, batch_size: int | None = None) -> tuple[jax.Array, ...]:
         """Returns the state before the first step: integers, a pytree.

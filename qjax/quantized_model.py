@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import chex
@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from qjax.affine import QParams, QSpec
 from qjax.calibration.batches import have_same_kinds, same_kind
 from qjax.calibration.calibrator import Calibrator, check_calibrated
+from qjax.costs.layers import Layers, Work, count_examples, with_bits
 from qjax.leaves import difference, show_leaves
 from qjax.lowering.binding import Bound
 from qjax.lowering.forward import IntegerForward
@@ -46,6 +47,7 @@ from qjax.schemes.resolution import (
 )
 from qjax.schemes.scheme import Scheme, check_rules, check_same_steps
 from qjax.schemes.sharing import overwriters
+from qjax.schemes.word_bits import bits_by_name
 from qjax.tables import html_table, show, show_types
 from qjax.targets import Target, half_even
 
@@ -63,6 +65,7 @@ class QuantizedModel:
       whole_norms: Whether normalisations that would lower in parts are one site each.
       biases: The biases of products, which rules may name.
       traces: The traced model, kept by the types of its arguments.
+      works: Work of its layers for the example, which `layers` gives bits.
     """
 
     fn: Callable[..., Any]
@@ -75,6 +78,7 @@ class QuantizedModel:
     traces: Traces = dataclasses.field(
         default_factory=Traces, repr=False, compare=False
     )
+    works: tuple[Work, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
     def __repr__(self) -> str:
         weights = sum(site.role == "weight" for site in self.sites)
@@ -249,6 +253,54 @@ class QuantizedModel:
 
         return run_blended(run, qnoise_factor)
 
+    def layers(
+        self,
+        scheme: Scheme | None = None,
+        qstate: QState | None = None,
+        *,
+        bits: Mapping[str, ArrayLike] | None = None,
+        examples: int | None = None,
+    ) -> Layers:
+        """Returns the layers of the model with the bits of each operand: `qjax.costs`.
+
+        Args:
+          scheme: Replaces the scheme of the model. Bits may be traced, so that
+            `jax.vmap` maps over schemes.
+          qstate: State that holds learned bits, where words have some: prices are
+            differentiable by them.
+          bits: Site -> bits in place of its word's. They need not be whole, and prices
+            are differentiable by them.
+          examples: Examples in the inputs that the model was made for, by which counts
+            are divided. None for the size of the first axis that all inputs share and
+            no product sums over, 1 if there is none.
+
+        Returns:
+          The table, a pytree, in the order of computation. Accumulators have the bits
+          that the words ask for; with the weights themselves, those of a program:
+          `qjax.costs.layers_of`.
+
+        Raises:
+          TypeError: for what is no scheme.
+          ValueError: for rules and ``bits`` that match no site; learned bits without a
+            state; a number of examples below 1.
+        """
+        if scheme is not None:
+            self._check_scheme(scheme)
+        choices = self.choices if scheme is None else self._resolved(scheme)
+        learned = {} if qstate is None else qstate.get(LEARNED, {})
+        names = bits_by_name(choices, learned, bits or {})
+        shapes = [x.shape for x in jax.tree.leaves(self.example)]
+        return with_bits(
+            self.works, count_examples(shapes, self.works, examples), names
+        )
+
+    def _check_scheme(self, scheme: Scheme) -> None:
+        """Raises unless a scheme may stand in place of the model's."""
+        if not isinstance(scheme, Scheme):
+            raise TypeError(f"`scheme` must be a `Scheme`, got {scheme!r}.")
+        check_same_steps(scheme, self.scheme)
+        check_rules(scheme, self.sites, self.biases)
+
     def init_learned(
         self, params: chex.ArrayTree, qstate: QState
     ) -> dict[str, Learned]:
@@ -340,10 +392,7 @@ class QuantizedModel:
     ) -> Choices:
         """Returns the choices to compute by; raises unless state and inputs fit."""
         if scheme is not None:
-            if not isinstance(scheme, Scheme):
-                raise TypeError(f"`scheme` must be a `Scheme`, got {scheme!r}.")
-            check_same_steps(scheme, self.scheme)
-            check_rules(scheme, self.sites, self.biases)
+            self._check_scheme(scheme)
         choices = self.choices if scheme is None else self._resolved(scheme)
         check_words(choices)
         check_leaves("inputs", inputs)
