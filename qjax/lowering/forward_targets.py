@@ -11,8 +11,13 @@ from jax import lax
 from qjax.affine import QParams, dequantize
 from qjax.backends.xla import tflite
 from qjax.graph.graph import Node
-from qjax.integer_calls import SoftmaxCall
-from qjax.integer_tflite import Kind, average_codes, traced_exponentials
+from qjax.integer_calls import NormCall, SoftmaxCall
+from qjax.integer_tflite import (
+    Kind,
+    average_codes,
+    traced_exponentials,
+    traced_log_steps,
+)
 from qjax.lowering.accumulators import (
     Accumulator,
     Late,
@@ -21,9 +26,19 @@ from qjax.lowering.accumulators import (
     TargetGrid,
     whole_steps,
 )
-from qjax.lowering.forward_errors import no_operator
 from qjax.lowering.forward_loops import ForwardLoops
 from qjax.lowering.site_words import SiteWord
+from qjax.lowering.tflite_forms import (
+    Lack,
+    lack_of_ends,
+    lack_of_epsilon,
+    lack_of_grid,
+    lack_of_norm,
+    lack_of_scale,
+    lack_of_softmax,
+    name_of,
+    refuse,
+)
 from qjax.model.blocks import Block
 from qjax.model.exact import Exact
 from qjax.model.primitives import names
@@ -39,6 +54,8 @@ class ForwardTargets(ForwardLoops):
 
     _target: Target
     _of_codes: set[int]  # Functions of what lies on grids.
+    _ends: dict[int, Block]  # Value -> the block that ends there.
+    _words: dict[int, str]  # Value on a grid -> type of its codes.
     _functions: dict[int, tuple[str, int]]  # Value -> its function, and of what.
     _steps: Callable[[int], jax.Array]
     _is_input: Callable[[int], bool]
@@ -63,45 +80,72 @@ class ForwardTargets(ForwardLoops):
         try:
             return late(grid)
         except TargetError as error:
-            raise no_operator(site, str(error)) from error
+            raise refuse(site.name, str(error)) from error
 
     def _place_tflite(
         self, v: int, site: Site, before: jax.Array, grid: QParams, word: SiteWord
     ) -> None:
         """Puts what no accumulator gives on the grid of a site, as TFLite does."""
         if grid.scale.ndim:
-            raise no_operator(site, "has a scale per channel, and TFLite has one")
+            raise refuse(site.name, "has a scale per channel, and TFLite has one")
         own = self._site_grid(grid, word)
         if self._is_input(v):
             real = lax.stop_gradient(before).astype(jnp.float32)
             codes = quotient_codes(real, *own[:4])
         elif isinstance(unit := self._units.get(v), Exact):
-            codes = self._softmax(site, unit, own)
+            if lack := self._lack(v, unit, own) or self._bounded(unit, word):
+                raise refuse(site.name, *lack)
+            codes = self._whole(unit)
         elif v in self._functions:
             name, x = self._functions[v]
             if word.dtype == "int16":
-                raise no_operator(site, "is a function of 16 bits, traced")
+                raise refuse(site.name, "is a function of 16 bits, traced")
+            if lack := lack_of_grid(name, own.dtype, *own[:2]):
+                raise refuse(site.name, *lack)
             codes = function_codes(name, self._steps(x), self._grids[x].scale, own)
         else:
-            raise no_operator(site, "is a function that TFLite has no operator for")
+            raise refuse(site.name, "is a function that TFLite has no operator for")
         value = dequantize(codes, grid).astype(before.dtype)
         self._env[v] = straight(self._env[v], value)
         self._of_codes.add(v)
 
-    def _softmax(self, site: Site, unit: Exact, grid: TargetGrid) -> jax.Array:
-        """Returns the codes of TFLite's softmax."""
+    def _lack(self, v: int, unit: Exact, grid: TargetGrid) -> Lack:
+        """Returns what an algorithm in integers has that TFLite's does not."""
         call, (value, scale, *others) = unit.call, unit.operands
-        what = "is computed in whole by an algorithm that TFLite does not have"
-        if not isinstance(call, SoftmaxCall) or call.kind != "softmax":
-            raise no_operator(site, what)
-        is_last = call.axes == (value.ndim - 1,)
-        if not is_last or others or unit.bounds or call.plus or grid.dtype != "int8":
-            raise no_operator(site, what)
+        (x, *_) = self._ends[v].root.inputs
+        dtypes = self._words.get(x, grid.dtype), grid.dtype
+        if isinstance(call, SoftmaxCall):
+            lack = lack_of_softmax(call, value.ndim, bool(others), *dtypes)
+            lack = lack or lack_of_scale(name_of(call), scale, call.factor)
+        elif isinstance(call, NormCall):
+            lack = lack_of_norm(call, value.ndim, *dtypes)
+            lack = lack or lack_of_epsilon(call, scale)
+        else:
+            return ("is a quotient of two values, which TFLite rounds otherwise",)
+        return lack or lack_of_grid(name_of(call), grid.dtype, *grid[:2])
+
+    def _bounded(self, unit: Exact, word: SiteWord) -> Lack:
+        """Returns that a site leaves codes out, as TFLite does not."""
+        if unit.bounds:
+            return ("has bounds behind it, and TFLite has none there",)
+        return lack_of_ends(name_of(unit.call), word.dtype, word.qmin, word.qmax)
+
+    def _whole(self, unit: Exact) -> jax.Array:
+        """Returns the codes of TFLite's softmax, log-softmax or l2-normalisation."""
+        call, (value, scale, *_) = unit.call, unit.operands
         steps = whole_steps(value, scale)
-        table = traced_exponentials(scale, call.factor)
-        roles, ends = {"exponentials": "exponentials"}, {"low": -128, "high": 127}
-        node = Node("tflite_softmax", (0,), 1, roles, ends)
-        return tflite.TFLITE["tflite_softmax"](node, {"exponentials": table}, [steps])
+        attributes: Any = {"low": -128, "high": 127}
+        tables: dict[str, jax.Array] = {}
+        if isinstance(call, SoftmaxCall):
+            name = f"tflite_{call.kind}"
+            tables["exponentials"] = traced_exponentials(scale, call.factor)
+            if call.kind == "log_softmax":
+                tables["steps"] = traced_log_steps(scale)
+                attributes["zero_point"] = 127
+        else:
+            name, attributes["input_zero_points"] = "tflite_l2_norm", [0]
+        node = Node(name, (0,), 1, {role: role for role in tables}, attributes)
+        return tflite.TFLITE[name](node, tables, [steps])
 
     def _average_of(self, block: Block, steps: jax.Array) -> Late | None:
         """Returns the codes of a pool of averages; None for a mean over axes."""
