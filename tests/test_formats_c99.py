@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import shutil
+import subprocess
 import warnings
 
 import jax
@@ -249,6 +250,18 @@ def test_memory_is_shared_by_values_that_do_not_live_together(tmp_path):
     assert found.arena_bytes <= 64 * (4 + 2 * 1)
     assert f"#define MODEL_ARENA_BYTES {found.arena_bytes}" in found.header
     assert found.constant_bytes > 6 * 64 * 64
+
+
+def test_names_that_differ_by_capitals_are_told_apart(tmp_path):
+    """Their macros are the same; what is included second says so."""
+    for name in ("net", "Net"):
+        write_c99(lowered(nn.Dense(3), images(2, 4)), tmp_path, name=name)
+    for own, error in ((("net",), ""), (("net", "Net"), "but for capitals")):
+        text = "".join(f'#include "{name}.h"\n' for name in (*own, own[0]))
+        (tmp_path / "main.c").write_text(text + "int main(void) { return 0; }\n")
+        command = ["gcc", "-std=c99", "-fsyntax-only", str(tmp_path / "main.c")]
+        found = subprocess.run(command, capture_output=True, text=True)
+        assert error in found.stderr and bool(error) == bool(found.returncode)
 
 
 @given(

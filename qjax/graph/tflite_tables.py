@@ -8,6 +8,7 @@ References:
   lite/kernels/internal/reference; gemmlowp, fixedpoint/fixedpoint.h.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -154,7 +155,7 @@ def _wide_sigmoid_places(x: Codes, exact: Sequence[int]) -> np.ndarray:
 
 def _interpolated_sigmoid(scaled: np.ndarray, bits: int, most: int) -> np.ndarray:
     """Interpolates ``2^16 * sigmoid`` at steps of 1/24, with 2^bits places between."""
-    steps = _sigmoid_steps()
+    steps = sigmoid_steps()
     place = scaled >> bits
     at = np.minimum(place, 254)
     rest = scaled & ((1 << bits) - 1)
@@ -162,7 +163,7 @@ def _interpolated_sigmoid(scaled: np.ndarray, bits: int, most: int) -> np.ndarra
     return np.where(place >= 255, most, value)
 
 
-def _sigmoid_steps() -> np.ndarray:
+def sigmoid_steps() -> np.ndarray:
     """Returns TFLite's 256 anchors, moved by half the error of the line to the next."""
     value = 65536 / (1 + np.exp(-np.arange(513) / 48))
     line = (value[:-2:2] + value[2::2]) / 2
@@ -324,12 +325,23 @@ def wide_softmax_tables(scale: np.float32, beta: float) -> tuple[np.ndarray, ...
     ratio = float(scale * np.float32(beta)) / (10 / 65535)
     scaled = rescale(-np.arange(1 << 16), *_wide_pair(ratio), "tflite_double")
     place = np.clip(scaled + 32767, -32768, 32767)
-    y, tens, ones = (
-        Codes(np.float64(size / 65535), zero_point, -32768, 32767)
-        for size, zero_point in ((2, 0), (10, 32767), (1, -32768))
-    )
-    exps = wide_function_table(np.exp, tens, y)[place + 32768]
-    return exps, wide_function_table(lambda x: 1 / (1 + x), ones, y)
+    return softmax_exponentials()[place + 32768], softmax_reciprocals()
+
+
+@functools.cache
+def softmax_exponentials() -> np.ndarray:
+    """Tabulates ``exp(x)`` of 65,536 numbers in [-10, 0], 15 bits after the point."""
+    return wide_function_table(np.exp, _parts(10, 32767), _parts(2, 0))
+
+
+@functools.cache
+def softmax_reciprocals() -> np.ndarray:
+    """Tabulates ``1 / (1 + x)`` of 65,536 numbers in [0, 1], like the exponentials."""
+    return wide_function_table(lambda x: 1 / (1 + x), _parts(1, -32768), _parts(2, 0))
+
+
+def _parts(size: int, zero_point: int) -> Codes:
+    return Codes(np.float64(size / 65535), zero_point, -32768, 32767)
 
 
 def wide_function_table(

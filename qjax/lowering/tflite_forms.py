@@ -58,7 +58,7 @@ def lack_of_softmax(
             "factor",
             "Give the product a site of its own, with `qjax.fake_quant`",
         )
-    return _lack_of_types(name, dtype, own)
+    return lack_of_types(name, dtype, own)
 
 
 def lack_of_norm(call: NormCall, rank: int, dtype: str, own: str) -> Lack:
@@ -78,17 +78,43 @@ def lack_of_norm(call: NormCall, rank: int, dtype: str, own: str) -> Lack:
         )
     if call.axes != (rank - 1,):
         return ("computes l2-normalisation over other axes than the last",)
-    return _lack_of_types(name_of(call), dtype, own)
+    return lack_of_types(name_of(call), dtype, own)
 
 
-def _lack_of_types(name: str, dtype: str, own: str) -> Lack:
-    types = [t for n, t in FIXED_GRIDS if n == name and t != "uint8"]
-    if dtype == own and dtype in types:
+def lack_of_types(name: str, dtype: str, own: str) -> Lack:
+    """Returns what types a function goes from and to that TFLite's does not.
+
+    Args:
+      name: The function: a key of `FIXED_GRIDS`; others keep the type of their input.
+      dtype: Type of the codes of its input.
+      own: The same of its site.
+    """
+    known = [t for n, t in FIXED_GRIDS if n == name]
+    known = known or ["int8", "uint8", "int16"]
+    if name in ("softmax", "log-softmax", "l2-normalisation"):
+        known = [t for t in known if t != "uint8"]  # In float32 there.
+    if dtype == own and dtype in known:
         return ()
-    known = " and ".join(types)
     return (
-        f"computes {name} from {dtype} to {own}, and TFLite has it of {known}",
+        f"computes {name} from {dtype} to {own}, and TFLite has it of "
+        f"{' and '.join(known)}, which it keeps",
         "Use `presets.tflite_int8`",
+    )
+
+
+def lack_of_zero_point(dtype: str, zero_point: int) -> Lack:
+    """Returns that codes of 16 bits have a zero point, which TFLite's never have.
+
+    Args:
+      dtype: Type of the codes.
+      zero_point: Their zero point.
+    """
+    if dtype != "int16" or not zero_point:
+        return ()
+    return (
+        f"is made of codes of 16 bits with the zero point {zero_point}, and TFLite's "
+        "have 0",
+        "Use `presets.tflite_int16x8`",
     )
 
 
@@ -158,14 +184,11 @@ def lack_of_grid(name: str, dtype: str, scale: Any, zero_point: Any) -> Lack:
     Args:
       name: What the site is: a key of `FIXED_GRIDS`; others have any grid.
       dtype: Type of its codes.
-      scale: Its scale; nothing is said of one that is traced.
-      zero_point: Its zero point, ditto.
+      scale: Its scale.
+      zero_point: Its zero point.
     """
-    wanted = FIXED_GRIDS.get((name, dtype))
-    is_traced = any(isinstance(x, jax.core.Tracer) for x in (scale, zero_point))
-    if wanted is None or is_traced:
-        return ()
     found = float(np.float32(scale)), int(zero_point)
+    wanted = FIXED_GRIDS.get((name, dtype), found)
     if found == wanted:
         return ()
     return (

@@ -39,6 +39,8 @@ from qjax.lowering.tflite_forms import (
     lack_of_norm,
     lack_of_scale,
     lack_of_softmax,
+    lack_of_types,
+    lack_of_zero_point,
     name_of,
     refuse,
 )
@@ -281,16 +283,25 @@ def tabled(builder: Builder, x: Curve, target: SiteGrid) -> Integers:
             "Give each of its operations a site of its own (`Constraints(split=...)`)",
         )
     function, wide = _FUNCTIONS[own[0]]
-    info = np.iinfo(builder.values[source.value].dtype)
+    dtype = builder.values[source.value].dtype
+    _check(target.site, lack_of_types(own[0], dtype, target.dtype))
+    _check(target.site, lack_of_zero_point(dtype, source.zero_point))
+    info = np.iinfo(dtype)
     given = Codes(
         np.float32(source.scale), source.zero_point, int(info.min), int(info.max)
     )
     made = Codes(np.float32(target.scale), target.zero_point, target.qmin, target.qmax)
     grid = target.scale, target.zero_point
     _check(target.site, lack_of_grid(own[0], target.dtype, *grid))
-    table = (
-        wide(given, made) if given.is_wide else function_table(function, given, made)
-    )
+    with np.errstate(over="ignore", invalid="ignore"):
+        table = (
+            wide(given, made)
+            if given.is_wide
+            else function_table(function, given, made)
+        )
+    info = np.iinfo(target.dtype)
+    if not np.all((table >= info.min) & (table <= info.max)):  # Of infinity.
+        raise refuse(target.site, f"computes {own[0]} of values beyond float32")
     table = table[source.low - given.low : source.high - given.low + 1]
     name = builder.add_param(f"{target.site}/table", table.astype(target.dtype))
     attributes = {"low": source.low, "axis": None}
