@@ -18,9 +18,9 @@ import zlib
 import numpy as np
 
 TYPES = {"I8": "i1", "U8": "u1", "I16": "<i2", "U16": "<u2", "I32": "<i4"}
-FORMS = dict.fromkeys("dtype fixed_by rounding dtype_of_model path rule".split(), str)
+FORMS: dict[str, type] = {"keepdims": bool, "reverse": bool}
+FORMS |= dict.fromkeys("dtype fixed_by rounding dtype_of_model path rule".split(), str)
 FORMS |= dict.fromkeys("low high shift offset zero_point output count".split(), int)
-FORMS |= {"keepdims": bool, "reverse": bool}
 MOST, BUDGET = 1 << 25, 1 << 36  # Numbers in one value; products and sums in all.
 
 
