@@ -251,6 +251,32 @@ def test_a_function_from_16_bits_to_8_is_refused_in_both():
             run()
 
 
+def test_loops_are_refused_in_both():
+    x = images(2, 3, 3)
+    model, params, qstate = own = quantized(nn.RNN(nn.OptimizedLSTMCell(2)), x)
+    for run in (
+        lambda: qjax.lower(*own, x, target=targets.tflite),
+        lambda: model.apply_integer(params, qstate, x, target=targets.tflite),
+    ):
+        with pytest.raises(NotImplementedError, match="'RNN' is computed by `loop`"):
+            run()
+
+
+def test_a_weight_may_come_before_its_bias():
+    """Its least scale reads the bias, whatever the order of the parameters."""
+    fn = lambda p, x: x @ p["a"] + p["b"]
+    params, x = {"a": images(3, 4), "b": 1e6 * images(1, 4)}, images(2, 3)
+    renamed = {"b": params["a"], "a": params["b"]}
+    other = lambda p, x: x @ p["b"] + p["a"]
+    scheme = presets.tflite_int8(same_scales=True)
+    found = []
+    for f, p in ((fn, params), (other, renamed)):
+        qmodel = qjax.quantize_model(f, p, x, scheme=scheme)
+        qstate = qjax.calibrate(qmodel, p, [x], progress=False)
+        found.append(qmodel.apply(p, qstate, x))
+    np.testing.assert_array_equal(*found)
+
+
 def test_words_of_16_bits_saturate_as_the_kernels_do():
     assert targets.tflite.ends(-(2**15) + 1, 2**15 - 1) == (-(2**15), 2**15 - 1)
     assert targets.half_even.ends(-(2**15) + 1, 2**15 - 1) == (-(2**15) + 1, 2**15 - 1)

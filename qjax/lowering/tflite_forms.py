@@ -33,6 +33,16 @@ def refuse(site: str, what: str, remedy: str = "") -> NotImplementedError:
     )
 
 
+def lack_of_operator(operation: str) -> Lack:
+    """Returns that no operator of TFLite computes an operation of the graph.
+
+    Args:
+      operation: The operation.
+    """
+    what = f"is computed by `{operation}`, for which TFLite has no exact operator"
+    return (what, "Unroll its steps in the model") if operation == "loop" else (what,)
+
+
 def lack_of_softmax(
     call: SoftmaxCall, rank: int, is_masked: bool, dtype: str, own: str
 ) -> Lack:

@@ -37,6 +37,7 @@ from qjax.lowering.tflite_forms import (
     lack_of_epsilon,
     lack_of_grid,
     lack_of_norm,
+    lack_of_operator,
     lack_of_scale,
     lack_of_softmax,
     lack_of_types,
@@ -429,11 +430,8 @@ def check_tflite(graph: Graph) -> None:
     """Raises NotImplementedError for what TFLite's kernels do not compute."""
     for node in graph.nodes:
         if node.operation not in ALLOWED:
-            raise refuse(
-                node.path or "the program",
-                f"is computed by `{node.operation}`, for which TFLite has no exact "
-                "operator",
-            )
+            lack = lack_of_operator(node.operation)
+            raise refuse(node.path or "the program", *lack)
     for v in graph.outputs:
         value = graph.values[v]
         if value.grid is not None and value.dtype not in ("int8", "uint8", "int16"):
