@@ -27,6 +27,8 @@ Kind = Literal[
 
 _INT32 = np.iinfo(np.int32)
 _NARROW_LEFT, _WIDE_LEFT = 20, 15  # Bits before the point of a sum.
+# -20 with 26 bits after the point: no code of a log-softmax is so far below 0.
+LEAST_STEP = -20 << 26
 
 
 def tflite_multiplier(ratio: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -240,17 +242,36 @@ def traced_exponentials(scale: jax.Array, beta: float) -> jax.Array:
       int32, ``[256]``.
     """
     with jax.enable_x64(True):
-        ratio = _wide(scale) * float(np.float32(beta)) * 2.0**26
-        most = jnp.float64(2.0**31 - 1)
-        multiplier, shift = traced_tflite_multiplier(jnp.minimum(ratio, most))
-        left = (31 - shift).astype(jnp.int64)
-        radius = jnp.floor(31 * 2.0**26 / 2.0 ** left.astype(jnp.float64))
-        n = jnp.arange(256, dtype=jnp.int64)
-        inside = n.astype(jnp.float64) <= radius
-        steps = -jnp.where(inside, n, jnp.int64(0)) << jnp.maximum(left, 0)
-        scaled = _high(steps, multiplier.astype(jnp.int64))
+        scaled, inside = _scaled_places(scale, beta)
         found = jnp.where(inside, _exponential(scaled), jnp.int64(0))
         return found.astype(jnp.int32)
+
+
+def traced_log_steps(scale: jax.Array) -> jax.Array:
+    """Computes `qjax.graph.tflite_tables.log_step_table` of a traced scale.
+
+    Args:
+      scale: float32, ``[]``.
+
+    Returns:
+      int32, ``[256]``.
+    """
+    with jax.enable_x64(True):
+        scaled, inside = _scaled_places(scale, 1.0)
+        least = jnp.int64(LEAST_STEP)
+        return jnp.where(inside, jnp.maximum(scaled, least), least).astype(jnp.int32)
+
+
+def _scaled_places(scale: jax.Array, beta: float) -> tuple[jax.Array, jax.Array]:
+    ratio = _wide(scale) * float(np.float32(beta)) * 2.0**26
+    most = jnp.float64(2.0**31 - 1)
+    multiplier, shift = traced_tflite_multiplier(jnp.minimum(ratio, most))
+    left = (31 - shift).astype(jnp.int64)
+    radius = jnp.floor(31 * 2.0**26 / 2.0 ** left.astype(jnp.float64))
+    n = jnp.arange(256, dtype=jnp.int64)
+    inside = n.astype(jnp.float64) <= radius
+    steps = -jnp.where(inside, n, jnp.int64(0)) << jnp.maximum(left, 0)
+    return _high(steps, multiplier.astype(jnp.int64)), inside
 
 
 def _exponential(x: jax.Array) -> jax.Array:

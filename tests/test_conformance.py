@@ -118,6 +118,23 @@ def test_inputs_of_another_shape_are_refused(program):
         conform(program, images(4, 6))
 
 
+def test_nan_is_refused_as_no_code_stands_for_it(program):
+    x = images(4, 5)
+    x[1, 2] = x[0, 0] = np.nan
+    with pytest.raises(ValueError, match=r"input 0 has NaN at 2 of 20 places"):
+        conform(program, x, [RUNTIMES["numpy"]])
+    x[1, 2], x[0, 0] = np.inf, -np.inf  # They saturate.
+    assert conform(program, x, [RUNTIMES["xla"]]).is_exact
+
+
+def test_no_example_is_no_failure(program):
+    names = "numpy", "xla", "stablehlo", "c-gcc", "onnx"
+    found = conform(program, images(0, 5), [RUNTIMES[name] for name in names])
+    status = {row.runtime: row.status for row in found.rows}
+    assert status.pop("stablehlo") == "refused" and "failed" not in status.values()
+    assert "1 or more" in found["stablehlo"].reason
+
+
 @pytest.mark.slow
 def test_convolutions_of_another_batch_size_agree():
     program = lowered(Convolutions(), images(2, 6, 6, 3))

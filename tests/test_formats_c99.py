@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import shutil
+import subprocess
 import warnings
 
 import jax
@@ -18,10 +19,12 @@ from qjax.formats.c99 import write_c99
 from qjax.formats.c99.arena import Lifetime, plan
 from qjax.formats.stablehlo import write_stablehlo
 from qjax.formats.tflite import read_tflite
-from tests.c99_cases import compiled, run
+from tests.c99_cases import compiled, random_codes, run
+from tests.chains import chains
+from tests.looped import loops
 from tests.models import images
 from tests.programs import Linen, programs
-from tests.test_fuzz import check_some
+from tests.test_fuzz import check_some, program_of
 from tests.tflite_cases import _network, write
 
 pytestmark = [
@@ -259,6 +262,18 @@ def test_memory_is_shared_by_values_that_do_not_live_together(tmp_path):
     assert found.constant_bytes > 6 * 64 * 64
 
 
+def test_names_that_differ_by_capitals_are_told_apart(tmp_path):
+    """Their macros are the same; what is included second says so."""
+    for name in ("net", "Net"):
+        write_c99(lowered(nn.Dense(3), images(2, 4)), tmp_path, name=name)
+    for own, error in ((("net",), ""), (("net", "Net"), "but for capitals")):
+        text = "".join(f'#include "{name}.h"\n' for name in (*own, own[0]))
+        (tmp_path / "main.c").write_text(text + "int main(void) { return 0; }\n")
+        command = ["gcc", "-std=c99", "-fsyntax-only", str(tmp_path / "main.c")]
+        found = subprocess.run(command, capture_output=True, text=True)
+        assert error in found.stderr and bool(error) == bool(found.returncode)
+
+
 @given(
     strategies.lists(
         strategies.tuples(*(strategies.integers(0, 9) for _ in range(3))), max_size=12
@@ -323,3 +338,28 @@ def test_random_programs_in_c(tmp_path, part):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         check_some(programs, check_one, part, 10)
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("part", range(10))
+@pytest.mark.parametrize("strategy", [loops, chains])
+def test_random_loops_and_functions_in_c(tmp_path, strategy, part):
+    """Those that lower: codes of the whole range of each input."""
+    numbers = itertools.count()
+
+    def check_one(drawn):
+        program = program_of(drawn)
+        if program is None:
+            return
+        folder = tmp_path / str(next(numbers))
+        folder.mkdir()
+        size = drawn.shape[0] if strategy is chains else 3
+        function = compiled(program, folder, batch_size=size)
+        for seed in range(4):
+            codes = random_codes(program, seed)
+            for found, wanted in zip(*run(function, program, codes), strict=True):
+                np.testing.assert_array_equal(found, wanted)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_some(strategy, check_one, part, 10)

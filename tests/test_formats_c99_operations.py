@@ -7,6 +7,7 @@ import pytest
 
 from qjax.graph.graph import Grid
 from qjax.graph.operations.arithmetic import _ONES, _PAIRS, _SHIFTS, ends_of
+from qjax.graph.tflite_tables import exponential_table, log_step_table
 from tests.c99_cases import CHECKED, joined, library, random_codes, run, single
 
 pytestmark = pytest.mark.skipif(
@@ -135,6 +136,15 @@ def _tflite():
         own = {"exponentials": parts, "reciprocals": RNG.integers(0, 1 << 15, 1 << 16)}
         inputs = [((3, 7), -(1 << 15), (1 << 15) - 1)]
         yield "tflite_softmax16", inputs, {"high": 32767}, own
+    ends = {"low": -128, "high": 127}
+    for scale in np.float32([0.004, 0.11, 2.0]):
+        own = {"exponentials": exponential_table(scale, 1.0)}
+        own["steps"] = log_step_table(scale)
+        a = {"zero_point": 127, **ends}
+        yield "tflite_log_softmax", [((4, 9), -128, 127)], a, own
+    for shape, zero in (((4, 9), 3), ((70, 1), -128), ((1, 3, 300), 127)):
+        a = {"input_zero_points": [zero], **ends}
+        yield "tflite_l2_norm", [(shape, -128, 127, Grid(1.0, zero))], a, {}
 
 
 def _products():

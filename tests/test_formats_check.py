@@ -263,7 +263,8 @@ def test_it_knows_most_operations():
         *("arithmetic", "gather", "scatter", "scatter_add", "scatter_max"),
         *("scatter_min", "sort", "argsort", "log_softmax", "logsumexp", "divide"),
         *("tflite_add", "tflite_average", "tflite_constant", "tflite_resize"),
-        *("tflite_softmax", "tflite_softmax16"),
+        *("tflite_softmax", "tflite_softmax16", "tflite_log_softmax"),
+        "tflite_l2_norm",
     }
 
 

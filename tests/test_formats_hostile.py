@@ -171,6 +171,45 @@ def test_mutations_are_refused(sources, tmp_path):
     assert counts["refused"] > 45 and counts["wrong"] + counts["unknown"] > 40, counts
 
 
+# What `load` refuses and `check.py` must not accept: texts, flags, sizes, grids.
+FORMS = {
+    "a path": lambda f: f["nodes"][0].update(path=3),
+    "a flag": lambda f: _node_of(f, "requantize").update(is_exact=1),
+    "a size": lambda f: f["values"][0].update(shape=[4, 3, "8"]),
+    "a scale": lambda f: f["values"][0]["grid"].update(scale=1),
+    "a zero point": lambda f: f["values"][0]["grid"].update(zero_point=1.5),
+    "another zero point": lambda f: _node_of(f, "requantize").update(zero_point=-5),
+    "a field of a grid": lambda f: f["values"][0]["grid"].update(more=1),
+    "an end": lambda f: _node_of(f, "requantize").update(low=None),
+    "a flag of a value": lambda f: f["values"][0].update(is_place="x"),
+    "a reason": lambda f: f["values"][0].update(fixed_by=None),
+}
+
+
+def _node_of(graph, operation):
+    nodes = (n for n in graph["nodes"] if n["operation"] == operation)
+    return next(nodes)["attributes"]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_both_readers_refuse_other_types(sources, tmp_path, name):
+    fields, tensors = _parts(sources[1])
+    FORMS[name](fields["graph"])
+    path = tmp_path / "m.qjax"
+    path.write_bytes(_joined(fields, tensors))
+    assert _read(path) == (False, 1)
+
+
+def test_forms_inside_of_loops_are_looked_at_before_the_loop(sources, tmp_path):
+    """A loop compares the intervals of its body, which must be numbers first."""
+    fields, tensors = _parts(sources[0])
+    loop = next(n for n in fields["graph"]["nodes"] if n["operation"] == "loop")
+    loop["graphs"]["body"]["values"][0]["low"] = "8"
+    path = tmp_path / "m.qjax"
+    path.write_bytes(_joined(fields, tensors))
+    assert _read(path) == (False, 1)
+
+
 @pytest.mark.fuzz
 def test_more_mutations_are_refused(sources, tmp_path):
     counts = _mutate(sources, tmp_path / "m.qjax", range(60, 2060))

@@ -19,6 +19,8 @@ from qjax.formats.onnx.sizes import FreeSize, FreeSizeError, times, value_sizes
 from qjax.formats.tflite import read_tflite
 from qjax.graph.graph import Graph, Node, Value
 from qjax.graph.operations.arithmetic import ends_of
+from tests.chains import chains
+from tests.looped import loops
 from tests.models import images
 from tests.onnx_cases import (
     MODELS,
@@ -30,7 +32,7 @@ from tests.onnx_cases import (
     reals,
 )
 from tests.programs import Linen, programs
-from tests.test_fuzz import check_some
+from tests.test_fuzz import check_some, program_of
 from tests.tflite_cases import _network, write
 
 pytestmark = pytest.mark.usefixtures("flax_promotion")
@@ -295,6 +297,32 @@ def test_random_programs_in_onnx(part):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         check_some(programs, check_one, part, 10)
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("part", range(10))
+@pytest.mark.parametrize("strategy", [loops, chains])
+def test_random_loops_and_functions_in_onnx(strategy, part):
+    """Those that lower: codes of the whole range of each input."""
+
+    def check_one(drawn_one):
+        program = program_of(drawn_one)
+        if program is None:
+            return
+        try:
+            own = session(write_onnx(program))
+        except ValueError as error:
+            assert "has no form for parts of this program" in str(error)
+            return
+        size = drawn_one.shape[0] if strategy is chains else 3
+        for seed in range(4):
+            codes = drawn(program, size, seed)
+            for x, wanted in zip(run(own, codes), oracle(program, codes), strict=True):
+                np.testing.assert_array_equal(x, wanted)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_some(strategy, check_one, part, 10)
 
 
 def test_layers_with_thresholds_and_norms():

@@ -170,6 +170,21 @@ def check_size(lowered: qjax.IntegerProgram, chain: Chain, size: int) -> None:
     np.testing.assert_array_equal(found, wanted, err_msg=str(chain))
 
 
+def program_of(drawn: Looped | Chain) -> qjax.IntegerProgram | None:
+    """The integer program of a loop or a function; None if it is refused in words."""
+    try:
+        if isinstance(drawn, Looped):
+            fn, params, x = example(drawn)
+            qmodel = qjax.quantize_model(fn, params, x, scheme=drawn.scheme)
+            qstate = qjax.calibrate(qmodel, params, [x], progress=False)
+            return qjax.lower(qmodel, params, qstate, x)
+        x = drawn.inputs(drawn.shape[0])
+        jax.eval_shape(drawn, x)
+        return qjax.lower(drawn, x)
+    except (NotImplementedError, OverflowError, ValueError, TypeError, IndexError):
+        return None
+
+
 def check_some(strategy: Any, check_one: Callable[[Any], None], first: int, n: int):
     """Some programs, the same for the same number."""
     options = settings(

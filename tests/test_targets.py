@@ -1,5 +1,8 @@
 """Targets: TFLite's arithmetic in programs and in training, bit for bit."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +13,20 @@ import qjax
 from qjax import integer_tflite, presets, targets
 from qjax.conformance import RUNTIMES, conform
 from qjax.formats.tflite import write_tflite
-from qjax.graph.tflite_tables import exponential_table
+from qjax.graph.tflite_tables import (
+    Codes,
+    exponential_table,
+    wide_function_table,
+    wide_sigmoid_table,
+    wide_softmax_tables,
+    wide_tanh_table,
+)
 from qjax.integer_tflite import tflite_multiplier, traced_tflite_multiplier
+from qjax.lowering.accumulators import TargetGrid
+from qjax.lowering.forward_functions import (
+    traced_wide_exponentials,
+    wide_function_codes,
+)
 from tests.models import images
 
 pytestmark = pytest.mark.usefixtures("flax_promotion")
@@ -168,6 +183,101 @@ def test_what_tflite_does_not_have_is_refused_by_name(net):
             run()
 
 
+SCALES = 2.0**-20, 2.0**-12, 1.0003 * 2.0**-12, 1.002 * 2.0**-11, 3e-4, 1.1e-3
+
+
+@pytest.mark.parametrize("name", ["logistic", "tanh", "exp"])
+def test_traced_functions_of_16_bits_are_those_of_the_reader(name):
+    ends = -(1 << 15), (1 << 15) - 1
+    codes = jnp.arange(ends[0], ends[1] + 1, dtype=jnp.int32)
+    make = {
+        "logistic": lambda x, y: wide_sigmoid_table(x),
+        "tanh": lambda x, y: wide_tanh_table(x),
+        "exp": lambda x, y: wide_function_table(np.exp, x, y),
+    }[name]
+
+    @jax.jit
+    def run(scale, unit):
+        grid = TargetGrid(unit, *map(jnp.int32, (0, *ends)), "int16")
+        return wide_function_codes(name, codes, scale, grid)
+
+    for scale in np.float32(SCALES):
+        for unit in np.float32([2.0**-15, 7e-3]):
+            x, y = Codes(scale, 0, *ends), Codes(unit, 0, *ends)
+            np.testing.assert_array_equal(run(scale, unit), make(x, y))
+
+
+def test_traced_exponentials_of_16_bits_are_those_of_the_reader():
+    run = jax.jit(lambda s: traced_wide_exponentials(s, 0.7))
+    for scale in np.float32(SCALES):
+        wanted, reciprocals = wide_softmax_tables(scale, 0.7)
+        np.testing.assert_array_equal(run(scale), wanted)
+    assert reciprocals[0] == 32767
+
+
+WIDE = {
+    "sigmoid": jax.nn.sigmoid,
+    "tanh": jnp.tanh,
+    "exp": jnp.exp,
+    "softmax": jax.nn.softmax,
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_words_of_16_bits_compute_what_litert_does(name):
+    p, x = images(5, 6), 3 * images(4, 5)
+    scheme = presets.tflite_int16x8(same_scales=True)
+    qmodel = qjax.quantize_model(lambda p, x: WIDE[name](x @ p), p, x, scheme=scheme)
+    qstate = qjax.calibrate(qmodel, p, [x], progress=False)
+    program = qjax.lower(qmodel, p, qstate, x, target=targets.tflite)
+    run = jax.jit(lambda *own: qmodel.apply_integer(*own, target=targets.tflite))
+    np.testing.assert_array_equal(run(p, qstate, x), program(x))
+    row = conform(program, 2 * x, [RUNTIMES["litert"]]).rows[0]
+    assert row.comparison.equal == row.comparison.codes > 0, row
+
+
+def test_a_function_from_16_bits_to_8_is_refused_in_both():
+    p, x = images(5, 6), 3 * images(4, 5)
+    rules = {"output:0": qjax.QSpec(8)}
+    scheme = presets.tflite_int16x8()
+    own = tuple(qjax.Rule(name, word) for name, word in rules.items())
+    scheme = dataclasses.replace(scheme, rules=(*own, *scheme.rules))
+    qmodel = qjax.quantize_model(lambda p, x: jnp.tanh(x @ p), p, x, scheme=scheme)
+    qstate = qjax.calibrate(qmodel, p, [x], progress=False)
+    for run in (
+        lambda: qjax.lower(qmodel, p, qstate, x, target=targets.tflite),
+        lambda: qmodel.apply_integer(p, qstate, x, target=targets.tflite),
+    ):
+        with pytest.raises(NotImplementedError, match="tanh from int16 to int8"):
+            run()
+
+
+def test_loops_are_refused_in_both():
+    x = images(2, 3, 3)
+    model, params, qstate = own = quantized(nn.RNN(nn.OptimizedLSTMCell(2)), x)
+    for run in (
+        lambda: qjax.lower(*own, x, target=targets.tflite),
+        lambda: model.apply_integer(params, qstate, x, target=targets.tflite),
+    ):
+        with pytest.raises(NotImplementedError, match="'RNN' is computed by `loop`"):
+            run()
+
+
+def test_a_weight_may_come_before_its_bias():
+    """Its least scale reads the bias, whatever the order of the parameters."""
+    fn = lambda p, x: x @ p["a"] + p["b"]
+    params, x = {"a": images(3, 4), "b": 1e6 * images(1, 4)}, images(2, 3)
+    renamed = {"b": params["a"], "a": params["b"]}
+    other = lambda p, x: x @ p["b"] + p["a"]
+    scheme = presets.tflite_int8(same_scales=True)
+    found = []
+    for f, p in ((fn, params), (other, renamed)):
+        qmodel = qjax.quantize_model(f, p, x, scheme=scheme)
+        qstate = qjax.calibrate(qmodel, p, [x], progress=False)
+        found.append(qmodel.apply(p, qstate, x))
+    np.testing.assert_array_equal(*found)
+
+
 def test_words_of_16_bits_saturate_as_the_kernels_do():
     assert targets.tflite.ends(-(2**15) + 1, 2**15 - 1) == (-(2**15), 2**15 - 1)
     assert targets.half_even.ends(-(2**15) + 1, 2**15 - 1) == (-(2**15) + 1, 2**15 - 1)
@@ -205,9 +315,14 @@ def test_functions_whose_grid_tflite_fixes_are_refused_on_others(function):
         qmodel = qjax.quantize_model(fn, p, x, scheme=scheme)
         qstate = qjax.calibrate(qmodel, p, [x], progress=False)
         lower = lambda q=qmodel, s=qstate: qjax.lower(q, p, s, x, target=targets.tflite)
+        train = lambda p, x, q=qmodel, s=qstate: q.apply_integer(
+            p, s, x, target=targets.tflite
+        )
         if scheme == qjax.Scheme():
-            with pytest.raises(NotImplementedError, match=r"presets\.tflite_int8"):
-                lower()
+            runs = (functools.partial(f, p, x) for f in (train, jax.jit(train)))
+            for run in (lower, *runs):
+                with pytest.raises(NotImplementedError, match=r"presets\.tflite_int8"):
+                    run()
         else:  # The remedy.
             assert write_tflite(lower())
     point = lambda y, scale, zero=0: qjax.fake_quant(

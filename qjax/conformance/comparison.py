@@ -113,8 +113,8 @@ def conform(
       a call, bytes; by quantization point where the runtime lets them out.
 
     Raises:
-      ValueError: for a program of which something stays in float, or inputs of other
-        shapes. What a format does not express is a row that says so.
+      ValueError: for a program of which something stays in float; for inputs of other
+        shapes, or with NaN. What a format does not express is a row that says so.
 
     Example:
       >>> import jax.numpy as jnp, qjax
@@ -128,6 +128,7 @@ def conform(
     """
     check_whole(program)
     arguments = arguments_of(inputs, program.input_tree)
+    _check_numbers(program, arguments)
     codes = [*map(np.asarray, jax.tree.leaves(program.quantize_inputs(*arguments)))]
     params = {name: np.asarray(p) for name, p in program.params.items()}
     sites: dict[str, np.ndarray] = {}
@@ -135,6 +136,19 @@ def conform(
     wanted = [values[v] for v in program.graph.outputs]
     chosen = RUNTIMES.values() if runtimes is None else runtimes
     return Conformance(tuple(_row(r, program, codes, wanted, sites) for r in chosen))
+
+
+def _check_numbers(program: IntegerProgram, arguments: Any) -> None:
+    """Raises for NaN, which all runtimes would be given as the code of zero."""
+    leaves = map(np.asarray, jax.tree.leaves(arguments))
+    for name, x in zip(program.input_names, leaves, strict=True):
+        count = int(np.isnan(x.astype(np.float32)).sum())
+        if count:
+            raise ValueError(
+                f"`conform` compares the codes of numbers, and {name} has NaN at "
+                f"{count} of {x.size} places, for which there is no code. Pass finite "
+                "inputs, or replace these: `numpy.nan_to_num`."
+            )
 
 
 def _row(

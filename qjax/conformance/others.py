@@ -150,9 +150,7 @@ def _in_parts(
     if not any(is_free):
         return run
     size = next(v.shape[0] for v, free in zip(inputs, is_free, strict=True) if free)
-    shapes = lambda codes: [
-        x.shape for x in jax.eval_shape(program.run_codes, program.params, *codes)
-    ]
+    ends = lambda codes: jax.eval_shape(program.run_codes, program.params, *codes)
 
     def part(q: np.ndarray, begin: int, free: bool) -> np.ndarray:
         if not free:
@@ -163,6 +161,8 @@ def _in_parts(
     def run_all(codes: Codes) -> list[np.ndarray]:
         pairs = [*zip(codes, is_free, strict=True)]
         count = next(len(q) for q, free in pairs if free)
+        if not count:  # Nothing to compute.
+            return [np.zeros(x.shape, x.dtype) for x in ends(codes)]
         found = [
             run([part(q, begin, free) for q, free in pairs])
             for begin in range(0, count, size)
@@ -170,7 +170,7 @@ def _in_parts(
         if len(found) == 1 and count == size:
             return found[0]
         parts = zip(*found, strict=True)
-        return [_joined(own, s) for own, s in zip(parts, shapes(codes), strict=True)]
+        return [_joined(a, x.shape) for a, x in zip(parts, ends(codes), strict=True)]
 
     return run_all
 

@@ -64,6 +64,12 @@ def load_xla(program: IntegerProgram, codes: Codes) -> Session:
 
 def load_stablehlo(program: IntegerProgram, codes: Codes) -> Session:
     """Loads the file of `write_stablehlo` for the platform at hand."""
+    pairs = zip(codes, program.graph.inputs, strict=True)
+    if any(0 in q.shape[:1] and program.graph.values[v].shape[0] for q, v in pairs):
+        raise ValueError(
+            "The free sizes of `qjax.formats.stablehlo.write_stablehlo` are 1 or more, "
+            "as JAX has them, got no example. Lower the program for none."
+        )
     data = write_stablehlo(program, platforms=(jax.export.default_export_platform(),))
     call = jax.jit(jax.export.deserialize(bytearray(data)).call)
 

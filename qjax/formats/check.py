@@ -18,6 +18,9 @@ import zlib
 import numpy as np
 
 TYPES = {"I8": "i1", "U8": "u1", "I16": "<i2", "U16": "<u2", "I32": "<i4"}
+FORMS: dict[str, type] = {"keepdims": bool, "reverse": bool}
+FORMS |= dict.fromkeys("dtype fixed_by rounding dtype_of_model path rule".split(), str)
+FORMS |= dict.fromkeys("low high shift offset zero_point output count".split(), int)
 MOST, BUDGET = 1 << 25, 1 << 36  # Numbers in one value; products and sums in all.
 
 
@@ -82,7 +85,10 @@ def program(data):
         whole = whole[n:]
     golden = {n: tensors.pop(n) for n in [*tensors] if n.startswith("__golden__/")}
     params = {name: x.astype("i8") for name, x in tensors.items()}
-    params |= {name: small[k].astype("i8") for name, (_, k) in fields["places"].items()}
+    for name, (dtype, k) in fields["places"].items():
+        ends = [int(f(small[k], initial=0)) for f in (np.min, np.max)]
+        need(type(k) is int and k >= 0 and _holds(dtype, *ends), f"{name!r}: {dtype}")
+        params[name] = small[k].astype("i8")
     for name, (bits, shape) in fields["packed"].items():
         need(bits in (2, 4) and tensors[name].dtype == "u1", f"{name!r} is not packed")
         codes = (params[name][:, None] >> np.arange(0, 8, bits)) % (1 << bits)
@@ -290,11 +296,8 @@ class _Operations:
 
     def norm(self, a, p, x):
         self.spend(x.size << 14)  # Integers without end are slow.
-        own, n, point = (
-            dict(zip(a["axes"], a["groups"], strict=True)),
-            a["count"],
-            a["point"],
-        )
+        own, n = dict(zip(a["axes"], a["groups"], strict=True)), a["count"]
+        point = a["point"]
         pairs = [(own.get(d, 1), m // own.get(d, 1)) for d, m in enumerate(x.shape)]
         over, fraction = tuple(2 * d + 1 for d in own), 30 + a.get("more", 0)
         q = (x - a["input_zero_points"][0]).astype(object).reshape(sum(pairs, ()))
@@ -346,9 +349,7 @@ class _Operations:
         low, high, rank = value["low"], value["high"], len(value["shape"])
         need(x.ndim == rank, f"{where} has {x.ndim} axes, not {rank}")
         ends = (int(x.min()), int(x.max())) if x.size else (low, high)
-        inside = (
-            low <= ends[0] and ends[1] <= high and _holds(value["dtype"], low, high)
-        )
+        inside = low <= ends[0] <= ends[1] <= high and _holds(value["dtype"], low, high)
         need(inside, f"{where} is in {[*ends]}, beyond [{low}, {high}]")
         self.spend(x.size + 1)
         self.seen += 1
@@ -360,11 +361,9 @@ class _Operations:
         bias, shapes = p.get("bias", np.int64(0)), [list(x["shape"]) for x in xs]
         if node["operation"] == "conv":
             shapes[0][a["dimensions"][0][0]] = 1  # One example is enough.
-        of = lambda codes, k: getattr(self, node["operation"])(
-            a,
-            {"kernel": k, "bias": np.int64(0)},
-            *(np.full(_fits(*s), q) for s, q in zip(shapes, codes, strict=True)),
-        )
+        own, run = {"bias": np.int64(0)}, getattr(self, node["operation"])
+        full = lambda s, q: np.full(_fits(*s), q)
+        of = lambda codes, k: run(a, {"kernel": k, **own}, *map(full, shapes, codes))
         if "kernel" in p:  # The sums are least where codes have the other sign.
             sides, pair = (np.maximum, np.minimum), (xs[0]["low"], xs[0]["high"])
             up, down = (side(p["kernel"], 0) for side in sides)
@@ -412,8 +411,29 @@ def _holds(dtype, low, high):
     return known and np.iinfo(dtype).min <= low <= high <= np.iinfo(dtype).max
 
 
+def formed(graph):
+    """Raises unless texts, flags, numbers, sizes and grids have their types."""
+    values, nodes = graph["values"], graph["nodes"]
+    grids = [value["grid"] for value in values if value.get("grid") is not None]
+    parts = [*values, *nodes, *grids, *(node.get("attributes", {}) for node in nodes)]
+    for name, x in (item for part in parts for item in part.items()):
+        kind = bool if name.startswith("is_") else FORMS.get(name, type(x))
+        need(type(x) is kind, f"{name!r} is {x!r}, no {kind.__name__}")
+    for grid in grids:
+        scale = grid["scale"]
+        known = type(scale) is float and np.isfinite(np.float32(scale))
+        need(len(grid) == 2 and (known or type(scale) is dict), f"a grid is {grid}")
+    for n in (n for value in values for n in value["shape"]):
+        need(type(n) is int and n >= 0, f"a size is {n!r}")
+    for node in nodes:
+        zero = (values[node["output"]].get("grid") or {}).get("zero_point", 0)
+        same = node.get("attributes", {}).get("zero_point", zero) == zero
+        need(same, f"the zero point of a node is not that of its output, {zero}")
+
+
 def certificate(graph, own):
     """Yields the line of each accumulator; raises where its interval is too short."""
+    formed(graph)
     for node in graph["nodes"]:
         value, path = graph["values"][node["output"]], node.get("path", "")
         if node["operation"] in SUMS and math.prod(value["shape"]):
@@ -440,20 +460,16 @@ def drawn(graph):
 def checked(data):
     """Yields what holds of a file, line by line."""
     graph, params, golden, count = program(data)
-    own, prefix = _Operations(params), "__golden__/"
+    own, of = _Operations(params), "__golden__/"
     yield f"  {'accumulator':<44} {'least':>12} {'largest':>12} {'bits':>5}"
     yield from certificate(graph, own)
-    given = [
-        golden[f"{prefix}inputs/{k}"] for k in range(len(golden and graph["inputs"]))
-    ]
+    given = [golden[f"{of}inputs/{k}"] for k in range(len(golden and graph["inputs"]))]
     outputs = own.run(graph, [x.astype("i8") for x in given] or drawn(graph))
     yield f"tensors {count}, each with its SHA-256"
-    kind = (
-        "golden inputs" if golden else "codes drawn at random: no golden ones are there"
-    )
+    kind = "golden inputs" if golden else "codes drawn at random, as none are golden"
     yield f"values  {own.seen}, each within its interval, on {kind}"
     for k, x in enumerate(outputs if golden else ()):
-        wanted = golden[f"{prefix}outputs/{k}"]
+        wanted = golden[f"{of}outputs/{k}"]
         need(x.shape == wanted.shape, f"output {k} has the shape {x.shape}")
         differ = int(np.sum(x != wanted))
         need(not differ, f"{differ} of {x.size} golden codes of output {k} differ")

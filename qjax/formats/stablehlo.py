@@ -26,9 +26,10 @@ def write_stablehlo(
     """Writes the codes of a program as StableHLO, its parameters within.
 
     The file takes and gives what `IntegerProgram.codes` does, flat: integers of the
-    types of the inputs. A leading size that nothing fixes is free in it, too. It runs
-    where JAX is: ``jax.export.deserialize(bytearray(data)).call(*codes)``. JAX reads
-    such files for half a year: keep the program's own file (`IntegerProgram.save`).
+    types of the inputs. A leading size that nothing fixes is free in it, too, from 1
+    on. It runs where JAX is:
+    ``jax.export.deserialize(bytearray(data)).call(*codes)``. JAX reads such files for
+    half a year: keep the program's own file (`IntegerProgram.save`).
 
     Args:
       program: The program.

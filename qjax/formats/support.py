@@ -11,8 +11,8 @@ _ONNX = frozenset(
     "max max_pool maximum min min_pool minimum multiply multiply_codes norm pad "
     "requantize reshape rev running_sum scatter scatter_add scatter_max "
     "scatter_min select slice softmax sort sum sum_pool table take tflite_add "
-    "tflite_average tflite_constant tflite_resize tflite_softmax "
-    "tflite_softmax16 thresholds transpose".split()
+    "tflite_average tflite_constant tflite_l2_norm tflite_log_softmax tflite_resize "
+    "tflite_softmax tflite_softmax16 thresholds transpose".split()
 )
 # Function that writes a format -> operations of the graph that it takes. Written out
 # here so that each refusal can name the others; a test compares it with their tables.
@@ -36,14 +36,15 @@ OPERATIONS: Mapping[str, frozenset[str]] = {
         "max max_pool maximum min min_pool minimum multiply multiply_codes norm pad "
         "requantize reshape rev running_sum scatter scatter_add scatter_max "
         "scatter_min select slice softmax sort sum sum_pool table take tflite_add "
-        "tflite_average tflite_constant tflite_resize tflite_softmax tflite_softmax16 "
-        "thresholds transpose".split()
+        "tflite_average tflite_constant tflite_l2_norm tflite_log_softmax "
+        "tflite_resize tflite_softmax tflite_softmax16 thresholds transpose".split()
     ),
     "qjax.formats.tflite.write_tflite": frozenset(
         "add argmax argmin broadcast clip concatenate constant conv dot dot_codes "
         "embed max max_pool maximum min minimum multiply_codes pad requantize reshape "
         "rev slice sum sum_pool table take tflite_add tflite_average tflite_constant "
-        "tflite_resize tflite_softmax tflite_softmax16 transpose".split()
+        "tflite_l2_norm tflite_log_softmax tflite_resize tflite_softmax "
+        "tflite_softmax16 transpose".split()
     ),
 }
 ALL = ("IntegerProgram.save", "qjax.formats.stablehlo.write_stablehlo")

@@ -213,7 +213,7 @@ def _without_multiple(grids: Any, grid: Any) -> Any:
     scale = grid.get("scale") if isinstance(grid, dict) else None
     if not isinstance(scale, dict):
         return grid
-    other, factor = grids.get(str(scale["of"])), scale["times"]
+    other, factor = grids.get(str(scale.get("of"))), scale.get("times")
     known = isinstance(other, dict) and isinstance(other.get("scale"), list)
     if not known or not isinstance(factor, float):
         raise ValueError(

@@ -8,8 +8,9 @@ References:
   lite/kernels/internal/reference; gemmlowp, fixedpoint/fixedpoint.h.
 """
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from qjax.graph.operations.shifts import (
     rescale,
     truncated,
 )
-from qjax.integer_tflite import tflite_multiplier
+from qjax.integer_tflite import LEAST_STEP, tflite_multiplier
 
 _INT32 = np.iinfo(np.int32)
 
@@ -44,28 +45,41 @@ class Codes(NamedTuple):
         return self.high - self.low > 255
 
 
-# Function -> scale of its output in LiteRT's kernels, for 8 bits and for 16.
-FIXED_SCALES = {"logistic": (2.0**-8, 2.0**-15), "tanh": (2.0**-7, 2.0**-15)}
+# Function and type of its codes -> scale and zero point that LiteRT's kernel has.
+FIXED_GRIDS: Mapping[tuple[str, str], tuple[float, int]] = {
+    ("l2-normalisation", "int8"): (2.0**-7, 0),
+    ("log-softmax", "int8"): (2.0**-4, 127),
+    ("logistic", "int8"): (2.0**-8, -128),
+    ("logistic", "uint8"): (2.0**-8, 0),
+    ("logistic", "int16"): (2.0**-15, 0),
+    ("softmax", "int8"): (2.0**-8, -128),
+    ("softmax", "uint8"): (2.0**-8, 0),
+    ("softmax", "int16"): (2.0**-15, 0),
+    ("tanh", "int8"): (2.0**-7, 0),
+    ("tanh", "uint8"): (2.0**-7, 128),
+    ("tanh", "int16"): (2.0**-15, 0),
+}
+# Scales times factors up to which the kernels of softmaxes end the process.
+LEAST_SOFTMAX_SCALE = 2.0**-26
 
 
-def has_fixed_grid(name: str, y: Codes) -> bool:
+def has_fixed_grid(name: str, dtype: str, y: Codes) -> bool:
     """Returns whether an output has the grid that LiteRT's kernel of a function wants.
 
     Args:
       name: Function, as JAX names it.
-      y: Codes of the output.
+      dtype: Type of the codes of the output.
+      y: The codes.
 
     Returns:
-      Whether the scale is that of `FIXED_SCALES` and zero has the code that puts the
-      values in range, as the kernel's ``Prepare`` checks it; True for other functions.
+      Whether it is that of `FIXED_GRIDS`, as the kernel's ``Prepare`` checks it; True
+      for other functions.
 
     References:
-      LiteRT 2.3, kernels/activations.cc.
+      LiteRT 2.3, kernels/activations.cc and l2norm.cc.
     """
-    if name not in FIXED_SCALES:
-        return True
-    zero_point = 0 if y.is_wide else y.low if name == "logistic" else (y.low + 128)
-    return (float(y.scale), y.zero_point) == (FIXED_SCALES[name][y.is_wide], zero_point)
+    own = float(y.scale), y.zero_point
+    return FIXED_GRIDS.get((name, dtype), own) == own
 
 
 def function_table(
@@ -141,7 +155,7 @@ def _wide_sigmoid_places(x: Codes, exact: Sequence[int]) -> np.ndarray:
 
 def _interpolated_sigmoid(scaled: np.ndarray, bits: int, most: int) -> np.ndarray:
     """Interpolates ``2^16 * sigmoid`` at steps of 1/24, with 2^bits places between."""
-    steps = _sigmoid_steps()
+    steps = sigmoid_steps()
     place = scaled >> bits
     at = np.minimum(place, 254)
     rest = scaled & ((1 << bits) - 1)
@@ -149,7 +163,7 @@ def _interpolated_sigmoid(scaled: np.ndarray, bits: int, most: int) -> np.ndarra
     return np.where(place >= 255, most, value)
 
 
-def _sigmoid_steps() -> np.ndarray:
+def sigmoid_steps() -> np.ndarray:
     """Returns TFLite's 256 anchors, moved by half the error of the line to the next."""
     value = 65536 / (1 + np.exp(-np.arange(513) / 48))
     line = (value[:-2:2] + value[2::2]) / 2
@@ -258,14 +272,28 @@ def exponential_table(scale: np.float32, beta: float) -> np.ndarray:
 
     Zero from TFLite's radius on, where the argument would leave its 5 bits.
     """
+    scaled, inside = _scaled_places(scale, beta)
+    return np.where(inside, _exponential(scaled), 0)
+
+
+def log_step_table(scale: np.float32) -> np.ndarray:
+    """Tabulates ``-scale * n``, n = 0, ..., 255, 26 bits after the point.
+
+    At least -20, which no code of a log-softmax reaches.
+    """
+    scaled, inside = _scaled_places(scale, 1.0)
+    return np.where(inside, np.maximum(scaled, LEAST_STEP), LEAST_STEP)
+
+
+def _scaled_places(scale: np.float32, beta: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns ``-beta * scale * n`` as `log_step_table`, and whether 5 bits hold it."""
     ratio = float(np.float32(beta)) * float(scale) * 2.0**26
     multiplier, shift = tflite_multiplier(min(ratio, 2.0**31 - 1))
     left = 31 - int(shift)
     radius = math.floor(31 * 2.0**26 / 2.0**left)
     n = np.arange(256)
     inside = n <= radius
-    scaled = high_product(-np.where(inside, n, 0) << left, multiplier)
-    return np.where(inside, _exponential(scaled), 0)
+    return high_product(-np.where(inside, n, 0) << left, multiplier), inside
 
 
 def _exponential(x: np.ndarray) -> np.ndarray:
@@ -297,12 +325,23 @@ def wide_softmax_tables(scale: np.float32, beta: float) -> tuple[np.ndarray, ...
     ratio = float(scale * np.float32(beta)) / (10 / 65535)
     scaled = rescale(-np.arange(1 << 16), *_wide_pair(ratio), "tflite_double")
     place = np.clip(scaled + 32767, -32768, 32767)
-    y, tens, ones = (
-        Codes(np.float64(size / 65535), zero_point, -32768, 32767)
-        for size, zero_point in ((2, 0), (10, 32767), (1, -32768))
-    )
-    exps = wide_function_table(np.exp, tens, y)[place + 32768]
-    return exps, wide_function_table(lambda x: 1 / (1 + x), ones, y)
+    return softmax_exponentials()[place + 32768], softmax_reciprocals()
+
+
+@functools.cache
+def softmax_exponentials() -> np.ndarray:
+    """Tabulates ``exp(x)`` of 65,536 numbers in [-10, 0], 15 bits after the point."""
+    return wide_function_table(np.exp, _parts(10, 32767), _parts(2, 0))
+
+
+@functools.cache
+def softmax_reciprocals() -> np.ndarray:
+    """Tabulates ``1 / (1 + x)`` of 65,536 numbers in [0, 1], like the exponentials."""
+    return wide_function_table(lambda x: 1 / (1 + x), _parts(1, -32768), _parts(2, 0))
+
+
+def _parts(size: int, zero_point: int) -> Codes:
+    return Codes(np.float64(size / 65535), zero_point, -32768, 32767)
 
 
 def wide_function_table(

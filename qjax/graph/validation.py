@@ -5,8 +5,9 @@ the operations give them (`qjax.graph.operations`), grids. What passes computes 
 `qjax.graph.reference` computes, whether or not it is what was meant.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,8 @@ def validate(graph: Graph, params: Mapping[str, Any]) -> None:
         finite, and the like.
     """
     arrays = {name: np.asarray(p) for name, p in params.items()}
-    _validate(graph, arrays, "")
+    _validate(graph, _check_forms, "")
+    _validate(graph, functools.partial(_check_meaning, arrays=arrays), "")
     nodes = (node for _, own in graph.walk() for node in own.nodes)
     used = {name for node in nodes for name in node.params.values()}
     unused = sorted(map(repr, set(arrays) - used))
@@ -47,27 +49,34 @@ def validate(graph: Graph, params: Mapping[str, Any]) -> None:
         _check_grid(where, str(arrays[name].dtype), arrays[name].shape, grid)
 
 
-def _validate(graph: Graph, arrays: Mapping[str, np.ndarray], place: str) -> None:
-    """Raises ValueError unless a graph and those inside of its nodes are valid."""
+def _validate(graph: Graph, check: Callable[[Graph], None], place: str) -> None:
+    """Raises ValueError unless a graph and those inside of its nodes pass a check."""
     try:
         if place and graph.grids:
             raise ValueError("Grids of parameters stand in the whole program.")
-        _check_graph(graph, arrays)
+        check(graph)
     except ValueError as error:
         error.args = (f"In {place}: {error}" if place else str(error),)
         raise
     for node in graph.nodes:
         for role, inner in node.graphs.items():
-            _validate(inner, arrays, graph.place_of(node, role, place))
+            _validate(inner, check, graph.place_of(node, role, place))
 
 
-def _check_graph(graph: Graph, arrays: Mapping[str, np.ndarray]) -> None:
-    """Raises ValueError unless a graph is valid, whatever is inside of its nodes."""
+def _check_forms(graph: Graph) -> None:
+    """Raises ValueError unless values and nodes are what they must be, each alone.
+
+    Of all graphs before anything else, as a loop reads the values of its body.
+    """
     for v, value in enumerate(graph.values):
         _check_value(f"Value %{v}", value)
     for node in graph.nodes:
         _check_node(graph, node)
     _check_ends(graph)
+
+
+def _check_meaning(graph: Graph, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError unless a graph is valid, whatever is inside of its nodes."""
     check_order(graph)
     _check_computed(graph)
     _check_params(graph, arrays)

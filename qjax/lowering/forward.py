@@ -31,7 +31,8 @@ from qjax.lowering.accumulators import (
 )
 from qjax.lowering.evaluation import evaluated_codes
 from qjax.lowering.forward_errors import no_arithmetic, own_bias, own_quantizer
-from qjax.lowering.forward_targets import FUNCTIONS, ForwardTargets
+from qjax.lowering.forward_functions import FUNCTIONS
+from qjax.lowering.forward_targets import ForwardTargets
 from qjax.lowering.precision import find_half
 from qjax.lowering.rules.products import (
     contracted_axes,
@@ -109,7 +110,7 @@ class IntegerForward(ForwardTargets):
 
     def _enter(self, visitor: Words) -> None:  # type: ignore[override]
         super()._enter(visitor)
-        self._seen = visitor.words
+        self._seen, self._known_grid = visitor.words, visitor.known_grid
         self._words: dict[int, str] = {}  # Value on a grid -> type of its codes.
         self._late: dict[int, Late] = {}
         self._sums: dict[int, Accumulator] = {}

@@ -39,20 +39,6 @@ def no_arithmetic(site: Site, block: Block | None) -> ValueError:
     )
 
 
-def no_operator(site: Site, what: str) -> NotImplementedError:
-    """Returns the error for a site of which a target has no exact arithmetic.
-
-    Args:
-      site: The site.
-      what: Why, in field words, after the name of the site.
-    """
-    return NotImplementedError(
-        f"The site {site.name!r} {what}. `target=targets.tflite` computes what "
-        "TFLite's kernels do and nothing else: leave this part out of the model, write "
-        "it by operators that TFLite has, or use `target=targets.half_even`."
-    )
-
-
 def _site_in(e: Any) -> str:
     """Returns the site of the quantization point that an equation is or calls."""
     inner = (getattr(j, "jaxpr", j) for j in jex.jaxprs_in_params(e.params))

@@ -8,6 +8,7 @@ import jax
 from qjax.affine import QParams, dequantize
 from qjax.lowering.accumulators import Late, TargetGrid
 from qjax.lowering.site_words import SiteWord
+from qjax.lowering.tflite_forms import lack_of_operator, refuse
 from qjax.model.loop_runs import OnGrid
 from qjax.model.simulate import Simulation
 from qjax.model.trace import Equation
@@ -31,6 +32,8 @@ class ForwardLoops(Simulation):
         return type(self)(body, (), (), target=self._target)  # type: ignore[call-arg]
 
     def _run_loop(self, e: Equation, loop: Loop) -> list[Any]:
+        if self._target.is_tflite and not loop.steps:
+            raise refuse(e.path or "the program", *lack_of_operator("loop"))
         found = super()._run_loop(e, loop)
         self._data.update(e.outputs)
         return found

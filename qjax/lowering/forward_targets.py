@@ -1,7 +1,7 @@
 """The arithmetic of a target inside of a model that has derivatives."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,8 +11,14 @@ from jax import lax
 from qjax.affine import QParams, dequantize
 from qjax.backends.xla import tflite
 from qjax.graph.graph import Node
-from qjax.integer_calls import SoftmaxCall
-from qjax.integer_tflite import Kind, average_codes, traced_exponentials
+from qjax.graph.tflite_tables import softmax_reciprocals
+from qjax.integer_calls import NormCall, SoftmaxCall
+from qjax.integer_tflite import (
+    Kind,
+    average_codes,
+    traced_exponentials,
+    traced_log_steps,
+)
 from qjax.lowering.accumulators import (
     Accumulator,
     Late,
@@ -21,9 +27,25 @@ from qjax.lowering.accumulators import (
     TargetGrid,
     whole_steps,
 )
-from qjax.lowering.forward_errors import no_operator
+from qjax.lowering.forward_functions import (
+    function_codes,
+    traced_wide_exponentials,
+    wide_function_codes,
+)
 from qjax.lowering.forward_loops import ForwardLoops
 from qjax.lowering.site_words import SiteWord
+from qjax.lowering.tflite_forms import (
+    Lack,
+    lack_of_ends,
+    lack_of_epsilon,
+    lack_of_grid,
+    lack_of_norm,
+    lack_of_scale,
+    lack_of_softmax,
+    lack_of_types,
+    name_of,
+    refuse,
+)
 from qjax.model.blocks import Block
 from qjax.model.exact import Exact
 from qjax.model.primitives import names
@@ -39,8 +61,11 @@ class ForwardTargets(ForwardLoops):
 
     _target: Target
     _of_codes: set[int]  # Functions of what lies on grids.
+    _ends: dict[int, Block]  # Value -> the block that ends there.
+    _words: dict[int, str]  # Value on a grid -> type of its codes.
     _functions: dict[int, tuple[str, int]]  # Value -> its function, and of what.
     _steps: Callable[[int], jax.Array]
+    _known_grid: Callable[[Site], QParams | None]
     _is_input: Callable[[int], bool]
 
     def _made(self, value: jax.Array, scales: Any, kind: Kind = "other") -> Accumulator:
@@ -63,45 +88,88 @@ class ForwardTargets(ForwardLoops):
         try:
             return late(grid)
         except TargetError as error:
-            raise no_operator(site, str(error)) from error
+            raise refuse(site.name, str(error)) from error
 
     def _place_tflite(
         self, v: int, site: Site, before: jax.Array, grid: QParams, word: SiteWord
     ) -> None:
         """Puts what no accumulator gives on the grid of a site, as TFLite does."""
         if grid.scale.ndim:
-            raise no_operator(site, "has a scale per channel, and TFLite has one")
+            raise refuse(site.name, "has a scale per channel, and TFLite has one")
         own = self._site_grid(grid, word)
         if self._is_input(v):
             real = lax.stop_gradient(before).astype(jnp.float32)
             codes = quotient_codes(real, *own[:4])
         elif isinstance(unit := self._units.get(v), Exact):
-            codes = self._softmax(site, unit, own)
+            lack = self._lack(v, unit, word) or self._bounded(unit, word)
+            if lack or (lack := self._of_grid(name_of(unit.call), site, word)):
+                raise refuse(site.name, *lack)
+            codes = self._whole(unit, word)
         elif v in self._functions:
             name, x = self._functions[v]
-            if word.dtype == "int16":
-                raise no_operator(site, "is a function of 16 bits, traced")
-            codes = function_codes(name, self._steps(x), self._grids[x].scale, own)
+            lack = lack_of_types(name, self._words[x], word.dtype)
+            if lack or (lack := self._of_grid(name, site, word)):
+                raise refuse(site.name, *lack)
+            make = wide_function_codes if word.dtype == "int16" else function_codes
+            codes = make(name, self._steps(x), self._grids[x].scale, own)
         else:
-            raise no_operator(site, "is a function that TFLite has no operator for")
+            raise refuse(site.name, "is a function that TFLite has no operator for")
         value = dequantize(codes, grid).astype(before.dtype)
         self._env[v] = straight(self._env[v], value)
         self._of_codes.add(v)
 
-    def _softmax(self, site: Site, unit: Exact, grid: TargetGrid) -> jax.Array:
-        """Returns the codes of TFLite's softmax."""
+    def _of_grid(self, name: str, site: Site, word: SiteWord) -> Lack:
+        """Returns that a grid is not the one that TFLite fixes, as far as it is known.
+
+        Args:
+          name: What the site is.
+          site: The site.
+          word: Its word.
+        """
+        grid = self._known_grid(site)
+        return () if grid is None else lack_of_grid(name, word.dtype, *grid)
+
+    def _lack(self, v: int, unit: Exact, word: SiteWord) -> Lack:
+        """Returns what an algorithm in integers has that TFLite's does not."""
         call, (value, scale, *others) = unit.call, unit.operands
-        what = "is computed in whole by an algorithm that TFLite does not have"
-        if not isinstance(call, SoftmaxCall) or call.kind != "softmax":
-            raise no_operator(site, what)
-        is_last = call.axes == (value.ndim - 1,)
-        if not is_last or others or unit.bounds or call.plus or grid.dtype != "int8":
-            raise no_operator(site, what)
+        (x, *_) = self._ends[v].root.inputs
+        dtypes = self._words.get(x, word.dtype), word.dtype
+        if isinstance(call, SoftmaxCall):
+            lack = lack_of_softmax(call, value.ndim, bool(others), *dtypes)
+            lack = lack or lack_of_scale(name_of(call), scale, call.factor)
+        elif isinstance(call, NormCall):
+            lack = lack_of_norm(call, value.ndim, *dtypes)
+            lack = lack or lack_of_epsilon(call, scale)
+        else:
+            return ("is a quotient of two values, which TFLite rounds otherwise",)
+        return lack
+
+    def _bounded(self, unit: Exact, word: SiteWord) -> Lack:
+        """Returns that a site leaves codes out, as TFLite does not."""
+        if unit.bounds:
+            return ("has bounds behind it, and TFLite has none there",)
+        return lack_of_ends(name_of(unit.call), word.dtype, word.qmin, word.qmax)
+
+    def _whole(self, unit: Exact, word: SiteWord) -> jax.Array:
+        """Returns the codes of TFLite's softmax, log-softmax or l2-normalisation."""
+        call, (value, scale, *_) = unit.call, unit.operands
         steps = whole_steps(value, scale)
-        table = traced_exponentials(scale, call.factor)
-        roles, ends = {"exponentials": "exponentials"}, {"low": -128, "high": 127}
-        node = Node("tflite_softmax", (0,), 1, roles, ends)
-        return tflite.TFLITE["tflite_softmax"](node, {"exponentials": table}, [steps])
+        attributes: Any = {"low": -128, "high": 127}
+        tables: dict[str, jax.Array] = {}
+        if isinstance(call, SoftmaxCall) and word.dtype == "int16":
+            name, attributes = "tflite_softmax16", {"high": 32767}
+            tables["exponentials"] = traced_wide_exponentials(scale, call.factor)
+            tables["reciprocals"] = jnp.asarray(softmax_reciprocals(), jnp.int32)
+        elif isinstance(call, SoftmaxCall):
+            name = f"tflite_{call.kind}"
+            tables["exponentials"] = traced_exponentials(scale, call.factor)
+            if call.kind == "log_softmax":
+                tables["steps"] = traced_log_steps(scale)
+                attributes["zero_point"] = 127
+        else:
+            name, attributes["input_zero_points"] = "tflite_l2_norm", [0]
+        node = Node(name, (0,), 1, {role: role for role in tables}, attributes)
+        return tflite.TFLITE[name](node, tables, [steps])
 
     def _average_of(self, block: Block, steps: jax.Array) -> Late | None:
         """Returns the codes of a pool of averages; None for a mean over axes."""
@@ -129,49 +197,3 @@ def window_counts(e: Equation, shape: tuple[int, ...]) -> jax.Array:
     """
     (found,) = evaluate(e, jnp.ones(shape, jnp.int32))
     return found
-
-
-# Functions that TFLite has as operators, of 8-bit codes, by primitive.
-def _logistic(x: jax.Array) -> jax.Array:
-    one = jnp.ones_like(x)
-    return _narrow(one / _narrow(one + _narrow(jnp.exp(-x))))
-
-
-FUNCTIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
-    "exp": jnp.exp,
-    "logistic": _logistic,
-    "tanh": jnp.tanh,
-}
-
-
-def function_codes(
-    name: str, steps: jax.Array, scale: jax.Array, grid: TargetGrid
-) -> jax.Array:
-    """Computes a function of codes as `qjax.graph.tflite_tables.function_table` does.
-
-    Args:
-      name: Primitive of the function.
-      steps: Codes less their zero point, int32.
-      scale: Their scale.
-      grid: Grid of the result.
-
-    Returns:
-      Codes, int32.
-    """
-    with jax.enable_x64(True):
-        wide = lambda a: lax.optimization_barrier(a.astype(jnp.float64))
-        real = _narrow(wide(scale) * wide(steps))
-        one = jnp.ones((), jnp.float64)
-        inverse = _narrow(one / wide(grid.scale))
-        found = _narrow(FUNCTIONS[name](real))
-        most = jnp.float64(2.0**24)
-        scaled = jnp.clip(_narrow(found * inverse), -most, most)
-        half = jnp.full_like(scaled, 0.5)
-        code = jnp.sign(scaled) * jnp.floor(jnp.abs(scaled) + half)
-        code = code + wide(grid.zero_point)
-        return jnp.clip(code, wide(grid.qmin), wide(grid.qmax)).astype(jnp.int32)
-
-
-def _narrow(x: jax.Array) -> jax.Array:
-    """Rounds float64 to the numbers of float32."""
-    return lax.reduce_precision(lax.optimization_barrier(x), 8, 23)

@@ -69,6 +69,8 @@ EMITTERS: Mapping[str, Callable[[CNode], None]] = {
     "tflite_add": tflite.add,
     "tflite_average": tflite.average,
     "tflite_constant": elementwise.constant,
+    "tflite_l2_norm": tflite.l2_norm,
+    "tflite_log_softmax": tflite.log_softmax,
     "tflite_resize": tflite.resize,
     "tflite_softmax": tflite.softmax,
     "tflite_softmax16": tflite.softmax16,

@@ -79,6 +79,58 @@ static int64_t NAME_clip(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : x > high ? high : x;
 }
 
+/* log(x / 2^19), 26 bits after the point, x from 2^19 to 2^31 - 1. */
+static int64_t NAME_log(int64_t x) {
+  const int64_t below = NAME_high(x, 1518500250), quarter = 1 << 23;
+  int64_t a, b, q, square, power, other_power, middle, above, under;
+  int own = 0, other = -1;
+  while ((x << own) < ((int64_t)1 << 31)) ++own;
+  while ((below << (other + 1)) < ((int64_t)1 << 31)) ++other;
+  a = NAME_high(x << (own - 1), 1518500250) * 2;
+  b = x << other;
+  a = a < b ? a : b;
+  if (a > INT32_MAX) a = INT32_MAX;
+  power = (12 - own) * ((int64_t)1 << 25) + quarter;
+  other_power = (12 - other) * ((int64_t)1 << 25) - quarter;
+  if (power < other_power) power = other_power;
+  middle = (a + 1805811301 + 1) / 2;
+  q = (a - 1805811301) * 2;
+  square = NAME_high(q, q);
+  above = NAME_high(q, a) + NAME_high(NAME_high(q, square), 117049297);
+  under = NAME_high(middle, 1057819769 + q + NAME_high(127690142, square));
+  under = NAME_newton(under + NAME_high(638450708, q));
+  return (NAME_high(power, 1488522236) + NAME_high(NAME_divide(above, 6), under)) * 2;
+}
+
+/* 1 / sqrt(x), times 2^(31 + shift): five of Newton's steps. */
+static int64_t NAME_inverse(int64_t x, int *shift) {
+  int64_t half, y = 1 << 28;
+  int pairs = 0, k;
+  *shift = 0;
+  if (x <= 1) return INT32_MAX;
+  *shift = 11;
+  if (x >= 1 << 29) {
+    x >>= 2;
+    ++*shift;
+  }
+  while ((x << (2 * pairs)) < 1 << 27) ++pairs;
+  *shift -= pairs;
+  x = (x << (2 * pairs)) >> 1;
+  half = (x + 1) / 2;
+  for (k = 0; k < 5; ++k) {
+    const int64_t cube = NAME_clip(NAME_high(NAME_high(y, y), y) * 64, INT32_MIN,
+                                   INT32_MAX);
+    y = (NAME_high(y, 3 << 27) - NAME_high(half, cube)) * 8;
+    y = NAME_clip(y, INT32_MIN, INT32_MAX);
+  }
+  y = NAME_high(y, 1518500250);
+  if (*shift < 0) {
+    y *= (int64_t)1 << -*shift;
+    *shift = 0;
+  }
+  return y;
+}
+
 static int32_t NAME_least(int32_t x, int32_t most) {
   return x < most ? x : most;
 }

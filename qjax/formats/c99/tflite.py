@@ -1,5 +1,8 @@
 """C code of operations whose integers are TFLite's."""
 
+import contextlib
+from collections.abc import Iterator
+
 from qjax.formats.c99.calls import RULES, CNode, minus
 from qjax.formats.c99.text import broadcast_strides, number, place
 
@@ -39,21 +42,11 @@ def average(c: CNode) -> None:
 
 def softmax(c: CNode) -> None:
     """Adds TFLite's softmax of the last axis, of 8 bits."""
-    x, p = c.x, c.source.prefix
-    name = c.source.constant(c.params["exponentials"], "exponentials")
-    *outer, size = x.shape
+    line, p = c.source.line, c.source.prefix
     low, high = number(c["low"]), number(c["high"])
-    with c.source.loops(outer) as names:
-        start = place(names, x.strides[:-1])
-        line = c.source.line
-        line(f"const {x.ctype} *p = {x.name} + {start};")
-        line(f"{c.output.ctype} *q = {c.output.name} + {start};")
-        line("int32_t top = p[0];")
-        line("int64_t total = 0, quotient;")
+    with _rows(c) as (size, name):
+        line("int64_t quotient;")
         line("int length = 0;")
-        line(f"for (int c = 1; c < {size}; ++c) if (p[c] > top) top = p[c];")
-        with c.source.block(f"for (int c = 0; c < {size}; ++c)"):
-            line(f"total += {p}_divide({name}[top - p[c]], 12);")
         line("while ((total >> length) != 0) ++length;")
         line(
             f"quotient = {p}_newton(total * ((int64_t)1 << (32 - length))"
@@ -63,6 +56,61 @@ def softmax(c: CNode) -> None:
             line(f"const int64_t share = {p}_high(quotient, {name}[top - p[c]]);")
             value = f"{p}_clip({p}_divide(share, length + 3) + {low}, {low}, {high})"
             c.put("q[c]", value)
+
+
+def log_softmax(c: CNode) -> None:
+    """Adds TFLite's log-softmax of the last axis."""
+    line, p = c.source.line, c.source.prefix
+    steps = c.source.constant(c.params["steps"], "steps")
+    low, high, zero = (number(c[k]) for k in ("low", "high", "zero_point"))
+    with _rows(c) as (size, _):
+        line(f"const int64_t of_sum = {p}_log(total);")
+        with c.source.block(f"for (int c = 0; c < {size}; ++c)"):
+            line(f"const int64_t rest = {steps}[top - p[c]] - of_sum;")
+            c.put("q[c]", f"{p}_clip({p}_divide(rest, 22) + {zero}, {low}, {high})")
+
+
+@contextlib.contextmanager
+def _rows(c: CNode) -> Iterator[tuple[int, str]]:
+    """Loops over rows ``p`` of codes, with the sum ``total`` of their exponentials.
+
+    Yields:
+      The length of a row, and the name of the table of exponentials.
+    """
+    x, line = c.x, c.source.line
+    name = c.source.constant(c.params["exponentials"], "exponentials")
+    *outer, size = x.shape
+    with c.source.loops(outer) as names:
+        start = place(names, x.strides[:-1])
+        line(f"const {x.ctype} *p = {x.name} + {start};")
+        line(f"{c.output.ctype} *q = {c.output.name} + {start};")
+        line("int32_t top = p[0];")
+        line("int64_t total = 0;")
+        line(f"for (int c = 1; c < {size}; ++c) if (p[c] > top) top = p[c];")
+        with c.source.block(f"for (int c = 0; c < {size}; ++c)"):
+            line(f"total += {c.source.prefix}_divide({name}[top - p[c]], 12);")
+        yield size, name
+
+
+def l2_norm(c: CNode) -> None:
+    """Adds TFLite's division of the last axis by the root of its squares."""
+    x, p, line = c.x, c.source.prefix, c.source.line
+    *outer, size = x.shape
+    low, high = number(c["low"]), number(c["high"])
+    step = minus("p[c]", c["input_zero_points"][0])
+    with c.source.loops(outer) as names:
+        start = place(names, x.strides[:-1])
+        line(f"const {x.ctype} *p = {x.name} + {start};")
+        line(f"{c.output.ctype} *q = {c.output.name} + {start};")
+        line("int64_t total = 0, root;")
+        line("int shift;")
+        with c.source.block(f"for (int c = 0; c < {size}; ++c)"):
+            line(f"const int64_t step = {step};")
+            line("total += step * step;")
+        line(f"root = {p}_inverse(total, &shift);")
+        with c.source.block(f"for (int c = 0; c < {size}; ++c)"):
+            line(f"const int64_t code = {p}_double({step}, root, 24 + shift);")
+            c.put("q[c]", f"{p}_clip(code, {low}, {high})")
 
 
 def softmax16(c: CNode) -> None:

@@ -267,6 +267,7 @@ def _written(
             prototypes.append(f"{prototype};")
             bodies.append(_body(prototype, _reset(function, source)))
     header = HEADER.format(
+        name=name,
         upper=upper,
         ends="\n".join(ends),
         nbytes=nbytes,
@@ -346,8 +347,12 @@ def _grid(x: Value) -> str:
     return f"real = {scale} * (code - {x.zero_point})"
 
 
-HEADER = """#ifndef {upper}_H
-#define {upper}_H
+HEADER = """#ifndef {name}_H
+#define {name}_H
+
+#ifdef {upper}_ARENA_BYTES
+#error "Another program is called {name}, but for capitals: write it by another name."
+#endif
 
 #include <stdint.h>
 

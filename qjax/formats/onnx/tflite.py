@@ -7,7 +7,19 @@ import numpy as np
 from qjax.formats.onnx.calls import OnnxCall
 from qjax.formats.onnx.elementwise import divided_by_power, high_product, rescaled
 from qjax.formats.onnx.graph import OnnxGraph, OnnxValue
-from qjax.formats.onnx.normalisations import powers, shifted_half_up, sums_of_parts
+from qjax.formats.onnx.normalisations import (
+    bit_length,
+    powers,
+    shifted_half_up,
+    sums_of_parts,
+)
+from qjax.graph.operations.fractions import (
+    DENOMINATOR,
+    HALF_ROOT,
+    LOG2,
+    NUMERATOR,
+    QUARTER_ROOT,
+)
 
 _INT32 = np.iinfo(np.int32)
 
@@ -69,7 +81,7 @@ def resize(call: OnnxCall) -> OnnxValue:
 
 def softmax(call: OnnxCall) -> OnnxValue:
     """Writes the softmax of 8 bits: a quotient by three of Newton's steps."""
-    g, exps = call.graph, _exponentials(call)
+    g, exps = call.graph, _looked_up(call, "exponentials")
     last = [len(call.shape) - 1]
     total, length = sums_of_parts(call, divided_by_power(g, exps, 12), last)
     up = powers(g, g.two("Sub", g.constant(32, "int64"), length))
@@ -80,11 +92,94 @@ def softmax(call: OnnxCall) -> OnnxValue:
     return g.clip(code, call["low"], call["high"])
 
 
-def _exponentials(call: OnnxCall) -> OnnxValue:
+def _looked_up(call: OnnxCall, role: str) -> OnnxValue:
+    """Returns numbers of a table, by the distance from the largest of the last axis."""
     g, x = call.graph, call.read()
     top = g.reduce("ReduceMax", x, [len(x.shape) - 1], keepdims=True)
-    table = g.constant(call.params["exponentials"], "int64", "exponentials")
+    table = g.constant(call.params[role], "int64", role)
     return g.gather(table, g.two("Sub", top, x))
+
+
+def log_softmax(call: OnnxCall) -> OnnxValue:
+    """Writes the log-softmax of 8 bits: a logarithm by a quotient."""
+    g, last = call.graph, [len(call.shape) - 1]
+    exps = divided_by_power(g, _looked_up(call, "exponentials"), 12)
+    total, length = sums_of_parts(call, exps, last)
+    log = _logarithm(g, total, g.two("Sub", g.constant(32, "int64"), length))
+    rest = g.two("Sub", _looked_up(call, "steps"), log)
+    code = g.add(divided_by_power(g, rest, 22), call["zero_point"])
+    return g.clip(code, call["low"], call["high"])
+
+
+def _logarithm(g: OnnxGraph, x: OnnxValue, own: OnnxValue) -> OnnxValue:
+    """Computes ``log(x)`` as `qjax.graph.operations.fractions` does.
+
+    Args:
+      g: Receives it.
+      x: Sums.
+      own: Zeros above them in 32 bits.
+    """
+    below, quarter = high_product(g, x, HALF_ROOT), 1 << 23
+    other = g.two("Sub", g.constant(31, "int64"), bit_length(g, below, 31))
+    up = powers(g, g.add(own, -1))
+    first = g.mul(high_product(g, g.two("Mul", x, up), HALF_ROOT), 2)
+    second = g.two("Mul", x, powers(g, other))
+    rest = g.two("Min", g.two("Min", first, second), _INT32.max)
+    power = [
+        g.add(g.mul(n, -(1 << 25)), (12 << 25) + more)
+        for n, more in ((own, quarter), (other, -quarter))
+    ]
+    middle = g.two("Div", g.add(rest, QUARTER_ROOT + 1), 2)
+    q = g.mul(g.add(rest, -QUARTER_ROOT), 2)
+    square = high_product(g, q, q)
+    cube = high_product(g, high_product(g, q, square), NUMERATOR)
+    above = g.two("Add", high_product(g, q, rest), cube)
+    one, of_q, of_square = DENOMINATOR
+    line = g.two("Add", g.add(q, one), high_product(g, square, of_square))
+    under = g.two("Add", high_product(g, middle, line), high_product(g, q, of_q))
+    part = high_product(g, divided_by_power(g, above, 6), _newton(g, under))
+    whole = high_product(g, g.two("Max", *power), LOG2)
+    return g.mul(g.two("Add", whole, part), 2)
+
+
+def l2_norm(call: OnnxCall) -> OnnxValue:
+    """Writes codes over the root of their squares: five of Newton's steps."""
+    g, last = call.graph, [len(call.shape) - 1]
+    x = g.sub(call.read(), call["input_zero_points"][0])
+    total = g.reduce("ReduceSum", g.two("Mul", x, x), last, keepdims=True)
+    root, shift = _inverse_root(g, total)
+    # Of 24 and more bits: to the left by 7 at most, the rest to the right.
+    left = powers(g, g.two("Max", g.two("Sub", g.constant(7, "int64"), shift), 0))
+    right = g.two("Max", g.add(shift, -7), 0)
+    high = high_product(g, g.two("Mul", x, left), root)
+    size = shifted_half_up(g, g.one("Abs", high), right)
+    code = g.two("Mul", g.one("Sign", high), size)
+    return g.clip(code, call["low"], call["high"])
+
+
+def _inverse_root(g: OnnxGraph, x: OnnxValue) -> tuple[OnnxValue, OnnxValue]:
+    """Computes ``1 / sqrt(x)`` as `qjax.graph.operations.fractions` does."""
+    is_one = g.two("Less", x, 2)
+    x = g.two("Max", x, 2)
+    is_large = g.two("GreaterOrEqual", x, 1 << 29)
+    x = g.where(is_large, g.two("Div", x, 4), x)
+    room = g.two("Sub", g.constant(31, "int64"), bit_length(g, x, 31))
+    pairs = g.add(g.two("Div", room, 2), -1)
+    shift = g.two("Sub", g.add(g.cast(is_large, "int64"), 11), pairs)
+    whole = g.two("Div", g.two("Mul", x, powers(g, g.mul(pairs, 2))), 2)
+    half = g.two("Div", g.add(whole, 1), 2)
+    y = g.add(g.mul(whole, 0), 1 << 28)
+    ends = _INT32.min, _INT32.max
+    for _ in range(5):
+        cube = high_product(g, high_product(g, y, y), y)
+        cube = g.clip(g.mul(cube, 64), *ends)
+        line = high_product(g, y, 3 << 27)
+        y = g.mul(g.two("Sub", line, high_product(g, half, cube)), 8)
+        y = g.clip(y, *ends)
+    up = powers(g, g.two("Max", g.one("Neg", shift), 0))
+    root = g.two("Mul", high_product(g, y, HALF_ROOT), up)
+    shift = g.two("Max", shift, 0)
+    return g.where(is_one, _INT32.max, root), g.where(is_one, 0, shift)
 
 
 def _newton(g: OnnxGraph, x: OnnxValue) -> OnnxValue:
@@ -101,7 +196,7 @@ def _newton(g: OnnxGraph, x: OnnxValue) -> OnnxValue:
 
 def softmax16(call: OnnxCall) -> OnnxValue:
     """Writes the softmax of 16 bits: a quotient from a table."""
-    g, exps = call.graph, _exponentials(call)
+    g, exps = call.graph, _looked_up(call, "exponentials")
     total, length = sums_of_parts(call, exps, [len(call.shape) - 1])
     room = g.two("Sub", g.constant(32, "int64"), length)
     shifted = g.two("Mul", total, powers(g, g.add(room, -1)))

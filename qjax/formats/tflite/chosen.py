@@ -119,9 +119,9 @@ def _table(emission: TfliteGraph, node: Node) -> None:
     t, own = emission.tensor(x, node), emission.codes(x, node)
     y = emission.codes(node.output, node)
     table = emission.params[node.params["table"]].astype(np.int64)
-    value = emission.value(x)
+    value, dtype = emission.value(x), emission.value(node.output).dtype
     for name, make, options in _FUNCTIONS:
-        is_one = a["axis"] is None and tables.has_fixed_grid(name.lower(), y)
+        is_one = tables.has_fixed_grid(name.lower(), dtype, y) and a["axis"] is None
         whole = make(own, y) if is_one else None
         if whole is None:
             continue
@@ -182,9 +182,10 @@ _FUNCTIONS: tuple[tuple[str, Callable[..., Any], Mapping[str, Any]], ...] = (
 def _softmax(emission: TfliteGraph, node: Node) -> None:
     x = node.inputs[0]
     t, own = emission.tensor(x, node), emission.codes(x, node)
+    _check_whole(emission, node, "softmax")
     table = emission.params[node.params["exponentials"]]
     is_wide = node.operation == "tflite_softmax16"
-    for beta in _betas(table, own, is_wide):
+    for beta in _betas(table, own):
         if is_wide:
             pair = tables.wide_softmax_tables(own.scale, beta)
             other = emission.params[node.params["reciprocals"]]
@@ -192,13 +193,55 @@ def _softmax(emission: TfliteGraph, node: Node) -> None:
         else:
             same = np.array_equal(tables.exponential_table(own.scale, beta), table)
         if same:
+            _check_scale(node, float(own.scale) * beta)
             out = emission.add_value(node.output, node.path)
             emission.add("SOFTMAX", (t,), out, beta=beta)
             return
     raise unsupported(WRITER, node, "a table of exponentials that is not TFLite's")
 
 
-def _betas(table: np.ndarray, x: tables.Codes, is_wide: bool) -> list[float]:
+def _log_softmax(emission: TfliteGraph, node: Node) -> None:
+    x = node.inputs[0]
+    t, own = emission.tensor(x, node), emission.codes(x, node)
+    _check_whole(emission, node, "log-softmax")
+    _check_scale(node, float(own.scale))
+    wanted = {
+        "exponentials": tables.exponential_table(own.scale, 1.0),
+        "steps": tables.log_step_table(own.scale),
+    }
+    found = {role: emission.params[node.params[role]] for role in wanted}
+    if not all(np.array_equal(found[role], wanted[role]) for role in wanted):
+        raise unsupported(WRITER, node, "tables that are not TFLite's")
+    out = emission.add_value(node.output, node.path)
+    emission.add("LOG_SOFTMAX", (t,), out)
+
+
+def _l2_norm(emission: TfliteGraph, node: Node) -> None:
+    t = emission.tensor(node.inputs[0], node)
+    _check_whole(emission, node, "l2-normalisation")
+    out = emission.add_value(node.output, node.path)
+    emission.add("L2_NORMALIZATION", (t,), out, fused_activation_function="NONE")
+
+
+def _check_whole(emission: TfliteGraph, node: Node, name: str) -> None:
+    """Raises unless all codes of an output are on the grid that TFLite fixes."""
+    own = [emission.value(v).dtype for v in (node.inputs[0], node.output)]
+    y, a = emission.codes(node.output, node), node.attributes
+    is_known = own[0] == own[1] and (name, own[1]) in tables.FIXED_GRIDS
+    if not is_known or not tables.has_fixed_grid(name, own[1], y):
+        raise unsupported(WRITER, node, f"a grid that TFLite's {name} does not have")
+    ends = a.get("low", 0 if y.is_wide else y.low), a["high"]
+    if ends != (0 if y.is_wide else y.low, y.high):
+        raise unsupported(WRITER, node, f"a {name} within {ends[0]} and {ends[1]}")
+
+
+def _check_scale(node: Node, scale: float) -> None:
+    if scale <= tables.LEAST_SOFTMAX_SCALE:
+        what = f"codes of the scale {scale:g}, where TFLite's kernels end the process"
+        raise unsupported(WRITER, node, what)
+
+
+def _betas(table: np.ndarray, x: tables.Codes) -> list[float]:
     """Returns factors of a softmax that its table may be of."""
     found = [1.0]
     if len(table) > 1 and 0 < table[1] < table[0]:
@@ -240,6 +283,8 @@ CHOSEN: Mapping[str, Callable[[TfliteGraph, Node], None]] = {
     "table": _table,
     "pad": _pad,
     "tflite_constant": _constant,
+    "tflite_l2_norm": _l2_norm,
+    "tflite_log_softmax": _log_softmax,
     "tflite_resize": _resize,
     "tflite_softmax": _softmax,
     "tflite_softmax16": _softmax,

@@ -171,22 +171,54 @@ def axes(call: Call) -> list[int]:
 
 
 def _softmax(call: Call) -> None:
-    x, y, value = call.codes(), call.y, call.value()
-    beta = float(call.option("beta", 1.0))
-    check_output(call, 2.0**-15 if y.is_wide else 2.0**-8, 0 if y.is_wide else y.low)
-    if call.tensor().dtype != call.output().dtype:
-        raise call.refuse(f"an input of type {call.tensor().dtype}")
+    x, y = call.codes(), call.y
+    is_log = call.op.name == "LOG_SOFTMAX"
+    beta = 1.0 if is_log else float(call.option("beta", 1.0))
+    if not is_log:
+        zero_point = 0 if y.is_wide else y.low
+        check_output(call, 2.0**-15 if y.is_wide else 2.0**-8, zero_point)
+    else:
+        _check_int8(call)
+        check_output(call, *tables.FIXED_GRIDS["log-softmax", "int8"])
+    _check_same_type(call)
     if call.tensor().shape[-1] > 4095:
         raise call.refuse("more than 4,095 numbers, which overflow its sum,")
+    if float(x.scale) * float(np.float32(beta)) <= tables.LEAST_SOFTMAX_SCALE:
+        raise call.refuse(f"the scale {x.scale}, at which its kernels end the process,")
+    ends: dict[str, int] = {"low": y.low, "high": y.high}
     if y.is_wide:
         pair = tables.wide_softmax_tables(x.scale, beta)
-        named = zip(("exponentials", "reciprocals"), pair, strict=True)
-        params = {role: table.astype(np.int32) for role, table in named}
-        call.emit("tflite_softmax16", (value,), params=params, high=y.high)
-        return
-    params = {"exponentials": tables.exponential_table(x.scale, beta).astype(np.int32)}
-    ends = {"low": y.low, "high": y.high}
-    call.emit("tflite_softmax", (value,), params=params, **ends)
+        made = dict(zip(("exponentials", "reciprocals"), pair, strict=True))
+        ends = {"high": y.high}
+    else:
+        made = {"exponentials": tables.exponential_table(x.scale, beta)}
+    name = "tflite_softmax16" if y.is_wide else "tflite_softmax"
+    if is_log:
+        made["steps"], ends["zero_point"] = tables.log_step_table(x.scale), y.zero_point
+        name = "tflite_log_softmax"
+    params = {role: table.astype(np.int32) for role, table in made.items()}
+    call.emit(name, (call.value(),), params=params, **ends)
+
+
+def _l2_norm(call: Call) -> None:
+    x, y = call.codes(), call.y
+    _check_int8(call)
+    check_output(call, *tables.FIXED_GRIDS["l2-normalisation", "int8"])
+    _check_same_type(call)
+    if call.activation() != (y.low, y.high):
+        raise call.refuse("an activation behind it")
+    own: Any = {"input_zero_points": [x.zero_point], "low": y.low, "high": y.high}
+    call.emit("tflite_l2_norm", (call.value(),), **own)
+
+
+def _check_int8(call: Call) -> None:
+    if call.output().dtype != "int8":  # Its kernel of uint8 computes in float32.
+        raise call.refuse(f"codes of {call.output().dtype}", " Known is int8.")
+
+
+def _check_same_type(call: Call) -> None:
+    if call.tensor().dtype != call.output().dtype:
+        raise call.refuse(f"an input of type {call.tensor().dtype}")
 
 
 def check_output(call: Call, scale: float, zero_point: int) -> None:
@@ -272,6 +304,8 @@ FUNCTIONS: Mapping[str, TfliteRule] = {
     "AVERAGE_POOL_2D": _average_pool,
     "MEAN": _mean,
     "SUM": _mean,
+    "L2_NORMALIZATION": _l2_norm,
+    "LOG_SOFTMAX": _softmax,
     "SOFTMAX": _softmax,
     **dict.fromkeys(_FUNCTIONS, _function),
     "LEAKY_RELU": _leaky_relu,

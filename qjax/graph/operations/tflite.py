@@ -7,6 +7,7 @@ References:
 
 import numpy as np
 
+from qjax.graph.operations.fractions import inverse_root, logarithm, reciprocal
 from qjax.graph.operations.lookups import constant_interval
 from qjax.graph.operations.record import (
     CLIP,
@@ -32,6 +33,7 @@ from qjax.graph.operations.shifts import (
     rescale,
     truncated,
 )
+from qjax.integer_tflite import LEAST_STEP
 
 _MOST_SUMMANDS = 4095  # Most terms of a softmax, whose sum has 31 bits.
 
@@ -131,21 +133,46 @@ def _softmax(a, own, inputs):
     exps = own["exponentials"][x.max(-1, keepdims=True) - x]
     total = divide_by_power(exps, 12).sum(-1, keepdims=True)
     length = np.frexp(total.astype(np.float64))[1].astype(np.int64)  # In bits.
-    quotient = _newton((total << (32 - length)) - (1 << 31))
+    quotient = reciprocal((total << (32 - length)) - (1 << 31))
     share = high_product(quotient, exps)
     code = divide_by_power(share, length + 3) + a["low"]
     return np.clip(code, a["low"], a["high"])
 
 
-def _newton(x: np.ndarray) -> np.ndarray:
-    """Computes gemmlowp's ``1 / (1 + x)`` for x in [0, 1), with 31 fraction bits."""
-    total = x + INT32.max
-    half = truncated(total + np.where(total >= 0, 1, -1), 2)
-    y = 1515870810 + high_product(half, -1010580540)
-    for _ in range(3):
-        rest = (1 << 29) - high_product(half, y)
-        y = y + np.clip(high_product(y, rest) << 2, INT32.min, INT32.max)
-    return np.clip(y << 1, INT32.min, INT32.max)
+def _log_softmax_interval(o: Operands) -> Ends:
+    _check_exponentials(o, INT32.max, INT32.max)
+    steps = o.check_range("steps", LEAST_STEP, 0)
+    codes = o.x.high - o.x.low + 1
+    o.check(
+        steps.ndim == 1 and len(steps) >= codes,
+        f"`steps` must hold one for each of {codes} codes",
+        steps.shape,
+    )
+    return clip_interval(o)
+
+
+def _log_softmax(a, own, inputs):
+    below = inputs[0].max(-1, keepdims=True) - inputs[0]
+    total = divide_by_power(own["exponentials"][below], 12).sum(-1, keepdims=True)
+    rest = own["steps"][below] - logarithm(total)
+    code = divide_by_power(rest, 22) + a["zero_point"]
+    return np.clip(code, a["low"], a["high"])
+
+
+def _l2_norm_interval(o: Operands) -> Ends:
+    o.check_zero_points("input_zero_points", o["input_zero_points"])
+    o.check(bool(o.x.shape), "there must be an axis to go along", o.x.shape)
+    far = o.check_distance(o.x, o["input_zero_points"][0])
+    most = o.x.shape[-1] * far**2
+    o.check(most <= INT32.max, "sums of squares must fit int32", most)
+    return clip_interval(o)
+
+
+def _l2_norm(a, own, inputs):
+    x = inputs[0] - a["input_zero_points"][0]
+    multiplier, shift = inverse_root((x * x).sum(-1, keepdims=True))
+    code = rescale(x, multiplier, shift + 24, "tflite_double")
+    return np.clip(code, a["low"], a["high"])
 
 
 def _softmax16_interval(o: Operands) -> Ends:
@@ -230,6 +257,28 @@ TFLITE = (
         _softmax,
         attributes=CLIP,
         roles=("exponentials",),
+    ),
+    Operation(
+        "tflite_log_softmax",
+        "code = clip(round(16 * (steps[max(q) - q] - log(sum(exp))) * 2^-26) + "
+        "zero_point), the logarithm by a quotient in fixed point",
+        "rescale",
+        same_shape,
+        _log_softmax_interval,
+        _log_softmax,
+        attributes={"zero_point": INTEGER, **CLIP},
+        roles=("exponentials", "steps"),
+    ),
+    Operation(
+        "tflite_l2_norm",
+        "code = clip(round(128 * q / sqrt(sum(q^2)))), q about its zero point, the "
+        "root by five steps of Newton's method in fixed point",
+        "rescale",
+        same_shape,
+        _l2_norm_interval,
+        _l2_norm,
+        attributes={"input_zero_points": INTEGERS, **CLIP},
+        each_input=("input_zero_points",),
     ),
     Operation(
         "tflite_softmax16",

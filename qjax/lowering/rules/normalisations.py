@@ -33,6 +33,7 @@ from qjax.lowering.rules import tflite
 from qjax.lowering.rules.choices import mask
 from qjax.lowering.rules.functions import add_table, as_curve
 from qjax.lowering.rules.whole import exact_codes, whole_numbers
+from qjax.lowering.site_grids import SiteGrid
 from qjax.lowering.values import (
     Abstract,
     Builder,
@@ -61,10 +62,7 @@ def _softmax(
     x = _codes(builder, e, trace, x, unit)
     if builder.target.is_tflite:
         known = scale, zero_point, qmin, qmax
-        site = e.sites.output or where(e).strip("'")
-        last = call.axes == (len(trace.shape(e.inputs[0])) - 1,)
-        is_plain = last and not masks and not call.plus and call.kind == "softmax"
-        whole = tflite.softmax(builder, x, call.factor, known, site, is_plain)
+        whole = tflite.softmax(builder, x, call, _site_grid(e, known), bool(masks))
         return _added(builder, e, *whole, known)
     if x.high - x.low >= _MOST_CODES:
         raise ValueError(
@@ -215,6 +213,10 @@ def _norm(
     call = NormCall.parse(e)
     unit, *own, scale, zero_point, qmin, qmax = (_known(e, v) for v in others)
     x = _codes(builder, e, trace, x, unit)
+    if builder.target.is_tflite:
+        known = scale, zero_point, qmin, qmax
+        whole = tflite.l2_norm(builder, x, call, _site_grid(e, known))
+        return _added(builder, e, *whole, known)
     shape = trace.shape(e.inputs[0])
     count = integer_norm.places(shape, call.axes, call.groups)
     wide = max(x.high - x.low, abs(x.low - x.zero_point), abs(x.high - x.zero_point))
@@ -334,6 +336,12 @@ def _codes(
     if not is_plain or np.float32(x.scale) != unit:
         raise refuse(e, x, "input")  # What a rescaling rounds is no half step.
     return x
+
+
+def _site_grid(e: Equation, grid: tuple[Any, Any, Any, Any]) -> SiteGrid:
+    scale, zero_point, qmin, qmax = grid
+    site = e.sites.output or where(e).strip("'")
+    return SiteGrid(float(scale), int(zero_point), int(qmin), int(qmax), site)
 
 
 def _added(

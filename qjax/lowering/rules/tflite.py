@@ -10,17 +10,17 @@ import numpy as np
 from qjax.graph.graph import Graph, Node
 from qjax.graph.operations.record import window_taps
 from qjax.graph.tflite_tables import (
-    FIXED_SCALES,
     Codes,
     exponential_table,
     function_table,
-    has_fixed_grid,
+    log_step_table,
     sigmoid,
     wide_function_table,
     wide_sigmoid_table,
     wide_softmax_tables,
     wide_tanh_table,
 )
+from qjax.integer_calls import NormCall, SoftmaxCall
 from qjax.integer_tflite import (
     Kind,
     left_shift,
@@ -31,6 +31,20 @@ from qjax.integer_tflite import (
     weight_scale,
 )
 from qjax.lowering.site_grids import SiteGrid
+from qjax.lowering.tflite_forms import (
+    Lack,
+    lack_of_ends,
+    lack_of_epsilon,
+    lack_of_grid,
+    lack_of_norm,
+    lack_of_operator,
+    lack_of_scale,
+    lack_of_softmax,
+    lack_of_types,
+    lack_of_zero_point,
+    name_of,
+    refuse,
+)
 from qjax.lowering.values import Builder, Curve, Integers, Sum
 from qjax.model.trace import Equation
 
@@ -40,22 +54,6 @@ _KINDS: dict[str, Kind] = {
     name: name
     for name in ("conv", "dot", "dot_codes", "multiply_codes", "sum", "sum_pool")
 }
-
-
-def refuse(site: str, what: str, remedy: str = "") -> NotImplementedError:
-    """Returns the error for what TFLite has no exact operator for.
-
-    Args:
-      site: Site that asks for it.
-      what: Why, in field words, after the name of the site.
-      remedy: What to do in place of it.
-    """
-    usual = "Leave it out of the model, or write it by operators that TFLite has"
-    return NotImplementedError(
-        f"The site {site!r} {what}. `target=targets.tflite` computes what TFLite's "
-        f"kernels do and nothing else. {remedy or usual}, or use "
-        "`target=targets.half_even`."
-    )
 
 
 def requantized(
@@ -286,22 +284,25 @@ def tabled(builder: Builder, x: Curve, target: SiteGrid) -> Integers:
             "Give each of its operations a site of its own (`Constraints(split=...)`)",
         )
     function, wide = _FUNCTIONS[own[0]]
-    info = np.iinfo(builder.values[source.value].dtype)
+    dtype = builder.values[source.value].dtype
+    _check(target.site, lack_of_types(own[0], dtype, target.dtype))
+    _check(target.site, lack_of_zero_point(dtype, source.zero_point))
+    info = np.iinfo(dtype)
     given = Codes(
         np.float32(source.scale), source.zero_point, int(info.min), int(info.max)
     )
     made = Codes(np.float32(target.scale), target.zero_point, target.qmin, target.qmax)
-    if not has_fixed_grid(own[0], made):
-        unit = FIXED_SCALES[own[0]][made.is_wide]
-        raise refuse(
-            target.site,
-            f"has the scale {made.scale} and the zero point {made.zero_point}, and "
-            f"TFLite's {own[0]} has the scale {unit}",
-            "Use `presets.tflite_int8` or `presets.tflite_int16x8`",
+    grid = target.scale, target.zero_point
+    _check(target.site, lack_of_grid(own[0], target.dtype, *grid))
+    with np.errstate(over="ignore", invalid="ignore"):
+        table = (
+            wide(given, made)
+            if given.is_wide
+            else function_table(function, given, made)
         )
-    table = (
-        wide(given, made) if given.is_wide else function_table(function, given, made)
-    )
+    info = np.iinfo(target.dtype)
+    if not np.all((table >= info.min) & (table <= info.max)):  # Of infinity.
+        raise refuse(target.site, f"computes {own[0]} of values beyond float32")
     table = table[source.low - given.low : source.high - given.low + 1]
     name = builder.add_param(f"{target.site}/table", table.astype(target.dtype))
     attributes = {"low": source.low, "axis": None}
@@ -320,59 +321,99 @@ def _name(e: Equation) -> str:
     return "" if name in ("copy", "copy_p", "convert_element_type") else name
 
 
+# Operation, inputs, attributes and parameters of a node.
+NodeParts = tuple[str, tuple[int, ...], dict[str, Any], dict[str, str]]
+
+
 def softmax(
-    builder: Builder,
-    x: Integers,
-    factor: float,
-    grid: tuple[Any, Any, Any, Any],
-    site: str,
-    is_plain: bool,
-) -> tuple[str, tuple[int, ...], dict[str, Any], dict[str, str]]:
-    """Returns TFLite's softmax: its operation, inputs, attributes and parameters.
+    builder: Builder, x: Integers, call: SoftmaxCall, target: SiteGrid, is_masked: bool
+) -> NodeParts:
+    """Returns TFLite's softmax or log-softmax of codes.
 
     Args:
       builder: Receives its tables.
       x: The codes.
-      factor: Factor of the input.
-      grid: Scale, zero point, least and largest code of the site.
-      site: The site.
-      is_plain: Whether it is a softmax along the last axis, without masks.
+      call: What the model computes.
+      target: Grid of the site.
+      is_masked: Whether masks leave numbers out.
+
+    Returns:
+      Its operation, inputs, attributes and parameters.
     """
-    if not is_plain:
-        raise refuse(
-            site,
-            "is a softmax behind a mask, over other axes than the last, or a logarithm",
-        )
-    scale, zero_point, low, high = grid
-    value = builder.values[x.value]
-    is_wide = value.dtype == "int16"
-    wanted = (2.0**-15, 0) if is_wide else (2.0**-8, -128)
-    if (float(scale), int(zero_point)) != wanted or value.dtype not in _TYPES:
-        raise refuse(
-            site,
-            f"has the scale {float(scale)} and the zero point {int(zero_point)}, and "
-            f"TFLite's softmax has {wanted}",
-            "Use `presets.tflite_int8` or `presets.tflite_int16x8`",
-        )
-    if not 0 < value.shape[-1] <= _MOST_SUMMANDS or factor <= 0:
-        raise refuse(site, f"is a softmax of {value.shape[-1]} numbers times {factor}")
-    unit = np.float32(x.scale)
-    if is_wide:
+    value, name, site = builder.values[x.value], name_of(call), target.site
+    types = value.dtype, target.dtype
+    _check(site, lack_of_softmax(call, len(value.shape), is_masked, *types))
+    _check(site, lack_of_grid(name, target.dtype, target.scale, target.zero_point))
+    _check(site, lack_of_ends(name, target.dtype, target.qmin, target.qmax))
+    unit, size, factor = np.float32(x.scale), value.shape[-1], call.factor
+    if not 0 < size <= _MOST_SUMMANDS or factor <= 0:
+        raise refuse(site, f"computes {name} of {size} numbers times {factor}")
+    _check(site, lack_of_scale(name, unit, factor))
+    if value.dtype == "int16":
         pair = wide_softmax_tables(unit, factor)
-        named = zip(("exponentials", "reciprocals"), pair, strict=True)
-        params = {
-            role: builder.add_param(f"{site}/{role}", table.astype(np.int32))
-            for role, table in named
-        }
-        attributes = {"high": int(high)}
-        return "tflite_softmax16", (x.value,), attributes, params
-    table = exponential_table(unit, factor).astype(np.int32)
-    params = {"exponentials": builder.add_param(f"{site}/exponentials", table)}
-    ends = {"low": int(low), "high": int(high)}
-    return "tflite_softmax", (x.value,), ends, params
+        tables = dict(zip(("exponentials", "reciprocals"), pair, strict=True))
+        ends = {"high": target.qmax}
+        return _looked_up(builder, site, x, "tflite_softmax16", ends, tables)
+    tables = {"exponentials": exponential_table(unit, factor)}
+    ends = {"low": target.qmin, "high": target.qmax}
+    if call.kind == "softmax":
+        return _looked_up(builder, site, x, "tflite_softmax", ends, tables)
+    tables["steps"] = log_step_table(unit)
+    ends["zero_point"] = target.zero_point
+    return _looked_up(builder, site, x, "tflite_log_softmax", ends, tables)
 
 
-_TYPES = ("int8", "int16")
+def _check(site: str, lack: Lack) -> None:
+    if lack:
+        raise refuse(site, *lack)
+
+
+def _looked_up(
+    builder: Builder,
+    site: str,
+    x: Integers,
+    operation: str,
+    attributes: dict[str, Any],
+    tables: dict[str, np.ndarray],
+) -> NodeParts:
+    params = {
+        role: builder.add_param(f"{site}/{role}", table.astype(np.int32))
+        for role, table in tables.items()
+    }
+    return operation, (x.value,), attributes, params
+
+
+def l2_norm(
+    builder: Builder, x: Integers, call: NormCall, target: SiteGrid
+) -> NodeParts:
+    """Returns TFLite's division of codes by the root of the sum of their squares.
+
+    Args:
+      builder: Holds the codes.
+      x: The codes.
+      call: What the model computes.
+      target: Grid of the site.
+
+    Returns:
+      Its operation, inputs, attributes and parameters.
+    """
+    value, site = builder.values[x.value], target.site
+    _check(site, lack_of_norm(call, len(value.shape), value.dtype, target.dtype))
+    _check(site, lack_of_epsilon(call, x.scale))
+    name, dtype = name_of(call), target.dtype
+    _check(site, lack_of_grid(name, dtype, target.scale, target.zero_point))
+    _check(site, lack_of_ends(name, dtype, target.qmin, target.qmax))
+    far = max(x.zero_point - x.low, x.high - x.zero_point)
+    if value.shape[-1] * far**2 >= 1 << 31:
+        raise refuse(site, f"sums {value.shape[-1]} squares, more than 31 bits hold")
+    attributes = {
+        "input_zero_points": [x.zero_point],
+        "low": target.qmin,
+        "high": target.qmax,
+    }
+    return "tflite_l2_norm", (x.value,), attributes, {}
+
+
 _MOST_SUMMANDS = 4095  # Most terms of a softmax, whose sum has 31 bits.
 
 
@@ -380,8 +421,8 @@ _MOST_SUMMANDS = 4095  # Most terms of a softmax, whose sum has 31 bits.
 ALLOWED = frozenset(
     "argmax argmin broadcast clip concatenate constant conv dot dot_codes embed gather "
     "max max_pool maximum min minimum multiply_codes pad requantize reshape rev slice "
-    "sum sum_pool table take tflite_add tflite_average tflite_constant tflite_softmax "
-    "tflite_softmax16 transpose".split()
+    "sum sum_pool table take tflite_add tflite_average tflite_constant tflite_l2_norm "
+    "tflite_log_softmax tflite_softmax tflite_softmax16 transpose".split()
 )
 
 
@@ -389,11 +430,8 @@ def check_tflite(graph: Graph) -> None:
     """Raises NotImplementedError for what TFLite's kernels do not compute."""
     for node in graph.nodes:
         if node.operation not in ALLOWED:
-            raise refuse(
-                node.path or "the program",
-                f"is computed by `{node.operation}`, for which TFLite has no exact "
-                "operator",
-            )
+            lack = lack_of_operator(node.operation)
+            raise refuse(node.path or "the program", *lack)
     for v in graph.outputs:
         value = graph.values[v]
         if value.grid is not None and value.dtype not in ("int8", "uint8", "int16"):
