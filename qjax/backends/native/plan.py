@@ -22,7 +22,7 @@ from qjax.graph.sizes import Shape, body_shapes, loop_length, value_shapes
 _LOOP = 23
 
 
-class Plan(NamedTuple):
+class NativePlan(NamedTuple):
     """A graph with its sizes, for the native executor.
 
     Attributes:
@@ -40,7 +40,7 @@ class Plan(NamedTuple):
 
 def make_plan(
     graph: Graph, params: Mapping[str, np.ndarray], inputs: Sequence[Shape]
-) -> Plan:
+) -> NativePlan:
     """Makes the plan of a graph for shapes of its inputs.
 
     Args:
@@ -57,7 +57,7 @@ def make_plan(
     _emit(e)
     words, arena = e.finish()
     outputs = tuple((tuple(shapes[v]), graph.values[v].dtype) for v in graph.outputs)
-    return Plan(np.array(words, np.int64), e.constants.joined(), outputs, arena)
+    return NativePlan(np.array(words, np.int64), e.constants.joined(), outputs, arena)
 
 
 def reason(
