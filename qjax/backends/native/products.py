@@ -47,7 +47,7 @@ class _Output:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Window:
+class _ProductWords:
     """The words of a product that say which codes meet which weights."""
 
     batch: int
@@ -115,7 +115,7 @@ def dot(e: Emission, node: Node) -> None:
     lead, *space = axes or [(1, 1, 1)]
     space = [(1, 1, 1)] * (_SPACE - len(space)) + space
     sizes, ins, outs = ([axis[k] for axis in space] for k in range(3))
-    window = _Window(
+    window = _ProductWords(
         lead[0],
         groups,
         channels,
@@ -174,7 +174,7 @@ def conv(e: Emission, node: Node) -> None:
     matrix = matrix.reshape(*(1,) * less, *sizes, channels, groups, outputs)
     matrix = np.moveaxis(matrix, -2, 0)
     ins, outs = dense(x), dense(shape)
-    window = _Window(
+    window = _ProductWords(
         x[b],
         groups,
         channels,
@@ -205,7 +205,7 @@ def _product(
     node: Node,
     x: int,
     matrix: np.ndarray,
-    window: _Window,
+    window: _ProductWords,
     output: _Output,
     back: tuple[tuple[int, ...], tuple[int, ...]] | None,
 ) -> None:
