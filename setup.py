@@ -10,11 +10,6 @@ import subprocess
 import sys
 import tempfile
 
-from setuptools import Distribution, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build_py import build_py
-from setuptools.command.editable_wheel import editable_wheel
-
 ROOT = pathlib.Path(__file__).resolve().parent
 NATIVE = pathlib.Path("qjax", "backends", "native")
 LIBRARY = "libqjax_native.so"
@@ -30,14 +25,15 @@ def find_compiler():
     return found and [found]
 
 
-def works(compiler):
-    """Returns whether a compiler makes shared libraries of C++17."""
+def works(compiler, flags=()):
+    """Returns whether a compiler makes shared libraries of C++17, with flags."""
     if not compiler or os.name == "nt":
         return False
     with tempfile.TemporaryDirectory() as folder:
         source = pathlib.Path(folder, "try.cc")
         source.write_text("#include <string_view>\nint x = std::string_view{}.size();")
-        command = [*compiler, *FLAGS, "-shared", "-o", f"{folder}/try.so", str(source)]
+        command = [*compiler, *FLAGS, *flags, "-shared", str(source)]
+        command += ["-o", f"{folder}/try.so"]
         try:
             return subprocess.run(command, capture_output=True).returncode == 0
         except OSError:
@@ -54,11 +50,15 @@ def headers():
     return None
 
 
-def sources():
-    """Yields the files to compile here, each with its flags."""
+def sources(compiler):
+    """Returns the files to compile here, each with its flags.
+
+    A file of an instruction set that the compiler does not know is left out; the others
+    see which sets there are: `isa_avx2.cc` defines `QJAX_AVX2`.
+    """
     machine = platform.machine().lower()
     machine = MACHINES.get(machine, machine)
-    include = headers()
+    include, found, sets = headers(), [], []
     for line in (ROOT / NATIVE / "src" / "sources.txt").read_text().splitlines():
         if not line.strip() or line.lstrip().startswith("#"):
             continue
@@ -68,9 +68,12 @@ def sources():
                 print("qjax: no headers of jaxlib: native kernels without jit")
                 continue
             flags += ["-DQJAX_NATIVE_FFI=1", "-isystem", str(include)]
-        elif where not in ("any", machine):
+        elif where not in ("any", machine) or not works(compiler, flags):
             continue
-        yield name, flags
+        if where != "ffi" and flags:
+            sets.append(f"-D{name[:-3].replace('isa', 'QJAX').upper()}")
+        found.append((name, flags))
+    return [(name, [*sets, *flags]) for name, flags in found]
 
 
 def build(target):
@@ -88,7 +91,7 @@ def build(target):
 
         workers = os.cpu_count() or 1
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            objects = list(pool.map(compiled, sources()))
+            objects = list(pool.map(compiled, sources(compiler)))
         whole = os.path.join(made, LIBRARY)
         link = [*compiler, "-shared", "-pthread", "-o", whole, *objects]
         subprocess.run(link, check=True)
@@ -115,43 +118,43 @@ def try_build(target):
     return True
 
 
-class NativeDistribution(Distribution):
-    """A package with a library of the platform, if it was built."""
+def main():
+    """Runs setuptools, with the library among what it builds."""
+    from setuptools import Distribution, setup
+    from setuptools.command.bdist_wheel import bdist_wheel
+    from setuptools.command.build_py import build_py
+    from setuptools.command.editable_wheel import editable_wheel
 
-    def has_ext_modules(self):
-        return works(find_compiler())
+    class NativeDistribution(Distribution):
+        """A package with a library of the platform, if it was built."""
 
+        def has_ext_modules(self):
+            return works(find_compiler())
 
-class BuildPackage(build_py):
-    """Builds the library beside the modules."""
+    class BuildPackage(build_py):
+        """Builds the library beside the modules."""
 
-    def run(self):
-        super().run()
-        if not self.editable_mode:
-            try_build(pathlib.Path(self.build_lib).resolve() / NATIVE / LIBRARY)
+        def run(self):
+            super().run()
+            if not self.editable_mode:
+                try_build(pathlib.Path(self.build_lib).resolve() / NATIVE / LIBRARY)
 
+    class BuildEditable(editable_wheel):
+        """Builds the library in the checkout, where editable installs look."""
 
-class BuildEditable(editable_wheel):
-    """Builds the library in the checkout, where an editable install looks for it."""
+        def run(self):
+            try_build(ROOT / NATIVE / LIBRARY)
+            super().run()
 
-    def run(self):
-        try_build(ROOT / NATIVE / LIBRARY)
-        super().run()
+    class BuildWheel(bdist_wheel):
+        """Names one wheel a platform: the library has no interface to Python."""
 
+        def get_tag(self):
+            *_, own = super().get_tag()
+            made = pathlib.Path(self.get_finalized_command("build").build_lib)
+            is_there = (made / NATIVE / LIBRARY).exists()
+            return "py3", "none", own if is_there else "any"
 
-class BuildWheel(bdist_wheel):
-    """Names one wheel a platform: the library has no interface to Python."""
-
-    def get_tag(self):
-        *_, own = super().get_tag()
-        made = pathlib.Path(self.get_finalized_command("build").build_lib)
-        is_there = (made / NATIVE / LIBRARY).exists()
-        return "py3", "none", own if is_there else "any"
-
-
-if __name__ == "__main__":
-    if sys.argv[1:] == ["build_native"]:  # Of a checkout that is not installed.
-        sys.exit(0 if try_build(ROOT / NATIVE / LIBRARY) else 1)
     setup(
         distclass=NativeDistribution,
         cmdclass={
@@ -161,3 +164,9 @@ if __name__ == "__main__":
         },
         setup_requires=["jaxlib>=0.10.2"] if works(find_compiler()) else [],
     )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["build_native"]:  # Of a checkout that is not installed.
+        sys.exit(0 if try_build(ROOT / NATIVE / LIBRARY) else 1)
+    main()

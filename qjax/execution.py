@@ -239,7 +239,7 @@ class Execution:
             return f"native kernels run on the CPU, not on {jax.default_backend()}"
         if any(isinstance(p, jax.core.Tracer) for p in self.params.values()):
             return "the parameters are traced"
-        if library.handler is None:
+        if not library.handlers:
             return "the native library was built without the headers of jaxlib"
         return ""
 

@@ -1,6 +1,7 @@
 """Native kernels as JAX calls: under jit, vmap and on several devices."""
 
 import collections
+import ctypes
 import functools
 import math
 import threading
@@ -132,9 +133,25 @@ def target(library: Library, isa: str) -> str:
     instruction set.
     """
     name = f"qjax_native_{library.version}_{isa}"
-    handler = jax.ffi.pycapsule(library.handler)
-    jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    _register_state(library)
+    stages = {
+        stage: jax.ffi.pycapsule(function)
+        for stage, function in library.handlers.items()
+    }
+    jax.ffi.register_ffi_target(name, stages, platform="cpu")
     return name
+
+
+@functools.cache
+def _register_state(library: Library) -> None:
+    """Makes the type of a parsed plan known to XLA."""
+    names = {"type_id": "QjaxNativeStateId", "type_info": "QjaxNativeStateInfo"}
+    found: Any = {}
+    for key, name in names.items():
+        function = getattr(library.own, name)
+        function.restype = ctypes.c_void_p
+        found[key] = jax.ffi.pycapsule(function())
+    jax.ffi.register_ffi_type("qjax_native_plan", found, platform="cpu")
 
 
 def _has_other_platforms() -> bool:

@@ -19,7 +19,7 @@ from qjax.backends.native.plan import NativePlan
 
 PATH = pathlib.Path(__file__).parent / "libqjax_native.so"
 SETS = ("avx512_vnni", "avx_vnni", "avx2", "neon_dot", "portable")
-HANDLER = "QjaxNativeRun"
+HANDLERS = {"instantiate": "QjaxNativeInstantiate", "execute": "QjaxNativeRun"}
 _ERROR_SIZE = 512
 _ALIGNMENT = 64
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
@@ -46,7 +46,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         ctypes.c_int,
         [*[ctypes.c_void_p] * 4, ctypes.c_int, ctypes.c_char_p, ctypes.c_int64],
     ),
-    "explain": (ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_int]),
+    "explain": (ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]),
 }
 
 
@@ -80,9 +80,10 @@ class Library:
         return self.call["isa"]().decode()
 
     @property
-    def handler(self) -> Any:
-        """Returns the function that XLA calls, or None if it was built without."""
-        return getattr(self.own, HANDLER, None)
+    def handlers(self) -> dict[str, Any]:
+        """Returns the functions that XLA calls by stage; none if built without."""
+        found = {k: getattr(self.own, name, None) for k, name in HANDLERS.items()}
+        return {} if None in found.values() else found
 
 
 class Found(NamedTuple):
@@ -209,7 +210,8 @@ class NativeKernel:
     def explain(self) -> list[str]:
         """Returns the forms of the steps that the library chose."""
         count = int(self.plan.words[5])
-        names = (self.library.call["explain"](self.handle, k) for k in range(count))
+        own = self.handle, self._at
+        names = (self.library.call["explain"](*own, k) for k in range(count))
         return [(name or b"").decode() for name in names]
 
 

@@ -223,6 +223,9 @@ def _product(
     """
     a, bias = node.attributes, e.param(node, "bias")
     dtype = "int8" if holds(matrix, "int8") else "int16"
+    most = max(abs(int(matrix.min())), int(matrix.max())) << a["shift"]
+    if most >= 1 << 15:
+        raise NotNativeError("its shifted kernel needs more than 16 bits")
     own_bias = output.per_channel(bias)
     follower = e.followers.get(node.output) if own_bias is not None else None
     rescale = None if follower is None else _epilogue(e, follower, output)

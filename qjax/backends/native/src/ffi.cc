@@ -62,14 +62,26 @@ ffi::Error run(Call* call, int64_t threads, ffi::RemainingArgs operands,
 
 }  // namespace
 
-QJAX_EXPORT XLA_FFI_DEFINE_HANDLER_SYMBOL(
+// Exported: hidden visibility is the default of the library.
+#pragma GCC visibility push(default)
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
     QjaxNativeInstantiate, make,
     ffi::Ffi::BindInstantiate().Attr<ffi::Span<const int64_t>>("words"));
 
-QJAX_EXPORT XLA_FFI_DEFINE_HANDLER_SYMBOL(
-                              QjaxNativeRun, run,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(QjaxNativeRun, run,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::State<Call>>()
                                   .Attr<int64_t>("threads")
                                   .RemainingArgs()
                                   .RemainingRets());
+
+// What jax.ffi.register_ffi_type takes.
+extern "C" void* QjaxNativeStateId() { return &Call::id; }
+
+extern "C" const void* QjaxNativeStateInfo() {
+  static const XLA_FFI_TypeInfo info = ffi::MakeTypeInfo<Call>();
+  return &info;
+}
+
+#pragma GCC visibility pop
