@@ -1,6 +1,7 @@
 """Builds the native kernels where there is a C++ compiler; without one XLA runs."""
 
 import concurrent.futures
+import hashlib
 import importlib.util
 import os
 import pathlib
@@ -80,14 +81,21 @@ def build(target):
     """Compiles the library to a path; raises CalledProcessError if it cannot."""
     compiler, folder = find_compiler(), ROOT / NATIVE / "src"
     strict = ["-Werror"] if os.environ.get("QJAX_NATIVE_WERROR") == "1" else []
+    cache = ROOT / "build" / "native"
+    cache.mkdir(parents=True, exist_ok=True)
+    shared = b"".join(path.read_bytes() for path in sorted(folder.glob("*.h")))
     with tempfile.TemporaryDirectory() as made:
 
         def compiled(entry):
             name, flags = entry
-            out = os.path.join(made, f"{name}.o")
             command = [*compiler, *FLAGS, *strict, *flags, "-c", str(folder / name)]
-            subprocess.run([*command, "-o", out], check=True)
-            return out
+            content = " ".join(command).encode() + shared + (folder / name).read_bytes()
+            out = cache / f"{name}.{hashlib.sha256(content).hexdigest()[:16]}.o"
+            if not out.exists():  # The same text by the same command.
+                beside = os.path.join(made, f"{name}.o")
+                subprocess.run([*command, "-o", beside], check=True)
+                shutil.move(beside, out)
+            return str(out)
 
         workers = os.cpu_count() or 1
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:

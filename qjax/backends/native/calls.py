@@ -155,4 +155,4 @@ def _register_state(library: Library) -> None:
 
 
 def _has_other_platforms() -> bool:
-    return "," in (jax.config.read("jax_platforms") or "")
+    return "," in (jax.config.values.get("jax_platforms") or "")
