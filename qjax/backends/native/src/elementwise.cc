@@ -1,9 +1,8 @@
 // Steps that take integers one by one: requantize, add, clip, products, choices.
 #include <algorithm>
-#include <cmath>
-#include <functional>
 
 #include "requantizer.h"
+#include "rows.h"
 #include "rules.h"
 
 namespace qjax {
@@ -12,7 +11,7 @@ namespace {
 class Requantize : public Step {
  public:
   Requantize(Words& words, const Maker& maker)
-      : set_(kernels()), in_(maker.buffer(words)), out_(maker.buffer(words)) {
+      : set_(kernels()), in_(words, maker), out_(words, maker) {
     outer_ = words.size();
     channels_ = words.size();
     inner_ = words.size();
@@ -21,12 +20,10 @@ class Requantize : public Step {
     is_wide_ = words.flag();
     const int64_t low = words.next(), high = words.next();
     requantizer_ = Requantizer(numbers, maker, channels_, Interval{low, high});
-    in_dtype_ = maker.of(in_).dtype;
-    out_dtype_ = maker.of(out_).dtype;
-    requantizer_.check_type(out_dtype_);
+    requantizer_.check_type(out_.dtype);
     const int64_t count = count_of({outer_, channels_, inner_});
-    maker.holds(in_, count);
-    maker.holds(out_, count);
+    maker.holds(in_.buffer, count);
+    maker.holds(out_.buffer, count);
     is_single_ = channels_ == 1;
     width_ = is_single_ ? set_.lanes : (channels_ + 2 * set_.lanes) / set_.lanes * set_.lanes;
     requantizer_.reserve(maker, width_);
@@ -48,12 +45,27 @@ class Requantize : public Step {
 
   void run(const Memory& memory) const override {
     if (count_of({outer_, channels_, inner_}) == 0) return;
-    with_type(in_dtype_, [&](auto* type) {
-      using T = Pointee<decltype(type)>;
-      const T* in = memory.as<T>(in_);
-      if (is_scattered()) return one_by_one(in, memory);
-      rows(in, memory);
-    });
+    if (is_scattered()) return one_by_one(memory);
+    const int64_t count = outer_ * channels_ * inner_;
+    const int64_t row = is_single_ ? kChunk : channels_;
+    const int64_t step = is_single_ ? kChunk : std::max<int64_t>(kChunk / row, 1) * row;
+    auto* wide = reinterpret_cast<int32_t*>(memory.scratch);
+    for (int64_t i = 0; i < count; i += step) {
+      const int64_t n = std::min(step, count - i);
+      Rows r{};
+      if (in_.dtype == Dtype::kInt32) {
+        r.in = memory.as<int32_t>(in_.buffer) + i;
+      } else {
+        in_.load(memory, i, n, wide);
+        r.in = wide;
+      }
+      r.channels = is_single_ ? n : channels_;
+      r.rows = n / r.channels;
+      r.requantizer = &requantizer_.in(memory);
+      r.out = memory.as<uint8_t>(out_.buffer) + i * size_of(out_.dtype);
+      r.out_dtype = static_cast<int64_t>(out_.dtype);
+      set_.rows(r);
+    }
   }
 
  private:
@@ -61,46 +73,17 @@ class Requantize : public Step {
 
   bool is_scattered() const { return is_wide_ || (inner_ > 1 && !is_single_); }
 
-  template <class T>
-  void rows(const T* in, const Memory& memory) const {
-    const int64_t count = outer_ * channels_ * inner_;
-    const int64_t row = is_single_ ? kChunk : channels_;
-    const int64_t step = is_single_ ? kChunk : std::max<int64_t>(kChunk / row, 1) * row;
-    auto* wide = reinterpret_cast<int32_t*>(memory.scratch);
-    uint8_t* out = memory.as<uint8_t>(out_);
-    for (int64_t i = 0; i < count; i += step) {
-      const int64_t n = std::min(step, count - i);
-      Rows r{};
-      if constexpr (std::is_same_v<T, int32_t>) {
-        r.in = in + i;
-      } else {
-        for (int64_t k = 0; k < n; ++k) wide[k] = in[i + k];
-        r.in = wide;
-      }
-      r.channels = is_single_ ? n : channels_;
-      r.rows = n / r.channels;
-      r.requantizer = &requantizer_.in(memory);
-      r.out = out + i * size_of(out_dtype_);
-      r.out_dtype = static_cast<int64_t>(out_dtype_);
-      set_.rows(r);
-    }
-  }
-
-  template <class T>
-  void one_by_one(const T* in, const Memory& memory) const {
+  void one_by_one(const Memory& memory) const {
     const PackedRequantizer& q = requantizer_.in(memory);
-    with_type(out_dtype_, [&](auto* type) {
-      using To = Pointee<decltype(type)>;
-      To* out = memory.as<To>(out_);
-      int64_t i = 0;
-      for (int64_t o = 0; o < outer_; ++o) {
-        for (int64_t c = 0; c < channels_; ++c) {
-          for (int64_t k = 0; k < inner_; ++k, ++i) {
-            out[i] = static_cast<To>(reference_code(q, in[i], c));
-          }
-        }
-      }
-    });
+    int32_t x[kRow];
+    each_channel_row(outer_, channels_, inner_,
+                     [&](int64_t at, int64_t n, int64_t c, int64_t step) {
+                       in_.load(memory, at, n, x);
+                       for (int64_t i = 0; i < n; ++i) {
+                         x[i] = reference_code(q, x[i], c + i * step);
+                       }
+                       out_.store(memory, at, n, x);
+                     });
   }
   // Of the exact form, whose numbers are those of the formula.
   static int32_t reference_code(const PackedRequantizer& q, int64_t x, int64_t c) {
@@ -110,35 +93,29 @@ class Requantize : public Step {
   }
 
   const Kernels& set_;
-  int64_t in_, out_, outer_, channels_, inner_, width_;
+  Source in_, out_;
+  int64_t outer_, channels_, inner_, width_;
   bool is_wide_, is_single_;
-  Dtype in_dtype_, out_dtype_;
   Requantizer requantizer_;
 };
 
 class Add : public Step {
  public:
   Add(Words& words, const Maker& maker)
-      : set_(kernels()), out_(maker.buffer(words)), count_(words.size()) {
+      : set_(kernels()), out_(words, maker), count_(words.size()) {
     const int64_t n = words.next(1, 1 << 20, "a sum must have terms");
-    __int128 most = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t in = maker.buffer(words);
-      const int32_t zero = words.int32(), multiplier = words.int32();
-      maker.holds(in, count_);
-      terms_.push_back({in, zero, multiplier, maker.of(in).dtype});
-      const __int128 far = (__int128{1} << 32) * std::llabs(multiplier);
-      most += size_of(terms_.back().dtype) == 4
-                  ? 0
-                  : far >> (32 - 8 * size_of(terms_.back().dtype));
+      const Source in(words, maker);
+      const int32_t zero_point = words.int32(), multiplier = words.int32();
+      maker.holds(in.buffer, count_);
+      terms_.push_back({in, zero_point, multiplier});
     }
     shift_ = static_cast<int>(words.next(0, 62, "a shift must lie in 0 to 62"));
     zero_point_ = words.int32();
     low_ = words.int32();
     high_ = words.int32();
-    out_dtype_ = maker.of(out_).dtype;
-    check_fits(out_dtype_, low_, high_);
-    maker.holds(out_, count_);
+    check_fits(out_.dtype, low_, high_);
+    maker.holds(out_.buffer, count_);
     is_pair_ = n == 2 && make_pair();
   }
   std::string explain(const uint8_t*) const override {
@@ -148,39 +125,31 @@ class Add : public Step {
   void run(const Memory& memory) const override {
     if (is_pair_) {
       PairSum pair = pair_;
-      pair.a = memory.as<void>(terms_[0].in);
-      pair.b = memory.as<void>(terms_[1].in);
+      pair.a = memory.as<uint8_t>(terms_[0].in.buffer);
+      pair.b = memory.as<uint8_t>(terms_[1].in.buffer);
       pair.n = count_;
-      pair.out = memory.as<uint8_t>(out_);
+      pair.out = memory.as<uint8_t>(out_.buffer);
       return set_.pair_sum(pair);
     }
-    constexpr int64_t chunk = 256;
-    __int128 sums[chunk];
-    for (int64_t i = 0; i < count_; i += chunk) {
-      const int64_t n = std::min(chunk, count_ - i);
-      std::fill(sums, sums + n, 0);
+    each_row(count_, [&](int64_t at, int64_t n) {
+      int32_t x[kRow];
+      __int128 sums[kRow] = {};
       for (const Term& term : terms_) {
-        with_type(term.dtype, [&](auto* type) {
-          const auto* in = memory.as<Pointee<decltype(type)>>(term.in) + i;
-          for (int64_t k = 0; k < n; ++k) {
-            const int64_t x = static_cast<int64_t>(in[k]) - term.zero_point;
-            sums[k] += static_cast<__int128>(x) * term.multiplier;
-          }
-        });
+        term.in.load(memory, at, n, x);
+        for (int64_t i = 0; i < n; ++i) {
+          const int64_t far = static_cast<int64_t>(x[i]) - term.zero_point;
+          sums[i] += static_cast<__int128>(far) * term.multiplier;
+        }
       }
-      with_type(out_dtype_, [&](auto* type) {
-        using T = Pointee<decltype(type)>;
-        T* out = memory.as<T>(out_) + i;
-        for (int64_t k = 0; k < n; ++k) out[k] = static_cast<T>(code(sums[k]));
-      });
-    }
+      for (int64_t i = 0; i < n; ++i) x[i] = code(sums[i]);
+      out_.store(memory, at, n, x);
+    });
   }
 
  private:
   struct Term {
-    int64_t in;
+    Source in;
     int32_t zero_point, multiplier;
-    Dtype dtype;
   };
 
   int32_t code(__int128 sum) const {
@@ -190,7 +159,7 @@ class Add : public Step {
   // Whether the two parts give the code of the formula for each pair of bytes.
   bool make_pair() {
     const auto is_byte = [](Dtype dtype) { return size_of(dtype) == 1; };
-    if (!is_byte(terms_[0].dtype) || !is_byte(terms_[1].dtype) || !is_byte(out_dtype_) ||
+    if (!is_byte(terms_[0].in.dtype) || !is_byte(terms_[1].in.dtype) || !is_byte(out_.dtype) ||
         shift_ < 17 || shift_ > 46) {
       return false;
     }
@@ -208,8 +177,8 @@ class Add : public Step {
     const __int128 far = 255 * static_cast<__int128>(std::llabs(hi[0]) + std::llabs(hi[1]));
     if (!fits(hi_0 + far + 65536) || !fits(hi_0 - far - 65536)) return false;
     pair_ = {};
-    pair_.is_a_signed = terms_[0].dtype == Dtype::kInt8;
-    pair_.is_b_signed = terms_[1].dtype == Dtype::kInt8;
+    pair_.is_a_signed = terms_[0].in.dtype == Dtype::kInt8;
+    pair_.is_b_signed = terms_[1].in.dtype == Dtype::kInt8;
     pair_.lo_a = static_cast<int32_t>(lo[0]);
     pair_.lo_b = static_cast<int32_t>(lo[1]);
     pair_.lo_0 = static_cast<int32_t>(lo_0);
@@ -235,11 +204,11 @@ class Add : public Step {
   }
 
   const Kernels& set_;
-  int64_t out_, count_;
+  Source out_;
+  int64_t count_;
   std::vector<Term> terms_;
   int shift_;
   int32_t zero_point_, low_, high_;
-  Dtype out_dtype_;
   bool is_pair_;
   PairSum pair_;
 };
@@ -247,67 +216,36 @@ class Add : public Step {
 class Clip : public Step {
  public:
   Clip(Words& words, const Maker& maker)
-      : in_(maker.buffer(words)),
-        out_(maker.buffer(words)),
+      : in_(words, maker),
+        out_(words, maker),
         count_(words.size()),
         low_(words.int32()),
-        high_(words.int32()),
-        from_(maker.of(in_).dtype),
-        to_(maker.of(out_).dtype) {
-    maker.holds(in_, count_);
-    maker.holds(out_, count_);
+        high_(words.int32()) {
+    maker.holds(in_.buffer, count_);
+    maker.holds(out_.buffer, count_);
   }
   void run(const Memory& memory) const override {
-    with_type(from_, [&](auto* from) {
-      const auto* in = memory.as<Pointee<decltype(from)>>(in_);
-      with_type(to_, [&](auto* to) {
-        using T = Pointee<decltype(to)>;
-        T* out = memory.as<T>(out_);
-        for (int64_t i = 0; i < count_; ++i) {
-          const int32_t x = static_cast<int32_t>(in[i]);
-          out[i] = static_cast<T>(std::min(std::max(x, low_), high_));
-        }
-      });
+    each_row(count_, [&](int64_t at, int64_t n) {
+      int32_t x[kRow];
+      in_.load(memory, at, n, x);
+      for (int64_t i = 0; i < n; ++i) x[i] = std::min(std::max(x[i], low_), high_);
+      out_.store(memory, at, n, x);
     });
   }
 
  private:
-  int64_t in_, out_, count_;
+  Source in_, out_;
+  int64_t count_;
   int32_t low_, high_;
-  Dtype from_, to_;
-};
-
-// Calls `use(a, b, out)` for places of strided pairs; the out places are in order.
-struct Strided {
-  std::vector<int64_t> sizes, a, b;
-
-  template <class Use>
-  void each(Use&& use) const {
-    if (count_of(sizes) == 0) return;
-    axis(0, 0, 0, 0, use);
-  }
-
- private:
-  template <class Use>
-  int64_t axis(size_t d, int64_t i, int64_t j, int64_t out, Use&& use) const {
-    if (d == sizes.size()) {
-      use(i, j, out);
-      return out + 1;
-    }
-    for (int64_t k = 0; k < sizes[d]; ++k) {
-      out = axis(d + 1, i + k * a[d], j + k * b[d], out, use);
-    }
-    return out;
-  }
 };
 
 class Pair : public Step {
  public:
   Pair(Words& words, const Maker& maker)
       : kind_(words.next(0, 2, "an unknown kind of pair")),
-        a_(maker.buffer(words)),
-        b_(maker.buffer(words)),
-        out_(maker.buffer(words)) {
+        a_(words, maker),
+        b_(words, maker),
+        out_(words, maker) {
     const int64_t rank = words.next(0, 64, "a pair has too many axes");
     at_.sizes = words.list(rank);
     a_offset_ = words.size();
@@ -316,53 +254,42 @@ class Pair : public Step {
     at_.b = words.list(rank);
     za_ = words.int32();
     zb_ = words.int32();
-    maker.holds(a_, at_.sizes, a_offset_, at_.a);
-    maker.holds(b_, at_.sizes, b_offset_, at_.b);
-    maker.holds(out_, count_of(at_.sizes));
-    a_dtype_ = maker.of(a_).dtype;
-    b_dtype_ = maker.of(b_).dtype;
-    out_dtype_ = maker.of(out_).dtype;
-    check(kind_ != 0 || out_dtype_ == Dtype::kInt32, "products must be int32");
+    maker.holds(a_.buffer, at_.sizes, a_offset_, at_.a);
+    maker.holds(b_.buffer, at_.sizes, b_offset_, at_.b);
+    maker.holds(out_.buffer, count_of(at_.sizes));
+    check(kind_ != 0 || out_.dtype == Dtype::kInt32, "products must be int32");
   }
   void run(const Memory& memory) const override {
-    with_type(a_dtype_, [&](auto* a_type) {
-      const auto* a = memory.as<Pointee<decltype(a_type)>>(a_) + a_offset_;
-      with_type(b_dtype_, [&](auto* b_type) {
-        const auto* b = memory.as<Pointee<decltype(b_type)>>(b_) + b_offset_;
-        if (kind_ == 0) {
-          int32_t* out = memory.as<int32_t>(out_);
-          at_.each([&](int64_t i, int64_t j, int64_t k) {
-            const int64_t x = static_cast<int64_t>(a[i]) - za_;
-            const int64_t y = static_cast<int64_t>(b[j]) - zb_;
-            out[k] = static_cast<int32_t>(static_cast<uint32_t>(x) *
-                                          static_cast<uint32_t>(y));
-          });
-          return;
+    at_.each([&](int64_t i, int64_t s, int64_t j, int64_t t, int64_t out, int64_t n) {
+      int32_t x[kRow], y[kRow];
+      a_.load(memory, a_offset_ + i, n, x, s);
+      b_.load(memory, b_offset_ + j, n, y, t);
+      for (int64_t k = 0; k < n; ++k) {
+        if (kind_ == 0) {  // In 32 bits, which wrap.
+          x[k] = static_cast<int32_t>(
+              (static_cast<uint32_t>(x[k]) - static_cast<uint32_t>(za_)) *
+              (static_cast<uint32_t>(y[k]) - static_cast<uint32_t>(zb_)));
+        } else {
+          x[k] = kind_ == 1 ? std::max(x[k], y[k]) : std::min(x[k], y[k]);
         }
-        with_type(out_dtype_, [&](auto* type) {
-          using T = Pointee<decltype(type)>;
-          T* out = memory.as<T>(out_);
-          at_.each([&](int64_t i, int64_t j, int64_t k) {
-            const int32_t x = static_cast<int32_t>(a[i]), y = static_cast<int32_t>(b[j]);
-            out[k] = static_cast<T>(kind_ == 1 ? std::max(x, y) : std::min(x, y));
-          });
-        });
-      });
+      }
+      out_.store(memory, out, n, x);
     });
   }
 
  private:
-  int64_t kind_, a_, b_, out_, a_offset_, b_offset_;
+  int64_t kind_;
+  Source a_, b_, out_;
+  int64_t a_offset_, b_offset_;
   Strided at_;
   int32_t za_, zb_;
-  Dtype a_dtype_, b_dtype_, out_dtype_;
 };
 
 class Multiply : public Step {
  public:
   Multiply(Words& words, const Maker& maker)
-      : in_(maker.buffer(words)),
-        out_(maker.buffer(words)),
+      : in_(words, maker),
+        out_(words, maker),
         outer_(words.size()),
         channels_(words.size()),
         inner_(words.size()) {
@@ -371,9 +298,8 @@ class Multiply : public Step {
     offset_ = words.int32();
     shift_ = words.next(0, 31, "a left shift must lie in 0 to 31");
     const int64_t count = count_of({outer_, channels_, inner_});
-    maker.holds(in_, count);
-    maker.holds(out_, Dtype::kInt32, count);
-    dtype_ = maker.of(in_).dtype;
+    maker.holds(in_.buffer, count);
+    maker.holds(out_.buffer, Dtype::kInt32, count);
   }
   void pack(const Constants& constants, uint8_t* packed) const override {
     kernel_.pack(constants, packed);
@@ -382,85 +308,74 @@ class Multiply : public Step {
   void run(const Memory& memory) const override {
     const int32_t* kernel = kernel_.in<int32_t>(memory);
     const int32_t* bias = bias_.in<int32_t>(memory);
-    int32_t* out = memory.as<int32_t>(out_);
-    with_type(dtype_, [&](auto* type) {
-      const auto* in = memory.as<Pointee<decltype(type)>>(in_);
-      for (int64_t o = 0; o < outer_; ++o) {
-        for (int64_t c = 0; c < channels_; ++c) {
-          const uint32_t k = static_cast<uint32_t>(kernel[c]) << shift_;
-          const uint32_t b = static_cast<uint32_t>(bias[c]);
-          for (int64_t i = 0; i < inner_; ++i) {
-            const uint32_t x = static_cast<uint32_t>(*in++) -
-                               static_cast<uint32_t>(offset_);
-            *out++ = static_cast<int32_t>(x * k + b);
-          }
-        }
-      }
-    });
+    int32_t x[kRow];
+    each_channel_row(outer_, channels_, inner_,
+                     [&](int64_t at, int64_t n, int64_t c, int64_t step) {
+                       in_.load(memory, at, n, x);
+                       for (int64_t i = 0; i < n; ++i) {
+                         const uint32_t far = static_cast<uint32_t>(x[i]) -
+                                              static_cast<uint32_t>(offset_);
+                         const int64_t o = c + i * step;
+                         x[i] = static_cast<int32_t>(
+                             (far * static_cast<uint32_t>(kernel[o]) << shift_) +
+                             static_cast<uint32_t>(bias[o]));
+                       }
+                       out_.store(memory, at, n, x);
+                     });
   }
 
  private:
-  int64_t in_, out_, outer_, channels_, inner_;
+  Source in_, out_;
+  int64_t outer_, channels_, inner_;
   Kept kernel_, bias_;
   int32_t offset_;
   int64_t shift_;
-  Dtype dtype_;
 };
 
 class Select : public Step {
  public:
   Select(Words& words, const Maker& maker)
-      : which_(maker.buffer(words)), out_(maker.buffer(words)), count_(words.size()) {
+      : which_(words, maker), out_(words, maker), count_(words.size()) {
     const int64_t n = words.next(2, 1 << 20, "a selection must have two cases");
     for (int64_t i = 0; i < n; ++i) {
-      cases_.push_back(maker.buffer(words));
-      dtypes_.push_back(maker.of(cases_.back()).dtype);
-      maker.holds(cases_.back(), count_);
+      cases_.emplace_back(words, maker);
+      maker.holds(cases_.back().buffer, count_);
     }
     is_scalar_ = words.flag();
-    maker.holds(which_, is_scalar_ ? std::min<int64_t>(count_, 1) : count_);
-    maker.holds(out_, count_);
-    which_dtype_ = maker.of(which_).dtype;
-    out_dtype_ = maker.of(out_).dtype;
+    maker.holds(which_.buffer, is_scalar_ ? std::min<int64_t>(count_, 1) : count_);
+    maker.holds(out_.buffer, count_);
   }
   void run(const Memory& memory) const override {
-    with_type(out_dtype_, [&](auto* type) {
-      using T = Pointee<decltype(type)>;
-      T* out = memory.as<T>(out_);
-      with_type(which_dtype_, [&](auto* which_type) {
-        const auto* which = memory.as<Pointee<decltype(which_type)>>(which_);
-        const int64_t most = static_cast<int64_t>(cases_.size()) - 1;
-        for (int64_t c = 0; c <= most; ++c) {
-          with_type(dtypes_[static_cast<size_t>(c)], [&](auto* from) {
-            const auto* in = memory.as<Pointee<decltype(from)>>(
-                cases_[static_cast<size_t>(c)]);
-            for (int64_t i = 0; i < count_; ++i) {
-              int64_t place = static_cast<int64_t>(which[is_scalar_ ? 0 : i]);
-              place = most == 1 ? place != 0 : std::min(std::max<int64_t>(place, 0), most);
-              if (place == c) out[i] = static_cast<T>(in[i]);
-            }
-          });
-        }
-      });
+    const int32_t most = static_cast<int32_t>(cases_.size()) - 1;
+    each_row(count_, [&](int64_t at, int64_t n) {
+      int32_t which[kRow], x[kRow], found[kRow];
+      which_.load(memory, is_scalar_ ? 0 : at, n, which, is_scalar_ ? 0 : 1);
+      for (int64_t i = 0; i < n; ++i) {
+        which[i] = most == 1 ? which[i] != 0 : std::min(std::max(which[i], 0), most);
+      }
+      for (int32_t c = 0; c <= most; ++c) {
+        cases_[static_cast<size_t>(c)].load(memory, at, n, x);
+        for (int64_t i = 0; i < n; ++i) found[i] = which[i] == c ? x[i] : found[i];
+      }
+      out_.store(memory, at, n, found);
     });
   }
 
  private:
-  int64_t which_, out_, count_;
-  std::vector<int64_t> cases_;
-  std::vector<Dtype> dtypes_;
+  Source which_, out_;
+  int64_t count_;
+  std::vector<Source> cases_;
   bool is_scalar_;
-  Dtype which_dtype_, out_dtype_;
 };
 
-// An integer in units of 2^-exponent, its leading 24 bits.
+// Products as float32 rounds them, compared exactly.
 class Compare : public Step {
  public:
   Compare(Words& words, const Maker& maker)
       : kind_(words.next(0, 5, "an unknown comparison")),
-        a_(maker.buffer(words)),
-        b_(maker.buffer(words)),
-        out_(maker.buffer(words)),
+        a_(words, maker),
+        b_(words, maker),
+        out_(words, maker),
         count_(words.size()) {
     za_ = words.int32();
     zb_ = words.int32();
@@ -468,28 +383,20 @@ class Compare : public Step {
     e0_ = words.next(-300, 300, "an exponent must be within 300 of 0");
     m1_ = words.next(1, 1 << 24, "a multiplier must have 24 bits");
     e1_ = words.next(-300, 300, "an exponent must be within 300 of 0");
-    maker.holds(a_, count_);
-    maker.holds(b_, count_);
-    maker.holds(out_, count_);
-    a_dtype_ = maker.of(a_).dtype;
-    b_dtype_ = maker.of(b_).dtype;
-    out_dtype_ = maker.of(out_).dtype;
+    maker.holds(a_.buffer, count_);
+    maker.holds(b_.buffer, count_);
+    maker.holds(out_.buffer, count_);
   }
   void run(const Memory& memory) const override {
-    with_type(a_dtype_, [&](auto* a_type) {
-      const auto* a = memory.as<Pointee<decltype(a_type)>>(a_);
-      with_type(b_dtype_, [&](auto* b_type) {
-        const auto* b = memory.as<Pointee<decltype(b_type)>>(b_);
-        with_type(out_dtype_, [&](auto* type) {
-          using T = Pointee<decltype(type)>;
-          T* out = memory.as<T>(out_);
-          for (int64_t i = 0; i < count_; ++i) {
-            const int64_t x = to_float32((static_cast<int64_t>(a[i]) - za_) * m0_);
-            const int64_t y = to_float32((static_cast<int64_t>(b[i]) - zb_) * m1_);
-            out[i] = static_cast<T>(holds(order(x, y)));
-          }
-        });
-      });
+    each_row(count_, [&](int64_t at, int64_t n) {
+      int32_t x[kRow], y[kRow];
+      a_.load(memory, at, n, x);
+      b_.load(memory, at, n, y);
+      for (int64_t i = 0; i < n; ++i) {
+        x[i] = holds(order(to_float32((static_cast<int64_t>(x[i]) - za_) * m0_),
+                           to_float32((static_cast<int64_t>(y[i]) - zb_) * m1_)));
+      }
+      out_.store(memory, at, n, x);
     });
   }
 
@@ -522,10 +429,11 @@ class Compare : public Step {
     }
   }
 
-  int64_t kind_, a_, b_, out_, count_;
+  int64_t kind_;
+  Source a_, b_, out_;
+  int64_t count_;
   int32_t za_, zb_;
   int64_t m0_, e0_, m1_, e1_;
-  Dtype a_dtype_, b_dtype_, out_dtype_;
 };
 
 // Kinds in the order of their names: qjax/graph/operations/arithmetic.py.
@@ -542,33 +450,26 @@ class Arithmetic : public Step {
         dtype_(words.next(0, 5, "an unknown type of arithmetic")) {
     const int64_t rank = words.next(0, 64, "arithmetic has too many axes");
     at_.sizes = words.list(rank);
-    a_ = maker.buffer(words);
+    a_ = Source(words, maker);
     at_.a = words.list(rank);
-    b_ = maker.buffer(words);
+    b_ = Source(words, maker);
     at_.b = words.list(rank);
-    out_ = maker.buffer(words);
-    maker.holds(a_, at_.sizes, 0, at_.a);
-    maker.holds(b_, at_.sizes, 0, at_.b);
-    maker.holds(out_, count_of(at_.sizes));
-    a_dtype_ = maker.of(a_).dtype;
-    b_dtype_ = maker.of(b_).dtype;
-    out_dtype_ = maker.of(out_).dtype;
+    out_ = Source(words, maker);
+    maker.holds(a_.buffer, at_.sizes, 0, at_.a);
+    maker.holds(b_.buffer, at_.sizes, 0, at_.b);
+    maker.holds(out_.buffer, count_of(at_.sizes));
     static constexpr int kBits[] = {8, 8, 16, 16, 32, 1};
     bits_ = kBits[dtype_];
   }
   void run(const Memory& memory) const override {
-    with_type(a_dtype_, [&](auto* a_type) {
-      const auto* a = memory.as<Pointee<decltype(a_type)>>(a_);
-      with_type(b_dtype_, [&](auto* b_type) {
-        const auto* b = memory.as<Pointee<decltype(b_type)>>(b_);
-        with_type(out_dtype_, [&](auto* type) {
-          using T = Pointee<decltype(type)>;
-          T* out = memory.as<T>(out_);
-          at_.each([&](int64_t i, int64_t j, int64_t k) {
-            out[k] = static_cast<T>(reduced(number(a[i], b[j])));
-          });
-        });
-      });
+    at_.each([&](int64_t i, int64_t s, int64_t j, int64_t t, int64_t out, int64_t n) {
+      int32_t x[kRow], y[kRow];
+      a_.load(memory, i, n, x, s);
+      b_.load(memory, j, n, y, t);
+      for (int64_t k = 0; k < n; ++k) {
+        x[k] = static_cast<int32_t>(reduced(number(x[k], y[k])));
+      }
+      out_.store(memory, out, n, x);
     });
   }
 
@@ -649,10 +550,10 @@ class Arithmetic : public Step {
     return 0;
   }
 
-  int64_t kind_, dtype_, a_, b_, out_;
+  int64_t kind_, dtype_;
+  Source a_, b_, out_;
   Strided at_;
   int bits_;
-  Dtype a_dtype_, b_dtype_, out_dtype_;
 };
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "requantizer.h"
+#include "rows.h"
 #include "rules.h"
 
 namespace qjax {
@@ -10,8 +11,8 @@ namespace {
 class Table : public Step {
  public:
   Table(Words& words, const Maker& maker)
-      : in_(maker.buffer(words)),
-        out_(maker.buffer(words)),
+      : in_(words, maker),
+        out_(words, maker),
         outer_(words.size()),
         channels_(words.size()),
         inner_(words.size()) {
@@ -20,47 +21,45 @@ class Table : public Step {
     rows_ = words.next(1, kMostElements, "a table must have rows");
     low_ = words.int32();
     const int64_t count = count_of({outer_, channels_, inner_});
-    maker.holds(in_, count);
-    maker.holds(out_, dtype, count);
-    in_dtype_ = maker.of(in_).dtype;
-    dtype_ = dtype;
+    maker.holds(in_.buffer, count);
+    maker.holds(out_.buffer, dtype, count);
     table_ = Kept(maker, from, count_of({rows_, channels_}) * size_of(dtype));
   }
   void pack(const Constants& constants, uint8_t* packed) const override {
     table_.pack(constants, packed);
   }
   void run(const Memory& memory) const override {
-    with_type(in_dtype_, [&](auto* from) {
-      const auto* in = memory.as<Pointee<decltype(from)>>(in_);
-      with_type(dtype_, [&](auto* type) {
-        using T = Pointee<decltype(type)>;
-        const T* table = table_.in<T>(memory);
-        T* out = memory.as<T>(out_);
-        for (int64_t o = 0; o < outer_; ++o) {
-          for (int64_t c = 0; c < channels_; ++c) {
-            for (int64_t i = 0; i < inner_; ++i) {
-              const int64_t row = static_cast<int64_t>(*in++) - low_;
-              const int64_t place = std::min(std::max<int64_t>(row, 0), rows_ - 1);
-              *out++ = table[place * channels_ + c];
-            }
-          }
-        }
-      });
+    const uint8_t* table = table_.in<uint8_t>(memory);
+    with_type(out_.dtype, [&](auto* type) {
+      using T = Pointee<decltype(type)>;
+      const T* own = reinterpret_cast<const T*>(table);
+      T* out = memory.as<T>(out_.buffer);
+      int32_t x[kRow];
+      each_channel_row(outer_, channels_, inner_,
+                       [&](int64_t at, int64_t n, int64_t c, int64_t step) {
+                         in_.load(memory, at, n, x);
+                         for (int64_t i = 0; i < n; ++i) {
+                           const int64_t row = static_cast<int64_t>(x[i]) - low_;
+                           const int64_t place =
+                               std::min(std::max<int64_t>(row, 0), rows_ - 1);
+                           out[at + i] = own[place * channels_ + c + i * step];
+                         }
+                       });
     });
   }
 
  private:
-  int64_t in_, out_, outer_, channels_, inner_, rows_;
+  Source in_, out_;
+  int64_t outer_, channels_, inner_, rows_;
   int32_t low_;
-  Dtype in_dtype_, dtype_;
   Kept table_;
 };
 
 class Thresholds : public Step {
  public:
   Thresholds(Words& words, const Maker& maker)
-      : in_(maker.buffer(words)),
-        out_(maker.buffer(words)),
+      : in_(words, maker),
+        out_(words, maker),
         outer_(words.size()),
         channels_(words.size()),
         inner_(words.size()) {
@@ -69,38 +68,31 @@ class Thresholds : public Step {
     cuts_ = Kept(maker, cuts, count_of({channels_, count_}) * 4);
     table_ = Kept(maker, table, count_of({channels_, count_ + 1}) * 4);
     const int64_t all = count_of({outer_, channels_, inner_});
-    maker.holds(in_, all);
-    maker.holds(out_, all);
-    in_dtype_ = maker.of(in_).dtype;
-    out_dtype_ = maker.of(out_).dtype;
+    maker.holds(in_.buffer, all);
+    maker.holds(out_.buffer, all);
   }
   void pack(const Constants& constants, uint8_t* packed) const override {
     cuts_.pack(constants, packed);
     table_.pack(constants, packed);
     const int32_t* codes = constants.at<int32_t>(table_.from, table_.bytes / 4);
     for (int64_t i = 0; i < table_.bytes / 4; ++i) {
-      check_fits(out_dtype_, codes[i], codes[i]);
+      check_fits(out_.dtype, codes[i], codes[i]);
     }
   }
   void run(const Memory& memory) const override {
     const int32_t* cuts = cuts_.in<int32_t>(memory);
     const int32_t* table = table_.in<int32_t>(memory);
-    with_type(in_dtype_, [&](auto* from) {
-      const auto* in = memory.as<Pointee<decltype(from)>>(in_);
-      with_type(out_dtype_, [&](auto* type) {
-        using T = Pointee<decltype(type)>;
-        T* out = memory.as<T>(out_);
-        for (int64_t o = 0; o < outer_; ++o) {
-          for (int64_t c = 0; c < channels_; ++c) {
-            const int32_t* own = cuts + c * count_;
-            for (int64_t i = 0; i < inner_; ++i) {
-              const int32_t x = static_cast<int32_t>(*in++);
-              *out++ = static_cast<T>(table[c * (count_ + 1) + reached(own, x)]);
-            }
-          }
-        }
-      });
-    });
+    int32_t x[kRow];
+    each_channel_row(outer_, channels_, inner_,
+                     [&](int64_t at, int64_t n, int64_t c, int64_t step) {
+                       in_.load(memory, at, n, x);
+                       for (int64_t i = 0; i < n; ++i) {
+                         const int64_t o = c + i * step;
+                         const int64_t place = reached(cuts + o * count_, x[i]);
+                         x[i] = table[o * (count_ + 1) + place];
+                       }
+                       out_.store(memory, at, n, x);
+                     });
   }
 
  private:
@@ -115,9 +107,9 @@ class Thresholds : public Step {
     return base;
   }
 
-  int64_t in_, out_, outer_, channels_, inner_, count_;
+  Source in_, out_;
+  int64_t outer_, channels_, inner_, count_;
   Kept cuts_, table_;
-  Dtype in_dtype_, out_dtype_;
 };
 
 enum Reduction : int64_t { kSum, kMax, kMin, kArgmax, kArgmin };
@@ -126,149 +118,138 @@ class Reduce : public Step {
  public:
   Reduce(Words& words, const Maker& maker)
       : kind_(words.next(0, 4, "an unknown reduction")),
-        in_(maker.buffer(words)),
-        out_(maker.buffer(words)),
+        in_(words, maker),
+        out_(words, maker),
         outer_(words.size()),
         n_(words.size()),
         inner_(words.size()),
         bias_(words.int32()) {
-    maker.holds(in_, count_of({outer_, n_, inner_}));
-    maker.holds(out_, count_of({outer_, inner_}));
-    in_dtype_ = maker.of(in_).dtype;
-    out_dtype_ = maker.of(out_).dtype;
+    maker.holds(in_.buffer, count_of({outer_, n_, inner_}));
+    maker.holds(out_.buffer, count_of({outer_, inner_}));
     check(kind_ == kSum || n_ > 0 || outer_ == 0 || inner_ == 0,
           "the axis of an extreme must not be empty");
-    check((kind_ != kSum && kind_ < kArgmax) || out_dtype_ == Dtype::kInt32,
+    check(kind_ == kMax || kind_ == kMin || out_.dtype == Dtype::kInt32,
           "sums and places must be int32");
   }
   void run(const Memory& memory) const override {
-    with_type(in_dtype_, [&](auto* from) {
-      using T = Pointee<decltype(from)>;
-      const T* in = memory.as<T>(in_);
-      if (kind_ == kSum) return sum(in, memory.as<int32_t>(out_));
-      if (kind_ >= kArgmax) return place(in, memory.as<int32_t>(out_));
-      with_type(out_dtype_, [&](auto* type) {
-        extreme(in, memory.as<Pointee<decltype(type)>>(out_));
-      });
-    });
+    for (int64_t o = 0; o < outer_; ++o) {
+      if (inner_ == 1) {
+        along(o, memory);
+      } else {
+        across(o, memory);
+      }
+    }
   }
 
  private:
-  template <class T>
-  void sum(const T* in, int32_t* out) const {
-    for (int64_t o = 0; o < outer_; ++o, in += n_ * inner_, out += inner_) {
-      std::fill(out, out + inner_, bias_);
-      for (int64_t k = 0; k < n_; ++k) {
-        for (int64_t i = 0; i < inner_; ++i) {
-          out[i] = static_cast<int32_t>(static_cast<uint32_t>(out[i]) +
-                                        static_cast<uint32_t>(in[k * inner_ + i]));
+  // Rows are the axis itself.
+  void along(int64_t o, const Memory& memory) const {
+    int32_t x[kRow], found = kind_ == kSum ? bias_ : 0;
+    int64_t best = -1;
+    each_row(n_, [&](int64_t at, int64_t n) {
+      in_.load(memory, o * n_ + at, n, x);
+      if (kind_ == kSum) {
+        uint32_t sum = static_cast<uint32_t>(found);
+        for (int64_t i = 0; i < n; ++i) sum += static_cast<uint32_t>(x[i]);
+        found = static_cast<int32_t>(sum);
+        return;
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        if (best < 0 || is_better(x[i], found)) {
+          found = x[i];
+          best = at + i;
         }
       }
-    }
-  }
-  template <class T, class To>
-  void extreme(const T* in, To* out) const {
-    for (int64_t o = 0; o < outer_; ++o, in += n_ * inner_, out += inner_) {
-      for (int64_t i = 0; i < inner_; ++i) out[i] = static_cast<To>(in[i]);
-      for (int64_t k = 1; k < n_; ++k) {
-        for (int64_t i = 0; i < inner_; ++i) {
-          const To x = static_cast<To>(in[k * inner_ + i]);
-          out[i] = kind_ == kMax ? std::max(out[i], x) : std::min(out[i], x);
-        }
-      }
-    }
-  }
-  template <class T>
-  void place(const T* in, int32_t* out) const {
-    for (int64_t o = 0; o < outer_; ++o, in += n_ * inner_, out += inner_) {
-      for (int64_t i = 0; i < inner_; ++i) {
-        int64_t best = 0;
-        for (int64_t k = 1; k < n_; ++k) {
-          const T x = in[k * inner_ + i], top = in[best * inner_ + i];
-          if (kind_ == kArgmax ? x > top : x < top) best = k;
-        }
-        out[i] = static_cast<int32_t>(best);
-      }
-    }
+    });
+    if (kind_ >= kArgmax) found = static_cast<int32_t>(best);
+    out_.store(memory, o, 1, &found);
   }
 
-  int64_t kind_, in_, out_, outer_, n_, inner_;
+  // Rows lie across the axis.
+  void across(int64_t o, const Memory& memory) const {
+    int32_t x[kRow], found[kRow], best[kRow];
+    each_row(inner_, [&](int64_t at, int64_t width) {
+      for (int64_t i = 0; i < width; ++i) found[i] = bias_;
+      for (int64_t k = 0; k < n_; ++k) {
+        in_.load(memory, (o * n_ + k) * inner_ + at, width, x);
+        if (kind_ == kSum) {
+          for (int64_t i = 0; i < width; ++i) {
+            found[i] = static_cast<int32_t>(static_cast<uint32_t>(found[i]) +
+                                            static_cast<uint32_t>(x[i]));
+          }
+          continue;
+        }
+        for (int64_t i = 0; i < width; ++i) {
+          const bool is_new = k == 0 || is_better(x[i], found[i]);
+          found[i] = is_new ? x[i] : found[i];
+          best[i] = is_new ? static_cast<int32_t>(k) : best[i];
+        }
+      }
+      out_.store(memory, o * inner_ + at, width, kind_ >= kArgmax ? best : found);
+    });
+  }
+
+  bool is_better(int32_t x, int32_t than) const {
+    return kind_ == kMax || kind_ == kArgmax ? x > than : x < than;
+  }
+
+  int64_t kind_;
+  Source in_, out_;
+  int64_t outer_, n_, inner_;
   int32_t bias_;
-  Dtype in_dtype_, out_dtype_;
 };
 
 class Window : public Step {
  public:
   Window(Words& words, const Maker& maker)
       : kind_(words.next(0, 2, "an unknown reduction")),
-        in_(maker.buffer(words)),
-        out_(maker.buffer(words)) {
+        in_(words, maker),
+        out_(words, maker) {
     const int64_t rank = words.next(0, 64, "a window has too many axes");
-    sizes_ = words.list(rank);
-    strides_ = words.list(rank);
+    at_.sizes = words.list(rank);
+    at_.a = words.list(rank);
+    at_.b = at_.a;
     offset_ = words.size();
     taps_ = words.list(words.size());
     bias_ = words.int32();
-    maker.holds(out_, count_of(sizes_));
-    if (count_of(sizes_) && !taps_.empty()) {
+    maker.holds(out_.buffer, count_of(at_.sizes));
+    if (count_of(at_.sizes) && !taps_.empty()) {
       const auto [low, high] = std::minmax_element(taps_.begin(), taps_.end());
       check(*low >= -kMostElements && *high <= kMostElements, "a tap is too far");
-      check(offset_ + *low >= 0, "a step leads outside of a buffer");
-      maker.holds(in_, sizes_, offset_ + *low, strides_);
-      maker.holds(in_, sizes_, offset_ + *high, strides_);
+      maker.holds(in_.buffer, at_.sizes, offset_ + *low, at_.a);
+      maker.holds(in_.buffer, at_.sizes, offset_ + *high, at_.a);
     }
     check(kind_ == kSum || !taps_.empty(), "an extreme must be of something");
-    in_dtype_ = maker.of(in_).dtype;
-    out_dtype_ = maker.of(out_).dtype;
-    check(kind_ != kSum || out_dtype_ == Dtype::kInt32, "sums must be int32");
-    if (sizes_.empty()) {
-      sizes_ = {1};
-      strides_ = {0};
-    }
+    check(kind_ != kSum || out_.dtype == Dtype::kInt32, "sums must be int32");
   }
   void run(const Memory& memory) const override {
-    if (count_of(sizes_) == 0) return;
-    with_type(in_dtype_, [&](auto* from) {
-      const auto* in = memory.as<Pointee<decltype(from)>>(in_) + offset_;
-      with_type(out_dtype_, [&](auto* type) {
-        axis(in, memory.as<Pointee<decltype(type)>>(out_), 0);
-      });
+    at_.each([&](int64_t i, int64_t s, int64_t, int64_t, int64_t out, int64_t n) {
+      int32_t x[kRow], found[kRow];
+      for (int64_t k = 0; k < n; ++k) found[k] = bias_;
+      for (size_t t = 0; t < taps_.size(); ++t) {
+        in_.load(memory, offset_ + i + taps_[t], n, x, s);
+        for (int64_t k = 0; k < n; ++k) {
+          if (kind_ == kSum) {
+            found[k] = static_cast<int32_t>(static_cast<uint32_t>(found[k]) +
+                                            static_cast<uint32_t>(x[k]));
+          } else if (kind_ == kMax) {
+            found[k] = t ? std::max(found[k], x[k]) : x[k];
+          } else {
+            found[k] = t ? std::min(found[k], x[k]) : x[k];
+          }
+        }
+      }
+      out_.store(memory, out, n, found);
     });
   }
 
  private:
-  template <class T, class To>
-  To* axis(const T* in, To* out, size_t d) const {
-    const int64_t n = sizes_[d], stride = strides_[d];
-    if (d + 1 < sizes_.size()) {
-      for (int64_t i = 0; i < n; ++i) out = axis(in + i * stride, out, d + 1);
-      return out;
-    }
-    if (kind_ == kSum) {
-      std::fill(out, out + n, static_cast<To>(bias_));
-      for (int64_t tap : taps_) {
-        for (int64_t i = 0; i < n; ++i) {
-          out[i] = static_cast<To>(static_cast<uint32_t>(out[i]) +
-                                   static_cast<uint32_t>(in[tap + i * stride]));
-        }
-      }
-    } else {
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<To>(in[taps_[0] + i * stride]);
-      for (size_t t = 1; t < taps_.size(); ++t) {
-        const T* seen = in + taps_[t];
-        for (int64_t i = 0; i < n; ++i) {
-          const To x = static_cast<To>(seen[i * stride]);
-          out[i] = kind_ == kMax ? std::max(out[i], x) : std::min(out[i], x);
-        }
-      }
-    }
-    return out + n;
-  }
-
-  int64_t kind_, in_, out_, offset_;
-  std::vector<int64_t> sizes_, strides_, taps_;
+  int64_t kind_;
+  Source in_, out_;
+  Strided at_;
+  int64_t offset_;
+  std::vector<int64_t> taps_;
   int32_t bias_;
-  Dtype in_dtype_, out_dtype_;
 };
 
 class RunningSum : public Step {
@@ -316,10 +297,7 @@ class RunningSum : public Step {
 class Divide : public Step {
  public:
   Divide(Words& words, const Maker& maker)
-      : a_(maker.buffer(words)),
-        b_(maker.buffer(words)),
-        out_(maker.buffer(words)),
-        count_(words.size()) {
+      : a_(words, maker), b_(words, maker), out_(words, maker), count_(words.size()) {
     za_ = words.int32();
     zb_ = words.int32();
     multiplier_ = words.int32();
@@ -327,29 +305,21 @@ class Divide : public Step {
     zero_point_ = words.int32();
     low_ = words.int32();
     high_ = words.int32();
-    maker.holds(a_, count_);
-    maker.holds(b_, count_);
-    maker.holds(out_, count_);
-    a_dtype_ = maker.of(a_).dtype;
-    b_dtype_ = maker.of(b_).dtype;
-    out_dtype_ = maker.of(out_).dtype;
+    maker.holds(a_.buffer, count_);
+    maker.holds(b_.buffer, count_);
+    maker.holds(out_.buffer, count_);
     check(multiplier_ >= 0, "a multiplier must not be negative");
-    check_fits(out_dtype_, low_, high_);
+    check_fits(out_.dtype, low_, high_);
   }
   void run(const Memory& memory) const override {
-    with_type(a_dtype_, [&](auto* a_type) {
-      const auto* a = memory.as<Pointee<decltype(a_type)>>(a_);
-      with_type(b_dtype_, [&](auto* b_type) {
-        const auto* b = memory.as<Pointee<decltype(b_type)>>(b_);
-        with_type(out_dtype_, [&](auto* type) {
-          using T = Pointee<decltype(type)>;
-          T* out = memory.as<T>(out_);
-          for (int64_t i = 0; i < count_; ++i) {
-            out[i] = static_cast<T>(code(static_cast<int64_t>(a[i]) - za_,
-                                         static_cast<int64_t>(b[i]) - zb_));
-          }
-        });
-      });
+    each_row(count_, [&](int64_t at, int64_t n) {
+      int32_t x[kRow], y[kRow];
+      a_.load(memory, at, n, x);
+      b_.load(memory, at, n, y);
+      for (int64_t i = 0; i < n; ++i) {
+        x[i] = code(static_cast<int64_t>(x[i]) - za_, static_cast<int64_t>(y[i]) - zb_);
+      }
+      out_.store(memory, at, n, x);
     });
   }
 
@@ -372,11 +342,11 @@ class Divide : public Step {
     return coded(steps, zero_point_, low_, high_);
   }
 
-  int64_t a_, b_, out_, count_;
+  Source a_, b_, out_;
+  int64_t count_;
   int32_t za_, zb_, multiplier_;
   int64_t shift_;
   int32_t zero_point_, low_, high_;
-  Dtype a_dtype_, b_dtype_, out_dtype_;
 };
 
 // Softmax, log-softmax and log-sum-exp along the last axis, by a table of exponentials:
@@ -385,10 +355,10 @@ class Softmax : public Step {
  public:
   Softmax(Words& words, const Maker& maker)
       : kind_(words.next(0, 2, "an unknown kind of softmax")),
-        in_(maker.buffer(words)) {
+        in_(words, maker) {
     mask_ = words.next(-1, static_cast<int64_t>(maker.buffers.size()) - 1,
                        "a mask must be a buffer");
-    out_ = maker.buffer(words);
+    out_ = Source(words, maker);
     outer_ = words.size();
     n_ = words.size();
     const int64_t from = words.size();
@@ -406,14 +376,12 @@ class Softmax : public Step {
     low_ = words.int32();
     high_ = words.int32();
     const int64_t count = count_of({outer_, n_});
-    maker.holds(in_, count);
+    maker.holds(in_.buffer, count);
     if (mask_ >= 0) maker.holds(mask_, count);
-    maker.holds(out_, kind_ == 2 ? outer_ : count);
-    in_dtype_ = maker.of(in_).dtype;
-    out_dtype_ = maker.of(out_).dtype;
+    maker.holds(out_.buffer, kind_ == 2 ? outer_ : count);
     if (mask_ >= 0) mask_dtype_ = maker.of(mask_).dtype;
-    check_fits(out_dtype_, low_, high_);
-    scratch_ = (n_ * 9 + kSlack + kAlignment) / kAlignment * kAlignment;
+    check_fits(out_.dtype, low_, high_);
+    scratch_ = (std::max<int64_t>(n_, 1) * 12 + kSlack + kAlignment) / kAlignment * kAlignment;
   }
   int64_t scratch_bytes() const override { return scratch_; }
   void pack(const Constants& constants, uint8_t* packed) const override {
@@ -425,37 +393,25 @@ class Softmax : public Step {
     table_.pack(constants, packed);
   }
   void run(const Memory& memory) const override {
-    with_type(in_dtype_, [&](auto* from) {
-      using In = Pointee<decltype(from)>;
-      with_type(out_dtype_, [&](auto* type) {
-        using T = Pointee<decltype(type)>;
-        for (int64_t o = 0; o < outer_; ++o) {
-          row(memory.as<In>(in_) + o * n_, o,
-              memory.as<T>(out_) + o * (kind_ == 2 ? 1 : n_), memory);
-        }
-      });
-    });
+    for (int64_t o = 0; o < outer_; ++o) row(o, memory);
   }
 
  private:
-  template <class In, class T>
-  void row(const In* in, int64_t o, T* out, const Memory& memory) const {
+  void row(int64_t o, const Memory& memory) const {
     auto* codes = reinterpret_cast<int32_t*>(memory.scratch);
     auto* parts = codes + n_;
-    auto* kept = reinterpret_cast<uint8_t*>(parts + n_);
+    auto* kept = parts + n_;  // 1 or 0.
+    in_.load(memory, o * n_, n_, codes);
     bool any = mask_ < 0;
-    for (int64_t i = 0; i < n_; ++i) codes[i] = static_cast<int32_t>(in[i]);
-    std::fill(kept, kept + n_, uint8_t{1});
+    std::fill(kept, kept + n_, 1);
     if (mask_ >= 0) {
-      with_type(mask_dtype_, [&](auto* type) {
-        const auto* mask = memory.as<Pointee<decltype(type)>>(mask_) + o * n_;
-        for (int64_t i = 0; i < n_; ++i) {
-          kept[i] = mask[i] != 0;
-          any = any || kept[i];
-        }
-      });
+      load(mask_dtype_, memory.as<uint8_t>(mask_), o * n_, 1, n_, kept);
+      for (int64_t i = 0; i < n_; ++i) {
+        kept[i] = kept[i] != 0;
+        any = any || kept[i];
+      }
       if (!any && empty_ != 0) {
-        std::fill(kept, kept + n_, uint8_t{1});
+        std::fill(kept, kept + n_, 1);
         // As if all codes were one: their distances are 0.
         if (empty_ == 2) std::fill(codes, codes + n_, 0);
         any = true;
@@ -467,29 +423,33 @@ class Softmax : public Step {
     for (int64_t i = 0; i < n_; ++i) top = kept[i] ? std::max(top, codes[i]) : top;
     int64_t total = 0;
     for (int64_t i = 0; i < n_; ++i) {
-      const int64_t distance =
-          std::min(std::max<int64_t>(static_cast<int64_t>(top) - codes[i], 0), rows_ - 1);
+      const int64_t far = static_cast<int64_t>(top) - codes[i];
+      const int64_t distance = std::min(std::max<int64_t>(far, 0), rows_ - 1);
       parts[i] = kept[i] && any ? table[distance] : 0;
       total += parts[i];
     }
-    if (kind_ == 0) return shares(parts, any ? total + plus_ : 1, out);
-    if (!any) {
-      std::fill(out, out + (kind_ == 2 ? 1 : n_), static_cast<T>(low_));
-      return;
+    if (kind_ == 0) {
+      shares(parts, any ? total + plus_ : 1, codes);
+    } else if (!any) {
+      std::fill(codes, codes + std::max<int64_t>(n_, 1), low_);
+    } else {
+      const int64_t log = logarithm(total, table[0]);
+      for (int64_t i = 0; i < n_ && kind_ == 1; ++i) {
+        const int64_t step = static_cast<int64_t>(codes[i]) - top;
+        codes[i] = kept[i] ? log_code(step, -log) : low_;
+      }
+      if (kind_ == 2) {
+        codes[0] = log_code(static_cast<int64_t>(top) - input_zero_point_, log);
+      }
     }
-    const int64_t log = logarithm(total, table[0]);
     if (kind_ == 2) {
-      *out = static_cast<T>(log_code(static_cast<int64_t>(top) - input_zero_point_, log));
-      return;
-    }
-    for (int64_t i = 0; i < n_; ++i) {
-      const int64_t step = static_cast<int64_t>(codes[i]) - top;
-      out[i] = static_cast<T>(kept[i] ? log_code(step, -log) : low_);
+      out_.store(memory, o, 1, codes);
+    } else {
+      out_.store(memory, o * n_, n_, codes);
     }
   }
 
-  template <class T>
-  void shares(const int32_t* parts, int64_t total, T* out) const {
+  void shares(const int32_t* parts, int64_t total, int32_t* codes) const {
     const int length = 64 - __builtin_clzll(static_cast<uint64_t>(total));
     const __int128 one = static_cast<__int128>(1) << (32 + length);
     const int64_t found = static_cast<int64_t>((one / total + 1) / 2);
@@ -497,12 +457,10 @@ class Softmax : public Step {
     const int64_t down = std::min<int64_t>(shift_, 62);
     const int64_t half = (int64_t{1} << down) >> 1;
     for (int64_t i = 0; i < n_; ++i) {
-      // Below 2^62, as parts are below 2^30.
       const __int128 product = static_cast<__int128>(parts[i]) * reciprocal;
       const int64_t p = static_cast<int64_t>(
           (product + (static_cast<__int128>(1) << length)) >> (length + 1));
-      out[i] = static_cast<T>(
-          coded((p * multiplier_ + half) >> down, zero_point_, low_, high_));
+      codes[i] = coded((p * multiplier_ + half) >> down, zero_point_, low_, high_);
     }
   }
 
@@ -537,12 +495,14 @@ class Softmax : public Step {
     return coded(static_cast<int64_t>(held), zero_point_, low_, high_);
   }
 
-  int64_t kind_, in_, mask_, out_, outer_, n_, rows_, empty_, plus_;
+  int64_t kind_;
+  Source in_, out_;
+  int64_t mask_, outer_, n_, rows_, empty_, plus_;
   Kept table_;
   int32_t input_zero_point_;
   int64_t input_multiplier_, input_shift_, multiplier_, shift_;
   int32_t zero_point_, low_, high_;
-  Dtype in_dtype_, out_dtype_, mask_dtype_ = Dtype::kInt8;
+  Dtype mask_dtype_ = Dtype::kInt8;
   int64_t scratch_;
 };
 
@@ -551,8 +511,8 @@ class Softmax : public Step {
 class Norm : public Step {
  public:
   Norm(Words& words, const Maker& maker)
-      : in_(maker.buffer(words)),
-        out_(maker.buffer(words)),
+      : in_(words, maker),
+        out_(words, maker),
         outer_(words.size()),
         n_(words.next(1, int64_t{1} << 31, "a norm must be of codes")),
         period_(words.next(1, kMostElements, "numbers must have rows")) {
@@ -572,11 +532,9 @@ class Norm : public Step {
     low_ = words.int32();
     high_ = words.int32();
     const int64_t all = count_of({outer_, n_});
-    maker.holds(in_, all);
-    maker.holds(out_, all);
-    in_dtype_ = maker.of(in_).dtype;
-    out_dtype_ = maker.of(out_).dtype;
-    check_fits(out_dtype_, low_, high_);
+    maker.holds(in_.buffer, all);
+    maker.holds(out_.buffer, all);
+    check_fits(out_.dtype, low_, high_);
     // Bits behind the point of values that their group's root bounds.
     int bits = 0;
     while ((int64_t{1} << bits) < n_) ++bits;
@@ -589,25 +547,22 @@ class Norm : public Step {
   void run(const Memory& memory) const override {
     const int32_t* multiplier = multiplier_.in<int32_t>(memory);
     const int32_t* bias = bias_.in<int32_t>(memory);
-    with_type(in_dtype_, [&](auto* from) {
-      const auto* in = memory.as<Pointee<decltype(from)>>(in_);
-      with_type(out_dtype_, [&](auto* type) {
-        auto* out = memory.as<Pointee<decltype(type)>>(out_);
-        for (int64_t o = 0; o < outer_; ++o) {
-          const int64_t row = o % period_ * n_;
-          group(in + o * n_, out + o * n_, multiplier + row, bias + row);
-        }
-      });
-    });
+    auto* codes = reinterpret_cast<int32_t*>(memory.scratch);
+    for (int64_t o = 0; o < outer_; ++o) {
+      const int64_t row = o % period_ * n_;
+      in_.load(memory, o * n_, n_, codes);
+      group(codes, multiplier + row, bias + row);
+      out_.store(memory, o * n_, n_, codes);
+    }
   }
+  int64_t scratch_bytes() const override { return n_ * 4; }
 
  private:
   // Integers of the formula fit 62 bits: the graph's validation has seen to it.
-  template <class In, class T>
-  void group(const In* in, T* out, const int32_t* multiplier, const int32_t* bias) const {
+  void group(int32_t* codes, const int32_t* multiplier, const int32_t* bias) const {
     int64_t total = 0, squares = 0;
     for (int64_t i = 0; i < n_; ++i) {
-      const int64_t q = static_cast<int64_t>(in[i]) - input_zero_point_;
+      const int64_t q = static_cast<int64_t>(codes[i]) - input_zero_point_;
       total += q;
       squares += q * q;
     }
@@ -623,14 +578,15 @@ class Norm : public Step {
     const int64_t least = static_cast<int64_t>(low_) - zero_point_;
     const int64_t most = static_cast<int64_t>(high_) - zero_point_;
     for (int64_t i = 0; i < n_; ++i) {
-      int64_t q = static_cast<int64_t>(in[i]) - input_zero_point_;
+      int64_t q = static_cast<int64_t>(codes[i]) - input_zero_point_;
       q = is_centred_ ? n_ * q - total : q;
       const __int128 product = static_cast<__int128>(q) * root;
       const int64_t t = static_cast<int64_t>((product + half) >> down);
       const int64_t acc = t * multiplier[i] +
                           static_cast<int64_t>(bias[i]) * (int64_t{1} << bias_shift_);
       const int64_t steps = (acc + own_half) >> shift_;
-      out[i] = static_cast<T>(std::min(std::max(steps, least), most) + zero_point_);
+      codes[i] =
+          static_cast<int32_t>(std::min(std::max(steps, least), most) + zero_point_);
     }
   }
 
@@ -648,7 +604,8 @@ class Norm : public Step {
     return static_cast<int64_t>(root >> 1);
   }
 
-  int64_t in_, out_, outer_, n_, period_;
+  Source in_, out_;
+  int64_t outer_, n_, period_;
   Kept multiplier_, bias_;
   bool is_centred_;
   int64_t epsilon_, floor_, point_, more_;
@@ -656,7 +613,6 @@ class Norm : public Step {
   int64_t shift_, bias_shift_;
   int32_t zero_point_, low_, high_;
   int64_t fraction_;
-  Dtype in_dtype_, out_dtype_;
 };
 
 // Runs a plan a number of times, in which carried values go from step to step.

@@ -1,5 +1,7 @@
 // Steps that put integers elsewhere: fill, copy, take, embed.
-#include "plan.h"
+#include <algorithm>
+
+#include "rows.h"
 
 namespace qjax {
 namespace {
@@ -60,29 +62,50 @@ class Copy : public Step {
 
   void run(const Memory& memory) const override {
     if (is_empty_) return;
-    with_type(from_, [&](auto* from) {
-      using From = Pointee<decltype(from)>;
-      const From* in = memory.as<From>(in_) + in_offset_;
-      with_type(to_, [&](auto* to) {
-        using To = Pointee<decltype(to)>;
-        axis(in, memory.as<To>(out_) + out_offset_, 0);
-      });
-    });
+    if (from_ != to_) return axis(memory, in_offset_, out_offset_, 0);
+    switch (size_of(to_)) {
+      case 1:
+        return same<uint8_t>(memory);
+      case 2:
+        return same<uint16_t>(memory);
+      default:
+        return same<uint32_t>(memory);
+    }
   }
 
  private:
-  template <class From, class To>
-  void axis(const From* in, To* out, size_t d) const {
+  template <class T>
+  void same(const Memory& memory) const {
+    axis(memory.as<T>(in_) + in_offset_, memory.as<T>(out_) + out_offset_, 0);
+  }
+  template <class T>
+  void axis(const T* in, T* out, size_t d) const {
     const int64_t n = sizes_[d], s = in_strides_[d], t = out_strides_[d];
     if (d + 1 < sizes_.size()) {
       for (int64_t i = 0; i < n; ++i) axis(in + i * s, out + i * t, d + 1);
-    } else if (s == 1 && t == 1 && std::is_same_v<From, To>) {
-      std::memcpy(out, in, static_cast<size_t>(n) * sizeof(To));
     } else if (s == 1 && t == 1) {
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<To>(in[i]);
+      std::memcpy(out, in, static_cast<size_t>(n) * sizeof(T));
     } else {
-      for (int64_t i = 0; i < n; ++i) out[i * t] = static_cast<To>(in[i * s]);
+      for (int64_t i = 0; i < n; ++i) out[i * t] = in[i * s];
     }
+  }
+  // Of two types.
+  void axis(const Memory& memory, int64_t in, int64_t out, size_t d) const {
+    const int64_t n = sizes_[d], s = in_strides_[d], t = out_strides_[d];
+    if (d + 1 < sizes_.size()) {
+      for (int64_t i = 0; i < n; ++i) axis(memory, in + i * s, out + i * t, d + 1);
+      return;
+    }
+    int32_t x[kRow];
+    const uint8_t* from = memory.as<uint8_t>(in_);
+    uint8_t* to = memory.as<uint8_t>(out_);
+    each_row(n, [&](int64_t i, int64_t count) {
+      load(from_, from, in + i * s, s, count, x);
+      if (t == 1) return store(to_, to, out + i, count, x);
+      for (int64_t k = 0; k < count; ++k) {
+        store(to_, to, out + (i + k) * t, 1, x + k);
+      }
+    });
   }
 
   int64_t in_, out_, in_offset_, out_offset_;

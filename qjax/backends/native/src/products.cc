@@ -3,6 +3,7 @@
 #include <array>
 
 #include "requantizer.h"
+#include "rows.h"
 
 namespace qjax {
 namespace {
@@ -467,80 +468,79 @@ class Matmul : public Step {
  public:
   Matmul(Words& words, const Maker& maker)
       : set_(kernels()),
-        a_(maker.buffer(words)),
-        b_(maker.buffer(words)),
+        a_(words, maker),
+        b_(words, maker),
         out_(maker.buffer(words)),
         batch_(words.size()),
         m_(words.size()),
         k_(words.size()),
         n_(words.size()),
         za_(words.int32()),
-        zb_(words.int32()),
-        a_dtype_(maker.of(a_).dtype),
-        b_dtype_(maker.of(b_).dtype) {
-    maker.holds(a_, count_of({batch_, m_, k_}));
-    maker.holds(b_, count_of({batch_, n_, k_}));
+        zb_(words.int32()) {
+    maker.holds(a_.buffer, count_of({batch_, m_, k_}));
+    maker.holds(b_.buffer, count_of({batch_, n_, k_}));
     maker.holds(out_, Dtype::kInt32, count_of({batch_, m_, n_}));
     // Bytes about a zero point of their type are 9 bits; more may not fit 16.
     const auto fits = [](Dtype dtype, int64_t zero) {
       return size_of(dtype) == 1 ? -32000 <= zero && zero <= 32000
                                  : dtype == Dtype::kInt16 && zero == 0;
     };
-    is_short_ = fits(a_dtype_, za_) && fits(b_dtype_, zb_);
-    scratch_ = is_short_ ? up((m_ + n_) * k_ * 2 + kSlack, kAlignment) : 0;
-    check(scratch_ >= 0, "a product is too large");
+    is_short_ = fits(a_.dtype, za_) && fits(b_.dtype, zb_);
+    const int64_t codes = count_of({m_, k_}) + count_of({n_, k_});
+    scratch_ = up(codes * (is_short_ ? 2 : 4) + kSlack, kAlignment);
   }
   int64_t scratch_bytes() const override { return scratch_; }
 
   void run(const Memory& memory) const override {
     int32_t* out = memory.as<int32_t>(out_);
-    with_type(a_dtype_, [&](auto* a_type) {
-      using A = Pointee<decltype(a_type)>;
-      with_type(b_dtype_, [&](auto* b_type) {
-        using B = Pointee<decltype(b_type)>;
-        const A* a = memory.as<A>(a_);
-        const B* b = memory.as<B>(b_);
-        for (int64_t i = 0; i < batch_; ++i) {
-          product(a + i * m_ * k_, b + i * n_ * k_, out + i * m_ * n_, memory);
-        }
-      });
-    });
+    for (int64_t i = 0; i < batch_; ++i, out += m_ * n_) {
+      if (is_short_) {
+        auto* a = reinterpret_cast<int16_t*>(memory.scratch);
+        int16_t* b = a + m_ * k_;
+        centre(a_, memory, i * m_ * k_, m_ * k_, za_, a);
+        centre(b_, memory, i * n_ * k_, n_ * k_, zb_, b);
+        product(a, b, out, [&](const int16_t* x, const int16_t* y) {
+          return static_cast<int32_t>(set_.dot(x, y, k_));
+        });
+      } else {
+        auto* a = reinterpret_cast<int32_t*>(memory.scratch);
+        int32_t* b = a + m_ * k_;
+        a_.load(memory, i * m_ * k_, m_ * k_, a);
+        b_.load(memory, i * n_ * k_, n_ * k_, b);
+        product(a, b, out, [&](const int32_t* x, const int32_t* y) {
+          uint32_t sum = 0;  // Wraps, as accumulators do.
+          for (int64_t k = 0; k < k_; ++k) {
+            sum += (static_cast<uint32_t>(x[k]) - static_cast<uint32_t>(za_)) *
+                   (static_cast<uint32_t>(y[k]) - static_cast<uint32_t>(zb_));
+          }
+          return static_cast<int32_t>(sum);
+        });
+      }
+    }
   }
 
  private:
-  template <class A, class B>
-  void product(const A* a, const B* b, int32_t* out, const Memory& memory) const {
-    if (!is_short_) {
-      for (int64_t i = 0; i < m_; ++i) {
-        for (int64_t j = 0; j < n_; ++j) {
-          uint32_t sum = 0;
-          for (int64_t k = 0; k < k_; ++k) {
-            const uint32_t x = static_cast<uint32_t>(a[i * k_ + k]) -
-                               static_cast<uint32_t>(za_);
-            const uint32_t y = static_cast<uint32_t>(b[j * k_ + k]) -
-                               static_cast<uint32_t>(zb_);
-            sum += x * y;
-          }
-          *out++ = static_cast<int32_t>(sum);
-        }
+  static void centre(const Source& from, const Memory& memory, int64_t at, int64_t n,
+                     int32_t zero_point, int16_t* to) {
+    int32_t x[kRow];
+    each_row(n, [&](int64_t i, int64_t count) {
+      from.load(memory, at + i, count, x);
+      for (int64_t k = 0; k < count; ++k) {
+        to[i + k] = static_cast<int16_t>(x[k] - zero_point);
       }
-      return;
-    }
-    auto* left = reinterpret_cast<int16_t*>(memory.scratch);
-    int16_t* right = left + m_ * k_;
-    for (int64_t i = 0; i < m_ * k_; ++i) left[i] = static_cast<int16_t>(a[i] - za_);
-    for (int64_t i = 0; i < n_ * k_; ++i) right[i] = static_cast<int16_t>(b[i] - zb_);
+    });
+  }
+  template <class T, class Dot>
+  void product(const T* a, const T* b, int32_t* out, Dot&& dot) const {
     for (int64_t i = 0; i < m_; ++i) {
-      for (int64_t j = 0; j < n_; ++j) {
-        *out++ = static_cast<int32_t>(set_.dot(left + i * k_, right + j * k_, k_));
-      }
+      for (int64_t j = 0; j < n_; ++j) *out++ = dot(a + i * k_, b + j * k_);
     }
   }
 
   const Kernels& set_;
-  int64_t a_, b_, out_, batch_, m_, k_, n_;
+  Source a_, b_;
+  int64_t out_, batch_, m_, k_, n_;
   int32_t za_, zb_;
-  Dtype a_dtype_, b_dtype_;
   bool is_short_;
   int64_t scratch_;
 };
