@@ -92,7 +92,7 @@ class Mixture:
         shapes = value_shapes(
             graph, arrays, [graph.values[v].shape for v in graph.inputs]
         )
-        self.pieces = partition(graph, arrays, shapes)
+        self.pieces = partition(graph, arrays, shapes, library.refusal)
         self.native = {
             k: NativeGraph(piece.graph, arrays, library)
             for k, piece in enumerate(self.pieces)

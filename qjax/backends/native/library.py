@@ -79,6 +79,12 @@ class Library:
         """Returns the instruction set in use, or "" if the variable names none."""
         return self.call["isa"]().decode()
 
+    def refusal(self, words: np.ndarray) -> str:
+        """Returns why the library does not read a plan, or ""."""
+        error = ctypes.create_string_buffer(_ERROR_SIZE)
+        own = words.ctypes.data, len(words), error, _ERROR_SIZE
+        return _text(error) if self.call["pack_size"](*own) < 0 else ""
+
     @property
     def handlers(self) -> dict[str, Any]:
         """Returns the functions that XLA calls by stage; none if built without."""

@@ -1,7 +1,7 @@
 """Splits a graph into runs of nodes for native kernels and runs for XLA."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -32,7 +32,10 @@ class Piece:
 
 
 def partition(
-    graph: Graph, params: Mapping[str, np.ndarray], shapes: Sequence[Shape]
+    graph: Graph,
+    params: Mapping[str, np.ndarray],
+    shapes: Sequence[Shape],
+    refusal: Callable[[np.ndarray], str],
 ) -> list[Piece]:
     """Splits a graph into pieces, in order, native ones as long as they can be.
 
@@ -40,8 +43,10 @@ def partition(
       graph: The graph.
       params: Its parameters, NumPy arrays.
       shapes: Shapes of its values.
+      refusal: Returns why the library does not read the words of a plan, or "".
     """
-    reasons = [reason(graph, node, params, shapes) for node in graph.nodes]
+    own = params, shapes, refusal
+    reasons = [reason(graph, node, *own) for node in graph.nodes]
     runs: list[list[int]] = []
     for k, why in enumerate(reasons):
         if runs and bool(reasons[runs[-1][-1]]) == bool(why):

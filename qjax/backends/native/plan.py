@@ -65,6 +65,7 @@ def reason(
     node: Node,
     params: Mapping[str, np.ndarray],
     shapes: Sequence[Shape],
+    refusal: Callable[[np.ndarray], str],
 ) -> str:
     """Returns why native kernels do not compute a node, or "".
 
@@ -73,6 +74,7 @@ def reason(
       node: The node.
       params: Parameters of the graph, NumPy arrays.
       shapes: Shapes of the values of the graph.
+      refusal: Returns why the library does not read the words of a plan, or "".
     """
     ends = tuple(dict.fromkeys(node.inputs)), node.outputs
     e = Emission(Graph(graph.values, (node,), *ends, {}), params, shapes, Constants())
@@ -80,7 +82,7 @@ def reason(
         _emit(e)
     except NotNativeError as error:
         return str(error)
-    return ""
+    return refusal(np.array(e.finish()[0], np.int64))
 
 
 def _emit(e: Emission) -> None:
