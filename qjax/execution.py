@@ -183,9 +183,12 @@ class Execution:
         if library is None:
             return self._of_xla(kind)(self.params, *inputs)
         mixture = self._mixture(kind == "sites", library)
-        if not mixture.native:
+        shapes = [np.shape(x) for x in inputs]
+        # Sizes of an export may be names.
+        is_known = all(isinstance(n, int) for shape in shapes for n in shape)
+        if not mixture.native or not is_known:
             return self._of_xla(kind)(self.params, *inputs)
-        constants = mixture.constants([np.shape(x) for x in inputs])
+        constants = mixture.constants(shapes)
         threads = thread_count()
         function = self._of_native(kind, library, library.isa, threads)
         return function(mixture.params, constants, *inputs)
