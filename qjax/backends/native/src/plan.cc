@@ -1,6 +1,7 @@
 #include "plan.h"
 
-#include <limits>
+#include <algorithm>
+#include <iterator>
 
 namespace qjax {
 namespace {
@@ -18,6 +19,7 @@ constexpr Make kMakers[] = {
     make_table,   make_thresholds, make_reduce,  make_window,      make_running_sum,
     make_select,  make_compare, make_arithmetic, make_embed,       make_take,
     make_divide,  make_softmax, make_norm,       make_loop,
+    make_tflite_add, make_tflite_average, make_tflite_softmax,
 };
 
 }  // namespace

@@ -281,5 +281,8 @@ Made make_matmul(Words&, const Maker&);
 Made make_softmax(Words&, const Maker&);
 Made make_norm(Words&, const Maker&);
 Made make_loop(Words&, const Maker&);
+Made make_tflite_add(Words&, const Maker&);
+Made make_tflite_average(Words&, const Maker&);
+Made make_tflite_softmax(Words&, const Maker&);
 
 }  // namespace qjax
