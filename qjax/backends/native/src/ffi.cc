@@ -32,7 +32,7 @@ ffi::ErrorOr<std::unique_ptr<Call>> make(ffi::Span<const int64_t> words) {
   return std::make_unique<Call>(plan);
 }
 
-ffi::Error run(Call* call, int64_t threads, ffi::RemainingArgs operands,
+ffi::Error run(Call* call, int64_t threads, int64_t times, ffi::RemainingArgs operands,
                ffi::RemainingRets results) {
   std::vector<const void*> inputs;
   const uint8_t* packed = nullptr;
@@ -53,8 +53,8 @@ ffi::Error run(Call* call, int64_t threads, ffi::RemainingArgs operands,
     outputs.push_back((*result)->untyped_data());
   }
   char text[kTextSize] = "";
-  if (qjax_native_run(call->plan, packed, inputs.data(), outputs.data(),
-                      static_cast<int>(threads), text, kTextSize)) {
+  if (qjax_native_run_many(call->plan, packed, inputs.data(), outputs.data(), times,
+                           static_cast<int>(threads), text, kTextSize)) {
     return failed(text);
   }
   return ffi::Error::Success();

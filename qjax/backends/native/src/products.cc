@@ -58,6 +58,10 @@ class Product : public Step {
   }
 
   int64_t scratch_bytes() const override { return scratch_; }
+  int64_t work() const override {
+    return count_of({batch_, out_sizes_[0], out_sizes_[1], out_sizes_[2], groups_,
+                     channels_, outputs_, taps()});
+  }
 
   void pack(const Constants& constants, uint8_t* packed) const override;
   void run(const Memory& memory) const override;
@@ -493,6 +497,7 @@ class Matmul : public Step {
     scratch_ = up(codes * (is_short_ ? 2 : 4) + kSlack, kAlignment);
   }
   int64_t scratch_bytes() const override { return scratch_; }
+  int64_t work() const override { return count_of({batch_, m_, n_, k_}); }
 
   void run(const Memory& memory) const override {
     int32_t* out = memory.as<int32_t>(out_);
