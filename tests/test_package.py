@@ -61,6 +61,7 @@ ROOMS = (
     ("graph",),
     ("backends",),
     ("ends",),
+    ("execution", "compiled_program"),
     ("program",),
     ("quantizers",),
     ("calibration",),

@@ -16,10 +16,10 @@ import numpy as np
 from qjax.backends.xla import run as xla
 from qjax.conformance.session import Codes, Loader, Session
 from qjax.formats.c99 import write_c99
-from qjax.formats.c99.writer import input_shapes
 from qjax.formats.stablehlo import write_stablehlo
 from qjax.graph import reference
 from qjax.graph.packing import nbytes
+from qjax.graph.sizes import input_shapes
 from qjax.program import IntegerProgram
 
 

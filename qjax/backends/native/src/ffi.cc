@@ -24,7 +24,8 @@ ffi::Error failed(const char* text) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, std::string("qjax: ") + text);
 }
 
-ffi::ErrorOr<std::unique_ptr<Call>> make(ffi::Span<const int64_t> words) {
+ffi::ErrorOr<std::unique_ptr<Call>> make(ffi::Span<const int64_t> words, int64_t,
+                                        int64_t) {
   char text[kTextSize] = "";
   void* plan = qjax_native_plan(words.begin(), static_cast<int64_t>(words.size()), text,
                                 kTextSize);
@@ -32,8 +33,8 @@ ffi::ErrorOr<std::unique_ptr<Call>> make(ffi::Span<const int64_t> words) {
   return std::make_unique<Call>(plan);
 }
 
-ffi::Error run(Call* call, int64_t threads, int64_t times, ffi::RemainingArgs operands,
-               ffi::RemainingRets results) {
+ffi::Error run(Call* call, ffi::Span<const int64_t>, int64_t threads, int64_t times,
+               ffi::RemainingArgs operands, ffi::RemainingRets results) {
   std::vector<const void*> inputs;
   const uint8_t* packed = nullptr;
   for (size_t i = 0; i < operands.size(); ++i) {
@@ -62,14 +63,31 @@ ffi::Error run(Call* call, int64_t threads, int64_t times, ffi::RemainingArgs op
 
 }  // namespace
 
-QJAX_EXPORT XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    QjaxNativeInstantiate, make,
-    ffi::Ffi::BindInstantiate().Attr<ffi::Span<const int64_t>>("words"));
+// Exported: hidden visibility is the default of the library.
+#pragma GCC visibility push(default)
 
-QJAX_EXPORT XLA_FFI_DEFINE_HANDLER_SYMBOL(
-                              QjaxNativeRun, run,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    QjaxNativeInstantiate, make,
+    ffi::Ffi::BindInstantiate()
+        .Attr<ffi::Span<const int64_t>>("words")
+        .Attr<int64_t>("threads")
+        .Attr<int64_t>("times"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(QjaxNativeRun, run,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::State<Call>>()
+                                  .Attr<ffi::Span<const int64_t>>("words")
                                   .Attr<int64_t>("threads")
+                                  .Attr<int64_t>("times")
                                   .RemainingArgs()
                                   .RemainingRets());
+
+// What jax.ffi.register_ffi_type takes.
+extern "C" void* QjaxNativeStateId() { return &Call::id; }
+
+extern "C" const void* QjaxNativeStateInfo() {
+  static const XLA_FFI_TypeInfo info = ffi::MakeTypeInfo<Call>();
+  return &info;
+}
+
+#pragma GCC visibility pop

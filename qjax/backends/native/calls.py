@@ -1,0 +1,158 @@
+"""Native kernels as JAX calls: under jit, vmap and on several devices."""
+
+import collections
+import ctypes
+import functools
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from qjax.backends.native.examples import are_apart
+from qjax.backends.native.library import Library, NativeKernel
+from qjax.backends.native.plan import make_plan
+from qjax.backends.xla import run as xla
+from qjax.graph.graph import Graph
+from qjax.graph.sizes import Shape, value_shapes
+
+_MOST_SHAPES = 16  # Of inputs whose kernels are kept.
+
+
+class NativeGraph:
+    """A graph of native operations, with kernels for each shape that it meets.
+
+    Args:
+      graph: The graph.
+      params: Its parameters, NumPy arrays.
+      library: The library.
+    """
+
+    def __init__(
+        self, graph: Graph, params: Mapping[str, np.ndarray], library: Library
+    ) -> None:
+        self.graph, self.params, self.library = graph, params, library
+        self._kernels: collections.OrderedDict[Any, NativeKernel] = (
+            collections.OrderedDict()
+        )
+        self._lock = threading.Lock()
+
+    def kernel(self, shapes: Sequence[Shape]) -> NativeKernel:
+        """Returns the kernel for shapes of the inputs.
+
+        Raises:
+          ValueError: if an operation does not take the shapes.
+          RuntimeError: if the library refuses the plan.
+        """
+        key = self.library.isa, tuple(map(tuple, shapes))
+        with self._lock:
+            if key in self._kernels:
+                self._kernels.move_to_end(key)
+                return self._kernels[key]
+            plan = make_plan(self.graph, self.params, shapes)
+            made = self._kernels[key] = NativeKernel(self.library, plan)
+            if len(self._kernels) > _MOST_SHAPES:
+                self._kernels.popitem(last=False)
+            return made
+
+    def call(
+        self, packed: Any, inputs: Sequence[jax.Array], threads: int
+    ) -> list[jax.Array]:
+        """Computes the outputs in JAX.
+
+        Args:
+          packed: Packed constants of the kernel for the shapes of the inputs.
+          inputs: Codes in the types of the graph.
+          threads: Number of threads, at most.
+        """
+
+        @custom_vmap
+        def run(packed: Any, *inputs: jax.Array) -> list[jax.Array]:
+            if _has_other_platforms():
+                return lax.platform_dependent(
+                    packed,
+                    *inputs,
+                    cpu=lambda packed, *xs: self._bind(packed, xs, threads),
+                    default=lambda packed, *xs: self._xla(xs),
+                )
+            return self._bind(packed, inputs, threads)
+
+        @run.def_vmap
+        def rule(size: int, is_mapped: Any, packed: Any, *inputs: jax.Array) -> Any:
+            _, *mapped = is_mapped
+            whole = [
+                x if own else jax.numpy.broadcast_to(x, (size, *x.shape))
+                for x, own in zip(inputs, mapped, strict=True)
+            ]
+            found = self._mapped(packed, whole, threads)
+            return found, [True] * len(found)
+
+        return run(packed, *inputs)
+
+    def _mapped(
+        self, packed: Any, inputs: Sequence[jax.Array], threads: int
+    ) -> list[jax.Array]:
+        """Computes the outputs of several calls, whose inputs have an axis of calls."""
+        size = inputs[0].shape[0]
+        own = value_shapes(self.graph, self.params, [x.shape[1:] for x in inputs])
+        if not size or not are_apart(self.graph, self.params, own):
+            run = lambda xs: self.call(packed, xs, threads)
+            return lax.map(run, list(inputs))
+        joined = [x.reshape(math.prod(x.shape[:2]), *x.shape[2:]) for x in inputs]
+        kernel = self.kernel([x.shape for x in joined])
+        found = self.call(kernel.packed, joined, threads)
+        return [x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in found]
+
+    def _bind(
+        self, packed: Any, inputs: Sequence[jax.Array], threads: int
+    ) -> list[jax.Array]:
+        kernel = self.kernel([x.shape for x in inputs])
+        types = [jax.ShapeDtypeStruct(*own) for own in kernel.plan.outputs]
+        call = jax.ffi.ffi_call(
+            target(self.library, self.library.isa), types, vmap_method="sequential"
+        )
+        words = {"words": kernel.plan.words, "threads": np.int64(threads)}
+        return list(call(packed, *inputs, **words))
+
+    def _xla(self, inputs: Sequence[jax.Array]) -> list[jax.Array]:
+        env = dict(zip(self.graph.inputs, inputs, strict=True))
+        params = {name: jax.numpy.asarray(p) for name, p in self.params.items()}
+        xla.run_nodes(self.graph, params, env)
+        return [env[v] for v in self.graph.outputs]
+
+
+@functools.cache
+def target(library: Library, isa: str) -> str:
+    """Makes the library known to XLA and returns the name of its call.
+
+    Caches of compiled programs see the name: it has the version of the plans and the
+    instruction set.
+    """
+    name = f"qjax_native_{library.version}_{isa}"
+    _register_state(library)
+    stages = {
+        stage: jax.ffi.pycapsule(function)
+        for stage, function in library.handlers.items()
+    }
+    jax.ffi.register_ffi_target(name, stages, platform="cpu")
+    return name
+
+
+@functools.cache
+def _register_state(library: Library) -> None:
+    """Makes the type of a parsed plan known to XLA."""
+    names = {"type_id": "QjaxNativeStateId", "type_info": "QjaxNativeStateInfo"}
+    found: Any = {}
+    for key, name in names.items():
+        function = getattr(library.own, name)
+        function.restype = ctypes.c_void_p
+        found[key] = jax.ffi.pycapsule(function())
+    jax.ffi.register_ffi_type("qjax_native_plan", found, platform="cpu")
+
+
+def _has_other_platforms() -> bool:
+    return "," in (jax.config.values.get("jax_platforms") or "")
