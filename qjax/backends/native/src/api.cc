@@ -1,5 +1,6 @@
 #include "api.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
@@ -7,6 +8,7 @@
 
 #include "kernels.h"
 #include "plan.h"
+#include "pool.h"
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
@@ -103,6 +105,12 @@ class Runner {
     Words all(words, n);
     plan_ = std::make_unique<Plan>(all, layout_);
     all.finish();
+    for (int64_t i = 0; i < plan_->inputs(); ++i) {
+      input_bytes_.push_back(plan_->bytes_of(Buffer::kInput, i));
+    }
+    for (int64_t i = 0; i < plan_->outputs(); ++i) {
+      output_bytes_.push_back(plan_->bytes_of(Buffer::kOutput, i));
+    }
   }
   ~Runner() {
     for (void* block : blocks_) std::free(block);
@@ -128,8 +136,48 @@ class Runner {
           "the packed constants are for another instruction set");
   }
 
-  void run(const uint8_t* packed, const void* const* inputs, void* const* outputs) {
+  std::string explain(const uint8_t* packed, int64_t step) const {
+    check(0 <= step && step < static_cast<int64_t>(plan_->steps().size()),
+          "the plan has no such step");
+    return plan_->steps()[static_cast<size_t>(step)]->explain(packed);
+  }
+
+  // Runs examples one by one, so that each stays in the cache, in pieces of several.
+  void run_many(const uint8_t* packed, const void* const* inputs, void* const* outputs,
+                int64_t times, int threads) {
+    check(times >= 0, "a number of examples must not be negative");
     check_packed(packed);
+    const int64_t own = std::max<int64_t>(plan_->work(), 1);
+    const int64_t pieces = std::min<int64_t>(
+        std::min<int64_t>(times, 4 * std::max(threads, 1)), own * times / kLeastWork);
+    if (threads <= 1 || pieces <= 1) return examples(packed, inputs, outputs, 0, times);
+    share(pieces, threads, [&](int64_t i) {
+      examples(packed, inputs, outputs, times * i / pieces, times * (i + 1) / pieces);
+    });
+  }
+
+ private:
+  // About 100 microseconds: less is not worth a second thread.
+  static constexpr int64_t kLeastWork = 5000000;
+
+  void examples(const uint8_t* packed, const void* const* inputs, void* const* outputs,
+                int64_t first, int64_t last) {
+    std::vector<const void*> from;
+    std::vector<void*> to;
+    for (int64_t i = first; i < last; ++i) {
+      from.clear();
+      to.clear();
+      for (int64_t k = 0; k < plan_->inputs(); ++k) {
+        from.push_back(static_cast<const uint8_t*>(inputs[k]) + i * input_bytes_[k]);
+      }
+      for (int64_t k = 0; k < plan_->outputs(); ++k) {
+        to.push_back(static_cast<uint8_t*>(outputs[k]) + i * output_bytes_[k]);
+      }
+      run(packed, from.data(), to.data());
+    }
+  }
+
+  void run(const uint8_t* packed, const void* const* inputs, void* const* outputs) {
     void* block = checkout();
     try {
       auto* arena = static_cast<uint8_t*>(block);
@@ -141,13 +189,6 @@ class Runner {
     give_back(block);
   }
 
-  std::string explain(const uint8_t* packed, int64_t step) const {
-    check(0 <= step && step < static_cast<int64_t>(plan_->steps().size()),
-          "the plan has no such step");
-    return plan_->steps()[static_cast<size_t>(step)]->explain(packed);
-  }
-
- private:
   int64_t arena_bytes() const {
     return (plan_->arena_bytes() + kSlack + kAlignment - 1) / kAlignment * kAlignment;
   }
@@ -178,6 +219,7 @@ class Runner {
   std::unique_ptr<Plan> plan_;
   std::mutex mutex_;
   std::vector<void*> blocks_;
+  std::vector<int64_t> input_bytes_, output_bytes_;
 };
 
 void say(const char* text, char* error, int64_t size) {
@@ -251,7 +293,17 @@ int qjax_native_run(const void* plan, const uint8_t* packed, const void* const* 
                     int64_t error_size) {
   return qjax::guarded<int>(-1, error, error_size, [&] {
     auto* runner = static_cast<qjax::Runner*>(const_cast<void*>(plan));
-    runner->run(packed, inputs, outputs);
+    runner->run_many(packed, inputs, outputs, 1, 1);
+    return 0;
+  });
+}
+
+int qjax_native_run_many(const void* plan, const uint8_t* packed,
+                         const void* const* inputs, void* const* outputs,
+                         int64_t times, int threads, char* error, int64_t error_size) {
+  return qjax::guarded<int>(-1, error, error_size, [&] {
+    auto* runner = static_cast<qjax::Runner*>(const_cast<void*>(plan));
+    runner->run_many(packed, inputs, outputs, times, threads);
     return 0;
   });
 }

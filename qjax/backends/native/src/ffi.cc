@@ -24,7 +24,8 @@ ffi::Error failed(const char* text) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, std::string("qjax: ") + text);
 }
 
-ffi::ErrorOr<std::unique_ptr<Call>> make(ffi::Span<const int64_t> words, int64_t) {
+ffi::ErrorOr<std::unique_ptr<Call>> make(ffi::Span<const int64_t> words, int64_t,
+                                        int64_t) {
   char text[kTextSize] = "";
   void* plan = qjax_native_plan(words.begin(), static_cast<int64_t>(words.size()), text,
                                 kTextSize);
@@ -32,7 +33,7 @@ ffi::ErrorOr<std::unique_ptr<Call>> make(ffi::Span<const int64_t> words, int64_t
   return std::make_unique<Call>(plan);
 }
 
-ffi::Error run(Call* call, ffi::Span<const int64_t>, int64_t threads,
+ffi::Error run(Call* call, ffi::Span<const int64_t>, int64_t threads, int64_t times,
                ffi::RemainingArgs operands, ffi::RemainingRets results) {
   std::vector<const void*> inputs;
   const uint8_t* packed = nullptr;
@@ -53,8 +54,8 @@ ffi::Error run(Call* call, ffi::Span<const int64_t>, int64_t threads,
     outputs.push_back((*result)->untyped_data());
   }
   char text[kTextSize] = "";
-  if (qjax_native_run(call->plan, packed, inputs.data(), outputs.data(),
-                      static_cast<int>(threads), text, kTextSize)) {
+  if (qjax_native_run_many(call->plan, packed, inputs.data(), outputs.data(), times,
+                           static_cast<int>(threads), text, kTextSize)) {
     return failed(text);
   }
   return ffi::Error::Success();
@@ -69,13 +70,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     QjaxNativeInstantiate, make,
     ffi::Ffi::BindInstantiate()
         .Attr<ffi::Span<const int64_t>>("words")
-        .Attr<int64_t>("threads"));
+        .Attr<int64_t>("threads")
+        .Attr<int64_t>("times"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(QjaxNativeRun, run,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::State<Call>>()
                                   .Attr<ffi::Span<const int64_t>>("words")
                                   .Attr<int64_t>("threads")
+                                  .Attr<int64_t>("times")
                                   .RemainingArgs()
                                   .RemainingRets());
 

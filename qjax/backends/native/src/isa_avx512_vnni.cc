@@ -3,18 +3,7 @@
 #ifdef QJAX_SIMDE  // Emulated, for tests on other machines.
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
-// What this library does not have.
-inline simde__m512i qjax_widen(simde__m256i low, simde__m256i high) {
-  return simde_mm512_inserti64x4(simde_mm512_castsi256_si512(low), high, 1);
-}
-#undef _mm512_cvtepi8_epi32
-#undef _mm512_cvtepu8_epi32
-#define _mm512_cvtepi8_epi32(x)                    \
-  qjax_widen(simde_mm256_cvtepi8_epi32(x),         \
-             simde_mm256_cvtepi8_epi32(simde_mm_bsrli_si128(x, 8)))
-#define _mm512_cvtepu8_epi32(x)                    \
-  qjax_widen(simde_mm256_cvtepu8_epi32(x),         \
-             simde_mm256_cvtepu8_epi32(simde_mm_bsrli_si128(x, 8)))
+#include "emulated.h"
 #else
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 takes the undefined registers of its own header for mistakes.

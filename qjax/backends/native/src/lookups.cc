@@ -663,6 +663,10 @@ class Loop : public Step {
   void pack(const Constants& constants, uint8_t* packed) const override {
     body_->pack(constants, packed);
   }
+  int64_t work() const override {
+    return std::min(body_->work(), kMostElements / std::max<int64_t>(length_, 1)) *
+           length_;
+  }
   // Twice the carried values, and the scratch of the body.
   int64_t scratch_bytes() const override { return 2 * state_ + body_->scratch_bytes(); }
 

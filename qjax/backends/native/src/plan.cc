@@ -1,6 +1,7 @@
 #include "plan.h"
 
-#include <limits>
+#include <algorithm>
+#include <iterator>
 
 namespace qjax {
 namespace {
@@ -18,6 +19,7 @@ constexpr Make kMakers[] = {
     make_table,   make_thresholds, make_reduce,  make_window,      make_running_sum,
     make_select,  make_compare, make_arithmetic, make_embed,       make_take,
     make_divide,  make_softmax, make_norm,       make_loop,
+    make_tflite_add, make_tflite_average, make_tflite_softmax,
 };
 
 }  // namespace
@@ -59,6 +61,7 @@ Plan::Plan(Words& words, Layout& layout) {
         static_cast<Buffer::Kind>(words.next(0, 3, "a buffer has an unknown kind"));
     buffer.place = words.size();
     const int64_t bytes = buffer.bytes();
+    work_ += buffer.elements / 16;
     switch (buffer.kind) {
       case Buffer::kArena:
         check(buffer.place % kAlignment == 0 && buffer.place <= arena_bytes_ - bytes,
@@ -84,6 +87,8 @@ Plan::Plan(Words& words, Layout& layout) {
     steps_.push_back(make_step(kind, own, maker));
     own.finish();
     scratch_bytes_ = std::max(scratch_bytes_, steps_.back()->scratch_bytes());
+    work_ = std::min(work_ + std::min(steps_.back()->work(), kMostElements),
+                     kMostElements);
   }
 }
 
@@ -92,6 +97,16 @@ const Buffer& Plan::end(Buffer::Kind kind, int64_t place) const {
     if (buffer.kind == kind && buffer.place == place) return buffer;
   }
   throw PlanError("an input or an output has no buffer");
+}
+
+int64_t Plan::bytes_of(Buffer::Kind kind, int64_t place) const {
+  int64_t found = 0;
+  for (const Buffer& buffer : buffers_) {
+    if (buffer.kind == kind && buffer.place == place) {
+      found = std::max(found, buffer.bytes());
+    }
+  }
+  return found;
 }
 
 void Plan::pack(const Constants& constants, uint8_t* packed) const {

@@ -206,6 +206,8 @@ class Step {
   virtual void pack(const Constants&, uint8_t* /*packed*/) const {}
   virtual void run(const Memory& memory) const = 0;
   virtual int64_t scratch_bytes() const { return 0; }
+  // Products, about: what a step costs.
+  virtual int64_t work() const { return 0; }
   virtual std::string explain(const uint8_t* /*packed*/) const { return ""; }
 };
 
@@ -244,15 +246,19 @@ class Plan {
   int64_t scratch_bytes() const { return scratch_bytes_; }
   int64_t inputs() const { return n_inputs_; }
   int64_t outputs() const { return n_outputs_; }
+  int64_t work() const { return work_; }
   const std::vector<Made>& steps() const { return steps_; }
   // The buffer of an input or an output.
   const Buffer& end(Buffer::Kind kind, int64_t place) const;
+  // Its bytes; 0 for one that nothing reads or writes.
+  int64_t bytes_of(Buffer::Kind kind, int64_t place) const;
 
  private:
   std::vector<Buffer> buffers_;
   std::vector<Kept> kept_;  // Constants that are buffers, by buffer.
   std::vector<Made> steps_;
   int64_t n_inputs_ = 0, n_outputs_ = 0, arena_bytes_ = 0, scratch_bytes_ = 0;
+  int64_t work_ = 0;
 };
 
 Made make_step(int64_t kind, Words& words, const Maker& maker);
@@ -281,5 +287,8 @@ Made make_matmul(Words&, const Maker&);
 Made make_softmax(Words&, const Maker&);
 Made make_norm(Words&, const Maker&);
 Made make_loop(Words&, const Maker&);
+Made make_tflite_add(Words&, const Maker&);
+Made make_tflite_average(Words&, const Maker&);
+Made make_tflite_softmax(Words&, const Maker&);
 
 }  // namespace qjax

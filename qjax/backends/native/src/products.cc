@@ -21,7 +21,8 @@ Array read(Words& words) {
 int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // Codes are staged: put side by side with their padding, channels last, as unsigned
-// bytes about 128 or as integers of 16 bits about 0, before a kernel reads them.
+// bytes about 128, as signed bytes or as integers of 16 bits about 0, whichever the
+// instruction set multiplies, before a kernel reads them.
 class Product : public Step {
  public:
   Product(Words& words, const Maker& maker)
@@ -57,6 +58,10 @@ class Product : public Step {
   }
 
   int64_t scratch_bytes() const override { return scratch_; }
+  int64_t work() const override {
+    return count_of({batch_, out_sizes_[0], out_sizes_[1], out_sizes_[2], groups_,
+                     channels_, outputs_, taps()});
+  }
 
   void pack(const Constants& constants, uint8_t* packed) const override;
   void run(const Memory& memory) const override;
@@ -70,6 +75,8 @@ class Product : public Step {
   void prepare(const Maker& maker);
   int64_t taps() const { return taps_[0] * taps_[1] * taps_[2]; }
   int64_t code_bytes() const { return is_bytes_ ? 1 : 2; }
+  // What is added to centred codes when they are staged.
+  int32_t about() const { return is_bytes_ && !set_.is_signed ? 128 : 0; }
   template <class Code>
   void stage(const Memory& memory, int64_t example, int64_t group, Code* to) const;
   template <class Code>
@@ -135,8 +142,9 @@ void Product::prepare(const Maker& maker) {
               kernel_dtype_ == Dtype::kInt8 && left_ == 0;
   pixel_ = is_depthwise_ ? groups_ : channels_;
   const Three planes = {padded_[1] * padded_[2] * pixel_, padded_[2] * pixel_, pixel_};
-  is_rows_ = taps() == 1 && padded_ == sizes_ && strides_ == Three{1, 1, 1} &&
-             !is_depthwise_;
+  const Three one = {1, 1, 1};
+  is_rows_ = taps_ == one && strides_ == one && spread_ == one && !is_depthwise_;
+  for (const auto& pad : padding_) is_rows_ = is_rows_ && !pad[0] && !pad[1];
   // Of a kernel that is dense along the last axis, a row of taps is one run.
   const bool is_joined = dilation_[2] == 1 && !is_depthwise_;
   const int64_t across = is_joined ? 1 : taps_[2];
@@ -272,8 +280,8 @@ void Product::pack(const Constants& constants, uint8_t* packed) const {
       uint32_t value = 0;
       if (c >= 0) {
         value = static_cast<uint32_t>(bias[c]);
-        // Bytes are codes about 128.
-        if (is_bytes_) value -= 128 * sums(kernel, c);
+        // Unsigned bytes are codes about 128.
+        if (about() == 128) value -= 128 * sums(kernel, c);
       }
       bias_to[i] = static_cast<int32_t>(value);
     }
@@ -289,8 +297,7 @@ void Product::pack(const Constants& constants, uint8_t* packed) const {
 template <class Code>
 void Product::stage(const Memory& memory, int64_t example, int64_t group,
                     Code* to) const {
-  // A byte is the code about 128 when it is unsigned: uint8 stays, int8 moves.
-  const int32_t add = (sizeof(Code) == 1 ? 128 : 0) - static_cast<int32_t>(offset_);
+  const int32_t add = about() - static_cast<int32_t>(offset_);
   const auto code = [&](int32_t x) { return static_cast<Code>(x + add); };
   const Code fill = code(padding_code_);
   with_type(in_dtype_, [&](auto* type) {
@@ -370,7 +377,7 @@ void Product::run_tiles(const Memory& memory) const {
     t.bias = reinterpret_cast<const int32_t*>(memory.packed + bias_place_) + t.first;
   };
   uint8_t* out = memory.as<uint8_t>(out_);
-  const int32_t add = (sizeof(Code) == 1 ? 128 : 0) - static_cast<int32_t>(offset_);
+  const int32_t add = about() - static_cast<int32_t>(offset_);
   for (int64_t g = 0; g < groups_; ++g) {
     group(g);
     uint8_t* own = out + g * outputs_ * out_strides_[4] * out_size;
@@ -490,6 +497,7 @@ class Matmul : public Step {
     scratch_ = up(codes * (is_short_ ? 2 : 4) + kSlack, kAlignment);
   }
   int64_t scratch_bytes() const override { return scratch_; }
+  int64_t work() const override { return count_of({batch_, m_, n_, k_}); }
 
   void run(const Memory& memory) const override {
     int32_t* out = memory.as<int32_t>(out_);
