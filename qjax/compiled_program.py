@@ -118,8 +118,8 @@ def compiled(
     inputs = list(zip(names, execution.inputs, shapes, strict=True))
     trees = input_tree, output_tree
     if mixture is not None and mixture.is_whole:
-        kernel = mixture.native[0].kernel(shapes)
-        native: Runner = lambda codes: kernel.run(codes, count)
+        schedule = mixture.native[0].schedule(shapes)
+        native: Runner = lambda codes: schedule.run(codes, count)
         return CompiledProgram(native, "native", inputs, trees)
 
     def run(codes: list[np.ndarray]) -> list[np.ndarray]:

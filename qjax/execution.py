@@ -116,10 +116,10 @@ class Mixture:
     def constants(self, inputs: Sequence[Shape]) -> list[np.ndarray]:
         """Returns the packed constants of its kernels for shapes of its inputs."""
         if self.is_whole:
-            return [self.native[0].kernel(inputs).packed]
+            return [self.native[0].schedule(inputs).kernel.packed]
         shapes = value_shapes(self.graph, self._arrays, inputs)
         return [
-            own.kernel([shapes[v] for v in own.graph.inputs]).packed
+            own.schedule([shapes[v] for v in own.graph.inputs]).kernel.packed
             for own in self.native.values()
         ]
 

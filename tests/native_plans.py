@@ -371,10 +371,41 @@ def loop(m: Machine, w: Words) -> None:
         m.flat(b)[:] = x
 
 
+def tflite_add(m: Machine, w: Words) -> None:
+    a, b, out, _, left, za, zb, ma, sa, mb, sb = w.many(11)
+    names = "multiplier", "shift", "zero_point", "low", "high", "rule"
+    attributes: dict[str, Any] = dict(zip(names, w.many(6), strict=True))
+    attributes |= {
+        "rule": RULES[attributes["rule"]],
+        "left_shift": left,
+        "zero_points": [za, zb],
+        "multipliers": [ma, mb],
+        "shifts": [sa, sb],
+    }
+    xs = [m.read(a), m.read(b)]
+    m.write(out, OPERATIONS["tflite_add"].meaning(attributes, {}, xs))
+
+
+def tflite_average(m: Machine, w: Words) -> None:
+    x, out, outer, channels, inner, counts, low, high = w.many(8)
+    own = {"counts": m.table(counts, channels)[:, None]}
+    acc = m.read(x).reshape(outer, channels, inner)
+    ends = {"low": low, "high": high}
+    m.write(out, OPERATIONS["tflite_average"].meaning(ends, own, [acc]))
+
+
+def tflite_softmax(m: Machine, w: Words) -> None:
+    x, out, outer, n, table_at, rows, low, high = w.many(8)
+    own = {"exponentials": m.table(table_at, rows)}
+    ends = {"low": low, "high": high}
+    xs = [m.read(x).reshape(outer, n)]
+    m.write(out, OPERATIONS["tflite_softmax"].meaning(ends, own, xs))
+
+
 _ORDER: tuple[Callable[[Machine, Words], None], ...] = (
     *(fill, copy, requantize, add, clip, product, matmul, pair, multiply, table),
     *(thresholds, reduce, window, running_sum, select, compare, arithmetic, embed),
-    *(take, divide, softmax, norm, loop),
+    *(take, divide, softmax, norm, loop, tflite_add, tflite_average, tflite_softmax),
 )
 STEPS = dict(zip(itertools.count(1), _ORDER, strict=False))
 

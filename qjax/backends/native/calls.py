@@ -5,8 +5,9 @@ import ctypes
 import functools
 import math
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,6 +22,25 @@ from qjax.graph.graph import Graph
 from qjax.graph.sizes import Shape, value_shapes
 
 _MOST_SHAPES = 16  # Of inputs whose kernels are kept.
+_LARGE, _MOST_TOGETHER = 1 << 18, 32  # Bytes of parameters; examples that share them.
+
+
+class Schedule(NamedTuple):
+    """A kernel and how often it runs, over inputs one after the other.
+
+    Attributes:
+      kernel: The kernel.
+      times: Number of runs.
+      types: Shape and type of each output, of all runs.
+    """
+
+    kernel: NativeKernel
+    times: int
+    types: tuple[tuple[Shape, np.dtype], ...]
+
+    def run(self, inputs: Sequence[np.ndarray], threads: int) -> list[np.ndarray]:
+        """Computes the outputs of contiguous arrays, as `NativeKernel.run`."""
+        return self.kernel.run(inputs, threads, self.times, self.types)
 
 
 class NativeGraph:
@@ -36,28 +56,68 @@ class NativeGraph:
         self, graph: Graph, params: Mapping[str, np.ndarray], library: Library
     ) -> None:
         self.graph, self.params, self.library = graph, params, library
-        self._kernels: collections.OrderedDict[Any, NativeKernel] = (
+        names = {name for node in graph.nodes for name in node.params.values()}
+        self._nbytes = sum(params[name].nbytes for name in names)
+        self._schedules: collections.OrderedDict[Any, Schedule] = (
             collections.OrderedDict()
+        )
+        # Those of schedules, which keep them.
+        self._kernels: weakref.WeakValueDictionary[Any, NativeKernel] = (
+            weakref.WeakValueDictionary()
         )
         self._lock = threading.Lock()
 
-    def kernel(self, shapes: Sequence[Shape]) -> NativeKernel:
-        """Returns the kernel for shapes of the inputs.
+    def schedule(self, shapes: Sequence[Shape]) -> Schedule:
+        """Returns the kernel for shapes of the inputs, and how often it runs.
+
+        Examples that never meet run one by one, by one kernel for all batch sizes: they
+        stay in the cache.
 
         Raises:
           ValueError: if an operation does not take the shapes.
           RuntimeError: if the library refuses the plan.
         """
-        key = self.library.isa, tuple(map(tuple, shapes))
+        shapes = [tuple(shape) for shape in shapes]
+        key = self.library.isa, tuple(shapes)
         with self._lock:
-            if key in self._kernels:
-                self._kernels.move_to_end(key)
-                return self._kernels[key]
-            plan = make_plan(self.graph, self.params, shapes)
-            made = self._kernels[key] = NativeKernel(self.library, plan)
-            if len(self._kernels) > _MOST_SHAPES:
-                self._kernels.popitem(last=False)
+            if key in self._schedules:
+                self._schedules.move_to_end(key)
+                return self._schedules[key]
+            made = self._schedules[key] = self._schedule(shapes)
+            if len(self._schedules) > _MOST_SHAPES:
+                self._schedules.popitem(last=False)
             return made
+
+    def _schedule(self, inputs: list[Shape]) -> Schedule:
+        shapes = value_shapes(self.graph, self.params, inputs)
+        times = 1
+        if inputs and inputs[0] and inputs[0][0] > 1:
+            if are_apart(self.graph, self.params, shapes):
+                size = inputs[0][0]
+                times = size // self._chunk(size)
+                inputs = [(size // times, *shape[1:]) for shape in inputs]
+        kernel = self._kernel(tuple(inputs))
+        values = [self.graph.values[v] for v in self.graph.outputs]
+        types = tuple(
+            (tuple(shapes[v]), np.dtype(value.dtype))
+            for v, value in zip(self.graph.outputs, values, strict=True)
+        )
+        return Schedule(kernel, times, types)
+
+    def _chunk(self, size: int) -> int:
+        """Returns how many examples run together: those of large kernels share them."""
+        operations = {node.operation for node in self.graph.nodes}
+        if self._nbytes < _LARGE or "conv" in operations:
+            return 1
+        return max(n for n in range(1, _MOST_TOGETHER + 1) if size % n == 0)
+
+    def _kernel(self, shapes: tuple[Shape, ...]) -> NativeKernel:
+        key = self.library.isa, shapes
+        found = self._kernels.get(key)
+        if found is None:
+            plan = make_plan(self.graph, self.params, shapes)
+            found = self._kernels[key] = NativeKernel(self.library, plan)
+        return found
 
     def call(
         self, packed: Any, inputs: Sequence[jax.Array], threads: int
@@ -103,20 +163,20 @@ class NativeGraph:
             run = lambda xs: self.call(packed, xs, threads)
             return lax.map(run, list(inputs))
         joined = [x.reshape(math.prod(x.shape[:2]), *x.shape[2:]) for x in inputs]
-        kernel = self.kernel([x.shape for x in joined])
-        found = self.call(kernel.packed, joined, threads)
+        packed = self.schedule([x.shape for x in joined]).kernel.packed
+        found = self.call(packed, joined, threads)
         return [x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in found]
 
     def _bind(
         self, packed: Any, inputs: Sequence[jax.Array], threads: int
     ) -> list[jax.Array]:
-        kernel = self.kernel([x.shape for x in inputs])
-        types = [jax.ShapeDtypeStruct(*own) for own in kernel.plan.outputs]
+        own = self.schedule([x.shape for x in inputs])
+        types = [jax.ShapeDtypeStruct(*of) for of in own.types]
         call = jax.ffi.ffi_call(
             target(self.library, self.library.isa), types, vmap_method="sequential"
         )
-        words = {"words": kernel.plan.words, "threads": np.int64(threads)}
-        return list(call(packed, *inputs, **words))
+        counts = {"threads": np.int64(threads), "times": np.int64(own.times)}
+        return list(call(packed, *inputs, words=own.kernel.plan.words, **counts))
 
     def _xla(self, inputs: Sequence[jax.Array]) -> list[jax.Array]:
         env = dict(zip(self.graph.inputs, inputs, strict=True))

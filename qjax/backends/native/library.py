@@ -16,6 +16,7 @@ import numpy as np
 
 from qjax.backends.native.emission import ABI
 from qjax.backends.native.plan import NativePlan
+from qjax.graph.sizes import Shape
 
 PATH = pathlib.Path(__file__).parent / "libqjax_native.so"
 SETS = ("avx512_vnni", "avx_vnni", "avx2", "neon_dot", "portable")
@@ -42,9 +43,12 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         [ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64],
     ),
     "free": (None, [ctypes.c_void_p]),
-    "run": (
+    "run_many": (
         ctypes.c_int,
-        [*[ctypes.c_void_p] * 4, ctypes.c_int, ctypes.c_char_p, ctypes.c_int64],
+        [
+            *[*[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_int],
+            *[ctypes.c_char_p, ctypes.c_int64],
+        ],
     ),
     "explain": (ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]),
 }
@@ -194,21 +198,32 @@ class NativeKernel:
         if not self.handle:
             raise RuntimeError(f"Native kernels refuse a plan: {_text(error)}.")
         weakref.finalize(self, library.call["free"], self.handle)
-        self._run, self._at = library.call["run"], self.packed.ctypes.data
-        self._types = [(shape, np.dtype(dtype)) for shape, dtype in plan.outputs]
-        self._outputs = ctypes.c_void_p * max(len(self._types), 1)
+        self._run, self._at = library.call["run_many"], self.packed.ctypes.data
+        self.types = [(shape, np.dtype(dtype)) for shape, dtype in plan.outputs]
 
-    def run(self, inputs: Sequence[np.ndarray], threads: int) -> list[np.ndarray]:
+    def run(
+        self,
+        inputs: Sequence[np.ndarray],
+        threads: int,
+        times: int = 1,
+        types: Sequence[tuple[Shape, np.dtype]] | None = None,
+    ) -> list[np.ndarray]:
         """Computes the outputs of contiguous arrays of the plan's shapes and types.
+
+        Args:
+          inputs: Inputs, those of several runs one after the other.
+          threads: Number of threads, at most.
+          times: Number of runs.
+          types: Shapes and types of the outputs of all runs; None for one run.
 
         Raises:
           RuntimeError: if the library has no memory left.
         """
-        found = [np.empty(shape, dtype) for shape, dtype in self._types]
+        found = [np.empty(shape, dtype) for shape, dtype in types or self.types]
         given = (ctypes.c_void_p * max(len(inputs), 1))(*map(_address, inputs))
-        made = self._outputs(*map(_address, found))
+        made = (ctypes.c_void_p * max(len(found), 1))(*map(_address, found))
         error = ctypes.create_string_buffer(_ERROR_SIZE)
-        ends = given, made, threads, error, _ERROR_SIZE
+        ends = given, made, times, threads, error, _ERROR_SIZE
         if self._run(self.handle, self._at, *ends):
             raise RuntimeError(f"Native kernels failed: {_text(error)}.")
         return found

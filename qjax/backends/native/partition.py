@@ -54,6 +54,8 @@ def partition(
         else:
             runs.append([k])
     runs = _without_moves(graph, reasons, runs)
+    if len(runs) == 1:
+        return [Piece(dataclasses.replace(graph, sites={}), tuple(reasons))]
     return [_piece(graph, reasons, run) for run in runs]
 
 

@@ -16,6 +16,7 @@ from qjax.backends.native.normalisations import NORMALISATIONS
 from qjax.backends.native.products import PRODUCTS
 from qjax.backends.native.reductions import REDUCTIONS
 from qjax.backends.native.rescales import RESCALES
+from qjax.backends.native.tflite import TFLITE_STEPS
 from qjax.graph.graph import Graph, Node
 from qjax.graph.sizes import Shape, body_shapes, loop_length, value_shapes
 
@@ -134,5 +135,6 @@ NATIVE: Mapping[str, Callable[[Emission, Node], None]] = {
     **LOOKUPS,
     **MOVES,
     **NORMALISATIONS,
+    **TFLITE_STEPS,
     "loop": _loop,
 }
