@@ -62,6 +62,23 @@ def load_xla(program: IntegerProgram, codes: Codes) -> Session:
     return Session(run, _bytes_of(program), sites)
 
 
+def load_native(program: IntegerProgram, codes: Codes) -> Session:
+    """Loads the native kernels, and XLA for what they lack.
+
+    Raises:
+      NotImplementedError: if they run none of the nodes.
+    """
+    report = program.backend_report()
+    if not report.isa or all(row.backend == "xla" for row in report.rows):
+        raise NotImplementedError(f"Native kernels run no node. {report}")
+
+    def run(codes: Codes) -> list[np.ndarray]:
+        found = program.execution.run("codes", [*map(jnp.asarray, codes)], "native")
+        return [*map(np.asarray, found)]
+
+    return Session(run, _bytes_of(program))
+
+
 def load_stablehlo(program: IntegerProgram, codes: Codes) -> Session:
     """Loads the file of `write_stablehlo` for the platform at hand."""
     data = write_stablehlo(program, platforms=(jax.export.default_export_platform(),))
