@@ -7,14 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
 from qjax.backends.xla import run as xla
+from qjax.compiled_program import CompiledProgram, compiled
 from qjax.costs.graphs import layers_of
 from qjax.costs.layers import Layers
-from qjax.ends import check_range, grid_of, input_codes, real_output
+from qjax.ends import check_range, grid_of
+from qjax.execution import Backend, BackendReport, Execution
 from qjax.graph import files
 from qjax.graph.certificate import Report, certify
 from qjax.graph.graph import Graph, Grid, Value
@@ -74,13 +75,16 @@ class IntegerProgram:
             f"outputs={show_types(self._outputs)}{left})"
         )
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, backend: Backend | None = None) -> Any:
         """Computes real outputs from real inputs: quantize, `codes`, dequantize.
 
         Args:
           *inputs: Inputs of the model. The size of the leading axis may differ from
             the traced one where `lower` found that nothing depends on it; inputs that
             were traced with the same size keep the same size.
+          backend: ``native`` for compiled kernels on the CPU and XLA for what they
+            lack, ``xla`` for XLA alone; None for the best that there is. The integers
+            are the same: `backend_report` says which nodes run where.
 
         Returns:
           Outputs in the structure of the model's, real values as float32.
@@ -88,15 +92,18 @@ class IntegerProgram:
         Raises:
           ValueError: if an input has another shape, or a leading size that an equation
             has fixed, which is named; if an input chooses rows of a table that are not
-            there, unless it is traced: the first or the last row is taken then.
+            there, unless it is traced: the first or the last row is taken then; if
+            there is no such backend.
         """
-        return self._unflatten(self._run_real(self.params, *self._flat(inputs)))
+        flat = self._flat(inputs)
+        return self._unflatten(self.execution.run("real", flat, backend))
 
-    def codes(self, *codes: Any) -> Any:
+    def codes(self, *codes: Any, backend: Backend | None = None) -> Any:
         """Computes output codes from input codes. No floating-point value occurs.
 
         Args:
           *codes: Integers on the grids of `input_grids`, nested as the inputs are.
+          backend: As for a call of the program.
 
         Returns:
           Integers on the grids of `output_grids`, nested as the outputs are.
@@ -115,18 +122,52 @@ class IntegerProgram:
                 )
             check_range(name, x, v)
             typed.append(jnp.asarray(x).astype(v.dtype))
-        return self._unflatten(self.run_codes(self.params, *typed))
+        return self._unflatten(self.execution.run("codes", typed, backend))
 
-    def site_codes(self, *inputs: Any) -> dict[str, jax.Array]:
+    def site_codes(
+        self, *inputs: Any, backend: Backend | None = None
+    ) -> dict[str, jax.Array]:
         """Computes the codes at every quantization point, from real inputs.
 
         Those inside of loops have an axis of steps before the others.
         """
-        return self.run_sites(*inputs)[0]
+        return self.run_sites(*inputs, backend=backend)[0]
 
-    def run_sites(self, *inputs: Any) -> tuple[dict[str, jax.Array], list[jax.Array]]:
+    def run_sites(
+        self, *inputs: Any, backend: Backend | None = None
+    ) -> tuple[dict[str, jax.Array], list[jax.Array]]:
         """Computes the codes at every quantization point and of the outputs, flat."""
-        return self._run_sites(self.params, *self._flat(inputs))
+        return self.execution.run("sites", self._flat(inputs), backend)
+
+    def compile(
+        self,
+        batch_size: int | None = None,
+        *,
+        threads: int | None = None,
+        backend: Backend | None = None,
+    ) -> CompiledProgram:
+        """Compiles `codes` for one batch size, without JAX between NumPy and kernels.
+
+        Args:
+          batch_size: Number of examples, as `write_c99` takes it; None for that of
+            lowering.
+          threads: Threads of native kernels at most; None for ``QJAX_NUM_THREADS``, or
+            as many as there are cores.
+          backend: As for a call of the program.
+
+        Returns:
+          ``run``, from NumPy codes to NumPy codes, in the types of the graph.
+
+        Raises:
+          ValueError: if there is no such backend, number of threads or batch size.
+        """
+        self._check_whole()
+        size = self.input_tree, self.output_tree, self.input_names
+        return compiled(self.execution, *size, batch_size, threads, backend)
+
+    def backend_report(self) -> BackendReport:
+        """Returns which nodes native kernels run, which XLA runs, and why."""
+        return self.execution.report()
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -135,7 +176,7 @@ class IntegerProgram:
 
     def quantize_inputs(self, *inputs: Any) -> Any:
         """Computes the input codes of real inputs."""
-        flat = self._run_quantize(self._flat(inputs))
+        flat = self.execution.jitted_quantize(self._flat(inputs))
         return jax.tree.unflatten(self.input_tree, flat)
 
     @property
@@ -263,14 +304,12 @@ class IntegerProgram:
                 x if v.time_axis is None else jnp.expand_dims(x, v.time_axis)
                 for x, v in zip(inputs, self._inputs, strict=True)
             ]
-            values = xla.run(own.step, params, [*state, *self._quantize(whole)])
+            given = [*state, *self.execution.quantize(whole)]
+            values = xla.run(own.step, params, given)
             found = [values[v] for v in own.step.outputs]
-            outputs = [
-                x if axis is None else jnp.squeeze(x, axis)
-                for x, axis in zip(
-                    self._dequantize(found[count:]), own.axes, strict=True
-                )
-            ]
+            real = self.execution.dequantize(found[count:])
+            pairs = zip(real, own.axes, strict=True)
+            outputs = [x if axis is None else jnp.squeeze(x, axis) for x, axis in pairs]
             return found[:count], outputs
 
         return jax.jit(step)
@@ -304,8 +343,8 @@ class IntegerProgram:
     def _golden_codes(self, inputs: Any) -> files.Golden:
         """Computes the codes of real inputs, and those of the outputs."""
         flat = self._flat(arguments_of(inputs, self.input_tree))
-        codes = self._run_quantize(flat)
-        outputs = self.run_codes(self.params, *codes)
+        codes = self.execution.jitted_quantize(flat)
+        outputs = self.execution.run("codes", codes)
         return list(map(np.asarray, codes)), list(map(np.asarray, outputs))
 
     def golden_differences(self, path: str | os.PathLike[str]) -> tuple[int, ...]:
@@ -342,34 +381,17 @@ class IntegerProgram:
         return tuple(int(np.sum(np.asarray(x) != y)) for x, y in pairs)
 
     @functools.cached_property
+    def execution(self) -> Execution:
+        """Returns the functions that run the graph, jitted."""
+        return Execution(self.graph, self.params)
+
+    @property
     def run_codes(self) -> Callable[..., list[jax.Array]]:
-        """Returns the program, ``(params, *codes) -> codes``, flat and jitted."""
+        """Returns the program on XLA, ``(params, *codes) -> codes``, flat and jitted.
 
-        def codes(params: Mapping[str, jax.Array], *inputs: jax.Array) -> Any:
-            values = xla.run(self.graph, params, inputs)
-            return [values[v] for v in self.graph.outputs]
-
-        return jax.jit(codes)
-
-    @functools.cached_property
-    def _run_sites(self) -> Callable[..., Any]:
-        def sites(params: Mapping[str, jax.Array], *inputs: jax.Array) -> Any:
-            found: dict[str, jax.Array] = {}
-            values = xla.run(self.graph, params, self._quantize(inputs), found)
-            return found, [values[v] for v in self.graph.outputs]
-
-        return jax.jit(sites)
-
-    @functools.cached_property
-    def _run_real(self) -> Callable[..., list[jax.Array]]:
-        def real(params: Mapping[str, jax.Array], *inputs: jax.Array) -> Any:
-            return self._dequantize(self.run_codes(params, *self._quantize(inputs)))
-
-        return jax.jit(real)
-
-    @functools.cached_property
-    def _run_quantize(self) -> Callable[..., list[jax.Array]]:
-        return jax.jit(self._quantize)
+        It takes any parameters, traced ones too.
+        """
+        return self.execution.codes
 
     @property
     def _inputs(self) -> list[Value]:
@@ -379,7 +401,7 @@ class IntegerProgram:
     def _outputs(self) -> list[Value]:
         return [self.graph.values[v] for v in self.graph.outputs]
 
-    def _flat(self, inputs: tuple[Any, ...]) -> list[Any]:
+    def _check_whole(self) -> None:
         if self.residues:
             causes = [r.message for r in self.residues if not r.is_follower]
             follows = len(self.residues) - len(causes)
@@ -388,6 +410,9 @@ class IntegerProgram:
                 f"This program is not whole. In float remain:\n{listed}\nand {follows} "
                 "equations that only follow from these."
             )
+
+    def _flat(self, inputs: tuple[Any, ...]) -> list[Any]:
+        self._check_whole()
         flat, tree = jax.tree.flatten(inputs)
         if tree != self.input_tree:
             places = range(self.input_tree.num_leaves)
@@ -434,13 +459,6 @@ class IntegerProgram:
     def _unflatten(self, outputs: Sequence[Any]) -> Any:
         return jax.tree.unflatten(self.output_tree, outputs)
 
-    def _quantize(self, inputs: Sequence[Any]) -> list[jax.Array]:
-        return [input_codes(x, v) for x, v in zip(inputs, self._inputs, strict=True)]
-
-    def _dequantize(self, outputs: Sequence[jax.Array]) -> list[jax.Array]:
-        pairs = zip(outputs, self._outputs, strict=True)
-        return [real_output(q, v) for q, v in pairs]
-
 
 def load(path: str | os.PathLike[str], *, check: bool = False) -> IntegerProgram:
     """Reads a program written by `IntegerProgram.save`.
@@ -479,17 +497,4 @@ def check_integer_only(program: IntegerProgram) -> None:
 
 def float_values(program: IntegerProgram) -> list[str]:
     """Returns the types of floating-point values in `program.codes`: none."""
-    shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in program._inputs]
-    closed = jax.make_jaxpr(program.run_codes)(program.params, *shapes)
-    return sorted(set(_float_values(closed.jaxpr)))
-
-
-def _float_values(jaxpr: Any) -> list[str]:
-    found = []
-    atoms = [*jaxpr.constvars, *jaxpr.invars, *jaxpr.outvars]
-    for eqn in jaxpr.eqns:
-        atoms += [*eqn.invars, *eqn.outvars]
-        for inner in jex.jaxprs_in_params(eqn.params):
-            found += _float_values(getattr(inner, "jaxpr", inner))
-    inexact = (a for a in atoms if jnp.issubdtype(a.aval.dtype, jnp.inexact))
-    return [*found, *(str(a.aval) for a in inexact)]
+    return program.execution.float_values()

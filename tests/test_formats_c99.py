@@ -16,9 +16,9 @@ from hypothesis import given, strategies
 import qjax
 import qjax.linen as ql
 from qjax.formats.c99 import write_c99
-from qjax.formats.c99.arena import Lifetime, plan
 from qjax.formats.stablehlo import write_stablehlo
 from qjax.formats.tflite import read_tflite
+from qjax.graph.arena import Lifetime, plan
 from tests.c99_cases import compiled, random_codes, run
 from tests.chains import chains
 from tests.looped import loops

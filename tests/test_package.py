@@ -64,6 +64,7 @@ ROOMS = (
     ("backends",),
     ("ends",),
     ("costs",),
+    ("execution", "compiled_program"),
     ("program",),
     ("quantizers",),
     ("calibration",),

@@ -16,10 +16,10 @@ import numpy as np
 from qjax.backends.xla import run as xla
 from qjax.conformance.session import Codes, Loader, Session
 from qjax.formats.c99 import write_c99
-from qjax.formats.c99.writer import input_shapes
 from qjax.formats.stablehlo import write_stablehlo
 from qjax.graph import reference
 from qjax.graph.packing import nbytes
+from qjax.graph.sizes import input_shapes
 from qjax.program import IntegerProgram
 
 
@@ -60,6 +60,23 @@ def load_xla(program: IntegerProgram, codes: Codes) -> Session:
         return {name: np.asarray(q) for name, q in found.items()}
 
     return Session(run, _bytes_of(program), sites)
+
+
+def load_native(program: IntegerProgram, codes: Codes) -> Session:
+    """Loads the native kernels, and XLA for what they lack.
+
+    Raises:
+      NotImplementedError: if they run none of the nodes.
+    """
+    report = program.backend_report()
+    if not report.isa or all(row.backend == "xla" for row in report.rows):
+        raise NotImplementedError(f"Native kernels run no node. {report}")
+
+    def run(codes: Codes) -> list[np.ndarray]:
+        found = program.execution.run("codes", [*map(jnp.asarray, codes)], "native")
+        return [*map(np.asarray, found)]
+
+    return Session(run, _bytes_of(program))
 
 
 def load_stablehlo(program: IntegerProgram, codes: Codes) -> Session:

@@ -20,6 +20,9 @@ def _table(*runtimes: Runtime) -> Mapping[str, Runtime]:
 RUNTIMES: Mapping[str, Runtime] = _table(
     Runtime("numpy", own.load_numpy),
     Runtime("xla", own.load_xla),
+    Runtime(
+        "native", own.load_native, install="a C++ compiler, then qjax", has_library=True
+    ),
     Runtime("stablehlo", own.load_stablehlo, ("flatbuffers",), "qjax[stablehlo]"),
     Runtime("c-gcc", own.load_c("gcc"), ("$gcc",), "gcc"),
     Runtime("c-clang", own.load_c("clang"), ("$clang",), "clang"),

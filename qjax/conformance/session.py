@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from qjax.backends.native.library import find_library
 from qjax.program import IntegerProgram
 
 Codes = Sequence[np.ndarray]
@@ -38,16 +39,20 @@ class Runtime:
         NotImplementedError for what its format does not express.
       needs: Modules, and commands as ``$gcc``, without which it does not run.
       install: What installs them.
+      has_library: Whether it needs the native library of this package.
     """
 
     name: str
     load: Callable[[IntegerProgram, Codes], Session]
     needs: tuple[str, ...] = ()
     install: str = ""
+    has_library: bool = False
 
     @property
     def is_installed(self) -> bool:
         """Returns whether all that it needs is there."""
+        if self.has_library and find_library().library is None:
+            return False
         return all(map(_is_there, self.needs))
 
 

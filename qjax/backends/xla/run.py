@@ -40,6 +40,26 @@ def run(
       Every value by number. Under `jax.jit` those that are not used cost nothing.
     """
     env: dict[int, jax.Array] = dict(zip(graph.inputs, inputs, strict=True))
+    run_nodes(graph, params, env, sites)
+    if sites is not None:
+        sites.update({name: env[v] for name, v in graph.sites.items()})
+    return [env[v] for v in range(len(graph.values))]
+
+
+def run_nodes(
+    graph: Graph,
+    params: Mapping[str, jax.Array],
+    env: dict[int, jax.Array],
+    sites: dict[str, jax.Array] | None = None,
+) -> None:
+    """Computes what the nodes of a graph do.
+
+    Args:
+      graph: A graph, or nodes of one.
+      params: Parameters of the graph, by name.
+      env: Receives the values by number, and has those that the nodes read.
+      sites: As in `run`, of graphs inside of the nodes alone.
+    """
     for node in graph.nodes:
         given = [env[v] for v in node.inputs]
         if node.graphs:
@@ -48,9 +68,6 @@ def run(
             found = [BODIES[node.operation](node, params, given)]
         for v, x in zip(node.outputs, found, strict=True):
             env[v] = x.astype(graph.values[v].dtype)
-    if sites is not None:
-        sites.update({name: env[v] for name, v in graph.sites.items()})
-    return [env[v] for v in range(len(graph.values))]
 
 
 def _loop(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qjax.formats.c99.arena import Lifetime
+from qjax.graph.arena import Lifetime
 from qjax.graph.graph import Graph, Node, Value
 from qjax.graph.operations import OPERATIONS, Operands
 

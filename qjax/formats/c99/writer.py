@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qjax.formats.c99.arena import Lifetime, plan
 from qjax.formats.c99.calls import WRITER, CArray
 from qjax.formats.c99.emission import CEmission
 from qjax.formats.c99.helpers import SOURCE
@@ -16,8 +15,10 @@ from qjax.formats.c99.scopes import Scope, Slot, assign_slots, make_scope
 from qjax.formats.c99.text import Source, c_type, identifier, number
 from qjax.formats.support import check_operations, check_whole
 from qjax.graph import reference
+from qjax.graph.arena import Lifetime, plan
 from qjax.graph.atomic import write_atomically
-from qjax.graph.graph import Graph, Value
+from qjax.graph.graph import Value
+from qjax.graph.sizes import input_shapes
 from qjax.graph.streaming import streamed
 from qjax.program import IntegerProgram
 
@@ -159,24 +160,6 @@ def _step(program: IntegerProgram, batch_size: int) -> _Function:
 
 def _wide(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {name: np.asarray(p).astype(np.int64) for name, p in params.items()}
-
-
-def input_shapes(graph: Graph, batch_size: int) -> list[tuple[int, ...]]:
-    """Returns the shapes of the inputs at a batch size, as `write_c99` takes it."""
-    values = [graph.values[v] for v in graph.inputs]
-
-    def is_free(x: Value) -> bool:
-        many = x.is_free_beyond_one and batch_size > 1
-        return bool(x.shape) and x.time_axis != 0 and (many or not x.fixed_by)
-
-    fixed = {x.shape[0] for x in values if x.shape and not is_free(x)}
-    open_ = [x.shape[0] for x in values if is_free(x) and x.shape[0] not in fixed]
-    return [
-        (batch_size, *x.shape[1:])
-        if is_free(x) and x.shape[0] in open_[:1]
-        else x.shape
-        for x in values
-    ]
 
 
 class Memory:

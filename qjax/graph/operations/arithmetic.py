@@ -84,6 +84,7 @@ _ONES: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     "convert": np.copy,
 }
 _SHIFTS = ("shift_left", "shift_right_arithmetic", "shift_right_logical")
+KINDS = tuple(sorted((*_PAIRS, *_ONES, *_SHIFTS)))
 COMPARED = ("eq", "ne", "lt", "le", "gt", "ge")
 _CORNERS = ("add", "sub", "mul", "max", "min", "neg", "sign", "convert")
 
@@ -159,7 +160,7 @@ ARITHMETIC = Operation(
     _arithmetic,
     inputs=(1, 2),
     attributes={
-        "kind": choice(*sorted((*_PAIRS, *_ONES, *_SHIFTS))),
+        "kind": choice(*KINDS),
         "dtype": choice(*TYPES),
     },
 )

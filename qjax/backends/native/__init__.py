@@ -1,0 +1,1 @@
+"""Runs an integer graph by compiled kernels on the CPU."""

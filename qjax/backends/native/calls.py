@@ -1,0 +1,218 @@
+"""Native kernels as JAX calls: under jit, vmap and on several devices."""
+
+import collections
+import ctypes
+import functools
+import math
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from qjax.backends.native.examples import are_apart
+from qjax.backends.native.library import Library, NativeKernel
+from qjax.backends.native.plan import make_plan
+from qjax.backends.xla import run as xla
+from qjax.graph.graph import Graph
+from qjax.graph.sizes import Shape, value_shapes
+
+_MOST_SHAPES = 16  # Of inputs whose kernels are kept.
+_LARGE, _MOST_TOGETHER = 1 << 18, 32  # Bytes of parameters; examples that share them.
+
+
+class Schedule(NamedTuple):
+    """A kernel and how often it runs, over inputs one after the other.
+
+    Attributes:
+      kernel: The kernel.
+      times: Number of runs.
+      types: Shape and type of each output, of all runs.
+    """
+
+    kernel: NativeKernel
+    times: int
+    types: tuple[tuple[Shape, np.dtype], ...]
+
+    def run(self, inputs: Sequence[np.ndarray], threads: int) -> list[np.ndarray]:
+        """Computes the outputs of contiguous arrays, as `NativeKernel.run`."""
+        return self.kernel.run(inputs, threads, self.times, self.types)
+
+
+class NativeGraph:
+    """A graph of native operations, with kernels for each shape that it meets.
+
+    Args:
+      graph: The graph.
+      params: Its parameters, NumPy arrays.
+      library: The library.
+    """
+
+    def __init__(
+        self, graph: Graph, params: Mapping[str, np.ndarray], library: Library
+    ) -> None:
+        self.graph, self.params, self.library = graph, params, library
+        names = {name for node in graph.nodes for name in node.params.values()}
+        self._nbytes = sum(params[name].nbytes for name in names)
+        self._schedules: collections.OrderedDict[Any, Schedule] = (
+            collections.OrderedDict()
+        )
+        # Those of schedules, which keep them.
+        self._kernels: weakref.WeakValueDictionary[Any, NativeKernel] = (
+            weakref.WeakValueDictionary()
+        )
+        self._lock = threading.Lock()
+
+    def schedule(self, shapes: Sequence[Shape]) -> Schedule:
+        """Returns the kernel for shapes of the inputs, and how often it runs.
+
+        Examples that never meet run one by one, by one kernel for all batch sizes: they
+        stay in the cache.
+
+        Raises:
+          ValueError: if an operation does not take the shapes.
+          RuntimeError: if the library refuses the plan.
+        """
+        shapes = [tuple(shape) for shape in shapes]
+        key = self.library.isa, tuple(shapes)
+        with self._lock:
+            if key in self._schedules:
+                self._schedules.move_to_end(key)
+                return self._schedules[key]
+            made = self._schedules[key] = self._schedule(shapes)
+            if len(self._schedules) > _MOST_SHAPES:
+                self._schedules.popitem(last=False)
+            return made
+
+    def _schedule(self, inputs: list[Shape]) -> Schedule:
+        shapes = value_shapes(self.graph, self.params, inputs)
+        times = 1
+        if inputs and inputs[0] and inputs[0][0] > 1:
+            if are_apart(self.graph, self.params, shapes):
+                size = inputs[0][0]
+                times = size // self._chunk(size)
+                inputs = [(size // times, *shape[1:]) for shape in inputs]
+        kernel = self._kernel(tuple(inputs))
+        values = [self.graph.values[v] for v in self.graph.outputs]
+        types = tuple(
+            (tuple(shapes[v]), np.dtype(value.dtype))
+            for v, value in zip(self.graph.outputs, values, strict=True)
+        )
+        return Schedule(kernel, times, types)
+
+    def _chunk(self, size: int) -> int:
+        """Returns how many examples run together: those of large kernels share them."""
+        operations = {node.operation for node in self.graph.nodes}
+        if self._nbytes < _LARGE or "conv" in operations:
+            return 1
+        return max(n for n in range(1, _MOST_TOGETHER + 1) if size % n == 0)
+
+    def _kernel(self, shapes: tuple[Shape, ...]) -> NativeKernel:
+        key = self.library.isa, shapes
+        found = self._kernels.get(key)
+        if found is None:
+            plan = make_plan(self.graph, self.params, shapes)
+            found = self._kernels[key] = NativeKernel(self.library, plan)
+        return found
+
+    def call(
+        self, packed: Any, inputs: Sequence[jax.Array], threads: int
+    ) -> list[jax.Array]:
+        """Computes the outputs in JAX.
+
+        Args:
+          packed: Packed constants of the kernel for the shapes of the inputs.
+          inputs: Codes in the types of the graph.
+          threads: Number of threads, at most.
+        """
+
+        @custom_vmap
+        def run(packed: Any, *inputs: jax.Array) -> list[jax.Array]:
+            if _has_other_platforms():
+                return lax.platform_dependent(
+                    packed,
+                    *inputs,
+                    cpu=lambda packed, *xs: self._bind(packed, xs, threads),
+                    default=lambda packed, *xs: self._xla(xs),
+                )
+            return self._bind(packed, inputs, threads)
+
+        @run.def_vmap
+        def rule(size: int, is_mapped: Any, packed: Any, *inputs: jax.Array) -> Any:
+            _, *mapped = is_mapped
+            whole = [
+                x if own else jax.numpy.broadcast_to(x, (size, *x.shape))
+                for x, own in zip(inputs, mapped, strict=True)
+            ]
+            found = self._mapped(packed, whole, threads)
+            return found, [True] * len(found)
+
+        return run(packed, *inputs)
+
+    def _mapped(
+        self, packed: Any, inputs: Sequence[jax.Array], threads: int
+    ) -> list[jax.Array]:
+        """Computes the outputs of several calls, whose inputs have an axis of calls."""
+        size = inputs[0].shape[0]
+        own = value_shapes(self.graph, self.params, [x.shape[1:] for x in inputs])
+        if not size or not are_apart(self.graph, self.params, own):
+            run = lambda xs: self.call(packed, xs, threads)
+            return lax.map(run, list(inputs))
+        joined = [x.reshape(math.prod(x.shape[:2]), *x.shape[2:]) for x in inputs]
+        packed = self.schedule([x.shape for x in joined]).kernel.packed
+        found = self.call(packed, joined, threads)
+        return [x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in found]
+
+    def _bind(
+        self, packed: Any, inputs: Sequence[jax.Array], threads: int
+    ) -> list[jax.Array]:
+        own = self.schedule([x.shape for x in inputs])
+        types = [jax.ShapeDtypeStruct(*of) for of in own.types]
+        call = jax.ffi.ffi_call(
+            target(self.library, self.library.isa), types, vmap_method="sequential"
+        )
+        counts = {"threads": np.int64(threads), "times": np.int64(own.times)}
+        return list(call(packed, *inputs, words=own.kernel.plan.words, **counts))
+
+    def _xla(self, inputs: Sequence[jax.Array]) -> list[jax.Array]:
+        env = dict(zip(self.graph.inputs, inputs, strict=True))
+        params = {name: jax.numpy.asarray(p) for name, p in self.params.items()}
+        xla.run_nodes(self.graph, params, env)
+        return [env[v] for v in self.graph.outputs]
+
+
+@functools.cache
+def target(library: Library, isa: str) -> str:
+    """Makes the library known to XLA and returns the name of its call.
+
+    Caches of compiled programs see the name: it has the version of the plans and the
+    instruction set.
+    """
+    name = f"qjax_native_{library.version}_{isa}"
+    _register_state(library)
+    stages = {
+        stage: jax.ffi.pycapsule(function)
+        for stage, function in library.handlers.items()
+    }
+    jax.ffi.register_ffi_target(name, stages, platform="cpu")
+    return name
+
+
+@functools.cache
+def _register_state(library: Library) -> None:
+    """Makes the type of a parsed plan known to XLA."""
+    names = {"type_id": "QjaxNativeStateId", "type_info": "QjaxNativeStateInfo"}
+    found: Any = {}
+    for key, name in names.items():
+        function = getattr(library.own, name)
+        function.restype = ctypes.c_void_p
+        found[key] = jax.ffi.pycapsule(function())
+    jax.ffi.register_ffi_type("qjax_native_plan", found, platform="cpu")
+
+
+def _has_other_platforms() -> bool:
+    return "," in (jax.config.values.get("jax_platforms") or "")

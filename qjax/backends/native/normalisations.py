@@ -1,0 +1,112 @@
+"""Steps of softmaxes and normalisations: integers by sums over them, row by row."""
+
+import math
+
+import numpy as np
+
+from qjax.backends.native.emission import Emission, dense
+from qjax.graph.graph import Node
+
+_SOFTMAX, _NORM = 21, 22
+_KINDS = ("softmax", "log_softmax", "logsumexp")
+_EMPTY = ("zero", "all", "uniform")
+
+
+def _softmax(e: Emission, node: Node) -> None:
+    a, v = node.attributes, node.inputs[0]
+    shape, axes = e.shapes[v], list(a["axes"])
+    others = [d for d in range(len(shape)) if d not in axes]
+    order, terms = [*others, *axes], math.prod(shape[d] for d in axes)
+    x = e.arranged(e.of[v], shape, order)
+    mask = -1
+    if len(node.inputs) > 1:
+        mask = e.arranged(e.whole(node.inputs[1], shape), shape, order)
+    is_sum = node.operation == "logsumexp"
+    out = e.make(node.output)
+    if not terms:
+        e.fill(out, a["low"])
+        return
+    rows = out if is_sum else _row_buffer(e, out, shape, order)
+    table = e.param(node, "table")
+    words = [_KINDS.index(node.operation), x, mask, rows]
+    words += [math.prod(shape[d] for d in others), terms, e.table(table), len(table)]
+    words += [a["most_places"], _EMPTY.index(a["empty"]), a.get("plus", 0)]
+    words += [*a.get("input_zero_points", [0])[:1], a.get("input_multiplier", 0)]
+    words += [a.get("input_shift", 0), a["multiplier"], a["shift"], a["zero_point"]]
+    reads = [x] if mask < 0 else [x, mask]
+    e.step(_SOFTMAX, [*words, a["low"], a["high"]], reads, [rows])
+    if rows != out:
+        e.put_back(rows, out, shape, order)
+
+
+def _row_buffer(e: Emission, out: int, shape: tuple[int, ...], order: list[int]) -> int:
+    """Returns the buffer that rows are written to: the output, if they lie in it."""
+    kept = [d for d in order if shape[d] != 1]
+    if kept == sorted(kept):
+        return out
+    return e.buffer(e.buffers[out].dtype, e.buffers[out].elements)
+
+
+def _norm(e: Emission, node: Node) -> None:
+    a, v = node.attributes, node.inputs[0]
+    shape = e.shapes[v]
+    groups = dict(zip(a["axes"], a["groups"], strict=True))
+    split = [size for d, n in enumerate(shape) for size in _split(n, groups.get(d, 1))]
+    over = [2 * d + 1 for d in range(len(shape)) if d in groups]
+    others = [d for d in range(len(split)) if d not in over]
+    # An axis without groups is whole in the first of its two places.
+    for d, n in enumerate(shape):
+        if d not in groups:
+            split[2 * d : 2 * d + 2] = [n, 1]
+    order = [*others, *over]
+    x = e.arranged(e.of[v], split, order)
+    own = []
+    for role in ("multiplier", "bias"):
+        array = e.param(node, role)
+        array = array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
+        own.append(_rows_of(array, shape, split, order, len(others)))
+    period = math.lcm(*(len(array) for array in own))
+    tables = [np.tile(array, (period // len(array), 1)) for array in own]
+    out = e.make(node.output)
+    rows = _row_buffer(e, out, tuple(split), order)
+    outer, terms = (math.prod(split[d] for d in axes) for axes in (others, over))
+    words = [x, rows, outer, terms, period, *map(e.table, tables)]
+    words += [a["is_centred"], a["count"], a["epsilon"], a["floor"], a["point"]]
+    words += [a.get("more", 0), a["input_zero_points"][0], a["shift"], a["bias_shift"]]
+    e.step(_NORM, [*words, a["zero_point"], a["low"], a["high"]], [x], [rows])
+    if rows != out:
+        strides = dense(split)
+        sizes = [split[d] for d in order]
+        e.copy(rows, out, sizes, dense(sizes), [strides[d] for d in order])
+
+
+def _split(n: int, groups: int) -> tuple[int, int]:
+    return groups, n // groups
+
+
+def _rows_of(
+    array: np.ndarray,
+    shape: tuple[int, ...],
+    split: list[int],
+    order: list[int],
+    count: int,
+) -> np.ndarray:
+    """Returns a parameter as rows, as many as it takes until they come again."""
+    varies = [n != 1 for n in array.shape]
+    whole = np.broadcast_to(
+        array,
+        [n if own else 1 for n, own in zip(shape, varies, strict=True)],
+    )
+    parts = []
+    for d, own in enumerate(varies):
+        parts += [split[2 * d], split[2 * d + 1]] if own else [1, 1]
+    whole = whole.reshape(parts).transpose(order)
+    lead = whole.shape[:count]
+    sizes = [split[d] for d in order]
+    first = next((k for k, n in enumerate(lead) if n != 1), count)
+    target = [1] * first + sizes[first:]
+    rows = np.broadcast_to(whole, target)
+    return rows.reshape(math.prod(target[:count]), -1)
+
+
+NORMALISATIONS = {**dict.fromkeys(_KINDS, _softmax), "norm": _norm}

@@ -1,0 +1,318 @@
+#include "api.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+
+#include "kernels.h"
+#include "plan.h"
+#include "pool.h"
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <cpuid.h>
+#endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+namespace qjax {
+namespace {
+
+#if defined(__x86_64__) || defined(__i386__)
+// AVX-VNNI has no name in `__builtin_cpu_supports` of GCC 12.
+bool has_avx_vnni() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
+  return (a >> 4) & 1;
+}
+#endif
+
+bool runs_here(const Kernels& set) {
+  const std::string name = set.name;
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2");
+  if (name == "avx2") return avx2;
+  if (name == "avx_vnni") return avx2 && has_avx_vnni();
+#ifdef QJAX_SIMDE
+  if (name == "avx512_vnni") return true;
+#endif
+  if (name == "avx512_vnni") {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni");
+  }
+#endif
+#if defined(__aarch64__) && defined(__linux__)
+  if (name == "neon_dot") return (getauxval(AT_HWCAP) >> 20) & 1;
+#endif
+  return name == "portable";
+}
+
+// The sets of this build, the fastest first.
+const Kernels* const kSets[] = {
+#ifdef QJAX_AVX512_VNNI
+    &kAvx512Vnni,
+#endif
+#ifdef QJAX_AVX_VNNI
+    &kAvxVnni,
+#endif
+#ifdef QJAX_AVX2
+    &kAvx2,
+#endif
+#ifdef QJAX_NEON_DOT
+    &kNeonDot,
+#endif
+    &kPortable,
+};
+
+const Kernels* find(const char* wanted) {
+  for (const Kernels* set : kSets) {
+    const bool is_wanted = !wanted || !*wanted || set->name == std::string(wanted);
+    if (is_wanted && runs_here(*set)) return set;
+  }
+  return nullptr;
+}
+
+const Kernels*& chosen() {
+  static const Kernels* set = find(std::getenv("QJAX_NATIVE_ISA"));
+  return set;
+}
+
+// A number of the words, so that packed constants of another plan are known.
+uint64_t mark(const int64_t* words, int64_t n) {
+  uint64_t hash = 1469598103934665603u;
+  for (int64_t i = 0; i < n; ++i) {
+    hash = (hash ^ static_cast<uint64_t>(words[i])) * 1099511628211u;
+    hash ^= hash >> 29;
+  }
+  return hash;
+}
+
+struct Header {
+  int64_t abi;
+  uint64_t mark;
+  char isa[32];
+};
+static_assert(sizeof(Header) <= 2 * kAlignment);
+
+// A plan with the memory of its runs: one block for each that is under way.
+class Runner {
+ public:
+  Runner(const int64_t* words, int64_t n) : set_(kernels()), mark_(mark(words, n)) {
+    Words all(words, n);
+    plan_ = std::make_unique<Plan>(all, layout_);
+    all.finish();
+    for (int64_t i = 0; i < plan_->inputs(); ++i) {
+      input_bytes_.push_back(plan_->bytes_of(Buffer::kInput, i));
+    }
+    for (int64_t i = 0; i < plan_->outputs(); ++i) {
+      output_bytes_.push_back(plan_->bytes_of(Buffer::kOutput, i));
+    }
+  }
+  ~Runner() {
+    for (void* block : blocks_) std::free(block);
+  }
+
+  int64_t packed_bytes() const { return layout_.size(); }
+
+  void pack(const Constants& constants, uint8_t* packed) const {
+    std::memset(packed, 0, static_cast<size_t>(packed_bytes()));
+    Header header{kAbi, mark_, {}};
+    std::snprintf(header.isa, sizeof(header.isa), "%s", set_.name);
+    std::memcpy(packed, &header, sizeof(header));
+    plan_->pack(constants, packed);
+  }
+
+  void check_packed(const uint8_t* packed) const {
+    Header header;
+    std::memcpy(&header, packed, sizeof(header));
+    check(header.abi == kAbi && header.mark == mark_,
+          "the packed constants are of another plan, or of another version");
+    header.isa[sizeof(header.isa) - 1] = 0;
+    check(header.isa == std::string(set_.name),
+          "the packed constants are for another instruction set");
+  }
+
+  std::string explain(const uint8_t* packed, int64_t step) const {
+    check(0 <= step && step < static_cast<int64_t>(plan_->steps().size()),
+          "the plan has no such step");
+    return plan_->steps()[static_cast<size_t>(step)]->explain(packed);
+  }
+
+  // Runs examples one by one, so that each stays in the cache, in pieces of several.
+  void run_many(const uint8_t* packed, const void* const* inputs, void* const* outputs,
+                int64_t times, int threads) {
+    check(times >= 0, "a number of examples must not be negative");
+    check_packed(packed);
+    const int64_t own = std::max<int64_t>(plan_->work(), 1);
+    const int64_t pieces = std::min<int64_t>(
+        std::min<int64_t>(times, 4 * std::max(threads, 1)), own * times / kLeastWork);
+    if (threads <= 1 || pieces <= 1) return examples(packed, inputs, outputs, 0, times);
+    share(pieces, threads, [&](int64_t i) {
+      examples(packed, inputs, outputs, times * i / pieces, times * (i + 1) / pieces);
+    });
+  }
+
+ private:
+  // About 100 microseconds: less is not worth a second thread.
+  static constexpr int64_t kLeastWork = 5000000;
+
+  void examples(const uint8_t* packed, const void* const* inputs, void* const* outputs,
+                int64_t first, int64_t last) {
+    std::vector<const void*> from;
+    std::vector<void*> to;
+    for (int64_t i = first; i < last; ++i) {
+      from.clear();
+      to.clear();
+      for (int64_t k = 0; k < plan_->inputs(); ++k) {
+        from.push_back(static_cast<const uint8_t*>(inputs[k]) + i * input_bytes_[k]);
+      }
+      for (int64_t k = 0; k < plan_->outputs(); ++k) {
+        to.push_back(static_cast<uint8_t*>(outputs[k]) + i * output_bytes_[k]);
+      }
+      run(packed, from.data(), to.data());
+    }
+  }
+
+  void run(const uint8_t* packed, const void* const* inputs, void* const* outputs) {
+    void* block = checkout();
+    try {
+      auto* arena = static_cast<uint8_t*>(block);
+      plan_->run(packed, arena, arena + arena_bytes(), inputs, outputs);
+    } catch (...) {
+      give_back(block);
+      throw;
+    }
+    give_back(block);
+  }
+
+  int64_t arena_bytes() const {
+    return (plan_->arena_bytes() + kSlack + kAlignment - 1) / kAlignment * kAlignment;
+  }
+  void* checkout() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!blocks_.empty()) {
+        void* block = blocks_.back();
+        blocks_.pop_back();
+        return block;
+      }
+    }
+    const int64_t bytes = arena_bytes() + plan_->scratch_bytes() + 4 * kAlignment;
+    void* block = std::aligned_alloc(
+        kAlignment,
+        static_cast<size_t>((bytes + kAlignment - 1) / kAlignment * kAlignment));
+    if (!block) throw std::bad_alloc();
+    return block;
+  }
+  void give_back(void* block) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    blocks_.push_back(block);
+  }
+
+  const Kernels& set_;
+  uint64_t mark_;
+  Layout layout_;
+  std::unique_ptr<Plan> plan_;
+  std::mutex mutex_;
+  std::vector<void*> blocks_;
+  std::vector<int64_t> input_bytes_, output_bytes_;
+};
+
+void say(const char* text, char* error, int64_t size) {
+  if (error && size > 0) std::snprintf(error, static_cast<size_t>(size), "%s", text);
+}
+
+// Runs what may throw; returns `failed` and the text of an error.
+template <class Result, class Work>
+Result guarded(Result failed, char* error, int64_t size, Work&& work) {
+  try {
+    return work();
+  } catch (const std::bad_alloc&) {
+    say("there is not enough memory", error, size);
+  } catch (const std::exception& problem) {
+    say(problem.what(), error, size);
+  }
+  return failed;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  check(chosen() != nullptr, "QJAX_NATIVE_ISA names no instruction set of this machine");
+  return *chosen();
+}
+
+}  // namespace qjax
+
+extern "C" {
+
+const char* qjax_native_version(void) { return "1"; }
+
+const char* qjax_native_isa(void) {
+  return qjax::chosen() ? qjax::chosen()->name : "";
+}
+
+int qjax_native_set_isa(const char* name) {
+  const qjax::Kernels* found = qjax::find(name);
+  if (!found) return -1;
+  qjax::chosen() = found;
+  return 0;
+}
+
+int64_t qjax_native_pack_size(const int64_t* words, int64_t n, char* error,
+                              int64_t error_size) {
+  return qjax::guarded<int64_t>(-1, error, error_size, [&] {
+    return qjax::Runner(words, n).packed_bytes();
+  });
+}
+
+int qjax_native_pack(const int64_t* words, int64_t n, const uint8_t* constants,
+                     int64_t constants_size, uint8_t* packed, char* error,
+                     int64_t error_size) {
+  return qjax::guarded<int>(-1, error, error_size, [&] {
+    qjax::Runner(words, n).pack({constants, constants_size}, packed);
+    return 0;
+  });
+}
+
+void* qjax_native_plan(const int64_t* words, int64_t n, char* error,
+                       int64_t error_size) {
+  return qjax::guarded<void*>(nullptr, error, error_size, [&]() -> void* {
+    return new qjax::Runner(words, n);
+  });
+}
+
+void qjax_native_free(void* plan) { delete static_cast<qjax::Runner*>(plan); }
+
+int qjax_native_run(const void* plan, const uint8_t* packed, const void* const* inputs,
+                    void* const* outputs, int /*threads*/, char* error,
+                    int64_t error_size) {
+  return qjax::guarded<int>(-1, error, error_size, [&] {
+    auto* runner = static_cast<qjax::Runner*>(const_cast<void*>(plan));
+    runner->run_many(packed, inputs, outputs, 1, 1);
+    return 0;
+  });
+}
+
+int qjax_native_run_many(const void* plan, const uint8_t* packed,
+                         const void* const* inputs, void* const* outputs,
+                         int64_t times, int threads, char* error, int64_t error_size) {
+  return qjax::guarded<int>(-1, error, error_size, [&] {
+    auto* runner = static_cast<qjax::Runner*>(const_cast<void*>(plan));
+    runner->run_many(packed, inputs, outputs, times, threads);
+    return 0;
+  });
+}
+
+const char* qjax_native_explain(void* plan, const uint8_t* packed, int64_t step) {
+  thread_local std::string text;
+  text = qjax::guarded<std::string>("", nullptr, 0, [&] {
+    return static_cast<qjax::Runner*>(plan)->explain(packed, step);
+  });
+  return text.c_str();
+}
+}

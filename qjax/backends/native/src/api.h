@@ -1,0 +1,29 @@
+// The functions that Python and XLA call.
+#pragma once
+
+#include <cstdint>
+
+#define QJAX_EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+QJAX_EXPORT const char* qjax_native_version(void);
+QJAX_EXPORT const char* qjax_native_isa(void);
+QJAX_EXPORT int qjax_native_set_isa(const char* name);
+QJAX_EXPORT int64_t qjax_native_pack_size(const int64_t* words, int64_t n, char* error,
+                              int64_t error_size);
+QJAX_EXPORT int qjax_native_pack(const int64_t* words, int64_t n, const uint8_t* constants,
+                     int64_t constants_size, uint8_t* packed, char* error,
+                     int64_t error_size);
+QJAX_EXPORT void* qjax_native_plan(const int64_t* words, int64_t n, char* error,
+                       int64_t error_size);
+QJAX_EXPORT void qjax_native_free(void* plan);
+QJAX_EXPORT int qjax_native_run(const void* plan, const uint8_t* packed, const void* const* inputs,
+                    void* const* outputs, int threads, char* error, int64_t error_size);
+// Runs `times` examples of a plan of one, which lie behind each other.
+QJAX_EXPORT int qjax_native_run_many(const void* plan, const uint8_t* packed,
+                                     const void* const* inputs, void* const* outputs,
+                                     int64_t times, int threads, char* error,
+                                     int64_t error_size);
+QJAX_EXPORT const char* qjax_native_explain(void* plan, const uint8_t* packed, int64_t step);
+}

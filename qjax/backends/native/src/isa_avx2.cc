@@ -1,0 +1,12 @@
+// AVX2: two products of 16 bits a lane.
+#include "avx2.h"
+//
+#include "tiles.h"
+
+namespace qjax {
+
+const Kernels kAvx2 = {"avx2",    V::kLanes,     0,           false,         Shorts::kTaps,
+                       V::channel_of, nullptr, run_shorts, run_depthwise, run_rows,
+                       run_pair_sum, run_dot};
+
+}  // namespace qjax

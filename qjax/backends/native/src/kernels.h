@@ -1,0 +1,149 @@
+// What each instruction set has: kernels behind plain functions.
+//
+// The files isa_*.cc are compiled with flags of their own. They include this file and
+// the templates of tiles.h, all in unnamed namespaces, and nothing of the standard
+// library that is compiled into them: else the linker could take one set's copy of a
+// function for all.
+#pragma once
+
+#include <cstdint>
+
+namespace qjax {
+
+// How accumulators become codes; the numbers are in `PackedRequantizer`.
+//
+// All forms give clip(r + zero_point, low, high), r of (acc - input_zero_point):
+enum class Form : int32_t {
+  kNone,      // The accumulator itself.
+  kExact,     // Any rule in 64 bits, by the reference formula.
+  kHighWord,  // (((acc * m) >> 32) + 2^(s - 33)) >> (s - 32): halves up, s >= 33.
+  kPower,     // acc / 2^s, halves to even, in 32 bits.
+  kDouble,    // TFLite's double rounding, s >= 31, |acc| < 2^30.
+};
+
+enum class Rule : int32_t { kHalfEven, kTfliteDouble, kTfliteSingle, kFloat32 };
+
+// The head of packed numbers; the arrays of `width` integers each follow: multiplier,
+// half (what is added before the shift), shift.
+struct alignas(64) PackedRequantizer {
+  Form form;
+  Rule rule;
+  int32_t input_zero_point, zero_point, low, high;
+  int32_t width;  // Channels, filled up to whole registers twice over.
+  int32_t is_single;  // All channels have the first one's numbers.
+
+  const int32_t* multiplier() const {
+    return reinterpret_cast<const int32_t*>(this + 1);
+  }
+  const int32_t* half() const { return multiplier() + width; }
+  const int32_t* shift() const { return half() + width; }
+};
+
+// One product for one group of channels and one example.
+//
+//   acc[d, h, w, o] = bias[o] + sum over runs r and k of
+//       codes[d * plane + h * row + w * pixel + runs[r] + k] * weights[r, k, o]
+//
+// A run is a contiguous stretch of codes. Weights are in panels of one register's
+// outputs: [panel][run][k / taps][output][taps].
+struct Tiles {
+  const void* codes;
+  const int64_t* runs;
+  int64_t n_runs, run_steps;  // Steps: run length / taps, rounded up.
+  int64_t plane, row, pixel;  // In codes.
+  int64_t depth, height, width;
+  const void* weights;
+  int64_t panel;  // In weights.
+  int64_t outputs;
+  const int32_t* bias;  // Filled up to whole panels.
+  const PackedRequantizer* requantizer;
+  int64_t first;  // Place of the first output among the requantizer's channels.
+  void* out;
+  int64_t out_dtype;
+  int64_t out_plane, out_row, out_pixel, out_channel;  // In elements.
+};
+
+// One depthwise product: each channel has one output.
+//
+//   acc[d, h, w, c] = bias[c] + sum over t of
+//       codes[d * plane + h * row + w * pixel + taps[t] + c] * weights[t, c]
+//
+// Weights come in pairs of taps: [block][pair][2 registers, 2 taps a lane].
+struct Depthwise {
+  const int16_t* codes;
+  const int64_t* taps;
+  int64_t n_pairs;
+  int64_t plane, row, pixel;
+  int64_t depth, height, width;
+  const int16_t* weights;
+  int64_t channels;
+  const int32_t* bias;  // By block in the order of the lanes, as the requantizer's.
+  const PackedRequantizer* requantizer;
+  void* out;
+  int64_t out_dtype;
+  int64_t out_plane, out_row, out_pixel, out_channel;
+};
+
+// Rows of accumulators, the channels of a requantizer last.
+struct Rows {
+  const int32_t* in;
+  int64_t rows, channels;
+  const PackedRequantizer* requantizer;
+  void* out;
+  int64_t out_dtype;
+};
+
+// Sums of two products of bytes, each multiplier in two parts of 16 bits:
+//
+//   code = clip((hi + (lo >> 16)) >> shift, low, high), lo = a * lo_a + b * lo_b + lo_0
+struct PairSum {
+  const void *a, *b;
+  bool is_a_signed, is_b_signed;
+  int64_t n;
+  int32_t lo_a, lo_b, lo_0, hi_a, hi_b, hi_0, shift, low, high;
+  uint8_t* out;
+};
+
+struct Kernels {
+  const char* name;
+  int lanes;       // Integers of 32 bits in a register.
+  int byte_taps;   // Products of bytes that one lane sums in one instruction, or 0.
+  bool is_signed;  // Whether codes of byte products are signed.
+  int short_taps;
+  // Channel of a lane in a block of two registers, of depthwise products.
+  int (*channel_of)(int place);
+  void (*bytes)(const Tiles&);
+  void (*shorts)(const Tiles&);
+  void (*depthwise)(const Depthwise&);
+  void (*rows)(const Rows&);
+  void (*pair_sum)(const PairSum&);
+  int64_t (*dot)(const int16_t* a, const int16_t* b, int64_t n);
+};
+
+// Formula of the rules, for one accumulator.
+inline int64_t half_even(__int128 value, int shift) {
+  if (shift == 0) return static_cast<int64_t>(value);
+  const __int128 whole = value >> shift, rest = value - (whole << shift);
+  const __int128 half = static_cast<__int128>(1) << (shift - 1);
+  const bool is_up = rest > half || (rest == half && (whole & 1));
+  return static_cast<int64_t>(whole + (is_up ? 1 : 0));
+}
+
+extern const Kernels kPortable;
+#ifdef QJAX_AVX2
+extern const Kernels kAvx2;
+#endif
+#ifdef QJAX_AVX_VNNI
+extern const Kernels kAvxVnni;
+#endif
+#ifdef QJAX_AVX512_VNNI
+extern const Kernels kAvx512Vnni;
+#endif
+#ifdef QJAX_NEON_DOT
+extern const Kernels kNeonDot;
+#endif
+
+// The set in use.
+const Kernels& kernels();
+
+}  // namespace qjax

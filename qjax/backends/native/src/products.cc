@@ -1,0 +1,565 @@
+// Products of codes and a kernel: convolutions and dots.
+#include <algorithm>
+#include <array>
+
+#include "requantizer.h"
+#include "rows.h"
+
+namespace qjax {
+namespace {
+
+using Three = std::array<int64_t, 3>;
+using Five = std::array<int64_t, 5>;
+
+template <class Array>
+Array read(Words& words) {
+  Array found;
+  for (auto& x : found) x = words.next(-kMostElements, kMostElements, "out of range");
+  return found;
+}
+
+int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Codes are staged: put side by side with their padding, channels last, as unsigned
+// bytes about 128, as signed bytes or as integers of 16 bits about 0, whichever the
+// instruction set multiplies, before a kernel reads them.
+class Product : public Step {
+ public:
+  Product(Words& words, const Maker& maker)
+      : set_(kernels()), in_(maker.buffer(words)), out_(maker.buffer(words)) {
+    offset_ = words.int32();
+    batch_ = words.size();
+    groups_ = words.next(1, kMostElements, "a product must have groups");
+    channels_ = words.size();
+    outputs_ = words.size();
+    sizes_ = read<Three>(words);
+    in_strides_ = read<Five>(words);
+    for (auto& pad : padding_) {
+      for (auto& n : pad) n = words.next(-kMostElements, kMostElements, "out of range");
+    }
+    spread_ = read<Three>(words);
+    padding_code_ = words.int32();
+    taps_ = read<Three>(words);
+    strides_ = read<Three>(words);
+    dilation_ = read<Three>(words);
+    out_sizes_ = read<Three>(words);
+    out_strides_ = read<Five>(words);
+    kernel_dtype_ = words.dtype();
+    kernel_ = words.size();
+    bias_ = words.size();
+    left_ = words.next(0, 31, "a left shift must lie in 0 to 31");
+    const Interval acc{words.int32(), words.int32()};
+    if (words.flag()) {
+      requantizer_ = Requantizer(words, maker, groups_ * outputs_, acc);
+    } else {
+      requantizer_ = Requantizer(maker, groups_ * outputs_);
+    }
+    prepare(maker);
+  }
+
+  int64_t scratch_bytes() const override { return scratch_; }
+  int64_t work() const override {
+    return count_of({batch_, out_sizes_[0], out_sizes_[1], out_sizes_[2], groups_,
+                     channels_, outputs_, taps()});
+  }
+
+  void pack(const Constants& constants, uint8_t* packed) const override;
+  void run(const Memory& memory) const override;
+  std::string explain(const uint8_t* packed) const override {
+    const char* how = is_depthwise_ ? "depthwise" : is_bytes_ ? "bytes" : "16 bits";
+    return std::string(set_.name) + ", " + how + ", " +
+           name_of(requantizer_.in(packed).form);
+  }
+
+ private:
+  void prepare(const Maker& maker);
+  int64_t taps() const { return taps_[0] * taps_[1] * taps_[2]; }
+  int64_t code_bytes() const { return is_bytes_ ? 1 : 2; }
+  // What is added to centred codes when they are staged.
+  int32_t about() const { return is_bytes_ && !set_.is_signed ? 128 : 0; }
+  template <class Code>
+  void stage(const Memory& memory, int64_t example, int64_t group, Code* to) const;
+  template <class Code>
+  void run_tiles(const Memory& memory) const;
+  void run_depthwise(const Memory& memory) const;
+  template <class T>
+  int64_t weight(const Constants& constants, int64_t place) const;
+  std::vector<int64_t> order() const;
+
+  const Kernels& set_;
+  int64_t in_, out_, offset_, batch_, groups_, channels_, outputs_;
+  Three sizes_, spread_, taps_, strides_, dilation_, out_sizes_;
+  Five in_strides_, out_strides_;
+  std::array<std::array<int64_t, 2>, 3> padding_;
+  int32_t padding_code_;
+  Dtype kernel_dtype_, in_dtype_, out_dtype_;
+  int64_t kernel_, bias_, left_;
+  Requantizer requantizer_;
+
+  // What follows from the above.
+  bool is_bytes_ = false, is_depthwise_ = false, is_rows_ = false, is_empty_ = false;
+  Three padded_;  // Sizes of the staged codes.
+  int64_t pixel_ = 0;  // Channels of a staged pixel.
+  std::vector<int64_t> runs_;
+  int64_t run_length_ = 0, run_steps_ = 0, panel_ = 0, panels_ = 0, width_ = 0;
+  int64_t chunk_ = 0;  // Rows that are staged at once, of a dot.
+  int64_t weights_place_ = 0, bias_place_ = 0, scratch_ = 0;
+};
+
+void Product::prepare(const Maker& maker) {
+  in_dtype_ = maker.of(in_).dtype;
+  out_dtype_ = maker.of(out_).dtype;
+  check(size_of(in_dtype_) <= 2, "codes of a product must have 8 or 16 bits");
+  check(kernel_dtype_ == Dtype::kInt8 || kernel_dtype_ == Dtype::kInt16,
+        "a kernel must be int8 or int16");
+  requantizer_.check_type(out_dtype_);
+  const int64_t wanted = in_dtype_ == Dtype::kUint8    ? 128
+                         : in_dtype_ == Dtype::kUint16 ? 32768
+                                                       : 0;
+  check(offset_ == wanted, "`offset` must centre the codes");
+  maker.holds(in_, {batch_, sizes_[0], sizes_[1], sizes_[2], groups_ * channels_}, 0,
+              {in_strides_.begin(), in_strides_.end()});
+  maker.holds(out_,
+              {batch_, out_sizes_[0], out_sizes_[1], out_sizes_[2], groups_ * outputs_},
+              0, {out_strides_.begin(), out_strides_.end()});
+  for (int d = 0; d < 3; ++d) {
+    check(sizes_[d] >= 0 && spread_[d] >= 1 && taps_[d] >= 0 && strides_[d] >= 1 &&
+              dilation_[d] >= 1 && out_sizes_[d] >= 0,
+          "sizes and steps of a product must be positive");
+    const int64_t whole = std::max<int64_t>((sizes_[d] - 1) * spread_[d] + 1, 0);
+    padded_[d] = std::max<int64_t>(whole + padding_[d][0] + padding_[d][1], 0);
+    check(padded_[d] <= kMostElements, "a padded size is too large");
+    const int64_t reach =
+        (out_sizes_[d] - 1) * strides_[d] + (taps_[d] - 1) * dilation_[d];
+    check(out_sizes_[d] == 0 || taps_[d] == 0 || reach < padded_[d],
+          "an output lies outside of the padded codes");
+  }
+  is_empty_ = count_of({batch_, out_sizes_[0], out_sizes_[1], out_sizes_[2],
+                        groups_ * outputs_}) == 0;
+  // A kernel without terms: one of zeros over channels that are not there.
+  is_depthwise_ = channels_ == 1 && outputs_ == 1 && groups_ > 1;
+  is_bytes_ = !is_depthwise_ && set_.byte_taps && size_of(in_dtype_) == 1 &&
+              kernel_dtype_ == Dtype::kInt8 && left_ == 0;
+  pixel_ = is_depthwise_ ? groups_ : channels_;
+  const Three planes = {padded_[1] * padded_[2] * pixel_, padded_[2] * pixel_, pixel_};
+  const Three one = {1, 1, 1};
+  is_rows_ = taps_ == one && strides_ == one && spread_ == one && !is_depthwise_;
+  for (const auto& pad : padding_) is_rows_ = is_rows_ && !pad[0] && !pad[1];
+  // Of a kernel that is dense along the last axis, a row of taps is one run.
+  const bool is_joined = dilation_[2] == 1 && !is_depthwise_;
+  const int64_t across = is_joined ? 1 : taps_[2];
+  run_length_ = is_depthwise_ ? 1 : is_joined ? taps_[2] * channels_ : channels_;
+  for (int64_t i = 0; i < taps_[0]; ++i) {
+    for (int64_t j = 0; j < taps_[1]; ++j) {
+      for (int64_t k = 0; k < across; ++k) {
+        runs_.push_back(i * dilation_[0] * planes[0] + j * dilation_[1] * planes[1] +
+                        k * dilation_[2] * planes[2]);
+      }
+    }
+  }
+  const int64_t staged = count_of({padded_[0], padded_[1], padded_[2], pixel_});
+  if (is_depthwise_) {
+    const int64_t block = 2 * set_.lanes;
+    if (runs_.size() % 2) runs_.push_back(runs_.front());  // Its weights are 0.
+    width_ = up(groups_, block);
+    panel_ = static_cast<int64_t>(runs_.size()) * block;
+    panels_ = width_ / block;
+    weights_place_ = maker.layout.reserve(panel_ * panels_ * 2);
+    bias_place_ = maker.layout.reserve(width_ * 4);
+    scratch_ = up(staged * 2 + 2 * block * 2 + kSlack, kAlignment);
+  } else {
+    const int64_t unit = is_bytes_ ? set_.byte_taps : set_.short_taps;
+    run_steps_ = up(run_length_, unit) / unit;
+    panel_ = static_cast<int64_t>(runs_.size()) * run_steps_ * unit * set_.lanes;
+    panels_ = up(outputs_, 4 * set_.lanes) / set_.lanes;
+    width_ = groups_ * panels_ * set_.lanes;
+    weights_place_ =
+        maker.layout.reserve(count_of({groups_, panels_, panel_}) * code_bytes());
+    bias_place_ = maker.layout.reserve(width_ * 4);
+    int64_t codes = staged;
+    if (is_rows_) {
+      constexpr int64_t kChunkBytes = 1 << 16;
+      chunk_ = std::max<int64_t>(
+          48, kChunkBytes / std::max<int64_t>(channels_ * code_bytes(), 1) / 48 * 48);
+      codes = chunk_ * channels_;
+    }
+    scratch_ = up(codes * code_bytes() + kSlack, kAlignment);
+  }
+  requantizer_.reserve(maker, width_);
+}
+
+// The channel of each place of the packed numbers.
+std::vector<int64_t> Product::order() const {
+  std::vector<int64_t> found(static_cast<size_t>(width_), -1);
+  for (int64_t i = 0; i < width_; ++i) {
+    int64_t channel;
+    if (is_depthwise_) {
+      const int64_t block = 2 * set_.lanes;
+      channel = i / block * block + set_.channel_of(static_cast<int>(i % block));
+      if (channel >= groups_) channel = -1;
+    } else {
+      const int64_t own = panels_ * set_.lanes, o = i % own;
+      channel = o < outputs_ ? i / own * outputs_ + o : -1;
+    }
+    found[static_cast<size_t>(i)] = channel;
+  }
+  return found;
+}
+
+template <class T>
+void pack_panels(const T* kernel, int64_t outputs, int64_t runs, int64_t run_length,
+                 int64_t steps, int64_t unit, int64_t lanes, int64_t panels,
+                 int64_t panel, int64_t left, void* to, bool is_bytes) {
+  for (int64_t p = 0; p < panels; ++p) {
+    for (int64_t r = 0; r < runs; ++r) {
+      for (int64_t k = 0; k < run_length; ++k) {
+        const T* row = kernel + (r * run_length + k) * outputs;
+        for (int64_t l = 0; l < lanes && p * lanes + l < outputs; ++l) {
+          const int64_t place =
+              p * panel + ((r * steps + k / unit) * lanes + l) * unit + k % unit;
+          const int64_t value = static_cast<int64_t>(row[p * lanes + l]) << left;
+          if (is_bytes) {
+            static_cast<int8_t*>(to)[place] = static_cast<int8_t>(value);
+          } else {
+            static_cast<int16_t*>(to)[place] = static_cast<int16_t>(value);
+          }
+        }
+      }
+    }
+  }
+}
+
+void Product::pack(const Constants& constants, uint8_t* packed) const {
+  const int64_t terms = taps() * channels_, all = groups_ * outputs_;
+  const std::vector<int64_t> channels = order();
+  requantizer_.pack(constants, packed, channels);
+  auto* bias_to = reinterpret_cast<int32_t*>(packed + bias_place_);
+  const int32_t* bias = constants.at<int32_t>(bias_, all);
+  const auto pack_kernel = [&](const auto* kernel) {
+    if (left_) {
+      for (int64_t i = 0; i < groups_ * terms * outputs_; ++i) {
+        const int64_t shifted = static_cast<int64_t>(kernel[i]) << left_;
+        check(shifted >= -32768 && shifted <= 32767,
+              "a kernel with its left shift must fit 16 bits");
+      }
+    }
+    if (is_depthwise_) {
+      auto* to = reinterpret_cast<int16_t*>(packed + weights_place_);
+      const int64_t block = 2 * set_.lanes;
+      for (int64_t i = 0; i < width_; ++i) {
+        const int64_t c = channels[static_cast<size_t>(i)];
+        if (c < 0) continue;
+        for (int64_t t = 0; t < taps(); ++t) {
+          const int64_t at = i / block * panel_ + t / 2 * 2 * block + i % block * 2;
+          to[at + t % 2] = static_cast<int16_t>(kernel[c * taps() + t] * (1 << left_));
+        }
+      }
+      return;
+    }
+    const int64_t unit = is_bytes_ ? set_.byte_taps : set_.short_taps;
+    for (int64_t g = 0; g < groups_; ++g) {
+      pack_panels(kernel + g * terms * outputs_, outputs_,
+                  static_cast<int64_t>(runs_.size()), run_length_, run_steps_, unit,
+                  set_.lanes, panels_, panel_, left_,
+                  packed + weights_place_ + g * panels_ * panel_ * code_bytes(),
+                  is_bytes_);
+    }
+  };
+  const auto sums = [&](const auto* kernel, int64_t channel) {
+    const int64_t g = channel / outputs_, o = channel % outputs_;
+    uint32_t sum = 0;
+    for (int64_t k = 0; k < terms; ++k) {
+      sum += static_cast<uint32_t>(kernel[(g * terms + k) * outputs_ + o]);
+    }
+    return sum;
+  };
+  const auto whole = [&](const auto* kernel) {
+    pack_kernel(kernel);
+    for (int64_t i = 0; i < width_; ++i) {
+      const int64_t c = channels[static_cast<size_t>(i)];
+      uint32_t value = 0;
+      if (c >= 0) {
+        value = static_cast<uint32_t>(bias[c]);
+        // Unsigned bytes are codes about 128.
+        if (about() == 128) value -= 128 * sums(kernel, c);
+      }
+      bias_to[i] = static_cast<int32_t>(value);
+    }
+  };
+  if (kernel_dtype_ == Dtype::kInt8) {
+    whole(constants.at<int8_t>(kernel_, groups_ * terms * outputs_));
+  } else {
+    whole(constants.at<int16_t>(kernel_, groups_ * terms * outputs_));
+  }
+}
+
+// Puts one example's codes, of one group or of all channels, where kernels read them.
+template <class Code>
+void Product::stage(const Memory& memory, int64_t example, int64_t group,
+                    Code* to) const {
+  const int32_t add = about() - static_cast<int32_t>(offset_);
+  const auto code = [&](int32_t x) { return static_cast<Code>(x + add); };
+  const Code fill = code(padding_code_);
+  with_type(in_dtype_, [&](auto* type) {
+    using T = Pointee<decltype(type)>;
+    const T* from = memory.as<T>(in_) + example * in_strides_[0] +
+                    group * channels_ * in_strides_[4];
+    const int64_t n = pixel_, row = padded_[2] * n;
+    const bool is_dense = in_strides_[4] == 1 && in_strides_[3] == n && spread_[2] == 1;
+    // Place of a padded pixel among the codes, or -1.
+    const auto source = [&](int d, int64_t i) {
+      const int64_t at = i - padding_[d][0];
+      if (at < 0 || at % spread_[d] || at / spread_[d] >= sizes_[d]) return int64_t{-1};
+      return at / spread_[d];
+    };
+    for (int64_t z = 0; z < padded_[0]; ++z) {
+      for (int64_t y = 0; y < padded_[1]; ++y, to += row) {
+        const int64_t sz = source(0, z), sy = source(1, y);
+        if (sz < 0 || sy < 0) {
+          std::fill(to, to + row, fill);
+          continue;
+        }
+        const T* line = from + sz * in_strides_[1] + sy * in_strides_[2];
+        if (is_dense) {
+          const int64_t low = std::max<int64_t>(padding_[2][0], 0);
+          const int64_t skip = std::max<int64_t>(-padding_[2][0], 0);
+          const int64_t end = std::min(padded_[2], padding_[2][0] + sizes_[2]);
+          const int64_t first = std::min(low, padded_[2]);
+          std::fill(to, to + first * n, fill);
+          const T* x = line + skip * n;
+          Code* out = to + first * n;
+          const int64_t count = std::max<int64_t>(end - first, 0) * n;
+          for (int64_t i = 0; i < count; ++i) out[i] = code(x[i]);
+          std::fill(out + count, to + row, fill);
+          continue;
+        }
+        for (int64_t x = 0; x < padded_[2]; ++x) {
+          const int64_t sx = source(2, x);
+          Code* out = to + x * n;
+          if (sx < 0) {
+            std::fill(out, out + n, fill);
+            continue;
+          }
+          const T* pixel = line + sx * in_strides_[3];
+          for (int64_t c = 0; c < n; ++c) out[c] = code(pixel[c * in_strides_[4]]);
+        }
+      }
+    }
+    std::fill(to, to + kSlack / static_cast<int64_t>(sizeof(Code)), Code{0});
+  });
+}
+
+template <class Code>
+void Product::run_tiles(const Memory& memory) const {
+  Code* staged = reinterpret_cast<Code*>(memory.scratch);
+  const int64_t out_size = size_of(out_dtype_);
+  Tiles t{};
+  t.codes = staged;
+  t.runs = runs_.data();
+  t.n_runs = static_cast<int64_t>(runs_.size());
+  t.run_steps = run_steps_;
+  t.plane = strides_[0] * padded_[1] * padded_[2] * pixel_;
+  t.row = strides_[1] * padded_[2] * pixel_;
+  t.pixel = strides_[2] * pixel_;
+  t.panel = panel_;
+  t.outputs = outputs_;
+  t.requantizer = &requantizer_.in(memory);
+  t.out_dtype = static_cast<int64_t>(out_dtype_);
+  t.out_plane = out_strides_[1];
+  t.out_row = out_strides_[2];
+  t.out_pixel = out_strides_[3];
+  t.out_channel = out_strides_[4];
+  const auto kernel = sizeof(Code) == 1 ? set_.bytes : set_.shorts;
+  const auto group = [&](int64_t g) {
+    t.weights = memory.packed + weights_place_ +
+                g * panels_ * panel_ * static_cast<int64_t>(sizeof(Code));
+    t.first = g * panels_ * set_.lanes;
+    t.bias = reinterpret_cast<const int32_t*>(memory.packed + bias_place_) + t.first;
+  };
+  uint8_t* out = memory.as<uint8_t>(out_);
+  const int32_t add = about() - static_cast<int32_t>(offset_);
+  for (int64_t g = 0; g < groups_; ++g) {
+    group(g);
+    uint8_t* own = out + g * outputs_ * out_strides_[4] * out_size;
+    for (int64_t b = 0; b < batch_; ++b) {
+      uint8_t* to = own + b * out_strides_[0] * out_size;
+      if (!is_rows_) {
+        stage(memory, b, g, staged);
+        t.depth = out_sizes_[0];
+        t.height = out_sizes_[1];
+        t.width = out_sizes_[2];
+        t.out = to;
+        kernel(t);
+        continue;
+      }
+      // A dot: rows in chunks, of the last axis.
+      t.depth = t.height = 1;
+      for (int64_t z = 0; z < sizes_[0]; ++z) {
+        for (int64_t y = 0; y < sizes_[1]; ++y) {
+          for (int64_t x = 0; x < sizes_[2]; x += chunk_) {
+            t.width = std::min(chunk_, sizes_[2] - x);
+            with_type(in_dtype_, [&](auto* type) {
+              using T = Pointee<decltype(type)>;
+              const T* from = memory.as<T>(in_) + b * in_strides_[0] +
+                              z * in_strides_[1] + y * in_strides_[2] +
+                              x * in_strides_[3] + g * channels_ * in_strides_[4];
+              Code* row = staged;
+              for (int64_t i = 0; i < t.width; ++i, row += channels_) {
+                const T* own_row = from + i * in_strides_[3];
+                if (in_strides_[4] == 1) {
+                  for (int64_t c = 0; c < channels_; ++c) {
+                    row[c] = static_cast<Code>(own_row[c] + add);
+                  }
+                } else {
+                  for (int64_t c = 0; c < channels_; ++c) {
+                    row[c] = static_cast<Code>(own_row[c * in_strides_[4]] + add);
+                  }
+                }
+              }
+              std::fill(row, row + kSlack / static_cast<int64_t>(sizeof(Code)),
+                        Code{0});
+            });
+            t.out = to + (z * out_strides_[1] + y * out_strides_[2] +
+                          x * out_strides_[3]) *
+                             out_size;
+            kernel(t);
+          }
+        }
+      }
+    }
+  }
+}
+
+void Product::run_depthwise(const Memory& memory) const {
+  auto* staged = reinterpret_cast<int16_t*>(memory.scratch);
+  Depthwise d{};
+  d.codes = staged;
+  d.taps = runs_.data();
+  d.n_pairs = static_cast<int64_t>(runs_.size()) / 2;
+  d.plane = strides_[0] * padded_[1] * padded_[2] * pixel_;
+  d.row = strides_[1] * padded_[2] * pixel_;
+  d.pixel = strides_[2] * pixel_;
+  d.depth = out_sizes_[0];
+  d.height = out_sizes_[1];
+  d.width = out_sizes_[2];
+  d.weights = reinterpret_cast<const int16_t*>(memory.packed + weights_place_);
+  d.channels = groups_;
+  d.bias = reinterpret_cast<const int32_t*>(memory.packed + bias_place_);
+  d.requantizer = &requantizer_.in(memory);
+  d.out_dtype = static_cast<int64_t>(out_dtype_);
+  d.out_plane = out_strides_[1];
+  d.out_row = out_strides_[2];
+  d.out_pixel = out_strides_[3];
+  d.out_channel = out_strides_[4];
+  for (int64_t b = 0; b < batch_; ++b) {
+    stage(memory, b, 0, staged);
+    // Kernels read whole registers past the last channel.
+    d.out = memory.as<uint8_t>(out_) + b * out_strides_[0] * size_of(out_dtype_);
+    set_.depthwise(d);
+  }
+}
+
+void Product::run(const Memory& memory) const {
+  if (is_empty_) return;
+  if (is_depthwise_) {
+    run_depthwise(memory);
+  } else if (is_bytes_) {
+    run_tiles<uint8_t>(memory);
+  } else {
+    run_tiles<int16_t>(memory);
+  }
+}
+
+// Products of two values, sums over the last axis of both.
+class Matmul : public Step {
+ public:
+  Matmul(Words& words, const Maker& maker)
+      : set_(kernels()),
+        a_(words, maker),
+        b_(words, maker),
+        out_(maker.buffer(words)),
+        batch_(words.size()),
+        m_(words.size()),
+        k_(words.size()),
+        n_(words.size()),
+        za_(words.int32()),
+        zb_(words.int32()) {
+    maker.holds(a_.buffer, count_of({batch_, m_, k_}));
+    maker.holds(b_.buffer, count_of({batch_, n_, k_}));
+    maker.holds(out_, Dtype::kInt32, count_of({batch_, m_, n_}));
+    // Bytes about a zero point of their type are 9 bits; more may not fit 16.
+    const auto fits = [](Dtype dtype, int64_t zero) {
+      return size_of(dtype) == 1 ? -32000 <= zero && zero <= 32000
+                                 : dtype == Dtype::kInt16 && zero == 0;
+    };
+    is_short_ = fits(a_.dtype, za_) && fits(b_.dtype, zb_);
+    const int64_t codes = count_of({m_, k_}) + count_of({n_, k_});
+    scratch_ = up(codes * (is_short_ ? 2 : 4) + kSlack, kAlignment);
+  }
+  int64_t scratch_bytes() const override { return scratch_; }
+  int64_t work() const override { return count_of({batch_, m_, n_, k_}); }
+
+  void run(const Memory& memory) const override {
+    int32_t* out = memory.as<int32_t>(out_);
+    for (int64_t i = 0; i < batch_; ++i, out += m_ * n_) {
+      if (is_short_) {
+        auto* a = reinterpret_cast<int16_t*>(memory.scratch);
+        int16_t* b = a + m_ * k_;
+        centre(a_, memory, i * m_ * k_, m_ * k_, za_, a);
+        centre(b_, memory, i * n_ * k_, n_ * k_, zb_, b);
+        product(a, b, out, [&](const int16_t* x, const int16_t* y) {
+          return static_cast<int32_t>(set_.dot(x, y, k_));
+        });
+      } else {
+        auto* a = reinterpret_cast<int32_t*>(memory.scratch);
+        int32_t* b = a + m_ * k_;
+        a_.load(memory, i * m_ * k_, m_ * k_, a);
+        b_.load(memory, i * n_ * k_, n_ * k_, b);
+        product(a, b, out, [&](const int32_t* x, const int32_t* y) {
+          uint32_t sum = 0;  // Wraps, as accumulators do.
+          for (int64_t k = 0; k < k_; ++k) {
+            sum += (static_cast<uint32_t>(x[k]) - static_cast<uint32_t>(za_)) *
+                   (static_cast<uint32_t>(y[k]) - static_cast<uint32_t>(zb_));
+          }
+          return static_cast<int32_t>(sum);
+        });
+      }
+    }
+  }
+
+ private:
+  static void centre(const Source& from, const Memory& memory, int64_t at, int64_t n,
+                     int32_t zero_point, int16_t* to) {
+    int32_t x[kRow];
+    each_row(n, [&](int64_t i, int64_t count) {
+      from.load(memory, at + i, count, x);
+      for (int64_t k = 0; k < count; ++k) {
+        to[i + k] = static_cast<int16_t>(x[k] - zero_point);
+      }
+    });
+  }
+  template <class T, class Dot>
+  void product(const T* a, const T* b, int32_t* out, Dot&& dot) const {
+    for (int64_t i = 0; i < m_; ++i) {
+      for (int64_t j = 0; j < n_; ++j) *out++ = dot(a + i * k_, b + j * k_);
+    }
+  }
+
+  const Kernels& set_;
+  Source a_, b_;
+  int64_t out_, batch_, m_, k_, n_;
+  int32_t za_, zb_;
+  bool is_short_;
+  int64_t scratch_;
+};
+
+}  // namespace
+
+Made make_product(Words& words, const Maker& maker) {
+  return std::make_unique<Product>(words, maker);
+}
+Made make_matmul(Words& words, const Maker& maker) {
+  return std::make_unique<Matmul>(words, maker);
+}
+
+}  // namespace qjax

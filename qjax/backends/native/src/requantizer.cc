@@ -1,0 +1,181 @@
+#include "requantizer.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+
+#include "rules.h"
+
+namespace qjax {
+namespace {
+
+int trailing_zeros(int64_t x) { return x ? __builtin_ctzll(static_cast<uint64_t>(x)) : 63; }
+
+// One channel.
+struct Channel {
+  int32_t multiplier, shift;
+};
+
+// The largest magnitude of an accumulator about its zero point.
+int64_t reach(Interval acc) { return std::max(std::llabs(acc.low), std::llabs(acc.high)); }
+
+// `kHighWord` computes floor((acc * m + 2^(s - 1)) / 2^s): with s >= 33 the half is a
+// multiple of 2^32, so it may join after the low word is gone. That is the rule of
+// `kTfliteSingle`, and `kHalfEven` where no accumulator ties: a tie needs
+// acc * m = 2^(s - 1) (mod 2^s), so |acc| >= 2^(s - 1 - v2(m)), as acc = 0 is none.
+bool is_high_word(Channel c, Rule rule, Interval acc) {
+  if (c.shift < 33 || c.shift > 62) return false;
+  if (rule == Rule::kTfliteSingle) return true;
+  if (rule != Rule::kHalfEven) return false;
+  if (c.multiplier == 0) return true;
+  const int least = c.shift - 1 - trailing_zeros(c.multiplier);
+  return least >= 0 && reach(acc) < (int64_t{1} << std::min(least, 62));
+}
+
+bool is_power(Channel c, Rule rule, Interval acc) {
+  if (rule != Rule::kHalfEven || c.multiplier <= 0) return false;
+  if (c.multiplier & (c.multiplier - 1)) return false;
+  const int shift = c.shift - trailing_zeros(c.multiplier);
+  if (shift < 0 || shift > 30) return false;
+  return reach(acc) + (int64_t{1} << shift) <= INT32_MAX;
+}
+
+bool is_double(Channel c, Rule rule, Interval acc) {
+  if (rule != Rule::kTfliteDouble || c.shift < 31 || c.shift > 61) return false;
+  // |high| <= |acc|, and half of the last step is added.
+  const int64_t half = (int64_t{1} << (c.shift - 31)) >> 1;
+  return reach(acc) < (int64_t{1} << 30) && half <= (int64_t{1} << 29);
+}
+
+bool holds(Form form, Channel c, Rule rule, Interval acc) {
+  switch (form) {
+    case Form::kHighWord:
+      return is_high_word(c, rule, acc);
+    case Form::kPower:
+      return is_power(c, rule, acc);
+    case Form::kDouble:
+      return is_double(c, rule, acc);
+    default:
+      return true;
+  }
+}
+
+// Numbers of a form: multiplier, half, shift.
+void numbers(Form form, Channel c, int32_t* multiplier, int32_t* half,
+             int32_t* shift) {
+  *multiplier = c.multiplier;
+  *half = 0;
+  *shift = c.shift;
+  if (form == Form::kHighWord) {
+    *shift = c.shift - 32;
+    *half = int32_t{1} << (*shift - 1);
+  } else if (form == Form::kPower) {
+    *shift = c.shift - trailing_zeros(c.multiplier);
+    *half = *shift ? (int32_t{1} << (*shift - 1)) - 1 : 0;
+    *multiplier = *shift ? 1 : 0;
+  } else if (form == Form::kDouble) {
+    *shift = c.shift - 31;
+    *half = (int32_t{1} << *shift) >> 1;
+  }
+}
+
+}  // namespace
+
+const char* name_of(Form form) {
+  switch (form) {
+    case Form::kNone:
+      return "accumulators";
+    case Form::kExact:
+      return "64 bits";
+    case Form::kHighWord:
+      return "high word";
+    case Form::kPower:
+      return "power of two";
+    case Form::kDouble:
+      return "double rounding";
+  }
+  return "";
+}
+
+void check_fits(Dtype dtype, int64_t low, int64_t high) {
+  with_type(dtype, [&](auto* type) {
+    using T = Pointee<decltype(type)>;
+    check(low >= std::numeric_limits<T>::min() && high <= std::numeric_limits<T>::max(),
+          "codes do not fit the type of their buffer");
+  });
+}
+
+Requantizer::Requantizer(const Maker& maker, int64_t channels) : channels_(channels) {
+  reserve(maker, 0);
+}
+
+Requantizer::Requantizer(Words& words, const Maker&, int64_t channels, Interval acc)
+    : channels_(channels) {
+  multiplier_ = words.size();
+  shift_ = words.size();
+  input_zero_point_ = words.int32();
+  zero_point_ = words.int32();
+  low_ = words.int32();
+  high_ = words.int32();
+  check(low_ <= high_, "`low` must not be above `high`");
+  rule_ = static_cast<Rule>(words.next(0, 3, "an unknown rule of rounding"));
+  check(acc.low <= acc.high && acc.low >= INT32_MIN && acc.high <= INT32_MAX,
+        "accumulators must fit 32 bits");
+  acc_ = {acc.low - input_zero_point_, acc.high - input_zero_point_};
+}
+
+void Requantizer::check_type(Dtype dtype) const {
+  if (is_none()) {
+    check(dtype == Dtype::kInt32, "accumulators must be written as int32");
+  } else {
+    check_fits(dtype, low_, high_);
+  }
+}
+
+void Requantizer::reserve(const Maker& maker, int64_t width) {
+  width_ = width;
+  place_ = maker.layout.reserve(
+      static_cast<int64_t>(sizeof(PackedRequantizer)) + 12 * width);
+}
+
+void Requantizer::pack(const Constants& constants, uint8_t* packed,
+                       const std::vector<int64_t>& order, bool is_exact) const {
+  auto& head = *reinterpret_cast<PackedRequantizer*>(packed + place_);
+  head = {Form::kNone, rule_,  input_zero_point_, zero_point_, low_, high_,
+          static_cast<int32_t>(width_), channels_ == 1};
+  if (is_none()) return;
+  const int32_t* multiplier = constants.at<int32_t>(multiplier_, channels_);
+  const int32_t* shift = constants.at<int32_t>(shift_, channels_);
+  head.form = Form::kExact;
+  // About the zero point accumulators must fit 32 bits for all but the exact form, and
+  // the steps must leave room for the zero point of codes.
+  const bool is_narrow = acc_.low >= -(int64_t{1} << 30) && acc_.high < (1 << 30) &&
+                         std::abs(static_cast<int64_t>(zero_point_)) < (1 << 30);
+  for (int64_t c = 0; c < channels_; ++c) {
+    check(0 <= shift[c] && shift[c] <= 62, "a shift must lie in 0 to 62");
+  }
+  if (is_narrow && !is_exact) {
+    for (Form form : {Form::kHighWord, Form::kPower, Form::kDouble}) {
+      bool all = true;
+      for (int64_t c = 0; c < channels_ && all; ++c) {
+        all = holds(form, {multiplier[c], shift[c]}, rule_, acc_);
+      }
+      if (all) {
+        head.form = form;
+        break;
+      }
+    }
+  }
+  auto* numbers_at = const_cast<int32_t*>(head.multiplier());
+  for (int64_t i = 0; i < width_; ++i) {
+    const int64_t c = order[static_cast<size_t>(i)];
+    if (c < 0) {  // A place of no channel: any numbers that are no trouble.
+      numbers_at[i] = numbers_at[i + width_] = numbers_at[i + 2 * width_] = 0;
+      continue;
+    }
+    numbers(head.form, {multiplier[c], shift[c]}, numbers_at + i,
+            numbers_at + i + width_, numbers_at + i + 2 * width_);
+  }
+}
+
+}  // namespace qjax

@@ -1,0 +1,451 @@
+// Kernels over a vector type `V`, which one instruction set defines before it includes
+// this file. All is in an unnamed namespace: each set has its own copy.
+//
+//   V::Reg, V::kLanes              int32 lanes, and how many
+//   V::load, store, set, add, minimum, maximum, right (by a register)
+//   V::high_word(acc, m)           (acc * m) >> 32
+//   V::doubled_high(acc, m)        (acc * m + 2^30) >> 31
+//   V::sign(x)                     -1 where x < 0, else 0
+//   V::positive(x)                 -1 where x > 0, else 0
+//   V::both(x, y)                  bits that both have
+//   V::narrow(out, x, n)           stores n lanes as out's type, which holds them
+//   Bytes, Shorts                  Code, Weight, kTaps, broadcast, weights, dot
+//   V::multiply(x, y)              low 32 bits
+//   V::widen(from)                 kLanes bytes, of either sign
+//   V::interleave(a, b)            two taps of 2 * kLanes channels, in two operands
+//   V::narrow_pair(out, low, high) stores what two such operands gave, in order
+//   V::channel_of(place)           channel of a lane of the two
+//   V::kMostAccumulators           registers that a tile may have
+#include "kernels.h"
+#include "rules.h"
+
+#if defined(__clang__)
+#define QJAX_UNROLL _Pragma("unroll")
+#else
+#define QJAX_UNROLL _Pragma("GCC unroll 32")
+#endif
+#define QJAX_INLINE inline __attribute__((always_inline))
+
+namespace qjax {
+namespace {
+
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Numbers of one register's channels.
+struct Numbers {
+  V::Reg multiplier, half, shift;
+};
+
+QJAX_INLINE Numbers numbers_of(const PackedRequantizer& q, int64_t channel) {
+  return {V::load(q.multiplier() + channel), V::load(q.half() + channel),
+          V::load(q.shift() + channel)};
+}
+
+template <Form form>
+QJAX_INLINE V::Reg rounded(V::Reg acc, const Numbers& n) {
+  if constexpr (form == Form::kHighWord) {
+    return V::right(V::add(V::high_word(acc, n.multiplier), n.half), n.shift);
+  } else if constexpr (form == Form::kPower) {
+    // `half` is 2^(s - 1) - 1 and `multiplier` 1; both are 0 where there is no shift.
+    const V::Reg odd = V::both(V::right(acc, n.shift), n.multiplier);
+    return V::right(V::add(V::add(acc, n.half), odd), n.shift);
+  } else {
+    // Halves away from zero; `half` is 0 where there is no shift, and masks the sign.
+    const V::Reg high = V::doubled_high(acc, n.multiplier);
+    const V::Reg down = V::both(V::sign(high), V::positive(n.half));
+    return V::right(V::add(V::add(high, n.half), down), n.shift);
+  }
+}
+
+// What all channels share.
+struct Ends {
+  V::Reg input_zero_point, zero_point, low, high;
+
+  explicit QJAX_INLINE Ends(const PackedRequantizer& q)
+      : input_zero_point(V::set(-q.input_zero_point)),
+        zero_point(V::set(q.zero_point)),
+        low(V::set(q.low)),
+        high(V::set(q.high)) {}
+};
+
+template <Form form>
+QJAX_INLINE V::Reg codes(V::Reg acc, const Numbers& n, const Ends& ends) {
+  const V::Reg steps = rounded<form>(V::add(acc, ends.input_zero_point), n);
+  const V::Reg code = V::add(steps, ends.zero_point);
+  return V::minimum(V::maximum(code, ends.low), ends.high);
+}
+
+// Codes of one accumulator by the reference formula.
+QJAX_INLINE int32_t code_of(int32_t acc, const PackedRequantizer& q, int64_t channel) {
+  const int64_t steps =
+      rescaled(static_cast<int64_t>(acc) - q.input_zero_point,
+               q.multiplier()[channel], q.shift()[channel], q.rule);
+  return coded(steps, q.zero_point, q.low, q.high);
+}
+
+template <class T>
+QJAX_INLINE void scatter(T* out, const int32_t* from, int64_t n, int64_t stride) {
+  for (int64_t i = 0; i < n; ++i) out[i * stride] = static_cast<T>(from[i]);
+}
+
+// Stores one register of accumulators as codes, n of them.
+template <Form form, class T>
+QJAX_INLINE void finish(V::Reg acc, const PackedRequantizer& q, const Ends& ends,
+                        int64_t channel, T* out, int64_t n, int64_t stride) {
+  if constexpr (form == Form::kNone || form == Form::kExact) {
+    alignas(64) int32_t wide[V::kLanes];
+    V::store(wide, acc);
+    if constexpr (form == Form::kExact) {
+      for (int64_t i = 0; i < n; ++i) wide[i] = code_of(wide[i], q, channel + i);
+    }
+    scatter(out, wide, n, stride);
+  } else {
+    const V::Reg code = codes<form>(acc, numbers_of(q, channel), ends);
+    if (stride == 1) {
+      V::narrow(out, code, n);
+    } else {
+      alignas(64) int32_t wide[V::kLanes];
+      V::store(wide, code);
+      scatter(out, wide, n, stride);
+    }
+  }
+}
+
+constexpr int kMostPixels = 16;
+
+// `MR` pixels in a row times `NZ` registers of outputs. `is_direct`: codes of one byte,
+// side by side, by the high word, go from the registers to where they belong. Else
+// accumulators go to `wide`, `kLanes * NZ` a pixel.
+template <class Mode, bool is_direct, int MR, int NZ>
+__attribute__((noinline)) void tile(const Tiles& t, const Ends& ends,
+                                    const typename Mode::Code* codes_from,
+                                    int64_t output, uint8_t* out, int32_t* wide) {
+  using Weight = typename Mode::Weight;
+  const int64_t pixel = t.pixel, panel = t.panel;
+  const Weight* w = static_cast<const Weight*>(t.weights) + output / V::kLanes * panel;
+  typename V::Reg acc[MR][NZ];
+  QJAX_UNROLL for (int z = 0; z < NZ; ++z) {
+    const auto bias = V::load(t.bias + output + z * V::kLanes);
+    QJAX_UNROLL for (int p = 0; p < MR; ++p) acc[p][z] = bias;
+  }
+  for (int64_t r = 0; r < t.n_runs; ++r) {
+    const typename Mode::Code* a = codes_from + t.runs[r];
+    for (int64_t k = 0; k < t.run_steps; ++k) {
+      typename Mode::Operand weights[NZ];
+      QJAX_UNROLL for (int z = 0; z < NZ; ++z) weights[z] = Mode::weights(w + z * panel);
+      QJAX_UNROLL for (int p = 0; p < MR; ++p) {
+        const auto code = Mode::broadcast(a + p * pixel);
+        QJAX_UNROLL for (int z = 0; z < NZ; ++z) {
+          acc[p][z] = Mode::dot(acc[p][z], code, weights[z]);
+        }
+      }
+      a += Mode::kTaps;
+      w += V::kLanes * Mode::kTaps;
+    }
+  }
+  QJAX_UNROLL for (int z = 0; z < NZ; ++z) {
+    const int64_t o = output + z * V::kLanes;
+    if constexpr (is_direct) {
+      const int64_t n = least(V::kLanes, t.outputs - o);
+      const Numbers numbers = numbers_of(*t.requantizer, t.first + o);
+      QJAX_UNROLL for (int p = 0; p < MR; ++p) {
+        const auto code = codes<Form::kHighWord>(acc[p][z], numbers, ends);
+        V::narrow(out + p * t.out_pixel + o, code, n);
+      }
+    } else {
+      QJAX_UNROLL for (int p = 0; p < MR; ++p) {
+        V::store(wide + (p * NZ + z) * V::kLanes, acc[p][z]);
+      }
+    }
+  }
+}
+
+template <class Mode>
+using Tile = void (*)(const Tiles&, const Ends&, const typename Mode::Code*, int64_t,
+                      uint8_t*, int32_t*);
+
+// The tiles with `NZ` registers, by number of pixels.
+template <class Mode, bool is_direct, int NZ>
+QJAX_INLINE Tile<Mode> pick(int64_t pixels) {
+  constexpr int most = V::kMostAccumulators / NZ;
+  switch (pixels <= most ? pixels : 0) {
+#define QJAX_TILE(M) \
+  case M:            \
+    return tile<Mode, is_direct, (M <= most ? M : 1), NZ>;
+    QJAX_TILE(1)
+    QJAX_TILE(2)
+    QJAX_TILE(3)
+    QJAX_TILE(4)
+    QJAX_TILE(6)
+    QJAX_TILE(8)
+    QJAX_TILE(12)
+    QJAX_TILE(16)
+#undef QJAX_TILE
+    default:
+      return nullptr;
+  }
+}
+
+// The number of pixels for a row of `width`: the largest tile that there is, or the
+// next that leaves no rest.
+template <class Mode, bool is_direct, int NZ>
+QJAX_INLINE int64_t pixels_of(int64_t width) {
+  constexpr int64_t limit = V::kMostAccumulators / NZ;
+  int64_t most = least(least(limit, kMostPixels), width);
+  while (!pick<Mode, is_direct, NZ>(most)) --most;
+  for (int64_t n = most; 2 * n > most; --n) {
+    if (width % n == 0 && pick<Mode, is_direct, NZ>(n)) return n;
+  }
+  return most;
+}
+
+// Turns accumulators of a tile into codes.
+using Finish = void (*)(const Tiles&, const Ends&, const int32_t* wide, int64_t pixels,
+                        int64_t registers, int64_t output, void* out, int64_t place);
+
+template <Form form, class T>
+void finish_tile(const Tiles& t, const Ends& ends, const int32_t* wide, int64_t pixels,
+                 int64_t registers, int64_t output, void* out, int64_t place) {
+  for (int64_t p = 0; p < pixels; ++p) {
+    T* to = static_cast<T*>(out) + place + p * t.out_pixel;
+    for (int64_t z = 0; z < registers; ++z, wide += V::kLanes) {
+      const int64_t o = output + z * V::kLanes;
+      finish<form>(V::load(wide), *t.requantizer, ends, t.first + o,
+                   to + o * t.out_channel, least(V::kLanes, t.outputs - o),
+                   t.out_channel);
+    }
+  }
+}
+
+template <class Mode, bool is_direct, int NZ>
+void panels(const Tiles& t, const Ends& ends, int64_t output, Finish finish) {
+  using Code = typename Mode::Code;
+  alignas(64) int32_t wide[V::kMostAccumulators * V::kLanes];
+  const int64_t most = pixels_of<Mode, is_direct, NZ>(t.width);
+  for (int64_t d = 0; d < t.depth; ++d) {
+    for (int64_t h = 0; h < t.height; ++h) {
+      const Code* from = static_cast<const Code*>(t.codes) + d * t.plane + h * t.row;
+      const int64_t place = d * t.out_plane + h * t.out_row;
+      int64_t pixels = most;
+      for (int64_t w = 0; w < t.width; w += pixels) {
+        pixels = least(pixels, t.width - w);
+        Tile<Mode> own = nullptr;
+        while (!(own = pick<Mode, is_direct, NZ>(pixels))) --pixels;
+        const int64_t at = place + w * t.out_pixel;
+        uint8_t* bytes = is_direct ? static_cast<uint8_t*>(t.out) + at : nullptr;
+        own(t, ends, from + w * t.pixel, output, bytes, wide);
+        if constexpr (!is_direct) finish(t, ends, wide, pixels, NZ, output, t.out, at);
+      }
+    }
+  }
+}
+
+template <class Mode, bool is_direct>
+void all_panels(const Tiles& t, Finish finish) {
+  const Ends ends(*t.requantizer);
+  const int64_t registers = (t.outputs + V::kLanes - 1) / V::kLanes;
+  int64_t done = 0;
+  while (done < registers) {
+    const int64_t left = registers - done, output = done * V::kLanes;
+    if (left >= 4 && V::kMostAccumulators >= 24) {
+      panels<Mode, is_direct, 4>(t, ends, output, finish);
+      done += 4;
+    } else if (left >= 2) {
+      panels<Mode, is_direct, 2>(t, ends, output, finish);
+      done += 2;
+    } else {
+      panels<Mode, is_direct, 1>(t, ends, output, finish);
+      done += 1;
+    }
+  }
+}
+
+// Calls `Of<form, T>::run` for a form and a type of codes.
+template <template <Form, class> class Of, class Work, class... Modes>
+void with_form(const Work& work, Modes... modes) {
+#define QJAX_TYPES(F)                                \
+  switch (work.out_dtype) {                          \
+    case 0:                                          \
+      return Of<F, int8_t>::run(work, modes...);     \
+    case 1:                                          \
+      return Of<F, uint8_t>::run(work, modes...);    \
+    case 2:                                          \
+      return Of<F, int16_t>::run(work, modes...);    \
+    case 3:                                          \
+      return Of<F, uint16_t>::run(work, modes...);   \
+    default:                                         \
+      return Of<F, int32_t>::run(work, modes...);    \
+  }
+  switch (work.requantizer->form) {
+    case Form::kNone:
+      return Of<Form::kNone, int32_t>::run(work, modes...);
+    case Form::kExact:
+      QJAX_TYPES(Form::kExact)
+    case Form::kHighWord:
+      QJAX_TYPES(Form::kHighWord)
+    case Form::kPower:
+      QJAX_TYPES(Form::kPower)
+    case Form::kDouble:
+      QJAX_TYPES(Form::kDouble)
+  }
+#undef QJAX_TYPES
+}
+
+template <Form form, class T>
+struct TilesAs {
+  template <class Mode>
+  static void run(const Tiles& t, Mode) {
+    if (form == Form::kHighWord && sizeof(T) == 1 && t.out_channel == 1) {
+      all_panels<Mode, true>(t, nullptr);
+    } else {
+      all_panels<Mode, false>(t, finish_tile<form, T>);
+    }
+  }
+};
+
+// Two registers of accumulators for 2 * kLanes channels, in the order of the lanes.
+template <Form form, class T>
+struct DepthwiseRows {
+  static void run(const Depthwise& d) {
+    const Ends ends(*d.requantizer);
+    constexpr int64_t block = 2 * V::kLanes;
+    for (int64_t c = 0; c < d.channels; c += block) {
+      const int16_t* weights = d.weights + c / block * d.n_pairs * 2 * block;
+      for (int64_t z = 0; z < d.depth; ++z) {
+        for (int64_t y = 0; y < d.height; ++y) {
+          const int16_t* row = d.codes + z * d.plane + y * d.row + c;
+          T* out = static_cast<T*>(d.out) + z * d.out_plane + y * d.out_row +
+                   c * d.out_channel;
+          for (int64_t x = 0; x < d.width; ++x) {
+            place(d, ends, row + x * d.pixel, weights, c, out + x * d.out_pixel);
+          }
+        }
+      }
+    }
+  }
+
+  static QJAX_INLINE void place(const Depthwise& d, const Ends& ends,
+                                const int16_t* codes, const int16_t* weights,
+                                int64_t c, T* out) {
+    V::Reg low = V::load(d.bias + c), high = V::load(d.bias + c + V::kLanes);
+    for (int64_t t = 0; t < d.n_pairs; ++t) {
+      const auto pairs = V::interleave(codes + d.taps[2 * t], codes + d.taps[2 * t + 1]);
+      low = Shorts::dot(low, pairs.low, Shorts::weights(weights));
+      high = Shorts::dot(high, pairs.high, Shorts::weights(weights + 2 * V::kLanes));
+      weights += 4 * V::kLanes;
+    }
+    alignas(64) int32_t wide[2 * V::kLanes];
+    if constexpr (form == Form::kNone || form == Form::kExact) {
+      V::store(wide, low);
+      V::store(wide + V::kLanes, high);
+      if constexpr (form == Form::kExact) {
+        for (int i = 0; i < 2 * V::kLanes; ++i) {
+          wide[i] = code_of(wide[i], *d.requantizer, c + i);
+        }
+      }
+    } else {
+      const PackedRequantizer& q = *d.requantizer;
+      low = qjax::codes<form>(low, numbers_of(q, c), ends);
+      high = qjax::codes<form>(high, numbers_of(q, c + V::kLanes), ends);
+      if (d.out_channel == 1 && c + 2 * V::kLanes <= d.channels) {
+        return V::narrow_pair(out, low, high);
+      }
+      V::store(wide, low);
+      V::store(wide + V::kLanes, high);
+    }
+    for (int i = 0; i < 2 * V::kLanes; ++i) {
+      const int64_t channel = V::channel_of(i);
+      if (c + channel < d.channels) {
+        out[channel * d.out_channel] = static_cast<T>(wide[i]);
+      }
+    }
+  }
+};
+
+template <Form form, class T>
+struct CodeRows {
+  static void run(const Rows& r) {
+    const PackedRequantizer& q = *r.requantizer;
+    const Ends ends(q);
+    T* out = static_cast<T*>(r.out);
+    const int32_t* in = r.in;
+    for (int64_t row = 0; row < r.rows; ++row, in += r.channels, out += r.channels) {
+      int64_t c = 0;
+      for (; c + V::kLanes <= r.channels; c += V::kLanes) {
+        const int64_t place = q.is_single ? 0 : c;
+        finish<form>(V::load(in + c), q, ends, place, out + c, V::kLanes, 1);
+      }
+      if (c < r.channels) {
+        alignas(64) int32_t rest[V::kLanes] = {};
+        for (int64_t i = 0; c + i < r.channels; ++i) rest[i] = in[c + i];
+        const int64_t place = q.is_single ? 0 : c;
+        finish<form>(V::load(rest), q, ends, place, out + c, r.channels - c, 1);
+      }
+    }
+  }
+};
+
+#ifdef QJAX_HAS_BYTES
+void run_bytes(const Tiles& t) { with_form<TilesAs>(t, Bytes()); }
+#endif
+void run_shorts(const Tiles& t) { with_form<TilesAs>(t, Shorts()); }
+void run_depthwise(const Depthwise& d) { with_form<DepthwiseRows>(d); }
+void run_rows(const Rows& r) { with_form<CodeRows>(r); }
+
+template <class A, class B>
+void pair_sum(const PairSum& p) {
+  const auto set = [](int32_t x) { return V::set(x); };
+  const V::Reg lo_a = set(p.lo_a), lo_b = set(p.lo_b), lo_0 = set(p.lo_0);
+  const V::Reg hi_a = set(p.hi_a), hi_b = set(p.hi_b), hi_0 = set(p.hi_0);
+  const V::Reg low = set(p.low), high = set(p.high), shift = set(p.shift);
+  const V::Reg half_word = set(16);
+  const A* a = static_cast<const A*>(p.a);
+  const B* b = static_cast<const B*>(p.b);
+  const auto code = [&](V::Reg x, V::Reg y) {
+    const V::Reg lo = V::add(V::add(V::multiply(x, lo_a), V::multiply(y, lo_b)), lo_0);
+    const V::Reg hi = V::add(V::add(V::multiply(x, hi_a), V::multiply(y, hi_b)), hi_0);
+    const V::Reg steps = V::right(V::add(hi, V::right(lo, half_word)), shift);
+    return V::minimum(V::maximum(steps, low), high);
+  };
+  int64_t i = 0;
+  for (; i + V::kLanes <= p.n; i += V::kLanes) {
+    V::narrow(p.out + i, code(V::widen(a + i), V::widen(b + i)), V::kLanes);
+  }
+  if (i < p.n) {
+    A x[V::kLanes] = {};
+    B y[V::kLanes] = {};
+    for (int64_t k = 0; i + k < p.n; ++k) {
+      x[k] = a[i + k];
+      y[k] = b[i + k];
+    }
+    V::narrow(p.out + i, code(V::widen(x), V::widen(y)), p.n - i);
+  }
+}
+
+void run_pair_sum(const PairSum& p) {
+  if (p.is_a_signed) {
+    return p.is_b_signed ? pair_sum<int8_t, int8_t>(p) : pair_sum<int8_t, uint8_t>(p);
+  }
+  return p.is_b_signed ? pair_sum<uint8_t, int8_t>(p) : pair_sum<uint8_t, uint8_t>(p);
+}
+
+// Wraps in 32 bits, as accumulators do.
+int64_t run_dot(const int16_t* a, const int16_t* b, int64_t n) {
+  constexpr int64_t step = V::kLanes * Shorts::kTaps;
+  V::Reg acc = V::set(0);
+  int64_t k = 0;
+  for (; k + step <= n; k += step) {
+    acc = Shorts::dot(acc, Shorts::weights(a + k), Shorts::weights(b + k));
+  }
+  alignas(64) int32_t lanes[V::kLanes];
+  V::store(lanes, acc);
+  uint32_t total = 0;
+  for (int i = 0; i < V::kLanes; ++i) total += static_cast<uint32_t>(lanes[i]);
+  for (; k < n; ++k) {
+    total += static_cast<uint32_t>(static_cast<int32_t>(a[k]) * b[k]);
+  }
+  return static_cast<int32_t>(total);
+}
+
+}  // namespace
+}  // namespace qjax

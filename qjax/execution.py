@@ -1,0 +1,357 @@
+"""Runs the graph of a program: by native kernels where there are any, else by XLA."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.backends.native.calls import NativeGraph
+from qjax.backends.native.library import Library, find_library, thread_count
+from qjax.backends.native.partition import partition
+from qjax.backends.xla import run as xla
+from qjax.ends import input_codes, real_output
+from qjax.graph.exposure import exposed
+from qjax.graph.graph import Graph, Value
+from qjax.graph.sizes import Shape, value_shapes
+from qjax.tables import html_table, text_table
+
+Backend = Literal["xla", "native"]
+Kind = Literal["codes", "real", "sites"]
+_log = logging.getLogger("qjax")
+
+
+class BackendRow(NamedTuple):
+    """A node and what runs it.
+
+    Attributes:
+      node: The node: ``%4 = conv``.
+      path: Its module path.
+      backend: ``native`` or ``xla``.
+      reason: Why it is XLA; "" for native kernels.
+    """
+
+    node: str
+    path: str
+    backend: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendReport:
+    """Which nodes of a program run where.
+
+    Attributes:
+      rows: The nodes in order.
+      isa: Instruction set of the native kernels, "" without them.
+      reason: Why there are none, or "".
+    """
+
+    rows: tuple[BackendRow, ...]
+    isa: str
+    reason: str
+
+    @property
+    def is_native(self) -> bool:
+        """Returns whether native kernels run every node, in one call."""
+        return bool(self.isa) and all(row.backend == "native" for row in self.rows)
+
+    def __str__(self) -> str:
+        return f"{self._head()}\n{text_table(BackendRow._fields, self.rows)}"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self._head()}</p>{html_table(BackendRow._fields, self.rows)}"
+
+    def _head(self) -> str:
+        if not self.isa:
+            return f"XLA runs all nodes: {self.reason}."
+        count = sum(row.backend == "native" for row in self.rows)
+        return f"Native kernels ({self.isa}) run {count} of {len(self.rows)} nodes."
+
+
+class Mixture:
+    """A graph in pieces, of which native kernels run some.
+
+    Args:
+      graph: The graph.
+      params: Its parameters, concrete.
+      library: The library of native kernels.
+    """
+
+    def __init__(
+        self, graph: Graph, params: Mapping[str, Any], library: Library
+    ) -> None:
+        self.graph = graph
+        arrays = {name: np.asarray(p) for name, p in params.items()}
+        self._arrays = arrays
+        shapes = value_shapes(
+            graph, arrays, [graph.values[v].shape for v in graph.inputs]
+        )
+        self.pieces = partition(graph, arrays, shapes, library.refusal)
+        self.native = {
+            k: NativeGraph(piece.graph, arrays, library)
+            for k, piece in enumerate(self.pieces)
+            if piece.is_native
+        }
+        names = {
+            name
+            for piece in self.pieces
+            if not piece.is_native
+            for _, own in piece.graph.walk()
+            for node in own.nodes
+            for name in node.params.values()
+        }
+        self.params = {name: p for name, p in params.items() if name in names}
+
+    @property
+    def is_whole(self) -> bool:
+        """Returns whether native kernels run all of it in one call."""
+        return len(self.pieces) == 1 and bool(self.native)
+
+    def constants(self, inputs: Sequence[Shape]) -> list[np.ndarray]:
+        """Returns the packed constants of its kernels for shapes of its inputs."""
+        if self.is_whole:
+            return [self.native[0].schedule(inputs).kernel.packed]
+        shapes = value_shapes(self.graph, self._arrays, inputs)
+        return [
+            own.schedule([shapes[v] for v in own.graph.inputs]).kernel.packed
+            for own in self.native.values()
+        ]
+
+    def run(
+        self,
+        params: Mapping[str, jax.Array],
+        constants: Sequence[Any],
+        inputs: Sequence[jax.Array],
+        threads: int,
+    ) -> list[jax.Array]:
+        """Computes the outputs in JAX.
+
+        Args:
+          params: Parameters of the pieces that XLA runs.
+          constants: From `constants`.
+          inputs: Codes in the types of the graph.
+          threads: Threads of native kernels, at most.
+        """
+        env = dict(zip(self.graph.inputs, inputs, strict=True))
+        packed = iter(constants)
+        for k, piece in enumerate(self.pieces):
+            if k not in self.native:
+                xla.run_nodes(piece.graph, params, env)
+                continue
+            given = [env[v] for v in piece.graph.inputs]
+            found = self.native[k].call(next(packed), given, threads)
+            env.update(zip(piece.graph.outputs, found, strict=True))
+        return [env[v] for v in self.graph.outputs]
+
+
+class Execution:
+    """The functions of a program, jitted.
+
+    Args:
+      graph: Graph of the program.
+      params: Its parameters.
+    """
+
+    def __init__(self, graph: Graph, params: Mapping[str, Any]) -> None:
+        self.graph, self.params = graph, params
+        self._mixture = functools.cache(self._make_mixture)
+        self._of_native = functools.cache(self._make_native)
+
+    def run(
+        self, kind: Kind, inputs: Sequence[Any], backend: Backend | None = None
+    ) -> Any:
+        """Computes outputs from flat inputs.
+
+        Args:
+          kind: ``codes``: from codes to codes; ``real``: from real values to real
+            values; ``sites``: from real values to the codes at all quantization points
+            by name, and those of the outputs.
+          inputs: Inputs, flat.
+          backend: ``native`` or ``xla``; None for the best that there is.
+
+        Raises:
+          ValueError: for another backend; for ``native`` without a library, on another
+            platform than the CPU, or with traced parameters.
+        """
+        library = self._library(backend)
+        if library is None:
+            return self._of_xla(kind)(self.params, *inputs)
+        mixture = self._mixture(kind == "sites", library)
+        shapes = [np.shape(x) for x in inputs]
+        # Sizes of an export may be names.
+        is_known = all(isinstance(n, int) for shape in shapes for n in shape)
+        if not mixture.native or not is_known:
+            return self._of_xla(kind)(self.params, *inputs)
+        constants = mixture.constants(shapes)
+        threads = thread_count()
+        function = self._of_native(kind, library, library.isa, threads)
+        return function(mixture.params, constants, *inputs)
+
+    def report(self) -> BackendReport:
+        """Returns which nodes run where, by default."""
+        found = find_library()
+        why = found.reason or self._refusal(found.library)
+        if found.library is None or why:
+            rows = [_row(node, why) for node in self.graph.nodes]
+            return BackendReport(tuple(rows), "", why)
+        pieces = self._mixture(False, found.library).pieces
+        return BackendReport(
+            tuple(
+                _row(node, why)
+                for piece in pieces
+                for node, why in zip(piece.graph.nodes, piece.reasons, strict=True)
+            ),
+            found.library.isa,
+            "",
+        )
+
+    def mixture(self, backend: Backend | None) -> Mixture | None:
+        """Returns the pieces of the graph, or None where XLA runs all of it."""
+        library = self._library(backend)
+        return None if library is None else self._mixture(False, library)
+
+    def _library(self, backend: Backend | None) -> Library | None:
+        """Returns the library if it is to be used; see `run`."""
+        if backend not in (None, *get_args(Backend)):
+            raise ValueError(
+                f"`backend` must be 'native', 'xla' or None, got {backend!r}."
+            )
+        if backend == "xla":
+            return None
+        found = find_library()
+        why = found.reason or self._refusal(found.library)
+        if not why:
+            return found.library
+        if backend == "native":
+            raise ValueError(f"`backend='native'` cannot be: {why}.")
+        if found.library is None and "QJAX_NATIVE=0" not in why:
+            say_once(f"XLA runs integer programs: {why}.")
+        return None
+
+    def _refusal(self, library: Library | None) -> str:
+        """Returns why a library does not run this program, or ""."""
+        if library is None:
+            return ""
+        if jax.default_backend() != "cpu":
+            return f"native kernels run on the CPU, not on {jax.default_backend()}"
+        if any(isinstance(p, jax.core.Tracer) for p in self.params.values()):
+            return "the parameters are traced"
+        if not library.handlers:
+            return "the native library was built without the headers of jaxlib"
+        return ""
+
+    def _make_mixture(self, has_sites: bool, library: Library) -> Mixture:
+        graph = self._exposed[0] if has_sites else self.graph
+        return Mixture(graph, self.params, library)
+
+    @functools.cached_property
+    def _exposed(self) -> tuple[Graph, dict[str, int]]:
+        """Returns the graph with all sites after its outputs, and their names."""
+        graph, sites = exposed(self.graph)
+        outputs = *graph.outputs, *sites.values()
+        return dataclasses.replace(graph, outputs=outputs, sites={}), sites
+
+    # Jitted functions.
+
+    def _of_xla(self, kind: Kind) -> Callable[..., Any]:
+        return {"codes": self.codes, "real": self._real, "sites": self._sites}[kind]
+
+    def _make_native(
+        self, kind: Kind, library: Library, isa: str, threads: int
+    ) -> Callable[..., Any]:
+        mixture = self._mixture(kind == "sites", library)
+
+        def codes(params: Any, constants: Any, *inputs: jax.Array) -> Any:
+            return mixture.run(params, constants, inputs, threads)
+
+        def real(params: Any, constants: Any, *inputs: jax.Array) -> Any:
+            found = codes(params, constants, *self.quantize(inputs))
+            return self.dequantize(found)
+
+        def sites(params: Any, constants: Any, *inputs: jax.Array) -> Any:
+            found = codes(params, constants, *self.quantize(inputs))
+            count, names = len(self.graph.outputs), self._exposed[1]
+            return dict(zip(names, found[count:], strict=True)), found[:count]
+
+        return jax.jit({"codes": codes, "real": real, "sites": sites}[kind])
+
+    @functools.cached_property
+    def codes(self) -> Callable[..., list[jax.Array]]:
+        """Returns the program on XLA, ``(params, *codes) -> codes``, jitted."""
+
+        def codes(params: Mapping[str, jax.Array], *inputs: jax.Array) -> Any:
+            values = xla.run(self.graph, params, inputs)
+            return [values[v] for v in self.graph.outputs]
+
+        return jax.jit(codes)
+
+    def float_values(self) -> list[str]:
+        """Returns the types of floating-point values in `codes`: none."""
+        shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in self.inputs]
+        closed = jax.make_jaxpr(self.codes)(self.params, *shapes)
+        return sorted(set(_float_types(closed.jaxpr)))
+
+    @functools.cached_property
+    def _sites(self) -> Callable[..., Any]:
+        def sites(params: Mapping[str, jax.Array], *inputs: jax.Array) -> Any:
+            found: dict[str, jax.Array] = {}
+            values = xla.run(self.graph, params, self.quantize(inputs), found)
+            return found, [values[v] for v in self.graph.outputs]
+
+        return jax.jit(sites)
+
+    @functools.cached_property
+    def _real(self) -> Callable[..., list[jax.Array]]:
+        def real(params: Mapping[str, jax.Array], *inputs: jax.Array) -> Any:
+            return self.dequantize(self.codes(params, *self.quantize(inputs)))
+
+        return jax.jit(real)
+
+    @functools.cached_property
+    def jitted_quantize(self) -> Callable[..., list[jax.Array]]:
+        """Returns `quantize`, jitted."""
+        return jax.jit(self.quantize)
+
+    # The ends.
+
+    @property
+    def inputs(self) -> list[Value]:
+        """Returns the inputs of the graph."""
+        return [self.graph.values[v] for v in self.graph.inputs]
+
+    def quantize(self, inputs: Sequence[Any]) -> list[jax.Array]:
+        """Computes the codes of real inputs."""
+        return [input_codes(x, v) for x, v in zip(inputs, self.inputs, strict=True)]
+
+    def dequantize(self, outputs: Sequence[jax.Array]) -> list[jax.Array]:
+        """Computes the real values of output codes."""
+        values = [self.graph.values[v] for v in self.graph.outputs]
+        return [real_output(q, v) for q, v in zip(outputs, values, strict=True)]
+
+
+def _float_types(jaxpr: Any) -> list[str]:
+    found = []
+    atoms = [*jaxpr.constvars, *jaxpr.invars, *jaxpr.outvars]
+    for eqn in jaxpr.eqns:
+        atoms += [*eqn.invars, *eqn.outvars]
+        for inner in jex.jaxprs_in_params(eqn.params):
+            found += _float_types(getattr(inner, "jaxpr", inner))
+    inexact = (a for a in atoms if jnp.issubdtype(a.aval.dtype, jnp.inexact))
+    return [*found, *(str(a.aval) for a in inexact)]
+
+
+def _row(node: Any, why: str) -> BackendRow:
+    called = f"%{node.output} = {node.operation}"
+    return BackendRow(called, node.path, "xla" if why else "native", why)
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """Logs a warning the first time."""
+    _log.warning(message)

@@ -1,0 +1,319 @@
+"""Native kernels: programs under JAX and on the direct road, with and without them."""
+
+import dataclasses
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import qjax
+from qjax.backends.native import library
+from qjax.backends.native.calls import NativeGraph
+from qjax.backends.native.library import NativeKernel, find_library, thread_count
+from qjax.backends.native.plan import NATIVE, make_plan
+from qjax.formats.stablehlo import write_stablehlo
+from qjax.graph import reference
+from qjax.graph.operations import OPERATIONS
+from tests.models import images, linen_example
+from tests.native_plans import STEPS, interpret
+
+NO_LIBRARY = find_library().library is None
+pytestmark = [
+    pytest.mark.usefixtures("flax_promotion"),
+    pytest.mark.skipif(NO_LIBRARY, reason=find_library().reason),
+]
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        y = nn.relu(nn.Conv(6, (3, 3), strides=2)(x))
+        y = y + nn.Conv(6, (3, 3), feature_group_count=6)(y)
+        y = nn.max_pool(nn.gelu(y), (2, 2), (1, 1), "SAME")
+        return nn.Dense(5)(y.mean((1, 2)))
+
+
+def lower(model, x):
+    fn, params, x = linen_example(model, x)
+    qmodel = qjax.quantize_model(fn, params, x)
+    qstate = qjax.calibrate(qmodel, params, [x])
+    return qjax.lower(qmodel, params, qstate, x)
+
+
+@pytest.fixture(scope="module")
+def program():
+    with jax.numpy_dtype_promotion("standard"):
+        return lower(Net(), images(4, 7, 6, 3))
+
+
+@pytest.fixture(scope="module")
+def partly():
+    """A sort, which native kernels lack, between two products."""
+    with jax.numpy_dtype_promotion("standard"):
+        order = lambda x: jnp.sort(x, -1)
+        return lower(nn.Sequential([nn.Dense(8), order, nn.Dense(3)]), images(4, 5))
+
+
+def codes_of(program, size, seed=0):
+    value = program.graph.values[program.graph.inputs[0]]
+    draw = np.random.default_rng(seed)
+    shape = (size, *value.shape[1:])
+    return draw.integers(value.low, value.high + 1, size=shape).astype(value.dtype)
+
+
+def oracle(program, *codes):
+    values = reference.run(program.graph, program.params, codes)
+    return values[program.graph.outputs[0]]
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 32, 257])
+def test_each_batch_size_has_the_codes_of_the_oracle(program, size):
+    x = codes_of(program, size)
+    wanted = oracle(program, x)
+    run = program.compile(size)
+    assert run.backend == "native"
+    np.testing.assert_array_equal(run(x), wanted)
+    np.testing.assert_array_equal(program.codes(x), wanted)
+    np.testing.assert_array_equal(program.codes(x, backend="xla"), wanted)
+
+
+def test_the_report_says_what_runs_where(program, partly):
+    report = program.backend_report()
+    assert report.is_native and len(report.rows) == len(program.graph.nodes)
+    assert report.isa in library.SETS and report.isa in str(report)
+    found = partly.backend_report()
+    assert not found.is_native and "sort" in found._repr_html_()
+    others = [row for row in found.rows if row.backend == "xla"]
+    assert 0 < len(others) < len(found.rows) and all(row.reason for row in others)
+
+
+def test_a_graph_in_pieces_is_the_oracle(partly):
+    x = codes_of(partly, 6)
+    wanted = oracle(partly, x)
+    np.testing.assert_array_equal(partly.codes(x), wanted)
+    np.testing.assert_array_equal(jax.jit(partly.codes)(x), wanted)
+    run = partly.compile(6)
+    assert run.backend == "xla"
+    np.testing.assert_array_equal(run(x), wanted)
+
+
+def test_quantization_points_are_those_of_xla(program):
+    x = images(3, 7, 6, 3, seed=5)
+    ours, outputs = program.run_sites(x)
+    theirs, wanted = program.run_sites(x, backend="xla")
+    assert list(ours) == list(theirs) and set(ours) == set(program.site_names)
+    jax.tree.map(np.testing.assert_array_equal, (ours, outputs), (theirs, wanted))
+    np.testing.assert_array_equal(program(x), program(x, backend="xla"))
+
+
+def test_under_jit_the_program_is_one_call(program):
+    x = codes_of(program, 4)
+    text = jax.jit(program.codes).lower(x).as_text()
+    assert text.count("custom_call @qjax_native") == 1
+    own = jax.jit(lambda x: program.codes(x, backend="xla")).lower(x).as_text()
+    assert "qjax_native" not in own
+    wanted = oracle(program, x)
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(jax.jit(program.codes)(x), wanted)
+    step = lambda carry, x: (carry, program.codes(x))
+    found = jax.lax.scan(step, 0, x.reshape(2, 2, *x.shape[1:]))[1]
+    np.testing.assert_array_equal(found.reshape(wanted.shape), wanted)
+
+
+def test_vmap_joins_examples_and_maps_what_cannot_be_joined(program, partly):
+    x = codes_of(program, 8)
+    wanted = oracle(program, x)
+    calls = x.reshape(2, 2, 2, *x.shape[1:])
+    mapped = jax.vmap(jax.vmap(program.codes))
+    np.testing.assert_array_equal(mapped(calls).reshape(wanted.shape), wanted)
+    assert "while" not in jax.jit(mapped).lower(calls).as_text()
+    same = jax.vmap(lambda _: program.codes(x))(jnp.arange(2))
+    np.testing.assert_array_equal(same, np.stack([wanted, wanted]))
+    y = codes_of(partly, 6)
+    found = jax.vmap(partly.codes)(y.reshape(3, 2, -1))
+    np.testing.assert_array_equal(found.reshape(6, -1), oracle(partly, y))
+
+
+def test_examples_that_meet_are_mapped_one_by_one():
+    fn = lambda x: x - jnp.flip(x, 0)
+    x = images(4, 5)
+    program = lower_function(fn, x)
+    codes = np.stack([np.asarray(program.quantize_inputs(x)[0])] * 3)
+    codes[1] = codes[1, ::-1]
+    found = jax.vmap(program.codes)(codes)
+    for own, wanted in zip(found, codes, strict=True):
+        np.testing.assert_array_equal(own, oracle(program, wanted))
+
+
+def lower_function(fn, x):
+    qmodel = qjax.quantize_model(lambda params, x: fn(x), {}, x)
+    return qjax.lower(qmodel, {}, qjax.calibrate(qmodel, {}, [x]), x)
+
+
+def test_threads_call_one_program_at_once(program):
+    sizes = 1, 2, 3
+    codes = [codes_of(program, n, seed=n) for n in sizes]
+    wanted = [oracle(program, x) for x in codes]
+    runs, wrong = [program.compile(n, threads=2) for n in sizes], []
+
+    def work(k):
+        for _ in range(20):
+            for found in (runs[k](codes[k]), program.codes(codes[k])):
+                if not np.array_equal(found, wanted[k]):
+                    wrong.append(k)
+
+    threads = [threading.Thread(target=work, args=(k % 3,)) for k in range(6)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_an_input_that_is_an_output_is_not_overwritten():
+    program = lower_function(lambda x: (x, jnp.flip(x, -1), x), images(2, 3))
+    x = codes_of(program, 2)
+    kept = x.copy()
+    first, second, third = program.compile(2)(x)
+    first[...] = 0
+    np.testing.assert_array_equal(x, kept)
+    np.testing.assert_array_equal(third, kept)
+    np.testing.assert_array_equal(second, kept[:, ::-1])
+    donated = jax.jit(program.codes, donate_argnums=0)(jnp.asarray(x))
+    jax.tree.map(np.testing.assert_array_equal, donated, (kept, kept[:, ::-1], kept))
+
+
+def test_exports_take_xla(program):
+    pytest.importorskip("flatbuffers")
+    assert b"qjax_native" not in write_stablehlo(program)
+
+
+def test_other_params_take_xla(program):
+    x = codes_of(program, 2)
+    params = {name: jnp.asarray(p) for name, p in program.params.items()}
+    run = lambda params, x: dataclasses.replace(program, params=params).codes(x)
+    assert "qjax_native" not in jax.jit(run).lower(params, x).as_text()
+    np.testing.assert_array_equal(jax.jit(run)(params, x), oracle(program, x))
+    changed = {k: np.asarray(p) for k, p in params.items()}
+    name = next(name for name in changed if name.endswith("kernel"))
+    changed[name] = changed[name][::-1].copy()
+    other = dataclasses.replace(program, params=changed)
+    np.testing.assert_array_equal(other.codes(x), oracle(other, x))
+    assert not np.array_equal(other.codes(x), program.codes(x))
+
+
+def test_without_the_library_xla_runs(program, monkeypatch, caplog, tmp_path):
+    x = codes_of(program, 2)
+    monkeypatch.setenv("QJAX_NATIVE", "0")
+    np.testing.assert_array_equal(program.codes(x), oracle(program, x))
+    assert "QJAX_NATIVE=0" in str(program.backend_report()) and not caplog.records
+    with pytest.raises(ValueError, match="QJAX_NATIVE=0 turns native kernels off"):
+        program.codes(x, backend="native")
+    monkeypatch.delenv("QJAX_NATIVE")
+    monkeypatch.setattr(library, "PATH", tmp_path / "none.so")
+    for _ in range(2):
+        np.testing.assert_array_equal(program.codes(x), oracle(program, x))
+    assert len(caplog.records) == 1 and "was not built" in caplog.text
+    (tmp_path / "none.so").write_bytes(b"no library")
+    library.load_library.cache_clear()
+    assert "cannot be loaded" in program.backend_report().reason
+    assert program.compile(2).backend == "xla"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("QJAX_NATIVE", "yes", "QJAX_NATIVE must be 0 or 1, got 'yes'"),
+        ("QJAX_NUM_THREADS", "0", "QJAX_NUM_THREADS must be 1 or more, got '0'"),
+    ],
+)
+def test_variables_are_checked(program, monkeypatch, name, value, words):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=words):
+        program.codes(codes_of(program, 1))
+
+
+def test_bad_calls_say_what_was_wanted(program):
+    x = codes_of(program, 2)
+    for backend in ("gpu", 1):
+        with pytest.raises(ValueError, match="`backend` must be 'native', 'xla'"):
+            program.codes(x, backend=backend)
+    run = program.compile(2)
+    with pytest.raises(ValueError, match=r"must have shape \(2, 7, 6, 3\), got"):
+        run(x[:1])
+    with pytest.raises(TypeError, match="must be a NumPy array of int8, got float32"):
+        run(x.astype(np.float32))
+    with pytest.raises(ValueError, match="inputs nested as"):
+        run(x, x)
+    with pytest.raises(ValueError, match="`threads` must be 1 or more"):
+        program.compile(2, threads=0)
+    with pytest.raises(ValueError, match="`batch_size` must be 0 or more"):
+        program.compile(-1)
+    strided = np.repeat(x, 2, axis=-1)[..., ::2]
+    np.testing.assert_array_equal(run(strided), oracle(program, x))
+
+
+def test_plans_that_fit_no_graph_are_refused(program):
+    own = find_library().library
+    params = {name: np.asarray(p) for name, p in program.params.items()}
+    plan = make_plan(program.graph, params, [(2, 7, 6, 3)])
+    for k in range(7):
+        words = plan.words.copy()
+        words[k] = -(1 << 40)
+        with pytest.raises(RuntimeError, match="refuse"):
+            NativeKernel(own, plan._replace(words=words))
+    for words in (plan.words[:-1], plan.words[:3], plan.words[:0]):
+        with pytest.raises(RuntimeError, match="refuse"):
+            NativeKernel(own, plan._replace(words=words))
+    with pytest.raises(RuntimeError, match="refuse"):
+        NativeKernel(own, plan._replace(constants=plan.constants[:64]))
+
+
+def test_no_word_of_a_plan_leads_out_of_its_memory(program):
+    """A changed word is refused, or is a number of the arithmetic alone."""
+    own = find_library().library
+    params = {name: np.asarray(p) for name, p in program.params.items()}
+    plan = make_plan(program.graph, params, [(2, 7, 6, 3)])
+    x, refused = codes_of(program, 2), 0
+    for k in np.random.default_rng(0).integers(7, len(plan.words), 60):
+        for number in (-(1 << 40), -1, 1 << 40, int(plan.words[k]) + 1):
+            words = plan.words.copy()
+            words[k] = number
+            try:
+                NativeKernel(own, plan._replace(words=words)).run([x], 1)
+            except RuntimeError:
+                refused += 1
+    assert refused > 60
+
+
+def test_kernels_of_few_shapes_are_kept(program):
+    own = NativeGraph(program.graph, program.params, find_library().library)
+    first = own.schedule([(1, 7, 6, 3)])
+    assert own.schedule([(1, 7, 6, 3)]) is first and first.times == 1
+    for size in range(2, 20):
+        found = own.schedule([(size, 7, 6, 3)])
+        assert found.kernel is first.kernel and found.times == size
+    assert own.schedule([(1, 7, 6, 3)]) is not first
+
+
+def test_every_operation_is_native_or_known_not_to_be():
+    """What XLA alone runs is a list here, so that it cannot grow unseen."""
+    others = set(OPERATIONS) - set(NATIVE)
+    gathers = "gather scatter scatter_add scatter_max scatter_min sort argsort"
+    tflite = "tflite_resize tflite_softmax16"
+    assert others <= {*gathers.split(), *tflite.split()}, others
+    assert len(STEPS) == 26
+
+
+def test_a_plan_is_what_its_interpreter_computes(program):
+    params = {name: np.asarray(p) for name, p in program.params.items()}
+    x = codes_of(program, 3)
+    plan = make_plan(program.graph, params, [x.shape])
+    wanted = oracle(program, x)
+    np.testing.assert_array_equal(interpret(plan, [x])[0], wanted)
+    kernel = NativeKernel(find_library().library, plan)
+    np.testing.assert_array_equal(kernel.run([x], thread_count())[0], wanted)
+    assert len(kernel.explain()) == plan.words[5]
