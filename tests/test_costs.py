@@ -493,6 +493,33 @@ def test_products_with_quantizers_of_their_own_are_refused():
         qmodel.layers()
 
 
+def test_a_program_stores_what_its_layers_do():
+    fn = lambda p, x: jax.nn.relu(x @ p["a"] + p["b"]) @ p["c"]
+    x = np.ones((2, 4), np.float32)
+    params = {"a": _normal(4, 5), "b": _normal(1, 5), "c": _normal(5, 3)}
+    scheme = Scheme(QSpec(8), QSpec(8, symmetric=True))
+    qmodel = qjax.quantize_model(fn, params, x, scheme=scheme)
+    program = qjax.lower(qmodel, params, qjax.calibrate(qmodel, params, [x]), x)
+    layers = program.layers()
+    assert all(layer.weight_bits in (None, 8) for layer in layers)
+    assert costs.total(layers, costs.weight_bytes) == program.nbytes
+
+
+def test_rows_of_a_table_are_weights_at_their_bits():
+    fn = lambda p, tokens: p["rows"][tokens] @ p["kernel"]
+    params = {"rows": _normal(7, 4), "kernel": _normal(4, 3)}
+    tokens = np.array([[1, 2, 6]])
+    scheme = Scheme(QSpec(4, narrow_range=True), QSpec(8))
+    qmodel = qjax.quantize_model(fn, params, tokens, scheme=scheme)
+    qstate = qjax.calibrate(qmodel, params, [tokens])
+    program = qjax.lower(qmodel, params, qstate, tokens)
+    for layers in (qmodel.layers(), program.layers()):
+        rows = next(layer for layer in layers if layer.work.weight == "rows")
+        assert (rows.weights, rows.weight_bits, rows.products) == (28, 4, 0)
+        own = costs.weight_bytes(rows) - rows.work.other_bytes
+        assert own == 14 and costs.effective_bit_operations(rows) == 0
+
+
 def test_a_table_of_layers_prints_their_bits(qmodel, program):
     for layers in (qmodel.layers(), program.layers()):
         for layer in layers:

@@ -45,7 +45,8 @@ def layers_of(
     Returns:
       The table, in the order of computation, a layer with the rescaling and the
       function that follow its sums. Weights have the bits that their codes need,
-      accumulators those of the certificate.
+      accumulators those of the certificate. Constants that belong to no layer are not
+      in it; `IntegerProgram.nbytes` counts all.
 
     Raises:
       ValueError: for a number of examples below 1.
@@ -245,7 +246,7 @@ class _GraphLayers:
             bias_bits=32 if work.bias else None,
             accumulator_bits=sums,
             sign_bits=tuple(x.is_signed for x in operands),
-            weight_spans=self._spans(node) if "kernel" in node.params else None,
+            weight_spans=self._spans(node) if work.weight and products else None,
         )
 
     def _operand(self, v: int) -> Operand:
@@ -302,19 +303,16 @@ class _GraphLayers:
 
     def _params_of(self, node: Node) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        role = next((r for r in ("kernel", "table") if r in node.params), None)
-        if role == "kernel" or node.operation == "embed":
-            assert role is not None
-            array = self.arrays[node.params[role]]
-            found["weight"] = node.params[role]
+        if "kernel" in node.params:
+            array = self.arrays[node.params["kernel"]]
+            found["weight"] = node.params["kernel"]
             found |= {"weight_shape": array.shape, "weights": array.size}
-        if "bias" in node.params and self.arrays[node.params["bias"]].any():
+        if "bias" in node.params:
             bias = node.params["bias"]
             found |= {"bias": bias, "biases": self.arrays[bias].size}
         return found
 
     def _codes(self, node: Node, role: str) -> WordBits | None:
-        role = "table" if node.operation == "embed" else role
         if role not in node.params:
             return None
         codes = self.arrays[node.params[role]]
@@ -325,10 +323,8 @@ class _GraphLayers:
         total, v = 0, last
         while True:
             node = self.makers[v]
-            held = {"kernel", "bias"} | (
-                {"table"} if node.operation == "embed" else set()
-            )
-            names = (name for role, name in node.params.items() if role not in held)
+            roles = node.params.items()
+            names = (name for role, name in roles if role not in ("kernel", "bias"))
             total += sum(nbytes(self.arrays[name]) for name in names)
             if v == first or first in node.outputs:
                 return total
