@@ -118,8 +118,7 @@ class IntegerForward(ForwardTargets):
         self._sources: dict[int, jax.Array] = {}  # As its thresholds take them.
         self._data = set(self._traced.inputs)
         self._of_codes: set[int] = set()  # Functions of what lies on grids.
-        self._ends = {b.value: b for b in self._plan.blocks}
-        self._functions = {}
+        self._ends, self._functions = {b.value: b for b in self._plan.blocks}, {}
 
     # Sites.
 

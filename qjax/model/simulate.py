@@ -114,15 +114,10 @@ class Simulation(LoopRuns):
         return {v: jnp.asarray(self._env[v]) for v in closed}
 
     def _take(self, given: Mapping[int, Any]) -> None:
-        """Takes parameters and inputs, and visits those that are sites.
-
-        All of them before any site: the least scale of a weight reads its bias.
-        """
-        for v, x in given.items():
-            self._env[v] = self._typed(v, x)
-            if v not in self._model.constants:
-                self._raw[v] = self._env[v]
-        for v in given:
+        """Takes parameters and inputs, and visits those that are sites."""
+        self._env |= {v: self._typed(v, x) for v, x in given.items()}
+        self._raw |= {v: self._env[v] for v in given if v not in self._model.constants}
+        for v in given:  # The least scale of a weight reads its bias.
             self._visit(v)
 
     def _walk(self, equations: Sequence[Equation]) -> None:
