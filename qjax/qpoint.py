@@ -88,30 +88,34 @@ def _to_int32(x: jax.Array) -> jax.Array:
 
 
 # The tag: operands x, scale, zero_point, qmin, qmax; parameters site and rounding, and
-# whether float arithmetic gives the values of the codes: a faster way to the same.
+# whether float arithmetic gives the values of the codes, a faster way to the same, and
+# whether that is so as far as it holds a zero point that is traced.
 qpoint_p = Primitive("qpoint")
 
 
-def _qpoint(x, scale, zero_point, qmin, qmax, *, site, rounding, in_float=False):
+def _qpoint(
+    x, scale, zero_point, qmin, qmax, *, site, rounding, in_float=False, is_traced=False
+):
+    if is_traced:
+        steps = _whole_steps(rounding(_steps(x, scale)), zero_point, qmin, qmax)
+        return (steps * scale).astype(x.dtype)  # NaN passes all of it.
     if in_float:
         low, high = _relative_ends(scale, zero_point, qmin, qmax)
         steps = _clamp(low, rounding(_steps(x, scale)), high)
         zeros = lax.full_like(steps, 0)  # Codes know no -0.
         steps = lax.select(steps == zeros, zeros, steps)
         return (steps * scale).astype(x.dtype)  # NaN passes all of it.
-    if scale.dtype == jnp.float32:
-        steps = rounding(_steps(x, scale))
-        return (_whole_sums(steps, zero_point, qmin, qmax) * scale).astype(x.dtype)
     codes = grid_codes(x, scale, zero_point, qmin, qmax, rounding=rounding)
     value = grid_values(codes, scale, zero_point).astype(x.dtype)
     return select(jnp.isnan(x), x, value)
 
 
-def _whole_sums(steps, zero_point, qmin, qmax):
-    """Computes ``float(code) - float(zero_point)`` of traced words from whole steps.
+def _whole_steps(steps, zero_point, qmin, qmax):
+    """Computes ``float(code) - float(zero_point)`` from whole steps of any size.
 
-    The sum of steps and zero point is rounded to float32 once, as the conversion of a
-    code is: where float32 holds the zero point, both are the same for any word.
+    The sum of steps and zero point is rounded once, as the conversion of a code is:
+    where the float type holds the zero point, both are the same for any word. It also
+    takes -0, which codes do not know, to 0, unless zero is known: XLA leaves it out.
     """
     zero = zero_point.astype(steps.dtype)
     low, high = (
@@ -144,6 +148,7 @@ class _Form(NamedTuple):
 
     in_float: bool  # The type of the scale holds each code minus zero point.
     is_short: bool  # The word has at most 16 bits.
+    is_traced: bool = False  # Neither is known, and the scale is float32.
 
 
 def _is_zero(zero_point: Any) -> bool:
@@ -157,7 +162,8 @@ def _form(scale: Any, zero_point: Any, qmin: Any, qmax: Any) -> _Form:
     is_known = isinstance(qmin, np.integer) and isinstance(qmax, np.integer)
     is_short = is_single and is_known and bool(-(2**16) <= qmin and qmax <= 2**16)
     in_float = is_short or (is_single and _is_zero(zero_point))
-    return _Form(in_float, is_short)
+    is_open = not isinstance(qmin, np.integer) and not isinstance(qmax, np.integer)
+    return _Form(in_float, is_short, is_single and is_open and not in_float)
 
 
 def _qpoint_batch(operands, dims, **names):
@@ -193,17 +199,15 @@ def _masked(mask, x):
     return lax.select(mask, x, lax.full_like(x, 0))
 
 
-def _qpoint_jvp(primals, tangents, *, site, rounding, in_float=False):
-    names = {"site": site, "rounding": rounding, "in_float": in_float}
-    out = qpoint_p.bind(*primals, **names)
+def _qpoint_jvp(primals, tangents, *, rounding, **names):
+    out = qpoint_p.bind(*primals, rounding=rounding, **names)
     x_dot = ad.instantiate_zeros(tangents[0])
     return out, _masked(_inside(rounding, primals), x_dot)
 
 
-qpoint_p.def_impl(jax.jit(_qpoint, static_argnames=("site", "rounding", "in_float")))
-qpoint_p.def_abstract_eval(
-    lambda x, *_, site, rounding, in_float=False: x.update(weak_type=False)
-)
+_NAMES = ("site", "rounding", "in_float", "is_traced")
+qpoint_p.def_impl(jax.jit(_qpoint, static_argnames=_NAMES))
+qpoint_p.def_abstract_eval(lambda x, *_, **names: x.update(weak_type=False))
 mlir.register_lowering(qpoint_p, mlir.lower_fun(_qpoint, multiple_results=False))
 batching.primitive_batchers[qpoint_p] = _qpoint_batch
 ad.primitive_jvps[qpoint_p] = _qpoint_jvp
@@ -240,7 +244,7 @@ def bind_point(
 
 def _point(form, site, rounding, *operands):
     names = {"site": site, "rounding": rounding, "in_float": form.in_float}
-    return qpoint_p.bind(*operands, **names)
+    return qpoint_p.bind(*operands, **names, is_traced=form.is_traced)
 
 
 def _rounded(keep, form, site, rounding, *operands):

@@ -84,9 +84,9 @@ def test_any_word_about_zero_has_the_same_values_in_float():
 def test_traced_words_have_the_values_of_their_codes(rounding):
     @jax.jit
     def both(x, scale, zero_point, qmin, qmax):
-        params, ends = (scale, zero_point), (qmin, qmax)
-        ints, _ = _both(x, params, ends, rounding)
-        return ints, qpoint_p.bind(x, *params, *ends, site="", rounding=rounding)
+        names = {"site": "", "rounding": rounding, "is_traced": True}
+        ints, _ = _both(x, (scale, zero_point), (qmin, qmax), rounding)
+        return ints, qpoint_p.bind(x, scale, zero_point, qmin, qmax, **names)
 
     for bits in (1, 2, 8, 16, 17, 23, 24, 25, 26, 29, 31, 32):
         for low in (-(2 ** (bits - 1)), 0):
@@ -115,13 +115,15 @@ def test_only_what_is_known_is_computed_in_float():
     short = np.int32(-128), np.int32(127)
     wide = np.int32(-(2**31)), np.int32(2**31 - 1)
     traced = jnp.int32(-128), jnp.int32(127)
-    assert _form(scale, zero, *short) == (True, True)
-    assert _form(scale, zero, *wide) == (False, False)
-    assert _form(scale, zero, *traced) == (False, False)
-    assert _form(scale, known_zeros(), *traced) == (True, False)
-    assert _form(scale, known_zeros() + 1, *wide) == (False, False)
+    assert _form(scale, zero, *short) == (True, True, False)
+    assert _form(scale, zero, *wide) == (False, False, False)
+    assert _form(scale, zero, *traced) == (False, False, True)
+    assert _form(scale, known_zeros(), *traced) == (True, False, False)
+    assert _form(scale, known_zeros() + 1, *wide) == (False, False, False)
     # Half precision does not hold the codes of all short words.
-    assert _form(scale.astype(jnp.bfloat16), zero, *short) == (False, False)
+    half = scale.astype(jnp.bfloat16)
+    assert _form(half, zero, *short) == (False, False, False)
+    assert _form(half, zero, *traced) == (False, False, False)
 
 
 def test_the_jaxpr_names_the_arithmetic_and_the_site():

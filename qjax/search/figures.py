@@ -9,6 +9,7 @@ from qjax.search.results import Results, pareto
 
 _GREY, _ACCENT, _INK = "#9aa5b1", "#c2410c", "#1f2933"
 _MOST_AXES = 6  # Whose bits are written.
+_LONG = 18  # Letters of the name of an axis, at most.
 _WIDE, _TALL = 8.0, 13.0  # Of a digit and a line, pixels.
 
 
@@ -147,14 +148,15 @@ def _dress(
         own = np.asarray(results[name])[is_finite]
         if own.min() > 0 and own.max() > 50 * own.min():
             scale("log")
-    axes.margins(0.07, 0.09)
+    axes.margins(0.1, 0.1)
     axes.grid(True, color="#e4e7eb", linewidth=0.8, zorder=0)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     legend = axes.legend(frameon=False, fontsize=8, loc="best")
     if labels := _shown_axes(results, names):
-        legend.set_title(f"labels: bits of {' / '.join(labels)}", prop={"size": 8})
+        short = [n if len(n) <= _LONG else f"{n[: _LONG - 3]}..." for n in labels]
+        legend.set_title(f"labels: bits of {' / '.join(short)}", prop={"size": 8})
     if lost := int((~is_finite).sum()):
         axes.annotate(
             f"{lost} without a number",
