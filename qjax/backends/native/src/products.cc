@@ -217,7 +217,7 @@ void pack_panels(const T* kernel, int64_t outputs, int64_t runs, int64_t run_len
         for (int64_t l = 0; l < lanes && p * lanes + l < outputs; ++l) {
           const int64_t place =
               p * panel + ((r * steps + k / unit) * lanes + l) * unit + k % unit;
-          const int64_t value = static_cast<int64_t>(row[p * lanes + l]) << left;
+          const int64_t value = row[p * lanes + l] * (int64_t{1} << left);
           if (is_bytes) {
             static_cast<int8_t*>(to)[place] = static_cast<int8_t>(value);
           } else {
@@ -238,7 +238,7 @@ void Product::pack(const Constants& constants, uint8_t* packed) const {
   const auto pack_kernel = [&](const auto* kernel) {
     if (left_) {
       for (int64_t i = 0; i < groups_ * terms * outputs_; ++i) {
-        const int64_t shifted = static_cast<int64_t>(kernel[i]) << left_;
+        const int64_t shifted = kernel[i] * (int64_t{1} << left_);
         check(shifted >= -32768 && shifted <= 32767,
               "a kernel with its left shift must fit 16 bits");
       }

@@ -62,7 +62,8 @@ struct Ends {
   V::Reg input_zero_point, zero_point, low, high;
 
   explicit QJAX_INLINE Ends(const PackedRequantizer& q)
-      : input_zero_point(V::set(-q.input_zero_point)),
+      : input_zero_point(V::set(static_cast<int32_t>(
+            0u - static_cast<uint32_t>(q.input_zero_point)))),
         zero_point(V::set(q.zero_point)),
         low(V::set(q.low)),
         high(V::set(q.high)) {}
