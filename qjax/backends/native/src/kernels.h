@@ -114,6 +114,7 @@ struct Kernels {
   int (*channel_of)(int place);
   void (*bytes)(const Tiles&);
   void (*shorts)(const Tiles&);
+  void (*narrow)(const Tiles&);  // Codes of 16 bits, weights of 8.
   void (*depthwise)(const Depthwise&);
   void (*rows)(const Rows&);
   void (*pair_sum)(const PairSum&);
