@@ -1,6 +1,9 @@
 """Native kernels: programs under JAX and on the direct road, with and without them."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 import threading
 
 import jax
@@ -234,6 +237,38 @@ def test_variables_are_checked(program, monkeypatch, name, value, words):
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=words):
         program.codes(codes_of(program, 1))
+
+
+def test_every_instruction_set_here_is_the_oracle(program):
+    own, x = find_library().library, codes_of(program, 5)
+    before, seen = own.isa, []
+    try:
+        for name in library.SETS:
+            if own.call["set_isa"](name.encode()):
+                continue
+            seen.append(name)
+            assert program.backend_report().isa == own.isa == name
+            np.testing.assert_array_equal(program.compile(5)(x), oracle(program, x))
+            np.testing.assert_array_equal(program.codes(x), oracle(program, x))
+    finally:
+        own.call["set_isa"](before.encode())
+    assert "portable" in seen and before in seen
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["avx3", "portable"])
+def test_the_variable_chooses_an_instruction_set(name):
+    script = (
+        "from qjax.backends.native.library import find_library\n"
+        "print(find_library().library.isa)"
+    )
+    own = {**os.environ, "QJAX_NATIVE_ISA": name, "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=own)
+    if name == "portable":
+        assert done.stdout.strip() == name
+    else:
+        assert "QJAX_NATIVE_ISA must be one of avx512_vnni" in done.stderr
 
 
 def test_bad_calls_say_what_was_wanted(program):

@@ -1,6 +1,6 @@
 """Time of a float model over that of its integer program, and of other runtimes.
 
-pip install onnx onnxruntime ai-edge-litert    # Optional: left out where missing.
+pip install 'qjax[bench]'    # Optional: what is missing is left out.
 python experiments/benchmarks/inference.py
 
 Times of the jitted float model over those of the others, medians of 50, in turn, on 2
@@ -37,7 +37,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import qjax  # noqa: E402
 from experiments import models  # noqa: E402
-from experiments.benchmarks.runtimes import Runtime, litert, onnx_runtime  # noqa: E402
+from experiments.benchmarks.runtimes import (  # noqa: E402
+    Runtime,
+    litert,
+    onnx_file,
+    onnx_runtime,
+    openvino,
+)
 from experiments.config import option, parse  # noqa: E402
 
 
@@ -87,10 +93,18 @@ def build(name: str, threads: int) -> Case:
     integer = lambda params, x: dataclasses.replace(program, params=params)(x)
     runtimes = {
         "float": _jax(real, leaves, sum(v.nbytes for v in leaves)),
-        "program": _jax(integer, dict(program.params), program.nbytes),
+        "xla": _jax(integer, dict(program.params), program.nbytes),
     }
+    if program.backend_report().is_native:
+        runtimes["native jit"] = _jax(
+            lambda params, x: program(x, backend="native"), {}, program.nbytes
+        )
+        runtimes["native"] = _native(program, threads)
     if _installed("onnx", "onnxruntime"):
-        runtimes["onnxruntime"] = onnx_runtime(model, batches, threads)
+        content = onnx_file(model, batches)
+        runtimes["onnxruntime"] = onnx_runtime(content, threads)
+        if _installed("openvino"):
+            runtimes["openvino"] = openvino(content, threads)
     if _installed("ai_edge_litert", "flatbuffers"):
         runtimes["litert"] = litert(program, threads)
     expected = np.asarray(jax.jit(qmodel.apply)(state, qstate, batches[0]))
@@ -116,6 +130,17 @@ def _jax(fn: Callable[..., Any], params: Any, nbytes: int) -> Runtime:
     return Runtime(nbytes, prepare, peak)
 
 
+def _native(program: qjax.IntegerProgram, threads: int) -> Runtime:
+    """The direct road, from codes to codes."""
+
+    def prepare(x: np.ndarray) -> Callable[[], Any]:
+        run = program.compile(len(x), threads=threads)
+        (codes,) = map(np.asarray, program.quantize_inputs(x))
+        return lambda: run(codes)
+
+    return Runtime(program.nbytes, prepare, lambda x: 0)
+
+
 def measure(case: Case, batch: int, rounds: int) -> dict[str, dict[str, float]]:
     """Medians of all runtimes, called in turn: once to settle, once for the time.
 
@@ -124,22 +149,29 @@ def measure(case: Case, batch: int, rounds: int) -> dict[str, dict[str, float]]:
     """
     x = case.batches[0, :batch]
     found: dict[str, dict[str, float]] = {}
-    calls, times = {}, {}
+    calls, times, processor = {}, {}, {}
     scale = float(case.program.output_grids[0].array())
     for name, runtime in case.runtimes.items():
         calls[name], peak = runtime.prepare(x), runtime.peak(x)
-        off = np.max(np.abs(np.asarray(calls[name]()) - case.expected[:batch])) / scale
+        found_output = np.asarray(calls[name]())
+        if np.issubdtype(found_output.dtype, np.integer):  # Codes.
+            zero = case.program.output_grids[0].zero_point
+            found_output = scale * (found_output.astype(np.int32) - zero)
+        off = np.max(np.abs(found_output - case.expected[:batch])) / scale
         found[name] = {"bytes": runtime.nbytes, "peak": peak, "off": float(off)}
-        times[name] = []
+        times[name], processor[name] = [], []
     for i in range(rounds + 2):
         for name, call in calls.items():
             call()
-            start = time.perf_counter()
+            start, begun = time.perf_counter(), time.process_time()
             call()
+            spent = time.perf_counter() - start, time.process_time() - begun
             if i >= 2:  # After warm-up.
-                times[name].append(time.perf_counter() - start)
+                times[name].append(spent[0])
+                processor[name].append(spent[1])
     for name, own in times.items():
         found[name]["ms"] = 1e3 * statistics.median(own)
+        found[name]["processor ms"] = 1e3 * statistics.median(processor[name])
         pairs = zip(times["float"], own, strict=True)
         found[name]["ratio"] = statistics.median(a / b for a, b in pairs)
     return found
@@ -150,7 +182,8 @@ def show_models(config: Config) -> list[dict[str, Any]]:
     chosen = ("mlp", "resnet-8") if config.quick else ("",)
     rows = []
     print(
-        f"{'model':15} {'batch':>5} {'runtime':12} {'ms':>8} {'float/it':>8} "
+        f"{'model':15} {'batch':>5} {'runtime':12} {'ms':>8} {'cpu ms':>8} "
+        f"{'float/it':>8} "
         f"{'param bytes':>12} {'peak MB':>8} {'off by':>7}"
     )
     for name in models.MODELS:
@@ -161,6 +194,7 @@ def show_models(config: Config) -> list[dict[str, Any]]:
             for runtime, found in measure(case, batch, rounds).items():
                 print(
                     f"{name:15} {batch:>5} {runtime:12} {found['ms']:>8.3f} "
+                    f"{found['processor ms']:>8.3f} "
                     f"{found['ratio']:>8.2f} {found['bytes']:>12,} "
                     f"{found['peak'] / 1e6:>8.2f} {found['off']:>7.2f}",
                     flush=True,

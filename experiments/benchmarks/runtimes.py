@@ -53,11 +53,10 @@ print(size() - before)
 # ONNX Runtime: the float model with BatchNorm folded, quantized by its own tools.
 
 
-def onnx_runtime(model: nnx.Module, batches: np.ndarray, threads: int) -> Runtime:
+def onnx_file(model: nnx.Module, batches: np.ndarray) -> bytes:
     """8 bits, QDQ, per-channel weights, ranges from the same images."""
     logging.getLogger().setLevel(logging.ERROR)  # It asks for a pass that we do.
     import onnx
-    import onnxruntime
     from onnxruntime import quantization
 
     images = batches if batches.ndim == 3 else np.moveaxis(batches, -1, 2)
@@ -79,9 +78,36 @@ def onnx_runtime(model: nnx.Module, batches: np.ndarray, threads: int) -> Runtim
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,  # Up to 4 times QInt8's.
         )
-        content = pathlib.Path(target).read_bytes()
+        return pathlib.Path(target).read_bytes()
 
-    first = lambda x: np.ascontiguousarray(x if x.ndim == 2 else np.moveaxis(x, -1, 1))
+
+def _first(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x if x.ndim == 2 else np.moveaxis(x, -1, 1))
+
+
+def openvino(content: bytes, threads: int) -> Runtime:
+    """The same file."""
+    import openvino as ov
+
+    core = ov.Core()
+    model = core.read_model(content)
+    hints = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+
+    def prepare(x: np.ndarray) -> Callable[[], Any]:
+        feed = _first(x)
+        own = model.clone()
+        own.reshape(feed.shape)
+        request = core.compile_model(own, "CPU", hints).create_infer_request()
+        return lambda: request.infer({0: feed}, share_inputs=True)[0]
+
+    return Runtime(len(content), prepare, lambda x: 0)
+
+
+def onnx_runtime(content: bytes, threads: int) -> Runtime:
+    """The file of `onnx_file`."""
+    import onnxruntime
+
+    first = _first
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     own = onnxruntime.InferenceSession(

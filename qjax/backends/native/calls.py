@@ -25,7 +25,7 @@ _MOST_SHAPES = 16  # Of inputs whose kernels are kept.
 _LARGE, _MOST_TOGETHER = 1 << 18, 32  # Bytes of parameters; examples that share them.
 
 
-class Schedule(NamedTuple):
+class KernelRuns(NamedTuple):
     """A kernel and how often it runs, over inputs one after the other.
 
     Attributes:
@@ -58,7 +58,7 @@ class NativeGraph:
         self.graph, self.params, self.library = graph, params, library
         names = {name for node in graph.nodes for name in node.params.values()}
         self._nbytes = sum(params[name].nbytes for name in names)
-        self._schedules: collections.OrderedDict[Any, Schedule] = (
+        self._schedules: collections.OrderedDict[Any, KernelRuns] = (
             collections.OrderedDict()
         )
         # Those of schedules, which keep them.
@@ -67,7 +67,7 @@ class NativeGraph:
         )
         self._lock = threading.Lock()
 
-    def schedule(self, shapes: Sequence[Shape]) -> Schedule:
+    def schedule(self, shapes: Sequence[Shape]) -> KernelRuns:
         """Returns the kernel for shapes of the inputs, and how often it runs.
 
         Examples that never meet run one by one, by one kernel for all batch sizes: they
@@ -88,7 +88,7 @@ class NativeGraph:
                 self._schedules.popitem(last=False)
             return made
 
-    def _schedule(self, inputs: list[Shape]) -> Schedule:
+    def _schedule(self, inputs: list[Shape]) -> KernelRuns:
         shapes = value_shapes(self.graph, self.params, inputs)
         times = 1
         if inputs and inputs[0] and inputs[0][0] > 1:
@@ -102,7 +102,7 @@ class NativeGraph:
             (tuple(shapes[v]), np.dtype(value.dtype))
             for v, value in zip(self.graph.outputs, values, strict=True)
         )
-        return Schedule(kernel, times, types)
+        return KernelRuns(kernel, times, types)
 
     def _chunk(self, size: int) -> int:
         """Returns how many examples run together: those of large kernels share them."""

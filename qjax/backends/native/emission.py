@@ -119,6 +119,7 @@ class Emission:
             self.of[v] = self.buffer(graph.values[v].dtype, size, INPUT, k)
         self.followers = _followers(graph, shapes)
         self.fused: set[int] = set()  # Values that the node before theirs computes.
+        self.computed: str | None = None  # Type in which a step computes values.
 
     # What nodes read.
 
@@ -139,7 +140,9 @@ class Emission:
 
     def make(self, v: int) -> int:
         """Adds the buffer of a value that a node computes."""
-        self.of[v] = self.buffer(self.graph.values[v].dtype, math.prod(self.shapes[v]))
+        dtype = self.computed if v not in self.fused else None
+        dtype = dtype or self.graph.values[v].dtype
+        self.of[v] = self.buffer(dtype, math.prod(self.shapes[v]))
         return self.of[v]
 
     def constant(self, array: np.ndarray) -> int:

@@ -21,6 +21,11 @@ from qjax.graph.graph import Graph, Node
 from qjax.graph.sizes import Shape, body_shapes, loop_length, value_shapes
 
 _LOOP = 23
+# Their steps write int32, also where a graph has a smaller type for few codes.
+_IN_INT32 = frozenset(
+    "dot conv dot_codes multiply multiply_codes sum sum_pool running_sum argmax "
+    "argmin".split()
+)
 
 
 class NativePlan(NamedTuple):
@@ -92,7 +97,20 @@ def _emit(e: Emission) -> None:
             continue
         if node.operation not in NATIVE:
             raise NotNativeError(f"there is no native kernel of `{node.operation}`")
+        is_wide = node.operation in _IN_INT32
+        e.computed = "int32" if is_wide else None
         NATIVE[node.operation](e, node)
+        if is_wide and node.output in e.of:
+            _narrow(e, node.output)
+        e.computed = None
+
+
+def _narrow(e: Emission, v: int) -> None:
+    """Emits the copy of a value to the type that the graph has for it."""
+    x, dtype = e.of[v], e.graph.values[v].dtype
+    if e.buffers[x].dtype != dtype:
+        e.of[v] = e.buffer(dtype, e.buffers[x].elements)
+        e.copy(x, e.of[v], [e.buffers[x].elements], [1])
 
 
 def _loop(e: Emission, node: Node) -> None:

@@ -126,6 +126,9 @@ struct Shorts {
   static Operand weights(const Weight* from) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   }
+  static Operand widened(const int8_t* from) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
   static V::Reg dot(V::Reg acc, Operand code, Operand weight) {
 #ifdef QJAX_VNNI_256
     return _mm256_dpwssd_avx_epi32(acc, code, weight);

@@ -163,7 +163,7 @@ class Add : public Step {
         shift_ < 17 || shift_ > 46) {
       return false;
     }
-    __int128 rest = static_cast<__int128>(zero_point_) << shift_;
+    __int128 rest = zero_point_ * (static_cast<__int128>(1) << shift_);
     rest += static_cast<__int128>(1) << (shift_ - 1);
     int64_t lo[2], hi[2];
     for (int i = 0; i < 2; ++i) {
@@ -172,7 +172,7 @@ class Add : public Step {
       lo[i] = ((m + 32768) & 0xffff) - 32768;
       hi[i] = (m - lo[i]) >> 16;
     }
-    const __int128 hi_0 = rest >> 16, lo_0 = rest - (hi_0 << 16);
+    const __int128 hi_0 = rest >> 16, lo_0 = rest - hi_0 * 65536;
     const auto fits = [](__int128 x) { return x >= INT32_MIN && x <= INT32_MAX; };
     const __int128 far = 255 * static_cast<__int128>(std::llabs(hi[0]) + std::llabs(hi[1]));
     if (!fits(hi_0 + far + 65536) || !fits(hi_0 - far - 65536)) return false;

@@ -6,7 +6,7 @@
 namespace qjax {
 
 const Kernels kAvx2 = {"avx2",    V::kLanes,     0,           false,         Shorts::kTaps,
-                       V::channel_of, nullptr, run_shorts, run_depthwise, run_rows,
+                       V::channel_of, nullptr, run_shorts, run_narrow, run_depthwise, run_rows,
                        run_pair_sum, run_dot};
 
 }  // namespace qjax

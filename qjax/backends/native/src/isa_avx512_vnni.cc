@@ -134,6 +134,10 @@ struct Shorts {
     return _mm512_set1_epi32(pair);
   }
   static Operand weights(const Weight* from) { return _mm512_loadu_si512(from); }
+  static Operand widened(const int8_t* from) {
+    return _mm512_cvtepi8_epi16(
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
   static V::Reg dot(V::Reg acc, Operand code, Operand weight) {
     return _mm512_dpwssd_epi32(acc, code, weight);
   }
@@ -147,7 +151,7 @@ struct Shorts {
 namespace qjax {
 
 const Kernels kAvx512Vnni = {"avx512_vnni", V::kLanes,  Bytes::kTaps, false,
-                             Shorts::kTaps, V::channel_of, run_bytes, run_shorts,
+                             Shorts::kTaps, V::channel_of, run_bytes, run_shorts, run_narrow,
                              run_depthwise, run_rows, run_pair_sum, run_dot};
 
 }  // namespace qjax

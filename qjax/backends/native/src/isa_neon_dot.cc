@@ -102,6 +102,7 @@ struct Shorts {
     return vreinterpretq_s16_s32(vdupq_n_s32(pair));
   }
   static Operand weights(const Weight* from) { return vld1q_s16(from); }
+  static Operand widened(const int8_t* from) { return vmovl_s8(vld1_s8(from)); }
   static V::Reg dot(V::Reg acc, Operand code, Operand weight) {
     const int32x4_t low = vmull_s16(vget_low_s16(code), vget_low_s16(weight));
     const int32x4_t high = vmull_high_s16(code, weight);
@@ -117,7 +118,7 @@ struct Shorts {
 namespace qjax {
 
 const Kernels kNeonDot = {"neon_dot", V::kLanes,  Bytes::kTaps, true,
-                          Shorts::kTaps, V::channel_of, run_bytes, run_shorts,
+                          Shorts::kTaps, V::channel_of, run_bytes, run_shorts, run_narrow,
                           run_depthwise, run_rows, run_pair_sum, run_dot};
 
 }  // namespace qjax

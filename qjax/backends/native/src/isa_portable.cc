@@ -80,9 +80,12 @@ struct Shorts {
   static Operand broadcast(const Code* codes) {
     return {V::set(codes[0]), V::set(codes[1])};
   }
-  static Operand weights(const Weight* w) {
+  template <class W>
+  static Operand pairs(const W* w) {
     return {V::Reg{w[0], w[2], w[4], w[6]}, V::Reg{w[1], w[3], w[5], w[7]}};
   }
+  static Operand weights(const Weight* from) { return pairs(from); }
+  static Operand widened(const int8_t* from) { return pairs(from); }
   static V::Reg dot(V::Reg acc, Operand code, Operand weight) {
     return V::add(V::add(acc, V::multiply(code.a, weight.a)),
                   V::multiply(code.b, weight.b));
@@ -97,7 +100,7 @@ struct Shorts {
 namespace qjax {
 
 const Kernels kPortable = {"portable", V::kLanes,  0,          false,         Shorts::kTaps,
-                           V::channel_of, nullptr, run_shorts, run_depthwise, run_rows,
+                           V::channel_of, nullptr, run_shorts, run_narrow, run_depthwise, run_rows,
                            run_pair_sum, run_dot};
 
 }  // namespace qjax

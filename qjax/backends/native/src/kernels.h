@@ -114,6 +114,7 @@ struct Kernels {
   int (*channel_of)(int place);
   void (*bytes)(const Tiles&);
   void (*shorts)(const Tiles&);
+  void (*narrow)(const Tiles&);  // Codes of 16 bits, weights of 8.
   void (*depthwise)(const Depthwise&);
   void (*rows)(const Rows&);
   void (*pair_sum)(const PairSum&);
@@ -123,7 +124,7 @@ struct Kernels {
 // Formula of the rules, for one accumulator.
 inline int64_t half_even(__int128 value, int shift) {
   if (shift == 0) return static_cast<int64_t>(value);
-  const __int128 whole = value >> shift, rest = value - (whole << shift);
+  const __int128 whole = value >> shift, rest = value - whole * (static_cast<__int128>(1) << shift);
   const __int128 half = static_cast<__int128>(1) << (shift - 1);
   const bool is_up = rest > half || (rest == half && (whole & 1));
   return static_cast<int64_t>(whole + (is_up ? 1 : 0));

@@ -10,6 +10,7 @@
 //   V::both(x, y)                  bits that both have
 //   V::narrow(out, x, n)           stores n lanes as out's type, which holds them
 //   Bytes, Shorts                  Code, Weight, kTaps, broadcast, weights, dot
+//   Shorts::widened(from)          weights that are stored as bytes
 //   V::multiply(x, y)              low 32 bits
 //   V::widen(from)                 kLanes bytes, of either sign
 //   V::interleave(a, b)            two taps of 2 * kLanes channels, in two operands
@@ -28,6 +29,21 @@
 
 namespace qjax {
 namespace {
+
+// Weights of 8 bits stay bytes in memory and are widened on their way to a register:
+// half of what must be read, which bounds a product of few rows.
+struct Narrow {
+  using Code = Shorts::Code;
+  using Weight = int8_t;
+  using Operand = Shorts::Operand;
+  static constexpr int kTaps = Shorts::kTaps;
+
+  static auto broadcast(const Code* codes) { return Shorts::broadcast(codes); }
+  static Operand weights(const Weight* from) { return Shorts::widened(from); }
+  static V::Reg dot(V::Reg acc, Operand code, Operand weight) {
+    return Shorts::dot(acc, code, weight);
+  }
+};
 
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -62,7 +78,8 @@ struct Ends {
   V::Reg input_zero_point, zero_point, low, high;
 
   explicit QJAX_INLINE Ends(const PackedRequantizer& q)
-      : input_zero_point(V::set(-q.input_zero_point)),
+      : input_zero_point(V::set(static_cast<int32_t>(
+            0u - static_cast<uint32_t>(q.input_zero_point)))),
         zero_point(V::set(q.zero_point)),
         low(V::set(q.low)),
         high(V::set(q.high)) {}
@@ -295,8 +312,11 @@ template <Form form, class T>
 struct TilesAs {
   template <class Mode>
   static void run(const Tiles& t, Mode) {
-    if (form == Form::kHighWord && sizeof(T) == 1 && t.out_channel == 1) {
-      all_panels<Mode, true>(t, nullptr);
+    // Kernels of 16 bits are rare: they have the general tiles alone.
+    constexpr bool may_be_direct = form == Form::kHighWord && sizeof(T) == 1 &&
+                                   sizeof(typename Mode::Weight) == 1;
+    if (may_be_direct && t.out_channel == 1) {
+      all_panels<Mode, may_be_direct>(t, nullptr);
     } else {
       all_panels<Mode, false>(t, finish_tile<form, T>);
     }
@@ -389,6 +409,7 @@ struct CodeRows {
 void run_bytes(const Tiles& t) { with_form<TilesAs>(t, Bytes()); }
 #endif
 void run_shorts(const Tiles& t) { with_form<TilesAs>(t, Shorts()); }
+void run_narrow(const Tiles& t) { with_form<TilesAs>(t, Narrow()); }
 void run_depthwise(const Depthwise& d) { with_form<DepthwiseRows>(d); }
 void run_rows(const Rows& r) { with_form<CodeRows>(r); }
 

@@ -1,0 +1,399 @@
+"""Every native step against the record of its operation, integer for integer."""
+
+import math
+import pathlib
+
+import numpy as np
+import pytest
+
+from qjax.backends.native.library import NativeKernel, find_library
+from qjax.backends.native.plan import NATIVE, make_plan
+from qjax.graph import reference
+from qjax.graph.graph import Graph, Grid, Node, Value, storage
+from qjax.graph.operations import OPERATIONS, Operands
+from tests.native_plans import interpret
+
+FOUND = find_library()
+pytestmark = pytest.mark.skipif(FOUND.library is None, reason=FOUND.reason)
+INT32 = np.iinfo(np.int32)
+RULES = ("half_even", "fp32_half_even", "tflite_double", "tflite_single")
+
+
+def draw(shape, dtype="int8", seed=0, low=None, high=None):
+    info = np.iinfo(dtype)
+    low, high = (info.min if low is None else low), (info.max if high is None else high)
+    values = np.random.default_rng(seed).integers(low, high + 1, size=shape)
+    return values.astype(dtype)
+
+
+def node_graph(operation, xs, params, attributes, zeros=None, ends=None):
+    """One node over inputs that may hold any integer of their type, or of `ends`."""
+    values = []
+    for k, x in enumerate(xs):
+        info = np.iinfo(x.dtype)
+        low, high = (info.min, info.max) if ends is None else ends[k]
+        grid = Grid(1.0, 0 if zeros is None else zeros[k])
+        values.append(Value(x.shape, str(x.dtype), int(low), int(high), grid))
+    record = OPERATIONS[operation]
+    outcome = record.outputs(Operands(attributes, values, params))
+    for shape, (low, high) in outcome:
+        low, high = int(np.min(low)), int(np.max(high))
+        low, high = max(low, INT32.min), min(high, INT32.max)
+        values.append(Value(tuple(shape), storage(low, high), low, high))
+    first, *others = range(len(xs), len(values))
+    own = {role: role for role in params}
+    inputs = tuple(range(len(xs)))
+    node = Node(operation, inputs, first, own, attributes, others=tuple(others))
+    return Graph(tuple(values), (node,), inputs, (first, *others), {})
+
+
+def check(operation, xs, params=None, attributes=None, zeros=None, ends=None):
+    params = params or {}
+    graph = node_graph(operation, xs, params, attributes or {}, zeros, ends)
+    plan = make_plan(graph, params, [x.shape for x in xs])
+    values = reference.run(graph, params, xs)
+    kernel = NativeKernel(FOUND.library, plan)
+    xs = [np.ascontiguousarray(x) for x in xs]
+    for found in (interpret(plan, xs), kernel.run(xs, 1), kernel.run(xs, 3)):
+        for x, v in zip(found, graph.outputs, strict=True):
+            assert str(x.dtype) == graph.values[v].dtype
+            np.testing.assert_array_equal(x, values[v], err_msg=operation)
+
+
+def accumulators(multiplier, shift, count=400):
+    """Ends of int32, what lies about 0, and ties with their neighbours."""
+    tie = np.arange(-60, 60) * 2 + 1
+    power = int(shift) - 1 - (int(multiplier) & -int(multiplier)).bit_length() + 1
+    ties = tie << max(power, 0) if power < 24 else tie
+    near = np.concatenate([ties + d for d in (-1, 0, 1)])
+    ends = [INT32.min, INT32.min + 1, -1, 0, 1, INT32.max - 1, INT32.max]
+    some = draw(count, "int32")
+    return np.concatenate([ends, near, some]).astype(np.int64)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("is_channels", [False, True])
+def test_requantize_at_ties_ends_and_both_signs(rule, is_channels):
+    pairs = [(1 << 30, 31), (1 << 30, 40), (3 << 29, 33), (1518500250, 35)]
+    pairs += [(1 << 30, 30), ((1 << 31) - 1, 37), (1 << 30, 62), (1, 0), (0, 0)]
+    if rule in ("half_even", "fp32_half_even"):
+        pairs += [(-m, s) for m, s in pairs]
+        pairs += [(1, 3), (-3, 5), (1 << 20, 24)]
+    for low, high, zero_point in ((-128, 127, 3), (0, 255, 0), (-8, 7, -1)):
+        attributes = {
+            "input_zero_point": 0,
+            "zero_point": zero_point,
+            "rule": rule,
+            "low": low,
+            "high": high,
+        }
+        columns = [accumulators(*pair) for pair in pairs]
+        if is_channels:
+            x = np.stack(columns, -1).astype(np.int32)
+            own = np.array(pairs, np.int32).T
+            params = {"multiplier": own[:1], "shift": own[1:]}
+            check("requantize", [x], params, attributes)
+            continue
+        for x, (m, s) in zip(columns, pairs, strict=True):
+            params = {"multiplier": np.int32(m), "shift": np.int32(s)}
+            check("requantize", [x.astype(np.int32)], params, attributes)
+
+
+def conv(x, kernel, *, bias=None, groups=1, first=False, **options):
+    """A convolution with channels last, or first."""
+    rank = x.ndim - 2
+    last, space = rank + 1, list(range(1, rank + 1))
+    order = [[0, last, *space], [last, rank, *range(rank)], [0, last, *space]]
+    bias = draw(kernel.shape[-1], "int16", 5).astype(np.int32) if bias is None else bias
+    bias = bias.reshape((1,) * last + (-1,))
+    if first:
+        x, bias = np.moveaxis(x, -1, 1), np.moveaxis(bias, -1, 1)
+        kernel = np.moveaxis(kernel, (-1, -2), (0, 1))
+        order = [list(range(rank + 2))] * 3
+    offset = {"uint8": 128, "uint16": 1 << 15}.get(str(x.dtype), 0)
+    attributes = {
+        "strides": [1] * rank,
+        "padding": [[0, 0]] * rank,
+        "input_dilation": [1] * rank,
+        "dilation": [1] * rank,
+        "groups": groups,
+        "dimensions": order,
+        "padding_code": offset,
+        "offset": offset,
+        "shift": 0,
+        **options,
+    }
+    zeros = [attributes["padding_code"]]
+    check("conv", [x], {"kernel": kernel, "bias": bias}, attributes, zeros)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16"])
+@pytest.mark.parametrize("first", [False, True])
+def test_convolutions(dtype, first):
+    small = {"low": -3, "high": 3} if dtype.endswith("16") else {}
+    kernel = lambda *shape: draw(shape, "int8", 1, **small)
+    options = {"first": first}
+    conv(draw((2, 6, 5, 3), dtype), kernel(3, 3, 3, 7), **options)
+    pad = {"padding": [[1, 1], [0, 2]], "padding_code": 9}
+    conv(
+        draw((2, 6, 5, 3), dtype), kernel(3, 3, 3, 7), strides=[2, 1], **pad, **options
+    )
+    conv(draw((1, 6, 5, 8), dtype), kernel(3, 3, 1, 8), groups=8, **pad, **options)
+    conv(draw((1, 6, 5, 8), dtype), kernel(2, 2, 4, 6), groups=2, **options)
+    conv(draw((1, 6, 5, 4), dtype), kernel(3, 2, 4, 5), dilation=[1, 2], **options)
+    spread = {"input_dilation": [2, 2], **pad}
+    conv(draw((1, 4, 4, 4), dtype), kernel(3, 3, 4, 5), **spread, **options)
+    conv(draw((2, 9, 5), dtype), kernel(3, 5, 4), padding=[[-1, 2]], **options)
+    conv(draw((1, 4, 5, 3, 2), dtype), kernel(2, 2, 2, 2, 33), **options)
+    conv(draw((3, 4, 4, 16), dtype), kernel(1, 1, 16, 40), shift=3, **options)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16"])
+def test_dots(side, dtype):
+    cases = [
+        ((5, 70), (70, 33), [[1], [0]], [[], []]),
+        ((2, 3, 20), (20, 4, 5), [[2], [0]], [[], []]),
+        ((20, 3, 2), (20, 4), [[0], [0]], [[], []]),
+        ((3, 6, 2, 5), (6, 5, 4), [[1, 3], [0, 1]], [[], []]),
+        ((3, 4, 6), (3, 6, 5), [[2], [1]], [[0], [0]]),
+        ((4, 3, 6), (2, 3, 6), [[2], [2]], [[1], [1]]),
+        ((1, 300), (300, 9), [[1], [0]], [[], []]),
+        ((0, 7), (7, 3), [[1], [0]], [[], []]),
+        ((4, 0), (0, 3), [[1], [0]], [[], []]),
+    ]
+    offset = 128 if dtype == "uint8" else 0
+    most = {"low": -9, "high": 9} if dtype == "int16" else {}
+    for shape, own, contract, batch in cases:
+        kernel = draw(own, "int8", 2, **most)
+        pair = (contract, batch) if side else (contract[::-1], batch[::-1])
+        attributes = {"kernel_operand": side, "offset": offset, "shift": 0}
+        attributes |= dict(zip(("contract", "batch"), pair, strict=True))
+        bias = np.zeros((), np.int32)
+        check("dot", [draw(shape, dtype)], {"kernel": kernel, "bias": bias}, attributes)
+
+
+def test_products_of_codes():
+    zeros = [-3, 7]
+    attributes = {"zero_points": zeros, "contract": [[2], [1]], "batch": [[0], [0]]}
+    pair = [draw((2, 5, 33)), draw((2, 33, 6), seed=1)]
+    check("dot_codes", pair, {}, attributes, zeros)
+    check(
+        "multiply_codes",
+        [draw((4, 1, 3)), draw((4, 5, 1), "uint8", 1)],
+        {},
+        {"zero_points": zeros},
+        zeros,
+    )
+    for name in ("maximum", "minimum"):
+        check(name, [draw((4, 1, 3)), draw((4, 5, 1), "int16", 1)])
+    kernel, bias = draw((1, 4, 1), "int8", 1), draw((1, 1, 6), "int16", 2)
+    params = {"kernel": kernel, "bias": bias.astype(np.int32)}
+    check("multiply", [draw((3, 4, 6))], params, {"offset": 0, "shift": 2})
+
+
+def test_rescales():
+    ends = {"zero_point": 2, "low": -128, "high": 127}
+    for multipliers, shift in (([1 << 29, -(3 << 28)], 31), ([1, 1], 1), ([5, 3], 0)):
+        attributes = {"input_zero_points": [1, -2], "multipliers": multipliers}
+        attributes |= {"shift": shift, **ends}
+        pair = [draw((3, 1, 7)), draw((3, 5, 7), "int16", 1)]
+        check("add", pair, {}, attributes, [1, -2])
+    check("clip", [draw((5, 7), "int16")], {}, {"low": -9, "high": 100})
+    attributes = {"zero_points": [1, -2], "multiplier": 1 << 20, "shift": 24, **ends}
+    check("divide", [draw((5, 7)), draw((5, 1), seed=1)], {}, attributes, [1, -2])
+    for rule in RULES[2:]:
+        attributes = {"left_shift": 20, "zero_points": [1, -2], "shift": 40}
+        attributes |= {"multipliers": [1 << 30, 3 << 29], "shifts": [31, 32]}
+        attributes |= {"multiplier": 1518500250, "rule": rule, **ends}
+        check(
+            "tflite_add", [draw((4, 6)), draw((4, 6), seed=1)], {}, attributes, [1, -2]
+        )
+
+
+def test_reductions_and_windows():
+    x = draw((3, 4, 5, 6))
+    for axes in ([1], [3], [1, 2], [0, 3], [0, 1, 2, 3]):
+        sizes = [x.shape[d] for d in axes]
+        check("sum", [x], {}, {"axes": axes, "sizes": sizes, "bias": -7})
+        check("max", [x], {}, {"axes": axes})
+        check("min", [x], {}, {"axes": axes})
+    check("sum", [draw((3, 0))], {}, {"axes": [1], "sizes": [0], "bias": 4})
+    for axis in range(4):
+        check("argmax", [x % 4], {}, {"axis": axis})
+        check("argmin", [x % 4], {}, {"axis": axis})
+        attributes = {"axis": axis, "reverse": axis > 1, "bias": 3}
+        check("running_sum", [x], {}, attributes | {"input_zero_point": 2}, [2])
+    plain = {"window": [1, 3, 2, 1], "strides": [1, 2, 1, 1], "dilation": [1] * 4}
+    for padding, spread in (([0, 0], 1), ([1, 1], 1), ([1, 1], 2)):
+        own = {"padding": [[0, 0], padding, [0, 0], [0, 0]]}
+        own |= {"base_dilation": [1, spread, 1, 1], **plain}
+        check("sum_pool", [x], {}, {**own, "bias": 5, "padding_code": 3})
+        check("max_pool", [x], {}, own)
+        check("min_pool", [x], {}, own)
+
+
+def test_moves():
+    x = draw((3, 4, 5))
+    check("transpose", [x], {}, {"permutation": [2, 0, 1]})
+    check("reshape", [x], {}, {"sizes": [-1, 10]})
+    check("rev", [x], {}, {"axes": [0, 2]})
+    ends = {"start": [None, 3, 4], "stop": [2, None, None], "steps": [1, -2, -1]}
+    check("slice", [x], {}, ends)
+    for padding in (
+        [[1, 2, 0], [0, 0, 1], [-1, 3, 2]],
+        [[-1, -1, 0], [2, 0, 0], [0] * 3],
+    ):
+        check("pad", [x], {}, {"padding": padding, "padding_code": 7})
+    check(
+        "broadcast",
+        [x[:, :1]],
+        {},
+        {"sizes": [2, None, 6, None], "dimensions": [1, 2, 3]},
+    )
+    check("concatenate", [x, draw((3, 2, 5), "int16"), x], {}, {"axis": 1})
+    check("take", [x], {"places": draw((2, 7), "int32", 1, 0, 19)}, {})
+    check("take", [x], {"places": draw(9, "int32", 1, 0, 59)}, {"crosses_examples": 3})
+    check("constant", [x], {"value": draw((1, 4), "int8")}, {})
+    check("constant", [], {"value": draw((2, 4), "int16")}, {})
+    check("tflite_constant", [], {"value": draw((2, 4), "int16")}, {})
+
+
+def test_lookups():
+    x = draw((3, 4, 5))
+    check("table", [x], {"table": draw(256, "int16", 1)}, {"low": -128, "axis": None})
+    own = {"table": draw((256, 4), "int8", 1)}
+    check("table", [x], own, {"low": -128, "axis": 1})
+    cuts = np.sort(draw((4, 9), "int32", 1, -500, 500), -1)
+    params = {"thresholds": cuts, "table": draw((4, 10), "int32", 2, -8, 7)}
+    check("thresholds", [draw((3, 4, 5), "int32", 3, -600, 600)], params, {"axis": 1})
+    flat = {"thresholds": cuts[0], "table": params["table"][0]}
+    check("thresholds", [draw((3, 4), "int16", 3, -600, 600)], flat, {"axis": None})
+    rows = draw((3, 4), "int8", 1, -6, 5)
+    check("embed", [rows], {"kernel": draw((6, 2, 3))}, {}, None, [(-6, 5)])
+    which = draw((3, 4), "int8", 1, 0, 2)
+    cases = [draw((3, 4)), draw((3, 4), "int16", 2), draw((3, 4), seed=3)]
+    ends = [(0, 2), (-128, 127), (-(1 << 15), (1 << 15) - 1), (-128, 127)]
+    check("select", [which, *cases], {}, {}, None, ends)
+    check("select", [which[0, 0], *cases], {}, {}, None, ends)
+    for kind in ("eq", "ne", "lt", "le", "gt", "ge"):
+        attributes = {"kind": kind, "zero_points": [3, -4], "exponents": [-20, -21]}
+        for multipliers in ([9, 18], [16777213, 8388607]):
+            own = attributes | {"multipliers": multipliers}
+            check("compare", [draw(99), draw(99, seed=1)], {}, own, [3, -4])
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "int16", "int32", "uint8", "uint16"])
+def test_arithmetic_of_every_kind(dtype):
+    kinds = OPERATIONS["arithmetic"].attributes["kind"].wanted
+    kinds = kinds.removeprefix("one of ").split(", ")
+    ones = ("neg", "abs", "sign", "not", "convert")
+    ends = (0, 1) if dtype == "bool" else None
+    own = "int8" if dtype == "bool" else dtype
+    x, y = (
+        draw((7, 1, 9), own, 0, *(ends or ())),
+        draw((7, 5, 1), own, 1, *(ends or ())),
+    )
+    if ends is None:
+        y[0], y[1], x[0] = 0, 1, np.iinfo(own).min
+    for kind in kinds:
+        xs = [x] if kind in ones else [x, y]
+        given = None if ends is None else [ends] * len(xs)
+        check("arithmetic", xs, {}, {"kind": kind, "dtype": dtype}, None, given)
+
+
+def test_normalisations():
+    x = draw((3, 5, 4))
+    ends = {"zero_point": -128, "low": -128, "high": 127}
+    table = np.int32(np.round(2.0**30 * np.exp(-np.arange(256) / 40)))
+    masks = [draw((3, 5, 4), "int8", 1, 0, 1), draw((3, 1, 4), "int8", 1, 0, 1)]
+    masks[0][0] = 0
+    attributes = {"algorithm": "exp_table", "most_places": 20, "multiplier": 255}
+    for axes in ([2], [1], [0, 2]):
+        for empty in ("zero", "all", "uniform"):
+            own = {**attributes, "axes": axes, "empty": empty, "shift": 30, **ends}
+            check("softmax", [x], {"table": table}, own)
+            for mask in masks:
+                codes = [(-128, 127), (0, 1)]
+                check("softmax", [x, mask], {"table": table}, own, None, codes)
+    logs = np.int32(2.0**30 * np.exp(-np.arange(256) / 40))
+    logs[0] = 1 << 30
+    own = {"algorithm": "exp_table_and_log_series", "axes": [2], "empty": "all"}
+    own |= {
+        "most_places": 1 << 15,
+        "input_zero_points": [0],
+        "input_multiplier": 1 << 28,
+    }
+    own |= {"input_shift": 28, "multiplier": 1 << 28, "shift": 50, **ends}
+    check("log_softmax", [x], {"table": logs}, own, [0])
+    check("logsumexp", [x], {"table": logs}, own | {"keepdims": False}, [0])
+    check("logsumexp", [x], {"table": logs}, own | {"keepdims": True}, [0])
+
+
+@pytest.mark.parametrize("is_centred", [False, True])
+@pytest.mark.parametrize(
+    ("axes", "groups"), [([2], [1]), ([1, 2], [1, 1]), ([1, 2], [1, 2]), ([0], [1])]
+)
+def test_norms(is_centred, axes, groups):
+    x = draw((3, 6, 8))
+    count = math.prod(x.shape[d] // g for d, g in zip(axes, groups, strict=True))
+    params = {
+        "multiplier": draw((1, 1, 8), "int32", 1, -(1 << 28), 1 << 28),
+        "bias": draw((1, 1, 8), "int32", 2, -(1 << 20), 1 << 20),
+    }
+    attributes = {
+        "algorithm": "newton_root",
+        "axes": axes,
+        "groups": groups,
+        "count": count,
+        "is_centred": is_centred,
+        "epsilon": 5,
+        "floor": 1,
+        "point": 4,
+        "input_zero_points": [3],
+        "shift": 50,
+        "bias_shift": 20,
+        "zero_point": 0,
+        "low": -128,
+        "high": 127,
+    }
+    check("norm", [x], params, attributes, [3])
+
+
+def test_averages_and_softmax_of_tflite():
+    counts = draw((1, 4, 1), "int32", 1, 1, 9)
+    x = draw((3, 4, 5), "int32", 0, -2000, 2000)
+    ends = {"low": -128, "high": 127}
+    check("tflite_average", [x], {"counts": counts}, ends, None, [(-2000, 2000)])
+    table = np.int32(np.minimum(2.0**31 * np.exp(-np.arange(256) / 30), INT32.max))
+    check("tflite_softmax", [draw((3, 9))], {"exponentials": table}, ends)
+
+
+def test_loops_from_both_ends():
+    """A running sum in a type that wraps, and what it was at each step."""
+    for length, is_reversed in ((5, False), (5, True), (0, False), (1, True)):
+        x, first = draw((length, 2, 3), "int32"), draw((2, 3), "int32", 1)
+        value = Value((2, 3), "int32", INT32.min, INT32.max)
+        add = {"kind": "add", "dtype": "int32"}
+        body = Graph(
+            (value,) * 3, (Node("arithmetic", (0, 1), 2, {}, add),), (0, 1), (2, 2), {}
+        )
+        steps = Value((length, 2, 3), "int32", INT32.min, INT32.max)
+        attributes = {"consts": 0, "carries": 1, "length": None}
+        attributes |= {"is_reversed": is_reversed}
+        node = Node(
+            "loop", (0, 1), 2, {}, attributes, graphs={"body": body}, others=(3,)
+        )
+        graph = Graph((value, steps, value, steps), (node,), (0, 1), (2, 3), {})
+        plan = make_plan(graph, {}, [first.shape, x.shape])
+        values = reference.run(graph, {}, [first, x])
+        kernel = NativeKernel(FOUND.library, plan)
+        for found in (interpret(plan, [first, x]), kernel.run([first, x], 2)):
+            np.testing.assert_array_equal(found[0], values[2])
+            np.testing.assert_array_equal(found[1], values[3])
+
+
+def test_all_operations_are_in_this_file():
+    text = pathlib.Path(__file__).read_text()
+    missing = [name for name in NATIVE if f'"{name}"' not in text]
+    assert not missing
