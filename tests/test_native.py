@@ -338,7 +338,7 @@ def test_every_operation_is_native_or_known_not_to_be():
     """What XLA alone runs is a list here, so that it cannot grow unseen."""
     others = set(OPERATIONS) - set(NATIVE)
     gathers = "gather scatter scatter_add scatter_max scatter_min sort argsort"
-    tflite = "tflite_resize tflite_softmax16"
+    tflite = "tflite_resize tflite_softmax16 tflite_log_softmax tflite_l2_norm"
     assert others <= {*gathers.split(), *tflite.split()}, others
     assert len(STEPS) == 26
 
