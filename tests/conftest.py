@@ -33,12 +33,14 @@ def flax_promotion():
 
 SECONDS = pathlib.Path(__file__).parent / "seconds.json"
 BUDGET = 1.0  # Seconds of one function, beyond which the whole suite leaves out cases.
+MOST = 2.5  # Seconds of a case, beyond which it leaves out the function, unless kept.
 LEAST = 0.01  # Seconds of a case, at least.
 MOST_CASES = 8  # Cases of a function whose time is not known.
 
 
 def pytest_addoption(parser):
     parser.addoption("--budget", type=float, default=BUDGET, help="seconds a function")
+    parser.addoption("--most", type=float, default=MOST, help="seconds a case")
     text = "write tests/seconds.json, the seconds that a case of each function takes"
     parser.addoption("--write-seconds", action="store_true", help=text)
 
@@ -54,14 +56,17 @@ def pytest_collection_modifyitems(config, items):
     Thousands of random programs and deep ones run with `-m fuzz`, long compilations and
     trainings beside the kinds that always run with `-m heavy`. Of a function whose
     cases take longer than the budget the whole suite runs as many as fit, at least
-    one, spread over all; a run that names files, or `-m "more or not more"`, runs each.
+    one, spread over all. A function of which one case takes longer than `--most` it
+    leaves to shorter ones beside it, but for the shortest of a file and what is marked
+    `kept`: the rule that no shorter test has. A run that names files, or
+    `-m "more or not more"`, runs each.
     """
     expression = config.option.markexpr
     is_whole = not config.option.file_or_dir and "more" not in expression
     skipped = [name for name in ("fuzz", "heavy", "more") if name not in expression]
     runs = lambda item: not any(map(item.get_closest_marker, skipped))
     chosen = list(filter(runs, items))
-    for item in _further_cases(chosen, config.option.budget) if is_whole else ():
+    for item in _further_cases(chosen, config.option) if is_whole else ():
         item.add_marker("more")
     left_out = [item for item in items if not runs(item)]
     config.hook.pytest_deselected(items=left_out)
@@ -95,14 +100,22 @@ def _function(nodeid):
     return re.sub(r"\d*$", "", nodeid.partition("[")[0])
 
 
-def _further_cases(items, budget):
-    """The cases beyond the budget of their functions."""
+def _further_cases(items, option):
+    """The cases beyond the budget of their functions, and all of long functions."""
     cases, seconds = collections.defaultdict(list), json.loads(SECONDS.read_text())
     for item in items:
         cases[_function(item.nodeid)].append(item)
+    unknown = option.budget / MOST_CASES
+    each = {name: max(seconds.get(name, unknown), LEAST) for name in cases}
+    shortest = {}
+    for name in sorted(cases, key=each.get, reverse=True):
+        shortest[name.partition("::")[0]] = name
     for name, own in cases.items():
-        each, n = max(seconds.get(name, budget / MOST_CASES), LEAST), len(own)
-        many = max(1, min(n, int(budget / each)))
+        is_kept = name in shortest.values() or own[0].get_closest_marker("kept")
+        if each[name] > option.most and not is_kept:
+            yield from own
+            continue
+        many, n = max(1, min(len(own), int(option.budget / each[name]))), len(own)
         kept = (
             {k * (n - 1) // (many - 1) for k in range(many)} if many > 1 else {n // 2}
         )

@@ -72,6 +72,8 @@ def assert_ships(qmodel, params, qstate, x):
     np.testing.assert_array_equal(ours, shipped)
 
 
+@pytest.mark.slow
+@pytest.mark.kept
 @pytest.mark.parametrize(
     "scheme",
     [pytest.param(POWERS, marks=pytest.mark.heavy), FLOATS],
@@ -141,6 +143,7 @@ def test_words_by_name():
     assert_ships(*quantized(Block(), x, qjax.Scheme(*words, rules)), x)
 
 
+@pytest.mark.kept
 def test_derivatives_are_those_of_the_simulated_model():
     x = images(2, 8, 8, 3)
     qmodel, params, qstate = quantized(Small(), x, POWERS)

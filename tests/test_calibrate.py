@@ -428,6 +428,8 @@ def _check(process, out, devices, one_device):
         chex.assert_trees_all_equal(a, {k: v for k, v in b.items() if k != rounded})
 
 
+@pytest.mark.slow
+@pytest.mark.kept
 def test_eight_devices_find_the_state_of_one(tmp_path, one_device):
     out = tmp_path / "found.npz"
     _check(_start(out, devices=8), out, 8, one_device)

@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import qjax
 from experiments.benchmarks.lowering import Residual
@@ -88,6 +89,8 @@ def test_outside_of_traces_a_function_is_compiled_once():
     assert traced == [(3, 4), (2, 4)]
 
 
+@pytest.mark.slow
+@pytest.mark.kept
 def test_a_training_step_stays_small():
     """The bounds that `experiments/benchmarks/lowering.py --steps` shows more of."""
     model = Residual(10, 4)

@@ -393,6 +393,8 @@ def _closing(fn, weights):
     return (lambda params, x: fn(weights, x)), fn
 
 
+@pytest.mark.slow
+@pytest.mark.kept
 @pytest.mark.parametrize(
     "power_of_two", [False, pytest.param(True, marks=pytest.mark.heavy)]
 )

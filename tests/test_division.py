@@ -92,6 +92,7 @@ CASES += [
 ]
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize(("form", "scheme"), CASES)
 def test_models_that_divide_compute_what_ships(form, scheme):
     qmodel = qjax.quantize_model(FORMS[form], P, X, scheme=SCHEMES[scheme])

@@ -155,6 +155,7 @@ def _function_params(dtype):
     return {k: (v * (k != "zero")).astype(dtype) for k, v in params.items()}
 
 
+@pytest.mark.kept
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "types",
@@ -172,12 +173,21 @@ def test_double_precision(types, tmp_path):
         y = jax.jit(qmodel.apply)(params, qstate, x)
         assert y.dtype == np.float64
         assert_near(y, jax.jit(_functions)(params, x), 0.05)
+        ships(qmodel, params, qstate, x, tmp_path=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+def test_derivatives_in_double_precision(kind):
+    with jax.enable_x64(True):
+        params, x = _function_params(kind), images(6, 5).astype("float64")
+        qmodel = qjax.quantize_model(_functions, params, x)
+        qstate = qjax.calibrate(qmodel, params, [x])
         loss = lambda f: lambda p: (f(p) * images(6, 3)).sum()
         slope = lambda f: jax.jit(jax.grad(loss(f)))(params)
         slopes = slope(lambda p: qmodel.apply(p, qstate, x))
-        assert slopes["w"].dtype == types[0]
+        assert slopes["w"].dtype == kind
         assert_near(slopes, slope(lambda p: _functions(p, x)), 0.2)
-        ships(qmodel, params, qstate, x, tmp_path=tmp_path)
 
 
 def test_numpy_doubles_and_python_numbers_are_what_jax_takes_them_for():
@@ -226,6 +236,7 @@ def _keyed(name):
     return lambda p, x: _noisy(p["key"])(p, x), {"w": images(5, 8), "key": key}
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize(
     "name",
     [

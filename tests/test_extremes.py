@@ -74,6 +74,7 @@ def _assert_ships(fn, args, others, scheme):
             np.testing.assert_array_equal(found, shipped)
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize("form", FORMS)
 def test_values_are_those_that_ship(form):
     scheme = POWERS if form.startswith(("product", "median")) else Scheme()

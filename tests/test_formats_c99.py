@@ -114,7 +114,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.kept
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.heavy) if name == "a block" else name
+        for name in CASES
+    ],
+)
 def test_c_computes_the_codes_of_the_oracle(tmp_path, name):
     net, shape, own = CASES[name]
     x = images(*shape)

@@ -67,6 +67,8 @@ def check(program, sizes=(1, 2, 3)):
             np.testing.assert_array_equal(x, wanted)
 
 
+@pytest.mark.kept
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "scheme"), RARE)
 def test_codes_are_those_of_the_oracle(model, scheme):
     check(lowered(model, scheme))

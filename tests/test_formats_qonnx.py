@@ -103,6 +103,7 @@ _FAMILIES = {
 }
 
 
+@pytest.mark.kept
 @pytest.mark.slow
 @pytest.mark.parametrize("name", _FAMILIES)
 def test_families_equal_the_oracle(name):

@@ -56,6 +56,8 @@ def run(data, inputs):
     return [found[x.name] for x in model.graph.output]
 
 
+@pytest.mark.kept
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "scheme"), CASES)
 def test_thresholds_give_the_codes_of_the_oracle(model, scheme):
     program = lowered(model, scheme)

@@ -190,6 +190,8 @@ def lowered(name, scheme=None, target=targets.tflite):
     return qjax.lower(*own, x, target=target)
 
 
+@pytest.mark.kept
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("MLP", "residual"))
 def test_no_code_differs_in_reference_kernels(name):
     check(lowered(name))

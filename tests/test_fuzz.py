@@ -29,7 +29,7 @@ from tests.models import images, linen_example, nnx_example
 from tests.programs import Linen, Nnx, Program, programs
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("flax_promotion")]
-SECONDS = 40  # Of processor time, on new programs for each commit.
+SECONDS = 24  # Of processor time, on new programs for each commit.
 
 
 def check_claims(lowered: qjax.IntegerProgram, *inputs: Any) -> list[np.ndarray]:
@@ -193,6 +193,7 @@ def commit() -> str:
     return found.stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "part", [0, *(pytest.param(k, marks=pytest.mark.heavy) for k in (1, 2))]
 )

@@ -367,6 +367,7 @@ def test_what_is_masked_before_an_exponential_may_overflow():
     assert all(np.isfinite(g).all() for g in grads.values())
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize("which", ["sum", "set"])
 def test_gradients_of_what_integers_place(which):
     """`apply_integer` has the program's outputs, and the derivatives of `apply`."""

@@ -248,6 +248,7 @@ def test_a_half_model_has_the_values_and_the_state_of_float32(name, dtype):
     np.testing.assert_allclose(again, full, atol=0.08 * most, rtol=0)
 
 
+@pytest.mark.kept
 @pytest.mark.slow
 @pairs(
     ("embedding", BF16),

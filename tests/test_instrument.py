@@ -129,6 +129,7 @@ def test_training_on_grids_lowers_the_loss():
     assert values[-1] < 0.5 * values[0]
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize(
     "name", [pytest.param("nnx_residual", marks=pytest.mark.heavy), "linen_mlp"]
 )

@@ -183,6 +183,7 @@ def test_linen_and_nnx_compute_the_same(name, quantizers):
     assert not np.array_equal(wanted, of_linen(name)[0].apply(variables, x))
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize(
     "name, quantizers",
     [
@@ -627,6 +628,7 @@ class FloatNet(nnx.Module):
         return self.end(self.tied(x.reshape(x.shape[0], -1)))
 
 
+@pytest.mark.kept
 def test_models_turn_into_quantized_ones_and_back():
     model, x = FloatNet(nnx.Rngs(0)), images(6, 4, 4, 2)
     run = nnx.jit(lambda m, x: m(x))

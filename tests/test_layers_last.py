@@ -314,6 +314,7 @@ def fitted(layer, *args):
     return layer.apply(variables, *args, mutable=["quant"])[1]
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize("shape", [(3, 5, 8), (3, 5, 2, 8)])
 @pytest.mark.parametrize("is_interleaved", [False, True])
 def test_rotations_follow_the_formula_and_lower(is_interleaved, shape):
@@ -493,6 +494,7 @@ def test_octaves_of_linen_and_nnx_compute_the_same(name):
     close(listed(run(twin)), listed(wanted), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize(
     "name, is_joined",
     [(name, False) for name in OCTAVES] + [("both", True), ("all low", True)],

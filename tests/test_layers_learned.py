@@ -59,15 +59,16 @@ def test_learned_arrays_are_parameters_that_start_from_values(make, kernel):
     np.testing.assert_array_equal(found["kernel"], other["kernel"])
 
 
+@pytest.mark.kept
 def test_a_layer_with_learned_scales_computes_its_formula_and_lowers():
     x, layer = images(8, 6), ql.QDense(5, quantizers=LSQ)
-    variables = layer.init(jax.random.key(0), x)
+    variables = jax.jit(layer.init)(jax.random.key(0), x)
     params = variables["params"]
     on = lambda text, x, scale: qz.apply(qz.parse(text), x, scale)
     h = on("lsq(8)", x, params["input_scale"])
     w = on("lsq(4,axis=-1)", params["kernel"], params["kernel_scale"])
     wanted = on("lsq(8)", h @ w, params["output_scale"])
-    run = lambda x: layer.apply(variables, x)
+    run = jax.jit(lambda x: layer.apply(variables, x))
     np.testing.assert_allclose(run(x), wanted, rtol=1e-5, atol=1e-5)
     grads = jax.jit(jax.grad(lambda p: jnp.sum(layer.apply({"params": p}, x) ** 2)))
     found = grads(params)

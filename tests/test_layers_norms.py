@@ -128,6 +128,7 @@ def test_without_quantizers_a_norm_is_that_of_flax_bit_for_bit(name):
     np.testing.assert_array_equal(found, with_parameters(twin, params)(x))
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize("name", NORMS)
 def test_linen_and_nnx_compute_the_same_norm(name):
     layer, variables = norm_of(name, words())
@@ -190,6 +191,7 @@ def assert_exact(run, x, operation):
     np.testing.assert_array_equal(program.codes(*codes), shipped[out])
 
 
+@pytest.mark.kept
 def test_a_norm_lowers_with_a_gain_and_an_offset_on_grids():
     own = words(kernel=QSpec(5), bias="quantized_bits(8,2,1)")
     layer, variables = norm_of("groups", own)

@@ -123,12 +123,12 @@ def test_a_model_says_the_integers_of_its_layers():
             return ql.QDense(3, quantizers=own, name="last")(x)
 
     x, net = images(5, 6), Net()
-    variables = net.init(jax.random.key(0), x)
+    variables = jax.jit(net.init)(jax.random.key(0), x)
     run = jax.jit(lambda x: net.apply(variables, x))
     with pytest.raises(ValueError, match="'QDense_0/input' has no range yet"):
         integers(run, x)
-    _, state = net.apply(variables, x, mutable=["quant"])
-    variables = jax.tree.map(jnp.asarray, {**variables, **state})
+    see = jax.jit(lambda v, x: net.apply(v, x, mutable=["quant"])[1])
+    variables = {**variables, **see(variables, x)}
     run = jax.jit(lambda x: net.apply(variables, x))
     found = integers(run, x)
     ends = ("input", "kernel", "bias", "output")
@@ -251,12 +251,15 @@ class FloatNet(nnx.Module):
         return self.head(self.act(self.wide(x)).mean((1, 2)))
 
 
+@pytest.mark.slow
+@pytest.mark.kept
 def test_a_dictionary_turns_a_model_and_back():
     x, model = images(4, 5, 5, 2), FloatNet(nnx.Rngs(0))
-    model(x)
+    run = nnx.jit(lambda m, x: m(x))
+    run(model, x)
     kinds = {name: type(getattr(model, name)) for name in "conv norm wide head".split()}
     model.eval()
-    wanted = model(x)
+    wanted = run(model, x)
     config = {
         "QConv2D": BITS,
         "QDepthwiseConv2D": {"depthwise_quantizer": "ternary"},
@@ -269,13 +272,13 @@ def test_a_dictionary_turns_a_model_and_back():
     assert model.wide.quantizers.kernel == kernel_word("ternary")
     assert model.norm.quantizers.mean == qz.parse("quantized_po2(5)")
     assert type(model.act) is nnx.PReLU and model.norm.use_running_average
-    found = integers(model, x)
+    found = integers(run, model, x)
     assert found["wide/kernel"].codes.shape == (3, 3, 1, 4)
     assert np.abs(found["wide/kernel"].codes).max() == 1
     qn.to_float(model)
     assert {n: type(getattr(model, n)) for n in kinds} == kinds
     assert model.norm.use_running_average
-    np.testing.assert_array_equal(model(x), wanted)
+    np.testing.assert_array_equal(run(model, x), wanted)
 
 
 def test_a_batch_norm_turns_by_words_of_its_own_alone():

@@ -152,6 +152,7 @@ def test_without_quantizers_a_cell_is_that_of_flax_bit_for_bit(name):
 
 # The products of all gates of a GRU have one grid in NNX, and one each in Linen; one
 # more of its biases is Linen's alone.
+@pytest.mark.kept
 @pytest.mark.parametrize(
     "key",
     rare(
@@ -226,8 +227,8 @@ def test_a_simple_cell_computes_its_formula():
 
 
 LOWERED = {
-    "simple": ("simple", words(), "linen"),
     "gru of nnx": ("gru", words(), "nnx"),
+    "simple": ("simple", words(), "linen"),
     "residual": ("residual", words(), "linen"),
     "lstm": ("lstm", words(), "linen"),
     "optimized": ("optimized", words(), "nnx"),
@@ -250,6 +251,7 @@ def inference(name, quantizers, where):
     return model
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize(
     "key",
     [

@@ -154,6 +154,7 @@ SCHEMES = {
 LIGHT = "where", "select", "sum", "sum of two axes"
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize(
     "form",
     [pytest.param(f, marks=() if f in LIGHT else pytest.mark.heavy) for f in FORMS],

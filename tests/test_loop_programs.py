@@ -143,6 +143,7 @@ def _lowered(name):
     return fn, qmodel, qstate, qjax.lower(qmodel, W, qstate, X)
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize(
     "name",
     [

@@ -109,6 +109,7 @@ def _lowered(name, scheme=POWERS):
 HEAVY = ("recurrent", "unrolled by two", "counter", "averages", "map", "checkpoint")
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize(
     "name",
     [

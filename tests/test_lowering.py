@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("flax_promotion")
 _WORDS = itertools.cycle([(4, 6, False), (2, 3, True)])
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize("name, bits", list(zip(NAMES, _WORDS, strict=False)))
 def test_power_of_two_scales_agree_code_for_code(name, bits):
     program, args = lowered(name, *specs(*bits[:2], True, bits[2]))
@@ -157,6 +158,7 @@ def test_a_kernel_that_is_all_but_zero_keeps_mean_and_offset(size, mean):
     np.testing.assert_allclose(program(x), jax.jit(fn)(params, x), atol=5 * step)
 
 
+@pytest.mark.kept
 def test_the_last_output_can_be_accumulators_with_a_scale():
     rules = (Rule("output:0", None),)
     program, args = lowered("nnx_mobile", *specs(8, 8, True), rules)
@@ -279,6 +281,7 @@ def _convolution(rank, padding, stride, dilation, groups):
     )
 
 
+@pytest.mark.kept
 def test_convolutions_of_every_form():
     """Those of a rank are one program, each with an input and an output of its own."""
     rng = np.random.default_rng(0)

@@ -65,6 +65,7 @@ def _before(graph, value):
             yield node
 
 
+@pytest.mark.kept
 def test_functions_are_tables():
     """All in one program: it is traced, lowered and compiled once."""
 
@@ -159,6 +160,7 @@ MOVES = {
 }
 
 
+@pytest.mark.kept
 def test_moves():
     def fn(x):
         x = point(x, site="x")

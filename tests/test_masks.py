@@ -90,6 +90,7 @@ SLOW = ("pairs", "times a real number", "compared", "added")
 HEAVY = ("select", "attention", "added twice")  # Parts of other forms.
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize("form", cases(FORMS, SLOW, HEAVY))
 def test_masks_that_are_inputs_ship_and_widen_no_range(form):
     fn, mask = FORMS[form]

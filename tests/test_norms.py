@@ -332,6 +332,7 @@ def _decibels(wanted, found):
     return 10 * np.log10(np.sum(wanted**2) / noise)
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize(("form", "scheme"), CASES)
 def test_models_compute_what_ships(form, scheme):
     fn, x = FORMS[form]

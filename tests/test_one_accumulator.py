@@ -29,6 +29,7 @@ def _point(x, scale):
     return qjax.fake_quant(x, grid, QSpec(8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_functions_of_biased_accumulators_are_of_one(form):
     for scale in (2.0**-5, 0.03):

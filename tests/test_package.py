@@ -37,6 +37,8 @@ def test_the_readme_starts_with_two_commands():
     assert README.splitlines().index("```python") < 45
 
 
+@pytest.mark.kept
+@pytest.mark.slow
 @pytest.mark.usefixtures("flax_promotion")
 def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -99,6 +101,8 @@ def imports():
                 yield name, other, id(node) in top
 
 
+@pytest.mark.kept
+@pytest.mark.slow
 def test_rooms_import_only_from_rooms_above():
     order = {room: k for k, line in enumerate(ROOMS) for room in line}
     for name, other, is_at_top in imports():
@@ -110,6 +114,8 @@ def test_rooms_import_only_from_rooms_above():
         assert order[ends[1]] <= order[ends[0]], f"{name} imports {other}"
 
 
+@pytest.mark.kept
+@pytest.mark.slow
 def test_modules_import_each_other_in_no_circle():
     edges = {}
     for name, other, _ in imports():
@@ -196,6 +202,8 @@ def begins_ill(line):
     return re.match(r"\W*(\w*)", line).group(1) in NOT_FIRST
 
 
+@pytest.mark.kept
+@pytest.mark.slow
 def test_docstrings_begin_with_a_verb_or_a_noun():
     found = [
         (f"{path.relative_to(ROOT).as_posix()}: {name}", line)

@@ -199,6 +199,8 @@ def _two_products():
     return fn, params, draw(9, 4)
 
 
+@pytest.mark.slow
+@pytest.mark.kept
 def test_biases_are_those_of_qkeras():
     fn, params, x = _two_products()
     kernel = {"kernel_quantizer": "quantized_bits(4,1,1,alpha=1)"}

@@ -57,6 +57,7 @@ def test_under_vmap(gated):
     )
 
 
+@pytest.mark.kept
 def test_exported_with_a_symbolic_batch(gated):
     program, x = gated
     (codes,) = program.quantize_inputs(x)
@@ -82,6 +83,7 @@ np.save(sys.argv[3], out)
 """
 
 
+@pytest.mark.kept
 def test_on_a_mesh_of_eight(gated, tmp_path):
     program, x = gated
     x = np.concatenate([x, x[:2]])

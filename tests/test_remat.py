@@ -195,6 +195,7 @@ def test_prevent_cse_and_nesting_are_those_of_the_model():
         assert found == [(prevent, [(prevent, [])] * 3)] * 2
 
 
+@pytest.mark.kept
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "make",

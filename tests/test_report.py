@@ -34,6 +34,7 @@ def test_bounds_are_attained_by_the_witness():
     assert bound.bits == 5  # -10 to 8.
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize(
     "name, power_of_two",
     [

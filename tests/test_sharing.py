@@ -219,6 +219,7 @@ def test_explain_names_the_site_whose_grid_it_is(lowered):
     assert qjax.explain(qmodel, "d/output")["calibrator"][0] == "tflite_min_max()"
 
 
+@pytest.mark.kept
 def test_it_lowers_and_agrees(lowered):
     qmodel, params, qstate, x = lowered
     program = qjax.lower(qmodel, params, qstate, x)

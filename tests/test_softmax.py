@@ -175,6 +175,7 @@ SCHEMES = {
 }
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("form", FORMS)
 def test_models_compute_what_ships(form, scheme):
@@ -206,6 +207,7 @@ MASKS_ALONE = {
 }
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize("form", MASKS_ALONE)
 def test_gradients_are_those_of_the_float_function_at_the_codes(form):
     """Where no code saturates: the input is on its grid, and the output in range."""

@@ -96,6 +96,7 @@ def _stepped(program, x):
     return [np.stack(column, 1) for column in zip(*found, strict=True)]
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize("name", MODELS)
 def test_steps_have_the_codes_of_the_whole_sequence(name):
     program = _lowered(MODELS[name], POWERS if name == "both" else FLOATS)

@@ -36,6 +36,7 @@ def test_eight_devices_train_as_one():
     _finish(_start(8))
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one():
     with socket.socket() as s:
         s.bind(("localhost", 0))

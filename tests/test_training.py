@@ -64,6 +64,7 @@ def test_schedules_that_are_none(arguments):
         training.qnoise_schedule(start, finish, **options)
 
 
+@pytest.mark.kept
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [(), (qz.LSQ(3), qz.LSQ(4)), (qz.Ternary(), qz.PACT(4))]
@@ -80,10 +81,9 @@ def test_a_share_of_0_is_the_float_model_and_of_1_the_quantized_one(words):
     )
     off = [np.abs(at(n) - plain).mean() for n in (0.25, 0.5, 0.75)]
     assert 0 < off[0] < off[1] < off[2]
-    slope = jax.grad(
-        lambda p: (qmodel.apply(p, qstate, X, qnoise_factor=0.0) * Y).sum()
-    )
-    wanted = jax.grad(lambda p: (model(p, X) * Y).sum())(PARAMS)
+    off = lambda p: (qmodel.apply(p, qstate, X, qnoise_factor=0.0) * Y).sum()
+    slope = jax.jit(jax.grad(off))
+    wanted = jax.jit(jax.grad(lambda p: (model(p, X) * Y).sum()))(PARAMS)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
         slope(PARAMS),

@@ -64,6 +64,7 @@ TRAINED = [
 ]
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_training_scans_maps_and_resumes(name):
     qmodel, qstate = quantized(name)

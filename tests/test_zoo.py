@@ -32,6 +32,7 @@ heavy = [name for name in MAKERS if name not in (FAST, "experts")]
 lowered += [pytest.param(name, marks=pytest.mark.heavy) for name in heavy]
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize("name", lowered)
 def test_a_model_lowers_and_all_codes_are_equal(name):
     codes = table.lowers(MAKERS[name](), table.SCHEMES["power of two"])
