@@ -1,6 +1,15 @@
 """Quantize JAX and Flax models, train them as they ship, lower them to integers."""
 
-from qjax import costs, estimators, presets, qtools, quantizers, targets, training
+from qjax import (
+    costs,
+    estimators,
+    presets,
+    qtools,
+    quantizers,
+    search,
+    targets,
+    training,
+)
 from qjax.affine import QParams, QSpec, dequantize, fake_quant, quantize
 from qjax.calibration.averages import ema_min_max, moving_max, moving_min_max
 from qjax.calibration.calibrator import Calibrator
@@ -89,6 +98,7 @@ __all__ = (
     "quantizers",
     "requantize",
     "scales",
+    "search",
     "stack_schemes",
     "targets",
     "training",

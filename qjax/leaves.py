@@ -37,11 +37,13 @@ def at_start(name: str) -> str:
 
 def is_array(x: Any) -> bool:
     """Returns whether JAX takes a leaf for an array: numbers, keys, truth values."""
+    if isinstance(x, str | bytes):
+        return False
     try:
         np.shape(x), jax.dtypes.result_type(x)
     except (TypeError, ValueError):
         return False
-    return not isinstance(x, str | bytes)
+    return True
 
 
 def shapes_of(tree: Any) -> Any:

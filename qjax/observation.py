@@ -99,6 +99,9 @@ def calibrate(
     "data"))``; each process then passes as many global arrays. The state is that of one
     device, up to the rounding of float sums: of the model's, and of `mean_std`.
 
+    Inside of a function that JAX traces, as that of a sweep, values are not looked at:
+    NaN becomes the range, and nothing is warned of.
+
     Args:
       qmodel: The model.
       params: Parameters of its ``fn``.
@@ -162,8 +165,10 @@ def calibrate(
     first: Any = None
     number, step, state = 0, None, qstate
     reached, is_cut = np.zeros((2, len(names)), bool)
+    is_traced = isinstance(jnp.zeros(()), jax.core.Tracer)
+    shown = False if is_traced else progress
     try:
-        with progress_bar(operator.length_hint(data) or None, progress) as advance:
+        with progress_bar(operator.length_hint(data) or None, shown) as advance:
             for batch in data:
                 inputs = as_inputs(batch, qmodel.example)
                 wrong = fault(inputs, qmodel.example, first)
@@ -171,8 +176,12 @@ def calibrate(
                     raise CalibrationError(f"Batch {number} {wrong}", qstate, number)
                 if step is None:
                     first = shapes_of(inputs)
-                    step, params, state = _start(qmodel, params, state, inputs)
+                    start = _start_traced if is_traced else _start
+                    step, params, state = start(qmodel, params, state, inputs)
                 new, flags, masks = step(params, state, *inputs)
+                if is_traced:
+                    qstate, state, number = new, new, number + 1
+                    continue
                 for name, is_mask in masks.items():
                     if not is_mask:
                         raise CalibrationError(_NO_MASK.format(name), qstate, number)
@@ -204,8 +213,8 @@ def calibrate(
             qstate,
             0,
         )
-    zeros = _unreached([s for s, *_ in qmodel.calibrated()], reached)
-    if zeros:
+    sites = [] if is_traced else [site for site, *_ in qmodel.calibrated()]
+    if zeros := _unreached(sites, reached[: len(sites)]):
         warnings.warn(
             f"All values were 0 at {', '.join(zeros)}: the scale is 1 unless the state "
             "knows a range. Does the data reach this part of the model?",
@@ -307,6 +316,14 @@ def _start(
     options = _compiler_options()
     step = jax.jit(observe, out_shardings=place, compiler_options=options)
     return step, params, qstate
+
+
+def _start_traced(
+    qmodel: QuantizedModel, params: chex.ArrayTree, qstate: QState | None, inputs: Any
+) -> tuple[_Step, Any, QState]:
+    """Returns a step that becomes part of a traced function, and its arguments."""
+    state = qmodel.init(params, *inputs) if qstate is None else qstate
+    return _observe(qmodel, False), params, state
 
 
 @functools.cache

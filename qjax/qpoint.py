@@ -34,10 +34,15 @@ def grid_codes(
 ) -> jax.Array:
     """Computes the codes of `quantize`, int32, from the operands of `qpoint`."""
     steps = _to_int32(rounding(_steps(x, scale)))
-    # Clip before the zero point joins, with bounds that do not wrap.
-    low = jnp.maximum(qmin, _INT32.min + jnp.maximum(zero_point, 0)) - zero_point
-    high = jnp.minimum(qmax, _INT32.max + jnp.minimum(zero_point, 0)) - zero_point
-    return jnp.clip(steps, low, high) + zero_point
+    # Clip before the zero point joins.
+    return jnp.clip(steps, *_code_steps(zero_point, qmin, qmax)) + zero_point
+
+
+def _code_steps(zero_point, qmin, qmax):
+    """Returns the ends of ``code - zero_point``, where it does not wrap."""
+    low = jnp.maximum(qmin, _INT32.min + jnp.maximum(zero_point, 0))
+    high = jnp.minimum(qmax, _INT32.max + jnp.minimum(zero_point, 0))
+    return low - zero_point, high - zero_point
 
 
 def quotient_codes(
@@ -94,9 +99,26 @@ def _qpoint(x, scale, zero_point, qmin, qmax, *, site, rounding, in_float=False)
         zeros = lax.full_like(steps, 0)  # Codes know no -0.
         steps = lax.select(steps == zeros, zeros, steps)
         return (steps * scale).astype(x.dtype)  # NaN passes all of it.
+    if scale.dtype == jnp.float32:
+        steps = rounding(_steps(x, scale))
+        return (_whole_sums(steps, zero_point, qmin, qmax) * scale).astype(x.dtype)
     codes = grid_codes(x, scale, zero_point, qmin, qmax, rounding=rounding)
     value = grid_values(codes, scale, zero_point).astype(x.dtype)
     return select(jnp.isnan(x), x, value)
+
+
+def _whole_sums(steps, zero_point, qmin, qmax):
+    """Computes ``float(code) - float(zero_point)`` of traced words from whole steps.
+
+    The sum of steps and zero point is rounded to float32 once, as the conversion of a
+    code is: where float32 holds the zero point, both are the same for any word.
+    """
+    zero = zero_point.astype(steps.dtype)
+    low, high = (
+        (end + zero_point).astype(steps.dtype) - zero
+        for end in _code_steps(zero_point, qmin, qmax)
+    )
+    return _clamp(low, (steps + zero) - zero, high)
 
 
 def _relative_ends(scale, zero_point, qmin, qmax):

@@ -76,6 +76,7 @@ ROOMS = (
     ("quantized_model",),
     ("instrumentation", "observation", "inspection", "training"),
     ("formats",),
+    ("search",),
     ("conformance",),
     ("cli",),
 )

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from qjax.affine import QParams, QSpec, fake_quant
-from qjax.qpoint import _form, bind_point, clipped_ste, known_zeros, qpoint_p
+from qjax.qpoint import (
+    _form,
+    bind_point,
+    clipped_ste,
+    grid_codes,
+    grid_values,
+    known_zeros,
+    qpoint_p,
+)
 from qjax.rounding import half_away, half_even
 
 
@@ -20,14 +28,15 @@ def _points(scale, low, high):
 
 
 def _both(x, params, ends, rounding=half_even):
-    """Values and derivatives of both arithmetics."""
-    found = []
-    for names in ({}, {"in_float": True}):
-        bind = lambda x, names=names: qpoint_p.bind(
-            x, *params, *ends, site="", rounding=rounding, **names
-        )
-        found.append(jax.jit(bind)(x))
-    return found
+    """Values by integer codes, as `quantize` has them, and by float arithmetic."""
+
+    def ints(x):
+        codes = grid_codes(x, *params, *ends, rounding=rounding)
+        return jnp.where(jnp.isnan(x), x, grid_values(codes, *params))
+
+    names = {"site": "", "rounding": rounding, "in_float": True}
+    floats = lambda x: qpoint_p.bind(x, *params, *ends, **names)
+    return [jax.jit(fn)(x) for fn in (ints, floats)]
 
 
 def _assert_same(x, y):
@@ -69,6 +78,36 @@ def test_any_word_about_zero_has_the_same_values_in_float():
             x = np.concatenate([x, np.float32(near)])
             ints, floats = both(x, scale, *ends)
             _assert_same(floats, ints)
+
+
+@pytest.mark.parametrize("rounding", [half_even, half_away])
+def test_traced_words_have_the_values_of_their_codes(rounding):
+    @jax.jit
+    def both(x, scale, zero_point, qmin, qmax):
+        params, ends = (scale, zero_point), (qmin, qmax)
+        ints, _ = _both(x, params, ends, rounding)
+        return ints, qpoint_p.bind(x, *params, *ends, site="", rounding=rounding)
+
+    for bits in (1, 2, 8, 16, 17, 23, 24, 25, 26, 29, 31, 32):
+        for low in (-(2 ** (bits - 1)), 0):
+            high = min(low + 2**bits - 1, 2**31 - 1)
+            zeros = [0, low, high, high // 3, low + (high - low) // 7 * 3, 2**24 + 1]
+            for zero in (*zeros, -(2**31), 2**31 - 1, 2**31 - 65, -(2**30) - 33):
+                if low - zero >= 2**31 or high - zero < -(2**31):
+                    continue  # No int32 plus this zero point is a code.
+                for scale in np.float32([1, 0.1, 2**-20]):
+                    x = _points(scale, low - float(zero), high - float(zero))
+                    ends = np.float32([low - float(zero), high - float(zero)]) * scale
+                    near = [ends, np.nextafter(ends, 0), np.nextafter(ends, 9e9)]
+                    x = np.concatenate([x, np.float32(np.concatenate(near))])
+                    ints, floats = both(x, scale, *map(np.int32, (zero, low, high)))
+                    if float(np.float32(zero)) == zero:
+                        _assert_same(ints, floats)
+                        continue
+                    # The zero point is rounded, too: |fl(c + z) - fl(c + fl(z))|.
+                    ulp = np.spacing(np.float32([abs(zero), max(-low, high)]))
+                    atol = scale * (ulp[0] / 2 + ulp[1])
+                    np.testing.assert_allclose(ints, floats, rtol=2**-22, atol=atol)
 
 
 def test_only_what_is_known_is_computed_in_float():

@@ -297,36 +297,50 @@ def random_samples(
 
 
 class _Rate(rich.progress.ProgressColumn):
-    """The rate of calibration in batches per second."""
+    """The rate of a progress bar in units per second."""
+
+    def __init__(self, unit: str):
+        super().__init__()
+        self._unit = unit
 
     def render(self, task: rich.progress.Task) -> rich.text.Text:
         speed = task.finished_speed or task.speed
-        return rich.text.Text("" if speed is None else f"{speed:.1f} batches/s")
+        if speed is None and task.elapsed:
+            speed = (task.completed - task.fields["done"]) / task.elapsed
+        return rich.text.Text(f"{speed:.1f} {self._unit}/s" if speed else "")
 
 
 @contextlib.contextmanager
 def progress_bar(
-    total: int | None, is_shown: bool | None
-) -> Iterator[Callable[[], object]]:
+    total: int | None,
+    is_shown: bool | None,
+    title: str = "calibrate",
+    unit: str = "batches",
+    *,
+    done: int = 0,
+) -> Iterator[Callable[..., object]]:
     """Shows the number of batches done, on standard error.
 
     Args:
       total: Number of batches; None if it is unknown: no remaining time then.
       is_shown: None: if standard error is a terminal.
+      title: Title of the bar.
+      unit: Name of what is counted.
+      done: Number that is done at the start.
 
     Yields:
-      The function to call after each batch.
+      The function to call after each batch, or with the number of several.
     """
     console = rich.console.Console(stderr=True)
     columns: list[rich.progress.ProgressColumn] = [
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
-        _Rate(),
+        _Rate(unit),
     ]
     if total is not None:
         columns.append(rich.progress.TimeRemainingColumn())
     is_off = not (console.is_terminal if is_shown is None else is_shown)
     with rich.progress.Progress(*columns, console=console, disable=is_off) as bar:
-        task = bar.add_task("calibrate", total=total)
-        yield lambda: bar.advance(task)
+        task = bar.add_task(title, total=total, completed=done, done=done)
+        yield lambda number=1: bar.advance(task, number)

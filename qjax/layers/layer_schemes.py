@@ -32,7 +32,8 @@ def scheme_words(
         return Site(site_name(path, name), role, (), layer=path, op=op)
 
     ends = at("input", "activation"), at("output", "activation")
-    output = scheme.word(ends[1]) if is_end or scheme.rule(ends[1]) else None
+    is_named = scheme.rule(ends[1]) is not None or scheme.bits_rule(ends[1]) is not None
+    output = scheme.word(ends[1]) if is_end or is_named else None
     bias: Any = scheme.bias_spec(at("bias", "bias"))
     own = scheme.word(ends[0]), scheme.word(at(weight, "weight"))
     if own == (None, None) and output is None:

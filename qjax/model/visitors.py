@@ -399,11 +399,13 @@ def _filled(
 
 
 def _holds_all(spec: QSpec) -> bool:
-    """Returns whether no code of a weight can saturate, as its range is that of all."""
-    if not is_known(spec.bits) or not spec.signed:
-        return False
-    bits = np.asarray(spec.bits)
-    return bool(np.all((bits >= 2) & (bits <= 16)))
+    """Returns whether no code of a weight saturates, as its range is that of all.
+
+    A traced word counts as one of at least 2 bits: one of 1 bit is refused where it is
+    known.
+    """
+    is_short = is_known(spec.bits) and bool(np.any(np.asarray(spec.bits) < 2))
+    return spec.signed and not is_short
 
 
 def _weight_scale(x: jax.Array, spec: QSpec) -> jax.Array:

@@ -5,6 +5,8 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
+
 from qjax import estimators, rounding
 from qjax.affine import Axis, QSpec
 from qjax.calibration.calibrator import Calibrator, parse_calibrator
@@ -213,7 +215,12 @@ def _rule_out(path: str, rule: Rule) -> dict[str, Any]:
         raise ValueError(
             f"{path}: a predicate goes into JSON as a `Where`, got {rule.pattern}."
         )
-    found["spec"] = _word_out(f"{path}.spec", rule.spec)
+    if rule.bits is not None:
+        if not is_known(rule.bits) or np.ndim(rule.bits):
+            raise ValueError(f"{path}.bits: only known numbers go into JSON.")
+        found["bits"] = int(rule.bits)  # type: ignore[arg-type]
+    else:
+        found["spec"] = _word_out(f"{path}.spec", rule.spec)
     if rule.calibrator is not None:
         found["calibrator"] = _calibrator_out(f"{path}.calibrator", rule.calibrator)
     if rule.buffer_bits is not None:
@@ -247,6 +254,7 @@ def _rule_in(path: str, data: Any) -> Rule:
         "reasons": _reasons_in,
         "optional": _bool_in,
         "per_step": _bool_in,
+        "bits": _int_in,
     }
     found = _read(path, data, fields)
     if ("pattern" in found) == ("where" in found):

@@ -33,12 +33,18 @@ def explain_site(scheme: Scheme, site: Site) -> Explanation:
         reasons = dict(rule.reasons)
         at = next(k for k, r in enumerate(scheme.rules) if r is rule)
         own = reasons.get("*", f"Scheme.rules[{at}], {rule.pattern}")
+    if (of_bits := scheme.bits_rule(site)) is not None:
+        at = next(k for k, r in enumerate(scheme.rules) if r is of_bits)
+        reasons["bits"] = f"Scheme.rules[{at}], {of_bits.pattern}"
     found = Explanation()
     if spec is None:
         found["spec"] = None, reasons.get("spec", own)
         return found
     if isinstance(spec, Spec):
-        found["quantizer"] = str(spec), reasons.get("quantizer", own)
+        why = reasons.get("quantizer", own)
+        if of_bits is not None:
+            why = f"{why}; its bits: {reasons['bits']}"
+        found["quantizer"] = str(spec), why
     else:
         for field in dataclasses.fields(spec):
             value = getattr(spec, field.name)

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.typing import ArrayLike
 
 from qjax.calibration.calibrator import Calibrator
 from qjax.qpoint import Estimator
+from qjax.rounding import check_bits
 from qjax.schemes.patterns import Site, Where, matches
 from qjax.schemes.words import Word, as_buffer_bits, as_calibrator, as_word
 from qjax.tables import show_fields
@@ -40,11 +42,13 @@ class Rule:
         steps with a site that the rule matches is unrolled, and its sites are named by
         the step, ``scan_0/step_3/carry:1``. Rules match them by this name, and by that
         of the loop, ``scan_0/carry:1``.
+      bits: Bits that replace those of the word which its sites have without the rule,
+        an axis of a sweep. All else of a site stays, and what is float.
 
     Raises:
       TypeError: for fields of another type.
-      ValueError: for texts that are no quantizer or calibrator, and ``buffer_bits``
-        outside of 2 to 32.
+      ValueError: for texts that are no quantizer or calibrator, ``buffer_bits`` outside
+        of 2 to 32, and ``bits`` beside another choice.
     """
 
     pattern: str | Callable[[Site], bool] = dataclasses.field(metadata={"static": True})
@@ -62,6 +66,7 @@ class Rule:
     )
 
     per_step: bool = dataclasses.field(default=False, metadata={"static": True})
+    bits: ArrayLike | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str) and not callable(self.pattern):
@@ -85,9 +90,24 @@ class Rule:
                 "`estimator` of a `Rule` must be a function of `qjax.estimators`, got "
                 f"{self.estimator!r}."
             )
+        if self.bits is not None:
+            self._check_bits()
+
+    def _check_bits(self) -> None:
+        """Raises for bits that are none, or beside a choice of another kind."""
+        check_bits(self.bits)  # type: ignore[arg-type]
+        others = ("spec", "calibrator", "buffer_bits", "estimator")
+        said = [name for name in others if getattr(self, name) is not None]
+        said += ["per_step"] * self.per_step
+        if said and type(self.spec) is not object:
+            raise ValueError(
+                "`bits` of a `Rule` replaces the bits of the word that its sites have "
+                f"anyway, and nothing else; got `{said[0]}` beside it. Write two rules."
+            )
 
     def __repr__(self) -> str:
-        options = show_fields(self, always=("pattern", "spec"))
+        always = ("pattern", "spec") if self.bits is None else ("pattern",)
+        options = show_fields(self, always=always)
         return options.replace("pattern=", "", 1).replace("spec=", "", 1)
 
     def matches(self, site: Site) -> bool:

@@ -15,7 +15,8 @@ from qjax.calibration.calibrators import min_max
 from qjax.qpoint import Estimator, clipped_ste
 from qjax.quantizers.spec import is_known
 from qjax.schemes import codec
-from qjax.schemes.patterns import Site, Where, check_fields, check_name, no_match
+from qjax.schemes.differences import difference
+from qjax.schemes.patterns import Role, Site, Where, check_fields, check_name, no_match
 from qjax.schemes.rules import Constraints, Rule, as_rules, speaks_of_bias
 from qjax.schemes.words import (
     Word,
@@ -24,6 +25,7 @@ from qjax.schemes.words import (
     as_word,
     at_site,
     check_site_word,
+    with_bits,
 )
 from qjax.tables import show, show_fields
 
@@ -112,6 +114,11 @@ class Scheme:
 
     def word(self, site: Site) -> Word | None:
         """Returns the word of a site in the scheme, which `spec` takes to the site."""
+        word, rule = self._word(site), self.bits_rule(site)
+        return word if rule is None else with_bits(word, rule.bits, site.name)
+
+    def _word(self, site: Site) -> Word | None:
+        """Returns the word of a site without rules for bits alone."""
         rule = self.rule(site)
         if rule is not None:
             return rule.spec
@@ -126,12 +133,13 @@ class Scheme:
         and no product reads it, as the state of an LSTM; or it is a term of a sum that
         a loop carries. No demands of a runtime are made.
         """
-        is_default = self.rule(site) is None and isinstance(self.activations, QSpec)
-        is_free = self.constraints == Constraints() and site.role == "activation"
+        is_free = self.rule(site) is None and self.bits_rule(site) is None
+        is_default = is_free and isinstance(self.activations, QSpec)
+        is_plain = self.constraints == Constraints() and site.role == "activation"
         is_read = any(fnmatch(op, "*conv*") or op in _PRODUCTS for op in site.feeds)
         is_state = "carry" in site.feeds and not is_read
         is_wide = site.feeds == ("norm",) or is_state
-        return is_default and is_free and is_wide and site.op != "input"
+        return is_default and is_plain and is_wide and site.op != "input"
 
     def _widened(self) -> Word | None:
         word = self.activations
@@ -142,7 +150,11 @@ class Scheme:
 
     def bias_spec(self, site: Site) -> Word | None:
         """Returns the word of a bias; None for the grid of its accumulator."""
-        return next((r.spec for r in self.rules if speaks_of_bias(r, site)), None)
+        own = [rule for rule in self.rules if speaks_of_bias(rule, site)]
+        word = next((rule.spec for rule in own if rule.bits is None), None)
+        if not own or own[0].bits is None:
+            return word
+        return with_bits(word or QSpec(), own[0].bits, site.name)
 
     def site_calibrator(self, site: Site) -> Calibrator:
         """Returns the calibrator of a site."""
@@ -166,8 +178,17 @@ class Scheme:
         return rule.buffer_bits
 
     def rule(self, site: Site) -> Rule | None:
-        """Returns the rule that decides a site; None for the defaults."""
-        return next((r for r in self.rules if r.matches(site)), None)
+        """Returns the rule that decides a site; None for the defaults.
+
+        A rule for bits alone is none: `bits_rule`.
+        """
+        own = (rule for rule in self.rules if rule.bits is None)
+        return next((rule for rule in own if rule.matches(site)), None)
+
+    def bits_rule(self, site: Site) -> Rule | None:
+        """Returns the rule that decides the bits of a site and nothing else, if any."""
+        first = next((rule for rule in self.rules if rule.matches(site)), None)
+        return None if first is None or first.bits is None else first
 
     @property
     def per_step(self) -> tuple[Any, ...]:
@@ -253,6 +274,27 @@ def check_rules(
             shown = show(pattern)
             found = repr(pattern) if isinstance(pattern, str) else f"{shown}: it"
             raise ValueError(f"The rule {found} {no_match(pattern, 'site', names)}")
+        if rule.bits is not None:
+            _check_decides(rule, scheme, sites)
+
+
+def _check_decides(rule: Rule, scheme: Scheme, sites: Sequence[Site]) -> None:
+    """Raises for bits that no site has: other rules decide, or all stays in float."""
+    own = [site for site in sites if rule.matches(site)]
+    decided = [site for site in own if scheme.bits_rule(site) is rule]
+    shown = f"The rule for the bits of {show(rule.pattern)}"
+    if not decided:
+        others = [r.pattern for r in scheme.rules if any(map(r.matches, own))]
+        raise ValueError(
+            f"{shown} decides nothing: at all of its sites an earlier rule does "
+            f"({show(others[0])}). The first that matches decides: put the more "
+            "special one first."
+        )
+    if all(scheme.word(site) is None for site in decided):
+        raise ValueError(
+            f"{shown} matches sites that stay in float alone: {decided[0].name!r}. "
+            "Give them a word in the scheme, or leave the rule out."
+        )
 
 
 def check_same_steps(scheme: Scheme, own: Scheme) -> None:
@@ -283,15 +325,20 @@ def shadowed_rules(
       Pairs of the place of a rule, and the places of those that decide its sites.
     """
     found = []
-    deciding = {
-        site: next((k for k, r in enumerate(scheme.rules) if r.matches(site)), None)
-        for site in sites
-    }
+    deciding = {site: _deciding(scheme, site) for site in sites}
     for k, rule in enumerate(scheme.rules):
-        firsts = {deciding[site] for site in sites if rule.matches(site)}
+        own = [deciding[site] for site in sites if rule.matches(site)]
+        firsts = {n for both in own for n in both}
         if firsts and k not in firsts and not rule.optional:
-            found.append((k, tuple(sorted(n for n in firsts if n is not None))))
+            found.append((k, tuple(sorted(firsts))))
     return found
+
+
+def _deciding(scheme: Scheme, site: Site) -> list[int]:
+    """Returns the places of the rules that decide a site and its bits."""
+    both = (scheme.rule(site), scheme.bits_rule(site))
+    rules = enumerate(scheme.rules)
+    return [k for k, rule in rules if any(rule is own for own in both)]
 
 
 def _check_alone(scheme: Scheme) -> None:
@@ -301,10 +348,28 @@ def _check_alone(scheme: Scheme) -> None:
     for k, rule in enumerate(scheme.rules):
         role = rule.pattern.role if isinstance(rule.pattern, Where) else None
         word, name = rule.spec, f"Scheme.rules[{k}]"
+        if rule.bits is not None:
+            _check_bits_alone(scheme, rule, name, role or "weight")
         check_site_word(name, role or "activation", word)
         if role is None and isinstance(word, QSpec) and word.signed:
             # The word may be a weight's: an activation has the unsigned word as well.
             check_site_word(name, "weight", word)
+
+
+def _check_bits_alone(scheme: Scheme, rule: Rule, name: str, role: Role) -> None:
+    """Raises for bits that the default word of a role cannot have."""
+    usual = scheme.activations if role == "activation" else scheme.weights
+    if not hasattr(usual, "bits"):
+        return
+    try:
+        check_site_word(name, role, with_bits(usual, rule.bits, name))
+    except ValueError as error:
+        hint = " For activations alone write `Where(role='activation', name=...)`."
+        pattern = show(rule.pattern)
+        is_open = role == "weight" and isinstance(rule.pattern, str)
+        raise ValueError(
+            f"{name}, the bits of {pattern}: {error}{hint if is_open else ''}"
+        ) from error
 
 
 def stack_schemes(schemes: Sequence[Scheme]) -> Scheme:
@@ -330,11 +395,15 @@ def stack_schemes(schemes: Sequence[Scheme]) -> Scheme:
         raise ValueError("`stack_schemes` needs at least one scheme, got none.")
     first: Any = jax.tree.structure(schemes[0])
     for i, scheme in enumerate(schemes):
+        if not isinstance(scheme, Scheme):
+            raise TypeError(f"Scheme {i} must be a `Scheme`, got {show(scheme)}.")
         _check_alone(scheme)
-        if jax.tree.structure(scheme) != first:
+        where = difference("", scheme, schemes[0])
+        if where or jax.tree.structure(scheme) != first:
             raise ValueError(
                 f"Schemes stack if only their bits differ; scheme {i} differs from "
-                f"scheme 0 elsewhere:\n  {scheme}\n  {schemes[0]}"
+                f"scheme 0 elsewhere: {where or 'its functions are others'}\n  "
+                f"{scheme}\n  {schemes[0]}"
             )
     return jax.tree.map(lambda *leaves: jnp.stack(_numbers(leaves)), *schemes)
 

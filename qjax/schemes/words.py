@@ -91,6 +91,27 @@ def at_site(word: Word | None, site: Site) -> Word | None:
     return word if axis == -1 else dataclasses.replace(word, **fields)
 
 
+def with_bits(word: Word | None, bits: Any, name: str) -> Word | None:
+    """Returns a word with other bits; None stays.
+
+    Args:
+      word: The word.
+      bits: Bits, which may be traced.
+      name: Name of the site, for the message.
+
+    Raises:
+      ValueError: for a quantizer that has no bits.
+    """
+    if word is None:
+        return None
+    if not hasattr(word, "bits"):
+        raise ValueError(
+            f"The word at {name!r}, `{word}`, has no bits to replace. Give the site a "
+            "word such as `QSpec(bits=8)`, or leave its `bits` out."
+        )
+    return dataclasses.replace(cast(Any, word), bits=bits)
+
+
 def is_random(word: Word | None) -> bool:
     """Returns whether a word draws at random when it gets a key."""
     return isinstance(word, Spec) and (
