@@ -98,7 +98,7 @@ def _with_squares(x: jax.Array, sink: jax.Array, squares: jax.Array) -> Any:
 
 
 def _weighed(squares: jax.Array, g: jax.Array) -> Any:
-    own = g.astype(jnp.float32) ** 2 * squares
+    own = g.astype(jnp.float32)[None] ** 2 * squares
     rows = jnp.sum(own, axis=tuple(range(1, own.ndim)))
     return g, rows, jnp.zeros_like(squares)
 
