@@ -141,18 +141,18 @@ def allocate(
     )
 
 
-class _Part(NamedTuple):
+class _Term(NamedTuple):
     """A term of the cost, a function of the bits of some axes."""
 
     axes: tuple[int, ...]
     costs: np.ndarray  # An axis for each, of the size of its options.
 
 
-class _Table(NamedTuple):
+class _CostTable(NamedTuple):
     """The cost as a sum of terms."""
 
     constant: float
-    parts: list[_Part]
+    parts: list[_Term]
 
 
 # Axis -> bits -> score.
@@ -163,7 +163,7 @@ class _Program:
     """The integer program: a variable for each bits of a block, one is 1."""
 
     def __init__(
-        self, blocks: Sequence[Sequence[int]], options: _Options, table: _Table
+        self, blocks: Sequence[Sequence[int]], options: _Options, table: _CostTable
     ):
         self.options, self.table = options, table
         self.block = {axis: k for k, own in enumerate(blocks) for axis in own}
@@ -337,7 +337,7 @@ def _options(found: Sensitivities, blocks: Sequence[Sequence[int]]) -> _Options:
 
 def _table(
     model: QuantizedModel, found: Sensitivities, options: _Options, cost: Price
-) -> _Table:
+) -> _CostTable:
     """Returns the cost of a model as a sum of functions of the bits of few axes."""
     if not callable(cost):
         raise TypeError(
@@ -377,7 +377,7 @@ def _table(
         for dims, part in own_parts:
             key = tuple(axes[d] for d in dims)
             parts[key] = parts.get(key, 0.0) + part
-    return _Table(constant, [_Part(*pair) for pair in parts.items()])
+    return _CostTable(constant, [_Term(*pair) for pair in parts.items()])
 
 
 def _layer(

@@ -24,7 +24,7 @@ MEASURED = "measured"  # The method whose scores are differences of losses.
 
 @dataclasses.dataclass(frozen=True)
 class Sensitivities:
-    """What each number of bits on each axis does to a loss: arrays of one entry a row.
+    """Scores of each number of bits on each axis: arrays of one entry a row.
 
     ``print`` shows a table of axes by bits.
 
