@@ -1,8 +1,36 @@
 """Bits allocated to sites, against the uniform scheme of the same cost.
 
-    python experiments/bit_allocation.py --data-dir DIR
+    python experiments/bit_allocation.py --data-dir DIR --models fashion
 
-RESULT
+Percent right on 6,978 test images of Fashion-MNIST, post-training, mean and seeds 0, 1
+and 2: `allocate` by each sensitivity, with the cost of the uniform scheme as budget.
+Weight bytes have kernels of some bits and activations of 8; bit operations all sites
+but the logits. Bits to choose from: 8, 6, 5, 4, 3, 2.
+
+| cost of | seed | float | uniform | measured | gradient | Hessian |
+|---|---|---|---|---|---|---|
+| bytes, 3 bits | mean | 81.68 | 43.19 | 67.68 | 68.80 | 64.85 |
+| | 0 | 81.60 | 54.31 | 66.88 | 68.36 | 60.45 |
+| | 1 | 81.90 | 37.62 | 68.33 | 68.33 | 64.40 |
+| | 2 | 81.53 | 37.63 | 67.84 | 69.70 | 69.70 |
+| bytes, 4 bits | mean | 81.68 | 77.17 | 80.17 | 80.23 | 72.47 |
+| | 0 | 81.60 | 76.55 | 79.56 | 80.51 | 61.08 |
+| | 1 | 81.90 | 76.25 | 79.92 | 79.92 | 75.08 |
+| | 2 | 81.53 | 78.69 | 81.03 | 80.25 | 81.24 |
+| operations, 4 bits | mean | 81.68 | 61.97 | 76.75 | 68.07 | 54.18 |
+| | 0 | 81.60 | 63.31 | 73.49 | 60.98 | 34.22 |
+| | 1 | 81.90 | 59.04 | 78.48 | 68.11 | 54.37 |
+| | 2 | 81.53 | 63.54 | 78.27 | 75.11 | 73.96 |
+| operations, 5 bits | mean | 81.68 | 77.36 | 80.95 | 77.77 | 70.97 |
+| | 0 | 81.60 | 80.32 | 80.62 | 79.13 | 62.97 |
+| | 1 | 81.90 | 77.16 | 81.04 | 81.04 | 76.64 |
+| | 2 | 81.53 | 74.61 | 81.20 | 73.13 | 73.30 |
+
+Measured sensitivities beat the uniform scheme in all 12 cases, gradients in 9, traces
+of the Hessian in 5. They spent 56 losses on 256 images (13 s); 4 gradients on 64 images
+each (23 s, compilation first of all); 32 products of the Hessian and 4 gradients (70 s).
+With 4 directions a batch, traces are noisy, and some negative. Solver and test of an
+allocation took 4.1 s at most, and all of it 663 s, on 2 cores shared with other work.
 """
 
 import dataclasses
@@ -51,7 +79,7 @@ class Config:
     seeds: int = option(3, "0, 1, ...: of training, and of the images looked at")
     steps: int = option(800, "of training on Fashion-MNIST, at batch 64")
     images: int = option(256, "on which sensitivities are found, of the training set")
-    draws: int = option(8, "directions of the Hessian for each batch of images")
+    draws: int = option(4, "directions of the Hessian for each batch of images")
     json: str = option("", "file for the rows")
 
 
