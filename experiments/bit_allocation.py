@@ -27,10 +27,11 @@ but the logits. Bits to choose from: 8, 6, 5, 4, 3, 2.
 | | 2 | 81.53 | 74.61 | 81.20 | 73.13 | 73.30 |
 
 Measured sensitivities beat the uniform scheme in all 12 cases, gradients in 9, traces
-of the Hessian in 5. They spent 56 losses on 256 images (13 s); 4 gradients on 64 images
-each (23 s, compilation first of all); 32 products of the Hessian and 4 gradients (70 s).
-With 4 directions a batch, traces are noisy, and some negative. Solver and test of an
-allocation took 4.1 s at most, and all of it 663 s, on 2 cores shared with other work.
+of the Hessian in 5. They spent 56 losses on 256 images (13 s), 4 gradients on 64 images
+each (23 s), 32 products of the Hessian and 4 gradients (70 s); seconds are mostly those
+of compilation. With 4 directions a batch traces are noisy, and some negative. Solver
+and test of an allocation took 4.1 s at most, and all of it 663 s, on 2 cores that were
+shared with other work.
 """
 
 import dataclasses
