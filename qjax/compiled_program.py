@@ -81,8 +81,11 @@ class CompiledProgram:
         for x, (name, _, _), (shape, dtype) in zip(
             flat, self._inputs, self._types, strict=True
         ):
-            if not isinstance(x, np.ndarray) or x.dtype != dtype:
-                found = getattr(x, "dtype", type(x).__name__)
+            is_array = isinstance(x, np.ndarray) and not isinstance(
+                x, np.ma.MaskedArray
+            )
+            if not is_array or x.dtype != dtype:
+                found = x.dtype if is_array else type(x).__name__
                 raise TypeError(
                     f"{name} must be a NumPy array of {dtype}, got {found}. Compute "
                     "codes with `program.quantize_inputs`."

@@ -13,6 +13,7 @@ import pytest
 from flax import linen as nn
 
 import qjax
+from qjax.affine import QParams, QSpec, fake_quant
 from qjax.backends.native import library
 from qjax.backends.native.calls import NativeGraph
 from qjax.backends.native.library import NativeKernel, find_library, thread_count
@@ -174,6 +175,85 @@ def test_threads_call_one_program_at_once(program):
     for t in threads:
         t.join()
     assert not wrong
+
+
+FORK = """
+import os, signal, threading
+import jax.numpy as jnp, numpy as np
+import qjax
+from qjax.affine import QParams, QSpec, fake_quant
+
+def fn(x):
+    def q(v, s, name):
+        params = QParams(jnp.float32(s), jnp.int32(0))
+        return fake_quant(v, params, QSpec(8), site=name)
+
+    return q(q(x, .1, "x") @ q(jnp.eye(4), .02, "k"), .2, "y")
+
+codes = np.arange(200_000, dtype=np.int8).reshape(-1, 4)
+run = qjax.lower(fn, np.zeros((2, 4), np.float32)).compile(len(codes), threads=1)
+wanted, is_over = run(codes), []
+
+def work():
+    while not is_over:
+        run(codes)
+
+threads = [threading.Thread(target=work) for _ in range(3)]
+for t in threads:
+    t.start()
+for _ in range(4):
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        os._exit(int(not np.array_equal(run(codes), wanted)))
+    assert os.waitpid(child, 0)[1] == 0
+is_over.append(True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.kept
+def test_a_forked_child_runs_what_threads_of_its_parent_run():
+    command = [sys.executable, "-W", "ignore", "-c", FORK]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("zero_point", [0, 3])
+def test_padding_around_no_codes_is_summed(zero_point):
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 5)), jnp.float32)
+    numbers = ("NWC", "WIO", "NWC")
+
+    def fn(x):
+        x = on_grid(x, 0.1, zero_point, "x")
+        k = on_grid(kernel, 0.02, 0, "k")
+        y = jax.lax.conv_general_dilated(
+            x, k, (1,), [(2, 2)], dimension_numbers=numbers
+        )
+        return on_grid(y, 0.2, 0, "y")
+
+    program = qjax.lower(fn, np.zeros((2, 0, 4), np.float32))
+    codes = np.zeros((2, 0, 4), np.int8)
+    found = program.compile(2)(codes)
+    assert found.shape == (2, 2, 5)
+    np.testing.assert_array_equal(found, oracle(program, codes))
+    np.testing.assert_array_equal(program.codes(codes), oracle(program, codes))
+
+
+def on_grid(x, scale, zero_point, name):
+    params = QParams(jnp.float32(scale), jnp.int32(zero_point))
+    return fake_quant(x, params, QSpec(8), site=name)
+
+
+def test_a_masked_array_is_no_array_of_codes(program):
+    codes = np.ma.masked_array(codes_of(program, 2))
+    with pytest.raises(TypeError, match="got MaskedArray"):
+        program.compile(2)(codes)
+
+
+def test_more_threads_than_there_can_be_are_many(monkeypatch):
+    monkeypatch.setenv("QJAX_NUM_THREADS", "9" * 30)
+    assert thread_count() == thread_count(10**20) == 1 << 16
 
 
 def test_an_input_that_is_an_output_is_not_overwritten():

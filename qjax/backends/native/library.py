@@ -22,6 +22,7 @@ PATH = pathlib.Path(__file__).parent / "libqjax_native.so"
 SETS = ("avx512_vnni", "avx_vnni", "avx2", "neon_dot", "portable")
 HANDLERS = {"instantiate": "QjaxNativeInstantiate", "execute": "QjaxNativeRun"}
 _ERROR_SIZE = 512
+_MOST_THREADS = 1 << 16
 _ALIGNMENT = 64
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "version": (ctypes.c_char_p, []),
@@ -161,13 +162,13 @@ def thread_count(threads: int | None = None) -> int:
     if threads is None and text:
         if not text.isdecimal() or int(text) < 1:
             raise ValueError(f"QJAX_NUM_THREADS must be 1 or more, got {text!r}.")
-        return int(text)
+        return min(int(text), _MOST_THREADS)
     if threads is None:
         affinity = getattr(os, "sched_getaffinity", None)
         return len(affinity(0)) if affinity else os.cpu_count() or 1
     if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
         raise ValueError(f"`threads` must be 1 or more, got {threads!r}.")
-    return threads
+    return min(threads, _MOST_THREADS)
 
 
 class NativeKernel:

@@ -164,7 +164,8 @@ def conv(e: Emission, node: Node) -> None:
     if shape[order[0]] != x[b] or shape[order[1]] != kernel.shape[o]:
         raise NotNativeError("its bias makes the output larger")
     code = e.narrow(node.inputs[0])
-    if not math.prod(x) * kernel.size or not math.prod(shape):
+    # Codes of no places are padded: the padding is part of the sums.
+    if not x[b] * kernel.size * math.prod(shape):
         _of_nothing(e, node)
         return
     less = _SPACE - len(space)

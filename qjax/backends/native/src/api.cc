@@ -162,6 +162,9 @@ class Runner {
 
   void examples(const uint8_t* packed, const void* const* inputs, void* const* outputs,
                 int64_t first, int64_t last) {
+    if (first >= last) return;
+    const Block block(*this);
+    uint8_t* arena = static_cast<uint8_t*>(block.memory);
     std::vector<const void*> from;
     std::vector<void*> to;
     for (int64_t i = first; i < last; ++i) {
@@ -173,29 +176,29 @@ class Runner {
       for (int64_t k = 0; k < plan_->outputs(); ++k) {
         to.push_back(static_cast<uint8_t*>(outputs[k]) + i * output_bytes_[k]);
       }
-      run(packed, from.data(), to.data());
+      plan_->run(packed, arena, arena + arena_bytes(), from.data(), to.data());
     }
   }
 
-  void run(const uint8_t* packed, const void* const* inputs, void* const* outputs) {
-    void* block = checkout();
-    try {
-      auto* arena = static_cast<uint8_t*>(block);
-      plan_->run(packed, arena, arena + arena_bytes(), inputs, outputs);
-    } catch (...) {
-      give_back(block);
-      throw;
-    }
-    give_back(block);
-  }
+  // The memory of one run, given back at its end.
+  struct Block {
+    explicit Block(Runner& runner) : runner(runner), memory(runner.checkout()) {}
+    ~Block() { runner.give_back(memory); }
+    Block(const Block&) = delete;
+    Block& operator=(const Block&) = delete;
+    Runner& runner;
+    void* const memory;
+  };
 
   int64_t arena_bytes() const {
     return (plan_->arena_bytes() + kSlack + kAlignment - 1) / kAlignment * kAlignment;
   }
+  // The lock is tried, never waited for: the child of a fork may find it taken by a
+  // thread that it does not have. It then lives without the blocks that are kept.
   void* checkout() {
     {
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (!blocks_.empty()) {
+      const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+      if (lock.owns_lock() && !blocks_.empty()) {
         void* block = blocks_.back();
         blocks_.pop_back();
         return block;
@@ -209,8 +212,12 @@ class Runner {
     return block;
   }
   void give_back(void* block) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    blocks_.push_back(block);
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (lock.owns_lock()) {
+      blocks_.push_back(block);
+    } else {
+      std::free(block);
+    }
   }
 
   const Kernels& set_;
