@@ -134,3 +134,44 @@ def test_an_extreme_of_no_values_is_no_number_to_calibrate():
     qmodel = qjax.quantize_model(fn, P, X, IDS)
     with pytest.raises(CalibrationError, match="infinity"):
         qjax.calibrate(qmodel, P, [(X, IDS)])
+
+
+@pytest.mark.parametrize(
+    ("window", "strides", "padding", "holes", "apart", "holds"),
+    [
+        (1, 2, (2, 2), 1, 1, False),  # Padding alone.
+        (2, 1, (1, 1), 2, 2, False),  # Taps that meet holes alone.
+        (2, 1, (1, 1), 2, 1, True),
+        (3, 2, (1, 1), 2, 2, False),
+        (3, 2, (0, 0), 2, 2, True),
+        (2, 1, (1, 1), 1, 1, True),
+    ],
+)
+def test_a_window_of_no_input_is_refused(window, strides, padding, holes, apart, holds):
+    def pool(p, x):
+        return jax.lax.reduce_window(
+            x,
+            -jnp.inf,
+            jax.lax.max,
+            (1, window),
+            (1, strides),
+            ((0, 0), padding),
+            base_dilation=(1, holes),
+            window_dilation=(1, apart),
+        )
+
+    assert bool(jnp.isfinite(pool({}, X)).all()) == holds
+    qmodel = qjax.quantize_model(pool, {}, X)
+    qstate = qjax.calibrate(qmodel, {}, [X]) if holds else None
+    if holds:
+        program = qjax.lower(qmodel, {}, qstate, X)
+        assert_equals_oracle(program, X)
+    else:
+        params = qjax.QParams(jnp.float32(0.05), jnp.int32(0))
+
+        def fn(x):
+            own = qjax.fake_quant(x, params, QSpec(8), site="x")
+            return qjax.fake_quant(pool({}, own), params, QSpec(8), site="y")
+
+        with pytest.raises(NotImplementedError, match="a window that holds no input"):
+            qjax.lower(fn, X)

@@ -1,7 +1,7 @@
 """Moves of integers, and reductions to the largest or smallest, as in `jax.lax`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from qjax.graph.operations.record import (
     pool_shape,
     same_interval,
     spread,
+    window_sizes,
     window_taps,
 )
 
@@ -55,12 +56,31 @@ def _arg_interval(o: Operands) -> Ends:
 
 
 def _extreme_pool_interval(o: Operands) -> Ends:
-    names = ("window", "dilation", "base_dilation", "padding")
-    for w, d, b, (low, high) in zip(*(o[name] for name in names), strict=True):
-        reach = (w - 1) * d + 1
-        is_seen = reach >= b and max(low, high) < reach - (b - 1)
-        o.check(is_seen, "each window must hold an input", dict(o.attributes))
+    names = "strides", "padding", "base_dilation", "dilation"
+    window_sizes(o, o.x.shape, o["window"], names)  # Raises for axes cropped away.
+    is_seen = sees_inputs(o.x.shape, o.attributes)
+    o.check(is_seen, "each window must hold an input", dict(o.attributes))
     return same_interval(o)
+
+
+def sees_inputs(shape: Shape, window: Mapping[str, Any]) -> bool:
+    """Returns whether each window of a pool holds an input beside padding and holes.
+
+    Args:
+      shape: Shape of the inputs.
+      window: Attributes of the pool.
+    """
+    names = "window", "strides", "padding", "base_dilation", "dilation"
+    axes = zip(shape, *(window[name] for name in names), strict=True)
+    for n, w, s, (low, high), b, d in axes:
+        padded = max((n - 1) * b + 1, 0) + low + high
+        size = max((padded - (w - 1) * d - 1) // s + 1, 0)
+        # Places of the taps among the inputs, which are b apart.
+        taps = np.arange(size)[:, None] * s - low + np.arange(w) * d
+        held = (taps >= 0) & (taps <= (n - 1) * b) & (taps % b == 0)
+        if not held.any(1).all():
+            return False
+    return True
 
 
 def _pool(of: Callable[..., Any], fill: int) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from qjax.graph.operations.arithmetic import TYPES
+from qjax.graph.operations.moves import sees_inputs
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import emitted, settled
 from qjax.lowering.rules.moves import add_move
@@ -100,7 +101,14 @@ def _max_pool(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstr
     if not e.primitive.name.startswith("reduce_window"):
         attributes: dict[str, Any] = {"axes": [int(a) for a in e.params["axes"]]}
         return add_move(builder, e, trace, x, x.scale, kind, attributes)
-    return add_move(builder, e, trace, x, x.scale, f"{kind}_pool", _window(e))
+    window = _window(e)
+    if not sees_inputs(trace.shape(e.inputs[0]), window):
+        raise NotImplementedError(
+            f"`{e.primitive.name}` in {where(e)} has a window that holds no input, "
+            f"only padding or holes: an infinity, which has no code.\n  equation: {e}\n"
+            "Pad less, or use a larger window."
+        )
+    return add_move(builder, e, trace, x, x.scale, f"{kind}_pool", window)
 
 
 def _truth(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Integers:
