@@ -51,7 +51,10 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
             *[ctypes.c_char_p, ctypes.c_int64],
         ],
     ),
-    "explain": (ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]),
+    "explain": (
+        ctypes.c_char_p,
+        [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64],
+    ),
 }
 
 

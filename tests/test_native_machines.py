@@ -1,0 +1,227 @@
+"""Instruction sets that this machine may lack: emulated, or under qemu.
+
+Random convolutions with their requantizer, and every step that the models here need,
+against the oracle. What is not installed is a test that is skipped.
+"""
+
+import functools
+import pathlib
+import platform
+import shutil
+import struct
+import subprocess
+
+import numpy as np
+import pytest
+
+import qjax
+from qjax.backends.native.library import Library, NativeKernel
+from qjax.backends.native.plan import make_plan
+from qjax.graph import reference
+from qjax.graph.graph import Graph, Grid, Node, Value
+from qjax.graph.operations import OPERATIONS, Operands
+from tests import test_formats_c99 as models
+from tests.models import images
+
+SOURCES = pathlib.Path(qjax.__file__).parent / "backends" / "native" / "src"
+FLAGS = "-std=c++17 -O2 -fPIC -pthread -fvisibility=hidden".split()
+RULES = ("half_even", "tflite_double", "tflite_single", "fp32_half_even")
+SIMDE = pathlib.Path("/usr/include/simde/x86/avx512.h")
+COUNT = 60
+
+pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("flax_promotion")]
+
+
+def names_of(where):
+    lines = (SOURCES / "sources.txt").read_text().splitlines()
+    rows = [line.split() for line in lines if line and not line.startswith("#")]
+    return [(name, flags) for name, own, *flags in rows if own == where]
+
+
+def build(compiler, names, out, *more):
+    objects = []
+    for name, flags in names:
+        made = out.parent / f"{name}.o"
+        command = [*compiler, *FLAGS, *flags, "-c", str(SOURCES / name)]
+        subprocess.run([*command, "-o", str(made)], check=True, capture_output=True)
+        objects.append(str(made))
+    subprocess.run([*compiler, *more, "-pthread", *objects, "-o", str(out)], check=True)
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """AVX-512 VNNI in plain C++."""
+    if not SIMDE.exists() or platform.machine() != "x86_64":
+        pytest.skip("SIMDe is not installed, or this is no x86-64")
+    out = tmp_path_factory.mktemp("emulated") / "lib.so"
+    names = [*names_of("any"), ("isa_avx512_vnni.cc", ["-mavx2"])]
+    compiler = ["g++", "-DQJAX_AVX512_VNNI", "-DQJAX_SIMDE", "-Wno-psabi"]
+    build(compiler, names, out, "-shared")
+    library = Library(str(out))
+    assert library.call["set_isa"](b"avx512_vnni") == 0
+
+    def run(plan, xs):
+        kernel = NativeKernel(library, plan)
+        assert any("avx512_vnni" in how for how in kernel.explain())
+        return kernel.run(xs, 1)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def neon(tmp_path_factory):
+    """NEON with dot products, under qemu."""
+    for tool in ("aarch64-linux-gnu-g++", "qemu-aarch64"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    folder = tmp_path_factory.mktemp("neon")
+    names = [*names_of("any"), *names_of("aarch64"), ("driver.cc", [])]
+    compiler = ["aarch64-linux-gnu-g++", "-DQJAX_NEON_DOT"]
+    build(compiler, names, folder / "driver", "-static")
+    return functools.partial(drive, folder)
+
+
+def drive(folder, plan, xs):
+    """Runs a plan by the driver, whose file is that of driver.cc."""
+    outs = [np.empty(shape, dtype) for shape, dtype in plan.outputs]
+    number = functools.partial(struct.pack, "<q")
+    blocks = [number(len(plan.words)), plan.words.tobytes()]
+    blocks += [number(plan.constants.nbytes), plan.constants.tobytes()]
+    blocks += [number(len(xs))]
+    blocks += [part for x in xs for part in (number(x.nbytes), x.tobytes())]
+    blocks += [number(len(outs)), *(number(x.nbytes) for x in outs)]
+    (folder / "in").write_bytes(b"".join(blocks))
+    command = ["qemu-aarch64", "-cpu", "max", str(folder / "driver"), "neon_dot"]
+    subprocess.run([*command, str(folder / "in"), str(folder / "out")], check=True)
+    content = (folder / "out").read_bytes()
+    for x in outs:
+        x[...] = np.frombuffer(content[: x.nbytes], x.dtype).reshape(x.shape)
+        content = content[x.nbytes :]
+    assert not content
+    return outs
+
+
+def drawn(seed):
+    """A random convolution with its requantizer, and codes; None if there is none."""
+    rng = np.random.default_rng(seed)
+    pick = lambda low, high: int(rng.integers(low, high + 1))
+    dtype = str(rng.choice(["int8", "int8", "uint8", "int16"]))
+    info, zero = np.iinfo(dtype), pick(-3, 3) + (128 if dtype == "uint8" else 0)
+    groups = pick(2, 36) if rng.random() < 0.3 else 1
+    channels, outputs = (1, 1) if groups > 1 else (pick(1, 18), pick(1, 66))
+    rank = pick(1, 3)
+    taps, strides = [pick(1, 3) for _ in range(rank)], [pick(1, 2) for _ in range(rank)]
+    kernel = rng.integers(-127, 128, (*taps, channels, groups * outputs))
+    x = rng.integers(
+        info.min,
+        info.max + 1,
+        (2, *(pick(1, 8) for _ in range(rank)), groups * channels),
+    ).astype(dtype)
+    last, space = rank + 1, list(range(1, rank + 1))
+    conv = {
+        "strides": strides,
+        "padding": [[pick(-1, 2), pick(0, 2)] for _ in range(rank)],
+        "input_dilation": [1] * rank,
+        "dilation": [pick(1, 2) for _ in range(rank)],
+        "groups": groups,
+        "dimensions": [
+            [0, last, *space],
+            [rank + 1, rank, *range(rank)],
+            [0, last, *space],
+        ],
+        "padding_code": zero,
+        "offset": 128 if dtype == "uint8" else 0,
+        "shift": 0,
+    }
+    params = {
+        "kernel": kernel.astype(np.int8),
+        "bias": rng.integers(-(10**4), 10**4, kernel.shape[-1]).astype(np.int32),
+    }
+    kind, shifts = rng.choice(["power", "float", "any"]), (kernel.shape[-1],)
+    multiplier = rng.integers(1 << 30, (1 << 31) - 1, shifts)
+    shift = rng.integers(33, 44, shifts)
+    if kind == "power":
+        multiplier, shift = np.full(shifts, 1 << 30), rng.integers(30, 42, shifts)
+    elif kind == "any":
+        multiplier = multiplier * rng.choice([-1, 1], shifts)
+        shift = rng.integers(25, 50, shifts)
+    along = (1,) * (rank + 1) + shifts
+    params |= {"multiplier": multiplier.astype(np.int32).reshape(along)}
+    params |= {"shift": shift.astype(np.int32).reshape(along)}
+    value = Value(x.shape, dtype, int(info.min), int(info.max), Grid(1.0, zero))
+    operation = OPERATIONS["conv"]
+    operands = Operands(conv, [value], {k: params[k] for k in ("kernel", "bias")})
+    try:
+        shape = operation.shape(operands)
+    except ValueError:
+        return None
+    if not np.prod(shape):
+        return None
+    low, high = operation.interval(operands)
+    ends = [int(np.min(low)), int(np.max(high))]
+    if ends[0] < -(2**31) or ends[1] >= 2**31:
+        return None
+    to = np.iinfo(rng.choice(["int8", "uint8", "int16"]))
+    requantize = {
+        "input_zero_point": 0,
+        "zero_point": pick(-5, 5),
+        "rule": str(rng.choice(RULES)),
+        "low": int(to.min) if rng.random() < 0.7 else 0,
+        "high": int(to.max),
+    }
+    own = int(requantize["low"]), int(to.max)
+    values = (
+        value,
+        Value(shape, "int32", *ends),
+        Value(shape, str(to.dtype), *own, Grid(1.0, requantize["zero_point"])),
+    )
+    roles = {name: name for name in params}
+    first = {k: roles[k] for k in ("kernel", "bias")}
+    second = {k: roles[k] for k in ("multiplier", "shift")}
+    nodes = (
+        Node("conv", (0,), 1, first, conv),
+        Node("requantize", (1,), 2, second, requantize),
+    )
+    return Graph(values, nodes, (0,), (2,), {}), params, x
+
+
+def check_products(run):
+    count = 0
+    for seed in range(10 * COUNT):
+        found = drawn(seed)
+        if found is None:
+            continue
+        graph, params, x = found
+        wanted = reference.run(graph, params, [x])[2]
+        (codes,) = run(make_plan(graph, params, [x.shape]), [x])
+        np.testing.assert_array_equal(codes, wanted, err_msg=str(seed))
+        count += 1
+        if count == COUNT:
+            return
+    raise AssertionError(f"only {count} products were drawn")
+
+
+def check_models(run):
+    for name in ("convolutions", "a block"):
+        net, shape, own = models.CASES[name]
+        program = models.lowered(net, images(*shape), **own)
+        graph = program.graph
+        params = {k: np.asarray(p) for k, p in program.params.items()}
+        xs = []
+        for v in (graph.values[v] for v in graph.inputs):
+            codes = np.random.default_rng(1).integers(v.low, v.high + 1, v.shape)
+            xs.append(codes.astype(v.dtype))
+        wanted = reference.run(graph, params, xs)
+        found = run(make_plan(graph, params, [x.shape for x in xs]), xs)
+        for codes, v in zip(found, graph.outputs, strict=True):
+            np.testing.assert_array_equal(codes, wanted[v], err_msg=name)
+
+
+def test_emulated_sets_compute_the_codes_of_the_oracle(emulated):
+    check_products(emulated)
+    check_models(emulated)
+
+
+def test_neon_computes_the_codes_of_the_oracle(neon):
+    check_products(neon)
+    check_models(neon)
