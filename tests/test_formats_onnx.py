@@ -259,6 +259,10 @@ def test_what_onnx_has_not_is_refused_before_anything_is_written(tmp_path):
     if "loop" in {n.operation for n in loop.graph.nodes}:
         with pytest.raises(ValueError, match=r"(?s)a loop without steps.*can\."):
             write_onnx(loop, path)
+    half = qjax.lower(lambda x: point(point(x)[::2] * 0.5), images(4, 3))
+    for write in (write_onnx, write_onnx_qdq, write_onnx_qlinear):
+        with pytest.raises(ValueError, match="`slice` at .* that is no product of"):
+            write(half, path)
     assert not list(tmp_path.iterdir())
     data = write_onnx(program, path)
     assert path.read_bytes() == data == write_onnx(program)
@@ -272,7 +276,7 @@ def test_sizes_of_values_are_products_of_those_of_inputs():
         times([free, FreeSize(("batch",), 1, 1)])
     program = lowered("mlp", "8 bits")
     arrays = {k: np.asarray(v) for k, v in program.params.items()}
-    found = value_sizes(program.graph, arrays, [(free, 5)])
+    found = value_sizes(program.graph, arrays, [(free, 5)], "write")
     assert found[program.graph.outputs[0]] == (free, 3)
 
 

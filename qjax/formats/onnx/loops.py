@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from qjax.formats.onnx.calls import OnnxCall
+from qjax.formats.onnx.calls import WRITER, OnnxCall
 from qjax.formats.onnx.graph import OnnxGraph, OnnxOp, OnnxValue
 from qjax.formats.onnx.sizes import Sizes, value_sizes
 from qjax.graph.graph import Value
@@ -29,7 +29,7 @@ def loop(call: OnnxCall) -> tuple[OnnxValue, ...]:
     types = [body.values[v].dtype for v in body.inputs[first:]]
     own = [inner.cast(x, dtype) for x, dtype in zip(rows, types, strict=False)]
     given += [*states, *own]
-    sizes = value_sizes(body, call.arrays, [x.shape for x in given])
+    sizes = value_sizes(body, call.arrays, [x.shape for x in given], WRITER)
     found = call.run(inner, body, call.arrays, given, sizes)
     dtypes = [x.dtype for x in states]
     dtypes += [v.dtype for v in call.outputs[len(states) :]]

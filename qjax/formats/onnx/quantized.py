@@ -43,7 +43,7 @@ class _Walk:
         self.inputs = entered(self.graph, self.program, names[0])
         self.graph.names.update(names[1])
         own = [x.shape for x in self.inputs]
-        self.sizes: list[Sizes] = value_sizes(self.program, self.arrays, own)
+        self.sizes: list[Sizes] = value_sizes(self.program, self.arrays, own, writer)
         self.codes: dict[int, OnnxValue] = {}
         self.bytes: dict[int, OnnxValue] = {}  # Codes without a sign, from 0 to 255.
         self.reals: dict[int, OnnxValue] = {}

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from qjax.formats.support import unsupported
 from qjax.graph.graph import Graph, Node
 from qjax.graph.operations import OPERATIONS, Operands
 
@@ -65,7 +66,10 @@ def input_sizes(graph: Graph) -> list[Sizes]:
 
 
 def value_sizes(
-    graph: Graph, params: Mapping[str, np.ndarray], inputs: Sequence[Sizes]
+    graph: Graph,
+    params: Mapping[str, np.ndarray],
+    inputs: Sequence[Sizes],
+    writer: str,
 ) -> list[Sizes]:
     """Returns the sizes of all values of a graph.
 
@@ -76,10 +80,11 @@ def value_sizes(
       graph: The graph.
       params: Its parameters, int64.
       inputs: Sizes of its inputs.
+      writer: Function that writes the format.
 
     Raises:
-      FreeSizeError: if a size depends on those of the inputs in another way than as
-        their product.
+      ValueError: if a size depends on those of the inputs in another way than as their
+        product, as half of the examples does, with the node.
     """
     free = [n for own in inputs for n in own if isinstance(n, FreeSize)]
     symbols = sorted({s for n in free for s in n.symbols})
@@ -99,9 +104,11 @@ def value_sizes(
             sizes.append(_fitted(n, steps, base))
         found.append(tuple(sizes))
     check = {s: n + 3 + k for k, (s, n) in enumerate(base.items())}
-    for shape, own in zip(at(check), found, strict=True):
+    makers = {v: node for node in graph.nodes for v in node.outputs}
+    for v, (shape, own) in enumerate(zip(at(check), found, strict=True)):
         if shape != tuple(evaluated(n, check) for n in own):
-            raise FreeSizeError(f"sizes {own} that are not those of the inputs")
+            what = "a size that is no product of those of the inputs"
+            raise unsupported(writer, makers[v], what)
     return found
 
 

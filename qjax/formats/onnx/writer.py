@@ -136,7 +136,7 @@ def write_onnx(
     own = OnnxGraph()
     names = end_names(program)
     inputs = entered(own, graph, names[0])
-    sizes = value_sizes(graph, arrays, [x.shape for x in inputs])
+    sizes = value_sizes(graph, arrays, [x.shape for x in inputs], WRITER)
     own.names.update(names[1])
     found = emit(own, graph, arrays, inputs, sizes)
     outputs = ended(own, found, names[1])

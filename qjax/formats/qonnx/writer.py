@@ -213,7 +213,7 @@ def shapes_at(
     }
     given = dict.fromkeys(symbols, batch_size)
     fixed = [tuple(evaluated(n, given) for n in own) for own in sizes]
-    known = value_sizes(graph, arrays, fixed)
+    known = value_sizes(graph, arrays, fixed, WRITER)
     return [tuple(evaluated(n, {}) for n in own) for own in known]
 
 
