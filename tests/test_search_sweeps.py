@@ -474,3 +474,33 @@ def test_a_process_that_was_killed_and_started_again_finishes(tmp_path):
     _check(_start(out, "none"), out, 1)
     assert path.read_text().startswith("".join(rows[:-1]))
     assert len(read_results(path)) == 16
+
+
+NUMBERS = [2**31, -(2**40), np.int64(2**40), np.uint32(2**32 - 2), 2**70, 0.1, True, 3]
+
+
+@pytest.mark.parametrize("value", NUMBERS, ids=str)
+def test_numbers_that_are_not_traced_stay_as_they_are(tmp_path, value):
+    schemes, path = grid(Scheme(), {"a": [2, 8]}), tmp_path / "sweep.jsonl"
+    own = lambda s: value if s.rules[0].bits == 2 else value - 1
+    wanted = [value, value - 1]
+    if value == 2**70:
+        wanted = [float(x) for x in wanted]
+    for _ in range(2):
+        found = sweep(own, schemes, compiled=False, path=path, name="own")
+        assert found["value"].tolist() == wanted
+    assert read_results(path)["value"].tolist() == wanted
+    # Compiled, the number itself is a constant of JAX.
+    found = sweep(lambda s: value, schemes)["value"]
+    small = (
+        isinstance(value, int) and abs(value) < 2**31 or isinstance(value, np.uint32)
+    )
+    assert found.tolist() == [value if small else float(np.float32(value))] * 2
+
+
+@pytest.mark.parametrize("value", [1e300, -(10**400), np.float64(-1e39)], ids=str)
+def test_constants_beyond_float32_are_refused_where_traced(value):
+    schemes = grid(Scheme(), {"a": [2, 8]})
+    with pytest.raises(ValueError, match="float32 does not hold. Scale it"):
+        sweep(lambda s: value, schemes)
+    assert np.isinf(sweep(lambda s: -np.inf, schemes)["value"]).all()

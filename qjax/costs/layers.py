@@ -297,13 +297,41 @@ def with_bits(
       bits_of: Word of the value, weight or bias of a name, given the bits of float.
 
     Returns:
-      The layers, for one example.
+      The layers, for one example. If bits of one are an array, as traced ones are, so
+      are those of all, in float32.
 
     Raises:
       NotImplementedError: for a layer whose bits are not known.
     """
-    made = (_layer(work.per_example(examples), bits_of) for work in works)
+    made = [_layer(work.per_example(examples), bits_of) for work in works]
+    if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(made)):
+        made = [*map(_as_arrays, made)]
     return Layers(tuple(made), examples)
+
+
+def _as_arrays(layer: Layer) -> Layer:
+    """Returns a layer with its bits in float32; those of a bias tell its grid."""
+    found = jax.tree.map(lambda bits: jnp.asarray(bits, jnp.float32), layer)
+    return dataclasses.replace(found, bias_bits=layer.bias_bits)
+
+
+def times(count: float, bits: Any) -> Any:
+    """Multiplies a count by what may be an array: beyond int32 as well, in float32."""
+    return float(count) * bits if isinstance(bits, jax.Array) else count * bits
+
+
+def add(values: Iterable[Any]) -> Any:
+    """Adds prices, of which some may be arrays and others integers beyond int32."""
+    own = [*values]
+    if any(isinstance(value, jax.Array) for value in own):
+        own = [float(x) if isinstance(x, int) else x for x in own]
+    return sum(own)
+
+
+def as_price(count: float, layer: Layer) -> Any:
+    """Returns a count as a price: float32 where the bits of its table are arrays."""
+    is_array = isinstance(layer.output_bits, jax.Array)
+    return jnp.asarray(float(count), jnp.float32) if is_array else count
 
 
 def _layer(work: Work, bits_of: BitsOf) -> Layer:

@@ -167,7 +167,7 @@ class _Plan:
         """Returns the numbers of one configuration, with its scheme as it is."""
         seed, data = self.seeds[k], self.arguments.data
         found = fn(self.schemes[k], *(() if seed is None else (seed,)), *data)
-        return {name: np.asarray(x) for name, x in named_numbers(found).items()}
+        return {name: _exact(x) for name, x in named_numbers(found).items()}
 
 
 def read_results(*paths: str | os.PathLike[str]) -> Results:
@@ -270,6 +270,12 @@ def _eager(fn: Any, own: _Plan, execution: str, mesh: Mesh | None) -> Runner:
 
     types = {name: type(x.item()) for name, x in sorted(call(0).items())}
     return Runner(run, 1, "eager", types)
+
+
+def _exact(x: Any) -> np.ndarray:
+    """Returns a number as it is, in float64 if it is an integer beyond int64."""
+    found = np.asarray(x)
+    return found if found.dtype.kind in "biuf" else np.asarray(x, np.float64)
 
 
 def _found(path: Any, head: Heading) -> dict[int, dict[str, Any]]:
