@@ -44,9 +44,10 @@ class Work:
       kept: Numbers of its result that stay: one step's, or those of all steps.
       weight: Name of its weight; empty if it has none.
       weight_shape: Shape of the weight.
-      weights: Numbers of the weight that no earlier layer has.
+      stack: Weights of this shape that it reads, a part for each step of a loop.
+      weights: Numbers of these weights that no earlier layer has.
       bias: Name of its bias; empty if it has none.
-      biases: Numbers of the bias.
+      biases: Numbers of the bias, of all steps.
       steps: Steps of the loops around it, which ``products`` counts.
       is_returned: Whether the model returns its result.
       other_bytes: Bytes of its other parameters, tables and multipliers.
@@ -68,6 +69,7 @@ class Work:
     kept: float = 0
     weight: str = ""
     weight_shape: tuple[int, ...] = ()
+    stack: int = 1
     weights: int = 0
     bias: str = ""
     biases: int = 0

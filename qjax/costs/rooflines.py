@@ -75,7 +75,7 @@ def layer_time(layer: Layer, machine: Machine, *, batch: int = 1) -> LayerTime:
         bits = bits + times(operand.size, own)
     bits = bits + times(work.kept, layer.output_bits)
     if layer.weight_bits is not None:
-        size = math.prod(work.weight_shape)
+        size = math.prod(work.weight_shape) * work.stack
         bits = bits + times(size, layer.weight_bits) / batch
     if layer.bias_bits is not None:
         bits = bits + times(work.biases, layer.bias_bits) / batch
