@@ -52,7 +52,8 @@ class Work:
       is_returned: Whether the model returns its result.
       other_bytes: Bytes of its other parameters, tables and multipliers.
       float_bits: Bits of what the scheme leaves in float.
-      reads: Names of what the loop reads that it is the first layer of.
+      reads: Names of what else it keeps alive: what a loop reads, of its first and
+        last layer.
       places: Places at which a product of data is summed, whose number the examples
         divide; 0 if it is no contraction or convolution.
       refusal: Why its bits are not known; empty if they are.
@@ -117,6 +118,23 @@ def counted_once(works: Iterable[Work]) -> Iterator[Work]:
         biases = 0 if work.bias in seen else work.biases
         seen |= {work.weight, work.bias}
         yield dataclasses.replace(work, weights=weights, biases=biases)
+
+
+def read_in_loop(
+    works: Sequence[Work], reads: Iterable[str], lasting: Iterable[str]
+) -> list[Work]:
+    """Gives the layers of a loop what it reads, so that it lives as long.
+
+    Args:
+      works: Work of the layers of all its steps.
+      reads: Names of what the first step reads.
+      lasting: Names of what every step reads.
+    """
+    found = [*works]
+    for k, names in ((0, reads), (-1, lasting)) if found else ():
+        own = tuple(dict.fromkeys((*found[k].reads, *names)))
+        found[k] = dataclasses.replace(found[k], reads=own)
+    return found
 
 
 def _share(count: float, examples: int) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from qjax.costs.counts import conv_counts, dot_counts
-from qjax.costs.layers import FLOAT_BITS, Operand, Work, counted_once
+from qjax.costs.layers import FLOAT_BITS, Operand, Work, counted_once, read_in_loop
 from qjax.model.blocks import Block, data_of, place_of
 from qjax.model.sites import op_of
 from qjax.model.trace import Equation
@@ -88,17 +88,21 @@ class _Outline:
                 yield self._of_input(self.plan.sites[k], v)
         for e in self.model.equations:
             is_loop = bool(e.outputs) and e.outputs[0] in self.traced.loops
-            reads = _union(self.sources(v) for v in e.inputs if v in self.data)
-            for body in self.bodies(e) if is_loop else ():
-                for work in body.works():
-                    yield dataclasses.replace(work, reads=_union([work.reads, reads]))
-                    reads = ()
+            yield from self._in_loop(e) if is_loop else ()
             own = [blocks[v] for v in e.outputs if v in blocks]
             yield from map(self._of_block, own)
             if own or is_loop:
                 continue
             if self.data.intersection(e.inputs) and _multiplies(e):
                 yield Work(f"%{e.outputs[0]}", e.path, "unknown", refusal=_refusal(e))
+
+    def _in_loop(self, e: Equation) -> list[Work]:
+        """Returns the work of the layers of a loop."""
+        read = [self.sources(v) if v in self.data else () for v in e.inputs]
+        carries = self._loop(e).parts.is_carry
+        lasting = (names for k, names in enumerate(read) if not carries(k))
+        works = [work for body in self.bodies(e) for work in body.works()]
+        return read_in_loop(works, _union(read), _union(lasting))
 
     def _of_input(self, site: Site, v: int) -> Work:
         given = () if site.op == "input" else (self._operand(v),)
@@ -191,7 +195,7 @@ class _Outline:
         return _weight_fields(self.plan.sites[at], max(map(self._stack, known)))
 
     def stacks(self) -> dict[str, int]:
-        """Returns the parts of the weights of the trace, by the names of their sites."""
+        """Returns the parts of each weight of the trace, by the name of its site."""
         found: dict[str, int] = {}
         for v, at in self.plan.weights.items():
             name = self.plan.sites[at].name
