@@ -50,7 +50,7 @@ def layers_of(
       in it; `IntegerProgram.nbytes` counts all.
 
     Raises:
-      ValueError: for a number of examples below 1.
+      ValueError: for a number of examples below 1, or that no input has.
     """
     shapes = [graph.values[v].shape for v in graph.inputs]
     arrays = {name: np.asarray(p) for name, p in params.items()}

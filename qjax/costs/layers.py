@@ -1,7 +1,9 @@
 """Tables of layers: what a model computes, with the bits of each operand."""
 
 import dataclasses
+import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -289,7 +291,7 @@ def count_examples(
         inputs share, if no product sums over it; else for 1.
 
     Raises:
-      ValueError: for a number below 1.
+      ValueError: for a number below 1, or that no input has.
     """
     if examples is None:
         sizes = {shape[0] for shape in shapes if shape}
@@ -301,7 +303,18 @@ def count_examples(
             f"`examples` must be a whole number, 1 or more, got {examples!r}: the "
             "examples in the inputs that the model was made for."
         )
+    if examples > 1 and not any(examples in _sizes(shape) for shape in shapes):
+        raise ValueError(
+            f"`examples` is {examples}, and the inputs that the model was made for "
+            f"have the shapes {[*shapes]}: none has so many along an axis, or along "
+            "its first ones together. Leave it out, or pass the number in them."
+        )
     return examples
+
+
+def _sizes(shape: tuple[int, ...]) -> set[int]:
+    """Returns the sizes of axes, and of the first ones together."""
+    return {*shape, *itertools.accumulate(shape, operator.mul)}
 
 
 def with_bits(

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from qjax.search.execution import (
     spans_processes,
 )
 from qjax.search.records import (
+    Expected,
     Heading,
     Record,
     Writer,
@@ -32,6 +34,7 @@ from qjax.search.records import (
     check_same,
     heading,
     own_path,
+    read_heading,
     read_records,
 )
 from qjax.search.results import Results
@@ -128,7 +131,7 @@ def sweep(
         if path is not None:
             names = tuple(runner.types)
             head = heading(name or show(fn), names, own.schemes, own.seeds)
-            found = _found(path, head)
+            found = _found(path, own_path(path, process), head, own)
             if not is_global or process == 0:
                 writer = stack.enter_context(_writer(path, process, head))
         share = [*range(len(own.schemes))]
@@ -278,18 +281,26 @@ def _exact(x: Any) -> np.ndarray:
     return found if found.dtype.kind in "biuf" else np.asarray(x, np.float64)
 
 
-def _found(path: Any, head: Heading) -> dict[int, dict[str, Any]]:
-    """Returns what the files of a sweep hold already."""
-    paths = [p for p in all_paths(path) if p.stat().st_size]
+def _found(
+    path: Any, mine: pathlib.Path, head: Heading, own: _Plan
+) -> dict[int, dict[str, Any]]:
+    """Returns what the files of a sweep hold already.
+
+    A file beside them with a number in its name is one of them if its heading says so.
+    """
+    must = {pathlib.Path(path), mine}
+    there = (p for p in all_paths(path) if p.stat().st_size)
+    paths = [p for p in there if p in must or read_heading(p) == head]
     if not paths:
         return {}
+    wanted = Expected(head, own.schemes, own.seeds)
     try:
-        there, records = read_records(paths)
+        first, records = read_records(paths, wanted)
     except ValueError as error:
         if "no line of a sweep" in str(error):
             return {}
         raise
-    check_same(path, there, head)
+    check_same(path, first, head)
     return {k: record.values for k, record in records.items()}
 
 
