@@ -275,7 +275,9 @@ class QuantizedModel:
             no product sums over, 1 if there is none.
 
         Returns:
-          The table, a pytree, in the order of computation. Accumulators have the bits
+          The table, a pytree, in the order of computation. Biases are parameters, and
+          what constants add, such as a folded norm; those that zero points alone make
+          are in the table of a program. Accumulators have the bits
           that the words ask for; with the weights themselves, those of a program:
           `qjax.costs.layers_of`.
 

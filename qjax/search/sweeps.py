@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -335,8 +336,13 @@ def _agreed(
         own = np.frombuffer(part.tobytes(), np.float64).reshape(table.shape)
         for k in map(int, np.flatnonzero(own[:, 0])):
             numbers = zip(types.items(), own[k, 1:], strict=True)
-            merged[k] = {name: kind(x) for (name, kind), x in numbers}
+            merged[k] = {name: _as_type(kind, x) for (name, kind), x in numbers}
     return merged
+
+
+def _as_type(kind: type, x: float) -> Any:
+    """Returns a number in the type of the first configuration, if that holds it."""
+    return kind(x) if math.isfinite(x) and kind(x) == x else float(x)
 
 
 def _results(own: _Plan, runner: Runner, found: dict[int, dict[str, Any]]) -> Results:
