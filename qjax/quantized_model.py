@@ -275,20 +275,23 @@ class QuantizedModel:
             no product sums over, 1 if there is none.
 
         Returns:
-          The table, a pytree, in the order of computation. Accumulators have the bits
+          The table, a pytree, in the order of computation. Biases are parameters, and
+          what constants add, such as a folded norm; those that zero points alone make
+          are in the table of a program. Accumulators have the bits
           that the words ask for; with the weights themselves, those of a program:
           `qjax.costs.layers_of`.
 
         Raises:
-          TypeError: for what is no scheme.
-          ValueError: for rules and ``bits`` that match no site; learned bits without a
-            state; a number of examples below 1.
+          TypeError: for what is no scheme; for ``bits`` that are no numbers by site.
+          ValueError: for rules and ``bits`` that match no site; for bits that are NaN,
+            negative or, unless they are learned, 0; learned bits without a state; a
+            number of examples that the inputs do not have.
         """
         if scheme is not None:
             self._check_scheme(scheme)
         choices = self.choices if scheme is None else self._resolved(scheme)
         learned = {} if qstate is None else qstate.get(LEARNED, {})
-        names = bits_by_name(choices, learned, bits or {})
+        names = bits_by_name(choices, learned, {} if bits is None else bits)
         shapes = [x.shape for x in jax.tree.leaves(self.example)]
         return with_bits(
             self.works, count_examples(shapes, self.works, examples), names

@@ -118,6 +118,12 @@ def test_inputs_of_another_shape_are_refused(program):
         conform(program, images(4, 6))
 
 
+@pytest.mark.parametrize("inputs", [None, (), "a", (None,), [images(4, 5)]], ids=str)
+def test_inputs_that_are_none_are_refused(program, inputs):
+    with pytest.raises((TypeError, ValueError), match="[Ii]nput"):
+        conform(program, inputs)
+
+
 def test_nan_is_refused_as_no_code_stands_for_it(program):
     x = images(4, 5)
     x[1, 2] = x[0, 0] = np.nan

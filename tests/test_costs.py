@@ -272,6 +272,40 @@ def test_prices_are_differentiable_in_bits(qmodel):
     assert by_layer["conv/output"].weight_bits == conv.products * conv.input_bits[0]
 
 
+@pytest.mark.parametrize("bits", [3, 0, [], [("conv/kernel", 3)], "8"])
+def test_bits_that_are_no_mapping_are_refused(qmodel, bits):
+    with pytest.raises(TypeError, match="`bits` must be a mapping such as"):
+        qmodel.layers(bits=bits)
+
+
+@pytest.mark.parametrize("bits", ["8", None, True, 3j])
+def test_bits_that_are_no_numbers_are_refused(qmodel, bits):
+    with pytest.raises(TypeError, match="`bits` of 'conv/kernel' must be a number"):
+        qmodel.layers(bits={"conv/kernel": bits})
+
+
+def test_learned_bits_may_be_0():
+    fn = lambda p, x: x @ p["kernel"]
+    scheme = Scheme(DifferentiableBits(bits=5.0), QSpec(8))
+    x, params = _normal(2, 4), {"kernel": _normal(4, 3)}
+    layers = qjax.quantize_model(fn, params, x, scheme=scheme).layers
+    price = lambda b: costs.total(layers(bits={"kernel": b}), costs.bit_operations)
+    assert price(0) == price(0.0) == 0 and price(5) == 12 * 8 * 5
+    assert jax.jit(price)(0.0) == 0
+    with pytest.raises(ValueError, match="0 or more, as its bits are learned"):
+        price(-1)
+
+
+def test_examples_are_those_of_an_axis_or_the_first_axes():
+    fn = lambda p, x: x @ p["kernel"]
+    layers = qjax.quantize_model(fn, {"kernel": _normal(4, 3)}, _normal(2, 5, 4)).layers
+    for examples in (1, 2, 5, 10):
+        assert costs.total(layers(examples=examples), costs.macs) == 120 / examples
+    for examples in (3, 8, 20_000):
+        with pytest.raises(ValueError, match=f"`examples` is {examples}"):
+            layers(examples=examples)
+
+
 def test_learned_bits_are_priced_from_the_state():
     fn = lambda p, x: x @ p["kernel"]
     x, params = np.ones((2, 4), np.float32), {"kernel": _normal(4, 3)}
@@ -538,6 +572,14 @@ def test_a_table_of_layers_prints_their_bits(qmodel, program):
             lambda q: q.layers(bits={"conv/kernal": 3}),
             "'conv/kernal', which is no",
         ),
+        (lambda q: q.layers(bits={"conv/kernel": 0}), "number, more than 0, got 0"),
+        (lambda q: q.layers(bits={"conv/kernel": -3.0}), "more than 0, got -3.0"),
+        (lambda q: q.layers(bits={"conv/kernel": np.nan}), "finite number, .* got nan"),
+        (
+            lambda q: q.layers(bits={"conv/kernel": jnp.float32(jnp.inf)}),
+            "must be a finite number",
+        ),
+        (lambda q: q.layers(examples=3), "`examples` is 3, .* have the shapes"),
         (lambda q: q.layers(Scheme(rules=(Rule("nothing", None),))), "matches no site"),
         (lambda q: costs.Machine(0, 1), "`operations` of a `Machine` must be positive"),
         (lambda q: costs.Memories("flash"), "must be one of dram, sram, fixed"),

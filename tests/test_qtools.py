@@ -350,6 +350,32 @@ def test_layers_on_images_are_refused_with_the_reason(layer, error):
     [
         (lambda: qtools.ForgivingFactor(1, 1, 1), "positive and not 1"),
         (lambda: qtools.ForgivingFactor(1, 1, 2).delta(0, 1), "Sizes must be positive"),
+        (lambda: qtools.ForgivingFactor(1, 1, np.nan), "positive and not 1"),
+        (lambda: qtools.ForgivingFactor(np.nan, 1, 2), "`delta_p` .* must be finite"),
+        (
+            lambda: qtools.ForgivingFactor(1, 1, 2).delta(np.nan, 1),
+            "positive and finite, got nan",
+        ),
+        (
+            lambda: qtools.ForgivingFactor(1, 1, 2).score(1.0, 1, np.inf),
+            "inf for the trial",
+        ),
+        (
+            lambda: qtools.accumulator_size(qtools.Product(np.ones((2, 2))), np.nan, 1),
+            "`low` and `high` must be finite",
+        ),
+        (
+            lambda: qtools.accumulator_size(qtools.Product(np.ones((2, 2))), 0, np.inf),
+            "`low` and `high` must be finite",
+        ),
+        (
+            lambda: qtools.accumulator_size(qtools.Product([[1.0, np.nan]]), 0, 1),
+            "NaN or infinity in the kernel",
+        ),
+        (
+            lambda: qtools.accumulator_size(qtools.Product([[1.0]], [np.inf]), 0, 1),
+            "NaN or infinity in the bias",
+        ),
         (
             lambda: qtools.accumulator_size(qtools.Product(np.ones((2, 2))), 1, 0),
             "`low` must not exceed `high`",

@@ -122,6 +122,12 @@ def test_schemes_of_a_grid_go_through_json_and_make_models_without_a_warning():
         ({("a/kernel", "c"): [4]}, ValueError, "'c' matches no site"),
         ({"*": [4], "a/kernel": [2]}, ValueError, "'a/kernel' decides nothing"),
         ({"*/kernel": [1, 2]}, ValueError, "leaves a 1-bit word a single code"),
+        ({"*/kernel": [1, 2]}, ValueError, "axis '\\*/kernel' cannot have 1 bits"),
+        (
+            {"a/kernel": [2, 4], "b/kernel": [4, 1]},
+            ValueError,
+            "axis 'b/kernel' cannot have 1 bits",
+        ),
     ],
 )
 def test_bad_axes(axes, error, text):

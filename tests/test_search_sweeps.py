@@ -474,3 +474,101 @@ def test_a_process_that_was_killed_and_started_again_finishes(tmp_path):
     _check(_start(out, "none"), out, 1)
     assert path.read_text().startswith("".join(rows[:-1]))
     assert len(read_results(path)) == 16
+
+
+NUMBERS = [2**31, -(2**40), np.int64(2**40), np.uint32(2**32 - 2), 2**70, 0.1, True, 3]
+
+
+@pytest.mark.parametrize("value", NUMBERS, ids=str)
+def test_numbers_that_are_not_traced_stay_as_they_are(tmp_path, value):
+    schemes, path = grid(Scheme(), {"a": [2, 8]}), tmp_path / "sweep.jsonl"
+    own = lambda s: value if s.rules[0].bits == 2 else value - 1
+    wanted = [value, value - 1]
+    if value == 2**70:
+        wanted = [float(x) for x in wanted]
+    for _ in range(2):
+        found = sweep(own, schemes, compiled=False, path=path, name="own")
+        assert found["value"].tolist() == wanted
+    assert read_results(path)["value"].tolist() == wanted
+    # Compiled, the number itself is a constant of JAX.
+    found = sweep(lambda s: value, schemes)["value"]
+    small = (
+        isinstance(value, int) and abs(value) < 2**31 or isinstance(value, np.uint32)
+    )
+    assert found.tolist() == [value if small else float(np.float32(value))] * 2
+
+
+@pytest.mark.parametrize("value", [1e300, -(10**400), np.float64(-1e39)], ids=str)
+def test_constants_beyond_float32_are_refused_where_traced(value):
+    schemes = grid(Scheme(), {"a": [2, 8]})
+    with pytest.raises(ValueError, match="float32 does not hold. Scale it"):
+        sweep(lambda s: value, schemes)
+    assert np.isinf(sweep(lambda s: -np.inf, schemes)["value"]).all()
+
+
+RECORDS = [
+    ({"configuration": True}, "configuration must be a whole number, got True"),
+    ({"configuration": 1.7}, "configuration must be a whole number, got 1.7"),
+    ({"configuration": "1"}, "configuration must be a whole number, got '1'"),
+    ({"configuration": -1}, "configuration -1 of 6"),
+    ({"values": {"value": None}}, "a value must be a number, got None"),
+    ({"values": {"value": [1]}}, "a value must be a number, got \\[1\\]"),
+    ({"values": {"value": "7"}}, "a value must be a number, got '7'"),
+    ({"values": [1]}, "TypeError"),
+    ({"seed": "x"}, "seed must be a whole number, got 'x'"),
+    ({"seed": True}, "seed must be a whole number, got True"),
+]
+
+
+@pytest.mark.parametrize(("change", "text"), RECORDS)
+def test_a_record_that_is_none_is_refused_with_its_line(tmp_path, change, text):
+    path = tmp_path / "sweep.jsonl"
+    sweep(products, SCHEMES, path=path)
+    head, first, second, *_ = path.read_text().splitlines()
+    path.write_text(
+        "\n".join((head, first, json.dumps(json.loads(second) | change), ""))
+    )
+    before = path.read_bytes()
+    for read in (
+        lambda: read_results(path),
+        lambda: sweep(products, SCHEMES, path=path),
+    ):
+        with pytest.raises(ValueError, match=f"sweep.jsonl, line 3: broken.*{text}"):
+            read()
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["scheme", "seed"])
+def test_a_record_has_the_scheme_and_seed_of_its_place(tmp_path, name):
+    path, seeds = tmp_path / "sweep.jsonl", [3, 5]
+    fn = lambda scheme, seed: scheme.rules[0].bits * seed
+    run = lambda: sweep(fn, SCHEMES, seeds=seeds, path=path, name="f")
+    wanted = run()["value"].tolist()
+    head, *rows = (json.loads(line) for line in path.read_text().splitlines())
+    rows[7][name] = rows[4][name]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in (head, *rows)))
+    with pytest.raises(
+        ValueError, match=f"line 9: broken.*the {name} of configuration 7"
+    ):
+        run()
+    path.unlink()
+    assert run()["value"].tolist() == wanted == run()["value"].tolist()
+
+
+@pytest.mark.parametrize("text", ["", "hello\n", '{"file": "other"}\n', None])
+def test_a_file_beside_is_a_share_if_its_heading_says_so(tmp_path, text):
+    path, beside = tmp_path / "w.jsonl", tmp_path / "w.2.jsonl"
+    if text is None:
+        sweep(products, SCHEMES[:2], path=beside)
+    else:
+        beside.write_text(text)
+    before = beside.read_bytes()
+    for _ in range(2):
+        np.testing.assert_array_equal(
+            sweep(products, SCHEMES, path=path)["value"], WANTED
+        )
+    assert beside.read_bytes() == before and len(path.read_text().splitlines()) == 7
+    # What is a share and broken is refused.
+    beside.write_text(path.read_text().splitlines()[0] + "\n[]\n")
+    with pytest.raises(ValueError, match="w.2.jsonl, line 2: broken"):
+        sweep(products, SCHEMES, path=path)

@@ -128,8 +128,8 @@ def conform(
     """
     check_whole(program)
     arguments = arguments_of(inputs, program.input_tree)
-    _check_numbers(program, arguments)
     codes = [*map(np.asarray, jax.tree.leaves(program.quantize_inputs(*arguments)))]
+    _check_numbers(program, arguments)
     params = {name: np.asarray(p) for name, p in program.params.items()}
     sites: dict[str, np.ndarray] = {}
     values = reference.run(program.graph, params, codes, sites)

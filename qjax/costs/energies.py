@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax.costs.layers import Layer, Layers
+from qjax.costs.layers import Layer, Layers, add, times
 
 Place = Literal["dram", "sram", "fixed"]
 _WORD = 64  # Bits of one access to SRAM.
@@ -187,14 +187,14 @@ def energy(
     own = zip(work.inputs, layer.input_bits, strict=True)
     for operand, bits in own:
         place = io if operand.is_given else memory.activations
-        total = total + access(operand.size * bits, place)
+        total = total + access(times(operand.size, bits), place)
     if layer.weight_bits is not None and work.weights:
-        total = total + access(work.weights * layer.weight_bits, memory.weights)
+        total = total + access(times(work.weights, layer.weight_bits), memory.weights)
     if layer.bias_bits is not None and work.biases:
-        total = total + access(work.biases * layer.bias_bits, memory.weights)
+        total = total + access(times(work.biases, layer.bias_bits), memory.weights)
     place = io if work.is_returned else memory.activations
-    total = total + access(work.kept * layer.output_bits, place)
-    return total + work.products * _product_energy(layer, process)
+    total = total + access(times(work.kept, layer.output_bits), place)
+    return total + times(work.products, _product_energy(layer, process))
 
 
 def _product_energy(layer: Layer, process: Process) -> Any:
@@ -217,4 +217,4 @@ def _product_energy(layer: Layer, process: Process) -> Any:
 
 def total_energy(layers: Layers, **settings: Any) -> Any:
     """Returns the energy of a model for one example, in pJ: `energy` of each layer."""
-    return sum(energy(layer, **settings) for layer in layers)
+    return add(energy(layer, **settings) for layer in layers)

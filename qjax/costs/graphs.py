@@ -16,6 +16,7 @@ from qjax.costs.layers import (
     Work,
     count_examples,
     counted_once,
+    read_in_loop,
 )
 from qjax.graph.certificate import certify
 from qjax.graph.graph import Graph, Node, Value
@@ -49,7 +50,7 @@ def layers_of(
       in it; `IntegerProgram.nbytes` counts all.
 
     Raises:
-      ValueError: for a number of examples below 1.
+      ValueError: for a number of examples below 1, or that no input has.
     """
     shapes = [graph.values[v].shape for v in graph.inputs]
     arrays = {name: np.asarray(p) for name, p in params.items()}
@@ -148,12 +149,13 @@ class _GraphLayers:
                 yield self._with_result(Work(self.names[v], self.names[v], "input"), v)
         for node in self.graph.nodes:
             if node.graphs:
-                reads = _union(self.sources(v) for v in node.inputs)
-                for layer in self._body(node).layers():
-                    names = _union([layer.work.reads, reads])
-                    work = dataclasses.replace(layer.work, reads=names)
+                reads, a = [*map(self.sources, node.inputs)], node.attributes
+                lasting = reads[: a["consts"]] + reads[a["consts"] + a["carries"] :]
+                layers = [*self._body(node).layers()]
+                own = [layer.work for layer in layers]
+                works = read_in_loop(own, _union(reads), _union(lasting))
+                for layer, work in zip(layers, works, strict=True):
                     yield dataclasses.replace(layer, work=work)
-                    reads = ()
             elif node.output in self.ends:
                 yield self._layer(node)
 

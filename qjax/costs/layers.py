@@ -1,7 +1,9 @@
 """Tables of layers: what a model computes, with the bits of each operand."""
 
 import dataclasses
+import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -44,14 +46,16 @@ class Work:
       kept: Numbers of its result that stay: one step's, or those of all steps.
       weight: Name of its weight; empty if it has none.
       weight_shape: Shape of the weight.
-      weights: Numbers of the weight that no earlier layer has.
+      stack: Weights of this shape that it reads, a part for each step of a loop.
+      weights: Numbers of these weights that no earlier layer has.
       bias: Name of its bias; empty if it has none.
-      biases: Numbers of the bias.
+      biases: Numbers of the bias, of all steps.
       steps: Steps of the loops around it, which ``products`` counts.
       is_returned: Whether the model returns its result.
       other_bytes: Bytes of its other parameters, tables and multipliers.
       float_bits: Bits of what the scheme leaves in float.
-      reads: Names of what the loop reads that it is the first layer of.
+      reads: Names of what else it keeps alive: what a loop reads, of its first and
+        last layer.
       places: Places at which a product of data is summed, whose number the examples
         divide; 0 if it is no contraction or convolution.
       refusal: Why its bits are not known; empty if they are.
@@ -68,6 +72,7 @@ class Work:
     kept: float = 0
     weight: str = ""
     weight_shape: tuple[int, ...] = ()
+    stack: int = 1
     weights: int = 0
     bias: str = ""
     biases: int = 0
@@ -115,6 +120,23 @@ def counted_once(works: Iterable[Work]) -> Iterator[Work]:
         biases = 0 if work.bias in seen else work.biases
         seen |= {work.weight, work.bias}
         yield dataclasses.replace(work, weights=weights, biases=biases)
+
+
+def read_in_loop(
+    works: Sequence[Work], reads: Iterable[str], lasting: Iterable[str]
+) -> list[Work]:
+    """Gives the layers of a loop what it reads, so that it lives as long.
+
+    Args:
+      works: Work of the layers of all its steps.
+      reads: Names of what the first step reads.
+      lasting: Names of what every step reads.
+    """
+    found = [*works]
+    for k, names in ((0, reads), (-1, lasting)) if found else ():
+        own = tuple(dict.fromkeys((*found[k].reads, *names)))
+        found[k] = dataclasses.replace(found[k], reads=own)
+    return found
 
 
 def _share(count: float, examples: int) -> float:
@@ -269,7 +291,7 @@ def count_examples(
         inputs share, if no product sums over it; else for 1.
 
     Raises:
-      ValueError: for a number below 1.
+      ValueError: for a number below 1, or that no input has.
     """
     if examples is None:
         sizes = {shape[0] for shape in shapes if shape}
@@ -281,7 +303,18 @@ def count_examples(
             f"`examples` must be a whole number, 1 or more, got {examples!r}: the "
             "examples in the inputs that the model was made for."
         )
+    if examples > 1 and not any(examples in _sizes(shape) for shape in shapes):
+        raise ValueError(
+            f"`examples` is {examples}, and the inputs that the model was made for "
+            f"have the shapes {[*shapes]}: none has so many along an axis, or along "
+            "its first ones together. Leave it out, or pass the number in them."
+        )
     return examples
+
+
+def _sizes(shape: tuple[int, ...]) -> set[int]:
+    """Returns the sizes of axes, and of the first ones together."""
+    return {*shape, *itertools.accumulate(shape, operator.mul)}
 
 
 def with_bits(
@@ -297,13 +330,41 @@ def with_bits(
       bits_of: Word of the value, weight or bias of a name, given the bits of float.
 
     Returns:
-      The layers, for one example.
+      The layers, for one example. If bits of one are an array, as traced ones are, so
+      are those of all, in float32.
 
     Raises:
       NotImplementedError: for a layer whose bits are not known.
     """
-    made = (_layer(work.per_example(examples), bits_of) for work in works)
+    made = [_layer(work.per_example(examples), bits_of) for work in works]
+    if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(made)):
+        made = [*map(_as_arrays, made)]
     return Layers(tuple(made), examples)
+
+
+def _as_arrays(layer: Layer) -> Layer:
+    """Returns a layer with its bits in float32; those of a bias tell its grid."""
+    found = jax.tree.map(lambda bits: jnp.asarray(bits, jnp.float32), layer)
+    return dataclasses.replace(found, bias_bits=layer.bias_bits)
+
+
+def times(count: float, bits: Any) -> Any:
+    """Multiplies a count by what may be an array: beyond int32 as well, in float32."""
+    return float(count) * bits if isinstance(bits, jax.Array) else count * bits
+
+
+def add(values: Iterable[Any]) -> Any:
+    """Adds prices, of which some may be arrays and others integers beyond int32."""
+    own = [*values]
+    if any(isinstance(value, jax.Array) for value in own):
+        own = [float(x) if isinstance(x, int) else x for x in own]
+    return sum(own)
+
+
+def as_price(count: float, layer: Layer) -> Any:
+    """Returns a count as a price: float32 where the bits of its table are arrays."""
+    is_array = isinstance(layer.output_bits, jax.Array)
+    return jnp.asarray(float(count), jnp.float32) if is_array else count
 
 
 def _layer(work: Work, bits_of: BitsOf) -> Layer:

@@ -6,14 +6,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qjax.costs.layers import ACCUMULATOR_BITS, Layer, Layers, Work
+from qjax.costs.layers import (
+    ACCUMULATOR_BITS,
+    Layer,
+    Layers,
+    Work,
+    add,
+    as_price,
+    times,
+)
 
 Price = Callable[[Layer], Any]
 
 
 def macs(layer: Layer) -> Any:
     """Returns the multiply-accumulates of a layer for one example, padding included."""
-    return layer.products
+    return as_price(layer.products, layer)
 
 
 def bit_operations(layer: Layer) -> Any:
@@ -32,7 +40,7 @@ def bit_operations(layer: Layer) -> Any:
       Baskin et al., "UNIQ: Uniform Noise Injection for Non-Uniform Quantization of
       Neural Networks", 2018, section 4.2 (arXiv:1804.10969), without the additions.
     """
-    return layer.products * _product(layer.operand_bits)
+    return times(layer.products, _product(layer.operand_bits))
 
 
 def effective_bit_operations(layer: Layer) -> Any:
@@ -56,7 +64,8 @@ def effective_bit_operations(layer: Layer) -> Any:
         signs = layer.sign_bits[:2] if len(layer.sign_bits) > 1 else (False, False)
         first, second = (b - int(sign) for b, sign in zip(pair, signs, strict=True))
         spans = layer.weight_spans
-        total = first * (work.useful_products * second if spans is None else spans)
+        each = times(work.useful_products, second) if spans is None else spans
+        total = first * each
     bias_bits: Any = layer.bias_bits
     if work.terms and not _is_on_grid(bias_bits):
         total = total + bias_bits * (work.products / work.terms)
@@ -78,15 +87,15 @@ def weight_bytes(layer: Layer) -> Any:
     """
     bits: Any = 0
     if layer.weight_bits is not None:
-        bits = layer.work.weights * layer.weight_bits
+        bits = times(layer.work.weights, layer.weight_bits)
     if layer.bias_bits is not None:
-        bits = bits + layer.work.biases * layer.bias_bits
+        bits = bits + times(layer.work.biases, layer.bias_bits)
     return bits / 8 + layer.work.other_bytes
 
 
 def activation_bytes(layer: Layer) -> Any:
     """Returns the bytes of what a layer makes of one example, at its bits."""
-    return layer.work.kept * layer.output_bits / 8
+    return times(layer.work.kept, layer.output_bits) / 8
 
 
 def accumulator_bits(layer: Layer) -> Any:
@@ -153,7 +162,7 @@ def total(layers: Layers, price: Price) -> Any:
       >>> total(layers, macs), total(layers, bit_operations)
       (12, 768)
     """
-    return sum(price(layer) for layer in layers)
+    return add(price(layer) for layer in layers)
 
 
 PRICES: Mapping[str, Price] = {

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from qjax.costs.layers import Layer, Layers
+from qjax.costs.layers import Layer, Layers, as_price, times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,18 +72,19 @@ def layer_time(layer: Layer, machine: Machine, *, batch: int = 1) -> LayerTime:
     if work.kind == "input":
         return LayerTime(0, 0.0, 0.0, 0.0, False)
     for operand, own in zip(work.inputs, layer.input_bits, strict=True):
-        bits = bits + operand.size * own
-    bits = bits + work.kept * layer.output_bits
+        bits = bits + times(operand.size, own)
+    bits = bits + times(work.kept, layer.output_bits)
     if layer.weight_bits is not None:
-        bits = bits + math.prod(work.weight_shape) * layer.weight_bits / batch
+        size = math.prod(work.weight_shape) * work.stack
+        bits = bits + times(size, layer.weight_bits) / batch
     if layer.bias_bits is not None:
-        bits = bits + work.biases * layer.bias_bits / batch
-    size, operations = bits / 8, 2 * work.products
-    times = operations / machine.operations, size / machine.bandwidth
+        bits = bits + times(work.biases, layer.bias_bits) / batch
+    size, operations = bits / 8, as_price(2 * work.products, layer)
+    bounds = operations / machine.operations, size / machine.bandwidth
     is_traced = isinstance(size, jax.Array)
-    seconds = jnp.maximum(*times) if is_traced else max(times)
+    seconds = jnp.maximum(*bounds) if is_traced else max(bounds)
     intensity = operations / size if is_traced or size else 0.0
-    return LayerTime(operations, size, intensity, seconds, times[1] > times[0])
+    return LayerTime(operations, size, intensity, seconds, bounds[1] > bounds[0])
 
 
 def roofline(

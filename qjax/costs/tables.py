@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import rich.table
 
-from qjax.costs.layers import Layers
+from qjax.costs.layers import Layers, add
 from qjax.costs.prices import PRICES, Price, peak_bytes
 from qjax.tables import html_table, text_table
 
@@ -50,7 +50,7 @@ class PriceTable:
         found = {}
         for name, values in self.columns.items():
             is_largest = name == "accumulator_bits"
-            found[name] = _largest(values) if is_largest else sum(values)
+            found[name] = _largest(values) if is_largest else add(values)
         return found
 
     def to_json(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from qjax.costs.counts import conv_counts, dot_counts
-from qjax.costs.layers import FLOAT_BITS, Operand, Work, counted_once
+from qjax.costs.layers import FLOAT_BITS, Operand, Work, counted_once, read_in_loop
 from qjax.model.blocks import Block, data_of, place_of
 from qjax.model.sites import op_of
 from qjax.model.trace import Equation
@@ -32,22 +32,26 @@ def outline(traced: TracedModel) -> tuple[Work, ...]:
     """
     found = [*_Outline(traced).works()]
     used = {work.weight for work in found}
+    stacks = _Outline(traced).stacks()
     rest = [s for s in traced.sites if s.role == "weight" and s.name not in used]
     float_bits = 16 if traced.model.half else FLOAT_BITS
     return tuple(
         dataclasses.replace(work, float_bits=float_bits)
-        for work in counted_once([*found, *map(_of_weight, rest)])
+        for work in counted_once(
+            [*found, *(_of_weight(s, stacks.get(s.name, 1)) for s in rest)]
+        )
     )
 
 
-def _of_weight(site: Site) -> Work:
+def _of_weight(site: Site, stack: int) -> Work:
     work = Work(site.name, site.layer, "parameter")
-    return dataclasses.replace(work, **_weight_fields(site))
+    return dataclasses.replace(work, **_weight_fields(site, stack))
 
 
-def _weight_fields(site: Site) -> dict[str, Any]:
-    size = math.prod(site.shape)
-    return {"weight": site.name, "weight_shape": site.shape, "weights": size}
+def _weight_fields(site: Site, stack: int) -> dict[str, Any]:
+    size = math.prod(site.shape) * stack
+    own = {"weight": site.name, "weight_shape": site.shape}
+    return {**own, "stack": stack, "weights": size}
 
 
 class _Outline:
@@ -58,6 +62,7 @@ class _Outline:
       steps: Times that it runs.
       outside: Input of the trace -> names of the sites that its values come from.
       stacked: Results of the trace of which those of all steps stay.
+      parts: Input of the trace -> its parts, one for each step that has its own.
     """
 
     def __init__(
@@ -66,7 +71,9 @@ class _Outline:
         steps: int = 1,
         outside: Mapping[int, Names] | None = None,
         stacked: Sequence[int] = (),
+        parts: Mapping[int, int] | None = None,
     ) -> None:
+        self.parts = parts or {}
         self.traced, self.model, self.plan = traced, traced.model, traced.plan
         self.steps, self.outside, self.stacked = steps, outside or {}, set(stacked)
         self.data = data_of(traced.model, traced.inputs)
@@ -81,17 +88,21 @@ class _Outline:
                 yield self._of_input(self.plan.sites[k], v)
         for e in self.model.equations:
             is_loop = bool(e.outputs) and e.outputs[0] in self.traced.loops
-            reads = _union(self.sources(v) for v in e.inputs if v in self.data)
-            for body in self.bodies(e) if is_loop else ():
-                for work in body.works():
-                    yield dataclasses.replace(work, reads=_union([work.reads, reads]))
-                    reads = ()
+            yield from self._in_loop(e) if is_loop else ()
             own = [blocks[v] for v in e.outputs if v in blocks]
             yield from map(self._of_block, own)
             if own or is_loop:
                 continue
             if self.data.intersection(e.inputs) and _multiplies(e):
                 yield Work(f"%{e.outputs[0]}", e.path, "unknown", refusal=_refusal(e))
+
+    def _in_loop(self, e: Equation) -> list[Work]:
+        """Returns the work of the layers of a loop."""
+        read = [self.sources(v) if v in self.data else () for v in e.inputs]
+        carries = self._loop(e).parts.is_carry
+        lasting = (names for k, names in enumerate(read) if not carries(k))
+        works = [work for body in self.bodies(e) for work in body.works()]
+        return read_in_loop(works, _union(read), _union(lasting))
 
     def _of_input(self, site: Site, v: int) -> Work:
         given = () if site.op == "input" else (self._operand(v),)
@@ -128,7 +139,7 @@ class _Outline:
             places=self._places(block),
             refusal=self._refusal(block, products, inputs),
             **self._weight_of(block),
-            **self._bias_of(block),
+            **self._bias_of(block, name),
         )
         return self._with_result(work, site, block.value)
 
@@ -177,17 +188,81 @@ class _Outline:
     def _weight_of(self, block: Block) -> dict[str, Any]:
         at = block.scale_site
         at = at if block.weight is None else self.plan.weights[block.weight]
-        return {} if at is None else _weight_fields(self.plan.sites[at])
+        if at is None:
+            return {}
+        known = [v for v, k in self.plan.weights.items() if k == at]
+        known += [v for e in block.affine if block.weight is None for v in e.inputs]
+        return _weight_fields(self.plan.sites[at], max(map(self._stack, known)))
 
-    def _bias_of(self, block: Block) -> dict[str, Any]:
+    def stacks(self) -> dict[str, int]:
+        """Returns the parts of each weight of the trace, by the name of its site."""
+        found: dict[str, int] = {}
+        for v, at in self.plan.weights.items():
+            name = self.plan.sites[at].name
+            found[name] = max(found.get(name, 1), self._stack(v))
+        for e in self.traced.loops:
+            for body in self.bodies(self.traced.source[e]):
+                found = body.stacks() | found
+        return found
+
+    def _stack(self, value: int) -> int:
+        """Returns the parts of what is known, one for each step that has its own."""
+        found, todo, seen = 1, [value], set[int]()
+        while todo:
+            v = todo.pop()
+            if v not in seen and v not in self.data:
+                found = max(found, self.parts.get(v, 1))
+                todo += self.traced.source[v].inputs if v in self.traced.source else ()
+            seen.add(v)
+        return found
+
+    def _bias_of(self, block: Block, name: str) -> dict[str, Any]:
+        """Returns the bias: a parameter's, or what a fold of constants leaves."""
         first = block.affine[:1] if block.kind == "product" else []
         made_of = (u for e in first for v in e.inputs for u in self._back(v))
-        site = next(
-            (self.plan.biases[u] for u in made_of if u in self.plan.biases), None
+        leaf = next((u for u in made_of if u in self.plan.biases), None)
+        site = None if leaf is None else self.plan.biases[leaf]
+        weight = () if block.weight is None else (block.weight,)
+        known = [v for e in block.affine for v in e.inputs if v not in self.data]
+        is_shifted = any(
+            e.primitive.name in ("add", "sub") and not self.data.issuperset(e.inputs)
+            for e in block.affine
         )
-        if site is None:
+        has_scale = bool(weight) or block.scale_site is not None
+        if site is None and not (is_shifted and has_scale):
             return {}
-        return {"bias": site.name, "biases": math.prod(site.shape)}
+        least = () if site is None else site.shape
+        size = max(math.prod(least), self._bias_size(block, known))
+        stack = max(map(self._stack, (*weight, *known)), default=1)
+        bias = f"{name}/bias" if site is None else site.name
+        return {"bias": bias, "biases": size * stack}
+
+    def _bias_size(self, block: Block, known: Sequence[int]) -> int:
+        """Returns the numbers of a bias: one for each channel that constants tell."""
+        shapes = [self.model.shape(v) for v in known]
+        channels = self._channels(block)
+        if not block.moves:
+            shapes.append(channels)
+        try:
+            size = math.prod(np.broadcast_shapes(*shapes))
+        except ValueError:  # Moves lie between them.
+            size = max(map(math.prod, shapes))
+        return max(size, math.prod(channels))
+
+    def _channels(self, block: Block) -> tuple[int, ...]:
+        """Returns the shape of a product with size 1 but along axes of its weight."""
+        if block.weight is None:
+            return ()
+        e, k = block.root, block.weight_operand
+        out, numbers = self.model.shape(e.outputs[0]), e.params["dimension_numbers"]
+        if e.primitive.name == "conv_general_dilated":
+            own = {numbers.out_spec[1]}
+        else:
+            summed, batch = numbers[0][k], numbers[1][k]
+            free = len(self.model.shape(e.inputs[k])) - len(summed) - len(batch)
+            start = len(out) - free if k else len(batch)
+            own = {*range(len(batch)), *range(start, start + free)}
+        return tuple(n if d in own else 1 for d, n in enumerate(out))
 
     def _back(self, v: int) -> Iterator[int]:
         """Yields a value and those that it is made of, along first operands."""
@@ -244,8 +319,10 @@ class _Outline:
         parts = loop.parts
         steps = self.steps if loop.steps else self.steps * parts.length
         for traced in loop.bodies:
-            given = {}
+            given, own_parts = {}, {}
             for k, v in enumerate(loop.inputs):
+                copies = parts.length if parts.is_step(k) and not loop.steps else 1
+                own_parts[v] = self._stack(e.inputs[k]) * copies
                 names = self.sources(e.inputs[k]) if e.inputs[k] in self.data else ()
                 if parts.is_carry(k):
                     end = traced.model.outputs[k - parts.consts]
@@ -256,7 +333,7 @@ class _Outline:
                     names = last or same or names
                 given[v] = names
             stacked = traced.model.outputs[parts.carries :]
-            found.append(_Outline(traced, steps, given, stacked))
+            found.append(_Outline(traced, steps, given, stacked, own_parts))
         return found
 
 

@@ -39,7 +39,7 @@ def accumulator_size(
 
     Raises:
       ValueError: for a range whose ends are in the wrong order; for a kernel without
-        values.
+        values; for NaN and infinity.
 
     Example:
       >>> accumulator_size(Product([[0.5, -1.0], [1.5, 1.0]]), -1.0, 2.0)
@@ -48,6 +48,11 @@ def accumulator_size(
     References:
       QKeras, estimate.py, `analyze_accumulator`, snapshot 78ea90f.
     """
+    if not math.isfinite(low) or not math.isfinite(high):
+        raise ValueError(
+            f"`low` and `high` must be finite, the ends of the inputs, got {low} and "
+            f"{high}."
+        )
     if not low <= high:
         raise ValueError(f"`low` must not exceed `high`, got {low} and {high}.")
     kernel = np.asarray(product.kernel, np.float32)
@@ -55,6 +60,11 @@ def accumulator_size(
         raise ValueError(f"A kernel of shape {kernel.shape} sums nothing.")
     outs = kernel.shape[-1]
     bias = np.zeros(outs) if product.bias is None else np.asarray(product.bias)
+    if not np.isfinite(kernel).all() or not np.isfinite(bias).all():
+        raise ValueError(
+            "The weights must be finite, got NaN or infinity in "
+            f"the {'bias' if np.isfinite(kernel).all() else 'kernel'}."
+        )
     kernel = kernel.reshape(-1, outs)
     if as_qkeras:
         outs = min(outs, np.shape(product.kernel)[1])

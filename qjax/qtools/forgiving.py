@@ -30,7 +30,7 @@ class ForgivingFactor:
       stress: Factor of the reference.
 
     Raises:
-      ValueError: for a rate that is not positive or is 1.
+      ValueError: for a rate that is not positive or is 1; for NaN and infinity.
 
     Example:
       >>> round(ForgivingFactor(8, 8, 2).delta(1000, 500), 6)
@@ -46,21 +46,27 @@ class ForgivingFactor:
     stress: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.rate <= 0 or self.rate == 1:
+        if not 0 < self.rate < math.inf or self.rate == 1:
             raise ValueError(
                 f"`rate` must be positive and not 1, a ratio of sizes, got {self.rate}."
             )
+        for name in ("delta_p", "delta_n", "stress"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(
+                    f"`{name}` of a `ForgivingFactor` must be finite, got "
+                    f"{getattr(self, name)}."
+                )
 
     def delta(self, reference: float, trial: float) -> float:
         """Returns the share of the metric that a trial may lose; negative: must win.
 
         Raises:
-          ValueError: for sizes that are not positive.
+          ValueError: for sizes that are not positive and finite.
         """
-        if reference <= 0 or trial <= 0:
+        if not 0 < reference < math.inf or not 0 < trial < math.inf:
             raise ValueError(
-                f"Sizes must be positive, got {reference} for the reference and "
-                f"{trial} for the trial."
+                f"Sizes must be positive and finite, got {reference} for the "
+                f"reference and {trial} for the trial."
             )
         reference = reference * self.stress
         percent = self.delta_p if trial < reference else self.delta_n

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from qjax.affine import QSpec
@@ -11,6 +13,7 @@ from qjax.costs.layers import ACCUMULATOR_BITS, FLOAT_BITS, BitsOf, WordBits
 from qjax.quantizers.strings import closest
 from qjax.schemes.resolution import Choices
 from qjax.schemes.words import Word, is_one_sided
+from qjax.tables import show
 
 # Quantizers whose number of levels no option sets.
 _FIXED = {
@@ -35,14 +38,23 @@ def bits_by_name(
       bits: Site or bias -> bits in place of its word's.
 
     Raises:
-      ValueError: for bits of a name that is neither.
+      TypeError: for bits that are no mapping to numbers.
+      ValueError: for bits of a name that is neither; for bits that are no positive
+        numbers, as far as they are known.
     """
+    if not isinstance(bits, Mapping):
+        raise TypeError(
+            "`bits` must be a mapping such as {'conv/kernel': 4.0}, got "
+            f"{show(bits)}."
+        )
     for name in bits:
         if name not in choices.sites and name not in choices.biases:
             names = [*choices.sites, *choices.biases]
             raise ValueError(
                 f"`bits` names {name!r}, which is no site. {closest(name, names)}"
             )
+        site = choices.sites.get(name)
+        _check_bits(name, bits[name], site is not None and _has_learned_bits(site.word))
 
     def bits_of(name: str, float_bits: int) -> WordBits:
         choice = choices.sites.get(name)
@@ -58,6 +70,24 @@ def bits_by_name(
         return found._replace(bits=bits[name]) if name in bits else found
 
     return bits_of
+
+
+def _check_bits(name: str, bits: Any, may_be_zero: bool) -> None:
+    """Raises unless bits, as far as they are known, are positive; or 0 if learned."""
+    if isinstance(bits, jax.core.Tracer):
+        return
+    found = np.asarray(bits)
+    if found.dtype.kind not in "iuf" and not jnp.issubdtype(found.dtype, jnp.floating):
+        raise TypeError(
+            f"`bits` of {name!r} must be a number, such as 8 or 5.5, got {show(bits)}."
+        )
+    numbers = found.astype(np.float64)
+    is_good = np.isfinite(numbers) & ((numbers > 0) | (may_be_zero & (numbers == 0)))
+    if not is_good.all():
+        least = "0 or more, as its bits are learned" if may_be_zero else "more than 0"
+        raise ValueError(
+            f"`bits` of {name!r} must be a finite number, {least}, got {show(bits)}."
+        )
 
 
 def _has_learned_bits(word: Word | None) -> bool:

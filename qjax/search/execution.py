@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
@@ -95,7 +96,7 @@ def make_runner(
 
     def named(bits: Any, seed: Any, *data: Any) -> dict[str, jax.Array]:
         scheme = jax.tree.unflatten(structure, bits)
-        return named_numbers(fn(scheme, *((seed,) * takes_seed), *data))
+        return traced_numbers(fn(scheme, *((seed,) * takes_seed), *data))
 
     inner = jax.jit(named)
     data = jax.device_put(own.data) if mesh is None else _placed(own.data, mesh)
@@ -170,8 +171,38 @@ def _chosen(execution: str, mesh: Mesh | None) -> str:
     return "loop" if jax.default_backend() == "cpu" else "vmap"
 
 
-def named_numbers(found: Any) -> dict[str, jax.Array]:
-    """Returns the numbers that a function returns, by name.
+def traced_numbers(found: Any) -> dict[str, jax.Array]:
+    """Returns the numbers that a traced function returns, as JAX has them.
+
+    Raises:
+      TypeError, ValueError: as `named_numbers`; for numbers that float32 does not hold.
+    """
+    return {name: _traced(name, x) for name, x in named_numbers(found).items()}
+
+
+def _traced(name: str, value: Any) -> jax.Array:
+    """Returns a number as an array; an integer beyond those of JAX as a float."""
+    if isinstance(value, jax.Array):
+        return value
+    array, kind = np.asarray(value), jax.dtypes.canonicalize_dtype(float)
+    number, most = array.item(), float(jnp.finfo(kind).max)
+    if isinstance(number, bool):
+        return jnp.asarray(value)
+    if isinstance(number, int):
+        own = np.dtype(np.int64) if array.dtype == object else array.dtype
+        ends = jnp.iinfo(jax.dtypes.canonicalize_dtype(own))
+        if ends.min <= number <= ends.max:
+            return jnp.asarray(value)
+    if most < abs(number) < math.inf:
+        raise ValueError(
+            f"`fn` returns {show(number)} for {name!r}, which {kind.name} does not "
+            "hold. Scale it, or pass `compiled=False`."
+        )
+    return jnp.asarray(value if isinstance(number, float) else float(number), kind)
+
+
+def named_numbers(found: Any) -> dict[str, Any]:
+    """Returns the numbers that a function returns, by name, as they are.
 
     Raises:
       TypeError: for anything but a number or a dict of them.
@@ -184,14 +215,14 @@ def named_numbers(found: Any) -> dict[str, jax.Array]:
         if not isinstance(name, str):
             raise TypeError(f"`fn` must name its numbers by texts, got {name!r}.")
         _check_number(name, value)
-    return {name: jnp.asarray(value) for name, value in by_name.items()}
+    return by_name
 
 
 def _check_number(name: str, value: Any) -> None:
     """Raises unless a value is one real number, an integer or a truth value."""
     what = "" if name == ALONE else f" for {name!r}"
-    shape, is_number = (), False
-    if value is not None and is_array(value):
+    shape, is_number = (), isinstance(value, int | float)
+    if not is_number and value is not None and is_array(value):
         shape, dtype = np.shape(value), jax.dtypes.result_type(value)
         kinds = (jnp.floating, jnp.integer, jnp.bool_)
         is_number = any(jnp.issubdtype(dtype, kind) for kind in kinds)

@@ -160,9 +160,25 @@ def _columns(base: Any, axes: Any) -> list[list[int]]:
     if isinstance(base, QuantizedModel):
         for bits in ([*map(min, found)], [*map(max, found)]):
             point = _at(scheme, axes, bits)
-            check_rules(point, base.sites, base.biases)
-            check_words(resolve(point, base.sites, base.biases))
+            try:
+                check_rules(point, base.sites, base.biases)
+                check_words(resolve(point, base.sites, base.biases))
+            except ValueError as error:
+                _check_axes(base, axes, bits)
+                raise error
     return found
+
+
+def _check_axes(base: QuantizedModel, axes: Axes, bits: Sequence[int]) -> None:
+    """Raises for the axis that alone makes a word that cannot be, naming it."""
+    for axis, own in zip(axes, bits, strict=True):
+        try:
+            point = _at(base, {axis: [own]}, [own])
+            check_words(resolve(point, base.sites, base.biases))
+        except ValueError as error:
+            raise ValueError(
+                f"The axis {axis!r} cannot have {own} bits: {error}"
+            ) from error
 
 
 def _bits(axis: Any, bits: Any) -> list[int]:

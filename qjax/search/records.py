@@ -17,6 +17,7 @@ import numpy as np
 from qjax.schemes.scheme import Scheme
 
 _FORMAT = "qjax sweep 1"
+_NOT_FINITE = ("nan", "inf", "-inf")  # Numbers that JSON has not.
 
 
 class Heading(NamedTuple):
@@ -31,6 +32,14 @@ class Heading(NamedTuple):
         """Returns the line."""
         own = {"file": _FORMAT, **self._asdict(), "names": [*self.names]}
         return json.dumps(own)
+
+
+class Expected(NamedTuple):
+    """The sweep that files are read for."""
+
+    heading: Heading
+    schemes: Sequence[Scheme]  # Of each configuration.
+    seeds: Sequence[int | None]
 
 
 class Record(NamedTuple):
@@ -86,22 +95,38 @@ def _escaped(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
-def read_records(paths: Iterable[Any]) -> tuple[Heading, dict[int, Record]]:
+def read_heading(path: pathlib.Path) -> Heading | None:
+    """Returns the first line of a file; None if it is none of a sweep."""
+    try:
+        for _, line in _whole_lines(path):
+            return _heading_in(json.loads(line))
+    except (KeyError, TypeError, ValueError):
+        pass
+    return None
+
+
+def read_records(
+    paths: Iterable[Any], wanted: Expected | None = None
+) -> tuple[Heading, dict[int, Record]]:
     """Reads and joins the files of one sweep.
 
     A last line that is cut, as of a process that was killed, is left out.
+
+    Args:
+      paths: The files.
+      wanted: The sweep; None if it is not known.
 
     Returns:
       The heading, and the records by the place of their configuration.
 
     Raises:
       ValueError: for a file that is none of a sweep, of two sweeps, or broken in the
-        middle, with its line.
+        middle, with its line; for a record that is not of ``wanted``.
     """
     first: Heading | None = None
     found: dict[int, Record] = {}
     for path in map(pathlib.Path, paths):
-        own, records = _read(path)
+        own, records = _read(path, wanted)
         if own is None:
             continue
         if first is not None:
@@ -166,7 +191,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def _read(path: pathlib.Path) -> tuple[Heading | None, dict[int, Record]]:
+def _read(
+    path: pathlib.Path, wanted: Expected | None
+) -> tuple[Heading | None, dict[int, Record]]:
     found: dict[int, Record] = {}
     own: Heading | None = None
     for number, line in _whole_lines(path):
@@ -176,6 +203,8 @@ def _read(path: pathlib.Path) -> tuple[Heading | None, dict[int, Record]]:
                 own = _heading_in(data)
                 continue
             record = _record_in(data, own)
+            if wanted is not None and wanted.heading == own:
+                _check_record(record, data["scheme"], wanted)
         except (KeyError, TypeError, ValueError) as error:
             what = "no file of a sweep" if own is None else "broken"
             raise ValueError(
@@ -214,11 +243,26 @@ def _heading_in(data: Mapping[str, Any]) -> Heading:
 
 def _record_in(data: Mapping[str, Any], own: Heading) -> Record:
     values = {name: _number_in(data["values"][name]) for name in own.names}
-    place = int(data["configuration"])
+    place, seed = data["configuration"], data["seed"]
+    for name, number in (("configuration", place), ("seed", seed)):
+        is_whole = isinstance(number, int) and not isinstance(number, bool)
+        if not is_whole and (name, number) != ("seed", None):
+            raise TypeError(f"{name} must be a whole number, got {number!r}")
     if not 0 <= place < own.configurations:
         raise ValueError(f"configuration {place} of {own.configurations}")
     scheme = Scheme.from_json(json.dumps(data["scheme"]))
-    return Record(place, scheme, data["seed"], values)
+    return Record(place, scheme, seed, values)
+
+
+def _check_record(record: Record, scheme: Any, wanted: Expected) -> None:
+    """Raises for a record with another scheme or seed than its place has."""
+    place = record.configuration
+    known = json.loads(wanted.schemes[place].to_json())
+    pairs = {"scheme": (scheme, known), "seed": (record.seed, wanted.seeds[place])}
+    for name, pair in pairs.items():
+        there, here = (json.dumps(x, sort_keys=True) for x in pair)
+        if there != here:
+            raise ValueError(f"the {name} of configuration {place} is another")
 
 
 def _number_out(value: Any) -> Any:
@@ -228,4 +272,10 @@ def _number_out(value: Any) -> Any:
 
 
 def _number_in(value: Any) -> float:
-    return float(value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        if value not in _NOT_FINITE:
+            raise ValueError(f"a value must be a number, got {value!r}")
+        return float(value)
+    if not isinstance(value, int | float):
+        raise TypeError(f"a value must be a number, got {value!r}")
+    return value

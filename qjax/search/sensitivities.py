@@ -14,7 +14,7 @@ from qjax.quantized_model import QuantizedModel
 from qjax.schemes.patterns import matches
 from qjax.schemes.rules import speaks_of_bias
 from qjax.schemes.scheme import Scheme
-from qjax.search.execution import ALONE, Execution, named_numbers
+from qjax.search.execution import ALONE, Execution, traced_numbers
 from qjax.search.grids import Axes, Axis, grid, one_at_a_time
 from qjax.search.sweeps import sweep
 from qjax.tables import html_table, show, text_table
@@ -232,7 +232,7 @@ def make_sensitivities(
 
 def one_number(found: Any) -> jax.Array:
     """Returns the loss that a function returns; raises unless it is one number."""
-    numbers = named_numbers(found)
+    numbers = traced_numbers(found)
     if len(numbers) > 1:
         raise ValueError(
             "A sensitivity is that of one number, the loss; the function returns "

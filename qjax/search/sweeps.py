@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import os
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +27,7 @@ from qjax.search.execution import (
     spans_processes,
 )
 from qjax.search.records import (
+    Expected,
     Heading,
     Record,
     Writer,
@@ -32,6 +35,7 @@ from qjax.search.records import (
     check_same,
     heading,
     own_path,
+    read_heading,
     read_records,
 )
 from qjax.search.results import Results
@@ -128,7 +132,7 @@ def sweep(
         if path is not None:
             names = tuple(runner.types)
             head = heading(name or show(fn), names, own.schemes, own.seeds)
-            found = _found(path, head)
+            found = _found(path, own_path(path, process), head, own)
             if not is_global or process == 0:
                 writer = stack.enter_context(_writer(path, process, head))
         share = [*range(len(own.schemes))]
@@ -167,7 +171,7 @@ class _Plan:
         """Returns the numbers of one configuration, with its scheme as it is."""
         seed, data = self.seeds[k], self.arguments.data
         found = fn(self.schemes[k], *(() if seed is None else (seed,)), *data)
-        return {name: np.asarray(x) for name, x in named_numbers(found).items()}
+        return {name: _exact(x) for name, x in named_numbers(found).items()}
 
 
 def read_results(*paths: str | os.PathLike[str]) -> Results:
@@ -272,18 +276,32 @@ def _eager(fn: Any, own: _Plan, execution: str, mesh: Mesh | None) -> Runner:
     return Runner(run, 1, "eager", types)
 
 
-def _found(path: Any, head: Heading) -> dict[int, dict[str, Any]]:
-    """Returns what the files of a sweep hold already."""
-    paths = [p for p in all_paths(path) if p.stat().st_size]
+def _exact(x: Any) -> np.ndarray:
+    """Returns a number as it is, in float64 if it is an integer beyond int64."""
+    found = np.asarray(x)
+    return found if found.dtype.kind in "biuf" else np.asarray(x, np.float64)
+
+
+def _found(
+    path: Any, mine: pathlib.Path, head: Heading, own: _Plan
+) -> dict[int, dict[str, Any]]:
+    """Returns what the files of a sweep hold already.
+
+    A file beside them with a number in its name is one of them if its heading says so.
+    """
+    must = {pathlib.Path(path), mine}
+    there = (p for p in all_paths(path) if p.stat().st_size)
+    paths = [p for p in there if p in must or read_heading(p) == head]
     if not paths:
         return {}
+    wanted = Expected(head, own.schemes, own.seeds)
     try:
-        there, records = read_records(paths)
+        first, records = read_records(paths, wanted)
     except ValueError as error:
         if "no line of a sweep" in str(error):
             return {}
         raise
-    check_same(path, there, head)
+    check_same(path, first, head)
     return {k: record.values for k, record in records.items()}
 
 
@@ -318,8 +336,13 @@ def _agreed(
         own = np.frombuffer(part.tobytes(), np.float64).reshape(table.shape)
         for k in map(int, np.flatnonzero(own[:, 0])):
             numbers = zip(types.items(), own[k, 1:], strict=True)
-            merged[k] = {name: kind(x) for (name, kind), x in numbers}
+            merged[k] = {name: _as_type(kind, x) for (name, kind), x in numbers}
     return merged
+
+
+def _as_type(kind: type, x: float) -> Any:
+    """Returns a number in the type of the first configuration, if that holds it."""
+    return kind(x) if math.isfinite(x) and kind(x) == x else float(x)
 
 
 def _results(own: _Plan, runner: Runner, found: dict[int, dict[str, Any]]) -> Results:
