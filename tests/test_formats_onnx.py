@@ -260,9 +260,9 @@ def test_what_onnx_has_not_is_refused_before_anything_is_written(tmp_path):
         with pytest.raises(ValueError, match=r"(?s)a loop without steps.*can\."):
             write_onnx(loop, path)
     half = qjax.lower(lambda x: point(point(x)[::2] * 0.5), images(4, 3))
-    for write in (write_onnx, write_onnx_qdq, write_onnx_qlinear):
+    for write_one in (write_onnx, write_onnx_qdq, write_onnx_qlinear):
         with pytest.raises(ValueError, match="`slice` at .* that is no product of"):
-            write(half, path)
+            write_one(half, path)
     assert not list(tmp_path.iterdir())
     data = write_onnx(program, path)
     assert path.read_bytes() == data == write_onnx(program)
