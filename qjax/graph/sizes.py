@@ -1,6 +1,7 @@
 """Sizes of a graph for inputs of other sizes than those it was lowered with."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,6 +68,8 @@ def output_shapes(
     """Computes the shapes of the outputs of a node, as `value_shapes`."""
     if node.graphs:
         return _of_loop(node, params, inputs)
+    if inputs:
+        check_sizes(node, inputs[0])
     given = [
         dataclasses.replace(graph.values[v], shape=tuple(shape))
         for v, shape in zip(node.inputs, inputs, strict=True)
@@ -74,6 +77,40 @@ def output_shapes(
     own = {role: params[name] for role, name in node.params.items()}
     operands = Operands(node.attributes, given, own)
     return [tuple(OPERATIONS[node.operation].shape(operands))]
+
+
+def check_sizes(node: Node, shape: Shape) -> None:
+    """Checks the shape of the first input of a node that sums over axes of it.
+
+    Raises:
+      ValueError: if an axis has another size than that for which sums are known to fit.
+    """
+    a = node.attributes
+    if node.operation == "sum":
+        sizes = [shape[d] for d in a["axes"]]
+        if sizes != list(a["sizes"]):
+            raise ValueError(
+                f"This program sums over axes {tuple(a['axes'])}, which had sizes "
+                f"{a['sizes']} when it was lowered and now have {sizes}. "
+                "Lower the model for this shape."
+            )
+    elif node.operation in ("softmax", "log_softmax", "logsumexp"):
+        places = math.prod(shape[d] for d in a["axes"])
+        if places > a["most_places"]:
+            raise ValueError(
+                f"This program has the sum of a softmax over axes {tuple(a['axes'])}, "
+                f"whose table is made for at most {a['most_places']} places, and they "
+                f"now have {places}. Lower the model for this shape."
+            )
+    elif node.operation == "norm":
+        pairs = zip(a["axes"], a["groups"], strict=True)
+        found = math.prod(shape[d] // g for d, g in pairs)
+        if found != a["count"]:
+            raise ValueError(
+                f"This program normalises over axes {tuple(a['axes'])}, where a group "
+                f"had {a['count']} values when it was lowered and now has {found}. "
+                "Lower the model for this shape."
+            )
 
 
 def _of_loop(

@@ -14,6 +14,7 @@ from qjax.backends.xla.gathers import GATHERS
 from qjax.backends.xla.tflite import TFLITE
 from qjax.calls import alone
 from qjax.graph.graph import Graph, Node, holds
+from qjax.graph.sizes import check_sizes
 from qjax.integer import align_products, requantize, requantize_sum
 from qjax.integer_division import divided
 from qjax.integer_softmax import coded, fraction, log_codes, probabilities
@@ -107,13 +108,7 @@ def _multiply(node, params, inputs):
 
 def _sum(node, params, inputs):
     axes = tuple(node.attributes["axes"])
-    sizes = [inputs[0].shape[a] for a in axes]
-    if sizes != node.attributes["sizes"]:
-        raise ValueError(
-            f"This program sums over axes {axes}, which had sizes "
-            f"{node.attributes['sizes']} when it was lowered and now have {sizes}. "
-            "Lower the model for this shape."
-        )
+    check_sizes(node, inputs[0].shape)
     total = lax.reduce(inputs[0].astype(jnp.int32), jnp.int32(0), lax.add, axes)
     return total + _wrapped(node.attributes["bias"])
 
@@ -238,13 +233,7 @@ def _softmax(node, params, inputs):
     a, x = node.attributes, inputs[0]
     keep = inputs[1] != 0 if len(inputs) > 1 else None
     table, axes = params[node.params["table"]], tuple(a["axes"])
-    places = math.prod(x.shape[d] for d in axes)
-    if places > a["most_places"]:
-        raise ValueError(
-            f"This program has the sum of a softmax over axes {axes}, whose table is "
-            f"made for at most {a['most_places']} places, and they now have {places}. "
-            "Lower the model for this shape."
-        )
+    check_sizes(node, x.shape)
     ends = a["zero_point"], a["low"], a["high"]
     if node.operation == "softmax":
         found = probabilities(x, table, axes, keep, a["empty"], a.get("plus", 0))
@@ -267,13 +256,7 @@ def _softmax(node, params, inputs):
 def _norm(node, params, inputs):
     a, x = node.attributes, inputs[0]
     axes, groups = tuple(a["axes"]), tuple(a["groups"])
-    found = integer_norm.places(x.shape, axes, groups)
-    if found != a["count"]:
-        raise ValueError(
-            f"This program normalises over axes {axes}, where a group had "
-            f"{a['count']} values when it was lowered and now has {found}. "
-            "Lower the model for this shape."
-        )
+    check_sizes(node, x.shape)
     steps = x.astype(jnp.int32) - a["input_zero_points"][0]
     with jax.enable_x64(True):
         squares = (jnp.int64(a[name]) for name in ("epsilon", "floor"))

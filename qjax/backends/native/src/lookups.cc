@@ -364,7 +364,8 @@ class Softmax : public Step {
     const int64_t from = words.size();
     rows_ = words.next(1, kMostElements, "a table must have rows");
     table_ = Kept(maker, from, rows_ * 4);
-    words.size();  // Most places, which Python has checked.
+    // Sums of more places might not fit.
+    check(n_ <= words.size(), "a softmax has more places than its table is made for");
     empty_ = words.next(0, 2, "an unknown rule for empty rows");
     plus_ = words.next(0, int64_t{1} << 30, "`plus` must have 30 bits");
     input_zero_point_ = words.int32();
