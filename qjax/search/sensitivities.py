@@ -139,8 +139,10 @@ def sensitivity(
         several numbers, and a loss at the start that is not finite.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> axes = {"a/kernel": [8, 4, 2], "b/kernel": [8, 4]}
-      >>> fn = lambda s: 4.0 ** -s.rules[0].bits + 2.0 ** -s.rules[1].bits
+      >>> bits = lambda s, k: jnp.float32(s.rules[k].bits)
+      >>> fn = lambda s: 4.0 ** -bits(s, 0) + 2.0 ** -bits(s, 1)
       >>> found = sensitivity(fn, Scheme(), axes)
       >>> found["b/kernel"], dict(found.evaluations)
       ({8: 0.0, 4: 0.05859375}, {'losses': 4})
