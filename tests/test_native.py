@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -175,6 +177,32 @@ def test_threads_call_one_program_at_once(program):
     for t in threads:
         t.join()
     assert not wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx_vnni", "avx512_vnni"])
+def test_no_set_shares_code_with_another(tmp_path, name):
+    """The linker keeps one copy of a shared function: maybe that of another machine."""
+    folder = library.PATH.parent / "src"
+    rows = [line.split() for line in (folder / "sources.txt").read_text().splitlines()]
+    _, where, *flags = next(row for row in rows if row[0] == f"isa_{name}.cc")
+    for tool in ("g++", "nm"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    if where not in ("any", platform.machine()):
+        pytest.skip(f"the set is of {where}")
+    made = tmp_path / "set.o"
+    source = str(folder / f"isa_{name}.cc")
+    define = f"-DQJAX_{name.upper()}"
+    command = ["g++", "-std=c++17", "-O0", define, *flags, "-c", source]
+    subprocess.run([*command, "-o", str(made)], check=True, capture_output=True)
+    found = subprocess.run(["nm", "-C", str(made)], capture_output=True, text=True)
+    kinds = [
+        line.split()[-2:] if " U " in line else line.split()[1:]
+        for line in found.stdout.splitlines()
+    ]
+    assert any("run_rows" in " ".join(own) for own in kinds)
+    assert not [own for own in kinds if own[0] == "W"]  # Weak functions.
 
 
 FORK = """

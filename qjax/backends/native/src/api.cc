@@ -295,16 +295,6 @@ void* qjax_native_plan(const int64_t* words, int64_t n, char* error,
 
 void qjax_native_free(void* plan) { delete static_cast<qjax::Runner*>(plan); }
 
-int qjax_native_run(const void* plan, const uint8_t* packed, const void* const* inputs,
-                    void* const* outputs, int /*threads*/, char* error,
-                    int64_t error_size) {
-  return qjax::guarded<int>(-1, error, error_size, [&] {
-    auto* runner = static_cast<qjax::Runner*>(const_cast<void*>(plan));
-    runner->run_many(packed, inputs, outputs, 1, 1);
-    return 0;
-  });
-}
-
 int qjax_native_run_many(const void* plan, const uint8_t* packed,
                          const void* const* inputs, void* const* outputs,
                          int64_t times, int threads, char* error, int64_t error_size) {

@@ -18,8 +18,6 @@ QJAX_EXPORT int qjax_native_pack(const int64_t* words, int64_t n, const uint8_t*
 QJAX_EXPORT void* qjax_native_plan(const int64_t* words, int64_t n, char* error,
                        int64_t error_size);
 QJAX_EXPORT void qjax_native_free(void* plan);
-QJAX_EXPORT int qjax_native_run(const void* plan, const uint8_t* packed, const void* const* inputs,
-                    void* const* outputs, int threads, char* error, int64_t error_size);
 // Runs `times` examples of a plan of one, which lie behind each other.
 QJAX_EXPORT int qjax_native_run_many(const void* plan, const uint8_t* packed,
                                      const void* const* inputs, void* const* outputs,

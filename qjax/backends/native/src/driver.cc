@@ -67,8 +67,8 @@ int main(int argc, char** argv) {
   std::vector<void*> to;
   for (const auto& input : inputs) from.push_back(input.data());
   for (auto& output : outputs) to.push_back(output.data());
-  if (qjax_native_run(plan, packed.data(), from.data(), to.data(), 1, text,
-                      sizeof(text))) {
+  if (qjax_native_run_many(plan, packed.data(), from.data(), to.data(), 1, 1, text,
+                           sizeof(text))) {
     fail(text);
   }
   qjax_native_free(plan);

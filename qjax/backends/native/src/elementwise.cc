@@ -19,7 +19,7 @@ class Requantize : public Step {
     words.list(7);
     is_wide_ = words.flag();
     const int64_t low = words.next(), high = words.next();
-    requantizer_ = Requantizer(numbers, maker, channels_, Interval{low, high});
+    requantizer_ = Requantizer(numbers, channels_, Interval{low, high});
     requantizer_.check_type(out_.dtype);
     const int64_t count = count_of({outer_, channels_, inner_});
     maker.holds(in_.buffer, count);
@@ -558,29 +558,15 @@ class Arithmetic : public Step {
 
 }  // namespace
 
-Made make_requantize(Words& words, const Maker& maker) {
-  return std::make_unique<Requantize>(words, maker);
-}
-Made make_add(Words& words, const Maker& maker) {
-  return std::make_unique<Add>(words, maker);
-}
-Made make_clip(Words& words, const Maker& maker) {
-  return std::make_unique<Clip>(words, maker);
-}
-Made make_pair(Words& words, const Maker& maker) {
-  return std::make_unique<Pair>(words, maker);
-}
-Made make_multiply(Words& words, const Maker& maker) {
-  return std::make_unique<Multiply>(words, maker);
-}
-Made make_select(Words& words, const Maker& maker) {
-  return std::make_unique<Select>(words, maker);
-}
-Made make_compare(Words& words, const Maker& maker) {
-  return std::make_unique<Compare>(words, maker);
-}
-Made make_arithmetic(Words& words, const Maker& maker) {
-  return std::make_unique<Arithmetic>(words, maker);
-}
+const Entry kElementwise[] = {
+    {3, make<Requantize>},
+    {4, make<Add>},
+    {5, make<Clip>},
+    {8, make<Pair>},
+    {9, make<Multiply>},
+    {15, make<Select>},
+    {16, make<Compare>},
+    {17, make<Arithmetic>},
+};
 
 }  // namespace qjax

@@ -1,12 +1,14 @@
 // What each instruction set has: kernels behind plain functions.
 //
-// The files isa_*.cc are compiled with flags of their own. They include this file and
-// the templates of tiles.h, all in unnamed namespaces, and nothing of the standard
-// library that is compiled into them: else the linker could take one set's copy of a
-// function for all.
+// The files isa_*.cc are compiled with flags of their own. They include this file, whose
+// functions are always inlined, and rules.h and tiles.h, all in unnamed namespaces, and
+// nothing of the standard library that is compiled into them: else the linker could take
+// one set's copy of a function for all.
 #pragma once
 
 #include <cstdint>
+
+#define QJAX_INLINE inline __attribute__((always_inline))
 
 namespace qjax {
 
@@ -32,11 +34,11 @@ struct alignas(64) PackedRequantizer {
   int32_t width;  // Channels, filled up to whole registers twice over.
   int32_t is_single;  // All channels have the first one's numbers.
 
-  const int32_t* multiplier() const {
+  QJAX_INLINE const int32_t* multiplier() const {
     return reinterpret_cast<const int32_t*>(this + 1);
   }
-  const int32_t* half() const { return multiplier() + width; }
-  const int32_t* shift() const { return half() + width; }
+  QJAX_INLINE const int32_t* half() const { return multiplier() + width; }
+  QJAX_INLINE const int32_t* shift() const { return half() + width; }
 };
 
 // One product for one group of channels and one example.
@@ -120,15 +122,6 @@ struct Kernels {
   void (*pair_sum)(const PairSum&);
   int64_t (*dot)(const int16_t* a, const int16_t* b, int64_t n);
 };
-
-// Formula of the rules, for one accumulator.
-inline int64_t half_even(__int128 value, int shift) {
-  if (shift == 0) return static_cast<int64_t>(value);
-  const __int128 whole = value >> shift, rest = value - whole * (static_cast<__int128>(1) << shift);
-  const __int128 half = static_cast<__int128>(1) << (shift - 1);
-  const bool is_up = rest > half || (rest == half && (whole & 1));
-  return static_cast<int64_t>(whole + (is_up ? 1 : 0));
-}
 
 extern const Kernels kPortable;
 #ifdef QJAX_AVX2

@@ -723,32 +723,16 @@ class Loop : public Step {
 
 }  // namespace
 
-Made make_table(Words& words, const Maker& maker) {
-  return std::make_unique<Table>(words, maker);
-}
-Made make_thresholds(Words& words, const Maker& maker) {
-  return std::make_unique<Thresholds>(words, maker);
-}
-Made make_reduce(Words& words, const Maker& maker) {
-  return std::make_unique<Reduce>(words, maker);
-}
-Made make_window(Words& words, const Maker& maker) {
-  return std::make_unique<Window>(words, maker);
-}
-Made make_running_sum(Words& words, const Maker& maker) {
-  return std::make_unique<RunningSum>(words, maker);
-}
-Made make_divide(Words& words, const Maker& maker) {
-  return std::make_unique<Divide>(words, maker);
-}
-Made make_softmax(Words& words, const Maker& maker) {
-  return std::make_unique<Softmax>(words, maker);
-}
-Made make_norm(Words& words, const Maker& maker) {
-  return std::make_unique<Norm>(words, maker);
-}
-Made make_loop(Words& words, const Maker& maker) {
-  return std::make_unique<Loop>(words, maker);
-}
+const Entry kLookups[] = {
+    {10, make<Table>},
+    {11, make<Thresholds>},
+    {12, make<Reduce>},
+    {13, make<Window>},
+    {14, make<RunningSum>},
+    {20, make<Divide>},
+    {21, make<Softmax>},
+    {22, make<Norm>},
+    {23, make<Loop>},
+};
 
 }  // namespace qjax

@@ -197,17 +197,11 @@ class Embed : public Step {
 
 }  // namespace
 
-Made make_fill(Words& words, const Maker& maker) {
-  return std::make_unique<Fill>(words, maker);
-}
-Made make_copy(Words& words, const Maker& maker) {
-  return std::make_unique<Copy>(words, maker);
-}
-Made make_take(Words& words, const Maker& maker) {
-  return std::make_unique<Take>(words, maker);
-}
-Made make_embed(Words& words, const Maker& maker) {
-  return std::make_unique<Embed>(words, maker);
-}
+const Entry kMoves[] = {
+    {1, make<Fill>},
+    {2, make<Copy>},
+    {19, make<Take>},
+    {18, make<Embed>},
+};
 
 }  // namespace qjax

@@ -1,26 +1,30 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <iterator>
+#include <initializer_list>
 
 namespace qjax {
 namespace {
 
 constexpr int64_t kMostSteps = int64_t{1} << 24;
 
-using Make = Made (*)(Words&, const Maker&);
+// Maker of a kind of step.
+template <size_t n>
+const Entry* find(const Entry (&entries)[n], int64_t kind) {
+  for (const Entry& entry : entries) {
+    if (entry.kind == kind) return &entry;
+  }
+  return nullptr;
+}
 
-Made refuse(Words&, const Maker&) { throw PlanError("an unknown kind of step"); }
-
-// By the kind of a step.
-constexpr Make kMakers[] = {
-    refuse,       make_fill,    make_copy,       make_requantize,  make_add,
-    make_clip,    make_product, make_matmul,     make_pair,        make_multiply,
-    make_table,   make_thresholds, make_reduce,  make_window,      make_running_sum,
-    make_select,  make_compare, make_arithmetic, make_embed,       make_take,
-    make_divide,  make_softmax, make_norm,       make_loop,
-    make_tflite_add, make_tflite_average, make_tflite_softmax,
-};
+Made make_step(int64_t kind, Words& words, const Maker& maker) {
+  for (const Entry* entry : {find(kMoves, kind), find(kElementwise, kind),
+                             find(kProducts, kind), find(kLookups, kind),
+                             find(kTflite, kind)}) {
+    if (entry) return entry->make(words, maker);
+  }
+  throw PlanError("an unknown kind of step");
+}
 
 }  // namespace
 
@@ -38,12 +42,6 @@ void Maker::holds(int64_t buffer, const std::vector<int64_t>& sizes, int64_t off
     (reach < 0 ? low : high) += static_cast<int64_t>(reach);
   }
   check(0 <= low && high < elements, "a step leads outside of a buffer");
-}
-
-Made make_step(int64_t kind, Words& words, const Maker& maker) {
-  check(0 < kind && kind < static_cast<int64_t>(std::size(kMakers)),
-        "an unknown kind of step");
-  return kMakers[kind](words, maker);
 }
 
 Plan::Plan(Words& words, Layout& layout) {
@@ -116,7 +114,7 @@ void Plan::pack(const Constants& constants, uint8_t* packed) const {
 
 void Plan::run(const uint8_t* packed, uint8_t* arena, uint8_t* scratch,
                const void* const* inputs, void* const* outputs) const {
-  Memory memory{packed, scratch, arena, {}};
+  Memory memory{packed, scratch, {}};
   memory.buffers.reserve(buffers_.size());
   for (size_t i = 0; i < buffers_.size(); ++i) {
     const Buffer& buffer = buffers_[i];

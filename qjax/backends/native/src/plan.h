@@ -165,7 +165,6 @@ struct Constants {
 struct Memory {
   const uint8_t* packed;
   uint8_t* scratch;  // For one step, of the size that the plan's steps ask for.
-  uint8_t* arena;
   std::vector<uint8_t*> buffers;
 
   template <class T>
@@ -261,34 +260,18 @@ class Plan {
   int64_t work_ = 0;
 };
 
-Made make_step(int64_t kind, Words& words, const Maker& maker);
+// A kind of step, by its number in plans, and what makes it.
+struct Entry {
+  int64_t kind;
+  Made (*make)(Words&, const Maker&);
+};
 
-// Makers of the single steps, by the files that have them.
-Made make_fill(Words&, const Maker&);
-Made make_copy(Words&, const Maker&);
-Made make_take(Words&, const Maker&);
-Made make_embed(Words&, const Maker&);
-Made make_requantize(Words&, const Maker&);
-Made make_add(Words&, const Maker&);
-Made make_clip(Words&, const Maker&);
-Made make_pair(Words&, const Maker&);
-Made make_multiply(Words&, const Maker&);
-Made make_select(Words&, const Maker&);
-Made make_compare(Words&, const Maker&);
-Made make_arithmetic(Words&, const Maker&);
-Made make_divide(Words&, const Maker&);
-Made make_table(Words&, const Maker&);
-Made make_thresholds(Words&, const Maker&);
-Made make_reduce(Words&, const Maker&);
-Made make_window(Words&, const Maker&);
-Made make_running_sum(Words&, const Maker&);
-Made make_product(Words&, const Maker&);
-Made make_matmul(Words&, const Maker&);
-Made make_softmax(Words&, const Maker&);
-Made make_norm(Words&, const Maker&);
-Made make_loop(Words&, const Maker&);
-Made make_tflite_add(Words&, const Maker&);
-Made make_tflite_average(Words&, const Maker&);
-Made make_tflite_softmax(Words&, const Maker&);
+template <class Kind>
+Made make(Words& words, const Maker& maker) {
+  return std::make_unique<Kind>(words, maker);
+}
+
+// The kinds of the single files.
+extern const Entry kMoves[4], kElementwise[8], kProducts[2], kLookups[9], kTflite[3];
 
 }  // namespace qjax

@@ -50,9 +50,9 @@ class Product : public Step {
     left_ = words.next(0, 31, "a left shift must lie in 0 to 31");
     const Interval acc{words.int32(), words.int32()};
     if (words.flag()) {
-      requantizer_ = Requantizer(words, maker, groups_ * outputs_, acc);
+      requantizer_ = Requantizer(words, groups_ * outputs_, acc);
     } else {
-      requantizer_ = Requantizer(maker, groups_ * outputs_);
+      requantizer_ = Requantizer(groups_ * outputs_);
     }
     prepare(maker);
   }
@@ -566,11 +566,9 @@ class Matmul : public Step {
 
 }  // namespace
 
-Made make_product(Words& words, const Maker& maker) {
-  return std::make_unique<Product>(words, maker);
-}
-Made make_matmul(Words& words, const Maker& maker) {
-  return std::make_unique<Matmul>(words, maker);
-}
+const Entry kProducts[] = {
+    {6, make<Product>},
+    {7, make<Matmul>},
+};
 
 }  // namespace qjax

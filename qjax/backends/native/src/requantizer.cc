@@ -105,11 +105,7 @@ void check_fits(Dtype dtype, int64_t low, int64_t high) {
   });
 }
 
-Requantizer::Requantizer(const Maker& maker, int64_t channels) : channels_(channels) {
-  reserve(maker, 0);
-}
-
-Requantizer::Requantizer(Words& words, const Maker&, int64_t channels, Interval acc)
+Requantizer::Requantizer(Words& words, int64_t channels, Interval acc)
     : channels_(channels) {
   multiplier_ = words.size();
   shift_ = words.size();

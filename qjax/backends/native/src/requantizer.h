@@ -15,9 +15,9 @@ class Requantizer {
  public:
   Requantizer() = default;
   // No rounding: accumulators stay.
-  Requantizer(const Maker& maker, int64_t channels);
+  explicit Requantizer(int64_t channels) : channels_(channels) {}
   // Reads multiplier@ shift@ input_zero_point zero_point low high rule.
-  Requantizer(Words& words, const Maker& maker, int64_t channels, Interval acc);
+  Requantizer(Words& words, int64_t channels, Interval acc);
 
   // Packs; `order` gives the channel of each place, -1 for none. Its size is the width
   // that was asked for. `is_exact`: no form but the exact one will do.

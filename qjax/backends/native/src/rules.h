@@ -8,6 +8,15 @@
 namespace qjax {
 namespace {
 
+// value / 2^shift, halves to even.
+inline int64_t half_even(__int128 value, int shift) {
+  if (shift == 0) return static_cast<int64_t>(value);
+  const __int128 whole = value >> shift, rest = value - whole * (static_cast<__int128>(1) << shift);
+  const __int128 half = static_cast<__int128>(1) << (shift - 1);
+  const bool is_up = rest > half || (rest == half && (whole & 1));
+  return static_cast<int64_t>(whole + (is_up ? 1 : 0));
+}
+
 inline int64_t to_float32(int64_t x) {
   return static_cast<int64_t>(static_cast<float>(x));
 }
@@ -34,13 +43,6 @@ inline int64_t rescaled(int64_t acc, int32_t multiplier, int32_t shift, Rule rul
     return (high >> right) + ((high & rest) > (rest >> 1) + (high < 0) ? 1 : 0);
   }
   return half_even(static_cast<__int128>(acc) * multiplier, shift);
-}
-
-// `rescaled` where product and half fit 64 bits: |acc * multiplier| <= 2^62.
-inline int64_t half_even_64(int64_t product, int shift) {
-  if (shift == 0) return product;
-  const int64_t odd = (product >> shift) & 1;
-  return (product + (int64_t{1} << (shift - 1)) - 1 + odd) >> shift;
 }
 
 inline int32_t coded(int64_t steps, int32_t zero_point, int32_t low, int32_t high) {

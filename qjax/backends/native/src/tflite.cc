@@ -219,14 +219,10 @@ class TfliteSoftmax : public Step {
 
 }  // namespace
 
-Made make_tflite_add(Words& words, const Maker& maker) {
-  return std::make_unique<TfliteAdd>(words, maker);
-}
-Made make_tflite_average(Words& words, const Maker& maker) {
-  return std::make_unique<TfliteAverage>(words, maker);
-}
-Made make_tflite_softmax(Words& words, const Maker& maker) {
-  return std::make_unique<TfliteSoftmax>(words, maker);
-}
+const Entry kTflite[] = {
+    {24, make<TfliteAdd>},
+    {25, make<TfliteAverage>},
+    {26, make<TfliteSoftmax>},
+};
 
 }  // namespace qjax

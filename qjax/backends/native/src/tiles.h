@@ -25,7 +25,6 @@
 #else
 #define QJAX_UNROLL _Pragma("GCC unroll 32")
 #endif
-#define QJAX_INLINE inline __attribute__((always_inline))
 
 namespace qjax {
 namespace {
