@@ -180,7 +180,9 @@ def test_threads_call_one_program_at_once(program):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["portable", "avx2", "avx_vnni", "avx512_vnni"])
+@pytest.mark.parametrize(
+    "name", ["portable", "avx2", "avx_vnni", "avx512_vnni", "amx_int8"]
+)
 def test_no_set_shares_code_with_another(tmp_path, name):
     """The linker keeps one copy of a shared function: maybe that of another machine."""
     folder = library.PATH.parent / "src"
@@ -376,7 +378,7 @@ def test_the_variable_chooses_an_instruction_set(name):
     if name == "portable":
         assert done.stdout.strip() == name
     else:
-        assert "QJAX_NATIVE_ISA must be one of avx512_vnni" in done.stderr
+        assert "QJAX_NATIVE_ISA must be one of amx_int8" in done.stderr
 
 
 def test_bad_calls_say_what_was_wanted(program):

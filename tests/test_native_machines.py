@@ -48,21 +48,22 @@ def build(compiler, names, out, *more):
     subprocess.run([*compiler, *more, "-pthread", *objects, "-o", str(out)], check=True)
 
 
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    """AVX-512 VNNI in plain C++."""
+@pytest.fixture(scope="module", params=["avx512_vnni", "amx_int8"])
+def emulated(request, tmp_path_factory):
+    """AVX-512 VNNI or AMX in plain C++."""
     if not SIMDE.exists() or platform.machine() != "x86_64":
         pytest.skip("SIMDe is not installed, or this is no x86-64")
     out = tmp_path_factory.mktemp("emulated") / "lib.so"
-    names = [*names_of("any"), ("isa_avx512_vnni.cc", ["-mavx2"])]
-    compiler = ["g++", "-DQJAX_AVX512_VNNI", "-DQJAX_SIMDE", "-Wno-psabi"]
+    name = request.param
+    names = [*names_of("any"), (f"isa_{name}.cc", ["-mavx2"])]
+    compiler = ["g++", f"-DQJAX_{name.upper()}", "-DQJAX_SIMDE", "-Wno-psabi"]
     build(compiler, names, out, "-shared")
     library = Library(str(out))
-    assert library.call["set_isa"](b"avx512_vnni") == 0
+    assert library.call["set_isa"](name.encode()) == 0
 
     def run(plan, xs):
         kernel = NativeKernel(library, plan)
-        assert any("avx512_vnni" in how for how in kernel.explain())
+        assert any(name in how for how in kernel.explain())
         return kernel.run(xs, 1)
 
     return run
@@ -108,14 +109,17 @@ def drawn(seed):
     dtype = str(rng.choice(["int8", "int8", "uint8", "int16"]))
     info, zero = np.iinfo(dtype), pick(-3, 3) + (128 if dtype == "uint8" else 0)
     groups = pick(2, 36) if rng.random() < 0.3 else 1
-    channels, outputs = (1, 1) if groups > 1 else (pick(1, 18), pick(1, 66))
+    if groups > 1 and rng.random() < 0.7:
+        channels, outputs = 1, 1  # Depthwise.
+    else:
+        channels, outputs = pick(1, 18) * int(rng.choice([1, 1, 1, 9])), pick(1, 66)
     rank = pick(1, 3)
     taps, strides = [pick(1, 3) for _ in range(rank)], [pick(1, 2) for _ in range(rank)]
     kernel = rng.integers(-127, 128, (*taps, channels, groups * outputs))
     x = rng.integers(
         info.min,
         info.max + 1,
-        (2, *(pick(1, 8) for _ in range(rank)), groups * channels),
+        (2, *(pick(1, 8) for _ in range(rank - 1)), pick(1, 40), groups * channels),
     ).astype(dtype)
     last, space = rank + 1, list(range(1, rank + 1))
     conv = {

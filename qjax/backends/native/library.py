@@ -19,7 +19,7 @@ from qjax.backends.native.plan import NativePlan
 from qjax.graph.sizes import Shape
 
 PATH = pathlib.Path(__file__).parent / "libqjax_native.so"
-SETS = ("avx512_vnni", "avx_vnni", "avx2", "neon_dot", "portable")
+SETS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx2", "neon_dot", "portable")
 HANDLERS = {"instantiate": "QjaxNativeInstantiate", "execute": "QjaxNativeRun"}
 _ERROR_SIZE = 512
 _MOST_THREADS = 1 << 16

@@ -112,8 +112,8 @@ def dot(e: Emission, node: Node) -> None:
         code = e.arranged(code, x, [*free, *batch, *summed])
         axes = [(rows, groups * channels, groups * outputs if groups > 1 else step[0])]
         terms = [(channels, 1)]
-    lead, *space = axes or [(1, 1, 1)]
-    space = [(1, 1, 1)] * (_SPACE - len(space)) + space
+    # Rows of one example: a kernel reads its weights once for several.
+    lead, *space = [(1, 1, 1)] * (1 + _SPACE - len(axes)) + axes
     sizes, ins, outs = ([axis[k] for axis in space] for k in range(3))
     window = _ProductWords(
         lead[0],

@@ -16,6 +16,10 @@
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace qjax {
 namespace {
@@ -29,6 +33,28 @@ bool has_avx_vnni() {
 }
 #endif
 
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+// Whether there are tiles of bytes, and the kernel of the system lets this process use
+// them: it must ask once, for all of its threads.
+bool has_amx() {
+  unsigned a, b, c, d;
+  if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if (!((d >> 24) & 1) || !((d >> 25) & 1)) return false;
+#if defined(__linux__)
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM.
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 bool runs_here(const Kernels& set) {
   const std::string name = set.name;
 #if defined(__x86_64__) || defined(__i386__)
@@ -37,13 +63,12 @@ bool runs_here(const Kernels& set) {
   if (name == "avx2") return avx2;
   if (name == "avx_vnni") return avx2 && has_avx_vnni();
 #ifdef QJAX_SIMDE
-  if (name == "avx512_vnni") return true;
+  if (name == "avx512_vnni" || name == "amx_int8") return true;
 #endif
-  if (name == "avx512_vnni") {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vnni");
-  }
+#if defined(__x86_64__)
+  if (name == "avx512_vnni") return has_avx512();
+  if (name == "amx_int8") return has_amx();
+#endif
 #endif
 #if defined(__aarch64__) && defined(__linux__)
   if (name == "neon_dot") return (getauxval(AT_HWCAP) >> 20) & 1;
@@ -53,6 +78,9 @@ bool runs_here(const Kernels& set) {
 
 // The sets of this build, the fastest first.
 const Kernels* const kSets[] = {
+#ifdef QJAX_AMX_INT8
+    &kAmxInt8,
+#endif
 #ifdef QJAX_AVX512_VNNI
     &kAvx512Vnni,
 #endif

@@ -1,5 +1,5 @@
-// What SIMDe 0.7 lacks of the instructions that isa_avx512_vnni.cc uses, for tests on
-// machines without them. Each is plain C++ over the lanes.
+// What SIMDe 0.7 lacks of the instructions that avx512.h and isa_amx_int8.cc use, for
+// tests on machines without them. Each is plain C++ over the lanes.
 #pragma once
 
 #include <simde/x86/avx512.h>
@@ -52,8 +52,62 @@ inline simde__m512i shifted(const simde__m512i& x, const simde__m512i& counts) {
   });
 }
 
+// Tiles as AMX has them: 16 rows of 64 bytes, of which a configuration uses a part.
+struct EmulatedTiles {
+  uint8_t bytes[8][16][64];
+  int rows[8], width[8];
+};
+static thread_local EmulatedTiles tiles_of_thread;
+
+inline void configure(const void* from) {
+  const auto* c = static_cast<const uint8_t*>(from);
+  for (int i = 0; i < 8; ++i) {
+    tiles_of_thread.width[i] = c[16 + 2 * i] + 256 * c[17 + 2 * i];
+    tiles_of_thread.rows[i] = c[48 + i];
+  }
+}
+inline void load_tile(int tile, const void* from, int64_t stride) {
+  auto& t = tiles_of_thread;
+  memset(t.bytes[tile], 0, sizeof(t.bytes[tile]));
+  for (int r = 0; r < t.rows[tile]; ++r) {
+    memcpy(t.bytes[tile][r], static_cast<const uint8_t*>(from) + r * stride,
+           static_cast<size_t>(t.width[tile]));
+  }
+}
+inline void store_tile(int tile, void* to, int64_t stride) {
+  const auto& t = tiles_of_thread;
+  for (int r = 0; r < t.rows[tile]; ++r) {
+    memcpy(static_cast<uint8_t*>(to) + r * stride, t.bytes[tile][r],
+           static_cast<size_t>(t.width[tile]));
+  }
+}
+template <class Code>
+void multiply_tiles(int acc, int a, int b) {
+  auto& t = tiles_of_thread;
+  for (int m = 0; m < t.rows[acc]; ++m) {
+    for (int n = 0; n < t.width[acc] / 4; ++n) {
+      uint32_t sum;
+      memcpy(&sum, t.bytes[acc][m] + 4 * n, 4);
+      for (int k = 0; k < t.width[a]; ++k) {
+        const int code = static_cast<Code>(t.bytes[a][m][k]);
+        sum += static_cast<uint32_t>(
+            code * static_cast<int8_t>(t.bytes[b][k / 4][4 * n + k % 4]));
+      }
+      memcpy(t.bytes[acc][m] + 4 * n, &sum, 4);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace qjax
+
+#define _tile_loadconfig qjax::configure
+#define _tile_release() static_cast<void>(0)
+#define _tile_loadd qjax::load_tile
+#define _tile_stream_loadd qjax::load_tile
+#define _tile_stored qjax::store_tile
+#define _tile_dpbssd qjax::multiply_tiles<int8_t>
+#define _tile_dpbusd qjax::multiply_tiles<uint8_t>
 
 #undef _mm512_cvtepi8_epi32
 #undef _mm512_cvtepu8_epi32

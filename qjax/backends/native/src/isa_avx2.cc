@@ -5,8 +5,8 @@
 
 namespace qjax {
 
-const Kernels kAvx2 = {"avx2",    V::kLanes,     0,           false,         Shorts::kTaps,
-                       V::channel_of, nullptr, run_shorts, run_narrow, run_depthwise, run_rows,
-                       run_pair_sum, run_dot};
+const Kernels kAvx2 = {
+    "avx2", V::kLanes, 0, 0, Signs::kUnsigned, Shorts::kTaps, V::channel_of,
+    nullptr, run_shorts, run_narrow, run_depthwise, run_rows, run_pair_sum, run_dot};
 
 }  // namespace qjax

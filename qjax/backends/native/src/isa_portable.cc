@@ -99,8 +99,8 @@ struct Shorts {
 
 namespace qjax {
 
-const Kernels kPortable = {"portable", V::kLanes,  0,          false,         Shorts::kTaps,
-                           V::channel_of, nullptr, run_shorts, run_narrow, run_depthwise, run_rows,
-                           run_pair_sum, run_dot};
+const Kernels kPortable = {
+    "portable", V::kLanes, 0, 0, Signs::kUnsigned, Shorts::kTaps, V::channel_of,
+    nullptr, run_shorts, run_narrow, run_depthwise, run_rows, run_pair_sum, run_dot};
 
 }  // namespace qjax

@@ -56,6 +56,7 @@ struct Tiles {
   int64_t depth, height, width;
   const void* weights;
   int64_t panel;  // In weights.
+  bool is_signed;  // Whether codes are, of bytes.
   int64_t outputs;
   const int32_t* bias;  // Filled up to whole panels.
   const PackedRequantizer* requantizer;
@@ -106,11 +107,15 @@ struct PairSum {
   uint8_t* out;
 };
 
+// Bytes that codes of byte products may be; weights are signed.
+enum class Signs { kUnsigned, kSigned, kBoth };
+
 struct Kernels {
   const char* name;
   int lanes;       // Integers of 32 bits in a register.
   int byte_taps;   // Products of bytes that one lane sums in one instruction, or 0.
-  bool is_signed;  // Whether codes of byte products are signed.
+  int tile_steps;  // Such sums in one instruction: runs come in parts of so many, or 0.
+  Signs signs;
   int short_taps;
   // Channel of a lane in a block of two registers, of depthwise products.
   int (*channel_of)(int place);
@@ -132,6 +137,9 @@ extern const Kernels kAvxVnni;
 #endif
 #ifdef QJAX_AVX512_VNNI
 extern const Kernels kAvx512Vnni;
+#endif
+#ifdef QJAX_AMX_INT8
+extern const Kernels kAmxInt8;
 #endif
 #ifdef QJAX_NEON_DOT
 extern const Kernels kNeonDot;

@@ -80,8 +80,13 @@ class Product : public Step {
   // of 1024 x 1024 take .92 ms so and .54 (AVX2), one row 29 us and 39.
   bool is_narrow() const { return is_bytes_ || is_narrow_; }
   int64_t weight_bytes() const { return is_narrow() ? 1 : 2; }
+  // Whether codes are about 0, or unsigned bytes about 128.
+  bool is_signed() const {
+    if (!is_bytes_ || set_.signs == Signs::kSigned) return true;
+    return set_.signs == Signs::kBoth && in_dtype_ == Dtype::kInt8;
+  }
   // What is added to centred codes when they are staged.
-  int32_t about() const { return is_bytes_ && !set_.is_signed ? 128 : 0; }
+  int32_t about() const { return is_signed() ? 0 : 128; }
   template <class Code>
   void stage(const Memory& memory, int64_t example, int64_t group, Code* to) const;
   template <class Code>
@@ -102,12 +107,14 @@ class Product : public Step {
   Requantizer requantizer_;
 
   // What follows from the above.
-  bool is_bytes_ = false, is_narrow_ = false, is_depthwise_ = false, is_rows_ = false, is_empty_ = false;
+  bool is_bytes_ = false, is_narrow_ = false, is_depthwise_ = false, is_rows_ = false;
+  bool is_empty_ = false, is_in_place_ = false;
   Three padded_;  // Sizes of the staged codes.
   int64_t pixel_ = 0;  // Channels of a staged pixel.
   std::vector<int64_t> runs_;
   int64_t run_length_ = 0, run_steps_ = 0, panel_ = 0, panels_ = 0, width_ = 0;
   int64_t chunk_ = 0;  // Rows that are staged at once, of a dot.
+  int64_t slack_ = kSlack;  // Bytes that may be read past the staged codes.
   int64_t weights_place_ = 0, bias_place_ = 0, scratch_ = 0;
 };
 
@@ -179,6 +186,15 @@ void Product::prepare(const Maker& maker) {
   } else {
     const int64_t unit = is_bytes_ ? set_.byte_taps : set_.short_taps;
     run_steps_ = up(run_length_, unit) / unit;
+    if (is_bytes_ && set_.tile_steps && run_length_) {
+      // Parts of one length, none longer than a tile.
+      const int64_t parts = up(run_steps_, set_.tile_steps) / set_.tile_steps;
+      run_steps_ = parts * (up(run_length_, unit * parts) / (unit * parts));
+    }
+    const int64_t more = run_steps_ * unit - run_length_;
+    slack_ = std::max(kSlack, more * code_bytes());
+    is_in_place_ = is_rows_ && is_bytes_ && !more && in_strides_[4] == 1 &&
+                   about() == offset_ && in_strides_[3] >= 0;
     panel_ = static_cast<int64_t>(runs_.size()) * run_steps_ * unit * set_.lanes;
     panels_ = up(outputs_, 4 * set_.lanes) / set_.lanes;
     width_ = groups_ * panels_ * set_.lanes;
@@ -192,7 +208,7 @@ void Product::prepare(const Maker& maker) {
           48, kChunkBytes / std::max<int64_t>(channels_ * code_bytes(), 1) / 48 * 48);
       codes = chunk_ * channels_;
     }
-    scratch_ = up(codes * code_bytes() + kSlack, kAlignment);
+    scratch_ = up(codes * code_bytes() + slack_, kAlignment);
   }
   requantizer_.reserve(maker, width_);
 }
@@ -338,7 +354,11 @@ void Product::stage(const Memory& memory, int64_t example, int64_t group,
           const T* x = line + skip * n;
           Code* out = to + first * n;
           const int64_t count = std::max<int64_t>(end - first, 0) * n;
-          for (int64_t i = 0; i < count; ++i) out[i] = code(x[i]);
+          if (sizeof(T) == sizeof(Code) && add == 0) {
+            std::memcpy(out, x, static_cast<size_t>(count) * sizeof(Code));
+          } else {
+            for (int64_t i = 0; i < count; ++i) out[i] = code(x[i]);
+          }
           std::fill(out + count, to + row, fill);
           continue;
         }
@@ -354,7 +374,7 @@ void Product::stage(const Memory& memory, int64_t example, int64_t group,
         }
       }
     }
-    std::fill(to, to + kSlack / static_cast<int64_t>(sizeof(Code)), Code{0});
+    std::fill(to, to + slack_ / static_cast<int64_t>(sizeof(Code)), Code{0});
   });
 }
 
@@ -371,6 +391,7 @@ void Product::run_tiles(const Memory& memory) const {
   t.row = strides_[1] * padded_[2] * pixel_;
   t.pixel = strides_[2] * pixel_;
   t.panel = panel_;
+  t.is_signed = is_signed();
   t.outputs = outputs_;
   t.requantizer = &requantizer_.in(memory);
   t.out_dtype = static_cast<int64_t>(out_dtype_);
@@ -403,8 +424,20 @@ void Product::run_tiles(const Memory& memory) const {
         kernel(t);
         continue;
       }
-      // A dot: rows in chunks, of the last axis.
+      // A dot: rows where they are, or in chunks, of the last axis.
       t.depth = t.height = 1;
+      if (is_in_place_) {
+        t.pixel = in_strides_[3];
+        t.row = in_strides_[2];
+        t.plane = in_strides_[1];
+        t.depth = sizes_[0];
+        t.height = sizes_[1];
+        t.width = sizes_[2];
+        t.codes = memory.as<Code>(in_) + b * in_strides_[0] + g * channels_;
+        t.out = to;
+        kernel(t);
+        continue;
+      }
       for (int64_t z = 0; z < sizes_[0]; ++z) {
         for (int64_t y = 0; y < sizes_[1]; ++y) {
           for (int64_t x = 0; x < sizes_[2]; x += chunk_) {
@@ -417,7 +450,10 @@ void Product::run_tiles(const Memory& memory) const {
               Code* row = staged;
               for (int64_t i = 0; i < t.width; ++i, row += channels_) {
                 const T* own_row = from + i * in_strides_[3];
-                if (in_strides_[4] == 1) {
+                if (sizeof(T) == sizeof(Code) && add == 0 && in_strides_[4] == 1) {
+                  std::memcpy(row, own_row,
+                              static_cast<size_t>(channels_) * sizeof(Code));
+                } else if (in_strides_[4] == 1) {
                   for (int64_t c = 0; c < channels_; ++c) {
                     row[c] = static_cast<Code>(own_row[c] + add);
                   }
@@ -427,7 +463,7 @@ void Product::run_tiles(const Memory& memory) const {
                   }
                 }
               }
-              std::fill(row, row + kSlack / static_cast<int64_t>(sizeof(Code)),
+              std::fill(row, row + slack_ / static_cast<int64_t>(sizeof(Code)),
                         Code{0});
             });
             t.out = to + (z * out_strides_[1] + y * out_strides_[2] +
