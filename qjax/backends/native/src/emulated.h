@@ -34,10 +34,10 @@ Wide converted(const Vector& x) {
   });
 }
 
-template <class T, class Vector>
+template <class T, int n = 16, class Vector>
 void masked_store(void* out, uint32_t mask, const Vector& x) {
   const char* from = reinterpret_cast<const char*>(&x);
-  for (int i = 0; i < 16; ++i) {
+  for (int i = 0; i < n; ++i) {
     if ((mask >> i) & 1) set_lane(static_cast<char*>(out), i, lane<T>(from, i));
   }
 }
@@ -118,6 +118,7 @@ void multiply_tiles(int acc, int a, int b) {
 #undef _mm512_mask_storeu_epi32
 #undef _mm256_mask_storeu_epi16
 #undef _mm_mask_storeu_epi8
+#undef _mm256_mask_storeu_epi8
 #define _mm512_cvtepi8_epi32 qjax::converted<int8_t, int32_t, simde__m128i, simde__m512i>
 #define _mm512_cvtepu8_epi32 qjax::converted<uint8_t, int32_t, simde__m128i, simde__m512i>
 #define _mm512_cvtepi32_epi8 qjax::converted<int32_t, int8_t, simde__m512i, simde__m128i>
@@ -128,3 +129,4 @@ void multiply_tiles(int acc, int a, int b) {
 #define _mm512_mask_storeu_epi32 qjax::masked_store<int32_t>
 #define _mm256_mask_storeu_epi16 qjax::masked_store<int16_t>
 #define _mm_mask_storeu_epi8 qjax::masked_store<int8_t>
+#define _mm256_mask_storeu_epi8 qjax::masked_store<int8_t, 32>

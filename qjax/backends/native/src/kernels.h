@@ -66,7 +66,8 @@ struct Tiles {
   int64_t out_plane, out_row, out_pixel, out_channel;  // In elements.
 };
 
-// One depthwise product: each channel has one output.
+// One depthwise product: each channel has one output. Where pixels follow each other,
+// `channels` may be those of several, `pixels`, at once.
 //
 //   acc[d, h, w, c] = bias[c] + sum over t of
 //       codes[d * plane + h * row + w * pixel + taps[t] + c] * weights[t, c]
@@ -79,7 +80,7 @@ struct Depthwise {
   int64_t plane, row, pixel;
   int64_t depth, height, width;
   const int16_t* weights;
-  int64_t channels;
+  int64_t channels, pixels;
   const int32_t* bias;  // By block in the order of the lanes, as the requantizer's.
   const PackedRequantizer* requantizer;
   void* out;
@@ -107,6 +108,16 @@ struct PairSum {
   uint8_t* out;
 };
 
+// Bytes for products: bytes again, or integers of 16 bits.
+struct Staging {
+  const void* from;
+  bool is_signed;  // Of bytes that are widened.
+  bool to_bytes;
+  int32_t add;
+  void* to;
+  int64_t n;
+};
+
 // Bytes that codes of byte products may be; weights are signed.
 enum class Signs { kUnsigned, kSigned, kBoth };
 
@@ -124,6 +135,7 @@ struct Kernels {
   void (*narrow)(const Tiles&);  // Codes of 16 bits, weights of 8.
   void (*depthwise)(const Depthwise&);
   void (*rows)(const Rows&);
+  void (*stage)(const Staging&);
   void (*pair_sum)(const PairSum&);
   int64_t (*dot)(const int16_t* a, const int16_t* b, int64_t n);
 };

@@ -89,6 +89,8 @@ class Product : public Step {
   int32_t about() const { return is_signed() ? 0 : 128; }
   template <class Code>
   void stage(const Memory& memory, int64_t example, int64_t group, Code* to) const;
+  template <class T, class Code>
+  void move(const T* from, int32_t add, Code* to, int64_t n) const;
   template <class Code>
   void run_tiles(const Memory& memory) const;
   void run_depthwise(const Memory& memory) const;
@@ -111,6 +113,7 @@ class Product : public Step {
   bool is_empty_ = false, is_in_place_ = false;
   Three padded_;  // Sizes of the staged codes.
   int64_t pixel_ = 0;  // Channels of a staged pixel.
+  int64_t pixels_ = 1;  // That a depthwise product computes at once.
   std::vector<int64_t> runs_;
   int64_t run_length_ = 0, run_steps_ = 0, panel_ = 0, panels_ = 0, width_ = 0;
   int64_t chunk_ = 0;  // Rows that are staged at once, of a dot.
@@ -177,7 +180,10 @@ void Product::prepare(const Maker& maker) {
   if (is_depthwise_) {
     const int64_t block = 2 * set_.lanes;
     if (runs_.size() % 2) runs_.push_back(runs_.front());  // Its weights are 0.
-    width_ = up(groups_, block);
+    if (strides_[2] == 1 && out_strides_[3] == groups_ && out_strides_[4] == 1) {
+      pixels_ = std::max<int64_t>(std::min(block / groups_, out_sizes_[2]), 1);
+    }
+    width_ = up(pixels_ * groups_, block);
     panel_ = static_cast<int64_t>(runs_.size()) * block;
     panels_ = width_ / block;
     weights_place_ = maker.layout.reserve(panel_ * panels_ * 2);
@@ -221,7 +227,7 @@ std::vector<int64_t> Product::order() const {
     if (is_depthwise_) {
       const int64_t block = 2 * set_.lanes;
       channel = i / block * block + set_.channel_of(static_cast<int>(i % block));
-      if (channel >= groups_) channel = -1;
+      channel = channel < pixels_ * groups_ ? channel % groups_ : -1;
     } else {
       const int64_t own = panels_ * set_.lanes, o = i % own;
       channel = o < outputs_ ? i / own * outputs_ + o : -1;
@@ -318,6 +324,20 @@ void Product::pack(const Constants& constants, uint8_t* packed) const {
   }
 }
 
+// Moves codes side by side, `add` added to each.
+template <class T, class Code>
+void Product::move(const T* from, int32_t add, Code* to, int64_t n) const {
+  if constexpr (sizeof(T) == 1) {
+    if (sizeof(Code) == 1 && add == 0) {
+      std::memcpy(to, from, static_cast<size_t>(n));
+    } else {
+      set_.stage({from, static_cast<T>(-1) < 0, sizeof(Code) == 1, add, to, n});
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<Code>(from[i] + add);
+  }
+}
+
 // Puts one example's codes, of one group or of all channels, where kernels read them.
 template <class Code>
 void Product::stage(const Memory& memory, int64_t example, int64_t group,
@@ -354,11 +374,7 @@ void Product::stage(const Memory& memory, int64_t example, int64_t group,
           const T* x = line + skip * n;
           Code* out = to + first * n;
           const int64_t count = std::max<int64_t>(end - first, 0) * n;
-          if (sizeof(T) == sizeof(Code) && add == 0) {
-            std::memcpy(out, x, static_cast<size_t>(count) * sizeof(Code));
-          } else {
-            for (int64_t i = 0; i < count; ++i) out[i] = code(x[i]);
-          }
+          move(x, add, out, count);
           std::fill(out + count, to + row, fill);
           continue;
         }
@@ -450,13 +466,8 @@ void Product::run_tiles(const Memory& memory) const {
               Code* row = staged;
               for (int64_t i = 0; i < t.width; ++i, row += channels_) {
                 const T* own_row = from + i * in_strides_[3];
-                if (sizeof(T) == sizeof(Code) && add == 0 && in_strides_[4] == 1) {
-                  std::memcpy(row, own_row,
-                              static_cast<size_t>(channels_) * sizeof(Code));
-                } else if (in_strides_[4] == 1) {
-                  for (int64_t c = 0; c < channels_; ++c) {
-                    row[c] = static_cast<Code>(own_row[c] + add);
-                  }
+                if (in_strides_[4] == 1) {
+                  move(own_row, add, row, channels_);
                 } else {
                   for (int64_t c = 0; c < channels_; ++c) {
                     row[c] = static_cast<Code>(own_row[c * in_strides_[4]] + add);
@@ -490,7 +501,8 @@ void Product::run_depthwise(const Memory& memory) const {
   d.height = out_sizes_[1];
   d.width = out_sizes_[2];
   d.weights = reinterpret_cast<const int16_t*>(memory.packed + weights_place_);
-  d.channels = groups_;
+  d.channels = pixels_ * groups_;
+  d.pixels = pixels_;
   d.bias = reinterpret_cast<const int32_t*>(memory.packed + bias_place_);
   d.requantizer = &requantizer_.in(memory);
   d.out_dtype = static_cast<int64_t>(out_dtype_);

@@ -14,7 +14,7 @@
 //   V::multiply(x, y)              low 32 bits
 //   V::widen(from)                 kLanes bytes, of either sign
 //   V::interleave(a, b)            two taps of 2 * kLanes channels, in two operands
-//   V::narrow_pair(out, low, high) stores what two such operands gave, in order
+//   V::narrow_pair(out, low, high) stores codes that two such operands gave, in order
 //   V::channel_of(place)           channel of a lane of the two
 //   V::kMostAccumulators           registers that a tile may have
 #include "kernels.h"
@@ -322,65 +322,6 @@ struct TilesAs {
   }
 };
 
-// Two registers of accumulators for 2 * kLanes channels, in the order of the lanes.
-template <Form form, class T>
-struct DepthwiseRows {
-  static void run(const Depthwise& d) {
-    const Ends ends(*d.requantizer);
-    constexpr int64_t block = 2 * V::kLanes;
-    for (int64_t c = 0; c < d.channels; c += block) {
-      const int16_t* weights = d.weights + c / block * d.n_pairs * 2 * block;
-      for (int64_t z = 0; z < d.depth; ++z) {
-        for (int64_t y = 0; y < d.height; ++y) {
-          const int16_t* row = d.codes + z * d.plane + y * d.row + c;
-          T* out = static_cast<T*>(d.out) + z * d.out_plane + y * d.out_row +
-                   c * d.out_channel;
-          for (int64_t x = 0; x < d.width; ++x) {
-            place(d, ends, row + x * d.pixel, weights, c, out + x * d.out_pixel);
-          }
-        }
-      }
-    }
-  }
-
-  static QJAX_INLINE void place(const Depthwise& d, const Ends& ends,
-                                const int16_t* codes, const int16_t* weights,
-                                int64_t c, T* out) {
-    V::Reg low = V::load(d.bias + c), high = V::load(d.bias + c + V::kLanes);
-    for (int64_t t = 0; t < d.n_pairs; ++t) {
-      const auto pairs = V::interleave(codes + d.taps[2 * t], codes + d.taps[2 * t + 1]);
-      low = Shorts::dot(low, pairs.low, Shorts::weights(weights));
-      high = Shorts::dot(high, pairs.high, Shorts::weights(weights + 2 * V::kLanes));
-      weights += 4 * V::kLanes;
-    }
-    alignas(64) int32_t wide[2 * V::kLanes];
-    if constexpr (form == Form::kNone || form == Form::kExact) {
-      V::store(wide, low);
-      V::store(wide + V::kLanes, high);
-      if constexpr (form == Form::kExact) {
-        for (int i = 0; i < 2 * V::kLanes; ++i) {
-          wide[i] = code_of(wide[i], *d.requantizer, c + i);
-        }
-      }
-    } else {
-      const PackedRequantizer& q = *d.requantizer;
-      low = qjax::codes<form>(low, numbers_of(q, c), ends);
-      high = qjax::codes<form>(high, numbers_of(q, c + V::kLanes), ends);
-      if (d.out_channel == 1 && c + 2 * V::kLanes <= d.channels) {
-        return V::narrow_pair(out, low, high);
-      }
-      V::store(wide, low);
-      V::store(wide + V::kLanes, high);
-    }
-    for (int i = 0; i < 2 * V::kLanes; ++i) {
-      const int64_t channel = V::channel_of(i);
-      if (c + channel < d.channels) {
-        out[channel * d.out_channel] = static_cast<T>(wide[i]);
-      }
-    }
-  }
-};
-
 template <Form form, class T>
 struct CodeRows {
   static void run(const Rows& r) {
@@ -409,7 +350,6 @@ void run_bytes(const Tiles& t) { with_form<TilesAs>(t, Bytes()); }
 #endif
 void run_shorts(const Tiles& t) { with_form<TilesAs>(t, Shorts()); }
 void run_narrow(const Tiles& t) { with_form<TilesAs>(t, Narrow()); }
-void run_depthwise(const Depthwise& d) { with_form<DepthwiseRows>(d); }
 void run_rows(const Rows& r) { with_form<CodeRows>(r); }
 
 template <class A, class B>
@@ -467,5 +407,22 @@ int64_t run_dot(const int16_t* a, const int16_t* b, int64_t n) {
   return static_cast<int32_t>(total);
 }
 
+// Widens bytes, or moves them to or from 128; `add` is what is added to each.
+template <class From, class To>
+QJAX_INLINE void stage_as(const void* from, int32_t add, void* to, int64_t n) {
+  const From* x = static_cast<const From*>(from);
+  To* out = static_cast<To*>(to);
+  const To more = static_cast<To>(add);
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<To>(x[i] + more);
+}
+
+void run_stage(const Staging& s) {
+  if (s.to_bytes) return stage_as<uint8_t, uint8_t>(s.from, s.add, s.to, s.n);
+  if (s.is_signed) return stage_as<int8_t, int16_t>(s.from, s.add, s.to, s.n);
+  stage_as<uint8_t, int16_t>(s.from, s.add, s.to, s.n);
+}
+
 }  // namespace
 }  // namespace qjax
+
+#include "depthwise.h"
