@@ -21,12 +21,6 @@ struct V {
   static Reg set(int32_t x) { return _mm256_set1_epi32(x); }
   static Reg add(Reg a, Reg b) { return _mm256_add_epi32(a, b); }
   static Reg multiply(Reg a, Reg b) { return _mm256_mullo_epi32(a, b); }
-  static Reg widen(const int8_t* from) {
-    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-  }
-  static Reg widen(const uint8_t* from) {
-    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-  }
   static Reg minimum(Reg a, Reg b) { return _mm256_min_epi32(a, b); }
   static Reg maximum(Reg a, Reg b) { return _mm256_max_epi32(a, b); }
   static Reg both(Reg a, Reg b) { return _mm256_and_si256(a, b); }
@@ -93,10 +87,20 @@ struct V {
   struct Pairs {
     Reg low, high;
   };
-  static Pairs interleave(const int16_t* a, const int16_t* b) {
-    const Reg x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));
-    const Reg y = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
-    return {_mm256_unpacklo_epi16(x, y), _mm256_unpackhi_epi16(x, y)};
+  using Halves = Reg;  // Integers of 16 bits.
+  static Halves halves(const int16_t* from) {
+    Reg x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    asm("" : "+x"(x));  // Else it is loaded for each of its uses.
+    return x;
+  }
+  static Halves halves(const int8_t* from) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  static Halves halves(const uint8_t* from) {
+    return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  static Pairs interleave(Halves a, Halves b) {
+    return {_mm256_unpacklo_epi16(a, b), _mm256_unpackhi_epi16(a, b)};
   }
   // Lanes of 128 bits hold channels 0 to 3 and 8 to 11, then 4 to 7 and 12 to 15.
   static int channel_of(int place) {

@@ -28,12 +28,6 @@ struct V {
   static Reg set(int32_t x) { return _mm512_set1_epi32(x); }
   static Reg add(Reg a, Reg b) { return _mm512_add_epi32(a, b); }
   static Reg multiply(Reg a, Reg b) { return _mm512_mullo_epi32(a, b); }
-  static Reg widen(const int8_t* from) {
-    return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  }
-  static Reg widen(const uint8_t* from) {
-    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  }
   static Reg minimum(Reg a, Reg b) { return _mm512_min_epi32(a, b); }
   static Reg maximum(Reg a, Reg b) { return _mm512_max_epi32(a, b); }
   static Reg both(Reg a, Reg b) { return _mm512_and_si512(a, b); }
@@ -105,9 +99,24 @@ struct V {
   struct Pairs {
     Reg low, high;
   };
-  static Pairs interleave(const int16_t* a, const int16_t* b) {
-    const Reg x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
-    return {_mm512_unpacklo_epi16(x, y), _mm512_unpackhi_epi16(x, y)};
+  using Halves = Reg;  // Integers of 16 bits.
+  static Halves halves(const int16_t* from) {
+    Reg x = _mm512_loadu_si512(from);
+#ifndef QJAX_SIMDE
+    asm("" : "+v"(x));  // Else it is loaded for each of its uses.
+#endif
+    return x;
+  }
+  static Halves halves(const int8_t* from) {
+    return _mm512_cvtepi8_epi16(
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static Halves halves(const uint8_t* from) {
+    return _mm512_cvtepu8_epi16(
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static Pairs interleave(Halves a, Halves b) {
+    return {_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b)};
   }
   // Lanes of 128 bits hold channels 8 i to 8 i + 3, then 8 i + 4 to 8 i + 7.
   static int channel_of(int place) {

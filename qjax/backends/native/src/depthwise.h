@@ -13,6 +13,10 @@ struct DepthwiseRows {
     }
   }
 
+  static QJAX_INLINE auto interleave(const int16_t* a, const int16_t* b) {
+    return V::interleave(V::halves(a), V::halves(b));
+  }
+
   // One block of channels, or of channels of several pixels, at all places.
   template <int pairs>
   static __attribute__((noinline)) void block(const Depthwise& d, int64_t c) {
@@ -43,7 +47,7 @@ struct DepthwiseRows {
           if constexpr (pairs > 0) {
             QJAX_UNROLL for (int t = 0; t < pairs; ++t) {
               const auto both =
-                  V::interleave(codes + taps[2 * t], codes + taps[2 * t + 1]);
+                  interleave(codes + taps[2 * t], codes + taps[2 * t + 1]);
               low = Shorts::dot(low, both.low, weights[2 * t]);
               high = Shorts::dot(high, both.high, weights[2 * t + 1]);
             }
@@ -51,7 +55,7 @@ struct DepthwiseRows {
             const int16_t* w = from;
             for (int64_t t = 0; t < n_pairs; ++t, w += 2 * kBlock) {
               const auto both =
-                  V::interleave(codes + d.taps[2 * t], codes + d.taps[2 * t + 1]);
+                  interleave(codes + d.taps[2 * t], codes + d.taps[2 * t + 1]);
               low = Shorts::dot(low, both.low, Shorts::weights(w));
               high = Shorts::dot(high, both.high, Shorts::weights(w + kBlock));
             }
@@ -82,7 +86,9 @@ struct DepthwiseRows {
       if (n == kBlock && d.out_channel == 1) return V::narrow_pair(out, low, high);
       V::narrow_pair(codes_of_block, low, high);
     }
-    if (d.out_channel == 1) {
+    if (d.out_channel == 1 && n == V::kLanes) {
+      memcpy(out, codes_of_block, sizeof(T) * V::kLanes);
+    } else if (d.out_channel == 1) {
       for (int64_t i = 0; i < n; ++i) out[i] = codes_of_block[i];
     } else {
       for (int64_t i = 0; i < n; ++i) out[i * d.out_channel] = codes_of_block[i];

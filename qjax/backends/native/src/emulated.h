@@ -42,6 +42,14 @@ void masked_store(void* out, uint32_t mask, const Vector& x) {
   }
 }
 
+inline simde__m512i widened(const simde__m256i& x) {
+  return lanes<simde__m512i>(x, [](const char* from, char* to) {
+    for (int i = 0; i < 32; ++i) {
+      set_lane(to, i, static_cast<int16_t>(lane<uint8_t>(from, i)));
+    }
+  });
+}
+
 inline simde__m512i shifted(const simde__m512i& x, const simde__m512i& counts) {
   return lanes<simde__m512i>(x, [&](const char* from, char* to) {
     const char* by = reinterpret_cast<const char*>(&counts);
@@ -130,3 +138,5 @@ void multiply_tiles(int acc, int a, int b) {
 #define _mm256_mask_storeu_epi16 qjax::masked_store<int16_t>
 #define _mm_mask_storeu_epi8 qjax::masked_store<int8_t>
 #define _mm256_mask_storeu_epi8 qjax::masked_store<int8_t, 32>
+#undef _mm512_cvtepu8_epi16
+#define _mm512_cvtepu8_epi16 qjax::widened

@@ -113,7 +113,7 @@ void accumulate(const Tiles& t, const uint8_t* const* from, int64_t steps,
 struct Places {
   explicit Places(const Tiles& t) : t(t) {
     const int64_t across = (t.width + kTileRows - 1) / kTileRows;
-    if (t.row % t.pixel == 0 && t.height > 1) {
+    if (t.pixel > 0 && t.row >= t.width * t.pixel && t.row % t.pixel == 0) {
       const int64_t all = (t.height - 1) * (t.row / t.pixel) + t.width;
       if ((all + kTileRows - 1) / kTileRows < t.height * across) {
         line = t.row / t.pixel;
@@ -137,14 +137,13 @@ struct Places {
 
 // Codes of one tile, 64 at a time.
 template <Form form, class T, int N>
-QJAX_INLINE void narrow_tile(const int32_t* wide, const Numbers* numbers, V::Reg zero,
-                             V::Reg low, V::Reg high, uint8_t* out) {
-  const auto steps = [&](int64_t i) {
-    const auto acc = V::load(wide + i * V::kLanes);
-    return V::add(rounded<form>(acc, numbers[i % N]), zero);
+QJAX_INLINE void narrow_tile(const int32_t* wide, const Numbers* numbers,
+                             const Ends& ends, V::Reg low, V::Reg high, uint8_t* out) {
+  const auto of = [&](int64_t i) {
+    return steps<form>(V::load(wide + i * V::kLanes), numbers[i % N], ends);
   };
   QJAX_UNROLL for (int64_t i = 0; i < kTileRows * N; i += 4) {
-    const auto bytes = V::packed<T>(steps(i), steps(i + 1), steps(i + 2), steps(i + 3));
+    const auto bytes = V::packed<T>(of(i), of(i + 1), of(i + 2), of(i + 3));
     _mm512_storeu_si512(out + 16 * i, V::clipped<T>(bytes, low, high));
   }
 }
@@ -235,7 +234,7 @@ struct Products {
     const PackedRequantizer& q = *t.requantizer;
     constexpr int64_t width = V::kLanes * N;
     alignas(64) uint8_t bytes[kTileRows * width];
-    const bool is_fast = is_byte && t.out_channel == 1 && q.input_zero_point == 0;
+    const bool is_fast = is_byte && t.out_channel == 1;
     const int64_t outputs = least(width, t.outputs - output);
     if constexpr (is_byte) {
       if (is_fast) {
@@ -248,7 +247,7 @@ struct Products {
                               first % places.line + kTileRows <= t.width;
         uint8_t* out = bytes;
         if (is_whole) out = static_cast<uint8_t*>(t.out) + place(t, places, first, begins);
-        narrow_tile<form, T, N>(wide, numbers, V::set(q.zero_point),
+        narrow_tile<form, T, N>(wide, numbers, Ends(q),
                                 V::set_bytes(q.low), V::set_bytes(q.high), out);
         if (is_whole) return;
       }

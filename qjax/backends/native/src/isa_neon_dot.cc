@@ -34,18 +34,6 @@ struct V {
   // Saturates at 2^31 alone, which accumulators below 2^30 do not reach.
   static Reg doubled_high(Reg acc, Reg m) { return vqrdmulhq_s32(acc, m); }
 
-  static Reg widen(const int8_t* from) {
-    int32_t four;
-    memcpy(&four, from, 4);
-    const int8x8_t bytes = vreinterpret_s8_s32(vdup_n_s32(four));
-    return vmovl_s16(vget_low_s16(vmovl_s8(bytes)));
-  }
-  static Reg widen(const uint8_t* from) {
-    int32_t four;
-    memcpy(&four, from, 4);
-    const uint8x8_t bytes = vreinterpret_u8_s32(vdup_n_s32(four));
-    return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(bytes))));
-  }
 
   template <class T>
   static void narrow(T* out, Reg x, int64_t n) {
@@ -61,9 +49,14 @@ struct V {
   struct Pairs {
     int16x8_t low, high;
   };
-  static Pairs interleave(const int16_t* a, const int16_t* b) {
-    const int16x8_t x = vld1q_s16(a), y = vld1q_s16(b);
-    return {vzip1q_s16(x, y), vzip2q_s16(x, y)};
+  using Halves = int16x8_t;
+  static Halves halves(const int16_t* from) { return vld1q_s16(from); }
+  static Halves halves(const int8_t* from) { return vmovl_s8(vld1_s8(from)); }
+  static Halves halves(const uint8_t* from) {
+    return vreinterpretq_s16_u16(vmovl_u8(vld1_u8(from)));
+  }
+  static Pairs interleave(Halves a, Halves b) {
+    return {vzip1q_s16(a, b), vzip2q_s16(a, b)};
   }
   static int channel_of(int place) { return place; }
   template <class T>

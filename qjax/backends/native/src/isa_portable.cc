@@ -59,9 +59,15 @@ struct V {
       Reg a, b;
     } low, high;
   };
-  static Reg widened(const int16_t* from) { return Reg{from[0], from[1], from[2], from[3]}; }
-  static Pairs interleave(const int16_t* a, const int16_t* b) {
-    return {{widened(a), widened(b)}, {widened(a + 4), widened(b + 4)}};
+  struct Halves {
+    Reg first, second;
+  };
+  template <class T>
+  static Halves halves(const T* from) {
+    return {widen(from), widen(from + kLanes)};
+  }
+  static Pairs interleave(Halves a, Halves b) {
+    return {{a.first, b.first}, {a.second, b.second}};
   }
   static int channel_of(int place) { return place; }
   template <class T>

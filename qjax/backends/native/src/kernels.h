@@ -26,7 +26,9 @@ enum class Form : int32_t {
 enum class Rule : int32_t { kHalfEven, kTfliteDouble, kTfliteSingle, kFloat32 };
 
 // The head of packed numbers; the arrays of `width` integers each follow: multiplier,
-// half (what is added before the shift), shift.
+// half (what is added before the shift), shift. `kHighWord` and `kPower` have the zero
+// point of codes in their half. Those of products have that of accumulators in the bias,
+// but for `kExact`.
 struct alignas(64) PackedRequantizer {
   Form form;
   Rule rule;
@@ -104,7 +106,8 @@ struct PairSum {
   const void *a, *b;
   bool is_a_signed, is_b_signed;
   int64_t n;
-  int32_t lo_a, lo_b, lo_0, hi_a, hi_b, hi_0, shift, low, high;
+  int16_t lo_a, lo_b, hi_a, hi_b;
+  int32_t lo_0, hi_0, shift, low, high;
   uint8_t* out;
 };
 

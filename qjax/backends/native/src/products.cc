@@ -112,6 +112,7 @@ class Product : public Step {
   bool is_bytes_ = false, is_narrow_ = false, is_depthwise_ = false, is_rows_ = false;
   bool is_empty_ = false, is_in_place_ = false;
   Three padded_;  // Sizes of the staged codes.
+  Three planes_;  // Codes from one plane, row and pixel to the next.
   int64_t pixel_ = 0;  // Channels of a staged pixel.
   int64_t pixels_ = 1;  // That a depthwise product computes at once.
   std::vector<int64_t> runs_;
@@ -160,19 +161,35 @@ void Product::prepare(const Maker& maker) {
   const int64_t rows = count_of({batch_, out_sizes_[0], out_sizes_[1], out_sizes_[2]});
   is_narrow_ = may_be_narrow && rows <= kFewRows;
   pixel_ = is_depthwise_ ? groups_ : channels_;
-  const Three planes = {padded_[1] * padded_[2] * pixel_, padded_[2] * pixel_, pixel_};
   const Three one = {1, 1, 1};
-  is_rows_ = taps_ == one && strides_ == one && spread_ == one && !is_depthwise_;
-  for (const auto& pad : padding_) is_rows_ = is_rows_ && !pad[0] && !pad[1];
+  bool is_padded = spread_ != one;
+  for (const auto& pad : padding_) is_padded = is_padded || pad[0] || pad[1];
+  is_rows_ = taps_ == one && strides_ == one && !is_padded && !is_depthwise_;
   // Of a kernel that is dense along the last axis, a row of taps is one run.
   const bool is_joined = dilation_[2] == 1 && !is_depthwise_;
   const int64_t across = is_joined ? 1 : taps_[2];
   run_length_ = is_depthwise_ ? 1 : is_joined ? taps_[2] * channels_ : channels_;
+  const int64_t unit = is_bytes_ ? set_.byte_taps : set_.short_taps;
+  run_steps_ = up(run_length_, unit) / unit;
+  if (is_bytes_ && set_.tile_steps && run_length_) {
+    // Parts of one length, none longer than a tile.
+    const int64_t parts = up(run_steps_, set_.tile_steps) / set_.tile_steps;
+    run_steps_ = parts * (up(run_length_, unit * parts) / (unit * parts));
+  }
+  const int64_t more = run_steps_ * unit - run_length_;  // Read past each run.
+  is_in_place_ = is_bytes_ && !is_padded && !more && about() == offset_ &&
+                 in_strides_[4] == 1 && in_strides_[3] >= pixel_ &&
+                 (across > 1 || taps_[2] == 1 || in_strides_[3] == pixel_);
+  if (is_in_place_) {
+    planes_ = {in_strides_[1], in_strides_[2], in_strides_[3]};
+  } else {
+    planes_ = {padded_[1] * padded_[2] * pixel_, padded_[2] * pixel_, pixel_};
+  }
   for (int64_t i = 0; i < taps_[0]; ++i) {
     for (int64_t j = 0; j < taps_[1]; ++j) {
       for (int64_t k = 0; k < across; ++k) {
-        runs_.push_back(i * dilation_[0] * planes[0] + j * dilation_[1] * planes[1] +
-                        k * dilation_[2] * planes[2]);
+        runs_.push_back(i * dilation_[0] * planes_[0] +
+                        j * dilation_[1] * planes_[1] + k * dilation_[2] * planes_[2]);
       }
     }
   }
@@ -190,17 +207,7 @@ void Product::prepare(const Maker& maker) {
     bias_place_ = maker.layout.reserve(width_ * 4);
     scratch_ = up(staged * 2 + 2 * block * 2 + kSlack, kAlignment);
   } else {
-    const int64_t unit = is_bytes_ ? set_.byte_taps : set_.short_taps;
-    run_steps_ = up(run_length_, unit) / unit;
-    if (is_bytes_ && set_.tile_steps && run_length_) {
-      // Parts of one length, none longer than a tile.
-      const int64_t parts = up(run_steps_, set_.tile_steps) / set_.tile_steps;
-      run_steps_ = parts * (up(run_length_, unit * parts) / (unit * parts));
-    }
-    const int64_t more = run_steps_ * unit - run_length_;
     slack_ = std::max(kSlack, more * code_bytes());
-    is_in_place_ = is_rows_ && is_bytes_ && !more && in_strides_[4] == 1 &&
-                   about() == offset_ && in_strides_[3] >= 0;
     panel_ = static_cast<int64_t>(runs_.size()) * run_steps_ * unit * set_.lanes;
     panels_ = up(outputs_, 4 * set_.lanes) / set_.lanes;
     width_ = groups_ * panels_ * set_.lanes;
@@ -264,6 +271,7 @@ void Product::pack(const Constants& constants, uint8_t* packed) const {
   const int64_t terms = taps() * channels_, all = groups_ * outputs_;
   const std::vector<int64_t> channels = order();
   requantizer_.pack(constants, packed, channels);
+  const int32_t input_zero_point = requantizer_.take_input_zero_point(packed);
   auto* bias_to = reinterpret_cast<int32_t*>(packed + bias_place_);
   const int32_t* bias = constants.at<int32_t>(bias_, all);
   const auto pack_kernel = [&](const auto* kernel) {
@@ -310,7 +318,7 @@ void Product::pack(const Constants& constants, uint8_t* packed) const {
       const int64_t c = channels[static_cast<size_t>(i)];
       uint32_t value = 0;
       if (c >= 0) {
-        value = static_cast<uint32_t>(bias[c]);
+        value = static_cast<uint32_t>(bias[c]) - static_cast<uint32_t>(input_zero_point);
         // Unsigned bytes are codes about 128.
         if (about() == 128) value -= 128 * sums(kernel, c);
       }
@@ -354,6 +362,7 @@ void Product::stage(const Memory& memory, int64_t example, int64_t group,
     // Place of a padded pixel among the codes, or -1.
     const auto source = [&](int d, int64_t i) {
       const int64_t at = i - padding_[d][0];
+      if (spread_[d] == 1) return 0 <= at && at < sizes_[d] ? at : -1;
       if (at < 0 || at % spread_[d] || at / spread_[d] >= sizes_[d]) return int64_t{-1};
       return at / spread_[d];
     };
@@ -403,9 +412,9 @@ void Product::run_tiles(const Memory& memory) const {
   t.runs = runs_.data();
   t.n_runs = static_cast<int64_t>(runs_.size());
   t.run_steps = run_steps_;
-  t.plane = strides_[0] * padded_[1] * padded_[2] * pixel_;
-  t.row = strides_[1] * padded_[2] * pixel_;
-  t.pixel = strides_[2] * pixel_;
+  t.plane = strides_[0] * planes_[0];
+  t.row = strides_[1] * planes_[1];
+  t.pixel = strides_[2] * planes_[2];
   t.panel = panel_;
   t.is_signed = is_signed();
   t.outputs = outputs_;
@@ -431,8 +440,12 @@ void Product::run_tiles(const Memory& memory) const {
     uint8_t* own = out + g * outputs_ * out_strides_[4] * out_size;
     for (int64_t b = 0; b < batch_; ++b) {
       uint8_t* to = own + b * out_strides_[0] * out_size;
-      if (!is_rows_) {
-        stage(memory, b, g, staged);
+      if (is_in_place_ || !is_rows_) {
+        if (is_in_place_) {
+          t.codes = memory.as<Code>(in_) + b * in_strides_[0] + g * channels_;
+        } else {
+          stage(memory, b, g, staged);
+        }
         t.depth = out_sizes_[0];
         t.height = out_sizes_[1];
         t.width = out_sizes_[2];
@@ -440,20 +453,8 @@ void Product::run_tiles(const Memory& memory) const {
         kernel(t);
         continue;
       }
-      // A dot: rows where they are, or in chunks, of the last axis.
+      // A dot: rows in chunks, of the last axis.
       t.depth = t.height = 1;
-      if (is_in_place_) {
-        t.pixel = in_strides_[3];
-        t.row = in_strides_[2];
-        t.plane = in_strides_[1];
-        t.depth = sizes_[0];
-        t.height = sizes_[1];
-        t.width = sizes_[2];
-        t.codes = memory.as<Code>(in_) + b * in_strides_[0] + g * channels_;
-        t.out = to;
-        kernel(t);
-        continue;
-      }
       for (int64_t z = 0; z < sizes_[0]; ++z) {
         for (int64_t y = 0; y < sizes_[1]; ++y) {
           for (int64_t x = 0; x < sizes_[2]; x += chunk_) {
@@ -494,9 +495,9 @@ void Product::run_depthwise(const Memory& memory) const {
   d.codes = staged;
   d.taps = runs_.data();
   d.n_pairs = static_cast<int64_t>(runs_.size()) / 2;
-  d.plane = strides_[0] * padded_[1] * padded_[2] * pixel_;
-  d.row = strides_[1] * padded_[2] * pixel_;
-  d.pixel = strides_[2] * pixel_;
+  d.plane = strides_[0] * planes_[0];
+  d.row = strides_[1] * planes_[1];
+  d.pixel = strides_[2] * planes_[2];
   d.depth = out_sizes_[0];
   d.height = out_sizes_[1];
   d.width = out_sizes_[2];

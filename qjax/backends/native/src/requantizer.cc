@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
+#include <utility>
 
 #include "rules.h"
 
@@ -11,20 +12,26 @@ namespace {
 
 int trailing_zeros(int64_t x) { return x ? __builtin_ctzll(static_cast<uint64_t>(x)) : 63; }
 
-// One channel.
+// One channel, and the zero point of its codes.
 struct Channel {
-  int32_t multiplier, shift;
+  int32_t multiplier, shift, zero_point;
 };
 
 // The largest magnitude of an accumulator about its zero point.
 int64_t reach(Interval acc) { return std::max(std::llabs(acc.low), std::llabs(acc.high)); }
+
+// The zero point joins the half, so each of three terms must stay below 2^29 or at it.
+bool may_be_high_word(Channel c) {
+  return 33 <= c.shift && c.shift <= 62 &&
+         std::llabs(c.zero_point) <= (int64_t{1} << 29) >> (c.shift - 32);
+}
 
 // `kHighWord` computes floor((acc * m + 2^(s - 1)) / 2^s): with s >= 33 the half is a
 // multiple of 2^32, so it may join after the low word is gone. That is the rule of
 // `kTfliteSingle`, and `kHalfEven` where no accumulator ties: a tie needs
 // acc * m = 2^(s - 1) (mod 2^s), so |acc| >= 2^(s - 1 - v2(m)), as acc = 0 is none.
 bool is_high_word(Channel c, Rule rule, Interval acc) {
-  if (c.shift < 33 || c.shift > 62) return false;
+  if (!may_be_high_word(c)) return false;
   if (rule == Rule::kTfliteSingle) return true;
   if (rule != Rule::kHalfEven) return false;
   if (c.multiplier == 0) return true;
@@ -37,7 +44,8 @@ bool is_power(Channel c, Rule rule, Interval acc) {
   if (c.multiplier & (c.multiplier - 1)) return false;
   const int shift = c.shift - trailing_zeros(c.multiplier);
   if (shift < 0 || shift > 30) return false;
-  return reach(acc) + (int64_t{1} << shift) <= INT32_MAX;
+  const int64_t more = 1 + std::llabs(c.zero_point);
+  return reach(acc) + more * (int64_t{1} << shift) <= INT32_MAX;
 }
 
 bool is_double(Channel c, Rule rule, Interval acc) {
@@ -68,15 +76,44 @@ void numbers(Form form, Channel c, int32_t* multiplier, int32_t* half,
   *shift = c.shift;
   if (form == Form::kHighWord) {
     *shift = c.shift - 32;
-    *half = int32_t{1} << (*shift - 1);
+    *half = (int32_t{1} << (*shift - 1)) + c.zero_point * (int32_t{1} << *shift);
   } else if (form == Form::kPower) {
     *shift = c.shift - trailing_zeros(c.multiplier);
     *half = *shift ? (int32_t{1} << (*shift - 1)) - 1 : 0;
+    *half += c.zero_point * (int32_t{1} << *shift);
     *multiplier = *shift ? 1 : 0;
   } else if (form == Form::kDouble) {
     *shift = c.shift - 31;
     *half = (int32_t{1} << *shift) >> 1;
   }
+}
+
+// Whether `kHighWord` gives the codes of a rule that it is not: both grow with the
+// accumulator, so they are equal if they are on both sides of each of the rule's steps.
+bool is_certified(Channel c, Rule rule, Interval acc, int32_t low, int32_t high) {
+  if (!may_be_high_word(c) || c.multiplier < 0) return false;
+  const auto code = [&](int64_t x) {
+    return coded(rescaled(x, c.multiplier, c.shift, rule), c.zero_point, low, high);
+  };
+  const auto other = [&](int64_t x) {
+    const int64_t half = int64_t{1} << (c.shift - 1);
+    return coded((x * c.multiplier + half) >> c.shift, c.zero_point, low, high);
+  };
+  const int32_t first = code(acc.low), last = code(acc.high);
+  constexpr int kMostSteps = 1024;
+  if (last - first > kMostSteps) return false;
+  if (other(acc.low) != first || other(acc.high) != last) return false;
+  int64_t from = acc.low;
+  for (int32_t step = first + 1; step <= last; ++step) {
+    int64_t below = from, at = acc.high;  // code(below) < step <= code(at)
+    while (at - below > 1) {
+      const int64_t middle = below + (at - below) / 2;
+      (code(middle) < step ? below : at) = middle;
+    }
+    if (other(below) >= step || other(at) < step) return false;
+    from = below;
+  }
+  return true;
 }
 
 }  // namespace
@@ -154,7 +191,10 @@ void Requantizer::pack(const Constants& constants, uint8_t* packed,
     for (Form form : {Form::kHighWord, Form::kPower, Form::kDouble}) {
       bool all = true;
       for (int64_t c = 0; c < channels_ && all; ++c) {
-        all = holds(form, {multiplier[c], shift[c]}, rule_, acc_);
+        const Channel channel{multiplier[c], shift[c], zero_point_};
+        all = holds(form, channel, rule_, acc_) ||
+              (form == Form::kHighWord &&
+               is_certified(channel, rule_, acc_, low_, high_));
       }
       if (all) {
         head.form = form;
@@ -162,6 +202,7 @@ void Requantizer::pack(const Constants& constants, uint8_t* packed,
       }
     }
   }
+  if (head.form == Form::kHighWord || head.form == Form::kPower) head.zero_point = 0;
   auto* numbers_at = const_cast<int32_t*>(head.multiplier());
   for (int64_t i = 0; i < width_; ++i) {
     const int64_t c = order[static_cast<size_t>(i)];
@@ -169,9 +210,15 @@ void Requantizer::pack(const Constants& constants, uint8_t* packed,
       numbers_at[i] = numbers_at[i + width_] = numbers_at[i + 2 * width_] = 0;
       continue;
     }
-    numbers(head.form, {multiplier[c], shift[c]}, numbers_at + i,
+    numbers(head.form, {multiplier[c], shift[c], zero_point_}, numbers_at + i,
             numbers_at + i + width_, numbers_at + i + 2 * width_);
   }
+}
+
+int32_t Requantizer::take_input_zero_point(uint8_t* packed) const {
+  auto& head = *reinterpret_cast<PackedRequantizer*>(packed + place_);
+  if (head.form == Form::kNone || head.form == Form::kExact) return 0;
+  return std::exchange(head.input_zero_point, 0);
 }
 
 }  // namespace qjax

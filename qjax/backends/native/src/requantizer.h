@@ -23,6 +23,8 @@ class Requantizer {
   // that was asked for. `is_exact`: no form but the exact one will do.
   void pack(const Constants& constants, uint8_t* packed,
             const std::vector<int64_t>& order, bool is_exact = false) const;
+  // Takes the zero point of accumulators, for a bias to hold; 0 where it must stay.
+  int32_t take_input_zero_point(uint8_t* packed) const;
   const PackedRequantizer& in(const uint8_t* packed) const {
     return *reinterpret_cast<const PackedRequantizer*>(packed + place_);
   }

@@ -12,8 +12,8 @@
 //   Bytes, Shorts                  Code, Weight, kTaps, broadcast, weights, dot
 //   Shorts::widened(from)          weights that are stored as bytes
 //   V::multiply(x, y)              low 32 bits
-//   V::widen(from)                 kLanes bytes, of either sign
-//   V::interleave(a, b)            two taps of 2 * kLanes channels, in two operands
+//   V::halves(from)                2 * kLanes integers of 8 or 16 bits, as 16
+//   V::interleave(a, b)            two such operands, pair by pair, in two
 //   V::narrow_pair(out, low, high) stores codes that two such operands gave, in order
 //   V::channel_of(place)           channel of a lane of the two
 //   V::kMostAccumulators           registers that a tile may have
@@ -61,7 +61,7 @@ QJAX_INLINE V::Reg rounded(V::Reg acc, const Numbers& n) {
   if constexpr (form == Form::kHighWord) {
     return V::right(V::add(V::high_word(acc, n.multiplier), n.half), n.shift);
   } else if constexpr (form == Form::kPower) {
-    // `half` is 2^(s - 1) - 1 and `multiplier` 1; both are 0 where there is no shift.
+    // `half` is 2^(s - 1) - 1 and the zero point, `multiplier` 1; 0 without a shift.
     const V::Reg odd = V::both(V::right(acc, n.shift), n.multiplier);
     return V::right(V::add(V::add(acc, n.half), odd), n.shift);
   } else {
@@ -84,11 +84,16 @@ struct Ends {
         high(V::set(q.high)) {}
 };
 
+// Codes before they are clipped, of accumulators about 0.
+template <Form form>
+QJAX_INLINE V::Reg steps(V::Reg acc, const Numbers& n, const Ends& ends) {
+  const V::Reg found = rounded<form>(acc, n);
+  return form == Form::kDouble ? V::add(found, ends.zero_point) : found;
+}
+
 template <Form form>
 QJAX_INLINE V::Reg codes(V::Reg acc, const Numbers& n, const Ends& ends) {
-  const V::Reg steps = rounded<form>(V::add(acc, ends.input_zero_point), n);
-  const V::Reg code = V::add(steps, ends.zero_point);
-  return V::minimum(V::maximum(code, ends.low), ends.high);
+  return V::minimum(V::maximum(steps<form>(acc, n, ends), ends.low), ends.high);
 }
 
 // Codes of one accumulator by the reference formula.
@@ -322,6 +327,12 @@ struct TilesAs {
   }
 };
 
+// The exact form takes its zero point itself, in 64 bits.
+template <Form form>
+QJAX_INLINE V::Reg about(V::Reg acc, const Ends& ends) {
+  return form == Form::kExact ? acc : V::add(acc, ends.input_zero_point);
+}
+
 template <Form form, class T>
 struct CodeRows {
   static void run(const Rows& r) {
@@ -333,13 +344,15 @@ struct CodeRows {
       int64_t c = 0;
       for (; c + V::kLanes <= r.channels; c += V::kLanes) {
         const int64_t place = q.is_single ? 0 : c;
-        finish<form>(V::load(in + c), q, ends, place, out + c, V::kLanes, 1);
+        finish<form>(about<form>(V::load(in + c), ends), q, ends, place, out + c,
+                     V::kLanes, 1);
       }
       if (c < r.channels) {
         alignas(64) int32_t rest[V::kLanes] = {};
         for (int64_t i = 0; c + i < r.channels; ++i) rest[i] = in[c + i];
         const int64_t place = q.is_single ? 0 : c;
-        finish<form>(V::load(rest), q, ends, place, out + c, r.channels - c, 1);
+        finish<form>(about<form>(V::load(rest), ends), q, ends, place, out + c,
+                     r.channels - c, 1);
       }
     }
   }
@@ -354,31 +367,34 @@ void run_rows(const Rows& r) { with_form<CodeRows>(r); }
 
 template <class A, class B>
 void pair_sum(const PairSum& p) {
-  const auto set = [](int32_t x) { return V::set(x); };
-  const V::Reg lo_a = set(p.lo_a), lo_b = set(p.lo_b), lo_0 = set(p.lo_0);
-  const V::Reg hi_a = set(p.hi_a), hi_b = set(p.hi_b), hi_0 = set(p.hi_0);
-  const V::Reg low = set(p.low), high = set(p.high), shift = set(p.shift);
-  const V::Reg half_word = set(16);
-  const A* a = static_cast<const A*>(p.a);
-  const B* b = static_cast<const B*>(p.b);
-  const auto code = [&](V::Reg x, V::Reg y) {
-    const V::Reg lo = V::add(V::add(V::multiply(x, lo_a), V::multiply(y, lo_b)), lo_0);
-    const V::Reg hi = V::add(V::add(V::multiply(x, hi_a), V::multiply(y, hi_b)), hi_0);
-    const V::Reg steps = V::right(V::add(hi, V::right(lo, half_word)), shift);
+  constexpr int64_t block = 2 * V::kLanes;
+  const int16_t parts[2][2] = {{p.lo_a, p.lo_b}, {p.hi_a, p.hi_b}};
+  const auto lo = Shorts::broadcast(parts[0]), hi = Shorts::broadcast(parts[1]);
+  const V::Reg lo_0 = V::set(p.lo_0), hi_0 = V::set(p.hi_0), half_word = V::set(16);
+  const V::Reg low = V::set(p.low), high = V::set(p.high), shift = V::set(p.shift);
+  const auto code = [&](Shorts::Operand pair) {
+    const V::Reg rest = V::right(Shorts::dot(lo_0, pair, lo), half_word);
+    const V::Reg steps = V::right(V::add(Shorts::dot(hi_0, pair, hi), rest), shift);
     return V::minimum(V::maximum(steps, low), high);
   };
+  const A* a = static_cast<const A*>(p.a);
+  const B* b = static_cast<const B*>(p.b);
+  const auto pair = [&](const A* x, const B* y, uint8_t* out) {
+    const auto pairs = V::interleave(V::halves(x), V::halves(y));
+    V::narrow_pair(out, code(pairs.low), code(pairs.high));
+  };
   int64_t i = 0;
-  for (; i + V::kLanes <= p.n; i += V::kLanes) {
-    V::narrow(p.out + i, code(V::widen(a + i), V::widen(b + i)), V::kLanes);
-  }
+  for (; i + block <= p.n; i += block) pair(a + i, b + i, p.out + i);
   if (i < p.n) {
-    A x[V::kLanes] = {};
-    B y[V::kLanes] = {};
+    A x[block] = {};
+    B y[block] = {};
+    uint8_t out[block];
     for (int64_t k = 0; i + k < p.n; ++k) {
       x[k] = a[i + k];
       y[k] = b[i + k];
     }
-    V::narrow(p.out + i, code(V::widen(x), V::widen(y)), p.n - i);
+    pair(x, y, out);
+    for (int64_t k = 0; i + k < p.n; ++k) p.out[i + k] = out[k];
   }
 }
 
