@@ -99,6 +99,32 @@ def test_requantize_at_ties_ends_and_both_signs(rule, is_channels):
             check("requantize", [x.astype(np.int32)], params, attributes)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_forms_are_exact_over_a_whole_interval(rule):
+    """Each integer of an interval, where a proof or all of its steps allow a form."""
+    rng, forms = np.random.default_rng(7), set()
+    x = np.arange(-20000, 20001, dtype=np.int32)
+    for k in range(40):
+        multiplier = 1 << 30 if k % 4 == 0 else int(rng.integers(1 << 30, INT32.max))
+        shift = int(rng.integers(33, 46)) if k % 8 else 62 - k // 8
+        low, high = [(-128, 127), (0, 255), (-7, 7), (-20000, 20000)][k % 4]
+        attributes = {
+            "input_zero_point": int(rng.integers(-9, 10)) * (k % 3 == 0),
+            "zero_point": int(rng.integers(low, high + 1)),
+            "rule": rule,
+            "low": low,
+            "high": high,
+        }
+        params = {"multiplier": np.int32(multiplier), "shift": np.int32(shift)}
+        ends = [(-20000, 20000)]
+        zeros = [attributes["input_zero_point"]]
+        graph = node_graph("requantize", [x], params, attributes, zeros, ends)
+        plan = make_plan(graph, params, [x.shape])
+        forms |= set(NativeKernel(FOUND.library, plan).explain())
+        check("requantize", [x], params, attributes, zeros, ends)
+    assert {"high word", "64 bits"} <= forms or rule == "tflite_double", forms
+
+
 def conv(x, kernel, *, bias=None, groups=1, first=False, **options):
     """A convolution with channels last, or first."""
     rank = x.ndim - 2

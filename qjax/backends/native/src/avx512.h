@@ -1,4 +1,5 @@
 // The vector type of 512 bits, for the sets that have AVX-512 VNNI.
+#define QJAX_HAS_BYTES
 #ifdef QJAX_SIMDE  // Emulated, for tests on other machines.
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>

@@ -8,7 +8,9 @@ namespace qjax {
 namespace {
 
 constexpr int64_t kTileRows = 16, kTileSteps = 16;  // Steps of four bytes.
-constexpr int64_t kMostTiles = 4;
+// Tiles at once. Where they are done after few products, two: then their codes are made
+// while the next are multiplied.
+constexpr int64_t kMostTiles = 4, kFewProducts = 4;
 
 // Tiles 0 to 3 are accumulators, 4 and 5 codes, 6 and 7 weights.
 struct alignas(64) Shapes {
@@ -44,10 +46,10 @@ struct alignas(64) Shapes {
     }                                     \
   } while (false)
 
-// Accumulators of `M` tiles of rows times `N` of outputs, `16 N` a row.
+// Accumulates `M` tiles of rows times `N` of outputs, in tiles.
 template <bool is_signed, bool is_streamed, int M, int N>
 void accumulate(const Tiles& t, const uint8_t* const* from, int64_t steps,
-                int64_t output, int32_t* wide) {
+                int64_t output) {
   const int32_t* bias = t.bias + output;
   const int8_t* w = static_cast<const int8_t*>(t.weights) + output / V::kLanes * t.panel;
   // The same row sixteen times.
@@ -93,18 +95,22 @@ void accumulate(const Tiles& t, const uint8_t* const* from, int64_t steps,
       }
     }
   }
+}
+
+// Stores them, `16 N` accumulators a row.
+template <int N>
+QJAX_INLINE void store_tiles(int64_t held, int32_t* wide) {
   constexpr int64_t size = kTileRows * V::kLanes * N, row = 64 * N;
   _tile_stored(0, wide, row);
   if constexpr (N == 2) {
     _tile_stored(1, wide + V::kLanes, row);
-    if constexpr (M == 2) {
-      _tile_stored(2, wide + size, row);
-      _tile_stored(3, wide + size + V::kLanes, row);
-    }
+    if (held == 1) return;
+    _tile_stored(2, wide + size, row);
+    _tile_stored(3, wide + size + V::kLanes, row);
   } else {
-    if constexpr (M > 1) _tile_stored(1, wide + size, row);
-    if constexpr (M > 2) _tile_stored(2, wide + 2 * size, row);
-    if constexpr (M > 3) _tile_stored(3, wide + 3 * size, row);
+    if (held > 1) _tile_stored(1, wide + size, row);
+    if (held > 2) _tile_stored(2, wide + 2 * size, row);
+    if (held > 3) _tile_stored(3, wide + 3 * size, row);
   }
 }
 
@@ -172,54 +178,67 @@ struct Products {
     _tile_release();
   }
 
+  // Tiles that are computed at once: where their outputs begin.
+  struct Group {
+    int64_t held = 0;
+    int64_t first[kMostTiles], begins[kMostTiles];
+  };
+
   template <int N>
   static void panel(const Tiles& t, const Places& places, int64_t steps,
                     int64_t output) {
-    constexpr int64_t M = kMostTiles / N;
     const auto* codes = static_cast<const uint8_t*>(t.codes);
-    const uint8_t* from[M];
-    int64_t first[M], begins[M];
-    int64_t held = 0;
-    const auto flush = [&] {
-      alignas(64) int32_t wide[kMostTiles * kTileRows * V::kLanes];
-      run_tiles<N>(t, from, held, steps, output, wide);
-      for (int64_t i = 0; i < held; ++i) {
-        finish_one<N>(t, places, wide + i * kTileRows * V::kLanes * N, first[i],
-                      begins[i], output);
+    const uint8_t* from[kMostTiles];
+    const bool is_short = t.n_runs * t.run_steps <= kFewProducts * steps;
+    const int64_t most = (is_short ? 2 : kMostTiles) / N;
+    Group group, before;
+    alignas(64) int32_t wide[kMostTiles * kTileRows * V::kLanes];
+    const auto finish = [&] {
+      for (int64_t i = 0; i < before.held; ++i) {
+        finish_one<N>(t, places, wide + i * kTileRows * V::kLanes * N, before.first[i],
+                      before.begins[i], output);
       }
-      held = 0;
+    };
+    // While tiles are multiplied, those before become codes.
+    const auto flush = [&] {
+      multiply<N>(t, from, group.held, steps, output);
+      finish();
+      store_tiles<N>(group.held, wide);
+      before = group;
+      group.held = 0;
     };
     for (int64_t d = 0; d < t.depth; ++d) {
       for (int64_t h = 0; h < places.lines; ++h) {
         for (int64_t i = 0; i < places.tiles; ++i) {
-          first[held] = places.first(i);
-          begins[held] = d * t.out_plane + h * t.out_row;
-          from[held] = codes + d * t.plane + h * t.row + first[held] * t.pixel;
-          if (++held == M) flush();
+          const int64_t k = group.held++, first = places.first(i);
+          group.first[k] = first;
+          group.begins[k] = d * t.out_plane + h * t.out_row;
+          from[k] = codes + d * t.plane + h * t.row + first * t.pixel;
+          if (group.held == most) flush();
         }
       }
     }
-    if (held) flush();
+    if (group.held) flush();
+    finish();
   }
 
   template <int N>
-  static void run_tiles(const Tiles& t, const uint8_t* const* from, int64_t held,
-                        int64_t steps, int64_t output, int32_t* wide) {
+  static void multiply(const Tiles& t, const uint8_t* const* from, int64_t held,
+                       int64_t steps, int64_t output) {
     constexpr int64_t kStays = 1 << 14;
     if (t.panel * N > kStays) {
-      t.is_signed ? run_as<true, true, N>(t, from, held, steps, output, wide)
-                  : run_as<false, true, N>(t, from, held, steps, output, wide);
+      t.is_signed ? run_as<true, true, N>(t, from, held, steps, output)
+                  : run_as<false, true, N>(t, from, held, steps, output);
     } else {
-      t.is_signed ? run_as<true, false, N>(t, from, held, steps, output, wide)
-                  : run_as<false, false, N>(t, from, held, steps, output, wide);
+      t.is_signed ? run_as<true, false, N>(t, from, held, steps, output)
+                  : run_as<false, false, N>(t, from, held, steps, output);
     }
   }
   template <bool is_signed, bool is_streamed, int N>
   static void run_as(const Tiles& t, const uint8_t* const* from, int64_t held,
-                     int64_t steps, int64_t output, int32_t* wide) {
+                     int64_t steps, int64_t output) {
     const auto of = [&](auto m) {
-      accumulate<is_signed, is_streamed, decltype(m)::value, N>(t, from, steps, output,
-                                                                wide);
+      accumulate<is_signed, is_streamed, decltype(m)::value, N>(t, from, steps, output);
     };
     if constexpr (N == 1) {
       if (held == 4) return of(Count<4>());
@@ -295,7 +314,7 @@ void run_amx(const Tiles& t) { with_form<Products>(t); }
 
 const Kernels kAmxInt8 = {
     "amx_int8", V::kLanes, Bytes::kTaps, kTileSteps, Signs::kBoth, Shorts::kTaps, V::channel_of,
-    run_amx, run_shorts, run_narrow, run_depthwise, run_rows, run_stage,
+    run_amx, run_bytes, run_shorts, run_narrow, run_depthwise, run_rows, run_stage,
     run_pair_sum, run_dot};
 
 }  // namespace qjax

@@ -1,5 +1,4 @@
 // AVX-512 VNNI: four products of bytes a lane, in 512 bits.
-#define QJAX_HAS_BYTES
 #include "avx512.h"
 //
 #include "tiles.h"
@@ -8,7 +7,7 @@ namespace qjax {
 
 const Kernels kAvx512Vnni = {
     "avx512_vnni", V::kLanes, Bytes::kTaps, 0, Signs::kUnsigned, Shorts::kTaps, V::channel_of,
-    run_bytes, run_shorts, run_narrow, run_depthwise, run_rows, run_stage,
+    run_bytes, nullptr, run_shorts, run_narrow, run_depthwise, run_rows, run_stage,
     run_pair_sum, run_dot};
 
 }  // namespace qjax

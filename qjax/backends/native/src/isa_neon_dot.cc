@@ -112,7 +112,7 @@ namespace qjax {
 
 const Kernels kNeonDot = {
     "neon_dot", V::kLanes, Bytes::kTaps, 0, Signs::kSigned, Shorts::kTaps, V::channel_of,
-    run_bytes, run_shorts, run_narrow, run_depthwise, run_rows, run_stage,
+    run_bytes, nullptr, run_shorts, run_narrow, run_depthwise, run_rows, run_stage,
     run_pair_sum, run_dot};
 
 }  // namespace qjax

@@ -107,7 +107,7 @@ namespace qjax {
 
 const Kernels kPortable = {
     "portable", V::kLanes, 0, 0, Signs::kUnsigned, Shorts::kTaps, V::channel_of,
-    nullptr, run_shorts, run_narrow, run_depthwise, run_rows, run_stage,
+    nullptr, nullptr, run_shorts, run_narrow, run_depthwise, run_rows, run_stage,
     run_pair_sum, run_dot};
 
 }  // namespace qjax

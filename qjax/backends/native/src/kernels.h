@@ -134,6 +134,7 @@ struct Kernels {
   // Channel of a lane in a block of two registers, of depthwise products.
   int (*channel_of)(int place);
   void (*bytes)(const Tiles&);
+  void (*few)(const Tiles&);  // Unsigned bytes of few rows, where another is faster.
   void (*shorts)(const Tiles&);
   void (*narrow)(const Tiles&);  // Codes of 16 bits, weights of 8.
   void (*depthwise)(const Depthwise&);

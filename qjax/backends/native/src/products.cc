@@ -83,6 +83,7 @@ class Product : public Step {
   // Whether codes are about 0, or unsigned bytes about 128.
   bool is_signed() const {
     if (!is_bytes_ || set_.signs == Signs::kSigned) return true;
+    if (is_few_) return false;
     return set_.signs == Signs::kBoth && in_dtype_ == Dtype::kInt8;
   }
   // What is added to centred codes when they are staged.
@@ -111,6 +112,7 @@ class Product : public Step {
   // What follows from the above.
   bool is_bytes_ = false, is_narrow_ = false, is_depthwise_ = false, is_rows_ = false;
   bool is_empty_ = false, is_in_place_ = false;
+  bool is_few_ = false;  // Few rows, for which the set has a kernel of its own.
   Three padded_;  // Sizes of the staged codes.
   Three planes_;  // Codes from one plane, row and pixel to the next.
   int64_t pixel_ = 0;  // Channels of a staged pixel.
@@ -160,6 +162,7 @@ void Product::prepare(const Maker& maker) {
   constexpr int64_t kFewRows = 4;
   const int64_t rows = count_of({batch_, out_sizes_[0], out_sizes_[1], out_sizes_[2]});
   is_narrow_ = may_be_narrow && rows <= kFewRows;
+  is_few_ = is_bytes_ && set_.few && rows <= kFewRows;
   pixel_ = is_depthwise_ ? groups_ : channels_;
   const Three one = {1, 1, 1};
   bool is_padded = spread_ != one;
@@ -171,7 +174,7 @@ void Product::prepare(const Maker& maker) {
   run_length_ = is_depthwise_ ? 1 : is_joined ? taps_[2] * channels_ : channels_;
   const int64_t unit = is_bytes_ ? set_.byte_taps : set_.short_taps;
   run_steps_ = up(run_length_, unit) / unit;
-  if (is_bytes_ && set_.tile_steps && run_length_) {
+  if (is_bytes_ && !is_few_ && set_.tile_steps && run_length_) {
     // Parts of one length, none longer than a tile.
     const int64_t parts = up(run_steps_, set_.tile_steps) / set_.tile_steps;
     run_steps_ = parts * (up(run_length_, unit * parts) / (unit * parts));
@@ -424,7 +427,8 @@ void Product::run_tiles(const Memory& memory) const {
   t.out_row = out_strides_[2];
   t.out_pixel = out_strides_[3];
   t.out_channel = out_strides_[4];
-  const auto kernel = sizeof(Code) == 1 ? set_.bytes
+  const auto kernel = is_few_             ? set_.few
+                      : sizeof(Code) == 1 ? set_.bytes
                       : is_narrow()     ? set_.narrow
                                         : set_.shorts;
   const auto group = [&](int64_t g) {
