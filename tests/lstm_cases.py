@@ -30,6 +30,7 @@ class Lstm:
     x: tuple[float, int]  # Scale and zero point of the inputs.
     h: tuple[float, int]  # Of the outputs, which are the state.
     cell_power: int  # The scale of the cell is 2^cell_power.
+    clip: float = 0.0  # Largest real value of the cell; 0: none.
 
 
 # Fixed point of 16 bits, as gemmlowp has it.
@@ -134,6 +135,8 @@ def step(own, x, h, c):
     kept = divide_by_power(f * c, 15)
     new = divide_by_power(i * g, 30 + own.cell_power)
     c = np.clip(kept + new, INT16.min, INT16.max)
+    most = int(min(np.float32(own.clip) / np.float32(2.0**own.cell_power), INT16.max))
+    c = np.clip(c, -most, most) if most > 0 else c
     seen = tanh(c, 15 + own.cell_power)
     ratio = 2.0**-15 / np.float32(own.h[0]) * 2.0**-15
     h = rescale(o * seen, *pair(np.float32(ratio)), "tflite_double") + own.h[1]
@@ -151,10 +154,11 @@ def layer(own, xs):
     return np.stack(found, 1).astype(np.int8)
 
 
-def file(own, batch, time):
+def file(own, batch, time, **options):
     """A TFLite file of the layer."""
     m, (cells, inputs) = Model(), own.kernels[0].shape
-    x = m.tensor("x", (batch, time, inputs), "int8", *own.x)
+    sizes = (time, batch) if options.get("TimeMajor") else (batch, time)
+    x = m.tensor("x", (*sizes, inputs), "int8", *own.x)
     parts = [x]
     for name, kernels, scales in (
         ("kernel", own.kernels, own.kernel_scales),
@@ -179,8 +183,9 @@ def file(own, batch, time):
     parts += [-1] * 4
     between = [m.tensor(f"gate_{g}", (), "int16", 2.0**-12) for g in GATES]
     between.append(m.tensor("hidden", (), "int8", *own.h))
-    y = m.tensor("y", (batch, time, cells), "int8", *own.h)
-    options = {"FusedActivationFunction": tflite.ActivationFunctionType.TANH}
+    y = m.tensor("y", (*sizes, cells), "int8", *own.h)
+    options["FusedActivationFunction"] = tflite.ActivationFunctionType.TANH
+    options["CellClip"] = own.clip
     kind = "UnidirectionalSequenceLSTMOptions"
     m.operator("UNIDIRECTIONAL_SEQUENCE_LSTM", parts, y, kind, **options)
     m.graph["Operators"][-1]["Intermediates"] = np.int32(between)

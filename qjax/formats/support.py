@@ -41,10 +41,10 @@ OPERATIONS: Mapping[str, frozenset[str]] = {
     ),
     "qjax.formats.tflite.write_tflite": frozenset(
         "add argmax argmin broadcast clip concatenate constant conv dot dot_codes "
-        "embed max max_pool maximum min minimum multiply_codes pad requantize reshape "
-        "rev slice sum sum_pool table take tflite_add tflite_average tflite_constant "
-        "tflite_l2_norm tflite_log_softmax tflite_resize tflite_softmax "
-        "tflite_softmax16 transpose".split()
+        "embed loop max max_pool maximum min minimum multiply_codes pad requantize "
+        "reshape rev slice sum sum_pool table take tflite_add tflite_average "
+        "tflite_constant tflite_l2_norm tflite_log_softmax tflite_resize "
+        "tflite_softmax tflite_softmax16 transpose".split()
     ),
 }
 ALL = ("IntegerProgram.save", "qjax.formats.stablehlo.write_stablehlo")
