@@ -266,6 +266,8 @@ def _graph(data: Any) -> Graph:
     if isinstance(data, dict):
         data = {"grids": {}, **data}  # Older files have none.
     _check_keys(data, Graph)
+    if not isinstance(data["sites"], dict):
+        raise ValueError(f"sites must have names, got {data['sites']!r}")
     values = tuple(_value(v) for v in data["values"])
     nodes = tuple(_node(n) for n in data["nodes"])
     ends = tuple(data["inputs"]), tuple(data["outputs"])
