@@ -20,11 +20,16 @@ from flax import linen as nn
 from jax import lax
 
 import qjax
+from qjax import targets
 from qjax.formats import check
 from qjax.formats.check.forms import FORMS
+from qjax.formats.tflite import read_tflite
 from qjax.graph import files
 from qjax.graph.operations import OPERATIONS
+from tests import lstm_cases
 from tests.models import images
+from tests.test_formats_table import program_of, tflite_scheme
+from tests.test_formats_tflite_lstm import draw, inputs_of
 from tests.test_validation import _network, _words
 
 ROOT = pathlib.Path(__file__).parent
@@ -213,9 +218,9 @@ CHANGES = {
         2,
         lambda f, t: _node(f, "dot").update(operation="until"),
     ),
-    "the rounding 'tflite_single' is not here": (
-        2,
-        lambda f, t: _node(f, "requantize")["attributes"].update(rule="tflite_single"),
+    "'rule' of 'requantize'": (
+        1,
+        lambda f, t: _node(f, "requantize")["attributes"].update(rule="up"),
     ),
     "'w' reaches": (
         1,
@@ -268,10 +273,27 @@ def test_it_knows_most_operations():
     assert missing == {
         *("arithmetic", "gather", "scatter", "scatter_add", "scatter_max"),
         *("scatter_min", "sort", "argsort", "log_softmax", "logsumexp", "divide"),
-        *("tflite_add", "tflite_average", "tflite_constant", "tflite_resize"),
         *("tflite_softmax", "tflite_softmax16", "tflite_log_softmax"),
-        "tflite_l2_norm",
+        *("tflite_l2_norm", "tflite_resize"),
     }
+
+
+@pytest.mark.parametrize("name", ["lstm", "residual", "average"])
+def test_it_computes_in_the_arithmetic_of_tflite(name, tmp_path, capsys):
+    if name == "lstm":
+        rng = np.random.default_rng(4)
+        program = read_tflite(lstm_cases.file(draw(rng, 7, 3, 40), 2, 4))
+        grid, codes = program.graph.values[0].grid, inputs_of(rng, 2, 4, 7)
+        x = grid.array() * (codes - np.float32(grid.zero_point))
+    else:
+        with jax.numpy_dtype_promotion("standard"):
+            program, x = program_of(name, tflite_scheme("channel"), targets.tflite)
+    path = tmp_path / "m.qjax"
+    program.save(path, golden=x)
+    assert check.main([str(path)]) == 0, capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "golden codes, 0 differ" in out
+    _agree(path, tmp_path / "other.qjax", 40, capsys)
 
 
 @pytest.mark.parametrize("name", sorted(FORMS))

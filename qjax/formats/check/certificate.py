@@ -9,7 +9,7 @@ from .container import need
 from .operations import fits
 
 SUMS = "dot conv multiply dot_codes multiply_codes sum sum_pool running_sum".split()
-RESCALES = "add", "requantize", "softmax", "norm"
+RESCALES = "add", "requantize", "softmax", "norm", "tflite_add", "tflite_average"
 _SLOW = "softmax", "norm"  # Of the shape of their input.
 
 
@@ -131,7 +131,7 @@ def _outcome(values, node, own):
         "table": lambda: _ends(p["table"][: xs[0]["high"] - a["low"] + 1]),
         "thresholds": lambda: (None, None),
     }
-    ends["argmin"] = ends["argmax"]
+    ends["argmin"], ends["tflite_constant"] = ends["argmax"], ends["constant"]
     if name in RESCALES:
         return shape, *_clipped(a, values[node["output"]])
     if name in ends:
@@ -144,6 +144,7 @@ def _softmax(a, table, xs):
     places = math.prod(xs[0]["shape"][d] for d in a["axes"])
     least, most = int(table.min(initial=0)), int(table.max(initial=0))
     known = table.ndim == 1 and table.size and 0 <= least and most <= 1 << 30
+    known = known and a["multiplier"] >= 0
     known = known and 0 < table[0] and a["most_places"] * int(table[0]) <= 1 << 45
     known = known and (len(table) > xs[0]["high"] - xs[0]["low"] or table[-1] == 0)
     need(known and places <= a["most_places"], "the table of a softmax does not fit")

@@ -87,6 +87,14 @@ FORMS = {
     "sum_pool": ("1", "", f"bias padding_code {_WINDOW}"),
     "table": ("1", "table", "low axis? [most_off] [is_exact!]"),
     "take": ("1", "places", "[crosses_examples]"),
+    "tflite_add": (
+        "2",
+        "",
+        "left_shift zero_points* multipliers* shifts* multiplier shift zero_point "
+        'rule" low high',
+    ),
+    "tflite_average": ("1", "counts", "low high"),
+    "tflite_constant": ("0", "value", ""),
     "thresholds": (
         "1",
         "thresholds table",
@@ -98,7 +106,7 @@ OPERATIONS = set(FORMS)
 # Attributes whose integers are at least 0, or at least 1.
 _LEAST = dict.fromkeys(
     "axis axes batch bias_shift carries consts contract dimensions epsilon floor "
-    "length more most_off multiplier permutation plus shift".split(),
+    "left_shift length more most_off permutation plus shift shifts".split(),
     0,
 ) | dict.fromkeys(
     "base_dilation count crosses_examples dilation groups input_dilation most_places "
@@ -106,9 +114,11 @@ _LEAST = dict.fromkeys(
     1,
 )
 _WIDE = "bias", "epsilon", "floor"
+_MOST = {"shift": 62, "shifts": 62, "left_shift": 31, "bias_shift": 31}
 _TEXTS = {
     "algorithm": ("exp_table", "newton_root"),
     "empty": ("zero", "all", "uniform"),
+    "rule": ("half_even", "fp32_half_even", "tflite_double", "tflite_single"),
     "kind": ("eq", "ge", "gt", "le", "lt", "ne"),
 }
 _MODELS = ["", "bool"] + [f"{k}{n}" for k in ("int", "uint") for n in (8, 16, 32, 64)]
@@ -266,6 +276,7 @@ def _node(node, types, where):
         of = [n for n in _numbers(x) if type(n) is int]
         most = 1 << (62 if key in _WIDE else 31)
         least = _LEAST.get(key, -most)
+        most = min(most, _MOST.get(key, most) + 1)
         need(all(least <= n < most for n in of), f"{key!r} of {where} is {x}")
         need(key not in _TEXTS or x in _TEXTS[key], f"{key!r} of {where} is {x}")
 

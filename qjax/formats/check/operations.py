@@ -21,6 +21,22 @@ def _floored(x, shift):  # floor(x / 2^shift + 1/2).
     return (x + ((1 << shift) >> 1)) >> shift
 
 
+def _away(x, shift):  # x / 2^shift, ties away from zero.
+    return np.sign(x) * ((np.abs(x) + ((np.int64(1) << shift) >> 1)) >> shift)
+
+
+def _rescaled(x, multiplier, shift, rule):  # x * multiplier / 2^shift, as TFLite does.
+    need(rule.startswith("tflite"), f"the rounding {rule!r} is not here", Unknown)
+    multiplier, shift = np.int64(multiplier), np.int64(shift)
+    if rule == "tflite_single":
+        return _floored(x * multiplier, shift)
+    left, right = np.maximum(31 - shift, 0), np.maximum(shift - 31, 0)
+    product = (x << left).astype("i4").astype("i8") * multiplier
+    half = 1 << 30  # Halves go up; what saturates is the square of the least number.
+    high = np.where(product < 0, -((half - 1 - product) >> 31), (product + half) >> 31)
+    return _away(np.minimum(high, (1 << 31) - 1), right)
+
+
 def _clipped(x, a):
     return np.clip(x + a.get("zero_point", 0), a["low"], a["high"]).astype("i8")
 
@@ -144,10 +160,25 @@ class Operations:
 
     def requantize(self, a, p, x):
         rule, single = a["rule"], lambda x: x.astype("f4").astype("i8")
-        need(rule.endswith("half_even"), f"the rounding {rule!r} is not here", Unknown)
+        x = x - a["input_zero_point"]
+        if not rule.endswith("half_even"):
+            return _clipped(_rescaled(x, p["multiplier"], p["shift"], rule), a)
         once = single if rule.startswith("fp32") else np.copy
-        x = once(once(x - a["input_zero_point"]) * p["multiplier"])
+        x = once(once(x) * p["multiplier"])
         return _clipped(_rounded(x, p["shift"]), a)
+
+    def tflite_add(self, a, p, *xs):
+        rule, xs = a["rule"], [x << a["left_shift"] for x in _about(a, xs)]
+        fit = all(np.abs(x).max(initial=0) < 1 << 31 for x in xs)
+        need(fit, "shifted codes are beyond int32")
+        pairs = zip(xs, a["multipliers"], a["shifts"], strict=True)
+        total = sum(_rescaled(*pair, rule) for pair in pairs)
+        return _clipped(_rescaled(total, a["multiplier"], a["shift"], rule), a)
+
+    def tflite_average(self, a, p, x):
+        need(p["counts"].min(initial=1) > 0, "an average of nothing")
+        share = (np.abs(x) + p["counts"] // 2) // p["counts"]
+        return _clipped(np.sign(x) * share, a)
 
     def running_sum(self, a, p, x):
         turn = np.flip if a["reverse"] else lambda x, axis: x
@@ -291,6 +322,7 @@ class Operations:
 
     multiply_codes = lambda self, a, p, *xs: math.prod(_about(a, xs))
     sum = lambda self, a, p, x: x.sum(tuple(a["axes"])) + a["bias"]
+    tflite_constant = lambda self, a, p: p["value"]
     clip = lambda self, a, p, x: np.clip(x, a["low"], a["high"])
     maximum = lambda self, a, p, x, y: np.maximum(x, y)
     minimum = lambda self, a, p, x, y: np.minimum(x, y)
