@@ -168,10 +168,10 @@ class Operations:
         return _clipped(_rounded(x, p["shift"]), a)
 
     def tflite_add(self, a, p, *xs):
-        rule, xs = a["rule"], [x << a["left_shift"] for x in _about(a, xs)]
-        fit = all(np.abs(x).max(initial=0) < 1 << 31 for x in xs)
+        rule, shifted = a["rule"], [x << a["left_shift"] for x in _about(a, xs)]
+        fit = all(np.abs(x).max(initial=0) < 1 << 31 for x in shifted)
         need(fit, "shifted codes are beyond int32")
-        pairs = zip(xs, a["multipliers"], a["shifts"], strict=True)
+        pairs = zip(shifted, a["multipliers"], a["shifts"], strict=True)
         total = sum(_rescaled(*pair, rule) for pair in pairs)
         return _clipped(_rescaled(total, a["multiplier"], a["shift"], rule), a)
 
