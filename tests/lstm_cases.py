@@ -154,42 +154,50 @@ def layer(own, xs):
     return np.stack(found, 1).astype(np.int8)
 
 
-def file(own, batch, time, **options):
-    """A TFLite file of the layer."""
-    m, (cells, inputs) = Model(), own.kernels[0].shape
+def file(own, batch, time, *others, **options):
+    """A TFLite file of a layer, and of others behind it."""
+    m, inputs = Model(), own.kernels[0].shape[1]
     sizes = (time, batch) if options.get("TimeMajor") else (batch, time)
-    x = m.tensor("x", (*sizes, inputs), "int8", *own.x)
+    x = y = m.tensor("x", (*sizes, inputs), "int8", *own.x)
+    for k, part in enumerate((own, *others)):
+        y = _add(m, part, y, batch, sizes, f"y{k or ''}", dict(options))
+    builder = flatbuffers.Builder()
+    model = {**m.model([x], [y]), "Description": builder.CreateString("end")}
+    builder.Finish(_table(builder, "Model", model), b"TFL3")
+    return bytes(builder.Output())
+
+
+def _add(m, own, x, batch, sizes, name, options):
+    """Adds a layer and returns its output."""
+    cells = len(own.biases[0])
     parts = [x]
-    for name, kernels, scales in (
+    for kind, kernels, scales in (
         ("kernel", own.kernels, own.kernel_scales),
         ("recurrent", own.recurrent, own.recurrent_scales),
     ):
         for g, kernel, scale in zip(GATES, kernels, scales, strict=True):
             parts.append(
-                m.tensor(f"{name}_{g}", kernel.shape, "int8", scale, 0, kernel)
+                m.tensor(f"{kind}_{g}", kernel.shape, "int8", scale, 0, kernel)
             )
     parts += [-1] * 3
     for g, bias, scale in zip(GATES, own.biases, own.kernel_scales, strict=True):
         unit = np.float32(scale) * np.float32(own.x[0])
         parts.append(m.tensor(f"bias_{g}", (cells,), "int32", unit, 0, bias))
     parts += [-1] * 2
-    for name, dtype, scale, zero in (
+    for state_of, dtype, scale, zero in (
         ("h", "int8", *own.h),
         ("c", "int16", 2.0**own.cell_power, 0),
     ):
-        state = m.tensor(name, (batch, cells), dtype, scale, zero)
+        state = m.tensor(state_of, (batch, cells), dtype, scale, zero)
         m.graph["Tensors"][state]["IsVariable"] = True
         parts.append(state)
     parts += [-1] * 4
     between = [m.tensor(f"gate_{g}", (), "int16", 2.0**-12) for g in GATES]
     between.append(m.tensor("hidden", (), "int8", *own.h))
-    y = m.tensor("y", (*sizes, cells), "int8", *own.h)
+    y = m.tensor(name, (*sizes, cells), "int8", *own.h)
     options["FusedActivationFunction"] = tflite.ActivationFunctionType.TANH
     options["CellClip"] = own.clip
     kind = "UnidirectionalSequenceLSTMOptions"
     m.operator("UNIDIRECTIONAL_SEQUENCE_LSTM", parts, y, kind, **options)
     m.graph["Operators"][-1]["Intermediates"] = np.int32(between)
-    builder = flatbuffers.Builder()
-    model = {**m.model([x], [y]), "Description": builder.CreateString("end")}
-    builder.Finish(_table(builder, "Model", model), b"TFL3")
-    return bytes(builder.Output())
+    return y

@@ -82,6 +82,19 @@ def test_time_may_come_first():
     np.testing.assert_array_equal(read_tflite(data).codes(x), wanted)
 
 
+def test_layers_behind_each_other():
+    rng = np.random.default_rng(12)
+    first, second = draw(rng, 3, 5, 30), draw(rng, 5, 4, 60)
+    second = dataclasses.replace(second, x=first.h, cell_power=-13)
+    data, x = file(first, 2, 6, second), inputs_of(rng, 2, 6, 3)
+    wanted = layer(second, layer(first, x))
+    assert len(np.unique(wanted)) > 4
+    program = read_tflite(data)
+    np.testing.assert_array_equal(program.codes(x), wanted)
+    for own in (data, write_tflite(program)):
+        np.testing.assert_array_equal(litert(own, [x])[0], wanted)
+
+
 def test_the_program_is_the_call_after_a_reset():
     rng = np.random.default_rng(5)
     own, x = draw(rng, 7, 3, 15), inputs_of(rng, 2, 2, 7)
@@ -179,6 +192,24 @@ def test_steps_with_another_wiring_or_rule_are_refused():
     swapped = lambda body: dataclasses.replace(body, outputs=(*body.outputs[:2], 20))
     with pytest.raises(ValueError, match="not the LSTM of TFLite's kernel"):
         write_tflite(changed(program, swapped))
+
+
+def test_what_the_last_step_leaves(tmp_path):
+    """Its outputs are written, its cell is not; a file of the program has all."""
+    rng = np.random.default_rng(6)
+    own, x = draw(rng, 3, 4, 30), inputs_of(rng, 2, 5, 3)
+    read_tflite(file(own, 2, 5)).save(tmp_path / "m.qjax")
+    program = qjax.load(tmp_path / "m.qjax")
+    (loop,) = (n for n in program.graph.nodes if n.operation == "loop")
+    with_end = lambda v: dataclasses.replace(
+        program, graph=dataclasses.replace(program.graph, outputs=(v,))
+    )
+    last = with_end(loop.output)
+    wanted = layer(own, x)[:, -1]
+    np.testing.assert_array_equal(last.codes(x), wanted)
+    np.testing.assert_array_equal(litert(write_tflite(last), [x])[0], wanted)
+    with pytest.raises(ValueError, match="the cell of an LSTM behind its last step"):
+        write_tflite(with_end(loop.others[0]))
 
 
 LSTM = "UNIDIRECTIONAL_SEQUENCE_LSTM"
