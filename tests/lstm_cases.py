@@ -1,7 +1,7 @@
 """TFLite's LSTM of 8-bit activations and 16-bit cells, step by step in int64.
 
-What `UNIDIRECTIONAL_SEQUENCE_LSTM` computes, and a file of one such operator: the
-oracle for a lowering that is not there yet.
+What `UNIDIRECTIONAL_SEQUENCE_LSTM` computes, and files of such operators: the oracle of
+their reader and writer.
 """
 
 import dataclasses
