@@ -484,7 +484,7 @@ def load(path: str | os.PathLike[str], *, check: bool = False) -> IntegerProgram
         raise ValueError(
             f"{os.fspath(path)!r} computes other codes than its golden ones: "
             f"{sum(differ)} differ, by output {differ}. Run "
-            "`qjax/formats/check.py` on it to see who is right."
+            "`python -m qjax.formats.check` on it to see who is right."
         )
     return program
 

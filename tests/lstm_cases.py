@@ -1,7 +1,7 @@
 """TFLite's LSTM of 8-bit activations and 16-bit cells, step by step in int64.
 
-What `UNIDIRECTIONAL_SEQUENCE_LSTM` computes, and a file of one such operator: the
-oracle for a lowering that is not there yet.
+What `UNIDIRECTIONAL_SEQUENCE_LSTM` computes, and files of such operators: the oracle of
+their reader and writer.
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ class Lstm:
     x: tuple[float, int]  # Scale and zero point of the inputs.
     h: tuple[float, int]  # Of the outputs, which are the state.
     cell_power: int  # The scale of the cell is 2^cell_power.
+    clip: float = 0.0  # Largest real value of the cell; 0: none.
 
 
 # Fixed point of 16 bits, as gemmlowp has it.
@@ -134,6 +135,8 @@ def step(own, x, h, c):
     kept = divide_by_power(f * c, 15)
     new = divide_by_power(i * g, 30 + own.cell_power)
     c = np.clip(kept + new, INT16.min, INT16.max)
+    most = int(min(np.float32(own.clip) / np.float32(2.0**own.cell_power), INT16.max))
+    c = np.clip(c, -most, most) if most > 0 else c
     seen = tanh(c, 15 + own.cell_power)
     ratio = 2.0**-15 / np.float32(own.h[0]) * 2.0**-15
     h = rescale(o * seen, *pair(np.float32(ratio)), "tflite_double") + own.h[1]
@@ -151,40 +154,50 @@ def layer(own, xs):
     return np.stack(found, 1).astype(np.int8)
 
 
-def file(own, batch, time):
-    """A TFLite file of the layer."""
-    m, (cells, inputs) = Model(), own.kernels[0].shape
-    x = m.tensor("x", (batch, time, inputs), "int8", *own.x)
+def file(own, batch, time, *others, **options):
+    """A TFLite file of a layer, and of others behind it."""
+    m, inputs = Model(), own.kernels[0].shape[1]
+    sizes = (time, batch) if options.get("TimeMajor") else (batch, time)
+    x = y = m.tensor("x", (*sizes, inputs), "int8", *own.x)
+    for k, part in enumerate((own, *others)):
+        y = _add(m, part, y, batch, sizes, f"y{k or ''}", dict(options))
+    builder = flatbuffers.Builder()
+    model = {**m.model([x], [y]), "Description": builder.CreateString("end")}
+    builder.Finish(_table(builder, "Model", model), b"TFL3")
+    return bytes(builder.Output())
+
+
+def _add(m, own, x, batch, sizes, name, options):
+    """Adds a layer and returns its output."""
+    cells = len(own.biases[0])
     parts = [x]
-    for name, kernels, scales in (
+    for kind, kernels, scales in (
         ("kernel", own.kernels, own.kernel_scales),
         ("recurrent", own.recurrent, own.recurrent_scales),
     ):
         for g, kernel, scale in zip(GATES, kernels, scales, strict=True):
             parts.append(
-                m.tensor(f"{name}_{g}", kernel.shape, "int8", scale, 0, kernel)
+                m.tensor(f"{kind}_{g}", kernel.shape, "int8", scale, 0, kernel)
             )
     parts += [-1] * 3
     for g, bias, scale in zip(GATES, own.biases, own.kernel_scales, strict=True):
         unit = np.float32(scale) * np.float32(own.x[0])
         parts.append(m.tensor(f"bias_{g}", (cells,), "int32", unit, 0, bias))
     parts += [-1] * 2
-    for name, dtype, scale, zero in (
+    for state_of, dtype, scale, zero in (
         ("h", "int8", *own.h),
         ("c", "int16", 2.0**own.cell_power, 0),
     ):
-        state = m.tensor(name, (batch, cells), dtype, scale, zero)
+        state = m.tensor(state_of, (batch, cells), dtype, scale, zero)
         m.graph["Tensors"][state]["IsVariable"] = True
         parts.append(state)
     parts += [-1] * 4
     between = [m.tensor(f"gate_{g}", (), "int16", 2.0**-12) for g in GATES]
     between.append(m.tensor("hidden", (), "int8", *own.h))
-    y = m.tensor("y", (batch, time, cells), "int8", *own.h)
-    options = {"FusedActivationFunction": tflite.ActivationFunctionType.TANH}
+    y = m.tensor(name, (*sizes, cells), "int8", *own.h)
+    options["FusedActivationFunction"] = tflite.ActivationFunctionType.TANH
+    options["CellClip"] = own.clip
     kind = "UnidirectionalSequenceLSTMOptions"
     m.operator("UNIDIRECTIONAL_SEQUENCE_LSTM", parts, y, kind, **options)
     m.graph["Operators"][-1]["Intermediates"] = np.int32(between)
-    builder = flatbuffers.Builder()
-    model = {**m.model([x], [y]), "Description": builder.CreateString("end")}
-    builder.Finish(_table(builder, "Model", model), b"TFL3")
-    return bytes(builder.Output())
+    return y

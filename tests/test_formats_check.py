@@ -1,9 +1,12 @@
 """The reader that runs on NumPy alone: it judges as qjax does, and stands alone."""
 
 import ast
+import copy
 import dataclasses
+import functools
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -17,9 +20,16 @@ from flax import linen as nn
 from jax import lax
 
 import qjax
+from qjax import targets
 from qjax.formats import check
+from qjax.formats.check.forms import FORMS
+from qjax.formats.tflite import read_tflite
 from qjax.graph import files
+from qjax.graph.operations import OPERATIONS
+from tests import lstm_cases
 from tests.models import images
+from tests.test_formats_table import program_of, tflite_scheme
+from tests.test_formats_tflite_lstm import draw, inputs_of
 from tests.test_validation import _network, _words
 
 ROOT = pathlib.Path(__file__).parent
@@ -148,9 +158,10 @@ def _is_product(program, bound):
 
 ALONE = """
 import runpy, sys
-sys.argv = ["check.py", sys.argv[1]]
+sys.argv = ["check", sys.argv[1]]
+sys.path.insert(0, ".")
 try:
-    runpy.run_path("check.py", run_name="__main__")
+    runpy.run_module("check", run_name="__main__", alter_sys=True)
 except SystemExit as end:
     assert not {"jax", "qjax", "safetensors"} & {m.split(".")[0] for m in sys.modules}
     raise
@@ -166,18 +177,20 @@ def test_it_computes_the_loop_of_version_3(capsys):
 def test_it_runs_alone(path, tmp_path):
     folder = tmp_path / "elsewhere"
     folder.mkdir()
-    shutil.copy(check.__file__, folder / "check.py")
-    for command in (["-I", "check.py"], ["-I", "-c", ALONE]):
+    shutil.copytree(pathlib.Path(check.__file__).parent, folder / "check")
+    for command in (["-Es", "-m", "check"], ["-I", "-c", ALONE]):
         own = [sys.executable, *command, str(path)]
         run = subprocess.run(own, cwd=folder, capture_output=True, text=True)
         assert (run.returncode, run.stderr) == (0, ""), run
         assert run.stdout.endswith(f"OK {path}\n")
-    tree = ast.parse((folder / "check.py").read_text())
-    names = {
-        a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names
-    }
+    names = set()
+    for file in (folder / "check").glob("*.py"):
+        for n in ast.walk(ast.parse(file.read_text())):
+            if isinstance(n, ast.Import):
+                names |= {a.name for a in n.names}
+            elif isinstance(n, ast.ImportFrom) and not n.level:  # Its own have one.
+                names.add(n.module)
     assert names - set(sys.stdlib_module_names) == {"numpy"}
-    assert not any(isinstance(n, ast.ImportFrom) for n in ast.walk(tree))
 
 
 def _rewritten(path, change):
@@ -205,9 +218,9 @@ CHANGES = {
         2,
         lambda f, t: _node(f, "dot").update(operation="until"),
     ),
-    "the rounding 'tflite_single' is not here": (
-        2,
-        lambda f, t: _node(f, "requantize")["attributes"].update(rule="tflite_single"),
+    "'rule' of 'requantize'": (
+        1,
+        lambda f, t: _node(f, "requantize")["attributes"].update(rule="up"),
     ),
     "'w' reaches": (
         1,
@@ -216,7 +229,7 @@ CHANGES = {
     "input %0 is in": (1, lambda f, t: f["graph"]["values"][0].update(low=0)),
     "is too large": (
         2,
-        lambda f, t: f["graph"]["values"][0].update(shape=[1 << 40, 4]),
+        lambda f, t: f["graph"]["values"][0].update(shape=[1 << 28, 4]),
     ),
     "KeyError": (1, lambda f, t: f.pop("small")),
 }
@@ -255,17 +268,130 @@ def test_what_it_cannot_read(tmp_path, capsys):
 
 def test_it_knows_most_operations():
     """The others are named here, so that a new one is a choice."""
-    from qjax.graph.operations import OPERATIONS
-
     assert check.OPERATIONS <= set(OPERATIONS)
     missing = set(OPERATIONS) - check.OPERATIONS
     assert missing == {
         *("arithmetic", "gather", "scatter", "scatter_add", "scatter_max"),
         *("scatter_min", "sort", "argsort", "log_softmax", "logsumexp", "divide"),
-        *("tflite_add", "tflite_average", "tflite_constant", "tflite_resize"),
         *("tflite_softmax", "tflite_softmax16", "tflite_log_softmax"),
-        "tflite_l2_norm",
+        *("tflite_l2_norm", "tflite_resize"),
     }
+
+
+@pytest.mark.parametrize("name", ["lstm", "residual", "average"])
+def test_it_computes_in_the_arithmetic_of_tflite(name, tmp_path, capsys):
+    if name == "lstm":
+        rng = np.random.default_rng(4)
+        program = read_tflite(lstm_cases.file(draw(rng, 7, 3, 40), 2, 4))
+        grid, codes = program.graph.values[0].grid, inputs_of(rng, 2, 4, 7)
+        x = grid.array() * (codes - np.float32(grid.zero_point))
+    else:
+        with jax.numpy_dtype_promotion("standard"):
+            program, x = program_of(name, tflite_scheme("channel"), targets.tflite)
+    path = tmp_path / "m.qjax"
+    program.save(path, golden=x)
+    assert check.main([str(path)]) == 0, capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "golden codes, 0 differ" in out
+    _agree(path, tmp_path / "other.qjax", 40, capsys)
+
+
+@pytest.mark.parametrize("name", sorted(FORMS))
+def test_its_forms_are_those_of_the_operations(name):
+    count, roles, form = FORMS[name]
+    own = OPERATIONS[name]
+    assert set(roles.split()) == set(own.roles)
+    required = set(re.findall(r"(?<!\S)\w+", form))
+    optional = set(re.findall(r"\[(\w+)", form))
+    assert (required, optional) == (set(own.attributes), set(own.optional))
+    wanted = "+" if own.inputs is None else "".join(map(str, np.ravel(own.inputs)))
+    assert count == wanted
+
+
+# Mutants: one field of a graph is another one, gone, or one too many.
+
+
+def _leaves(data, path=()):
+    items = ()
+    if isinstance(data, dict | list):
+        items = data.items() if isinstance(data, dict) else enumerate(data)
+    for key, value in items:
+        yield (*path, key)
+        yield from _leaves(value, (*path, key))
+
+
+def _others(x):
+    """Returns other values for a field, of its type and of others."""
+    if isinstance(x, bool):
+        return [not x, 1]
+    if isinstance(x, int):
+        return [x + 1, x - 1, float(x), str(x), None]
+    if isinstance(x, float):
+        return [1e40, -x, int(x), str(x), 2 * x]
+    if isinstance(x, str):
+        return [f"{x}?", "", 3]
+    if isinstance(x, list):
+        return [x[:-1], x + x[:1], {}, 7]
+    return [{}, [], {**x, "more": 1}] if isinstance(x, dict) else [0, "a", 1.5]
+
+
+def _mutants(graph, rng, count):
+    """Yields graphs of which one field, drawn at random, is altered."""
+    places = list(_leaves(graph))
+    for place in rng.choice(len(places), count):
+        own = copy.deepcopy(graph)
+        *way, last = places[place]
+        part = functools.reduce(lambda part, key: part[key], way, own)
+        others = _others(part[last])
+        k = int(rng.integers(len(others) + isinstance(part, dict)))
+        if k == len(others):
+            del part[last]
+        else:
+            part[last] = others[k]
+        yield [*way, last, "gone" if k == len(others) else others[k]], own
+
+
+def _verdicts(path, out, count, capsys, seed=0):
+    """Yields what both readers say of mutants of a file."""
+    tensors = safetensors.numpy.load_file(path)
+    fields = files.read_manifest(tensors.pop("__manifest__"))
+    fields["sha256"] = {name: files.checksum(x) for name, x in tensors.items()}
+    rng = np.random.default_rng(seed)
+    for change, graph in _mutants(fields["graph"], rng, count):
+        manifest = files.write_manifest({**fields, "graph": graph})
+        header = {"format": "qjax.integer_program", "version": "3"}
+        header["sha256"] = files.checksum(manifest)
+        whole = {**tensors, "__manifest__": manifest}
+        out.write_bytes(safetensors.numpy.save(whole, header))
+        try:
+            qjax.load(out)
+            loads = True
+        except ValueError:
+            loads = False
+        code = check.main([str(out)])
+        yield change, loads, code, capsys.readouterr().out
+
+
+def _agree(path, out, count, capsys):
+    """Both refuse; if one finds that golden codes differ, so does the other."""
+    refused = 0
+    for change, loads, code, said in _verdicts(path, out, count, capsys):
+        assert loads or code, change
+        if loads and code == 1:
+            with pytest.raises(Exception):  # noqa: B017, as codes of no fitting shape.
+                qjax.load(out, check=True)
+                pytest.fail(f"{change}: {said}")
+        refused += not loads
+    assert refused > count / 2
+
+
+def test_it_refuses_the_mutants_that_load_refuses(made, tmp_path, capsys):
+    _agree(made[1], tmp_path / "m.qjax", 40, capsys)
+
+
+@pytest.mark.fuzz
+def test_it_refuses_more_mutants_that_load_refuses(made, tmp_path, capsys):
+    _agree(made[1], tmp_path / "m.qjax", 2000, capsys)
 
 
 def test_a_program_that_computes_other_codes_is_found(path, capsys):

@@ -171,7 +171,7 @@ def test_mutations_are_refused(sources, tmp_path):
     assert counts["refused"] > 45 and counts["wrong"] + counts["unknown"] > 40, counts
 
 
-# What `load` refuses and `check.py` must not accept: texts, flags, sizes, grids.
+# What `load` refuses and the second reader must not accept: texts, flags, sizes, grids.
 FORMS = {
     "a path": lambda f: f["nodes"][0].update(path=3),
     "a flag": lambda f: _node_of(f, "requantize").update(is_exact=1),

@@ -1,11 +1,13 @@
 """Programs as ONNX of real values, and as Quant nodes, in their runtimes."""
 
 import importlib.util
+import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from jax import lax
 
@@ -109,6 +111,48 @@ def test_codes_that_are_clipped_onto_another_grid(bits):
     pair = [program.graph.values[v].grid for v in (clip.inputs[0], clip.output)]
     assert pair[0].scale != pair[1].scale
     check(program, "qonnx-quant", "qonnx")
+
+
+def point(x, scale, zero):
+    grid = qjax.QParams(jnp.float32(scale), jnp.int32(zero))
+    return qjax.fake_quant(x, grid, QSpec(8))
+
+
+W = np.random.default_rng(3).integers(-127, 128, (8, 8)).astype(np.float32) / 64
+# Name -> a function of values on grids, and the scale of its result.
+ON_GRIDS = {
+    "a sum": (lambda x, y: x + y, 1 / 4),
+    "a sum of three": (lambda x, y: x + y + x, 1 / 4),
+    "a difference": (lambda x, y: x - y, 1 / 4),
+    "a sum behind an activation": (lambda x, y: jax.nn.relu(x + y), 1 / 4),
+    "another grid": (lambda x: x, 1 / 4),
+    "a product": (lambda x, y: x * y, 2.0),
+    "a product of matrices": (lambda x, y: x @ y, 4.0),
+    "a product with a kernel": (lambda x: x @ point(W, 1 / 64, 0), 1.0),
+    "a mean": (lambda x: x.mean(1), 1 / 4),
+}
+
+
+@pytest.mark.parametrize("name", ON_GRIDS)
+def test_no_code_differs_on_grids_of_powers_of_two(name):
+    """At each level of ONNX Runtime's fusions, ties about odd zero points too."""
+    fn, scale = ON_GRIDS[name]
+    rng, count = np.random.default_rng(1), len(inspect.signature(fn).parameters)
+    xs = [rng.integers(-300, 300, (8, 8)).astype(np.float32) / 16 for _ in range(count)]
+    grids = (1 / 16, 3), (1 / 8, -5)
+    levels = onnxruntime.GraphOptimizationLevel
+    for zero in (-3, 0, 4, 7):
+        on = lambda xs: map(lambda x, grid: point(x, *grid), xs, grids)
+        whole = lambda *xs, zero=zero, on=on: point(fn(*on(xs)), scale, zero)
+        program = qjax.lower(whole, *xs)
+        wanted, data = np.asarray(program(*xs)), write_onnx_qdq(program)
+        assert len(np.unique(wanted)) > 4
+        for level in (levels.ORT_DISABLE_ALL, levels.ORT_ENABLE_ALL):
+            options = onnxruntime.SessionOptions()
+            options.graph_optimization_level = level
+            run = onnxruntime.InferenceSession(data, options)
+            given = zip((own.name for own in run.get_inputs()), xs, strict=True)
+            np.testing.assert_array_equal(run.run(None, dict(given))[0], wanted)
 
 
 def test_values_without_elements_are_refused_by_qonnx():

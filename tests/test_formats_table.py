@@ -27,6 +27,7 @@ TFLITE = ("litert", "tflite-micro", "litert-xnnpack")
 # Runtime -> most codes by which an output may differ; 0 for all others. XNNPACK rounds
 # by another rule, a code a layer.
 CLOSE = {"onnx-qlinear": 1, "onnx-qdq": 1, "qonnx-quant": 1, "litert-xnnpack": 2}
+POWERS = "powers of two"  # The scheme whose factors float32 holds: all are 0.
 # Runtime and model -> what is not expressed, with scales that are no powers of two.
 REFUSED = {
     ("qonnx", "residual"): "scales that are no small multiples of each other",
@@ -52,7 +53,7 @@ def program_of(model, scheme, target=targets.half_even):
     return program, 1.5 * images(*shape, seed=4)
 
 
-def check(program, x, model, runtimes):
+def check(program, x, model, runtimes, scheme=""):
     """Every cell of a model, in runtimes that are here."""
     found = conform(program, x, [RUNTIMES[name] for name in runtimes])
     for row in found.rows:
@@ -64,7 +65,7 @@ def check(program, x, model, runtimes):
             continue
         assert row.status == "compared", row
         assert row.comparison.codes, row
-        most = CLOSE.get(row.runtime, 0)
+        most = 0 if scheme == POWERS else CLOSE.get(row.runtime, 0)
         assert row.comparison.max_difference <= most, row
 
 
@@ -77,12 +78,18 @@ def test_a_model_in_formats_of_its_own_rounding(model):
     check(program, x, model, FEW)
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_a_model_on_grids_of_powers_of_two(model):
+    program, x = program_of(model, qjax.Scheme(**SCHEMES[POWERS]))
+    check(program, x, model, ("onnx-qdq", "onnx-qlinear"), POWERS)
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("model", MODELS)
 def test_a_model_in_all_formats_of_its_own_rounding(model, scheme):
     program, x = program_of(model, qjax.Scheme(**SCHEMES[scheme]))
-    check(program, x, model, NATIVE)
+    check(program, x, model, NATIVE, scheme)
 
 
 def tflite_scheme(name):

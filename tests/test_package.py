@@ -83,6 +83,9 @@ ROOMS = (
 )
 
 
+ALONE = "qjax.formats.check"  # A folder that runs wherever it is copied.
+
+
 def imports():
     """Yields each module and each module that it imports, wherever it does."""
     paths = sorted((ROOT / "qjax").rglob("*.py"))
@@ -96,9 +99,12 @@ def imports():
             if isinstance(node, ast.Import):
                 found = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
-                assert not node.level, f"{name} imports by a relative name"
-                own = [f"{node.module}.{alias.name}" for alias in node.names]
-                found = [x if x in names else node.module for x in own]
+                is_alone = name.startswith(ALONE) and node.level == 1
+                message = f"{name} imports by a relative name"
+                assert not node.level or is_alone, message
+                module = f"{ALONE}.{node.module}" if is_alone else node.module
+                own = [f"{module}.{alias.name}" for alias in node.names]
+                found = [x if x in names else module for x in own]
             for other in {x for x in found if x.partition(".")[0] == "qjax"}:
                 yield name, other, id(node) in top
 

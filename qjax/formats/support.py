@@ -41,13 +41,32 @@ OPERATIONS: Mapping[str, frozenset[str]] = {
     ),
     "qjax.formats.tflite.write_tflite": frozenset(
         "add argmax argmin broadcast clip concatenate constant conv dot dot_codes "
-        "embed max max_pool maximum min minimum multiply_codes pad requantize reshape "
-        "rev slice sum sum_pool table take tflite_add tflite_average tflite_constant "
-        "tflite_l2_norm tflite_log_softmax tflite_resize tflite_softmax "
-        "tflite_softmax16 transpose".split()
+        "embed loop max max_pool maximum min minimum multiply_codes pad requantize "
+        "reshape rev slice sum sum_pool table take tflite_add tflite_average "
+        "tflite_constant tflite_l2_norm tflite_log_softmax tflite_resize "
+        "tflite_softmax tflite_softmax16 transpose".split()
     ),
 }
 ALL = ("IntegerProgram.save", "qjax.formats.stablehlo.write_stablehlo")
+ANY = "any"
+_OF_ONNX = {
+    ANY: "a size that is free and no multiple of the inputs'",
+    "loop": "a loop without steps",
+    "requantize": "products of more than 62 bits",
+}
+# Function that writes a format -> the forms that it lacks, of any operation or by its
+# name; it has all others. Formats that are not here have some forms of each.
+LACKING: Mapping[str, Mapping[str, str]] = {
+    "qjax.formats.onnx.write_onnx": _OF_ONNX,
+    "qjax.formats.onnx.write_onnx_qdq": _OF_ONNX,
+    "qjax.formats.onnx.write_onnx_qlinear": _OF_ONNX,
+    "qjax.formats.c99.write_c99": {
+        "conv": "a bias that is larger than the product",
+        "dot": "a bias that is larger than the product",
+        "requantize": "a sum of more than 32 bits by another rule than half_even",
+        "tflite_add": "a rule that is not TFLite's",
+    },
+}
 
 
 def check_whole(program: IntegerProgram) -> None:
@@ -90,17 +109,32 @@ def refusal(
     Args:
       writer: Function that writes the format.
       reasons: What it does not express, with its place -> why, or an empty text.
-      kinds: Operations that another format needs to be named: it may still refuse this
-        form of them.
+      kinds: Operations that another format needs to be named, with the forms of them
+        that it lacks.
     """
     lines = (f"  {name}{f': {why}' if why else ''}" for name, why in reasons.items())
     listed = "\n".join(lines)
-    others = _others(writer, set(kinds))
-    may = f"{_listed(others)} may, in another form; " if others else ""
+    others = "".join(f"{text}; " for text in _remedies(writer, list(kinds)))
     return ValueError(
         f"`{writer}` has no form for parts of this program:\n{listed}\n"
-        f"{may}{_listed(ALL)} can."
+        f"{others}{_listed(ALL)} can."
     )
+
+
+def _remedies(writer: str, kinds: Sequence[str]) -> list[str]:
+    """Returns which other formats have certain operations, and in which forms."""
+    found: dict[str, list[str]] = {}
+    for name in _others(writer, set(kinds)):
+        lacking = LACKING.get(name, {})
+        but = dict.fromkeys(lacking[k] for k in (*kinds, ANY) if k in lacking)
+        text = f"every form of {_listed(kinds)}"
+        text += f" but {', '.join(but)}" if but else ""
+        text = text if name in LACKING else f"some forms of {_listed(kinds)}"
+        found.setdefault(text, []).append(name)
+    return [
+        f"{_listed(names)} {'has' if len(names) == 1 else 'have'} {text}"
+        for text, names in found.items()
+    ]
 
 
 def _others(writer: str, kinds: set[str]) -> Sequence[str]:

@@ -241,6 +241,12 @@ def usual_fields(kind: type) -> dict[str, Any]:
     return found
 
 
+def _tuple(data: Any, key: str) -> tuple[Any, ...]:
+    if not isinstance(data[key], list | tuple):
+        raise ValueError(f"{key} must be a list, got {data[key]!r}")
+    return tuple(data[key])
+
+
 def _value(data: Any) -> Value:
     if isinstance(data, dict):
         data = {**usual_fields(Value), **data}
@@ -249,7 +255,7 @@ def _value(data: Any) -> Value:
     if grid is not None:
         _check_keys(grid, Grid)
         grid = Grid(**grid)
-    tuples = {k: tuple(data[k]) for k in ("shape", "rescaling")}
+    tuples = {k: _tuple(data, k) for k in ("shape", "rescaling")}
     return Value(**(data | tuples | {"grid": grid}))
 
 
@@ -258,7 +264,7 @@ def _node(data: Any) -> Node:
         data = {**usual_fields(Node), **data}
     _check_keys(data, Node)
     graphs = {role: _graph(graph) for role, graph in data["graphs"].items()}
-    ends = {k: tuple(data[k]) for k in ("inputs", "others")}
+    ends = {k: _tuple(data, k) for k in ("inputs", "others")}
     return Node(**{**data, **ends, "graphs": graphs})
 
 
@@ -266,9 +272,11 @@ def _graph(data: Any) -> Graph:
     if isinstance(data, dict):
         data = {"grids": {}, **data}  # Older files have none.
     _check_keys(data, Graph)
+    if not isinstance(data["sites"], dict):
+        raise ValueError(f"sites must have names, got {data['sites']!r}")
     values = tuple(_value(v) for v in data["values"])
     nodes = tuple(_node(n) for n in data["nodes"])
-    ends = tuple(data["inputs"]), tuple(data["outputs"])
+    ends = _tuple(data, "inputs"), _tuple(data, "outputs")
     return Graph(values, nodes, *ends, dict(data["sites"]), _grids(data["grids"]))
 
 

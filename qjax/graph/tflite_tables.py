@@ -232,14 +232,14 @@ def hard_swish_table(x: Codes, y: Codes) -> np.ndarray:
     out_multiplier, out_exponent = _short_multiplier(fine / y.scale)
     multiplier, exponent = _short_multiplier(fine / np.float32(3 / 32768))
     code = (x.all() - x.zero_point) << 7
-    factor = _short_left(code, exponent - 1) if exponent > 0 else code
-    factor = _short_product(factor, multiplier)
+    factor = short_left(code, exponent - 1) if exponent > 0 else code
+    factor = short_product(factor, multiplier)
     if exponent > 0:
-        factor = _short_left(factor, 1)
+        factor = short_left(factor, 1)
     if exponent < 0:
         factor = divide_by_power(factor, -exponent)
     factor = (factor + (1 << 15)) >> 1  # In [0, 1].
-    product = factor * _short_product(code, out_multiplier)
+    product = factor * short_product(code, out_multiplier)
     code = divide_by_power(truncated(product, 1 << 15), -out_exponent)
     return np.clip(code + y.zero_point, y.low, y.high)
 
@@ -256,14 +256,15 @@ def reduced(multiplier: Any) -> Any:
     return np.minimum(rounded, 0x7FFF)
 
 
-def _short_product(a: np.ndarray, b: Any) -> np.ndarray:
+def short_product(a: np.ndarray, b: Any) -> np.ndarray:
     """Computes `high_product` of 16-bit numbers."""
     product = a * b
     nudged = product + np.where(product >= 0, 1 << 14, 1 - (1 << 14))
     return np.minimum(truncated(nudged, 1 << 15), 0x7FFF)
 
 
-def _short_left(a: np.ndarray, n: int) -> np.ndarray:
+def short_left(a: np.ndarray, n: int) -> np.ndarray:
+    """Computes ``a * 2^n`` within 16 bits."""
     return np.clip(a << n, -(1 << 15), (1 << 15) - 1)
 
 

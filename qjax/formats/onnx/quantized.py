@@ -1,5 +1,7 @@
 """Writes an integer program as ONNX with the quantizers of runtimes."""
 
+import functools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -130,9 +132,19 @@ class _QdqWalk(_Walk):
                 pair: dict[str, Any] = {"dtype": "float32", "shape": x.shape}
                 self.reals[v] = g.op("DequantizeLinear", x, scale, zero, **pair)
             else:
-                wide = g.sub(g.cast(self.code(v), "int64"), own.zero_point)
-                self.reals[v] = g.two("Mul", g.cast(wide, "float32"), scale)
+                self.reals[v] = self.unfused(v)
         return self.reals[v]
+
+    def unfused(self, v: int) -> OnnxValue:
+        """Returns the real values of codes as no operator that runtimes fuse.
+
+        Of QuantizeLinear, DequantizeLinear, QuantizeLinear ONNX Runtime 1.32 leaves the
+        last one alone, and so rounds once.
+        """
+        own, g = self.program.values[v], self.graph
+        wide = g.sub(g.cast(self.code(v), "int64"), own.zero_point)
+        scale = g.constant(scale_of(own), "float32")
+        return g.two("Mul", g.cast(wide, "float32"), scale)
 
     def quantize(self, v: int, x: OnnxValue) -> None:
         """Keeps real values as codes on the grid of a value."""
@@ -217,7 +229,7 @@ class _QdqWalk(_Walk):
         if v in self.units:
             return self.reals[v], self.units[v]
         if own.grid is not None and own.zero_point == zero:
-            return self.real(v), scale_of(own)
+            return self.unfused(v), scale_of(own)
         wide = g.sub(g.cast(self.code(v), "int64"), zero)
         return g.cast(wide, "float32"), np.ones(())
 
@@ -245,10 +257,15 @@ class _QdqWalk(_Walk):
         if not all(map(_is_short, (*values, own))) or most >> shift > 1 << 22:
             return False
         step = scale_of(own) * 2.0**-shift
+        # Fused sums add the zero point before they round, which turns ties about an
+        # odd one. Longer factors have none in float32.
+        common = functools.reduce(math.gcd, multipliers, 1 << shift)
+        is_fused = own.zero_point % 2 == 0 or (1 << shift) // common >= 1 << 24
         found = None
         for v, m in zip(node.inputs, multipliers, strict=True):
             gain = m * step / scale_of(self.program.values[v])
-            x = self.real(v)
+            is_first = found is None and not is_fused
+            x = self.unfused(v) if is_first else self.real(v)
             x = x if abs(gain - 1) < CLOSE else g.two("Mul", x, gain)
             found = x if found is None else g.two("Add", found, x)
         assert found is not None
@@ -305,10 +322,9 @@ def write_onnx_qdq(
     int4 by their codes, int2 outside of convolutions, int8 up to 7 bits and uint8 about
     128 beyond: products of uint8 with more of int8 saturate on chips without VNNI.
     Biases are int32. float32 sums round: one requantization may differ by a code near a
-    tie. Fused sums add the zero point before they round: about an odd one all ties go
-    the other way. ONNX Runtime 1.32 has no products of int4 and int2 with codes: it
-    converts such weights. Kernels with scales of blocks have none here: graphs have a
-    product for each block.
+    tie; with scales that are powers of two and sums below 2^24 none does. ONNX Runtime
+    1.32 has no products of int4 and int2 with codes: it converts such weights. Kernels
+    with scales of blocks have none here: graphs have a product for each block.
 
     Args:
       program: The program.

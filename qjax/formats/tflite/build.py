@@ -18,6 +18,7 @@ from qjax.formats.tflite.ends import MOVES_OF_REALS, input_ends, with_codes
 from qjax.formats.tflite.gathers import GATHERS
 from qjax.formats.tflite.moves import MOVES, fold
 from qjax.formats.tflite.products import PRODUCTS
+from qjax.formats.tflite.recurrent import RECURRENT
 from qjax.formats.tflite.rules import FUNCTIONS
 from qjax.formats.tflite.tensors import (
     Call,
@@ -41,6 +42,7 @@ RULES: Mapping[str, TfliteRule] = {
     **GATHERS,
     **MOVES,
     **PRODUCTS,
+    **RECURRENT,
 }
 
 
@@ -72,7 +74,8 @@ def build_tflite(
         None for ``rule``.
 
     Returns:
-      The program. Its sites are the tensors, under their names. The leading size of an
+      The program. Its sites are the tensors, under their names. An LSTM starts from a
+      state of zeros, as TFLite's does after a reset. The leading size of an
       input may differ at call time where the operators are the same with another one,
       as TFLite has them for inputs that are resized; shapes that the file fixes have
       the batch as their leading size. Else calls with another one are refused. Whole
@@ -180,7 +183,7 @@ _ON_NUMBERS = (
 )
 _ON_REALS = ("ARG_MAX", "ARG_MIN", "DEQUANTIZE", "QUANTIZE", *MOVES_OF_REALS)
 _STATEFUL = (
-    *("SVDF", "LSTM", "RNN", "UNIDIRECTIONAL_SEQUENCE_LSTM"),
+    *("SVDF", "LSTM", "RNN"),
     *("UNIDIRECTIONAL_SEQUENCE_RNN", "BIDIRECTIONAL_SEQUENCE_LSTM"),
     *("BIDIRECTIONAL_SEQUENCE_RNN", "VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE"),
 )
@@ -191,8 +194,8 @@ def _add(call: Call) -> None:
     if name in _STATEFUL:
         raise NotImplementedError(
             f"TFLite's {name} keeps a state between calls, which a program of inputs "
-            "and outputs does not have, so it has no rule. Convert the model with its "
-            "steps unrolled."
+            "and outputs does not have, so it has no rule. Convert the model with "
+            "UNIDIRECTIONAL_SEQUENCE_LSTM, or with its steps unrolled."
         )
     if name not in RULES:
         known = ", ".join(sorted(RULES))

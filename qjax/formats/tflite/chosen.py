@@ -256,7 +256,7 @@ def _resize(emission: TfliteGraph, node: Node) -> None:
     wanted = [emission.params[node.params[k]] for k in ("rows", "columns")]
     sizes = [w.shape[1] for w in wanted]
     for corners, centers in ((False, False), (False, True), (True, False)):
-        own = {"align_corners": corners, "half_pixel_centers": centers}
+        own: Any = {"align_corners": corners, "half_pixel_centers": centers}
         found = [
             tables.bilinear_places(n, out, **own)
             for n, out in zip(shape[1:3], sizes, strict=True)

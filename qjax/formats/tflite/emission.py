@@ -127,9 +127,26 @@ class TfliteGraph:
             self._constants[key] = own
         return self._constants[key]
 
-    def add(self, name: str, inputs: Sequence[int], output: int, **options: Any) -> int:
-        """Adds an operator with one output, which it returns."""
-        self.operators.append(Operator(name, tuple(inputs), (output,), options))
+    def add(
+        self,
+        name: str,
+        inputs: Sequence[int],
+        output: int,
+        *,
+        between: Sequence[int] = (),
+        **options: Any,
+    ) -> int:
+        """Adds an operator with one output, which it returns.
+
+        Args:
+          name: Its name in TFLite's schema.
+          inputs: Its tensors.
+          output: The tensor that it computes.
+          between: Tensors that give grids to what it computes inside.
+          **options: Its options by their names in the schema.
+        """
+        own = tuple(inputs), (output,), options, tuple(between)
+        self.operators.append(Operator(name, *own))
         return output
 
     def tensor(self, v: int, node: Node) -> int:

@@ -38,7 +38,8 @@ def read_tflite(
       dense_rule: The same for ``FULLY_CONNECTED`` alone; None for ``rule``.
 
     Returns:
-      The program. Its sites are the tensors, under their names.
+      The program. Its sites are the tensors, under their names. The state of an LSTM is
+      zero before each call, as after ``reset_all_variables`` in TFLite.
 
     Raises:
       ImportError: if the schema of TFLite is not installed.
@@ -277,7 +278,8 @@ def _tensor(schema: Any, t: Mapping[str, Any], buffers: Sequence[np.ndarray]) ->
     if "sparsity" in t:
         raise NotImplementedError(f"The tensor {name!r} is sparse, which has no rule.")
     grid = _grid(t.get("quantization", {}), name, shape, dtype, data is not None)
-    return Tensor(name, shape, dtype, *grid, data)
+    own: Any = {"data": data, "is_variable": bool(t.get("is_variable", False))}
+    return Tensor(name, shape, dtype, *grid, **own)
 
 
 def _constant(
@@ -377,8 +379,9 @@ _ENUMERATIONS = {
     "quantized_bias_type": "TensorType",
     "weights_format": "FullyConnectedOptionsWeightsFormat",
 }
-# Input 2 and later may be left out: biases, and the states of recurrent layers.
-_REQUIRED = 2
+# Input 2 and later may be left out: biases, and the states of recurrent layers, of
+# which a form without an input gate leaves out its weights as well.
+_REQUIRED, _REQUIRED_OF = 2, {"LSTM": 1, "UNIDIRECTIONAL_SEQUENCE_LSTM": 1}
 
 
 def _operator(
@@ -390,7 +393,8 @@ def _operator(
         )
     name = codes[op["opcode_index"]]
     inputs, outputs = _numbers(op, "inputs", size, -1), _numbers(op, "outputs", size)
-    if min(inputs[:_REQUIRED], default=0) < 0 or not outputs:
+    required = _REQUIRED_OF.get(name, _REQUIRED)
+    if min(inputs[:required], default=0) < 0 or not outputs:
         raise ValueError(
             f"must have the inputs and outputs of {name}, got {inputs}, {outputs}."
         )
@@ -404,7 +408,8 @@ def _operator(
             raise ValueError(
                 f"must have positive windows, got {key}={value} for {name}."
             )
-    return Operator(name, inputs, outputs, options)
+    between = _numbers(op, "intermediates", size)
+    return Operator(name, inputs, outputs, options, between)
 
 
 def _enumerated(schema: Any, key: str, value: Any) -> Any:

@@ -24,6 +24,7 @@ _OPTIONS = {
     "REDUCE_MAX": "ReducerOptions",
     "REDUCE_MIN": "ReducerOptions",
     "SUM": "ReducerOptions",
+    "UNIDIRECTIONAL_SEQUENCE_LSTM": "UnidirectionalSequenceLSTMOptions",
 }
 _NO_OPTIONS = frozenset(("LOGISTIC", "TANH", "RELU", "RELU6", "RELU_N1_TO_1"))
 # Versions of operators that runtimes ask for with int8; 1 for others.
@@ -131,6 +132,8 @@ def _tensor(
         "Type": getattr(schema.TensorType, dtype),
         "Buffer": 0,
     }
+    if t.is_variable:
+        fields["IsVariable"] = True
     if t.scale:
         fields["Quantization"] = (
             "QuantizationParameters",
@@ -161,6 +164,8 @@ def _operator(schema: Any, op: Operator, names: Sequence[str]) -> dict[str, Any]
         "Inputs": np.asarray(op.inputs, np.int32),
         "Outputs": np.asarray(op.outputs, np.int32),
     }
+    if op.intermediates:
+        fields["Intermediates"] = np.asarray(op.intermediates, np.int32)
     if op.name in _NO_OPTIONS:
         return fields
     kind = _OPTIONS.get(op.name, f"{_camel(op.name.lower())}Options")

@@ -29,6 +29,7 @@ class Tensor:
       is_real: Whether the file holds real numbers there, and the type, the scale and
         the zero point are those of their codes: between ``QUANTIZE`` or ``DEQUANTIZE``
         and an end of the graph.
+      is_variable: Whether it is a state, which an operator reads and writes.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Tensor:
     axis: int = 0
     data: np.ndarray | None = None
     is_real: bool = False
+    is_variable: bool = False
 
     @property
     def is_number(self) -> bool:
@@ -90,12 +92,14 @@ class Operator:
       inputs: Numbers of tensors; -1 for one that is left out.
       outputs: Numbers of tensors.
       options: Options by their names in the schema: ``stride_w``. Enumerations by name.
+      intermediates: Numbers of tensors that give grids to what is computed inside.
     """
 
     name: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    intermediates: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +129,7 @@ class Growth:
       inputs: Tensor that is an input -> value of its codes.
       values: Tensor -> value.
       unknown: Tensor of integers that no rule computes -> the operator that would.
+      states: Tensors that are the state of an operator.
     """
 
     def __init__(
@@ -144,6 +149,7 @@ class Growth:
         self.inputs: dict[int, int] = {}
         self.values: dict[int, int] = {}
         self.unknown: dict[int, str] = {}
+        self.states: set[int] = set()
 
     def add_input(self, k: int, ends: tuple[int, int] | None = None) -> None:
         """Adds tensor ``k`` as an input, of codes or of numbers within ``ends``."""

@@ -10,6 +10,7 @@ from qjax.formats.support import check_operations, check_whole, unsupported
 from qjax.formats.tflite import chosen, rescalings, weighted
 from qjax.formats.tflite.emission import REMEDY, WRITER, Pending, TfliteGraph
 from qjax.formats.tflite.schema import serialized
+from qjax.formats.tflite.written_lstm import lstm
 from qjax.graph.atomic import write_atomically
 from qjax.graph.graph import Graph, Node
 from qjax.program import IntegerProgram
@@ -30,6 +31,10 @@ def write_tflite(
     differs; XNNPACK rounds otherwise, by a code a layer. tflite-micro rounds dense
     layers twice, where LiteRT rounds once: in it no code of programs for
     ``targets.tflite_micro`` differs. Needs the extra `qjax[tflite]`.
+
+    A loop is written where it is TFLite's LSTM, code for code, as `read_tflite` gives
+    it. LiteRT keeps its state between calls: ``reset_all_variables`` before each other
+    sequence gives the codes of the program. tflite-micro rounds its gates otherwise.
 
     Args:
       program: The program.
@@ -101,6 +106,7 @@ EMITTERS: Mapping[str, Callable[[TfliteGraph, Node], None]] = {
     **dict.fromkeys((*_PENDING, "sum_pool"), _wait),
     **chosen.CHOSEN,
     "add": rescalings.add_once,
+    "loop": lstm,
     "requantize": _requantize,
     "tflite_add": rescalings.add,
     "tflite_average": rescalings.average,

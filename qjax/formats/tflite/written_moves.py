@@ -47,7 +47,9 @@ def _strided(
     given = (t, *map(emission.constant, (*ends, strides)))
     out = emission.add_like(t, emission.value(node.output).shape, node.path)
     options: Any = {"begin_mask": masks[0], "end_mask": masks[1]}
-    zeros = dict.fromkeys(("ellipsis_mask", "new_axis_mask", "shrink_axis_mask"), 0)
+    zeros: Any = dict.fromkeys(
+        ("ellipsis_mask", "new_axis_mask", "shrink_axis_mask"), 0
+    )
     return emission.add("STRIDED_SLICE", given, out, **options, **zeros)
 
 

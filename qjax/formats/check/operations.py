@@ -1,100 +1,14 @@
-"""Checks a `.qjax` file with NumPy alone: `python check.py FILE`, copied anywhere.
+"""The operations of a program by their formulas, in NumPy's int64."""
 
-A second reader, which shares no line with qjax. It parses the container, compares each
-checksum, proves from the weights what the accumulators reach, computes the graph in
-int64 on the golden inputs of the file, or on codes drawn at random, holds every value
-against its interval, and the outputs against the golden ones. `qjax/graph/FORMAT.md`
-has what it reads. Exit code 0: all of it holds; 1: it does not; 2: it cannot be said,
-as the file is of another version, too large, or has an operation that is not here.
-"""
+# ruff: noqa: D102, as a method is the formula of the operation of its name.
 
-import hashlib
-import itertools
-import json
 import math
-import sys
-import zlib
 
 import numpy as np
 
-TYPES = {"I8": "i1", "U8": "u1", "I16": "<i2", "U16": "<u2", "I32": "<i4"}
-FORMS: dict[str, type] = {"keepdims": bool, "reverse": bool}
-FORMS |= dict.fromkeys("dtype fixed_by rounding dtype_of_model path rule".split(), str)
-FORMS |= dict.fromkeys("low high shift offset zero_point output count".split(), int)
+from .container import Unknown, holds, need
+
 MOST, BUDGET = 1 << 25, 1 << 36  # Numbers in one value; products and sums in all.
-
-
-class Unknown(Exception):
-    """A file that this reader cannot judge."""
-
-
-def need(holds, error, kind=ValueError):
-    """Raises an error unless a condition holds."""
-    if not holds:
-        raise kind(error)
-
-
-def container(data):
-    """Returns metadata, tensors and their checksums of a safetensors file."""
-    size = int.from_bytes(data[:8], "little")
-    need(8 < len(data) and size <= len(data) - 8, "the file is truncated")
-    header, body, end = json.loads(data[8 : 8 + size]), data[8 + size :], 0
-    metadata = header.pop("__metadata__", {})
-    need(metadata.get("format") == "qjax.integer_program", "this is no qjax program")
-    version = metadata.get("version")
-    need(version == "3", f"it has version {version}, not 3", Unknown)
-    tensors, sums = {}, {}
-    for name, entry in sorted(header.items(), key=lambda e: e[1]["data_offsets"]):
-        (first, last), shape = entry["data_offsets"], entry["shape"]
-        need(entry["dtype"] in TYPES, f"{name!r} has type {entry['dtype']}")
-        dtype, sized = np.dtype(TYPES[entry["dtype"]]), min(shape, default=0) >= 0
-        fits = sized and last - first == math.prod(shape) * dtype.itemsize
-        need(fits and first == end and last <= len(body), f"{name!r} has no place")
-        tensors[name] = np.frombuffer(body[first:last], dtype).reshape(shape)
-        form = f"{entry['dtype']}[{','.join(map(str, shape))}]".encode()
-        sums[name], end = hashlib.sha256(form + body[first:last]).hexdigest(), last
-    need(end == len(body), "bytes are left over")
-    return metadata, tensors, sums
-
-
-def inflated(tensor, most):
-    """Decompresses a tensor to as many bytes at most."""
-    stream = zlib.decompressobj()
-    found = stream.decompress(tensor.tobytes(), most + 1)
-    need(len(found) <= most and stream.eof and not stream.unused_data, "zlib's end")
-    return found
-
-
-def program(data):
-    """Returns the graph of a file, its parameters, golden codes, number of tensors."""
-    metadata, tensors, sums = container(data)
-    own, altered = sums.pop("__manifest__", ""), "was altered: it has another checksum"
-    need(own and own == metadata["sha256"], f"the tensor '__manifest__' {altered}")
-    fields = json.loads(inflated(tensors.pop("__manifest__"), 1 << 26))
-    for name in sorted({*sums, *fields["sha256"]}):
-        same = name in sums and sums[name] == fields["sha256"].get(name)
-        need(same, f"the tensor {name!r} {altered}")
-    sizes = [math.prod(s) * np.dtype(t).itemsize for t, s in fields["small"]]
-    need(min(sizes, default=0) >= 0 and sum(sizes) <= 1 << 26, "small arrays are large")
-    whole, small = inflated(tensors.pop("__small__"), sum(sizes)), []
-    need(len(whole) == sum(sizes), "small arrays are too short")
-    for (dtype, shape), n in zip(fields["small"], sizes, strict=True):
-        planes = np.frombuffer(whole[:n], "u1").reshape(np.dtype(dtype).itemsize, -1)
-        kind = np.dtype(dtype).newbyteorder("<")
-        small.append(np.ascontiguousarray(planes.T).view(kind).reshape(shape))
-        whole = whole[n:]
-    golden = {n: tensors.pop(n) for n in [*tensors] if n.startswith("__golden__/")}
-    params = {name: x.astype("i8") for name, x in tensors.items()}
-    for name, (dtype, k) in fields["places"].items():
-        ends = [int(f(small[k], initial=0)) for f in (np.min, np.max)]
-        need(type(k) is int and k >= 0 and _holds(dtype, *ends), f"{name!r}: {dtype}")
-        params[name] = small[k].astype("i8")
-    for name, (bits, shape) in fields["packed"].items():
-        need(bits in (2, 4) and tensors[name].dtype == "u1", f"{name!r} is not packed")
-        codes = (params[name][:, None] >> np.arange(0, 8, bits)) % (1 << bits)
-        codes = codes.reshape(-1)[: math.prod(shape)].reshape(shape)
-        params[name] = codes - ((codes >> (bits - 1)) << bits)  # Two's complement.
-    return fields["graph"], params, golden, len(sums) + 1
 
 
 def _rounded(x, shift):  # x / 2^shift, ties to even.
@@ -107,6 +21,22 @@ def _floored(x, shift):  # floor(x / 2^shift + 1/2).
     return (x + ((1 << shift) >> 1)) >> shift
 
 
+def _away(x, shift):  # x / 2^shift, ties away from zero.
+    return np.sign(x) * ((np.abs(x) + ((np.int64(1) << shift) >> 1)) >> shift)
+
+
+def _rescaled(x, multiplier, shift, rule):  # x * multiplier / 2^shift, as TFLite does.
+    need(rule.startswith("tflite"), f"the rounding {rule!r} is not here", Unknown)
+    multiplier, shift = np.int64(multiplier), np.int64(shift)
+    if rule == "tflite_single":
+        return _floored(x * multiplier, shift)
+    left, right = np.maximum(31 - shift, 0), np.maximum(shift - 31, 0)
+    product = (x << left).astype("i4").astype("i8") * multiplier
+    half = 1 << 30  # Halves go up; what saturates is the square of the least number.
+    high = np.where(product < 0, -((half - 1 - product) >> 31), (product + half) >> 31)
+    return _away(np.minimum(high, (1 << 31) - 1), right)
+
+
 def _clipped(x, a):
     return np.clip(x + a.get("zero_point", 0), a["low"], a["high"]).astype("i8")
 
@@ -115,7 +45,8 @@ def _about(a, xs, name="zero_points"):
     return [x - z for x, z in zip(xs, a[name], strict=True)]
 
 
-def _fits(*sizes):
+def fits(*sizes):
+    """Returns a shape; raises for one of too many numbers."""
     need(math.prod(sizes) <= MOST, f"a value of shape {sizes} is too large", Unknown)
     return sizes
 
@@ -124,7 +55,7 @@ def _padded(x, triples, fill):
     steps = [inner + 1 for _, _, inner in triples]
     spread = [max((n - 1) * s + 1, 0) for n, s in zip(x.shape, steps, strict=True)]
     more = [(max(low, 0), max(high, 0)) for low, high, _ in triples]
-    _fits(*(n + sum(m) for n, m in zip(spread, more, strict=True)))
+    fits(*(n + sum(m) for n, m in zip(spread, more, strict=True)))
     whole = np.full(spread, fill, "i8")
     whole[tuple(slice(None, None, s) for s in steps)] = x
     whole = np.pad(whole, more, constant_values=fill)
@@ -138,7 +69,7 @@ def _windows(x, sizes, fill):
     spans = [(w - 1) * d + 1 for w, d in zip(window, dilation, strict=True)]
     ends = zip(x.shape, spans, strides, strict=True)
     sizes = [max((n - span) // s + 1, 0) for n, span, s in ends]
-    if not math.prod(_fits(*sizes, *window)):
+    if not math.prod(fits(*sizes, *window)):
         return np.zeros((*sizes, *window), "i8")
     view = np.lib.stride_tricks.sliding_window_view(x, spans)
     return view[tuple(slice(None, None, s) for s in (*strides, *dilation))]
@@ -149,7 +80,7 @@ def _by_channel(a, x, rows, of):
         return of(x, *rows)
     axis, count, shape = a["axis"] % x.ndim, len(rows[0]), list(x.shape)
     shape[axis] = count
-    x = np.moveaxis(np.broadcast_to(x, _fits(*shape)), axis, 0)
+    x = np.moveaxis(np.broadcast_to(x, fits(*shape)), axis, 0)
     found = [of(x[k], *(r[k] for r in rows)) for k in range(count)]
     return np.moveaxis(np.stack(found) if found else x, 0, axis)
 
@@ -172,17 +103,19 @@ def _root(x):  # One over a square root: an integer of 30 bits and its shift.
     return root >> 1, 60 - up // 2
 
 
-class _Operations:
+class Operations:
     """Operations by name, of attributes, parameters by role, and inputs, in int64."""
 
     def __init__(self, params):
         self.params, self.left, self.seen = params, BUDGET, 0
 
     def spend(self, n):
+        """Counts what is computed; raises beyond a budget."""
         self.left -= n
         need(self.left >= 0, "this takes too long", Unknown)
 
     def product(self, x, y, contract, batch):
+        """Multiplies arrays, summed over pairs of axes, by BLAS where it is exact."""
         (cx, cy), (bx, by) = contract, batch
         fx = [d for d in range(x.ndim) if d not in (*cx, *bx)]
         fy = [d for d in range(y.ndim) if d not in (*cy, *by)]
@@ -194,16 +127,19 @@ class _Operations:
         right = y.transpose(*by, *cy, *fy).reshape(many, terms, columns)
         most = int(np.abs(left).max(initial=0)) * int(np.abs(right).max(initial=0))
         kind = "f8" if most * terms < 1 << 53 else "i8"  # float64 holds such sums.
-        shape = _fits(*size(x, bx), *size(x, fx), *size(y, fy))
+        shape = fits(*size(x, bx), *size(x, fx), *size(y, fy))
         return (left.astype(kind) @ right.astype(kind)).astype("i8").reshape(shape)
 
     def dot(self, a, p, x):
+        need(a["kernel_operand"] in (0, 1), "a kernel is the left or the right factor")
         x, y = [x - a["offset"], p["kernel"]][:: 1 if a["kernel_operand"] else -1]
         found = self.product(x, y, a["contract"], a["batch"])
         return (found << a["shift"]) + p["bias"]
 
     def conv(self, a, p, x):
         (lhs, rhs, out), groups = a["dimensions"], a["groups"]
+        whole = [sorted(axes) == [*range(x.ndim)] for axes in (lhs, rhs, out)]
+        need(all(whole), "axes of a convolution are no order of all")
         kernel, one, d = p["kernel"].transpose(rhs), (1, 1), x.ndim - 2
         steps, *own = ((*one, *a[k]) for k in ("strides", "input_dilation", "dilation"))
         window, pads = (*one, *kernel.shape[2:]), [(0, 0), (0, 0), *a["padding"]]
@@ -224,10 +160,25 @@ class _Operations:
 
     def requantize(self, a, p, x):
         rule, single = a["rule"], lambda x: x.astype("f4").astype("i8")
-        need(rule.endswith("half_even"), f"the rounding {rule!r} is not here", Unknown)
+        x = x - a["input_zero_point"]
+        if not rule.endswith("half_even"):
+            return _clipped(_rescaled(x, p["multiplier"], p["shift"], rule), a)
         once = single if rule.startswith("fp32") else np.copy
-        x = once(once(x - a["input_zero_point"]) * p["multiplier"])
+        x = once(once(x) * p["multiplier"])
         return _clipped(_rounded(x, p["shift"]), a)
+
+    def tflite_add(self, a, p, *xs):
+        rule, shifted = a["rule"], [x << a["left_shift"] for x in _about(a, xs)]
+        fit = all(np.abs(x).max(initial=0) < 1 << 31 for x in shifted)
+        need(fit, "shifted codes are beyond int32")
+        pairs = zip(shifted, a["multipliers"], a["shifts"], strict=True)
+        total = sum(_rescaled(*pair, rule) for pair in pairs)
+        return _clipped(_rescaled(total, a["multiplier"], a["shift"], rule), a)
+
+    def tflite_average(self, a, p, x):
+        need(p["counts"].min(initial=1) > 0, "an average of nothing")
+        share = (np.abs(x) + p["counts"] // 2) // p["counts"]
+        return _clipped(np.sign(x) * share, a)
 
     def running_sum(self, a, p, x):
         turn = np.flip if a["reverse"] else lambda x, axis: x
@@ -243,18 +194,18 @@ class _Operations:
         return _by_channel(a, x, [p["thresholds"], p["table"]], of)
 
     def embed(self, a, p, x):
-        _fits(*x.shape, *p["kernel"].shape[1:])
+        fits(*x.shape, *p["kernel"].shape[1:])
         return p["kernel"][x]
 
     def take(self, a, p, x):
         all_ = (x.size,) if a.get("crosses_examples") else (len(x), -1 if x.size else 0)
         x = x.reshape(all_)
-        _fits(*x.shape[:-1], *p["places"].shape)
+        fits(*x.shape[:-1], *p["places"].shape)
         return x[..., p["places"]]
 
     def constant(self, a, p, *xs):
         value, repeats = p["value"], len(xs[0]) if xs and len(p["value"]) == 1 else 1
-        return np.repeat(value, _fits(repeats, value.size)[0], 0) if xs else value
+        return np.repeat(value, fits(repeats, value.size)[0], 0) if xs else value
 
     def compare(self, a, p, x, y):
         names = {"eq": "equal", "ne": "not_equal", "lt": "less", "gt": "greater"}
@@ -264,17 +215,21 @@ class _Operations:
         return getattr(np, names[a["kind"]])(*sides)
 
     def reshape(self, a, p, x):
+        need(min(a["sizes"], default=0) >= -1, f"sizes are {a['sizes']}")
         sizes, known = a["sizes"], math.prod(n for n in a["sizes"] if n != -1)
         rest = x.size // known if known else len(x) if -1 in sizes else 0
         return x.reshape([rest if n == -1 else n for n in sizes])
 
     def broadcast(self, a, p, x):
+        rises = [*a["dimensions"]] == sorted(set(a["dimensions"]))
+        need(rises, f"dimensions {a['dimensions']} do not rise")
         own = dict(zip(a["dimensions"], x.shape, strict=True))
         sizes = [own[d] if n is None else n for d, n in enumerate(a["sizes"])]
         x = x.reshape([own.get(d, 1) for d in range(len(sizes))])
-        return np.broadcast_to(x, _fits(*sizes))
+        return np.broadcast_to(x, fits(*sizes))
 
     def slice(self, a, p, x):
+        need(len(a["start"]) == x.ndim, "a slice has other axes than its input")
         ends = zip(a["start"], a["stop"], a["steps"], strict=True)
         return x[tuple(slice(*end) for end in ends)]
 
@@ -326,15 +281,15 @@ class _Operations:
         return (*carry, *map(np.stack, kept))
 
     def run(self, graph, inputs):
+        """Computes a graph, each value held against its interval."""
         values, env = graph["values"], dict(zip(graph["inputs"], inputs, strict=True))
         for v in graph["inputs"]:
             self.hold(values[v], env[v], f"input %{v}")
         for node in graph["nodes"]:
             name, own, xs = node["operation"], {}, [env[v] for v in node["inputs"]]
-            need(name in OPERATIONS, f"the operation {name!r} is not here", Unknown)
             p = {role: self.params[k] for role, k in node.get("params", {}).items()}
             if name in ("add", "multiply", "multiply_codes", "maximum", "minimum"):
-                _fits(*np.broadcast_shapes(*(x.shape for x in [*xs, *p.values()])))
+                fits(*np.broadcast_shapes(*(x.shape for x in [*xs, *p.values()])))
             own = {**node.get("attributes", {}), **node.get("graphs", {})}
             found = getattr(self, name)(own, p, *xs)
             found = found if isinstance(found, tuple) else (found,)
@@ -349,30 +304,10 @@ class _Operations:
         low, high, rank = value["low"], value["high"], len(value["shape"])
         need(x.ndim == rank, f"{where} has {x.ndim} axes, not {rank}")
         ends = (int(x.min()), int(x.max())) if x.size else (low, high)
-        inside = low <= ends[0] <= ends[1] <= high and _holds(value["dtype"], low, high)
+        inside = low <= ends[0] <= ends[1] <= high and holds(value["dtype"], low, high)
         need(inside, f"{where} is in {[*ends]}, beyond [{low}, {high}]")
         self.spend(x.size + 1)
         self.seen += 1
-
-    def ends(self, graph, node):
-        """Returns the least and the largest accumulator, by the extremes of inputs."""
-        a, xs = node["attributes"], [graph["values"][v] for v in node["inputs"]]
-        p = {role: self.params[k] for role, k in node.get("params", {}).items()}
-        bias, shapes = p.get("bias", np.int64(0)), [list(x["shape"]) for x in xs]
-        if node["operation"] == "conv":
-            shapes[0][a["dimensions"][0][0]] = 1  # One example is enough.
-        own, run = {"bias": np.int64(0)}, getattr(self, node["operation"])
-        full = lambda s, q: np.full(_fits(*s), q)
-        of = lambda codes, k: run(a, {"kernel": k, **own}, *map(full, shapes, codes))
-        if "kernel" in p:  # The sums are least where codes have the other sign.
-            sides, pair = (np.maximum, np.minimum), (xs[0]["low"], xs[0]["high"])
-            up, down = (side(p["kernel"], 0) for side in sides)
-            found = [of([x], up) + of([y], down) for x, y in (pair, pair[::-1])]
-        else:
-            corners = itertools.product(*((x["low"], x["high"]) for x in xs))
-            found = [of(codes, None) for codes in corners]
-        found = [x + bias for x in found]
-        return min(int(x.min()) for x in found), max(int(x.max()) for x in found)
 
     sum_pool = _pool(np.sum, 0)
     max_pool = _pool(np.max, np.iinfo("i8").min)
@@ -387,6 +322,7 @@ class _Operations:
 
     multiply_codes = lambda self, a, p, *xs: math.prod(_about(a, xs))
     sum = lambda self, a, p, x: x.sum(tuple(a["axes"])) + a["bias"]
+    tflite_constant = lambda self, a, p: p["value"]
     clip = lambda self, a, p, x: np.clip(x, a["low"], a["high"])
     maximum = lambda self, a, p, x, y: np.maximum(x, y)
     minimum = lambda self, a, p, x, y: np.minimum(x, y)
@@ -399,101 +335,3 @@ class _Operations:
     rev = lambda self, a, p, x: np.flip(x, tuple(a["axes"]))
     pad = lambda self, a, p, x: _padded(x, a["padding"], a["padding_code"])
     select = lambda self, a, p, x, *xs: np.choose(np.broadcast_to(x, xs[0].shape), xs)
-
-
-SUMS = "dot conv multiply dot_codes multiply_codes sum sum_pool running_sum".split()
-OPERATIONS = {n for n in vars(_Operations) if not n.startswith("_")}
-OPERATIONS -= {"spend", "product", "run", "hold", "ends"}
-
-
-def _holds(dtype, low, high):
-    known = dtype in ("int8", "uint8", "int16", "uint16", "int32")
-    return known and np.iinfo(dtype).min <= low <= high <= np.iinfo(dtype).max
-
-
-def formed(graph):
-    """Raises unless texts, flags, numbers, sizes and grids have their types."""
-    values, nodes = graph["values"], graph["nodes"]
-    grids = [value["grid"] for value in values if value.get("grid") is not None]
-    parts = [*values, *nodes, *grids, *(node.get("attributes", {}) for node in nodes)]
-    for name, x in (item for part in parts for item in part.items()):
-        kind = bool if name.startswith("is_") else FORMS.get(name, type(x))
-        need(type(x) is kind, f"{name!r} is {x!r}, no {kind.__name__}")
-    for grid in grids:
-        scale = grid["scale"]
-        known = type(scale) is float and np.isfinite(np.float32(scale))
-        need(len(grid) == 2 and (known or type(scale) is dict), f"a grid is {grid}")
-    for n in (n for value in values for n in value["shape"]):
-        need(type(n) is int and n >= 0, f"a size is {n!r}")
-    for node in nodes:
-        zero = (values[node["output"]].get("grid") or {}).get("zero_point", 0)
-        same = node.get("attributes", {}).get("zero_point", zero) == zero
-        need(same, f"the zero point of a node is not that of its output, {zero}")
-
-
-def certificate(graph, own):
-    """Yields the line of each accumulator; raises where its interval is too short."""
-    formed(graph)
-    for node in graph["nodes"]:
-        value, path = graph["values"][node["output"]], node.get("path", "")
-        if node["operation"] in SUMS and math.prod(value["shape"]):
-            low, high = own.ends(graph, node)
-            bits = max(high, -1 - low).bit_length() + 1
-            inside = value["low"] <= low <= high <= value["high"] and bits <= 32
-            need(inside, f"{path!r} reaches [{low}, {high}], beyond its interval")
-            yield f"  {path or node['operation']:<44} {low:>12} {high:>12} {bits:>5}"
-        for inner in node.get("graphs", {}).values():
-            yield from certificate(inner, own)
-
-
-def drawn(graph):
-    """Returns codes at random for the inputs; free leading sizes are 2."""
-    rng, found = np.random.default_rng(0), []
-    for value in (graph["values"][v] for v in graph["inputs"]):
-        shape = list(value["shape"])
-        if shape and not value.get("fixed_by"):
-            shape[0] = min(shape[0], 2)
-        found.append(rng.integers(value["low"], value["high"] + 1, _fits(*shape)))
-    return found
-
-
-def checked(data):
-    """Yields what holds of a file, line by line."""
-    graph, params, golden, count = program(data)
-    own, of = _Operations(params), "__golden__/"
-    yield f"  {'accumulator':<44} {'least':>12} {'largest':>12} {'bits':>5}"
-    yield from certificate(graph, own)
-    given = [golden[f"{of}inputs/{k}"] for k in range(len(golden and graph["inputs"]))]
-    outputs = own.run(graph, [x.astype("i8") for x in given] or drawn(graph))
-    yield f"tensors {count}, each with its SHA-256"
-    kind = "golden inputs" if golden else "codes drawn at random, as none are golden"
-    yield f"values  {own.seen}, each within its interval, on {kind}"
-    for k, x in enumerate(outputs if golden else ()):
-        wanted = golden[f"{of}outputs/{k}"]
-        need(x.shape == wanted.shape, f"output {k} has the shape {x.shape}")
-        differ = int(np.sum(x != wanted))
-        need(not differ, f"{differ} of {x.size} golden codes of output {k} differ")
-        yield f"output  {k}: {x.size} golden codes, 0 differ"
-
-
-def main(arguments):
-    """Prints what holds of a file; returns the exit code."""
-    if len(arguments) != 1:
-        print("usage: python check.py FILE")
-        return 2
-    try:
-        with open(arguments[0], "rb") as file, np.errstate(all="ignore"):
-            for line in checked(file.read()):
-                print(line)
-    except (OSError, Unknown) as error:
-        print(f"UNKNOWN {arguments[0]}: {error}")
-        return 2
-    except Exception as error:  # Whatever a file that is none can raise.
-        print(f"WRONG {arguments[0]}: {type(error).__name__}: {error}")
-        return 1
-    print(f"OK {arguments[0]}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
