@@ -6,6 +6,7 @@ instruction set, ``QJAX_NUM_THREADS`` its threads.
 
 import ctypes
 import functools
+import hashlib
 import os
 import pathlib
 import weakref
@@ -231,6 +232,13 @@ class NativeKernel:
         if self._run(self.handle, self._at, *ends):
             raise RuntimeError(f"Native kernels failed: {_text(error)}.")
         return found
+
+    @functools.cached_property
+    def digest(self) -> np.ndarray:
+        """Returns 32 bytes that no other plan with other constants has."""
+        own = hashlib.sha256(self.plan.words.data)
+        own.update(self.packed.data)
+        return np.frombuffer(own.digest(), np.uint8)
 
     def explain(self) -> list[str]:
         """Returns the forms of the steps that the library chose."""
