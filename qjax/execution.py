@@ -86,7 +86,7 @@ class Mixture:
     def __init__(
         self, graph: Graph, params: Mapping[str, Any], library: Library
     ) -> None:
-        self.graph = graph
+        self.graph, self.library = graph, library
         arrays = {name: np.asarray(p) for name, p in params.items()}
         self._arrays = arrays
         shapes = value_shapes(

@@ -156,7 +156,7 @@ class IntegerProgram:
           backend: As for a call of the program.
 
         Returns:
-          ``run``, from NumPy codes to NumPy codes, in the types of the graph.
+          ``run``, from NumPy codes to NumPy codes; ``run.real``, between real values.
 
         Raises:
           ValueError: if there is no such backend, number of threads or batch size.

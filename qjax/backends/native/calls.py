@@ -15,7 +15,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from qjax.backends.native.examples import are_apart
-from qjax.backends.native.library import Library, NativeKernel
+from qjax.backends.native.library import ArrayCall, Library, NativeKernel
 from qjax.backends.native.plan import make_plan
 from qjax.backends.native.sharding import call_by_examples
 from qjax.backends.xla import run as xla
@@ -39,9 +39,9 @@ class KernelRuns(NamedTuple):
     times: int
     types: tuple[tuple[Shape, np.dtype], ...]
 
-    def run(self, inputs: Sequence[np.ndarray], threads: int) -> list[np.ndarray]:
-        """Computes the outputs of contiguous arrays, as `NativeKernel.run`."""
-        return self.kernel.run(inputs, threads, self.times, self.types)
+    def prepare(self, threads: int) -> ArrayCall:
+        """Returns a function from inputs to outputs: `NativeKernel.prepare`."""
+        return self.kernel.prepare(threads, self.times, self.types)
 
 
 class NativeGraph:
