@@ -32,14 +32,14 @@ class InputEnd(NamedTuple):
     real_shape: Shape
 
 
-def is_ready(x: Any, shape: Shape, dtype: np.dtype) -> bool:
-    """Returns whether native kernels read an array as it is."""
-    return (
-        type(x) is np.ndarray
-        and x.dtype == dtype
-        and x.shape == shape
-        and x.flags.num & _READY == _READY
-    )
+def is_of_type(x: Any, shape: Shape, dtype: np.dtype) -> bool:
+    """Returns whether an object is a plain array of a shape and a type."""
+    return type(x) is np.ndarray and x.dtype == dtype and x.shape == shape
+
+
+def ready(x: np.ndarray) -> np.ndarray:
+    """Returns an array as native kernels read it: itself, or a copy."""
+    return x if x.flags.num & _READY == _READY else np.array(x, order="C")
 
 
 def quantizer(end: InputEnd, library: Library | None) -> Callable[[Any], np.ndarray]:
@@ -47,7 +47,8 @@ def quantizer(end: InputEnd, library: Library | None) -> Callable[[Any], np.ndar
 
     Args:
       end: The input.
-      library: Library of native kernels, which quantize float32; XLA does the rest.
+      library: Library of native kernels, which quantize float32; XLA does the rest,
+        but for integers that are their own codes.
     """
     value, single = end.value, np.dtype(np.float32)
     native = library and library.grid_call("quantize", value, end.shape)
@@ -55,9 +56,9 @@ def quantizer(end: InputEnd, library: Library | None) -> Callable[[Any], np.ndar
     xla = jax.jit(lambda x: input_codes(jnp.reshape(x, end.shape), value))
 
     def quantize(x: Any) -> np.ndarray:
-        if native and is_ready(x, end.real_shape, single):
+        if native and is_of_type(x, end.real_shape, single):
             codes = np.empty(end.shape, own)
-            native(x, codes)
+            native(ready(x), codes)
             return codes
         if np.shape(x) != end.real_shape:
             raise ValueError(
@@ -66,6 +67,12 @@ def quantizer(end: InputEnd, library: Library | None) -> Callable[[Any], np.ndar
             )
         if value.is_place:
             check_range(end.name, x, value)
+        is_array = type(x) is np.ndarray and x.dtype.kind in "iu"
+        if value.grid is None and is_array and x.dtype.itemsize <= 4:
+            ends = np.iinfo(x.dtype)  # Integers are their own codes.
+            low, high = max(value.low, ends.min), min(value.high, ends.max)
+            codes = np.clip(x, low, high).astype(own, order="C")
+            return codes.reshape(end.shape)
         return np.asarray(xla(x))
 
     return quantize

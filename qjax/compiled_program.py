@@ -1,13 +1,13 @@
 """The direct road: NumPy codes in, NumPy codes out, no JAX between."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.array_ends import InputEnd, dequantizer, is_ready, quantizer
+from qjax.array_ends import InputEnd, dequantizer, is_of_type, quantizer, ready
 from qjax.backends.native.library import Library, thread_count
 from qjax.ends import check_range
 from qjax.execution import Backend, Execution
@@ -15,7 +15,21 @@ from qjax.graph.graph import Value
 from qjax.graph.sizes import Shape, input_shapes
 from qjax.tables import show_types
 
-Runner = Callable[..., Sequence[np.ndarray]]  # (inputs, outputs=None) -> outputs
+
+class CodeRunner(NamedTuple):
+    """A function from codes to codes.
+
+    Attributes:
+      run: ``(inputs, outputs=None) -> outputs``, of contiguous arrays.
+      backend: ``native`` or ``xla``.
+      shapes: Shapes of the outputs.
+      library: The library of native kernels, if they run all of it.
+    """
+
+    run: Callable[..., Sequence[np.ndarray]]
+    backend: Backend
+    shapes: Sequence[Shape]
+    library: Library | None
 
 
 class CompiledProgram:
@@ -31,15 +45,13 @@ class CompiledProgram:
 
     def __init__(
         self,
-        runner: Runner,
-        backend: Backend,
+        runner: CodeRunner,
         inputs: Sequence[InputEnd],
         outputs: Sequence[tuple[Value, Shape]],
         trees: tuple[Any, Any],
-        library: Library | None,
     ) -> None:
-        self.backend = backend
-        self._run, self._inputs = runner, tuple(inputs)
+        self.backend = runner.backend
+        self._run, self._inputs = runner.run, tuple(inputs)
         self._input_tree, self._output_tree = trees
         values = [(np.iinfo(end.value.dtype), end.value) for end in inputs]
         # Of the others no array of their type has codes out of range.
@@ -51,8 +63,8 @@ class CompiledProgram:
         # A tuple of arrays, and one array out, as most models have.
         self._is_plain = self._input_tree == jax.tree.structure((0,) * len(inputs))
         self._is_single = self._output_tree == jax.tree.structure(0)
-        self._quantizers = [quantizer(end, library) for end in inputs]
-        self._dequantizers = [dequantizer(*end, library) for end in outputs]
+        self._quantizers = [quantizer(end, runner.library) for end in inputs]
+        self._dequantizers = [dequantizer(*end, runner.library) for end in outputs]
 
     def __call__(self, *codes: Any, out: Any = None) -> Any:
         """Computes output codes from input codes.
@@ -71,10 +83,11 @@ class CompiledProgram:
             or some that share memory with each other or the inputs.
         """
         flat = self._flat(codes)
-        given = [
-            x if is_ready(x, *own) else self._ready(flat, x)
-            for x, own in zip(flat, self._types, strict=True)
-        ]
+        given = []
+        for x, own in zip(flat, self._types, strict=True):
+            if not is_of_type(x, *own):
+                self._refuse(flat)
+            given.append(ready(x))
         for k in self._narrow:
             check_range(self._inputs[k].name, given[k], self._inputs[k].value)
         if out is not None:
@@ -123,16 +136,11 @@ class CompiledProgram:
             return found[0]
         return jax.tree.unflatten(self._output_tree, found)
 
-    def _ready(self, flat: Sequence[Any], x: Any) -> np.ndarray:
-        """Returns a copy that native kernels read; refuses what is no input."""
-        self._refuse(flat)
-        return np.array(x, order="C")
-
     def _targets(self, out: Any, given: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Returns the arrays that receive the outputs; refuses others."""
         flat, tree = jax.tree.flatten(out)
         fits = tree == self._output_tree and all(
-            is_ready(y, *own) and y.flags.writeable
+            is_of_type(y, *own) and y.flags.writeable and ready(y) is y
             for y, own in zip(flat, self._output_types, strict=True)
         )
         if not fits:
@@ -181,22 +189,40 @@ def compiled(
     graph, count = execution.graph, thread_count(threads)
     shapes = [v.shape for v in execution.inputs]
     if batch_size is not None:
-        _check_size(batch_size)
+        check_size(batch_size)
         shapes = input_shapes(graph, batch_size)
         if batch_size not in {shape[0] for shape in shapes if shape}:
             raise ValueError(
                 f"`batch_size` must be one that this program takes, got {batch_size}: "
                 f"its inputs have shapes {shapes}. Lower the model for this size."
             )
-    mixture = execution.mixture(backend)
+    runner = make_runner(execution, shapes, count, backend)
     rows = zip(names, execution.inputs, shapes, shapes, strict=True)
-    inputs, trees = [InputEnd(*row) for row in rows], (input_tree, output_tree)
     values = [graph.values[v] for v in graph.outputs]
+    outputs = list(zip(values, runner.shapes, strict=True))
+    trees = input_tree, output_tree
+    return CompiledProgram(runner, [InputEnd(*row) for row in rows], outputs, trees)
+
+
+def make_runner(
+    execution: Execution,
+    shapes: Sequence[Shape],
+    threads: int,
+    backend: Backend | None,
+) -> CodeRunner:
+    """Makes a function from NumPy codes to NumPy codes.
+
+    Args:
+      execution: The graph and its parameters.
+      shapes: Shapes of the inputs.
+      threads: Number of threads, at most.
+      backend: As for a call of the program.
+    """
+    mixture = execution.mixture(backend)
     if mixture is not None and mixture.is_whole:
         runs = mixture.native[0].schedule(shapes)
-        outputs = [(v, t[0]) for v, t in zip(values, runs.types, strict=True)]
-        ends = inputs, outputs, trees, mixture.library
-        return CompiledProgram(runs.prepare(count), "native", *ends)
+        sizes = [shape for shape, _ in runs.types]
+        return CodeRunner(runs.prepare(threads), "native", sizes, mixture.library)
 
     def run(
         codes: list[np.ndarray], outputs: Sequence[np.ndarray] | None = None
@@ -207,17 +233,18 @@ def compiled(
             y[...] = q
         return outputs or found
 
+    pairs = zip(shapes, execution.inputs, strict=True)
     # Compiles, and refuses shapes.
-    found = run([np.zeros(shape, v.dtype) for _, v, shape, _ in inputs])
-    outputs = [(v, q.shape) for v, q in zip(values, found, strict=True)]
-    return CompiledProgram(run, "xla", inputs, outputs, trees, None)
+    found = run([np.zeros(shape, v.dtype) for shape, v in pairs])
+    return CodeRunner(run, "xla", [q.shape for q in found], None)
 
 
 def _kind(x: Any) -> str:
     return show_types([x]) if isinstance(x, np.ndarray) else type(x).__name__
 
 
-def _check_size(batch_size: Any) -> None:
+def check_size(batch_size: Any) -> None:
+    """Raises ValueError for what is no number of examples."""
     is_size = isinstance(batch_size, int) and not isinstance(batch_size, bool)
     if not is_size or batch_size < 0:
         raise ValueError(f"`batch_size` must be 0 or more, got {batch_size!r}.")

@@ -183,7 +183,7 @@ class Execution:
         if library is None:
             return self._of_xla(kind)(self.params, *inputs)
         mixture = self._mixture(kind == "sites", library)
-        shapes = [np.shape(x) for x in inputs]
+        shapes = self.code_shapes(kind, inputs)
         # Sizes of an export may be names.
         is_known = all(isinstance(n, int) for shape in shapes for n in shape)
         if not mixture.native or not is_known:
@@ -319,6 +319,10 @@ class Execution:
         return jax.jit(self.quantize)
 
     # The ends.
+
+    def code_shapes(self, kind: Kind, inputs: Sequence[Any]) -> list[Shape]:
+        """Returns the shapes of the codes of inputs, which are those of `run`."""
+        return [np.shape(x) for x in inputs]
 
     @property
     def inputs(self) -> list[Value]:
