@@ -294,11 +294,15 @@ class Execution:
             return ""
         if jax.default_backend() != "cpu":
             return f"native kernels run on the CPU, not on {jax.default_backend()}"
-        if any(isinstance(p, jax.core.Tracer) for p in self.params.values()):
+        if self._is_traced:
             return "the parameters are traced"
         if not library.handlers:
             return "the native library was built without the headers of jaxlib"
         return ""
+
+    @functools.cached_property
+    def _is_traced(self) -> bool:
+        return any(isinstance(p, jax.core.Tracer) for p in self.params.values())
 
     def _make_mixture(self, has_sites: bool, library: Library) -> Mixture:
         graph = self._exposed[0] if has_sites else self.graph

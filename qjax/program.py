@@ -178,7 +178,7 @@ class IntegerProgram:
         flat = self.execution.jitted_quantize(self._flat(inputs))
         return jax.tree.unflatten(self.input_tree, flat)
 
-    @property
+    @functools.cached_property
     def input_names(self) -> tuple[str, ...]:
         """Returns the names of the inputs, flat: ``input 0``, ``input:1['image']``."""
         places = range(self.input_tree.num_leaves)
