@@ -32,13 +32,15 @@ class InputEnd(NamedTuple):
     real_shape: Shape
 
 
-def is_of_type(x: Any, shape: Shape, dtype: np.dtype) -> bool:
-    """Returns whether an object is a plain array of a shape and a type."""
-    return type(x) is np.ndarray and x.dtype == dtype and x.shape == shape
-
-
 def ready(x: np.ndarray) -> np.ndarray:
     """Returns an array as native kernels read it: itself, or a copy."""
+    return x if x.flags.num & _READY == _READY else np.array(x, order="C")
+
+
+def fitting(x: Any, shape: Shape, dtype: np.dtype) -> np.ndarray | None:
+    """Returns a plain array as native kernels read it; None for anything else."""
+    if type(x) is not np.ndarray or x.dtype != dtype or x.shape != shape:
+        return None
     return x if x.flags.num & _READY == _READY else np.array(x, order="C")
 
 
@@ -56,9 +58,9 @@ def quantizer(end: InputEnd, library: Library | None) -> Callable[[Any], np.ndar
     xla = jax.jit(lambda x: input_codes(jnp.reshape(x, end.shape), value))
 
     def quantize(x: Any) -> np.ndarray:
-        if native and is_of_type(x, end.real_shape, single):
+        if native and (real := fitting(x, end.real_shape, single)) is not None:
             codes = np.empty(end.shape, own)
-            native(ready(x), codes)
+            native(real, codes)
             return codes
         if np.shape(x) != end.real_shape:
             raise ValueError(

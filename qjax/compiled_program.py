@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.array_ends import InputEnd, dequantizer, is_of_type, quantizer, ready
+from qjax.array_ends import InputEnd, dequantizer, fitting, quantizer, ready
 from qjax.backends.native.library import Library, thread_count
 from qjax.ends import check_range
 from qjax.execution import Backend, Execution
@@ -85,9 +85,11 @@ class CompiledProgram:
         flat = self._flat(codes)
         given = []
         for x, own in zip(flat, self._types, strict=True):
-            if not is_of_type(x, *own):
+            array = fitting(x, *own)
+            if array is None:
                 self._refuse(flat)
-            given.append(ready(x))
+                array = ready(np.asarray(x))  # Of a subclass.
+            given.append(array)
         for k in self._narrow:
             check_range(self._inputs[k].name, given[k], self._inputs[k].value)
         if out is not None:
@@ -140,7 +142,7 @@ class CompiledProgram:
         """Returns the arrays that receive the outputs; refuses others."""
         flat, tree = jax.tree.flatten(out)
         fits = tree == self._output_tree and all(
-            is_of_type(y, *own) and y.flags.writeable and ready(y) is y
+            isinstance(y, np.ndarray) and y.flags.writeable and fitting(y, *own) is y
             for y, own in zip(flat, self._output_types, strict=True)
         )
         if not fits:

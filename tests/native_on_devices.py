@@ -123,6 +123,17 @@ def check_two_inputs() -> None:
     check(program.codes, oracle(program, codes), P("d"), "", *split)
 
 
+def check_donated() -> None:
+    """The memory of an input is that of an output."""
+    x = np.random.default_rng(1).normal(size=(8, 6)).astype("f")
+    program = lowered(lambda x: (jnp.flip(x, 1), x), x)
+    codes = codes_of(program, 8)
+    run = jax.jit(program.codes, donate_argnums=0)
+    flipped, same = run(on(LINE, P("d"), codes[0]))
+    np.testing.assert_array_equal(flipped, codes[0][:, ::-1])
+    np.testing.assert_array_equal(same, codes[0])
+
+
 def check_meeting() -> None:
     """Examples that meet are gathered."""
     x = np.random.default_rng(1).normal(size=(8, 6)).astype("f")
@@ -142,4 +153,5 @@ if __name__ == "__main__":
     # Examples share its kernels, another number of them on each device.
     check_meshes(lowered(lambda x: jax.nn.gelu(x @ wide[0]) @ wide[1], normal(8, 512)))
     check_two_inputs()
+    check_donated()
     check_meeting()

@@ -171,7 +171,11 @@ def test_arrays_between_the_places_of_their_type_are_copied():
     apart[...] = codes
     assert not apart.flags.aligned
     run = program.compile(2)
-    np.testing.assert_array_equal(run(apart), run(codes))
+    wanted = run(codes)
+    np.testing.assert_array_equal(run(apart), wanted)
+    subclass = type("Subclass", (np.ndarray,), {})
+    np.testing.assert_array_equal(run(codes.view(subclass)), wanted)
+    np.testing.assert_array_equal(run(np.repeat(codes, 2, 1)[:, ::2]), wanted)
     real = codes * np.float32(0.1)
     block = np.zeros(real.nbytes + 1, np.uint8)
     apart = block[1:].view(np.float32).reshape(real.shape)
