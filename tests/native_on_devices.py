@@ -3,11 +3,14 @@
 python tests/native_on_devices.py [gspmd], in a process with four devices.
 """
 
+import os
 import re
 import sys
+import tempfile
 from typing import Any
 
 import jax
+import jax.experimental.compilation_cache.compilation_cache
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -134,6 +137,22 @@ def check_donated() -> None:
     np.testing.assert_array_equal(same, codes[0])
 
 
+def check_caches(make: Any) -> None:
+    """Caches of compiled programs tell two programs apart, of other weights alone."""
+    jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
+    with tempfile.TemporaryDirectory() as folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+        jax.experimental.compilation_cache.compilation_cache.reset_cache()
+        for sign in (1, -1, 1):
+            program = make(sign)
+            codes = codes_of(program, 12)
+            found = program.codes(on(LINE, P("d"), codes[0]))
+            np.testing.assert_array_equal(found, oracle(program, codes))
+            assert os.listdir(folder)
+
+
 def check_meeting() -> None:
     """Examples that meet are gathered."""
     x = np.random.default_rng(1).normal(size=(8, 6)).astype("f")
@@ -151,7 +170,11 @@ if __name__ == "__main__":
     check_meshes(small)
     check_surroundings(small)
     # Examples share its kernels, another number of them on each device.
-    check_meshes(lowered(lambda x: jax.nn.gelu(x @ wide[0]) @ wide[1], normal(8, 512)))
+    make = lambda sign: lowered(
+        lambda x: jax.nn.gelu(x @ (sign * wide[0])) @ wide[1], normal(8, 512)
+    )
+    check_meshes(make(1))
     check_two_inputs()
     check_donated()
     check_meeting()
+    check_caches(make)
