@@ -115,6 +115,7 @@ def check_surroundings(program: qjax.IntegerProgram) -> None:
         jax.config.update("jax_use_shardy_partitioner", False)
         check(run, wanted, P("b"), "", on(SQUARE, P("b"), x))
         check(run, wanted, P("a"), "all-gather", on(SQUARE, P("a", "b"), x))
+        jax.config.update("jax_use_shardy_partitioner", True)
 
 
 def check_two_inputs() -> None:
