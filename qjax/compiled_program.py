@@ -1,19 +1,35 @@
 """The direct road: NumPy codes in, NumPy codes out, no JAX between."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.backends.native.library import thread_count
+from qjax.array_ends import InputEnd, dequantizer, fitting, quantizer, ready
+from qjax.backends.native.library import Library, thread_count
 from qjax.ends import check_range
 from qjax.execution import Backend, Execution
 from qjax.graph.graph import Value
-from qjax.graph.sizes import input_shapes
+from qjax.graph.sizes import Shape, input_shapes
+from qjax.tables import show_types
 
-Runner = Callable[[list[np.ndarray]], list[np.ndarray]]
+
+class CodeRunner(NamedTuple):
+    """A function from codes to codes.
+
+    Attributes:
+      run: ``(inputs, outputs=None) -> outputs``, of contiguous arrays.
+      backend: ``native`` or ``xla``.
+      shapes: Shapes of the outputs.
+      library: The library of native kernels, if they run all of it.
+    """
+
+    run: Callable[..., Sequence[np.ndarray]]
+    backend: Backend
+    shapes: Sequence[Shape]
+    library: Library | None
 
 
 class CompiledProgram:
@@ -29,70 +45,135 @@ class CompiledProgram:
 
     def __init__(
         self,
-        runner: Runner,
-        backend: Backend,
-        inputs: Sequence[tuple[str, Value, tuple[int, ...]]],
+        runner: CodeRunner,
+        inputs: Sequence[InputEnd],
+        outputs: Sequence[tuple[Value, Shape]],
         trees: tuple[Any, Any],
     ) -> None:
-        self.backend = backend
-        self._run, self._inputs = runner, tuple(inputs)
+        self.backend = runner.backend
+        self._run, self._inputs = runner.run, tuple(inputs)
         self._input_tree, self._output_tree = trees
-        ends = [(np.iinfo(v.dtype), v) for _, v, _ in inputs]
+        values = [(np.iinfo(end.value.dtype), end.value) for end in inputs]
         # Of the others no array of their type has codes out of range.
         self._narrow = [
-            k for k, (t, v) in enumerate(ends) if v.low > t.min or v.high < t.max
+            k for k, (t, v) in enumerate(values) if v.low > t.min or v.high < t.max
         ]
-        self._types = [(shape, np.dtype(v.dtype)) for _, v, shape in inputs]
+        self._types = [(end.shape, np.dtype(end.value.dtype)) for end in inputs]
+        self._output_types = [(shape, np.dtype(v.dtype)) for v, shape in outputs]
         # A tuple of arrays, and one array out, as most models have.
         self._is_plain = self._input_tree == jax.tree.structure((0,) * len(inputs))
         self._is_single = self._output_tree == jax.tree.structure(0)
+        self._quantizers = [quantizer(end, runner.library) for end in inputs]
+        self._dequantizers = [dequantizer(*end, runner.library) for end in outputs]
 
-    def __call__(self, *codes: Any) -> Any:
+    def __call__(self, *codes: Any, out: Any = None) -> Any:
         """Computes output codes from input codes.
+
+        Args:
+          *codes: Codes, in the types of the graph.
+          out: Arrays that receive the outputs, nested as they are; None for new ones.
+
+        Returns:
+          The output codes: ``out``, if it was given.
 
         Raises:
           TypeError: if codes are not arrays of the types of the graph.
           ValueError: if they are nested otherwise, have another shape, or lie outside
-            their range.
+            their range; if ``out`` has other arrays than the outputs, read-only ones,
+            or some that share memory with each other or the inputs.
         """
-        flat: Sequence[Any] = codes
-        if not self._is_plain or len(codes) != len(self._types):
-            flat, tree = jax.tree.flatten(codes)
-            if tree != self._input_tree:
-                raise ValueError(
-                    f"The program takes inputs nested as {self._input_tree}, got "
-                    f"{tree}."
-                )
+        flat = self._flat(codes)
         given = []
-        for x, (shape, dtype) in zip(flat, self._types, strict=True):
-            if type(x) is not np.ndarray or x.dtype != dtype or x.shape != shape:
+        for x, own in zip(flat, self._types, strict=True):
+            array = fitting(x, *own)
+            if array is None:
                 self._refuse(flat)
-            given.append(x if x.flags.c_contiguous else np.ascontiguousarray(x))
+                array = ready(np.asarray(x))  # Of a subclass.
+            given.append(array)
         for k in self._narrow:
-            name, v, _ = self._inputs[k]
-            check_range(name, given[k], v)
+            check_range(self._inputs[k].name, given[k], self._inputs[k].value)
+        if out is not None:
+            self._run(given, self._targets(out, given))
+            return out
         found = self._run(given)
+        return found[0] if self._is_single else self._nested(found)
+
+    def real(self, *inputs: Any) -> Any:
+        """Computes real outputs from real inputs, the numbers of the program's call.
+
+        Native kernels compute the codes of float32 arrays and the real values of
+        outputs of one scale. Arrays of other types, inputs with a rescaling or rounded
+        as TFLite has it, and outputs of a scale a channel go through JAX.
+
+        Args:
+          *inputs: Inputs of the model, for this batch size.
+
+        Returns:
+          NumPy arrays in the structure of the model's outputs: float32, and integers
+          in the model's type where an output has no grid.
+
+        Raises:
+          ValueError: if inputs are nested otherwise or have another shape; if one
+            chooses rows of a table that are not there.
+        """
+        flat = self._flat(inputs)
+        codes = [own(x) for own, x in zip(self._quantizers, flat, strict=True)]
+        pairs = zip(self._dequantizers, self._run(codes), strict=True)
+        return self._nested([own(q) for own, q in pairs])
+
+    def _flat(self, inputs: tuple[Any, ...]) -> Sequence[Any]:
+        """Returns the leaves of inputs; refuses those that are nested otherwise."""
+        if self._is_plain and len(inputs) == len(self._types):
+            return inputs
+        flat, tree = jax.tree.flatten(inputs)
+        if tree != self._input_tree:
+            raise ValueError(
+                f"The program takes inputs nested as {self._input_tree}, got {tree}."
+            )
+        return flat
+
+    def _nested(self, found: Sequence[np.ndarray]) -> Any:
+        """Returns outputs in their structure."""
         if self._is_single:
             return found[0]
         return jax.tree.unflatten(self._output_tree, found)
 
+    def _targets(self, out: Any, given: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Returns the arrays that receive the outputs; refuses others."""
+        flat, tree = jax.tree.flatten(out)
+        fits = tree == self._output_tree and all(
+            isinstance(y, np.ndarray) and y.flags.writeable and fitting(y, *own) is y
+            for y, own in zip(flat, self._output_types, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join(f"{t}{list(shape)}" for shape, t in self._output_types)
+            raise ValueError(
+                f"`out` must hold contiguous, writable NumPy arrays {wanted}, nested "
+                f"as {self._output_tree}, got {tree} of {', '.join(map(_kind, flat))}."
+            )
+        for k, y in enumerate(flat):
+            if any(np.may_share_memory(y, x) for x in (*given, *flat[:k])):
+                raise ValueError(
+                    "`out` must share no memory with the inputs or within itself: "
+                    "kernels write outputs before they have read all inputs."
+                )
+        return flat
+
     def _refuse(self, flat: Sequence[Any]) -> None:
         """Raises for the first input that is none."""
-        for x, (name, _, _), (shape, dtype) in zip(
-            flat, self._inputs, self._types, strict=True
-        ):
+        for x, end, (shape, dtype) in zip(flat, self._inputs, self._types, strict=True):
             is_array = isinstance(x, np.ndarray) and not isinstance(
                 x, np.ma.MaskedArray
             )
             if not is_array or x.dtype != dtype:
                 found = x.dtype if is_array else type(x).__name__
                 raise TypeError(
-                    f"{name} must be a NumPy array of {dtype}, got {found}. Compute "
-                    "codes with `program.quantize_inputs`."
+                    f"{end.name} must be a NumPy array of {dtype}, got {found}. "
+                    "Compute codes with `program.quantize_inputs`, or call `real`."
                 )
             if x.shape != shape:
                 raise ValueError(
-                    f"{name} must have shape {shape}, got {x.shape}. Compile the "
+                    f"{end.name} must have shape {shape}, got {x.shape}. Compile the "
                     "program for this batch size."
                 )
 
@@ -110,31 +191,62 @@ def compiled(
     graph, count = execution.graph, thread_count(threads)
     shapes = [v.shape for v in execution.inputs]
     if batch_size is not None:
-        _check_size(batch_size)
+        check_size(batch_size)
         shapes = input_shapes(graph, batch_size)
         if batch_size not in {shape[0] for shape in shapes if shape}:
             raise ValueError(
                 f"`batch_size` must be one that this program takes, got {batch_size}: "
                 f"its inputs have shapes {shapes}. Lower the model for this size."
             )
-    mixture = execution.mixture(backend)
-    inputs = list(zip(names, execution.inputs, shapes, strict=True))
+    runner = make_runner(execution, shapes, count, backend)
+    rows = zip(names, execution.inputs, shapes, shapes, strict=True)
+    values = [graph.values[v] for v in graph.outputs]
+    outputs = list(zip(values, runner.shapes, strict=True))
     trees = input_tree, output_tree
+    return CompiledProgram(runner, [InputEnd(*row) for row in rows], outputs, trees)
+
+
+def make_runner(
+    execution: Execution,
+    shapes: Sequence[Shape],
+    threads: int,
+    backend: Backend | None,
+) -> CodeRunner:
+    """Makes a function from NumPy codes to NumPy codes.
+
+    Args:
+      execution: The graph and its parameters.
+      shapes: Shapes of the inputs.
+      threads: Number of threads, at most.
+      backend: As for a call of the program.
+    """
+    mixture = execution.mixture(backend)
     if mixture is not None and mixture.is_whole:
-        schedule = mixture.native[0].schedule(shapes)
-        native: Runner = lambda codes: schedule.run(codes, count)
-        return CompiledProgram(native, "native", inputs, trees)
+        runs = mixture.native[0].schedule(shapes)
+        sizes = [shape for shape, _ in runs.types]
+        return CodeRunner(runs.prepare(threads), "native", sizes, mixture.library)
 
-    def run(codes: list[np.ndarray]) -> list[np.ndarray]:
+    def run(
+        codes: list[np.ndarray], outputs: Sequence[np.ndarray] | None = None
+    ) -> Sequence[np.ndarray]:
         own = [jnp.asarray(q) for q in codes]
-        return [np.asarray(q) for q in execution.run("codes", own, backend)]
+        found = [np.asarray(q) for q in execution.run("codes", own, backend)]
+        for y, q in zip(outputs or (), found, strict=bool(outputs)):
+            y[...] = q
+        return outputs or found
 
-    types = [np.zeros(shape, v.dtype) for _, v, shape in inputs]
-    run(types)  # Compiles, and refuses shapes.
-    return CompiledProgram(run, "xla", inputs, trees)
+    pairs = zip(shapes, execution.inputs, strict=True)
+    # Compiles, and refuses shapes.
+    found = run([np.zeros(shape, v.dtype) for shape, v in pairs])
+    return CodeRunner(run, "xla", [q.shape for q in found], None)
 
 
-def _check_size(batch_size: Any) -> None:
+def _kind(x: Any) -> str:
+    return show_types([x]) if isinstance(x, np.ndarray) else type(x).__name__
+
+
+def check_size(batch_size: Any) -> None:
+    """Raises ValueError for what is no number of examples."""
     is_size = isinstance(batch_size, int) and not isinstance(batch_size, bool)
     if not is_size or batch_size < 0:
         raise ValueError(f"`batch_size` must be 0 or more, got {batch_size!r}.")

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.backends.xla import run as xla
 from qjax.compiled_program import CompiledProgram, compiled
 from qjax.costs.graphs import layers_of
 from qjax.costs.layers import Layers
@@ -20,8 +19,8 @@ from qjax.graph import files
 from qjax.graph.certificate import Report, certify
 from qjax.graph.graph import Graph, Grid, Value
 from qjax.graph.packing import nbytes
-from qjax.graph.streaming import Streamed, streamed
 from qjax.leaves import arguments_of, at_start, difference, leaf_names
+from qjax.steps import CompiledStep, StepExecution, compiled_step
 from qjax.tables import show_types
 
 
@@ -156,7 +155,7 @@ class IntegerProgram:
           backend: As for a call of the program.
 
         Returns:
-          ``run``, from NumPy codes to NumPy codes, in the types of the graph.
+          ``run``, from NumPy codes to NumPy codes; ``run.real``, between real values.
 
         Raises:
           ValueError: if there is no such backend, number of threads or batch size.
@@ -179,7 +178,7 @@ class IntegerProgram:
         flat = self.execution.jitted_quantize(self._flat(inputs))
         return jax.tree.unflatten(self.input_tree, flat)
 
-    @property
+    @functools.cached_property
     def input_names(self) -> tuple[str, ...]:
         """Returns the names of the inputs, flat: ``input 0``, ``input:1['image']``."""
         places = range(self.input_tree.num_leaves)
@@ -219,34 +218,18 @@ class IntegerProgram:
           ValueError: for a program that was lowered without ``streaming``; for another
             number of examples where the program fixes it.
         """
-        own = self._streamed
-        zeros = []
-        for name, v in zip(self.input_names, self._inputs, strict=True):
-            shape = list(v.shape)
-            if batch_size is not None and shape and v.time_axis != 0:
-                if v.fixed_by and batch_size != shape[0]:
-                    raise ValueError(
-                        f"{at_start(name)} of the program has {shape[0]} examples, "
-                        f"fixed by {v.fixed_by}, got {batch_size}. Lower the model for "
-                        "this number."
-                    )
-                shape[0] = batch_size
-            code = min(max(v.zero_point, v.low), v.high)
-            zeros.append(jnp.full(shape, code, v.dtype))
-        values = xla.run(own.start, own.start_params, zeros)
-        states = own.step.inputs[: len(own.start.outputs)]
-        return tuple(
-            values[v].astype(own.step.values[state].dtype)
-            for v, state in zip(own.start.outputs, states, strict=True)
-        )
+        return self._steps.initial_state(batch_size)
 
-    def step(self, state: Any, *inputs: Any) -> tuple[tuple[jax.Array, ...], Any]:
+    def step(
+        self, state: Any, *inputs: Any, backend: Backend | None = None
+    ) -> tuple[tuple[jax.Array, ...], Any]:
         """Computes one step of a sequence: the codes that the whole has at its time.
 
         Args:
           state: State of `initial_state` or of the last step.
           *inputs: Inputs of the model at one time: without the axes of time that
             ``lower(..., streaming=)`` named.
+          backend: As for a call of the program.
 
         Returns:
           The next state, and the outputs at this time, real values as float32; what
@@ -256,63 +239,42 @@ class IntegerProgram:
           ValueError: for a program that was lowered without ``streaming``; for the
             state of another program, and inputs of other shapes.
         """
-        own = self._streamed
-        wanted = [own.step.values[v] for v in own.step.inputs[: len(own.start.outputs)]]
-        given = jax.tree.leaves(state)
-        types = [jax.typeof(jnp.asarray(x)) for x in given]
-        found = [(x.shape[1:], str(x.dtype)) for x in types]
-        if found != [(v.shape[1:], v.dtype) for v in wanted]:
-            raise ValueError(
-                f"`state` must hold {show_types(wanted)}, the examples aside, got "
-                f"{show_types(types)}. "
-                "Start from `initial_state` of this program."
-            )
         flat, tree = jax.tree.flatten(inputs)
         if tree != self.input_tree:
             raise ValueError(
                 f"The program takes inputs nested as {self.input_tree}, got {tree}."
             )
-        for name, x, v in zip(self.input_names, flat, self._inputs, strict=True):
-            shape = [n for d, n in enumerate(v.shape) if d != v.time_axis]
-            own_shape = list(np.shape(x))
-            if len(own_shape) != len(shape) or own_shape[1:] != shape[1:]:
-                raise ValueError(
-                    f"{at_start(name)} of a step must have shape "
-                    f"{('batch', *shape[1:])}, got {tuple(own_shape)}."
-                )
-            if v.is_place:
-                check_range(name, x, v)
-        states, outputs = self._run_step(own.params, given, flat)
+        states, outputs = self._steps.step(jax.tree.leaves(state), flat, backend)
         return tuple(states), self._unflatten(outputs)
 
-    @functools.cached_property
-    def _streamed(self) -> Streamed:
-        """Returns the graphs of a step and of the first state."""
-        if all(v.time_axis is None for v in self._inputs):
-            raise ValueError(
-                "This program has no steps: lower the model with `streaming={0: 1}`, "
-                "the axis of time by the number of an input."
-            )
-        return streamed(self.graph, self.params)
+    def compile_step(
+        self,
+        batch_size: int | None = None,
+        *,
+        threads: int | None = None,
+        backend: Backend | None = None,
+    ) -> CompiledStep:
+        """Compiles `step` for one number of examples, as `compile` does a program.
+
+        Args:
+          batch_size: Number of examples; None for that of lowering.
+          threads: As in `compile`.
+          backend: As for a call of the program.
+
+        Returns:
+          ``run``, from a state and real inputs to the next state and real outputs, all
+          of NumPy.
+
+        Raises:
+          ValueError: as `compile` and `initial_state`.
+        """
+        trees = self.input_tree, self.output_tree
+        return compiled_step(self._steps, trees, batch_size, threads, backend)
 
     @functools.cached_property
-    def _run_step(self) -> Callable[..., Any]:
-        own, count = self._streamed, len(self._streamed.start.outputs)
-
-        def step(params: Any, state: list[Any], inputs: list[Any]) -> Any:
-            whole = [
-                x if v.time_axis is None else jnp.expand_dims(x, v.time_axis)
-                for x, v in zip(inputs, self._inputs, strict=True)
-            ]
-            given = [*state, *self.execution.quantize(whole)]
-            values = xla.run(own.step, params, given)
-            found = [values[v] for v in own.step.outputs]
-            real = self.execution.dequantize(found[count:])
-            pairs = zip(real, own.axes, strict=True)
-            outputs = [x if axis is None else jnp.squeeze(x, axis) for x, axis in pairs]
-            return found[:count], outputs
-
-        return jax.jit(step)
+    def _steps(self) -> StepExecution:
+        """Returns the functions of a step."""
+        return StepExecution(self.graph, self.params, self.input_names)
 
     def save(self, path: str | os.PathLike[str], *, golden: Any = None) -> None:
         """Writes the program to one file, which `qjax.load` reads, all or nothing.

@@ -330,7 +330,7 @@ class BodyTest(chex.TestCase):
 
     @parameterized.parameters(
         ((32, 34, 34, 16), (3, 3, 16, 16), 1, bodies.windows),
-        ((32, 34, 34, 16), (3, 3, 16, 32), 1, bodies.windows),
+        ((32, 34, 34, 16), (3, 3, 16, 32), 1, bodies.convolution),
         ((64, 58, 58, 64), (3, 3, 64, 64), 1, bodies.convolution),
         ((64, 224, 224, 3), (7, 7, 3, 64), 1, bodies.windows),
         ((32, 34, 34, 3), (3, 3, 3, 16), 1, bodies.convolution),

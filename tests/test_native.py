@@ -106,6 +106,59 @@ def test_a_graph_in_pieces_is_the_oracle(partly):
     np.testing.assert_array_equal(run(x), wanted)
 
 
+@pytest.fixture
+def no_sort(monkeypatch):
+    """Native kernels that lack sorts."""
+    monkeypatch.delitem(NATIVE, "sort", raising=False)
+
+
+def looped(width):
+    """A loop that sorts what it carries, between products."""
+    draw = np.random.default_rng(width)
+    kernels = draw.normal(0, 0.1, (2, width, width)).astype(np.float32)
+
+    def fn(kernels, x):
+        def step(h, t):
+            h = jnp.sort(nn.relu(t @ kernels[0] + h), -1)
+            h = jnp.tanh(h @ kernels[1])
+            return h, h
+
+        start = jnp.zeros((x.shape[0], width))
+        return jax.lax.scan(step, start, x.transpose(1, 0, 2))[1]
+
+    x = images(2, 5, width)
+    qmodel = qjax.quantize_model(fn, kernels, x)
+    return qjax.lower(qmodel, kernels, qjax.calibrate(qmodel, kernels, [x]), x)
+
+
+@pytest.mark.kept
+def test_a_loop_of_xla_runs_native_kernels_where_products_are_large(no_sort):
+    program = looped(128)
+    x = codes_of(program, 2)
+    wanted = oracle(program, x)
+    text = jax.jit(program.codes).lower(x).as_text()
+    assert text.count("custom_call @qjax_native") == 2 and "while" in text
+    np.testing.assert_array_equal(program.codes(x), wanted)
+    np.testing.assert_array_equal(program.compile(2)(x), wanted)
+    pair = np.stack([x, x[::-1]])
+    found = jax.vmap(program.codes)(pair)
+    np.testing.assert_array_equal(found, np.stack([oracle(program, y) for y in pair]))
+    real = images(2, 5, 128, seed=3)
+    sites, outputs = program.run_sites(real)
+    others = program.run_sites(real, backend="xla")
+    jax.tree.map(np.testing.assert_array_equal, (sites, outputs), others)
+    (row,) = [row for row in program.backend_report().rows if "loop" in row.node]
+    assert row.backend == "xla" and "nodes of its body" in row.reason
+    assert "sort" in row.reason
+
+
+def test_a_loop_of_xla_with_small_products_is_xla_whole(no_sort):
+    program = looped(16)
+    x = codes_of(program, 2)
+    assert "qjax_native" not in jax.jit(program.codes).lower(x).as_text()
+    np.testing.assert_array_equal(program.codes(x), oracle(program, x))
+
+
 def test_quantization_points_are_those_of_xla(program):
     x = images(3, 7, 6, 3, seed=5)
     ours, outputs = program.run_sites(x)

@@ -64,7 +64,7 @@ ROOMS = (
     ("backends",),
     ("ends",),
     ("costs",),
-    ("execution", "compiled_program"),
+    ("execution", "array_ends", "compiled_program", "steps"),
     ("program",),
     ("quantizers",),
     ("calibration",),

@@ -11,6 +11,9 @@ from jax import lax
 
 import qjax
 from qjax import QSpec, Scheme
+from qjax.backends.native.library import find_library
+
+NO_LIBRARY = find_library().library is None
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(0, 1, (3, 7, 4)).astype(np.float32)
@@ -89,9 +92,13 @@ def _lowered(fn, scheme=FLOATS, axes=((0, 1),)):
 
 def _stepped(program, x):
     """The outputs of all steps, joined along time, and those of the last."""
-    state, found = program.initial_state(len(x)), []
+    return _joined(program.step, program.initial_state(len(x)), x)
+
+
+def _joined(step, state, x):
+    found = []
     for t in range(x.shape[1]):
-        state, out = program.step(state, x[:, t])
+        state, out = step(state, x[:, t])
         found.append(jax.tree.leaves(out))
     return [np.stack(column, 1) for column in zip(*found, strict=True)]
 
@@ -104,6 +111,64 @@ def test_steps_have_the_codes_of_the_whole_sequence(name):
         whole = jax.tree.leaves(program(x))
         for a, b in zip(whole, _stepped(program, x), strict=True):
             np.testing.assert_array_equal(b if a.ndim == 3 else b[:, -1], a)
+    run = program.compile_step(len(x))
+    assert run.backend == ("xla" if NO_LIBRARY else "native")
+    found = _joined(run, run.initial_state(), x)
+    jax.tree.map(np.testing.assert_array_equal, found, _stepped(program, x))
+
+
+def test_a_step_is_one_native_call_and_the_same_on_xla():
+    program = _lowered(_recurrent)
+    state, x = program.initial_state(3), X[:, 0]
+    if not NO_LIBRARY:
+        text = jax.jit(program.step).lower(state, x).as_text()
+        assert text.count("custom_call @qjax_native") == 1
+    found = program.step(state, x)
+    other = program.compile_step(backend="xla")
+    assert other.backend == "xla"
+    own = other(other.initial_state(), x)
+    for again in (program.step(state, x, backend="xla"), own):
+        jax.tree.map(np.testing.assert_array_equal, again, found)
+    assert all(type(y) is np.ndarray for y in jax.tree.leaves(own))
+    mapped = jax.vmap(program.step)(*jax.tree.map(lambda x: x[None], (state, x)))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b), mapped, found)
+
+
+def test_a_compiled_step_leaves_its_state_and_refuses_others():
+    program = _lowered(_recurrent)
+    run = program.compile_step(2)
+    state = run.initial_state()
+    kept = [x.copy() for x in state]
+    first = run(state, X[:2, 0])
+    jax.tree.map(np.testing.assert_array_equal, run(state, X[:2, 0]), first)
+    jax.tree.map(np.testing.assert_array_equal, list(state), kept)
+    again = run(tuple(map(jnp.asarray, state)), X[:2, 0])  # Arrays of JAX too.
+    jax.tree.map(np.testing.assert_array_equal, again, first)
+    with pytest.raises(ValueError, match="`state` must hold"):
+        run(program.initial_state(3), X[:2, 0])
+    with pytest.raises(ValueError, match=r"must have shape \(2, 4\), got \(3, 4\)"):
+        run(state, X[:, 0])
+    with pytest.raises(ValueError, match="inputs nested as"):
+        run(state, X[:2, 0], 1)
+    with pytest.raises(ValueError, match="`batch_size` must be 0 or more"):
+        program.compile_step(-1)
+    with pytest.raises(ValueError, match="has no steps: lower the model with"):
+        qjax.lower(*_calibrated(_recurrent, FLOATS)).compile_step()
+
+
+def test_steps_along_the_first_axis():
+    fn = lambda p, x: lax.scan(
+        lambda h, t: (jnp.tanh(t @ p["a"] + h), h), jnp.zeros((3, 4)), x
+    )[1]
+    x = X.transpose(1, 0, 2)
+    qmodel = qjax.quantize_model(fn, W, x)
+    qstate = qjax.calibrate(qmodel, W, [x])
+    program = qjax.lower(qmodel, W, qstate, x, streaming={0: 0})
+    run = program.compile_step()
+    found = _joined(run, run.initial_state(), X)[0]
+    np.testing.assert_array_equal(found.transpose(1, 0, 2), program(x))
+    with pytest.raises(ValueError, match="`batch_size` must be one that"):
+        program.compile_step(2)
 
 
 def test_a_streaming_program_and_its_state_are_saved(tmp_path):
@@ -210,5 +275,10 @@ def test_tokens_stream_and_must_be_in_their_table():
     np.testing.assert_array_equal(_stepped(program, tokens)[0], program(tokens))
     with pytest.raises(ValueError, match="must lie in"):
         program(np.full((3, 5), 99, np.int32))
-    with pytest.raises(ValueError, match="must lie in"):
-        program.step(program.initial_state(3), np.full(3, 99, np.int32))
+    run = program.compile_step()
+    np.testing.assert_array_equal(
+        _joined(run, run.initial_state(), tokens)[0], program(tokens)
+    )
+    for step in (program.step, run):
+        with pytest.raises(ValueError, match="must lie in"):
+            step(program.initial_state(3), np.full(3, 99, np.int32))

@@ -15,8 +15,9 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from qjax.backends.native.examples import are_apart
-from qjax.backends.native.library import Library, NativeKernel
+from qjax.backends.native.library import ArrayCall, Library, NativeKernel
 from qjax.backends.native.plan import make_plan
+from qjax.backends.native.sharding import call_by_examples
 from qjax.backends.xla import run as xla
 from qjax.graph.graph import Graph
 from qjax.graph.sizes import Shape, value_shapes
@@ -38,9 +39,9 @@ class KernelRuns(NamedTuple):
     times: int
     types: tuple[tuple[Shape, np.dtype], ...]
 
-    def run(self, inputs: Sequence[np.ndarray], threads: int) -> list[np.ndarray]:
-        """Computes the outputs of contiguous arrays, as `NativeKernel.run`."""
-        return self.kernel.run(inputs, threads, self.times, self.types)
+    def prepare(self, threads: int) -> ArrayCall:
+        """Returns a function from inputs to outputs: `NativeKernel.prepare`."""
+        return self.kernel.prepare(threads, self.times, self.types)
 
 
 class NativeGraph:
@@ -136,10 +137,10 @@ class NativeGraph:
                 return lax.platform_dependent(
                     packed,
                     *inputs,
-                    cpu=lambda packed, *xs: self._bind(packed, xs, threads),
+                    cpu=lambda packed, *xs: self._shared(packed, xs, threads),
                     default=lambda packed, *xs: self._xla(xs),
                 )
-            return self._bind(packed, inputs, threads)
+            return self._shared(packed, inputs, threads)
 
         @run.def_vmap
         def rule(size: int, is_mapped: Any, packed: Any, *inputs: jax.Array) -> Any:
@@ -166,6 +167,23 @@ class NativeGraph:
         packed = self.schedule([x.shape for x in joined]).kernel.packed
         found = self.call(packed, joined, threads)
         return [x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in found]
+
+    def _shared(
+        self, packed: Any, inputs: Sequence[jax.Array], threads: int
+    ) -> list[jax.Array]:
+        """Computes the outputs, on each device those of its own examples."""
+        shapes = value_shapes(self.graph, self.params, [x.shape for x in inputs])
+        if not are_apart(self.graph, self.params, shapes):
+            return self._bind(packed, inputs, threads)
+        whole = self.schedule([x.shape for x in inputs]).kernel
+
+        def call(packed: Any, *inputs: jax.Array) -> list[jax.Array]:
+            own = self.schedule([x.shape for x in inputs]).kernel
+            # A kernel that examples share may be one for another number of them.
+            return self._bind(packed if own is whole else own.packed, inputs, threads)
+
+        outputs = [shapes[v] for v in self.graph.outputs]
+        return call_by_examples(call, packed, inputs, outputs, whole.digest)
 
     def _bind(
         self, packed: Any, inputs: Sequence[jax.Array], threads: int

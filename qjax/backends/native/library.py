@@ -6,16 +6,20 @@ instruction set, ``QJAX_NUM_THREADS`` its threads.
 
 import ctypes
 import functools
+import hashlib
+import math
 import os
 import pathlib
+import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from qjax.backends.native.emission import ABI
+from qjax.backends.native.emission import ABI, DTYPES
 from qjax.backends.native.plan import NativePlan
+from qjax.graph.graph import Value
 from qjax.graph.sizes import Shape
 
 PATH = pathlib.Path(__file__).parent / "libqjax_native.so"
@@ -24,7 +28,9 @@ HANDLERS = {"instantiate": "QjaxNativeInstantiate", "execute": "QjaxNativeRun"}
 _ERROR_SIZE = 512
 _MOST_THREADS = 1 << 16
 _ALIGNMENT = 64
-_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+_MOST_STEPS = 1 << 21  # From the zero point of a grid.
+ArrayCall = Callable[..., Sequence[np.ndarray]]
+_FUNCTIONS: dict[str, tuple[Any, list[Any] | None]] = {
     "version": (ctypes.c_char_p, []),
     "isa": (ctypes.c_char_p, []),
     "set_isa": (ctypes.c_int, [ctypes.c_char_p]),
@@ -51,6 +57,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
             *[ctypes.c_char_p, ctypes.c_int64],
         ],
     ),
+    # No types: the calls below give those of C, which takes less time.
+    **dict.fromkeys(("run", "quantize", "dequantize"), (ctypes.c_int, None)),
     "explain": (
         ctypes.c_char_p,
         [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64],
@@ -92,6 +100,43 @@ class Library:
         error = ctypes.create_string_buffer(_ERROR_SIZE)
         own = words.ctypes.data, len(words), error, _ERROR_SIZE
         return _text(error) if self.call["pack_size"](*own) < 0 else ""
+
+    def grid_call(
+        self, name: str, value: Value, shape: Shape
+    ) -> Callable[[np.ndarray, np.ndarray], None] | None:
+        """Returns a function that computes codes of one grid, or their real values.
+
+        Args:
+          name: ``quantize``, from float32 to codes, or ``dequantize``, from codes to
+            float32.
+          value: Input or output of a graph.
+          shape: Shape of the arrays.
+
+        Returns:
+          ``(source, target) -> None``, on contiguous arrays; None for a grid of
+          another kind.
+        """
+        if value.grid is None or value.dtype not in DTYPES or np.ndim(value.grid.scale):
+            return None
+        scale, zero = value.grid.array(), value.grid.zero_point
+        # Beyond these numbers XLA takes those without an exponent for 0.
+        is_plain = 2.0**-100 <= scale <= 2.0**100 and abs(zero) < 1 << 31
+        if name == "quantize":
+            steps = max(abs(value.low - zero), abs(value.high - zero))
+            is_plain &= steps <= _MOST_STEPS and value.rounding == "half_even"
+            is_plain &= value.rescaling == (1.0, 0.0)
+        if not is_plain:
+            return None
+        ends = DTYPES.index(value.dtype), zero, value.low, value.high
+        floats = scale, np.float32(1) / scale
+        own = ctypes.byref(_CodesOfGrid(*ends, math.prod(shape), _HEAD, *floats))
+        call, places = self.call[name], ctypes.c_void_p * 2
+
+        def run(source: np.ndarray, target: np.ndarray) -> None:
+            failed = call(own, places(_end(source), _end(target)))
+            assert not failed, value
+
+        return run
 
     @property
     def handlers(self) -> dict[str, Any]:
@@ -174,6 +219,51 @@ def thread_count(threads: int | None = None) -> int:
     return min(threads, _MOST_THREADS)
 
 
+def _address(x: np.ndarray) -> int:
+    return x.__array_interface__["data"][0]
+
+
+def _head() -> int:
+    """Returns where arrays hold the addresses of their data, or 0 if that is not known.
+
+    In NumPy's C interface, `PyArrayObject`, that is right after the head of the object.
+    NumPy itself takes a microsecond to give an address.
+    """
+    head, read = object.__basicsize__, ctypes.c_void_p.from_address
+    whole = np.arange(12, dtype=np.int32)
+    probes = whole, whole[3:], whole.reshape(3, 4)[1:, ::2], np.empty(0), np.empty(())
+    if sys.implementation.name != "cpython":
+        return 0
+    return head if all(read(id(x) + head).value == _address(x) for x in probes) else 0
+
+
+_HEAD = _head()
+_end: Callable[[np.ndarray], int] = id if _HEAD else _address  # As kernels take arrays.
+
+
+class _Runs(ctypes.Structure):
+    """Shares what all calls of a plan have in common: `QjaxNativeRuns`."""
+
+    _fields_ = [
+        ("plan", ctypes.c_void_p),
+        ("packed", ctypes.c_void_p),
+        *(
+            (name, ctypes.c_int64)
+            for name in "inputs outputs times threads head".split()
+        ),
+    ]
+
+
+class _CodesOfGrid(ctypes.Structure):
+    """Describes an array of codes: `QjaxNativeGrid`."""
+
+    _INTEGERS = "dtype", "zero_point", "low", "high", "count", "head"
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _INTEGERS),
+        *((name, ctypes.c_float) for name in ("scale", "inverse")),
+    ]
+
+
 class NativeKernel:
     """A plan with its packed constants, ready to run on arrays in memory.
 
@@ -202,35 +292,61 @@ class NativeKernel:
         if not self.handle:
             raise RuntimeError(f"Native kernels refuse a plan: {_text(error)}.")
         weakref.finalize(self, library.call["free"], self.handle)
-        self._run, self._at = library.call["run_many"], self.packed.ctypes.data
+        self._at = self.packed.ctypes.data
         self.types = [(shape, np.dtype(dtype)) for shape, dtype in plan.outputs]
 
-    def run(
+    def prepare(
         self,
-        inputs: Sequence[np.ndarray],
         threads: int,
         times: int = 1,
         types: Sequence[tuple[Shape, np.dtype]] | None = None,
-    ) -> list[np.ndarray]:
-        """Computes the outputs of contiguous arrays of the plan's shapes and types.
+    ) -> ArrayCall:
+        """Returns a function from contiguous arrays of the plan to its outputs.
 
         Args:
-          inputs: Inputs, those of several runs one after the other.
           threads: Number of threads, at most.
-          times: Number of runs.
+          times: Number of runs, over inputs one after the other.
           types: Shapes and types of the outputs of all runs; None for one run.
 
-        Raises:
-          RuntimeError: if the library has no memory left.
+        Returns:
+          ``(inputs, outputs=None) -> outputs``. The outputs are new arrays where none
+          are given. It raises RuntimeError if the library has no memory left.
         """
-        found = [np.empty(shape, dtype) for shape, dtype in types or self.types]
-        given = (ctypes.c_void_p * max(len(inputs), 1))(*map(_address, inputs))
-        made = (ctypes.c_void_p * max(len(found), 1))(*map(_address, found))
+        own, count = types or self.types, int(self.plan.words[3])
+        runs = _Runs(self.handle, self._at, count, len(own), times, threads, _HEAD)
+        places = ctypes.c_void_p * max(count + len(own), 1)
+        call, shared, empty = self.library.call["run"], ctypes.byref(runs), np.empty
+
+        def run(
+            inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray] | None = None
+        ) -> Sequence[np.ndarray]:
+            if outputs is None:
+                outputs = [empty(shape, dtype) for shape, dtype in own]
+            ends = places(*map(_end, inputs), *map(_end, outputs))
+            if call(shared, ends):
+                self._raise(runs, ends)
+            return outputs
+
+        return run
+
+    def _raise(self, runs: "_Runs", ends: Any) -> None:
+        """Raises for a run that failed, unless it does not fail again."""
         error = ctypes.create_string_buffer(_ERROR_SIZE)
-        ends = given, made, times, threads, error, _ERROR_SIZE
-        if self._run(self.handle, self._at, *ends):
+        outputs = ctypes.addressof(ends) + runs.inputs * ctypes.sizeof(ctypes.c_void_p)
+        own = self.handle, self._at, ends, outputs, runs.times, runs.threads
+        if self.library.call["run_many"](*own, error, _ERROR_SIZE):
             raise RuntimeError(f"Native kernels failed: {_text(error)}.")
-        return found
+
+    def run(self, inputs: Sequence[np.ndarray], threads: int) -> Sequence[np.ndarray]:
+        """Computes the outputs of contiguous arrays, once: see `prepare`."""
+        return self.prepare(threads)(inputs)
+
+    @functools.cached_property
+    def digest(self) -> np.ndarray:
+        """Returns 32 bytes that no other plan with other constants has."""
+        own = hashlib.sha256(self.plan.words.data)
+        own.update(self.packed.data)
+        return np.frombuffer(own.digest(), np.uint8)
 
     def explain(self) -> list[str]:
         """Returns the forms of the steps that the library chose."""
@@ -245,10 +361,6 @@ def aligned(size: int) -> np.ndarray:
     whole = np.zeros(size + _ALIGNMENT, np.uint8)
     first = -whole.ctypes.data % _ALIGNMENT
     return whole[first : first + size]
-
-
-def _address(x: np.ndarray) -> int:
-    return x.__array_interface__["data"][0]
 
 
 def _text(error: Any) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from qjax.integer import align_products, requantize, requantize_sum
 from qjax.integer_division import divided
 from qjax.integer_softmax import coded, fraction, log_codes, probabilities
 
+RunBody = Callable[[Sequence[jax.Array]], list[jax.Array]]  # Inputs to outputs.
 NodeBody = Callable[[Node, Mapping[str, jax.Array], Sequence[jax.Array]], jax.Array]
 
 
@@ -52,6 +54,7 @@ def run_nodes(
     params: Mapping[str, jax.Array],
     env: dict[int, jax.Array],
     sites: dict[str, jax.Array] | None = None,
+    bodies: Mapping[int, RunBody] = MappingProxyType({}),
 ) -> None:
     """Computes what the nodes of a graph do.
 
@@ -60,11 +63,13 @@ def run_nodes(
       params: Parameters of the graph, by name.
       env: Receives the values by number, and has those that the nodes read.
       sites: As in `run`, of graphs inside of the nodes alone.
+      bodies: By the first output of a loop, what computes its body; XLA the others.
     """
     for node in graph.nodes:
         given = [env[v] for v in node.inputs]
         if node.graphs:
-            found = LOOPS[node.operation](node, params, given, sites)
+            run_body = bodies.get(node.output)
+            found = LOOPS[node.operation](node, params, given, sites, run_body)
         else:
             found = [BODIES[node.operation](node, params, given)]
         for v, x in zip(node.outputs, found, strict=True):
@@ -76,6 +81,7 @@ def _loop(
     params: Mapping[str, jax.Array],
     inputs: Sequence[jax.Array],
     sites: dict[str, jax.Array] | None,
+    run_body: RunBody | None,
 ) -> list[jax.Array]:
     a, body = node.attributes, node.graphs["body"]
     first, carries = a["consts"] + a["carries"], a["carries"]
@@ -86,8 +92,11 @@ def _loop(
     def step(carry: Any, xs: Any) -> Any:
         own: dict[str, jax.Array] | None = None if sites is None else {}
         operands = [*given[: a["consts"]], *carry, *xs]
-        values = run(body, params, operands, own)
-        made = [values[v] for v in body.outputs]
+        if run_body is None:
+            values = run(body, params, operands, own)
+            made = [values[v] for v in body.outputs]
+        else:
+            made = run_body(operands)
         types = [x.dtype for x in carry]
         kept = [x.astype(t) for x, t in zip(made[:carries], types, strict=True)]
         return kept, (made[carries:], own)

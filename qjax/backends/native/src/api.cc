@@ -333,6 +333,12 @@ int qjax_native_run_many(const void* plan, const uint8_t* packed,
   });
 }
 
+int qjax_native_run(const QjaxNativeRuns* runs, void** ends) {
+  qjax::find_data(ends, runs->inputs + runs->outputs, runs->head);
+  return qjax_native_run_many(runs->plan, runs->packed, ends, ends + runs->inputs,
+                              runs->times, static_cast<int>(runs->threads), nullptr, 0);
+}
+
 const char* qjax_native_explain(void* plan, const uint8_t* packed, int64_t step) {
   thread_local std::string text;
   text = qjax::guarded<std::string>("", nullptr, 0, [&] {

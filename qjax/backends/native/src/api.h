@@ -23,5 +23,25 @@ QJAX_EXPORT int qjax_native_run_many(const void* plan, const uint8_t* packed,
                                      const void* const* inputs, void* const* outputs,
                                      int64_t times, int threads, char* error,
                                      int64_t error_size);
+// What all calls of a plan share. `head` is how far into the objects that are called
+// ends the addresses of their data lie; 0 if the ends are addresses of data.
+struct QjaxNativeRuns {
+  const void* plan;
+  const uint8_t* packed;
+  int64_t inputs, outputs, times, threads, head;
+};
+// As `run_many`, which has the text of an error. `ends` are the inputs, then the
+// outputs, and are addresses of data afterwards.
+QJAX_EXPORT int qjax_native_run(const QjaxNativeRuns* runs, void** ends);
+// Codes of one grid, real = scale * (code - zero_point), code in [low, high].
+struct QjaxNativeGrid {
+  int64_t dtype, zero_point, low, high, count, head;
+  float scale, inverse;
+};
+// codes = clip(round(x * inverse) + zero_point, low, high), half to even; NaN counts as
+// 0. `ends` are the real values, then the codes.
+QJAX_EXPORT int qjax_native_quantize(const QjaxNativeGrid* grid, void** ends);
+// `ends` are the codes, then the real values.
+QJAX_EXPORT int qjax_native_dequantize(const QjaxNativeGrid* grid, void** ends);
 QJAX_EXPORT const char* qjax_native_explain(void* plan, const uint8_t* packed, int64_t step);
 }

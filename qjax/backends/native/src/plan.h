@@ -161,6 +161,13 @@ struct Constants {
   }
 };
 
+// Replaces objects by the addresses that they hold `head` bytes from their beginning.
+inline void find_data(void** ends, int64_t count, int64_t head) {
+  for (int64_t i = 0; head > 0 && i < count; ++i) {
+    ends[i] = *reinterpret_cast<void**>(static_cast<uint8_t*>(ends[i]) + head);
+  }
+}
+
 // Where the buffers of one run are.
 struct Memory {
   const uint8_t* packed;
