@@ -2,11 +2,13 @@
 #include "avx2.h"
 //
 #include "tiles.h"
+//
+#include "wide.h"
 
 namespace qjax {
 
 const Kernels kAvx2 = {"avx2",    V::kLanes,     0,           false,         Shorts::kTaps,
                        V::channel_of, nullptr, run_shorts, run_narrow, run_depthwise, run_rows,
-                       run_pair_sum, run_dot};
+                       run_pair_sum, run_dot, QJAX_WIDE};
 
 }  // namespace qjax

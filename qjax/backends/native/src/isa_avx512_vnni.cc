@@ -147,11 +147,16 @@ struct Shorts {
 }  // namespace qjax
 
 #include "tiles.h"
+//
+#ifndef QJAX_SIMDE
+#include "vbmi.h"
+#endif
+#include "wide.h"
 
 namespace qjax {
 
 const Kernels kAvx512Vnni = {"avx512_vnni", V::kLanes,  Bytes::kTaps, false,
                              Shorts::kTaps, V::channel_of, run_bytes, run_shorts, run_narrow,
-                             run_depthwise, run_rows, run_pair_sum, run_dot};
+                             run_depthwise, run_rows, run_pair_sum, run_dot, QJAX_WIDE};
 
 }  // namespace qjax

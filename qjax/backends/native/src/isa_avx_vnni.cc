@@ -29,11 +29,13 @@ struct Bytes {
 }  // namespace qjax
 
 #include "tiles.h"
+//
+#include "wide.h"
 
 namespace qjax {
 
 const Kernels kAvxVnni = {"avx_vnni", V::kLanes,  Bytes::kTaps, false,
                           Shorts::kTaps, V::channel_of, run_bytes, run_shorts, run_narrow,
-                          run_depthwise, run_rows, run_pair_sum, run_dot};
+                          run_depthwise, run_rows, run_pair_sum, run_dot, QJAX_WIDE};
 
 }  // namespace qjax

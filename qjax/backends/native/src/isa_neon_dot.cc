@@ -114,11 +114,13 @@ struct Shorts {
 }  // namespace qjax
 
 #include "tiles.h"
+//
+#include "wide.h"
 
 namespace qjax {
 
 const Kernels kNeonDot = {"neon_dot", V::kLanes,  Bytes::kTaps, true,
                           Shorts::kTaps, V::channel_of, run_bytes, run_shorts, run_narrow,
-                          run_depthwise, run_rows, run_pair_sum, run_dot};
+                          run_depthwise, run_rows, run_pair_sum, run_dot, QJAX_WIDE};
 
 }  // namespace qjax

@@ -96,11 +96,13 @@ struct Shorts {
 }  // namespace qjax
 
 #include "tiles.h"
+//
+#include "wide.h"
 
 namespace qjax {
 
 const Kernels kPortable = {"portable", V::kLanes,  0,          false,         Shorts::kTaps,
                            V::channel_of, nullptr, run_shorts, run_narrow, run_depthwise, run_rows,
-                           run_pair_sum, run_dot};
+                           run_pair_sum, run_dot, QJAX_WIDE};
 
 }  // namespace qjax

@@ -33,6 +33,7 @@ struct alignas(64) PackedRequantizer {
   int32_t input_zero_point, zero_point, low, high;
   int32_t width;  // Channels, filled up to whole registers twice over.
   int32_t is_single;  // All channels have the first one's numbers.
+  int32_t is_narrow;  // Products of accumulators and multipliers have 61 bits.
 
   QJAX_INLINE const int32_t* multiplier() const {
     return reinterpret_cast<const int32_t*>(this + 1);
@@ -106,6 +107,59 @@ struct PairSum {
   uint8_t* out;
 };
 
+// Terms of weighted sums: sums[i] (+)= (x[i] - zero_point) * multiplier.
+struct Weighted {
+  const int32_t* x;
+  int64_t n;
+  int32_t zero_point, multiplier;
+  bool is_first;  // Sets the sums.
+  int64_t* sums;
+};
+
+// Codes of sums: clip(sum / 2^shift + zero_point), halves to even; |sum| < 2^62.
+struct Rounded {
+  const int64_t* sums;
+  int64_t n, shift;
+  int32_t zero_point, low, high;
+  int32_t* out;
+};
+
+// Normalisations of rows: the formula of qjax/graph/operations/normalisations.py.
+struct NormRows {
+  const void* in;
+  void* out;
+  int64_t in_dtype, out_dtype;
+  int64_t rows, n, period;
+  const int32_t* multiplier;  // [period, n]
+  const int64_t* bias;        // Shifted, with half of the last step.
+  bool is_centred;
+  bool is_small;  // Codes are below 2^10 about their zero point.
+  int32_t input_zero_point;
+  int64_t epsilon, floor, point;
+  int64_t fraction;  // Bits behind the point of normalised values.
+  int64_t shift, least, most;  // Ends of steps.
+  int32_t zero_point;
+  int32_t* scratch;  // [n]
+};
+
+constexpr int64_t kBytes = 256;
+
+// Softmaxes of rows of bytes: the formula of qjax/graph/operations/normalisations.py.
+struct SoftmaxRows {
+  const uint8_t* in;
+  const uint8_t* mask;  // Null, or 0 where a place is left out.
+  uint8_t* out;
+  uint8_t flip;  // Makes unsigned bytes of codes: 128 or 0.
+  int64_t rows, n;
+  const uint32_t* table;  // Exponentials by distance, [kBytes].
+  const uint8_t* planes;  // Their bytes, [4, kBytes], the lowest first.
+  int64_t empty;          // Of a row without places: 0 all codes of 0, 1 all, 2 alike.
+  uint64_t plus, multiplier;
+  int64_t shift;
+  int32_t zero_point, low, high;
+  uint8_t* scratch;  // [n]
+};
+
 struct Kernels {
   const char* name;
   int lanes;       // Integers of 32 bits in a register.
@@ -121,6 +175,14 @@ struct Kernels {
   void (*rows)(const Rows&);
   void (*pair_sum)(const PairSum&);
   int64_t (*dot)(const int16_t* a, const int16_t* b, int64_t n);
+  // Of the exact form, halves to even, where `is_narrow`.
+  void (*exact_rows)(const Rows&);
+  void (*weigh)(const Weighted&);
+  void (*round)(const Rounded&);
+  void (*norm)(const NormRows&);
+  void (*softmax)(const SoftmaxRows&);
+  // out[i] = table[in[i]], `kBytes` of them.
+  void (*look_up)(const uint8_t* table, const uint8_t* in, uint8_t* out, int64_t n);
 };
 
 extern const Kernels kPortable;
