@@ -112,7 +112,8 @@ def dot(e: Emission, node: Node) -> None:
         code = e.arranged(code, x, [*free, *batch, *summed])
         axes = [(rows, groups * channels, groups * outputs if groups > 1 else step[0])]
         terms = [(channels, 1)]
-    lead, *space = axes or [(1, 1, 1)]
+    # Rows of the last axis share a tile.
+    lead, *space = axes if len(axes) > _SPACE else [(1, 1, 1), *axes]
     space = [(1, 1, 1)] * (_SPACE - len(space)) + space
     sizes, ins, outs = ([axis[k] for axis in space] for k in range(3))
     window = _ProductWords(

@@ -131,15 +131,18 @@ struct NormRows {
   int64_t in_dtype, out_dtype;
   int64_t rows, n, period;
   const int32_t* multiplier;  // [period, n]
-  const int64_t* bias;        // Shifted, with half of the last step.
+  // Shifted, with half of the last step: [period, width]; of each register of 32 bits
+  // the even places, then the odd ones.
+  const int64_t* bias;
+  int64_t width;
   bool is_centred;
   bool is_small;  // Codes are below 2^10 about their zero point.
   int32_t input_zero_point;
   int64_t epsilon, floor, point;
   int64_t fraction;  // Bits behind the point of normalised values.
-  int64_t shift, least, most;  // Ends of steps.
-  int32_t zero_point;
-  int32_t* scratch;  // [n]
+  int64_t shift;
+  int32_t zero_point, low, high;
+  int32_t* scratch;  // [width]
 };
 
 constexpr int64_t kBytes = 256;

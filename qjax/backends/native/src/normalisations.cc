@@ -215,10 +215,10 @@ class Norm : public Step {
     r_.rows = words.size();
     r_.n = words.next(1, int64_t{1} << 31, "a norm must be of codes");
     r_.period = words.next(1, kMostElements, "numbers must have rows");
-    const int64_t count = count_of({r_.period, r_.n});
-    multiplier_ = Kept(maker, words.size(), count * 4);
+    r_.width = (r_.n + set_.lanes - 1) / set_.lanes * set_.lanes;
+    multiplier_ = Kept(maker, words.size(), count_of({r_.period, r_.n}) * 4);
     from_ = words.size();
-    bias_ = maker.layout.reserve(count * 8);
+    bias_ = maker.layout.reserve(count_of({r_.period, r_.width}) * 8);
     r_.is_centred = words.flag();
     check(words.size() == r_.n, "a group must have as many codes as its row");
     r_.epsilon = words.next(0, int64_t{1} << 60, "epsilon must have 60 bits");
@@ -229,29 +229,31 @@ class Norm : public Step {
     r_.shift = words.next(0, 62, "a shift must lie in 0 to 62");
     bias_shift_ = words.next(0, 31, "a left shift must lie in 0 to 31");
     r_.zero_point = words.int32();
-    const int32_t low = words.int32(), high = words.int32();
+    r_.low = words.int32();
+    r_.high = words.int32();
     const int64_t all = count_of({r_.rows, r_.n});
     maker.holds(in_.buffer, all);
     maker.holds(out_.buffer, all);
-    check_fits(out_.dtype, low, high);
-    r_.least = static_cast<int64_t>(low) - r_.zero_point;
-    r_.most = static_cast<int64_t>(high) - r_.zero_point;
+    check_fits(out_.dtype, r_.low, r_.high);
     // Bits behind the point of values that their group's root bounds.
     int bits = 0;
     while ((int64_t{1} << bits) < r_.n) ++bits;
     r_.fraction = 30 - (r_.is_centred ? (bits + 1) / 2 : 0) + more;
-    r_.is_small = size_of(in_.dtype) == 1 && std::abs(static_cast<int64_t>(r_.input_zero_point)) < 512;
+    r_.is_small = size_of(in_.dtype) == 1 && -512 < r_.input_zero_point &&
+                  r_.input_zero_point < 512;
     r_.in_dtype = static_cast<int64_t>(in_.dtype);
     r_.out_dtype = static_cast<int64_t>(out_.dtype);
   }
   void pack(const Constants& constants, uint8_t* packed) const override {
     multiplier_.pack(constants, packed);
-    const int64_t count = count_of({r_.period, r_.n});
+    const int64_t count = count_of({r_.period, r_.n}), lanes = set_.lanes;
     const int32_t* bias = constants.at<int32_t>(from_, count);
     auto* to = reinterpret_cast<int64_t*>(packed + bias_);
     const int64_t half = (int64_t{1} << r_.shift) >> 1;
     for (int64_t i = 0; i < count; ++i) {
-      to[i] = bias[i] * (int64_t{1} << bias_shift_) + half;
+      const int64_t k = i % r_.n, lane = k % lanes;
+      const int64_t place = k - lane + lane / 2 + lane % 2 * (lanes / 2);
+      to[i / r_.n * r_.width + place] = bias[i] * (int64_t{1} << bias_shift_) + half;
     }
   }
   void run(const Memory& memory) const override {
@@ -263,7 +265,7 @@ class Norm : public Step {
     r.scratch = reinterpret_cast<int32_t*>(memory.scratch);
     set_.norm(r);
   }
-  int64_t scratch_bytes() const override { return r_.n * 4; }
+  int64_t scratch_bytes() const override { return r_.width * 4; }
 
  private:
   const Kernels& set_;

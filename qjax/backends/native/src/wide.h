@@ -1,6 +1,7 @@
 // Kernels of rows in 64 bits: plain loops, which the compiler makes vectors of for the
 // set whose file includes this one, after tiles.h. All is in an unnamed namespace.
 #include "kernels.h"
+#include "pairs.h"
 #include "rules.h"
 
 namespace qjax {
@@ -25,6 +26,12 @@ QJAX_INLINE int64_t even(int64_t x, int64_t shift) {
 QJAX_INLINE int64_t within(int64_t x, int64_t low, int64_t high) {
   x = x < low ? low : x;
   return x > high ? high : x;
+}
+
+// Whether an integer below 2^62 over 2^shift fits 32 bits, with a zero point and without.
+QJAX_INLINE bool fits_32(int64_t shift, int64_t zero_point) {
+  constexpr int64_t most = int64_t{1} << 30;
+  return shift > 32 && -most < zero_point && zero_point < most;
 }
 
 // Calls `use` with a null pointer to the C type of a dtype: `with_type` of plan.h.
@@ -160,21 +167,49 @@ inline Moments moments(const int32_t* __restrict x, int64_t n, bool is_small) {
   return found;
 }
 
-// Integers of the formula fit 62 bits: the graph's validation has seen to it. `x` are
-// values about their mean or zero, codes then.
-inline void normalised_row(const NormRows& r, int32_t* __restrict x, int32_t factor,
-                           int32_t less, int32_t root, int64_t shift,
-                           const int32_t* __restrict multiplier,
-                           const int64_t* __restrict bias) {
-  const int64_t half = (int64_t{1} << shift) >> 1, own = r.shift;
-  const int64_t least = r.least, most = r.most;
-  const int32_t zero_point = r.zero_point;
+// What the values of a row have in common.
+struct NormRow {
+  int32_t factor, less, root;
+  int64_t shift;
+  const int32_t* multiplier;
+  const int64_t* bias;
+};
+
+// Values about their mean or zero become codes. Integers of the formula fit 62 bits: the
+// graph's validation has seen to it.
+inline void normalise(const NormRows& r, const NormRow& row, int32_t* __restrict x) {
+  const int64_t half = (int64_t{1} << row.shift) >> 1;
+#ifdef QJAX_PAIRS
+  if (fits_32(r.shift, r.zero_point)) {
+    const auto factor = V::set(row.factor);
+    const auto less = V::set(static_cast<int32_t>(0u - static_cast<uint32_t>(row.less)));
+    const auto root = W::set(row.root), halves = W::set(half);
+    const auto low = V::set(r.low), high = V::set(r.high), zero_point = V::set(r.zero_point);
+    for (int64_t i = 0; i < r.n; i += V::kLanes) {
+      const Pair q = pair_of(V::add(V::multiply(V::load(x + i), factor), less));
+      const Pair m = pair_of(V::load(row.multiplier + i));
+      const auto steps = [&](V::Reg own, V::Reg by, const int64_t* bias) {
+        const auto t = W::right(W::add(W::product(own, root), halves), row.shift);
+        return W::right(W::add(W::product(t, by), W::load(bias)), r.shift);
+      };
+      const auto code = W::joined(steps(q.even, m.even, row.bias + i),
+                                  steps(q.odd, m.odd, row.bias + i + V::kLanes / 2));
+      V::store(x + i, V::minimum(V::maximum(V::add(code, zero_point), low), high));
+    }
+    return;
+  }
+#endif
+  const int64_t least = static_cast<int64_t>(r.low) - r.zero_point;
+  const int64_t most = static_cast<int64_t>(r.high) - r.zero_point;
   for (int64_t i = 0; i < r.n; ++i) {
-    const int32_t q = static_cast<int32_t>(static_cast<uint32_t>(x[i]) * static_cast<uint32_t>(factor) -
-                                           static_cast<uint32_t>(less));
-    const int32_t t = static_cast<int32_t>(down(static_cast<int64_t>(q) * root + half, shift));
-    const int64_t steps = down(static_cast<int64_t>(t) * multiplier[i] + bias[i], own);
-    x[i] = static_cast<int32_t>(within(steps, least, most)) + zero_point;
+    const int32_t q = static_cast<int32_t>(
+        static_cast<uint32_t>(x[i]) * static_cast<uint32_t>(row.factor) -
+        static_cast<uint32_t>(row.less));
+    const int64_t t = down(static_cast<int64_t>(q) * row.root + half, row.shift);
+    const int64_t lane = i % V::kLanes;
+    const int64_t at = i - lane + lane / 2 + lane % 2 * (V::kLanes / 2);
+    const int64_t acc = t * row.multiplier[i] + row.bias[at];
+    x[i] = static_cast<int32_t>(within(down(acc, r.shift), least, most)) + r.zero_point;
   }
 }
 
@@ -193,10 +228,10 @@ void run_norm(const NormRows& r) {
     const int32_t root = reciprocal_root(value < 1 ? 1 : value, &shift);
     // The point is even.
     shift = within(shift - r.point / 2 - r.fraction, 0, 62);
-    const int64_t at = row % r.period * r.n;
-    normalised_row(r, x, r.is_centred ? static_cast<int32_t>(r.n) : 1,
-                   r.is_centred ? static_cast<int32_t>(m.total) : 0, root, shift,
-                   r.multiplier + at, r.bias + at);
+    const int64_t at = row % r.period;
+    const int32_t factor = r.is_centred ? static_cast<int32_t>(r.n) : 1;
+    const int32_t less = r.is_centred ? static_cast<int32_t>(m.total) : 0;
+    normalise(r, {factor, less, root, shift, r.multiplier + at * r.n, r.bias + at * r.width}, x);
     with_dtype(r.out_dtype, [&](auto* type) {
       narrow_row(x, r.n, typed(r.out, type) + row * r.n);
     });
@@ -228,13 +263,35 @@ inline uint64_t sum_of(const SoftmaxRows& r, const uint8_t* distances,
 inline void code_table(const SoftmaxRows& r, uint64_t total, int64_t count,
                        uint8_t* __restrict codes) {
   const int length = 64 - __builtin_clzll(total);
-  const unsigned __int128 one = static_cast<unsigned __int128>(1) << (32 + length);
-  const uint64_t found = static_cast<uint64_t>((one / total + 1) / 2);
+  // 2^(32 + length) / total, of up to 78 bits, by a quotient of two parts.
+  const int rest = length > 30 ? length - 30 : 0;
+  const uint64_t first = (uint64_t{1} << (31 + length - rest)) / total;
+  const uint64_t left = (uint64_t{1} << (31 + length - rest)) - first * total;
+  const uint64_t doubled =
+      (first << (rest + 1)) + (left << (rest + 1)) / total;
+  const uint64_t found = (doubled + 1) / 2;
   const uint32_t reciprocal =
       static_cast<uint32_t>(found > UINT32_MAX ? UINT32_MAX : found);
   const int64_t shift = r.shift > 62 ? 62 : r.shift;
   const uint64_t half = uint64_t{1} << length, own = (uint64_t{1} << shift) >> 1;
   const uint32_t multiplier = static_cast<uint32_t>(r.multiplier);
+#ifdef QJAX_PAIRS
+  if (fits_32(shift, r.zero_point)) {
+    const auto by = W::set(reciprocal), halves = W::set(static_cast<int64_t>(half));
+    const auto factor = W::set(multiplier), own_half = W::set(static_cast<int64_t>(own));
+    const auto zero_point = V::set(r.zero_point), low = V::set(r.low), high = V::set(r.high);
+    for (int64_t d = 0; d < count; d += V::kLanes) {
+      const Pair e = pair_of(V::load(reinterpret_cast<const int32_t*>(r.table) + d));
+      const auto steps = [&](V::Reg x) {
+        const auto p = W::logical(W::add(W::unsigned_product(x, by), halves), length + 1);
+        return W::logical(W::add(W::unsigned_product(p, factor), own_half), shift);
+      };
+      const auto code = V::add(W::joined(steps(e.even), steps(e.odd)), zero_point);
+      V::narrow(codes + d, V::minimum(V::maximum(code, low), high), V::kLanes);
+    }
+    return;
+  }
+#endif
   const int64_t zero_point = r.zero_point, low = r.low, high = r.high;
   const uint32_t* __restrict table = r.table;
   for (int64_t d = 0; d < count; ++d) {
