@@ -23,5 +23,7 @@ QJAX_EXPORT int qjax_native_run_many(const void* plan, const uint8_t* packed,
                                      const void* const* inputs, void* const* outputs,
                                      int64_t times, int threads, char* error,
                                      int64_t error_size);
+// Adds up products of registers in the set in use; returns how many, -1 without a set.
+QJAX_EXPORT int64_t qjax_native_peak(int64_t rounds);
 QJAX_EXPORT const char* qjax_native_explain(void* plan, const uint8_t* packed, int64_t step);
 }

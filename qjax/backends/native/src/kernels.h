@@ -186,6 +186,8 @@ struct Kernels {
   void (*softmax)(const SoftmaxRows&);
   // out[i] = table[in[i]], `kBytes` of them.
   void (*look_up)(const uint8_t* table, const uint8_t* in, uint8_t* out, int64_t n);
+  // Adds up products from registers alone; returns how many.
+  int64_t (*peak)(int64_t rounds);
 };
 
 extern const Kernels kPortable;

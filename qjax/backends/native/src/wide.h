@@ -2,6 +2,7 @@
 // set whose file includes this one, after tiles.h. All is in an unnamed namespace.
 #include "kernels.h"
 #include "pairs.h"
+#include "peak.h"
 #include "rules.h"
 
 namespace qjax {
@@ -350,4 +351,5 @@ void run_softmax(const SoftmaxRows& r) {
 }  // namespace
 }  // namespace qjax
 
-#define QJAX_WIDE run_exact_rows, run_weigh, run_round, run_norm, run_softmax, run_look_up
+#define QJAX_WIDE \
+  run_exact_rows, run_weigh, run_round, run_norm, run_softmax, run_look_up, run_peak
