@@ -1,5 +1,6 @@
 """Other runtimes for the models of `experiments.models`: ONNX Runtime and LiteRT."""
 
+import importlib.util
 import itertools
 import logging
 import pathlib
@@ -14,6 +15,11 @@ from flax import nnx
 
 import qjax
 from experiments import models
+
+
+def installed(*names: str) -> bool:
+    """Returns whether there are packages of these names."""
+    return all(importlib.util.find_spec(name) for name in names)
 
 
 class Runtime(NamedTuple):
@@ -214,7 +220,10 @@ class _OnnxWriter:
 
 
 def litert(program: qjax.IntegerProgram, threads: int) -> Runtime:
-    """The same codes in LiteRT's operators, which round in their own way."""
+    """The same codes in LiteRT's operators, which round in their own way.
+
+    What is prepared for codes, int8, returns codes.
+    """
     from ai_edge_litert import schema_py_generated as schema
     from ai_edge_litert.interpreter import Interpreter
 
@@ -229,6 +238,14 @@ def litert(program: qjax.IntegerProgram, threads: int) -> Runtime:
         )
         own.resize_tensor_input(place, x.shape)
         own.allocate_tensors()
+
+        def run_codes() -> np.ndarray:
+            own.set_tensor(place, x)
+            own.invoke()
+            return own.get_tensor(out)
+
+        if x.dtype == np.int8:
+            return run_codes
 
         def call() -> np.ndarray:
             own.set_tensor(place, _quantized(x, grids[0]))

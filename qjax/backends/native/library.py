@@ -92,7 +92,7 @@ class Library:
         """Adds up products from registers alone, the most that a core can, for timing.
 
         Args:
-          rounds: Number of turns of all registers; less than 10 microseconds a thousand.
+          rounds: Number of turns of all registers, some nanoseconds each.
 
         Returns:
           The number of products, two operations each.
