@@ -173,6 +173,25 @@ def test_dots(side, dtype):
         check("dot", [draw(shape, dtype)], {"kernel": kernel, "bias": bias}, attributes)
 
 
+@pytest.mark.parametrize("dtypes", ["int8 int8", "uint8 int8", "int8 uint8"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 33, 6), (17, 64, 130), (3, 7, 70)])
+def test_matrices_of_codes_about_any_zero_point(dtypes, sizes):
+    """Rows, terms and columns beside the sizes of tiles, and codes at their ends."""
+    m, k, n = sizes
+    a, b = dtypes.split()
+    pair = [draw((2, m, k), a, k), draw((2, n, k), b, n)]
+    pair[0][1], pair[1][1] = np.iinfo(a).max, np.iinfo(b).min
+    attributes = {"contract": [[2], [2]], "batch": [[0], [0]]}
+    for zeros in ([0, 0], [-128, 127], [255, 128], [3, 0], [0, -7]):
+        own = attributes | {"zero_points": zeros}
+        check("dot_codes", pair, {}, own, zeros)
+    wide = [draw((2, m, k), "int16", 1, -300, 300), pair[1]]
+    ends = [(-300, 300), (np.iinfo(b).min, np.iinfo(b).max)]
+    check("dot_codes", wide, {}, attributes | {"zero_points": [0, 5]}, [0, 5], ends)
+    wide[0][0, 0, 0] = 300
+    check("dot_codes", wide, {}, attributes | {"zero_points": [9, 5]}, [9, 5], ends)
+
+
 def test_products_of_codes():
     zeros = [-3, 7]
     attributes = {"zero_points": zeros, "contract": [[2], [1]], "batch": [[0], [0]]}
