@@ -48,7 +48,8 @@ class Matmul : public Step {
     panels_ = up(n_, 4 * set_.lanes) / set_.lanes;
     codes_bytes_ = up(count_of({m_, k_}) * size + kSlack, kAlignment);
     row_bytes_ = up(steps_ * taps_ * size, kAlignment);
-    weights_bytes_ = up(count_of({panels_, set_.lanes, steps_, taps_}) * size, kAlignment);
+    weights_bytes_ =
+        up(count_of({panels_, set_.lanes, steps_, taps_}) * size, kAlignment);
     scratch_ = codes_bytes_ + row_bytes_ + weights_bytes_ + panels_ * set_.lanes * 4;
   }
   int64_t scratch_bytes() const override { return scratch_; }
@@ -68,7 +69,8 @@ class Matmul : public Step {
         tiles<int16_t>(memory, i, za_, zb_, 0, 0, out);
       } else {
         // Codes are unsigned bytes or signed ones, the second ones always signed.
-        const int32_t a = (a_.dtype == Dtype::kInt8 ? 128 : 0) - (set_.is_signed ? 128 : 0);
+        const int32_t a =
+            (a_.dtype == Dtype::kInt8 ? 128 : 0) - (set_.is_signed ? 128 : 0);
         const int32_t b = b_.dtype == Dtype::kInt8 ? 0 : -128;
         tiles<uint8_t>(memory, i, -a, -b, za_ + a, zb_ + b, out);
       }
@@ -88,7 +90,8 @@ class Matmul : public Step {
     std::memset(a + m_ * k_, 0, kSlack);
     std::memset(row, 0, static_cast<size_t>(row_bytes_));
     const int64_t places = panels_ * set_.lanes;
-    const uint32_t both = static_cast<uint32_t>(k_) * static_cast<uint32_t>(za) * static_cast<uint32_t>(zb);
+    const uint32_t both = static_cast<uint32_t>(k_) * static_cast<uint32_t>(za) *
+                          static_cast<uint32_t>(zb);
     for (int64_t o = 0; o < places; ++o) {
       if (o < n_) {
         staged(b_, memory, (i * n_ + o) * k_, k_, less_b, row);
@@ -126,7 +129,8 @@ class Matmul : public Step {
     (sizeof(Code) == 1 ? set_.bytes : set_.shorts)(t);
     if (!zb) return;
     for (int64_t r = 0; r < m_; ++r) {
-      const uint32_t less = static_cast<uint32_t>(zb) * total(a + r * k_, k_, set_.is_signed);
+      const uint32_t sum = total(a + r * k_, k_, set_.is_signed);
+      const uint32_t less = static_cast<uint32_t>(zb) * sum;
       int32_t* own = out + r * n_;
       for (int64_t o = 0; o < n_; ++o) {
         own[o] = static_cast<int32_t>(static_cast<uint32_t>(own[o]) - less);
@@ -134,25 +138,30 @@ class Matmul : public Step {
     }
   }
 
-  static uint32_t total(const int16_t* x, int64_t n, bool) {
+  template <class T>
+  static uint32_t sum_of(const T* x, int64_t n) {
     uint32_t sum = 0;
     for (int64_t i = 0; i < n; ++i) sum += static_cast<uint32_t>(x[i]);
     return sum;
   }
+  static uint32_t total(const int16_t* x, int64_t n, bool) { return sum_of(x, n); }
   static uint32_t total(const uint8_t* x, int64_t n, bool is_signed) {
-    uint32_t sum = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      sum += is_signed ? static_cast<uint32_t>(static_cast<int8_t>(x[i])) : x[i];
-    }
-    return sum;
+    return is_signed ? sum_of(reinterpret_cast<const int8_t*>(x), n) : sum_of(x, n);
   }
 
+  // Arguments are values, which stores of bytes cannot change.
+  template <class T, class Code>
+  static void moved(const T* __restrict from, int64_t n, Code less, Code* __restrict to) {
+    for (int64_t i = 0; i < n; ++i) {
+      to[i] = static_cast<Code>(static_cast<Code>(from[i]) - less);
+    }
+  }
   template <class Code>
   static void staged(const Source& from, const Memory& memory, int64_t at, int64_t n,
                      int32_t less, Code* to) {
     with_type(from.dtype, [&](auto* type) {
       const auto* in = memory.as<Pointee<decltype(type)>>(from.buffer) + at;
-      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<Code>(in[i] - less);
+      moved(in, n, static_cast<Code>(less), to);
     });
   }
 

@@ -185,7 +185,8 @@ inline void normalise(const NormRows& r, const NormRow& row, int32_t* __restrict
     const auto factor = V::set(row.factor);
     const auto less = V::set(static_cast<int32_t>(0u - static_cast<uint32_t>(row.less)));
     const auto root = W::set(row.root), halves = W::set(half);
-    const auto low = V::set(r.low), high = V::set(r.high), zero_point = V::set(r.zero_point);
+    const auto low = V::set(r.low), high = V::set(r.high);
+    const auto zero_point = V::set(r.zero_point);
     for (int64_t i = 0; i < r.n; i += V::kLanes) {
       const Pair q = pair_of(V::add(V::multiply(V::load(x + i), factor), less));
       const Pair m = pair_of(V::load(row.multiplier + i));
@@ -232,7 +233,9 @@ void run_norm(const NormRows& r) {
     const int64_t at = row % r.period;
     const int32_t factor = r.is_centred ? static_cast<int32_t>(r.n) : 1;
     const int32_t less = r.is_centred ? static_cast<int32_t>(m.total) : 0;
-    normalise(r, {factor, less, root, shift, r.multiplier + at * r.n, r.bias + at * r.width}, x);
+    const NormRow own{factor, less, root, shift, r.multiplier + at * r.n,
+                      r.bias + at * r.width};
+    normalise(r, own, x);
     with_dtype(r.out_dtype, [&](auto* type) {
       narrow_row(x, r.n, typed(r.out, type) + row * r.n);
     });
@@ -280,7 +283,8 @@ inline void code_table(const SoftmaxRows& r, uint64_t total, int64_t count,
   if (fits_32(shift, r.zero_point)) {
     const auto by = W::set(reciprocal), halves = W::set(static_cast<int64_t>(half));
     const auto factor = W::set(multiplier), own_half = W::set(static_cast<int64_t>(own));
-    const auto zero_point = V::set(r.zero_point), low = V::set(r.low), high = V::set(r.high);
+    const auto low = V::set(r.low), high = V::set(r.high);
+    const auto zero_point = V::set(r.zero_point);
     for (int64_t d = 0; d < count; d += V::kLanes) {
       const Pair e = pair_of(V::load(reinterpret_cast<const int32_t*>(r.table) + d));
       const auto steps = [&](V::Reg x) {
