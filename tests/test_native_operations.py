@@ -333,6 +333,8 @@ def test_normalisations():
     table = np.int32(np.round(2.0**30 * np.exp(-np.arange(256) / 40)))
     masks = [draw((3, 5, 4), "int8", 1, 0, 1), draw((3, 1, 4), "int8", 1, 0, 1)]
     masks[0][0] = 0
+    masks += [draw(s, "int8", 2, 0, 1) for s in ((1, 5, 4), (1, 1, 4), (1, 5, 1))]
+    masks += [np.zeros((1, 1, 1), np.int8), np.ones((1, 1, 1), np.int8)]
     attributes = {"algorithm": "exp_table", "most_places": 20, "multiplier": 255}
     for axes in ([2], [1], [0, 2]):
         for empty in ("zero", "all", "uniform"):

@@ -176,7 +176,7 @@ class Add : public Step {
 
   void narrow(const Memory& memory) const {
     each_row(count_, [&](int64_t at, int64_t n) {
-      alignas(64) int32_t x[kRow];
+      alignas(64) int32_t x[kRow];  // Whole registers.
       alignas(64) int64_t sums[kRow];
       for (const Term& term : terms_) {
         term.in.load(memory, at, n, x);

@@ -107,7 +107,8 @@ struct PairSum {
   uint8_t* out;
 };
 
-// Terms of weighted sums: sums[i] (+)= (x[i] - zero_point) * multiplier.
+// Terms of weighted sums: sums[i] (+)= (x[i] - zero_point) * multiplier. Rows and sums
+// may be read and written up to a whole register.
 struct Weighted {
   const int32_t* x;
   int64_t n;
@@ -151,6 +152,7 @@ constexpr int64_t kBytes = 256;
 struct SoftmaxRows {
   const uint8_t* in;
   const uint8_t* mask;  // Null, or 0 where a place is left out.
+  int64_t mask_rows;    // After which the mask comes again.
   uint8_t* out;
   uint8_t flip;  // Makes unsigned bytes of codes: 128 or 0.
   int64_t rows, n;

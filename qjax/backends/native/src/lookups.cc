@@ -51,6 +51,7 @@ class Table : public Step {
       each_channel_row(outer_, channels_, inner_,
                        [&](int64_t at, int64_t n, int64_t c, int64_t step) {
                          in_.load(memory, at, n, x);
+                         if (channels_ == 1) return one_channel(x, n, own, out + at);
                          for (int64_t i = 0; i < n; ++i) {
                            const int64_t row = static_cast<int64_t>(x[i]) - low_;
                            const int64_t place =
@@ -62,6 +63,14 @@ class Table : public Step {
   }
 
  private:
+  template <class T>
+  void one_channel(const int32_t* x, int64_t n, const T* table, T* out) const {
+    const int64_t low = low_, last = rows_ - 1;
+    for (int64_t i = 0; i < n; ++i) {
+      out[i] = table[std::min(std::max<int64_t>(x[i] - low, 0), last)];
+    }
+  }
+
   const Kernels& set_;
   Source in_, out_;
   int64_t outer_, channels_, inner_, rows_;

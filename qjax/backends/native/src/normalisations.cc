@@ -18,6 +18,7 @@ class Softmax : public Step {
         in_(words, maker) {
     mask_ = words.next(-1, static_cast<int64_t>(maker.buffers.size()) - 1,
                        "a mask must be a buffer");
+    mask_rows_ = words.next(1, kMostElements, "a mask must have rows");
     out_ = Source(words, maker);
     outer_ = words.size();
     n_ = words.size();
@@ -38,14 +39,15 @@ class Softmax : public Step {
     high_ = words.int32();
     const int64_t count = count_of({outer_, n_});
     maker.holds(in_.buffer, count);
-    if (mask_ >= 0) maker.holds(mask_, count);
+    if (mask_ >= 0) maker.holds(mask_, count_of({std::min(mask_rows_, outer_), n_}));
     maker.holds(out_.buffer, kind_ == 2 ? outer_ : count);
     if (mask_ >= 0) mask_dtype_ = maker.of(mask_).dtype;
     check_fits(out_.dtype, low_, high_);
     is_bytes_ = kind_ == 0 && size_of(in_.dtype) == 1 && size_of(out_.dtype) == 1 &&
                 (mask_ < 0 || size_of(mask_dtype_) == 1);
     if (is_bytes_) bytes_ = maker.layout.reserve(8 * kBytes);
-    scratch_ = (std::max<int64_t>(n_, 1) * 12 + kSlack + kAlignment) / kAlignment * kAlignment;
+    scratch_ = (std::max<int64_t>(n_, 1) * 12 + kSlack + kAlignment) / kAlignment *
+               kAlignment;
   }
   int64_t scratch_bytes() const override { return scratch_; }
   void pack(const Constants& constants, uint8_t* packed) const override {
@@ -78,6 +80,7 @@ class Softmax : public Step {
     SoftmaxRows r{};
     r.in = memory.as<uint8_t>(in_.buffer);
     r.mask = mask_ < 0 ? nullptr : memory.as<uint8_t>(mask_);
+    r.mask_rows = mask_rows_;
     r.out = memory.as<uint8_t>(out_.buffer);
     r.flip = in_.dtype == Dtype::kInt8 ? 128 : 0;
     r.rows = outer_;
@@ -103,7 +106,7 @@ class Softmax : public Step {
     bool any = mask_ < 0;
     std::fill(kept, kept + n_, 1);
     if (mask_ >= 0) {
-      load(mask_dtype_, memory.as<uint8_t>(mask_), o * n_, 1, n_, kept);
+      load(mask_dtype_, memory.as<uint8_t>(mask_), o % mask_rows_ * n_, 1, n_, kept);
       for (int64_t i = 0; i < n_; ++i) {
         kept[i] = kept[i] != 0;
         any = any || kept[i];
@@ -196,7 +199,7 @@ class Softmax : public Step {
   const Kernels& set_;
   int64_t kind_;
   Source in_, out_;
-  int64_t mask_, outer_, n_, rows_, empty_, plus_;
+  int64_t mask_, mask_rows_, outer_, n_, rows_, empty_, plus_;
   Kept table_;
   int32_t input_zero_point_;
   int64_t input_multiplier_, input_shift_, multiplier_, shift_;

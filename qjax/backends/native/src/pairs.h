@@ -17,6 +17,7 @@ struct W {
   using Reg = __m512i;
   static Reg set(int64_t x) { return _mm512_set1_epi64(x); }
   static Reg load(const int64_t* from) { return _mm512_loadu_si512(from); }
+  static void store(int64_t* to, Reg x) { _mm512_storeu_si512(to, x); }
   static Reg add(Reg a, Reg b) { return _mm512_add_epi64(a, b); }
   static Reg upper(Reg x) { return _mm512_srli_epi64(x, 32); }
   static Reg product(Reg a, Reg b) { return _mm512_mul_epi32(a, b); }
@@ -37,6 +38,9 @@ struct W {
   static Reg set(int64_t x) { return _mm256_set1_epi64x(x); }
   static Reg load(const int64_t* from) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  }
+  static void store(int64_t* to, Reg x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), x);
   }
   static Reg add(Reg a, Reg b) { return _mm256_add_epi64(a, b); }
   static Reg upper(Reg x) { return _mm256_srli_epi64(x, 32); }

@@ -29,10 +29,10 @@ QJAX_INLINE int64_t within(int64_t x, int64_t low, int64_t high) {
   return x > high ? high : x;
 }
 
-// Whether an integer below 2^62 over 2^shift fits 32 bits, with a zero point and without.
-QJAX_INLINE bool fits_32(int64_t shift, int64_t zero_point) {
+// Whether an integer of so many bits over 2^shift fits 32 bits, its zero point too.
+QJAX_INLINE bool fits_32(int64_t bits, int64_t shift, int64_t zero_point) {
   constexpr int64_t most = int64_t{1} << 30;
-  return shift > 32 && -most < zero_point && zero_point < most;
+  return bits - shift <= 30 && -most < zero_point && zero_point < most;
 }
 
 // Calls `use` with a null pointer to the C type of a dtype: `with_type` of plan.h.
@@ -105,28 +105,62 @@ void run_exact_rows(const Rows& r) {
   });
 }
 
+// Sums are in the order of their places, or where `QJAX_PAIRS` of the even places of
+// each register, then of the odd ones; the last register may be beyond n.
 void run_weigh(const Weighted& w) {
-  const int32_t* __restrict x = w.x;
-  int64_t* __restrict sums = w.sums;
-  const int32_t zero_point = w.zero_point, multiplier = w.multiplier;
-  if (w.is_first) {
-    for (int64_t i = 0; i < w.n; ++i) {
-      sums[i] = static_cast<int64_t>(x[i] - zero_point) * multiplier;
+#ifdef QJAX_PAIRS
+  const auto less = V::set(static_cast<int32_t>(0u - static_cast<uint32_t>(w.zero_point)));
+  const auto by = W::set(w.multiplier);
+  for (int64_t i = 0; i < w.n; i += V::kLanes) {
+    const Pair x = pair_of(V::add(V::load(w.x + i), less));
+    auto even = W::product(x.even, by), odd = W::product(x.odd, by);
+    if (!w.is_first) {
+      even = W::add(even, W::load(w.sums + i));
+      odd = W::add(odd, W::load(w.sums + i + V::kLanes / 2));
     }
-  } else {
-    for (int64_t i = 0; i < w.n; ++i) {
-      sums[i] += static_cast<int64_t>(x[i] - zero_point) * multiplier;
-    }
+    W::store(w.sums + i, even);
+    W::store(w.sums + i + V::kLanes / 2, odd);
   }
+#else
+  for (int64_t i = 0; i < w.n; ++i) {
+    const int64_t term = static_cast<int64_t>(w.x[i] - w.zero_point) * w.multiplier;
+    w.sums[i] = (w.is_first ? 0 : w.sums[i]) + term;
+  }
+#endif
 }
 
 void run_round(const Rounded& r) {
-  const int64_t* __restrict sums = r.sums;
-  int32_t* __restrict out = r.out;
-  const int64_t shift = r.shift, zero_point = r.zero_point, low = r.low, high = r.high;
-  for (int64_t i = 0; i < r.n; ++i) {
-    out[i] = static_cast<int32_t>(within(even(sums[i], shift) + zero_point, low, high));
+#ifdef QJAX_PAIRS
+  const auto low = V::set(r.low), high = V::set(r.high);
+  const auto zero_point = V::set(r.zero_point), one = W::set(r.shift > 0);
+  const int64_t half = (int64_t{1} << r.shift) >> 1;
+  const auto less = W::set(half - (r.shift > 0));
+  alignas(64) int64_t kept[V::kLanes];
+  for (int64_t i = 0; i < r.n; i += V::kLanes) {
+    const auto steps = [&](const int64_t* from) {
+      const auto x = W::load(from);
+      const auto odd = V::both(W::logical(x, r.shift), one);
+      return W::right(W::add(W::add(x, less), odd), r.shift);
+    };
+    const auto even = steps(r.sums + i), odd = steps(r.sums + i + V::kLanes / 2);
+    if (fits_32(61, r.shift, r.zero_point)) {
+      const auto code = V::add(W::joined(even, odd), zero_point);
+      V::store(r.out + i, V::minimum(V::maximum(code, low), high));
+      continue;
+    }
+    W::store(kept, even);
+    W::store(kept + V::kLanes / 2, odd);
+    for (int k = 0; k < V::kLanes; ++k) {
+      const int64_t own = kept[k / 2 + k % 2 * (V::kLanes / 2)] + r.zero_point;
+      r.out[i + k] = static_cast<int32_t>(within(own, r.low, r.high));
+    }
   }
+#else
+  for (int64_t i = 0; i < r.n; ++i) {
+    const int64_t code = even(r.sums[i], r.shift) + r.zero_point;
+    r.out[i] = static_cast<int32_t>(within(code, r.low, r.high));
+  }
+#endif
 }
 
 // One over a root, an integer of 30 bits and a shift, by Newton's steps.
@@ -181,7 +215,7 @@ struct NormRow {
 inline void normalise(const NormRows& r, const NormRow& row, int32_t* __restrict x) {
   const int64_t half = (int64_t{1} << row.shift) >> 1;
 #ifdef QJAX_PAIRS
-  if (fits_32(r.shift, r.zero_point)) {
+  if (fits_32(63, r.shift, r.zero_point)) {
     const auto factor = V::set(row.factor);
     const auto less = V::set(static_cast<int32_t>(0u - static_cast<uint32_t>(row.less)));
     const auto root = W::set(row.root), halves = W::set(half);
@@ -280,7 +314,7 @@ inline void code_table(const SoftmaxRows& r, uint64_t total, int64_t count,
   const uint64_t half = uint64_t{1} << length, own = (uint64_t{1} << shift) >> 1;
   const uint32_t multiplier = static_cast<uint32_t>(r.multiplier);
 #ifdef QJAX_PAIRS
-  if (fits_32(shift, r.zero_point)) {
+  if (fits_32(62, shift, r.zero_point)) {
     const auto by = W::set(reciprocal), halves = W::set(static_cast<int64_t>(half));
     const auto factor = W::set(multiplier), own_half = W::set(static_cast<int64_t>(own));
     const auto low = V::set(r.low), high = V::set(r.high);
@@ -329,7 +363,7 @@ void run_softmax(const SoftmaxRows& r) {
   uint8_t* distances = r.scratch;
   const int32_t zero_code = coded(0, r.zero_point, r.low, r.high);
   for (int64_t row = 0; row < r.rows; ++row) {
-    const uint8_t* mask = r.mask ? r.mask + row * r.n : nullptr;
+    const uint8_t* mask = r.mask ? r.mask + row % r.mask_rows * r.n : nullptr;
     uint8_t* __restrict out = r.out + row * r.n;
     uint8_t any = !mask;
     for (int64_t i = 0; mask && i < r.n; ++i) any |= mask[i];
