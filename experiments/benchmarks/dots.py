@@ -96,7 +96,7 @@ def lower(product: Product) -> Lowered:
     kernel = None
     if product.is_kernel:
         (kernel,) = qjax.integer_weights(qmodel, params).values()
-    codes = tuple(np.asarray(q) for q in program.quantize_inputs(*inputs))
+    codes = tuple(np.array(q) for q in program.quantize_inputs(*inputs))
     return Lowered(program, codes, kernel)
 
 

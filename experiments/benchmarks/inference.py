@@ -171,7 +171,7 @@ def _native(program: qjax.IntegerProgram, threads: int) -> Runtime:
 
     def prepare(x: np.ndarray) -> Callable[[], Any]:
         run = program.compile(len(x), threads=threads)
-        (codes,) = map(np.asarray, program.quantize_inputs(x))
+        (codes,) = map(np.array, program.quantize_inputs(x))
         return lambda: run(codes)
 
     return Runtime(program.nbytes, prepare, lambda x: 0)

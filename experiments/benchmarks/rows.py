@@ -73,7 +73,7 @@ def measure(case: Case, rounds: int, threads: int) -> dict[str, dict[str, float]
         program = qjax.lower(qmodel, params, qstate, x)
         real, own = jax.jit(fn), jnp.asarray(x)
         jax.block_until_ready(real(params, own))
-    codes = np.asarray(jax.tree.leaves(program.quantize_inputs(x))[0])
+    codes = np.array(jax.tree.leaves(program.quantize_inputs(x))[0])
     xla = jax.jit(lambda codes: program.codes(codes, backend="xla"))
     calls: dict[str, Callable[[], Any]] = {
         "float": lambda: jax.block_until_ready(real(params, own)),

@@ -236,12 +236,13 @@ class NativeKernel:
           RuntimeError: if the library has no memory left.
         """
         found = [np.empty(shape, dtype) for shape, dtype in types or self.types]
-        given = (ctypes.c_void_p * max(len(inputs), 1))(*map(_address, inputs))
-        made = (ctypes.c_void_p * max(len(found), 1))(*map(_address, found))
-        error = ctypes.create_string_buffer(_ERROR_SIZE)
-        ends = given, made, times, threads, error, _ERROR_SIZE
-        if self._run(self.handle, self._at, *ends):
-            raise RuntimeError(f"Native kernels failed: {_text(error)}.")
+        given = _addresses(len(inputs))(*map(_address, inputs))
+        made = _addresses(len(found))(*map(_address, found))
+        ends = self.handle, self._at, given, made, times, threads
+        if self._run(*ends, None, 0):
+            error = ctypes.create_string_buffer(_ERROR_SIZE)
+            if self._run(*ends, error, _ERROR_SIZE):  # Once more, for the text.
+                raise RuntimeError(f"Native kernels failed: {_text(error)}.")
         return found
 
     def explain(self) -> list[str]:
@@ -259,8 +260,16 @@ def aligned(size: int) -> np.ndarray:
     return whole[first : first + size]
 
 
-def _address(x: np.ndarray) -> int:
-    return x.__array_interface__["data"][0]
+@functools.cache
+def _addresses(count: int) -> Any:
+    return ctypes.c_void_p * max(count, 1)
+
+
+def _address(x: Any) -> int:
+    try:  # A fifth of the time of NumPy's own ways: .3 microseconds.
+        return ctypes.addressof(ctypes.c_char.from_buffer(x))
+    except (TypeError, ValueError):  # It is read-only, or empty.
+        return x.ctypes.data
 
 
 def _text(error: Any) -> str:
