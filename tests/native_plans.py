@@ -323,7 +323,7 @@ def divide(m: Machine, w: Words) -> None:
 
 
 def softmax(m: Machine, w: Words) -> None:
-    kind, x, mask, out, outer, n, at, rows = w.many(8)
+    kind, x, mask, mask_rows, out, outer, n, at, rows = w.many(9)
     names = "most_places", "empty", "plus", "zero", "input_multiplier", "input_shift"
     names = *names, "multiplier", "shift", "zero_point", "low", "high"
     a: dict[str, Any] = dict(zip(names, w.many(11), strict=True))
@@ -331,7 +331,8 @@ def softmax(m: Machine, w: Words) -> None:
     a |= {"axes": [1], "input_zero_points": [a["zero"]], "keepdims": False}
     xs = [m.read(x).reshape(outer, n)]
     if mask >= 0:
-        xs.append(m.read(mask).reshape(outer, n))
+        own = m.read(mask).reshape(mask_rows, n)
+        xs.append(own[np.arange(outer) % mask_rows])
     name = ("softmax", "log_softmax", "logsumexp")[kind]
     m.write(out, OPERATIONS[name].meaning(a, {"table": m.table(at, rows)}, xs))
 

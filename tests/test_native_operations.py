@@ -199,6 +199,25 @@ def test_dots(side, dtype):
         check("dot", [draw(shape, dtype)], {"kernel": kernel, "bias": bias}, attributes)
 
 
+@pytest.mark.parametrize("dtypes", ["int8 int8", "uint8 int8", "int8 uint8"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 33, 6), (17, 64, 130), (3, 7, 70)])
+def test_matrices_of_codes_about_any_zero_point(dtypes, sizes):
+    """Rows, terms and columns beside the sizes of tiles, and codes at their ends."""
+    m, k, n = sizes
+    a, b = dtypes.split()
+    pair = [draw((2, m, k), a, k), draw((2, n, k), b, n)]
+    pair[0][1], pair[1][1] = np.iinfo(a).max, np.iinfo(b).min
+    attributes = {"contract": [[2], [2]], "batch": [[0], [0]]}
+    for zeros in ([0, 0], [-128, 127], [255, 128], [3, 0], [0, -7]):
+        own = attributes | {"zero_points": zeros}
+        check("dot_codes", pair, {}, own, zeros)
+    wide = [draw((2, m, k), "int16", 1, -300, 300), pair[1]]
+    ends = [(-300, 300), (np.iinfo(b).min, np.iinfo(b).max)]
+    check("dot_codes", wide, {}, attributes | {"zero_points": [0, 5]}, [0, 5], ends)
+    wide[0][0, 0, 0] = 300
+    check("dot_codes", wide, {}, attributes | {"zero_points": [9, 5]}, [9, 5], ends)
+
+
 def test_products_of_codes():
     zeros = [-3, 7]
     attributes = {"zero_points": zeros, "contract": [[2], [1]], "batch": [[0], [0]]}
@@ -286,6 +305,12 @@ def test_moves():
 
 
 def test_lookups():
+    for dtype in ("int8", "uint8"):
+        for low, high in ((np.iinfo(dtype).min, np.iinfo(dtype).max), (3, 52)):
+            own, codes = {"table": draw(high - low + 1, "uint8", high)}, (low, high)
+            x = draw((2, 133), dtype, 0, *codes)
+            attributes = {"low": int(low), "axis": None}
+            check("table", [x], own, attributes, None, [codes])
     x = draw((3, 4, 5))
     check("table", [x], {"table": draw(256, "int16", 1)}, {"low": -128, "axis": None})
     own = {"table": draw((256, 4), "int8", 1)}
@@ -334,6 +359,8 @@ def test_normalisations():
     table = np.int32(np.round(2.0**30 * np.exp(-np.arange(256) / 40)))
     masks = [draw((3, 5, 4), "int8", 1, 0, 1), draw((3, 1, 4), "int8", 1, 0, 1)]
     masks[0][0] = 0
+    masks += [draw(s, "int8", 2, 0, 1) for s in ((1, 5, 4), (1, 1, 4), (1, 5, 1))]
+    masks += [np.zeros((1, 1, 1), np.int8), np.ones((1, 1, 1), np.int8)]
     attributes = {"algorithm": "exp_table", "most_places": 20, "multiplier": 255}
     for axes in ([2], [1], [0, 2]):
         for empty in ("zero", "all", "uniform"):
@@ -354,6 +381,84 @@ def test_normalisations():
     check("log_softmax", [x], {"table": logs}, own, [0])
     check("logsumexp", [x], {"table": logs}, own | {"keepdims": False}, [0])
     check("logsumexp", [x], {"table": logs}, own | {"keepdims": True}, [0])
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+@pytest.mark.parametrize("width", [1, 63, 64, 130, 300])
+def test_softmaxes_of_bytes(dtype, width):
+    """Few and many places beside the width of a register, and codes at both ends."""
+    info = np.iinfo(dtype)
+    x = draw((4, width), dtype, width)
+    x[1], x[2, ::2], x[2, 1::2] = info.max, info.min, info.max
+    mask = draw((4, width), "int8", 1, 0, 1)
+    mask[3] = 0
+    codes = [(int(info.min), int(info.max)), (0, 1)]
+    distances = np.arange(256)
+    tables = [np.exp(-distances / 40), np.exp(-distances / 2)[:60], distances == 0]
+    for k, values in enumerate(tables):
+        table = np.int32(np.round(2.0**30 * values))
+        for shift, zero_point, plus in ((52, -128, 0), (30, 3, 9), (33, 1 << 30, 0)):
+            own = {"algorithm": "exp_table", "axes": [1], "shift": shift, "plus": plus}
+            own |= {"most_places": 1 << 15, "multiplier": (1 << 30) + 12345 * k}
+            own |= {"zero_point": zero_point, "low": -128, "high": 127}
+            for empty in ("zero", "all", "uniform"):
+                own["empty"] = empty
+                check("softmax", [x, mask], {"table": table}, own, None, codes)
+            check("softmax", [x], {"table": table}, own)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16"])
+@pytest.mark.parametrize("width", [1, 7, 16, 65, 1500])
+def test_norms_of_many_and_few_codes(dtype, width):
+    """Steps that fit 32 bits and some that do not, parameters that come again."""
+    x, wide = draw((4, width), dtype, width), np.iinfo(dtype)
+    x[1], x[2] = wide.max, np.where(np.arange(width) % 2, wide.min, wide.max)
+    zero = 128 if dtype == "uint8" else -3
+    for is_centred in (False, True):
+        for shift, zero_point, rows in ((50, 2, 1), (31, 0, 2), (62, -1 << 30, 4)):
+            params = {
+                "multiplier": draw((rows, width), "int32", 1, -(1 << 30), 1 << 30),
+                "bias": draw((rows, width), "int32", 2, -(1 << 30), 1 << 30),
+            }
+            if rows == 2:
+                params = {k: np.tile(v, (2, 1)) for k, v in params.items()}
+            attributes = {
+                "algorithm": "newton_root",
+                "axes": [1],
+                "groups": [1],
+                "count": width,
+                "is_centred": is_centred,
+                "epsilon": 1 << 10,
+                "floor": 1,
+                "point": 2,
+                "input_zero_points": [zero],
+                "shift": shift,
+                "bias_shift": 31 if shift == 62 else 12,
+                "zero_point": zero_point,
+                "low": -128,
+                "high": 127,
+            }
+            check("norm", [x], params, attributes, [zero])
+
+
+@pytest.mark.parametrize("shift", [0, 1, 17, 31, 32])
+@pytest.mark.parametrize("multiplier", [1 << 30, 1518500250, -1073741825])
+def test_products_of_codes_are_rescaled_to_the_even_code(shift, multiplier):
+    """Ratios near one, of which ties are many, and sums of codes of 16 bits."""
+    x = np.arange(-(1 << 11), 1 << 11, dtype=np.int32)
+    ends = {"zero_point": -3, "low": -(1 << 15), "high": (1 << 15) - 1}
+    own = {"input_zero_point": 5, "rule": "half_even", **ends}
+    params = {"multiplier": np.int32(multiplier), "shift": np.int32(shift)}
+    check("requantize", [x], params, own, [5], [(int(x[0]), int(x[-1]))])
+    rows = {k: np.full((1, 3), v) for k, v in params.items()}
+    rows["shift"][0, 1] += 1
+    codes = [(int(x[0]), int(x[-1]))]
+    check("requantize", [x[1:].reshape(-1, 3)], rows, own, [5], codes)
+    terms = [draw(600, "int16", 1), draw(600, "int8", 2), draw(600, "uint8", 3)]
+    zeros = [7, -2, 9]
+    attributes = {"input_zero_points": zeros, "shift": shift, **ends}
+    attributes["multipliers"] = [multiplier, 3 << 14, -multiplier]
+    check("add", terms, {}, attributes, zeros)
 
 
 @pytest.mark.parametrize("is_centred", [False, True])

@@ -2,9 +2,27 @@
 
 pip install 'qjax[bench]'    # Optional: what is missing is left out.
 python experiments/benchmarks/inference.py
+python experiments/benchmarks/inference.py --sections dots,rows --threads 1 --json FILE
 
-Times of the jitted float model over those of the others, medians of 50, in turn, on 2
-cores; JAX 0.10.2, ONNX Runtime 1.31 (its own QDQ), LiteRT 2 (XNNPACK). Two runs.
+All runtimes of a row are called in turn in one process that keeps to as many cores as
+threads: medians of processor time on one thread, least wall-clock times on more. The
+column "peer/it" is the time of the fastest other runtime over a row's: ONNX Runtime,
+OpenVINO, LiteRT; XLA's float in the section `rows`, of which README has figures. Of
+`dots` on one thread, GOP/s, a busy machine whose AMX qjax did not use:
+
+| product | native | ONNX Runtime | OpenVINO | LiteRT | from registers |
+|---|---|---|---|---|---|
+| 256x1024x1024 | 525 | 535 | 1281 | 1413 | 819 |
+| 32x1024x1024 | 451 | 425 | 639 | 1456 | 752 |
+| 1x1024x1024 | 115 | 87 | 28 | 193 | 847 |
+| 3x3, 32x32, 16 to 16 | 256 | 162 | 92 | 129 | 852 |
+| 3x3, 8x8, 64 to 64 | 332 | 331 | 119 | 1087 | 853 |
+| scores 8x128x64x128 | 73 | 116 | 41 | | 813 |
+| values 8x128x128x64 | 88 | 131 | 53 | | 795 |
+
+Of `models` times of the jitted float model over those of the others, medians of 50 of
+the wall clock, XLA alone, on 2 cores; JAX 0.10.2, ONNX Runtime 1.31 (its own QDQ),
+LiteRT 2 (XNNPACK). Two runs.
 
 | model | batch | program | ONNX Runtime | LiteRT | float, program bytes | peak MB |
 |---|---|---|---|---|---|---|
@@ -19,13 +37,10 @@ cores; JAX 0.10.2, ONNX Runtime 1.31 (its own QDQ), LiteRT 2 (XNNPACK). Two runs
 """
 
 import dataclasses
-import importlib.util
 import json
 import pathlib
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -37,8 +52,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import qjax  # noqa: E402
 from experiments import models  # noqa: E402
+from experiments.benchmarks import dots, rows  # noqa: E402
+from experiments.benchmarks.clock import against_peers, in_turn, pin  # noqa: E402
 from experiments.benchmarks.runtimes import (  # noqa: E402
     Runtime,
+    installed,
     litert,
     onnx_file,
     onnx_runtime,
@@ -53,9 +71,31 @@ class Config:
 
     json: str = option("", "file for the rows")
     quick: bool = option(False, "under 60 s: two models, few rounds")
-    only: str = option("", "models with this in their name")
+    sections: str = option("models", "of models, dots, rows, with commas between")
+    only: str = option("", "what has this in its name")
     rounds: int = option(50, "timed calls of each runtime")
-    threads: int = option(2, "of ONNX Runtime and LiteRT; JAX takes all cores")
+    threads: int = option(2, "of all runtimes; the process keeps to as many cores")
+
+
+class Source(NamedTuple):
+    """How a model is made and quantized."""
+
+    make: Callable[[nnx.Rngs], nnx.Module]
+    shape: tuple[int, ...]
+    scheme: qjax.Scheme = qjax.Scheme()
+
+
+_BITS_4 = qjax.Scheme(weights=qjax.QSpec(4, narrow_range=True, axis="output"))
+# Other runtimes have no convolutions of 4 bits: ONNX Runtime and OpenVINO run the model
+# in 8, LiteRT the codes of 4 bits as bytes.
+SOURCES: dict[str, Source] = {
+    **{name: Source(*own) for name, own in models.MODELS.items()},
+    "resnet-8-w4": Source(*models.MODELS["resnet-8"], _BITS_4),
+    "resnet-8-large": Source(
+        lambda rngs: models.ResNet(1, rngs, widths=(64, 128, 256)), (32, 32, 3)
+    ),
+}
+PEERS = {"onnxruntime", "openvino", "litert"}
 
 
 class Case(NamedTuple):
@@ -70,14 +110,14 @@ class Case(NamedTuple):
 
 
 def build(name: str, threads: int) -> Case:
-    """Random weights, ranges from random images, 8 bits by the default scheme."""
-    make, shape = models.MODELS[name]
+    """Random weights, ranges from random images."""
+    make, shape, scheme = SOURCES[name]
     model = make(nnx.Rngs(0))
     apply, state = models.inference(model)
     state = models.with_statistics(state)
     nnx.update(model, state)
     batches = np.random.default_rng(0).normal(size=(4, 32, *shape)).astype(np.float32)
-    qmodel = qjax.quantize_model(apply, state, batches[0], scheme=qjax.Scheme())
+    qmodel = qjax.quantize_model(apply, state, batches[0], scheme=scheme)
     qstate = qjax.calibrate(qmodel, state, batches)
     program = qjax.lower(qmodel, state, qstate, batches[0])
     found = qjax.verify(program, qmodel, state, qstate, batches[0])
@@ -100,19 +140,15 @@ def build(name: str, threads: int) -> Case:
             lambda params, x: program(x, backend="native"), {}, program.nbytes
         )
         runtimes["native"] = _native(program, threads)
-    if _installed("onnx", "onnxruntime"):
+    if installed("onnx", "onnxruntime"):
         content = onnx_file(model, batches)
         runtimes["onnxruntime"] = onnx_runtime(content, threads)
-        if _installed("openvino"):
+        if installed("openvino"):
             runtimes["openvino"] = openvino(content, threads)
-    if _installed("ai_edge_litert", "flatbuffers"):
+    if installed("ai_edge_litert", "flatbuffers"):
         runtimes["litert"] = litert(program, threads)
     expected = np.asarray(jax.jit(qmodel.apply)(state, qstate, batches[0]))
     return Case(model, batches, program, runtimes, agreement, expected)
-
-
-def _installed(*names: str) -> bool:
-    return all(importlib.util.find_spec(name) for name in names)
 
 
 def _jax(fn: Callable[..., Any], params: Any, nbytes: int) -> Runtime:
@@ -135,21 +171,19 @@ def _native(program: qjax.IntegerProgram, threads: int) -> Runtime:
 
     def prepare(x: np.ndarray) -> Callable[[], Any]:
         run = program.compile(len(x), threads=threads)
-        (codes,) = map(np.asarray, program.quantize_inputs(x))
+        (codes,) = map(np.array, program.quantize_inputs(x))
         return lambda: run(codes)
 
     return Runtime(program.nbytes, prepare, lambda x: 0)
 
 
-def measure(case: Case, batch: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Medians of all runtimes, called in turn: once to settle, once for the time.
-
-    Thread pools of other runtimes spin for a while after a call; the first call of
-    each turn lets them stop.
-    """
+def measure(
+    case: Case, batch: int, rounds: int, threads: int
+) -> dict[str, dict[str, float]]:
+    """Returns times, bytes and how far outputs are off, by runtime."""
     x = case.batches[0, :batch]
     found: dict[str, dict[str, float]] = {}
-    calls, times, processor = {}, {}, {}
+    calls = {}
     scale = float(case.program.output_grids[0].array())
     for name, runtime in case.runtimes.items():
         calls[name], peak = runtime.prepare(x), runtime.peak(x)
@@ -159,55 +193,91 @@ def measure(case: Case, batch: int, rounds: int) -> dict[str, dict[str, float]]:
             found_output = scale * (found_output.astype(np.int32) - zero)
         off = np.max(np.abs(found_output - case.expected[:batch])) / scale
         found[name] = {"bytes": runtime.nbytes, "peak": peak, "off": float(off)}
-        times[name], processor[name] = [], []
-    for i in range(rounds + 2):
-        for name, call in calls.items():
-            call()
-            start, begun = time.perf_counter(), time.process_time()
-            call()
-            spent = time.perf_counter() - start, time.process_time() - begun
-            if i >= 2:  # After warm-up.
-                times[name].append(spent[0])
-                processor[name].append(spent[1])
-    for name, own in times.items():
-        found[name]["ms"] = 1e3 * statistics.median(own)
-        found[name]["processor ms"] = 1e3 * statistics.median(processor[name])
-        pairs = zip(times["float"], own, strict=True)
-        found[name]["ratio"] = statistics.median(a / b for a, b in pairs)
+    for name, own in in_turn(calls, rounds, threads).items():
+        found[name] |= own
+    for own in found.values():
+        own["ratio"] = found["float"]["ms"] / own["ms"]
     return found
 
 
-def show_models(config: Config) -> list[dict[str, Any]]:
-    rounds = 10 if config.quick else config.rounds
-    chosen = ("mlp", "resnet-8") if config.quick else ("",)
-    rows = []
-    print(
-        f"{'model':15} {'batch':>5} {'runtime':12} {'ms':>8} {'cpu ms':>8} "
-        f"{'float/it':>8} "
-        f"{'param bytes':>12} {'peak MB':>8} {'off by':>7}"
-    )
-    for name in models.MODELS:
-        if config.only not in name or not name.startswith(chosen):
+def _models(config: Config) -> Iterator[tuple[str, str, dict[str, dict[str, float]]]]:
+    for name in SOURCES:
+        is_quick = name in ("mlp-3x1024", "resnet-8")
+        if config.only not in name or (config.quick and not is_quick):
             continue
         case = build(name, config.threads)
         for batch in (1, 32):
-            for runtime, found in measure(case, batch, rounds).items():
-                print(
-                    f"{name:15} {batch:>5} {runtime:12} {found['ms']:>8.3f} "
-                    f"{found['processor ms']:>8.3f} "
-                    f"{found['ratio']:>8.2f} {found['bytes']:>12,} "
-                    f"{found['peak'] / 1e6:>8.2f} {found['off']:>7.2f}",
-                    flush=True,
-                )
-                rows.append(
-                    {"model": name, "batch": batch, "runtime": runtime, **found}
-                )
-        print(f"{name:15} {case.agreement}")
-    return rows
+            found = measure(case, batch, config.rounds, config.threads)
+            yield f"{name}, {batch}", "", found
+        print(f"{name}: {case.agreement}")
+
+
+def _dots(config: Config) -> Iterator[tuple[str, str, dict[str, dict[str, float]]]]:
+    for name, product in dots.PRODUCTS.items():
+        if config.only in name:
+            yield name, "", dots.measure(product, config.rounds, config.threads)
+
+
+def _rows(config: Config) -> Iterator[tuple[str, str, dict[str, dict[str, float]]]]:
+    for name, case in rows.CASES.items():
+        if config.only in name:
+            found = rows.measure(case, config.rounds, config.threads)
+            yield name, "float", found
+
+
+SECTIONS = {"models": _models, "dots": _dots, "rows": _rows}
+_OWN = ("native", "native jit", "xla")
+
+
+def show(config: Config) -> list[dict[str, Any]]:
+    """Prints a table of each section and returns its rows."""
+    if config.quick:
+        config = dataclasses.replace(config, rounds=min(config.rounds, 10))
+    time = "processor" if config.threads == 1 else "least wall"
+    kept = []
+    for section in config.sections.split(","):
+        print(f"{section}, ms of {time} time on {config.threads} threads")
+        print(
+            f"{'name':26} {'runtime':12} {'ms':>8} {'peer/it':>8} {'float/it':>8} "
+            f"{'GOP/s':>8} {'off':>5} {'param bytes':>12} {'peak MB':>8}"
+        )
+        for name, peer, times in SECTIONS[section](config):
+            peers = {peer} if peer else PEERS
+            for runtime, found in times.items():
+                own = dict(found)
+                if runtime in _OWN:
+                    own["peer"] = against_peers(times, runtime, peers)
+                if "float" in times:
+                    own["ratio"] = times["float"]["ms"] / found["ms"]
+                _show(name, runtime, own)
+                row = {"section": section, "name": name, "runtime": runtime}
+                kept.append({**row, "threads": config.threads, **own})
+    return kept
+
+
+def _show(name: str, runtime: str, found: dict[str, Any]) -> None:
+    def cell(key: str, form: str, width: int, unit: float = 1) -> str:
+        number = found.get(key)
+        return f"{'' if number is None else format(number / unit, form):>{width}}"
+
+    print(
+        f"{name:26} {runtime:12} {found['ms']:>8.4f} {cell('peer', '.2f', 8)} "
+        f"{cell('ratio', '.2f', 8)} {cell('gops', '.1f', 8)} {cell('off', '.2f', 5)} "
+        f"{cell('bytes', ',', 12)} {cell('peak', '.2f', 8, 1e6)}",
+        flush=True,
+    )
+
+
+def main(config: Config) -> None:
+    """Runs the sections."""
+    unknown = set(config.sections.split(",")) - set(SECTIONS)
+    if unknown:
+        raise SystemExit(f"--sections must be of {', '.join(SECTIONS)}, got {unknown}")
+    pin(config.threads)
+    found = show(config)
+    if config.json:
+        pathlib.Path(config.json).write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
-    config = parse(Config)
-    rows = show_models(config)
-    if config.json:
-        pathlib.Path(config.json).write_text(json.dumps(rows, indent=1))
+    main(parse(Config))

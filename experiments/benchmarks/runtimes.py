@@ -1,5 +1,7 @@
 """Other runtimes for the models of `experiments.models`: ONNX Runtime and LiteRT."""
 
+import dataclasses
+import importlib.util
 import itertools
 import logging
 import pathlib
@@ -14,6 +16,11 @@ from flax import nnx
 
 import qjax
 from experiments import models
+
+
+def installed(*names: str) -> bool:
+    """Returns whether there are packages of these names."""
+    return all(importlib.util.find_spec(name) for name in names)
 
 
 class Runtime(NamedTuple):
@@ -214,7 +221,10 @@ class _OnnxWriter:
 
 
 def litert(program: qjax.IntegerProgram, threads: int) -> Runtime:
-    """The same codes in LiteRT's operators, which round in their own way."""
+    """The same codes in LiteRT's operators, which round in their own way.
+
+    What is prepared for codes, int8, returns codes.
+    """
     from ai_edge_litert import schema_py_generated as schema
     from ai_edge_litert.interpreter import Interpreter
 
@@ -229,6 +239,14 @@ def litert(program: qjax.IntegerProgram, threads: int) -> Runtime:
         )
         own.resize_tensor_input(place, x.shape)
         own.allocate_tensors()
+
+        def run_codes() -> np.ndarray:
+            own.set_tensor(place, x)
+            own.invoke()
+            return own.get_tensor(out)
+
+        if x.dtype == np.int8:
+            return run_codes
 
         def call() -> np.ndarray:
             own.set_tensor(place, _quantized(x, grids[0]))
@@ -277,6 +295,7 @@ class _LiteWriter:
         self.buffers, self.tensors, self.operators = [schema.BufferT()], [], []
         self.names: list[str] = []
         self.places: dict[int, int] = {}  # Value of the graph -> tensor.
+        self.grids: dict[int, Any] = {}  # Of values whose grid is not the graph's.
 
     def model(self) -> bytes:
         import flatbuffers
@@ -313,14 +332,24 @@ class _LiteWriter:
         if node.operation == "sum":
             options = s.ReducerOptionsT()
             options.keepDims = False
+            # Where a later scale is merged into the mean, its grid says 1.
+            count = np.prod(
+                [self.graph.values[node.inputs[0]].shape[d] for d in a["axes"]]
+            )
+            ratio = [
+                float(self.params[requantize.params[k]])
+                for k in ("multiplier", "shift")
+            ]
+            own = self.grid(node.inputs[0])
+            scale = own.scale / (count * ratio[0] * 2.0 ** -ratio[1])
+            self.grids[requantize.output] = dataclasses.replace(
+                self.grid(requantize.output), scale=scale
+            )
             axes = self.constant(np.int32(a["axes"]), s.TensorType.INT32)
             self.operator("MEAN", node.inputs, requantize.output, [axes], options)
             return
         kernel, bias = (self.params[node.params[k]] for k in ("kernel", "bias"))
-        source, target = (
-            self.graph.values[v].grid for v in (node.inputs[0], requantize.output)
-        )
-        assert source is not None and target is not None
+        source, target = map(self.grid, (node.inputs[0], requantize.output))
         multiplier, shift = (
             self.params[requantize.params[k]].astype(np.float64).reshape(-1)
             for k in ("multiplier", "shift")
@@ -372,10 +401,15 @@ class _LiteWriter:
         own.builtinOptions = options
         self.operators.append(own)
 
+    def grid(self, v: int) -> Any:
+        found = self.grids.get(v, self.graph.values[v].grid)
+        assert found is not None
+        return found
+
     def activation(self, v: int) -> int:
-        value = self.graph.values[v]
-        assert value.grid is not None and value.dtype == "int8"
-        grids = ([value.grid.scale], [value.grid.zero_point], 0)
+        value, own = self.graph.values[v], self.grid(v)
+        assert value.dtype == "int8"
+        grids = ([own.scale], [own.zero_point], 0)
         return self.tensor((1, *value.shape[1:]), self.schema.TensorType.INT8, 0, grids)
 
     def constant(self, values: np.ndarray, kind: int, grids: Any = None) -> int:

@@ -24,6 +24,7 @@ from qjax.graph.sizes import Shape, value_shapes
 
 _MOST_SHAPES = 16  # Of inputs whose kernels are kept.
 _LARGE, _MOST_TOGETHER = 1 << 18, 32  # Bytes of parameters; examples that share them.
+_SMALL = 1 << 15  # Bytes of the values of examples that run together, few of each.
 
 
 class KernelRuns(NamedTuple):
@@ -95,7 +96,7 @@ class NativeGraph:
         if inputs and inputs[0] and inputs[0][0] > 1:
             if are_apart(self.graph, self.params, shapes):
                 size = inputs[0][0]
-                times = size // self._chunk(size)
+                times = size // self._chunk(size, shapes)
                 inputs = [(size // times, *shape[1:]) for shape in inputs]
         kernel = self._kernel(tuple(inputs))
         values = [self.graph.values[v] for v in self.graph.outputs]
@@ -105,12 +106,21 @@ class NativeGraph:
         )
         return KernelRuns(kernel, times, types)
 
-    def _chunk(self, size: int) -> int:
-        """Returns how many examples run together: those of large kernels share them."""
-        operations = {node.operation for node in self.graph.nodes}
-        if self._nbytes < _LARGE or "conv" in operations:
+    def _chunk(self, size: int, shapes: Sequence[Shape]) -> int:
+        """Returns how many examples run together.
+
+        Those of large kernels share them; of small values one run takes many.
+        """
+        values = {v for node in self.graph.nodes for v in (*node.inputs, *node.outputs)}
+        if "conv" in {node.operation for node in self.graph.nodes}:
             return 1
-        return max(n for n in range(1, _MOST_TOGETHER + 1) if size % n == 0)
+        sizes = (
+            math.prod(shapes[v]) * np.dtype(self.graph.values[v].dtype).itemsize
+            for v in values
+        )
+        few = _SMALL * size // max(sum(sizes), 1)
+        most = max(few, _MOST_TOGETHER if self._nbytes >= _LARGE else 1)
+        return max(n for n in range(1, min(most, size) + 1) if size % n == 0)
 
     def _kernel(self, shapes: tuple[Shape, ...]) -> NativeKernel:
         key = self.library.isa, shapes

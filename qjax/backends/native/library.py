@@ -50,6 +50,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any] | None]] = {
         [ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64],
     ),
     "free": (None, [ctypes.c_void_p]),
+    "peak": (ctypes.c_int64, [ctypes.c_int64]),
     "run_many": (
         ctypes.c_int,
         [
@@ -94,6 +95,17 @@ class Library:
     def isa(self) -> str:
         """Returns the instruction set in use, or "" if the variable names none."""
         return self.call["isa"]().decode()
+
+    def add_products(self, rounds: int) -> int:
+        """Adds up products from registers alone, the most that a core can, for timing.
+
+        Args:
+          rounds: Number of turns of all registers, some nanoseconds each.
+
+        Returns:
+          The number of products, two operations each.
+        """
+        return self.call["peak"](rounds)
 
     def refusal(self, words: np.ndarray) -> str:
         """Returns why the library does not read a plan, or ""."""

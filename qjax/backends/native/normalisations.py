@@ -18,9 +18,9 @@ def _softmax(e: Emission, node: Node) -> None:
     others = [d for d in range(len(shape)) if d not in axes]
     order, terms = [*others, *axes], math.prod(shape[d] for d in axes)
     x = e.arranged(e.of[v], shape, order)
-    mask = -1
+    mask, mask_rows = -1, 1
     if len(node.inputs) > 1:
-        mask = e.arranged(e.whole(node.inputs[1], shape), shape, order)
+        mask, mask_rows = _mask(e, node.inputs[1], shape, order, len(others))
     is_sum = node.operation == "logsumexp"
     out = e.make(node.output)
     if not terms:
@@ -28,7 +28,7 @@ def _softmax(e: Emission, node: Node) -> None:
         return
     rows = out if is_sum else _row_buffer(e, out, shape, order)
     table = e.param(node, "table")
-    words = [_KINDS.index(node.operation), x, mask, rows]
+    words = [_KINDS.index(node.operation), x, mask, mask_rows, rows]
     words += [math.prod(shape[d] for d in others), terms, e.table(table), len(table)]
     words += [a["most_places"], _EMPTY.index(a["empty"]), a.get("plus", 0)]
     words += [*a.get("input_zero_points", [0])[:1], a.get("input_multiplier", 0)]
@@ -37,6 +37,27 @@ def _softmax(e: Emission, node: Node) -> None:
     e.step(_SOFTMAX, [*words, a["low"], a["high"]], reads, [rows])
     if rows != out:
         e.put_back(rows, out, shape, order)
+
+
+def _mask(
+    e: Emission, v: int, shape: tuple[int, ...], order: list[int], count: int
+) -> tuple[int, int]:
+    """Returns a buffer of a mask by rows, and after how many it comes again.
+
+    Args:
+      e: The plan.
+      v: The mask.
+      shape: Shape that it broadcasts to.
+      order: Axes of this shape, those of the rows first.
+      count: Number of axes of the rows.
+    """
+    own = e.shapes[v]
+    first = next((k for k, d in enumerate(order) if own[d] != 1), count)
+    target = list(shape)
+    for d in order[: min(first, count)]:
+        target[d] = 1
+    rows = math.prod(target[d] for d in order[:count])
+    return e.arranged(e.whole(v, target), target, order), max(rows, 1)
 
 
 def _row_buffer(e: Emission, out: int, shape: tuple[int, ...], order: list[int]) -> int:

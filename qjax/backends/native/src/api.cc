@@ -339,6 +339,10 @@ int qjax_native_run(const QjaxNativeRuns* runs, void** ends) {
                               runs->times, static_cast<int>(runs->threads), nullptr, 0);
 }
 
+int64_t qjax_native_peak(int64_t rounds) {
+  return qjax::chosen() ? qjax::chosen()->peak(rounds) : -1;
+}
+
 const char* qjax_native_explain(void* plan, const uint8_t* packed, int64_t step) {
   thread_local std::string text;
   text = qjax::guarded<std::string>("", nullptr, 0, [&] {

@@ -43,5 +43,7 @@ struct QjaxNativeGrid {
 QJAX_EXPORT int qjax_native_quantize(const QjaxNativeGrid* grid, void** ends);
 // `ends` are the codes, then the real values.
 QJAX_EXPORT int qjax_native_dequantize(const QjaxNativeGrid* grid, void** ends);
+// Adds up products of registers in the set in use; returns how many, -1 without a set.
+QJAX_EXPORT int64_t qjax_native_peak(int64_t rounds);
 QJAX_EXPORT const char* qjax_native_explain(void* plan, const uint8_t* packed, int64_t step);
 }

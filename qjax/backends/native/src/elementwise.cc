@@ -64,13 +64,17 @@ class Requantize : public Step {
       r.requantizer = &requantizer_.in(memory);
       r.out = memory.as<uint8_t>(out_.buffer) + i * size_of(out_.dtype);
       r.out_dtype = static_cast<int64_t>(out_.dtype);
-      set_.rows(r);
+      const bool is_even = is_exact(*r.requantizer);
+      (is_even ? set_.exact_rows : set_.rows)(r);
     }
   }
 
  private:
   static constexpr int64_t kChunk = 4096;
 
+  static bool is_exact(const PackedRequantizer& q) {
+    return q.form == Form::kExact && q.rule == Rule::kHalfEven && q.is_narrow;
+  }
   bool is_scattered() const { return is_wide_ || (inner_ > 1 && !is_single_); }
 
   void one_by_one(const Memory& memory) const {
@@ -117,9 +121,10 @@ class Add : public Step {
     check_fits(out_.dtype, low_, high_);
     maker.holds(out_.buffer, count_);
     is_pair_ = n == 2 && make_pair();
+    is_narrow_ = reach() < static_cast<__int128>(1) << 61;
   }
   std::string explain(const uint8_t*) const override {
-    return is_pair_ ? "two parts of 16 bits" : "64 bits";
+    return is_pair_ ? "two parts of 16 bits" : is_narrow_ ? "64 bits" : "128 bits";
   }
 
   void run(const Memory& memory) const override {
@@ -131,6 +136,7 @@ class Add : public Step {
       pair.out = memory.as<uint8_t>(out_.buffer);
       return set_.pair_sum(pair);
     }
+    if (is_narrow_) return narrow(memory);
     each_row(count_, [&](int64_t at, int64_t n) {
       int32_t x[kRow];
       __int128 sums[kRow] = {};
@@ -154,6 +160,31 @@ class Add : public Step {
 
   int32_t code(__int128 sum) const {
     return coded(half_even(sum, shift_), zero_point_, low_, high_);
+  }
+
+  // The largest magnitude of a sum, its rounding included; of terms that fit 32 bits.
+  __int128 reach() const {
+    __int128 found = static_cast<__int128>(1) << shift_;
+    for (const Term& term : terms_) {
+      const int64_t far = (int64_t{1} << (8 * size_of(term.in.dtype))) +
+                          std::llabs(term.zero_point);
+      if (far > INT32_MAX) return static_cast<__int128>(1) << 100;
+      found += static_cast<__int128>(far) * std::llabs(term.multiplier);
+    }
+    return found;
+  }
+
+  void narrow(const Memory& memory) const {
+    each_row(count_, [&](int64_t at, int64_t n) {
+      alignas(64) int32_t x[kRow];  // Whole registers.
+      alignas(64) int64_t sums[kRow];
+      for (const Term& term : terms_) {
+        term.in.load(memory, at, n, x);
+        set_.weigh({x, n, term.zero_point, term.multiplier, &term == &terms_[0], sums});
+      }
+      set_.round({sums, n, shift_, zero_point_, low_, high_, x});
+      out_.store(memory, at, n, x);
+    });
   }
 
   // Whether the two parts give the code of the formula for each pair of bytes.
@@ -210,7 +241,7 @@ class Add : public Step {
   std::vector<Term> terms_;
   int shift_;
   int32_t zero_point_, low_, high_;
-  bool is_pair_;
+  bool is_pair_, is_narrow_;
   PairSum pair_;
 };
 

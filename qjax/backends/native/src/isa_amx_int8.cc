@@ -1,8 +1,14 @@
 // AMX: products of tiles, 16 rows of 64 bytes by 16 outputs, in one instruction. What is
 // no product of bytes runs as under AVX-512 VNNI.
+#define QJAX_OWN_PEAK
 #include "avx512.h"
 //
 #include "tiles.h"
+//
+#ifndef QJAX_SIMDE
+#include "vbmi.h"
+#endif
+#include "wide.h"
 
 namespace qjax {
 namespace {
@@ -168,7 +174,7 @@ struct Products {
   static void run(const Tiles& t) {
     const Places places(t);
     const int64_t parts = (t.run_steps + kTileSteps - 1) / kTileSteps;
-    const int64_t steps = t.run_steps / parts;
+    const int64_t steps = parts ? t.run_steps / parts : 1;
     const Shapes shapes(places.rows, steps);
     _tile_loadconfig(&shapes);
     const int64_t panels = (t.outputs + V::kLanes - 1) / V::kLanes;
@@ -308,6 +314,19 @@ struct Products {
   }
 };
 
+int64_t run_amx_peak(int64_t rounds) {
+  const Shapes shapes(kTileRows, kTileSteps);
+  _tile_loadconfig(&shapes);
+  for (int64_t i = 0; i < rounds; ++i) {
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
+    _tile_dpbssd(2, 5, 6);
+    _tile_dpbssd(3, 5, 7);
+  }
+  _tile_release();
+  return rounds * kMostTiles * kTileRows * V::kLanes * 4 * kTileSteps;
+}
+
 void run_amx(const Tiles& t) { with_form<Products>(t); }
 
 }  // namespace
@@ -315,6 +334,6 @@ void run_amx(const Tiles& t) { with_form<Products>(t); }
 const Kernels kAmxInt8 = {
     "amx_int8", V::kLanes, Bytes::kTaps, kTileSteps, Signs::kBoth, Shorts::kTaps, V::channel_of,
     run_amx, run_bytes, run_shorts, run_narrow, run_depthwise, run_rows, run_stage,
-    run_pair_sum, run_dot};
+    run_pair_sum, QJAX_WIDE, run_amx_peak};
 
 }  // namespace qjax

@@ -107,12 +107,14 @@ struct Shorts {
 }  // namespace qjax
 
 #include "tiles.h"
+//
+#include "wide.h"
 
 namespace qjax {
 
 const Kernels kNeonDot = {
     "neon_dot", V::kLanes, Bytes::kTaps, 0, Signs::kSigned, Shorts::kTaps, V::channel_of,
     run_bytes, nullptr, run_shorts, run_narrow, run_depthwise, run_rows, run_stage,
-    run_pair_sum, run_dot};
+    run_pair_sum, QJAX_WIDE, run_peak};
 
 }  // namespace qjax

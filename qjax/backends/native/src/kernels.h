@@ -35,6 +35,7 @@ struct alignas(64) PackedRequantizer {
   int32_t input_zero_point, zero_point, low, high;
   int32_t width;  // Channels, filled up to whole registers twice over.
   int32_t is_single;  // All channels have the first one's numbers.
+  int32_t is_narrow;  // Products of accumulators and multipliers have 61 bits.
 
   QJAX_INLINE const int32_t* multiplier() const {
     return reinterpret_cast<const int32_t*>(this + 1);
@@ -111,6 +112,64 @@ struct PairSum {
   uint8_t* out;
 };
 
+// Terms of weighted sums: sums[i] (+)= (x[i] - zero_point) * multiplier. Rows and sums
+// may be read and written up to a whole register.
+struct Weighted {
+  const int32_t* x;
+  int64_t n;
+  int32_t zero_point, multiplier;
+  bool is_first;  // Sets the sums.
+  int64_t* sums;
+};
+
+// Codes of sums: clip(sum / 2^shift + zero_point), halves to even; |sum| < 2^62.
+struct Rounded {
+  const int64_t* sums;
+  int64_t n, shift;
+  int32_t zero_point, low, high;
+  int32_t* out;
+};
+
+// Normalisations of rows: the formula of qjax/graph/operations/normalisations.py.
+struct NormRows {
+  const void* in;
+  void* out;
+  int64_t in_dtype, out_dtype;
+  int64_t rows, n, period;
+  const int32_t* multiplier;  // [period, n]
+  // Shifted, with half of the last step: [period, width]; of each register of 32 bits
+  // the even places, then the odd ones.
+  const int64_t* bias;
+  int64_t width;
+  bool is_centred;
+  bool is_small;  // Codes are below 2^10 about their zero point.
+  int32_t input_zero_point;
+  int64_t epsilon, floor, point;
+  int64_t fraction;  // Bits behind the point of normalised values.
+  int64_t shift;
+  int32_t zero_point, low, high;
+  int32_t* scratch;  // [width]
+};
+
+constexpr int64_t kBytes = 256;
+
+// Softmaxes of rows of bytes: the formula of qjax/graph/operations/normalisations.py.
+struct SoftmaxRows {
+  const uint8_t* in;
+  const uint8_t* mask;  // Null, or 0 where a place is left out.
+  int64_t mask_rows;    // After which the mask comes again.
+  uint8_t* out;
+  uint8_t flip;  // Makes unsigned bytes of codes: 128 or 0.
+  int64_t rows, n;
+  const uint32_t* table;  // Exponentials by distance, [kBytes].
+  const uint8_t* planes;  // Their bytes, [4, kBytes], the lowest first.
+  int64_t empty;          // Of a row without places: 0 all codes of 0, 1 all, 2 alike.
+  uint64_t plus, multiplier;
+  int64_t shift;
+  int32_t zero_point, low, high;
+  uint8_t* scratch;  // [n]
+};
+
 // Bytes for products: bytes again, or integers of 16 bits.
 struct Staging {
   const void* from;
@@ -141,8 +200,26 @@ struct Kernels {
   void (*rows)(const Rows&);
   void (*stage)(const Staging&);
   void (*pair_sum)(const PairSum&);
-  int64_t (*dot)(const int16_t* a, const int16_t* b, int64_t n);
+  // Of the exact form, halves to even, where `is_narrow`.
+  void (*exact_rows)(const Rows&);
+  void (*weigh)(const Weighted&);
+  void (*round)(const Rounded&);
+  void (*norm)(const NormRows&);
+  void (*softmax)(const SoftmaxRows&);
+  // out[i] = table[in[i]], `kBytes` of them.
+  void (*look_up)(const uint8_t* table, const uint8_t* in, uint8_t* out, int64_t n);
+  // Adds up products from registers alone; returns how many.
+  int64_t (*peak)(int64_t rounds);
 };
+
+// Steps of `taps` products that sum `length` of them: with a limit on the steps of one
+// instruction in parts of one length.
+QJAX_INLINE int64_t steps_of(int64_t length, int64_t taps, int64_t limit) {
+  const int64_t steps = (length + taps - 1) / taps;
+  if (!limit || !steps) return steps;
+  const int64_t parts = (steps + limit - 1) / limit;
+  return parts * ((length + taps * parts - 1) / (taps * parts));
+}
 
 extern const Kernels kPortable;
 #ifdef QJAX_AVX2

@@ -11,7 +11,8 @@ namespace {
 class Table : public Step {
  public:
   Table(Words& words, const Maker& maker)
-      : in_(words, maker),
+      : set_(kernels()),
+        in_(words, maker),
         out_(words, maker),
         outer_(words.size()),
         channels_(words.size()),
@@ -24,11 +25,23 @@ class Table : public Step {
     maker.holds(in_.buffer, count);
     maker.holds(out_.buffer, dtype, count);
     table_ = Kept(maker, from, count_of({rows_, channels_}) * size_of(dtype));
+    is_bytes_ = channels_ == 1 && size_of(in_.dtype) == 1 && size_of(dtype) == 1;
+    if (is_bytes_) bytes_ = maker.layout.reserve(kBytes);
   }
   void pack(const Constants& constants, uint8_t* packed) const override {
     table_.pack(constants, packed);
+    if (!is_bytes_) return;
+    const uint8_t* table = constants.at<uint8_t>(table_.from, rows_);
+    for (int64_t i = 0; i < kBytes; ++i) {  // By the bits of a code.
+      const int64_t x = in_.dtype == Dtype::kInt8 ? static_cast<int8_t>(i) : i;
+      packed[bytes_ + i] = table[std::min(std::max<int64_t>(x - low_, 0), rows_ - 1)];
+    }
   }
   void run(const Memory& memory) const override {
+    if (is_bytes_) {
+      return set_.look_up(memory.packed + bytes_, memory.as<uint8_t>(in_.buffer),
+                          memory.as<uint8_t>(out_.buffer), outer_ * inner_);
+    }
     const uint8_t* table = table_.in<uint8_t>(memory);
     with_type(out_.dtype, [&](auto* type) {
       using T = Pointee<decltype(type)>;
@@ -38,6 +51,7 @@ class Table : public Step {
       each_channel_row(outer_, channels_, inner_,
                        [&](int64_t at, int64_t n, int64_t c, int64_t step) {
                          in_.load(memory, at, n, x);
+                         if (channels_ == 1) return one_channel(x, n, own, out + at);
                          for (int64_t i = 0; i < n; ++i) {
                            const int64_t row = static_cast<int64_t>(x[i]) - low_;
                            const int64_t place =
@@ -49,10 +63,21 @@ class Table : public Step {
   }
 
  private:
+  template <class T>
+  void one_channel(const int32_t* x, int64_t n, const T* table, T* out) const {
+    const int64_t low = low_, last = rows_ - 1;
+    for (int64_t i = 0; i < n; ++i) {
+      out[i] = table[std::min(std::max<int64_t>(x[i] - low, 0), last)];
+    }
+  }
+
+  const Kernels& set_;
   Source in_, out_;
   int64_t outer_, channels_, inner_, rows_;
   int32_t low_;
   Kept table_;
+  bool is_bytes_;
+  int64_t bytes_ = 0;
 };
 
 class Thresholds : public Step {
@@ -349,273 +374,6 @@ class Divide : public Step {
   int32_t zero_point_, low_, high_;
 };
 
-// Softmax, log-softmax and log-sum-exp along the last axis, by a table of exponentials:
-// the formulas of qjax/graph/operations/normalisations.py.
-class Softmax : public Step {
- public:
-  Softmax(Words& words, const Maker& maker)
-      : kind_(words.next(0, 2, "an unknown kind of softmax")),
-        in_(words, maker) {
-    mask_ = words.next(-1, static_cast<int64_t>(maker.buffers.size()) - 1,
-                       "a mask must be a buffer");
-    out_ = Source(words, maker);
-    outer_ = words.size();
-    n_ = words.size();
-    const int64_t from = words.size();
-    rows_ = words.next(1, kMostElements, "a table must have rows");
-    table_ = Kept(maker, from, rows_ * 4);
-    // Sums of more places might not fit.
-    check(n_ <= words.size(), "a softmax has more places than its table is made for");
-    empty_ = words.next(0, 2, "an unknown rule for empty rows");
-    plus_ = words.next(0, int64_t{1} << 30, "`plus` must have 30 bits");
-    input_zero_point_ = words.int32();
-    input_multiplier_ = words.next(0, INT32_MAX, "a multiplier must be positive");
-    input_shift_ = words.next(0, 62, "a shift must lie in 0 to 62");
-    multiplier_ = words.next(0, INT32_MAX, "a multiplier must be positive");
-    shift_ = words.next(0, 88, "a shift must lie in 0 to 88");
-    zero_point_ = words.int32();
-    low_ = words.int32();
-    high_ = words.int32();
-    const int64_t count = count_of({outer_, n_});
-    maker.holds(in_.buffer, count);
-    if (mask_ >= 0) maker.holds(mask_, count);
-    maker.holds(out_.buffer, kind_ == 2 ? outer_ : count);
-    if (mask_ >= 0) mask_dtype_ = maker.of(mask_).dtype;
-    check_fits(out_.dtype, low_, high_);
-    scratch_ = (std::max<int64_t>(n_, 1) * 12 + kSlack + kAlignment) / kAlignment * kAlignment;
-  }
-  int64_t scratch_bytes() const override { return scratch_; }
-  void pack(const Constants& constants, uint8_t* packed) const override {
-    const int32_t* table = constants.at<int32_t>(table_.from, rows_);
-    for (int64_t i = 0; i < rows_; ++i) {
-      check(table[i] >= 0 && table[i] <= (1 << 30), "exponentials must have 30 bits");
-    }
-    check(table[0] > 0, "the exponential of 0 must be positive");
-    table_.pack(constants, packed);
-  }
-  void run(const Memory& memory) const override {
-    for (int64_t o = 0; o < outer_; ++o) row(o, memory);
-  }
-
- private:
-  void row(int64_t o, const Memory& memory) const {
-    auto* codes = reinterpret_cast<int32_t*>(memory.scratch);
-    auto* parts = codes + n_;
-    auto* kept = parts + n_;  // 1 or 0.
-    in_.load(memory, o * n_, n_, codes);
-    bool any = mask_ < 0;
-    std::fill(kept, kept + n_, 1);
-    if (mask_ >= 0) {
-      load(mask_dtype_, memory.as<uint8_t>(mask_), o * n_, 1, n_, kept);
-      for (int64_t i = 0; i < n_; ++i) {
-        kept[i] = kept[i] != 0;
-        any = any || kept[i];
-      }
-      if (!any && empty_ != 0) {
-        std::fill(kept, kept + n_, 1);
-        // As if all codes were one: their distances are 0.
-        if (empty_ == 2) std::fill(codes, codes + n_, 0);
-        any = true;
-      }
-    }
-    any = any && n_ > 0;
-    const int32_t* table = table_.in<int32_t>(memory);
-    int32_t top = INT32_MIN;
-    for (int64_t i = 0; i < n_; ++i) top = kept[i] ? std::max(top, codes[i]) : top;
-    int64_t total = 0;
-    for (int64_t i = 0; i < n_; ++i) {
-      const int64_t far = static_cast<int64_t>(top) - codes[i];
-      const int64_t distance = std::min(std::max<int64_t>(far, 0), rows_ - 1);
-      parts[i] = kept[i] && any ? table[distance] : 0;
-      total += parts[i];
-    }
-    if (kind_ == 0) {
-      shares(parts, any ? total + plus_ : 1, codes);
-    } else if (!any) {
-      std::fill(codes, codes + std::max<int64_t>(n_, 1), low_);
-    } else {
-      const int64_t log = logarithm(total, table[0]);
-      for (int64_t i = 0; i < n_ && kind_ == 1; ++i) {
-        const int64_t step = static_cast<int64_t>(codes[i]) - top;
-        codes[i] = kept[i] ? log_code(step, -log) : low_;
-      }
-      if (kind_ == 2) {
-        codes[0] = log_code(static_cast<int64_t>(top) - input_zero_point_, log);
-      }
-    }
-    if (kind_ == 2) {
-      out_.store(memory, o, 1, codes);
-    } else {
-      out_.store(memory, o * n_, n_, codes);
-    }
-  }
-
-  void shares(const int32_t* parts, int64_t total, int32_t* codes) const {
-    const int length = 64 - __builtin_clzll(static_cast<uint64_t>(total));
-    const __int128 one = static_cast<__int128>(1) << (32 + length);
-    const int64_t found = static_cast<int64_t>((one / total + 1) / 2);
-    const int64_t reciprocal = std::min<int64_t>(found, (int64_t{1} << 32) - 1);
-    const int64_t down = std::min<int64_t>(shift_, 62);
-    const int64_t half = (int64_t{1} << down) >> 1;
-    for (int64_t i = 0; i < n_; ++i) {
-      const __int128 product = static_cast<__int128>(parts[i]) * reciprocal;
-      const int64_t p = static_cast<int64_t>(
-          (product + (static_cast<__int128>(1) << length)) >> (length + 1));
-      codes[i] = coded((p * multiplier_ + half) >> down, zero_point_, low_, high_);
-    }
-  }
-
-  // 2^26 * log(total / one), by the series of a quotient.
-  static int64_t logarithm(int64_t total, int64_t one) {
-    const int length = 64 - __builtin_clzll(static_cast<uint64_t>(total));
-    const int one_length = 64 - __builtin_clzll(static_cast<uint64_t>(one));
-    const int64_t a =
-        length < 32 ? total << (32 - length) : total >> (length - 32);
-    const int64_t z = ((a - (int64_t{1} << 31)) << 31) / (a + (int64_t{1} << 31));
-    int64_t series = 0;
-    for (int64_t k = 19; k > 0; k -= 2) {
-      series = ((int64_t{2} << 31) + k) / (2 * k) + (((z * z) >> 31) * series >> 31);
-    }
-    const int64_t found =
-        (length - one_length) * int64_t{762123384786} + ((z * series >> 30) << 9);
-    return (found + (1 << 13)) >> 14;
-  }
-
-  int32_t log_code(int64_t step, int64_t log) const {
-    const auto part = [](int64_t x, int64_t multiplier, int64_t shift) {
-      const int64_t up = std::max<int64_t>(14 - shift, 0);
-      const int64_t down = std::max<int64_t>(shift - 14, 0);
-      const __int128 half = (static_cast<__int128>(1) << down) >> 1;
-      return ((static_cast<__int128>(x) * multiplier << up) + half) >> down;
-    };
-    const __int128 total = part(step, input_multiplier_, input_shift_) +
-                           part(log, multiplier_, shift_);
-    const __int128 steps = (total + (1 << 13)) >> 14;
-    const __int128 far = static_cast<__int128>(1) << 40;
-    const __int128 held = steps < -far ? -far : steps > far ? far : steps;
-    return coded(static_cast<int64_t>(held), zero_point_, low_, high_);
-  }
-
-  int64_t kind_;
-  Source in_, out_;
-  int64_t mask_, outer_, n_, rows_, empty_, plus_;
-  Kept table_;
-  int32_t input_zero_point_;
-  int64_t input_multiplier_, input_shift_, multiplier_, shift_;
-  int32_t zero_point_, low_, high_;
-  Dtype mask_dtype_ = Dtype::kInt8;
-  int64_t scratch_;
-};
-
-// Normalisation along the last axis: the formula of
-// qjax/graph/operations/normalisations.py.
-class Norm : public Step {
- public:
-  Norm(Words& words, const Maker& maker)
-      : in_(words, maker),
-        out_(words, maker),
-        outer_(words.size()),
-        n_(words.next(1, int64_t{1} << 31, "a norm must be of codes")),
-        period_(words.next(1, kMostElements, "numbers must have rows")) {
-    const int64_t count = count_of({period_, n_});
-    multiplier_ = Kept(maker, words.size(), count * 4);
-    bias_ = Kept(maker, words.size(), count * 4);
-    is_centred_ = words.flag();
-    check(words.size() == n_, "a group must have as many codes as its row");
-    epsilon_ = words.next(0, int64_t{1} << 60, "epsilon must have 60 bits");
-    floor_ = words.next(0, int64_t{1} << 60, "the floor must have 60 bits");
-    point_ = words.next(-60, 30, "a point must lie in -60 to 30");
-    more_ = words.next(0, 62, "`more` must lie in 0 to 62");
-    input_zero_point_ = words.int32();
-    shift_ = words.next(0, 62, "a shift must lie in 0 to 62");
-    bias_shift_ = words.next(0, 31, "a left shift must lie in 0 to 31");
-    zero_point_ = words.int32();
-    low_ = words.int32();
-    high_ = words.int32();
-    const int64_t all = count_of({outer_, n_});
-    maker.holds(in_.buffer, all);
-    maker.holds(out_.buffer, all);
-    check_fits(out_.dtype, low_, high_);
-    // Bits behind the point of values that their group's root bounds.
-    int bits = 0;
-    while ((int64_t{1} << bits) < n_) ++bits;
-    fraction_ = 30 - (is_centred_ ? (bits + 1) / 2 : 0);
-  }
-  void pack(const Constants& constants, uint8_t* packed) const override {
-    multiplier_.pack(constants, packed);
-    bias_.pack(constants, packed);
-  }
-  void run(const Memory& memory) const override {
-    const int32_t* multiplier = multiplier_.in<int32_t>(memory);
-    const int32_t* bias = bias_.in<int32_t>(memory);
-    auto* codes = reinterpret_cast<int32_t*>(memory.scratch);
-    for (int64_t o = 0; o < outer_; ++o) {
-      const int64_t row = o % period_ * n_;
-      in_.load(memory, o * n_, n_, codes);
-      group(codes, multiplier + row, bias + row);
-      out_.store(memory, o * n_, n_, codes);
-    }
-  }
-  int64_t scratch_bytes() const override { return n_ * 4; }
-
- private:
-  // Integers of the formula fit 62 bits: the graph's validation has seen to it.
-  void group(int32_t* codes, const int32_t* multiplier, const int32_t* bias) const {
-    int64_t total = 0, squares = 0;
-    for (int64_t i = 0; i < n_; ++i) {
-      const int64_t q = static_cast<int64_t>(codes[i]) - input_zero_point_;
-      total += q;
-      squares += q * q;
-    }
-    if (is_centred_) squares = n_ * squares - total * total;
-    const int64_t whole = point_ >= 0 ? squares << point_ : squares >> -point_;
-    const int64_t value = std::max<int64_t>(std::max(whole + epsilon_, floor_), 1);
-    int64_t down;
-    const int64_t root = reciprocal_root(value, &down);
-    // The point is even.
-    down = std::min<int64_t>(std::max<int64_t>(down - point_ / 2 - fraction_ - more_, 0), 62);
-    const int64_t half = (int64_t{1} << down) >> 1;
-    const int64_t own_half = (int64_t{1} << shift_) >> 1;
-    const int64_t least = static_cast<int64_t>(low_) - zero_point_;
-    const int64_t most = static_cast<int64_t>(high_) - zero_point_;
-    for (int64_t i = 0; i < n_; ++i) {
-      int64_t q = static_cast<int64_t>(codes[i]) - input_zero_point_;
-      q = is_centred_ ? n_ * q - total : q;
-      const __int128 product = static_cast<__int128>(q) * root;
-      const int64_t t = static_cast<int64_t>((product + half) >> down);
-      const int64_t acc = t * multiplier[i] +
-                          static_cast<int64_t>(bias[i]) * (int64_t{1} << bias_shift_);
-      const int64_t steps = (acc + own_half) >> shift_;
-      codes[i] =
-          static_cast<int32_t>(std::min(std::max(steps, least), most) + zero_point_);
-    }
-  }
-
-  // One over a root, an integer of 30 bits and a shift, by Newton's steps.
-  static int64_t reciprocal_root(int64_t x, int64_t* down) {
-    const int length = 64 - __builtin_clzll(static_cast<uint64_t>(x));
-    const int up = (62 - length) / 2 * 2;
-    const uint64_t a = (static_cast<uint64_t>(x) << up) >> 30;
-    uint64_t root = 2362232013u - ((1395864371u * a) >> 32);
-    for (int step = 0; step < 5; ++step) {
-      const uint64_t square = (root * root) >> 30;
-      root = (root * ((uint64_t{3} << 30) - ((square * a) >> 32))) >> 31;
-    }
-    *down = 60 - up / 2;
-    return static_cast<int64_t>(root >> 1);
-  }
-
-  Source in_, out_;
-  int64_t outer_, n_, period_;
-  Kept multiplier_, bias_;
-  bool is_centred_;
-  int64_t epsilon_, floor_, point_, more_;
-  int32_t input_zero_point_;
-  int64_t shift_, bias_shift_;
-  int32_t zero_point_, low_, high_;
-  int64_t fraction_;
-};
-
 // Runs a plan a number of times, in which carried values go from step to step.
 class Loop : public Step {
  public:
@@ -730,8 +488,6 @@ const Entry kLookups[] = {
     {13, make<Window>},
     {14, make<RunningSum>},
     {20, make<Divide>},
-    {21, make<Softmax>},
-    {22, make<Norm>},
     {23, make<Loop>},
 };
 

@@ -173,12 +173,8 @@ void Product::prepare(const Maker& maker) {
   const int64_t across = is_joined ? 1 : taps_[2];
   run_length_ = is_depthwise_ ? 1 : is_joined ? taps_[2] * channels_ : channels_;
   const int64_t unit = is_bytes_ ? set_.byte_taps : set_.short_taps;
-  run_steps_ = up(run_length_, unit) / unit;
-  if (is_bytes_ && !is_few_ && set_.tile_steps && run_length_) {
-    // Parts of one length, none longer than a tile.
-    const int64_t parts = up(run_steps_, set_.tile_steps) / set_.tile_steps;
-    run_steps_ = parts * (up(run_length_, unit * parts) / (unit * parts));
-  }
+  run_steps_ =
+      steps_of(run_length_, unit, is_bytes_ && !is_few_ ? set_.tile_steps : 0);
   const int64_t more = run_steps_ * unit - run_length_;  // Read past each run.
   is_in_place_ = is_bytes_ && !is_padded && !more && about() == offset_ &&
                  in_strides_[4] == 1 && in_strides_[3] >= pixel_ &&
@@ -534,94 +530,10 @@ void Product::run(const Memory& memory) const {
   }
 }
 
-// Products of two values, sums over the last axis of both.
-class Matmul : public Step {
- public:
-  Matmul(Words& words, const Maker& maker)
-      : set_(kernels()),
-        a_(words, maker),
-        b_(words, maker),
-        out_(maker.buffer(words)),
-        batch_(words.size()),
-        m_(words.size()),
-        k_(words.size()),
-        n_(words.size()),
-        za_(words.int32()),
-        zb_(words.int32()) {
-    maker.holds(a_.buffer, count_of({batch_, m_, k_}));
-    maker.holds(b_.buffer, count_of({batch_, n_, k_}));
-    maker.holds(out_, Dtype::kInt32, count_of({batch_, m_, n_}));
-    // Bytes about a zero point of their type are 9 bits; more may not fit 16.
-    const auto fits = [](Dtype dtype, int64_t zero) {
-      return size_of(dtype) == 1 ? -32000 <= zero && zero <= 32000
-                                 : dtype == Dtype::kInt16 && zero == 0;
-    };
-    is_short_ = fits(a_.dtype, za_) && fits(b_.dtype, zb_);
-    const int64_t codes = count_of({m_, k_}) + count_of({n_, k_});
-    scratch_ = up(codes * (is_short_ ? 2 : 4) + kSlack, kAlignment);
-  }
-  int64_t scratch_bytes() const override { return scratch_; }
-  int64_t work() const override { return count_of({batch_, m_, n_, k_}); }
-
-  void run(const Memory& memory) const override {
-    int32_t* out = memory.as<int32_t>(out_);
-    for (int64_t i = 0; i < batch_; ++i, out += m_ * n_) {
-      if (is_short_) {
-        auto* a = reinterpret_cast<int16_t*>(memory.scratch);
-        int16_t* b = a + m_ * k_;
-        centre(a_, memory, i * m_ * k_, m_ * k_, za_, a);
-        centre(b_, memory, i * n_ * k_, n_ * k_, zb_, b);
-        product(a, b, out, [&](const int16_t* x, const int16_t* y) {
-          return static_cast<int32_t>(set_.dot(x, y, k_));
-        });
-      } else {
-        auto* a = reinterpret_cast<int32_t*>(memory.scratch);
-        int32_t* b = a + m_ * k_;
-        a_.load(memory, i * m_ * k_, m_ * k_, a);
-        b_.load(memory, i * n_ * k_, n_ * k_, b);
-        product(a, b, out, [&](const int32_t* x, const int32_t* y) {
-          uint32_t sum = 0;  // Wraps, as accumulators do.
-          for (int64_t k = 0; k < k_; ++k) {
-            sum += (static_cast<uint32_t>(x[k]) - static_cast<uint32_t>(za_)) *
-                   (static_cast<uint32_t>(y[k]) - static_cast<uint32_t>(zb_));
-          }
-          return static_cast<int32_t>(sum);
-        });
-      }
-    }
-  }
-
- private:
-  static void centre(const Source& from, const Memory& memory, int64_t at, int64_t n,
-                     int32_t zero_point, int16_t* to) {
-    int32_t x[kRow];
-    each_row(n, [&](int64_t i, int64_t count) {
-      from.load(memory, at + i, count, x);
-      for (int64_t k = 0; k < count; ++k) {
-        to[i + k] = static_cast<int16_t>(x[k] - zero_point);
-      }
-    });
-  }
-  template <class T, class Dot>
-  void product(const T* a, const T* b, int32_t* out, Dot&& dot) const {
-    for (int64_t i = 0; i < m_; ++i) {
-      for (int64_t j = 0; j < n_; ++j) *out++ = dot(a + i * k_, b + j * k_);
-    }
-  }
-
-  const Kernels& set_;
-  Source a_, b_;
-  int64_t out_, batch_, m_, k_, n_;
-  int32_t za_, zb_;
-  bool is_short_;
-  int64_t scratch_;
-};
-
 }  // namespace
 
 const Entry kProducts[] = {
     {6, make<Product>},
-    {7, make<Matmul>},
 };
 
 }  // namespace qjax

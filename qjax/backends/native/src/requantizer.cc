@@ -175,7 +175,7 @@ void Requantizer::pack(const Constants& constants, uint8_t* packed,
                        const std::vector<int64_t>& order, bool is_exact) const {
   auto& head = *reinterpret_cast<PackedRequantizer*>(packed + place_);
   head = {Form::kNone, rule_,  input_zero_point_, zero_point_, low_, high_,
-          static_cast<int32_t>(width_), channels_ == 1};
+          static_cast<int32_t>(width_), channels_ == 1, 0};
   if (is_none()) return;
   const int32_t* multiplier = constants.at<int32_t>(multiplier_, channels_);
   const int32_t* shift = constants.at<int32_t>(shift_, channels_);
@@ -184,6 +184,7 @@ void Requantizer::pack(const Constants& constants, uint8_t* packed,
   // the steps must leave room for the zero point of codes.
   const bool is_narrow = acc_.low >= -(int64_t{1} << 30) && acc_.high < (1 << 30) &&
                          std::abs(static_cast<int64_t>(zero_point_)) < (1 << 30);
+  head.is_narrow = is_narrow;
   for (int64_t c = 0; c < channels_; ++c) {
     check(0 <= shift[c] && shift[c] <= 62, "a shift must lie in 0 to 62");
   }

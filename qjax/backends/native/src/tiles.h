@@ -405,24 +405,6 @@ void run_pair_sum(const PairSum& p) {
   return p.is_b_signed ? pair_sum<uint8_t, int8_t>(p) : pair_sum<uint8_t, uint8_t>(p);
 }
 
-// Wraps in 32 bits, as accumulators do.
-int64_t run_dot(const int16_t* a, const int16_t* b, int64_t n) {
-  constexpr int64_t step = V::kLanes * Shorts::kTaps;
-  V::Reg acc = V::set(0);
-  int64_t k = 0;
-  for (; k + step <= n; k += step) {
-    acc = Shorts::dot(acc, Shorts::weights(a + k), Shorts::weights(b + k));
-  }
-  alignas(64) int32_t lanes[V::kLanes];
-  V::store(lanes, acc);
-  uint32_t total = 0;
-  for (int i = 0; i < V::kLanes; ++i) total += static_cast<uint32_t>(lanes[i]);
-  for (; k < n; ++k) {
-    total += static_cast<uint32_t>(static_cast<int32_t>(a[k]) * b[k]);
-  }
-  return static_cast<int32_t>(total);
-}
-
 // Widens bytes, or moves them to or from 128; `add` is what is added to each.
 template <class From, class To>
 QJAX_INLINE void stage_as(const void* from, int32_t add, void* to, int64_t n) {
