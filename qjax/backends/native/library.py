@@ -6,6 +6,7 @@ instruction set, ``QJAX_NUM_THREADS`` its threads.
 
 import ctypes
 import functools
+import math
 import os
 import pathlib
 import weakref
@@ -44,6 +45,14 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         [ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64],
     ),
     "free": (None, [ctypes.c_void_p]),
+    "check": (
+        ctypes.c_int,
+        [
+            *[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p],
+            *[ctypes.c_int64, ctypes.c_int64, ctypes.c_int64],
+            *[ctypes.c_char_p, ctypes.c_int64],
+        ],
+    ),
     "run_many": (
         ctypes.c_int,
         [
@@ -202,6 +211,10 @@ class NativeKernel:
         if not self.handle:
             raise RuntimeError(f"Native kernels refuse a plan: {_text(error)}.")
         weakref.finalize(self, library.call["free"], self.handle)
+        given, made = (_sizes(types) for types in (plan.inputs, plan.outputs))
+        ends = given, len(given), made, len(made), size, 1, *end
+        if library.call["check"](self.handle, *ends):
+            raise RuntimeError(f"Native kernels refuse a plan: {_text(error)}.")
         self._run, self._at = library.call["run_many"], self.packed.ctypes.data
         self.types = [(shape, np.dtype(dtype)) for shape, dtype in plan.outputs]
 
@@ -245,6 +258,12 @@ def aligned(size: int) -> np.ndarray:
     whole = np.zeros(size + _ALIGNMENT, np.uint8)
     first = -whole.ctypes.data % _ALIGNMENT
     return whole[first : first + size]
+
+
+def _sizes(types: Sequence[tuple[Shape, str]]) -> Any:
+    """Returns the bytes of arrays of shapes and types, for the library."""
+    own = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in types]
+    return (ctypes.c_int64 * len(own))(*own)
 
 
 def _address(x: np.ndarray) -> int:
