@@ -3,7 +3,8 @@
     python -m pytest tests/test_native_fuzz.py -m fuzz    # 2,000 graphs, in parts
 
 A failure names the number of its graph: `check(number)` is that graph again. Kernels
-run each graph with batches of 0, 1, 3 and 32, XLA, which compiles it, with one of 3.
+run each graph with batches of 0, 1, 3 and 32, XLA, which compiles it, every
+fourth one with one of 3.
 """
 
 import collections
@@ -108,5 +109,5 @@ def test_all_operations_are_drawn():
 def test_many_graphs(part):
     ran = collections.Counter()
     for number in range(1000 + 20 * part, 1020 + 20 * part):
-        ran += check(number)[1]
-    assert len(ran) > 1 and ran["xla"] == 20
+        ran += check(number, is_in_xla=number % 4 == 0)[1]
+    assert len(ran) > 1 and ran["xla"] == 5

@@ -314,6 +314,24 @@ def test_products_whose_bias_makes_them_larger():
     check("conv", [draw((1, 4, 2, 2))], params, conv)
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_window_larger_than_its_input_has_no_sums(groups):
+    conv = {
+        "strides": [2],
+        "padding": [[0, -1]],
+        "input_dilation": [1],
+        "dilation": [1],
+        "groups": groups,
+        "dimensions": [[0, 1, 2], [0, 1, 2], [0, 2, 1]],
+        "padding_code": 0,
+        "offset": 0,
+        "shift": 0,
+    }
+    params = {"kernel": draw((6, 9 // groups, 3), "int8", 1), "bias": np.int32(5)}
+    for dtype in ("int8", "int16"):
+        check("conv", [draw((2, 9, 3), dtype)], params, conv)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_convolutions_of_many_axes_and_of_wide_codes(groups):
     rank = 4

@@ -119,7 +119,6 @@ class Runner {
   int64_t packed_bytes() const { return layout_.size(); }
 
   void pack(const Constants& constants, uint8_t* packed) const {
-    std::memset(packed, 0, static_cast<size_t>(packed_bytes()));
     Header header{kAbi, mark_, {}};
     std::snprintf(header.isa, sizeof(header.isa), "%s", set_.name);
     std::memcpy(packed, &header, sizeof(header));

@@ -12,6 +12,8 @@ QJAX_EXPORT const char* qjax_native_isa(void);
 QJAX_EXPORT int qjax_native_set_isa(const char* name);
 QJAX_EXPORT int64_t qjax_native_pack_size(const int64_t* words, int64_t n, char* error,
                               int64_t error_size);
+// Packs into zeros: what a plan does not fill stays as it is, and untouched memory of a
+// plan that is refused costs nothing.
 QJAX_EXPORT int qjax_native_pack(const int64_t* words, int64_t n, const uint8_t* constants,
                      int64_t constants_size, uint8_t* packed, char* error,
                      int64_t error_size);
