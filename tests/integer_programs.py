@@ -5,6 +5,7 @@ batch of three, and other batches run through the same graph.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -108,7 +109,8 @@ class Drawn:
         most = 7 if self.most < 1000 else (600, 40, 12)[rank - 1]
         shape = (BATCH, *(self.pick(1, most) for _ in range(rank)))
         if is_wide:
-            return self.b.add_value(shape, _INT32.min, _INT32.max)
+            most = 1 << self.one(31, 31, 17, 19, 23)
+            return self.b.add_value(shape, -most, most - 1)
         low, high, zero = self.ends()
         return self.b.add_value(shape, low, high, self.grid(zero))
 
@@ -129,6 +131,11 @@ class Drawn:
             "rev", [v], {"axes": [self.axis(v)]}, grid=self.value(v).grid
         )
         return self.requantized(found) if self.chance() else found
+
+    def factor(self, v: int) -> int:
+        """Makes codes, or leaves accumulators as they are, for a product."""
+        is_wide = self.value(v).dtype == "int32"
+        return v if is_wide and self.chance(0.7) else self.codes(v)
 
     def narrow(self, v: int) -> int:
         """Makes codes of at most 8 bits, or says that they do not fit."""
@@ -175,11 +182,10 @@ class Drawn:
             "requantize", [v], attributes, params=params, grid=self.grid(zero)
         )
 
-    def step(self, v: int) -> int:
-        """Adds a step that fits, by its name or by any."""
-        names = list(STEPS)
-        while True:
-            name = names[self.pick(0, len(names) - 1)]
+    def step(self, v: int, *first: str) -> int:
+        """Adds a step that fits: one of some if one does soon, or any."""
+        for tries in itertools.count():
+            name = self.one(*(first if first and tries < 20 else STEPS))
             kept = len(self.b.values), len(self.b.nodes)
             try:
                 found = STEPS[name](self, v)
@@ -191,6 +197,7 @@ class Drawn:
                 continue
             self.steps.append(name)
             return found
+        raise AssertionError
 
 
 # Products.
@@ -230,8 +237,8 @@ def _product(
 
 
 def _dot(d: Drawn, v: int) -> int:
-    v, shape, side = d.codes(v), d.shape(v), d.pick(0, 1)
-    summed = d.axes(v)
+    v, side = d.factor(v), d.pick(0, 1)
+    shape, summed = d.shape(v), d.axes(v)
     batch = [k for k in range(1, len(shape)) if k not in summed and d.chance(0.3)]
     free = [d.one(1, 3, 8, 17, 33, 70) for _ in range(d.pick(1, 2))]
     parts = [*((k, "batch") for k in range(len(batch)))]
@@ -268,7 +275,7 @@ def _batch_first(d: Drawn, v: int, at: int) -> int:
 
 
 def _dot_codes(d: Drawn, v: int) -> int:
-    v = d.codes(v)
+    v = d.factor(v)
     other, axis = d.codes(d.like(v)), d.axis(v)
     attributes = {"zero_points": [d.zero(v), d.zero(other)]}
     attributes |= {"contract": [[axis], [axis]], "batch": [[0], [0]]}
@@ -276,7 +283,8 @@ def _dot_codes(d: Drawn, v: int) -> int:
 
 
 def _conv(d: Drawn, v: int) -> int:
-    v, shape = d.codes(v), d.shape(v)
+    v = d.factor(v)
+    shape = d.shape(v)
     rank = len(shape)
     order = [0, *(1 + d.rng.permutation(rank - 1))]
     order = [int(k) for k in order]
@@ -631,8 +639,9 @@ STEPS: dict[str, Callable[[Drawn, int], int]] = {
 def drawn(seed: int) -> Any:
     """Returns a graph, its parameters and the names of its steps, by a number."""
     d = Drawn(np.random.default_rng(seed))
-    v = first = d.fresh(is_wide=d.chance(0.1))
-    kept = [d.step(v)]
+    is_wide = d.chance(0.15)
+    v = first = d.fresh(is_wide)
+    kept = [d.step(v, *("dot", "dot_codes", "conv") * (is_wide and d.chance()))]
     for _ in range(d.pick(0, 6)):
         kept.append(d.step(kept[-1] if d.chance(0.8) else d.one(*kept)))
     outputs = {kept[-1], *(v for v in kept if d.chance(0.2))}

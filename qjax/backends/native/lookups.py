@@ -34,7 +34,8 @@ def _reached(e: Emission, node: Node) -> np.ndarray:
     What lies outside of it no code reaches.
     """
     value = e.graph.values[node.output]
-    return np.clip(e.param(node, "table").astype(np.int64), value.low, value.high)
+    table = np.asarray(e.param(node, "table"), np.int64)
+    return np.clip(table, value.low, value.high)
 
 
 def _table(e: Emission, node: Node) -> None:
