@@ -246,6 +246,44 @@ def test_no_word_of_these_plans_leads_out_of_their_memory():
         assert mutated(plan, xs) > 20
 
 
+def test_a_plan_of_other_arrays_is_refused():
+    plan, _ = check("sort", [draw((3, 9), "int16")], {}, {"axis": 1})
+    for k in (8, 12):  # Integers of the input, of the output.
+        words = plan.words.copy()
+        assert words[k] == 27
+        words[k] = 1 << 20
+        with pytest.raises(RuntimeError, match="larger inputs or outputs"):
+            NativeKernel(FOUND.library, plan._replace(words=words))
+    words = plan.words.copy()
+    words[4] += 1
+    with pytest.raises(RuntimeError, match="another number of inputs or outputs"):
+        NativeKernel(FOUND.library, plan._replace(words=words))
+
+
+def test_numbers_that_no_code_reaches_do_not_matter():
+    x = draw((3, 4), "int8", 0, -8, 7)
+    table = np.r_[np.int32([1 << 20]), np.arange(16, dtype=np.int32), np.int32([-999])]
+    check("table", [x], {"table": table}, {"low": -9, "axis": None}, None, [(-8, 7)])
+    params = {"thresholds": np.int32([-100, 0, 100])}
+    params["table"] = np.int32([1 << 20, 1, 2, -(1 << 20)])
+    check("thresholds", [x], params, {"axis": None}, None, [(-8, 7)])
+
+
+def test_thresholds_of_no_channels_have_none():
+    params = {"thresholds": draw((0, 40), "int32"), "table": draw((0, 41), "int32")}
+    check("thresholds", [draw((3, 0))], params, {"axis": 1})
+
+
+def test_a_norm_of_no_values_has_none():
+    params = {"multiplier": draw((1, 0, 8), "int32", 1, -99, 99)}
+    params["bias"] = draw((1, 1, 8), "int32", 2, -99, 99)
+    attributes = {"algorithm": "newton_root", "axes": [2], "groups": [1], "count": 8}
+    attributes |= {"is_centred": True, "epsilon": 5, "floor": 1, "point": 4}
+    attributes |= {"input_zero_points": [0], "shift": 50, "bias_shift": 20}
+    attributes |= {"zero_point": 0, "low": -128, "high": 127}
+    check("norm", [draw((3, 0, 8))], params, attributes)
+
+
 # Products in 32 bits.
 
 

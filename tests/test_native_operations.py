@@ -37,7 +37,8 @@ def node_graph(operation, xs, params, attributes, zeros=None, ends=None):
     record = OPERATIONS[operation]
     outcome = record.outputs(Operands(attributes, values, params))
     for shape, (low, high) in outcome:
-        low, high = int(np.min(low)), int(np.max(high))
+        is_there = np.size(low) and np.size(high)
+        low, high = (int(np.min(low)), int(np.max(high))) if is_there else (0, 0)
         low, high = max(low, INT32.min), min(high, INT32.max)
         values.append(Value(tuple(shape), storage(low, high), low, high))
     first, *others = range(len(xs), len(values))
