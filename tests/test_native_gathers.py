@@ -152,7 +152,8 @@ def test_scatters_of_updates_that_meet(name, mode):
 @pytest.mark.parametrize("dtype", TYPES)
 def test_sorts_keep_equal_codes_in_order(dtype):
     info = np.iinfo(dtype)
-    for shape, axis in (((3, 9, 4), 1), ((600,), 0), ((2, 600), 1), ((5, 1), 1)):
+    shapes = ((3, 9, 4), 1), ((600,), 0), ((2, 600), 1), ((5, 1), 1), ((2, 200, 3), 1)
+    for shape, axis in shapes:
         for low, high in ((0, 3), (info.min, info.max)):
             x = draw(shape, dtype, 0, low, high)
             x.flat[0], x.flat[-1] = info.max, info.min

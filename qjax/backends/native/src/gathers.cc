@@ -62,6 +62,8 @@ class Windows {
   void each(const Memory& memory, Use&& use) const {
     if (!is_empty_) axis(memory, 0, 0, 0, 0, use);
   }
+  // Whether a window is one integer.
+  bool is_single() const { return sizes_.size() == 1 && sizes_[0] == 1; }
   // Calls `use(from, to, n, stride of from, stride of to)` for the rows of a window.
   template <class Use>
   void rows(int64_t from, int64_t to, Use&& use, size_t d = 0) const {
@@ -154,6 +156,11 @@ class Gather : public Step {
       const T* in = memory.as<T>(in_.buffer);
       T* out = memory.as<T>(out_.buffer);
       const T fill = static_cast<T>(fill_);
+      if (windows_.is_single()) {
+        return windows_.each(memory, [=](int64_t from, int64_t to, bool is_inside) {
+          out[to] = is_inside ? in[from] : fill;
+        });
+      }
       windows_.each(memory, [&](int64_t from, int64_t to, bool is_inside) {
         windows_.rows(from, to, [&](int64_t i, int64_t o, int64_t n, int64_t s,
                                     int64_t t) {
@@ -258,12 +265,16 @@ class Sort : public Step {
   int64_t work() const override { return count_of({outer_, n_, inner_}) * 8; }
   void run(const Memory& memory) const override {
     if (n_ == 0) return;
+    const bool is_counted = size_of(in_.dtype) == 1 && n_ >= kLeastCounted;
+    const bool is_narrow = is_counted || kind_ == kCodes;
     auto* codes = reinterpret_cast<int32_t*>(memory.scratch);
     auto* keys = reinterpret_cast<uint64_t*>(memory.scratch);
     for (int64_t o = 0; o < outer_; ++o) {
       for (int64_t i = 0; i < inner_; ++i) {
         const int64_t first = o * n_ * inner_ + i;
-        if (kind_ == kCodes) {
+        if (is_counted) {
+          count(memory, first, codes);
+        } else if (kind_ == kCodes) {
           in_.load(memory, first, n_, codes, inner_);
           std::sort(codes, codes + n_);
         } else {
@@ -273,7 +284,7 @@ class Sort : public Step {
         each_row(n_, [&](int64_t k, int64_t n) {
           int32_t x[kRow];
           for (int64_t j = 0; j < n; ++j) {
-            x[j] = kind_ == kCodes ? codes[k + j] : static_cast<int32_t>(keys[k + j]);
+            x[j] = is_narrow ? codes[k + j] : static_cast<int32_t>(keys[k + j]);
           }
           put(memory, first + k * inner_, n, x);
         });
@@ -284,6 +295,35 @@ class Sort : public Step {
  private:
   enum Kind : int64_t { kCodes, kAscending, kDescending };
 
+  // Sorts bytes, or their places, by how many there are of each.
+  void count(const Memory& memory, int64_t first, int32_t* sorted) const {
+    const int32_t least = in_.dtype == Dtype::kInt8 ? -128 : 0;
+    const int32_t turned = kind_ == kDescending ? 255 : 0;
+    const auto bin = [=](int32_t code) { return (code - least) ^ turned; };
+    int64_t ends[256] = {};
+    int32_t x[kRow];
+    const auto load = [&](int64_t k, int64_t n) {
+      in_.load(memory, first + k * inner_, n, x, inner_);
+    };
+    each_row(n_, [&](int64_t k, int64_t n) {
+      load(k, n);
+      for (int64_t j = 0; j < n; ++j) ++ends[bin(x[j])];
+    });
+    int64_t at = 0;
+    for (int32_t b = 0; b < 256; ++b) {
+      const int64_t own = ends[b];
+      if (kind_ == kCodes) std::fill(sorted + at, sorted + at + own, b + least);
+      ends[b] = at;
+      at += own;
+    }
+    if (kind_ == kCodes) return;
+    each_row(n_, [&](int64_t k, int64_t n) {
+      load(k, n);
+      for (int64_t j = 0; j < n; ++j) {
+        sorted[ends[bin(x[j])]++] = static_cast<int32_t>(k + j);
+      }
+    });
+  }
   // A key is a code before its place: keys differ, and equal codes keep their order.
   void read_keys(const Memory& memory, int64_t first, uint64_t* keys) const {
     const uint32_t turned = kind_ == kDescending ? 0x7fffffffu : 0x80000000u;
@@ -304,6 +344,8 @@ class Sort : public Step {
       for (int64_t j = 0; j < n; ++j) out[j * inner_] = static_cast<T>(x[j]);
     });
   }
+
+  static constexpr int64_t kLeastCounted = 128;
 
   int64_t kind_;
   Source in_, out_;
