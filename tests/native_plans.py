@@ -403,10 +403,105 @@ def tflite_softmax(m: Machine, w: Words) -> None:
     m.write(out, OPERATIONS["tflite_softmax"].meaning(ends, own, xs))
 
 
+def windows(m: Machine, w: Words) -> tuple[Any, Any, Any]:
+    """Places in an operand and in what has its windows, and which are inside."""
+    places_at, is_clipped, rank = w.many(3)
+    batch, ps, xs, outs = (w.many(rank) for _ in range(4))
+    coordinates = w.one()
+    steps, lasts = w.many(coordinates), w.many(coordinates)
+    axes = w.one()
+    sizes, own, to = (w.many(axes) for _ in range(3))
+    more = [1] * axes
+    at = places([*batch, *sizes], [*xs, *own], 0)
+    inside = np.ones([*batch, *more], bool)
+    for k, (step, last) in enumerate(zip(steps, lasts, strict=True)):
+        start = m.read(places_at)[places(batch, ps, k)].reshape([*batch, *more])
+        inside &= bool(is_clipped) | ((start >= 0) & (start <= last))
+        at = at + np.clip(start, 0, last) * step
+    return (
+        at,
+        places([*batch, *sizes], [*outs, *to], 0),
+        inside | np.zeros_like(at, bool),
+    )
+
+
+def gather(m: Machine, w: Words) -> None:
+    x, out, code = w.many(3)
+    at, to, inside = windows(m, w)
+    assert np.unique(to).size == to.size and m.buffers[x][0] == m.buffers[out][0]
+    m.flat(out)[to] = np.where(inside, m.flat(x)[at], code)
+
+
+def scatter(m: Machine, w: Words) -> None:
+    kind, x, out, zero = w.many(4)
+    to, at, inside = windows(m, w)
+    new, found = m.read(x)[at][inside] - zero, m.read(out)
+    for place, update in zip(to[inside], new, strict=True):
+        own = found[place]
+        joined = update, own + update, max(own, update), min(own, update)
+        found[place] = joined[kind]
+    m.write(out, wrap(found))
+
+
+def sort(m: Machine, w: Words) -> None:
+    kind, x, out, outer, n, inner = w.many(6)
+    q = m.read(x).reshape(outer, n, inner)
+    order = np.argsort(-q if kind == 2 else q, 1, kind="stable")
+    m.write(out, order if kind else np.take_along_axis(q, order, 1))
+
+
+def resize(m: Machine, w: Words) -> None:
+    x, out, batch = w.many(3)
+    (h, rows, first), (v, columns, second), channels = w.many(3), w.many(3), w.one()
+    own = {
+        "rows": m.table(first, 3 * rows).reshape(3, rows),
+        "columns": m.table(second, 3 * columns).reshape(3, columns),
+    }
+    xs = [m.read(x).reshape(batch, h, v, channels)]
+    m.write(out, OPERATIONS["tflite_resize"].meaning({}, own, xs))
+
+
+def log_softmax(m: Machine, w: Words) -> None:
+    x, out, outer, n, at, rows, steps, zero, low, high = w.many(10)
+    own = {"exponentials": m.table(at, rows), "steps": m.table(steps, rows)}
+    ends = {"zero_point": zero, "low": low, "high": high}
+    xs = [m.read(x).reshape(outer, n)]
+    m.write(out, OPERATIONS["tflite_log_softmax"].meaning(ends, own, xs))
+
+
+def l2_norm(m: Machine, w: Words) -> None:
+    x, out, outer, n, zero, low, high = w.many(7)
+    ends = {"input_zero_points": [zero], "low": low, "high": high}
+    xs = [m.read(x).reshape(outer, n)]
+    m.write(out, OPERATIONS["tflite_l2_norm"].meaning(ends, {}, xs))
+
+
+def softmax16(m: Machine, w: Words) -> None:
+    x, out, outer, n, at, rows, reciprocals, high = w.many(8)
+    own = {
+        "exponentials": m.table(at, rows),
+        "reciprocals": m.table(reciprocals, 1 << 16),
+    }
+    xs = [m.read(x).reshape(outer, n)]
+    m.write(out, OPERATIONS["tflite_softmax16"].meaning({"high": high}, own, xs))
+
+
+def contraction(m: Machine, w: Words) -> None:
+    x, y, out, zx, zy, shift, free, summed = w.many(8)
+    sizes = w.many(free + summed)
+    xs, ys, outs = w.many(free + summed), w.many(free + summed), w.many(free)
+    p, q = (m.read(b)[places(sizes, s, 0)] for b, s in ((x, xs), (y, ys)))
+    total = ((p - zx) * (q - zy) << shift).sum(tuple(range(free, free + summed)))
+    to = places(sizes[:free], outs, 0)
+    assert np.unique(to).size == to.size
+    m.flat(out)[to] = wrap(m.read(out)[to] + total)
+
+
 _ORDER: tuple[Callable[[Machine, Words], None], ...] = (
     *(fill, copy, requantize, add, clip, product, matmul, pair, multiply, table),
     *(thresholds, reduce, window, running_sum, select, compare, arithmetic, embed),
     *(take, divide, softmax, norm, loop, tflite_add, tflite_average, tflite_softmax),
+    *(gather, scatter, sort, resize, log_softmax, l2_norm, softmax16, contraction),
 )
 STEPS = dict(zip(itertools.count(1), _ORDER, strict=False))
 

@@ -98,6 +98,9 @@ def _scatters():
          {**windows, "update_window_dims": [0, 3], "scatter_dims": [1, 0]}
          | _NO_BATCH),
         ((3, 2, 1), (3, 5, 4), (3, 2, 4), {**batch, "scatter_dims": [1], **own}),
+        # Windows that meet, their axis before that of the places.
+        ((6, 1), (7,), (3, 6), {"update_window_dims": [0], "inserted_window_dims": []}
+         | {"scatter_dims": [0], **_NO_BATCH}),
     )  # fmt: skip
     for places, shape, updates, a in cases:
         for mode in ("clip", "drop"):

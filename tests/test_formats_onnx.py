@@ -17,6 +17,7 @@ import qjax
 from qjax.formats.onnx import write_onnx, write_onnx_qdq, write_onnx_qlinear
 from qjax.formats.onnx.sizes import FreeSize, FreeSizeError, times, value_sizes
 from qjax.formats.tflite import read_tflite
+from qjax.graph import reference
 from qjax.graph.graph import Graph, Node, Value
 from qjax.graph.operations.arithmetic import ends_of
 from tests.chains import chains
@@ -209,6 +210,36 @@ def test_arithmetic_wraps_as_the_oracle_does(dtype):
     graph = Graph((whole, whole, *results), tuple(nodes), (0, 1), places, {})
     trees = (jax.tree.structure((0, 0)), jax.tree.structure([0] * len(kinds)))
     check(qjax.IntegerProgram(graph, {}, *trees))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_windows_that_meet_the_last_place_stays(first):
+    """Whether their axis comes before that of the places, or after it."""
+    fixed = {"fixed_by": "a scatter"}
+    places = Value((6, 1), "int8", -3, 9, **fixed)
+    x = Value((7,), "int8", -100, 100, **fixed)
+    updates = Value((3, 6) if first else (6, 3), "int8", -128, 127, **fixed)
+    attributes = {
+        "update_window_dims": [0 if first else 1],
+        "inserted_window_dims": [],
+        "scatter_dims": [0],
+        "operand_batching_dims": [],
+        "scatter_indices_batching_dims": [],
+        "mode": "drop",
+    }
+    values = places, x, updates, Value((7,), "int8", -128, 127)
+    node = Node("scatter", (0, 1, 2), 3, {}, attributes)
+    graph = Graph(values, (node,), (0, 1, 2), (3,), {})
+    trees = jax.tree.structure((0, 0, 0)), jax.tree.structure(0)
+    program = qjax.IntegerProgram(graph, {}, *trees)
+    rng = np.random.default_rng(0)
+    codes = [
+        rng.integers(v.low, v.high + 1, v.shape).astype(np.int8)
+        for v in (places, x, updates)
+    ]
+    (found,) = run(session(write_onnx(program)), codes)
+    np.testing.assert_array_equal(found, reference.run(graph, {}, codes)[3])
+    np.testing.assert_array_equal(program.codes(*codes, backend="xla"), found)
 
 
 BOOLEAN = "and or xor not convert eq ne".split()

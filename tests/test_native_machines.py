@@ -5,11 +5,13 @@ against the oracle. What is not installed is a test that is skipped.
 """
 
 import functools
+import os
 import pathlib
 import platform
 import shutil
 import struct
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -80,6 +82,35 @@ def neon(tmp_path_factory):
     compiler = ["aarch64-linux-gnu-g++", "-DQJAX_NEON_DOT"]
     build(compiler, names, folder / "driver", "-static")
     return functools.partial(drive, folder)
+
+
+SANITIZED = "-fsanitize=address,undefined -fno-sanitize-recover=undefined".split()
+# Shifts of negative numbers have a meaning in each compiler that builds this.
+SANITIZED.append("-fno-sanitize=shift-base")
+
+
+def test_sanitizers_find_nothing_in_random_graphs_and_changed_plans(tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    names, sets = names_of("any"), names_of(platform.machine())
+    define = [f"-D{name[:-3].replace('isa', 'QJAX').upper()}" for name, _ in sets]
+    out = tmp_path / "lib.so"
+    build(["g++", *SANITIZED, *define], [*names, *sets], out, *SANITIZED, "-shared")
+    found = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True)
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    own = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(done.stdout.decode().strip() for done in found),
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+        "PYTHONPATH": os.getcwd(),
+    }
+    script = str(pathlib.Path(__file__).parent / "run_sanitized.py")
+    command = [sys.executable, "-W", "ignore", script, str(out), "200"]
+    done = subprocess.run(command, capture_output=True, text=True, env=own)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert int(done.stdout.split()[-1]) > 1000
 
 
 def drive(folder, plan, xs):

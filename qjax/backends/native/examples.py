@@ -120,23 +120,45 @@ def _broadcast(node: Node, ends: Sequence[Shape], params: Mapping[str, Any]) -> 
     return list(a["dimensions"][:1]) == [0] and a["sizes"][0] is None
 
 
+def _gather(node: Node, ends: Sequence[Shape], params: Mapping[str, Any]) -> bool:
+    a = node.attributes
+    pairs = zip(
+        a["operand_batching_dims"], a["start_indices_batching_dims"], strict=True
+    )
+    return (0, 0) in pairs and 0 not in a["offset_dims"]
+
+
+def _scatter(node: Node, ends: Sequence[Shape], params: Mapping[str, Any]) -> bool:
+    a = node.attributes
+    pairs = zip(
+        a["operand_batching_dims"], a["scatter_indices_batching_dims"], strict=True
+    )
+    is_open = a.get("sizes", [None])[0] is None
+    return (0, 0) in pairs and 0 not in a["update_window_dims"] and is_open
+
+
 _POINTWISE = (
     "add arithmetic clip compare divide maximum minimum multiply multiply_codes "
-    "requantize select table thresholds"
+    "requantize select table thresholds tflite_add tflite_average"
 )
 _OVER_AXES = (
     "sum max min argmax argmin running_sum softmax log_softmax logsumexp norm rev "
-    "concatenate"
+    "concatenate sort argsort"
 )
+_OVER_LAST = "tflite_softmax tflite_softmax16 tflite_log_softmax tflite_l2_norm"
 # They take an input that is the same for all examples.
 _BROADCASTING = frozenset(
     "add arithmetic divide maximum minimum multiply_codes softmax log_softmax "
-    "logsumexp".split()
+    "logsumexp tflite_add".split()
 )
 _RULES: Mapping[str, _Rule] = {
     **dict.fromkeys(_POINTWISE.split(), _pointwise),
     **dict.fromkeys(_OVER_AXES.split(), _over_axes),
     **dict.fromkeys(("sum_pool", "max_pool", "min_pool"), _window),
+    **dict.fromkeys(_OVER_LAST.split(), lambda node, ends, params: len(ends[0]) > 1),
+    **dict.fromkeys("scatter scatter_add scatter_max scatter_min".split(), _scatter),
+    "gather": _gather,
+    "tflite_resize": lambda node, ends, params: True,
     "dot": _dot,
     "dot_codes": _dot_codes,
     "conv": _conv,

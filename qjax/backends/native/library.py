@@ -51,6 +51,14 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any] | None]] = {
     ),
     "free": (None, [ctypes.c_void_p]),
     "peak": (ctypes.c_int64, [ctypes.c_int64]),
+    "check": (
+        ctypes.c_int,
+        [
+            *[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p],
+            *[ctypes.c_int64, ctypes.c_int64, ctypes.c_int64],
+            *[ctypes.c_char_p, ctypes.c_int64],
+        ],
+    ),
     "run_many": (
         ctypes.c_int,
         [
@@ -305,6 +313,10 @@ class NativeKernel:
             raise RuntimeError(f"Native kernels refuse a plan: {_text(error)}.")
         weakref.finalize(self, library.call["free"], self.handle)
         self._at = self.packed.ctypes.data
+        given, made = (_sizes(types) for types in (plan.inputs, plan.outputs))
+        ends = given, len(given), made, len(made), size, 1, *end
+        if library.call["check"](self.handle, *ends):
+            raise RuntimeError(f"Native kernels refuse a plan: {_text(error)}.")
         self.types = [(shape, np.dtype(dtype)) for shape, dtype in plan.outputs]
 
     def prepare(
@@ -373,6 +385,12 @@ def aligned(size: int) -> np.ndarray:
     whole = np.zeros(size + _ALIGNMENT, np.uint8)
     first = -whole.ctypes.data % _ALIGNMENT
     return whole[first : first + size]
+
+
+def _sizes(types: Sequence[tuple[Shape, str]]) -> Any:
+    """Returns the bytes of arrays of shapes and types, for the library."""
+    own = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in types]
+    return (ctypes.c_int64 * len(own))(*own)
 
 
 def _text(error: Any) -> str:

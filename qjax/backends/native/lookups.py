@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 from qjax.backends.native.emission import (
     DTYPES,
     Emission,
@@ -26,8 +28,18 @@ def _by_axis(e: Emission, node: Node) -> tuple[int, int, int]:
     return math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
 
 
+def _reached(e: Emission, node: Node) -> np.ndarray:
+    """Returns the table of a node within its interval, which the type holds.
+
+    What lies outside of it no code reaches.
+    """
+    value = e.graph.values[node.output]
+    table = np.asarray(e.param(node, "table"), np.int64)
+    return np.clip(table, value.low, value.high)
+
+
 def _table(e: Emission, node: Node) -> None:
-    table = e.param(node, "table")
+    table = _reached(e, node)
     x = e.whole(node.inputs[0], e.shapes[node.output])
     out = e.make(node.output)
     dtype = e.buffers[out].dtype
@@ -36,7 +48,7 @@ def _table(e: Emission, node: Node) -> None:
 
 
 def _thresholds(e: Emission, node: Node) -> None:
-    cuts, table = (e.param(node, role) for role in ("thresholds", "table"))
+    cuts, table = e.param(node, "thresholds"), _reached(e, node)
     x = e.whole(node.inputs[0], e.shapes[node.output])
     out = e.make(node.output)
     words = [x, out, *_by_axis(e, node), e.table(cuts), e.table(table)]

@@ -71,6 +71,9 @@ def _row_buffer(e: Emission, out: int, shape: tuple[int, ...], order: list[int])
 def _norm(e: Emission, node: Node) -> None:
     a, v = node.attributes, node.inputs[0]
     shape = e.shapes[v]
+    if not math.prod(shape):
+        e.make(node.output)
+        return
     groups = dict(zip(a["axes"], a["groups"], strict=True))
     split = [size for d, n in enumerate(shape) for size in _split(n, groups.get(d, 1))]
     over = [2 * d + 1 for d in range(len(shape)) if d in groups]

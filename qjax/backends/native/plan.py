@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qjax.backends.native.contractions import CONTRACTIONS
 from qjax.backends.native.emission import Constants, Emission, NotNativeError
+from qjax.backends.native.gathers import GATHERS
 from qjax.backends.native.lookups import LOOKUPS
 from qjax.backends.native.moves import MOVES
 from qjax.backends.native.normalisations import NORMALISATIONS
@@ -24,7 +26,7 @@ _LOOP = 23
 # Their steps write int32, also where a graph has a smaller type for few codes.
 _IN_INT32 = frozenset(
     "dot conv dot_codes multiply multiply_codes sum sum_pool running_sum argmax "
-    "argmin".split()
+    "argmin scatter_add".split()
 )
 
 
@@ -34,12 +36,14 @@ class NativePlan(NamedTuple):
     Attributes:
       words: What it computes, int64.
       constants: Kernels, biases, tables, uint8.
+      inputs: Shape and type of each input.
       outputs: Shape and type of each output.
       arena_bytes: Memory of the values between.
     """
 
     words: np.ndarray
     constants: np.ndarray
+    inputs: tuple[tuple[Shape, str], ...]
     outputs: tuple[tuple[Shape, str], ...]
     arena_bytes: int
 
@@ -62,8 +66,12 @@ def make_plan(
     e = Emission(graph, params, shapes, Constants())
     _emit(e)
     words, arena = e.finish()
-    outputs = tuple((tuple(shapes[v]), graph.values[v].dtype) for v in graph.outputs)
-    return NativePlan(np.array(words, np.int64), e.constants.joined(), outputs, arena)
+    numbers = np.array(words, np.int64)
+    given, made = (
+        tuple((tuple(shapes[v]), graph.values[v].dtype) for v in own)
+        for own in (graph.inputs, graph.outputs)
+    )
+    return NativePlan(numbers, e.constants.joined(), given, made, arena)
 
 
 def reason(
@@ -148,10 +156,12 @@ def _loop(e: Emission, node: Node) -> None:
 
 NATIVE: Mapping[str, Callable[[Emission, Node], None]] = {
     **PRODUCTS,
+    **CONTRACTIONS,
     **RESCALES,
     **REDUCTIONS,
     **LOOKUPS,
     **MOVES,
+    **GATHERS,
     **NORMALISATIONS,
     **TFLITE_STEPS,
     "loop": _loop,

@@ -97,8 +97,8 @@ def conv(
     x, kernel = x.transpose(b, *space, c), kernel.transpose(*taps, i, o)
     window = Window(tuple(a["strides"]), tuple(a["dilation"]), a["groups"])
     order = np.argsort((out[0], *out[2:], out[1]))
-    if not x.size or not kernel.size:  # Sums of nothing.
-        sizes = window.sizes(x.shape, kernel.shape)
+    sizes = window.sizes(x.shape, kernel.shape)
+    if not x.size or not kernel.size or 0 in sizes:  # Sums of nothing, or no sums.
         acc = jnp.zeros((x.shape[0], *sizes, kernel.shape[-1]), jnp.int32)
         return acc.transpose(order) + params[node.params["bias"]]
     body = choose(x.shape, kernel.shape, window)

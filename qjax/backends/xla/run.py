@@ -208,9 +208,11 @@ def _thresholds(node, params, inputs):
     sizes = [1] * x.ndim
     if axis is not None:
         sizes[axis] = cuts.shape[0]
+    shape = jnp.broadcast_shapes(x.shape, tuple(sizes))
+    if not math.prod(shape):
+        return jnp.zeros(shape, jnp.int32)
     if count <= _MOST_IN_TURN:
         column = lambda array, k: array[..., k].reshape(sizes)
-        shape = jnp.broadcast_shapes(x.shape, tuple(sizes))
         found = jnp.broadcast_to(column(table, 0), shape)
         for k in range(count):
             step = column(table, k + 1) - column(table, k)

@@ -129,7 +129,7 @@ def _inverse_root(total: jax.Array) -> tuple[jax.Array, jax.Array]:
     is_large = x >= 1 << 29
     x = jnp.where(is_large, x >> 2, x)
     pairs = (lax.clz(x) - 1) // 2 - 1
-    shift = 11 + is_large - pairs
+    shift = 11 + is_large.astype(jnp.int32) - pairs
     with jax.enable_x64(True):
         whole = (x.astype(jnp.int64) << (2 * pairs).astype(jnp.int64)) >> 1
         half = _half_up(whole, jnp.int64(1))  # Not negative.

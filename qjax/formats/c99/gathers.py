@@ -77,7 +77,10 @@ def _scattered(c: CNode, places: CArray, updates: CArray, form: str) -> None:
             strict=True,
         )
     )
-    with c.source.loops(updates.shape) as names:
+    # In the order of the places, however their windows lie: the last update stays.
+    order = [*batch_axes, *sorted(c["update_window_dims"])]
+    with c.source.loops([updates.shape[d] for d in order]) as found:
+        names = [found[order.index(d)] for d in range(rank)]
         batch = [names[d] for d in batch_axes]
         c.source.line("int there = 1;")
         c.source.line("int64_t at = 0;")

@@ -130,10 +130,17 @@ def scatter(call: OnnxCall) -> OnnxValue:
     rows = g.reshape(updates, [times(updates.shape)])
     if name != "scatter":
         return _joined(g, own, rows, flat, name[-3:], x.shape)
+    # In the order of the places, however their windows lie.
+    window = sorted(call["update_window_dims"])
+    order = [*_window(len(updates.shape), window), *window]
+    flat, rows = (
+        g.reshape(g.transpose(g.reshape(v, updates.shape), order), [last])
+        for v in (flat, updates)
+    )
     # The number of the last update at each place, counted from 1; then what it brings.
-    order = g.add(_along(g, last, 0, 1), 1)
+    numbers = g.add(_along(g, last, 0, 1), 1)
     zeros = g.mul(own, 0)
-    which = _joined(g, zeros, order, flat, "max", own.shape)
+    which = _joined(g, zeros, numbers, flat, "max", own.shape)
     brought = g.gather(rows, g.two("Max", g.add(which, -1), 0))
     return g.reshape(g.where(g.two("Greater", which, 0), brought, own), x.shape)
 

@@ -254,8 +254,13 @@ def _scatter(a, own, inputs):
     places, x, updates = inputs
     found = x.copy()
     if found.size and updates.size:
+        # In the order of the places, however their windows lie: the last one stays.
+        window = sorted(a["update_window_dims"])
+        others = _window(updates.ndim, window)
+        updates = updates.transpose(others + window)
+        a = {**a, "update_window_dims": list(range(len(others), updates.ndim))}
         index, is_there = _update_index(a, found.shape, places, updates.shape)
-        for at in zip(*index, updates[is_there], strict=True):  # The last one stays.
+        for at in zip(*index, updates[is_there], strict=True):
             found[at[:-1]] = at[-1]
     return found
 

@@ -140,6 +140,8 @@ def _take_interval(o: Operands) -> Ends:
         size = o.x.shape[0] if o.x.shape else 0
         o.check(crosses == size, f"`crosses_examples` must be {size}", crosses)
     size = math.prod(o.x.shape if crosses else o.x.shape[1:])
+    places = o.params["places"]
+    o.check(size > 0 or not places.size, "places need codes to be among", o.x.shape)
     o.check_range("places", 0, max(size - 1, 0))
     return same_interval(o)
 

@@ -147,7 +147,6 @@ class Runner {
   int64_t packed_bytes() const { return layout_.size(); }
 
   void pack(const Constants& constants, uint8_t* packed) const {
-    std::memset(packed, 0, static_cast<size_t>(packed_bytes()));
     Header header{kAbi, mark_, {}};
     std::snprintf(header.isa, sizeof(header.isa), "%s", set_.name);
     std::memcpy(packed, &header, sizeof(header));
@@ -162,6 +161,19 @@ class Runner {
     header.isa[sizeof(header.isa) - 1] = 0;
     check(header.isa == std::string(set_.name),
           "the packed constants are for another instruction set");
+  }
+
+  void check_ends(const int64_t* inputs, int64_t n_inputs, const int64_t* outputs,
+                  int64_t n_outputs, int64_t packed, int64_t times) const {
+    check(n_inputs == plan_->inputs() && n_outputs == plan_->outputs(),
+          "the plan has another number of inputs or outputs");
+    check(packed >= packed_bytes(), "the packed constants are too few");
+    check(times >= 0, "a number of examples must not be negative");
+    const auto fits = [&](int64_t own, int64_t given) {
+      check(own == 0 || given / own >= times, "the plan has larger inputs or outputs");
+    };
+    for (int64_t i = 0; i < n_inputs; ++i) fits(input_bytes_[i], inputs[i]);
+    for (int64_t i = 0; i < n_outputs; ++i) fits(output_bytes_[i], outputs[i]);
   }
 
   std::string explain(const uint8_t* packed, int64_t step) const {
@@ -322,6 +334,16 @@ void* qjax_native_plan(const int64_t* words, int64_t n, char* error,
 }
 
 void qjax_native_free(void* plan) { delete static_cast<qjax::Runner*>(plan); }
+
+int qjax_native_check(const void* plan, const int64_t* inputs, int64_t n_inputs,
+                      const int64_t* outputs, int64_t n_outputs, int64_t packed,
+                      int64_t times, char* error, int64_t error_size) {
+  return qjax::guarded<int>(-1, error, error_size, [&] {
+    static_cast<const qjax::Runner*>(plan)->check_ends(inputs, n_inputs, outputs,
+                                                       n_outputs, packed, times);
+    return 0;
+  });
+}
 
 int qjax_native_run_many(const void* plan, const uint8_t* packed,
                          const void* const* inputs, void* const* outputs,

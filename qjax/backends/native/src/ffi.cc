@@ -36,14 +36,18 @@ ffi::ErrorOr<std::unique_ptr<Call>> make(ffi::Span<const int64_t> words, int64_t
 ffi::Error run(Call* call, ffi::Span<const int64_t>, int64_t threads, int64_t times,
                ffi::RemainingArgs operands, ffi::RemainingRets results) {
   std::vector<const void*> inputs;
+  std::vector<int64_t> given, made;
   const uint8_t* packed = nullptr;
+  int64_t packed_bytes = 0;
   for (size_t i = 0; i < operands.size(); ++i) {
     auto operand = operands.get<ffi::AnyBuffer>(i);
     if (!operand.has_value()) return operand.error();
     if (i == 0) {
       packed = static_cast<const uint8_t*>(operand->untyped_data());
+      packed_bytes = static_cast<int64_t>(operand->size_bytes());
     } else {
       inputs.push_back(operand->untyped_data());
+      given.push_back(static_cast<int64_t>(operand->size_bytes()));
     }
   }
   if (!packed) return failed("the call has no packed constants");
@@ -52,8 +56,14 @@ ffi::Error run(Call* call, ffi::Span<const int64_t>, int64_t threads, int64_t ti
     auto result = results.get<ffi::AnyBuffer>(i);
     if (!result.has_value()) return result.error();
     outputs.push_back((*result)->untyped_data());
+    made.push_back(static_cast<int64_t>((*result)->size_bytes()));
   }
   char text[kTextSize] = "";
+  if (qjax_native_check(call->plan, given.data(), static_cast<int64_t>(given.size()),
+                        made.data(), static_cast<int64_t>(made.size()), packed_bytes,
+                        times, text, kTextSize)) {
+    return failed(text);
+  }
   if (qjax_native_run_many(call->plan, packed, inputs.data(), outputs.data(), times,
                            static_cast<int>(threads), text, kTextSize)) {
     return failed(text);

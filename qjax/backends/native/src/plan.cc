@@ -19,8 +19,10 @@ const Entry* find(const Entry (&entries)[n], int64_t kind) {
 
 Made make_step(int64_t kind, Words& words, const Maker& maker) {
   for (const Entry* entry : {find(kMoves, kind), find(kElementwise, kind),
-                             find(kProducts, kind), find(kMatmul, kind), find(kLookups, kind),
-                             find(kNormalisations, kind), find(kTflite, kind)}) {
+                             find(kProducts, kind), find(kMatmul, kind),
+                             find(kLookups, kind), find(kNormalisations, kind),
+                             find(kTflite, kind), find(kTfliteRows, kind),
+                             find(kGathers, kind), find(kContractions, kind)}) {
     if (entry) return entry->make(words, maker);
   }
   throw PlanError("an unknown kind of step");

@@ -18,6 +18,8 @@ Array read(Words& words) {
   return found;
 }
 
+constexpr int64_t kMostStaged = int64_t{1} << 34;
+
 int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // Codes are staged: put side by side with their padding, channels last, as unsigned
@@ -193,6 +195,7 @@ void Product::prepare(const Maker& maker) {
     }
   }
   const int64_t staged = count_of({padded_[0], padded_[1], padded_[2], pixel_});
+  check(staged <= kMostStaged, "padded codes are too large");
   if (is_depthwise_) {
     const int64_t block = 2 * set_.lanes;
     if (runs_.size() % 2) runs_.push_back(runs_.front());  // Its weights are 0.

@@ -29,8 +29,9 @@ inline int64_t rescaled(int64_t acc, int32_t multiplier, int32_t shift, Rule rul
     return half_even(product, shift);
   }
   if (rule == Rule::kTfliteSingle) {
-    const int64_t half = (int64_t{1} << shift) >> 1;
-    return (acc * multiplier + half) >> shift;
+    const uint64_t half = (uint64_t{1} << shift) >> 1;
+    const uint64_t factor = static_cast<uint64_t>(static_cast<int64_t>(multiplier));
+    return static_cast<int64_t>(static_cast<uint64_t>(acc) * factor + half) >> shift;
   }
   if (rule == Rule::kTfliteDouble) {
     const int left = shift < 31 ? 31 - shift : 0, right = shift > 31 ? shift - 31 : 0;

@@ -1,6 +1,7 @@
 // Steps of graphs made from TFLite: qjax/graph/operations/tflite.py.
 #include <algorithm>
 #include <tuple>
+#include <type_traits>
 
 #include "requantizer.h"
 #include "rows.h"
@@ -133,88 +134,107 @@ class TfliteAverage : public Step {
   int32_t low_, high_;
 };
 
-// Products of gemmlowp: a * b / 2^31, halves up, by a nudge, truncated; saturates.
-int64_t high_product(int64_t a, int64_t b) {
-  const int64_t product = a * b;
-  const int64_t nudge = product >= 0 ? int64_t{1} << 30 : 1 - (int64_t{1} << 30);
-  return std::min<int64_t>((product + nudge) / (int64_t{1} << 31), INT32_MAX);
-}
-
-// x / 2^n to nearest, halves away from zero.
-int64_t divided_by_power(int64_t x, int n) {
-  const int64_t rest = (int64_t{1} << n) - 1;
-  return (x >> n) + ((x & rest) > (rest >> 1) + (x < 0) ? 1 : 0);
-}
-
-// gemmlowp's 1 / (1 + x) for x in [0, 1), with 31 bits of fraction.
-int64_t newton(int64_t x) {
-  const auto held = [](int64_t v) {
-    return std::min<int64_t>(std::max<int64_t>(v, INT32_MIN), INT32_MAX);
-  };
-  const int64_t total = x + INT32_MAX;
-  const int64_t half = (total + (total >= 0 ? 1 : -1)) / 2;
-  int64_t y = 1515870810 + high_product(half, -1010580540);
-  for (int step = 0; step < 3; ++step) {
-    const int64_t rest = (int64_t{1} << 29) - high_product(half, y);
-    y += held(high_product(y, rest) * 4);
-  }
-  return held(y * 2);
-}
-
-class TfliteSoftmax : public Step {
+// Images resized along both axes: four codes weighed, in units of 2^-20.
+class TfliteResize : public Step {
  public:
-  TfliteSoftmax(Words& words, const Maker& maker)
-      : in_(words, maker),
-        out_(words, maker),
-        outer_(words.size()),
-        n_(words.next(1, 4095, "a softmax must have 1 to 4095 terms")) {
-    const int64_t from = words.size();
-    rows_ = words.next(1, kMostElements, "a table must have rows");
-    table_ = Kept(maker, from, rows_ * 4);
-    low_ = words.int32();
-    high_ = words.int32();
-    const int64_t count = count_of({outer_, n_});
-    maker.holds(in_.buffer, count);
-    maker.holds(out_.buffer, count);
-    check_fits(out_.dtype, low_, high_);
-  }
-  int64_t scratch_bytes() const override { return n_ * 4; }
-  void pack(const Constants& constants, uint8_t* packed) const override {
-    const int32_t* table = constants.at<int32_t>(table_.from, rows_);
-    for (int64_t i = 0; i < rows_; ++i) {
-      check(table[i] >= 0, "exponentials must not be negative");
+  TfliteResize(Words& words, const Maker& maker)
+      : in_(words, maker), out_(words, maker), batch_(words.size()) {
+    for (Axis* axis : {&rows_, &columns_}) {
+      axis->from = words.size();
+      axis->to = words.size();
+      axis->places = Kept(maker, words.size(), count_of({3, axis->to}) * 4);
     }
-    check(table[0] == INT32_MAX, "the exponential of 0 must be 1");
-    table_.pack(constants, packed);
+    channels_ = words.size();
+    width_ = count_of({columns_.from, channels_});
+    maker.holds(in_.buffer, count_of({batch_, rows_.from, width_}));
+    maker.holds(out_.buffer, count_of({batch_, rows_.to, columns_.to, channels_}));
+    is_empty_ = count_of({batch_, rows_.to, columns_.to, channels_}) == 0;
+  }
+  int64_t scratch_bytes() const override { return is_empty_ ? 0 : width_ * 8; }
+  int64_t work() const override {
+    return count_of({batch_, rows_.to, columns_.to, channels_});
+  }
+  void pack(const Constants& constants, uint8_t* packed) const override {
+    for (const Axis* axis : {&rows_, &columns_}) {
+      const int32_t* places = constants.at<int32_t>(axis->places.from, 3 * axis->to);
+      for (int64_t i = 0; i < axis->to; ++i) {
+        const int32_t before = places[i], after = places[axis->to + i];
+        const int32_t rest = places[2 * axis->to + i];
+        check(0 <= before && before < axis->from && 0 <= after && after < axis->from,
+              "a place lies outside of its axis");
+        check(-1024 <= rest && rest <= 1024, "a rest must lie within 2^10");
+      }
+      axis->places.pack(constants, packed);
+    }
   }
   void run(const Memory& memory) const override {
-    const int32_t* table = table_.in<int32_t>(memory);
-    auto* x = reinterpret_cast<int32_t*>(memory.scratch);
-    for (int64_t o = 0; o < outer_; ++o) {
-      in_.load(memory, o * n_, n_, x);
-      const int32_t top = *std::max_element(x, x + n_);
-      int64_t total = 0;
-      for (int64_t i = 0; i < n_; ++i) {
-        const int64_t place = static_cast<int64_t>(top) - x[i];
-        x[i] = table[std::min(place, rows_ - 1)];
-        total += divided_by_power(x[i], 12);
-      }
-      const int length = 64 - __builtin_clzll(static_cast<uint64_t>(total));
-      const int64_t quotient =
-          newton((total << (32 - length)) - (int64_t{1} << 31));
-      for (int64_t i = 0; i < n_; ++i) {
-        const int64_t share = high_product(quotient, x[i]);
-        x[i] = coded(divided_by_power(share, length + 3), low_, low_, high_);
-      }
-      out_.store(memory, o * n_, n_, x);
-    }
+    if (is_empty_) return;
+    // Sums of bytes fit 32 bits.
+    return size_of(in_.dtype) == 1 ? resize<int32_t>(memory) : resize<int64_t>(memory);
   }
 
  private:
+  struct Axis {
+    int64_t from = 0, to = 0;
+    Kept places;
+  };
+
+  template <class Wide>
+  void resize(const Memory& memory) const {
+    const int32_t* rows = rows_.places.in<int32_t>(memory);
+    const int32_t* columns = columns_.places.in<int32_t>(memory);
+    auto* between = reinterpret_cast<Wide*>(memory.scratch);
+    int64_t out = 0;
+    for (int64_t b = 0; b < batch_; ++b) {
+      for (int64_t r = 0; r < rows_.to; ++r) {
+        const int64_t image = b * rows_.from;
+        const int64_t before = (image + rows[r]) * width_;
+        const int64_t after = (image + rows[rows_.to + r]) * width_;
+        const int32_t down = rows[2 * rows_.to + r];
+        each_row(width_, [&](int64_t at, int64_t n) {
+          int32_t x[kRow], y[kRow];
+          in_.load(memory, before + at, n, x);
+          in_.load(memory, after + at, n, y);
+          for (int64_t i = 0; i < n; ++i) {
+            between[at + i] = weighed<Wide>(x[i], y[i], down);
+          }
+        });
+        for (int64_t c = 0; c < columns_.to; ++c) {
+          const Wide* left = between + columns[c] * channels_;
+          const Wide* right = between + columns[columns_.to + c] * channels_;
+          const int32_t far = columns[2 * columns_.to + c];
+          each_row(channels_, [&](int64_t at, int64_t n) {
+            int32_t x[kRow];
+            for (int64_t i = 0; i < n; ++i) {
+              const Wide total = weighed<Wide>(left[at + i], right[at + i], far);
+              const Wide half = total > 0 ? 1 << 19 : -(1 << 19);
+              x[i] = static_cast<int32_t>(wrapped<Wide>(total, half) / (1 << 20));
+            }
+            out_.store(memory, out + at, n, x);
+          });
+          out += channels_;
+        }
+      }
+    }
+  }
+  // Unsigned, so that numbers that no graph has wrap.
+  template <class Wide>
+  static Wide wrapped(Wide a, Wide b) {
+    using Bits = std::make_unsigned_t<Wide>;
+    return static_cast<Wide>(static_cast<Bits>(a) + static_cast<Bits>(b));
+  }
+  template <class Wide>
+  static Wide weighed(Wide a, Wide b, int32_t rest) {
+    using Bits = std::make_unsigned_t<Wide>;
+    const Bits first = static_cast<Bits>(a) * static_cast<Bits>(Wide{1024} - rest);
+    const Bits second = static_cast<Bits>(b) * static_cast<Bits>(Wide{rest});
+    return static_cast<Wide>(first + second);
+  }
+
   Source in_, out_;
-  int64_t outer_, n_, rows_;
-  Kept table_;
-  int32_t low_, high_;
+  int64_t batch_, channels_ = 0, width_ = 0;
+  Axis rows_, columns_;
+  bool is_empty_ = false;
 };
 
 }  // namespace
@@ -222,7 +242,7 @@ class TfliteSoftmax : public Step {
 const Entry kTflite[] = {
     {24, make<TfliteAdd>},
     {25, make<TfliteAverage>},
-    {26, make<TfliteSoftmax>},
+    {30, make<TfliteResize>},
 };
 
 }  // namespace qjax
