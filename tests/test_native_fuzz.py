@@ -76,7 +76,7 @@ def check(number, is_in_xla=True):
         wanted = [values[v] for v in graph.outputs]
         named = {}
         for name in sets(own):
-            named[name] = runs.schedule([x.shape for x in xs]).run(xs, 2)
+            named[name] = runs.schedule([x.shape for x in xs]).prepare(2)(xs)
         if is_in_xla and size == BATCH:
             body = lambda params, xs: xla.run(graph, params, xs)
             made = jax.jit(body)(params, xs)
