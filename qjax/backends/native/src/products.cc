@@ -118,7 +118,7 @@ class Product : public Step {
   Three padded_;  // Sizes of the staged codes.
   Three planes_;  // Codes from one plane, row and pixel to the next.
   int64_t pixel_ = 0;  // Channels of a staged pixel.
-  int64_t pixels_ = 1;  // That a depthwise product computes at once.
+  int64_t pixels_ = 1;  // That are computed as one, where channels are few.
   std::vector<int64_t> runs_;
   int64_t run_length_ = 0, run_steps_ = 0, panel_ = 0, panels_ = 0, width_ = 0;
   int64_t chunk_ = 0;  // Rows that are staged at once, of a dot.
@@ -174,6 +174,14 @@ void Product::prepare(const Maker& maker) {
   const bool is_joined = dilation_[2] == 1 && !is_depthwise_;
   const int64_t across = is_joined ? 1 : taps_[2];
   run_length_ = is_depthwise_ ? 1 : is_joined ? taps_[2] * channels_ : channels_;
+  if (is_joined && groups_ == 1 && !is_rows_ && strides_[2] <= taps_[2] &&
+      outputs_ > 0 && out_strides_[3] == outputs_ && out_strides_[4] == 1) {
+    // Several pixels are one: one run has the codes of all, each its own weights.
+    for (int64_t n = 2; n * outputs_ <= set_.lanes && n <= out_sizes_[2]; ++n) {
+      if (out_sizes_[2] % n == 0) pixels_ = n;
+    }
+    run_length_ += (pixels_ - 1) * strides_[2] * channels_;
+  }
   const int64_t unit = is_bytes_ ? set_.byte_taps : set_.short_taps;
   run_steps_ =
       steps_of(run_length_, unit, is_bytes_ && !is_few_ ? set_.tile_steps : 0);
@@ -211,7 +219,7 @@ void Product::prepare(const Maker& maker) {
   } else {
     slack_ = std::max(kSlack, more * code_bytes());
     panel_ = static_cast<int64_t>(runs_.size()) * run_steps_ * unit * set_.lanes;
-    panels_ = up(outputs_, 4 * set_.lanes) / set_.lanes;
+    panels_ = up(pixels_ * outputs_, 4 * set_.lanes) / set_.lanes;
     width_ = groups_ * panels_ * set_.lanes;
     weights_place_ =
         maker.layout.reserve(count_of({groups_, panels_, panel_}) * weight_bytes());
@@ -239,35 +247,43 @@ std::vector<int64_t> Product::order() const {
       channel = channel < pixels_ * groups_ ? channel % groups_ : -1;
     } else {
       const int64_t own = panels_ * set_.lanes, o = i % own;
-      channel = o < outputs_ ? i / own * outputs_ + o : -1;
+      channel = o < pixels_ * outputs_ ? i / own * outputs_ + o % outputs_ : -1;
     }
     found[static_cast<size_t>(i)] = channel;
   }
   return found;
 }
 
-template <class T>
-void pack_panels(const T* kernel, int64_t outputs, int64_t runs, int64_t run_length,
-                 int64_t steps, int64_t unit, int64_t lanes, int64_t panels,
-                 int64_t panel, int64_t left, void* to, bool is_narrow) {
-  for (int64_t p = 0; p < panels; ++p) {
-    for (int64_t r = 0; r < runs; ++r) {
-      for (int64_t k = 0; k < run_length; ++k) {
-        const T* row = kernel + (r * run_length + k) * outputs;
-        for (int64_t l = 0; l < lanes && p * lanes + l < outputs; ++l) {
-          const int64_t place =
-              p * panel + ((r * steps + k / unit) * lanes + l) * unit + k % unit;
-          const int64_t value = row[p * lanes + l] * (int64_t{1} << left);
-          if (is_narrow) {
-            static_cast<int8_t*>(to)[place] = static_cast<int8_t>(value);
-          } else {
-            static_cast<int16_t*>(to)[place] = static_cast<int16_t>(value);
+// Weights of one group, [runs, length, outputs], in panels. The weights of each pixel of
+// several lie `step` codes further in the run.
+struct Panels {
+  int64_t outputs, pixels, step, runs, length, run_steps, taps, lanes, panels, panel;
+  int64_t left;
+  bool is_narrow;
+
+  template <class T>
+  void pack(const T* kernel, void* to) const {
+    for (int64_t p = 0; p < panels; ++p) {
+      for (int64_t r = 0; r < runs; ++r) {
+        for (int64_t i = 0; i < length; ++i) {
+          const T* row = kernel + (r * length + i) * outputs;
+          for (int64_t l = 0; l < lanes && p * lanes + l < pixels * outputs; ++l) {
+            const int64_t o = p * lanes + l, pixel = pixels > 1 ? o / outputs : 0;
+            const int64_t k = i + pixel * step;
+            const int64_t place =
+                p * panel + ((r * run_steps + k / taps) * lanes + l) * taps + k % taps;
+            const int64_t value = row[o - pixel * outputs] * (int64_t{1} << left);
+            if (is_narrow) {
+              static_cast<int8_t*>(to)[place] = static_cast<int8_t>(value);
+            } else {
+              static_cast<int16_t*>(to)[place] = static_cast<int16_t>(value);
+            }
           }
         }
       }
     }
   }
-}
+};
 
 void Product::pack(const Constants& constants, uint8_t* packed) const {
   const int64_t terms = taps() * channels_, all = groups_ * outputs_;
@@ -297,13 +313,22 @@ void Product::pack(const Constants& constants, uint8_t* packed) const {
       }
       return;
     }
-    const int64_t unit = is_bytes_ ? set_.byte_taps : set_.short_taps;
+    const int64_t step = strides_[2] * channels_;
+    const Panels all_panels{outputs_,
+                            pixels_,
+                            step,
+                            static_cast<int64_t>(runs_.size()),
+                            run_length_ - (pixels_ - 1) * step,
+                            run_steps_,
+                            is_bytes_ ? set_.byte_taps : set_.short_taps,
+                            set_.lanes,
+                            panels_,
+                            panel_,
+                            left_,
+                            is_narrow()};
     for (int64_t g = 0; g < groups_; ++g) {
-      pack_panels(kernel + g * terms * outputs_, outputs_,
-                  static_cast<int64_t>(runs_.size()), run_length_, run_steps_, unit,
-                  set_.lanes, panels_, panel_, left_,
-                  packed + weights_place_ + g * panels_ * panel_ * weight_bytes(),
-                  is_narrow());
+      all_panels.pack(kernel + g * terms * outputs_,
+                      packed + weights_place_ + g * panels_ * panel_ * weight_bytes());
     }
   };
   const auto sums = [&](const auto* kernel, int64_t channel) {
@@ -416,15 +441,15 @@ void Product::run_tiles(const Memory& memory) const {
   t.run_steps = run_steps_;
   t.plane = strides_[0] * planes_[0];
   t.row = strides_[1] * planes_[1];
-  t.pixel = strides_[2] * planes_[2];
+  t.pixel = pixels_ * strides_[2] * planes_[2];
   t.panel = panel_;
   t.is_signed = is_signed();
-  t.outputs = outputs_;
+  t.outputs = pixels_ * outputs_;
   t.requantizer = &requantizer_.in(memory);
   t.out_dtype = static_cast<int64_t>(out_dtype_);
   t.out_plane = out_strides_[1];
   t.out_row = out_strides_[2];
-  t.out_pixel = out_strides_[3];
+  t.out_pixel = pixels_ * out_strides_[3];
   t.out_channel = out_strides_[4];
   const auto kernel = is_few_             ? set_.few
                       : sizeof(Code) == 1 ? set_.bytes
@@ -451,7 +476,7 @@ void Product::run_tiles(const Memory& memory) const {
         }
         t.depth = out_sizes_[0];
         t.height = out_sizes_[1];
-        t.width = out_sizes_[2];
+        t.width = out_sizes_[2] / pixels_;
         t.out = to;
         kernel(t);
         continue;

@@ -114,6 +114,7 @@ template <Form form, class T>
 QJAX_INLINE void finish(V::Reg acc, const PackedRequantizer& q, const Ends& ends,
                         int64_t channel, T* out, int64_t n, int64_t stride) {
   if constexpr (form == Form::kNone || form == Form::kExact) {
+    if (form == Form::kNone && stride == 1) return V::narrow(out, acc, n);
     alignas(64) int32_t wide[V::kLanes];
     V::store(wide, acc);
     if constexpr (form == Form::kExact) {
