@@ -67,6 +67,7 @@ def quantizer(end: InputEnd, library: Library | None) -> Callable[[Any], np.ndar
                 f"{at_start(end.name)} must have shape {end.real_shape}, got "
                 f"{np.shape(x)}. Compile the program for this batch size."
             )
+        x = real_array(x, end.name)
         if value.is_place:
             check_range(end.name, x, value)
         is_array = type(x) is np.ndarray and x.dtype.kind in "iu"
@@ -78,6 +79,20 @@ def quantizer(end: InputEnd, library: Library | None) -> Callable[[Any], np.ndar
         return np.asarray(xla(x))
 
     return quantize
+
+
+def real_array(x: Any, name: str) -> Any:
+    """Returns an input as an array; refuses what holds no real numbers."""
+    if not isinstance(x, np.ndarray | jax.Array):
+        x = np.asarray(x)
+    kinds = jnp.floating, jnp.integer, jnp.bool_
+    is_real = any(jnp.issubdtype(x.dtype, kind) for kind in kinds)
+    if not is_real or isinstance(x, np.ma.MaskedArray):
+        found = "a masked array" if isinstance(x, np.ma.MaskedArray) else x.dtype
+        raise TypeError(
+            f"{at_start(name)} must be an array of real numbers, got {found}."
+        )
+    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
 def dequantizer(

@@ -242,7 +242,14 @@ def make_runner(
 
 
 def _kind(x: Any) -> str:
-    return show_types([x]) if isinstance(x, np.ndarray) else type(x).__name__
+    if not isinstance(x, np.ndarray):
+        return type(x).__name__
+    faults = (
+        "" if x.flags.writeable else " (read-only)",
+        "" if x.flags.c_contiguous else " (not contiguous)",
+        "" if x.flags.aligned and x.dtype.isnative else " (not aligned)",
+    )
+    return show_types([x]) + "".join(faults)
 
 
 def check_size(batch_size: Any) -> None:

@@ -15,6 +15,11 @@ def input_codes(x: Any, v: Value) -> jax.Array:
     """Computes the codes of a real input; integers without a grid are their own."""
     if jnp.issubdtype(jax.dtypes.result_type(x), jnp.integer) and v.grid is None:
         return _clipped(jnp.asarray(x), v)
+    if jnp.issubdtype(jax.dtypes.result_type(x), jnp.complexfloating):
+        raise TypeError(
+            f"An input must be real, got {jax.dtypes.result_type(x)}: codes would lose "
+            "its imaginary part. Pass its real part."
+        )
     grid = grid_of(v)
     ends = (jnp.int32(n) for n in (grid.zero_point, v.low, v.high))
     gain, offset = map(jnp.float32, v.rescaling)

@@ -135,6 +135,21 @@ def test_real_inputs_of_other_shapes_are_refused():
         run.real(np.zeros((3, 7), np.float32), 1)
 
 
+def test_real_inputs_hold_real_numbers():
+    program = doubled()
+    run, x = program.compile(3), np.linspace(-1, 1, 21, dtype=np.float32).reshape(3, 7)
+    wanted = run.real(x)
+    for same in (x.astype(">f4"), x.tolist(), x.astype(np.float64), jnp.asarray(x)):
+        np.testing.assert_array_equal(run.real(same), wanted)
+    masked, texts = np.ma.masked_array(x), np.full(x.shape, "1")
+    for other in (x.astype(np.complex64), x.astype(object), masked, texts):
+        with pytest.raises(TypeError, match="Input 0 must be an array of real numbers"):
+            run.real(other)
+    with pytest.raises(TypeError, match="An input must be real, got complex64"):
+        program(x.astype(np.complex64))
+    np.testing.assert_array_equal(program(x.astype(np.complex64).real), wanted)
+
+
 @pytest.mark.parametrize("backend", [pytest.param("native", marks=NATIVE), "xla"])
 def test_given_arrays_receive_the_outputs(backend):
     def fn(x):
