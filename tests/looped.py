@@ -34,13 +34,13 @@ STEPS = {
     "reset": lambda p, h, t, n: jnp.where(t[:, :1] > 0.5, 0.0, h),
     "roll": lambda p, h, t, n: jnp.roll(h, 1, -1),
     "row": lambda p, h, t, n: h + p["e"][jnp.argmax(t, -1)],
-    "place": lambda p, h, t, n: h + p["e"][n],
+    "place": lambda p, h, t, n: h + p["e"][n][None],
     "even": lambda p, h, t, n: jnp.where(n % 2 == 0, h, t),
     "inner": lambda p, h, t, n: lax.fori_loop(
         0, 2, lambda k, g: jnp.tanh(g @ p["a"] + t), h
     ),
     "inner scan": lambda p, h, t, n: lax.scan(
-        lambda g, w: (jnp.tanh(g * w + t), None), h, p["e"][:2]
+        lambda g, w: (jnp.tanh(g * w[None] + t), None), h, p["e"][:2]
     )[0],
 }
 STARTS = ("zero", "data", "constant")
