@@ -34,15 +34,16 @@ STEPS = {
     "reset": lambda p, h, t, n: jnp.where(t[:, :1] > 0.5, 0.0, h),
     "roll": lambda p, h, t, n: jnp.roll(h, 1, -1),
     "row": lambda p, h, t, n: h + p["e"][jnp.argmax(t, -1)],
-    "place": lambda p, h, t, n: h + p["e"][n],
+    "place": lambda p, h, t, n: h + p["e"][n][None],
     "even": lambda p, h, t, n: jnp.where(n % 2 == 0, h, t),
     "inner": lambda p, h, t, n: lax.fori_loop(
         0, 2, lambda k, g: jnp.tanh(g @ p["a"] + t), h
     ),
     "inner scan": lambda p, h, t, n: lax.scan(
-        lambda g, w: (jnp.tanh(g * w + t), None), h, p["e"][:2]
+        lambda g, w: (jnp.tanh(g * w[None] + t), None), h, p["e"][:2]
     )[0],
 }
+INNER = ("inner", "inner scan")  # Loops themselves.
 STARTS = ("zero", "data", "constant")
 WAYS = ("scan", "reverse", "counted", "while", "twice")
 
@@ -106,12 +107,15 @@ def weights() -> dict[str, np.ndarray]:
 
 
 @st.composite
-def loops(draw: Any) -> Looped:
-    """Draws one."""
+def loops(draw: Any, is_nested: bool = False) -> Looped:
+    """Draws one, if ``is_nested`` with a loop in its body."""
     name = st.sampled_from(sorted(STEPS))
     power_of_two = draw(st.booleans())
+    steps = draw(st.lists(name, min_size=1, max_size=3))
+    if is_nested and not {*INNER} & {*steps}:
+        steps[draw(st.integers(0, len(steps) - 1))] = draw(st.sampled_from(INNER))
     return Looped(
-        tuple(draw(st.lists(name, min_size=1, max_size=3))),
+        tuple(steps),
         tuple(draw(st.lists(name, max_size=2))),
         draw(st.sampled_from(STARTS)),
         draw(st.sampled_from(WAYS)),

@@ -147,6 +147,16 @@ def test_a_pad_before_an_offset_is_refused():
     np.testing.assert_array_equal(qjax.lower(other, x)(x), other(jnp.asarray(x)))
 
 
+def test_a_pad_before_a_grid_without_zero():
+    u = integers("int8", 3, 4)
+    for zero in (-9, 0, 3):  # The codes of 2 bits are -2 to 1.
+        grid = QParams(jnp.float32(0.3), jnp.int32(zero))
+        fn = lambda u, grid=grid: fake_quant(
+            jnp.pad(u, ((0, 0), (1, 0))).astype(jnp.float32), grid, QSpec(2)
+        )
+        np.testing.assert_array_equal(qjax.lower(fn, u)(u), fn(jnp.asarray(u)))
+
+
 def test_rows_that_are_not_there_are_refused():
     table = jnp.asarray(KERNEL)
     ids = np.int32([[0, 7, -8, 3]])

@@ -309,3 +309,27 @@ def test_logarithms_that_are_others_are_no_other_number(name):
     else:
         wanted = np.asarray(fn(P, X))
         np.testing.assert_allclose(program(X), wanted, atol=0.05 * np.ptp(wanted))
+
+
+@pytest.mark.parametrize("is_param", [False, True])
+def test_weights_of_a_logsumexp_are_refused_and_the_remedy_lowers(is_param):
+    b = np.float32([0, 1, 0.5, 3, 1, 2, 0, 1])
+    weights = lambda p: p["b"] if is_param else b
+    params = {"p": P, "b": b}
+
+    def remedied(p, x):
+        b = weights(p)
+        x = x @ p["p"] + jnp.log(jnp.where(b > 0, b, 1))[None, None]
+        return logsumexp(x, -1, where=(b > 0)[None, None])
+
+    weighed = lambda p, x: logsumexp(x @ p["p"], -1, b=weights(p)[None, None])
+    with pytest.raises(ValueError, match=r"jnp.where\(b > 0, b, 1\)\), where=b > 0"):
+        qjax.quantize_model(weighed, params, X)
+    power = QSpec(8, power_of_two=True)
+    scheme = Scheme(QSpec(8, power_of_two=True, axis="output"), power)
+    qmodel = qjax.quantize_model(remedied, params, X, scheme=scheme)
+    qstate = qjax.calibrate(qmodel, params, [X])
+    program = qjax.lower(qmodel, params, qstate, X)
+    found, wanted = program(X), weighed(params, X)
+    np.testing.assert_array_equal(found, jax.jit(qmodel.apply)(params, qstate, X))
+    assert np.sum(wanted**2) > 1e4 * np.sum((found - wanted) ** 2)  # 40 dB.

@@ -329,3 +329,42 @@ def test_nothing_is_proven_of_what_a_loop_reads_beyond_a_table():
     x, i = np.ones((3, 4), np.float32), np.array([0, 2, 1], np.int32)
     report = qjax.lower(fn, x, i).report().agreement
     assert report["h"].is_proven and not report["h:1"].is_proven
+
+
+@pytest.mark.parametrize("first", [0.26, 4.0, 0.25, -0.0])
+def test_a_first_value_that_is_not_on_the_grid_is_refused(first):
+    grid = qjax.QParams(jnp.float32(2.0**-5), jnp.int32(0))
+    point = lambda x, site: qjax.fake_quant(x, grid, qjax.QSpec(8), site=site)
+
+    def fn(x, start=lambda h: h):
+        step = lambda h, t: (point(0.5 * h + t, "h"),) * 2
+        first_ = start(jnp.full((3, 4), first))
+        return lax.scan(step, first_, jnp.swapaxes(point(x, "x"), 0, 1))[1]
+
+    if first not in (0.25, -0.0):  # 4.0 would be code 128.
+        with pytest.raises(ValueError, match="'h' starts on another grid"):
+            qjax.lower(fn, X)
+    own = functools.partial(fn, start=functools.partial(point, site="start"))
+    np.testing.assert_array_equal(qjax.lower(own, X)(X), jax.jit(own)(X))
+
+
+@pytest.mark.parametrize(
+    "name, word", [("counts rows", WORD), ("known rows", qjax.QSpec(8))]
+)
+def test_rows_at_the_number_of_a_step_with_grids_of_its_own(name, word):
+    rules = (qjax.Rule("scan_0/*", word, per_step=True),)
+    scheme, x = Scheme(POWERS.weights, WORD, rules=rules), X
+    qmodel = qjax.quantize_model(PROGRAMS[name], W, x, scheme=scheme)
+    qstate = qjax.calibrate(qmodel, W, [x])
+    program = qjax.lower(qmodel, W, qstate, x)
+    # Each row has a grid of its own, and is no computed value.
+    constants = [n for n in program.params if n.endswith("rows/output/value")]
+    assert len(constants) == 5
+    own = jax.jit(qmodel.apply_integer)(W, qstate, x)
+    jax.tree.map(np.testing.assert_array_equal, own, program(x))
+    found = jax.jit(qmodel.apply)(W, qstate, x)
+    if word is WORD:
+        jax.tree.map(np.testing.assert_array_equal, found, program(x))
+    report = qjax.verify(program, qmodel, W, qstate, x)
+    assert max(row.max_difference for row in report.sites.values()) <= 1
+    assert_equals_oracle(program, x)

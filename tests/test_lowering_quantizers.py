@@ -1,5 +1,7 @@
 """Quantizers by name in a function lower code for code, or are refused."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,24 +131,46 @@ def test_levels_on_no_grid_are_put_on_one(word):
     assert_equals_oracle(qjax.lower(fn, x), x)
 
 
-def test_a_quantizer_of_a_sum_on_two_scales_is_refused_with_what_to_do():
+SUMS = {
+    "product": lambda p, x: x @ p + x,
+    "rescaled": lambda p, x: jnp.tanh(x @ p) - 0.3 * x,
+    "of three": lambda p, x: jnp.tanh(x @ p) + x + jnp.sin(x),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_a_quantizer_of_a_sum_on_two_scales_is_refused_with_what_to_do(name):
+    """Rules as the error has them make thresholds, or one grid."""
     rng = np.random.default_rng(0)
     x, w = (rng.normal(0, 1, n).astype(np.float32) for n in ((6, 8), (8, 8)))
-    fn, tanh = lambda p, x: (x @ p + x) @ p, qjax.quantizers.parse("quantized_tanh(4)")
-    own = qjax.Rule("residual_0/output", tanh)
-    power = qjax.QSpec(bits=8, power_of_two=True)
-    rules = qjax.Rule("product_0/output", power), qjax.Rule("input:0", power)
-    for scheme in (qjax.Scheme(rules=(own,)), qjax.Scheme(rules=(*rules, own))):
+    fn = lambda p, x: SUMS[name](p, x) @ p
+    tanh = qjax.quantizers.parse("quantized_tanh(4)")
+    site = f"residual_{int(name == 'of three')}/output"
+
+    def lowered(*rules):
+        scheme = qjax.Scheme(rules=rules)
         qmodel = qjax.quantize_model(fn, w, x, scheme=scheme)
         qstate = qjax.calibrate(qmodel, w, [x])
-        if len(scheme.rules) > 1:  # As the error of the first one says.
-            program = qjax.lower(qmodel, w, qstate, x)
-            np.testing.assert_array_equal(
-                program(x), jax.jit(qmodel.apply)(w, qstate, x)
-            )
-            continue
-        said = (
-            r"'product_0/output', QSpec\(bits=8, power_of_two=True\).*'input:0', QSpec"
-        )
-        with pytest.raises(ValueError, match=said):
-            qjax.lower(qmodel, w, qstate, x)
+        return qmodel, qstate, qjax.lower(qmodel, w, qstate, x)
+
+    with pytest.raises(ValueError, match="a sum of codes on two scales") as error:
+        lowered(qjax.Rule(site, tanh))
+    word = qjax.QSpec(bits=8, power_of_two=True)
+    powers = r"Rule\('([^']*)', QSpec\(bits=8, power_of_two=True\)\)"
+    rules = [qjax.Rule(own, word) for own in re.findall(powers, str(error.value))]
+    assert len(rules) == 2 and str(error.value).count(f"Rule({site!r}") == 1
+    qmodel, qstate, program = lowered(*rules, qjax.Rule(site, tanh))
+    np.testing.assert_array_equal(program(x), jax.jit(qmodel.apply)(w, qstate, x))
+    lowered(qjax.Rule(site, qjax.QSpec(bits=8)))
+
+
+def test_a_quantizer_without_a_grid_is_named_by_its_site():
+    rng = np.random.default_rng(0)
+    x, w = (rng.normal(0, 1, n).astype(np.float32) for n in ((6, 8), (8, 8)))
+    scheme = qjax.Scheme(rules=(qjax.Rule("tanh_0/output", "quantized_ulaw(4)"),))
+    qmodel = qjax.quantize_model(lambda p, x: jnp.tanh(x) @ p, w, x, scheme=scheme)
+    qstate = qjax.calibrate(qmodel, w, [x])
+    with pytest.raises(
+        ValueError, match="from a quantizer at 'tanh_0/output' with lev"
+    ):
+        qjax.lower(qmodel, w, qstate, x)

@@ -121,3 +121,30 @@ def test_a_model_that_asks_whether_its_size_is_even_is_fixed(size):
     program = qjax.lower(fn, np.ones((size, 3), np.float32))
     with pytest.raises(ValueError, match="leading size is fixed by"):
         program(np.ones((size + 1, 3), np.float32))
+
+
+ROWS = {
+    "rows": lambda x, k: x[jnp.arange(len(x)), k],
+    "places after rows": lambda x, k: x.T[k, jnp.arange(len(x))],
+    "several": lambda x, k: x[jnp.arange(len(x))[:, None], jnp.stack([k, k // 2], 1)],
+    "written": lambda x, k: x.at[jnp.arange(len(x)), k].set(0.0),
+    "added": lambda x, k: x.at[jnp.arange(len(x)), k].add(x[:, 1]),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_place_of_each_example_fixes_no_size(name):
+    fn = lambda x, k: point(ROWS[name](point(x, site="x"), k), 2.0**-4, site="y")
+    program = qjax.lower(fn, images(4, 6), np.int32([3, 0, 5, 1]))
+    for size in (4, 1, 7):
+        x, k = images(size, 6, seed=size), np.arange(2, 2 + 3 * size, 3, np.int32) % 6
+        np.testing.assert_array_equal(program(x, k), jax.jit(fn)(x, k))
+
+
+def test_known_rows_in_another_order_fix_the_size():
+    fn = lambda x, k: point(x)[jnp.arange(len(x))[::-1], k]
+    x, k = images(4, 6), np.int32([3, 0, 5, 1])
+    program = qjax.lower(fn, x, k)
+    np.testing.assert_array_equal(program(x, k), jax.jit(fn)(x, k))
+    with pytest.raises(ValueError, match="leading size is fixed by"):
+        program(x[:2], k[:2])

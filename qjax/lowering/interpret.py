@@ -382,10 +382,12 @@ def refuse(e: Equation, x: Abstract, role: str) -> ValueError:
         )
     if isinstance(x, Curve) and x.steps and x.steps[x.end].is_of_quantizer:
         name = x.steps[x.end].place.path.rpartition("/")[2]
+        made = f"`{name}`, a quantizer" if name else "a quantizer"
+        at = f" at {x.place.sites.output!r}" if x.place.sites.output else ""
         return ValueError(
-            f"The {role} of `{e.primitive.name}` in {where(e)} is what `{name}` "
-            f"returns, a quantizer with levels on no grid.\n  equation: {e}\nPut them "
-            "on one with `qjax.fake_quant`, or use a word of equal steps, such as "
+            f"The {role} of `{e.primitive.name}` in {where(e)} comes from {made}"
+            f"{at} with levels on no grid.\n  equation: {e}\nPut them on one with "
+            "`qjax.fake_quant`, or use a word of equal steps, such as "
             "`quantized_bits(8)`."
         )
     if isinstance(x, Real):

@@ -51,6 +51,18 @@ def check_fill(lineage: Lineage, e: Equation) -> None:
             raise ValueError(
                 f"`{e.primitive.name}` in {place_of(e)} puts "
                 f"a constant of {most:g} among the values of a site, whose grid "
-                "would hold nothing else. Use a constant within their range, or "
-                "mask right before a softmax."
+                f"would hold nothing else. {_remedy(lineage, e)}"
             )
+
+
+def _remedy(lineage: Lineage, e: Equation) -> str:
+    """Returns what to do about a mask's constant at an equation."""
+    readers = lambda es, name: [
+        u for e in es for u in lineage.users[e.outputs[0]] if u.primitive.name == name
+    ]
+    if readers(readers(readers([e], "sub"), "exp"), "mul"):  # As JAX writes it out.
+        return (
+            "Give the weights `b` of a logsumexp, which are no less than 0, to its "
+            "operand: `logsumexp(x + jnp.log(jnp.where(b > 0, b, 1)), where=b > 0)`."
+        )
+    return "Use a constant within their range, or mask right before a softmax."

@@ -20,6 +20,7 @@ from qjax.integer_calls import BEGIN, integer_of
 from qjax.leaves import leaf_names
 from qjax.mesh_axes import aligned, axes_of, vary
 from qjax.model.control_flow import both_branches, counted
+from qjax.model.example_gathers import chooses_places, within_examples
 from qjax.model.expansions import expansion, scan_counts
 from qjax.model.kept import whole_of
 from qjax.model.places import BlockSites, Place, split_scope
@@ -311,6 +312,8 @@ def _flatten(
                 or counted(eqn, [None if v in data else v for v in inputs], known_value)
             ):
                 outputs = expanded(eqn, whole, inputs, here, origin, around)
+            elif (found := row_of_each(eqn, inputs)) is not None:
+                outputs = call(*found, here, origin, around)
             elif eqn.primitive in inlined and not is_kept:
                 own = [region_of(eqn, regions)] if eqn.primitive is p.remat_p else []
                 outputs = call(_inner(eqn), inputs, here, origin, (*around, *own))
@@ -346,6 +349,23 @@ def _flatten(
         is_known = data.isdisjoint(inputs)
         is_raw = known is None and any(map(is_input, inputs))
         return not is_known and (is_weighted or is_raw or not has_qpoint(eqn))
+
+    def row_of_each(eqn: Any, inputs: list[int]) -> tuple[Any, list[int]] | None:
+        """Returns an equation as one within examples, and its operands; or None."""
+        if not chooses_places(eqn) or data.isdisjoint(inputs[1:2]):
+            return None
+        maker = next((e for e in reversed(equations) if inputs[1] in e.outputs), None)
+        last = len(avals[inputs[1]].shape) - 1
+        if maker is None or maker.primitive is not p.concatenate_p:
+            return None
+        if maker.params["dimension"] != last:
+            return None
+        pieces = [None if v in data else known_value(v) for v in maker.inputs]
+        found = within_examples(eqn, pieces)
+        if found is None:
+            return None
+        own = [inputs[0], *(maker.inputs[k] for k in found[0]), *inputs[2:]]
+        return jax.make_jaxpr(found[1])(*(avals[v] for v in own)), own
 
     def is_input(v: int) -> bool:
         """Returns whether a real value is an argument, moved at most."""

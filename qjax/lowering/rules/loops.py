@@ -9,7 +9,7 @@ import numpy as np
 from qjax.graph.graph import Graph, Grid, storage
 from qjax.graph.operations.arithmetic import TYPES, ends_of
 from qjax.integer_calls import BEGIN
-from qjax.lowering.constants import add_constant, real_values
+from qjax.lowering.constants import add_constant, codes_on, real_values
 from qjax.lowering.folding import fold_known
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.loops import Body, body_trace
@@ -166,12 +166,16 @@ def _operand(
     if grid is None:
         return x
     if x.scale != np.float32(grid.scale) or x.zero_point != grid.zero_point:
-        raise ValueError(
-            f"What a loop carries to {grid.site!r} starts on another grid, in "
-            f"{where(e)}.\n  equation: {e}\nQuantize the first value as `qjax."
-            "quantize_model` does: to the grid that it has after each step."
-        )
+        raise _refuse_start(e, grid)
     return x
+
+
+def _refuse_start(e: Equation, grid: SiteGrid) -> ValueError:
+    return ValueError(
+        f"What a loop carries to {grid.site!r} starts on another grid, in "
+        f"{where(e)}.\n  equation: {e}\nQuantize the first value as `qjax."
+        "quantize_model` does: to the grid that it has after each step."
+    )
 
 
 def _constant(
@@ -194,7 +198,10 @@ def _constant(
         name = f"{own['path']}/number"
         value = add_constant(builder, numbers, None, name=name, **own)
         return builder.numbers(value, e.place, str(trace.avals[v].dtype))
-    codes = np.broadcast_to(grid.known_codes_of(array), shape)
+    codes = codes_on(np.asarray(array), grid.scale, grid.zero_point)
+    if codes is None or not np.all((grid.qmin <= codes) & (codes <= grid.qmax)):
+        raise _refuse_start(e, grid)
+    codes = np.broadcast_to(codes, shape)
     own |= {"name": f"{grid.site}/start", "path": f"{grid.site}/start"}
     own |= {"dtype": grid.dtype}
     return grid.integers(builder, add_constant(builder, codes, grid.grid, **own))

@@ -101,11 +101,20 @@ def _padded(
 
 
 def move_again(
-    builder: Builder, x: Real, trace: Trace, codes: Abstract, keep: int = 0
+    builder: Builder,
+    x: Real,
+    trace: Trace,
+    codes: Abstract,
+    *,
+    keep: int = 0,
+    zero: float = 0.0,
 ) -> Abstract:
-    """Repeats on codes the moves of an input, except for the last ``keep`` moves."""
+    """Repeats on codes the moves of an input, except for the last ``keep`` moves.
+
+    Pads put ``zero`` around them, the value of zero on the grid of the codes.
+    """
     for e in x.moves[: len(x.moves) - keep]:
-        fill = (Known(np.zeros(())),) if e.primitive.name == "pad" else ()
+        fill = (Known(np.asarray(zero)),) if e.primitive.name == "pad" else ()
         codes = move(builder, e, trace, codes, *fill)
     return codes
 

@@ -13,6 +13,7 @@ from qjax.lowering.constants import (
     add_constant,
     known_codes,
     like_of,
+    real_values,
     repeated,
 )
 from qjax.lowering.entries import held, raw
@@ -64,8 +65,9 @@ def _qpoint(
             f"The site {site!r} rounds by `{e.params['rounding'].__name__}`; integer "
             "programs round half to even. Use `rounding=half_even`."
         )
-    if isinstance(x, Known):
-        codes = known_codes(x.value, scale, zero_point, qmin, qmax)
+    if isinstance(x, Known | KnownCodes):
+        real = real_values(x) if isinstance(x, KnownCodes) else x.value
+        codes = known_codes(real, scale, zero_point, qmin, qmax)
         zeros = np.broadcast_to(zero_point, scale.shape)
         return KnownCodes(codes, scale, zeros, site)
     is_double = trace.avals[e.outputs[0]].dtype == np.float64
@@ -276,7 +278,9 @@ def _quantize_input(
     elif builder.values[value] != wanted:
         raise InputTwiceError(e, trace, x)
     codes: Abstract = dataclasses.replace(target, is_part=True).integers(builder, value)
-    codes = move_again(builder, x, trace, codes)
+    # A grid whose zero point is none of its codes holds no zero.
+    zero = (target.codes(0.0) - target.zero_point) * target.scale
+    codes = move_again(builder, x, trace, codes, zero=zero)
     assert isinstance(codes, Integers)
     if not target.is_part:
         builder.add_site(target.site, codes.value)
