@@ -158,20 +158,31 @@ class Counted:
         return self.fn(*args)
 
 
+class Clock:
+    """Seconds since it was made: of the processor, and on the wall."""
+
+    def __init__(self) -> None:
+        self.start = time.process_time(), time.perf_counter()
+
+    def seconds(self) -> np.ndarray:
+        """Both of them."""
+        return np.asarray([time.process_time(), time.perf_counter()]) - self.start
+
+
 def in_one(study: Study, schemes: Sequence[Any], execution: str) -> tuple[Any, ...]:
     """Seconds of a sweep, traces, results."""
     fn = Counted(study.fn)
-    start = time.perf_counter()
+    clock = Clock()
     results = sweep(fn, schemes, execution=execution, progress=False)
-    return time.perf_counter() - start, fn.traces, results
+    return clock.seconds(), fn.traces, results
 
 
-def one_by_one(study: Study, schemes: Sequence[Any]) -> tuple[float, np.ndarray]:
+def one_by_one(study: Study, schemes: Sequence[Any]) -> tuple[Any, np.ndarray]:
     """Seconds of one jit for each scheme, whose bits are constants of its program."""
-    start = time.perf_counter()
+    clock = Clock()
     found = [jax.jit(lambda s=s: study.fn(s))()["loss"] for s in schemes]
     losses = np.asarray(jax.device_get(found))
-    return time.perf_counter() - start, losses
+    return clock.seconds(), losses
 
 
 def compare(study: Study, config: Config) -> tuple[dict[str, Any], Any]:
@@ -186,15 +197,18 @@ def compare(study: Study, config: Config) -> tuple[dict[str, Any], Any]:
         jax.clear_caches()
         seconds, losses = one_by_one(study, schemes)
         singles.append(seconds)
-    one, each = statistics.median(sweeps), statistics.median(singles)
+        print(study.name, "sweep, jits:", sweeps[-1], singles[-1], flush=True)
+    one, each = np.median(sweeps, axis=0), np.median(singles, axis=0)
+    ratios = np.median(np.divide(singles, sweeps), axis=0)
     difference = np.abs(results["loss"] - losses) / np.abs(losses)
     row = {
         "study": study.name,
         "configurations": len(schemes),
         "execution": results.execution,
-        "sweep_s": one,
-        "jits_s": each,
-        "ratio": each / one,
+        "sweep_s": one[0],
+        "jits_s": each[0],
+        "ratio": ratios[0],
+        "wall_ratio": ratios[1],
         "asked": study.asked,
         "traces": max(traces),
         "equal": int(np.sum(results["loss"] == losses)),
@@ -225,7 +239,7 @@ def step_ratio(study: Study, repeats: int) -> float:
 def show(rows: list[dict[str, Any]]) -> None:
     """Prints the table."""
     table = rich.table.Table("study", "schemes", "sweep s", "jits s", "ratio", "asked")
-    for name in ("traces", "step", "equal", "others"):
+    for name in ("wall", "traces", "step", "equal", "others"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
@@ -235,6 +249,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{row['jits_s']:.2f}",
             f"{row['ratio']:.1f}",
             f"{row['asked']:.0f}",
+            f"{row['wall_ratio']:.1f}",
             str(row["traces"]),
             f"{row['step']:.2f}",
             str(row["equal"]),
