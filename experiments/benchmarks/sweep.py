@@ -3,16 +3,16 @@
     python experiments/benchmarks/sweep.py
 
 64 schemes of the quickstart's CNN after training, 16 trainings of an MLP (300 steps at
-batch 128), from the trace on; nothing compiled is kept. Run once (`--rounds 1`) with
-JAX 0.10.2 on 2 cores that other work kept busy (load 8):
+batch 128), from the trace on; nothing compiled is kept. Seconds are of the processor,
+of all its threads; "wall" is the ratio by the clock. With JAX 0.10.2 on 2 cores that
+other work kept busy (load 8 to 19), three rounds of the CNN:
 
-    study                  sweep s  jits s  ratio  asked  traces  equal losses  others
-    CNN, after training       17.2   609.5   35.3     20       1            39   2e-07
-    MLP, trained              30.6   243.6    8.0      4       1             0   8e-03
+    study                  sweep s  jits s  ratio  asked  wall
+    CNN, after training        1.8    77.0   41.2     20  54.6
 
-An earlier run, before the last change of the rounding of traced words: 74.2 and 16.4.
-The compiled function with traced bits takes 1.04 of the time of the one with known bits
-for the trainings, 1.07 to 1.19 for the CNN's evaluations, whose pairs scattered most.
+By the clock and of one round before: 16 trainings of the MLP 30.6 and 243.6, 8.0 times;
+one trace each; the compiled function with traced bits takes 1.04 of the time of the one
+with known bits for the trainings, 1.07 to 1.19 for the CNN's evaluations.
 """
 
 import dataclasses
