@@ -5,14 +5,15 @@
 64 schemes of the quickstart's CNN after training, 16 trainings of an MLP (300 steps at
 batch 128), from the trace on; nothing compiled is kept. Seconds are of the processor,
 of all its threads; "wall" is the ratio by the clock. With JAX 0.10.2 on 2 cores that
-other work kept busy (load 8 to 19), three rounds of the CNN:
+other work kept busy (load 8 to 19), three rounds of the CNN and one of the MLP:
 
     study                  sweep s  jits s  ratio  asked  wall
     CNN, after training        1.8    77.0   41.2     20  54.6
+    MLP, trained               4.8    43.1    9.0      4   8.8
 
-By the clock and of one round before: 16 trainings of the MLP 30.6 and 243.6, 8.0 times;
-one trace each; the compiled function with traced bits takes 1.04 of the time of the one
-with known bits for the trainings, 1.07 to 1.19 for the CNN's evaluations.
+In runs before these there was one trace each; the compiled function with traced bits
+took 1.04 of the time of the one with known bits for the trainings, 1.07 to 1.19 for the
+CNN's evaluations.
 """
 
 import dataclasses
