@@ -103,6 +103,41 @@ def test_the_best_of_all_allocations_is_found(cost):
         assert own == [*chosen.bits.values()]
 
 
+@pytest.mark.parametrize("cost", [costs.weight_bytes, costs.bit_operations])
+@pytest.mark.parametrize("unit", [1.0, 1e-9])
+def test_of_equal_scores_the_cheapest_is_found(cost, unit):
+    """Few different scores, beside a huge one that hides them from a solver."""
+    qmodel, found, all_tables = small()
+    rng = np.random.default_rng(4)
+    for _ in range(3):
+        scores = unit * rng.integers(0, 3, len(found))
+        scores[found.bits == 2] *= 1e6
+        own = dataclasses.replace(found, scores=scores)
+        rows = []
+        for bits, _, layers in all_tables:
+            score = math.fsum(own[axis][b] for axis, b in bits.items())
+            rows.append((score, float(costs.total(layers, cost))))
+        for budget in (*np.quantile([price for _, price in rows], [0.1, 0.5]), 1e9):
+            wanted = min(row for row in rows if row[1] <= budget)
+            chosen = allocate(own, budget, cost)
+            assert (chosen.score, chosen.cost) == wanted
+    flat = dataclasses.replace(found, scores=np.zeros(len(found)))
+    least = min(float(costs.total(layers, cost)) for *_, layers in all_tables)
+    assert allocate(flat, 1e9, cost).cost == least
+
+
+def test_of_equal_scores_in_groups_the_cheapest_is_found():
+    qmodel = branches()
+    kernels = [s.name for s in qmodel.sites if s.role == "weight"]
+    axes = dict.fromkeys([*kernels, "*"], [2, 8, 4])
+    found = scored(qmodel, axes)
+    scores = np.where(found.bits == 2, 3.0, 0.0)
+    scores[found.places == 2] = [1, 0, 1]
+    found = dataclasses.replace(found, scores=scores)
+    chosen = allocate(found, 1e9, costs.bit_operations, groups=[kernels[:2]])
+    assert [*chosen.bits.values()] == [4, 4, 8, 4]
+
+
 @pytest.mark.parametrize("cost", [costs.bit_operations, costs.energy, joined])
 def test_groups_and_products_of_activations(cost):
     qmodel = branches()

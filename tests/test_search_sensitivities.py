@@ -3,6 +3,7 @@
 import io
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -267,3 +268,72 @@ def test_biases_have_no_gradient_here():
         gradient_sensitivity(
             squares, qmodel, params, qstate, {"a/bias": [8, 4]}, [(X, Y)]
         )
+
+
+def test_a_trace_that_is_noise_counts_as_its_standard_error():
+    """H of two values with 0 on its diagonal: z . H z is 2 or -2, its trace 0."""
+    params = {"scale": {"kernel": normal(2, 1)}}
+    fn = lambda params, x: x @ params["scale"]["kernel"]
+    x = np.eye(2, dtype=np.float32)
+    qmodel, params, qstate = quantized(fn, params, x)
+    loss = lambda model, x, sign: sign * jnp.prod(model(x))
+    axes, batches = {"scale/kernel": [4, 2]}, [(x, 1.0), (x, -1.0), (x, 1.0)]
+    w = params["scale"]["kernel"]
+    for key, draws in ((0, 8), (1, 3), (2, 1)):
+        found = hessian_sensitivity(
+            *(loss, qmodel, params, qstate, axes, batches),
+            key=jax.random.key(key),
+            draws=draws,
+        )
+        for bits in (4, 2):
+            unit = 2 / 2 * np.sum((rounded_weight(w, bits) - w) ** 2)
+            count = 3 * draws
+            # The number of draws of each sign decides mean and error.
+            allowed = []
+            for more in range(count + 1):
+                own = np.repeat([unit, -unit], [more, count - more])
+                error = own.std(ddof=1) / np.sqrt(count)
+                allowed.append(max(own.mean(), error))
+            score = found["scale/kernel"][bits]
+            assert score > 0 and np.isclose(score, allowed, rtol=1e-4).any()
+
+
+def test_a_convolutional_net_has_the_traces_of_float64():
+    """A net with ReLU, a norm's factor and a residual, against the exact Hessian."""
+    params = {"c": normal(3, 3, 1, 3) / 2, "d": normal(3, 3, 3, 3) / 3}
+    params["h"], scale = normal(3, 4), 1 + normal(3) / 4
+    x, y = normal(4, 5, 5, 1), np.arange(4)
+
+    def fn(params, x):
+        conv = lambda x, k: jax.lax.conv_general_dilated(
+            x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        a = jax.nn.relu(conv(x, params["c"]) * scale.astype(x.dtype)[None, None, None])
+        return jax.nn.relu(conv(a, params["d"]) + a).mean((1, 2)) @ params["h"]
+
+    def loss(model, x, y):
+        chances = jax.nn.log_softmax(model(x))
+        return -jnp.mean(jnp.take_along_axis(chances, y[:, None], axis=1))
+
+    qmodel, params, qstate = quantized(fn, params, x)
+    axes = {name: [3] for name in params}
+    found = hessian_sensitivity(
+        *(loss, qmodel, params, qstate, axes, [(x, y)]),
+        key=jax.random.key(0),
+        draws=1000,
+    )
+    with jax.enable_x64(True):
+        wide = {name: np.float64(w) for name, w in params.items()}
+        flat, unravel = jax.flatten_util.ravel_pytree(wide)
+        at = lambda v: loss(lambda x: fn(unravel(v), x), np.float64(x), y)
+        hessian = np.asarray(jax.jit(jax.hessian(at))(flat))
+    start = 0
+    for name, w in params.items():  # By name, as in the flat vector.
+        own = slice(start, start := start + w.size)
+        # Terms of z . H z of a pair of different places, with the own site and others.
+        rows, block = hessian[own] ** 2, hessian[own, own] ** 2
+        variance = rows.sum() + block.sum() - 2 * np.trace(block)
+        error, trace = np.sqrt(variance / 1000), np.trace(hessian[own, own])
+        kernel = np.moveaxis(w, -1, 0).reshape(w.shape[-1], -1).T
+        unit = np.sum((rounded_weight(kernel, 3) - kernel) ** 2) / w.size
+        assert abs(found[name][3] / unit - trace) < 4 * error < 2 * abs(trace)

@@ -555,6 +555,28 @@ def test_a_record_has_the_scheme_and_seed_of_its_place(tmp_path, name):
     assert run()["value"].tolist() == wanted == run()["value"].tolist()
 
 
+def test_lines_of_another_sweep_are_refused_without_the_sweep(tmp_path):
+    """Other schemes, other seeds, a changed scheme: the file alone tells."""
+    fn = lambda scheme, seed: scheme.rules[0].bits * seed
+    paths = [tmp_path / f"{k}.jsonl" for k in range(3)]
+    ways = (SCHEMES, 1), (SCHEMES[::-1], 1), (SCHEMES, 2)
+    for path, (own, seed) in zip(paths, ways, strict=True):
+        sweep(fn, own, seeds=[seed], path=path, name="f")
+    for other in paths[1:]:
+        with pytest.raises(ValueError, match="another sweep: digest: its schemes or"):
+            read_results(paths[0], other)
+        mixed = tmp_path / "mixed.jsonl"
+        lines = paths[0].read_text().splitlines()
+        mixed.write_text("\n".join([*lines[:3], other.read_text().splitlines()[3], ""]))
+        with pytest.raises(ValueError, match="line 4: broken.*2 is of another sweep"):
+            read_results(mixed)
+    head, row, *_ = map(json.loads, paths[0].read_text().splitlines())
+    row["scheme"]["rules"][0]["bits"] = 3
+    mixed.write_text(f"{json.dumps(head)}\n{json.dumps(row)}\n")
+    with pytest.raises(ValueError, match="line 2: broken.*its scheme or seed was chan"):
+        read_results(mixed)
+
+
 @pytest.mark.parametrize("text", ["", "hello\n", '{"file": "other"}\n', None])
 def test_a_file_beside_is_a_share_if_its_heading_says_so(tmp_path, text):
     path, beside = tmp_path / "w.jsonl", tmp_path / "w.2.jsonl"

@@ -3,16 +3,17 @@
     python experiments/benchmarks/sweep.py
 
 64 schemes of the quickstart's CNN after training, 16 trainings of an MLP (300 steps at
-batch 128), from the trace on; nothing compiled is kept. Run once (`--rounds 1`) with
-JAX 0.10.2 on 2 cores that other work kept busy (load 8):
+batch 128), from the trace on; nothing compiled is kept. Seconds are of the processor,
+of all its threads; "wall" is the ratio by the clock. With JAX 0.10.2 on 2 cores that
+other work kept busy (load 8 to 19), three rounds of the CNN and one of the MLP:
 
-    study                  sweep s  jits s  ratio  asked  traces  equal losses  others
-    CNN, after training       17.2   609.5   35.3     20       1            39   2e-07
-    MLP, trained              30.6   243.6    8.0      4       1             0   8e-03
+    study                  sweep s  jits s  ratio  asked  wall
+    CNN, after training        1.8    77.0   41.2     20  54.6
+    MLP, trained               4.8    43.1    9.0      4   8.8
 
-An earlier run, before the last change of the rounding of traced words: 74.2 and 16.4.
-The compiled function with traced bits takes 1.04 of the time of the one with known bits
-for the trainings, 1.07 to 1.19 for the CNN's evaluations, whose pairs scattered most.
+In runs before these there was one trace each; the compiled function with traced bits
+took 1.04 of the time of the one with known bits for the trainings, 1.07 to 1.19 for the
+CNN's evaluations.
 """
 
 import dataclasses
@@ -158,20 +159,31 @@ class Counted:
         return self.fn(*args)
 
 
+class Clock:
+    """Seconds since it was made: of the processor, and on the wall."""
+
+    def __init__(self) -> None:
+        self.start = time.process_time(), time.perf_counter()
+
+    def seconds(self) -> np.ndarray:
+        """Both of them."""
+        return np.asarray([time.process_time(), time.perf_counter()]) - self.start
+
+
 def in_one(study: Study, schemes: Sequence[Any], execution: str) -> tuple[Any, ...]:
     """Seconds of a sweep, traces, results."""
     fn = Counted(study.fn)
-    start = time.perf_counter()
+    clock = Clock()
     results = sweep(fn, schemes, execution=execution, progress=False)
-    return time.perf_counter() - start, fn.traces, results
+    return clock.seconds(), fn.traces, results
 
 
-def one_by_one(study: Study, schemes: Sequence[Any]) -> tuple[float, np.ndarray]:
+def one_by_one(study: Study, schemes: Sequence[Any]) -> tuple[Any, np.ndarray]:
     """Seconds of one jit for each scheme, whose bits are constants of its program."""
-    start = time.perf_counter()
+    clock = Clock()
     found = [jax.jit(lambda s=s: study.fn(s))()["loss"] for s in schemes]
     losses = np.asarray(jax.device_get(found))
-    return time.perf_counter() - start, losses
+    return clock.seconds(), losses
 
 
 def compare(study: Study, config: Config) -> tuple[dict[str, Any], Any]:
@@ -186,15 +198,18 @@ def compare(study: Study, config: Config) -> tuple[dict[str, Any], Any]:
         jax.clear_caches()
         seconds, losses = one_by_one(study, schemes)
         singles.append(seconds)
-    one, each = statistics.median(sweeps), statistics.median(singles)
+        print(study.name, "sweep, jits:", sweeps[-1], singles[-1], flush=True)
+    one, each = np.median(sweeps, axis=0), np.median(singles, axis=0)
+    ratios = np.median(np.divide(singles, sweeps), axis=0)
     difference = np.abs(results["loss"] - losses) / np.abs(losses)
     row = {
         "study": study.name,
         "configurations": len(schemes),
         "execution": results.execution,
-        "sweep_s": one,
-        "jits_s": each,
-        "ratio": each / one,
+        "sweep_s": one[0],
+        "jits_s": each[0],
+        "ratio": ratios[0],
+        "wall_ratio": ratios[1],
         "asked": study.asked,
         "traces": max(traces),
         "equal": int(np.sum(results["loss"] == losses)),
@@ -225,7 +240,7 @@ def step_ratio(study: Study, repeats: int) -> float:
 def show(rows: list[dict[str, Any]]) -> None:
     """Prints the table."""
     table = rich.table.Table("study", "schemes", "sweep s", "jits s", "ratio", "asked")
-    for name in ("traces", "step", "equal", "others"):
+    for name in ("wall", "traces", "step", "equal", "others"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
@@ -235,6 +250,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{row['jits_s']:.2f}",
             f"{row['ratio']:.1f}",
             f"{row['asked']:.0f}",
+            f"{row['wall_ratio']:.1f}",
             str(row["traces"]),
             f"{row['step']:.2f}",
             str(row["equal"]),

@@ -82,8 +82,10 @@ def _is_on_grid(bias_bits: Any) -> bool:
 def weight_bytes(layer: Layer) -> Any:
     """Returns the bytes of the weight and bias of a layer, at their bits.
 
-    Those that an earlier layer has count there. Of an integer graph tables, multipliers
-    and shifts count as stored.
+    Those that an earlier layer has count there. A weight that two loops read, or one
+    that is read in a loop and outside, has two sites, whose words may differ: it counts
+    for each, as a program stores it. Of an integer graph tables, multipliers and shifts
+    count as stored.
     """
     bits: Any = 0
     if layer.weight_bits is not None:

@@ -5,13 +5,11 @@ import itertools
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import rich.table
 import rich.text
-import scipy.optimize  # type: ignore[import-untyped]  # It has no stubs.
-import scipy.sparse  # type: ignore[import-untyped]
 
 from qjax.costs.layers import Layer, Work, with_bits
 from qjax.costs.prices import Price, total
@@ -20,12 +18,17 @@ from qjax.schemes.resolution import Choices, resolve
 from qjax.schemes.scheme import Scheme
 from qjax.schemes.word_bits import bits_by_name
 from qjax.search.grids import Axis, grid
+from qjax.search.integer_programs import (
+    BitProgram,
+    CostTable,
+    Options,
+    Term,
+    best_within,
+)
 from qjax.search.sensitivities import MEASURED, Sensitivities, axis_text, sites_of
 from qjax.tables import html_table, show, text_table
 
 MOST = 50_000  # Combinations of bits of one layer.
-_LARGEST = 1e4  # Coefficient of a row: tolerances of the solver are absolute.
-_CUTS = 100  # Solutions beyond the budget, within the tolerance of the solver.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +87,9 @@ def allocate(
         minimise    sum over axes of score[axis, bits[axis]]
         subject to  sum over layers of cost(layer) <= budget
 
-    By integer programming, to the optimum. A layer whose cost is a product of the bits
-    of several axes, such as the bit operations of a weight and its input, has a
-    variable for each of their combinations.
+    By integer programming, to the optimum; of equal sums of scores the one that costs
+    least. A layer whose cost is a product of the bits of several axes, such as the bit
+    operations of a weight and its input, has a variable for each of their combinations.
 
     Args:
       sensitivities: Scores of the bits that there are to choose from. Those that are
@@ -118,162 +121,27 @@ def allocate(
     limit = _budget(budget)
     blocks = _blocks(sensitivities, [*map(tuple, groups)])
     options = _options(sensitivities, blocks)
-    program = _Program(blocks, options, _table(model, sensitivities, options, cost))
-    cuts: list[tuple[int, ...]] = []
-    while (chosen := program.solve(limit, cuts)) is not None:
-        bits = program.bits(chosen)
-        scheme = grid(model, {axis: [b] for axis, b in bits.items()})[0]
-        price = _price_of(model, scheme, cost, program.cost(chosen))
-        if price <= limit:
-            score = math.fsum(options[axis][b] for axis, b in bits.items())
-            is_loss = sensitivities.method == MEASURED
-            loss = sensitivities.start + score if is_loss else math.nan
-            return Allocation(scheme, bits, price, limit, score, loss)
-        cuts.append(chosen)  # Within the tolerance of the solver alone.
-        if len(cuts) > _CUTS:
-            break
-    least = program.solve(None, [])
-    assert least is not None
-    raise ValueError(
-        f"No scheme costs at most {limit:g}: the least cost of these bits is "
-        f"{program.cost(least):.10g}. Raise `budget`, or give the axes fewer bits to "
-        "choose from."
+    program = BitProgram(blocks, options, _table(model, sensitivities, options, cost))
+    scheme_of = lambda chosen: grid(
+        model, {axis: [b] for axis, b in program.bits(chosen).items()}
+    )[0]
+    price_of = lambda chosen: _price_of(
+        model, scheme_of(chosen), cost, program.cost(chosen)
     )
-
-
-class _Term(NamedTuple):
-    """A term of the cost, a function of the bits of some axes."""
-
-    axes: tuple[int, ...]
-    costs: np.ndarray  # An axis for each, of the size of its options.
-
-
-class _CostTable(NamedTuple):
-    """The cost as a sum of terms."""
-
-    constant: float
-    parts: list[_Term]
-
-
-# Axis -> bits -> score.
-_Options = dict[Axis, dict[int, float]]
-
-
-class _Program:
-    """The integer program: a variable for each bits of a block, one is 1."""
-
-    def __init__(
-        self, blocks: Sequence[Sequence[int]], options: _Options, table: _CostTable
-    ):
-        self.options, self.table = options, table
-        self.block = {axis: k for k, own in enumerate(blocks) for axis in own}
-        own = [*options.values()]
-        self.sizes = [len(own[axes[0]]) for axes in blocks]
-        self.starts = np.concatenate([[0], np.cumsum(self.sizes)]).astype(int)
-        self.joint = [part for part in table.parts if len(part.axes) > 1]
-        counts = [self.starts[-1], *(part.costs.size for part in self.joint)]
-        self.ends = np.cumsum(counts)
-        self.scores, self.costs = np.zeros(self.ends[-1]), np.zeros(self.ends[-1])
-        for axis, scores in enumerate(own):
-            self.scores[self._of(axis)] += [*scores.values()]
-        for part in table.parts:
-            if len(part.axes) == 1:
-                self.costs[self._of(part.axes[0])] += part.costs
-        for k, part in enumerate(self.joint):
-            self.costs[self.ends[k] : self.ends[k + 1]] = part.costs.ravel()
-
-    def solve(
-        self, limit: float | None, cuts: Sequence[tuple[int, ...]]
-    ) -> tuple[int, ...] | None:
-        """Returns the place of the bits of each block, of the least score.
-
-        Args:
-          limit: The most that they may cost; None for those of the least cost.
-          cuts: Places that are no solution.
-
-        Returns:
-          None if there is none.
-        """
-        size, count = self.ends[-1], self.starts[-1]
-        aim = self.costs if limit is None else self.scores
-        constraints = [self._choose_one(), *self._agree()]
-        if limit is not None and math.isfinite(limit):
-            scale = _scale(self.costs)
-            row = scipy.sparse.csr_array(self.costs[None] * scale)
-            most = (limit - self.table.constant) * scale
-            constraints.append(scipy.optimize.LinearConstraint(row, -np.inf, most))
-        for cut in cuts:
-            row = np.zeros((1, size))
-            row[0, self.starts[:-1] + np.asarray(cut)] = 1
-            most = len(cut) - 1
-            constraints.append(scipy.optimize.LinearConstraint(row, -np.inf, most))
-        found = scipy.optimize.milp(
-            aim * _scale(aim),
-            integrality=np.arange(size) < count,
-            bounds=scipy.optimize.Bounds(0, 1),
-            constraints=constraints,
-            options={"mip_rel_gap": 0.0},
+    chosen = best_within(program, limit, price_of)
+    if chosen is None:
+        least = program.solve(program.costs)
+        assert least is not None
+        raise ValueError(
+            f"No scheme costs at most {limit:g}: the least cost of these bits is "
+            f"{program.cost(least):.10g}. Raise `budget`, or give the axes fewer bits "
+            "to choose from."
         )
-        if found.x is None and found.status == 2:
-            return None
-        if found.x is None or found.status:
-            raise RuntimeError(f"The integer program was not solved: {found.message}")
-        return tuple(
-            int(np.argmax(found.x[start : start + n]))
-            for start, n in zip(self.starts, self.sizes, strict=False)
-        )
-
-    def bits(self, chosen: Sequence[int]) -> dict[Axis, int]:
-        """Returns the bits of each axis."""
-        return {
-            axis: [*own][chosen[self.block[k]]]
-            for k, (axis, own) in enumerate(self.options.items())
-        }
-
-    def cost(self, chosen: Sequence[int]) -> float:
-        """Returns the cost of the bits of each block."""
-        at = lambda part: part.costs[tuple(chosen[self.block[a]] for a in part.axes)]
-        return self.table.constant + math.fsum(map(at, self.table.parts))
-
-    def _of(self, axis: int) -> slice:
-        """Returns the variables of an axis."""
-        start = self.starts[self.block[axis]]
-        return slice(start, start + self.sizes[self.block[axis]])
-
-    def _choose_one(self) -> scipy.optimize.LinearConstraint:
-        rows = np.repeat(np.arange(len(self.sizes)), self.sizes)
-        columns = np.arange(self.starts[-1])
-        shape = len(self.sizes), self.ends[-1]
-        ones = np.ones(len(rows))
-        matrix = scipy.sparse.csr_array((ones, (rows, columns)), shape=shape)
-        return scipy.optimize.LinearConstraint(matrix, 1, 1)
-
-    def _agree(self) -> list[scipy.optimize.LinearConstraint]:
-        """Returns the rows that make combinations follow the bits of their axes.
-
-        sum over combinations with the bits = variable of the bits: a product of them.
-        """
-        found = []
-        for k, part in enumerate(self.joint):
-            places = np.indices(part.costs.shape).reshape(len(part.axes), -1)
-            columns = self.ends[k] + np.arange(part.costs.size)
-            for axis, rows in zip(part.axes, places, strict=True):
-                own = self._of(axis)
-                n = own.stop - own.start
-                ones = np.ones(part.costs.size), (rows, columns)
-                less = -np.ones(n), (np.arange(n), np.arange(own.start, own.stop))
-                shape = n, self.ends[-1]
-                matrix = sum(
-                    scipy.sparse.csr_array(x, shape=shape) for x in (ones, less)
-                )
-                found.append(scipy.optimize.LinearConstraint(matrix, 0, 0))
-        return found
-
-
-def _scale(row: np.ndarray) -> float:
-    """Returns the factor that makes the largest number of a row `_LARGEST`."""
-    most = float(np.max(np.abs(row), initial=0.0))
-    return _LARGEST / most if most > 0 else 1.0
+    bits, score = program.bits(chosen), program.score(chosen)
+    scheme, price = scheme_of(chosen), price_of(chosen)
+    is_loss = sensitivities.method == MEASURED
+    loss = sensitivities.start + score if is_loss else math.nan
+    return Allocation(scheme, bits, price, limit, score, loss)
 
 
 def _model(found: Any, qmodel: Any) -> QuantizedModel:
@@ -314,7 +182,7 @@ def _blocks(
     return [[k for k, own in enumerate(root) if own == r] for r in dict.fromkeys(root)]
 
 
-def _options(found: Sensitivities, blocks: Sequence[Sequence[int]]) -> _Options:
+def _options(found: Sensitivities, blocks: Sequence[Sequence[int]]) -> Options:
     """Returns the scores of the bits that each axis may have, in one order a block."""
     finite = [
         {b: score for b, score in found[axis].items() if math.isfinite(score)}
@@ -336,8 +204,8 @@ def _options(found: Sensitivities, blocks: Sequence[Sequence[int]]) -> _Options:
 
 
 def _table(
-    model: QuantizedModel, found: Sensitivities, options: _Options, cost: Price
-) -> _CostTable:
+    model: QuantizedModel, found: Sensitivities, options: Options, cost: Price
+) -> CostTable:
     """Returns the cost of a model as a sum of functions of the bits of few axes."""
     if not callable(cost):
         raise TypeError(
@@ -377,7 +245,7 @@ def _table(
         for dims, part in own_parts:
             key = tuple(axes[d] for d in dims)
             parts[key] = parts.get(key, 0.0) + part
-    return _CostTable(constant, [_Term(*pair) for pair in parts.items()])
+    return CostTable(constant, [Term(*pair) for pair in parts.items()])
 
 
 def _layer(

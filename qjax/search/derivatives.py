@@ -96,7 +96,11 @@ def hessian_sensitivity(
 
     ``v`` are the ``n`` values of a site in the float model; a group has the sum of its
     sites. Each draw is one product of the Hessian with directions at all weights, and
-    one at all activations: what two sites have in common has the mean 0.
+    one at all activations: what two sites have in common has the mean 0, and adds to
+    the noise, which falls as ``1 / sqrt(draws)``. On a published ResNet-20 the standard
+    error of 32 draws was a tenth to twenty times the trace. At a minimum no trace is
+    negative; a score by a negative one would reward errors. So a score below its own
+    standard error over draws and batches is replaced by that.
 
     Args:
       loss: As in `gradient_sensitivity`.
@@ -109,7 +113,8 @@ def hessian_sensitivity(
       draws: Directions for each batch.
 
     Returns:
-      The scores. They may be negative where the loss is at no minimum.
+      The scores. That of a single draw on one batch has no standard error, and may be
+      negative.
 
     Raises:
       TypeError, ValueError: as `gradient_sensitivity`; for ``draws`` below 1.
@@ -137,15 +142,33 @@ def hessian_sensitivity(
     def step(params: Any, qstate: Any, *batch: Any) -> Any:
         start, squares = norms(params, qstate, *batch)
         drawn = [np.asarray(product(k, params, *batch), np.float64) for k in keys]
-        traces = dict(zip(names, np.mean(drawn, axis=0), strict=True))
-        squares = {name: np.asarray(x, np.float64) for name, x in squares.items()}
-        each = lambda name, x: traces[name] / np.maximum(x[0], 1.0) * x[1:]
-        return start, {name: each(name, x) for name, x in squares.items()}
+        traces = dict(zip(names, np.transpose(drawn), strict=True))
+        found = {}
+        for name, x in squares.items():
+            count, *own = np.asarray(x, np.float64)
+            each = traces[name][:, None] / np.maximum(count, 1.0) * own
+            found[name] = np.stack([each.sum(axis=0), (each**2).sum(axis=0)])
+        return start, found
 
     total, start, steps = _sums(step, params, qstate, batches)
-    scores = _by_axis(own, sites, {k: v / steps for k, v in total.items()})
+    count = steps * draws
+    scores = _by_axis(own, sites, {k: _floored(v, count) for k, v in total.items()})
     spent = {"Hessian products": steps * draws * len(masks), "gradients": steps}
     return make_sensitivities(qmodel, own, scores, start, "Hessian", spent)
+
+
+def _floored(sums: np.ndarray, count: int) -> np.ndarray:
+    """Returns means, or their standard errors where these are larger.
+
+    Args:
+      sums: Sums of ``count`` numbers, and of their squares.
+      count: How many they are.
+    """
+    mean, square = sums / count
+    if count == 1:
+        return mean
+    variance = np.maximum(square - mean**2, 0.0)
+    return np.maximum(mean, np.sqrt(variance / (count - 1)))
 
 
 def _prepared(

@@ -16,7 +16,7 @@ import numpy as np
 
 from qjax.schemes.scheme import Scheme
 
-_FORMAT = "qjax sweep 1"
+_FORMAT = "qjax sweep 2"
 _NOT_FINITE = ("nan", "inf", "-inf")  # Numbers that JSON has not.
 
 
@@ -50,13 +50,20 @@ class Record(NamedTuple):
     seed: int | None
     values: dict[str, float]
 
-    def text(self, versions: Mapping[str, str]) -> str:
-        """Returns the line, with the versions that computed it."""
+    def text(self, sweep: str, versions: Mapping[str, str]) -> str:
+        """Returns the line, with the versions that computed it.
+
+        Args:
+          sweep: Digest of the sweep, which the line's own tells apart.
+          versions: Versions by name.
+        """
+        scheme = json.loads(self.scheme.to_json())
         own = {
             "configuration": self.configuration,
             "values": {k: _number_out(v) for k, v in self.values.items()},
             "seed": self.seed,
-            "scheme": json.loads(self.scheme.to_json()),
+            "scheme": scheme,
+            "digest": _line_digest(sweep, self.configuration, self.seed, scheme),
             "versions": dict(versions),
         }
         return json.dumps(own)
@@ -75,6 +82,12 @@ def heading(
     for row in rows:
         digest.update(row.encode())
     return Heading(function, tuple(names), len(schemes), digest.hexdigest())
+
+
+def _line_digest(sweep: str, place: int, seed: int | None, scheme: Any) -> str:
+    """Returns the digest of a line: of its sweep, place, seed and scheme."""
+    text = json.dumps([sweep, place, seed, scheme], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def own_path(path: str | os.PathLike[str], process: int) -> pathlib.Path:
@@ -155,7 +168,7 @@ class Writer:
     """A file of a sweep that is open for more records."""
 
     def __init__(self, path: pathlib.Path, own: Heading):
-        self.path, self.versions = path, versions()
+        self.path, self.versions, self.digest = path, versions(), own.digest
         path.parent.mkdir(parents=True, exist_ok=True)
         _cut(path)
         self._file: IO[str] = open(path, "a", encoding="utf-8")
@@ -164,7 +177,7 @@ class Writer:
 
     def append(self, records: Iterable[Record]) -> None:
         """Appends records, which a process that is killed afterwards leaves."""
-        self._write(record.text(self.versions) for record in records)
+        self._write(record.text(self.digest, self.versions) for record in records)
 
     def _write(self, lines: Iterable[str]) -> None:
         self._file.write("".join(f"{line}\n" for line in lines))
@@ -205,6 +218,7 @@ def _read(
             record = _record_in(data, own)
             if wanted is not None and wanted.heading == own:
                 _check_record(record, data["scheme"], wanted)
+            _check_digest(data, own)
         except (KeyError, TypeError, ValueError) as error:
             what = "no file of a sweep" if own is None else "broken"
             raise ValueError(
@@ -263,6 +277,16 @@ def _check_record(record: Record, scheme: Any, wanted: Expected) -> None:
         there, here = (json.dumps(x, sort_keys=True) for x in pair)
         if there != here:
             raise ValueError(f"the {name} of configuration {place} is another")
+
+
+def _check_digest(data: Mapping[str, Any], own: Heading) -> None:
+    """Raises for a line that was not written for this sweep, as it stands."""
+    place = data["configuration"]
+    if data["digest"] != _line_digest(own.digest, place, data["seed"], data["scheme"]):
+        raise ValueError(
+            f"configuration {place} is of another sweep than the first line, or its "
+            "scheme or seed was changed"
+        )
 
 
 def _number_out(value: Any) -> Any:

@@ -184,7 +184,8 @@ def read_results(*paths: str | os.PathLike[str]) -> Results:
       The configurations that are there, in their order.
 
     Raises:
-      ValueError: for no files, files of different sweeps, and what is none.
+      ValueError: for no files, files of different sweeps, lines of another sweep than
+        their file's first, and what is none.
       FileNotFoundError: for a file that is not there.
     """
     if not paths:
