@@ -154,7 +154,8 @@ def _gate(
     """Returns the share of one product in a gate, in codes of 2^-12."""
     contract = ((codes.ndim - 1,), (1,)), ((), ())
     acc = lax.dot_general(codes, kernel, contract, preferred_element_type=jnp.int32)
-    acc = acc + (bias - zero * kernel.astype(jnp.int32).sum(1))
+    folded = bias - zero * kernel.astype(jnp.int32).sum(1)
+    acc = acc + jnp.broadcast_to(folded, acc.shape)
     ends: Any = {"qmin": -_WIDE, "qmax": _WIDE, "rule": "tflite_double"}
     return requantize(acc, pairs[0][k], pairs[1][k], **ends)
 
@@ -184,5 +185,5 @@ def _narrow(x: jax.Array) -> jax.Array:
 def _halved(acc: jax.Array, power: jax.Array) -> jax.Array:
     """Divides by a power of two, halves away from zero."""
     mask = (jnp.int32(1) << power) - 1
-    half = (mask >> 1) + (acc < 0)
-    return (acc >> power) + ((acc & mask) > half)
+    half = (mask >> 1) + (acc < 0).astype(jnp.int32)
+    return (acc >> power) + ((acc & mask) > half).astype(jnp.int32)

@@ -111,13 +111,20 @@ class _Reader:
     def passing(self, v: int) -> Iterator[int]:
         """Yields a value and those that it is as they are, the first one last."""
         yield v
-        while (e := self.source(v)) is not None and e.primitive.name in _SAME:
+        while (e := self.source(v)) is not None and self.is_same(e):
             v = e.inputs[0]
             yield v
 
     def passed(self, v: int) -> int:
         """Returns the value that a value is as it is."""
         return [*self.passing(v)][-1]
+
+    def is_same(self, e: Equation) -> bool:
+        """Returns whether an equation leaves its operand as it is."""
+        if e.primitive.name == "convert_element_type":  # Of a weak type.
+            types = (self.model.avals[v].dtype for v in (e.inputs[0], e.outputs[0]))
+            return len({*types}) == 1
+        return e.primitive.name in _SAME
 
     def operands(self, v: int, *primitives: str) -> tuple[int, int] | None:
         """Returns the operands of an equation of two values; None for others."""
@@ -187,7 +194,7 @@ class _Reader:
         name = "" if e is None else e.primitive.name
         if e is None:
             yield None
-        elif name in _SAME:
+        elif self.is_same(e):
             yield from self.terms(e.inputs[0], start, stop)
         elif name in ("add", "add_any"):
             for own in e.inputs:
