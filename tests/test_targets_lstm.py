@@ -93,6 +93,7 @@ def written_out(params, program, is_joined):
     return Lstm(*codes, whole, *scales, x, h, power)
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize("name", ["LSTMCell", "OptimizedLSTMCell"])
 def test_all_have_the_codes_of_the_kernel(name):
     """Program, `apply_integer` and LiteRT's reference kernel, against int64."""
@@ -236,6 +237,21 @@ def test_what_is_nearly_an_lstm_is_none(name):
     assert not any(site.lstm for site in model.sites)
 
 
+def test_rules_name_the_tensors_of_an_lstm():
+    assert qjax.Scheme.from_json(SCHEME.to_json()).to_json() == SCHEME.to_json()
+    word = qjax.QSpec(16, symmetric=True)
+    net = nn.RNN(nn.OptimizedLSTMCell(2))
+    params = jax.eval_shape(net.init, jax.random.key(0), X)
+    wrong = qjax.Scheme(rules=(qjax.Rule(qjax.Where(lstm="gates"), word),))
+    with pytest.raises(ValueError, match="matches no tensor. The closest is 'gate'"):
+        qjax.quantize_model(net.apply, params, X, scheme=wrong)
+    right = qjax.Scheme(rules=(qjax.Rule(qjax.Where(lstm="gate"), word),))
+    model = qjax.quantize_model(net.apply, params, X, scheme=right)
+    wide = {s.name for s in model.sites if model.choices[s].word == word}
+    assert wide == {s.name for s in model.sites if s.lstm == "gate"}
+    assert "cell/ii/output" in wide and "scan_0/residual_3/output" in wide
+
+
 # Refusals, the remedy of each tried.
 
 
@@ -290,11 +306,7 @@ def test_a_small_cell_needs_a_range():
     is_lowered(quantized(cell.apply, params, x, scheme), x)
 
 
-def test_other_loops_starts_and_targets_are_refused():
-    refused_loop = "'RNN' is computed by `loop`.*`nn.LSTMCell`"
-    model, params, qstate = of_linen(nn.RNN(nn.SimpleCell(2)), X, presets.tflite_int8())
-    with pytest.raises(NotImplementedError, match=refused_loop):
-        model.apply_integer(params, qstate, X, target=targets.tflite)
+def test_other_starts_and_targets_are_refused():
     cell = nn.RNN(nn.OptimizedLSTMCell(2))
     params = jax.jit(cell.init)(jax.random.key(0), X)
     start = tuple(jnp.full((len(X), 2), v) for v in (0.5, 0.0))

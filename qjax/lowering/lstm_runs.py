@@ -19,7 +19,7 @@ from qjax.model.loop_runs import OnGrid
 from qjax.model.lstms import copied
 from qjax.model.simulate import Simulation
 from qjax.model.trace import Equation
-from qjax.model.traced_model import Loop, LstmForm, Piece, TracedModel
+from qjax.model.traced_model import Loop, LstmForm, TracedModel, WeightPart
 from qjax.model.visitors import Quantizer
 from qjax.qpoint import grid_codes
 from qjax.quantizers.spec import is_known
@@ -224,7 +224,7 @@ class LstmRuns(Simulation):
 
     # Weights.
 
-    def _scale(self, inner: Simulation, p: Piece) -> jax.Array:
+    def _scale(self, inner: Simulation, p: WeightPart) -> jax.Array:
         """Returns the scale of a weight, of which TFLite has one for each gate."""
         grid = inner._grids.get(p.value)
         site = self._weight_site(inner, p.value)
@@ -245,14 +245,18 @@ class LstmRuns(Simulation):
             v = source[v].inputs[0]
         return plan.sites[plan.weights[v]] if v in plan.weights else None
 
-    def _weight(self, inner: Simulation, p: Piece, scale: jax.Array) -> jax.Array:
+    def _weight(self, inner: Simulation, p: WeightPart, scale: jax.Array) -> jax.Array:
         """Returns the codes of a weight, int8 ``[cells, ...]``."""
         steps = whole_steps(inner._env[p.value], scale).astype(jnp.int8)
         steps = steps if p.is_transposed else steps.T
         return steps[p.start : p.stop]
 
     def _bias_codes(
-        self, inner: Simulation, pieces: Sequence[Piece], unit: jax.Array, size: int
+        self,
+        inner: Simulation,
+        pieces: Sequence[WeightPart],
+        unit: jax.Array,
+        size: int,
     ) -> jax.Array:
         """Returns the codes of a sum of biases, int32 ``[cells]``."""
         total = jnp.zeros(size, jnp.float32)

@@ -123,8 +123,11 @@ def verify(program: IntegerProgram, model: Any, *args: Any) -> Verification:
     Returns:
       Shares of equal codes and largest differences, by site and end to end. With
       power-of-two scales all do. With others one requantization may differ by one code
-      near a tie; more than one at a site is a bug. A model in half precision is
-      compared in its float32 form; what its own types make of the outputs comes after.
+      near a tie; more than one at a site is a bug. TFLite's LSTM is one operation: its
+      sites are the cell and the state alone, from the same ones of the step before, and
+      as its functions approximate, the cell may differ by more of its 16-bit codes. A
+      model in half precision is compared in its float32 form; what its own types make
+      of the outputs comes after.
 
     Raises:
       ValueError: if the program was lowered from another model.

@@ -14,7 +14,7 @@ import numpy as np
 
 from qjax.model.primitives import names
 from qjax.model.trace import Equation
-from qjax.model.traced_model import GateForm, Loop, LstmForm, Piece, TracedModel
+from qjax.model.traced_model import GateForm, Loop, LstmForm, TracedModel, WeightPart
 
 _SAME = names("keep")
 
@@ -48,13 +48,13 @@ def _read(loop: Loop) -> LstmForm | None:
         return None
     for cell in (0, 1):
         ends = tuple(inputs[k] for k in data)
-        reader = _Reader(loop.body, same, ends[cell], ends[1 - cell], ends[2])
+        reader = _LstmReader(loop.body, same, ends[cell], ends[1 - cell], ends[2])
         if (gates := reader.read(cell)) is not None:
             return LstmForm(cell, data[2], gates, reader.tensors)
     return None
 
 
-class _Reader:
+class _LstmReader:
     """A reading of a body, given which of its carries is the cell."""
 
     def __init__(
@@ -184,10 +184,10 @@ class _Reader:
             self.tensors.update(dict.fromkeys(self.leaves(piece.value), "kernel"))
         return GateForm(kernel, recurrent, known)
 
-    def terms(self, v: int, start: int, stop: int) -> Iterator[Piece | None]:
+    def terms(self, v: int, start: int, stop: int) -> Iterator[WeightPart | None]:
         """Yields the products and known values that a part of a sum is of."""
         if v in self.same:
-            yield Piece(v, start, stop)
+            yield WeightPart(v, start, stop)
             return
         self.tensors[v] = "gate"
         e = self.source(v)
@@ -200,7 +200,7 @@ class _Reader:
             for own in e.inputs:
                 yield from self.terms(own, start, stop)
         elif name == "dot_general":
-            yield Piece(v, start, stop)
+            yield WeightPart(v, start, stop)
         elif (first := self.offset(e, v)) is not None:
             yield from self.terms(e.inputs[0], first + start, first + stop)
         else:
@@ -218,16 +218,16 @@ class _Reader:
         is_part &= steps is None or all(step == 1 for step in steps)
         return int(begins[-1]) if is_part else None
 
-    def weight(self, e: Equation, p: Piece) -> Piece | None:
+    def weight(self, e: Equation, p: WeightPart) -> WeightPart | None:
         """Returns the part of a weight that makes a part of a product."""
         contract, batch = e.params["dimension_numbers"]
         if e.inputs[1] not in self.same or any(map(len, batch)):
             return None
         if len(self.model.shape(e.inputs[1])) != 2 or tuple(contract[0]) != (1,):
             return None
-        return Piece(e.inputs[1], p.start, p.stop, tuple(contract[1]) == (1,))
+        return WeightPart(e.inputs[1], p.start, p.stop, tuple(contract[1]) == (1,))
 
-    def is_bias(self, p: Piece) -> bool:
+    def is_bias(self, p: WeightPart) -> bool:
         """Returns whether a known value is the same for all examples."""
         shape = self.model.shape(p.value)
         return int(np.prod(shape[:-1])) == 1 or self.copied(p.value) != p.value

@@ -86,7 +86,7 @@ class TracedModel:
             yield from loop.bodies
 
 
-class Piece(NamedTuple):
+class WeightPart(NamedTuple):
     """A part of a known value along its last axis, or its first if it is transposed."""
 
     value: int
@@ -105,9 +105,9 @@ class GateForm(NamedTuple):
         or one number.
     """
 
-    kernel: Piece
-    recurrent: Piece
-    biases: tuple[Piece, ...]
+    kernel: WeightPart
+    recurrent: WeightPart
+    biases: tuple[WeightPart, ...]
 
 
 @dataclasses.dataclass(frozen=True)
