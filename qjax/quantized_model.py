@@ -18,6 +18,7 @@ from qjax.costs.layers import Layers, Work, count_examples, with_bits
 from qjax.leaves import difference, show_leaves
 from qjax.lowering.binding import Bound
 from qjax.lowering.forward import IntegerForward
+from qjax.lowering.lstm_runs import LstmRuns
 from qjax.lowering.site_words import Words
 from qjax.mesh_axes import AxisName, as_axes
 from qjax.model.arguments import check_leaves
@@ -470,7 +471,8 @@ class QuantizedModel:
 
         def run(in_float32: bool, *xs: Any, has_units: bool = True) -> Any:
             own = {"in_float32": in_float32, "has_units": has_units}
-            simulation = Simulation(traced(*xs), params, xs, **own)
+            kind = Simulation if has_units else LstmRuns
+            simulation = kind(traced(*xs), params, xs, **own)
             return simulation.run(Quantizer(self._checked(qstate, xs), qstate))
 
         return Bound(

@@ -1,7 +1,7 @@
 """TFLite's LSTM of 8-bit activations and 16-bit cells: the oracle is what LiteRT does.
 
-Files of it are read and written bit for bit. No layer of a model is lowered to it:
-`lower` and `apply_integer` refuse loops for `targets.tflite`.
+Files of it are read and written bit for bit. `test_targets_lstm.py` has the layers of
+models that are lowered to it.
 """
 
 import dataclasses

@@ -254,7 +254,7 @@ def test_a_function_from_16_bits_to_8_is_refused_in_both():
 
 def test_loops_are_refused_in_both():
     x = images(2, 3, 3)
-    model, params, qstate = own = quantized(nn.RNN(nn.OptimizedLSTMCell(2)), x)
+    model, params, qstate = own = quantized(nn.RNN(nn.SimpleCell(2)), x)
     for run in (
         lambda: qjax.lower(*own, x, target=targets.tflite),
         lambda: model.apply_integer(params, qstate, x, target=targets.tflite),

@@ -7,8 +7,9 @@ import jax
 
 from qjax.affine import QParams, dequantize
 from qjax.lowering.accumulators import Late, TargetGrid
+from qjax.lowering.lstm_runs import LstmRuns
 from qjax.lowering.site_words import SiteWord
-from qjax.lowering.tflite_forms import lack_of_operator, refuse
+from qjax.lowering.tflite_forms import lack_of_lstm, lack_of_operator, refuse
 from qjax.model.loop_runs import OnGrid
 from qjax.model.simulate import Simulation
 from qjax.model.trace import Equation
@@ -19,11 +20,10 @@ from qjax.schemes.patterns import Site
 from qjax.targets import Target
 
 
-class ForwardLoops(Simulation):
+class ForwardLoops(LstmRuns):
     """The loops of a simulation whose values are those of the integer program."""
 
     _seen: Mapping[str, SiteWord]
-    _words: dict[int, str]  # Value on a grid -> type of its codes.
     _data: set[int]
     _target: Target
     _part: Callable[[int], Late | None]
@@ -33,10 +33,23 @@ class ForwardLoops(Simulation):
 
     def _run_loop(self, e: Equation, loop: Loop) -> list[Any]:
         if self._target.is_tflite and not loop.steps:
-            raise refuse(e.path or "the program", *lack_of_operator("loop"))
-        found = super()._run_loop(e, loop)
+            found = self._run_in_tflite(e, loop)
+        else:
+            found = super()._run_loop(e, loop)
         self._data.update(e.outputs)
         return found
+
+    def _run_in_tflite(self, e: Equation, loop: Loop) -> list[Any]:
+        """Computes an LSTM as TFLite does, with the derivative of the simulation."""
+        if loop.lstm is None:
+            raise refuse(e.path or "the program", *lack_of_operator("loop"))
+        if lack := lack_of_lstm(self._target):
+            raise refuse(loop.name, *lack)
+        simulated = Simulation.__new__(Simulation)
+        vars(simulated).update(vars(self))  # Goes on from the same values.
+        real = simulated._run_loop(e, loop)
+        found = super()._run_loop(e, loop)
+        return [straight(x, y) for x, y in zip(real, found, strict=True)]
 
     def _copied(self, visitor: Visitor) -> Self:
         own = super()._copied(visitor)

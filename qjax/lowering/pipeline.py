@@ -135,7 +135,7 @@ def _lower(
     graph = dataclasses.replace(graph, values=tuple(values))
     graph, params = drop_dead(graph, _arrays(builder))
     if target.is_tflite:
-        check_tflite(graph)
+        check_tflite(graph, builder.params)
     trees = jax.tree.structure(tuple(bound.inputs)), jax.tree.structure(out)
     notes = (*notes, *builder.notes)
     program = IntegerProgram(graph, params, *trees, notes=notes)

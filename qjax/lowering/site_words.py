@@ -31,17 +31,6 @@ class Words(Quantizer):
 
     words: dict[str, SiteWord] = dataclasses.field(default_factory=dict)
 
-    def known_grid(self, site: Site) -> QParams | None:
-        """Returns the grid of a site; None if its range or its bits are traced."""
-        spec, leader = self.choices[site].word, self.choices[site].leader
-        if not isinstance(spec, QSpec):
-            return None
-        leaves = jax.tree.leaves((self.qstate[leader.name], spec.bits))
-        if any(isinstance(x, jax.core.Tracer) for x in leaves):
-            return None
-        with jax.ensure_compile_time_eval():
-            return self._grid(site, spec)
-
     def _apply(self, site: Site, x: jax.Array, spec: Spec | None) -> Visit:
         if spec is not None:
             with jax.ensure_compile_time_eval():

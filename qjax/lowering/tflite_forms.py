@@ -10,6 +10,7 @@ import numpy as np
 
 from qjax.graph.tflite_tables import FIXED_GRIDS, LEAST_SOFTMAX_SCALE
 from qjax.integer_calls import IntegerCall, NormCall, SoftmaxCall
+from qjax.targets import Target
 
 # What a site is in field words, and what to do in place of it. Empty: nothing lacks.
 Lack = tuple[str, ...]
@@ -40,7 +41,26 @@ def lack_of_operator(operation: str) -> Lack:
       operation: The operation.
     """
     what = f"is computed by `{operation}`, for which TFLite has no exact operator"
-    return (what, "Unroll its steps in the model") if operation == "loop" else (what,)
+    if operation != "loop":
+        return (what,)
+    return (
+        f"{what} but that of an LSTM from a state of zeros, forwards",
+        "Use `nn.LSTMCell` or `nn.OptimizedLSTMCell`, or unroll the steps in the model",
+    )
+
+
+def lack_of_lstm(target: Target) -> Lack:
+    """Returns that a target computes another LSTM than LiteRT's reference kernel.
+
+    Args:
+      target: The target.
+    """
+    if target.dense == "tflite_single":
+        return ()
+    return (
+        f"is an LSTM, whose gates `targets.{target.name}` rounds otherwise",
+        "Use `target=targets.tflite`",
+    )
 
 
 def lack_of_softmax(

@@ -18,6 +18,7 @@ from qjax.lowering.binding import Folded, bind
 from qjax.lowering.folding import fold_known
 from qjax.lowering.loops import Body, body_trace
 from qjax.model.loops import has_point, scan_parts
+from qjax.model.primitives import names
 from qjax.model.trace import Equation, Trace, evaluate, trace
 from qjax.program import IntegerProgram
 from qjax.qpoint import grid_codes, qpoint_p
@@ -122,8 +123,11 @@ def verify(program: IntegerProgram, model: Any, *args: Any) -> Verification:
     Returns:
       Shares of equal codes and largest differences, by site and end to end. With
       power-of-two scales all do. With others one requantization may differ by one code
-      near a tie; more than one at a site is a bug. A model in half precision is
-      compared in its float32 form; what its own types make of the outputs comes after.
+      near a tie; more than one at a site is a bug. TFLite's LSTM is one operation: its
+      sites are the cell and the state alone, from the same ones of the step before, and
+      as its functions approximate, the cell may differ by more of its 16-bit codes. A
+      model in half precision is compared in its float32 form; what its own types make
+      of the outputs comes after.
 
     Raises:
       ValueError: if the program was lowered from another model.
@@ -135,9 +139,9 @@ def verify(program: IntegerProgram, model: Any, *args: Any) -> Verification:
     flat = jax.tree.leaves(inputs)
     ours, codes = program.run_sites(*inputs)
     part = _part(traced, known, set(), bound.folds)
-    names = set(part.all_names())
-    if names != set(ours):
-        lost = sorted(names ^ set(ours))
+    known_sites = set(part.all_names(ours))
+    if known_sites != set(ours):
+        lost = sorted(known_sites ^ set(ours))
         raise ValueError(
             f"The program was lowered from another model: the site {lost[0]!r} is in "
             "only one of them."
@@ -159,6 +163,9 @@ def verify(program: IntegerProgram, model: Any, *args: Any) -> Verification:
     return Verification(sites, tuple(ends), tuple(half))
 
 
+_KEPT = names("keep")
+
+
 class _Stage(NamedTuple):
     """A trace with what is known of it: a model, or the body of one of its loops."""
 
@@ -167,11 +174,30 @@ class _Stage(NamedTuple):
     names: Mapping[int, str]  # What a quantization point computes -> its name.
     loops: Mapping[int, tuple[Body, "_Stage"]]  # First result of a loop -> its body.
 
-    def all_names(self) -> Iterator[str]:
-        """Yields the names of all quantization points, those inside of loops too."""
+    def all_names(self, ours: Mapping[str, Any]) -> Iterator[str]:
+        """Yields the names of quantization points of a program, inside of loops too.
+
+        Of a loop that is one operation of a target the program has what is carried.
+
+        Args:
+          ours: Site -> its codes in the program.
+        """
         yield from self.names.values()
         for _, part in self.loops.values():
-            yield from part.all_names()
+            names = [*part.all_names(ours)]
+            carried = part.ends()
+            is_whole = bool(carried) and ours.keys() & names == carried
+            yield from carried if is_whole else names
+
+    def ends(self) -> set[str]:
+        """Returns the names of the quantization points that the results are of."""
+        source = {v: e for e in self.traced.equations for v in e.outputs}
+        found: set[str] = set()
+        for v in self.traced.outputs:
+            while v in source and source[v].primitive.name in _KEPT:
+                v = source[v].inputs[0]
+            found.update({self.names[v]} if v in self.names else ())
+        return found
 
 
 def _part(
@@ -221,7 +247,7 @@ def _run(
             env.update(zip(e.outputs, out, strict=True))
             continue
         out = [*evaluate(e, *values)]
-        if name := part.names.get(e.outputs[0]):
+        if (name := part.names.get(e.outputs[0])) and name in ours:
             encode = functools.partial(grid_codes, rounding=e.params["rounding"])
             own = alone(encode, *values)
             codes[name] = own
@@ -261,7 +287,7 @@ def _run_steps(
             strict=True,
         )
     ]
-    own = {name: ours[name] for name in part.all_names()}
+    own = {n: ours[n] for n in part.all_names(ours) if n in ours}
     options: dict[str, Any] = {"length": parts.length, "reverse": parts.is_reversed}
     carry, (rest, codes) = lax.scan(step, carry, (values[first:], own), **options)
     return codes, [*carry, *rest]

@@ -63,7 +63,7 @@ def in_steps(loop: Loop, patterns: Sequence[Pattern]) -> Loop:
         )
     # What is the same in all steps is visited once, before them.
     body = dataclasses.replace(loop.body, plan=models[0].plan)
-    return dataclasses.replace(loop, body=body, steps=models)
+    return dataclasses.replace(loop, body=body, steps=models, lstm=None)
 
 
 def _shortened(loop: Loop) -> Loop:

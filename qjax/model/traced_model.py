@@ -86,6 +86,49 @@ class TracedModel:
             yield from loop.bodies
 
 
+class WeightPart(NamedTuple):
+    """A part of a known value along its last axis, or its first if it is transposed."""
+
+    value: int
+    start: int
+    stop: int
+    is_transposed: bool = False
+
+
+class GateForm(NamedTuple):
+    """The weights of a gate.
+
+    Attributes:
+      kernel: Weights of the inputs, ``[inputs, cells]``.
+      recurrent: Weights of the state, ``[cells, cells]``.
+      biases: Known values that are added, ``[cells]`` under any leading axes of size 1,
+        or one number.
+    """
+
+    kernel: WeightPart
+    recurrent: WeightPart
+    biases: tuple[WeightPart, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LstmForm:
+    """An LSTM, as the body of a loop computes it. Values are those of the body.
+
+    Attributes:
+      cell: Number of the carry that is the cell, 0 or 1; the other one is the state.
+      inputs: Number of the operand that has a part for each step.
+      gates: Weights of the input, forget, cell and output gate, TFLite's order.
+      tensors: Value -> what it is: ``kernel`` (weights), ``gate`` (before its
+        function), ``share`` (behind it), ``product`` (what is summed to the cell),
+        ``cell`` and ``state``.
+    """
+
+    cell: int
+    inputs: int
+    gates: tuple[GateForm, ...]
+    tensors: Mapping[int, str]
+
+
 class Join(NamedTuple):
     """A result of a loop as its parts, one for each step."""
 
@@ -111,6 +154,7 @@ class Loop:
       starts: Carried operand -> the equation that puts its first value on a grid. These
         and the next are of loops with ``steps``.
       joins: Result with a part for each step -> the parts, and how they are joined.
+      lstm: The LSTM that its steps compute, if they compute one.
     """
 
     parts: ScanParts
@@ -123,6 +167,7 @@ class Loop:
     steps: tuple[TracedModel, ...] = ()
     starts: Mapping[int, Equation] = dataclasses.field(default_factory=dict)
     joins: Mapping[int, Join] = dataclasses.field(default_factory=dict)
+    lstm: "LstmForm | None" = None
 
     @property
     def bodies(self) -> tuple[TracedModel, ...]:

@@ -13,6 +13,7 @@ from qjax.model.finder import find_blocks
 from qjax.model.folding import fold_normalisations, read_whole
 from qjax.model.lineage import Lineage
 from qjax.model.loops import ScanParts, Surroundings, body_of, is_loop, scan_parts
+from qjax.model.lstms import with_lstm
 from qjax.model.masked_exponentials import masked_behind
 from qjax.model.primitives import SHAPE_MOVES
 from qjax.model.regions import find_regions
@@ -151,7 +152,7 @@ def _loops(
         name = f"{outer}scan_{k}"
         inside = Surroundings(ends, name, taken, count)
         body = _planned(inner, out, own, settings, inside)
-        loop = _loop(parts, body, inputs, is_known, name)
+        loop = with_lstm(_loop(parts, body, inputs, is_known, name))
         loop = in_steps(loop, settings.per_step)
         count += sum(len(own.blocks) for own in loop.bodies)
         found[e.outputs[0]] = loop

@@ -207,6 +207,17 @@ class Quantizer:
     def left(self, state: Any, seen: Any, starts: Mapping[str, jax.Array]) -> None:
         """Takes nothing from a loop."""
 
+    def known_grid(self, site: Site) -> QParams | None:
+        """Returns the grid of a site; None if its range or its bits are traced."""
+        spec, leader = self.choices[site].word, self.choices[site].leader
+        if not isinstance(spec, QSpec):
+            return None
+        leaves = jax.tree.leaves((self.qstate[leader.name], spec.bits))
+        if any(isinstance(x, jax.core.Tracer) for x in leaves):
+            return None
+        with jax.ensure_compile_time_eval():
+            return self._grid(site, spec)
+
     def _grid(self, site: Site, spec: QSpec) -> QParams:
         """Returns the grid of a site, or of the site that leads it."""
         leader = self.choices[site].leader

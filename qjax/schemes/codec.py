@@ -266,7 +266,7 @@ def _rule_in(path: str, data: Any) -> Rule:
 
 
 def _where_in(path: str, data: Any) -> Where:
-    globs = ("name", "layer", "op", "activation", "inputs", "feeds", "feeds_only")
+    globs = "name layer op activation inputs feeds feeds_only lstm".split()
     fields: dict[str, _In] = {
         **dict.fromkeys(globs, _globs_in),
         "role": _role_in,

@@ -33,6 +33,7 @@ class Site(NamedTuple):
     # that several sites make.
     overwrites: str = ""  # The first operand that nothing else reads, of this shape.
     whole: Any = None  # Site of all steps, for that of one step: `Rule.per_step`.
+    lstm: str = ""  # Tensor of the LSTM that a loop is: kernel, gate, share, ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,9 @@ class Where:
       feeds_only: Globs of the ops that read the value; all must match, and at least one
         be there.
       ranks: Numbers of axes of the value; empty for any.
+      lstm: Globs of what the value is in an LSTM that a loop computes: ``kernel``
+        (weights), ``gate`` (before its function), ``share`` (behind it), ``product``
+        (what is summed to the cell), ``cell`` and ``state``; ``"?*"`` for any.
 
     Raises:
       TypeError: for patterns that are no text.
@@ -75,6 +79,7 @@ class Where:
     feeds: Globs = "*"
     feeds_only: Globs = "*"
     ranks: tuple[int, ...] = ()
+    lstm: Globs = "*"
 
     def __post_init__(self) -> None:
         for name in _PATTERNS:
@@ -118,7 +123,10 @@ class Where:
         return bool(found) and several(matches(text, wanted) for text in found)
 
 
-_PATTERNS = ("name", "layer", "op", "activation", "inputs", "feeds", "feeds_only")
+_PATTERNS = (
+    *("name", "layer", "op", "activation", "inputs", "feeds", "feeds_only"),
+    "lstm",
+)
 _FIELDS = (*_PATTERNS, "role", "ranks")
 
 
@@ -158,6 +166,7 @@ _KINDS = {
     "feeds": "reader",
     "feeds_only": "reader",
     "ranks": "number of axes",
+    "lstm": "tensor",
 }
 _MANY = "A rule for many models says `optional=True`."
 

@@ -22,7 +22,10 @@ _OVERWRITTEN = ("residual", "mul", "div", "softmax")
 
 
 def tflite_int8(
-    *, same_scales: bool = False, per_tensor_weights: bool = False
+    *,
+    same_scales: bool = False,
+    per_tensor_weights: bool = False,
+    lstm: bool = False,
 ) -> Scheme:
     """Returns TFLite's full-integer scheme, with separate or its converter's grids.
 
@@ -51,6 +54,9 @@ def tflite_int8(
       same_scales: Whether grids are those of TFLite's converter.
       per_tensor_weights: Whether a weight has one scale, as the converter has it
         without per-channel quantization.
+      lstm: Whether LSTMs in loops have the grids of TFLite's kernel, which
+        ``target=targets.tflite`` asks for: one scale for a weight, 16 bits inside, on
+        2^-12 before a function and 2^-15 behind it, and a power of two for the cell.
 
     References:
       LiteRT 8-bit quantization specification; the converter of TensorFlow 2.19.1.
@@ -59,7 +65,7 @@ def tflite_int8(
         weights=QSpec(
             bits=8, narrow_range=True, axis=None if per_tensor_weights else "output"
         ),
-        rules=as_optional(*_fixed_8_bit()),
+        rules=as_optional(*(_of_lstm() if lstm else ()), *_fixed_8_bit()),
         constraints=Constraints(split=_BOUNDED),
     )
     if not same_scales:
@@ -114,6 +120,21 @@ def _fixed_8_bit() -> tuple[Rule, ...]:
         _fixed("tanh", word, both),
         _fixed(("mul", "div", "norm"), word, both, "l2_normalize"),
         _fixed(("residual", "log_softmax"), word, below, "log_softmax"),
+    )
+
+
+def _of_lstm() -> tuple[Rule, ...]:
+    """Returns rules with the grids of TFLite's LSTM of 16-bit cells."""
+    word = QSpec(bits=16, symmetric=True, narrow_range=True)
+    gate, share = (32767 / 2**12, 32767 / 2**15)
+    cell = dataclasses.replace(word, power_of_two=True)
+    weight = QSpec(bits=8, narrow_range=True)
+    return (
+        Rule(Where(lstm="kernel"), weight),
+        Rule(Where(lstm="gate"), word, constant(-gate, gate)),
+        Rule(Where(lstm="share"), word, constant(-share, share)),
+        Rule(Where(lstm="product"), None),
+        Rule(Where(lstm="cell"), cell, min_max()),
     )
 
 

@@ -33,8 +33,9 @@ def write_tflite(
     ``targets.tflite_micro`` differs. Needs the extra `qjax[tflite]`.
 
     A loop is written where it is TFLite's LSTM, code for code, as `read_tflite` gives
-    it. LiteRT keeps its state between calls: ``reset_all_variables`` before each other
-    sequence gives the codes of the program. tflite-micro rounds its gates otherwise.
+    it, and `lower` for ``targets.tflite``. LiteRT keeps its state between calls:
+    ``reset_all_variables`` before each other sequence gives the codes of the program.
+    tflite-micro rounds its gates otherwise.
 
     Args:
       program: The program.

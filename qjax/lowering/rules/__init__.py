@@ -14,6 +14,7 @@ from qjax.lowering.rules.functions import FUNCTIONS
 from qjax.lowering.rules.gathers import GATHERS
 from qjax.lowering.rules.lookups import LOOKUPS
 from qjax.lowering.rules.loops import LOOPS
+from qjax.lowering.rules.lstms import LSTMS
 from qjax.lowering.rules.moves import MOVES
 from qjax.lowering.rules.normalisations import NORMALISATIONS
 from qjax.lowering.rules.points import POINTS
@@ -33,6 +34,7 @@ RULES: Mapping[str, LoweringRule] = extended(
         **GATHERS,
         **LOOKUPS,
         **LOOPS,
+        **LSTMS,
         **MOVES,
         **NORMALISATIONS,
         **POINTS,

@@ -191,7 +191,7 @@ def _constant(
     """Adds a known operand, in the examples of another one."""
     shape, array = trace.shape(v), _array(x)
     is_same = not is_step or not shape or bool(np.all(array == array[:1]))
-    like = _alike(builder, shape) if is_same else None
+    like = alike(builder, shape) if is_same else None
     own: dict[str, Any] = {"like": like, "path": where(e).strip("'")}
     if grid is None:
         numbers = np.broadcast_to(array, shape).astype(np.int64)
@@ -207,8 +207,13 @@ def _constant(
     return grid.integers(builder, add_constant(builder, codes, grid.grid, **own))
 
 
-def _alike(builder: Builder, shape: tuple[int, ...]) -> int | None:
-    """Returns an input of the graph that has as many examples; None if none has."""
+def alike(builder: Builder, shape: tuple[int, ...]) -> int | None:
+    """Returns an input of the graph that has as many examples; None if none has.
+
+    Args:
+      builder: Has the inputs.
+      shape: Shape of a value with an axis of examples, the first.
+    """
     found = builder.inputs.values()
     same = (u for u in found if builder.values[u].shape[:1] == shape[:1])
     return next(same, None) if shape else None

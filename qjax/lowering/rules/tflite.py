@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from qjax.graph.graph import Graph, Node
 from qjax.graph.operations.record import window_taps
+from qjax.graph.tflite_lstm import find_lstm
 from qjax.graph.tflite_tables import (
     Codes,
     exponential_table,
@@ -426,9 +427,16 @@ ALLOWED = frozenset(
 )
 
 
-def check_tflite(graph: Graph) -> None:
-    """Raises NotImplementedError for what TFLite's kernels do not compute."""
+def check_tflite(graph: Graph, params: Mapping[str, np.ndarray]) -> None:
+    """Raises NotImplementedError for what TFLite's kernels do not compute.
+
+    Args:
+      graph: Graph of a program.
+      params: Its parameters.
+    """
     for node in graph.nodes:
+        if node.operation == "loop" and find_lstm(graph, node, params) is not None:
+            continue
         if node.operation not in ALLOWED:
             lack = lack_of_operator(node.operation)
             raise refuse(node.path or "the program", *lack)
