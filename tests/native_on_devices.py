@@ -20,7 +20,8 @@ import qjax
 from qjax.graph import reference
 
 DEVICES = np.array(jax.devices())
-LINE, SQUARE = Mesh(DEVICES, "d"), Mesh(DEVICES.reshape(2, 2), ("a", "b"))
+LINE = Mesh(DEVICES, "d")
+SQUARE = Mesh(DEVICES.reshape(-1, max(len(DEVICES) // 2, 1)), ("a", "b"))
 MOVES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 
 

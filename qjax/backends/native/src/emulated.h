@@ -109,7 +109,6 @@ void multiply_tiles(int acc, int a, int b) {
 }  // namespace
 }  // namespace qjax
 
-#define _tile_loadconfig qjax::configure
 #define _tile_release() static_cast<void>(0)
 #define _tile_loadd qjax::load_tile
 #define _tile_stream_loadd qjax::load_tile
