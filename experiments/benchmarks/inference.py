@@ -8,17 +8,18 @@ All runtimes of a row are called in turn in one process that keeps to as many co
 threads: medians of processor time on one thread, least wall-clock times on more. The
 column "peer/it" is the time of the fastest other runtime over a row's: ONNX Runtime,
 OpenVINO, LiteRT; XLA's float in the section `rows`, of which README has figures. Of
-`dots` on one thread, GOP/s, a busy machine whose AMX qjax did not use:
+`dots` on one thread, GOP/s, a processor with AMX; a call
+takes some microseconds, which is most of the small ones:
 
 | product | native | ONNX Runtime | OpenVINO | LiteRT | from registers |
 |---|---|---|---|---|---|
-| 256x1024x1024 | 525 | 535 | 1281 | 1413 | 819 |
-| 32x1024x1024 | 451 | 425 | 639 | 1456 | 752 |
-| 1x1024x1024 | 115 | 87 | 28 | 193 | 847 |
-| 3x3, 32x32, 16 to 16 | 256 | 162 | 92 | 129 | 852 |
-| 3x3, 8x8, 64 to 64 | 332 | 331 | 119 | 1087 | 853 |
-| scores 8x128x64x128 | 73 | 116 | 41 | | 813 |
-| values 8x128x128x64 | 88 | 131 | 53 | | 795 |
+| 256x1024x1024 | 0 | 0 | 1 | 0 | 4915 |
+| 32x1024x1024 | 0 | 0 | 0 | 0 | 6245 |
+| 1x1024x1024 | 0 | 0 | 0 | 0 | 6465 |
+| 3x3, 32x32, 16 to 16 | 0 | 0 | 0 | 0 | 6187 |
+| 3x3, 8x8, 64 to 64 | 0 | 0 | 0 | 0 | 6456 |
+| scores 8x128x64x128 | 0 | 0 | 1 |  | 6361 |
+| values 8x128x128x64 | 0 | 0 | 1 |  | 6336 |
 
 Of `models` times of the jitted float model over those of the others, medians of 50 of
 the wall clock, XLA alone, on 2 cores; JAX 0.10.2, ONNX Runtime 1.31 (its own QDQ),
