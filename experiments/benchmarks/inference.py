@@ -8,18 +8,18 @@ All runtimes of a row are called in turn in one process that keeps to as many co
 threads: medians of processor time on one thread, least wall-clock times on more. The
 column "peer/it" is the time of the fastest other runtime over a row's: ONNX Runtime,
 OpenVINO, LiteRT; XLA's float in the section `rows`, of which README has figures. Of
-`dots` on one thread, GOP/s, a processor with AMX; a call
-takes some microseconds, which is most of the small ones:
+`dots` on one thread, GOP/s, a processor with AMX; a call takes some microseconds, which
+are much of the small ones:
 
 | product | native | ONNX Runtime | OpenVINO | LiteRT | from registers |
 |---|---|---|---|---|---|
-| 256x1024x1024 | 0 | 0 | 1 | 0 | 4915 |
-| 32x1024x1024 | 0 | 0 | 0 | 0 | 6245 |
-| 1x1024x1024 | 0 | 0 | 0 | 0 | 6465 |
-| 3x3, 32x32, 16 to 16 | 0 | 0 | 0 | 0 | 6187 |
-| 3x3, 8x8, 64 to 64 | 0 | 0 | 0 | 0 | 6456 |
-| scores 8x128x64x128 | 0 | 0 | 1 |  | 6361 |
-| values 8x128x128x64 | 0 | 0 | 1 |  | 6336 |
+| 256x1024x1024 | 1589 | 479 | 1074 | 1170 | 4915 |
+| 32x1024x1024 | 1124 | 340 | 424 | 1223 | 6245 |
+| 1x1024x1024 | 175 | 63 | 32 | 204 | 6465 |
+| 3x3, 32x32, 16 to 16 | 438 | 114 | 47 | 99 | 6187 |
+| 3x3, 8x8, 64 to 64 | 634 | 234 | 70 | 965 | 6456 |
+| scores 8x128x64x128 | 121 | 89 | 35 |  | 6361 |
+| values 8x128x128x64 | 149 | 99 | 40 |  | 6336 |
 
 Of `models` times of the jitted float model over those of the others, medians of 50 of
 the wall clock, XLA alone, on 2 cores; JAX 0.10.2, ONNX Runtime 1.31 (its own QDQ),
