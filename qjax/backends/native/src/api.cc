@@ -297,7 +297,10 @@ const Kernels& kernels() {
 
 extern "C" {
 
-const char* qjax_native_version(void) { return "1"; }
+const char* qjax_native_version(void) {
+  static const std::string text = std::to_string(qjax::kAbi);
+  return text.c_str();
+}
 
 const char* qjax_native_isa(void) {
   return qjax::chosen() ? qjax::chosen()->name : "";

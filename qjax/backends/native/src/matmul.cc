@@ -7,8 +7,6 @@
 namespace qjax {
 namespace {
 
-int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
 // The second value is packed as a kernel is, in each run. With a' and b' the codes that
 // an instruction set multiplies, and their zero points,
 //

@@ -17,7 +17,8 @@
 namespace qjax {
 
 constexpr int64_t kMagic = 0x716a6178;
-constexpr int64_t kAbi = 1;
+// Plans and packed constants of other numbers are refused.
+constexpr int64_t kAbi = 2;
 constexpr int64_t kAlignment = 64;
 // Kernels may read this many bytes past the codes they need.
 constexpr int64_t kSlack = 64;
@@ -32,6 +33,9 @@ inline void check(bool holds, const char* wanted) {
 }
 
 enum class Dtype : int64_t { kInt8, kUint8, kInt16, kUint16, kInt32 };
+
+// n, filled up to whole units.
+inline int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 inline int64_t size_of(Dtype dtype) {
   switch (dtype) {

@@ -20,8 +20,6 @@ Array read(Words& words) {
 
 constexpr int64_t kMostStaged = int64_t{1} << 34;
 
-int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
 // Codes are staged: put side by side with their padding, channels last, as unsigned
 // bytes about 128, as signed bytes or as integers of 16 bits about 0, whichever the
 // instruction set multiplies, before a kernel reads them.
