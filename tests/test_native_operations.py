@@ -106,8 +106,8 @@ def test_forms_are_exact_over_a_whole_interval(rule):
     rng, forms = np.random.default_rng(7), set()
     x = np.arange(-20000, 20001, dtype=np.int32)
     for k in range(40):
-        multiplier = 1 << 30 if k % 4 == 0 else int(rng.integers(1 << 30, INT32.max))
-        shift = int(rng.integers(33, 46)) if k % 8 else 62 - k // 8
+        multiplier = 1 << 30 if k % 8 == 4 else int(rng.integers(1 << 30, INT32.max))
+        shift = int(rng.integers(33, 46)) if k % 8 else [62, 61, 31, 32, 45][k // 8]
         low, high = [(-128, 127), (0, 255), (-7, 7), (-20000, 20000)][k % 4]
         attributes = {
             "input_zero_point": int(rng.integers(-9, 10)) * (k % 3 == 0),
@@ -124,6 +124,67 @@ def test_forms_are_exact_over_a_whole_interval(rule):
         forms |= set(NativeKernel(FOUND.library, plan).explain())
         check("requantize", [x], params, attributes, zeros, ends)
     assert {"high word", "64 bits"} <= forms or rule == "tflite_double", forms
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_dead_channels_and_large_accumulators_take_a_form(rule):
+    """Shifts of channels that give nothing, at both sides of half a step."""
+    forms = set()
+    for far in ((1 << 30) + 128, (3 << 29) - 1, 3 << 29, 20000):
+        ends = np.array([-far, -far + 1, -1, 0, 1, far - 1, far])
+        x = np.concatenate([ends, draw(200, "int32", 3, -far, far)])
+        half = (1 << 61) // far  # Of shift 62.
+        at = [half + d for d in (-2, -1, 0, 1, 2) if half + d <= INT32.max]
+        pairs = [(INT32.max, 62), (1876368393, 62), (1 << 30, 62), (1, 33)]
+        pairs += [(m, 62) for m in at] + [(3 << 29, 40), (1518500250, 36)]
+        pairs += [(0, 31)] if rule == "tflite_double" else []
+        if rule in ("half_even", "fp32_half_even"):
+            pairs += [(-m, s) for m, s in pairs]
+        for low, high, zero_point in ((-128, 127, -5), (0, 255, 0)):
+            attributes = {"input_zero_point": 0, "zero_point": zero_point, "rule": rule}
+            attributes |= {"low": low, "high": high}
+            columns = np.stack([x] * len(pairs), -1).astype(np.int32)
+            own = np.array(pairs, np.int32).T
+            params = {"multiplier": own[:1], "shift": own[1:]}
+            graph = node_graph(
+                "requantize", [columns], params, attributes, ends=[(-far, far)]
+            )
+            plan = make_plan(graph, params, [columns.shape])
+            forms |= set(NativeKernel(FOUND.library, plan).explain())
+            check("requantize", [columns], params, attributes, ends=[(-far, far)])
+    form = {"tflite_double": "double rounding", "tflite_single": "high word"}.get(rule)
+    assert form is None or {form, "64 bits"} <= forms
+
+
+@pytest.mark.parametrize("dtypes", [("int8", "int8"), ("uint8", "int8")])
+def test_sums_of_two_bytes_over_all_pairs(dtypes):
+    """Under TFLite's rules and qjax's own, in the fast form where one is found."""
+    pairs = [
+        np.arange(256).astype(d) if d == "uint8" else np.arange(-128, 128).astype(d)
+        for d in dtypes
+    ]
+    a, b = (np.ascontiguousarray(x) for x in np.meshgrid(*pairs))
+    rng, forms = np.random.default_rng(5), []
+    for k in range(12):
+        first, second, last = (int(m) for m in rng.integers(1 << 30, INT32.max, 3))
+        shifts = [int(s) for s in rng.integers(31, 36, 2)]
+        zeros = [int(z) for z in rng.integers(-128, 128, 2)]
+        ends = {"zero_point": int(rng.integers(-128, 128)), "low": -128, "high": 127}
+        if k % 3 == 2:
+            ends = {"zero_point": 7, "low": 7, "high": 255}
+        attributes = {"left_shift": 20, "zero_points": zeros, "shifts": shifts, **ends}
+        attributes |= {"multipliers": [first, second], "multiplier": last}
+        attributes |= {"shift": int(rng.integers(47, 52)), "rule": RULES[2 + k % 2]}
+        graph = node_graph("tflite_add", [a, b], {}, attributes, zeros)
+        plan = make_plan(graph, {}, [a.shape, b.shape])
+        forms += NativeKernel(FOUND.library, plan).explain()
+        check("tflite_add", [a, b], {}, attributes, zeros)
+        own = {
+            "input_zero_points": zeros,
+            "multipliers": [first, -second][:: 1 - k % 2 * 2],
+        }
+        check("add", [a, b], {}, {**own, "shift": 31 + k, **ends}, zeros)
+    assert forms.count("two parts of 16 bits") >= 9
 
 
 def conv(x, kernel, *, bias=None, groups=1, first=False, **options):

@@ -21,6 +21,16 @@ are much of the small ones:
 | scores 8x128x64x128 | 121 | 89 | 35 |  | 6361 |
 | values 8x128x128x64 | 149 | 99 | 40 |  | 6336 |
 
+Of `files`, TFLite files of MLPerf Tiny as they are, LiteRT's time (XNNPACK) over that
+of the program read from them, on one thread with AMX, other work beside it, direct and
+through `jit`; the codes are those of LiteRT's reference kernels:
+
+| file | batch 1 | batch 32 |
+|---|---|---|
+| ResNet-8 | 3.5, 2.2 | 4.0, 3.6 |
+| ResNet-8, large | 1.8, 1.6 | 1.8, 1.7 |
+| MobileNet-0.25 | 2.2, 1.7 | 2.3, 2.1 |
+
 Of `models` times of the jitted float model over those of the others, medians of 50 of
 the wall clock, XLA alone, on 2 cores; JAX 0.10.2, ONNX Runtime 1.31 (its own QDQ),
 LiteRT 2 (XNNPACK). Two runs.
@@ -53,7 +63,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import qjax  # noqa: E402
 from experiments import models  # noqa: E402
-from experiments.benchmarks import dots, rows  # noqa: E402
+from experiments.benchmarks import dots, files, rows  # noqa: E402
 from experiments.benchmarks.clock import against_peers, in_turn, pin  # noqa: E402
 from experiments.benchmarks.runtimes import (  # noqa: E402
     Runtime,
@@ -72,8 +82,9 @@ class Config:
 
     json: str = option("", "file for the rows")
     quick: bool = option(False, "under 60 s: two models, few rounds")
-    sections: str = option("models", "of models, dots, rows, with commas between")
+    sections: str = option("models", "of models, files, dots, rows, with commas")
     only: str = option("", "what has this in its name")
+    files: str = option("", "folder of TFLite files; mlperf_tiny in $QJAX_DATA else")
     rounds: int = option(50, "timed calls of each runtime")
     threads: int = option(2, "of all runtimes; the process keeps to as many cores")
 
@@ -213,6 +224,13 @@ def _models(config: Config) -> Iterator[tuple[str, str, dict[str, dict[str, floa
         print(f"{name}: {case.agreement}")
 
 
+def _files(config: Config) -> Iterator[tuple[str, str, dict[str, dict[str, float]]]]:
+    for path in files.paths(config.files):
+        for batch in (1, 32) if config.only in path.stem else ():
+            found = files.measure(path, batch, config.rounds, config.threads)
+            yield f"{path.stem}, {batch}", "", found
+
+
 def _dots(config: Config) -> Iterator[tuple[str, str, dict[str, dict[str, float]]]]:
     for name, product in dots.PRODUCTS.items():
         if config.only in name:
@@ -226,7 +244,7 @@ def _rows(config: Config) -> Iterator[tuple[str, str, dict[str, dict[str, float]
             yield name, "float", found
 
 
-SECTIONS = {"models": _models, "dots": _dots, "rows": _rows}
+SECTIONS = {"models": _models, "files": _files, "dots": _dots, "rows": _rows}
 _OWN = ("native", "native jit", "xla")
 
 

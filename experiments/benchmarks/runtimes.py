@@ -226,33 +226,21 @@ def litert(program: qjax.IntegerProgram, threads: int) -> Runtime:
     What is prepared for codes, int8, returns codes.
     """
     from ai_edge_litert import schema_py_generated as schema
-    from ai_edge_litert.interpreter import Interpreter
 
     content = _LiteWriter(schema, program).model()
     grids = program.input_grids[0], program.output_grids[0]
 
     def prepare(x: np.ndarray) -> Callable[[], Any]:
-        own = Interpreter(model_content=content, num_threads=threads)
-        place, out = (
-            side[0]["index"]
-            for side in (own.get_input_details(), own.get_output_details())
-        )
-        own.resize_tensor_input(place, x.shape)
-        own.allocate_tensors()
-
-        def run_codes() -> np.ndarray:
-            own.set_tensor(place, x)
-            own.invoke()
-            return own.get_tensor(out)
-
         if x.dtype == np.int8:
-            return run_codes
+            return litert_codes(content, x, threads)
+        codes = np.empty(x.shape, np.int8)
+        run_codes = litert_codes(content, codes, threads)
 
         def call() -> np.ndarray:
-            own.set_tensor(place, _quantized(x, grids[0]))
-            own.invoke()
-            codes = own.get_tensor(out).astype(np.float32)
-            return (codes - grids[1].zero_point) * grids[1].array()
+            codes[:] = _quantized(x, grids[0])
+            return (run_codes().astype(np.float32) - grids[1].zero_point) * grids[
+                1
+            ].array()
 
         return call
 
@@ -260,6 +248,25 @@ def litert(program: qjax.IntegerProgram, threads: int) -> Runtime:
         return _grown(content, _LOAD_LITERT, x.shape, threads)
 
     return Runtime(len(content), prepare, peak)
+
+
+def litert_codes(content: bytes, codes: np.ndarray, threads: int) -> Callable[[], Any]:
+    """A call of a TFLite file, of one input and one output, on these codes."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    own = Interpreter(model_content=content, num_threads=threads)
+    place, out = (
+        side[0]["index"] for side in (own.get_input_details(), own.get_output_details())
+    )
+    own.resize_tensor_input(place, codes.shape)
+    own.allocate_tensors()
+
+    def run() -> np.ndarray:
+        own.set_tensor(place, codes)
+        own.invoke()
+        return own.get_tensor(out)
+
+    return run
 
 
 _LOAD_LITERT = """from ai_edge_litert.interpreter import Interpreter

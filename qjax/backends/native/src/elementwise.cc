@@ -1,6 +1,7 @@
 // Steps that take integers one by one: requantize, add, clip, products, choices.
 #include <algorithm>
 
+#include "pair_sums.h"
 #include "requantizer.h"
 #include "rows.h"
 #include "rules.h"
@@ -187,52 +188,22 @@ class Add : public Step {
     });
   }
 
-  // Whether the two parts give the code of the formula for each pair of bytes.
   bool make_pair() {
-    const auto is_byte = [](Dtype dtype) { return size_of(dtype) == 1; };
-    if (!is_byte(terms_[0].in.dtype) || !is_byte(terms_[1].in.dtype) || !is_byte(out_.dtype) ||
-        shift_ < 17 || shift_ > 46) {
-      return false;
+    const Term &a = terms_[0], &b = terms_[1];
+    for (Dtype dtype : {a.in.dtype, b.in.dtype, out_.dtype}) {
+      if (size_of(dtype) != 1) return false;
     }
-    __int128 rest = zero_point_ * (static_cast<__int128>(1) << shift_);
-    rest += static_cast<__int128>(1) << (shift_ - 1);
-    int64_t lo[2], hi[2];
-    for (int i = 0; i < 2; ++i) {
-      const int64_t m = terms_[static_cast<size_t>(i)].multiplier;
-      rest -= static_cast<__int128>(terms_[static_cast<size_t>(i)].zero_point) * m;
-      lo[i] = ((m + 32768) & 0xffff) - 32768;
-      hi[i] = (m - lo[i]) >> 16;
-    }
-    const __int128 hi_0 = rest >> 16, lo_0 = rest - hi_0 * 65536;
-    const auto fits = [](__int128 x) { return x >= INT32_MIN && x <= INT32_MAX; };
-    const __int128 far = 255 * static_cast<__int128>(std::llabs(hi[0]) + std::llabs(hi[1]));
-    if (!fits(hi_0 + far + 65536) || !fits(hi_0 - far - 65536)) return false;
-    if (std::max(std::llabs(hi[0]), std::llabs(hi[1])) > INT16_MAX) return false;
     pair_ = {};
-    pair_.is_a_signed = terms_[0].in.dtype == Dtype::kInt8;
-    pair_.is_b_signed = terms_[1].in.dtype == Dtype::kInt8;
-    pair_.lo_a = static_cast<int16_t>(lo[0]);
-    pair_.lo_b = static_cast<int16_t>(lo[1]);
-    pair_.lo_0 = static_cast<int32_t>(lo_0);
-    pair_.hi_a = static_cast<int16_t>(hi[0]);
-    pair_.hi_b = static_cast<int16_t>(hi[1]);
-    pair_.hi_0 = static_cast<int32_t>(hi_0);
-    pair_.shift = shift_ - 16;
-    pair_.low = low_;
-    pair_.high = high_;
-    const int a = pair_.is_a_signed ? -128 : 0, b = pair_.is_b_signed ? -128 : 0;
-    for (int x = a; x < a + 256; ++x) {
-      for (int y = b; y < b + 256; ++y) {
-        const int32_t low = x * pair_.lo_a + y * pair_.lo_b + pair_.lo_0;
-        const int32_t high = x * pair_.hi_a + y * pair_.hi_b + pair_.hi_0;
-        const int32_t steps = (high + (low >> 16)) >> pair_.shift;
-        const __int128 sum =
-            static_cast<__int128>(x - terms_[0].zero_point) * terms_[0].multiplier +
-            static_cast<__int128>(y - terms_[1].zero_point) * terms_[1].multiplier;
-        if (std::min(std::max(steps, low_), high_) != code(sum)) return false;
-      }
-    }
-    return true;
+    pair_.is_a_signed = a.in.dtype == Dtype::kInt8;
+    pair_.is_b_signed = b.in.dtype == Dtype::kInt8;
+    const auto ratio = [&](const Term& term) {
+      return std::ldexp(static_cast<long double>(term.multiplier), -shift_);
+    };
+    const auto code_of = [&](int64_t x, int64_t y) {
+      return code(static_cast<__int128>(x - a.zero_point) * a.multiplier +
+                  static_cast<__int128>(y - b.zero_point) * b.multiplier);
+    };
+    return fit_pair_sum(ratio(a), ratio(b), low_, high_, code_of, &pair_);
   }
 
   const Kernels& set_;

@@ -31,7 +31,7 @@ struct V {
     const int64x2_t high = vmull_high_s32(acc, m);
     return vshrn_high_n_s64(vshrn_n_s64(low, 32), high, 32);
   }
-  // Saturates at 2^31 alone, which accumulators below 2^30 do not reach.
+  // Saturates at 2^31 alone, which accumulators of these forms do not reach.
   static Reg doubled_high(Reg acc, Reg m) { return vqrdmulhq_s32(acc, m); }
 
 

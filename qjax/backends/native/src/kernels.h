@@ -20,7 +20,7 @@ enum class Form : int32_t {
   kExact,     // Any rule in 64 bits, by the reference formula.
   kHighWord,  // (((acc * m) >> 32) + 2^(s - 33)) >> (s - 32): halves up, s >= 33.
   kPower,     // acc / 2^s, halves to even, in 32 bits.
-  kDouble,    // TFLite's double rounding, s >= 31, |acc| < 2^30.
+  kDouble,    // TFLite's double rounding, s >= 31, |acc| < 3 * 2^29.
 };
 
 enum class Rule : int32_t { kHalfEven, kTfliteDouble, kTfliteSingle, kFloat32 };

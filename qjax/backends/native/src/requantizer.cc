@@ -14,6 +14,9 @@ namespace {
 int trailing_zeros(int64_t x) { return x ? __builtin_ctzll(static_cast<uint64_t>(x)) : 63; }
 
 constexpr size_t kMostCertified = 1024;
+// Of accumulators about their zero point, for all forms but the exact one: a half of
+// 2^29 may be added. TFLite's biases reach 2^30.
+constexpr int64_t kMostReach = (int64_t{3} << 29) - 1;
 
 // One channel, and the zero point of its codes.
 struct Channel {
@@ -23,7 +26,24 @@ struct Channel {
 // The largest magnitude of an accumulator about its zero point.
 int64_t reach(Interval acc) { return std::max(std::llabs(acc.low), std::llabs(acc.high)); }
 
-// The zero point joins the half, so each of three terms must stay below 2^29 or at it.
+// Below half a step for all accumulators: such a channel gives its zero point. Dead
+// channels of trained networks have shifts that no form has room for.
+bool is_dead(Channel c, Rule rule, Interval acc) {
+  const __int128 largest = static_cast<__int128>(reach(acc)) * std::llabs(c.multiplier);
+  if (c.shift < 33) return false;
+  const __int128 half = static_cast<__int128>(1) << (c.shift - 1);
+  switch (rule) {
+    case Rule::kTfliteDouble:  // Rounded to 31 bits first.
+      return (largest + (1 << 30)) >> 31 < half >> 31;
+    case Rule::kFloat32:  // Accumulator and product may both grow by a rounding.
+      return largest <= half / 2;
+    default:
+      return largest < half;
+  }
+}
+
+// The zero point joins the half, so each of three terms must stay below 2^29 or at it;
+// the first, of accumulators within `kMostReach`, stays below 2^30.
 bool may_be_high_word(Channel c) {
   return 33 <= c.shift && c.shift <= 62 &&
          std::llabs(c.zero_point) <= (int64_t{1} << 29) >> (c.shift - 32);
@@ -51,33 +71,40 @@ bool is_power(Channel c, Rule rule, Interval acc) {
   return reach(acc) + more * (int64_t{1} << shift) <= INT32_MAX;
 }
 
-bool is_double(Channel c, Rule rule, Interval acc) {
+bool is_double(Channel c, Rule rule) {
   if (rule != Rule::kTfliteDouble || c.shift < 31 || c.shift > 61) return false;
-  // |high| <= |acc|, and half of the last step is added.
+  // |high| <= |acc| <= `kMostReach`, and half of the last step is added.
   const int64_t half = (int64_t{1} << (c.shift - 31)) >> 1;
-  return reach(acc) < (int64_t{1} << 30) && half <= (int64_t{1} << 29);
+  return half <= (int64_t{1} << 29);
 }
 
 bool holds(Form form, Channel c, Rule rule, Interval acc) {
+  if (is_dead(c, rule, acc) && form != Form::kPower) {
+    return std::llabs(c.zero_point) <= int64_t{1} << 28;
+  }
   switch (form) {
     case Form::kHighWord:
       return is_high_word(c, rule, acc);
     case Form::kPower:
       return is_power(c, rule, acc);
     case Form::kDouble:
-      return is_double(c, rule, acc);
+      return is_double(c, rule);
     default:
       return true;
   }
 }
 
 // Numbers of a form: multiplier, half, shift.
-void numbers(Form form, Channel c, int32_t* multiplier, int32_t* half,
-             int32_t* shift) {
+void numbers(Form form, Channel c, Rule rule, Interval acc, int32_t* multiplier,
+             int32_t* half, int32_t* shift) {
   *multiplier = c.multiplier;
   *half = 0;
   *shift = c.shift;
-  if (form == Form::kHighWord) {
+  if (is_dead(c, rule, acc) && (form == Form::kHighWord || form == Form::kDouble)) {
+    *multiplier = 0;
+    *shift = form == Form::kHighWord ? 1 : 0;
+    *half = form == Form::kHighWord ? 1 + 2 * c.zero_point : 0;
+  } else if (form == Form::kHighWord) {
     *shift = c.shift - 32;
     *half = (int32_t{1} << (*shift - 1)) + c.zero_point * (int32_t{1} << *shift);
   } else if (form == Form::kPower) {
@@ -183,15 +210,14 @@ void Requantizer::pack(const Constants& constants, uint8_t* packed,
   const int32_t* multiplier = constants.at<int32_t>(multiplier_, channels_);
   const int32_t* shift = constants.at<int32_t>(shift_, channels_);
   head.form = Form::kExact;
-  // About the zero point accumulators must fit 32 bits for all but the exact form, and
-  // the steps must leave room for the zero point of codes.
-  const bool is_narrow = acc_.low >= -(int64_t{1} << 30) && acc_.high < (1 << 30) &&
-                         std::abs(static_cast<int64_t>(zero_point_)) < (1 << 30);
-  head.is_narrow = is_narrow;
+  head.is_narrow = acc_.low >= -(int64_t{1} << 30) && acc_.high < (1 << 30) &&
+                   std::llabs(zero_point_) < (1 << 30);
+  // The steps must leave room for the zero point of codes.
+  const bool has_room = reach(acc_) <= kMostReach && std::llabs(zero_point_) <= 1 << 29;
   for (int64_t c = 0; c < channels_; ++c) {
     check(0 <= shift[c] && shift[c] <= 62, "a shift must lie in 0 to 62");
   }
-  if (is_narrow && !is_exact) {
+  if (has_room && !is_exact) {
     for (Form form : {Form::kHighWord, Form::kPower, Form::kDouble}) {
       bool all = true;
       std::set<std::pair<int32_t, int32_t>> known;
@@ -217,8 +243,9 @@ void Requantizer::pack(const Constants& constants, uint8_t* packed,
       numbers_at[i] = numbers_at[i + width_] = numbers_at[i + 2 * width_] = 0;
       continue;
     }
-    numbers(head.form, {multiplier[c], shift[c], zero_point_}, numbers_at + i,
-            numbers_at + i + width_, numbers_at + i + 2 * width_);
+    int32_t* const at = numbers_at + i;
+    numbers(head.form, {multiplier[c], shift[c], zero_point_}, rule_, acc_, at,
+            at + width_, at + 2 * width_);
   }
 }
 

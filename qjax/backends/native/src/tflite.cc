@@ -3,6 +3,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "pair_sums.h"
 #include "requantizer.h"
 #include "rows.h"
 #include "rules.h"
@@ -14,7 +15,11 @@ namespace {
 class TfliteAdd : public Step {
  public:
   TfliteAdd(Words& words, const Maker& maker)
-      : a_(words, maker), b_(words, maker), out_(words, maker), count_(words.size()) {
+      : set_(kernels()),
+        a_(words, maker),
+        b_(words, maker),
+        out_(words, maker),
+        count_(words.size()) {
     left_ = static_cast<int>(words.next(0, 31, "a left shift must lie in 0 to 31"));
     za_ = words.int32();
     zb_ = words.int32();
@@ -41,16 +46,27 @@ class TfliteAdd : public Step {
         table->push_back(part(q, zero, *number));
       }
     }
+    is_pair_ = make_pair();
+  }
+  std::string explain(const uint8_t*) const override {
+    return is_pair_ ? "two parts of 16 bits" : "64 bits";
   }
   void run(const Memory& memory) const override {
+    if (is_pair_) {
+      PairSum pair = pair_;
+      pair.a = memory.as<uint8_t>(a_.buffer);
+      pair.b = memory.as<uint8_t>(b_.buffer);
+      pair.n = count_;
+      pair.out = memory.as<uint8_t>(out_.buffer);
+      return set_.pair_sum(pair);
+    }
     each_row(count_, [&](int64_t at, int64_t n) {
       int32_t x[kRow];
       int64_t sums[kRow] = {};
       add(a_, za_, first_, tables_[0], memory, at, n, sums);
       add(b_, zb_, second_, tables_[1], memory, at, n, sums);
       for (int64_t i = 0; i < n; ++i) {
-        x[i] = coded(rescaled(sums[i], last_.multiplier, last_.shift, rule_),
-                     zero_point_, low_, high_);
+        x[i] = code(sums[i]);
       }
       out_.store(memory, at, n, x);
     });
@@ -61,6 +77,28 @@ class TfliteAdd : public Step {
     int32_t multiplier, shift;
   };
 
+  int32_t code(int64_t sum) const {
+    const int64_t steps = rescaled(sum, last_.multiplier, last_.shift, rule_);
+    return coded(steps, zero_point_, low_, high_);
+  }
+  bool make_pair() {
+    if (tables_[0].empty() || tables_[1].empty() || size_of(out_.dtype) != 1) {
+      return false;
+    }
+    pair_ = {};
+    pair_.is_a_signed = a_.dtype == Dtype::kInt8;
+    pair_.is_b_signed = b_.dtype == Dtype::kInt8;
+    const auto ratio = [&](Number number) {
+      const long double product = static_cast<long double>(number.multiplier) * last_.multiplier;
+      return std::ldexp(product, left_ - number.shift - last_.shift);
+    };
+    const int a = pair_.is_a_signed ? 128 : 0, b = pair_.is_b_signed ? 128 : 0;
+    const auto code_of = [&](int x, int y) {
+      return code(tables_[0][static_cast<size_t>(x + a)] +
+                  tables_[1][static_cast<size_t>(y + b)]);
+    };
+    return fit_pair_sum(ratio(first_), ratio(second_), low_, high_, code_of, &pair_);
+  }
   int64_t part(int64_t q, int64_t zero_point, Number number) const {
     const int64_t shifted = (q - zero_point) * (int64_t{1} << left_);
     return rescaled(shifted, number.multiplier, number.shift, rule_);
@@ -78,6 +116,7 @@ class TfliteAdd : public Step {
     for (int64_t i = 0; i < n; ++i) sums[i] += own[x[i]];
   }
 
+  const Kernels& set_;
   Source a_, b_, out_;
   int64_t count_;
   int left_;
@@ -86,6 +125,8 @@ class TfliteAdd : public Step {
   int32_t zero_point_, low_, high_;
   Rule rule_;
   std::vector<int64_t> tables_[2];
+  bool is_pair_;
+  PairSum pair_;
 };
 
 // code = clip(round(q / counts)), halves away from zero
