@@ -104,7 +104,7 @@ SOURCES: dict[str, Source] = {
     **{name: Source(*own) for name, own in models.MODELS.items()},
     "resnet-8-w4": Source(*models.MODELS["resnet-8"], _BITS_4),
     "resnet-8-large": Source(
-        lambda rngs: models.ResNet(1, rngs, widths=(64, 128, 256)), (32, 32, 3)
+        lambda rngs: models.ResNet(1, rngs, widths=(40, 80, 160)), (32, 32, 3)
     ),
 }
 PEERS = {"onnxruntime", "openvino", "litert"}
