@@ -1,7 +1,5 @@
 """Quantizers by name in a function lower code for code, or are refused."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,29 +137,95 @@ SUMS = {
 
 
 @pytest.mark.parametrize("name", SUMS)
-def test_a_quantizer_of_a_sum_on_two_scales_is_refused_with_what_to_do(name):
-    """Rules as the error has them make thresholds, or one grid."""
+def test_a_quantizer_of_a_sum_on_two_scales_lowers(name):
+    """By thresholds on the sum, in a unit finer than float32 rounds it."""
     rng = np.random.default_rng(0)
     x, w = (rng.normal(0, 1, n).astype(np.float32) for n in ((6, 8), (8, 8)))
     fn = lambda p, x: SUMS[name](p, x) @ p
-    tanh = qjax.quantizers.parse("quantized_tanh(4)")
     site = f"residual_{int(name == 'of three')}/output"
+    rule = qjax.Rule(site, qjax.quantizers.parse("quantized_tanh(4)"))
+    qmodel = qjax.quantize_model(fn, w, x, scheme=qjax.Scheme(rules=(rule,)))
+    qstate = qjax.calibrate(qmodel, w, [x])
+    program = qjax.lower(qmodel, w, qstate, x)
+    assert_equals_oracle(program, x)
+    found = qjax.verify(program, qmodel, w, qstate, x)
+    assert found.sites[site].max_difference == 0, f"\n{found}"
+    assert program.report().agreement[site].most == 1
 
-    def lowered(*rules):
-        scheme = qjax.Scheme(rules=rules)
-        qmodel = qjax.quantize_model(fn, w, x, scheme=scheme)
-        qstate = qjax.calibrate(qmodel, w, [x])
-        return qmodel, qstate, qjax.lower(qmodel, w, qstate, x)
 
-    with pytest.raises(ValueError, match="a sum of codes on two scales") as error:
-        lowered(qjax.Rule(site, tanh))
-    word = qjax.QSpec(bits=8, power_of_two=True)
-    powers = r"Rule\('([^']*)', QSpec\(bits=8, power_of_two=True\)\)"
-    rules = [qjax.Rule(own, word) for own in re.findall(powers, str(error.value))]
-    assert len(rules) == 2 and str(error.value).count(f"Rule({site!r}") == 1
-    qmodel, qstate, program = lowered(*rules, qjax.Rule(site, tanh))
-    np.testing.assert_array_equal(program(x), jax.jit(qmodel.apply)(w, qstate, x))
-    lowered(qjax.Rule(site, qjax.QSpec(bits=8)))
+@pytest.mark.parametrize("bits", [8, 16])
+def test_thresholds_of_a_sum_lie_where_the_sum_crosses_them(bits):
+    """Signs of all sums of two codes, off ties, are those of whole numbers."""
+    unit = 2.0 ** (8 - bits)
+    a, b = 0.0917 * unit, 0.1103 * unit
+    codes = np.random.default_rng(1).integers(-128, 128, (2, 64, 8))
+    x = np.float32([codes[0] / unit * a, codes[1] / unit * b])
+    binary = qjax.quantizers.parse("binary")
+
+    def fn(x, y):
+        x, y = (_wide(v, s, bits) for v, s in ((x, a), (y, b)))
+        return qjax.quantizers.apply(binary, x + y - 0.7)
+
+    program = qjax.lower(fn, *x)
+    wanted = np.rint(codes / unit) * np.float64([a, b])[:, None, None]
+    wanted = np.where(wanted.sum(0) >= np.float64(np.float32(0.7)), 1.0, -1.0)
+    np.testing.assert_array_equal(program(*x), wanted)
+    assert_equals_oracle(program, *x)
+
+
+def _wide(x, scale, bits):
+    grid = qjax.QParams(jnp.float32(scale), jnp.int32(0))
+    return qjax.fake_quant(x, grid, qjax.QSpec(bits))
+
+
+JOINS = {
+    "concatenate": lambda a, b: jnp.concatenate([a, b[:, :5]], -1),
+    "select": lambda a, b: jnp.where(jnp.arange(8)[None] % 3 == 0, a, b),
+    "select by data": lambda a, b: jnp.where(b > 0.25, a, b),
+    "pad": lambda a, b: jnp.pad(a, ((0, 0), (1, 2)), constant_values=0.3),
+}
+BENT = {
+    "relu of bits": lambda y: qjax.quantizers.apply(
+        qjax.quantizers.parse("quantized_relu(4,2,negative_slope=0.25)"), y
+    ),
+    "po2": lambda y: qjax.quantizers.apply(
+        qjax.quantizers.parse("quantized_po2(3)"), y
+    ),
+    "clipped": lambda y: jnp.tanh(jnp.clip(y, -0.5, 0.75)) * 3 + jax.nn.relu(y),
+    "truth": lambda y: ((y > 0.125) & (y < 0.5)).astype(jnp.float32),
+}
+
+
+@pytest.mark.parametrize("bend", BENT)
+@pytest.mark.parametrize("join", JOINS)
+def test_a_function_of_joined_values_is_one_of_each_part(join, bend):
+    rng = np.random.default_rng(0)
+    x, v, w = (rng.normal(0, 1, n).astype(np.float32) for n in ((6, 8), (8, 8), (8, 8)))
+
+    def fn(x):
+        q = _point(x, 2.0**-5)
+        a, b = q @ _point(v, 2.0**-6), _point(q @ _point(w, 2.0**-6), 2.0**-3)
+        return _point(BENT[bend](JOINS[join](a, b)), 2.0**-6)
+
+    program = qjax.lower(fn, x)
+    assert qjax.verify(program, fn, x).is_exact
+    np.testing.assert_array_equal(program(x), jax.jit(fn)(x))
+    assert_equals_oracle(program, x)
+
+
+def test_a_function_by_channel_meets_the_channels_of_each_part():
+    rng = np.random.default_rng(0)
+    x, w = (rng.normal(0, 1, n).astype(np.float32) for n in ((6, 8), (8, 8)))
+    gains = np.float32(np.linspace(0.25, 2, 12))[None]
+
+    def fn(x):
+        q = _point(x, 2.0**-5)
+        whole = jnp.concatenate([q @ _point(w, 2.0**-6), q[:, :4]], -1)
+        return _point(jnp.sin(whole * gains), 2.0**-7)
+
+    program = qjax.lower(fn, x)
+    np.testing.assert_array_equal(program(x), jax.jit(fn)(x))
+    assert_equals_oracle(program, x)
 
 
 def test_a_quantizer_without_a_grid_is_named_by_its_site():
