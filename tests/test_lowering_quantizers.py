@@ -238,3 +238,72 @@ def test_a_quantizer_without_a_grid_is_named_by_its_site():
         ValueError, match="from a quantizer at 'tanh_0/output' with lev"
     ):
         qjax.lower(qmodel, w, qstate, x)
+
+
+LEVELS = {
+    "hard_tanh": lambda y: _by_name("hard_tanh", y),
+    "hard_sigmoid": lambda y: _by_name("hard_sigmoid", y),
+    "ulaw of 2 bits": lambda y: _by_name("quantized_ulaw(2)", y),
+    "staircase": lambda y: jnp.round(jnp.tanh(y) * 8) / 8,
+    "sign": jnp.sign,
+    "choice": lambda y: jnp.where(y > 0.5, 1.0, jnp.where(y < -0.25, -0.75, 0.0)),
+    "line": lambda y: jnp.clip(y, -2, 1) * 0.5 + 0.25,
+}
+
+
+def _by_name(word, y):
+    return qjax.quantizers.apply(qjax.quantizers.parse(word), y)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("is_sum", [False, True], ids=["codes", "accumulator"])
+def test_levels_that_lie_on_a_grid_are_codes(level, is_sum):
+    """Before products, sums and means, with no quantization point of their own."""
+    if is_sum and level == "ulaw of 2 bits":
+        pytest.skip("its quotient by a logarithm may round either way")
+    rng = np.random.default_rng(0)
+    x, v, w = (rng.normal(0, 1, n).astype(np.float32) for n in ((6, 8), (8, 8), (8, 8)))
+
+    def fn(x):
+        q = _point(x, 2.0**-4)
+        y = LEVELS[level](q @ _point(v, 2.0**-5) if is_sum else q)
+        product, total = _point(y @ _point(w, 2.0**-5), 2.0**-3), _point(y + q, 2.0**-5)
+        if is_sum and level == "hard_sigmoid":  # Accumulators are summed as they are.
+            return product, total
+        return product, total, _point(jnp.mean(y, -1, keepdims=True), 2.0**-6)
+
+    program = qjax.lower(fn, x)
+    assert qjax.verify(program, fn, x).is_exact
+    for found, wanted in zip(program(x), jax.jit(fn)(x), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    assert_equals_oracle(program, x)
+
+
+@pytest.mark.parametrize("count", [7, 15])
+def test_a_staircase_of_sevenths_lies_on_a_grid_up_to_float_rounding(count):
+    rng = np.random.default_rng(0)
+    x, w = (rng.normal(0, 1, n).astype(np.float32) for n in ((64, 8), (8, 8)))
+    stairs = lambda y: jnp.round(jnp.tanh(y) * count) / count
+    fn = lambda x: _point(stairs(_point(x, 0.03)) @ _point(w, 2.0**-5), 2.0**-3)
+    program = qjax.lower(fn, x)
+    assert_equals_oracle(program, x)
+    (own,) = [n for n in program.graph.nodes if n.operation == "table"]
+    table = np.asarray(program.params[own.params["table"]])
+    assert table.dtype == np.int8 and table.min() == -count and table.max() == count
+    ends = program.report().agreement
+    assert not ends[[*ends][-1]].is_proven
+    found = qjax.verify(program, fn, x)
+    assert all(row.max_difference <= 1 for row in found.sites.values())
+    # Of an accumulator a threshold could be crossed that no site shows.
+    fn = lambda x: stairs(_point(x, 0.03) @ _point(w, 0.02)) @ _point(w, 0.02)
+    with pytest.raises(ValueError, match="on no grid.*\n.*\n.*`qjax.fake_quant`"):
+        qjax.lower(fn, x)
+
+
+def test_levels_of_no_grid_stay_refused():
+    x = np.float32(np.random.default_rng(0).normal(0, 1, (6, 8)))
+    w = np.eye(8, dtype=np.float32)
+    for bend in (jnp.sin, lambda y: _by_name("quantized_ulaw(4)", y)):
+        fn = lambda x, bend=bend: bend(_point(x, 2.0**-4)) @ _point(w, 0.5)
+        with pytest.raises(ValueError, match="no grid"):
+            qjax.lower(fn, x)

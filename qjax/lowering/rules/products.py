@@ -11,7 +11,7 @@ from qjax.graph.graph import Grid
 from qjax.graph.operations.products import channel_ends, product_ends
 from qjax.lowering.constants import scale_grid
 from qjax.lowering.interpret import LoweringRule, refuse, where
-from qjax.lowering.rules.whole import exact_codes
+from qjax.lowering.rules.levels import factor_on_grid
 from qjax.lowering.values import (
     Abstract,
     Builder,
@@ -42,7 +42,7 @@ def _dot_general(
     builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
 ) -> Abstract:
     a, b = (
-        exact_codes(builder, e, trace, x, v)
+        factor_on_grid(builder, e, trace, x, v)
         for x, v in zip((a, b), e.inputs, strict=True)
     )
     if not isinstance(a, Known | KnownCodes) and not isinstance(b, Known | KnownCodes):
@@ -126,7 +126,7 @@ def _conv(
             f"There is no integer rule for this convolution, met in {where(e)}.\n"
             f"  equation: {e}"
         )
-    x = exact_codes(builder, e, trace, x, e.inputs[0])
+    x = factor_on_grid(builder, e, trace, x, e.inputs[0])
     return _product(builder, e, trace, x, w, 1)
 
 
