@@ -103,11 +103,26 @@ def test_quantizers_that_are_no_requantization_are_refused(activation):
         qjax.lower(fn, x)
 
 
-@pytest.mark.parametrize("kernel", ["quantized_po2(8)", "quantized_ulaw(6)"])
-def test_weights_without_linear_codes_are_refused(kernel):
-    fn, x = dense(kernel, "quantized_relu(6,2)")
+def test_weights_without_linear_codes_are_refused():
+    fn, x = dense("quantized_ulaw(6)", "quantized_relu(6,2)")
     with pytest.raises(ValueError, match="constant that is on no grid"):
         qjax.lower(fn, x)
+
+
+@pytest.mark.parametrize("kernel", ["quantized_po2(8)", "quantized_po2(6,1)"])
+def test_powers_of_two_are_codes_where_16_bits_hold_those_that_are_there(kernel):
+    fn, x = dense(kernel, "quantized_relu(6,2)")
+    program = qjax.lower(fn, x)
+    assert qjax.verify(program, fn, x).is_exact
+    assert_equals_oracle(program, x)
+    w, x = np.float32([[1, 0.25], [0, 1]]), np.float32([[1, 2]])
+    fn = lambda x, word: _point(x, 2.0**-4) @ _by_name(word, jnp.asarray(w))
+    # A zero becomes the least power there is.
+    with pytest.raises(ValueError, match="powers of two over .* holds 16") as error:
+        qjax.lower(lambda x: fn(x, kernel), x)
+    assert "`quantized_po2(5)`" in str(error.value)
+    program = qjax.lower(lambda x: fn(x, "quantized_po2(5)"), x)
+    np.testing.assert_array_equal(program(x), [[1 + 2 * 2.0**-8, 2.25]])
 
 
 def _point(x, scale):
