@@ -309,7 +309,8 @@ def _check_drawn(e: Equation, operands: list[Abstract], drawn: set[int]) -> None
             f"`{name}` in {where(e)} drops values by a mask of random numbers, which "
             f"an integer program would freeze.\n  equation: {e}\nLower the model in "
             "inference: `deterministic=True` in Linen, `model.eval()` in NNX, no "
-            "dropout elsewhere."
+            "dropout elsewhere. A mask that stays is a constant: draw it outside of "
+            "the model."
         )
 
 
@@ -329,9 +330,9 @@ _OVER_AXES = names("sum", "maximum", "minimum", "reduction")
 
 def _is_mask(x: Abstract) -> bool:
     """Returns whether a constant is zero or one other number everywhere."""
-    if not isinstance(x, Known):
+    if not isinstance(x, Known | KnownCodes):
         return False
-    numbers = np.unique(x.value)
+    numbers = np.unique(x.value if isinstance(x, Known) else x.codes - x.zero_point)
     return numbers.size == 2 and bool(np.any(numbers == 0))
 
 
