@@ -322,3 +322,54 @@ def test_levels_of_no_grid_stay_refused():
         fn = lambda x, bend=bend: bend(_point(x, 2.0**-4)) @ _point(w, 0.5)
         with pytest.raises(ValueError, match="no grid"):
             qjax.lower(fn, x)
+
+
+def _norm(x):
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+
+
+WHOLES = {"softmax": jax.nn.softmax, "norm": _norm}
+
+
+def behind(whole, word):
+    """A softmax or a norm whose output has a word, at float scales."""
+    rng = np.random.default_rng(0)
+    x, w = (rng.normal(0, 1, n).astype(np.float32) for n in ((6, 8), (8, 8)))
+    fn = lambda p, x: WHOLES[whole](x @ p) @ p
+    rule = qjax.Rule(f"{whole}_0/output", word)
+    qmodel = qjax.quantize_model(fn, w, x, scheme=qjax.Scheme(rules=(rule,)))
+    return qmodel, w, qjax.calibrate(qmodel, w, [x]), x
+
+
+@pytest.mark.parametrize(
+    "whole, word",
+    [
+        ("softmax", "quantized_bits(4,0,0)"),
+        ("softmax", "quantized_tanh(4)"),
+        ("softmax", "ternary(alpha=0.3)"),
+        ("norm", "quantized_bits(6,2)"),
+        ("norm", "quantized_relu(4,2)"),
+        ("norm", qjax.quantizers.LSQ(4)),
+    ],
+)
+def test_words_behind_softmaxes_and_norms_go_from_their_integers(whole, word):
+    *args, x = behind(whole, word)
+    program = qjax.lower(*args, x)
+    found = qjax.verify(program, *args, x)
+    assert found.sites[f"{whole}_0/output"].max_difference == 0, f"\n{found}"
+    assert_equals_oracle(program, x)
+    qmodel, w, qstate = args
+    own = jax.jit(qmodel.apply_integer)(w, qstate, x)
+    np.testing.assert_array_equal(own, program(x))
+    grads = jax.jit(jax.grad(lambda w: (qmodel.apply(w, qstate, x) ** 2).sum()))(w)
+    assert np.all(np.isfinite(grads)) and np.any(grads)
+
+
+def test_a_norm_behind_a_word_that_bends_it_is_refused_with_a_rule():
+    *args, x = behind("norm", "quantized_tanh(4)")
+    with pytest.raises(NotImplementedError, match="a quantizer that bends") as error:
+        qjax.lower(*args, x)
+    assert "Rule('norm_0/output', QSpec(bits=8))" in str(error.value)
+    *args, x = behind("norm", qjax.QSpec(bits=8))
+    qjax.lower(*args, x)

@@ -266,6 +266,11 @@ def _refuse_whole(e: Equation) -> NotImplementedError:
             "that are known or made of inputs of dtype bool: truth values, or 0 and "
             "numbers below -100"
         )
+    if site and e.is_simulated:
+        other += (
+            ", or, where its word is a quantizer that bends it first, give it one that "
+            f"rounds it once: Rule({site!r}, QSpec(bits=8))"
+        )
     return NotImplementedError(
         f"The {said(kind)} in {place} has no integer rule: it is computed in float, as "
         f"one site.\n  equation: {e}\nLower what comes before it and what comes after "
