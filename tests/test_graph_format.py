@@ -57,9 +57,10 @@ def test_fields_are_those_of_the_graph():
 def test_the_example_reads_a_kernel(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    for bits in (2, 8):
+    narrow = (qjax.QSpec(bits, narrow_range=True) for bits in (2, 8))
+    for word in (*narrow, "quantized_po2(4)"):
         params, x = {"w": images(5, 3)}, images(4, 5)
-        scheme = qjax.Scheme(qjax.QSpec(bits, narrow_range=True), qjax.QSpec(8))
+        scheme = qjax.Scheme(word, qjax.QSpec(8))
         own = qjax.quantize_model(lambda p, x: x @ p["w"], params, x, scheme=scheme)
         qstate = qjax.calibrate(own, params, [x], progress=False)
         program = qjax.lower(own, params, qstate, x)

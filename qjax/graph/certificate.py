@@ -94,7 +94,7 @@ class Report:
       overflow: For each accumulator.
       agreement: For each quantization point.
       float_values: Types of floating-point values in ``program.codes``; empty.
-      nbytes: Bytes of the parameters, 2 and 4 bits packed.
+      nbytes: Bytes of the parameters, 2 and 4 bits packed, powers of two by exponents.
       notes: Notes of the program.
       constants: Constants that meet data, each on the grid of its place.
     """

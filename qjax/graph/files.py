@@ -26,7 +26,7 @@ from qjax.graph.manifest import (
     write_manifest,
 )
 from qjax.graph.operations.record import is_integer
-from qjax.graph.packing import pack, storage_bits, unpack
+from qjax.graph.packing import Powers, pack, powers_of, storage_bits, unpack
 from qjax.graph.validation import PARAM_TYPES, validate
 
 _FORMAT = "qjax.integer_program"
@@ -55,7 +55,8 @@ def save(
     """Writes a graph with its parameters to a file, all or nothing.
 
     Kernels and large parameters are tensors of their own, those of 2 and 4 bits packed
-    four and two to the byte (`qjax.graph.packing`). The small ones, and the scales of
+    four and two to the byte, powers of two by exponents (`qjax.graph.packing`). The
+    small ones, and the scales of
     grids, are compressed together in one tensor, the graph in another: the manifest,
     which has the SHA-256 of each tensor as well. Equal programs make equal files.
 
@@ -84,10 +85,14 @@ def save(
         if name not in kernels and small.takes(array):
             places[name] = [str(array.dtype), small.add(smallest(array))]
             continue
-        bits = storage_bits(array)
-        if bits < 8:
-            packed[name] = [bits, list(array.shape)]
-        tensors[name] = pack(array, bits) if bits < 8 else array
+        bits, shape, powers = storage_bits(array), list(array.shape), powers_of(array)
+        if powers is not None:
+            form = [str(array.dtype), powers.least, powers.zero]
+            packed[name] = [powers.bits, shape, form]
+            array, bits = powers.codes(array), powers.bits
+        elif bits < 8:
+            packed[name] = [bits, shape]
+        tensors[name] = pack(array, bits) if name in packed else array
     if golden is not None:
         tensors |= _golden_tensors(graph, golden)
     fields: dict[str, Any] = {
@@ -337,24 +342,44 @@ def _golden(header: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> Gold
 
 
 def _unpacked(packed: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Unpacks the parameters of 2 and 4 bits from their bytes."""
+    """Unpacks the parameters of 2 and 4 bits, and powers of two, from their bytes."""
     if not isinstance(packed, dict):
         raise ValueError(f"Packed parameters must have names, got {packed!r}.")
     found = {}
     for name, form in packed.items():
         if name not in arrays:
             raise ValueError(f"The packed parameter {name!r} is not there.")
-        is_form = isinstance(form, list) and len(form) == 2 and is_integer(form[0])
+        is_form = isinstance(form, list) and len(form) in (2, 3) and is_integer(form[0])
         if not is_form or not isinstance(form[1], list):
             raise ValueError(f"{name!r} must be packed as [bits, shape], got {form!r}.")
-        bits, shape = form
+        bits, shape, *powers = form
         if not all(is_integer(n) and 0 <= n < 1 << 31 for n in shape):
             raise ValueError(f"{name!r} must have a shape, got {shape!r}.")
+        if not powers and bits == 8:
+            raise ValueError(f"{name!r} must be packed in 2 or 4 bits, got 8.")
         try:
-            found[name] = unpack(arrays[name], bits, tuple(shape))
+            codes = unpack(arrays[name], bits, tuple(shape))
         except ValueError as error:
             raise ValueError(f"The parameter {name!r}: {error}") from error
+        found[name] = _numbers(name, codes, bits, *powers) if powers else codes
     return found
+
+
+def _numbers(name: str, codes: np.ndarray, bits: int, form: Any) -> np.ndarray:
+    """Returns the powers of two that codes stand for, in their own type."""
+    is_form = isinstance(form, list) and len(form) == 3 and form[0] in PARAM_TYPES
+    if not is_form or not all(map(is_integer, form[1:])):
+        raise ValueError(f"{name!r} must have powers [type, least, zero], got {form}.")
+    dtype, least, zero = form
+    if not 0 <= least < 32 or zero not in (0, 1):
+        raise ValueError(f"{name!r} must have exponents from 0 to 31, got {form}.")
+    steps = np.where(codes < 0, ~codes.astype(np.int64), codes.astype(np.int64) - zero)
+    if least + int(steps.max(initial=0)) > 31:
+        raise ValueError(f"{name!r} holds powers beyond {dtype}.")
+    numbers = Powers(bits, least, zero).numbers(codes)
+    if not holds(dtype, int(numbers.min(initial=0)), int(numbers.max(initial=0))):
+        raise ValueError(f"{name!r} holds powers beyond {dtype}.")
+    return numbers.astype(dtype)
 
 
 def _check_name(name: str) -> None:

@@ -177,6 +177,30 @@ def find_thresholds(x: Curve, finish: Finish, types: Mapping[int, Any]) -> Thres
     return Thresholds(cuts.astype(np.int32), codes, axis, off or 0, is_certain)
 
 
+def sampled(x: Curve, finish: Finish, types: Mapping[int, Any]) -> np.ndarray | None:
+    """Returns a function at integers all over its range; None if it is NaN there.
+
+    Args:
+      x: The function.
+      finish: Function from real values to integers.
+      types: Value of the trace -> its dtype.
+    """
+    functions, channels, _ = _functions(x)
+    low, high = x.source.low, x.source.high
+    at = np.unique(np.linspace(low, high, _FEW).astype(np.int64))
+    count = int(channels.max(initial=-1)) + 1
+    fn = np.repeat(np.arange(count), len(at))
+    try:
+        found = _runner(x, functions, finish, types)(compiled_once)(
+            fn, np.tile(at, count)
+        )
+    except ValueError:
+        return None
+    return np.unique(found)
+
+
+_FEW = 257  # Integers that show whether a function may lie on a grid.
+
 # Rise or fall all along, beside constants.
 _MONOTONE = frozenset(
     "acosh add add_any asinh atan atanh cbrt ceil clamp convert_element_type copy "

@@ -120,8 +120,14 @@ def rescaled(
       is_exact: Whether they round as the equations do.
 
     Raises:
-      ValueError: for an offset after a pad.
+      ValueError: for an offset after a pad, or a factor of 0.
     """
+    if not rescaling[0]:
+        raise ValueError(
+            f"`{e.primitive.name}` in {e.path or 'the traced function'!r}: {x.source} "
+            f"is multiplied by 0, which leaves nothing of it.\n  equation: {e}\nWrite "
+            "`jnp.zeros_like(x)` in its place, or leave this input out."
+        )
     if rescaling[1] and any(m.primitive.name == "pad" for m in x.moves):
         raise refuse_pad(e, x)
     found = dataclasses.replace(x, rescaling=rescaling, is_exact=is_exact)

@@ -266,6 +266,11 @@ def _refuse_whole(e: Equation) -> NotImplementedError:
             "that are known or made of inputs of dtype bool: truth values, or 0 and "
             "numbers below -100"
         )
+    if site and e.is_simulated:
+        other += (
+            ", or, where its word is a quantizer that bends it first, give it one that "
+            f"rounds it once: Rule({site!r}, QSpec(bits=8))"
+        )
     return NotImplementedError(
         f"The {said(kind)} in {place} has no integer rule: it is computed in float, as "
         f"one site.\n  equation: {e}\nLower what comes before it and what comes after "
@@ -309,7 +314,8 @@ def _check_drawn(e: Equation, operands: list[Abstract], drawn: set[int]) -> None
             f"`{name}` in {where(e)} drops values by a mask of random numbers, which "
             f"an integer program would freeze.\n  equation: {e}\nLower the model in "
             "inference: `deterministic=True` in Linen, `model.eval()` in NNX, no "
-            "dropout elsewhere."
+            "dropout elsewhere. A mask that stays is a constant: draw it outside of "
+            "the model."
         )
 
 
@@ -329,9 +335,9 @@ _OVER_AXES = names("sum", "maximum", "minimum", "reduction")
 
 def _is_mask(x: Abstract) -> bool:
     """Returns whether a constant is zero or one other number everywhere."""
-    if not isinstance(x, Known):
+    if not isinstance(x, Known | KnownCodes):
         return False
-    numbers = np.unique(x.value)
+    numbers = np.unique(x.value if isinstance(x, Known) else x.codes - x.zero_point)
     return numbers.size == 2 and bool(np.any(numbers == 0))
 
 

@@ -1,9 +1,11 @@
 """Operands of rules as integers in the graph."""
 
+import math
 from typing import Any
 
 import numpy as np
 
+from qjax.integer import common_fixed_point
 from qjax.lowering.interpret import refuse, where
 from qjax.lowering.values import (
     Abstract,
@@ -59,23 +61,78 @@ def source_of(builder: Builder, x: ScaledIntegers) -> Integers:
 
 def added(builder: Builder, e: Equation, x: Sum) -> Integers:
     """Adds a sum of codes as an accumulator, where one grid holds all codes exactly."""
+    found = _added_exactly(builder, x, e)
+    if found is None:
+        raise refuse(e, x, "input")
+    return found
+
+
+def summed(builder: Builder, e: Equation, x: Sum) -> Integers:
+    """Adds a sum of codes as an accumulator that a function starts from.
+
+    Its unit is that of the finest codes where it holds the others exactly, else a power
+    of two of which the largest sum has about 2^21, finer than float32 rounds such sums.
+    """
+    found = _added_exactly(builder, x, e)
+    if found is not None:
+        return found
+    terms = [t for t, _ in x.terms]
+    if any(np.ndim(t.scale) for t in terms):
+        raise refuse(e, x, "input")
+    most = sum(max(abs(b) for b in _ends(t)) * float(t.scale) for t in terms)
+    bits = min(_FINE_BITS, int(builder.most(x.place.sites.output)).bit_length() - 1)
+    unit = 2.0 ** (math.frexp(most)[1] - bits)
+    if not 2.0**-126 <= unit <= 2.0**100:
+        raise refuse(e, x, "input")
+    ratios = np.array([sign * float(t.scale) / unit for t, sign in x.terms])
+    multipliers, shift = common_fixed_point(ratios)
+    factors = [int(m) for m in multipliers]
+    ends = [
+        sorted(m * b for b in _ends(t)) for t, m in zip(terms, factors, strict=True)
+    ]
+    half = 1 << int(shift)
+    low, high = (sum(pair[k] for pair in ends) for k in (0, 1))
+    low, high = low // half - 1, high // half + 1
+    key = tuple((t.value, sign) for t, sign in x.terms) + ("fine",)
+    if key not in builder.placed:
+        value = _add_sum(builder, e, terms, factors, (low, high), int(shift))
+        builder.placed[key] = value, low, high
+    value, *_ = builder.placed[key]
+    return Integers(
+        value=value,
+        scale=np.asarray(unit),
+        low=low,
+        high=high,
+        is_gain_exact=False,
+        bounds=x.bounds,
+        place=x.place,
+    )
+
+
+_FINE_BITS = 22  # Bits of a sum on several scales, the sign left out and one to spare.
+
+
+def _ends(x: Integers) -> tuple[int, int]:
+    return x.low - x.zero_point, x.high - x.zero_point
+
+
+def _added_exactly(builder: Builder, x: Sum, e: Equation) -> Integers | None:
+    """Adds a sum in the unit of its finest codes; None where that holds not all."""
     terms = [t for t, _ in x.terms]
     scale = min(float(t.scale) for t in terms)
     factors = [sign * float(t.scale) / scale for t, sign in x.terms]
     ends = [
-        sorted(f * (end - t.zero_point) for end in (t.low, t.high))
-        for t, f in zip(terms, factors, strict=True)
+        sorted(f * end for end in _ends(t)) for t, f in zip(terms, factors, strict=True)
     ]
     low, high = (sum(pair[k] for pair in ends) for k in (0, 1))
     limit = builder.most(x.place.sites.output)
     is_whole = all(f == int(f) for f in factors)
-    if e.is_of_quantizer and not is_whole:
-        raise _refuse_sum(e, x)
     if not is_whole or not -limit - 1 <= low <= high <= limit:
-        raise refuse(e, x, "input")
+        return None
     key = tuple((t.value, sign) for t, sign in x.terms)
     if key not in builder.placed:
-        value = _add_sum(builder, e, terms, factors, (int(low), int(high)))
+        own = [int(f) for f in factors]
+        value = _add_sum(builder, e, terms, own, (int(low), int(high)), 0)
         builder.placed[key] = value, int(low), int(high)
     value, *_ = builder.placed[key]
     return Integers(
@@ -89,36 +146,22 @@ def added(builder: Builder, e: Equation, x: Sum) -> Integers:
     )
 
 
-def _refuse_sum(e: Equation, x: Sum) -> ValueError:
-    """Returns the error for a quantizer of a sum that no grid holds."""
-    site = x.place.sites.output
-    sites = dict.fromkeys(t.place.sites.output or t.place.path for t, _ in x.terms)
-    word = "QSpec(bits=8, power_of_two=True)"
-    rules = ", ".join(f"Rule({name!r}, {word})" for name in filter(None, sites))
-    return ValueError(
-        f"The quantizer at {site or where(e)!r} is of a sum of codes on two scales, "
-        f"which no grid holds, and its levels are not those of a grid alone.\n"
-        f"  equation: {e}\nGive what it adds scales that are powers of two, as with "
-        f"{rules or word}, or quantize the sum on a grid: "
-        f"Rule({site or '...'!r}, QSpec(bits=8))."
-    )
-
-
 def _add_sum(
     builder: Builder,
     e: Equation,
     terms: list[Integers],
-    factors: list[float],
+    factors: list[int],
     ends: tuple[int, int],
+    shift: int,
 ) -> int:
-    """Adds whole multiples of codes to the graph as a sum."""
+    """Adds multiples of codes to the graph as a sum."""
     return builder.add(
         "add",
         tuple(t.value for t in terms),
         {
             "input_zero_points": [t.zero_point for t in terms],
-            "multipliers": [int(f) for f in factors],
-            "shift": 0,
+            "multipliers": factors,
+            "shift": shift,
             "zero_point": 0,
             "low": ends[0],
             "high": ends[1],

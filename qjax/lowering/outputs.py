@@ -11,6 +11,7 @@ from qjax.lowering.constants import add_constant, exact_grid
 from qjax.lowering.interpret import refuse
 from qjax.lowering.operands import added, settled
 from qjax.lowering.rules.functions import add_exact_table, add_table
+from qjax.lowering.rules.whole import whole_numbers
 from qjax.lowering.values import (
     Abstract,
     Builder,
@@ -18,6 +19,7 @@ from qjax.lowering.values import (
     Integers,
     Known,
     KnownCodes,
+    Real,
     ScaledIntegers,
     Sum,
 )
@@ -42,6 +44,12 @@ def add_output(
         x = add_exact_table(builder, x, traced.shape(v), x.place.path or "output") or x
     if isinstance(x, Sum):
         x = _summed(builder, last, x, k)
+    if isinstance(x, Real) and v in traced.inputs:
+        raise ValueError(
+            f"Output {k} is {x.source} as it is: no integers stand for it. Leave it "
+            "out of what the function returns, or return it quantized, by "
+            "`qjax.fake_quant`."
+        )
     if not isinstance(x, ScaledIntegers) or x.dtype:
         raise refuse(last, x, f"output {k}")
     x = settled(builder, last, traced, x)
@@ -79,6 +87,8 @@ def _whole_output(builder: Builder, k: int, x: Abstract, traced: Trace) -> int:
         own = dataclasses.replace(builder.values[value], dtype_of_model=dtype)
         builder.values[value] = own
         return value
+    if isinstance(x, Real) and x.input is not None and x.dtype:
+        x = whole_numbers(builder, last, traced, x, v, f"output {k}")
     if not isinstance(x, ScaledIntegers) or not x.dtype or x.gain is not None:
         raise refuse(last, x, f"output {k}")
     x = settled(builder, last, traced, x)

@@ -73,7 +73,7 @@ def _reason(
     try:
         other = lower(inputs)
     except Exception as error:  # Whatever the model raises for another size.
-        text = str(error).strip().partition("\n")[0]
+        text = str(error).strip().partition("\n")[0].rstrip(".")
         return f"the model: with {sizes[1]} it raises {type(error).__name__}: {text}"
     node = _first_difference(found[1:], other[1:])
     if node is None:

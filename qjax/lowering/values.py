@@ -331,6 +331,8 @@ class Builder(GraphBuilder):
         self.notes: list[str] = []  # What the program does otherwise than the model.
         # What an accumulator is made of -> its value, its least and largest integer.
         self.placed: dict[Any, tuple[int, int, int]] = {}
+        # A joined value of the trace, a part of it -> the part, and it within bounds.
+        self.bounded: dict[tuple[int, int], tuple[Abstract, Curve]] = {}
 
     # What the pass gives for the bodies of loops: the form that it interprets a trace
     # in, the results of interpreting one, some of its values given, and known values

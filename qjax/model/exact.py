@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from qjax.affine import QParams, QSpec
 from qjax.integer_calls import IntegerCall, on_grid
+from qjax.model.common_scales import CodeEnds
 
 
 class Exact(NamedTuple):
@@ -41,13 +42,13 @@ class Exact(NamedTuple):
         return jnp.asarray(1.0 / scale, self.real.dtype)
 
     def on_grid(
-        self, params: QParams, spec: QSpec, *, is_clipped: bool = True
+        self, params: QParams, spec: QSpec | CodeEnds, *, is_clipped: bool = True
     ) -> jax.Array:
         """Returns the value on a grid.
 
         Args:
           params: The grid.
-          spec: Its word.
+          spec: Its word, or the ends of its codes.
           is_clipped: Whether its derivative is 0 where the largest code saturates.
 
         Returns:

@@ -11,6 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 
 from qjax import quantizers
@@ -18,11 +19,13 @@ from qjax.affine import QParams, QSpec, fake_quant
 from qjax.calibration.calibrator import Calibrator, check_calibrated
 from qjax.calls import shared
 from qjax.estimators import clipped_ste, plain_ste
+from qjax.integer_calls import SoftmaxCall
 from qjax.mesh_axes import axes_of, ends_of, joined
-from qjax.model.common_scales import held_scale
+from qjax.model.common_scales import CodeEnds, held_scale
 from qjax.model.exact import Exact
 from qjax.model.visits import Biases, Pending, Visit
 from qjax.qpoint import Estimator, known_zeros
+from qjax.quantizers.point import make_point
 from qjax.quantizers.spec import Spec, is_known
 from qjax.ranges import abs_max_params, reduce_range
 from qjax.schemes.patterns import Site
@@ -126,7 +129,10 @@ class Quantizer:
         """Rounds to the grid of the state's range, or to a known grid."""
         spec = self.choices[site].word
         if not isinstance(spec, QSpec):
-            x = x if unit is None else x * unit.per(1.0)
+            if isinstance(unit, Exact) and spec is not None and self.key is None:
+                x = self._in_integers(site, x, unit, spec)
+            elif unit is not None:
+                x = x * unit.per(1.0)
             return self._apply(site, x, spec)
         if site.name not in self.qstate:
             raise ValueError(
@@ -153,6 +159,25 @@ class Quantizer:
         ones = params._replace(scale=jnp.ones_like(params.scale))
         codes = self._round(site, steps, ones, spec)
         return visit(codes * params.scale.astype(x.dtype))
+
+    def _in_integers(
+        self, site: Site, x: jax.Array, unit: Exact, spec: Spec
+    ) -> jax.Array:
+        """Returns what integers compute, on the grid from which a quantizer goes.
+
+        That is the grid of the quantizer, if its codes are one rounding, else for a
+        softmax one of 2^-15; other values stay real.
+        """
+        point = make_point(spec, None, x, *self._learned(site, spec))
+        is_line, scale = point.is_direct and not point.is_curve, point.scale
+        if is_line and scale is not None and scale.size == 1:
+            scale, zero = lax.stop_gradient(scale).reshape(()), point.zero_point
+            zero = known_zeros(()) if zero is None else jnp.reshape(zero, ())
+            return unit.on_grid(QParams(scale, zero), CodeEnds(point.qmin, point.qmax))
+        if isinstance(unit.call, SoftmaxCall):
+            fine = QParams(jnp.float32(2.0**-15), known_zeros(()))
+            return unit.on_grid(fine, CodeEnds(0, 2**15 - 1))
+        return x * unit.per(1.0)
 
     def bias(self, site: Site, x: jax.Array) -> Visit:
         """Rounds a bias by a quantizer; an affine word waits for the accumulator."""

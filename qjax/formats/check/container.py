@@ -59,6 +59,14 @@ def inflated(tensor, most):
     return found
 
 
+def powers_of_two(codes, least, zero):
+    """Returns the signed powers of two that codes stand for, and 0 if 0 does."""
+    size = least + np.where(codes < 0, -1 - codes, codes - zero)
+    need(zero in (0, 1) and np.max(size, initial=0) < 32, "a power is beyond 2^31")
+    need(type(least) is int and least >= 0, "an exponent is negative")
+    return np.where(codes < 0, -1, codes >= zero) * 2 ** np.maximum(size, 0)
+
+
 class Program(NamedTuple):
     """The contents of a file.
 
@@ -104,10 +112,15 @@ def program(data):
         ends = [int(f(small[k], initial=0)) for f in (np.min, np.max)]
         need(type(k) is int and k >= 0 and holds(dtype, *ends), f"{name!r}: {dtype}")
         params[name], types[name] = small[k].astype("i8"), dtype
-    for name, (bits, shape) in fields["packed"].items():
-        need(bits in (2, 4) and tensors[name].dtype == "u1", f"{name!r} is not packed")
+    for name, (bits, shape, *powers) in fields["packed"].items():
+        known = bits in ((2, 4, 8) if powers else (2, 4))
+        need(known and tensors[name].dtype == "u1", f"{name!r} is not packed")
         codes = (params[name][:, None] >> np.arange(0, 8, bits)) % (1 << bits)
         codes = codes.reshape(-1)[: math.prod(shape)].reshape(shape)
         params[name] = codes - ((codes >> (bits - 1)) << bits)  # Two's complement.
         types[name] = "int8"
+        for dtype, least, zero in powers:
+            params[name], types[name] = powers_of_two(params[name], least, zero), dtype
+            ends = [int(f(params[name], initial=0)) for f in (np.min, np.max)]
+            need(holds(dtype, *ends), f"{name!r}: {dtype}")
     return Program(fields, small, params, types, golden, len(sums) + 1)

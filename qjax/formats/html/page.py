@@ -13,7 +13,7 @@ from qjax.formats.support import check_whole
 from qjax.graph import reference
 from qjax.graph.atomic import write_atomically
 from qjax.graph.graph import Value
-from qjax.graph.packing import nbytes, storage_bits
+from qjax.graph.packing import nbytes, stored_bits
 from qjax.leaves import arguments_of
 from qjax.program import IntegerProgram
 from qjax.tables import Markup, Row, html_table
@@ -144,7 +144,7 @@ def _parameters(program: IntegerProgram) -> str:
         grid = program.graph.grids.get(name)
         ends = (int(x.min()), int(x.max())) if x.size else (0, 0)
         scale = "" if grid is None else _range(grid.array())
-        size = list(x.shape), storage_bits(x), f"{nbytes(x):,}"
+        size = list(x.shape), stored_bits(x), f"{nbytes(x):,}"
         figure = Markup(histogram(x, *ends) if x.size > 1 else "")
         rows.append((name, *size, *ends, scale, figure))
     head = "parameter", "shape", "bits", "bytes", "least", "largest", "scale", "codes"

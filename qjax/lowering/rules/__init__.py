@@ -10,6 +10,7 @@ from qjax.lowering.interpret import LoweringRule
 from qjax.lowering.rules.arithmetic import ARITHMETIC
 from qjax.lowering.rules.casts import CASTS
 from qjax.lowering.rules.choices import CHOICES
+from qjax.lowering.rules.distribution import distributed
 from qjax.lowering.rules.functions import FUNCTIONS
 from qjax.lowering.rules.gathers import GATHERS
 from qjax.lowering.rules.lookups import LOOKUPS
@@ -25,21 +26,23 @@ from qjax.lowering.rules.whole import extended
 
 __all__ = ("RULES",)
 
-RULES: Mapping[str, LoweringRule] = extended(
-    {
-        **ARITHMETIC,
-        **CASTS,
-        **CHOICES,
-        **FUNCTIONS,
-        **GATHERS,
-        **LOOKUPS,
-        **LOOPS,
-        **LSTMS,
-        **MOVES,
-        **NORMALISATIONS,
-        **POINTS,
-        **PRODUCTS,
-        **REDUCTIONS,
-        **SORTS,
-    }
+RULES: Mapping[str, LoweringRule] = distributed(
+    extended(
+        {
+            **ARITHMETIC,
+            **CASTS,
+            **CHOICES,
+            **FUNCTIONS,
+            **GATHERS,
+            **LOOKUPS,
+            **LOOPS,
+            **LSTMS,
+            **MOVES,
+            **NORMALISATIONS,
+            **POINTS,
+            **PRODUCTS,
+            **REDUCTIONS,
+            **SORTS,
+        }
+    )
 )

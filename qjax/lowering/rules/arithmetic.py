@@ -15,8 +15,8 @@ from qjax.lowering.inputs import rescaled
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.rules.bounds import bound, clamp
 from qjax.lowering.rules.functions import curve, per_channel
+from qjax.lowering.rules.levels import factor_on_grid, on_grid
 from qjax.lowering.rules.products import multiply, multiply_codes, reopened
-from qjax.lowering.rules.whole import exact_codes
 from qjax.lowering.values import (
     Abstract,
     Builder,
@@ -61,7 +61,7 @@ def _add(
         return _add_known(builder, e, a, b, sign)
     if isinstance(b, Known | KnownCodes):
         return _add_known(builder, e, a, b, sign)
-    a, b = (exact_codes(builder, e, trace, *pair) for pair in _pairs(e, a, b))
+    a, b = (factor_on_grid(builder, e, trace, *pair) for pair in _pairs(e, a, b))
     left, right = _terms(e, a), _terms(e, b)
     right = tuple((t, s * sign) for t, s in right)
     return Sum(left + right, place=e.place)
@@ -268,7 +268,7 @@ def _mul(builder: Builder, e: Equation, trace: Trace, *operands: Abstract) -> Ab
             return _rescaled(builder, e, trace, (a, b), factor.reshape(()))
         return _scaled(e, a, factor, b, is_quotient=True)
     if not any(isinstance(x, Known | KnownCodes) for x in (a, b)):
-        a, b = (exact_codes(builder, e, trace, *pair) for pair in _pairs(e, a, b))
+        a, b = (factor_on_grid(builder, e, trace, *pair) for pair in _pairs(e, a, b))
     x, known = (b, a) if isinstance(a, Known | KnownCodes) else (a, b)
     if isinstance(x, ScaledIntegers) and isinstance(known, ScaledIntegers):
         if _are_same_codes(x, known) and x.high - x.low < 1 << 16:
@@ -295,7 +295,7 @@ def _numbers_made_real(
     is_single = all(math.prod(shape) == 1 for shape in others)
     if not isinstance(x, Real) or is_single:
         return x
-    return exact_codes(builder, e, trace, x, v)
+    return on_grid(builder, e, trace, x, v)
 
 
 def _are_same_codes(x: Abstract, y: Abstract) -> bool:

@@ -22,7 +22,7 @@ from qjax.lowering.constants import (
 )
 from qjax.lowering.entries import as_codes
 from qjax.lowering.interpret import LoweringRule, refuse, where
-from qjax.lowering.operands import added, settled, source_of
+from qjax.lowering.operands import settled, source_of, summed
 from qjax.lowering.rules.functions import add_table, curve
 from qjax.lowering.rules.whole import exact_codes, joined_whole, whole_numbers
 from qjax.lowering.values import (
@@ -127,7 +127,7 @@ def _source(builder: Builder, e: Equation, x: Abstract) -> int | None:
         return x.source.value
     if isinstance(x, Sum):
         try:
-            return added(builder, e, x).value
+            return summed(builder, e, x).value
         except ValueError:  # No grid holds it.
             return None
     return source_of(builder, x).value if isinstance(x, ScaledIntegers) else None

@@ -19,7 +19,7 @@ from qjax.lowering.evaluation import (
     tabulate,
 )
 from qjax.lowering.interpret import UNKNOWN, LoweringRule, refuse, where
-from qjax.lowering.operands import added, source_of
+from qjax.lowering.operands import source_of, summed
 from qjax.lowering.values import (
     Abstract,
     Builder,
@@ -141,7 +141,7 @@ def as_curve(builder: Builder, e: Equation, v: int, x: Abstract) -> Curve:
     if isinstance(x, Integers) and x.rescaled is not None:
         return _ending(x.rescaled, v)
     if isinstance(x, Sum):
-        x = added(builder, e, x)
+        x = summed(builder, e, x)
     if not isinstance(x, ScaledIntegers):
         raise refuse(e, x, "input")
     source, past = source_of(builder, x), x.past

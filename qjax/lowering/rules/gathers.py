@@ -13,8 +13,9 @@ from qjax.graph.operations.gathers import updates_at_most
 from qjax.lowering.constants import add_constant, codes_on, exact_grid
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import settled
+from qjax.lowering.rules.levels import on_grid
 from qjax.lowering.rules.products import AccumulatorOverflowError
-from qjax.lowering.rules.whole import exact_codes, places_of
+from qjax.lowering.rules.whole import places_of
 from qjax.lowering.values import (
     Abstract,
     Builder,
@@ -128,7 +129,7 @@ def _table(
     if not trace.is_real(v):
         found = places_of(builder, e, trace, x, v, "table")
         return found, np.ones(())
-    x = exact_codes(builder, e, trace, x, v)
+    x = on_grid(builder, e, trace, x, v)
     if isinstance(x, Known | Real):
         raise refuse(e, x, "table")
     found = settled(builder, e, trace, x)
@@ -307,7 +308,7 @@ def _scatter_add(
         if isinstance(x, Known) and not np.any(x.value):
             return found
         raise refuse(e, x, "operand")
-    x = settled(builder, e, trace, exact_codes(builder, e, trace, x, e.inputs[0]))
+    x = settled(builder, e, trace, on_grid(builder, e, trace, x, e.inputs[0]))
     if not x.is_codes or np.ndim(x.scale):
         raise refuse(e, x, "operand")
     return Sum(((x, 1.0), (found, 1.0)), place=e.place)
@@ -329,7 +330,7 @@ def _updates(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Intege
         value = add_constant(builder, exact[1], grid, name=f"{path}/updates", path=path)
         kind: Any = {"dtype": "", "is_codes": True, "scale": np.asarray(exact[0])}
         return dataclasses.replace(builder.numbers(value, e.place), **kind)
-    found = settled(builder, e, trace, exact_codes(builder, e, trace, x, v))
+    found = settled(builder, e, trace, on_grid(builder, e, trace, x, v))
     if np.ndim(found.scale) or found.gain is not None:
         raise refuse(e, found, "updates")
     return found

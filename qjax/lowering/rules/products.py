@@ -9,9 +9,9 @@ import numpy as np
 from qjax.graph.builder import compact
 from qjax.graph.graph import Grid
 from qjax.graph.operations.products import channel_ends, product_ends
-from qjax.lowering.constants import scale_grid
+from qjax.lowering.constants import exact_grid, scale_grid
 from qjax.lowering.interpret import LoweringRule, refuse, where
-from qjax.lowering.rules.whole import exact_codes
+from qjax.lowering.rules.levels import factor_on_grid
 from qjax.lowering.values import (
     Abstract,
     Builder,
@@ -42,7 +42,7 @@ def _dot_general(
     builder: Builder, e: Equation, trace: Trace, a: Abstract, b: Abstract
 ) -> Abstract:
     a, b = (
-        exact_codes(builder, e, trace, x, v)
+        factor_on_grid(builder, e, trace, x, v)
         for x, v in zip((a, b), e.inputs, strict=True)
     )
     if not isinstance(a, Known | KnownCodes) and not isinstance(b, Known | KnownCodes):
@@ -126,7 +126,7 @@ def _conv(
             f"There is no integer rule for this convolution, met in {where(e)}.\n"
             f"  equation: {e}"
         )
-    x = exact_codes(builder, e, trace, x, e.inputs[0])
+    x = factor_on_grid(builder, e, trace, x, e.inputs[0])
     return _product(builder, e, trace, x, w, 1)
 
 
@@ -136,6 +136,34 @@ def contracted_axes(e: Equation, operand: int, rank: int) -> tuple[int, ...]:
     if e.primitive.name == "dot_general":
         return tuple(dimensions[0][operand])
     return tuple(d for d in range(rank) if d != dimensions.rhs_spec[0])
+
+
+def _levels(w: Known, e: Equation) -> Known | KnownCodes:
+    """Returns a kernel as codes where a grid of 16 bits holds all its values exactly.
+
+    Such are powers of two over at most 16 exponents, and matrices of zeros and ones.
+    """
+    exact = exact_grid(w.value)
+    if exact is None or np.max(np.abs(exact[1]), initial=0) > _MOST_LEVEL:
+        _check_powers(w, e)
+        return w
+    scale, zero = np.asarray(np.float32(exact[0])), np.zeros((), np.int32)
+    return KnownCodes(exact[1], scale, zero, e.sites.weight or "kernel")
+
+
+_MOST_LEVEL = 1 << 15  # Largest code of a constant kernel.
+
+
+def _check_powers(w: Known, e: Equation) -> None:
+    """Raises ValueError for powers of two over more exponents than a kernel holds."""
+    mantissas, exponents = np.frexp(w.value[w.value != 0])
+    if not np.all(np.abs(mantissas) == 0.5):
+        return
+    raise ValueError(
+        f"The kernel of `{e.primitive.name}` in {where(e)} holds powers of two over "
+        f"{int(np.ptp(exponents)) + 1} exponents, and one of 16-bit codes holds 16.\n"
+        f"  equation: {e}\nUse fewer bits for the exponents: `quantized_po2(5)`."
+    )
 
 
 def _product(
@@ -148,6 +176,7 @@ def _product(
 ) -> Abstract:
     if not isinstance(x, Integers) or not x.is_codes:
         raise refuse(e, x, "input")
+    w = _levels(w, e) if isinstance(w, Known) else w
     if not isinstance(w, KnownCodes):
         raise refuse(e, w, "kernel")
     rank = len(trace.shape(e.outputs[0]))

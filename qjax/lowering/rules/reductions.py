@@ -11,9 +11,10 @@ from qjax.graph.operations.arithmetic import TYPES
 from qjax.graph.operations.moves import sees_inputs
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import emitted, settled
+from qjax.lowering.rules.levels import on_grid
 from qjax.lowering.rules.moves import add_move
 from qjax.lowering.rules.products import AccumulatorOverflowError, multiply_codes
-from qjax.lowering.rules.whole import exact_codes, whole_numbers
+from qjax.lowering.rules.whole import whole_numbers
 from qjax.lowering.values import Abstract, Builder, Integers, PendingAccumulator
 from qjax.model.trace import Equation, Trace
 
@@ -86,7 +87,7 @@ def _numbers(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Abstra
     """Returns whole numbers, and functions of them, as integers in the graph."""
     v = e.inputs[0]
     if trace.is_real(v):
-        return exact_codes(builder, e, trace, x, v)
+        return on_grid(builder, e, trace, x, v)
     return whole_numbers(builder, e, trace, x, v, "input")
 
 

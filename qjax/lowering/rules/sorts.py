@@ -10,8 +10,9 @@ from jax import lax
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.operands import settled
 from qjax.lowering.rules.gathers import read_places
+from qjax.lowering.rules.levels import on_grid
 from qjax.lowering.rules.moves import add_move, placed
-from qjax.lowering.rules.whole import exact_codes, places_of
+from qjax.lowering.rules.whole import places_of
 from qjax.lowering.values import Abstract, Builder, Integers, Known
 from qjax.model.trace import Equation, Trace
 
@@ -52,7 +53,7 @@ def _key(builder: Builder, e: Equation, trace: Trace, x: Abstract) -> Integers:
     v = e.inputs[0]
     if not trace.is_real(v):
         return places_of(builder, e, trace, x, v, "key")
-    x = exact_codes(builder, e, trace, x, v)
+    x = on_grid(builder, e, trace, x, v)
     if not isinstance(x, Integers) or not x.is_codes or np.ndim(x.scale):
         raise refuse(e, x, "input")
     x = settled(builder, e, trace, x)
