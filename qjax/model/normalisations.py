@@ -360,9 +360,11 @@ class Normalisations:
         if name == "select_n" and kind == LOG_SOFTMAX:
             fills = (constant_of(self.model, u, self.flow.source) for u in others)
             return any(x is not None and bool(np.all(x == -np.inf)) for x in fills)
-        if name == "select_n":
-            return e.inputs[0] in self.flow.side and all(
-                u in self.flow.side or u not in self.data for u in others
+        if name == "select_n":  # A norm is selected from behind its site.
+            return (
+                kind != NORM
+                and e.inputs[0] in self.flow.side
+                and all(u in self.flow.side or u not in self.data for u in others)
             )
         if kind != NORM:
             return (kind == LOG_SOFTMAX and name in _POWERS) or (
