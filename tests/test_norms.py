@@ -285,6 +285,11 @@ BY_HAND = {
     "gain on the root": lambda h, p: h * (p["gain"][:5, None] / _root(h)),
     "large epsilon": lambda h, p: _standard(h, epsilon=50.0),
     "power": lambda h, p: (h - _mean(h)) * (h.var(-1, keepdims=True) + 1e-5) ** -0.5,
+    "square by a power": lambda h, p: h / jnp.sqrt(_mean(jax.lax.pow(h, 2.0)) + 1e-6),
+    "gain behind its groups": lambda h, p: (
+        _standard(h.reshape(-1, 5, 2, 4), (1, 3)).reshape(h.shape) * p["gain"]
+        + p["bias"]
+    ),
     "all axes": lambda h, p: _standard(h, (1, 2)) * 2,
     "no gain": lambda h, p: _standard(h) * 0 * p["gain"] + p["bias"],
     "swapped": lambda h, p: jnp.swapaxes(_standard(jnp.swapaxes(h, 1, 2)), 1, 2),

@@ -198,6 +198,8 @@ class _NormReader(FormReader):
             return None if getattr(x, "is_scaled", True) else inverse(x)
         if name == "pow" and own[1] is OUTSIDE:
             power = self.number(eqn.invars[1])
+            if power == 2:
+                return self._product(eqn, [x, x])
             return root(x, int(2 * power)) if power in (0.5, -0.5) else None
         if name == "neg":
             if isinstance(x, Root):  # No floor goes on: it would be a ceiling.
