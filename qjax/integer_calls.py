@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax import integer_norm
+from qjax import integer_masked_norm, integer_norm
 from qjax.affine import QParams
 from qjax.calls import shared
 from qjax.integer import traced_fixed_point, traced_ratio
@@ -170,21 +170,12 @@ class NormCall(NamedTuple):
     @property
     def name(self) -> str:
         """Returns the name of the call, which `parse` reads."""
-        reals = (struct.pack(">d", x).hex() for x in self[3:6])
-        flags = (str(int(x)) for x in (self.is_centred, *self[6:]))
-        places = ("_".join(map(str, x)) for x in self[:2])
-        return f"{INTEGER}norm.{'.'.join((*places, *reals, *flags))}"
+        return f"{INTEGER}norm.{_of_norm(self)}"
 
     @staticmethod
     def parse(e: Any) -> "NormCall":
         """Reads the name of an equation."""
-        _, axes, groups, *rest = integer_of(e).split(".")
-        real = lambda x: struct.unpack(">d", bytes.fromhex(x))[0]
-        places = lambda x: tuple(map(int, x.split("_")))
-        epsilon, floor, factor = map(real, rest[:3])
-        is_centred, *flags = (x == "1" for x in rest[3:])
-        numbers = is_centred, epsilon, floor, factor
-        return NormCall(places(axes), places(groups), *numbers, *flags)
+        return NormCall(*_norm_fields(e))
 
     def codes(self, x: jax.Array, unit: jax.Array, others: Any, grid: Any) -> Any:
         """Returns codes, int32, and whether each is within its ends without a clip.
@@ -224,6 +215,98 @@ class NormCall(NamedTuple):
         return self.factor * 2.0 ** -integer_norm.fraction(count, self.is_centred)
 
 
+class MaskedNormCall(NamedTuple):
+    """A normalisation of codes by what a mask keeps, known before it is traced.
+
+    Attributes:
+      axes: Axes that a group goes along.
+      groups: Groups that each of them is split into.
+      is_centred: Whether values are about the mean of what is kept, else about zero.
+      epsilon: Number that is added to a variance, in squares of the unit of the values.
+      floor: Least variance, in the same unit.
+      factor: Factor of all values.
+      has_gain: Whether known numbers scale it by place.
+      has_offset: Whether known numbers are added.
+      is_byte: Whether the codes of the input are 256 at most.
+      least: Least count of what is kept in a group, 0 or 1.
+    """
+
+    axes: tuple[int, ...]
+    groups: tuple[int, ...]
+    is_centred: bool
+    epsilon: float
+    floor: float
+    factor: float
+    has_gain: bool
+    has_offset: bool
+    is_byte: bool
+    least: int
+
+    @property
+    def name(self) -> str:
+        """Returns the name of the call, which `parse` reads."""
+        return f"{INTEGER}masked_norm.{_of_norm(self)}.{self.least}"
+
+    @staticmethod
+    def parse(e: Any) -> "MaskedNormCall":
+        """Reads the name of an equation."""
+        fields: Any = (*_norm_fields(e), int(integer_of(e)[-1]))
+        return MaskedNormCall(*fields)
+
+    def codes(self, x: jax.Array, unit: jax.Array, others: Any, grid: Any) -> Any:
+        """Returns codes, int32, and whether each is within its ends without a clip.
+
+        Args:
+          x: Values on a grid.
+          unit: Its scale.
+          others: The mask, truth values; gain and offset, those that it has.
+          grid: Scale, zero point, least and largest code of the site.
+        """
+        scale, *ends = grid
+        count = integer_norm.places(x.shape, self.axes, self.groups)
+        found = integer_masked_norm.normalised(
+            _steps(x, unit),
+            others[0],
+            self.axes,
+            self.groups,
+            *shared(_added_to_mean, unit, self, count),
+            least=self.least,
+            is_centred=self.is_centred,
+        )
+        gain, offset = self.affine(others[1:])
+        numbers = shared(_scaled, gain, offset, scale, np.int32(0), self, count)
+        return integer_masked_norm.coded(*found, *numbers, *ends)
+
+    def affine(self, others: Any) -> tuple[Any, Any]:
+        """Returns gain and offset among what is known of a call, or 1 and 0."""
+        gain = others[0] if self.has_gain else np.ones((), np.float32)
+        return gain, others[-1] if self.has_offset else np.zeros((), np.float32)
+
+    def unit(self, count: int) -> float:
+        """Returns the factor from values of `fraction` bits to those without gain.
+
+        Args:
+          count: Number of codes in a group.
+        """
+        return self.factor * 2.0 ** -integer_norm.fraction(count, True)
+
+
+def _of_norm(call: NormCall | MaskedNormCall) -> str:
+    """Returns the fields that both norms have, as `_norm_fields` reads them."""
+    reals = (struct.pack(">d", x).hex() for x in call[3:6])
+    flags = (str(int(x)) for x in (call.is_centred, *call[6:9]))
+    places = ("_".join(map(str, x)) for x in call[:2])
+    return ".".join((*places, *reals, *flags))
+
+
+def _norm_fields(e: Any) -> tuple[Any, ...]:
+    _, axes, groups, *rest = integer_of(e).split(".")
+    real = lambda x: struct.unpack(">d", bytes.fromhex(x))[0]
+    places = lambda x: tuple(map(int, x.split("_")))
+    is_centred, *flags = (x == "1" for x in rest[3:7])
+    return places(axes), places(groups), is_centred, *map(real, rest[:3]), *flags
+
+
 class DivideCall(NamedTuple):
     """A quotient of the codes of two values."""
 
@@ -258,7 +341,7 @@ def begun(x: jax.Array, grid: QParams) -> jax.Array:
     return found
 
 
-IntegerCall = SoftmaxCall | NormCall | DivideCall
+IntegerCall = SoftmaxCall | NormCall | MaskedNormCall | DivideCall
 
 
 def on_grid(
@@ -333,12 +416,20 @@ def _added(unit: jax.Array, call: NormCall, count: int) -> Any:
         return integer_norm.added(epsilon, floor, count, *kind, jnp)
 
 
+def _added_to_mean(unit: jax.Array, call: MaskedNormCall, count: int) -> Any:
+    with jax.enable_x64(True):
+        square = unit.astype(jnp.float64) * unit.astype(jnp.float64)  # Exact.
+        epsilon = traced_ratio([jnp.float64(call.epsilon)], square)
+        floor = traced_ratio([jnp.float64(call.floor)], square)
+        return integer_masked_norm.added(epsilon, floor, count, jnp)
+
+
 def _scaled(
     gain: Any,
     offset: Any,
     scale: jax.Array,
     more: jax.Array,
-    call: NormCall,
+    call: NormCall | MaskedNormCall,
     count: int,
 ) -> Any:
     with jax.enable_x64(True):

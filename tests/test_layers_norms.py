@@ -421,15 +421,30 @@ def test_off_grids_of_one_scale_norms_are_float_and_lower_says_so(name):
             qjax.lower(run, x)
 
 
-def test_masked_statistics_are_float_and_lower_says_so():
-    x, mask = values((4, 8)), np.arange(8) < 5
-    layer = ql.QLayerNorm()
+MASKED = {
+    "known": (lambda: ql.QLayerNorm(), nn.LayerNorm(), np.arange(8) < 5),
+    "rms": (lambda: ql.QRMSNorm(), nn.RMSNorm(), None),
+    "groups": (lambda: ql.QGroupNorm(num_groups=2), nn.GroupNorm(num_groups=2), None),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masked_statistics_ship(name):
+    make, base, mask = MASKED[name]
+    x, layer = values((4, 6, 8)), make()
     variables = calibrated(layer, x)
-    run = lambda x: layer.apply(variables, x, mask=mask)
-    wanted = nn.LayerNorm().apply(variables, x, mask=mask)
-    np.testing.assert_allclose(run(x)[:, :5], wanted[:, :5], atol=0.02)
-    with pytest.raises(NotImplementedError, match="statistics behind a mask"):
-        qjax.lower(run, x)
+    is_known = mask is not None
+    if not is_known:
+        mask = np.random.default_rng(3).random(x.shape) > 0.3
+        mask[1] = False
+    run = lambda x, *m: layer.apply(variables, x, mask=m[0] if m else mask)
+    inputs = (x,) if is_known else (x, mask)
+    program = qjax.lower(run, *inputs)
+    assert qjax.verify(program, run, *inputs).is_exact
+    own = {"params": variables["params"]}
+    kept = np.broadcast_to(mask, x.shape)
+    wanted = np.asarray(base.apply(own, x, mask=kept))
+    np.testing.assert_allclose(program(*inputs)[kept], wanted[kept], atol=0.03)
 
 
 WRONG = {

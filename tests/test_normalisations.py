@@ -150,9 +150,9 @@ def test_quotients_by_hand_are_one_site(name):
 def test_masked_normalisations_are_one_site(is_input):
     f = lambda h, p, m: jax.nn.standardize(h, axis=-1, where=m)
     if is_input:
-        assert _names(_between(f), PARAMS, X, MASK) == BARE_FLOAT
+        assert _names(_between(f), PARAMS, X, MASK) == BARE
     else:
-        assert _names(_between(lambda h, p: f(h, p, MASK)), PARAMS, X) == BARE_FLOAT
+        assert _names(_between(lambda h, p: f(h, p, MASK)), PARAMS, X) == BARE
 
 
 def _exp(z):

@@ -58,6 +58,7 @@ ROOMS = (
     ("tables", "leaves", "mesh_axes", "calls", "rounding", "integer", "qpoint"),
     ("targets",),
     ("integer_division", "integer_norm", "integer_softmax", "integer_tflite"),
+    ("integer_masked_norm",),
     ("affine", "ranges", "estimators"),
     ("integer_calls",),
     ("graph",),

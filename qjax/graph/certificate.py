@@ -232,6 +232,7 @@ _IN_BOTH = {
     "log_softmax": "a log-softmax",
     "logsumexp": "a logsumexp",
     "norm": "a normalisation",
+    "masked_norm": "a normalisation",
     "divide": "a quotient",
 }
 

@@ -102,6 +102,15 @@ def check_sizes(node: Node, shape: Shape) -> None:
                 f"whose table is made for at most {a['most_places']} places, and they "
                 f"now have {places}. Lower the model for this shape."
             )
+    elif node.operation == "masked_norm":
+        pairs = zip(a["axes"], a["groups"], strict=True)
+        found = math.prod(shape[d] // g for d, g in pairs)
+        if found > a["most_places"]:
+            raise ValueError(
+                f"This program normalises over axes {tuple(a['axes'])}, where a group "
+                f"had at most {a['most_places']} values when it was lowered and now "
+                f"has {found}. Lower the model for this shape."
+            )
     elif node.operation == "norm":
         pairs = zip(a["axes"], a["groups"], strict=True)
         found = math.prod(shape[d] // g for d, g in pairs)

@@ -7,15 +7,17 @@ over groups of any axes, or of parts of the last one.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from qjax import integer_norm
+from qjax import integer_masked_norm, integer_norm
 from qjax.affine import QParams, QSpec
-from qjax.integer_calls import NormCall
+from qjax.integer_calls import MaskedNormCall, NormCall
+from qjax.integer_masked_norm import number_kept
 from qjax.layers.integer_values import IntegerSource
 from qjax.layers.layer_quantizers import LayerQuantizers, LayerWord
 
@@ -82,6 +84,7 @@ def norm_source(
     gain: jax.Array | None = None,
     offset: jax.Array | None = None,
     site: str = "",
+    mask: jax.Array | None = None,
 ) -> IntegerSource:
     """Returns how integers compute a normalisation.
 
@@ -94,6 +97,7 @@ def norm_source(
       gain: Factors along the axes of features; None for 1.
       offset: Summands along them; None for 0.
       site: Name of the site of the values.
+      mask: What moments are of, truth values that broadcast; None for all.
 
     Raises:
       ValueError: where integers are computed, for groups of one value about their mean
@@ -104,11 +108,44 @@ def norm_source(
     factor = 1.0 if geometry.is_centred else math.sqrt(count)
     numbers = float(np.float32(epsilon)) * unit, 0.0, factor
     flags = gain is not None, offset is not None
-    call = functools.partial(_norm_call, geometry, numbers, flags, x.shape, site)
+    make: Callable[[bool], NormCall | MaskedNormCall]
+    make = functools.partial(_norm_call, geometry, numbers, flags, x.shape, site)
+    if mask is not None:
+        own = float(np.float32(epsilon)), flags, x.shape, site
+        make = functools.partial(_masked_norm_call, geometry, *own)
     shape = [n if d in geometry.features else 1 for d, n in enumerate(x.shape)]
     known = (v for v in (gain, offset) if v is not None)
     others = tuple(v.astype(np.float32).reshape(shape) for v in known)
-    return IntegerSource(call, x, word, grid, site, others)
+    if mask is not None:
+        mask = jnp.asarray(mask)
+        whole = (1,) * (x.ndim - mask.ndim) + mask.shape
+        others = (mask.reshape(whole) != 0, *others)
+    return IntegerSource(make, x, word, grid, site, others)
+
+
+def defined(
+    found: jax.Array,
+    mask: jax.Array | None,
+    geometry: NormGeometry,
+    offset: jax.Array | None,
+) -> jax.Array:
+    """Returns a normalisation, and its offset where a mask keeps nothing of a group.
+
+    Args:
+      found: The normalisation, NaN there.
+      mask: Truth values that broadcast; None for all.
+      geometry: Groups and axes.
+      offset: Summands along the axes of features; None for 0.
+    """
+    if mask is None:
+        return found
+    kept = jnp.broadcast_to(jnp.asarray(mask) != 0, found.shape)
+    is_any = number_kept(kept, geometry.axes, geometry.groups) > 0
+    shape = [n if d in geometry.features else 1 for d, n in enumerate(found.shape)]
+    rest = jnp.zeros_like(found)
+    if offset is not None:
+        rest += offset.astype(found.dtype).reshape(shape)
+    return jnp.where(is_any, found, rest)
 
 
 def _norm_call(
@@ -119,19 +156,49 @@ def _norm_call(
     site: str,
     is_byte: bool,
 ) -> NormCall:
+    count = integer_norm.places(shape, *geometry[:2])
+    most = integer_norm.most_places(is_byte)
+    _check_count(geometry, count, most, shape, site, is_byte=is_byte)
     axes, groups, _, is_centred = geometry
-    count = integer_norm.places(shape, axes, groups)
-    if is_centred and count == 1:
+    return NormCall(axes, groups, is_centred, *numbers, *flags, is_byte)
+
+
+def _masked_norm_call(
+    geometry: NormGeometry,
+    epsilon: float,
+    flags: tuple[bool, bool],
+    shape: tuple[int, ...],
+    site: str,
+    is_byte: bool,
+) -> MaskedNormCall:
+    count = integer_norm.places(shape, *geometry[:2])
+    most = integer_masked_norm.most_places(is_byte)
+    _check_count(geometry, count, most, shape, site, is_byte=is_byte)
+    axes, groups, _, is_centred = geometry
+    numbers = epsilon, 0.0, 1.0
+    return MaskedNormCall(axes, groups, is_centred, *numbers, *flags, is_byte, 0)
+
+
+def _check_count(
+    geometry: NormGeometry,
+    count: int,
+    most: int,
+    shape: tuple[int, ...],
+    site: str,
+    *,
+    is_byte: bool,
+) -> None:
+    """Raises for groups of one value about their mean, and for too large ones."""
+    if geometry.is_centred and count == 1:
         raise ValueError(
             f"The normalisation of {site!r}, of shape {shape}, is about the mean of "
-            f"one value, which leaves 0 of it: groups go along the axes {axes}. "
-            "Normalise over more values, or leave it out."
+            f"one value, which leaves 0 of it: groups go along the axes "
+            f"{geometry.axes}. Normalise over more values, or leave it out."
         )
-    if count > (most := integer_norm.most_places(is_byte)):
+    if count > most:
         remedy = "Use" if is_byte else "Use `QSpec(8)` there, or"
         raise ValueError(
             f"The normalisation of {site!r} is over {count} codes, and integers hold "
             f"the squares of {most} of {8 if is_byte else 16} bits. {remedy} smaller "
             "groups."
         )
-    return NormCall(axes, groups, is_centred, *numbers, *flags, is_byte)

@@ -12,6 +12,7 @@ from qjax.layers.layer_quantizers import LayerQuantizers, OutputAxes
 from qjax.layers.norms import (
     NORM,
     NormGeometry,
+    defined,
     group_geometry,
     instance_geometry,
     layer_geometry,
@@ -25,8 +26,8 @@ class QuantizedNorm(QuantizedLayer, kw_only=True):
     """A normalisation of a value on a grid, computed in the integers that ship.
 
     Its input has 16 bits by default, its output 8. It is in float, and does not lower,
-    where one of these words is no `QSpec` of one scale, and with a ``mask`` or an
-    ``axis_name``.
+    where one of these words is no `QSpec` of one scale, and with an ``axis_name``.
+    Where a ``mask`` keeps nothing of a group its result is the bias.
     """
 
     quantizers: LayerQuantizers = NORM
@@ -60,7 +61,7 @@ class QuantizedNorm(QuantizedLayer, kw_only=True):
 
         Args:
           inputs: Input of the layer of Flax.
-          mask: Places that the moments are of; None for all.
+          mask: Truth values of the places that the moments are of; None for all.
           train: Whether ranges move; None: what the attribute says.
         """
         self._begin()
@@ -74,17 +75,20 @@ class QuantizedNorm(QuantizedLayer, kw_only=True):
         x = self._rounded("input", wide, train)
         found = super(QuantizedLayer, own).__call__(x.astype(inputs.dtype), mask=mask)
         source = None
-        if mask is None and own.axis_name is None:
+        geometry = self._geometry(inputs.shape)
+        if own.axis_name is None:
             source = norm_source(
                 x,
                 self._words.input,
                 self._grids.get("input"),
-                self._geometry(inputs.shape),
+                geometry,
                 epsilon=own.epsilon,
                 gain=self._known.get("scale"),
                 offset=self._known.get("bias"),
                 site=self._site("input"),
+                mask=mask,
             )
+        found = defined(found, mask, geometry, self._known.get("bias"))
         return self._rounded("output", found, train, source=source)
 
 

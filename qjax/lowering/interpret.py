@@ -249,15 +249,13 @@ def _refuse_whole(e: Equation) -> NotImplementedError:
     place = where(e) if e.place.path or not site else repr(site)
     other = ", or use BatchNorm or GroupNorm in its place" if kind == NORM else ""
     if kind == NORM and _is_masked(e):
-        other = (
-            ", or let its statistics count all values: `norm(jnp.where(mask, x, 0))`, "
-            "without the mask of the norm"
-        )
         return NotImplementedError(
-            f"The normalisation in {place} has statistics behind a mask (`mask=`, "
-            "`where=`), which no integers compute: it is computed in float, as one "
-            f"site.\n  equation: {e}\nLower what comes before it and what comes after "
-            f"it as two programs{other}."
+            f"The normalisation in {place} has statistics behind a mask in a form that "
+            "no integers compute: it is computed in float, as one site.\n  equation: "
+            f"{e}\nUse one mask of truth values for all of them, `where=` or `mask=`, "
+            "or divide sums by the number that it keeps, `jnp.maximum(jnp.sum(mask), "
+            "1)`; or let them count all values: `norm(jnp.where(mask, x, 0))`, without "
+            "the mask of the norm."
         )
     if kind in SOFTMAXES:
         other = (

@@ -10,8 +10,9 @@ import numpy as np
 
 from qjax.model.flow import Flow
 from qjax.model.kept import WHOLE
+from qjax.model.norm_forms import NormForm
 from qjax.model.normalisations import LOG_SUM, Normalisations, Whole
-from qjax.model.norms import NormForm, read_norm
+from qjax.model.norms import read_norm
 from qjax.model.regions import common_regions
 from qjax.model.softmaxes import SoftmaxForm, read_softmax
 from qjax.model.trace import Equation, Own, Trace, evaluate

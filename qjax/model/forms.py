@@ -86,7 +86,7 @@ class FormReader:
         if v in self.model.constants:
             return _number_array(self.model.constants[v])
         e = self.makers.get(v)
-        own = [] if e is None else [self.known_value(u) for u in _operands(e)]
+        own = [] if e is None else [self.known_value(u) for u in operands_of(e)]
         is_made = e is not None and (bool(own) or e.primitive.name == "iota")
         if not is_made or any(x is None for x in own):
             return None
@@ -121,6 +121,18 @@ class FormReader:
         self.known = known
         return found
 
+    def computed(self, v: Any, env: dict[Any, Any]) -> np.ndarray | None:
+        """Returns a value for others that are given; None if it is made of more.
+
+        Args:
+          v: The value.
+          env: Values, of the call or of the model.
+        """
+        known, self.known = self.known, dict(env)
+        found = self.known_value(v)
+        self.known = known
+        return found
+
     def is_input(self, v: Any) -> bool:
         """Returns whether a value is a real input of the model, moved or rescaled."""
         while True:
@@ -128,11 +140,11 @@ class FormReader:
             e = self.makers.get(v)
             if e is None:
                 return self.model.is_given(v) and self.model.is_real(v)
-            own = list(_operands(e))
+            own = list(operands_of(e))
             if e.primitive.name in AFFINE:
                 others = [u for u in own if self.number(u) is not None]
                 own = [u for u in own if u not in others]
-                is_divided = e.primitive.name == "div" and _operands(e)[1] in own
+                is_divided = e.primitive.name == "div" and operands_of(e)[1] in own
                 if len(own) != 1 or is_divided:
                     return False
             elif e.primitive.name not in _MOVES:
@@ -149,7 +161,7 @@ class FormReader:
             if e is None:
                 found.add(u)
                 continue
-            own = [w for w in _operands(e) if not isinstance(w, jex.Literal)]
+            own = [w for w in operands_of(e) if not isinstance(w, jex.Literal)]
             todo += [w for w in own if w not in seen]
             seen.update(own)
         return found
@@ -165,7 +177,7 @@ class FormReader:
             if e is None:
                 self.keys[v] = self._numbered("value", v)
             else:
-                own = tuple(map(self.key, _operands(e)))
+                own = tuple(map(self.key, operands_of(e)))
                 place = _results(e).index(v)
                 text = str(e.primitive), str(e.params)
                 self.keys[v] = self._numbered(*text, own, place)
@@ -180,7 +192,7 @@ def _number_array(x: Any) -> np.ndarray | None:
     return None if isinstance(x, jax.core.Tracer) or is_key(x) else np.asarray(x)
 
 
-def _operands(e: Any) -> Sequence[Any]:
+def operands_of(e: Any) -> Sequence[Any]:
     """Returns the operands of an equation, of a trace or of a call."""
     return e.inputs if isinstance(e, Equation) else e.invars
 

@@ -37,7 +37,7 @@ def find_masks(
 
 
 def mask_values(model: Trace, data: set[int]) -> frozenset[int]:
-    """Returns the masks of softmaxes, and what is computed for masks alone."""
+    """Returns the masks of softmaxes and norms, and what is computed for them alone."""
     return _MaskFinder(model, data).served()
 
 
@@ -125,7 +125,7 @@ class _MaskFinder:
         found: set[int] = set()
 
         def serves(e: Equation, v: int) -> bool:
-            if whole_of(e) in SOFTMAXES:
+            if whole_of(e) in (*SOFTMAXES, "norm"):
                 return v != e.inputs[0]
             return found.issuperset(e.outputs)
 

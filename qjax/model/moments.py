@@ -63,6 +63,35 @@ class Normed(NamedTuple):
     layout: Layout
 
 
+class Kept(NamedTuple):
+    """Values or squares where a mask keeps them, and 0 elsewhere.
+
+    Whether a factor of 0 and 1 masks them tells ``is_factor``.
+    """
+
+    of: GroupLine | Square
+    is_factor: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        """Returns the layout of the values."""
+        return self.of.layout
+
+
+class Total(NamedTuple):
+    """A sum of what a mask keeps: its mean, or moments, times the number kept."""
+
+    of: GroupLine | Moments
+
+    @property
+    def layout(self) -> Layout:
+        """Returns the layout of the sums."""
+        return self.of.layout
+
+
+MASK = Digit(-1, 0, 1)  # Of a group whose moments are of what a mask keeps.
+
+
 def is_coefficient(number: float | None) -> TypeGuard[float]:
     """Returns whether a number is known, finite and not 0: a coefficient."""
     return number is not None and number != 0 and bool(np.isfinite(number))
@@ -75,25 +104,34 @@ def same_over(a: Over, b: Over) -> bool:
 
 def summed(x: Any, axes: tuple[int, ...]) -> Any:
     """Returns the mean of lines, or the moments of squares, times their number."""
+    is_kept = isinstance(x, Kept)
+    x = x.of if is_kept else x
     if not isinstance(x, GroupLine | Square):
         return None
     found = reduced(x.layout, axes)
     if found is None:
         return None
     kept, over = found
-    count = math.prod(digit.size for digit in over)
+    count = 1 if is_kept else math.prod(digit.size for digit in over)
+    over = (*over, MASK) if is_kept else over
     if not same_over(x.over, over):
         return None
     if isinstance(x, GroupLine):
         if not x.x or x.is_scaled:
             return None
-        return GroupLine(0.0, count * (x.x + x.mean), kept, over)
+        line = GroupLine(0.0, count * (x.x + x.mean), kept, over)
+        return Total(line) if is_kept else line
     mean = count * (x.xm + x.mm)
-    return Moments(count * x.xx, mean, 0.0, -math.inf, kept, over)
+    moments = Moments(count * x.xx, mean, 0.0, -math.inf, kept, over)
+    return Total(moments) if is_kept else moments
 
 
 def product(a: Any, b: Any) -> Any:
     """Returns a product of two lines: of means alone, moments."""
+    if isinstance(a, Kept) or isinstance(b, Kept):
+        a, b = (x.of if isinstance(x, Kept) else x for x in (a, b))
+        square = product(a, b)
+        return Kept(square) if isinstance(square, Square) else None
     if not (isinstance(a, GroupLine) and isinstance(b, GroupLine)):
         return None
     if a.is_scaled or b.is_scaled or not same_over(a.over, b.over):
@@ -118,6 +156,14 @@ def together(a: GroupLine, b: GroupLine) -> Layout | None:
     over = values.over or means.over
     fits = over is not None and meets(values.layout, means.layout, over)
     return values.layout if fits else None
+
+
+def on_layout(x: Any, layout: Layout) -> Any:
+    """Returns a symbol with another layout."""
+    if isinstance(x, Kept | Total):
+        own: Any = x.of
+        return x._replace(of=own._replace(layout=layout))
+    return x._replace(layout=layout)
 
 
 def line_sum(a: GroupLine, b: GroupLine, sign: float) -> GroupLine | None:

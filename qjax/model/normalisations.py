@@ -164,8 +164,29 @@ class Normalisations:
             readers = {v for m in members.values() for v in m.outputs}
             masks, source = find_masks(self.model, self.data, source, readers)
             members.update((self.flow.order[v], self.flow.source[v]) for v in masks)
+        if kind == NORM:
+            source = self._before_groups(source, members, end)
         self._add_servants(source, members)
         return Whole(kind, source, members, end, bool(masks))
+
+    def _before_groups(
+        self, source: int, members: dict[int, Equation], end: Equation
+    ) -> int:
+        """Goes back before a reshape into groups whose inverse is in a norm's tail."""
+        e, shape = self.flow.source.get(source), self.model.shape
+        if e is None or e.primitive.name != "reshape":
+            return source
+        (x,), own = e.inputs, shape(end.outputs[0])
+        is_undone = shape(source) != own and shape(x) == own and x in self.data
+        users = (self.flow.order[u.outputs[0]] for u in self.flow.users[source])
+        if (
+            not is_undone
+            or source in self.model.outputs
+            or not members.keys() >= {*users}
+        ):
+            return source
+        members[self.flow.order[source]] = e
+        return x
 
     def _pair(self, e: Equation) -> tuple[int, int] | None:
         """Returns the operand that an equation scales, and the statistic."""
@@ -360,9 +381,11 @@ class Normalisations:
         if name == "select_n" and kind == LOG_SOFTMAX:
             fills = (constant_of(self.model, u, self.flow.source) for u in others)
             return any(x is not None and bool(np.all(x == -np.inf)) for x in fills)
-        if name == "select_n":
-            return e.inputs[0] in self.flow.side and all(
-                u in self.flow.side or u not in self.data for u in others
+        if name == "select_n":  # A norm is selected from behind its site.
+            return (
+                kind != NORM
+                and e.inputs[0] in self.flow.side
+                and all(u in self.flow.side or u not in self.data for u in others)
             )
         if kind != NORM:
             return (kind == LOG_SOFTMAX and name in _POWERS) or (

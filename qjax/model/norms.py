@@ -7,87 +7,62 @@ call of `qjax.model.folding`, with any formula inside. Its equations are run on 
 lines ``a * x + b * mean(x)``, their squares, the moments of a group, roots of these.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.extend.core as jex
 import numpy as np
 from jax import lax
 
 from qjax.calls import shared
-from qjax.integer_calls import NormCall
 from qjax.model.blocks import place_of
 from qjax.model.forms import OUTSIDE, FormReader, bound, value_of
 from qjax.model.kept import whole_of
-from qjax.model.layouts import MOVES, Digit, moved, permutation, source_layout
+from qjax.model.layouts import (
+    MOVES,
+    Digit,
+    moved,
+    permutation,
+    source_layout,
+)
 from qjax.model.moments import (
+    MASK,
     NEAR,
     GroupLine,
+    Kept,
     Moments,
     Normed,
     Over,
     Root,
+    Square,
+    Total,
     at_least,
     inverse,
     is_coefficient,
     line_sum,
     normed,
+    on_layout,
     product,
     root,
     summed,
     times,
+)
+from qjax.model.norm_forms import NormForm
+from qjax.model.norm_masks import (
+    NormMask,
+    case_of_kept,
+    is_same,
+    is_whole,
+    least_count,
+    read_mask,
 )
 from qjax.model.normalisations import NORM
 from qjax.model.primitives import names
 from qjax.model.trace import Equation, Trace
 
 _SAME = names("keep") - {"sharding_constraint"}
-
-
-@dataclasses.dataclass(frozen=True)
-class NormForm:
-    """A normalisation that integers compute.
-
-    Attributes:
-      order: Axes of its input in the order of its result.
-      axes: Axes of the result that a group goes along.
-      groups: Groups that each of them is split into.
-      is_centred: Whether values are about the mean of their group, else about zero.
-      epsilon: Number that is added to the sums of `qjax.integer_norm`, in squares of
-        the unit of the values.
-      floor: Least sum, in the same unit.
-      factor: Factor of all values.
-      has_gain: Whether known numbers scale it by place.
-      has_offset: Whether known numbers are added.
-    """
-
-    order: tuple[int, ...]
-    axes: tuple[int, ...]
-    groups: tuple[int, ...]
-    is_centred: bool
-    epsilon: float
-    floor: float
-    factor: float
-    has_gain: bool
-    has_offset: bool
-    reader: "_NormReader" = dataclasses.field(compare=False, repr=False)
-
-    @property
-    def is_of_length_one(self) -> bool:
-        """Returns whether all it does is to divide by the length of a vector."""
-        is_plain = not (self.is_centred or self.has_gain or self.has_offset)
-        return is_plain and self.factor == 1
-
-    def call(self, is_byte: bool) -> NormCall:
-        """Returns what integers compute, for codes of 8 bits or more."""
-        own = {field: getattr(self, field) for field in NormCall._fields[:-1]}
-        return NormCall(**own, is_byte=is_byte)
-
-    def others(self, call: Any, operands: Sequence[Any]) -> tuple[jax.Array, ...]:
-        """Returns gain and offset, those that it has, for the operands of the call."""
-        return tuple(x for x in self.reader.affine(operands) if x is not None)
 
 
 def read_norm(model: Trace, data: set[int], e: Equation) -> NormForm | None:
@@ -101,14 +76,16 @@ def read_norm(model: Trace, data: set[int], e: Equation) -> NormForm | None:
     Raises:
       ValueError: for values about the mean of one.
     """
-    is_norm = whole_of(e) == NORM and len(e.outputs) == 1
-    if not is_norm or data.intersection(e.inputs[1:]):
+    if whole_of(e) != NORM or len(e.outputs) != 1:
         return None
-    reader = _NormReader(model, e)
+    reader = _NormReader(model, e, data)
     found = reader.run(GroupLine(1.0, 0.0, source_layout(reader.shape)))
     if not isinstance(found, Normed):
         return None
     line, moments = found.line, found.moments
+    is_masked = moments.over is not None and MASK in moments.over
+    if data.intersection(e.inputs[1:]) and not is_masked:
+        return None
     order = permutation(found.layout, reader.shape)
     over = None if order is None else _groups(reader.shape, order, moments.over)
     is_centred = abs(moments.mean + moments.square) <= NEAR * moments.square
@@ -126,21 +103,30 @@ def read_norm(model: Trace, data: set[int], e: Equation) -> NormForm | None:
             "leaves 0 of it. Normalise over more values, or leave it out."
         )
     # In units of the sums, which are n^2 times the variance or n times a mean square.
-    unit = count**2 if is_centred else count
-    factor = line.x * math.sqrt((1 if is_centred else count) / moments.square)
+    unit = 1 if is_masked else count**2 if is_centred else count
+    roots = 1 if is_masked or is_centred else count
+    factor = line.x * math.sqrt(roots / moments.square)
     least = max(moments.floor, 0.0)
     epsilon, floor = (x * unit / moments.square for x in (moments.plus, least))
     gain, offset = reader.kinds[reader.jaxpr.outvars[0]]
     assert order is not None
     return NormForm(
-        order, axes, groups, is_centred, epsilon, floor, factor, gain, offset, reader
+        *(order, axes, groups, is_centred, epsilon, floor, factor, gain, offset),
+        reader,
+        reader.mask if is_masked else None,
+        0 if reader.unbounded > 0 else 1,
     )
+
+
+def _is_nan(x: Any) -> bool:
+    return x is not None and bool(np.all(np.isnan(np.asarray(x, np.float64))))
 
 
 def _groups(
     shape: Sequence[int], order: Sequence[int], over: Over
 ) -> tuple[tuple[int, ...], tuple[int, ...], int] | None:
     """Returns axes in an order, groups of each, and the numbers in one; or None."""
+    over = None if over is None else tuple(d for d in over if d != MASK)
     if not over or len({digit.axis for digit in over}) != len(over):
         return None
     axes, groups = [], []
@@ -155,8 +141,18 @@ def _groups(
 class _NormReader(FormReader):
     """A run of a call on symbols, which follows known factors and summands too."""
 
-    def __init__(self, model: Trace, e: Equation):
+    def __init__(self, model: Trace, e: Equation, data: set[int]):
         super().__init__(model, e)
+        self.mask: NormMask | None = None
+        self.sources: set[Any] = set()  # What is kept of them.
+        self.unbounded = 0  # Divisors that are 0 where nothing is kept.
+        # What inputs determine, beside the source.
+        self.drawn = {v for v, u in self.outer.items() if u in data}
+        self.drawn.remove(self.jaxpr.invars[0])
+        for eqn in self.jaxpr.eqns:
+            own = (v for v in eqn.invars if not isinstance(v, jex.Literal))
+            if self.drawn.intersection(own):
+                self.drawn.update(eqn.outvars)
         # Value of the call -> whether it has a gain, and whether it has an offset.
         self.kinds: dict[Any, tuple[bool, bool]] = {}
 
@@ -169,13 +165,17 @@ class _NormReader(FormReader):
                 if s is not OUTSIDE
             ]
             gain, offset = (any(flags) for flags in zip(*pairs, strict=True))
-            if OUTSIDE in own and isinstance(found, GroupLine | Root | Normed):
+            is_choice = eqn.primitive.name == "select_n"
+            kinds = GroupLine | Root | Normed | Kept
+            if OUTSIDE in own and not is_choice and isinstance(found, kinds):
                 is_sum = eqn.primitive.name in ("add", "sub")
                 gain |= not is_sum and getattr(found, "is_scaled", True)
                 offset |= is_sum and isinstance(found, Normed)
             is_negative = eqn.primitive.name == "neg"
             is_negative |= eqn.primitive.name == "sub" and own[0] is OUTSIDE
             gain |= is_negative and isinstance(found, Root | Normed)
+            if isinstance(found, Total):  # A mask is no gain of what it sums.
+                gain = False
             self.kinds[eqn.outvars[0]] = gain, offset
         return found
 
@@ -187,17 +187,19 @@ class _NormReader(FormReader):
             return x if eqn.outvars[0].aval.dtype == np.float32 else None
         if name in MOVES:
             layout = moved(eqn, x.layout)
-            return None if layout is None else x._replace(layout=layout)
+            return None if layout is None else on_layout(x, layout)
         if name == "reduce_sum":
             return summed(x, tuple(int(d) for d in eqn.params["axes"]))
         if name == "square" or (name == "integer_pow" and eqn.params["y"] == 2):
-            return product(x, x)
+            return self._product(eqn, [x, x])
         if name in ("sqrt", "rsqrt"):
             return root(x, 1 if name == "sqrt" else -1)
         if name == "integer_pow" and eqn.params["y"] == -1:
             return None if getattr(x, "is_scaled", True) else inverse(x)
         if name == "pow" and own[1] is OUTSIDE:
             power = self.number(eqn.invars[1])
+            if power == 2:
+                return self._product(eqn, [x, x])
             return root(x, int(2 * power)) if power in (0.5, -0.5) else None
         if name == "neg":
             if isinstance(x, Root):  # No floor goes on: it would be a ceiling.
@@ -210,11 +212,65 @@ class _NormReader(FormReader):
             return at_least(own[1 - k], self.number(eqn.invars[k]))
         if name in ("mul", "div"):
             return self._scaled(eqn, own)
-        if name == "select_n" and own[0] is OUTSIDE:
-            which = self.number(eqn.invars[0])
-            found = None if which is None else own[1 + int(which)]
-            return found if isinstance(found, Moments) else None
+        if name == "select_n" and own[0] is OUTSIDE and len(own) == 3:
+            return self._chosen(eqn, own)
         return None
+
+    def _chosen(self, eqn: Any, own: list[Any]) -> Any:
+        """Returns what is kept of values, and moments that are known to be chosen."""
+        which = self.number(eqn.invars[0])
+        if which is not None:
+            found = own[1 + int(which)]
+            return found if isinstance(found, Moments) else None
+        at = 1 if own[1] is not OUTSIDE else 2
+        x, fill = own[at], self.number(eqn.invars[3 - at])
+        if own[3 - at] is not OUTSIDE:
+            return None
+        if isinstance(x, Square) or (isinstance(x, GroupLine) and x.x):
+            if fill != 0 or eqn.invars[0].aval.dtype != np.bool_:
+                return None
+            return self._masked(eqn.invars[at], x, eqn.invars[0], at == 1)
+        over = getattr(x, "over", None) or ()
+        is_nan = fill is None and _is_nan(self.known_value(eqn.invars[3 - at]))
+        if MASK not in over or not (is_nan or fill == 0):
+            return None
+        assert self.mask is not None
+        own_case = case_of_kept(
+            self, self.mask, eqn.invars[at], self.sources, eqn.invars[0]
+        )
+        if own_case != at - 1:
+            return None
+        self.unbounded += 1 if is_nan else -1
+        return x
+
+    def _masked(self, source: Any, x: Any, v: Any, is_inverse: bool) -> Kept | None:
+        """Returns what a mask keeps of values, if it is the mask of all of them."""
+        mask = read_mask(self, v, x.layout, is_inverse)
+        if mask is None or not is_whole(x.layout, self.shape):
+            return None
+        if self.mask is not None and not is_same(self, self.mask, mask):
+            return None
+        self.mask = self.mask or mask
+        self.sources.add(source)
+        return Kept(x)
+
+    def _counted(self, eqn: Any, x: Total, is_quotient: bool, k: int) -> Any:
+        """Returns a total over the number of what is kept; None over others."""
+        assert self.mask is not None
+        own = eqn.invars[1 - k], self.sources, eqn.invars[k]
+        least = least_count(self, self.mask, *own, is_inverse=not is_quotient)
+        if least is None or (is_quotient and k == 0):
+            return None
+        self.unbounded += least == 0
+        return x.of
+
+    def _product(self, eqn: Any, own: list[Any]) -> Any:
+        """Returns a product; all that it is kept of are sources."""
+        found = product(*own)
+        if isinstance(found, Kept):
+            pairs = zip(eqn.invars, own, strict=False)
+            self.sources.update(v for v, x in pairs if not isinstance(x, Kept))
+        return found
 
     def _sum(self, eqn: Any, own: list[Any]) -> Any:
         sign = 1.0 if eqn.primitive.name == "add" else -1.0
@@ -251,13 +307,24 @@ class _NormReader(FormReader):
         is_quotient = eqn.primitive.name == "div"
         a, b = own
         if OUTSIDE not in own:
+            if isinstance(a, Root) or isinstance(b, Root):
+                pairs = zip(eqn.invars, own, strict=True)
+                a, b = (self._factor_of(v, x) for v, x in pairs)
             if isinstance(b, Root) and isinstance(a, GroupLine):
                 return normed(a, b, 1 if is_quotient else -1)
             if isinstance(a, Root) and isinstance(b, GroupLine) and not is_quotient:
                 return normed(b, a, -1)
-            return None if is_quotient else product(a, b)
+            return None if is_quotient else self._product(eqn, own)
         k = own.index(OUTSIDE)
         x, number = own[1 - k], self.number(eqn.invars[k])
+        if isinstance(x, Total):
+            return self._counted(eqn, x, is_quotient, k)
+        if isinstance(x, Square) or (isinstance(x, GroupLine) and x.x):
+            is_mask = not is_quotient and number is None
+            pair = eqn.invars[1 - k], x, eqn.invars[k]
+            kept = self._masked(*pair, False) if is_mask else None
+            if kept is not None:
+                return kept._replace(is_factor=True)
         if is_quotient and k == 0:
             found = inverse(x)
             return (
@@ -269,8 +336,17 @@ class _NormReader(FormReader):
             return times(x, 1 / number if is_quotient else number)
         return self._beside(eqn, x, 1 - k) if isinstance(x, GroupLine) else None
 
+    def _factor_of(self, v: Any, x: Any) -> Any:
+        """Returns a line times a known mask as one times known numbers."""
+        is_line = isinstance(x, Kept) and isinstance(x.of, GroupLine)
+        is_known = is_line and x.is_factor and v not in self.drawn
+        return x.of._replace(is_scaled=True) if is_known else x
+
     def _beside(self, eqn: Any, x: Any, at: int) -> Any:
         """Returns a symbol with a known value by place beside it."""
+        other = eqn.invars[1 - at]
+        if not isinstance(other, jex.Literal) and other in self.drawn:
+            return None
         out, own = eqn.outvars[0].aval.shape, eqn.invars[at].aval.shape
         if len(out) != len(own):
             return None

@@ -219,9 +219,7 @@ class Simulation(LoopRuns):
             k = self._plan.activations.get(out)
             name = e.path if k is None else self._plan.sites[k].name
             self.added_masks[name] = added
-        kept = None
-        if isinstance(form, SoftmaxForm):
-            kept = form.kept(e, operands)
+        kept = form.kept(e, operands)
         grid = self._grids.get(x)
         if grid is None or grid.scale.ndim:
             if kept is not None:

@@ -12,8 +12,8 @@ import numpy as np
 from qjax.model.blocks import MEANS, Block, Plan, constant_of, data_of
 from qjax.model.channels import Uses, factor_channels
 from qjax.model.loops import Surroundings, is_loop
+from qjax.model.norm_forms import NormForm
 from qjax.model.normalisations import NORM
-from qjax.model.norms import NormForm
 from qjax.model.primitives import SHAPE_MOVES
 from qjax.model.softmaxes import SoftmaxForm
 from qjax.model.trace import Equation, Trace, evaluate

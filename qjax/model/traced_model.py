@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from qjax.model.blocks import Block, Plan
 from qjax.model.loops import ScanParts
-from qjax.model.norms import NormForm
+from qjax.model.norm_forms import NormForm
 from qjax.model.places import BlockSites
 from qjax.model.regions import Regions
 from qjax.model.softmaxes import SoftmaxForm

@@ -18,6 +18,7 @@ from qjax.layers.layer_quantizers import (
 from qjax.layers.norms import (
     NORM,
     NormGeometry,
+    defined,
     group_geometry,
     instance_geometry,
     layer_geometry,
@@ -31,8 +32,8 @@ class QuantizedNorm(QuantizedModule):
     """A normalisation of a value on a grid, computed in the integers that ship.
 
     Its input has 16 bits by default, its output 8. It is in float, and does not lower,
-    where one of these words is no `QSpec` of one scale, and with a ``mask`` or an
-    ``axis_name``.
+    where one of these words is no `QSpec` of one scale, and with an ``axis_name``.
+    Where a ``mask`` keeps nothing of a group its result is the bias.
     """
 
     words = NORM
@@ -42,7 +43,7 @@ class QuantizedNorm(QuantizedModule):
 
         Args:
           inputs: Input of the layer of Flax.
-          mask: Places that the moments are of; None for all.
+          mask: Truth values of the places that the moments are of; None for all.
         """
         if not jnp.issubdtype(inputs.dtype, jnp.floating):
             found = self.base.__call__(self._twin(None), inputs, mask=mask)
@@ -53,17 +54,20 @@ class QuantizedNorm(QuantizedModule):
         found = self.base.__call__(own, x.astype(inputs.dtype), mask=mask)
         source, known = None, [getattr(own, n, None) for n in ("scale", "bias")]
         gain, offset = (None if v is None else v[...] for v in known)
-        if mask is None and own.axis_name is None:
+        geometry = self._geometry(inputs.shape)
+        if own.axis_name is None:
             source = norm_source(
                 x,
                 self.quantizers.input,
                 grid,
-                self._geometry(inputs.shape),
+                geometry,
                 epsilon=own.epsilon,
                 gain=gain,
                 offset=offset,
                 site=site_name(self.site, "input"),
+                mask=mask,
             )
+        found = defined(found, mask, geometry, offset)
         return self._rounded("output", found, source=source)[0]
 
     def _output_axes(self) -> OutputAxes:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax import integer_norm
+from qjax import integer_masked_norm, integer_norm
 from qjax.backends.xla import bodies
 from qjax.backends.xla.gathers import GATHERS
 from qjax.backends.xla.tflite import TFLITE
@@ -279,6 +279,21 @@ def _norm(node, params, inputs):
     return integer_norm.coded(values, *numbers, *rest)[0]
 
 
+def _masked_norm(node, params, inputs):
+    a, (x, kept) = node.attributes, inputs
+    axes, groups = tuple(a["axes"]), tuple(a["groups"])
+    check_sizes(node, x.shape)
+    steps = x.astype(jnp.int32) - a["input_zero_points"][0]
+    with jax.enable_x64(True):
+        known = *(jnp.int64(a[name]) for name in ("epsilon", "floor")), a["point"]
+        kind = {"is_centred": a["is_centred"], "least": a["least"]}
+        own = steps, kept != 0, axes, groups, *known
+        values = integer_masked_norm.normalised(*own, **kind)
+    numbers = (params[node.params[role]] for role in ("multiplier", "bias"))
+    rest = (a[name] for name in ("shift", "bias_shift", "zero_point", "low", "high"))
+    return integer_masked_norm.coded(*values, *numbers, *rest)[0]
+
+
 def _divide(node, params, inputs):
     a, (x, y) = node.attributes, _differences(node, inputs)
     names = "multiplier", "shift", "zero_point", "low", "high"
@@ -442,6 +457,7 @@ BODIES: dict[str, NodeBody] = {
     "multiply_codes": _multiply_codes,
     **dict.fromkeys(("softmax", "log_softmax", "logsumexp"), _softmax),
     "norm": _norm,
+    "masked_norm": _masked_norm,
     "divide": _divide,
     "table": _table,
     "thresholds": _thresholds,

@@ -4,19 +4,16 @@ import math
 
 import numpy as np
 
+from qjax.graph.operations.norms import NORMS
 from qjax.graph.operations.record import (
     AXES,
     CLIP,
-    COUNT,
     FLAG,
     INT32,
     INTEGER,
     INTEGERS,
-    LEFT,
     SHIFT,
     SIZE,
-    SIZES,
-    WIDE,
     Attribute,
     Ends,
     Operands,
@@ -291,137 +288,6 @@ LOGSUMEXP = Operation(
 )
 
 
-def _norm_shape(o: Operands) -> Shape:
-    axes, groups = o["axes"], o["groups"]
-    check_axes(o, axes, len(o.x.shape))
-    o.check(len(axes) == len(groups) > 0, "each axis must have its groups", groups)
-    for d, g in zip(axes, groups, strict=True):
-        n = o.x.shape[d]
-        o.check(n % g == 0, f"axis {d} of size {n} must split into equal groups", g)
-    shape = broadcast_shape(o)
-    o.check(shape == o.x.shape, f"parameters must broadcast to {o.x.shape}", shape)
-    return o.x.shape
-
-
-def _norm_interval(o: Operands) -> Ends:
-    o.check_zero_points("input_zero_points", o["input_zero_points"])
-    count, steps = o["count"], o.check_distance(o.x, o.x.zero_point)
-    found = math.prod(
-        o.x.shape[d] // g for d, g in zip(o["axes"], o["groups"], strict=True)
-    )
-    o.check(found == count, f"a group must have {count} codes", found)
-    wide, power = max(steps, o.x.high - o.x.low), 2 if o["is_centred"] else 1
-    squares = count**power * wide**2
-    known = squares << max(o["point"], 0) < 1 << 61 and squares < 1 << 62
-    o.check(known, "sums of squares must fit 62 bits", squares.bit_length())
-    added = 0 <= o["epsilon"] <= 1 << 60 and 0 <= o["floor"] <= 1 << 60
-    o.check(added, "`epsilon` and `floor` must lie in [0, 2^60]", o["epsilon"])
-    o.check(o["point"] % 2 == 0 and -60 <= o["point"] <= 30, "even point", o["point"])
-    one = 1 << _fraction(count, o["is_centred"])
-    most = one if not o["is_centred"] else math.isqrt(one * one * (count - 1)) + 1
-    if more := o.attributes.get("more", 0):
-        far = (count if o["is_centred"] else 1) * wide
-        added = max(o["epsilon"], o["floor"], 1)
-        bits = 2 * (_fraction(count, o["is_centred"]) + more) + o["point"]
-        square = far**2 << bits if bits >= 0 else (far**2 >> -bits) + 1
-        most = math.isqrt(square // added) + 1
-        o.check(most < 1 << 30, "values must fit 30 bits with `more`", more)
-    most += (most >> 24) + 2  # What the root may be off by.
-    least = 0 if not o["is_centred"] and o.x.low >= o.x.zero_point else -most
-    o.check_range("multiplier", -(1 << 30), 1 << 30)
-    o.check_range("bias", -(1 << 30), 1 << 30)
-    own = {role: o.params[role].astype(np.int64) for role in ("multiplier", "bias")}
-    ends = [_affine(o, own, np.int64(t)) for t in (least, most)]
-    return np.minimum(*ends), np.maximum(*ends)
-
-
-def _fraction(count: int, is_centred: bool) -> int:
-    """Returns bits behind the point of values that their group's root bounds."""
-    return 30 - (((count - 1).bit_length() + 1) // 2 if is_centred else 0)
-
-
-def _affine(a, own, t):
-    """Returns the codes of normalised values."""
-    acc = t * own["multiplier"] + (own["bias"] << a["bias_shift"])
-    steps = (acc + ((1 << a["shift"]) >> 1)) >> a["shift"]
-    low, high = a["low"] - a["zero_point"], a["high"] - a["zero_point"]
-    return np.clip(steps, low, high) + a["zero_point"]
-
-
-def _norm(a, own, inputs):
-    """Computes each group in Python's integers, which have no end."""
-    (x,) = inputs
-    if not x.size:
-        return x
-    (zero,), groups = (
-        a["input_zero_points"],
-        dict(zip(a["axes"], a["groups"], strict=True)),
-    )
-    split = [s for d, n in enumerate(x.shape) for s in _split(n, groups.get(d, 1))]
-    over = tuple(2 * d + 1 if d in groups else -1 for d in range(x.ndim))
-    over = tuple(d for d in over if d >= 0)
-    q = (x - zero).astype(object).reshape(split)
-    total, squares = (v.sum(over, keepdims=True) for v in (q, q * q))
-    if a["is_centred"]:
-        q, squares = a["count"] * q - total, a["count"] * squares - total * total
-    found = np.empty(q.shape, object)
-    for place in np.ndindex(squares.shape):
-        point = a["point"]
-        whole = squares[place] << point if point >= 0 else squares[place] >> -point
-        root, down = _reciprocal_root(max(whole + a["epsilon"], a["floor"], 1))
-        down -= point // 2 + _fraction(a["count"], a["is_centred"]) + a.get("more", 0)
-        down = min(max(down, 0), 62)
-        at = tuple(slice(None) if d in over else k for d, k in enumerate(place))
-        found[at] = (q[at] * root + ((1 << down) >> 1)) >> down
-    return _affine(a, own, found.reshape(x.shape).astype(np.int64))
-
-
-def _split(n: int, groups: int) -> tuple[int, int]:
-    return groups, n // groups
-
-
-def _reciprocal_root(x: int) -> tuple[int, int]:
-    """Returns one over a root, an integer of 30 bits and a shift, by Newton's steps."""
-    up = (62 - x.bit_length()) // 2 * 2
-    a = (x << up) >> 30
-    root = _LINE[0] - ((_LINE[1] * a) >> 32)
-    for _ in range(5):
-        root = (root * ((3 << 30) - (((root * root >> 30) * a) >> 32))) >> 31
-    return root >> 1, 60 - up // 2
-
-
-_LINE = 2362232013, 1395864371  # 2.2 and 1.3 in units of 2^-30.
-
-NORM = Operation(
-    "norm",
-    "code = clip(floor((t * multiplier + bias * 2^bias_shift) * 2^-shift + 1/2) + "
-    "zero_point), t = u / sqrt(max(v + epsilon, floor)), "
-    "u = n * q - sum(q), v = n * sum(q^2) - sum(q)^2 or u = q, v = sum(q^2)",
-    "rescale",
-    _norm_shape,
-    _norm_interval,
-    _norm,
-    attributes={
-        "algorithm": choice("newton_root"),
-        "axes": AXES,
-        "groups": SIZES,
-        "count": SIZE,
-        "is_centred": FLAG,
-        "epsilon": WIDE,
-        "floor": WIDE,
-        "point": INTEGER,
-        "input_zero_points": INTEGERS,
-        "shift": SHIFT,
-        "bias_shift": LEFT,
-        "zero_point": INTEGER,
-        **CLIP,
-    },
-    roles=("multiplier", "bias"),
-    optional={"more": COUNT},
-    each_input=("input_zero_points",),
-)
-
-
 def _divide_interval(o: Operands) -> Ends:
     o.check_zero_points("zero_points", o["zero_points"])
     for x in o.inputs:
@@ -464,4 +330,4 @@ DIVIDE = Operation(
     each_input=("zero_points",),
 )
 
-NORMALISATIONS = (SOFTMAX, LOG_SOFTMAX, LOGSUMEXP, NORM, DIVIDE)
+NORMALISATIONS = (SOFTMAX, LOG_SOFTMAX, LOGSUMEXP, *NORMS, DIVIDE)

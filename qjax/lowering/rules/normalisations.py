@@ -1,19 +1,15 @@
 """Rules of softmaxes and normalisations, whose integers the simulation computes too."""
 
-import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from qjax import integer_norm
-from qjax.graph.graph import Grid, storage
 from qjax.graph.operations import OPERATIONS
 from qjax.graph.operations.record import Operands
 from qjax.integer import fixed_point
-from qjax.integer_calls import LARGE, NormCall, SoftmaxCall, integer_of, rank_of
+from qjax.integer_calls import SoftmaxCall
 from qjax.integer_division import FRACTION as FRACTION_OF_DIVISION
 from qjax.integer_division import MOST
 from qjax.integer_softmax import (
@@ -23,26 +19,18 @@ from qjax.integer_softmax import (
     joined_table,
     most_places,
 )
-from qjax.leaves import at_start
-from qjax.lowering.constants import add_constant
-from qjax.lowering.entries import raw
-from qjax.lowering.evaluation import tabulate
-from qjax.lowering.interpret import LoweringRule, refuse, where
-from qjax.lowering.operands import settled
+from qjax.lowering.interpret import LoweringRule, where
 from qjax.lowering.rules import tflite
-from qjax.lowering.rules.choices import mask
-from qjax.lowering.rules.functions import add_table, as_curve
-from qjax.lowering.rules.whole import exact_codes, whole_numbers
-from qjax.lowering.site_grids import SiteGrid
-from qjax.lowering.values import (
-    Abstract,
-    Builder,
-    Integers,
-    Known,
-    KnownCodes,
-    Real,
-    ScaledIntegers,
+from qjax.lowering.rules.integer_nodes import (
+    added,
+    check_rank,
+    codes_of,
+    known_of,
+    site_grid_of,
 )
+from qjax.lowering.rules.kept import kept_codes
+from qjax.lowering.rules.norms import NORMS
+from qjax.lowering.values import Abstract, Builder, Integers
 from qjax.model.masks import SOFTMAXES
 from qjax.model.normalisations import said
 from qjax.model.trace import Equation, Trace
@@ -54,16 +42,16 @@ _VANISHES = 22.0  # exp(-22) is below half of 2^-30.
 def _softmax(
     builder: Builder, e: Equation, trace: Trace, x: Abstract, *others: Abstract
 ) -> tuple[Integers, ...]:
-    _check_rank(e, trace)
+    check_rank(e, trace)
     call = SoftmaxCall.parse(e)
     first, *masks, last_scale, last_zero, least, most_code = others
-    unit, scale = _known(e, first), _known(e, last_scale)
-    zero_point, qmin, qmax = (_known(e, v) for v in (last_zero, least, most_code))
-    x = _codes(builder, e, trace, x, unit)
+    unit, scale = known_of(e, first), known_of(e, last_scale)
+    zero_point, qmin, qmax = (known_of(e, v) for v in (last_zero, least, most_code))
+    x = codes_of(builder, e, trace, x, unit)
     if builder.target.is_tflite:
         known = scale, zero_point, qmin, qmax
-        whole = tflite.softmax(builder, x, call, _site_grid(e, known), bool(masks))
-        return _added(builder, e, *whole, known)
+        whole = tflite.softmax(builder, x, call, site_grid_of(e, known), bool(masks))
+        return added(builder, e, *whole, known)
     if x.high - x.low >= _MOST_CODES:
         raise ValueError(
             f"The {said(call.kind)} in {where(e)} is over codes from {x.low} to "
@@ -78,7 +66,7 @@ def _softmax(
     table = table[: int(np.flatnonzero(table)[-1]) + 2]  # What is farther is 0.
     site = e.sites.output or where(e).strip("'")
     params = {"table": builder.add_param(f"{site}/table", table.astype(np.int32))}
-    mask = _mask(builder, e, trace, masks, site)
+    mask = kept_codes(builder, e, trace, masks, site)
     inputs = [x.value] if mask is None else [x.value, mask]
     attributes = {
         "axes": list(call.axes),
@@ -107,7 +95,7 @@ def _softmax(
     )
     attributes |= {"low": int(ends[0]), "high": int(ends[1])}
     grid = scale, zero_point, qmin, qmax
-    return _added(builder, e, call.kind, inputs, attributes, params, grid)
+    return added(builder, e, call.kind, inputs, attributes, params, grid)
 
 
 def _check_fill(
@@ -152,156 +140,16 @@ def _of_logs(e: Equation, x: Integers, factor: Any, scale: Any) -> dict[str, Any
     }
 
 
-def _mask(
-    builder: Builder, e: Equation, trace: Trace, masks: Sequence[Abstract], site: str
-) -> int | None:
-    """Returns what all masks of a softmax keep, as codes 0 and 1; None for all."""
-    known, found = None, []
-    for k, x in enumerate(masks):
-        if isinstance(x, Known):
-            own = x.value if x.value.dtype == np.bool_ else x.value > -LARGE / 2
-            known = own if known is None else known & own
-        else:
-            found.append(_mask_of_data(builder, e, trace, x, k + 2, site))
-    if known is not None:
-        codes = _narrowed(known.astype(np.int8), len(trace.shape(e.inputs[0])))
-        options: Any = {"name": f"{site}/mask", "path": site, "dtype": "int8"}
-        found.append(add_constant(builder, codes, None, **options))
-    if not found:
-        return None
-    both = lambda a, b: builder.add("minimum", [a, b], {}, dtype="int8", path=site)
-    return functools.reduce(both, found)
-
-
-def _mask_of_data(
-    builder: Builder, e: Equation, trace: Trace, x: Abstract, place: int, site: str
-) -> int:
-    """Returns what a mask of integer or boolean inputs keeps, as codes 0 and 1."""
-    v = e.inputs[place]
-    if isinstance(x, Real) and x.input is not None and x.dtype:
-        if not trace.is_real(v):
-            return whole_numbers(builder, e, trace, x, v, "mask").value
-        if (function := raw(builder, e, trace, x, v)) is None:
-            raise ValueError(
-                f"{at_start(x.source)} holds {x.dtype} and is made a mask of real "
-                f"numbers, in {where(e)}.\n  equation: {e}\nThat is a table of at most "
-                "16 bits: pass the mask with dtype bool, uint8, int8, uint16 or int16."
-            )
-        x = function
-    if not trace.is_real(v):
-        return mask(builder, e, trace, x, v)
-    if isinstance(x, ScaledIntegers) and x.high - x.low >= 1 << 16:
-        raise refuse(e, x, "mask")
-    x = as_curve(builder, e, v, x)
-    # 1 and 0 for what it adds, 0 and numbers that are large; -1 for all others.
-    kind = lambda y: jnp.where(y == 0, 1, jnp.where(y <= -LARGE, 0, -1))
-    table, *_ = tabulate(x, kind, builder.types)
-    if np.any(table < 0):
-        raise ValueError(
-            f"The mask of the softmax in {where(e)} adds other numbers than 0 and what "
-            f"is below {-LARGE:g}, for some integers of its input.\n  equation: {e}\n"
-            "Pass the mask as truth values, of dtype bool."
-        )
-    finish = lambda y: (y > -LARGE / 2).astype(jnp.int32)
-    return add_table(builder, x, finish, f"{site}/mask", dtype="int8")
-
-
-def _norm(
-    builder: Builder, e: Equation, trace: Trace, x: Abstract, *others: Abstract
-) -> tuple[Integers, ...]:
-    _check_rank(e, trace)
-    call = NormCall.parse(e)
-    unit, *own, scale, zero_point, qmin, qmax = (_known(e, v) for v in others)
-    x = _codes(builder, e, trace, x, unit)
-    if builder.target.is_tflite:
-        known = scale, zero_point, qmin, qmax
-        whole = tflite.l2_norm(builder, x, call, _site_grid(e, known))
-        return _added(builder, e, *whole, known)
-    shape = trace.shape(e.inputs[0])
-    count = integer_norm.places(shape, call.axes, call.groups)
-    wide = max(x.high - x.low, abs(x.low - x.zero_point), abs(x.high - x.zero_point))
-    if wide >= _MOST_CODES or count > integer_norm.most_places(call.is_byte):
-        raise ValueError(
-            f"The normalisation in {where(e)} is over {count} codes from {x.low} to "
-            f"{x.high}, whose squares 64 bits do not hold.\n  equation: {e}\nUse a "
-            f"word of at most {8 if wide < _MOST_CODES else 16} bits for its input, "
-            f"{x.place.path!r}."
-        )
-    square = np.float64(unit) * np.float64(unit)
-    least, kind = call.floor / square, (call.is_centred, call.is_byte)
-    added = integer_norm.added(call.epsilon / square, least, count, *kind)
-    epsilon, floor, point, more = added
-    gain, offset = (np.asarray(v).astype(np.float64) for v in call.affine(own))
-    unit = np.float64(call.unit(count)) * integer_norm.power_of_two(-more, np)
-    gain = gain * unit / np.float64(scale)
-    offset = offset / np.float64(scale)
-    if np.max(np.abs(gain)) > integer_norm.MOST_GAIN:
-        raise ValueError(
-            f"The normalisation in {where(e)} divides by much more than the root of "
-            f"its squares: its values of 32 bits are {np.max(np.abs(gain)):g} codes of "
-            f"{e.sites.output!r} apart.\n  equation: {e}\nUse a smaller "
-            "epsilon, inputs of larger values, or fewer bits for this site."
-        )
-    if not integer_norm.is_scalable(gain, offset):
-        raise ValueError(
-            f"The normalisation in {where(e)} has factors up to "
-            f"{np.max(np.abs(gain)):g} and offsets up to {np.max(np.abs(offset)):g} in "
-            f"codes of its site, which 32 bits do not hold.\n  equation: {e}\n"
-            f"Calibrate {e.sites.output!r} with what it makes of them."
-        )
-    multiplier, bias, shift, bias_shift = integer_norm.scaled(gain, offset)
-    site, rank = e.sites.output or where(e).strip("'"), len(shape)
-    numbers = {
-        role: _narrowed(value, rank)
-        for role, value in (("multiplier", multiplier), ("bias", bias))
-    }
-    params = {
-        role: builder.add_param(f"{site}/{role}", x) for role, x in numbers.items()
-    }
-    attributes: dict[str, Any] = {
-        "algorithm": "newton_root",
-        "axes": list(call.axes),
-        "groups": list(call.groups),
-        "count": count,
-        "is_centred": call.is_centred,
-        "epsilon": int(epsilon),
-        "floor": int(floor),
-        "point": int(point),
-        "input_zero_points": [x.zero_point],
-        **({"more": int(more)} if more else {}),
-        "shift": int(shift),
-        "bias_shift": int(bias_shift),
-        "zero_point": int(zero_point),
-        "low": int(qmin),
-        "high": int(qmax),
-    }
-    operands = Operands(attributes, [builder.values[x.value]], numbers)
-    ends = OPERATIONS["norm"].interval(operands)
-    attributes |= {"low": int(np.min(ends[0])), "high": int(np.max(ends[1]))}
-    grid = scale, zero_point, qmin, qmax
-    return _added(builder, e, "norm", [x.value], attributes, params, grid)
-
-
-def _check_rank(e: Equation, trace: Trace) -> None:
-    """Raises for a call inside of `jax.vmap`, whose axes are others."""
-    rank, found = rank_of(e), len(trace.shape(e.inputs[0]))
-    if rank != found:
-        raise NotImplementedError(
-            f"The {integer_of(e).partition('.')[0]} in {where(e)} is of values of "
-            f"{rank} axes, and `jax.vmap` gives them {found}.\n  equation: {e}\nCall "
-            "the layer on the whole batch, without `jax.vmap`: its axes may count from "
-            "the last."
-        )
-
-
 def _divide(
     builder: Builder, e: Equation, trace: Trace, x: Abstract, *others: Abstract
 ) -> tuple[Integers, ...]:
     first, y, *rest = others
-    unit, other, scale, zero_point, qmin, qmax = (_known(e, v) for v in (first, *rest))
+    unit, other, scale, zero_point, qmin, qmax = (
+        known_of(e, v) for v in (first, *rest)
+    )
     pair = (
-        _codes(builder, e, trace, x, unit),
-        _codes(builder, e, trace, y, other, 2),
+        codes_of(builder, e, trace, x, unit),
+        codes_of(builder, e, trace, y, other, 2),
     )
     for part in pair:
         ends = part.low - part.zero_point, part.high - part.zero_point
@@ -323,83 +171,12 @@ def _divide(
         "high": int(qmax),
     }
     grid, inputs = (scale, zero_point, qmin, qmax), [part.value for part in pair]
-    return _added(builder, e, "divide", inputs, attributes, {}, grid)
-
-
-def _codes(
-    builder: Builder, e: Equation, trace: Trace, x: Abstract, unit: Any, place: int = 0
-) -> Integers:
-    """Returns the codes that a call reads, on the grid that it knows of."""
-    x = exact_codes(builder, e, trace, x, e.inputs[place])
-    x = settled(builder, e, trace, x)
-    is_plain = x.is_codes and not np.ndim(x.scale) and x.gain is None
-    if not is_plain or np.float32(x.scale) != unit:
-        raise refuse(e, x, "input")  # What a rescaling rounds is no half step.
-    return x
-
-
-def _site_grid(e: Equation, grid: tuple[Any, Any, Any, Any]) -> SiteGrid:
-    scale, zero_point, qmin, qmax = grid
-    site = e.sites.output or where(e).strip("'")
-    return SiteGrid(float(scale), int(zero_point), int(qmin), int(qmax), site)
-
-
-def _added(
-    builder: Builder,
-    e: Equation,
-    operation: str,
-    inputs: Sequence[int],
-    attributes: Mapping[str, Any],
-    params: Mapping[str, str],
-    grid: tuple[Any, Any, Any, Any],
-) -> tuple[Integers, ...]:
-    """Returns the codes of a node on the grid of its site."""
-    scale, zero_point, qmin, qmax = grid
-    value = builder.add(
-        operation,
-        inputs,
-        attributes,
-        params=params,
-        grid=Grid(float(scale), int(zero_point)),
-        dtype=storage(int(qmin), int(qmax)),
-        path=e.sites.output or where(e).strip("'"),
-    )
-    found = Integers(
-        value=value,
-        scale=np.asarray(np.float64(np.float32(scale))),
-        zero_point=int(zero_point),
-        low=builder.values[value].low,
-        high=builder.values[value].high,
-        is_codes=True,
-        place=e.place,
-    )
-    return found, found  # The second, what does not saturate, is not read.
-
-
-def _narrowed(x: np.ndarray, rank: int) -> np.ndarray:
-    """Gives a constant a rank, and size 1 to axes along which it does not vary."""
-    x = x.reshape((1,) * (rank - x.ndim) + x.shape)
-    for d in range(rank):
-        first = x.take([0], d) if x.shape[d] else x
-        x = first if np.all(x == first) else x
-    return x
-
-
-def _known(e: Equation, x: Abstract) -> Any:
-    if isinstance(x, KnownCodes):  # Gain or offset of a layer, on a grid.
-        scale = np.asarray(x.scale, np.float32)
-        return (x.codes - x.zero_point).astype(np.float32) * scale
-    if not isinstance(x, Known):
-        raise ValueError(
-            f"The {integer_of(e).partition('.')[0]} in {where(e)} has a grid or a mask "
-            f"that depends on an input.\n  equation: {e}\nPass the mask as a constant."
-        )
-    return np.asarray(x.value)
+    return added(builder, e, "divide", inputs, attributes, {}, grid)
 
 
 # What a call computes in integers -> its rule.
 NORMALISATIONS: Mapping[str, LoweringRule] = {
     **dict.fromkeys(SOFTMAXES, _softmax),
-    "norm": _norm,
+    **NORMS,
     "divide": _divide,
 }
