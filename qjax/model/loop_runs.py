@@ -34,6 +34,10 @@ class LoopRuns(AffineParts):
     first value is rounded to it before the loop.
     """
 
+    # Sites in a row that each reader of a value may compute anew: none in a loop, where
+    # the derivative reads them too (`experiments/benchmarks/loops.py`).
+    _most_sites = 1
+
     _inside: Callable[[Any], Self]  # Makes the simulation of a body.
     _enter: Callable[[Visitor], None]
     _take: Callable[[Mapping[int, Any]], None]
@@ -49,6 +53,7 @@ class LoopRuns(AffineParts):
             return self._run_steps(e, loop)
         parts, visitor = loop.parts, self._visitor
         inner, given = self._begun(e, loop)
+        inner._most_sites = 0
         starts: dict[str, jax.Array] = {}
         first = range(parts.consts, parts.consts + parts.carries)
         carry = [self._start(e.inputs[k], loop, k, inner, starts) for k in first]
