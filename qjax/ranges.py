@@ -125,7 +125,29 @@ def reduce_range(x: jax.Array, axis: Axis) -> tuple[jax.Array, jax.Array]:
     if x.size == 0:
         zeros = jnp.zeros(shape, jnp.float32)
         return zeros, zeros
+    if not shape and x.size <= _MOST_AT_ONCE:
+        return _ends(x)
     return jnp.min(x, over, keepdims=keep), jnp.max(x, over, keepdims=keep)
+
+
+# Most values whose two ends are one reduction. XLA:CPU makes four of them otherwise,
+# which take 5 times as long for 2,048 values and 1.3 times for a million.
+_MOST_AT_ONCE = 1 << 20
+
+
+@jax.custom_jvp
+def _ends(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the least and the largest of all values, NaN if one is."""
+    inf = np.float32(np.inf)
+    take = lambda a, b: (lax.min(a[0], b[0]), lax.max(a[1], b[1]))
+    low, high = lax.reduce((x, x), (inf, -inf), take, tuple(range(x.ndim)))
+    return low, high
+
+
+@_ends.defjvp
+def _ends_jvp(primals: Any, tangents: Any) -> Any:
+    (x,), (dx,) = primals, tangents
+    return _ends(x), tuple(jax.jvp(f, (x,), (dx,))[1] for f in (jnp.min, jnp.max))
 
 
 def _reciprocal(x: Any) -> Any:

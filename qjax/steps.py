@@ -149,12 +149,20 @@ class CompiledStep:
         self,
         runner: CodeRunner,
         states: Sequence[np.ndarray],
+        ends: Sequence[tuple[int, int]],
         inputs: Sequence[InputEnd],
         outputs: Sequence[tuple[Value, Shape]],
         trees: tuple[Any, Any],
     ) -> None:
         self.backend, self._run = runner.backend, runner.run
         self._start, self._types = states, [(x.shape, x.dtype) for x in states]
+        limits = [(np.iinfo(x.dtype) if x.dtype != bool else None) for x in states]
+        # Codes that a type cannot hold need no look.
+        self._ends = [
+            (k, low, high)
+            for k, ((low, high), own) in enumerate(zip(ends, limits, strict=True))
+            if own is not None and (low > own.min or high < own.max)
+        ]
         self._input_tree, self._output_tree = trees
         self._quantizers = [quantizer(end, runner.library) for end in inputs]
         self._dequantizers = [dequantizer(*end, runner.library) for end in outputs]
@@ -175,7 +183,7 @@ class CompiledStep:
 
         Raises:
           ValueError: if the state or the inputs have other types, shapes or another
-            structure.
+            structure, or the state codes that no step leaves. The state stays as it is.
         """
         flat, tree = jax.tree.flatten(inputs)
         if tree != self._input_tree:
@@ -197,6 +205,15 @@ class CompiledStep:
                 f"`state` must hold {show_types(self._start)}, got "
                 f"{show_types(found)}. Start from `initial_state`."
             )
+        for k, low, high in self._ends:
+            x = found[k]
+            above = (x - x.dtype.type(low)).view(f"u{x.itemsize}")  # Wraps below.
+            if x.size and above.max() > high - low:
+                raise ValueError(
+                    f"`state[{k}]` must hold codes in [{low}, {high}], got codes from "
+                    f"{x.min()} to {x.max()}: it is of another program, or altered. "
+                    "Start from `initial_state`."
+                )
         return list(map(ready, found))
 
 
@@ -228,7 +245,8 @@ def compiled_step(
     runner = make_runner(steps, given, count, backend)
     pairs = zip(steps.outputs, runner.shapes[len(states) :], strict=True)
     outputs = [(v, _without(shape, axis)) for (v, axis), shape in pairs]
-    return CompiledStep(runner, states, inputs, outputs, trees)
+    ends = [(v.low, v.high) for v in steps.states]
+    return CompiledStep(runner, states, ends, inputs, outputs, trees)
 
 
 def _with(shape: Shape, axis: int | None) -> Shape:

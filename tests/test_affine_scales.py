@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qjax.affine import QSpec, fake_quant, fake_quant_bias
-from qjax.ranges import abs_max_params, min_max_params
+from qjax.ranges import abs_max_params, min_max_params, reduce_range
 from tests.affine import (
     SETTINGS,
     SPECS,
@@ -318,3 +318,21 @@ class FakeQuantBiasTest(chex.TestCase):
         f = lambda b: fake_quant_bias(b, scale, site="conv1/bias").sum()
         np.testing.assert_array_equal(jax.grad(f)(bias), [1.0, 0.0])
         assert "conv1/bias" in str(jax.make_jaxpr(f)(bias))
+
+
+def test_both_ends_of_a_range_are_one_reduction():
+    x = np.random.default_rng(0).normal(0, 3, (5, 7)).astype(np.float32)
+    both = jax.jit(functools.partial(reduce_range, axis=None))
+    cases = [x, x.astype(jnp.bfloat16), x[0, 0], np.float32([np.inf, -np.inf, 0])]
+    for own in [*cases, np.float32([1, np.nan, -np.inf])]:
+        wide = np.asarray(own, np.float32)
+        np.testing.assert_array_equal(both(own), [wide.min(), wide.max()])
+    np.testing.assert_array_equal(both(x[:0]), [0, 0])
+    each = np.stack([x.min(1), x.max(1)])
+    np.testing.assert_array_equal(jax.vmap(both)(x), each)
+    text = both.lower(x).as_text()
+    assert text.count("stablehlo.reduce(") == 1
+    slopes = jax.grad(lambda x: 2 * both(x)[0] + 3 * both(x)[1])(x)
+    wanted = np.zeros_like(x)
+    wanted.flat[[x.argmin(), x.argmax()]] = 2, 3
+    np.testing.assert_array_equal(slopes, wanted)

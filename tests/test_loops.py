@@ -352,3 +352,21 @@ def test_what_no_loop_takes_is_refused():
         Graph.from_json(program.graph.to_json())
         bad = program.graph.to_json().replace('"low": -128', '"low": -100')
         qjax.graph.validation.validate(Graph.from_json(bad), program.params)
+
+
+@pytest.mark.heavy
+def test_a_checkpoint_saves_less_in_steps_with_grids_of_their_own():
+    wide = {"a": np.tile(W["a"], (2, 2)), "b": np.tile(W["b"], (1, 2))}
+    x = np.tile(RNG.normal(0, 1, (32, 3, 4)).astype(np.float32), (1, 1, 2))
+    rules = (Rule("scan_0/*", WORD, per_step=True),)
+    found, saved = [], []
+    for step in (_plain, jax.checkpoint(_plain)):
+        fn = lambda p, x, step=step: _steps(step, p, x)[1]
+        qmodel = qjax.quantize_model(fn, wide, x, scheme=Scheme(rules=rules))
+        qstate = qjax.calibrate(qmodel, wide, [x], progress=False)
+        loss = lambda p, q=qmodel, s=qstate: jnp.sum(q.apply(p, s, x) ** 2)
+        found.append(jax.jit(qmodel.apply)(wide, qstate, x))
+        kept = jax.tree.leaves(jax.eval_shape(lambda p, f=loss: jax.vjp(f, p)[1], wide))
+        saved.append(sum(v.size * v.dtype.itemsize for v in kept))
+    np.testing.assert_array_equal(*found)
+    assert saved[1] < 0.6 * saved[0], saved

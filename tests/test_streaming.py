@@ -71,7 +71,42 @@ def _mixed(p, x):
     return _recurrent(p, y + x)[0]
 
 
+def _pooled(p, x):
+    """Causal pools, one after a function of what is padded, and channels' own."""
+    window = lambda x, of, first, low: lax.reduce_window(
+        x, first, of, (1, 3, 1), (1, 1, 1), ((0, 0), (low, 0), (0, 0))
+    )
+    pad = lambda x: jnp.pad(x, ((0, 0), (2, 0), (0, 0)))
+    y = window(x @ p["a"], lax.max, -jnp.inf, 2)
+    y = window(nn.relu(pad(y + x)), lax.add, 0.0, 0) * 0.3
+    y = -window(pad(-y), lax.max, -jnp.inf, 0)
+    return lax.reduce_window(y, -jnp.inf, lax.max, (1, 1, 2), (1, 1, 2), "VALID")
+
+
+def _delayed(p, x):
+    """Delays, also of a cut sequence; rows that data choose."""
+    pad = lambda x, n: jnp.pad(x, ((0, 0), (n, 0), (0, 0)))
+    y = pad(x[:, :-1], 1) @ p["a"]
+    y = y + pad(nn.relu(y[:, :-3]), 3) - pad(x, 3)[:, 1:-2]
+    rows = p["a"][jnp.argmax(y, -1)]
+    return lax.top_k(rows, 2)[0], jnp.cumsum(rows, -1)
+
+
+def _own_places(p, x):
+    return jnp.take_along_axis(x @ p["a"], jnp.argmax(x, -1)[..., None], -1)
+
+
+def _begun(p, x):
+    first = jnp.float32([[[0.5, -0.25, 1.0, 0.0]]])
+    first = jnp.broadcast_to(first, (len(x), 1, 4))
+    return jnp.concatenate([first, x[:, :-1]], 1) @ p["a"]
+
+
 MODELS = {
+    "a first step": _begun,
+    "places of each step": _own_places,
+    "causal pools": _pooled,
+    "delays and gathers": _delayed,
     "recurrent": _recurrent,
     "counter and a start": _counted,
     "causal convolutions": _temporal,
@@ -107,7 +142,8 @@ def _joined(step, state, x):
 @pytest.mark.parametrize("name", MODELS)
 def test_steps_have_the_codes_of_the_whole_sequence(name):
     program = _lowered(MODELS[name], POWERS if name == "both" else FLOATS)
-    for x in (X, np.concatenate([X, -X[:2]])):
+    sizes = () if name == "places of each step" else (np.concatenate([X, -X[:2]]),)
+    for x in (X, *sizes):
         whole = jax.tree.leaves(program(x))
         for a, b in zip(whole, _stepped(program, x), strict=True):
             np.testing.assert_array_equal(b if a.ndim == 3 else b[:, -1], a)
@@ -156,6 +192,40 @@ def test_a_compiled_step_leaves_its_state_and_refuses_others():
         qjax.lower(*_calibrated(_recurrent, FLOATS)).compile_step()
 
 
+def test_a_compiled_step_refuses_codes_that_no_step_leaves():
+    program = _lowered(_causal, Scheme(QSpec(8), QSpec(4)))
+    run = program.compile_step(2)
+    (state,) = run.initial_state()
+    run((state,), X[:2, 0])
+    for code in (-9, 100):
+        held = state.copy()
+        held[0, -1, -1] = code
+        kept = held.copy()
+        with pytest.raises(
+            ValueError, match=r"`state\[0\]` must hold codes in \[-8, 7\]"
+        ):
+            run((held,), X[:2, 0])
+        np.testing.assert_array_equal(held, kept)
+
+
+def test_several_inputs_stream_together():
+    def fn(p, x, z):
+        late = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+        return jnp.tanh(late @ p["a"] + z)
+
+    z = RNG.normal(0, 1, X.shape).astype(np.float32)
+    qmodel = qjax.quantize_model(fn, W, X, z)
+    qstate = qjax.calibrate(qmodel, W, [(X, z)])
+    program = qjax.lower(qmodel, W, qstate, X, z, streaming={0: 1, 1: 1})
+    run = program.compile_step(3)
+    state, whole = run.initial_state(), program(X, z)
+    for t in range(X.shape[1]):
+        state, y = run(state, X[:, t], z[:, t])
+        np.testing.assert_array_equal(y, whole[:, t])
+    with pytest.raises(ValueError, match="reads more than one step"):
+        qjax.lower(qmodel, W, qstate, X, z, streaming={0: 1})
+
+
 def test_steps_along_the_first_axis():
     fn = lambda p, x: lax.scan(
         lambda h, t: (jnp.tanh(t @ p["a"] + h), h), jnp.zeros((3, 4)), x
@@ -202,7 +272,7 @@ AHEAD = {
         )[1],
         "`loop`",
     ),
-    "the first step": (lambda p, x: (x[:, :1] + x) @ p["a"], "`slice`"),
+    "the first step": (lambda p, x: (x[:, :1] + x) @ p["a"], "`add`"),
     "the last state beside each step": (
         lambda p, x: _recurrent(p, x)[1][:, None] + x,
         "`add`",
@@ -214,6 +284,17 @@ AHEAD = {
         "`conv`",
     ),
     "every other step": (lambda p, x: _causal(p, x, stride=2), "`conv`"),
+    "a pool of each two steps": (
+        lambda p, x: nn.max_pool(x @ p["a"], (2,), (2,)),
+        "`max_pool`",
+    ),
+    "a pool of steps to come": (
+        lambda p, x: nn.max_pool(x @ p["a"], (3,), (1,), "SAME"),
+        "`max_pool`",
+    ),
+    "the largest until now": (lambda p, x: lax.cummax(x @ p["a"], 1), "`max_pool`"),
+    "the next step": (lambda p, x: (x[:, 1:]) @ p["a"], "`slice`"),
+    "a sum until now": (lambda p, x: jnp.cumsum(x @ p["a"], 1), "`running_sum`"),
     "a product over time": (
         lambda p, x: jnp.einsum("btc,bsc->bts", x @ p["a"], x),
         "`dot_codes`",
@@ -231,6 +312,17 @@ def test_what_looks_ahead_is_refused_by_name(name):
     fn, operation = AHEAD[name]
     with pytest.raises(ValueError, match=f"{operation}.* reads more than one step"):
         _lowered(fn)
+
+
+def test_an_output_of_fewer_steps_is_refused():
+    with pytest.raises(ValueError, match="more or fewer steps than its input"):
+        _lowered(lambda p, x: (x @ p["a"])[:, :-1])
+
+
+def test_a_stride_along_time_is_refused_with_its_remedy():
+    for fn in (AHEAD["every other step"][0], AHEAD["a pool of each two steps"][0]):
+        with pytest.raises(ValueError, match="stride 1, and keep every n-th step"):
+            _lowered(fn)
 
 
 def test_a_loop_that_starts_from_an_input_is_refused():

@@ -1,15 +1,17 @@
 """What loops cost: training steps over steps in float, and lowering by steps.
 
-    python experiments/benchmarks/loops.py
+    XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1" \
+        python experiments/benchmarks/loops.py
 
 Steps of Adam on a recurrent layer, 32 steps, 64 features, batch 32, interleaved in one
-process, medians after warm-up over the step in float: `apply` has the ranges it was
-calibrated with, `apply_and_update` moves them. On 2 cores that were busy with other
-work, medians of 85; on one of them, medians of 60:
+process, medians of processor time after warm-up over the step in float: `apply` has the
+ranges it was calibrated with, `apply_and_update` moves them. On a busy machine, 60
+rounds; before, each site was computed anew for the derivative, and the two ends of its
+range were two reductions:
 
-            apply         apply_and_update
-    LSTM    1.27  1.16    1.44  1.81
-    GRU     1.45  1.38    1.84  1.66
+            apply    before    apply_and_update    before
+    LSTM    1.30     1.51      1.55                2.76
+    GRU     1.44     1.63      1.76                3.17
 
 Seconds to lower, compile and run a loop of 1,000 steps over one of 10: 0.94.
 """
@@ -105,10 +107,10 @@ def compare(config: Config, cell: str) -> dict[str, Any]:
     times: dict[str, list[float]] = {kind: [] for kind in steps}
     for i in range(config.rounds + 5):
         for kind, step in steps.items():
-            start = time.perf_counter()
+            start = time.process_time()
             step()
             if i >= 5:  # After warm-up.
-                times[kind].append(time.perf_counter() - start)
+                times[kind].append(time.process_time() - start)
     median = {kind: 1e3 * statistics.median(own) for kind, own in times.items()}
     row = {kind: median[kind] / median["float"] for kind in KINDS}
     return {"cell": cell, "float_ms": median["float"], **row}

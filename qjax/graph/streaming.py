@@ -1,8 +1,9 @@
 """The graph of one step in time, made of the graph of a whole sequence.
 
 What loops carry becomes the state of a step, and so do the codes that a causal
-convolution still needs. A step computes the codes that the whole sequence has at its
-place in time, as no operation looks ahead: one that may is refused.
+convolution, a causal pool or a delay still needs. A step computes the codes that the
+whole sequence has at its place in time, as no operation looks ahead: one that may is
+refused.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import numpy as np
 
 from qjax.graph.graph import Graph, Node, Value
 from qjax.graph.passes import drop_dead
-from qjax.graph.time_axes import TIME_RULES, Time
+from qjax.graph.time_axes import TIME_RULES, Time, Times
 
 
 class Streamed(NamedTuple):
@@ -92,7 +93,11 @@ class _Streamer:
         )
         for v in graph.outputs:
             if v in self.times and self.times[v].past:
-                raise ValueError("An output of the program is padded along time.")
+                raise ValueError(
+                    "An output of the program has more or fewer steps than its input: "
+                    "what is padded or cut along time must be read by a convolution, a "
+                    "pool or a slice that gives each step one output."
+                )
         sites = {name: self.number[v] for name, v in graph.sites.items()}
         step = Graph(tuple(self.values), tuple(self.nodes), inputs, outputs, sites)
         found = drop_dead(_plain(step), self.params)
@@ -135,7 +140,7 @@ class _Streamer:
         if time is None:
             return value
         shape = list(value.shape)
-        shape[time.axis] = 1 + time.past
+        shape[time.axis] = 1 + max(time.past, 0)
         return dataclasses.replace(value, shape=tuple(shape))
 
     def visit(self, node: Node) -> None:
@@ -150,30 +155,34 @@ class _Streamer:
             )
             self.copy(node, node.attributes)
             return
-        if node.operation == "pad" and self.visit_pad(node, times[0]):
+        visit = self.with_past.get(node.operation)
+        if visit is not None and visit(self, node, times):
             return
-        if node.operation == "conv" and self.visit_conv(node, times[0]):
-            return
-        is_past = any(time is not None and time.past for time in times)
+        pasts = {time.past for time in times if time is not None}
+        is_sized = node.operation == "reshape" and pasts != {0}
         # What is known at the end of a sequence alone.
         is_ahead = any(v in self.late for v in node.inputs if v not in self.times)
-        if is_past or is_ahead:
+        if len(pasts) > 1 or is_sized or is_ahead:
             raise self.refusal(node)
         rule = TIME_RULES.get(node.operation)
         found = None if rule is None else rule(node, times, self.graph, self.params)
         if found is None:
             raise self.refusal(node)
         axis, attributes = found
-        self.times[node.output] = Time(axis)
+        self.times[node.output] = Time(axis, *pasts)
         self.copy(node, attributes)
 
-    def refusal(self, node: Node) -> ValueError:
+    def refusal(self, node: Node, remedy: str = "") -> ValueError:
         where = f" in {node.path!r}" if node.path else ""
         return ValueError(
             f"`{node.operation}`{where} reads more than one step in time, or it is not "
             "known that it does not: what it computes of a sequence is not what a step "
-            "has at its time. Stream what comes before it and compute the rest of "
-            "whole sequences, or call the program on these."
+            "has at its time. "
+            + (
+                remedy
+                or "Stream what comes before it and compute the rest of whole "
+                "sequences, or call the program on these."
+            )
         )
 
     def copy(self, node: Node, attributes: Mapping[str, Any]) -> None:
@@ -228,30 +237,80 @@ class _Streamer:
         )
         return True
 
-    # Causal convolutions: what they read of the past is a state.
+    # Causal convolutions, pools and delays: what they read of the past is a state.
 
-    def visit_pad(self, node: Node, time: Time | None) -> bool:
+    def visit_pad(self, node: Node, times: Times) -> bool:
         """Replaces padding before the first step by a state; returns whether it did."""
+        (time,) = times
         assert time is not None
         low, high, inner = node.attributes["padding"][time.axis]
         if not (low or high or inner):
             return False
-        if low < 0 or high or inner or time.past:
-            raise self.refusal(node)
         padding = [list(pair) for pair in node.attributes["padding"]]
         padding[time.axis] = [0, 0, 0]
-        x = self.number[node.inputs[0]]
-        if any(map(any, padding)):
+        if high or inner or any(map(any, padding)):
             raise self.refusal(node)
-        code = node.attributes["padding_code"]
-        self.times[node.output] = Time(time.axis, time.past + low)
-        self.number[node.output] = self.remembered(x, time.axis, low, code)
+        self.delay(node, node.inputs[0], low, node.attributes["padding_code"])
         return True
 
-    def visit_conv(self, node: Node, time: Time | None) -> bool:
-        """Convolves a step with what a state has of the steps before it."""
+    def visit_concatenate(self, node: Node, times: Times) -> bool:
+        """Replaces constants before the first step by a state; returns whether."""
+        axis, (first, *rest) = node.attributes["axis"], node.inputs
+        if len(rest) != 1 or times[0] is not None or times[1] is None:
+            return False
+        if times[1].axis != axis or first in self.late or first in self.fed:
+            return False
+        self.delay(node, rest[0], self.graph.values[first].shape[axis], start=first)
+        return True
+
+    def delay(
+        self,
+        node: Node,
+        v: int,
+        steps: int,
+        code: int | None = None,
+        start: int | None = None,
+    ) -> None:
+        """Adds steps before the first of a value, which may lack some at its end."""
+        time = self.times[v]
+        past = time.past + steps
+        if steps < 0 or time.past > 0 or past < 0:
+            raise self.refusal(node)
+        whole = self.remembered(self.number[v], time.axis, steps, code, start)
+        self.times[node.output] = Time(time.axis, past)
+        self.number[node.output] = self.cut(whole, time.axis, 0, past + 1)
+
+    def visit_slice(self, node: Node, times: Times) -> bool:
+        """Takes steps of what a value has of the past; returns whether it did."""
+        (time,), a = times, node.attributes
         assert time is not None
-        a = node.attributes
+        names = "start", "stop", "steps"
+        size = self.graph.values[node.inputs[0]].shape[time.axis]
+        start, stop, step = slice(*(a[n][time.axis] for n in names)).indices(size)
+        if (start, stop, step) == (0, size, 1):
+            return False
+        length = size - time.past
+        past = stop - start - length
+        fits = 0 <= start <= start + past <= time.past if past >= 0 else start == 0
+        rest = [d for d in range(len(a["start"])) if d != time.axis]
+        none = None, 0, 1  # Of other axes all is taken.
+        is_whole = all(a[n][d] in none for n in names[::2] for d in rest)
+        is_whole &= all(a["stop"][d] is None for d in rest)
+        if step != 1 or time.past < 0 or not fits or not is_whole:
+            raise self.refusal(node, _EACH if step > 1 else "")
+        if past < 0 and time.past:
+            raise self.refusal(node)
+        self.times[node.output] = Time(time.axis, past)
+        x = self.number[node.inputs[0]]
+        if past >= 0:
+            x = self.cut(x, time.axis, start, start + past + 1)
+        self.number[node.output] = x
+        return True
+
+    def visit_conv(self, node: Node, times: Times) -> bool:
+        """Convolves a step with what a state has of the steps before it."""
+        (time,), a = times, node.attributes
+        assert time is not None
         (_, _, *space), (_, _, *taps), out = a["dimensions"]
         if time.axis not in space:
             raise self.refusal(node)
@@ -259,16 +318,56 @@ class _Streamer:
         kernel = np.shape(self.params[node.params["kernel"]])
         bias = np.shape(self.params[node.params["bias"]])
         reach = (kernel[taps[k]] - 1) * a["dilation"][k]
-        low, high = a["padding"][k]
         axis = out[2 + k]
-        is_one = a["strides"][k] == 1 and a["input_dilation"][k] == 1
         aligned = len(bias) <= len(out) - 1 - axis or bias[axis - len(out)] == 1
-        if high or low < 0 or low + time.past != reach or not is_one or not aligned:
+        if a["strides"][k] != 1:
+            raise self.refusal(node, _EACH)
+        if a["input_dilation"][k] != 1 or not aligned:
+            raise self.refusal(node)
+        self.window(node, time, k, axis, reach, a["padding_code"])
+        return True
+
+    def visit_pool(self, node: Node, times: Times) -> bool:
+        """Pools a step with what a state has of the steps before it."""
+        (time,), a = times, node.attributes
+        assert time is not None
+        k = time.axis
+        reach = (a["window"][k] - 1) * a["dilation"][k]
+        if a["strides"][k] != 1:
+            raise self.refusal(node, _EACH)
+        if a["base_dilation"][k] != 1:
+            raise self.refusal(node)
+        if reach and a["window"][k] >= self.graph.values[node.inputs[0]].shape[k]:
+            raise self.refusal(
+                node, "It looks at all steps: a window of fewer streams, or a loop."
+            )
+        own = self.values[self.number[node.inputs[0]]]
+        # Of an extreme no window takes the code: each holds its own step.
+        code = own.low if node.operation == "max_pool" else own.high
+        self.window(node, time, k, k, reach, a.get("padding_code", code))
+        return True
+
+    def window(
+        self, node: Node, time: Time, k: int, axis: int, reach: int, code: int
+    ) -> None:
+        """Adds a node whose windows end at their own step.
+
+        Args:
+          node: Node of the whole graph, with ``padding`` along its axes.
+          time: Axis of time of its input.
+          k: Place of that axis in ``padding``.
+          axis: Axis of time of its output.
+          reach: Steps before its own that a window reads.
+          code: Code of the padding.
+        """
+        low, high = node.attributes["padding"][k]
+        if high or low < 0 or time.past < 0 or low + time.past != reach:
             raise self.refusal(node)
         x = self.number[node.inputs[0]]
-        if low:
-            x = self.remembered(x, time.axis, low, a["padding_code"])
-        padding = [list(pair) for pair in a["padding"]]
+        if low and time.past:
+            raise self.refusal(node)
+        x = self.remembered(x, time.axis, low, code)
+        padding = [list(pair) for pair in node.attributes["padding"]]
         padding[k] = [0, 0]
         self.times[node.output] = Time(axis)
         self.number[node.output] = self.add_value(self.step_value(node.output))
@@ -276,32 +375,67 @@ class _Streamer:
             node,
             inputs=(x,),
             output=self.number[node.output],
-            attributes={**a, "padding": padding},
+            attributes={**node.attributes, "padding": padding},
         )
         self.nodes.append(own)
-        return True
 
-    def remembered(self, x: int, axis: int, steps: int, code: int) -> int:
-        """Adds a state of the last steps of a value; returns both, joined."""
+    with_past = {
+        "pad": visit_pad,
+        "concatenate": visit_concatenate,
+        "slice": visit_slice,
+        "conv": visit_conv,
+        **dict.fromkeys(("max_pool", "min_pool", "sum_pool"), visit_pool),
+    }
+
+    def remembered(
+        self, x: int, axis: int, steps: int, code: int | None, start: int | None = None
+    ) -> int:
+        """Adds a state of the last steps of a value; returns both, joined.
+
+        Args:
+          x: Value of the step.
+          axis: Axis of time.
+          steps: Number of steps that the state holds.
+          code: Code that it is full of at the start; None with ``start``.
+          start: Value of the whole graph that it starts with.
+        """
         if not steps:
             return x
         own = self.values[x]
-        low, high = min(own.low, code), max(own.high, code)
+        first = None if start is None else self.graph.values[start]
+        low, high = (first.low, first.high) if first is not None else (code, code)
+        assert low is not None and high is not None
+        low, high = min(own.low, low), max(own.high, high)
         own = dataclasses.replace(_bare(own), low=low, high=high)
         sized = lambda n: dataclasses.replace(
             own, shape=(*own.shape[:axis], n, *own.shape[axis + 1 :])
         )
         state = self.add_value(sized(steps))
         whole = self.add_value(sized(steps + 1))
-        kept = self.add_value(sized(steps))
         self.nodes.append(Node("concatenate", (state, x), whole, {}, {"axis": axis}))
-        rank = len(own.shape)
-        start: list[int | None] = [None] * rank
-        start[axis] = 1
-        ends = {"start": start, "stop": [None] * rank, "steps": [None] * rank}
-        self.nodes.append(Node("slice", (whole,), kept, {}, ends))
-        self.states.append(_State(state, None, (code, sized(steps)), kept))
+        kept = self.cut(whole, axis, 1, steps + 1)
+        fill = None if code is None else (code, sized(steps))
+        self.states.append(_State(state, start, fill, kept))
         return whole
+
+    def cut(self, x: int, axis: int, start: int, stop: int) -> int:
+        """Adds a slice of a value along an axis; returns it, or all of the value."""
+        own = _bare(self.values[x])
+        if (start, stop) == (0, own.shape[axis]):
+            return x
+        shape = (*own.shape[:axis], stop - start, *own.shape[axis + 1 :])
+        found = self.add_value(dataclasses.replace(own, shape=shape))
+        none: list[int | None] = [None] * len(shape)
+        place = lambda n: [*none[:axis], n, *none[axis + 1 :]]
+        ends = {"start": place(start), "stop": place(stop), "steps": none}
+        self.nodes.append(Node("slice", (x,), found, {}, ends))
+        return found
+
+
+_EACH = (
+    "A step has one output: compute it at stride 1, and keep every n-th step of what "
+    "the program returns."
+)
 
 
 def _bare(value: Value) -> Value:

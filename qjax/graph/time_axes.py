@@ -12,7 +12,9 @@ class Time(NamedTuple):
     """The axis of time of a value in a step."""
 
     axis: int
-    past: int = 0  # Steps before this one that the value still has.
+    # Steps before this one that the value still has; below 0, last steps that it lacks,
+    # which a step has and nothing may read yet.
+    past: int = 0
 
 
 # Rules: the axis of time of the output and the attributes of a step; None to refuse.
@@ -189,6 +191,21 @@ def _embed(node: Node, times: Times, graph: Graph, params: Params) -> _Found:
     return time.axis, node.attributes
 
 
+def _gather(node: Node, times: Times, graph: Graph, params: Params) -> _Found:
+    """Returns the axis of places in a table, each step of which reads its own."""
+    a, (table, places) = node.attributes, times
+    if places is None:
+        return None
+    batch = list(a["start_indices_batching_dims"])
+    own = batch.index(places.axis) if places.axis in batch else None
+    along = None if own is None else a["operand_batching_dims"][own]
+    if (table is None) != (along is None) or (table and table.axis != along):
+        return None
+    rank = len(graph.values[node.output].shape)
+    others = [d for d in range(rank) if d not in a["offset_dims"]]
+    return others[places.axis], a
+
+
 TIME_RULES: Mapping[str, _Rule] = {
     **dict.fromkeys(
         (
@@ -198,7 +215,7 @@ TIME_RULES: Mapping[str, _Rule] = {
         _elementwise,
     ),
     **dict.fromkeys("sum max min argmax argmin".split(), _over_axes),
-    **dict.fromkeys(("softmax", "log_softmax", "norm"), _kept),
+    **dict.fromkeys("softmax log_softmax norm sort argsort running_sum".split(), _kept),
     "logsumexp": lambda node, *rest: (
         _kept if node.attributes["keepdims"] else _over_axes
     )(node, *rest),
@@ -211,4 +228,6 @@ TIME_RULES: Mapping[str, _Rule] = {
     "dot": _dot,
     "dot_codes": _dot,
     "embed": _embed,
+    "gather": _gather,
+    "pad": _pad,
 }

@@ -1,6 +1,7 @@
 """Loops in a simulation: `jax.lax.scan` over steps that put values on grids."""
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -14,7 +15,7 @@ from qjax.mesh_axes import axes_of, vary
 from qjax.model.affine_parts import AffineParts
 from qjax.model.blocks import constant_of, data_of
 from qjax.model.trace import Equation
-from qjax.model.traced_model import Loop
+from qjax.model.traced_model import Loop, TracedModel
 from qjax.model.visits import Visitor
 from qjax.schemes.patterns import Site
 
@@ -34,6 +35,10 @@ class LoopRuns(AffineParts):
     first value is rounded to it before the loop.
     """
 
+    # Sites in a row that each reader of a value may compute anew: none in a loop, where
+    # the derivative reads them too (`experiments/benchmarks/loops.py`).
+    _most_sites = 1
+
     _inside: Callable[[Any], Self]  # Makes the simulation of a body.
     _enter: Callable[[Visitor], None]
     _take: Callable[[Mapping[int, Any]], None]
@@ -49,6 +54,7 @@ class LoopRuns(AffineParts):
             return self._run_steps(e, loop)
         parts, visitor = loop.parts, self._visitor
         inner, given = self._begun(e, loop)
+        inner._most_sites = 0
         starts: dict[str, jax.Array] = {}
         first = range(parts.consts, parts.consts + parts.carries)
         carry = [self._start(e.inputs[k], loop, k, inner, starts) for k in first]
@@ -124,23 +130,17 @@ class LoopRuns(AffineParts):
         ]
         pieces: dict[int, list[tuple[Any, OnGrid]]] = {}
         order = range(parts.length)
+        # What records values keeps them, and has no derivative.
+        is_region = any(step.regions for step in loop.body.model.equations)
+        is_region &= self._visitor.seen == ()
         for t, model in zip(
             order[::-1] if parts.is_reversed else order, loop.steps, strict=True
         ):
-            own = inner._copied(self._visitor)
-            own._traced, own._plan = model, model.plan
-            for k, (x, kept) in enumerate(carried, parts.consts):
-                own._env[loop.inputs[k]] = own._typed(loop.inputs[k], x)
-                own._give(loop.inputs[k], kept)
-            steps = [k for k in range(len(given)) if parts.is_step(k)]
-            now = {k: lax.index_in_dim(given[k], t, keepdims=False) for k in steps}
-            for k in now.keys() - loop.known:
-                own._env[loop.inputs[k]] = own._typed(loop.inputs[k], now[k])
-            own._take({loop.inputs[k]: now[k] for k in now if k in loop.known})
-            own._walk(loop.rest)
-            own._check_seen()
-            ends = [(own._typed(v, own._env[v]), v) for v in loop.body.model.outputs]
-            results = [(x, own._kept(v)) for x, v in ends]
+            run = functools.partial(self._one_step, inner, loop, model, t, given)
+            if is_region:
+                results = self._saved_less(run, model, carried)
+            else:
+                results = run(carried, self._visitor)
             carried = results[: parts.carries]
             pieces[t] = results[parts.carries :]
         for v, (_, kept) in zip(e.outputs, carried, strict=False):
@@ -153,6 +153,52 @@ class LoopRuns(AffineParts):
                 self._compute(step)
         joined = [self._env[e.outputs[n]] for n in loop.joins]
         return [*(x for x, _ in carried), *joined]
+
+    def _one_step(
+        self,
+        inner: Self,
+        loop: Loop,
+        model: TracedModel,
+        t: int,
+        given: Sequence[Any],
+        carried: Sequence[tuple[Any, OnGrid]],
+        visitor: Visitor,
+    ) -> list[tuple[Any, OnGrid]]:
+        """Computes a step with its own grids; returns results and their grids."""
+        parts = loop.parts
+        own = inner._copied(visitor)
+        own._traced, own._plan = model, model.plan
+        for k, (x, kept) in enumerate(carried, parts.consts):
+            own._env[loop.inputs[k]] = own._typed(loop.inputs[k], x)
+            own._give(loop.inputs[k], kept)
+        steps = [k for k in range(len(given)) if parts.is_step(k)]
+        now = {k: lax.index_in_dim(given[k], t, keepdims=False) for k in steps}
+        for k in now.keys() - loop.known:
+            own._env[loop.inputs[k]] = own._typed(loop.inputs[k], now[k])
+        own._take({loop.inputs[k]: now[k] for k in now if k in loop.known})
+        own._walk(loop.rest)
+        own._check_seen()
+        ends = [(own._typed(v, own._env[v]), v) for v in loop.body.model.outputs]
+        return [(x, own._kept(v)) for x, v in ends]
+
+    def _saved_less(
+        self, run: Callable[..., Any], model: TracedModel, carried: Any
+    ) -> list[tuple[Any, OnGrid]]:
+        """Computes a step under `jax.checkpoint`, as a step of the model has one."""
+        names, known = [site.name for site in model.plan.sites], list[OnGrid]()
+
+        @jax.checkpoint
+        def step(state: Any) -> Any:
+            visitor = self._visitor.inside(state, None)
+            found = run(carried, visitor)
+            known[:] = [kept for _, kept in found]
+            pairs = [(x, kept.grid) for x, kept in found]
+            return pairs, visitor.state(names)
+
+        found, state = step(self._visitor.state(names))
+        self._visitor.left(state, (), {})
+        pairs = zip(found, known, strict=True)
+        return [(x, kept._replace(grid=grid)) for (x, grid), kept in pairs]
 
     def _first(self, v: int, loop: Loop, k: int) -> tuple[Any, OnGrid]:
         """Returns the first value of a carry, on the grid that it has.

@@ -268,7 +268,7 @@ class Simulation(LoopRuns):
         word = self._place(v)
         if v in self._plan.activations:
             self._chains[v] = self._chains.get(v, 0) + 1
-            if self._chains[v] > 1:
+            if self._chains[v] > self._most_sites:
                 self._env[v], self._chains[v] = computed_once(self._env[v]), 0
         if v not in self._grids or word is None or v not in self._plan.activations:
             return
