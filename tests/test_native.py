@@ -189,6 +189,54 @@ def test_under_jit_the_program_is_one_call(program):
     np.testing.assert_array_equal(found.reshape(wanted.shape), wanted)
 
 
+def hard_reals(shape, scale):
+    """Numbers at ties and beside them, beyond the grid, of every kind of float32."""
+    draw, most = np.random.default_rng(0), np.finfo(np.float32).max
+    ties = np.float32((draw.integers(-300, 300, 200) + 0.5) * scale)
+    odd = [0.0, -0.0, np.nan, np.inf, -np.inf, most, -most, 1e-45, -1e-40, 1e9]
+    beside = np.nextafter(ties, np.float32(draw.choice([-most, most], 200)))
+    return draw.choice(np.float32([*ties, *beside, *odd]), shape)
+
+
+def test_real_values_go_into_the_call_and_come_out(program, partly):
+    x = hard_reals((8, 7, 6, 3), program.input_grids[0].scale)
+    text = jax.jit(program).lower(x).as_text()
+    assert text.count("custom_call @qjax_native") == 1 and "round" not in text
+    wanted = program(x, backend="xla")
+    np.testing.assert_array_equal(program(x), wanted)
+    np.testing.assert_array_equal(jax.jit(program)(x), wanted)
+    mapped = jax.vmap(program)(x.reshape(2, 4, *x.shape[1:]))
+    np.testing.assert_array_equal(mapped.reshape(wanted.shape), wanted)
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(jax.jit(program)(np.float64(x)), wanted)
+    half = x.clip(-9, 9).astype(np.float16)
+    np.testing.assert_array_equal(program(half), program(half, backend="xla"))
+    # Two pieces, and XLA between them.
+    y = hard_reals((6, 5), partly.input_grids[0].scale)
+    text = jax.jit(partly).lower(y).as_text()
+    assert text.count("custom_call @qjax_native") == 2 and "round" not in text
+    np.testing.assert_array_equal(partly(y), partly(y, backend="xla"))
+    with pytest.raises(TypeError, match="An input must be real"):
+        program(x.astype(np.complex64))
+
+
+def test_a_value_may_be_real_here_and_codes_there(monkeypatch):
+    """An input that both pieces and an output have; an output that a piece reads."""
+    monkeypatch.delitem(NATIVE, "sort")
+
+    def fn(x):
+        y = jnp.sort(x * x, -1)
+        z = y + x
+        return y, jnp.maximum(z, x), z, x, z
+
+    x = images(4, 6)
+    program = lower_function(fn, x)
+    x = hard_reals(x.shape, program.input_grids[0].scale)
+    assert len(program.execution.mixture("native").pieces) > 2
+    found, wanted = jax.jit(program)(x), program(x, backend="xla")
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
 def test_vmap_joins_examples_and_maps_what_cannot_be_joined(program, partly):
     x = codes_of(program, 8)
     wanted = oracle(program, x)
@@ -457,6 +505,8 @@ def test_bad_calls_say_what_was_wanted(program):
         program.compile(2, threads=0)
     with pytest.raises(ValueError, match="`batch_size` must be 0 or more"):
         program.compile(-1)
+    with pytest.raises(ValueError, match="must be one whose arrays fit in memory"):
+        program.compile(1 << 40)
     strided = np.repeat(x, 2, axis=-1)[..., ::2]
     np.testing.assert_array_equal(run(strided), oracle(program, x))
 

@@ -64,7 +64,7 @@ ROOMS = (
     ("backends",),
     ("ends",),
     ("costs",),
-    ("execution", "array_ends", "compiled_program", "steps"),
+    ("mixtures", "execution", "array_ends", "compiled_program", "steps"),
     ("program",),
     ("quantizers",),
     ("calibration",),

@@ -18,7 +18,7 @@ namespace qjax {
 
 constexpr int64_t kMagic = 0x716a6178;
 // Plans and packed constants of other numbers are refused.
-constexpr int64_t kAbi = 2;
+constexpr int64_t kAbi = 3;
 constexpr int64_t kAlignment = 64;
 // Kernels may read this many bytes past the codes they need.
 constexpr int64_t kSlack = 64;
