@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.backends.native.calls import KernelRuns
-from qjax.backends.native.library import ArrayCall
+from qjax.backends.native.library import READY, ArrayCall
 from qjax.backends.native.reals import Reals, input_end, output_end
 from qjax.ends import check_range, input_codes, real_output
 from qjax.execution import Backend
@@ -16,7 +16,6 @@ from qjax.graph.graph import Value
 from qjax.graph.sizes import Shape
 from qjax.leaves import at_start
 
-_READY = 0x101  # Contiguous, and aligned.
 _SINGLE = np.dtype(np.float32)
 
 
@@ -56,14 +55,14 @@ class InputEnd(NamedTuple):
 
 def ready(x: np.ndarray) -> np.ndarray:
     """Returns an array as native kernels read it: itself, or a copy."""
-    return x if x.flags.num & _READY == _READY else np.array(x, order="C")
+    return x if x.flags.num & READY == READY else np.array(x, order="C")
 
 
 def fitting(x: Any, shape: Shape, dtype: np.dtype) -> np.ndarray | None:
     """Returns a plain array as native kernels read it; None for anything else."""
     if type(x) is not np.ndarray or x.dtype != dtype or x.shape != shape:
         return None
-    return x if x.flags.num & _READY == _READY else np.array(x, order="C")
+    return x if x.flags.num & READY == READY else np.array(x, order="C")
 
 
 class RealRunner:
@@ -91,6 +90,8 @@ class RealRunner:
         self._quantizers = [quantizer(end) for end in inputs]
         self._dequantizers = [dequantizer(*end) for end in outputs]
         self._real: ArrayCall | None = None
+        # One input to one output, where kernels do all; None for what they do not take.
+        self.pair: Callable[[Any], np.ndarray | None] | None = None
         ends = [input_end(end.value) for end in inputs]
         made = [output_end(value) for value, _ in outputs]
         # How kernels take inputs, and how their outputs end.
@@ -108,6 +109,9 @@ class RealRunner:
             codes = (None,) * states
             reals = Reals((*codes, *ends), (*codes, *made))
             self._real = runner.kernels.prepare(runner.threads, reals)
+            if not states and len(inputs) == len(outputs) == 1 and all((*ends, *made)):
+                given = inputs[0].shape, _SINGLE
+                self.pair = runner.kernels.prepare_pair(runner.threads, given, reals)
 
     def __call__(
         self, states: Sequence[np.ndarray], inputs: Sequence[Any]

@@ -50,6 +50,12 @@ class CompiledProgram:
         self._is_plain = self._input_tree == jax.tree.structure((0,) * len(inputs))
         self._is_single = self._output_tree == jax.tree.structure(0)
         self._real = RealRunner(runner, 0, inputs, outputs)
+        # The shortest way, of one array to another; they return None for other inputs.
+        self._pair = self._real_pair = None
+        if runner.kernels is not None and self._is_plain and self._is_single:
+            if len(inputs) == 1 and not self._narrow:
+                self._pair = runner.kernels.prepare_pair(runner.threads, self._types[0])
+            self._real_pair = self._real.pair
 
     def __call__(self, *codes: Any, out: Any = None) -> Any:
         """Computes output codes from input codes.
@@ -67,6 +73,10 @@ class CompiledProgram:
             their range; if ``out`` has other arrays than the outputs, read-only ones,
             or some that share memory with each other or the inputs.
         """
+        if out is None and self._pair is not None and len(codes) == 1:
+            single = self._pair(codes[0])
+            if single is not None:
+                return single
         flat = self._flat(codes)
         given = []
         for x, own in zip(flat, self._types, strict=True):
@@ -101,6 +111,10 @@ class CompiledProgram:
           ValueError: if inputs are nested otherwise or have another shape; if one
             chooses rows of a table that are not there.
         """
+        if self._real_pair is not None and len(inputs) == 1:
+            single = self._real_pair(inputs[0])
+            if single is not None:
+                return single
         return self._nested(self._real((), self._flat(inputs))[1])
 
     def _flat(self, inputs: tuple[Any, ...]) -> Sequence[Any]:

@@ -460,6 +460,8 @@ def test_variables_are_checked(program, monkeypatch, name, value, words):
 def test_every_instruction_set_here_is_the_oracle(program):
     own, x = find_library().library, codes_of(program, 5)
     before, seen = own.isa, []
+    real = hard_reals(x.shape, program.input_grids[0].scale)
+    wanted = program(real, backend="xla")
     try:
         for name in library.SETS:
             if own.call["set_isa"](name.encode()):
@@ -468,6 +470,7 @@ def test_every_instruction_set_here_is_the_oracle(program):
             assert program.backend_report().isa == own.isa == name
             np.testing.assert_array_equal(program.compile(5)(x), oracle(program, x))
             np.testing.assert_array_equal(program.codes(x), oracle(program, x))
+            np.testing.assert_array_equal(program.compile(5).real(real), wanted)
     finally:
         own.call["set_isa"](before.encode())
     assert "portable" in seen and before in seen

@@ -6,7 +6,7 @@ import functools
 import math
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +46,13 @@ class KernelRuns(NamedTuple):
         """Returns a function from inputs to outputs: `NativeKernel.prepare`."""
         types = self.types_of(reals)
         return self.kernel.prepare(threads, self.times, types, reals)
+
+    def prepare_pair(
+        self, threads: int, given: tuple[Shape, np.dtype], reals: Reals = _CODES
+    ) -> Callable[[Any], np.ndarray | None]:
+        """Returns `NativeKernel.prepare_pair` of one input, of a shape and type."""
+        (made,) = self.types_of(reals)
+        return self.kernel.prepare_pair(threads, self.times, given, made, reals)
 
     def types_of(self, reals: Reals) -> tuple[tuple[Shape, np.dtype], ...]:
         """Returns the shape and type of each output where some are real values."""

@@ -401,6 +401,11 @@ int qjax_native_run(const QjaxNativeRuns* runs, void** ends) {
                               runs->times, static_cast<int>(runs->threads), nullptr, 0);
 }
 
+int qjax_native_run_pair(const QjaxNativeRuns* runs, void* input, void* output) {
+  void* ends[] = {input, output};
+  return qjax_native_run(runs, ends);
+}
+
 int64_t qjax_native_peak(int64_t rounds) {
   return qjax::chosen() ? qjax::chosen()->peak(rounds) : -1;
 }

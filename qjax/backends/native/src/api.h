@@ -42,6 +42,9 @@ struct QjaxNativeRuns {
 // As `run_many`, which has the text of an error. `ends` are the inputs, then the
 // outputs, and are addresses of data afterwards.
 QJAX_EXPORT int qjax_native_run(const QjaxNativeRuns* runs, void** ends);
+// As `run`, of a plan with one input and one output.
+QJAX_EXPORT int qjax_native_run_pair(const QjaxNativeRuns* runs, void* input,
+                                     void* output);
 // Adds up products of registers in the set in use; returns how many, -1 without a set.
 QJAX_EXPORT int64_t qjax_native_peak(int64_t rounds);
 QJAX_EXPORT const char* qjax_native_explain(void* plan, const uint8_t* packed, int64_t step);
