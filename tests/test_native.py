@@ -476,6 +476,26 @@ def test_every_instruction_set_here_is_the_oracle(program):
     assert "portable" in seen and before in seen
 
 
+def test_threads_share_the_outputs_of_large_products():
+    """Batches of one kernel run, and one of a prime number, which is one run too."""
+    model = nn.Sequential([nn.Dense(600), nn.relu, nn.Dense(520)])
+    program, own = lower(model, images(4, 512)), find_library().library
+    graph = NativeGraph(program.graph, program.params, own)
+    before, codes = own.isa, [codes_of(program, n) for n in (32, 37, 64)]
+    wanted = [oracle(program, x) for x in codes]
+    try:
+        for name in library.SETS:
+            if own.call["set_isa"](name.encode()):
+                continue
+            runs = [graph.schedule([x.shape]) for x in codes]
+            assert [run.times for run in runs] == [1, 1, 2]
+            for run, x, y in zip(runs, codes, wanted, strict=True):
+                for threads in (1, 2, 3, 64):
+                    np.testing.assert_array_equal(run.prepare(threads)([x])[0], y)
+    finally:
+        own.call["set_isa"](before.encode())
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", ["avx3", "portable"])
 def test_the_variable_chooses_an_instruction_set(name):

@@ -137,7 +137,9 @@ class NativeGraph:
         )
         few = _SMALL * size // max(sum(sizes), 1)
         most = max(few, _MOST_TOGETHER if self._nbytes >= _LARGE else 1)
-        return max(n for n in range(1, min(most, size) + 1) if size % n == 0)
+        most = min(most, size)
+        found = max(n for n in range(1, most + 1) if size % n == 0)
+        return found if 2 * found >= most else size  # Few divisors: all at once.
 
     def _kernel(self, shapes: tuple[Shape, ...]) -> NativeKernel:
         key = self.library.isa, shapes

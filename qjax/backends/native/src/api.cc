@@ -210,6 +210,10 @@ class Runner {
     const int64_t least = up(kLeastWork, own) / own;  // Examples of a piece.
     const int64_t pieces =
         std::min<int64_t>(4 * static_cast<int64_t>(std::max(threads, 1)), times / least);
+    if (times == 1) {
+      const int64_t parts = std::min<int64_t>(threads, plan_->shared_work() / kLeastWork);
+      return examples(packed, inputs, outputs, 0, 1, parts);
+    }
     if (threads <= 1 || pieces <= 1) return examples(packed, inputs, outputs, 0, times);
     share(pieces, threads, [&](int64_t i) {
       examples(packed, inputs, outputs, times * i / pieces, times * (i + 1) / pieces);
@@ -221,9 +225,15 @@ class Runner {
   static constexpr int64_t kLeastWork = 5000000;
 
   void examples(const uint8_t* packed, const void* const* inputs, void* const* outputs,
-                int64_t first, int64_t last) {
+                int64_t first, int64_t last, int64_t parts = 1) {
     if (first >= last) return;
     const Block block(*this);
+    std::vector<std::unique_ptr<Block>> more;  // Their scratch, for other threads.
+    std::vector<uint8_t*> scratch{static_cast<uint8_t*>(block.memory) + arena_bytes()};
+    for (int64_t i = 1; i < parts; ++i) {
+      more.push_back(std::make_unique<Block>(*this));
+      scratch.push_back(static_cast<uint8_t*>(more.back()->memory) + arena_bytes());
+    }
     uint8_t* arena = static_cast<uint8_t*>(block.memory);
     std::vector<const void*> from(inputs_.size());
     std::vector<void*> to(outputs_.size());
@@ -242,7 +252,11 @@ class Runner {
         to[k] = staged;
         staged += outputs_[k].staged_bytes();
       }
-      plan_->run(packed, arena, arena + arena_bytes(), from.data(), to.data());
+      if (parts > 1) {
+        plan_->run_shared(packed, arena, scratch, from.data(), to.data());
+      } else {
+        plan_->run(packed, arena, scratch[0], from.data(), to.data());
+      }
       if (has_reals_) dequantize(to.data(), outputs, i);
     }
   }
