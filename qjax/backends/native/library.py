@@ -127,7 +127,7 @@ class Library:
         own = words.ctypes.data, len(words), error, _ERROR_SIZE
         return _text(error) if self.call["pack_size"](*own) < 0 else ""
 
-    @property
+    @functools.cached_property
     def handlers(self) -> dict[str, Any]:
         """Returns the functions that XLA calls by stage; none if built without."""
         found = {k: getattr(self.own, name, None) for k, name in HANDLERS.items()}
