@@ -1,5 +1,6 @@
 """Native kernels: programs under JAX and on the direct road, with and without them."""
 
+import ctypes
 import dataclasses
 import os
 import platform
@@ -20,6 +21,7 @@ from qjax.backends.native import library
 from qjax.backends.native.calls import NativeGraph
 from qjax.backends.native.library import NativeKernel, find_library, thread_count
 from qjax.backends.native.plan import NATIVE, make_plan
+from qjax.backends.native.reals import Reals, input_end
 from qjax.formats.stablehlo import write_stablehlo
 from qjax.graph import reference
 from qjax.graph.operations import OPERATIONS
@@ -548,6 +550,28 @@ def test_plans_that_fit_no_graph_are_refused(program):
             NativeKernel(own, plan._replace(words=words))
     with pytest.raises(RuntimeError, match="refuse"):
         NativeKernel(own, plan._replace(constants=plan.constants[:64]))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda ends: ends[:-1], "ends too early"),
+        (lambda ends: [*ends, 0], "words too many"),
+        (lambda ends: [2, *ends[1:]], "a flag must be 0 or 1"),
+        (lambda ends: [*ends[:1], 1 << 30, *ends[2:]], "near their zero point"),
+        (lambda ends: [*ends[:4], -1, *ends[5:]], "a scale must have 32 bits"),
+    ],
+)
+def test_words_of_real_ends_are_checked(program, change, words):
+    params = {name: np.asarray(p) for name, p in program.params.items()}
+    plan = make_plan(program.graph, params, [(2, 7, 6, 3)])
+    own, values = find_library().library, program.graph.values
+    end = input_end(values[program.graph.inputs[0]])
+    ends = np.array(change(Reals((end,), (None,)).words.tolist()), np.int64)
+    text = ctypes.create_string_buffer(200)
+    given = (x for own in (plan.words, ends) for x in (own.ctypes.data, len(own)))
+    assert own.call["plan"](*given, text, len(text)) is None
+    assert words in text.value.decode()
 
 
 def test_no_word_of_a_plan_leads_out_of_its_memory(program):
