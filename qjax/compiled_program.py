@@ -1,35 +1,21 @@
 """The direct road: NumPy codes in, NumPy codes out, no JAX between."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.array_ends import InputEnd, dequantizer, fitting, quantizer, ready
-from qjax.backends.native.library import Library, thread_count
+from qjax.array_ends import CodeRunner, InputEnd, RealRunner, fitting, ready
+from qjax.backends.native.library import thread_count
 from qjax.ends import check_range
 from qjax.execution import Backend, Execution
 from qjax.graph.graph import Value
 from qjax.graph.sizes import Shape, input_shapes
 from qjax.tables import show_types
-
-
-class CodeRunner(NamedTuple):
-    """A function from codes to codes.
-
-    Attributes:
-      run: ``(inputs, outputs=None) -> outputs``, of contiguous arrays.
-      backend: ``native`` or ``xla``.
-      shapes: Shapes of the outputs.
-      library: The library of native kernels, if they run all of it.
-    """
-
-    run: Callable[..., Sequence[np.ndarray]]
-    backend: Backend
-    shapes: Sequence[Shape]
-    library: Library | None
 
 
 class CompiledProgram:
@@ -63,8 +49,13 @@ class CompiledProgram:
         # A tuple of arrays, and one array out, as most models have.
         self._is_plain = self._input_tree == jax.tree.structure((0,) * len(inputs))
         self._is_single = self._output_tree == jax.tree.structure(0)
-        self._quantizers = [quantizer(end, runner.library) for end in inputs]
-        self._dequantizers = [dequantizer(*end, runner.library) for end in outputs]
+        self._real = RealRunner(runner, 0, inputs, outputs)
+        # The shortest way, of one array to another; they return None for other inputs.
+        self._pair = self._real_pair = None
+        if runner.kernels is not None and self._is_plain and self._is_single:
+            if len(inputs) == 1 and not self._narrow:
+                self._pair = runner.kernels.prepare_pair(runner.threads, self._types[0])
+            self._real_pair = self._real.pair
 
     def __call__(self, *codes: Any, out: Any = None) -> Any:
         """Computes output codes from input codes.
@@ -82,6 +73,10 @@ class CompiledProgram:
             their range; if ``out`` has other arrays than the outputs, read-only ones,
             or some that share memory with each other or the inputs.
         """
+        if out is None and self._pair is not None and len(codes) == 1:
+            single = self._pair(codes[0])
+            if single is not None:
+                return single
         flat = self._flat(codes)
         given = []
         for x, own in zip(flat, self._types, strict=True):
@@ -101,9 +96,9 @@ class CompiledProgram:
     def real(self, *inputs: Any) -> Any:
         """Computes real outputs from real inputs, the numbers of the program's call.
 
-        Native kernels compute the codes of float32 arrays and the real values of
-        outputs of one scale. Arrays of other types, inputs with a rescaling or rounded
-        as TFLite has it, and outputs of a scale a channel go through JAX.
+        Native kernels take float32 arrays and return the real values of outputs of one
+        scale. Arrays of other types, inputs with a rescaling or rounded as TFLite has
+        it, and outputs of a scale a channel go through JAX.
 
         Args:
           *inputs: Inputs of the model, for this batch size.
@@ -116,10 +111,11 @@ class CompiledProgram:
           ValueError: if inputs are nested otherwise or have another shape; if one
             chooses rows of a table that are not there.
         """
-        flat = self._flat(inputs)
-        codes = [own(x) for own, x in zip(self._quantizers, flat, strict=True)]
-        pairs = zip(self._dequantizers, self._run(codes), strict=True)
-        return self._nested([own(q) for own, q in pairs])
+        if self._real_pair is not None and len(inputs) == 1:
+            single = self._real_pair(inputs[0])
+            if single is not None:
+                return single
+        return self._nested(self._real((), self._flat(inputs))[1])
 
     def _flat(self, inputs: tuple[Any, ...]) -> Sequence[Any]:
         """Returns the leaves of inputs; refuses those that are nested otherwise."""
@@ -220,11 +216,14 @@ def make_runner(
       threads: Number of threads, at most.
       backend: As for a call of the program.
     """
+    types = [np.dtype(v.dtype) for v in execution.inputs]
+    _check_memory(list(zip(shapes, types, strict=True)))
     mixture = execution.mixture(backend)
     if mixture is not None and mixture.is_whole:
         runs = mixture.native[0].schedule(shapes)
+        _check_memory(runs.types)
         sizes = [shape for shape, _ in runs.types]
-        return CodeRunner(runs.prepare(threads), "native", sizes, mixture.library)
+        return CodeRunner(runs.prepare(threads), "native", sizes, runs, threads)
 
     def run(
         codes: list[np.ndarray], outputs: Sequence[np.ndarray] | None = None
@@ -235,10 +234,24 @@ def make_runner(
             y[...] = q
         return outputs or found
 
-    pairs = zip(shapes, execution.inputs, strict=True)
     # Compiles, and refuses shapes.
-    found = run([np.zeros(shape, v.dtype) for shape, v in pairs])
-    return CodeRunner(run, "xla", [q.shape for q in found], None)
+    found = run([np.zeros(*own) for own in zip(shapes, types, strict=True)])
+    return CodeRunner(run, "xla", [q.shape for q in found], None, threads)
+
+
+def _check_memory(types: Sequence[tuple[Shape, np.dtype]]) -> None:
+    """Raises ValueError for arrays that the memory of this machine does not hold."""
+    wanted = sum(math.prod(shape) * dtype.itemsize for shape, dtype in types)
+    names = "SC_PHYS_PAGES", "SC_PAGE_SIZE"
+    if not all(name in getattr(os, "sysconf_names", {}) for name in names):
+        return
+    there = math.prod(map(os.sysconf, names))
+    if wanted > there > 0:
+        raise ValueError(
+            "`batch_size` must be one whose arrays fit in memory: they need "
+            f"{wanted:,} bytes, and there are {there:,} here. Run smaller batches in "
+            "turn."
+        )
 
 
 def _kind(x: Any) -> str:

@@ -15,17 +15,21 @@ def input_codes(x: Any, v: Value) -> jax.Array:
     """Computes the codes of a real input; integers without a grid are their own."""
     if jnp.issubdtype(jax.dtypes.result_type(x), jnp.integer) and v.grid is None:
         return _clipped(jnp.asarray(x), v)
+    x, grid = as_single(x), grid_of(v)
+    ends = (jnp.int32(n) for n in (grid.zero_point, v.low, v.high))
+    gain, offset = map(jnp.float32, v.rescaling)
+    codes = quotient_codes if v.rounding == "half_away" else grid_codes
+    return codes(x * gain + offset, jnp.asarray(grid.array()), *ends).astype(v.dtype)
+
+
+def as_single(x: Any) -> jax.Array:
+    """Converts a real input to float32; refuses complex numbers."""
     if jnp.issubdtype(jax.dtypes.result_type(x), jnp.complexfloating):
         raise TypeError(
             f"An input must be real, got {jax.dtypes.result_type(x)}: codes would lose "
             "its imaginary part. Pass its real part."
         )
-    grid = grid_of(v)
-    ends = (jnp.int32(n) for n in (grid.zero_point, v.low, v.high))
-    gain, offset = map(jnp.float32, v.rescaling)
-    x = jnp.asarray(x).astype(jnp.float32) * gain + offset
-    codes = quotient_codes if v.rounding == "half_away" else grid_codes
-    return codes(x, jnp.asarray(grid.array()), *ends).astype(v.dtype)
+    return jnp.asarray(x).astype(jnp.float32)
 
 
 def real_input(q: Any, v: Value) -> np.ndarray:

@@ -11,22 +11,17 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.backends.native.calls import NativeGraph
 from qjax.backends.native.library import Library, find_library, thread_count
-from qjax.backends.native.partition import Piece, partition
 from qjax.backends.xla import run as xla
 from qjax.ends import input_codes, real_output
 from qjax.graph.exposure import exposed
-from qjax.graph.graph import Graph, Node, Value
-from qjax.graph.sizes import Shape, body_shapes, value_shapes
+from qjax.graph.graph import Graph, Value
+from qjax.graph.sizes import Shape
+from qjax.mixtures import Mixture
 from qjax.tables import html_table, text_table
 
 Backend = Literal["xla", "native"]
 Kind = Literal["codes", "real", "sites"]
-# Of kernels in a body that XLA runs otherwise. LSTM with a sort, 32 steps, milliseconds
-# of one core with native kernels and without: kernels of 32 KB at batch 1 .17 and .29,
-# at batch 8 1.00 and 1.09; 8 KB .11 and .11, .60 and .39.
-_LEAST_BYTES = 1 << 14
 _log = logging.getLogger("qjax")
 
 
@@ -76,132 +71,6 @@ class BackendReport:
             return f"XLA runs all nodes: {self.reason}."
         count = sum(row.backend == "native" for row in self.rows)
         return f"Native kernels ({self.isa}) run {count} of {len(self.rows)} nodes."
-
-
-class Mixture:
-    """A graph in pieces, of which native kernels run some.
-
-    Args:
-      graph: The graph.
-      params: Its parameters, concrete.
-      library: The library of native kernels.
-      least: Bytes of kernels from which nodes are worth a call of native kernels.
-    """
-
-    def __init__(
-        self,
-        graph: Graph,
-        params: Mapping[str, Any],
-        library: Library,
-        least: int = 0,
-    ) -> None:
-        self.graph, self.library = graph, library
-        arrays = {name: np.asarray(p) for name, p in params.items()}
-        self._arrays = arrays
-        shapes = value_shapes(
-            graph, arrays, [graph.values[v].shape for v in graph.inputs]
-        )
-        self.pieces = partition(graph, arrays, shapes, library.refusal)
-        self.native: dict[int, NativeGraph] = {}
-        # Loops that XLA runs, around native kernels, by their first output.
-        self.loops: dict[int, Mixture] = {}
-        rest: list[Graph] = []
-        for k, piece in enumerate(self.pieces):
-            if piece.is_native and _kernel_bytes(piece.graph, arrays) >= least:
-                self.native[k] = NativeGraph(piece.graph, arrays, library)
-                continue
-            rest.append(piece.graph)
-            for node in piece.graph.nodes:
-                for body in node.graphs.values():
-                    inner = Mixture(body, params, library, _LEAST_BYTES)
-                    if inner.has_native:
-                        self.loops[node.output] = inner
-        names = {
-            name
-            for graph in rest
-            for _, own in graph.walk()
-            for node in own.nodes
-            for name in node.params.values()
-        }
-        self.params = {name: p for name, p in params.items() if name in names}
-
-    @property
-    def has_native(self) -> bool:
-        """Returns whether native kernels run some of it."""
-        return bool(self.native or self.loops)
-
-    def inside(self, node: Node) -> str:
-        """Returns which nodes of a loop native kernels run, where XLA runs the loop."""
-        if node.output not in self.loops:
-            return ""
-        inner = self.loops[node.output]
-        count = sum(len(own.graph.nodes) for own in inner.native.values())
-        all_ = sum(len(piece.graph.nodes) for piece in inner.pieces)
-        return f"; native kernels run {count} of {all_} nodes of its body"
-
-    @property
-    def is_whole(self) -> bool:
-        """Returns whether native kernels run all of it in one call."""
-        return len(self.pieces) == 1 and bool(self.native)
-
-    def constants(self, inputs: Sequence[Shape]) -> list[Any]:
-        """Returns the packed constants of its kernels for shapes of its inputs.
-
-        Those of a loop are a list.
-        """
-        if self.is_whole:
-            return [self.native[0].schedule(inputs).kernel.packed]
-        shapes = value_shapes(self.graph, self._arrays, inputs)
-        given = lambda vs: [shapes[v] for v in vs]
-        found: list[Any] = []
-        for k, piece in enumerate(self.pieces):
-            if k in self.native:
-                runs = self.native[k].schedule(given(piece.graph.inputs))
-                found.append(runs.kernel.packed)
-                continue
-            for node in self._own_loops(piece):
-                own = body_shapes(node, given(node.inputs))
-                found.append(self.loops[node.output].constants(own))
-        return found
-
-    def _own_loops(self, piece: Piece) -> list[Node]:
-        """Returns the loops of a piece that have native kernels inside."""
-        return [node for node in piece.graph.nodes if node.output in self.loops]
-
-    def run(
-        self,
-        params: Mapping[str, jax.Array],
-        constants: Sequence[Any],
-        inputs: Sequence[jax.Array],
-        threads: int,
-    ) -> list[jax.Array]:
-        """Computes the outputs in JAX.
-
-        Args:
-          params: Parameters of the pieces that XLA runs.
-          constants: From `constants`.
-          inputs: Codes in the types of the graph.
-          threads: Threads of native kernels, at most.
-        """
-        env = dict(zip(self.graph.inputs, inputs, strict=True))
-        packed = iter(constants)
-        for k, piece in enumerate(self.pieces):
-            if k not in self.native:
-                bodies = {
-                    node.output: functools.partial(
-                        self.loops[node.output].run,
-                        params,
-                        next(packed),
-                        threads=threads,
-                    )
-                    for node in self._own_loops(piece)
-                }
-                xla.run_nodes(piece.graph, params, env, bodies=bodies)
-                continue
-            given = [env[v] for v in piece.graph.inputs]
-            found = self.native[k].call(next(packed), given, threads)
-            env.update(zip(piece.graph.outputs, found, strict=True))
-        return [env[v] for v in self.graph.outputs]
 
 
 class Execution:
@@ -329,11 +198,14 @@ class Execution:
             return mixture.run(params, constants, inputs, threads)
 
         def real(params: Any, constants: Any, *inputs: jax.Array) -> Any:
-            found = codes(params, constants, *self.quantize(inputs))
-            return self.dequantize(found)
+            ends = self.real_inputs, self.real_outputs
+            given = self.arranged(inputs)
+            found = mixture.run(params, constants, given, threads, ends)
+            return self.put_back(found)
 
         def sites(params: Any, constants: Any, *inputs: jax.Array) -> Any:
-            found = codes(params, constants, *self.quantize(inputs))
+            ends, given = (self.real_inputs, ()), self.arranged(inputs)
+            found = mixture.run(params, constants, given, threads, ends)
             count, names = len(self.graph.outputs), self._exposed[1]
             return dict(zip(names, found[count:], strict=True)), found[:count]
 
@@ -387,14 +259,33 @@ class Execution:
         """Returns the inputs of the graph."""
         return [self.graph.values[v] for v in self.graph.inputs]
 
+    @property
+    def real_inputs(self) -> list[Value | None]:
+        """Returns the values whose real values a call takes; None for codes."""
+        return list(self.inputs)
+
+    @property
+    def real_outputs(self) -> list[Value | None]:
+        """Returns the values whose real values a call returns; None for codes."""
+        return [self.graph.values[v] for v in self.graph.outputs]
+
+    def arranged(self, inputs: Sequence[Any]) -> list[Any]:
+        """Returns real inputs in the shapes of their codes."""
+        return list(inputs)
+
+    def put_back(self, outputs: Sequence[jax.Array]) -> list[jax.Array]:
+        """Returns real outputs, which have the shapes of codes, in their own."""
+        return list(outputs)
+
     def quantize(self, inputs: Sequence[Any]) -> list[jax.Array]:
         """Computes the codes of real inputs."""
-        return [input_codes(x, v) for x, v in zip(inputs, self.inputs, strict=True)]
+        pairs = zip(self.arranged(inputs), self.real_inputs, strict=True)
+        return [input_codes(x, v) if v else x for x, v in pairs]
 
     def dequantize(self, outputs: Sequence[jax.Array]) -> list[jax.Array]:
         """Computes the real values of output codes."""
-        values = [self.graph.values[v] for v in self.graph.outputs]
-        return [real_output(q, v) for q, v in zip(outputs, values, strict=True)]
+        pairs = zip(outputs, self.real_outputs, strict=True)
+        return self.put_back([real_output(q, v) if v else q for q, v in pairs])
 
 
 def _float_types(jaxpr: Any) -> list[str]:
@@ -406,11 +297,6 @@ def _float_types(jaxpr: Any) -> list[str]:
             found += _float_types(getattr(inner, "jaxpr", inner))
     inexact = (a for a in atoms if jnp.issubdtype(a.aval.dtype, jnp.inexact))
     return [*found, *(str(a.aval) for a in inexact)]
-
-
-def _kernel_bytes(graph: Graph, params: Mapping[str, np.ndarray]) -> int:
-    names = {node.params["kernel"] for node in graph.nodes if "kernel" in node.params}
-    return sum(params[name].nbytes for name in names)
 
 
 def _row(node: Any, why: str) -> BackendRow:

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.array_ends import InputEnd, dequantizer, quantizer, ready
+from qjax.array_ends import CodeRunner, InputEnd, RealRunner, ready
 from qjax.backends.native.library import thread_count
 from qjax.backends.xla import run as xla
-from qjax.compiled_program import CodeRunner, check_size, make_runner
-from qjax.ends import check_range, input_codes, real_output
+from qjax.compiled_program import check_size, make_runner
+from qjax.ends import check_range
 from qjax.execution import Backend, Execution, Kind
 from qjax.graph.graph import Graph, Value
 from qjax.graph.sizes import Shape
@@ -117,23 +117,27 @@ class StepExecution(Execution):
         pairs = zip(shapes[count:], self.ends, strict=True)
         return [*shapes[:count], *(_with(s, v.time_axis) for s, v in pairs)]
 
-    def quantize(self, inputs: Sequence[Any]) -> list[jax.Array]:
-        """Computes the codes of real inputs; states are codes."""
+    @property
+    def real_inputs(self) -> list[Value | None]:
+        """Returns the values of real inputs; states are codes."""
+        return [*[None] * len(self.states), *self.ends]
+
+    @property
+    def real_outputs(self) -> list[Value | None]:
+        """Returns the values of real outputs; states are codes."""
+        return [*[None] * len(self.states), *(v for v, _ in self.outputs)]
+
+    def arranged(self, inputs: Sequence[Any]) -> list[Any]:
+        """Returns states, and inputs with an axis of one step."""
         count = len(self.states)
         pairs = zip(inputs[count:], self.ends, strict=True)
-        return [
-            *inputs[:count],
-            *(
-                input_codes(jnp.reshape(x, _with(jnp.shape(x), v.time_axis)), v)
-                for x, v in pairs
-            ),
-        ]
+        shaped = (jnp.reshape(x, _with(jnp.shape(x), v.time_axis)) for x, v in pairs)
+        return [*inputs[:count], *shaped]
 
-    def dequantize(self, outputs: Sequence[jax.Array]) -> list[jax.Array]:
-        """Computes the real values of output codes; states are codes."""
+    def put_back(self, outputs: Sequence[jax.Array]) -> list[jax.Array]:
+        """Returns states, and outputs without an axis of one step."""
         count, found = len(self.states), list(outputs)
-        for k, (v, axis) in enumerate(self.outputs, count):
-            found[k] = real_output(found[k], v)
+        for k, (_, axis) in enumerate(self.outputs, count):
             found[k] = found[k].reshape(_without(found[k].shape, axis))
         return found
 
@@ -154,7 +158,7 @@ class CompiledStep:
         outputs: Sequence[tuple[Value, Shape]],
         trees: tuple[Any, Any],
     ) -> None:
-        self.backend, self._run = runner.backend, runner.run
+        self.backend = runner.backend
         self._start, self._types = states, [(x.shape, x.dtype) for x in states]
         limits = [(np.iinfo(x.dtype) if x.dtype != bool else None) for x in states]
         # Codes that a type cannot hold need no look.
@@ -164,8 +168,7 @@ class CompiledStep:
             if own is not None and (low > own.min or high < own.max)
         ]
         self._input_tree, self._output_tree = trees
-        self._quantizers = [quantizer(end, runner.library) for end in inputs]
-        self._dequantizers = [dequantizer(*end, runner.library) for end in outputs]
+        self._run = RealRunner(runner, len(states), inputs, outputs)
 
     def initial_state(self) -> tuple[np.ndarray, ...]:
         """Returns the state before the first step: codes, new arrays."""
@@ -190,12 +193,8 @@ class CompiledStep:
             raise ValueError(
                 f"The program takes inputs nested as {self._input_tree}, got {tree}."
             )
-        given = self._states(state)
-        given += [own(x) for own, x in zip(self._quantizers, flat, strict=True)]
-        found, count = self._run(given), len(self._types)
-        pairs = zip(self._dequantizers, found[count:], strict=True)
-        outputs = [own(q) for own, q in pairs]
-        return tuple(found[:count]), jax.tree.unflatten(self._output_tree, outputs)
+        states, outputs = self._run(self._states(state), flat)
+        return tuple(states), jax.tree.unflatten(self._output_tree, outputs)
 
     def _states(self, state: Sequence[Any]) -> list[np.ndarray]:
         found = [x if type(x) is np.ndarray else np.asarray(x) for x in state]

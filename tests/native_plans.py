@@ -39,7 +39,7 @@ class Machine:
 
     def __init__(self, words: Any, constants: np.ndarray) -> None:
         self.constants, w = constants, Words(words)
-        assert w.many(2) == [0x716A6178, 2]
+        assert w.many(2) == [0x716A6178, 3]
         buffers, self.inputs, self.outputs, steps, arena = w.many(5)
         self.arena = np.full(arena, 0x5A, np.uint8)
         self.buffers = [w.many(4) for _ in range(buffers)]

@@ -1,5 +1,6 @@
 """Native kernels: programs under JAX and on the direct road, with and without them."""
 
+import ctypes
 import dataclasses
 import os
 import platform
@@ -20,6 +21,7 @@ from qjax.backends.native import library
 from qjax.backends.native.calls import NativeGraph
 from qjax.backends.native.library import NativeKernel, find_library, thread_count
 from qjax.backends.native.plan import NATIVE, make_plan
+from qjax.backends.native.reals import Reals, input_end
 from qjax.formats.stablehlo import write_stablehlo
 from qjax.graph import reference
 from qjax.graph.operations import OPERATIONS
@@ -187,6 +189,54 @@ def test_under_jit_the_program_is_one_call(program):
     step = lambda carry, x: (carry, program.codes(x))
     found = jax.lax.scan(step, 0, x.reshape(2, 2, *x.shape[1:]))[1]
     np.testing.assert_array_equal(found.reshape(wanted.shape), wanted)
+
+
+def hard_reals(shape, scale):
+    """Numbers at ties and beside them, beyond the grid, of every kind of float32."""
+    draw, most = np.random.default_rng(0), np.finfo(np.float32).max
+    ties = np.float32((draw.integers(-300, 300, 200) + 0.5) * scale)
+    odd = [0.0, -0.0, np.nan, np.inf, -np.inf, most, -most, 1e-45, -1e-40, 1e9]
+    beside = np.nextafter(ties, np.float32(draw.choice([-most, most], 200)))
+    return draw.choice(np.float32([*ties, *beside, *odd]), shape)
+
+
+def test_real_values_go_into_the_call_and_come_out(program, partly):
+    x = hard_reals((8, 7, 6, 3), program.input_grids[0].scale)
+    text = jax.jit(program).lower(x).as_text()
+    assert text.count("custom_call @qjax_native") == 1 and "round" not in text
+    wanted = program(x, backend="xla")
+    np.testing.assert_array_equal(program(x), wanted)
+    np.testing.assert_array_equal(jax.jit(program)(x), wanted)
+    mapped = jax.vmap(program)(x.reshape(2, 4, *x.shape[1:]))
+    np.testing.assert_array_equal(mapped.reshape(wanted.shape), wanted)
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(jax.jit(program)(np.float64(x)), wanted)
+    half = x.clip(-9, 9).astype(np.float16)
+    np.testing.assert_array_equal(program(half), program(half, backend="xla"))
+    # Two pieces, and XLA between them.
+    y = hard_reals((6, 5), partly.input_grids[0].scale)
+    text = jax.jit(partly).lower(y).as_text()
+    assert text.count("custom_call @qjax_native") == 2 and "round" not in text
+    np.testing.assert_array_equal(partly(y), partly(y, backend="xla"))
+    with pytest.raises(TypeError, match="An input must be real"):
+        program(x.astype(np.complex64))
+
+
+def test_a_value_may_be_real_here_and_codes_there(monkeypatch):
+    """An input that both pieces and an output have; an output that a piece reads."""
+    monkeypatch.delitem(NATIVE, "sort")
+
+    def fn(x):
+        y = jnp.sort(x * x, -1)
+        z = y + x
+        return y, jnp.maximum(z, x), z, x, z
+
+    x = images(4, 6)
+    program = lower_function(fn, x)
+    x = hard_reals(x.shape, program.input_grids[0].scale)
+    assert len(program.execution.mixture("native").pieces) > 2
+    found, wanted = jax.jit(program)(x), program(x, backend="xla")
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 def test_vmap_joins_examples_and_maps_what_cannot_be_joined(program, partly):
@@ -412,6 +462,8 @@ def test_variables_are_checked(program, monkeypatch, name, value, words):
 def test_every_instruction_set_here_is_the_oracle(program):
     own, x = find_library().library, codes_of(program, 5)
     before, seen = own.isa, []
+    real = hard_reals(x.shape, program.input_grids[0].scale)
+    wanted = program(real, backend="xla")
     try:
         for name in library.SETS:
             if own.call["set_isa"](name.encode()):
@@ -420,9 +472,30 @@ def test_every_instruction_set_here_is_the_oracle(program):
             assert program.backend_report().isa == own.isa == name
             np.testing.assert_array_equal(program.compile(5)(x), oracle(program, x))
             np.testing.assert_array_equal(program.codes(x), oracle(program, x))
+            np.testing.assert_array_equal(program.compile(5).real(real), wanted)
     finally:
         own.call["set_isa"](before.encode())
     assert "portable" in seen and before in seen
+
+
+def test_threads_share_the_outputs_of_large_products():
+    """Batches of one kernel run, and one of a prime number, which is one run too."""
+    model = nn.Sequential([nn.Dense(600), nn.relu, nn.Dense(520)])
+    program, own = lower(model, images(4, 512)), find_library().library
+    graph = NativeGraph(program.graph, program.params, own)
+    before, codes = own.isa, [codes_of(program, n) for n in (32, 37, 64)]
+    wanted = [oracle(program, x) for x in codes]
+    try:
+        for name in library.SETS:
+            if own.call["set_isa"](name.encode()):
+                continue
+            runs = [graph.schedule([x.shape]) for x in codes]
+            assert [run.times for run in runs] == [1, 1, 2]
+            for run, x, y in zip(runs, codes, wanted, strict=True):
+                for threads in (1, 2, 3, 64):
+                    np.testing.assert_array_equal(run.prepare(threads)([x])[0], y)
+    finally:
+        own.call["set_isa"](before.encode())
 
 
 @pytest.mark.heavy
@@ -457,6 +530,8 @@ def test_bad_calls_say_what_was_wanted(program):
         program.compile(2, threads=0)
     with pytest.raises(ValueError, match="`batch_size` must be 0 or more"):
         program.compile(-1)
+    with pytest.raises(ValueError, match="must be one whose arrays fit in memory"):
+        program.compile(1 << 40)
     strided = np.repeat(x, 2, axis=-1)[..., ::2]
     np.testing.assert_array_equal(run(strided), oracle(program, x))
 
@@ -475,6 +550,28 @@ def test_plans_that_fit_no_graph_are_refused(program):
             NativeKernel(own, plan._replace(words=words))
     with pytest.raises(RuntimeError, match="refuse"):
         NativeKernel(own, plan._replace(constants=plan.constants[:64]))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda ends: ends[:-1], "ends too early"),
+        (lambda ends: [*ends, 0], "words too many"),
+        (lambda ends: [2, *ends[1:]], "a flag must be 0 or 1"),
+        (lambda ends: [*ends[:1], 1 << 30, *ends[2:]], "near their zero point"),
+        (lambda ends: [*ends[:4], -1, *ends[5:]], "a scale must have 32 bits"),
+    ],
+)
+def test_words_of_real_ends_are_checked(program, change, words):
+    params = {name: np.asarray(p) for name, p in program.params.items()}
+    plan = make_plan(program.graph, params, [(2, 7, 6, 3)])
+    own, values = find_library().library, program.graph.values
+    end = input_end(values[program.graph.inputs[0]])
+    ends = np.array(change(Reals((end,), (None,)).words.tolist()), np.int64)
+    text = ctypes.create_string_buffer(200)
+    given = (x for own in (plan.words, ends) for x in (own.ctypes.data, len(own)))
+    assert own.call["plan"](*given, text, len(text)) is None
+    assert words in text.value.decode()
 
 
 def test_no_word_of_a_plan_leads_out_of_its_memory(program):

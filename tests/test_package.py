@@ -65,7 +65,7 @@ ROOMS = (
     ("backends",),
     ("ends",),
     ("costs",),
-    ("execution", "array_ends", "compiled_program", "steps"),
+    ("mixtures", "execution", "array_ends", "compiled_program", "steps"),
     ("program",),
     ("quantizers",),
     ("calibration",),

@@ -8,18 +8,20 @@ All runtimes of a row are called in turn in one process that keeps to as many co
 threads: medians of processor time on one thread, least wall-clock times on more. The
 column "peer/it" is the time of the fastest other runtime over a row's: ONNX Runtime,
 OpenVINO, LiteRT; XLA's float in the section `rows`, of which README has figures. Of
-`dots` on one thread, GOP/s, a processor with AMX; a call takes some microseconds, which
-are much of the small ones:
+`dots` on one thread, GOP/s, a processor with AMX and other work beside it; a call takes
+a microsecond or more, which is much of the small ones, and one row is bound by reading
+its weights from the second cache:
 
 | product | native | ONNX Runtime | OpenVINO | LiteRT | from registers |
 |---|---|---|---|---|---|
-| 256x1024x1024 | 1589 | 479 | 1074 | 1170 | 4915 |
-| 32x1024x1024 | 1124 | 340 | 424 | 1223 | 6245 |
-| 1x1024x1024 | 175 | 63 | 32 | 204 | 6465 |
-| 3x3, 32x32, 16 to 16 | 438 | 114 | 47 | 99 | 6187 |
-| 3x3, 8x8, 64 to 64 | 634 | 234 | 70 | 965 | 6456 |
-| scores 8x128x64x128 | 121 | 89 | 35 |  | 6361 |
-| values 8x128x128x64 | 149 | 99 | 40 |  | 6336 |
+| 256x1024x1024 | 2299 | 447 | 931 | 1296 | 6275 |
+| 32x1024x1024 | 2254 | 424 | 502 | 1804 | 6663 |
+| 1x1024x1024 | 137 | 57 | 16 | 165 | 7185 |
+| 3x3, 32x32, 16 to 16 | 766 | 155 | 78 | 123 | 7395 |
+| 3x3, 16x16, 32 to 64, strides 2 | 627 | 215 | 58 | 584 | 7389 |
+| 3x3, 8x8, 64 to 64 | 1344 | 360 | 134 | 1240 | 7688 |
+| scores 8x128x64x128 | 124 | 109 | 36 |  | 7095 |
+| values 8x128x128x64 | 151 | 131 | 34 |  | 6628 |
 
 Of `files`, TFLite files of MLPerf Tiny as they are, LiteRT's time (XNNPACK) over that
 of the program read from them, on one thread with AMX, other work beside it, direct and

@@ -6,7 +6,7 @@ import functools
 import math
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from jax.custom_batching import custom_vmap
 from qjax.backends.native.examples import are_apart
 from qjax.backends.native.library import ArrayCall, Library, NativeKernel
 from qjax.backends.native.plan import make_plan
+from qjax.backends.native.reals import Reals
 from qjax.backends.native.sharding import call_by_examples
 from qjax.backends.xla import run as xla
 from qjax.graph.graph import Graph
@@ -24,6 +25,7 @@ from qjax.graph.sizes import Shape, value_shapes
 
 _MOST_SHAPES = 16  # Of inputs whose kernels are kept.
 _LARGE, _MOST_TOGETHER = 1 << 18, 32  # Bytes of parameters; examples that share them.
+_CODES = Reals()
 _SMALL = 1 << 15  # Bytes of the values of examples that run together, few of each.
 
 
@@ -40,9 +42,24 @@ class KernelRuns(NamedTuple):
     times: int
     types: tuple[tuple[Shape, np.dtype], ...]
 
-    def prepare(self, threads: int) -> ArrayCall:
+    def prepare(self, threads: int, reals: Reals = _CODES) -> ArrayCall:
         """Returns a function from inputs to outputs: `NativeKernel.prepare`."""
-        return self.kernel.prepare(threads, self.times, self.types)
+        types = self.types_of(reals)
+        return self.kernel.prepare(threads, self.times, types, reals)
+
+    def prepare_pair(
+        self, threads: int, given: tuple[Shape, np.dtype], reals: Reals = _CODES
+    ) -> Callable[[Any], np.ndarray | None]:
+        """Returns `NativeKernel.prepare_pair` of one input, of a shape and type."""
+        (made,) = self.types_of(reals)
+        return self.kernel.prepare_pair(threads, self.times, given, made, reals)
+
+    def types_of(self, reals: Reals) -> tuple[tuple[Shape, np.dtype], ...]:
+        """Returns the shape and type of each output where some are real values."""
+        ends = reals.outputs or (None,) * len(self.types)
+        single = np.dtype(np.float32)
+        pairs = zip(self.types, ends, strict=True)
+        return tuple((shape, single if end else own) for (shape, own), end in pairs)
 
 
 class NativeGraph:
@@ -120,7 +137,9 @@ class NativeGraph:
         )
         few = _SMALL * size // max(sum(sizes), 1)
         most = max(few, _MOST_TOGETHER if self._nbytes >= _LARGE else 1)
-        return max(n for n in range(1, min(most, size) + 1) if size % n == 0)
+        most = min(most, size)
+        found = max(n for n in range(1, most + 1) if size % n == 0)
+        return found if 2 * found >= most else size  # Few divisors: all at once.
 
     def _kernel(self, shapes: tuple[Shape, ...]) -> NativeKernel:
         key = self.library.isa, shapes
@@ -131,15 +150,21 @@ class NativeGraph:
         return found
 
     def call(
-        self, packed: Any, inputs: Sequence[jax.Array], threads: int
+        self,
+        packed: Any,
+        inputs: Sequence[jax.Array],
+        threads: int,
+        reals: Reals = _CODES,
     ) -> list[jax.Array]:
         """Computes the outputs in JAX.
 
         Args:
           packed: Packed constants of the kernel for the shapes of the inputs.
-          inputs: Codes in the types of the graph.
+          inputs: Codes in the types of the graph, float32 where ``reals`` has them.
           threads: Number of threads, at most.
+          reals: Inputs and outputs that are real values.
         """
+        own = _NativeCall(self, threads, reals)
 
         @custom_vmap
         def run(packed: Any, *inputs: jax.Array) -> list[jax.Array]:
@@ -147,10 +172,10 @@ class NativeGraph:
                 return lax.platform_dependent(
                     packed,
                     *inputs,
-                    cpu=lambda packed, *xs: self._shared(packed, xs, threads),
-                    default=lambda packed, *xs: self._xla(xs),
+                    cpu=lambda packed, *xs: own.shared(packed, xs),
+                    default=lambda packed, *xs: own.of_xla(xs),
                 )
-            return self._shared(packed, inputs, threads)
+            return own.shared(packed, inputs)
 
         @run.def_vmap
         def rule(size: int, is_mapped: Any, packed: Any, *inputs: jax.Array) -> Any:
@@ -159,58 +184,74 @@ class NativeGraph:
                 x if own else jax.numpy.broadcast_to(x, (size, *x.shape))
                 for x, own in zip(inputs, mapped, strict=True)
             ]
-            found = self._mapped(packed, whole, threads)
+            found = own.mapped(packed, whole)
             return found, [True] * len(found)
 
         return run(packed, *inputs)
 
-    def _mapped(
-        self, packed: Any, inputs: Sequence[jax.Array], threads: int
-    ) -> list[jax.Array]:
-        """Computes the outputs of several calls, whose inputs have an axis of calls."""
-        size = inputs[0].shape[0]
-        own = value_shapes(self.graph, self.params, [x.shape[1:] for x in inputs])
-        if not size or not are_apart(self.graph, self.params, own):
-            run = lambda xs: self.call(packed, xs, threads)
-            return lax.map(run, list(inputs))
-        joined = [x.reshape(math.prod(x.shape[:2]), *x.shape[2:]) for x in inputs]
-        packed = self.schedule([x.shape for x in joined]).kernel.packed
-        found = self.call(packed, joined, threads)
-        return [x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in found]
 
-    def _shared(
-        self, packed: Any, inputs: Sequence[jax.Array], threads: int
-    ) -> list[jax.Array]:
+class _NativeCall(NamedTuple):
+    """A call of a native graph in JAX."""
+
+    graph: NativeGraph
+    threads: int
+    reals: Reals
+
+    def shared(self, packed: Any, inputs: Sequence[jax.Array]) -> list[jax.Array]:
         """Computes the outputs, on each device those of its own examples."""
-        shapes = value_shapes(self.graph, self.params, [x.shape for x in inputs])
-        if not are_apart(self.graph, self.params, shapes):
-            return self._bind(packed, inputs, threads)
-        whole = self.schedule([x.shape for x in inputs]).kernel
+        graph, params = self.graph.graph, self.graph.params
+        shapes = value_shapes(graph, params, [x.shape for x in inputs])
+        if not are_apart(graph, params, shapes):
+            return self._bind(packed, inputs)
+        whole = self.graph.schedule([x.shape for x in inputs]).kernel
 
         def call(packed: Any, *inputs: jax.Array) -> list[jax.Array]:
-            own = self.schedule([x.shape for x in inputs]).kernel
+            own = self.graph.schedule([x.shape for x in inputs]).kernel
             # A kernel that examples share may be one for another number of them.
-            return self._bind(packed if own is whole else own.packed, inputs, threads)
+            return self._bind(packed if own is whole else own.packed, inputs)
 
-        outputs = [shapes[v] for v in self.graph.outputs]
-        return call_by_examples(call, packed, inputs, outputs, whole.digest)
+        outputs = [shapes[v] for v in graph.outputs]
+        digest = whole.digest(self.reals)
+        return call_by_examples(call, packed, inputs, outputs, digest)
 
-    def _bind(
-        self, packed: Any, inputs: Sequence[jax.Array], threads: int
-    ) -> list[jax.Array]:
-        own = self.schedule([x.shape for x in inputs])
-        types = [jax.ShapeDtypeStruct(*of) for of in own.types]
-        call = jax.ffi.ffi_call(
-            target(self.library, self.library.isa), types, vmap_method="sequential"
+    def mapped(self, packed: Any, inputs: Sequence[jax.Array]) -> list[jax.Array]:
+        """Computes the outputs of several calls, whose inputs have an axis of calls."""
+        graph, params = self.graph.graph, self.graph.params
+        size, rest = inputs[0].shape[0], (self.threads, self.reals)
+        own = value_shapes(graph, params, [x.shape[1:] for x in inputs])
+        if not size or not are_apart(graph, params, own):
+            run = lambda xs: self.graph.call(packed, xs, *rest)
+            return lax.map(run, list(inputs))
+        joined = [x.reshape(math.prod(x.shape[:2]), *x.shape[2:]) for x in inputs]
+        packed = self.graph.schedule([x.shape for x in joined]).kernel.packed
+        found = self.graph.call(packed, joined, *rest)
+        return [x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in found]
+
+    def _bind(self, packed: Any, inputs: Sequence[jax.Array]) -> list[jax.Array]:
+        library, own = (
+            self.graph.library,
+            self.graph.schedule([x.shape for x in inputs]),
         )
-        counts = {"threads": np.int64(threads), "times": np.int64(own.times)}
-        return list(call(packed, *inputs, words=own.kernel.plan.words, **counts))
+        types = [jax.ShapeDtypeStruct(*of) for of in own.types_of(self.reals)]
+        call = jax.ffi.ffi_call(
+            target(library, library.isa), types, vmap_method="sequential"
+        )
+        counts = {"threads": np.int64(self.threads), "times": np.int64(own.times)}
+        words = {"words": own.kernel.plan.words, "ends": self.reals.words}
+        return list(call(packed, *inputs, **words, **counts))
 
-    def _xla(self, inputs: Sequence[jax.Array]) -> list[jax.Array]:
-        env = dict(zip(self.graph.inputs, inputs, strict=True))
-        params = {name: jax.numpy.asarray(p) for name, p in self.params.items()}
-        xla.run_nodes(self.graph, params, env)
-        return [env[v] for v in self.graph.outputs]
+    def of_xla(self, inputs: Sequence[jax.Array]) -> list[jax.Array]:
+        """Computes the outputs in XLA, on another platform."""
+        graph = self.graph.graph
+        given = self.reals.inputs or (None,) * len(inputs)
+        ends = zip(given, inputs, strict=True)
+        codes = [end.codes(x) if end else x for end, x in ends]
+        env = dict(zip(graph.inputs, codes, strict=True))
+        params = {name: jax.numpy.asarray(p) for name, p in self.graph.params.items()}
+        xla.run_nodes(graph, params, env)
+        made = self.reals.outputs or (None,) * len(graph.outputs)
+        found = zip(made, graph.outputs, strict=True)
+        return [end.values(env[v]) if end else env[v] for end, v in found]
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from qjax.graph.arena import Lifetime, plan
 from qjax.graph.graph import Graph, Node, Value
 from qjax.graph.sizes import Shape
 
-ABI = 2
+ABI = 3
 MAGIC = 0x716A6178
 DTYPES = ("int8", "uint8", "int16", "uint16", "int32")
 ARENA, INPUT, OUTPUT, CONSTANT = range(4)

@@ -15,20 +15,22 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from qjax.backends.native.emission import ABI, DTYPES
+from qjax.backends.native.emission import ABI
 from qjax.backends.native.plan import NativePlan
-from qjax.graph.graph import Value
+from qjax.backends.native.reals import Reals
 from qjax.graph.sizes import Shape
 
 PATH = pathlib.Path(__file__).parent / "libqjax_native.so"
 SETS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx2", "neon_dot", "portable")
 HANDLERS = {"instantiate": "QjaxNativeInstantiate", "execute": "QjaxNativeRun"}
+READY = 0x101  # Flags of an array: contiguous, and aligned.
+_CODES = Reals()
 _ERROR_SIZE = 512
 _MOST_THREADS = 1 << 16
 _ALIGNMENT = 64
-_MOST_STEPS = 1 << 21  # From the zero point of a grid.
 ArrayCall = Callable[..., Sequence[np.ndarray]]
 _FUNCTIONS: dict[str, tuple[Any, list[Any] | None]] = {
     "version": (ctypes.c_char_p, []),
@@ -47,7 +49,10 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any] | None]] = {
     ),
     "plan": (
         ctypes.c_void_p,
-        [ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64],
+        [
+            *[ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64],
+            *[ctypes.c_char_p, ctypes.c_int64],
+        ],
     ),
     "free": (None, [ctypes.c_void_p]),
     "peak": (ctypes.c_int64, [ctypes.c_int64]),
@@ -66,8 +71,9 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any] | None]] = {
             *[ctypes.c_char_p, ctypes.c_int64],
         ],
     ),
-    # No types: the calls below give those of C, which takes less time.
-    **dict.fromkeys(("run", "quantize", "dequantize"), (ctypes.c_int, None)),
+    # No types: the call below gives those of C, which takes less time.
+    "run": (ctypes.c_int, None),
+    "run_pair": (ctypes.c_int, [ctypes.c_void_p] * 3),
     "explain": (
         ctypes.c_char_p,
         [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64],
@@ -121,44 +127,7 @@ class Library:
         own = words.ctypes.data, len(words), error, _ERROR_SIZE
         return _text(error) if self.call["pack_size"](*own) < 0 else ""
 
-    def grid_call(
-        self, name: str, value: Value, shape: Shape
-    ) -> Callable[[np.ndarray, np.ndarray], None] | None:
-        """Returns a function that computes codes of one grid, or their real values.
-
-        Args:
-          name: ``quantize``, from float32 to codes, or ``dequantize``, from codes to
-            float32.
-          value: Input or output of a graph.
-          shape: Shape of the arrays.
-
-        Returns:
-          ``(source, target) -> None``, on contiguous arrays; None for a grid of
-          another kind.
-        """
-        if value.grid is None or value.dtype not in DTYPES or np.ndim(value.grid.scale):
-            return None
-        scale, zero = value.grid.array(), value.grid.zero_point
-        # Beyond these numbers XLA takes those without an exponent for 0.
-        is_plain = 2.0**-100 <= scale <= 2.0**100 and abs(zero) < 1 << 31
-        if name == "quantize":
-            steps = max(abs(value.low - zero), abs(value.high - zero))
-            is_plain &= steps <= _MOST_STEPS and value.rounding == "half_even"
-            is_plain &= value.rescaling == (1.0, 0.0)
-        if not is_plain:
-            return None
-        ends = DTYPES.index(value.dtype), zero, value.low, value.high
-        floats = scale, np.float32(1) / scale
-        own = ctypes.byref(_CodesOfGrid(*ends, math.prod(shape), _HEAD, *floats))
-        call, places = self.call[name], ctypes.c_void_p * 2
-
-        def run(source: np.ndarray, target: np.ndarray) -> None:
-            failed = call(own, places(_end(source), _end(target)))
-            assert not failed, value
-
-        return run
-
-    @property
+    @functools.cached_property
     def handlers(self) -> dict[str, Any]:
         """Returns the functions that XLA calls by stage; none if built without."""
         found = {k: getattr(self.own, name, None) for k, name in HANDLERS.items()}
@@ -274,16 +243,6 @@ class _Runs(ctypes.Structure):
     ]
 
 
-class _CodesOfGrid(ctypes.Structure):
-    """Describes an array of codes: `QjaxNativeGrid`."""
-
-    _INTEGERS = "dtype", "zero_point", "low", "high", "count", "head"
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in _INTEGERS),
-        *((name, ctypes.c_float) for name in ("scale", "inverse")),
-    ]
-
-
 class NativeKernel:
     """A plan with its packed constants, ready to run on arrays in memory.
 
@@ -305,25 +264,37 @@ class NativeKernel:
             raise RuntimeError(f"Native kernels refuse a plan: {_text(error)}.")
         self.packed = aligned(size)
         constants = plan.constants.ctypes.data, plan.constants.nbytes
-        to = self.packed.ctypes.data
-        if library.call["pack"](*words, *constants, to, *end):
-            raise RuntimeError(f"Native kernels refuse constants: {_text(error)}.")
-        self.handle = library.call["plan"](*words, *end)
-        if not self.handle:
-            raise RuntimeError(f"Native kernels refuse a plan: {_text(error)}.")
-        weakref.finalize(self, library.call["free"], self.handle)
         self._at = self.packed.ctypes.data
-        given, made = (_sizes(types) for types in (plan.inputs, plan.outputs))
-        ends = given, len(given), made, len(made), size, 1, *end
-        if library.call["check"](self.handle, *ends):
-            raise RuntimeError(f"Native kernels refuse a plan: {_text(error)}.")
+        if library.call["pack"](*words, *constants, self._at, *end):
+            raise RuntimeError(f"Native kernels refuse constants: {_text(error)}.")
+        self._handles: dict[Reals, int] = {}
+        self.handle = self._handle(Reals())
         self.types = [(shape, np.dtype(dtype)) for shape, dtype in plan.outputs]
+
+    def _handle(self, reals: Reals) -> int:
+        """Returns the parsed plan with certain inputs and outputs real."""
+        if reals in self._handles:
+            return self._handles[reals]
+        plan, call, words = self.plan, self.library.call, reals.words
+        error = ctypes.create_string_buffer(_ERROR_SIZE)
+        own = plan.words.ctypes.data, len(plan.words), words.ctypes.data, len(words)
+        handle = call["plan"](*own, error, _ERROR_SIZE)
+        if not handle:
+            raise RuntimeError(f"Native kernels refuse a plan: {_text(error)}.")
+        weakref.finalize(self, call["free"], handle)
+        given = _sizes(plan.inputs, reals.inputs)
+        made = _sizes(plan.outputs, reals.outputs)
+        ends = given, len(given), made, len(made), len(self.packed), 1
+        if call["check"](handle, *ends, error, _ERROR_SIZE):
+            raise RuntimeError(f"Native kernels refuse a plan: {_text(error)}.")
+        return self._handles.setdefault(reals, handle)
 
     def prepare(
         self,
         threads: int,
         times: int = 1,
         types: Sequence[tuple[Shape, np.dtype]] | None = None,
+        reals: Reals = _CODES,
     ) -> ArrayCall:
         """Returns a function from contiguous arrays of the plan to its outputs.
 
@@ -331,13 +302,14 @@ class NativeKernel:
           threads: Number of threads, at most.
           times: Number of runs, over inputs one after the other.
           types: Shapes and types of the outputs of all runs; None for one run.
+          reals: Inputs and outputs that are real values.
 
         Returns:
           ``(inputs, outputs=None) -> outputs``. The outputs are new arrays where none
           are given. It raises RuntimeError if the library has no memory left.
         """
         own, count = types or self.types, int(self.plan.words[3])
-        runs = _Runs(self.handle, self._at, count, len(own), times, threads, _HEAD)
+        runs = self._runs(len(own), times, threads, reals)
         places = ctypes.c_void_p * max(count + len(own), 1)
         call, shared, empty = self.library.call["run"], ctypes.byref(runs), np.empty
 
@@ -353,11 +325,52 @@ class NativeKernel:
 
         return run
 
+    def prepare_pair(
+        self,
+        threads: int,
+        times: int,
+        given: tuple[Shape, np.dtype],
+        made: tuple[Shape, np.dtype],
+        reals: Reals,
+    ) -> Callable[[Any], np.ndarray | None]:
+        """Returns `prepare`'s function for one input and one output, in less time.
+
+        Args:
+          threads: Number of threads, at most.
+          times: Number of runs.
+          given: Shape and type of the input.
+          made: Shape and type of the output.
+          reals: Inputs and outputs that are real values.
+
+        Returns:
+          ``input -> output``; None for what is no plain array of the shape and type,
+          contiguous and aligned.
+        """
+        runs, empty, array = self._runs(1, times, threads, reals), np.empty, np.ndarray
+        call, shared = self.library.call["run_pair"], ctypes.addressof(runs)
+        (shape, dtype), (out_shape, out_dtype) = given, made
+
+        def run(x: Any) -> np.ndarray | None:
+            if type(x) is not array or x.dtype != dtype or x.shape != shape:
+                return None
+            if x.flags.num & READY != READY:
+                return None
+            y = empty(out_shape, out_dtype)
+            if call(shared, _end(x), _end(y)):
+                self._raise(runs, (ctypes.c_void_p * 2)(_address(x), _address(y)))
+            return y
+
+        return run
+
+    def _runs(self, outputs: int, times: int, threads: int, reals: Reals) -> "_Runs":
+        own = self._handle(reals), self._at, int(self.plan.words[3])
+        return _Runs(*own, outputs, times, threads, _HEAD)
+
     def _raise(self, runs: "_Runs", ends: Any) -> None:
         """Raises for a run that failed, unless it does not fail again."""
         error = ctypes.create_string_buffer(_ERROR_SIZE)
         outputs = ctypes.addressof(ends) + runs.inputs * ctypes.sizeof(ctypes.c_void_p)
-        own = self.handle, self._at, ends, outputs, runs.times, runs.threads
+        own = runs.plan, self._at, ends, outputs, runs.times, runs.threads
         if self.library.call["run_many"](*own, error, _ERROR_SIZE):
             raise RuntimeError(f"Native kernels failed: {_text(error)}.")
 
@@ -365,12 +378,26 @@ class NativeKernel:
         """Computes the outputs of contiguous arrays, once: see `prepare`."""
         return self.prepare(threads)(inputs)
 
+    def digest(self, reals: Reals) -> np.ndarray:
+        """Returns 32 bytes that no other plan, constants or real ends have."""
+        own = self._digest.copy()
+        own.update(reals.words.data)
+        return np.frombuffer(own.digest(), np.uint8)
+
     @functools.cached_property
-    def digest(self) -> np.ndarray:
-        """Returns 32 bytes that no other plan with other constants has."""
+    def array(self) -> jax.Array:
+        """Returns the packed constants, the same memory, for calls of JAX.
+
+        Of a NumPy array each call would take a copy.
+        """
+        with jax.ensure_compile_time_eval():
+            return jax.device_put(self.packed, may_alias=True)
+
+    @functools.cached_property
+    def _digest(self) -> Any:
         own = hashlib.sha256(self.plan.words.data)
         own.update(self.packed.data)
-        return np.frombuffer(own.digest(), np.uint8)
+        return own
 
     def explain(self) -> list[str]:
         """Returns the forms of the steps that the library chose."""
@@ -387,9 +414,12 @@ def aligned(size: int) -> np.ndarray:
     return whole[first : first + size]
 
 
-def _sizes(types: Sequence[tuple[Shape, str]]) -> Any:
-    """Returns the bytes of arrays of shapes and types, for the library."""
-    own = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in types]
+def _sizes(types: Sequence[tuple[Shape, str]], reals: Sequence[Any]) -> Any:
+    """Returns the bytes of codes or real values, for the library."""
+    sizes = [np.dtype(dtype).itemsize for _, dtype in types]
+    for k, end in enumerate(reals):
+        sizes[k] = np.dtype(np.float32).itemsize if end else sizes[k]
+    own = [math.prod(shape) * n for (shape, _), n in zip(types, sizes, strict=True)]
     return (ctypes.c_int64 * len(own))(*own)
 
 

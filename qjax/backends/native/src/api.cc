@@ -6,6 +6,7 @@
 #include <mutex>
 #include <new>
 
+#include "ends.h"
 #include "kernels.h"
 #include "plan.h"
 #include "pool.h"
@@ -18,6 +19,8 @@
 #endif
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
 #endif
 
@@ -126,19 +129,35 @@ struct Header {
 };
 static_assert(sizeof(Header) <= 2 * kAlignment);
 
+// Bytes of this machine's memory, or the most that there are.
+int64_t memory_bytes() {
+#if defined(_SC_PHYS_PAGES) && defined(_SC_PAGESIZE)
+  const int64_t pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
+  if (pages > 0 && size > 0 && pages <= INT64_MAX / size) return pages * size;
+#endif
+  return INT64_MAX;
+}
+
 // A plan with the memory of its runs: one block for each that is under way.
 class Runner {
  public:
-  Runner(const int64_t* words, int64_t n) : set_(kernels()), mark_(mark(words, n)) {
-    Words all(words, n);
+  Runner(const int64_t* words, int64_t n, const int64_t* ends = nullptr,
+         int64_t n_ends = 0)
+      : set_(kernels()), mark_(mark(words, n)) {
+    Words all(words, n), own(ends, n_ends);
     plan_ = std::make_unique<Plan>(all, layout_);
     all.finish();
-    for (int64_t i = 0; i < plan_->inputs(); ++i) {
-      input_bytes_.push_back(plan_->bytes_of(Buffer::kInput, i));
+    inputs_ = ends_of(own, *plan_, Buffer::kInput);
+    outputs_ = ends_of(own, *plan_, Buffer::kOutput);
+    own.finish();
+    for (const auto* side : {&inputs_, &outputs_}) {
+      for (const End& end : *side) {
+        has_reals_ = has_reals_ || end.is_real();
+        staged_bytes_ += end.staged_bytes();
+      }
     }
-    for (int64_t i = 0; i < plan_->outputs(); ++i) {
-      output_bytes_.push_back(plan_->bytes_of(Buffer::kOutput, i));
-    }
+    check(block_bytes() <= memory_bytes(),
+          "its values need more memory than this machine has; run fewer examples");
   }
   ~Runner() {
     for (void* block : blocks_) std::free(block);
@@ -172,8 +191,8 @@ class Runner {
     const auto fits = [&](int64_t own, int64_t given) {
       check(own == 0 || given / own >= times, "the plan has larger inputs or outputs");
     };
-    for (int64_t i = 0; i < n_inputs; ++i) fits(input_bytes_[i], inputs[i]);
-    for (int64_t i = 0; i < n_outputs; ++i) fits(output_bytes_[i], outputs[i]);
+    for (int64_t i = 0; i < n_inputs; ++i) fits(inputs_[i].bytes(), inputs[i]);
+    for (int64_t i = 0; i < n_outputs; ++i) fits(outputs_[i].bytes(), outputs[i]);
   }
 
   std::string explain(const uint8_t* packed, int64_t step) const {
@@ -188,8 +207,13 @@ class Runner {
     check(times >= 0, "a number of examples must not be negative");
     check_packed(packed);
     const int64_t own = std::max<int64_t>(plan_->work(), 1);
-    const int64_t pieces = std::min<int64_t>(
-        std::min<int64_t>(times, 4 * std::max(threads, 1)), own * times / kLeastWork);
+    const int64_t least = up(kLeastWork, own) / own;  // Examples of a piece.
+    const int64_t pieces =
+        std::min<int64_t>(4 * static_cast<int64_t>(std::max(threads, 1)), times / least);
+    if (times == 1) {
+      const int64_t parts = std::min<int64_t>(threads, plan_->shared_work() / kLeastWork);
+      return examples(packed, inputs, outputs, 0, 1, parts);
+    }
     if (threads <= 1 || pieces <= 1) return examples(packed, inputs, outputs, 0, times);
     share(pieces, threads, [&](int64_t i) {
       examples(packed, inputs, outputs, times * i / pieces, times * (i + 1) / pieces);
@@ -201,22 +225,47 @@ class Runner {
   static constexpr int64_t kLeastWork = 5000000;
 
   void examples(const uint8_t* packed, const void* const* inputs, void* const* outputs,
-                int64_t first, int64_t last) {
+                int64_t first, int64_t last, int64_t parts = 1) {
     if (first >= last) return;
     const Block block(*this);
+    std::vector<std::unique_ptr<Block>> more;  // Their scratch, for other threads.
+    std::vector<uint8_t*> scratch{static_cast<uint8_t*>(block.memory) + arena_bytes()};
+    for (int64_t i = 1; i < parts; ++i) {
+      more.push_back(std::make_unique<Block>(*this));
+      scratch.push_back(static_cast<uint8_t*>(more.back()->memory) + arena_bytes());
+    }
     uint8_t* arena = static_cast<uint8_t*>(block.memory);
-    std::vector<const void*> from;
-    std::vector<void*> to;
+    std::vector<const void*> from(inputs_.size());
+    std::vector<void*> to(outputs_.size());
     for (int64_t i = first; i < last; ++i) {
-      from.clear();
-      to.clear();
-      for (int64_t k = 0; k < plan_->inputs(); ++k) {
-        from.push_back(static_cast<const uint8_t*>(inputs[k]) + i * input_bytes_[k]);
+      uint8_t* staged = arena + arena_bytes() + scratch_bytes();
+      for (size_t k = 0; k < inputs_.size(); ++k) {
+        from[k] = static_cast<const uint8_t*>(inputs[k]) + i * inputs_[k].bytes();
+        if (!inputs_[k].is_real()) continue;
+        inputs_[k].quantize(set_, from[k], staged);
+        from[k] = staged;
+        staged += inputs_[k].staged_bytes();
       }
-      for (int64_t k = 0; k < plan_->outputs(); ++k) {
-        to.push_back(static_cast<uint8_t*>(outputs[k]) + i * output_bytes_[k]);
+      for (size_t k = 0; k < outputs_.size(); ++k) {
+        to[k] = static_cast<uint8_t*>(outputs[k]) + i * outputs_[k].bytes();
+        if (!outputs_[k].is_real()) continue;
+        to[k] = staged;
+        staged += outputs_[k].staged_bytes();
       }
-      plan_->run(packed, arena, arena + arena_bytes(), from.data(), to.data());
+      if (parts > 1) {
+        plan_->run_shared(packed, arena, scratch, from.data(), to.data());
+      } else {
+        plan_->run(packed, arena, scratch[0], from.data(), to.data());
+      }
+      if (has_reals_) dequantize(to.data(), outputs, i);
+    }
+  }
+
+  void dequantize(const void* const* codes, void* const* outputs, int64_t i) const {
+    for (size_t k = 0; k < outputs_.size(); ++k) {
+      if (!outputs_[k].is_real()) continue;
+      uint8_t* real = static_cast<uint8_t*>(outputs[k]) + i * outputs_[k].bytes();
+      outputs_[k].dequantize(set_, codes[k], real);
     }
   }
 
@@ -230,9 +279,11 @@ class Runner {
     void* const memory;
   };
 
-  int64_t arena_bytes() const {
-    return (plan_->arena_bytes() + kSlack + kAlignment - 1) / kAlignment * kAlignment;
+  int64_t arena_bytes() const { return up(plan_->arena_bytes() + kSlack, kAlignment); }
+  int64_t scratch_bytes() const {
+    return up(plan_->scratch_bytes() + 3 * kAlignment, kAlignment);
   }
+  int64_t block_bytes() const { return arena_bytes() + scratch_bytes() + staged_bytes_; }
   // The lock is tried, never waited for: the child of a fork may find it taken by a
   // thread that it does not have. It then lives without the blocks that are kept.
   void* checkout() {
@@ -244,10 +295,8 @@ class Runner {
         return block;
       }
     }
-    const int64_t bytes = arena_bytes() + plan_->scratch_bytes() + 4 * kAlignment;
-    void* block = std::aligned_alloc(
-        kAlignment,
-        static_cast<size_t>((bytes + kAlignment - 1) / kAlignment * kAlignment));
+    void* block =
+        std::aligned_alloc(kAlignment, static_cast<size_t>(block_bytes()));
     if (!block) throw std::bad_alloc();
     return block;
   }
@@ -266,7 +315,9 @@ class Runner {
   std::unique_ptr<Plan> plan_;
   std::mutex mutex_;
   std::vector<void*> blocks_;
-  std::vector<int64_t> input_bytes_, output_bytes_;
+  std::vector<End> inputs_, outputs_;
+  int64_t staged_bytes_ = 0;  // Codes of real inputs and outputs.
+  bool has_reals_ = false;
 };
 
 void say(const char* text, char* error, int64_t size) {
@@ -329,10 +380,10 @@ int qjax_native_pack(const int64_t* words, int64_t n, const uint8_t* constants,
   });
 }
 
-void* qjax_native_plan(const int64_t* words, int64_t n, char* error,
-                       int64_t error_size) {
+void* qjax_native_plan(const int64_t* words, int64_t n, const int64_t* ends,
+                       int64_t n_ends, char* error, int64_t error_size) {
   return qjax::guarded<void*>(nullptr, error, error_size, [&]() -> void* {
-    return new qjax::Runner(words, n);
+    return new qjax::Runner(words, n, ends, n_ends);
   });
 }
 
@@ -362,6 +413,11 @@ int qjax_native_run(const QjaxNativeRuns* runs, void** ends) {
   qjax::find_data(ends, runs->inputs + runs->outputs, runs->head);
   return qjax_native_run_many(runs->plan, runs->packed, ends, ends + runs->inputs,
                               runs->times, static_cast<int>(runs->threads), nullptr, 0);
+}
+
+int qjax_native_run_pair(const QjaxNativeRuns* runs, void* input, void* output) {
+  void* ends[] = {input, output};
+  return qjax_native_run(runs, ends);
 }
 
 int64_t qjax_native_peak(int64_t rounds) {

@@ -17,8 +17,10 @@ QJAX_EXPORT int64_t qjax_native_pack_size(const int64_t* words, int64_t n, char*
 QJAX_EXPORT int qjax_native_pack(const int64_t* words, int64_t n, const uint8_t* constants,
                      int64_t constants_size, uint8_t* packed, char* error,
                      int64_t error_size);
-QJAX_EXPORT void* qjax_native_plan(const int64_t* words, int64_t n, char* error,
-                       int64_t error_size);
+// Words of ends say which inputs and outputs are real values (ends.h); without any all
+// are codes.
+QJAX_EXPORT void* qjax_native_plan(const int64_t* words, int64_t n, const int64_t* ends,
+                                   int64_t n_ends, char* error, int64_t error_size);
 QJAX_EXPORT void qjax_native_free(void* plan);
 // Checks the bytes of all inputs, of all outputs and of the packed constants of
 // `times` examples: nothing else says how large the memory of a run is.
@@ -40,16 +42,9 @@ struct QjaxNativeRuns {
 // As `run_many`, which has the text of an error. `ends` are the inputs, then the
 // outputs, and are addresses of data afterwards.
 QJAX_EXPORT int qjax_native_run(const QjaxNativeRuns* runs, void** ends);
-// Codes of one grid, real = scale * (code - zero_point), code in [low, high].
-struct QjaxNativeGrid {
-  int64_t dtype, zero_point, low, high, count, head;
-  float scale, inverse;
-};
-// codes = clip(round(x * inverse) + zero_point, low, high), half to even; NaN counts as
-// 0. `ends` are the real values, then the codes.
-QJAX_EXPORT int qjax_native_quantize(const QjaxNativeGrid* grid, void** ends);
-// `ends` are the codes, then the real values.
-QJAX_EXPORT int qjax_native_dequantize(const QjaxNativeGrid* grid, void** ends);
+// As `run`, of a plan with one input and one output.
+QJAX_EXPORT int qjax_native_run_pair(const QjaxNativeRuns* runs, void* input,
+                                     void* output);
 // Adds up products of registers in the set in use; returns how many, -1 without a set.
 QJAX_EXPORT int64_t qjax_native_peak(int64_t rounds);
 QJAX_EXPORT const char* qjax_native_explain(void* plan, const uint8_t* packed, int64_t step);

@@ -61,7 +61,7 @@ int main(int argc, char** argv) {
                        sizeof(text))) {
     fail(text);
   }
-  void* plan = qjax_native_plan(words.data(), n, text, sizeof(text));
+  void* plan = qjax_native_plan(words.data(), n, nullptr, 0, text, sizeof(text));
   if (!plan) fail(text);
   std::vector<const void*> from;
   std::vector<void*> to;

@@ -1,69 +1,64 @@
-// Codes of real values, and real values of codes, on one grid for a whole array.
-#include "api.h"
-#include "plan.h"
+#include "ends.h"
 
 namespace qjax {
 namespace {
 
-// Adding it rounds numbers below 2^22 to integers, half to even.
-constexpr float kRounder = 12582912.0f;
+// Kernels round steps from the zero point that are below 2^22.
 constexpr int64_t kMostSteps = int64_t{1} << 21;
 
-bool has_type(const QjaxNativeGrid& grid) {
-  return 0 <= grid.dtype && grid.dtype <= static_cast<int64_t>(Dtype::kInt32);
-}
-
-bool is_grid(const QjaxNativeGrid& grid) {
-  const int64_t low = grid.low - grid.zero_point, high = grid.high - grid.zero_point;
-  return -kMostSteps <= low && low <= high && high <= kMostSteps && has_type(grid);
-}
-
-template <class T>
-void quantize(const QjaxNativeGrid& grid, const float* x, T* codes) {
-  const float inverse = grid.inverse;
-  const float low = static_cast<float>(grid.low - grid.zero_point);
-  const float high = static_cast<float>(grid.high - grid.zero_point);
-  const int32_t zero_point = static_cast<int32_t>(grid.zero_point);
-  for (int64_t i = 0; i < grid.count; ++i) {
-    float steps = x[i] * inverse;
-    steps = steps == steps ? steps : 0.0f;
-    // The ends are integers: clipped first, a number rounds to the same.
-    steps = steps < low ? low : steps;
-    steps = steps > high ? high : steps;
-    const float whole = (steps + kRounder) - kRounder;
-    codes[i] = static_cast<T>(static_cast<int32_t>(whole) + zero_point);
-  }
-}
-
-template <class T>
-void dequantize(const QjaxNativeGrid& grid, const T* codes, float* x) {
-  const float zero = static_cast<float>(grid.zero_point), scale = grid.scale;
-  for (int64_t i = 0; i < grid.count; ++i) x[i] = (static_cast<float>(codes[i]) - zero) * scale;
+float float_of(int64_t bits) {
+  const uint32_t own = static_cast<uint32_t>(bits);
+  float found;
+  std::memcpy(&found, &own, sizeof(found));
+  return found;
 }
 
 }  // namespace
+
+End::End(const Plan& plan, Buffer::Kind kind, int64_t place)
+    : code_bytes_(plan.bytes_of(kind, place)) {}
+
+End::End(Words& words, const Plan& plan, Buffer::Kind kind, int64_t place)
+    : End(plan, kind, place) {
+  is_real_ = words.flag();
+  reals_.zero_point = words.int32();
+  reals_.low = words.int32();
+  reals_.high = words.int32();
+  reals_.scale = float_of(words.next(0, UINT32_MAX, "a scale must have 32 bits"));
+  reals_.inverse = float_of(words.next(0, UINT32_MAX, "a scale must have 32 bits"));
+  if (!is_real_ || !code_bytes_) return;
+  const int64_t zero_point = reals_.zero_point;
+  const int64_t low = reals_.low - zero_point, high = reals_.high - zero_point;
+  check(kind != Buffer::kInput ||
+            (-kMostSteps <= low && low <= high && high <= kMostSteps),
+        "codes of real values must lie near their zero point");
+  const Dtype dtype = plan.end(kind, place).dtype;
+  reals_.dtype = static_cast<int64_t>(dtype);
+  reals_.n = code_bytes_ / size_of(dtype);
+}
+
+void End::quantize(const Kernels& set, const void* real, void* codes) const {
+  Reals own = reals_;
+  own.real = static_cast<float*>(const_cast<void*>(real));  // Kernels only read it.
+  own.codes = codes;
+  set.quantize(own);
+}
+
+void End::dequantize(const Kernels& set, const void* codes, void* real) const {
+  Reals own = reals_;
+  own.real = static_cast<float*>(real);
+  own.codes = const_cast<void*>(codes);
+  set.dequantize(own);
+}
+
+std::vector<End> ends_of(Words& words, const Plan& plan, Buffer::Kind kind) {
+  const int64_t count = kind == Buffer::kInput ? plan.inputs() : plan.outputs();
+  const bool has_words = words.left() > 0;
+  std::vector<End> found;
+  for (int64_t i = 0; i < count; ++i) {
+    found.push_back(has_words ? End(words, plan, kind, i) : End(plan, kind, i));
+  }
+  return found;
+}
+
 }  // namespace qjax
-
-extern "C" {
-
-int qjax_native_quantize(const QjaxNativeGrid* grid, void** ends) {
-  if (!qjax::is_grid(*grid)) return -1;
-  qjax::find_data(ends, 2, grid->head);
-  qjax::with_type(static_cast<qjax::Dtype>(grid->dtype), [&](auto* type) {
-    using T = qjax::Pointee<decltype(type)>;
-    qjax::quantize(*grid, static_cast<const float*>(ends[0]), static_cast<T*>(ends[1]));
-  });
-  return 0;
-}
-
-int qjax_native_dequantize(const QjaxNativeGrid* grid, void** ends) {
-  if (!qjax::has_type(*grid)) return -1;
-  qjax::find_data(ends, 2, grid->head);
-  qjax::with_type(static_cast<qjax::Dtype>(grid->dtype), [&](auto* type) {
-    using T = qjax::Pointee<decltype(type)>;
-    qjax::dequantize(*grid, static_cast<const T*>(ends[0]),
-                     static_cast<float*>(ends[1]));
-  });
-  return 0;
-}
-}

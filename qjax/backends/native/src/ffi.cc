@@ -24,17 +24,20 @@ ffi::Error failed(const char* text) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, std::string("qjax: ") + text);
 }
 
-ffi::ErrorOr<std::unique_ptr<Call>> make(ffi::Span<const int64_t> words, int64_t,
+ffi::ErrorOr<std::unique_ptr<Call>> make(ffi::Span<const int64_t> words,
+                                        ffi::Span<const int64_t> ends, int64_t,
                                         int64_t) {
   char text[kTextSize] = "";
-  void* plan = qjax_native_plan(words.begin(), static_cast<int64_t>(words.size()), text,
+  void* plan = qjax_native_plan(words.begin(), static_cast<int64_t>(words.size()),
+                                ends.begin(), static_cast<int64_t>(ends.size()), text,
                                 kTextSize);
   if (!plan) return ffi::Unexpected(failed(text));
   return std::make_unique<Call>(plan);
 }
 
-ffi::Error run(Call* call, ffi::Span<const int64_t>, int64_t threads, int64_t times,
-               ffi::RemainingArgs operands, ffi::RemainingRets results) {
+ffi::Error run(Call* call, ffi::Span<const int64_t>, ffi::Span<const int64_t>,
+               int64_t threads, int64_t times, ffi::RemainingArgs operands,
+               ffi::RemainingRets results) {
   std::vector<const void*> inputs;
   std::vector<int64_t> given, made;
   const uint8_t* packed = nullptr;
@@ -80,6 +83,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     QjaxNativeInstantiate, make,
     ffi::Ffi::BindInstantiate()
         .Attr<ffi::Span<const int64_t>>("words")
+        .Attr<ffi::Span<const int64_t>>("ends")
         .Attr<int64_t>("threads")
         .Attr<int64_t>("times"));
 
@@ -87,6 +91,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(QjaxNativeRun, run,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::State<Call>>()
                                   .Attr<ffi::Span<const int64_t>>("words")
+                                  .Attr<ffi::Span<const int64_t>>("ends")
                                   .Attr<int64_t>("threads")
                                   .Attr<int64_t>("times")
                                   .RemainingArgs()

@@ -240,7 +240,7 @@ struct Products {
   template <int N>
   static void multiply(const Tiles& t, const uint8_t* const* from, int64_t held,
                        int64_t steps, int64_t output) {
-    constexpr int64_t kStays = 40 << 10;
+    constexpr int64_t kStays = 16 << 10;
     if (t.panel * N > kStays) {
       t.is_signed ? run_as<true, true, N>(t, from, held, steps, output)
                   : run_as<false, true, N>(t, from, held, steps, output);

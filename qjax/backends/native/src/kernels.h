@@ -151,6 +151,15 @@ struct NormRows {
   int32_t* scratch;  // [width]
 };
 
+// Codes of real values, or real values of codes: real = scale * (code - zero_point).
+struct Reals {
+  float* real;
+  void* codes;
+  int64_t dtype, n;
+  int32_t zero_point, low, high;  // The ends of codes are below 2^22 about it.
+  float scale, inverse;
+};
+
 constexpr int64_t kBytes = 256;
 
 // Softmaxes of rows of bytes: the formula of qjax/graph/operations/normalisations.py.
@@ -208,6 +217,8 @@ struct Kernels {
   void (*softmax)(const SoftmaxRows&);
   // out[i] = table[in[i]], `kBytes` of them.
   void (*look_up)(const uint8_t* table, const uint8_t* in, uint8_t* out, int64_t n);
+  void (*quantize)(const Reals&);
+  void (*dequantize)(const Reals&);
   // Adds up products from registers alone; returns how many.
   int64_t (*peak)(int64_t rounds);
 };

@@ -1,7 +1,11 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <atomic>
 #include <initializer_list>
+#include <thread>
+
+#include "pool.h"
 
 namespace qjax {
 namespace {
@@ -27,6 +31,25 @@ Made make_step(int64_t kind, Words& words, const Maker& maker) {
   }
   throw PlanError("an unknown kind of step");
 }
+
+bool is_shared(const Step& step) {
+  constexpr int64_t kLeast = int64_t{1} << 22;  // Products.
+  return step.is_shared() && step.work() >= kLeast;
+}
+
+// Waits for another thread, which is at work.
+void wait_for(const std::atomic<int64_t>& count, int64_t wanted) {
+  constexpr int kPatience = 1 << 12;
+  for (int i = 0; count.load(std::memory_order_acquire) < wanted; ++i) {
+    if (i >= kPatience) std::this_thread::yield();
+  }
+}
+
+// Counts a piece when it ends, if only by an error.
+struct Counted {
+  std::atomic<int64_t>& count;
+  ~Counted() { count.fetch_add(1, std::memory_order_release); }
+};
 
 }  // namespace
 
@@ -87,8 +110,11 @@ Plan::Plan(Words& words, Layout& layout) {
     steps_.push_back(make_step(kind, own, maker));
     own.finish();
     scratch_bytes_ = std::max(scratch_bytes_, steps_.back()->scratch_bytes());
-    work_ = std::min(work_ + std::min(steps_.back()->work(), kMostElements),
-                     kMostElements);
+    const int64_t work = std::min(steps_.back()->work(), kMostElements);
+    work_ = std::min(work_ + work, kMostElements);
+    if (is_shared(*steps_.back())) {
+      shared_work_ = std::min(shared_work_ + work, kMostElements);
+    }
   }
 }
 
@@ -114,8 +140,8 @@ void Plan::pack(const Constants& constants, uint8_t* packed) const {
   for (const Made& step : steps_) step->pack(constants, packed);
 }
 
-void Plan::run(const uint8_t* packed, uint8_t* arena, uint8_t* scratch,
-               const void* const* inputs, void* const* outputs) const {
+Memory Plan::memory(const uint8_t* packed, uint8_t* arena, uint8_t* scratch,
+                    const void* const* inputs, void* const* outputs) const {
   Memory memory{packed, scratch, {}};
   memory.buffers.reserve(buffers_.size());
   for (size_t i = 0; i < buffers_.size(); ++i) {
@@ -136,7 +162,46 @@ void Plan::run(const uint8_t* packed, uint8_t* arena, uint8_t* scratch,
         break;
     }
   }
-  for (const Made& step : steps_) step->run(memory);
+  return memory;
+}
+
+void Plan::run(const uint8_t* packed, uint8_t* arena, uint8_t* scratch,
+               const void* const* inputs, void* const* outputs) const {
+  const Memory own = memory(packed, arena, scratch, inputs, outputs);
+  for (const Made& step : steps_) step->run(own);
+}
+
+void Plan::run_shared(const uint8_t* packed, uint8_t* arena,
+                      const std::vector<uint8_t*>& scratch, const void* const* inputs,
+                      void* const* outputs) const {
+  const int64_t parts = static_cast<int64_t>(scratch.size());
+  std::vector<Memory> own;
+  for (uint8_t* place : scratch) {
+    own.push_back(memory(packed, arena, place, inputs, outputs));
+  }
+  struct Piece {
+    const Step* step;
+    int64_t part, parts, before;  // Pieces of earlier steps.
+  };
+  std::vector<Piece> pieces;
+  for (const Made& step : steps_) {
+    const int64_t count = is_shared(*step) ? parts : 1;
+    const int64_t before = static_cast<int64_t>(pieces.size());
+    for (int64_t i = 0; i < count; ++i) pieces.push_back({step.get(), i, count, before});
+  }
+  std::atomic<int64_t> done{0};
+  share(static_cast<int64_t>(pieces.size()), static_cast<int>(parts), [&](int64_t i) {
+    const Piece& piece = pieces[static_cast<size_t>(i)];
+    // Pieces are claimed in order: those before are done, or another thread has them.
+    wait_for(done, piece.before);
+    const Counted counted{done};
+    const Memory& place = own[static_cast<size_t>(piece.part)];
+    if (piece.parts == 1) {
+      piece.step->run(place);
+    } else {
+      piece.step->run_part(place, piece.part, piece.parts);
+    }
+  });
 }
 
 }  // namespace qjax

@@ -18,7 +18,7 @@ namespace qjax {
 
 constexpr int64_t kMagic = 0x716a6178;
 // Plans and packed constants of other numbers are refused.
-constexpr int64_t kAbi = 2;
+constexpr int64_t kAbi = 3;
 constexpr int64_t kAlignment = 64;
 // Kernels may read this many bytes past the codes they need.
 constexpr int64_t kSlack = 64;
@@ -216,6 +216,9 @@ class Step {
   virtual void pack(const Constants&, uint8_t* /*packed*/) const {}
   virtual void run(const Memory& memory) const = 0;
   virtual int64_t scratch_bytes() const { return 0; }
+  // Whether threads may compute parts of what it writes at once, each with scratch.
+  virtual bool is_shared() const { return false; }
+  virtual void run_part(const Memory& memory, int64_t, int64_t) const { run(memory); }
   // Products, about: what a step costs.
   virtual int64_t work() const { return 0; }
   virtual std::string explain(const uint8_t* /*packed*/) const { return ""; }
@@ -251,12 +254,18 @@ class Plan {
   // Runs with an arena and scratch of at least the sizes below.
   void run(const uint8_t* packed, uint8_t* arena, uint8_t* scratch,
            const void* const* inputs, void* const* outputs) const;
+  // As `run`, in as many threads at most as there is scratch for: large steps in parts,
+  // one step after the other.
+  void run_shared(const uint8_t* packed, uint8_t* arena,
+                  const std::vector<uint8_t*>& scratch, const void* const* inputs,
+                  void* const* outputs) const;
 
   int64_t arena_bytes() const { return arena_bytes_; }
   int64_t scratch_bytes() const { return scratch_bytes_; }
   int64_t inputs() const { return n_inputs_; }
   int64_t outputs() const { return n_outputs_; }
   int64_t work() const { return work_; }
+  int64_t shared_work() const { return shared_work_; }  // Of steps that are shared.
   const std::vector<Made>& steps() const { return steps_; }
   // The buffer of an input or an output.
   const Buffer& end(Buffer::Kind kind, int64_t place) const;
@@ -264,11 +273,14 @@ class Plan {
   int64_t bytes_of(Buffer::Kind kind, int64_t place) const;
 
  private:
+  Memory memory(const uint8_t* packed, uint8_t* arena, uint8_t* scratch,
+                const void* const* inputs, void* const* outputs) const;
+
   std::vector<Buffer> buffers_;
   std::vector<Kept> kept_;  // Constants that are buffers, by buffer.
   std::vector<Made> steps_;
   int64_t n_inputs_ = 0, n_outputs_ = 0, arena_bytes_ = 0, scratch_bytes_ = 0;
-  int64_t work_ = 0;
+  int64_t work_ = 0, shared_work_ = 0;
 };
 
 // A kind of step, by its number in plans, and what makes it.

@@ -64,7 +64,13 @@ class Product : public Step {
   }
 
   void pack(const Constants& constants, uint8_t* packed) const override;
-  void run(const Memory& memory) const override;
+  void run(const Memory& memory) const override { run_part(memory, 0, 1); }
+  // Outputs are shared: each thread reads its own weights, and all of them all codes,
+  // which are not staged twice but for rows.
+  bool is_shared() const override {
+    return groups_ == 1 && panels_ >= 2 * kShare && (is_in_place_ || is_rows_);
+  }
+  void run_part(const Memory& memory, int64_t part, int64_t parts) const override;
   std::string explain(const uint8_t* packed) const override {
     const char* how = is_depthwise_ ? "depthwise" : is_bytes_ ? "bytes" : "16 bits";
     return std::string(set_.name) + ", " + how + ", " +
@@ -93,11 +99,13 @@ class Product : public Step {
   template <class T, class Code>
   void move(const T* from, int32_t add, Code* to, int64_t n) const;
   template <class Code>
-  void run_tiles(const Memory& memory) const;
+  void run_tiles(const Memory& memory, int64_t part, int64_t parts) const;
   void run_depthwise(const Memory& memory) const;
   template <class T>
   int64_t weight(const Constants& constants, int64_t place) const;
   std::vector<int64_t> order() const;
+
+  static constexpr int64_t kShare = 4;  // Panels of a share come by so many.
 
   const Kernels& set_;
   int64_t in_, out_, offset_, batch_, groups_, channels_, outputs_;
@@ -429,7 +437,7 @@ void Product::stage(const Memory& memory, int64_t example, int64_t group,
 }
 
 template <class Code>
-void Product::run_tiles(const Memory& memory) const {
+void Product::run_tiles(const Memory& memory, int64_t part, int64_t parts) const {
   Code* staged = reinterpret_cast<Code*>(memory.scratch);
   const int64_t out_size = size_of(out_dtype_);
   Tiles t{};
@@ -461,9 +469,22 @@ void Product::run_tiles(const Memory& memory) const {
   };
   uint8_t* out = memory.as<uint8_t>(out_);
   const int32_t add = about() - static_cast<int32_t>(offset_);
+  // Panels of this part, of one group.
+  const int64_t shares = panels_ / kShare;
+  const int64_t first = shares * part / parts * kShare * set_.lanes;
+  const int64_t last = shares * (part + 1) / parts * kShare * set_.lanes;
+  if (parts > 1) t.outputs = std::min(t.outputs, last) - first;
+  if (t.outputs <= 0) return;
   for (int64_t g = 0; g < groups_; ++g) {
     group(g);
+    if (parts > 1) {
+      t.weights = static_cast<const uint8_t*>(t.weights) +
+                  first / set_.lanes * panel_ * weight_bytes();
+      t.first += first;
+      t.bias += first;
+    }
     uint8_t* own = out + g * outputs_ * out_strides_[4] * out_size;
+    if (parts > 1) own += first * out_strides_[4] * out_size;
     for (int64_t b = 0; b < batch_; ++b) {
       uint8_t* to = own + b * out_strides_[0] * out_size;
       if (is_in_place_ || !is_rows_) {
@@ -545,14 +566,14 @@ void Product::run_depthwise(const Memory& memory) const {
   }
 }
 
-void Product::run(const Memory& memory) const {
+void Product::run_part(const Memory& memory, int64_t part, int64_t parts) const {
   if (is_empty_) return;
   if (is_depthwise_) {
     run_depthwise(memory);
   } else if (is_bytes_) {
-    run_tiles<uint8_t>(memory);
+    run_tiles<uint8_t>(memory, part, parts);
   } else {
-    run_tiles<int16_t>(memory);
+    run_tiles<int16_t>(memory, part, parts);
   }
 }
 

@@ -388,8 +388,48 @@ void run_softmax(const SoftmaxRows& r) {
   }
 }
 
+// codes = clip(round(x * inverse) + zero_point, low, high), halves to even; NaN counts
+// as 0.
+template <class T>
+QJAX_INLINE void quantize_as(const Reals& r, T* __restrict codes) {
+  constexpr float rounder = 12582912.0f;  // Rounds numbers below 2^22 to integers.
+  const float* __restrict x = r.real;
+  const float inverse = r.inverse;
+  const int32_t zero_point = r.zero_point;
+  const float low = static_cast<float>(r.low - zero_point);
+  const float high = static_cast<float>(r.high - zero_point);
+  for (int64_t i = 0; i < r.n; ++i) {
+    float steps = x[i] * inverse;
+    steps = steps == steps ? steps : 0.0f;
+    // The ends are integers: clipped first, a number rounds to the same.
+    steps = steps < low ? low : steps;
+    steps = steps > high ? high : steps;
+    const float whole = (steps + rounder) - rounder;
+    codes[i] = static_cast<T>(static_cast<int32_t>(whole) + zero_point);
+  }
+}
+
+void run_quantize(const Reals& r) {
+  with_dtype(r.dtype, [&](auto* type) { quantize_as(r, typed(r.codes, type)); });
+}
+
+template <class T>
+QJAX_INLINE void dequantize_as(const Reals& r, const T* __restrict codes) {
+  float* __restrict x = r.real;
+  const float zero_point = static_cast<float>(r.zero_point), scale = r.scale;
+  for (int64_t i = 0; i < r.n; ++i) {
+    x[i] = (static_cast<float>(codes[i]) - zero_point) * scale;
+  }
+}
+
+void run_dequantize(const Reals& r) {
+  const void* codes = r.codes;
+  with_dtype(r.dtype, [&](auto* type) { dequantize_as(r, typed(codes, type)); });
+}
+
 }  // namespace
 }  // namespace qjax
 
-#define QJAX_WIDE \
-  run_exact_rows, run_weigh, run_round, run_norm, run_softmax, run_look_up
+#define QJAX_WIDE                                                                 \
+  run_exact_rows, run_weigh, run_round, run_norm, run_softmax, run_look_up,       \
+      run_quantize, run_dequantize
