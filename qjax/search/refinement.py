@@ -46,6 +46,9 @@ def refine(
     was predicted then, so that fewer and fewer axes move. The loss of each of these
     schemes is measured; the best is where the next round starts, until none is better.
 
+    What is measured best on few examples need not be on others: where all that is left
+    to gain is small, the number of examples decides.
+
     Args:
       fn: ``fn(scheme, *data)``, which returns the loss, one number, as in
         `sensitivity`. The divergence from the float model's outputs has less noise than
