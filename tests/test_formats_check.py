@@ -24,10 +24,14 @@ from qjax import targets
 from qjax.formats import check
 from qjax.formats.check.forms import FORMS
 from qjax.formats.tflite import read_tflite
-from qjax.graph import files
+from qjax.graph import files, reference
+from qjax.graph.graph import Grid
 from qjax.graph.operations import OPERATIONS
+from qjax.graph.tflite_tables import exponential_table
 from tests import lstm_cases
+from tests.c99_cases import joined, random_codes, single
 from tests.models import images
+from tests.test_formats_c99_operations import _tflite as tflite_nodes
 from tests.test_formats_table import program_of, tflite_scheme
 from tests.test_formats_tflite_lstm import draw, inputs_of
 from tests.test_validation import _network, _words
@@ -273,8 +277,6 @@ def test_it_knows_most_operations():
     assert missing == {
         *("arithmetic", "gather", "scatter", "scatter_add", "scatter_max"),
         *("scatter_min", "sort", "argsort", "log_softmax", "logsumexp", "divide"),
-        *("tflite_softmax", "tflite_softmax16", "tflite_log_softmax"),
-        *("tflite_l2_norm", "tflite_resize"),
     }
 
 
@@ -294,6 +296,71 @@ def test_it_computes_in_the_arithmetic_of_tflite(name, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "golden codes, 0 differ" in out
     _agree(path, tmp_path / "other.qjax", 40, capsys)
+
+
+def _rows_of_tflite():
+    """What TFLite computes along rows: softmaxes, logarithms, roots, resizes."""
+    yield from tflite_nodes()
+    ends = {"low": -128, "high": 127}
+    for scale in np.float32([0.004, 0.11, 2.0]):
+        own = {"exponentials": exponential_table(scale, 1.0)}
+        yield "tflite_softmax", [((4, 9), -128, 127)], ends, own
+    own = {"exponentials": exponential_table(np.float32(0.2), 1.0)}
+    yield "tflite_softmax", [((2, 1000), 0, 255)], {"low": 0, "high": 255}, own
+    a, zero = {"input_zero_points": [0], **ends}, Grid(1.0, 0)
+    yield "tflite_l2_norm", [((300, 2), -1, 1, zero)], a, {}  # 0, 1 and 2 squares.
+    yield "tflite_l2_norm", [((9, 1), -32767, 32767, zero)], a, {}
+
+
+def test_it_computes_the_rows_of_tflite(tmp_path, capsys):
+    program = joined([single(*case) for case in _rows_of_tflite()])
+    names = {node.operation for node in program.graph.nodes}
+    assert len(names) == 5
+    own, trees = program.graph, (program.input_tree, program.output_tree)
+    for seed in range(3):
+        codes = random_codes(program, seed)
+        found = reference.run(own, program.params, codes)
+        golden = codes, [found[v] for v in own.outputs]
+        kinds = [[own.values[v].dtype for v in vs] for vs in (own.inputs, own.outputs)]
+        golden = tuple(
+            [x.astype(kind) for x, kind in zip(xs, each, strict=True)]
+            for xs, each in zip(golden, kinds, strict=True)
+        )
+        path = tmp_path / f"{seed}.qjax"
+        files.save(path, own, program.params, *trees, golden)
+        assert check.main([str(path)]) == 0, capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert out.count("golden codes, 0 differ") == len(own.outputs)
+    _agree(path, tmp_path / "other.qjax", 40, capsys)
+    moved = [golden[1][0] + 0, *golden[1][1:]]
+    moved[0].flat[0] ^= 1  # One code of an image.
+    files.save(path, own, program.params, *trees, (golden[0], moved))
+    assert check.main([str(path)]) == 1
+    assert "1 of" in capsys.readouterr().out
+
+
+TABLES = {
+    "exponentials lack codes": ("tflite_softmax", "exponentials", lambda t: t[:-1]),
+    "exponentials do not fit": ("tflite_softmax", "exponentials", lambda t: t - 1),
+    "steps do not fit": ("tflite_log_softmax", "steps", lambda t: t + 1),
+    "reciprocals do not fit": ("tflite_softmax16", "reciprocals", lambda t: t[1:]),
+    "rows are not between": ("tflite_resize", "rows", lambda t: t + 1),
+}
+
+
+@pytest.mark.parametrize("message", TABLES)
+def test_tables_of_tflite_that_do_not_fit_are_refused(message, tmp_path, capsys):
+    name, role, change = TABLES[message]
+    case = next(case for case in _rows_of_tflite() if case[0] == name)
+    program = joined([single(*case)])
+    params = {"0/" + role: change(program.params["0/" + role])}
+    path = tmp_path / "m.qjax"
+    trees = program.input_tree, program.output_tree
+    with pytest.MonkeyPatch.context() as patch:  # `save` refuses it, too.
+        patch.setattr(files, "validate", lambda *args, **options: None)
+        files.save(path, program.graph, {**program.params, **params}, *trees)
+    assert check.main([str(path)]) == 1
+    assert message in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", sorted(FORMS))

@@ -136,6 +136,79 @@ def test_gradient_scores_are_squares_of_gradients_by_those_of_errors():
     np.testing.assert_allclose(found.start, np.mean((h_all @ b - Y) ** 2), rtol=1e-5)
 
 
+def test_whole_scores_are_squares_of_derivatives_along_errors():
+    qmodel, params, qstate = quantized(dense, WEIGHTS, X)
+    halves = [(X[:8], Y[:8]), (X[8:], Y[8:])]
+    found = gradient_sensitivity(
+        *(squares, qmodel, params, qstate, AXES, halves), diagonal=False
+    )
+    a, b = params["a"]["kernel"], params["b"]["kernel"]
+    wanted = {axis: np.zeros(len(bits)) for axis, bits in AXES.items()}
+    for x, y in halves:
+        h = np.tanh(x @ a)
+        g = 2 * (h @ b - y) / y.size
+        g_sum = g @ b.T * (1 - h**2)
+        gradients = {"a/kernel": x.T @ g_sum, "b/kernel": h.T @ g}
+        for name, w in (("a/kernel", a), ("b/kernel", b)):
+            for k, bits in enumerate(AXES[name]):
+                error = rounded_weight(w, bits) - w
+                wanted[name][k] += np.sum(gradients[name] * error) ** 2 / 2
+        group = ("input:0", "a/output")  # One sum: their errors come together.
+        for k, bits in enumerate(AXES[group]):
+            pairs = ((x, g_sum @ a.T, X), (x @ a, g_sum, X @ a))
+            errors = [
+                np.sum(g_v * (rounded_values(v, seen.min(), seen.max(), bits) - v))
+                for v, g_v, seen in pairs
+            ]
+            wanted[group][k] += sum(errors) ** 2 / 2
+    for axis in AXES:
+        np.testing.assert_allclose([*found[axis].values()], wanted[axis], rtol=5e-3)
+    assert found.method == "gradient" and dict(found.evaluations) == {"gradients": 2}
+
+
+def test_whole_scores_of_a_loss_that_errors_move_alike_are_what_it_grows_by():
+    """Errors that all point one way: n^2 in the whole, n in the diagonal."""
+    qmodel, params, qstate = quantized(lambda p, x: x @ p["k"], {"k": normal(4, 1)}, X)
+    w = params["k"]
+    loss = lambda model, x, sign: sign * jnp.sum(model(x))
+    batches, axes = [(X, 1.0), (X, -1.0)], {"k": [3]}
+    own = loss, qmodel, params, qstate, axes, batches
+    error, g = rounded_weight(w, 3) - w, X.sum(0)[:, None]
+    whole = gradient_sensitivity(*own, diagonal=False)["k"][3]
+    np.testing.assert_allclose(whole, np.sum(g * error) ** 2, rtol=1e-3)
+    alone = gradient_sensitivity(*own)["k"][3]
+    np.testing.assert_allclose(alone, np.sum((g * error) ** 2), rtol=1e-3)
+
+
+def test_whole_scores_in_loops_sum_over_their_steps():
+    params = {"shared": {"kernel": normal(4, 4)}, "own": {"kernel": normal(3, 4, 4)}}
+    qmodel, params, qstate = quantized(scanned, params, X)
+    inside = [
+        s.name for s in qmodel.sites if s.role == "activation" and s.name[0] != "i"
+    ]
+    weights = [s.name for s in qmodel.sites if s.role == "weight"]
+    axes, y = {name: [6] for name in (*inside, *weights)}, Y[:, :1]
+    own = qmodel, params, qstate
+    found = gradient_sensitivity(squares, *own, axes, [(X, y)], diagonal=False)
+    # The same number by a difference of losses, of a step along all errors of an axis.
+    error = {}
+    for name in weights:
+        kernel = params["shared" if "shared" in name else "own"]["kernel"]
+        each = kernel if kernel.ndim == 3 else kernel[None]
+        error[name] = np.stack([rounded_weight(w, 6) - w for w in each])
+        key = "shared" if "shared" in name else "own"
+        at = lambda t, key=key, e=error[name], k=kernel: squares(
+            lambda x: scanned(
+                {**params, key: {"kernel": k + t * e.reshape(k.shape)}}, x
+            ),
+            X,
+            y,
+        )
+        wanted = float(jax.grad(at)(0.0)) ** 2
+        np.testing.assert_allclose(found[name][6], wanted, rtol=1e-3)
+    assert all(found[name][6] > 0 for name in inside)
+
+
 def test_traces_of_a_quadratic_are_exact_where_its_hessian_is_diagonal():
     """z . H z is the trace for any z of -1 and 1 then: one draw is enough."""
     params = {"scale": {"kernel": normal(6, 6)}}

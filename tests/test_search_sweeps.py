@@ -292,6 +292,38 @@ def test_the_file_of_another_sweep_is_refused(tmp_path, options, text):
     assert path.read_bytes() == before
 
 
+def test_the_file_of_a_sweep_of_other_data_is_refused(tmp_path):
+    path, mixed = tmp_path / "sweep.jsonl", tmp_path / "mixed.jsonl"
+    fn = lambda s, data: s.rules[0].bits + data["n"] + data["x"].sum()
+    first = {"x": np.int32([1, 2]), "n": 3, "key": jax.random.key(0)}
+    run = lambda path, data: sweep(fn, SCHEMES, data, path=path, name="f")
+    wanted = run(path, first)["value"]
+    own = {**first, "x": jnp.asarray(first["x"])}  # The same on a device.
+    np.testing.assert_array_equal(run(path, own)["value"], wanted)
+    before = path.read_bytes()
+    for change in (
+        {"x": np.int32([2, 1])},
+        {"x": np.int32([[1, 2]])},
+        {"x": np.float32([1, 2])},
+        {"n": 4},
+        {"key": jax.random.key(1)},
+        {"more": np.int32(0)},
+    ):
+        other = {**first, **change}
+        with jax.numpy_dtype_promotion("standard"):
+            with pytest.raises(ValueError, match="another sweep: data: its arrays"):
+                run(path, other)
+            if "n" in change:
+                run(mixed, other)
+    assert path.read_bytes() == before
+    with pytest.raises(ValueError, match="another sweep: data: its arrays"):
+        read_results(path, mixed)
+    lines = [*path.read_text().splitlines()[:2], mixed.read_text().splitlines()[2], ""]
+    mixed.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="line 3: broken.*1 is of another sweep"):
+        read_results(mixed)
+
+
 @pytest.mark.parametrize(
     ("text", "where"),
     [

@@ -11,6 +11,8 @@ other work kept busy (load 8 to 19), three rounds of the CNN and one of the MLP:
     CNN, after training        1.8    77.0   41.2     20  54.6
     MLP, trained               4.8    43.1    9.0      4   8.8
 
+One more round of the MLP on a busier machine: 3.8 and 42.3 seconds, 11.3 times.
+
 In runs before these there was one trace each; the compiled function with traced bits
 took 1.04 of the time of the one with known bits for the trainings, 1.07 to 1.19 for the
 CNN's evaluations.
@@ -52,6 +54,7 @@ class Config:
     batch_size: int = option(128, "of a training")
     hidden: int = option(64, "units of the two hidden layers of the MLP")
     repeats: int = option(100, "of a step, known bits and traced ones in turn")
+    studies: str = option("evaluated,trained", "with a comma between them")
     configurations: int = option(0, "of each study at most; 0 for all")
     execution: str = option("auto", "auto, loop, vmap or shard")
     figure: str = option("", "file for the front of the CNN")
@@ -170,6 +173,9 @@ class Clock:
         return np.asarray([time.process_time(), time.perf_counter()]) - self.start
 
 
+STUDIES = {"evaluated": evaluated, "trained": trained}
+
+
 def in_one(study: Study, schemes: Sequence[Any], execution: str) -> tuple[Any, ...]:
     """Seconds of a sweep, traces, results."""
     fn = Counted(study.fn)
@@ -263,7 +269,7 @@ if __name__ == "__main__":
     config = parse(Config)
     jax.config.update("jax_enable_compilation_cache", False)
     rows = []
-    for make in (evaluated, trained):
+    for make in map(STUDIES.__getitem__, config.studies.split(",")):
         row, results = compare(make(config), config)
         rows.append(row)
         if config.figure and make is evaluated:

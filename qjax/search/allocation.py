@@ -41,7 +41,9 @@ class Allocation:
       cost: Cost of the scheme.
       budget: The most that it might cost.
       score: Sum of the scores of the bits: of measured ones what the loss grows by.
-      loss: Predicted loss, ``start + score``; NaN for scores that are no losses.
+      loss: Predicted loss, ``start + score``; NaN for scores that are no losses; of
+        `refine` the measured one.
+      evaluations: Kind of an evaluation -> number of them that `refine` spent.
     """
 
     scheme: Scheme
@@ -50,6 +52,7 @@ class Allocation:
     budget: float
     score: float
     loss: float
+    evaluations: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def table(self) -> rich.table.Table:
         """Returns the table of `rich`: a row for each axis."""
@@ -119,8 +122,8 @@ def allocate(
     """
     model = _model(sensitivities, qmodel)
     limit = _budget(budget)
-    blocks = _blocks(sensitivities, [*map(tuple, groups)])
-    options = _options(sensitivities, blocks)
+    blocks = make_blocks(sensitivities, [*map(tuple, groups)])
+    options = make_options(sensitivities, blocks)
     program = BitProgram(blocks, options, _table(model, sensitivities, options, cost))
     scheme_of = lambda chosen: grid(
         model, {axis: [b] for axis, b in program.bits(chosen).items()}
@@ -169,7 +172,7 @@ def _budget(budget: Any) -> float:
     return float(budget)
 
 
-def _blocks(
+def make_blocks(
     found: Sensitivities, groups: Sequence[tuple[Axis, ...]]
 ) -> list[list[int]]:
     """Returns the places of axes that agree, each axis in one block."""
@@ -182,7 +185,7 @@ def _blocks(
     return [[k for k, own in enumerate(root) if own == r] for r in dict.fromkeys(root)]
 
 
-def _options(found: Sensitivities, blocks: Sequence[Sequence[int]]) -> Options:
+def make_options(found: Sensitivities, blocks: Sequence[Sequence[int]]) -> Options:
     """Returns the scores of the bits that each axis may have, in one order a block."""
     finite = [
         {b: score for b, score in found[axis].items() if math.isfinite(score)}

@@ -36,17 +36,29 @@ def gradient_sensitivity(
     qstate: QState,
     axes: Axes | Sequence[int],
     batches: Iterable[Any],
+    *,
+    diagonal: bool = True,
 ) -> Sensitivities:
     """Scores the bits of sites by the gradient of a loss there, all at once.
 
-        score = mean over batches of sum((dL/dv)^2 * (quantized(v) - v)^2)
+        diagonal:  score = mean over batches of sum((dL/dv)^2 * e^2)
+        whole:     score = mean over batches of sum(dL/dv * e)^2,  e = quantized(v) - v
 
-    ``v`` are the values of a site in the float model; a group has the sum of its sites.
-    It is the expansion of the loss to second order, with the diagonal of the empirical
-    Fisher information as its Hessian, without the factor 1/2: for the log likelihood of
-    a trained model. NVIDIA ModelOpt's `auto_quantize` has it at the outputs of layers,
-    whose weight and input it rounds together, and adds up batches. Here each site has
-    its own, weights that of their own gradient, over the batch.
+    ``v`` are the values of a site in the float model. Both are the expansion of the
+    loss to second order with the empirical Fisher information as its Hessian, of a
+    batch of n examples 2 / n of it: for the log likelihood of a trained model.
+
+    The diagonal takes the errors of values for independent; a group has the sum of its
+    sites. NVIDIA ModelOpt's `auto_quantize` has it at the outputs of layers, whose
+    weight and input it rounds together, and adds up batches. Here each site has its
+    own, weights that of their own gradient, over the batch. Errors at the places of
+    a feature map are not independent: on a small CNN the diagonal undervalues those of
+    activations by up to a hundred times (`experiments/bit_allocation.py`).
+
+    The whole Fisher information takes errors as they are. But each batch adds one
+    number, squared, which scatters as much as it is large: it wants hundreds of batches
+    of few examples. With 32 of two images it was worse than the diagonal for the
+    kernels of a ResNet-20.
 
     Args:
       loss: ``loss(model, *batch)``: calls ``model(*inputs)`` once, and returns a number
@@ -55,7 +67,8 @@ def gradient_sensitivity(
       params: Its parameters.
       qstate: Ranges of its activations, from `calibrate`.
       axes: As in `sensitivity`.
-      batches: Tuples of the further arguments of ``loss``.
+      batches: Tuples of the further arguments of ``loss``, all of one size.
+      diagonal: Whether the diagonal alone of the Fisher information counts.
 
     Returns:
       The scores, of one gradient a batch.
@@ -69,7 +82,11 @@ def gradient_sensitivity(
       modelopt/torch/quantization/algorithms.py, snapshot 5a4242f.
     """
     own, sites, levels = _prepared(qmodel, qstate, axes)
-    run = functools.partial(_tapped, tap_gradient, loss, qmodel, sites)
+    if diagonal:
+        run = functools.partial(_tapped, tap_gradient, loss, qmodel, sites)
+    else:
+        run = functools.partial(_projected, loss, qmodel, sites)
+        sites = [names[:1] for names in sites]  # One sum for all sites of an axis.
     step = jax.jit(functools.partial(run, levels=levels))
     total, start, steps = _sums(step, params, qstate, batches)
     scores = _by_axis(own, sites, {k: v / steps for k, v in total.items()})
@@ -250,6 +267,39 @@ def _tapped(
 
     sinks = {n: jnp.zeros(len(levels[k]) + is_counted) for n, k in own.items()}
     return jax.value_and_grad(at)(sinks)
+
+
+def _projected(
+    loss: Loss,
+    qmodel: QuantizedModel,
+    sites: Sequence[Sequence[str]],
+    params: chex.ArrayTree,
+    qstate: QState,
+    *batch: Any,
+    levels: Sequence[Sequence[Choices]],
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the loss, and squared derivatives along the errors of the sites of axes.
+
+    By the first site of an axis, for each of its bits.
+    """
+    own = {name: k for k, names in enumerate(sites) for name in names}
+
+    def at(steps: dict[str, jax.Array]) -> jax.Array:
+        def look(site: Site, x: jax.Array, rounded: Rounded, key: Any) -> jax.Array:
+            if site.name not in own:
+                return x
+            axis = own[site.name]
+            x32 = jax.lax.stop_gradient(x).astype(jnp.float32)
+            rows = (rounded(Quantizer(c, qstate)) for c in levels[axis])
+            errors = [jax.lax.stop_gradient(q).astype(jnp.float32) - x32 for q in rows]
+            step = jnp.tensordot(steps[sites[axis][0]], jnp.stack(errors), axes=1)
+            return x + step.astype(x.dtype)
+
+        return _loss_of(loss, qmodel, params, batch, look, jax.random.key(0))
+
+    zeros = {n[0]: jnp.zeros(len(levels[k])) for k, n in enumerate(sites) if n}
+    value, found = jax.value_and_grad(at)(zeros)
+    return value, {name: rows**2 for name, rows in found.items()}
 
 
 def _products(

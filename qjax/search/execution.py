@@ -53,13 +53,14 @@ class Runner:
     """A compiled function of chunks of configurations.
 
     Attributes:
-      run: Maps the places of at most `chunk` configurations to the values there.
+      run: Maps the places of at most `chunk` configurations to the values there; of
+        others with the same data, if they are given.
       chunk: Number of configurations of a call.
       execution: Way of running them.
       types: Name of a value -> bool, int or float.
     """
 
-    run: Callable[[Sequence[int]], Values]
+    run: Callable[..., Values]  # (places, configurations=own)
     chunk: int
     execution: str
     types: Mapping[str, type]
@@ -111,17 +112,17 @@ def make_runner(
     )
     types = {name: _type(x.dtype) for name, x in sorted(traced.out_info.items())}
     if way == "loop":
-        loop = lambda places: _rows(
-            [jax.device_get(inner(*own.at(k), *data)) for k in places]
+        loop = lambda places, given=own: _rows(
+            [jax.device_get(inner(*given.at(k), *data)) for k in places]
         )
         return Runner(loop, 1 if chunk is None else chunk, way, types)
     if chunk is None:
         chunk = _chunk(traced.jaxpr, len(own), width, memory, way)
     size = -(-chunk // width) * width
 
-    def run(places: Sequence[int]) -> Values:
+    def run(places: Sequence[int], given: Configurations = own) -> Values:
         padded = [*places, *[places[-1]] * (size - len(places))]
-        found = many(*_spread(own.at(np.asarray(padded)), mesh), *data)
+        found = many(*_spread(given.at(np.asarray(padded)), mesh), *data)
         return {k: _local(x)[: len(places)] for k, x in found.items()}
 
     return Runner(run, size, way, types)

@@ -16,7 +16,7 @@ import numpy as np
 
 from qjax.schemes.scheme import Scheme
 
-_FORMAT = "qjax sweep 2"
+_FORMAT = "qjax sweep 3"
 _NOT_FINITE = ("nan", "inf", "-inf")  # Numbers that JSON has not.
 
 
@@ -27,6 +27,12 @@ class Heading(NamedTuple):
     names: tuple[str, ...]  # Of the numbers that it returns.
     configurations: int
     digest: str  # Of the schemes and seeds, in their order.
+    data: str  # Digest of the arrays that the function is given.
+
+    @property
+    def identity(self) -> str:
+        """Returns what the lines of a file know their sweep by."""
+        return f"{self.digest} {self.data}"
 
     def text(self) -> str:
         """Returns the line."""
@@ -54,7 +60,7 @@ class Record(NamedTuple):
         """Returns the line, with the versions that computed it.
 
         Args:
-          sweep: Digest of the sweep, which the line's own tells apart.
+          sweep: Identity of the sweep, which the line's digest tells apart.
           versions: Versions by name.
         """
         scheme = json.loads(self.scheme.to_json())
@@ -74,6 +80,7 @@ def heading(
     names: Sequence[str],
     schemes: Sequence[Scheme],
     seeds: Sequence[int | None],
+    data: Any,
 ) -> Heading:
     """Returns the heading of a sweep, from each configuration's scheme and seed."""
     texts = {id(s): s.to_json(indent=None) for s in schemes}
@@ -81,7 +88,24 @@ def heading(
     digest = hashlib.sha256()
     for row in rows:
         digest.update(row.encode())
-    return Heading(function, tuple(names), len(schemes), digest.hexdigest())
+    configurations = len(schemes), digest.hexdigest()
+    return Heading(function, tuple(names), *configurations, data_digest(data))
+
+
+def data_digest(data: Any) -> str:
+    """Returns the digest of the arrays of a pytree: paths, shapes, dtypes and bytes.
+
+    Of an array of which this process has a part alone, the bytes do not count.
+    """
+    digest = hashlib.sha256()
+    for path, x in jax.tree_util.tree_flatten_with_path(data)[0]:
+        dtype = jax.dtypes.result_type(x)
+        digest.update(f"{jax.tree_util.keystr(path)} {dtype} {np.shape(x)}\n".encode())
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            is_key = jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+            own = jax.random.key_data(x) if is_key else x
+            digest.update(np.asarray(own).tobytes())
+    return digest.hexdigest()
 
 
 def _line_digest(sweep: str, place: int, seed: int | None, scheme: Any) -> str:
@@ -157,7 +181,8 @@ def check_same(path: Any, found: Heading, wanted: Heading) -> None:
         return
     pairs = zip(Heading._fields, found, wanted, strict=True)
     name, a, b = next(p for p in pairs if p[1] != p[2])
-    what = "its schemes or seeds are others" if name == "digest" else f"{a} for {b}"
+    others = {"digest": "schemes or seeds", "data": "arrays"}
+    what = f"its {others[name]} are others" if name in others else f"{a} for {b}"
     raise ValueError(
         f"{os.fspath(path)} is the file of another sweep: {name}: {what}. Choose "
         "another path, or delete the file."
@@ -168,7 +193,7 @@ class Writer:
     """A file of a sweep that is open for more records."""
 
     def __init__(self, path: pathlib.Path, own: Heading):
-        self.path, self.versions, self.digest = path, versions(), own.digest
+        self.path, self.versions, self.sweep = path, versions(), own.identity
         path.parent.mkdir(parents=True, exist_ok=True)
         _cut(path)
         self._file: IO[str] = open(path, "a", encoding="utf-8")
@@ -177,7 +202,7 @@ class Writer:
 
     def append(self, records: Iterable[Record]) -> None:
         """Appends records, which a process that is killed afterwards leaves."""
-        self._write(record.text(self.digest, self.versions) for record in records)
+        self._write(record.text(self.sweep, self.versions) for record in records)
 
     def _write(self, lines: Iterable[str]) -> None:
         self._file.write("".join(f"{line}\n" for line in lines))
@@ -281,8 +306,8 @@ def _check_record(record: Record, scheme: Any, wanted: Expected) -> None:
 
 def _check_digest(data: Mapping[str, Any], own: Heading) -> None:
     """Raises for a line that was not written for this sweep, as it stands."""
-    place = data["configuration"]
-    if data["digest"] != _line_digest(own.digest, place, data["seed"], data["scheme"]):
+    place, rest = data["configuration"], (data["seed"], data["scheme"])
+    if data["digest"] != _line_digest(own.identity, place, *rest):
         raise ValueError(
             f"configuration {place} is of another sweep than the first line, or its "
             "scheme or seed was changed"

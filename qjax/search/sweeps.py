@@ -82,8 +82,9 @@ def sweep(
         of them.
       execution: Way to run them.
       path: File of JSON lines, to which each result is appended as it comes. A sweep
-        that was interrupted goes on with what is not there. Process k > 0 appends to
-        ``stem.k.jsonl``.
+        that was interrupted goes on with what is not there, if schemes, seeds and
+        ``data`` are the same; what ``fn`` closes over it does not know. Process k > 0
+        appends to ``stem.k.jsonl``.
       name: Name of the function in that file; "" for its own. Files of two functions
         are told apart by it.
       mesh: Mesh with an axis ``config``; by default one of all devices of the process.
@@ -131,7 +132,7 @@ def sweep(
         writer = None
         if path is not None:
             names = tuple(runner.types)
-            head = heading(name or show(fn), names, own.schemes, own.seeds)
+            head = heading(name or show(fn), names, own.schemes, own.seeds, data)
             found = _found(path, own_path(path, process), head, own)
             if not is_global or process == 0:
                 writer = stack.enter_context(_writer(path, process, head))

@@ -7,10 +7,12 @@ import numpy as np
 
 from .container import need
 from .operations import fits
+from .tflite import check_tables
 
 SUMS = "dot conv multiply dot_codes multiply_codes sum sum_pool running_sum".split()
 RESCALES = "add", "requantize", "softmax", "norm", "tflite_add", "tflite_average"
-_SLOW = "softmax", "norm"  # Of the shape of their input.
+# Of the shape of their input.
+_ALIKE = "softmax", "norm", "tflite_softmax", "tflite_log_softmax", "tflite_l2_norm"
 
 
 def certificate(graph, own):
@@ -110,8 +112,15 @@ def _outcome(values, node, own):
         need(powers, f"multipliers {a['multipliers']} are said to be powers of two")
     if name == "softmax":
         _softmax(a, p["table"], xs)
-    if name in _SLOW:
-        return shapes[0], *_clipped(a, values[node["output"]])
+    if name in (*_ALIKE, "tflite_softmax16", "tflite_resize"):
+        if name.startswith("tflite"):
+            check_tables(node, p, xs[0])
+        if name == "tflite_resize":
+            n, *_, channels = shapes[0]
+            sizes = [len(p[role][0]) for role in ("rows", "columns")]
+            return [n, *sizes, channels], xs[0]["low"], xs[0]["high"]
+        ends = a if name in _ALIKE else {"low": 0, **a}
+        return shapes[0], *_clipped(ends, values[node["output"]])
     if not all(map(math.prod, shapes)):
         return values[node["output"]]["shape"], None, None
     if name in SUMS:

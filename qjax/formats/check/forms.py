@@ -95,6 +95,11 @@ FORMS = {
     ),
     "tflite_average": ("1", "counts", "low high"),
     "tflite_constant": ("0", "value", ""),
+    "tflite_l2_norm": ("1", "", "input_zero_points* low high"),
+    "tflite_log_softmax": ("1", "exponentials steps", "zero_point low high"),
+    "tflite_resize": ("1", "rows columns", ""),
+    "tflite_softmax": ("1", "exponentials", "low high"),
+    "tflite_softmax16": ("1", "exponentials reciprocals", "high"),
     "thresholds": (
         "1",
         "thresholds table",

@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from .container import Unknown, holds, need
+from .tflite import Kernels, rescaled
 
 MOST, BUDGET = 1 << 25, 1 << 36  # Numbers in one value; products and sums in all.
 
@@ -21,20 +22,12 @@ def _floored(x, shift):  # floor(x / 2^shift + 1/2).
     return (x + ((1 << shift) >> 1)) >> shift
 
 
-def _away(x, shift):  # x / 2^shift, ties away from zero.
-    return np.sign(x) * ((np.abs(x) + ((np.int64(1) << shift) >> 1)) >> shift)
-
-
 def _rescaled(x, multiplier, shift, rule):  # x * multiplier / 2^shift, as TFLite does.
     need(rule.startswith("tflite"), f"the rounding {rule!r} is not here", Unknown)
     multiplier, shift = np.int64(multiplier), np.int64(shift)
     if rule == "tflite_single":
         return _floored(x * multiplier, shift)
-    left, right = np.maximum(31 - shift, 0), np.maximum(shift - 31, 0)
-    product = (x << left).astype("i4").astype("i8") * multiplier
-    half = 1 << 30  # Halves go up; what saturates is the square of the least number.
-    high = np.where(product < 0, -((half - 1 - product) >> 31), (product + half) >> 31)
-    return _away(np.minimum(high, (1 << 31) - 1), right)
+    return rescaled(x, multiplier, shift)
 
 
 def _clipped(x, a):
@@ -103,7 +96,7 @@ def _root(x):  # One over a square root: an integer of 30 bits and its shift.
     return root >> 1, 60 - up // 2
 
 
-class Operations:
+class Operations(Kernels):
     """Operations by name, of attributes, parameters by role, and inputs, in int64."""
 
     def __init__(self, params):
