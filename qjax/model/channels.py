@@ -6,16 +6,18 @@ read off the equations that use it.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.model.blocks import Block
 from qjax.model.primitives import SHAPE_MOVES, names
 from qjax.model.trace import Equation, Trace, makers_and_readers
 
 _SAME = names("keep", "cast")
+_FACTORS = names("factor")
 
 
 class ScaleDemands(NamedTuple):
@@ -264,3 +266,36 @@ def kernel_axes(e: Equation, operand: int, rank: int, out_rank: int) -> dict[int
     free = [d for d in range(rank) if d not in contract and d not in batch]
     start = out_rank - len(free) if operand == 1 else len(batch)
     return dict(enumerate(batch)) | dict(enumerate(free, start))
+
+
+def scaled_axes(model: Trace, data: Container[int], block: Block) -> set[int]:
+    """Returns the axes along which values at the end of a block may differ in scale.
+
+    Args:
+      model: The trace of the block.
+      data: Values that depend on inputs. A weight does not, and may have a scale for
+        each of its channels, as what multiplies or divides a sum may vary.
+      block: Block that may go on.
+    """
+    x, found = block.root.outputs[0], set[int]()
+    if block.kind == "product":
+        for k, v in enumerate(block.root.inputs):
+            if v not in data:
+                sizes = len(model.shape(v)), len(model.shape(x))
+                found |= set(kernel_axes(block.root, k, *sizes))
+    source, _ = makers_and_readers(model)
+    for e in block.affine:
+        if e.primitive.name in _FACTORS:
+            for v in e.inputs:
+                found |= _varying(model, source, v) if v not in data else set()
+    return found
+
+
+def _varying(model: Trace, source: Mapping[int, Equation], v: int) -> set[int]:
+    """Returns the axes of a value that are no repetitions of one number."""
+    own, e = model.shape(v), source.get(v)
+    axes: Iterable[tuple[int, int]] = enumerate(range(len(own)))
+    if e is not None and e.primitive.name == "broadcast_in_dim":
+        own = model.shape(e.inputs[0])
+        axes = enumerate(e.params["broadcast_dimensions"])
+    return {d for k, d in axes if own[k] != 1}

@@ -17,6 +17,7 @@ from qjax.model.blocks import (
     bounds_of,
     is_quantizer,
 )
+from qjax.model.channels import scaled_axes
 from qjax.model.elementwise import find_functions
 from qjax.model.kept import whole_of
 from qjax.model.lineage import Lineage
@@ -148,7 +149,8 @@ class _Finder(Lineage):
             if x[0] in self.on_grid or x[0] in self.open:
                 self.on_grid.update(e.outputs)
             source = self.pooled.get(x[0], x[0])
-            if name in _MAXIMA and source in self.open and self._is_only(e, x[0]):
+            is_next = source in self.open and self._is_only(e, x[0])
+            if name in _MAXIMA and is_next and self._has_one_scale(source, e):
                 self.pooled[out] = source
         elif is_quantizer(e):
             self._own_quantizer(e, x[0])
@@ -326,6 +328,12 @@ class _Finder(Lineage):
 
     def _is_statistic(self, e: Equation) -> bool:
         return all(map(self._serves_statistics, e.outputs))
+
+    def _has_one_scale(self, v: int, e: Equation) -> bool:
+        """Returns whether what a maximum compares may wait for the bound behind it."""
+        window = e.params.get("window_dimensions")
+        axes = e.params.get("axes", [d for d, n in enumerate(window or ()) if n > 1])
+        return scaled_axes(self.model, self.data, self.open[v]).isdisjoint(axes)
 
     def _keeps_axes(self, e: Equation, x: int) -> bool:
         """Returns whether axes of size 1 come back between a sum and its division."""
