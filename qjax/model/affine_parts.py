@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.affine import fake_quant_bias
 from qjax.model.blocks import Block
 from qjax.model.channel_scales import ChannelScales
 from qjax.model.channels import kernel_axes, output_scale
 from qjax.model.lines import exceeds, ranked, to_kernel
 from qjax.model.primitives import SHAPE_MOVES
-from qjax.model.visits import Bias
+from qjax.model.visits import Bias, Visit
 
 _FINER = 8  # Bits of a bias that a product of whole numbers makes room for.
 _MOST_BITS = 14.0  # Of a sum of whole numbers; a weight of 16 bits and a bias follow.
@@ -132,6 +133,23 @@ class AffineParts(ChannelScales):
         if scale is None:
             return None
         return own[0].scale * scale * np.float32(2.0 ** -self._finer(block))
+
+    def _rounded_bias(
+        self, block: Block, bias: jax.Array, scale: jax.Array
+    ) -> jax.Array:
+        """Rounds a bias to the grid of its accumulator, or by its own quantizer."""
+        own, site = self._own_bias(block), f"{block.name}/bias"
+        if own is None:
+            return fake_quant_bias(bias, scale, site=site)
+        if own.word is not None:
+            return fake_quant_bias(bias, scale, bits=own.word.bits, site=site)
+        return bias  # Lowering makes the accumulator as fine as it needs.
+
+    def _own_bias(self, block: Block) -> Visit | None:
+        """Returns the visit of a bias that has a quantizer of its own, if any."""
+        first = block.affine[:1] if block.kind == "product" else []
+        known = (self._biased.get(v) for e in first for v in e.inputs)
+        return next((found for found in known if found is not None), None)
 
     def _finer(self, block: Block) -> int:
         """Returns the bits by which the unit of a bias is finer than its accumulator.

@@ -9,9 +9,10 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from qjax.affine import QParams
-from qjax.calls import stored
-from qjax.qpoint import bind_point
+from qjax.affine import QParams, QSpec, code_range
+from qjax.calls import shared, stored
+from qjax.model.visits import Rounded
+from qjax.qpoint import Rounding, bind_point, known_zeros
 from qjax.quantizers.point import straight
 from qjax.rounding import ceil_power_of_two, select
 from qjax.schemes.patterns import Site
@@ -132,8 +133,9 @@ def hold(
     ) | is_zero
     unit = ceil_power_of_two(least).astype(dtype)
     if is_one:
-        share = select(is_finer, 1.0 / unit, jnp.ones((), dtype))  # Exact.
-        return HeldLine(select(is_finer, unit, 1), offset * share, share, offset)
+        held = select(is_finer, unit, 1)
+        share = 1.0 / held  # Exact.
+        return HeldLine(held, offset * share, share, offset)
     is_off = factor == 0
     held = select(is_finer, unit, select(is_off, 1, factor))
     share = select(is_finer | is_off, factor / lax.stop_gradient(held), 1)
@@ -143,12 +145,77 @@ def hold(
     return HeldLine(held, bias, share, offset)
 
 
-def rounded(x: jax.Array, share: jax.Array, grid: QParams, site: Site) -> jax.Array:
-    """Multiplies a weight on a grid by a share, and rounds to the same grid."""
+def hold_rounded(
+    factor: jax.Array | None,
+    before: jax.Array | None,
+    after: jax.Array | None,
+    scale: jax.Array,
+    ends: tuple[jax.Array, jax.Array, jax.Array],
+    rounding: Rounding,
+    sizes: tuple[int, ...],
+) -> HeldLine:
+    """Computes `hold` for a kernel of known range, which then is not read for it.
+
+    Args:
+      factor: Same as for `hold`, as are the others.
+      before: Term that is added to the accumulator.
+      after: Term that is added to the product with the factor.
+      scale: Scale of the accumulator.
+      ends: Least and largest value of each channel before they were rounded, and its
+        scale. Rounding is monotone: a channel is 0 where both ends become 0.
+      rounding: How they were rounded.
+      sizes: Sizes of the channels.
+
+    Returns:
+      The line in both forms.
+    """
+    *values, unit = ends
+    low, high = (rounding(x * (1.0 / unit)) == 0 for x in values)
+    return hold(factor, before, after, scale, low & high, sizes)
+
+
+def rounded(
+    x: jax.Array,
+    share: jax.Array,
+    grid: QParams,
+    site: Site,
+    first: Rounded | None = None,
+) -> jax.Array:
+    """Multiplies a weight on a grid by a share, and rounds to the same grid.
+
+    Args:
+      x: The weight on its grid.
+      share: Factor, broadcasts.
+      grid: The grid.
+      site: Its site.
+      first: What made ``x`` of the weight, which then is rounded twice in one loop.
+
+    Returns:
+      Values on the grid, with the derivative of the product.
+    """
+    real = x.astype(share.dtype) * share
+    if first is None:
+        found = _rounded_again(x, share, grid, site.name)
+    else:
+        own = first.real, share, grid.scale, first.spec, site.name
+        found = shared(_rounded_twice, *own)
+    return straight(real, found)  # All of it is inside of these ends.
+
+
+def _rounded_twice(
+    x: jax.Array, share: jax.Array, scale: jax.Array, spec: QSpec, site: str
+) -> jax.Array:
+    grid = QParams(scale, known_zeros(scale.shape))
+    ends = code_range(spec)
+    value = bind_point(x, *grid, *ends, site=site, rounding=spec.rounding)
+    return _rounded_again(value, share, grid, site)
+
+
+def _rounded_again(
+    x: jax.Array, share: jax.Array, grid: QParams, site: str
+) -> jax.Array:
     ends = np.int32(-(2**31)), np.int32(2**31 - 1)
-    x = x.astype(share.dtype) * share
-    found = bind_point(x, *grid, *ends, site=site.name)
-    return straight(x, found)  # All of it is inside of these ends.
+    return bind_point(x.astype(share.dtype) * share, *grid, *ends, site=site)
 
 
 def to_kernel(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.source_info_util import user_context
 
-from qjax.affine import QParams, QSpec, fake_quant_bias
+from qjax.affine import QParams, QSpec
 from qjax.calls import computed_once, shared
 from qjax.integer_calls import DivideCall
 from qjax.model.affine_parts import of_type
@@ -29,6 +29,7 @@ from qjax.model.lines import (
     HeldLine,
     exceeds,
     hold,
+    hold_rounded,
     rounded,
     to_kernel,
     whole,
@@ -42,7 +43,7 @@ from qjax.model.regions import Region
 from qjax.model.softmaxes import SoftmaxForm
 from qjax.model.trace import Equation, evaluate
 from qjax.model.traced_model import TracedModel
-from qjax.model.visits import Unit, Visit, Visitor
+from qjax.model.visits import Rounded, Unit, Visit, Visitor
 from qjax.model.widening import evaluate_own, is_half_product, product_of_codes
 from qjax.quantizers.point import straight
 from qjax.schemes.patterns import Site
@@ -100,6 +101,7 @@ class Simulation(LoopRuns):
         self._units: dict[int, Unit | Exact | Masked] = {}
         # Product -> the line that follows it, and a factor behind the line.
         self._lines: dict[int, tuple[HeldLine, Any]] = {}
+        self._rounded: dict[int, Rounded] = {}  # By the identity of what they became.
         self._met: set[int] = set()  # Values that have been visited.
         # Site of a softmax -> inputs that are added before it as masks.
         self.added_masks: dict[str, list[jax.Array]] = {}
@@ -297,6 +299,8 @@ class Simulation(LoopRuns):
             self._kernels[v] = Kernel(site, self._env[v], ())
             biases = functools.partial(self._biases, v, jnp.ndim(self._env[v]))
             found = Visit(*self._visitor.weight(site, self._env[v], biases))
+            if found.rounded is not None and found.rounded.value is found.value:
+                self._rounded[id(found.value)] = found.rounded
         elif v in plan.biases:
             found = Visit(*self._visitor.bias(plan.biases[v], self._env[v]))
             self._env[v] = found.value
@@ -390,13 +394,22 @@ class Simulation(LoopRuns):
         if factor is not None and exceeds(jnp.shape(factor), sizes):
             return {}  # A factor by place is none of a channel.
         over = tuple(d for d in range(kernel.ndim) if d not in axes.values())
-        is_zero = output_scale(e, operand, shared(zero_channels, kernel, over), rank)
-        line = shared(hold, factor, before, after, scale, is_zero, sizes)
+        grid = self._grids[e.inputs[operand]]
+        first = self._rounded.get(id(kernel))
+        kept = tuple(1 if d in over else n for d, n in enumerate(kernel.shape))
+        terms = factor, before, after, scale
+        to_output = lambda x: output_scale(e, operand, x, rank)
+        if first is not None and first.low.shape == kept == grid.scale.shape:
+            ends = tuple(map(to_output, (first.low, first.high, grid.scale)))
+            line = shared(hold_rounded, *terms, ends, first.spec.rounding, sizes)
+        else:
+            is_zero = to_output(shared(zero_channels, kernel, over))
+            line = shared(hold, *terms, is_zero, sizes)
         self._lines[e.outputs[0]] = line, outer
         share = to_kernel(line.share, axes, kernel.ndim, shape)
         site = self._plan.sites[self._plan.weights[block.weight]]
-        grid = self._grids[e.inputs[operand]]
-        held = rounded(kernel, share, grid, site)
+        # A factor has a derivative by the kernel on its grid, which then is there.
+        held = rounded(kernel, share, grid, site, None if factor is not None else first)
         return {e.inputs[operand]: held.astype(kernel.dtype)}
 
     def _line(
@@ -412,23 +425,6 @@ class Simulation(LoopRuns):
         if bias is not None:
             value = value + self._rounded_bias(block, bias, scale)
         return value if factor is None else value * factor
-
-    def _rounded_bias(
-        self, block: Block, bias: jax.Array, scale: jax.Array
-    ) -> jax.Array:
-        """Rounds a bias to the grid of its accumulator, or by its own quantizer."""
-        own, site = self._own_bias(block), f"{block.name}/bias"
-        if own is None:
-            return fake_quant_bias(bias, scale, site=site)
-        if own.word is not None:
-            return fake_quant_bias(bias, scale, bits=own.word.bits, site=site)
-        return bias  # Lowering makes the accumulator as fine as it needs.
-
-    def _own_bias(self, block: Block) -> Visit | None:
-        """Returns the visit of a bias that has a quantizer of its own, if any."""
-        first = block.affine[:1] if block.kind == "product" else []
-        known = (self._biased.get(v) for e in first for v in e.inputs)
-        return next((found for found in known if found is not None), None)
 
     def _fused_average(
         self, block: Block, acc: int, factor: jax.Array

@@ -21,10 +21,10 @@ from qjax.estimators import clipped_ste, plain_ste
 from qjax.mesh_axes import axes_of, ends_of, joined
 from qjax.model.common_scales import held_scale
 from qjax.model.exact import Exact
-from qjax.model.visits import Biases, Pending, Visit
+from qjax.model.visits import Biases, Pending, Rounded, Visit
 from qjax.qpoint import Estimator, known_zeros
 from qjax.quantizers.spec import Spec, is_known
-from qjax.ranges import abs_max_params, reduce_range
+from qjax.ranges import min_max_params, reduce_range
 from qjax.schemes.patterns import Site
 from qjax.schemes.resolution import Choices
 from qjax.schemes.words import is_random
@@ -116,11 +116,13 @@ class Quantizer:
       qstate: Ranges of the activations; under `LEARNED` the learned arrays by site.
       key: Key of the words that draw at random; None for their deterministic form,
         which has no derivative then.
+      grids: Site -> its grid by the state, where it is computed already.
     """
 
     choices: Choices
     qstate: QState
     key: chex.PRNGKey | None = None
+    grids: Mapping[str, QParams] = dataclasses.field(default_factory=dict)
 
     def activation(self, site: Site, x: jax.Array, unit: Pending) -> Visit:
         """Rounds to the grid of the state's range, or to a known grid."""
@@ -170,15 +172,15 @@ class Quantizer:
         spec = self.choices[site].word
         if not isinstance(spec, QSpec):
             return self._apply(site, x, spec)
-        scale = shared(_weight_scale, x, spec)
+        scale, low, high = shared(_weight_scale, x, spec)
         least = self._least_scale(spec, scale, biases)
         if least is not None:
-            low, high = reduce_range(x, spec.axis)
             is_zero = (low == 0) & (high == 0) & (least > 0)  # The scale is 1.
             scale = jnp.where(is_zero, least, jnp.maximum(scale, least))
             scale = jnp.maximum(scale, _LEAST_SCALE)
         params = QParams(scale, known_zeros(scale.shape))
-        return Visit(self._round(site, x, params, spec), params)
+        value = self._round(site, x, params, spec)
+        return Visit(value, params, rounded=Rounded(value, x, low, high, spec))
 
     @property
     def draws(self) -> bool:
@@ -223,7 +225,9 @@ class Quantizer:
         leader = self.choices[site].leader
         calibrator = self.choices[leader].calibrator
         state = self.qstate[leader.name]
-        params = shared(calibrator.params, state, spec)
+        params = self.grids.get(site.name)
+        if params is None:
+            params = shared(calibrator.params, state, spec)
         check_calibrated(params, leader.name)
         if params.scale.ndim and spec.symmetric:
             params = _filled(params, calibrator, state, spec)
@@ -419,9 +423,12 @@ def _holds_all(spec: QSpec) -> bool:
     return spec.signed and not is_short
 
 
-def _weight_scale(x: jax.Array, spec: QSpec) -> jax.Array:
-    """Returns the scale of a weight by its own range."""
-    return jnp.maximum(abs_max_params(x, spec).scale, _LEAST_SCALE)
+def _weight_scale(x: jax.Array, spec: QSpec) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the scale of a weight by its own range, and the ends of that."""
+    low, high = reduce_range(x, spec.axis)
+    symmetric = dataclasses.replace(spec, symmetric=True)
+    scale = min_max_params(low, high, symmetric).scale
+    return jnp.maximum(scale, _LEAST_SCALE), low, high
 
 
 def _over(x: jax.Array, scale: jax.Array) -> jax.Array:
