@@ -1,6 +1,8 @@
 """The affine parts of blocks in a simulation: one bias and one factor a product."""
 
+import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -122,6 +124,11 @@ class AffineParts(ChannelScales):
 
     def _accumulator_scale(self, block: Block) -> jax.Array | None:
         """Returns ``scale_x * scale_w`` in the rank of the product, or None."""
+        scales = self._accumulator_scales(block)
+        return None if scales is None else functools.reduce(operator.mul, scales)
+
+    def _accumulator_scales(self, block: Block) -> list[Any] | None:
+        """Returns the factors of the scale of an accumulator, or None."""
         out = block.root.outputs[0]
         w = block.root.inputs[block.weight_operand]
         x = block.root.inputs[1 - block.weight_operand]
@@ -132,7 +139,8 @@ class AffineParts(ChannelScales):
         scale = output_scale(block.root, block.weight_operand, own[1].scale, rank)
         if scale is None:
             return None
-        return own[0].scale * scale * np.float32(2.0 ** -self._finer(block))
+        finer = self._finer(block)
+        return [own[0].scale, scale, *([np.float32(2.0**-finer)] if finer else [])]
 
     def _rounded_bias(
         self, block: Block, bias: jax.Array, scale: jax.Array
@@ -145,11 +153,28 @@ class AffineParts(ChannelScales):
             return fake_quant_bias(bias, scale, bits=own.word.bits, site=site)
         return bias  # Lowering makes the accumulator as fine as it needs.
 
+    def _bias_word(self, block: Block) -> tuple[Any, str] | None:
+        """Returns the bits of a bias and the name of its site, if it has a grid."""
+        own = self._own_bias(block)
+        if own is not None and own.word is None:
+            return None
+        return 32 if own is None else own.word.bits, f"{block.name}/bias"
+
     def _own_bias(self, block: Block) -> Visit | None:
         """Returns the visit of a bias that has a quantizer of its own, if any."""
         first = block.affine[:1] if block.kind == "product" else []
         known = (self._biased.get(v) for e in first for v in e.inputs)
         return next((found for found in known if found is not None), None)
+
+    def _is_of_zeros(self, x: int) -> jax.Array | bool:
+        """Returns whether a value is a row of a table of zeros, which has no unit."""
+        while x not in self._traced.tables and x in self._traced.moves:
+            x = self._traced.moves[x]
+        return (
+            jnp.all(self._env[self._traced.tables[x]] == 0)
+            if x in self._traced.tables
+            else False
+        )
 
     def _finer(self, block: Block) -> int:
         """Returns the bits by which the unit of a bias is finer than its accumulator.

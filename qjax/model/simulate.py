@@ -27,10 +27,12 @@ from qjax.model.exact import Exact, Masked
 from qjax.model.layouts import transposed
 from qjax.model.lines import (
     HeldLine,
+    KernelEnds,
     exceeds,
     hold,
-    hold_rounded,
+    hold_on_grids,
     rounded,
+    rounded_twice,
     to_kernel,
     whole,
     zero_channels,
@@ -63,6 +65,8 @@ class Simulation(LoopRuns):
       has_units: Whether averages are sums of codes in their unit until a site. Else
         they are real values, from which a lowering knows both grids.
     """
+
+    _rounds_biases = True  # Together with the lines that they are of.
 
     def __init__(
         self,
@@ -99,8 +103,9 @@ class Simulation(LoopRuns):
         """Forgets all of an earlier run."""
         self._begin(visitor)
         self._units: dict[int, Unit | Exact | Masked] = {}
-        # Product -> the line that follows it, and a factor behind the line.
-        self._lines: dict[int, tuple[HeldLine, Any]] = {}
+        # Product -> the line that follows it, a factor behind the line, and whether its
+        # bias is rounded.
+        self._lines: dict[int, tuple[HeldLine, Any, bool]] = {}
         self._rounded: dict[int, Rounded] = {}  # By the identity of what they became.
         self._met: set[int] = set()  # Values that have been visited.
         # Site of a softmax -> inputs that are added before it as masks.
@@ -369,9 +374,12 @@ class Simulation(LoopRuns):
             if before is not None or after is not None:
                 return None
             return [self._line(block, acc, value, None, scale, factor)]
-        line, outer = self._lines[acc]
+        line, outer, is_rounded = self._lines[acc]
         own = line.held if outer is None else line.held * outer
-        found = self._line(block, acc, value, line.bias, scale, own)
+        if is_rounded:
+            found = (value + line.bias) * own
+        else:
+            found = self._line(block, acc, value, line.bias, scale, own)
         if outer is None:
             return [line.follow(found, value)]
         return [straight(line.real(value) * outer, found)]
@@ -379,8 +387,8 @@ class Simulation(LoopRuns):
     def _hold_kernel(self, e: Equation) -> dict[int, jax.Array]:
         """Scales the kernel of a product to the unit that its bias asks for."""
         block = self._traced.products.get(e.outputs[0])
-        scale = None if block is None else self._accumulator_scale(block)
-        if block is None or block.weight is None or scale is None:
+        scales = None if block is None else self._accumulator_scales(block)
+        if block is None or block.weight is None or scales is None:
             return {}
         before, factor, after = self._compose(block, e.outputs[0])
         if before is None and after is None:
@@ -397,19 +405,27 @@ class Simulation(LoopRuns):
         grid = self._grids[e.inputs[operand]]
         first = self._rounded.get(id(kernel))
         kept = tuple(1 if d in over else n for d, n in enumerate(kernel.shape))
-        terms = factor, before, after, scale
         to_output = lambda x: output_scale(e, operand, x, rank)
+        zero: jax.Array | KernelEnds
         if first is not None and first.low.shape == kept == grid.scale.shape:
-            ends = tuple(map(to_output, (first.low, first.high, grid.scale)))
-            line = shared(hold_rounded, *terms, ends, first.spec.rounding, sizes)
+            ends = map(to_output, (first.low, first.high, grid.scale))
+            zero = KernelEnds(*ends, first.spec.rounding)
         else:
-            is_zero = to_output(shared(zero_channels, kernel, over))
-            line = shared(hold, *terms, is_zero, sizes)
-        self._lines[e.outputs[0]] = line, outer
-        share = to_kernel(line.share, axes, kernel.ndim, shape)
+            zero = to_output(shared(zero_channels, kernel, over))
+        # A function for each site, which for a factor is a long one.
+        is_short = self._rounds_biases and factor is None
+        bias = self._bias_word(block) if is_short else None
+        terms = factor, before, after
+        line = shared(hold_on_grids, terms, scales, zero, sizes, bias)
+        self._lines[e.outputs[0]] = line, outer, bias is not None
         site = self._plan.sites[self._plan.weights[block.weight]]
+        own = axes, kernel.ndim, shape
         # A factor has a derivative by the kernel on its grid, which then is there.
-        held = rounded(kernel, share, grid, site, None if factor is not None else first)
+        if first is not None and line.own_share is None:
+            unit = to_kernel(line.held, *own)
+            held = rounded_twice(kernel, unit, grid, site, first)
+        else:
+            held = rounded(kernel, to_kernel(line.share, *own), grid, site)
         return {e.inputs[operand]: held.astype(kernel.dtype)}
 
     def _line(
@@ -475,16 +491,6 @@ class Simulation(LoopRuns):
             whole = value.astype(factor.dtype) * factor + line.offset
             real = jnp.where(is_zero, whole, real)
         return [straight(real, found)]
-
-    def _is_of_zeros(self, x: int) -> jax.Array | bool:
-        """Returns whether a value is a row of a table of zeros, which has no unit."""
-        while x not in self._traced.tables and x in self._traced.moves:
-            x = self._traced.moves[x]
-        return (
-            jnp.all(self._env[self._traced.tables[x]] == 0)
-            if x in self._traced.tables
-            else False
-        )
 
     def _scaled(
         self, site: Site, x: int, end: int, factor: jax.Array, grid: QParams
