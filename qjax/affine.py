@@ -317,7 +317,7 @@ def fake_quant_bias(
 
 def bias_operands(
     bias: jax.Array, scale: jax.Array, bits: ArrayLike = 32
-) -> tuple[Any, ...]:
+) -> tuple[Any, Any, Any, Any, Any]:
     """Returns the operands of the quantization point of a bias.
 
     Args:

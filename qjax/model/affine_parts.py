@@ -155,10 +155,10 @@ class AffineParts(ChannelScales):
 
     def _bias_word(self, block: Block) -> tuple[Any, str] | None:
         """Returns the bits of a bias and the name of its site, if it has a grid."""
-        own = self._own_bias(block)
-        if own is not None and own.word is None:
-            return None
-        return 32 if own is None else own.word.bits, f"{block.name}/bias"
+        own, site = self._own_bias(block), f"{block.name}/bias"
+        if own is None:
+            return 32, site
+        return None if own.word is None else (own.word.bits, site)
 
     def _own_bias(self, block: Block) -> Visit | None:
         """Returns the visit of a bias that has a quantizer of its own, if any."""

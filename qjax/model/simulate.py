@@ -408,8 +408,8 @@ class Simulation(LoopRuns):
         to_output = lambda x: output_scale(e, operand, x, rank)
         zero: jax.Array | KernelEnds
         if first is not None and first.low.shape == kept == grid.scale.shape:
-            ends = map(to_output, (first.low, first.high, grid.scale))
-            zero = KernelEnds(*ends, first.spec.rounding)
+            low, high, unit = map(to_output, (first.low, first.high, grid.scale))
+            zero = KernelEnds(low, high, unit, first.spec.rounding)
         else:
             zero = to_output(shared(zero_channels, kernel, over))
         # A function for each site, which for a factor is a long one.
