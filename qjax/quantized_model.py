@@ -25,7 +25,6 @@ from qjax.model.arguments import check_leaves
 from qjax.model.blends import blended, run_blended
 from qjax.model.rematerialisation import in_regions
 from qjax.model.simulate import Simulation
-from qjax.model.stacked_grids import stacked_grids
 from qjax.model.states import check_state, start_learned
 from qjax.model.traced_model import TracedModel
 from qjax.model.traces import Traces
@@ -149,10 +148,8 @@ class QuantizedModel:
         choices = self._checked(qstate, inputs, scheme)
         check_key(choices, key)
 
-        grids = stacked_grids(choices, qstate)
-
         def run(share: ArrayLike) -> Any:
-            visitor = blended(Quantizer(choices, qstate, key, grids), share)
+            visitor = blended(Quantizer(choices, qstate, key), share)
             reads = qstate, scheme, key, share
             return self._kept(lambda own: own.run(visitor), params, inputs, reads)
 
@@ -248,7 +245,7 @@ class QuantizedModel:
         axes = as_axes(axis_name)
 
         def compute(own: Simulation, share: ArrayLike) -> tuple[Any, QState]:
-            updater = Updater(choices, dict(qstate), key, update=update, axes=axes)
+            updater = Updater(choices, dict(qstate), key, update, axes)
             return own.run(blended(updater, share)), updater.qstate
 
         def run(share: ArrayLike) -> Any:

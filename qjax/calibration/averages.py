@@ -101,8 +101,8 @@ def _ema_min_max(decay: float, reduce: Reduce) -> Calibrator:
         low, high = state.low * unbias, state.high * unbias
         return params_if(state.step > 0, low, high, spec)
 
-    ends = reduce in (value_range, magnitude_range)
-    return Calibrator(init, update, merge, params, reads_ends=ends, is_elementwise=True)
+    reads_ends = reduce in (value_range, magnitude_range)
+    return Calibrator(init, update, merge, params, reads_ends=reads_ends)
 
 
 def _started_ema(
@@ -129,8 +129,8 @@ def _started_ema(
     def params(state: EmaMinMaxState, spec: QSpec) -> QParams:
         return params_if(state.step > 0, state.low, state.high, spec)
 
-    ends = reduce in (value_range, magnitude_range)
-    return Calibrator(init, update, merge, params, reads_ends=ends, is_elementwise=True)
+    reads_ends = reduce in (value_range, magnitude_range)
+    return Calibrator(init, update, merge, params, reads_ends=reads_ends)
 
 
 def _follow(old: Any, new: Any, decay: float) -> tuple[jax.Array, jax.Array]:
@@ -209,5 +209,5 @@ def _moving(momentum: float, reduce: Reduce) -> Calibrator:
     def params(state: MovingState, spec: QSpec) -> QParams:
         return params_if(state.step > 0, state.low, state.high, spec)
 
-    ends = reduce in (value_range, magnitude_range)
-    return Calibrator(init, update, merge, params, reads_ends=ends, is_elementwise=True)
+    reads_ends = reduce in (value_range, magnitude_range)
+    return Calibrator(init, update, merge, params, reads_ends=reads_ends)

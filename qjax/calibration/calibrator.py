@@ -35,8 +35,6 @@ class Calibrator(NamedTuple):
         another rule than `qjax.calibrate` finds them; None: by the same.
       reads_ends: Whether ``update`` depends on the least and the largest value of each
         scale alone, which is all that devices then exchange.
-      is_elementwise: Whether ``params`` computes each scale from the numbers of its own
-        range alone, so that states of several sites may be stacked.
     """
 
     init: Callable[[jax.Array, QSpec], Any]
@@ -46,10 +44,9 @@ class Calibrator(NamedTuple):
     name: str = ""  # Text form: "ema_min_max(decay=0.9)"; empty if there is none.
     observe: Callable[[jax.Array, Any, QSpec], Any] | None = None
     reads_ends: bool = False
-    is_elementwise: bool = False
 
     def __repr__(self) -> str:
-        hidden = "name", "reads_ends", "is_elementwise"
+        hidden = "name", "reads_ends"
         fields = (pair for pair in self._asdict().items() if pair[0] not in hidden)
         own = (f"{k}={show(v)}" for k, v in fields if v is not None)
         return self.name or f"Calibrator({', '.join(own)})"

@@ -75,8 +75,8 @@ def min_max(reduce: Reduce = value_range) -> Calibrator:
     def params(state: MinMaxState, spec: QSpec) -> QParams:
         return params_if(state.step > 0, state.low, state.high, spec)
 
-    ends = reduce is value_range
-    return Calibrator(init, update, merge, params, reads_ends=ends, is_elementwise=True)
+    reads_ends = reduce is value_range
+    return Calibrator(init, update, merge, params, reads_ends=reads_ends)
 
 
 @named
@@ -98,8 +98,9 @@ def last_value(reduce: Reduce = value_range) -> Calibrator:
         low, high = (jnp.where(is_later, *p) for p in zip(b[1:], a[1:], strict=True))
         return MinMaxState(a.step + b.step, low, high)
 
-    ends, params = reduce is value_range, min_max().params
-    return Calibrator(init, update, merge, params, reads_ends=ends, is_elementwise=True)
+    reads_ends = reduce is value_range
+    params = min_max().params
+    return Calibrator(init, update, merge, params, reads_ends=reads_ends)
 
 
 @named
@@ -135,7 +136,7 @@ def constant(low: float, high: float) -> Calibrator:
     def params(state: MinMaxState, spec: QSpec) -> QParams:
         return min_max_params(state.low, state.high, spec)
 
-    return Calibrator(init, update, merge, params, reads_ends=True, is_elementwise=True)
+    return Calibrator(init, update, merge, params, reads_ends=True)
 
 
 @named

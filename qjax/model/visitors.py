@@ -116,13 +116,11 @@ class Quantizer:
       qstate: Ranges of the activations; under `LEARNED` the learned arrays by site.
       key: Key of the words that draw at random; None for their deterministic form,
         which has no derivative then.
-      grids: Site -> its grid by the state, where it is computed already.
     """
 
     choices: Choices
     qstate: QState
     key: chex.PRNGKey | None = None
-    grids: Mapping[str, QParams] = dataclasses.field(default_factory=dict)
 
     def activation(self, site: Site, x: jax.Array, unit: Pending) -> Visit:
         """Rounds to the grid of the state's range, or to a known grid."""
@@ -225,9 +223,7 @@ class Quantizer:
         leader = self.choices[site].leader
         calibrator = self.choices[leader].calibrator
         state = self.qstate[leader.name]
-        params = self.grids.get(site.name)
-        if params is None:
-            params = shared(calibrator.params, state, spec)
+        params = shared(calibrator.params, state, spec)
         check_calibrated(params, leader.name)
         if params.scale.ndim and spec.symmetric:
             params = _filled(params, calibrator, state, spec)
