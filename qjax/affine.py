@@ -312,6 +312,22 @@ def fake_quant_bias(
     Returns:
       Values on the grid, in the shape of both.
     """
+    return clipped_ste(*bias_operands(bias, scale, bits), site)
+
+
+def bias_operands(
+    bias: jax.Array, scale: jax.Array, bits: ArrayLike = 32
+) -> tuple[Any, Any, Any, Any, Any]:
+    """Returns the operands of the quantization point of a bias.
+
+    Args:
+      bias: Same as for `fake_quant_bias`.
+      scale: Same as for `fake_quant_bias`.
+      bits: Same as for `fake_quant_bias`.
+
+    Returns:
+      Values, scale, zero point, least and largest code.
+    """
     shape = jnp.broadcast_shapes(jnp.shape(bias), jnp.shape(scale))
     bias, scale = jnp.broadcast_to(bias, shape), jnp.broadcast_to(scale, shape)
     if not isinstance(bits, int) or bits < 32:
@@ -320,8 +336,7 @@ def fake_quant_bias(
         steps = jnp.where(jnp.asarray(bits) > 4, steps, jnp.max(steps, initial=0.0))
         scale = scale * ceil_power_of_two(jnp.maximum(steps, 1.0))
     spec = QSpec(bits=bits, symmetric=True)
-    zeros, ends = known_zeros(shape), code_range(spec)
-    return clipped_ste(bias, scale, zeros, *ends, site)
+    return bias, scale, known_zeros(shape), *code_range(spec)
 
 
 def scale_shape(shape: tuple[int, ...], axis: Axis) -> tuple[int, ...]:

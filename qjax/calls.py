@@ -86,7 +86,8 @@ def _plain(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a function whose own calls, as of `jnp.where`, are inlined."""
 
     def call(*args: Any) -> Any:
-        with set_xla_metadata(inlineable=None):
+        # Said of each: what says nothing is lowered with what is said of the call.
+        with set_xla_metadata(inlineable="true"):
             return fn(*args)
 
     call.__name__ = getattr(fn, "__name__", call.__name__)

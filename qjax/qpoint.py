@@ -127,7 +127,8 @@ def _whole_steps(steps, zero_point, qmin, qmax):
 
 def _relative_ends(scale, zero_point, qmin, qmax):
     """Returns the ends of ``code - zero_point`` in the type of the scale."""
-    zero, *ends = (jnp.asarray(v).astype(scale.dtype) for v in (zero_point, qmin, qmax))
+    # Of NumPy what is known, which leaves no operation in a traced program.
+    zero, *ends = (v.astype(scale.dtype) for v in (zero_point, qmin, qmax))
     return tuple(end - zero for end in ends)
 
 

@@ -42,6 +42,19 @@ def test_values_and_derivatives_are_those_of_a_plain_call():
             np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
+def test_what_a_call_calls_is_inlined_into_it():
+    def chosen(x):
+        return jnp.clip(jnp.where(x > 0, x, 2.0 * x), -1, 1)
+
+    def call(x):
+        return shared(_scaled, shared(chosen, x), SPEC, 3.0)["y"]
+
+    text = jax.jit(call).lower(X).compile().as_text()
+    # `jnp.where` and `jnp.clip` are calls as well, and would be loops of their own.
+    assert len(re.findall(r" call\(", text)) == 2
+    assert not re.search(r"to_apply=%_?(where|clip)", text)
+
+
 def test_calls_with_arguments_of_one_type_are_one_function():
     def three(x, y):
         return [shared(_scaled, v, SPEC, 2.0)["y"] for v in (x, y, x + y)]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 import qjax
 from qjax import QSpec, Rule, Scheme, training
@@ -99,6 +100,57 @@ def test_a_share_that_is_none(share):
 
 
 # Ranges.
+
+
+class _Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(3)(x))
+        return nn.relu(x)
+
+
+def test_batch_norm_freezes_whole_by_a_condition_on_the_step():
+    """From a step on it normalises by its averages, which no longer move."""
+    network, x = _Normed(), np.asarray(X)
+    params = network.init(jax.random.key(0), x, False)
+    moving = lambda v, x: network.apply(v, x, True, mutable=["batch_stats"])
+    fixed = lambda v, x: network.apply(v, x, False)
+    qtrain, qinfer = (qjax.quantize_model(fn, params, x) for fn in (moving, fixed))
+    qstate = qjax.calibrate(qtrain, params, [x])
+
+    def train(v, qstate):
+        (y, stats), moved = qtrain.apply_and_update(v, qstate, x)
+        return y, stats, moved
+
+    def infer(v, qstate):
+        y, moved = qinfer.apply_and_update(v, qstate, x)
+        return y, {"batch_stats": v["batch_stats"]}, moved
+
+    def step(choose):
+        def loss(weights, stats, qstate):
+            y, *moved = choose({"params": weights, **stats}, qstate)
+            return jnp.mean((y - 1.0) ** 2), moved
+
+        def run(weights, stats, qstate):
+            grads, moved = jax.grad(loss, has_aux=True)(weights, stats, qstate)
+            return jax.tree.map(lambda w, g: w - 0.1 * g, weights, grads), *moved
+
+        return run
+
+    def scanned(run, count):
+        frozen = lambda *own: jax.lax.cond(count >= 2, infer, train, *own)
+        return step(frozen)(*run), run[1]
+
+    start = params["params"], {"batch_stats": params["batch_stats"]}, qstate
+    scan = jax.jit(lambda run: jax.lax.scan(scanned, run, jnp.arange(4)))
+    found, seen = scan(start)
+    wanted = start
+    for choose in (train, train, infer, infer):
+        wanted = jax.jit(step(choose))(*wanted)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-6)
+    means = jax.tree.leaves(seen)[0]
+    assert np.any(means[1] != means[2])
+    np.testing.assert_array_equal(means[2], means[3])
 
 
 def test_ranges_freeze():

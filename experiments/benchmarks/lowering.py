@@ -12,8 +12,10 @@ With `--steps`: of `jax.value_and_grad` of the quantized model beside the float 
 the lines of StableHLO and the instructions after optimisation that each site adds, and
 the processor time of compilation as a ratio, the median of interleaved runs:
 
-    residual, 10 layers  apply              26 sites   77 lines  218 instr.  compile 1.8
-    residual, 10 layers  apply_and_update   26 sites   82 lines  277 instr.  compile 2.0
+    residual, 10 layers  apply              26 sites   71 lines  186 instr.  compile 1.5
+    residual, 10 layers  apply_and_update   26 sites   76 lines  245 instr.  compile 2.1
+    ResNet-50            apply             126 sites   71 lines  223 instr.  compile 2.6
+    ResNet-50            apply_and_update  126 sites   75 lines  259 instr.  compile 2.9
 
 (other work on 2 cores; about 246 lines and 471 instructions before grids, lines and
 weights were calls of their own. With activations as calls too there were 159 and 182

@@ -8,11 +8,16 @@ four blocks and a block of a transformer, in turn in one process: medians after 
 compilation is processor time, for which nothing is kept on disk. Ratios to the step in
 float, on one core and on two of an idle machine with JAX 0.10.2:
 
-                 apply         apply_and_update   compilation of both
-    CNN          1.02  1.00    1.03 to 1.07       1.2 to 1.5   1.3 to 1.5
-    MLP          1.09  1.27    1.15  1.29         3.0  2.4     3.3  2.9
-    Mixer        1.35  1.28    1.41  1.42         2.6  2.7     3.0  2.7
-    transformer  1.38  1.23    1.46  1.40         2.8  2.7     2.8  3.3
+                 apply         apply_and_update
+    CNN          1.02  1.00    1.03 to 1.07
+    MLP          1.09  1.27    1.15  1.29
+    Mixer        1.35  1.28    1.41  1.42
+    transformer  1.38  1.23    1.46  1.40
+
+Compilation on two busy cores, `apply` and `apply_and_update`: CNN 1.4 and 1.5 to 1.7,
+MLP 2.1 to 2.3 and 2.4 to 2.6, mixer 2.4 and 2.8, transformer 1.9 and 2.2. Each loop
+that XLA compiles takes some 15 ms, whatever its length; grids of all sites in one
+vector took longer than grids apart, as slices of it enter every loop.
 
 Mixer and transformer (medians of 40) compute softmaxes and normalisations twice, in
 integers for their values and in float for their derivatives.

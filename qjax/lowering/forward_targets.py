@@ -59,6 +59,8 @@ from qjax.targets import Target
 class ForwardTargets(ForwardLoops):
     """The sites of a simulation whose arithmetic is that of a target."""
 
+    _rounds_biases = False  # They join sums of integers.
+
     _target: Target
     _of_codes: set[int]  # Functions of what lies on grids.
     _ends: dict[int, Block]  # Value -> the block that ends there.

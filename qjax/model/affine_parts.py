@@ -1,6 +1,8 @@
 """The affine parts of blocks in a simulation: one bias and one factor a product."""
 
+import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -8,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.affine import fake_quant_bias
 from qjax.model.blocks import Block
 from qjax.model.channel_scales import ChannelScales
 from qjax.model.channels import kernel_axes, output_scale
 from qjax.model.lines import exceeds, ranked, to_kernel
 from qjax.model.primitives import SHAPE_MOVES
-from qjax.model.visits import Bias
+from qjax.model.visits import Bias, Visit
 
 _FINER = 8  # Bits of a bias that a product of whole numbers makes room for.
 _MOST_BITS = 14.0  # Of a sum of whole numbers; a weight of 16 bits and a bias follow.
@@ -121,6 +124,11 @@ class AffineParts(ChannelScales):
 
     def _accumulator_scale(self, block: Block) -> jax.Array | None:
         """Returns ``scale_x * scale_w`` in the rank of the product, or None."""
+        scales = self._accumulator_scales(block)
+        return None if scales is None else functools.reduce(operator.mul, scales)
+
+    def _accumulator_scales(self, block: Block) -> list[Any] | None:
+        """Returns the factors of the scale of an accumulator, or None."""
         out = block.root.outputs[0]
         w = block.root.inputs[block.weight_operand]
         x = block.root.inputs[1 - block.weight_operand]
@@ -131,7 +139,42 @@ class AffineParts(ChannelScales):
         scale = output_scale(block.root, block.weight_operand, own[1].scale, rank)
         if scale is None:
             return None
-        return own[0].scale * scale * np.float32(2.0 ** -self._finer(block))
+        finer = self._finer(block)
+        return [own[0].scale, scale, *([np.float32(2.0**-finer)] if finer else [])]
+
+    def _rounded_bias(
+        self, block: Block, bias: jax.Array, scale: jax.Array
+    ) -> jax.Array:
+        """Rounds a bias to the grid of its accumulator, or by its own quantizer."""
+        own, site = self._own_bias(block), f"{block.name}/bias"
+        if own is None:
+            return fake_quant_bias(bias, scale, site=site)
+        if own.word is not None:
+            return fake_quant_bias(bias, scale, bits=own.word.bits, site=site)
+        return bias  # Lowering makes the accumulator as fine as it needs.
+
+    def _bias_word(self, block: Block) -> tuple[Any, str] | None:
+        """Returns the bits of a bias and the name of its site, if it has a grid."""
+        own, site = self._own_bias(block), f"{block.name}/bias"
+        if own is None:
+            return 32, site
+        return None if own.word is None else (own.word.bits, site)
+
+    def _own_bias(self, block: Block) -> Visit | None:
+        """Returns the visit of a bias that has a quantizer of its own, if any."""
+        first = block.affine[:1] if block.kind == "product" else []
+        known = (self._biased.get(v) for e in first for v in e.inputs)
+        return next((found for found in known if found is not None), None)
+
+    def _is_of_zeros(self, x: int) -> jax.Array | bool:
+        """Returns whether a value is a row of a table of zeros, which has no unit."""
+        while x not in self._traced.tables and x in self._traced.moves:
+            x = self._traced.moves[x]
+        return (
+            jnp.all(self._env[self._traced.tables[x]] == 0)
+            if x in self._traced.tables
+            else False
+        )
 
     def _finer(self, block: Block) -> int:
         """Returns the bits by which the unit of a bias is finer than its accumulator.

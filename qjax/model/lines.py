@@ -1,5 +1,8 @@
 """Lines ``(acc + before) * factor + after`` of a product, with biases in int32."""
 
+import dataclasses
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
 
-from qjax.affine import QParams
-from qjax.calls import stored
-from qjax.qpoint import bind_point
+from qjax.affine import QParams, QSpec, bias_operands, code_range
+from qjax.calls import shared, stored
+from qjax.model.visits import Rounded
+from qjax.qpoint import Rounding, bind_point, known_zeros
 from qjax.quantizers.point import straight
 from qjax.rounding import ceil_power_of_two, select
 from qjax.schemes.patterns import Site
@@ -22,13 +27,18 @@ _MOST_BIAS = 2.0**30  # Codes of a bias stay below it, as accumulators are int32
 class HeldLine(NamedTuple):
     """A line ``(acc + before) * factor + after`` in a form whose bias int32 holds.
 
-    The kernel of ``acc`` is multiplied by ``share``: ``(acc * share + bias) * held``.
+    The kernel of ``acc`` is multiplied by a share: ``(acc * share + bias) * held``.
     """
 
     held: jax.Array
     bias: jax.Array
-    share: jax.Array
+    own_share: jax.Array | None  # None where it is one over ``held``, a power of two.
     offset: jax.Array  # ``before * factor + after``.
+
+    @property
+    def share(self) -> jax.Array:
+        """Returns the factor of the kernel."""
+        return _inverse(self.held) if self.own_share is None else self.own_share
 
     def real(self, acc: jax.Array) -> jax.Array:
         """Computes the line to differentiate: no rounded bias, no quotient."""
@@ -69,6 +79,31 @@ def whole(x: jax.Array) -> jax.Array:
 
 
 whole.defjvp(lambda primals, tangents: (whole(*primals), tangents[0]))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KernelEnds:
+    """The ends of the channels of a kernel before it is rounded, of float32.
+
+    Attributes:
+      low: Least values.
+      high: Largest values.
+      scale: Scales that they are rounded with.
+      rounding: How they are rounded.
+    """
+
+    low: jax.Array
+    high: jax.Array
+    scale: jax.Array
+    rounding: Rounding = dataclasses.field(metadata={"static": True})
+
+    def is_zero(self) -> jax.Array:
+        """Returns whether a channel becomes 0: both its ends do, as order stays."""
+        low, high = (
+            self.rounding(x * (1.0 / self.scale)) == 0 for x in (self.low, self.high)
+        )
+        return low & high
 
 
 def zero_channels(kernel: jax.Array, over: tuple[int, ...]) -> jax.Array:
@@ -132,8 +167,8 @@ def hold(
     ) | is_zero
     unit = ceil_power_of_two(least).astype(dtype)
     if is_one:
-        share = select(is_finer, 1.0 / unit, jnp.ones((), dtype))  # Exact.
-        return HeldLine(select(is_finer, unit, 1), offset * share, share, offset)
+        held = select(is_finer, unit, 1)
+        return HeldLine(held, offset * _inverse(held), None, offset)
     is_off = factor == 0
     held = select(is_finer, unit, select(is_off, 1, factor))
     share = select(is_finer | is_off, factor / lax.stop_gradient(held), 1)
@@ -143,12 +178,82 @@ def hold(
     return HeldLine(held, bias, share, offset)
 
 
+def hold_on_grids(
+    terms: tuple[Any, Any, Any],
+    scales: Sequence[jax.Array],
+    zero: jax.Array | KernelEnds,
+    sizes: tuple[int, ...],
+    bias: tuple[ArrayLike, str] | None,
+) -> HeldLine:
+    """Computes `hold` on the grid of an accumulator, and rounds the bias to it.
+
+    Args:
+      terms: Factor, and what is added before and after, as for `hold`.
+      scales: Factors of the scale of the accumulator.
+      zero: Whether a channel of the kernel is 0, or what says so.
+      sizes: Sizes of the channels, as for `hold`.
+      bias: Bits of the bias and the name of its site; None leaves it as it is.
+
+    Returns:
+      The line, its bias without a derivative of its own.
+    """
+    scale = functools.reduce(operator.mul, scales)
+    is_zero = zero.is_zero() if isinstance(zero, KernelEnds) else zero
+    line = hold(*terms, scale, is_zero, sizes)
+    if bias is None:
+        return line
+    bits, site = bias
+    own = bias_operands(*lax.stop_gradient((line.bias, scale)), bits)
+    return line._replace(bias=bind_point(*own, site=site))
+
+
+def _inverse(x: jax.Array) -> jax.Array:
+    """Returns ``1 / x`` of powers of two, which as a quotient is a loop of its own."""
+    if x.dtype != jnp.float32:
+        return 1.0 / x
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    return lax.bitcast_convert_type(np.uint32(254 << 23) - bits, jnp.float32)
+
+
 def rounded(x: jax.Array, share: jax.Array, grid: QParams, site: Site) -> jax.Array:
     """Multiplies a weight on a grid by a share, and rounds to the same grid."""
+    found = _rounded_again(x, share, grid, site.name)
+    return straight(x.astype(share.dtype) * share, found)  # All is inside of the ends.
+
+
+def rounded_twice(
+    x: jax.Array, held: jax.Array, grid: QParams, site: Site, first: Rounded
+) -> jax.Array:
+    """Computes `rounded` of a weight for one over ``held``, in one loop.
+
+    Args:
+      x: The weight on its grid.
+      held: Powers of two, broadcast.
+      grid: The grid.
+      site: Its site.
+      first: What ``x`` was made of.
+
+    Returns:
+      Values on the grid, with the derivative of the product.
+    """
+    known = lax.stop_gradient((first.real, held, grid.scale))
+    found = shared(_rounded_twice, *known, first.spec, site.name)
+    return straight(x.astype(held.dtype) * _inverse(held), found)
+
+
+def _rounded_twice(
+    x: jax.Array, held: jax.Array, scale: jax.Array, spec: QSpec, site: str
+) -> jax.Array:
+    grid, ends = QParams(scale, known_zeros(scale.shape)), code_range(spec)
+    value = bind_point(x, *grid, *ends, site=site, rounding=spec.rounding)
+    return _rounded_again(value, _inverse(held), grid, site)
+
+
+def _rounded_again(
+    x: jax.Array, share: jax.Array, grid: QParams, site: str
+) -> jax.Array:
     ends = np.int32(-(2**31)), np.int32(2**31 - 1)
-    x = x.astype(share.dtype) * share
-    found = bind_point(x, *grid, *ends, site=site.name)
-    return straight(x, found)  # All of it is inside of these ends.
+    return bind_point(x.astype(share.dtype) * share, *grid, *ends, site=site)
 
 
 def to_kernel(

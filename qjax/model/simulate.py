@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.source_info_util import user_context
 
-from qjax.affine import QParams, QSpec, fake_quant_bias
+from qjax.affine import QParams, QSpec
 from qjax.calls import computed_once, shared
 from qjax.integer_calls import DivideCall
 from qjax.model.affine_parts import of_type
@@ -27,9 +27,12 @@ from qjax.model.exact import Exact, Masked
 from qjax.model.layouts import transposed
 from qjax.model.lines import (
     HeldLine,
+    KernelEnds,
     exceeds,
     hold,
+    hold_on_grids,
     rounded,
+    rounded_twice,
     to_kernel,
     whole,
     zero_channels,
@@ -42,7 +45,7 @@ from qjax.model.regions import Region
 from qjax.model.softmaxes import SoftmaxForm
 from qjax.model.trace import Equation, evaluate
 from qjax.model.traced_model import TracedModel
-from qjax.model.visits import Unit, Visit, Visitor
+from qjax.model.visits import Rounded, Unit, Visit, Visitor
 from qjax.model.widening import evaluate_own, is_half_product, product_of_codes
 from qjax.quantizers.point import straight
 from qjax.schemes.patterns import Site
@@ -62,6 +65,8 @@ class Simulation(LoopRuns):
       has_units: Whether averages are sums of codes in their unit until a site. Else
         they are real values, from which a lowering knows both grids.
     """
+
+    _rounds_biases = True  # Together with the lines that they are of.
 
     def __init__(
         self,
@@ -98,8 +103,10 @@ class Simulation(LoopRuns):
         """Forgets all of an earlier run."""
         self._begin(visitor)
         self._units: dict[int, Unit | Exact | Masked] = {}
-        # Product -> the line that follows it, and a factor behind the line.
-        self._lines: dict[int, tuple[HeldLine, Any]] = {}
+        # Product -> the line that follows it, a factor behind the line, and whether its
+        # bias is rounded.
+        self._lines: dict[int, tuple[HeldLine, Any, bool]] = {}
+        self._rounded: dict[int, Rounded] = {}  # By the identity of what they became.
         self._met: set[int] = set()  # Values that have been visited.
         # Site of a softmax -> inputs that are added before it as masks.
         self.added_masks: dict[str, list[jax.Array]] = {}
@@ -295,6 +302,8 @@ class Simulation(LoopRuns):
             self._kernels[v] = Kernel(site, self._env[v], ())
             biases = functools.partial(self._biases, v, jnp.ndim(self._env[v]))
             found = Visit(*self._visitor.weight(site, self._env[v], biases))
+            if found.rounded is not None and found.rounded.value is found.value:
+                self._rounded[id(found.value)] = found.rounded
         elif v in plan.biases:
             found = Visit(*self._visitor.bias(plan.biases[v], self._env[v]))
             self._env[v] = found.value
@@ -363,9 +372,12 @@ class Simulation(LoopRuns):
             if before is not None or after is not None:
                 return None
             return [self._line(block, acc, value, None, scale, factor)]
-        line, outer = self._lines[acc]
+        line, outer, is_rounded = self._lines[acc]
         own = line.held if outer is None else line.held * outer
-        found = self._line(block, acc, value, line.bias, scale, own)
+        if is_rounded:
+            found = (value + line.bias) * own
+        else:
+            found = self._line(block, acc, value, line.bias, scale, own)
         if outer is None:
             return [line.follow(found, value)]
         return [straight(line.real(value) * outer, found)]
@@ -373,8 +385,8 @@ class Simulation(LoopRuns):
     def _hold_kernel(self, e: Equation) -> dict[int, jax.Array]:
         """Scales the kernel of a product to the unit that its bias asks for."""
         block = self._traced.products.get(e.outputs[0])
-        scale = None if block is None else self._accumulator_scale(block)
-        if block is None or block.weight is None or scale is None:
+        scales = None if block is None else self._accumulator_scales(block)
+        if block is None or block.weight is None or scales is None:
             return {}
         before, factor, after = self._compose(block, e.outputs[0])
         if before is None and after is None:
@@ -388,13 +400,30 @@ class Simulation(LoopRuns):
         if factor is not None and exceeds(jnp.shape(factor), sizes):
             return {}  # A factor by place is none of a channel.
         over = tuple(d for d in range(kernel.ndim) if d not in axes.values())
-        is_zero = output_scale(e, operand, shared(zero_channels, kernel, over), rank)
-        line = shared(hold, factor, before, after, scale, is_zero, sizes)
-        self._lines[e.outputs[0]] = line, outer
-        share = to_kernel(line.share, axes, kernel.ndim, shape)
-        site = self._plan.sites[self._plan.weights[block.weight]]
         grid = self._grids[e.inputs[operand]]
-        held = rounded(kernel, share, grid, site)
+        first = self._rounded.get(id(kernel))
+        kept = tuple(1 if d in over else n for d, n in enumerate(kernel.shape))
+        to_output = lambda x: output_scale(e, operand, x, rank)
+        zero: jax.Array | KernelEnds
+        if first is not None and first.low.shape == kept == grid.scale.shape:
+            low, high, unit = map(to_output, (first.low, first.high, grid.scale))
+            zero = KernelEnds(low, high, unit, first.spec.rounding)
+        else:
+            zero = to_output(shared(zero_channels, kernel, over))
+        # A function for each site, which for a factor is a long one.
+        is_short = self._rounds_biases and factor is None
+        bias = self._bias_word(block) if is_short else None
+        terms = factor, before, after
+        line = shared(hold_on_grids, terms, scales, zero, sizes, bias)
+        self._lines[e.outputs[0]] = line, outer, bias is not None
+        site = self._plan.sites[self._plan.weights[block.weight]]
+        own = axes, kernel.ndim, shape
+        # A factor has a derivative by the kernel on its grid, which then is there.
+        if first is not None and line.own_share is None:
+            unit = to_kernel(line.held, *own)
+            held = rounded_twice(kernel, unit, grid, site, first)
+        else:
+            held = rounded(kernel, to_kernel(line.share, *own), grid, site)
         return {e.inputs[operand]: held.astype(kernel.dtype)}
 
     def _line(
@@ -410,23 +439,6 @@ class Simulation(LoopRuns):
         if bias is not None:
             value = value + self._rounded_bias(block, bias, scale)
         return value if factor is None else value * factor
-
-    def _rounded_bias(
-        self, block: Block, bias: jax.Array, scale: jax.Array
-    ) -> jax.Array:
-        """Rounds a bias to the grid of its accumulator, or by its own quantizer."""
-        own, site = self._own_bias(block), f"{block.name}/bias"
-        if own is None:
-            return fake_quant_bias(bias, scale, site=site)
-        if own.word is not None:
-            return fake_quant_bias(bias, scale, bits=own.word.bits, site=site)
-        return bias  # Lowering makes the accumulator as fine as it needs.
-
-    def _own_bias(self, block: Block) -> Visit | None:
-        """Returns the visit of a bias that has a quantizer of its own, if any."""
-        first = block.affine[:1] if block.kind == "product" else []
-        known = (self._biased.get(v) for e in first for v in e.inputs)
-        return next((found for found in known if found is not None), None)
 
     def _fused_average(
         self, block: Block, acc: int, factor: jax.Array
@@ -477,16 +489,6 @@ class Simulation(LoopRuns):
             whole = value.astype(factor.dtype) * factor + line.offset
             real = jnp.where(is_zero, whole, real)
         return [straight(real, found)]
-
-    def _is_of_zeros(self, x: int) -> jax.Array | bool:
-        """Returns whether a value is a row of a table of zeros, which has no unit."""
-        while x not in self._traced.tables and x in self._traced.moves:
-            x = self._traced.moves[x]
-        return (
-            jnp.all(self._env[self._traced.tables[x]] == 0)
-            if x in self._traced.tables
-            else False
-        )
 
     def _scaled(
         self, site: Site, x: int, end: int, factor: jax.Array, grid: QParams

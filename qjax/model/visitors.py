@@ -23,11 +23,11 @@ from qjax.integer_calls import SoftmaxCall
 from qjax.mesh_axes import axes_of, ends_of, joined
 from qjax.model.common_scales import CodeEnds, held_scale
 from qjax.model.exact import Exact
-from qjax.model.visits import Biases, Pending, Visit
+from qjax.model.visits import Biases, Pending, Rounded, Visit
 from qjax.qpoint import Estimator, known_zeros
 from qjax.quantizers.point import make_point
 from qjax.quantizers.spec import Spec, is_known
-from qjax.ranges import abs_max_params, reduce_range
+from qjax.ranges import min_max_params, reduce_range
 from qjax.schemes.patterns import Site
 from qjax.schemes.resolution import Choices
 from qjax.schemes.words import is_random
@@ -195,15 +195,15 @@ class Quantizer:
         spec = self.choices[site].word
         if not isinstance(spec, QSpec):
             return self._apply(site, x, spec)
-        scale = shared(_weight_scale, x, spec)
+        scale, low, high = shared(_weight_scale, x, spec)
         least = self._least_scale(spec, scale, biases)
         if least is not None:
-            low, high = reduce_range(x, spec.axis)
             is_zero = (low == 0) & (high == 0) & (least > 0)  # The scale is 1.
             scale = jnp.where(is_zero, least, jnp.maximum(scale, least))
             scale = jnp.maximum(scale, _LEAST_SCALE)
         params = QParams(scale, known_zeros(scale.shape))
-        return Visit(self._round(site, x, params, spec), params)
+        value = self._round(site, x, params, spec)
+        return Visit(value, params, rounded=Rounded(value, x, low, high, spec))
 
     @property
     def draws(self) -> bool:
@@ -444,9 +444,12 @@ def _holds_all(spec: QSpec) -> bool:
     return spec.signed and not is_short
 
 
-def _weight_scale(x: jax.Array, spec: QSpec) -> jax.Array:
-    """Returns the scale of a weight by its own range."""
-    return jnp.maximum(abs_max_params(x, spec).scale, _LEAST_SCALE)
+def _weight_scale(x: jax.Array, spec: QSpec) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the scale of a weight by its own range, and the ends of that."""
+    low, high = reduce_range(x, spec.axis)
+    symmetric = dataclasses.replace(spec, symmetric=True)
+    scale = min_max_params(low, high, symmetric).scale
+    return jnp.maximum(scale, _LEAST_SCALE), low, high
 
 
 def _over(x: jax.Array, scale: jax.Array) -> jax.Array:

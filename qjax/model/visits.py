@@ -11,6 +11,24 @@ from qjax.model.exact import Exact, Masked
 from qjax.schemes.patterns import Site
 
 
+class Rounded(NamedTuple):
+    """A weight and what it is rounded to by a word, with a scale of its own range.
+
+    Attributes:
+      value: What it is rounded to.
+      real: The weight.
+      low: Its least value for each scale, float32.
+      high: Its largest one.
+      spec: The word.
+    """
+
+    value: jax.Array
+    real: jax.Array
+    low: jax.Array
+    high: jax.Array
+    spec: QSpec
+
+
 class Visit(NamedTuple):
     """The result of a visit: the value to go on with, its grid and its word."""
 
@@ -18,6 +36,7 @@ class Visit(NamedTuple):
     grid: QParams | None = None
     word: QSpec | None = None  # Word of codes about zero: channels may be told apart.
     is_byte: bool = False  # The word is known to have 256 codes at most.
+    rounded: Rounded | None = None  # A weight that a product may round again.
 
 
 class Bias(NamedTuple):
