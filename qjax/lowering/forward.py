@@ -195,9 +195,9 @@ class IntegerForward(ForwardTargets):
             return
         if data[0] in self._shipped and len(data) == 1:
             if name in _CHOICES or bounds_of(self._model, e) is not None:
-                self._ship(e, data[0], self._shipped)
-                self._ship(e, data[0], self._sources)
-        if e.outputs[0] in self._late:
+                for shipped in (self._shipped, self._sources):
+                    self._ship(e, data[0], shipped)
+        if e.outputs[0] in self._late or self._add_bias(e):
             return
         if name in ("dot_general", "conv_general_dilated"):
             self._product(e)
@@ -219,12 +219,6 @@ class IntegerForward(ForwardTargets):
             self._pad(e)
         elif name in _CHOICES and e.inputs[0] in self._late:
             self._choose(e)
-
-    def _ship(self, e: Equation, x: int, shipped: dict[int, jax.Array]) -> None:
-        """Carries the program's value of an accumulator through an equation."""
-        values = (shipped[v] if v == x else self._env[v] for v in e.inputs)
-        found = evaluate(e, *map(lax.stop_gradient, values))
-        shipped.update(zip(e.outputs, found, strict=True))
 
     def _product(self, e: Equation) -> None:
         data = [v for v in e.inputs if v in self._data]

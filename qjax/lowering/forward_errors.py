@@ -65,3 +65,14 @@ def own_bias(name: str) -> ValueError:
         "finer: `apply_integer` does not compute it. Use `apply`, or leave the bias to "
         "the grid of its accumulator."
     )
+
+
+def wide_words(name: str) -> ValueError:
+    """Returns the error for a bias on a product whose operands' storage is unknown."""
+    return ValueError(
+        f"The site {name!r} adds a constant to a product of two activations, whose "
+        "words are wider than 16 bits, traced, or those of channels brought to one "
+        "scale: `apply_integer` does not know the unit of its sum. Give both operands "
+        "words of at most 16 bits and one scale that is no power of two by channel, "
+        "and no traced bits; or train with `apply`."
+    )

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +27,15 @@ from qjax.lowering.accumulators import (
     TargetGrid,
     whole_steps,
 )
+from qjax.lowering.finer_biases import biased_product, largest_product
+from qjax.lowering.forward_errors import wide_words
 from qjax.lowering.forward_functions import (
     function_codes,
     traced_wide_exponentials,
     wide_function_codes,
 )
 from qjax.lowering.forward_loops import ForwardLoops
-from qjax.lowering.site_words import SiteWord
+from qjax.lowering.site_words import SiteWord, Words
 from qjax.lowering.tflite_forms import (
     Lack,
     lack_of_ends,
@@ -69,10 +71,51 @@ class ForwardTargets(ForwardLoops):
     _steps: Callable[[int], jax.Array]
     _known_grid: Callable[[Site], QParams | None]
     _is_input: Callable[[int], bool]
+    _sums: dict[int, Accumulator]
+    _sources: dict[int, jax.Array]
+    _late: dict[int, Late]
+    _set: Callable[..., jax.Array]
 
     def _made(self, value: jax.Array, scales: Any, kind: Kind = "other") -> Accumulator:
         """Returns an accumulator that the target rescales."""
         return Accumulator(value, tuple(scales), made=Made(kind, self._target))
+
+    def _add_bias(self, e: Equation) -> bool:
+        """Adds the constants of a block to its product of two activations.
+
+        Returns whether the block ends in an equation, and is such a product.
+        """
+        block, (out, *_) = self._plan.fused.get(e.outputs[0]), e.outputs
+        acc = None if block is None else self._sums.get(block.root.outputs[0])
+        if block is None or acc is None or acc.made.kind not in _OF_TWO:
+            return False
+        root, site = block.root, self._plan.activations.get(block.value)
+        words = [self._words[v] for v in root.inputs]
+        name = block.name if site is None else self._plan.sites[site].name
+        if "int32" in words:
+            raise wide_words(name)
+        taps, (x,) = 1, root.outputs
+        if root.primitive.name == "dot_general":
+            (axes, _), _ = root.params["dimension_numbers"]
+            taps = math.prod(self._model.shape(root.inputs[0])[d] for d in axes)
+        choice = cast(Words, self._visitor).choices.sites.get(name)
+        most = 2 ** ((32 if choice is None else choice.buffer_bits) - 1) - 1
+        top, read = largest_product(words, taps), self._env.__getitem__
+        found = biased_product(acc, x, block.affine, read, top, most)
+        if found is None:
+            return False
+        self._set(out, found.acc)
+        self._late[out] = found.codes
+        self._sources.pop(out)  # No thresholds are known to be the program's.
+        return True
+
+    def _ship(self, e: Equation, x: int, shipped: dict[int, jax.Array]) -> None:
+        """Carries the program's value of an accumulator through an equation."""
+        if x not in shipped:
+            return
+        values = (shipped[v] if v == x else self._env[v] for v in e.inputs)
+        found = evaluate(e, *map(lax.stop_gradient, values))
+        shipped.update(zip(e.outputs, found, strict=True))
 
     def _made_of_sum(
         self, e: Equation, value: jax.Array, scale: jax.Array
@@ -187,6 +230,7 @@ class ForwardTargets(ForwardLoops):
         return self._made(codes, (scale,), "codes").codes
 
 
+_OF_TWO = ("dot_codes", "multiply_codes")
 _POOLS = names("sum") & {"reduce_window_sum"}
 
 

@@ -66,6 +66,8 @@ class ScaledIntegers:
       bounds: Bounds of an activation.
       place: Place of what computes them.
       most: Largest magnitude that the accumulator may reach.
+      top: Bound of a product of two activations by the storage of its operands, from
+        which the shift for a bias is chosen; None for others.
       dtype: Type in the model of integers that stand for themselves; empty for real
         values.
       is_still: Whether a channel is zero but for its bias, in the rank of the value or
@@ -86,6 +88,7 @@ class ScaledIntegers:
     bounds: tuple[float, float] = (-np.inf, np.inf)
     place: Place = Place()
     most: int = 2**31 - 1
+    top: int | None = None
     dtype: str = ""
     is_still: np.ndarray | None = None
     past: "Past | None" = None

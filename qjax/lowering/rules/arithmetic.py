@@ -11,6 +11,7 @@ from jax.extend.core.primitives import copy_p
 from qjax.graph.builder import compact
 from qjax.graph.graph import Grid
 from qjax.lowering.constants import add_constant, anchor, real_values
+from qjax.lowering.finer_biases import MOST_SHIFT, bias_shift
 from qjax.lowering.inputs import rescaled
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.rules.bounds import bound, clamp
@@ -35,7 +36,6 @@ from qjax.lowering.values import (
 from qjax.model.trace import Equation, Trace
 
 _INT32 = np.iinfo(np.int32)
-_MOST_SHIFT = 24  # Largest shift of a product for a finer bias.
 _ROUNDING = 2.0**-20  # Relative, of float32 scales and of their products.
 _MOST_OFF = 2.0**-6
 
@@ -226,11 +226,15 @@ def _refined(x: PendingAccumulator, bias: np.ndarray) -> PendingAccumulator:
         ratio = bias / x.real_scale()
     if not np.all(np.isfinite(ratio)):
         return x
-    top = max(abs(x.low), abs(x.high)) + np.max(np.abs(ratio), initial=1.0)
-    shifts = range(1 + min(int(np.log2(x.most / top)), _MOST_SHIFT))
-    shift = next((k for k in shifts if _is_whole(ratio * 2.0**k)), None)
-    if shift is None:  # The bias will be rounded.
-        shift = shifts[-1] if shifts else 0
+    reach = np.max(np.abs(ratio), initial=1.0)
+    if x.top is not None:  # Traced code knows no more of a product of activations.
+        shift: int | None = int(bias_shift(x.top + reach, x.most))
+    else:
+        top = max(abs(x.low), abs(x.high)) + reach
+        shifts = range(1 + min(int(np.log2(x.most / top)), MOST_SHIFT))
+        shift = next((k for k in shifts if _is_whole(ratio * 2.0**k)), None)
+        if shift is None:  # The bias will be rounded.
+            shift = shifts[-1] if shifts else 0
     scale, low, high = x.scale / 2.0**shift, x.low << shift, x.high << shift
     return dataclasses.replace(x, scale=scale, low=low, high=high, shift=shift)
 

@@ -10,6 +10,7 @@ from qjax.graph.builder import compact
 from qjax.graph.graph import Grid
 from qjax.graph.operations.products import channel_ends, product_ends
 from qjax.lowering.constants import exact_grid, scale_grid
+from qjax.lowering.finer_biases import largest_product
 from qjax.lowering.interpret import LoweringRule, refuse, where
 from qjax.lowering.rules.levels import factor_on_grid
 from qjax.lowering.values import (
@@ -115,6 +116,7 @@ def _of_two(
         is_gain_exact=all(x.rescaled is None for x in pair),
         place=e.place,
         most=limit,
+        top=largest_product([builder.values[v].dtype for v in inputs], taps),
     )
 
 
