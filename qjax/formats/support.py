@@ -34,10 +34,11 @@ OPERATIONS: Mapping[str, frozenset[str]] = {
         "add argmax argmin argsort arithmetic broadcast clip compare concatenate "
         "constant conv divide dot dot_codes embed gather log_softmax logsumexp loop "
         "masked_norm max max_pool maximum min min_pool minimum multiply "
-        "multiply_codes norm pad requantize reshape rev running_sum scatter scatter_add scatter_max "
-        "scatter_min select slice softmax sort sum sum_pool table take tflite_add "
-        "tflite_average tflite_constant tflite_l2_norm tflite_log_softmax "
-        "tflite_resize tflite_softmax tflite_softmax16 thresholds transpose".split()
+        "multiply_codes norm pad requantize reshape rev running_sum scatter "
+        "scatter_add scatter_max scatter_min select slice softmax sort sum sum_pool "
+        "table take tflite_add tflite_average tflite_constant tflite_l2_norm "
+        "tflite_log_softmax tflite_resize tflite_softmax tflite_softmax16 "
+        "thresholds transpose".split()
     ),
     "qjax.formats.tflite.write_tflite": frozenset(
         "add argmax argmin broadcast clip concatenate constant conv dot dot_codes "
