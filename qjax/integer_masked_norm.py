@@ -87,6 +87,7 @@ def normalised(
     *,
     least: int,
     is_centred: bool,
+    most_places: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes codes over the root of the squares of those that are kept, by groups.
 
@@ -100,6 +101,8 @@ def normalised(
       point: int32, ``[]``, bits behind the point of both.
       least: Least count of what is kept, 0 or 1.
       is_centred: Whether values are about the mean of what is kept, else about zero.
+      most_places: Most codes of a group, by which values have their bits; None for
+        those of this shape.
 
     Returns:
       ``(t, exponent)``, int32, shape of the codes: ``t * 2^exponent`` in units of
@@ -126,7 +129,9 @@ def normalised(
             squares, number * number, *map(jnp.asarray, (epsilon, floor, point))
         )
         root, shift = reciprocal_root(jnp.maximum(whole, 1))
-        down = shift.astype(jnp.int64) - half_point - fraction(count, True)
+        down = (
+            shift.astype(jnp.int64) - half_point - fraction(most_places or count, True)
+        )
         t, exponent = _held(u * root.astype(jnp.int64), down)
         return t.reshape(shape), exponent.reshape(shape)
 

@@ -82,6 +82,48 @@ def _norm(d: Drawn, v: int) -> int:
     return d.b.add("norm", [v], attributes, params=params, grid=d.grid(zero))
 
 
+def _masked_norm(d: Drawn, v: int) -> int:
+    v = d.codes(v)
+    own, axes, (low, high, zero) = d.value(v), d.axes(v), d.ends()
+    groups = [d.one(*(g for g in (1, 2, 3) if own.shape[k] % g == 0)) for k in axes]
+    if not math.prod(own.shape):
+        raise ValueError("nothing to normalise")
+    most = math.prod(own.shape[k] // g for k, g in zip(axes, groups, strict=True))
+    mask = _mask(d, v)
+    if d.chance():  # One that broadcasts.
+        some = [k for k in range(1, len(own.shape)) if d.chance()]
+        if some:
+            mask = d.b.add("max", [mask], {"axes": some})
+            sizes = [1 if k in some else n for k, n in enumerate(own.shape)]
+            sizes[0] = -1
+            mask = d.b.add("reshape", [mask], {"sizes": sizes})
+    sizes = [[1, *(n if d.chance() else 1 for n in own.shape[1:])] for _ in "ab"]
+    params = {
+        "multiplier": d.param("multiplier", d.ints(sizes[0], -(1 << 28), 1 << 28)),
+        "bias": d.param("bias", d.ints(sizes[1], -(1 << 20), 1 << 20)),
+    }
+    bits = 60 - 2 * most.bit_length()
+    attributes = {
+        "algorithm": "newton_root",
+        "axes": axes,
+        "groups": groups,
+        "most_places": most + d.one(0, 0, 1) if bits > 8 else most,
+        "least": d.pick(0, 1),
+        "is_centred": d.chance(),
+        "epsilon": d.one(0, 1, 5, 1 << min(20, bits)),
+        "floor": d.one(0, 1, 1 << min(12, bits)),
+        "point": d.one(0, 4, -3, 21, -40, 900, -900),
+        "input_zero_points": [d.zero(v), d.zero(mask)],
+        "shift": d.pick(28, 56),
+        "bias_shift": d.pick(0, 24),
+        "zero_point": zero,
+        "low": low,
+        "high": high,
+    }
+    inputs = [v, mask]
+    return d.b.add("masked_norm", inputs, attributes, params=params, grid=d.grid(zero))
+
+
 # TFLite.
 
 
@@ -186,6 +228,7 @@ def _loop(d: Drawn, v: int) -> int:
 ROWS = {
     "softmax": _softmax,
     "norm": _norm,
+    "masked_norm": _masked_norm,
     "tflite_add": _tflite_add,
     "tflite_average": _tflite_average,
     "tflite_resize": _resize,

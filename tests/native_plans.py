@@ -351,6 +351,21 @@ def norm(m: Machine, w: Words) -> None:
     m.write(out, found)
 
 
+def masked_norm(m: Machine, w: Words) -> None:
+    x, mask, mask_rows, out, outer, n, period, multiplier, bias = w.many(9)
+    names = "is_centred", "most_places", "least", "epsilon", "floor", "point", "zero"
+    names = *names, "shift", "bias_shift", "zero_point", "low", "high"
+    a: dict[str, Any] = dict(zip(names, w.many(12), strict=True))
+    a |= {"axes": [1], "groups": [1], "input_zero_points": [a["zero"], 0]}
+    own = {}
+    for role, at in (("multiplier", multiplier), ("bias", bias)):
+        rows = m.table(at, period * n).reshape(period, n)
+        own[role] = rows[np.arange(outer) % period]
+    kept = m.read(mask).reshape(mask_rows, n)[np.arange(outer) % mask_rows]
+    xs = [m.read(x).reshape(outer, n), kept]
+    m.write(out, OPERATIONS["masked_norm"].meaning(a, own, xs))
+
+
 def loop(m: Machine, w: Words) -> None:
     length, is_reversed, consts, carries, xs, ys = w.many(6)
     given = [w.many(n) for n in (consts, carries, xs)]
@@ -502,6 +517,7 @@ _ORDER: tuple[Callable[[Machine, Words], None], ...] = (
     *(thresholds, reduce, window, running_sum, select, compare, arithmetic, embed),
     *(take, divide, softmax, norm, loop, tflite_add, tflite_average, tflite_softmax),
     *(gather, scatter, sort, resize, log_softmax, l2_norm, softmax16, contraction),
+    masked_norm,
 )
 STEPS = dict(zip(itertools.count(1), _ORDER, strict=False))
 

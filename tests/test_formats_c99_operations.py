@@ -129,6 +129,33 @@ def _logarithms():
                 yield "logsumexp", inputs, own, {"table": table}
 
 
+def _masked_norms():
+    """Masks that broadcast and keep nothing; values with exponents and without."""
+    ends = {"algorithm": "newton_root", "low": -128, "high": 127}
+    masks = (3, 4, 6), (3, 1, 6), (3, 1, 1), (1, 4, 1)
+    cases = ([2], [1]), ([2], [3]), ([1, 2], [2, 1]), ([2], [6])
+    points = (12, 1 << 10, 0), (0, 0, 0), (-40, 9, 1), (900, 1, 7), (-900, 1, 0)
+    wide = 1 << 15
+    for k, (point, epsilon, floor) in enumerate(points):
+        low, high, zero = ((-128, 127, 3), (-wide, wide - 1, -5))[k % 2]
+        for mask, (axes, groups) in zip(masks, cases, strict=True):
+            sizes = [4 * 6 // np.prod(groups) if 1 in axes else 6 // groups[0]]
+            a = {**ends, "axes": axes, "groups": groups, "most_places": int(sizes[0])}
+            a |= {"least": k % 2, "is_centred": k != 1, "point": point}
+            a |= {"epsilon": epsilon, "floor": floor, "shift": (50, 31, 62)[k % 3]}
+            a |= {"bias_shift": 10 * (k % 3), "zero_point": (0, -7)[k % 2]}
+            a["input_zero_points"] = [zero, 0]
+            own = {"multiplier": RNG.integers(-BIG // 2, BIG // 2, (1, 1, 6))}
+            own["bias"] = RNG.integers(-BIG // 2, BIG // 2, (1, 4, 1))
+            x = (3, 4, 6), low, high, Grid(1.0, zero)
+            yield "masked_norm", [x, (mask, 0, 1)], a, own
+    a = {**ends, "axes": [1], "groups": [5], "count": 1, "is_centred": True}
+    a |= {"epsilon": 5, "floor": 1, "point": 4, "input_zero_points": [3]}
+    a |= {"shift": 50, "bias_shift": 20, "zero_point": 0}
+    own = {"multiplier": BIG // 4, "bias": RNG.integers(-BIG // 2, BIG // 2, (1, 5))}
+    yield "norm", [((2, 5), -128, 127, Grid(1.0, 3))], a, own
+
+
 def _tflite():
     rows = [[0, 1, 2, 2, 0], [1, 2, 2, 2, 0], [0, 1024, 512, 3, -1024]]
     own = {"rows": rows, "columns": [[0, 1, 0], [0, 2, 1], [-5, 7, 1000]]}
@@ -188,6 +215,7 @@ FAMILIES = (
     _gathers,
     _scatters,
     _logarithms,
+    _masked_norms,
     _tflite,
     _products,
 )

@@ -3,6 +3,7 @@
 The oracle is the formula in long doubles, on the codes less their zero point.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -15,6 +16,9 @@ from flax import nnx
 
 import qjax
 from qjax import QSpec, Scheme
+from qjax.backends.xla import run as xla
+from qjax.formats import check
+from qjax.graph import reference
 from qjax.integer_masked_norm import added, coded, most_places, normalised
 from qjax.integer_norm import fraction, scaled
 from tests.oracles import assert_equals_oracle
@@ -184,7 +188,6 @@ def _decibels(wanted, found):
 
 
 @pytest.mark.kept
-@pytest.mark.kept
 @pytest.mark.parametrize(
     ("name", "is_known", "scheme"),
     [(name, bool(k % 2), k % 3) for k, name in enumerate(MODELS)]
@@ -215,12 +218,35 @@ def test_models_compute_what_ships(name, is_known, scheme):
 
 def test_a_masked_norm_is_saved_and_its_report_names_it(tmp_path):
     qmodel, qstate, program = _quantized(MODELS["layer"], X, MASK)
-    program.save(tmp_path / "norm.qjax")
+    mask = MASK.copy()
+    mask[2] = False
+    program.save(tmp_path / "norm.qjax", golden=(X, mask))
+    assert check.main([str(tmp_path / "norm.qjax")]) == 0
     again = qjax.load(tmp_path / "norm.qjax")
     np.testing.assert_array_equal(again(X, MASK), program(X, MASK))
     assert "normalisation" in str(program.report())
     (row,) = (r for r in program.backend_report().rows if "masked_norm" in r.node)
-    assert row.backend == "xla"
+    assert row.backend == "native"
+
+
+def test_fewer_places_than_a_graph_is_made_for():
+    """Bits of values are by the most places, in XLA too."""
+    _, _, program = _quantized(MODELS["layer"], X, MASK)
+    graph, params = program.graph, {k: np.asarray(p) for k, p in program.params.items()}
+    (node,) = (n for n in graph.nodes if n.operation == "masked_norm")
+    own = {**node.attributes, "most_places": 40, "point": node.attributes["point"] - 8}
+    own |= {name: own[name] >> 8 for name in ("epsilon", "floor")}
+    new = dataclasses.replace(node, attributes=own)
+    nodes = tuple(new if n is node else n for n in graph.nodes)
+    graph = dataclasses.replace(graph, nodes=nodes)
+    codes = [RNG.integers(-128, 128, X.shape).astype(np.int8), MASK.astype(np.int8)]
+    codes = [
+        c.astype(graph.values[v].dtype)
+        for c, v in zip(codes, graph.inputs, strict=True)
+    ]
+    values = reference.run(graph, params, codes)
+    made = jax.jit(lambda xs: xla.run(graph, params, xs))(codes)
+    np.testing.assert_array_equal(made[node.output], values[node.output])
 
 
 @pytest.mark.parametrize("least", [0, 1])

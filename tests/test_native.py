@@ -604,7 +604,7 @@ def test_kernels_of_few_shapes_are_kept(program):
 def test_every_operation_is_native(sorting):
     assert set(OPERATIONS) == set(NATIVE)
     assert sorting.backend_report().is_native
-    assert len(STEPS) == 34
+    assert len(STEPS) == 35
 
 
 def test_a_plan_is_what_its_interpreter_computes(program):

@@ -553,6 +553,67 @@ def test_norms(is_centred, axes, groups):
     check("norm", [x], params, attributes, [3])
 
 
+MASKED = {
+    "algorithm": "newton_root",
+    "least": 0,
+    "epsilon": 1 << 10,
+    "floor": 0,
+    "point": 12,
+    "zero_point": 0,
+    "low": -128,
+    "high": 127,
+}
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16"])
+@pytest.mark.parametrize("width", [1, 7, 33, 130])
+def test_masked_norms_of_many_and_few_codes(dtype, width):
+    """Rows kept whole, in part, but for one code and not at all; values far away."""
+    x, ends = draw((6, width), dtype, width), np.iinfo(dtype)
+    x[2], x[3] = ends.max, np.where(np.arange(width) % 2, ends.min, ends.max)
+    x[4:, 1:] = 3  # Little spread in what is kept: the others are far from it.
+    mask = draw((6, width), "int8", 1, 0, 1)
+    mask[0], mask[1], mask[2] = 1, 0, 0
+    mask[2:, -1] = 1
+    mask[4, 0] = mask[5, 0] = 0
+    zero = 128 if dtype == "uint8" else -3
+    points = (12, 0, 0), (-40, 1 << 20, 0), (900, 1, 7), (40, 0, 0), (-900, 3, 1)
+    for k, (point, epsilon, floor) in enumerate(points):
+        shift, zero_point = (50, 2) if k % 2 else (31, 0)
+        shift, zero_point = (62, -1 << 30) if k == 4 else (shift, zero_point)
+        params = {
+            "multiplier": draw((1 + k % 2 * 5, width), "int32", 1, -(1 << 30), 1 << 30),
+            "bias": draw((6, 1), "int32", 2, -(1 << 30), 1 << 30),
+        }
+        own = {**MASKED, "axes": [1], "groups": [1], "most_places": width + k % 2}
+        own |= {"point": point, "epsilon": epsilon, "floor": floor, "shift": shift}
+        own |= {"bias_shift": 31 if k == 4 else 12, "zero_point": zero_point}
+        for is_centred, least in ((False, 1), (True, 0), (True, 1)):
+            own |= {"is_centred": is_centred, "least": least}
+            own["input_zero_points"] = [zero, 0]
+            codes = [(int(ends.min), int(ends.max)), (0, 1)]
+            check("masked_norm", [x, mask], params, own, [zero, 0], codes)
+
+
+@pytest.mark.parametrize(
+    ("axes", "groups"), [([2], [1]), ([1, 2], [1, 1]), ([1, 2], [3, 2]), ([0], [1])]
+)
+def test_masks_of_norms_broadcast(axes, groups):
+    x = draw((3, 6, 8))
+    count = math.prod(x.shape[d] // g for d, g in zip(axes, groups, strict=True))
+    params = {
+        "multiplier": draw((1, 1, 8), "int32", 1, -(1 << 28), 1 << 28),
+        "bias": draw((1, 6, 1), "int32", 2, -(1 << 20), 1 << 20),
+    }
+    own = {**MASKED, "axes": axes, "groups": groups, "most_places": count}
+    own |= {"is_centred": True, "shift": 50, "bias_shift": 20}
+    own["input_zero_points"] = [3, 0]
+    shapes = (3, 6, 8), (1, 6, 8), (3, 1, 8), (3, 6, 1), (1, 1, 8), (3, 1, 1), (1, 1, 1)
+    for k, shape in enumerate(shapes):
+        mask = draw(shape, "uint8", k, 0, 1)
+        check("masked_norm", [x, mask], params, own, [3, 0], [(-128, 127), (0, 1)])
+
+
 def test_averages_and_softmax_of_tflite():
     counts = draw((1, 4, 1), "int32", 1, 1, 9)
     x = draw((3, 4, 5), "int32", 0, -2000, 2000)

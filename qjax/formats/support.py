@@ -33,11 +33,12 @@ OPERATIONS: Mapping[str, frozenset[str]] = {
     "qjax.formats.c99.write_c99": frozenset(
         "add argmax argmin argsort arithmetic broadcast clip compare concatenate "
         "constant conv divide dot dot_codes embed gather log_softmax logsumexp loop "
-        "max max_pool maximum min min_pool minimum multiply multiply_codes norm pad "
-        "requantize reshape rev running_sum scatter scatter_add scatter_max "
-        "scatter_min select slice softmax sort sum sum_pool table take tflite_add "
-        "tflite_average tflite_constant tflite_l2_norm tflite_log_softmax "
-        "tflite_resize tflite_softmax tflite_softmax16 thresholds transpose".split()
+        "masked_norm max max_pool maximum min min_pool minimum multiply "
+        "multiply_codes norm pad requantize reshape rev running_sum scatter "
+        "scatter_add scatter_max scatter_min select slice softmax sort sum sum_pool "
+        "table take tflite_add tflite_average tflite_constant tflite_l2_norm "
+        "tflite_log_softmax tflite_resize tflite_softmax tflite_softmax16 "
+        "thresholds transpose".split()
     ),
     "qjax.formats.tflite.write_tflite": frozenset(
         "add argmax argmin broadcast clip concatenate constant conv dot dot_codes "

@@ -1,13 +1,14 @@
 """Steps of softmaxes and normalisations: integers by sums over them, row by row."""
 
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qjax.backends.native.emission import Emission, dense
+from qjax.backends.native.emission import Emission, broadcast_strides
 from qjax.graph.graph import Node
 
-_SOFTMAX, _NORM = 21, 22
+_SOFTMAX, _NORM, _MASKED_NORM = 21, 22, 35
 _KINDS = ("softmax", "log_softmax", "logsumexp")
 _EMPTY = ("zero", "all", "uniform")
 
@@ -20,7 +21,10 @@ def _softmax(e: Emission, node: Node) -> None:
     x = e.arranged(e.of[v], shape, order)
     mask, mask_rows = -1, 1
     if len(node.inputs) > 1:
-        mask, mask_rows = _mask(e, node.inputs[1], shape, order, len(others))
+        kept = node.inputs[1]
+        mask, mask_rows = _mask(
+            e, e.of[kept], e.shapes[kept], shape, order, len(others)
+        )
     is_sum = node.operation == "logsumexp"
     out = e.make(node.output)
     if not terms:
@@ -40,24 +44,33 @@ def _softmax(e: Emission, node: Node) -> None:
 
 
 def _mask(
-    e: Emission, v: int, shape: tuple[int, ...], order: list[int], count: int
+    e: Emission,
+    x: int,
+    own: Sequence[int],
+    shape: Sequence[int],
+    order: list[int],
+    count: int,
 ) -> tuple[int, int]:
     """Returns a buffer of a mask by rows, and after how many it comes again.
 
     Args:
       e: The plan.
-      v: The mask.
+      x: Buffer of the mask.
+      own: Its shape.
       shape: Shape that it broadcasts to.
       order: Axes of this shape, those of the rows first.
       count: Number of axes of the rows.
     """
-    own = e.shapes[v]
     first = next((k for k, d in enumerate(order) if own[d] != 1), count)
     target = list(shape)
     for d in order[: min(first, count)]:
         target[d] = 1
     rows = math.prod(target[d] for d in order[:count])
-    return e.arranged(e.whole(v, target), target, order), max(rows, 1)
+    if list(own) != target:
+        whole = e.buffer(e.buffers[x].dtype, math.prod(target))
+        e.copy(x, whole, target, broadcast_strides(own, target))
+        x = whole
+    return e.arranged(x, target, order), max(rows, 1)
 
 
 def _row_buffer(e: Emission, out: int, shape: tuple[int, ...], order: list[int]) -> int:
@@ -69,43 +82,66 @@ def _row_buffer(e: Emission, out: int, shape: tuple[int, ...], order: list[int])
 
 
 def _norm(e: Emission, node: Node) -> None:
+    a = node.attributes
+    known = [a["is_centred"], a["count"], a["epsilon"], a["floor"], a["point"]]
+    _normalised(e, node, _NORM, [*known, a.get("more", 0)])
+
+
+def _masked_norm(e: Emission, node: Node) -> None:
+    a = node.attributes
+    known = [a["is_centred"], a["most_places"], a["least"], a["epsilon"], a["floor"]]
+    _normalised(e, node, _MASKED_NORM, [*known, a["point"]])
+
+
+def _normalised(e: Emission, node: Node, kind: int, known: list[int]) -> None:
+    """Emits a normalisation of groups, each of them a row; `known` tells its root."""
     a, v = node.attributes, node.inputs[0]
     shape = e.shapes[v]
     if not math.prod(shape):
         e.make(node.output)
         return
     groups = dict(zip(a["axes"], a["groups"], strict=True))
-    split = [size for d, n in enumerate(shape) for size in _split(n, groups.get(d, 1))]
+    split = _parts(shape, shape, groups)
     over = [2 * d + 1 for d in range(len(shape)) if d in groups]
     others = [d for d in range(len(split)) if d not in over]
-    # An axis without groups is whole in the first of its two places.
-    for d, n in enumerate(shape):
-        if d not in groups:
-            split[2 * d : 2 * d + 2] = [n, 1]
     order = [*others, *over]
-    x = e.arranged(e.of[v], split, order)
-    own = []
+    reads = [e.arranged(e.of[v], split, order)]
+    head = [*reads]
+    if len(node.inputs) > 1:
+        kept = node.inputs[1]
+        own = _parts(e.shapes[kept], shape, groups)
+        mask, rows = _mask(e, e.of[kept], own, split, order, len(others))
+        reads.append(mask)
+        head += [mask, rows]
+    lines = []
     for role in ("multiplier", "bias"):
         array = e.param(node, role)
         array = array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
-        own.append(_rows_of(array, shape, split, order, len(others)))
-    period = math.lcm(*(len(array) for array in own))
-    tables = [np.tile(array, (period // len(array), 1)) for array in own]
+        lines.append(_rows_of(array, shape, split, order, len(others)))
+    period = math.lcm(*(len(array) for array in lines))
+    tables = [np.tile(array, (period // len(array), 1)) for array in lines]
     out = e.make(node.output)
     rows = _row_buffer(e, out, tuple(split), order)
     outer, terms = (math.prod(split[d] for d in axes) for axes in (others, over))
-    words = [x, rows, outer, terms, period, *map(e.table, tables)]
-    words += [a["is_centred"], a["count"], a["epsilon"], a["floor"], a["point"]]
-    words += [a.get("more", 0), a["input_zero_points"][0], a["shift"], a["bias_shift"]]
-    e.step(_NORM, [*words, a["zero_point"], a["low"], a["high"]], [x], [rows])
+    words = [*head, rows, outer, terms, period, *map(e.table, tables), *known]
+    words += [a["input_zero_points"][0], a["shift"], a["bias_shift"]]
+    e.step(kind, [*words, a["zero_point"], a["low"], a["high"]], reads, [rows])
     if rows != out:
-        strides = dense(split)
-        sizes = [split[d] for d in order]
-        e.copy(rows, out, sizes, dense(sizes), [strides[d] for d in order])
+        e.put_back(rows, out, split, order)
 
 
-def _split(n: int, groups: int) -> tuple[int, int]:
-    return groups, n // groups
+def _parts(
+    own: Sequence[int], shape: Sequence[int], groups: Mapping[int, int]
+) -> list[int]:
+    """Splits the axes of what broadcasts to a shape into groups and their places.
+
+    An axis without groups is whole in the first of its two places.
+    """
+    found = []
+    for d, n in enumerate([1] * (len(shape) - len(own)) + list(own)):
+        g = groups.get(d, n)
+        found += [g, n // g] if n == shape[d] else [1, 1]
+    return found
 
 
 def _rows_of(
@@ -133,4 +169,8 @@ def _rows_of(
     return rows.reshape(math.prod(target[:count]), -1)
 
 
-NORMALISATIONS = {**dict.fromkeys(_KINDS, _softmax), "norm": _norm}
+NORMALISATIONS = {
+    **dict.fromkeys(_KINDS, _softmax),
+    "norm": _norm,
+    "masked_norm": _masked_norm,
+}

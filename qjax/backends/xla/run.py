@@ -287,6 +287,7 @@ def _masked_norm(node, params, inputs):
     with jax.enable_x64(True):
         known = *(jnp.int64(a[name]) for name in ("epsilon", "floor")), a["point"]
         kind = {"is_centred": a["is_centred"], "least": a["least"]}
+        kind["most_places"] = a["most_places"]
         own = steps, kept != 0, axes, groups, *known
         values = integer_masked_norm.normalised(*own, **kind)
     numbers = (params[node.params[role]] for role in ("multiplier", "bias"))

@@ -40,6 +40,7 @@ EMITTERS: Mapping[str, Callable[[CNode], None]] = {
     "gather": gathers.gather,
     "log_softmax": normalisations.log_softmax,
     "logsumexp": normalisations.logsumexp,
+    "masked_norm": normalisations.masked_norm,
     "max": sums.extreme,
     "max_pool": sums.extreme_pool,
     "maximum": elementwise.of_two,

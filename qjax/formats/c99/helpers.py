@@ -149,6 +149,45 @@ static int64_t NAME_root(uint64_t x, int *down) {
   return (int64_t)(root >> 1);
 }
 
+static uint64_t NAME_moved(uint64_t x, int up) {
+  return up >= 0 ? x << (up < 63 ? up : 63) : x >> (up > -63 ? -up : 63);
+}
+
+/* A sum of squares and what is added to it, whose point is given, in 61 bits, and half
+   of the bits behind their point. */
+static uint64_t NAME_added(uint64_t squares, uint64_t epsilon, uint64_t floor,
+                           int point, int *half) {
+  const uint64_t most = epsilon > floor ? epsilon : floor;
+  int own = 0, other = 0, up;
+  while (own < 64 && (squares >> own) != 0) ++own;
+  while (other < 64 && (most >> other) != 0) ++other;
+  up = (own > other - point ? 64 - own : 64 - other + point) - 3;
+  *half = (up - (up % 2 + 2) % 2) / 2;
+  up = 2 * *half;
+  squares = NAME_moved(squares, up) + NAME_moved(epsilon, up - point);
+  floor = NAME_moved(floor, up - point);
+  if (squares < floor) squares = floor;
+  return squares > 0 ? squares : 1;
+}
+
+/* x / 2^down in 30 bits and an exponent. */
+static int64_t NAME_held(int64_t x, int down, int *exponent) {
+  const uint64_t size = (uint64_t)(x < 0 ? -x : x);
+  int length = 0;
+  while (length < 64 && (size >> length) != 0) ++length;
+  *exponent = (int)NAME_clip(length - 30 - down, 0, 62);
+  down += *exponent;
+  x = down > 0 ? NAME_up(x, down < 62 ? down : 62) : x * ((int64_t)1 << -down);
+  return NAME_clip(x, -1073741823, 1073741823);
+}
+
+/* Codes of a value that has an exponent, before their zero point. */
+static int64_t NAME_far(int64_t t, int exponent, int64_t factor, int64_t bias,
+                        int shift) {
+  bias = bias >= 0 ? bias >> exponent : ~(~bias >> exponent);
+  return NAME_up(t * factor + bias, shift > exponent ? shift - exponent : 0);
+}
+
 typedef struct {
   uint64_t reciprocal;
   int length;

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from qjax.formats.c99.calls import CArray, CNode
-from qjax.formats.c99.text import number, place
+from qjax.formats.c99.text import broadcast_strides, number, place
 from qjax.integer_norm import fraction
 
 
@@ -155,29 +155,58 @@ def logsumexp(c: CNode) -> None:
         c.put(out.at(names), f"any ? {code} : {low}")
 
 
-def norm(c: CNode) -> None:
-    """Adds a normalisation of groups by one reciprocal root each."""
-    x, source, p = c.x, c.source, c.source.prefix
-    pairs = zip(c["axes"], c["groups"], strict=True)
-    groups = {d % len(x.shape): g for d, g in pairs}
-    zero, count = c["input_zero_points"][0], c["count"]
-    outer = [groups.get(d, n) for d, n in enumerate(x.shape)]
-    inner = [n // groups[d] if d in groups else 1 for d, n in enumerate(x.shape)]
-    line, point = source.line, c["point"]
+@dataclasses.dataclass(frozen=True)
+class _Groups:
+    """Groups of codes in C.
 
-    def places(own: Sequence[str], of_group: Sequence[str]) -> list[str]:
+    Attributes:
+      c: The call.
+      outer: Numbers of groups along each axis, of 1 code where an axis has no groups.
+      inner: Sizes of a group.
+    """
+
+    c: CNode
+    outer: Sequence[int]
+    inner: Sequence[int]
+
+    @classmethod
+    def of(cls, c: CNode) -> "_Groups":
+        """Returns the groups of a normalisation."""
+        shape = c.x.shape
+        pairs = zip(c["axes"], c["groups"], strict=True)
+        groups = {d % len(shape): g for d, g in pairs}
+        outer = [groups.get(d, n) for d, n in enumerate(shape)]
+        inner = [n // groups[d] if d in groups else 1 for d, n in enumerate(shape)]
+        return cls(c, outer, inner)
+
+    def places(self, own: Sequence[str], of_group: Sequence[str]) -> list[str]:
+        """Returns a place along each axis."""
         found = []
-        for name, i, size in zip(own, of_group, inner, strict=True):
+        for name, i, size in zip(own, of_group, self.inner, strict=True):
             text = place([name, i], [size, 1])
             found.append(f"({text})" if " " in text else text)
         return found
 
-    with source.loops(outer) as names:
+    def write(self, at: Sequence[str], steps: str) -> None:
+        """Assigns a code by its steps from the zero point."""
+        c, p = self.c, self.c.source.prefix
+        low, high = (number(c[k] - c["zero_point"]) for k in ("low", "high"))
+        value = f"{p}_clip({steps}, {low}, {high}) + {number(c['zero_point'])}"
+        c.put(c.output.at(at), value)
+
+
+def norm(c: CNode) -> None:
+    """Adds a normalisation of groups by one reciprocal root each."""
+    x, source, p, groups = c.x, c.source, c.source.prefix, _Groups.of(c)
+    zero, count = c["input_zero_points"][0], c["count"]
+    line, point = source.line, c["point"]
+    with source.loops(groups.outer) as names:
         line("int64_t total = 0, squares = 0;")
-        with source.loops(inner) as own:
-            line(f"const int64_t q = (int64_t){x.at(places(names, own))} - {zero};")
-            line("total += q;")
-            line("squares += q * q;")
+        with source.loops(groups.inner) as own:
+            at = groups.places(names, own)
+            line(f"const int64_t term = (int64_t){x.at(at)} - {zero};")
+            line("total += term;")
+            line("squares += term * term;")
         if c["is_centred"]:
             line(f"squares = {count} * squares - total * total;")
         if point:
@@ -192,14 +221,50 @@ def norm(c: CNode) -> None:
         more += c.node.attributes.get("more", 0)
         line(f"down -= {more};")
         line("down = down < 0 ? 0 : down > 62 ? 62 : down;")
-        with source.loops(inner) as own:
-            at = places(names, own)
+        with source.loops(groups.inner) as own:
+            at = groups.places(names, own)
             line(f"int64_t q = (int64_t){x.at(at)} - {zero};")
             if c["is_centred"]:
                 line(f"q = {count} * q - total;")
             factor, bias = c.read("multiplier", at), c.read("bias", at)
             added = f"(int64_t){bias} * {number(1 << c['bias_shift'])}"
             line(f"q = {p}_up(q * root, down) * {factor} + {added};")
-            low, high = (number(c[k] - c["zero_point"]) for k in ("low", "high"))
-            steps = f"{p}_clip({p}_up(q, {c['shift']}), {low}, {high})"
-            c.put(c.output.at(at), f"{steps} + {number(c['zero_point'])}")
+            groups.write(at, f"{p}_up(q, {c['shift']})")
+
+
+def masked_norm(c: CNode) -> None:
+    """Adds a normalisation of groups by the moments of what a mask keeps."""
+    (x, mask), source, p, groups = c.inputs, c.source, c.source.prefix, _Groups.of(c)
+    zero, line = c["input_zero_points"][0], c.source.line
+    strides = broadcast_strides(mask.shape, len(x.shape))
+    with source.loops(groups.outer) as names:
+        line("int64_t count = 0, total = 0, squares = 0;")
+        with source.loops(groups.inner) as own:
+            at = groups.places(names, own)
+            line(f"const int64_t term = (int64_t){x.at(at)} - {zero};")
+            line(f"const int kept = {mask.at(at, strides)} != 0;")
+            line("count += kept;")
+            line("total += kept ? term : 0;")
+            line("squares += kept ? term * term : 0;")
+        if c["least"]:
+            line("if (count < 1) count = 1;")
+        if not c["is_centred"]:
+            line("total = 0;")
+        line("squares = count * squares - total * total;")
+        line("const uint64_t ones = (uint64_t)(count * count);")
+        epsilon, floor = (
+            f"ones * (uint64_t){number(c[k])}" for k in ("epsilon", "floor")
+        )
+        line("int down, half;")
+        given = f"(uint64_t)squares, {epsilon}, {floor}, {number(c['point'])}"
+        line(f"const uint64_t whole = {p}_added({given}, &half);")
+        line(f"const int64_t root = {p}_root(whole, &down);")
+        line(f"down -= half + {fraction(c['most_places'], True)};")
+        with source.loops(groups.inner) as own:
+            at = groups.places(names, own)
+            line("int exponent;")
+            line(f"int64_t q = count * ((int64_t){x.at(at)} - {zero}) - total;")
+            line(f"q = {p}_held(q * root, down, &exponent);")
+            factor, bias = c.read("multiplier", at), c.read("bias", at)
+            added = f"(int64_t){bias} * {number(1 << c['bias_shift'])}"
+            groups.write(at, f"{p}_far(q, exponent, {factor}, {added}, {c['shift']})")

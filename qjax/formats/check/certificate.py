@@ -10,9 +10,15 @@ from .operations import fits
 from .tflite import check_tables
 
 SUMS = "dot conv multiply dot_codes multiply_codes sum sum_pool running_sum".split()
-RESCALES = "add", "requantize", "softmax", "norm", "tflite_add", "tflite_average"
+RESCALES = (
+    *("add", "requantize", "softmax", "norm", "masked_norm"),
+    *("tflite_add", "tflite_average"),
+)
 # Of the shape of their input.
-_ALIKE = "softmax", "norm", "tflite_softmax", "tflite_log_softmax", "tflite_l2_norm"
+_ALIKE = (
+    *("softmax", "norm", "masked_norm"),
+    *("tflite_softmax", "tflite_log_softmax", "tflite_l2_norm"),
+)
 
 
 def certificate(graph, own):
@@ -112,6 +118,8 @@ def _outcome(values, node, own):
         need(powers, f"multipliers {a['multipliers']} are said to be powers of two")
     if name == "softmax":
         _softmax(a, p["table"], xs)
+    if name == "masked_norm":
+        _masked_norm(a, p, xs)
     if name in (*_ALIKE, "tflite_softmax16", "tflite_resize"):
         if name.startswith("tflite"):
             check_tables(node, p, xs[0])
@@ -159,6 +167,22 @@ def _softmax(a, table, xs):
     need(known and places <= a["most_places"], "the table of a softmax does not fit")
     masks = all(0 <= x["low"] and x["high"] <= 1 for x in xs[1:])
     need(masks, "the mask of a softmax is not 0 or 1")
+
+
+def _masked_norm(a, p, xs):
+    """Raises unless the sums of a norm fit 64 bits, and its mask is one."""
+    shape, (x, mask), most = xs[0]["shape"], xs, a["most_places"]
+    split = dict(zip(a["axes"], a["groups"], strict=True))
+    known = all(d < len(shape) and g and not shape[d] % g for d, g in split.items())
+    need(known and split, "the groups of a masked norm do not split its axes")
+    places = math.prod(shape[d] // g for d, g in split.items())
+    wide = max(x["high"] - x["low"], *(abs(x[k] - _zero(x)) for k in ("low", "high")))
+    fits = places <= most and (most * wide) ** 2 < 1 << 62
+    added = max(a["epsilon"], a["floor"]) << 2 * most.bit_length()
+    fits = fits and added <= 1 << 61 and -900 <= a["point"] <= 900 and a["least"] <= 1
+    lines = max(int(np.abs(y).max(initial=0)) for y in p.values()) <= 1 << 30
+    need(fits and lines, "the sums of a masked norm do not fit")
+    need(0 <= mask["low"] and mask["high"] <= 1, "the mask of a norm is not 0 or 1")
 
 
 def _ends(x):

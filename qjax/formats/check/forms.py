@@ -51,6 +51,12 @@ FORMS = {
     "dot_codes": ("2", "", "zero_points* contract# batch#"),
     "embed": ("1", "kernel", ""),
     "loop": ("+", "", "consts carries length? is_reversed!"),
+    "masked_norm": (
+        "2",
+        "multiplier bias",
+        'algorithm" axes* groups* most_places least is_centred! epsilon floor point '
+        "input_zero_points* shift bias_shift zero_point low high",
+    ),
     "max": ("1", "", "axes*"),
     "max_pool": ("1", "", _WINDOW),
     "maximum": ("2", "", ""),
@@ -111,7 +117,7 @@ OPERATIONS = set(FORMS)
 # Attributes whose integers are at least 0, or at least 1.
 _LEAST = dict.fromkeys(
     "axis axes batch bias_shift carries consts contract dimensions epsilon floor "
-    "left_shift length more most_off permutation plus shift shifts".split(),
+    "least left_shift length more most_off permutation plus shift shifts".split(),
     0,
 ) | dict.fromkeys(
     "base_dilation count crosses_examples dilation groups input_dilation most_places "

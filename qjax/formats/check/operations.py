@@ -96,6 +96,23 @@ def _root(x):  # One over a square root: an integer of 30 bits and its shift.
     return root >> 1, 60 - up // 2
 
 
+def _root_of_parts(a, v, count):  # One over a root of what is said to be added to v.
+    added = [a[name] * count * count for name in ("epsilon", "floor")]
+    free = min(64 - v.bit_length(), 64 - max(added).bit_length() + a["point"])
+    up = (free - 3) // 2 * 2
+    by = lambda x, n: x << min(n, 63) if n > 0 else x >> min(-n, 63)
+    epsilon, floor = (by(x, up - a["point"]) for x in added)
+    root, down = _root(max(by(v, up) + epsilon, floor, 1))
+    return root, down - up // 2
+
+
+def _of_30_bits(x, down):  # x / 2^down as an integer of 30 bits and an exponent.
+    exponent = min(max(x.bit_length() - 30 - down, 0), 62)
+    down, most = min(down + exponent, 62), (1 << 30) - 1
+    t = _floored(x, down) if down > 0 else x << min(-down, 63)
+    return max(-most, min(most, t)), exponent
+
+
 class Operations(Kernels):
     """Operations by name, of attributes, parameters by role, and inputs, in int64."""
 
@@ -258,6 +275,28 @@ class Operations(Kernels):
         down = np.clip(down - point // 2 - fraction, 0, 62)
         t = _floored(q * root, down).reshape(x.shape).astype("i8") * p["multiplier"]
         return _clipped(_floored(t + (p["bias"] << a["bias_shift"]), a["shift"]), a)
+
+    def masked_norm(self, a, p, x, mask):
+        self.spend(x.size << 14)  # Integers without end are slow.
+        own, most = dict(zip(a["axes"], a["groups"], strict=True)), a["most_places"]
+        pairs = [(own.get(d, 1), m // own.get(d, 1)) for d, m in enumerate(x.shape)]
+        over, parts = tuple(2 * d + 1 for d in own), sum(pairs, ())
+        q = (x - a["input_zero_points"][0]).astype(object).reshape(parts)
+        m = np.broadcast_to(mask, x.shape).astype(object).reshape(parts)
+        count, total, v = (
+            y.sum(over, keepdims=True, initial=0) for y in (m, m * q, m * q * q)
+        )
+        count = np.maximum(count, a["least"])
+        total = total if a["is_centred"] else 0 * total
+        v = count * v - total * total
+        of = np.frompyfunc(lambda v, n: _root_of_parts(a, v, n), 2, 2)
+        root, down = of(v, count)
+        down = down - (30 - ((most - 1).bit_length() + 1) // 2)
+        t, e = np.frompyfunc(_of_30_bits, 2, 2)((count * q - total) * root, down)
+        t, e = (y.reshape(x.shape).astype("i8") for y in (t, e))
+        bias = (p["bias"] << a["bias_shift"]) >> e
+        steps = _floored(t * p["multiplier"] + bias, np.maximum(a["shift"] - e, 0))
+        return _clipped(steps, a)
 
     def loop(self, a, p, *xs):
         first, keep = a["consts"] + a["carries"], a["carries"]

@@ -151,6 +151,13 @@ struct NormRows {
   int32_t* scratch;  // [width]
 };
 
+// The same by what a mask keeps: `point` may be any, `scratch` is [2, width].
+struct MaskedNormRows : NormRows {
+  const void* mask;  // [mask_rows, n], again and again.
+  int64_t mask_dtype, mask_rows;
+  int64_t least_count;
+};
+
 // Codes of real values, or real values of codes: real = scale * (code - zero_point).
 struct Reals {
   float* real;
@@ -214,6 +221,7 @@ struct Kernels {
   void (*weigh)(const Weighted&);
   void (*round)(const Rounded&);
   void (*norm)(const NormRows&);
+  void (*masked_norm)(const MaskedNormRows&);
   void (*softmax)(const SoftmaxRows&);
   // out[i] = table[in[i]], `kBytes` of them.
   void (*look_up)(const uint8_t* table, const uint8_t* in, uint8_t* out, int64_t n);

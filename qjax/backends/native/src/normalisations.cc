@@ -1,5 +1,6 @@
 // Steps of softmaxes and normalisations: integers by sums over them, row by row.
 #include <algorithm>
+#include <type_traits>
 
 #include "requantizer.h"
 #include "rows.h"
@@ -210,11 +211,20 @@ class Softmax : public Step {
   int64_t scratch_;
 };
 
-// Normalisation along the last axis.
+// Normalisation along the last axis, by the moments of all places or of what a mask
+// keeps.
+template <class Rows>
 class Norm : public Step {
  public:
-  Norm(Words& words, const Maker& maker)
-      : set_(kernels()), in_(words, maker), out_(words, maker) {
+  static constexpr bool kIsMasked = std::is_same_v<Rows, MaskedNormRows>;
+
+  Norm(Words& words, const Maker& maker) : set_(kernels()), in_(words, maker) {
+    if constexpr (kIsMasked) {
+      mask_ = Source(words, maker);
+      r_.mask_rows = words.next(1, kMostElements, "a mask must have rows");
+      r_.mask_dtype = static_cast<int64_t>(mask_.dtype);
+    }
+    out_ = Source(words, maker);
     r_.rows = words.size();
     r_.n = words.next(1, int64_t{1} << 31, "a norm must be of codes");
     r_.period = words.next(1, kMostElements, "numbers must have rows");
@@ -223,11 +233,24 @@ class Norm : public Step {
     from_ = words.size();
     bias_ = maker.layout.reserve(count_of({r_.period, r_.width}) * 8);
     r_.is_centred = words.flag();
-    check(words.size() == r_.n, "a group must have as many codes as its row");
-    r_.epsilon = words.next(0, int64_t{1} << 60, "epsilon must have 60 bits");
-    r_.floor = words.next(0, int64_t{1} << 60, "the floor must have 60 bits");
-    r_.point = words.next(-60, 30, "a point must lie in -60 to 30");
-    const int64_t more = words.next(0, 62, "`more` must lie in 0 to 62");
+    int64_t places = words.size(), more = 0;
+    if constexpr (kIsMasked) {
+      check(r_.n <= places && places < int64_t{1} << 31,
+            "a masked norm has more codes than its sums are made for");
+      r_.least_count = words.flag();
+      int length = 1;
+      while (places >> length) ++length;
+      const int64_t most = (int64_t{1} << 61) >> std::min(2 * length, 62);
+      r_.epsilon = words.next(0, most, "epsilon of all places must have 61 bits");
+      r_.floor = words.next(0, most, "the floor of all places must have 61 bits");
+      r_.point = words.next(-900, 900, "a point must lie in -900 to 900");
+    } else {
+      check(places == r_.n, "a group must have as many codes as its row");
+      r_.epsilon = words.next(0, int64_t{1} << 60, "epsilon must have 60 bits");
+      r_.floor = words.next(0, int64_t{1} << 60, "the floor must have 60 bits");
+      r_.point = words.next(-60, 30, "a point must lie in -60 to 30");
+      more = words.next(0, 62, "`more` must lie in 0 to 62");
+    }
     r_.input_zero_point = words.int32();
     r_.shift = words.next(0, 62, "a shift must lie in 0 to 62");
     bias_shift_ = words.next(0, 31, "a left shift must lie in 0 to 31");
@@ -236,12 +259,15 @@ class Norm : public Step {
     r_.high = words.int32();
     const int64_t all = count_of({r_.rows, r_.n});
     maker.holds(in_.buffer, all);
+    if constexpr (kIsMasked) {
+      maker.holds(mask_.buffer, count_of({std::min(r_.mask_rows, r_.rows), r_.n}));
+    }
     maker.holds(out_.buffer, all);
     check_fits(out_.dtype, r_.low, r_.high);
     // Bits behind the point of values that their group's root bounds.
     int bits = 0;
-    while ((int64_t{1} << bits) < r_.n) ++bits;
-    r_.fraction = 30 - (r_.is_centred ? (bits + 1) / 2 : 0) + more;
+    while ((int64_t{1} << bits) < places) ++bits;
+    r_.fraction = 30 - (kIsMasked || r_.is_centred ? (bits + 1) / 2 : 0) + more;
     r_.is_small = size_of(in_.dtype) == 1 && -512 < r_.input_zero_point &&
                   r_.input_zero_point < 512;
     r_.in_dtype = static_cast<int64_t>(in_.dtype);
@@ -260,20 +286,25 @@ class Norm : public Step {
     }
   }
   void run(const Memory& memory) const override {
-    NormRows r = r_;
+    Rows r = r_;
     r.in = memory.as<uint8_t>(in_.buffer);
     r.out = memory.as<uint8_t>(out_.buffer);
     r.multiplier = multiplier_.in<int32_t>(memory);
     r.bias = reinterpret_cast<const int64_t*>(memory.packed + bias_);
     r.scratch = reinterpret_cast<int32_t*>(memory.scratch);
-    set_.norm(r);
+    if constexpr (kIsMasked) {
+      r.mask = memory.as<uint8_t>(mask_.buffer);
+      set_.masked_norm(r);
+    } else {
+      set_.norm(r);
+    }
   }
-  int64_t scratch_bytes() const override { return r_.width * 4; }
+  int64_t scratch_bytes() const override { return r_.width * (kIsMasked ? 8 : 4); }
 
  private:
   const Kernels& set_;
-  Source in_, out_;
-  NormRows r_{};
+  Source in_, mask_, out_;
+  Rows r_{};
   Kept multiplier_;
   int64_t from_ = 0, bias_ = 0, bias_shift_ = 0;
 };
@@ -282,7 +313,8 @@ class Norm : public Step {
 
 const Entry kNormalisations[] = {
     {21, make<Softmax>},
-    {22, make<Norm>},
+    {22, make<Norm<NormRows>>},
+    {35, make<Norm<MaskedNormRows>>},
 };
 
 }  // namespace qjax

@@ -296,7 +296,7 @@ Made make(Words& words, const Maker& maker) {
 
 // The kinds of the single files.
 extern const Entry kMoves[4], kElementwise[8], kProducts[1], kMatmul[1], kLookups[7], kTflite[3];
-extern const Entry kNormalisations[2];
+extern const Entry kNormalisations[3];
 extern const Entry kGathers[3], kTfliteRows[4], kContractions[1];
 
 }  // namespace qjax

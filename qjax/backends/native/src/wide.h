@@ -278,6 +278,92 @@ void run_norm(const NormRows& r) {
   }
 }
 
+// One over the root of a variance, and the bits behind the point of values by it.
+inline int32_t masked_root(const NormRows& r, int64_t squares, int64_t count,
+                           int64_t* bits) {
+  const auto room = [](int64_t x) -> int64_t {
+    return x ? __builtin_clzll(static_cast<uint64_t>(x)) : 64;
+  };
+  const auto shifted = [](int64_t x, int64_t up) {
+    return up >= 0 ? x << least(up, 63) : x >> least(-up, 63);
+  };
+  const int64_t ones = count * count;
+  const int64_t epsilon = r.epsilon * ones, floor = r.floor * ones;
+  const int64_t added = epsilon > floor ? epsilon : floor;
+  const int64_t up = (least(room(squares), room(added) + r.point) - 3) & ~int64_t{1};
+  const int64_t least_value = shifted(floor, up - r.point);
+  int64_t value = shifted(squares, up) + shifted(epsilon, up - r.point);
+  value = value < least_value ? least_value : value;
+  const int32_t root = reciprocal_root(value < 1 ? 1 : value, bits);
+  *bits -= up / 2 + r.fraction;
+  return root;
+}
+
+// Values that have an exponent, of which a mask leaves some out.
+inline void normalise_far(const NormRows& r, const NormRow& row, int32_t* x) {
+  constexpr int64_t bits = 30, most = (int64_t{1} << bits) - 1;
+  const int64_t half = (int64_t{1} << r.shift) >> 1;
+  for (int64_t i = 0; i < r.n; ++i) {
+    const int64_t u = static_cast<int64_t>(x[i]) * row.factor - row.less;
+    const int64_t product = u * row.root;
+    const uint64_t size = static_cast<uint64_t>(product < 0 ? -product : product);
+    const int64_t length = size ? 64 - __builtin_clzll(size) : 0;
+    const int64_t exponent = within(length - bits - row.shift, 0, 62);
+    const int64_t by = least(row.shift + exponent, 62);
+    const int64_t t = by > 0 ? down(product + (int64_t{1} << by >> 1), by)
+                             : product * (int64_t{1} << -by);
+    const int64_t lane = i % V::kLanes;
+    const int64_t at = i - lane + lane / 2 + lane % 2 * (V::kLanes / 2);
+    const int64_t shift = r.shift > exponent ? r.shift - exponent : 0;
+    const int64_t bias = down(row.bias[at] - half, exponent);
+    const int64_t acc = within(t, -most, most) * row.multiplier[i] + bias;
+    const int64_t code = down(acc + (int64_t{1} << shift >> 1), shift) + r.zero_point;
+    x[i] = static_cast<int32_t>(within(code, r.low, r.high));
+  }
+}
+
+void run_masked_norm(const MaskedNormRows& r) {
+  int32_t* x = r.scratch;
+  int32_t* kept = x + r.width;
+  for (int64_t row = 0; row < r.rows; ++row) {
+    with_dtype(r.in_dtype, [&](auto* type) {
+      widen_row(typed(r.in, type) + row * r.n, r.n, r.input_zero_point, x);
+    });
+    with_dtype(r.mask_dtype, [&](auto* type) {
+      widen_row(typed(r.mask, type) + row % r.mask_rows * r.n, r.n, 0, kept);
+    });
+    int64_t count = 0;
+    int32_t low = x[0], high = x[0];
+    for (int64_t i = 0; i < r.n; ++i) {
+      count += kept[i] != 0;
+      low = x[i] < low ? x[i] : low;
+      high = x[i] > high ? x[i] : high;
+      kept[i] = kept[i] != 0 ? x[i] : 0;
+    }
+    count = count < r.least_count ? r.least_count : count;
+    const Moments m = moments(kept, r.n, r.is_small);
+    const int64_t mean = r.is_centred ? m.total : 0;
+    int64_t bits;
+    const int32_t root =
+        masked_root(r, count * m.squares - mean * mean, count, &bits);
+    const int64_t first = count * low - mean, last = count * high - mean;
+    const int64_t size = last > -first ? last : -first;
+    const int64_t at = row % r.period;
+    NormRow own{static_cast<int32_t>(count), static_cast<int32_t>(mean), root, bits,
+                r.multiplier + at * r.n, r.bias + at * r.width};
+    const int64_t length = size ? 64 - __builtin_clzll(static_cast<uint64_t>(size * root)) : 0;
+    if (size == 0 || (bits >= 0 && length <= 29 + bits)) {
+      own.shift = within(bits, 0, 62);
+      normalise(r, own, x);
+    } else {
+      normalise_far(r, own, x);
+    }
+    with_dtype(r.out_dtype, [&](auto* type) {
+      narrow_row(x, r.n, typed(r.out, type) + row * r.n);
+    });
+  }
+}
+
 void run_look_up(const uint8_t* table, const uint8_t* in, uint8_t* out, int64_t n) {
 #ifdef QJAX_VBMI
   if (has_vbmi()) return vbmi_look_up(table, in, out, n);
@@ -431,5 +517,5 @@ void run_dequantize(const Reals& r) {
 }  // namespace qjax
 
 #define QJAX_WIDE                                                                 \
-  run_exact_rows, run_weigh, run_round, run_norm, run_softmax, run_look_up,       \
+  run_exact_rows, run_weigh, run_round, run_norm, run_masked_norm, run_softmax, run_look_up,       \
       run_quantize, run_dequantize
