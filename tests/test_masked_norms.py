@@ -294,6 +294,14 @@ OTHERS = {
     "all places": lambda p, x, m: (
         x / jnp.sqrt(1 + jnp.sum(jnp.where(m, x * x, 0), -1, keepdims=True) / 8)
     ),
+    "at least two": lambda p, x, m: (
+        x
+        / jnp.sqrt(
+            1
+            + jnp.sum(jnp.where(m, x * x, 0), -1, keepdims=True)
+            / jnp.maximum(jnp.sum(m, -1, keepdims=True), 2)
+        )
+    ),
     "ones beside it": lambda p, x, m: (
         x
         / jnp.sqrt(
@@ -315,6 +323,23 @@ def test_what_is_no_masked_norm_is_no_other_number(name):
         assert "norm" in str(error) or "not quantized" in str(error)
     else:
         assert _decibels(fn(P, X, MASK), program(X, MASK)) > 25
+
+
+@pytest.mark.parametrize("is_inverse", [False, True])
+@pytest.mark.parametrize("least", [2, 8])
+def test_a_larger_least_count_is_no_count(least, is_inverse):
+    """It differs for groups alone of which a mask keeps few."""
+    x = RNG.normal(0, 2, (2, 64)).astype(np.float32)
+    kept = np.arange(64) == np.array([[3], [40]])
+
+    def fn(p, x, m):
+        m = ~m if is_inverse else m
+        total = jnp.sum(jnp.where(m, x * x, 0), -1, keepdims=True)
+        count = jnp.maximum(jnp.sum(m, -1, keepdims=True), least)
+        return x / jnp.sqrt(total / count + 1)
+
+    with pytest.raises(NotImplementedError, match="norm"):
+        _quantized(fn, x, ~kept if is_inverse else kept)
 
 
 def test_too_large_groups_and_too_unequal_factors_are_refused():

@@ -21,7 +21,6 @@ from qjax.model.moments import NEAR
 from qjax.model.primitives import names
 
 _SAME = names("axes", "keep", "cast") | {"not"}
-_DRAWS = 2  # Random masks, beside those that keep nothing and all.
 
 
 class NormMask(NamedTuple):
@@ -193,7 +192,10 @@ def case_of_kept(
 
 
 def drawn(reader: FormReader, mask: NormMask) -> Iterator[np.ndarray]:
-    """Yields truth values for the core of a mask: its own, or several."""
+    """Yields truth values for the core of a mask: its own, or several.
+
+    Those keep nothing, all, one, all but one, and random shares, few ones too.
+    """
     core, known = mask.core, reader.known_value(mask.core)
     if known is not None:
         yield np.asarray(known)
@@ -202,8 +204,14 @@ def drawn(reader: FormReader, mask: NormMask) -> Iterator[np.ndarray]:
     rng = np.random.default_rng(0)
     yield np.zeros(shape, bool)
     yield np.ones(shape, bool)
-    for share in np.linspace(0.2, 0.8, _DRAWS):
+    size = math.prod(shape)
+    few = [0.25**k for k in range(1, max(size, 2).bit_length() // 2 + 1)]
+    for share in (0.2, 0.8, *few):  # A divisor may differ for small groups alone.
         yield rng.random(shape) < share
+    if size:
+        one = (np.arange(size) == rng.integers(size)).reshape(shape)
+        yield one
+        yield ~one
 
 
 def alike(
