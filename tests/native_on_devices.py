@@ -112,6 +112,13 @@ def check_surroundings(program: qjax.IntegerProgram) -> None:
         check(run, wanted, P(("a", "b")), "", on(typed, P(("a", "b")), x))
         check(run, wanted, P("a"), "all-gather", on(typed, P("a", "b"), x))
         check(run, wanted, P(), "all-gather", on(typed, P(None, "b"), x))
+        twice = np.stack([x, x[::-1]])
+        for spec in (P(None, "b"), P("b", "a"), P("a"), P(None, ("a", "b"))):
+            found = jax.vmap(run)(on(typed, spec, twice))
+            np.testing.assert_array_equal(found, [wanted, wanted[::-1]])
+            deeper = on(typed, P(None, *spec), np.stack([twice, twice]))
+            found = jax.vmap(jax.vmap(run))(deeper)[0]
+            np.testing.assert_array_equal(found, [wanted, wanted[::-1]])
     if sys.argv[1:] == ["gspmd"]:
         jax.config.update("jax_use_shardy_partitioner", False)
         check(run, wanted, P("b"), "", on(SQUARE, P("b"), x))

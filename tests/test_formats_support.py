@@ -68,7 +68,6 @@ REFUSED = {
     "c99": {
         "a bias that makes ": ["conv", "dot"],
         "a sum of more than 32 bits by the rule ": ["requantize"],
-        "the rule ": ["tflite_add"],
     },
 }
 

@@ -13,7 +13,7 @@ import qjax
 from qjax.graph import files, header_files, reference
 from qjax.graph.builder import GraphBuilder
 from qjax.graph.certificate import certify
-from qjax.graph.graph import Graph
+from qjax.graph.graph import Graph, Grid
 from qjax.graph.operations import OPERATIONS
 from qjax.graph.operations.record import SIZE, Operation, same_shape
 from qjax.graph.passes import drop_dead, merge_equal
@@ -228,6 +228,28 @@ def test_nodes_without_their_graphs_are_refused():
     clip = builder.graph((x,), (plain,))
     with pytest.raises(ValueError, match="graphs must be"):
         validate(_edited(clip, graphs={"body": graph}), {})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rule": "half_even"}, "one of tflite_double, tflite_single"),
+        ({"rule": "fp32_half_even"}, "one of tflite_double, tflite_single"),
+        ({"shifts": [24, 31]}, "sum of rescaled codes must fit int32"),
+        ({"left_shift": 24}, "shifted codes must fit int32"),
+    ],
+)
+def test_tflite_sums_that_tflite_does_not_compute_are_refused(fields, message):
+    builder = GraphBuilder()
+    x, y = (builder.add_value((3,), -128, 127, Grid(1.0, 0)) for _ in "xy")
+    a = {"left_shift": 20, "zero_points": [0, 0], "shifts": [31, 31], "shift": 50}
+    a |= {"multipliers": [1 << 30, 3 << 29], "multiplier": 1 << 30, "zero_point": 0}
+    a |= {"rule": "tflite_single", "low": -128, "high": 127}
+    z = builder.add("tflite_add", [x, y], a, grid=Grid(1.0, 0))
+    graph = builder.graph((x, y), (z,))
+    validate(graph, {})
+    with pytest.raises(ValueError, match=message):
+        validate(_edited(graph, attributes={**a, **fields}), {})
 
 
 def test_files_hold_graphs_inside(tmp_path):

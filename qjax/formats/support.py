@@ -65,7 +65,6 @@ LACKING: Mapping[str, Mapping[str, str]] = {
         "conv": "a bias that is larger than the product",
         "dot": "a bias that is larger than the product",
         "requantize": "a sum of more than 32 bits by another rule than half_even",
-        "tflite_add": "a rule that is not TFLite's",
     },
 }
 

@@ -18,7 +18,7 @@ from qjax.backends.native.examples import are_apart
 from qjax.backends.native.library import ArrayCall, Library, NativeKernel
 from qjax.backends.native.plan import make_plan
 from qjax.backends.native.reals import Reals
-from qjax.backends.native.sharding import call_by_examples
+from qjax.backends.native.sharding import call_by_examples, together
 from qjax.backends.xla import run as xla
 from qjax.graph.graph import Graph
 from qjax.graph.sizes import Shape, value_shapes
@@ -187,7 +187,9 @@ class NativeGraph:
             found = own.mapped(packed, whole)
             return found, [True] * len(found)
 
-        return run(packed, *inputs)
+        single = jax.custom_jvp(run)
+        single.defjvp(_refuse_gradient)
+        return single(packed, *inputs)
 
 
 class _NativeCall(NamedTuple):
@@ -222,7 +224,9 @@ class _NativeCall(NamedTuple):
         if not size or not are_apart(graph, params, own):
             run = lambda xs: self.graph.call(packed, xs, *rest)
             return lax.map(run, list(inputs))
-        joined = [x.reshape(math.prod(x.shape[:2]), *x.shape[2:]) for x in inputs]
+        joined = [
+            together(x).reshape(math.prod(x.shape[:2]), *x.shape[2:]) for x in inputs
+        ]
         packed = self.graph.schedule([x.shape for x in joined]).kernel.packed
         found = self.graph.call(packed, joined, *rest)
         return [x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in found]
@@ -252,6 +256,13 @@ class _NativeCall(NamedTuple):
         made = self.reals.outputs or (None,) * len(graph.outputs)
         found = zip(made, graph.outputs, strict=True)
         return [end.values(env[v]) if end else env[v] for end, v in found]
+
+
+def _refuse_gradient(primals: Any, tangents: Any) -> Any:
+    raise TypeError(
+        "An integer program has no gradients: its codes are steps. Differentiate the "
+        "quantized model that it was lowered from, whose roundings have estimators."
+    )
 
 
 @functools.cache

@@ -58,6 +58,17 @@ def call_by_examples(
     return shared(digest, packed, *inputs)
 
 
+def together(x: jax.Array) -> jax.Array:
+    """Returns an array whose second axis, of the examples of a call, is not split.
+
+    Else types that say how axes are split have no word for both axes as one.
+    """
+    first, *others = jax.typeof(x).sharding.spec
+    if not others or others[0] is None:
+        return x
+    return jax.sharding.reshard(x, PartitionSpec(first, None, *others[1:]))
+
+
 def _on_explicit_axes(
     call: Call, packed: Any, inputs: Sequence[jax.Array], count: int
 ) -> list[jax.Array]:

@@ -9,8 +9,6 @@ from qjax.formats.c99.text import broadcast_strides, number, place
 
 def add(c: CNode) -> None:
     """Adds TFLite's sum of two values on grids."""
-    if c["rule"] not in RULES:
-        raise c.unsupported(f"the rule {c['rule']!r}")
     p, up = c.source.prefix, number(1 << c["left_shift"])
     rescale = f"{p}_{RULES[c['rule']]}"
     columns = zip(

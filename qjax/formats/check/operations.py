@@ -179,6 +179,7 @@ class Operations(Kernels):
 
     def tflite_add(self, a, p, *xs):
         rule, shifted = a["rule"], [x << a["left_shift"] for x in _about(a, xs)]
+        need(rule.startswith("tflite"), f"a sum of TFLite rounds by {rule}")
         fit = all(np.abs(x).max(initial=0) < 1 << 31 for x in shifted)
         need(fit, "shifted codes are beyond int32")
         pairs = zip(shifted, a["multipliers"], a["shifts"], strict=True)

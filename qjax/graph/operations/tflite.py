@@ -15,7 +15,6 @@ from qjax.graph.operations.record import (
     INTEGER,
     INTEGERS,
     LEFT,
-    RULE,
     SHIFT,
     SHIFTS,
     Ends,
@@ -23,6 +22,7 @@ from qjax.graph.operations.record import (
     Operation,
     Shape,
     broadcast_shape,
+    choice,
     clip_interval,
     same_interval,
     same_shape,
@@ -40,9 +40,15 @@ _MOST_SUMMANDS = 4095  # Most terms of a softmax, whose sum has 31 bits.
 
 def _add_interval(o: Operands) -> Ends:
     o.check_zero_points("zero_points", o["zero_points"])
-    for x, z in zip(o.inputs, o["zero_points"], strict=True):
+    total = 0
+    columns = zip(
+        o.inputs, o["zero_points"], o["multipliers"], o["shifts"], strict=True
+    )
+    for x, z, multiplier, shift in columns:
         most = o.check_distance(x, z) << o["left_shift"]
         o.check(most <= INT32.max, "shifted codes must fit int32", most)
+        total += (most * abs(multiplier) >> shift) + 1
+    o.check(total <= INT32.max, "the sum of rescaled codes must fit int32", total)
     return clip_interval(o)
 
 
@@ -223,7 +229,7 @@ TFLITE = (
             "multiplier": INTEGER,
             "shift": SHIFT,
             "zero_point": INTEGER,
-            "rule": RULE,
+            "rule": choice("tflite_double", "tflite_single"),
             **CLIP,
         },
         each_input=("zero_points", "multipliers", "shifts"),
