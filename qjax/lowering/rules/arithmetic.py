@@ -226,17 +226,20 @@ def _refined(x: PendingAccumulator, bias: np.ndarray) -> PendingAccumulator:
         ratio = bias / x.real_scale()
     if not np.all(np.isfinite(ratio)):
         return x
-    reach = np.max(np.abs(ratio), initial=1.0)
-    if x.top is not None:  # Traced code knows no more of a product of activations.
-        shift: int | None = int(bias_shift(x.top + reach, x.most))
-    else:
-        top = max(abs(x.low), abs(x.high)) + reach
-        shifts = range(1 + min(int(np.log2(x.most / top)), MOST_SHIFT))
-        shift = next((k for k in shifts if _is_whole(ratio * 2.0**k)), None)
-        if shift is None:  # The bias will be rounded.
-            shift = shifts[-1] if shifts else 0
+    shift = _bias_shift(x, ratio)
     scale, low, high = x.scale / 2.0**shift, x.low << shift, x.high << shift
     return dataclasses.replace(x, scale=scale, low=low, high=high, shift=shift)
+
+
+def _bias_shift(x: PendingAccumulator, ratio: np.ndarray) -> int:
+    """Returns the bits by which a product is shifted left for a bias in its units."""
+    reach = np.max(np.abs(ratio), initial=1.0)
+    if x.top is not None:  # Traced code knows no more of two activations.
+        return int(bias_shift(x.top + reach, x.most))
+    top = max(abs(x.low), abs(x.high)) + reach
+    shifts = range(1 + min(int(np.log2(x.most / top)), MOST_SHIFT))
+    last = shifts[-1] if shifts else 0  # Where the bias will be rounded.
+    return next((k for k in shifts if _is_whole(ratio * 2.0**k)), last)
 
 
 def _is_whole(x: np.ndarray) -> bool:
