@@ -447,6 +447,20 @@ def test_masked_statistics_ship(name):
     np.testing.assert_allclose(program(*inputs)[kept], wanted[kept], atol=0.03)
 
 
+@pytest.mark.parametrize("room", ["linen", "nnx"])
+def test_derivatives_where_nothing_is_kept_are_those_of_the_bias(room):
+    x, mask = values((2, 8)), np.arange(2)[:, None] < np.ones((1, 8))
+    if room == "linen":
+        layer = ql.QLayerNorm()
+        variables = calibrated(layer, x)
+        run = lambda x: layer.apply(variables, x, mask=mask)
+    else:
+        run = lambda x: qn.QLayerNorm(8, rngs=nnx.Rngs(0))(x, mask)
+    found = jax.grad(lambda x: jnp.sum(run(x) ** 2 * np.arange(8)[None]))(x)
+    assert np.any(found[0] != 0)
+    np.testing.assert_array_equal(found[1], np.zeros(8))
+
+
 WRONG = {
     "too long a word": (
         lambda: calibrated(ql.QLayerNorm(quantizers=words(bits=20)), values()),

@@ -259,6 +259,8 @@ def test_where_nothing_is_kept_is_no_part_of_the_range(least):
     assert report.sites["output:0"].equal == X.size
     found = np.asarray(program(X, mask))
     assert _decibels(np.asarray(fn(P, X, mask))[mask], found[mask]) > 30
+    if least:  # No batch at all has the same form.
+        assert qmodel.apply_integer(P, qstate, X[:0], mask[:0]).shape == X[:0].shape
     if not least:
         offset = np.broadcast_to(P["bias"], (5, 8))
         np.testing.assert_allclose(found[2], offset, atol=0.05)

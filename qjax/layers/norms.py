@@ -123,6 +123,24 @@ def norm_source(
     return IntegerSource(make, x, word, grid, site, others)
 
 
+def finite_mask(
+    mask: jax.Array | None, shape: Sequence[int], geometry: NormGeometry
+) -> jax.Array | None:
+    """Returns a mask that keeps all of a group of which another keeps nothing.
+
+    What is normalised by it has derivatives, also where it is not chosen.
+
+    Args:
+      mask: Truth values that broadcast; None for all.
+      shape: Shape of the values.
+      geometry: Groups and axes.
+    """
+    if mask is None:
+        return None
+    kept = jnp.broadcast_to(jnp.asarray(mask) != 0, shape)
+    return kept | (number_kept(kept, geometry.axes, geometry.groups) == 0)
+
+
 def defined(
     found: jax.Array,
     mask: jax.Array | None,
@@ -132,7 +150,7 @@ def defined(
     """Returns a normalisation, and its offset where a mask keeps nothing of a group.
 
     Args:
-      found: The normalisation, NaN there.
+      found: The normalisation, anything there.
       mask: Truth values that broadcast; None for all.
       geometry: Groups and axes.
       offset: Summands along the axes of features; None for 0.

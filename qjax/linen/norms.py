@@ -13,6 +13,7 @@ from qjax.layers.norms import (
     NORM,
     NormGeometry,
     defined,
+    finite_mask,
     group_geometry,
     instance_geometry,
     layer_geometry,
@@ -73,9 +74,11 @@ class QuantizedNorm(QuantizedLayer, kw_only=True):
         # Half precision does not hold 16 bits.
         wide = inputs.astype(jnp.promote_types(inputs.dtype, jnp.float32))
         x = self._rounded("input", wide, train)
-        found = super(QuantizedLayer, own).__call__(x.astype(inputs.dtype), mask=mask)
+        geometry, of_all = self._geometry(inputs.shape), mask
+        if own.axis_name is None:  # Else others may keep what this device does not.
+            of_all = finite_mask(mask, inputs.shape, geometry)
+        found = super(QuantizedLayer, own).__call__(x.astype(inputs.dtype), mask=of_all)
         source = None
-        geometry = self._geometry(inputs.shape)
         if own.axis_name is None:
             source = norm_source(
                 x,
@@ -88,7 +91,7 @@ class QuantizedNorm(QuantizedLayer, kw_only=True):
                 site=self._site("input"),
                 mask=mask,
             )
-        found = defined(found, mask, geometry, self._known.get("bias"))
+            found = defined(found, mask, geometry, self._known.get("bias"))
         return self._rounded("output", found, train, source=source)
 
 

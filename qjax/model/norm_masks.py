@@ -48,7 +48,7 @@ class NormMask(NamedTuple):
         value = (value == 0) if self.is_inverse else (value != 0)
         value = value.reshape((1,) * (len(self.layout) - value.ndim) + value.shape)
         digits = [digit for axis in self.layout for digit in axis]
-        wide = [value.shape[k] > 1 for k, axis in enumerate(self.layout) for _ in axis]
+        wide = [value.shape[k] != 1 for k, axis in enumerate(self.layout) for _ in axis]
         pairs = zip(digits, wide, strict=True)
         value = value.reshape([digit.size if w else 1 for digit, w in pairs])
         own = lambda d: [k for k, digit in enumerate(digits) if digit.axis == d]
@@ -242,6 +242,6 @@ def alike(
 
 def is_whole(layout: Layout, shape: Sequence[int]) -> bool:
     """Returns whether all places of the source are in a layout, each once."""
-    digits = [digit for axis in layout for digit in axis if digit.size > 1]
+    digits = [digit for axis in layout for digit in axis if digit.size != 1]
     is_all = math.prod(digit.size for digit in digits) == math.prod(shape)
     return is_all and all(digit.axis is not None for digit in digits)

@@ -19,6 +19,7 @@ from qjax.layers.norms import (
     NORM,
     NormGeometry,
     defined,
+    finite_mask,
     group_geometry,
     instance_geometry,
     layer_geometry,
@@ -51,10 +52,12 @@ class QuantizedNorm(QuantizedModule):
         # Half precision does not hold 16 bits.
         wide = inputs.astype(jnp.promote_types(inputs.dtype, jnp.float32))
         (x, grid), own = self._rounded("input", wide), self._twin(None)
-        found = self.base.__call__(own, x.astype(inputs.dtype), mask=mask)
+        geometry, of_all = self._geometry(inputs.shape), mask
+        if own.axis_name is None:  # Else others may keep what this device does not.
+            of_all = finite_mask(mask, inputs.shape, geometry)
+        found = self.base.__call__(own, x.astype(inputs.dtype), mask=of_all)
         source, known = None, [getattr(own, n, None) for n in ("scale", "bias")]
         gain, offset = (None if v is None else v[...] for v in known)
-        geometry = self._geometry(inputs.shape)
         if own.axis_name is None:
             source = norm_source(
                 x,
@@ -67,7 +70,7 @@ class QuantizedNorm(QuantizedModule):
                 site=site_name(self.site, "input"),
                 mask=mask,
             )
-        found = defined(found, mask, geometry, offset)
+            found = defined(found, mask, geometry, offset)
         return self._rounded("output", found, source=source)[0]
 
     def _output_axes(self) -> OutputAxes:
