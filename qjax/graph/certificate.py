@@ -27,8 +27,9 @@ class Overflow:
       high: Largest sum, same shape.
       bits: Bits that an accumulator needs, its sign included.
       value: Number of the accumulator in its graph.
-      witness: Input codes that attain the bound, in the shape of the kernel of the
-        worst channel; empty where all codes at one end do.
+      witness: Input codes that attain the bound of a product with a kernel, in the
+        shape of the kernel of the worst channel; empty for other operations. Of a loop,
+        codes of one step: whether a sequence leads to them is not said.
       place: Place of its graph in the program; empty for the program itself.
     """
 
