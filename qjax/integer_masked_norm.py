@@ -183,10 +183,11 @@ def coded(
 ) -> tuple[jax.Array, jax.Array]:
     """Rounds normalised values to codes, halves up.
 
-        acc = t * multiplier + (bias * 2^bias_shift >> exponent)
+        acc = t * multiplier + (bias * 2^bias_shift >> min(exponent, shift))
         code = clip(floor(acc * 2^-(shift - exponent) + 1/2) + zero_point, low, high)
 
-    With an exponent above ``shift`` what has a factor is beyond all codes.
+    With an exponent above ``shift`` what has a factor is beyond all codes, and what has
+    none is the offset.
 
     Args:
       values: int32, at most 2^30.
@@ -206,6 +207,7 @@ def coded(
         wide = lambda x: jnp.asarray(x).astype(jnp.int64)
         down = jnp.maximum(wide(shift) - wide(exponent), 0)
         half = (jnp.ones_like(down) << down) >> 1
-        offset = ((wide(bias) << wide(bias_shift)) >> wide(exponent)) + half
+        less = jnp.minimum(wide(exponent), wide(shift))
+        offset = ((wide(bias) << wide(bias_shift)) >> less) + half
         steps = (wide(values) * wide(multiplier) + offset) >> down
         return clipped_codes(steps, zero_point, low, high)

@@ -87,12 +87,13 @@ def test_codes_of_all_small_rows_and_masks_are_at_most_one_off(is_centred):
 @pytest.mark.parametrize("is_byte", [True, False])
 @pytest.mark.parametrize("n", [1, 2, 5, 64, 4096])
 def test_codes_are_at_most_one_from_those_of_long_doubles(n, is_byte):
-    half = 128 if is_byte else 1 << 15
-    rows = RNG.integers(-half, half, (14, n)).astype(np.int32)
-    rows[4:8] = RNG.integers(0, 3, (4, n))
+    rng, half = np.random.default_rng(n), 128 if is_byte else 1 << 15
+    rows = rng.integers(-half, half, (14, n)).astype(np.int32)
+    rows[4:8] = rng.integers(0, 3, (4, n))
     rows[8], rows[9] = 5, -half
-    kept = RNG.random((14, n)) < np.linspace(0, 1, 14)[:, None]
-    kept[5], kept[8] = np.arange(n) == n - 1, True  # One that is kept; all.
+    kept = rng.random((14, n)) < np.linspace(0, 1, 14)[:, None]
+    # One that is kept, of like and of far ones; all.
+    kept[1], kept[5], kept[8] = np.arange(n) == 0, np.arange(n) == n - 1, True
     for epsilon, floor in ((1e-6, 0), (3.0, 0), (1e7, 0), (0, 100.0), (0, 0)):
         for is_centred, bits in ((True, 8), (False, 16), (True, 16)):
             own = {"epsilon": epsilon, "floor": floor, "bits": bits}

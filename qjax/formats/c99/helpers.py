@@ -184,7 +184,8 @@ static int64_t NAME_held(int64_t x, int down, int *exponent) {
 /* Codes of a value that has an exponent, before their zero point. */
 static int64_t NAME_far(int64_t t, int exponent, int64_t factor, int64_t bias,
                         int shift) {
-  bias = bias >= 0 ? bias >> exponent : ~(~bias >> exponent);
+  int less = exponent < shift ? exponent : shift;
+  bias = bias >= 0 ? bias >> less : ~(~bias >> less);
   return NAME_up(t * factor + bias, shift > exponent ? shift - exponent : 0);
 }
 

@@ -295,7 +295,7 @@ class Operations(Kernels):
         down = down - (30 - ((most - 1).bit_length() + 1) // 2)
         t, e = np.frompyfunc(_of_30_bits, 2, 2)((count * q - total) * root, down)
         t, e = (y.reshape(x.shape).astype("i8") for y in (t, e))
-        bias = (p["bias"] << a["bias_shift"]) >> e
+        bias = (p["bias"] << a["bias_shift"]) >> np.minimum(e, a["shift"])
         steps = _floored(t * p["multiplier"] + bias, np.maximum(a["shift"] - e, 0))
         return _clipped(steps, a)
 

@@ -204,7 +204,7 @@ def _masked_norm(a, own, inputs):
         root, down = _masked_root(a, squares, count)
         for k in np.ndindex(row.shape):
             t, e = _held((count * row[k] - mean) * root, down)
-            offset = (int(bias[at][k]) << a["bias_shift"]) >> e
+            offset = (int(bias[at][k]) << a["bias_shift"]) >> min(e, a["shift"])
             shift = max(a["shift"] - e, 0)
             acc = t * int(multiplier[at][k]) + offset
             found[at][k] = (acc + ((1 << shift) >> 1)) >> shift

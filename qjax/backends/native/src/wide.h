@@ -315,7 +315,7 @@ inline void normalise_far(const NormRows& r, const NormRow& row, int32_t* x) {
     const int64_t lane = i % V::kLanes;
     const int64_t at = i - lane + lane / 2 + lane % 2 * (V::kLanes / 2);
     const int64_t shift = r.shift > exponent ? r.shift - exponent : 0;
-    const int64_t bias = down(row.bias[at] - half, exponent);
+    const int64_t bias = down(row.bias[at] - half, least(exponent, r.shift));
     const int64_t acc = within(t, -most, most) * row.multiplier[i] + bias;
     const int64_t code = down(acc + (int64_t{1} << shift >> 1), shift) + r.zero_point;
     x[i] = static_cast<int32_t>(within(code, r.low, r.high));
