@@ -230,6 +230,15 @@ def test_a_masked_norm_is_saved_and_its_report_names_it(tmp_path):
     assert row.backend == "native"
 
 
+def test_tflite_has_no_norm_behind_a_mask():
+    scheme = qjax.presets.tflite_int8()
+    fn = MODELS["layer"]
+    qmodel = qjax.quantize_model(fn, P, X, MASK, scheme=scheme)
+    qstate = qjax.calibrate(qmodel, P, [(X, MASK)], progress=False)
+    with pytest.raises((NotImplementedError, ValueError), match="behind a mask"):
+        qjax.lower(qmodel, P, qstate, X, MASK, target=qjax.targets.tflite)
+
+
 def test_fewer_places_than_a_graph_is_made_for():
     """Bits of values are by the most places, in XLA too."""
     _, _, program = _quantized(MODELS["layer"], X, MASK)

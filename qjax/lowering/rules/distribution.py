@@ -178,5 +178,6 @@ def _number(x: Abstract) -> float:
     """Returns what an operand has around the part of a pad."""
     if isinstance(x, Joined):
         return float(np.clip(x.fill, *x.bounds))
-    value = real_values(x) if isinstance(x, KnownCodes) else x.value  # type: ignore
+    assert isinstance(x, Known | KnownCodes)  # `_rows` has seen to it.
+    value = real_values(x) if isinstance(x, KnownCodes) else x.value
     return float(np.reshape(value, -1)[0])
