@@ -12,7 +12,7 @@ from jax.extend.source_info_util import user_context
 
 from qjax.affine import QParams, QSpec
 from qjax.calls import computed_once, shared
-from qjax.integer_calls import DivideCall
+from qjax.integer_calls import LARGE, DivideCall
 from qjax.model.affine_parts import of_type
 from qjax.model.arguments import unfolded
 from qjax.model.blocks import Block, bounds_of, is_quantizer
@@ -23,7 +23,7 @@ from qjax.model.common_scales import (
     aligned_ends,
     channels_of,
 )
-from qjax.model.exact import Exact, Masked
+from qjax.model.exact import Exact, Masked, Unmasked
 from qjax.model.layouts import transposed
 from qjax.model.lines import (
     HeldLine,
@@ -39,13 +39,14 @@ from qjax.model.lines import (
 )
 from qjax.model.loop_runs import LoopRuns
 from qjax.model.loops import is_loop
+from qjax.model.masked_sums import kept_after, masked
 from qjax.model.places import Mark, block_scope, mark_scope
 from qjax.model.primitives import FUSED, SHAPE_MOVES
 from qjax.model.regions import Region
 from qjax.model.softmaxes import SoftmaxForm
 from qjax.model.trace import Equation, evaluate
 from qjax.model.traced_model import TracedModel
-from qjax.model.visits import Rounded, Unit, Visit, Visitor
+from qjax.model.visits import Pending, Rounded, Unit, Visit, Visitor
 from qjax.model.widening import evaluate_own, is_half_product, product_of_codes
 from qjax.quantizers.point import straight
 from qjax.schemes.patterns import Site
@@ -108,6 +109,8 @@ class Simulation(LoopRuns):
         self._lines: dict[int, tuple[HeldLine, Any, bool]] = {}
         self._rounded: dict[int, Rounded] = {}  # By the identity of what they became.
         self._met: set[int] = set()  # Values that have been visited.
+        # Sum before a softmax -> what of it does not mask.
+        self._kept: dict[int, jax.Array] = {}
         # Site of a softmax -> inputs that are added before it as masks.
         self.added_masks: dict[str, list[jax.Array]] = {}
         # Value -> sites on the way to it that each of its readers would compute anew.
@@ -201,6 +204,8 @@ class Simulation(LoopRuns):
         values: Sequence[Any] | None = self._fused(block) if block else None
         if values is None:
             operands = [self._env[v] for v in e.inputs]
+            if e.outputs[0] in self._traced.exact and e.inputs[0] in self._kept:
+                operands[0] = masked(operands[0], self._kept[e.inputs[0]])
             values = self._evaluate(e, *operands)
             if self._keeps_types and is_half_product(e):
                 grids = [self._grids.get(v) for v in e.inputs]
@@ -211,7 +216,22 @@ class Simulation(LoopRuns):
             if self._is_marked:
                 self._env[v] = self._traced.regions.named(v, self._env[v])
         self._keep_grid(e)
+        self._keep_masks(e)
         self._follow(e)
+
+    def _keep_masks(self, e: Equation) -> None:
+        """Follows what masks before a softmax through an equation."""
+        sums, out = self._traced.masked, e.outputs[0]
+        if out in sums.values and out not in sums.inputs:
+            case = sums.choices.get(out)
+            own = [v for v in e.inputs if v in self._kept]
+            if case is not None:
+                own = [v for v in own if v == e.inputs[case]]
+            sizes = [(self._kept[v], self._model.shape(v)) for v in own]
+            which = None if case is None else self._env[e.inputs[0]]
+            if which is not None:
+                which = which if case == 2 else ~which
+            self._kept[out] = lax.stop_gradient(kept_after(e, sizes, which))
 
     def _compute_exactly(self, e: Equation, real: Any) -> None:
         """Has a softmax or normalisation computed in the integers that ship."""
@@ -226,7 +246,12 @@ class Simulation(LoopRuns):
             k = self._plan.activations.get(out)
             name = e.path if k is None else self._plan.sites[k].name
             self.added_masks[name] = added
-        kept = form.kept(e, operands)
+        own_mask = self._kept.get(x)
+        kept = (
+            form.kept(e, operands, own_mask)
+            if isinstance(form, SoftmaxForm)
+            else form.kept(e, operands)
+        )
         grid = self._grids.get(x)
         if grid is None or grid.scale.ndim:
             if kept is not None:
@@ -234,7 +259,11 @@ class Simulation(LoopRuns):
             return
         value = transposed(operands[0], form.order)
         own = lax.stop_gradient((value, grid.scale))
-        known = lax.stop_gradient(form.others(e, operands))
+        known = lax.stop_gradient(
+            form.others(e, operands, own_mask)
+            if isinstance(form, SoftmaxForm)
+            else form.others(e, operands)
+        )
         call = form.call(x in self._bytes)
         self._units[out] = Exact(call, real, (*own, *known), kept=kept)
 
@@ -293,8 +322,10 @@ class Simulation(LoopRuns):
         plan, found = self._plan, None
         if v in plan.activations:
             site = plan.sites[plan.activations[v]]
-            x, unit = self._env[v], self._units.get(v)
+            x, unit = self._env[v], self._unit(v)
             found = Visit(*self._visitor.activation(site, x, unit))
+            if found.kept is not None:
+                self._kept[v] = found.kept
             (self._bytes.add if found.is_byte else self._bytes.discard)(v)
             found = found._replace(value=self._typed(v, found.value))
         elif v in plan.weights:
@@ -316,6 +347,15 @@ class Simulation(LoopRuns):
         if found.grid is not None:
             self._grids[v] = found.grid
         return found.word
+
+    def _unit(self, v: int) -> Pending:
+        """Returns what a visitor has to know of a value beside its numbers."""
+        is_input = v in self._traced.masked.inputs
+        if is_input:
+            self._kept[v] = lax.stop_gradient(self._env[v]) > -LARGE
+        if v in self._units or v not in self._kept:
+            return self._units.get(v)
+        return Unmasked(self._kept[v], is_input)
 
     def _typed(self, v: int, x: Any) -> Any:
         """Casts a value to its type in the trace."""

@@ -22,7 +22,7 @@ from qjax.estimators import clipped_ste, plain_ste
 from qjax.integer_calls import SoftmaxCall
 from qjax.mesh_axes import axes_of, ends_of, joined
 from qjax.model.common_scales import CodeEnds, held_scale
-from qjax.model.exact import Exact
+from qjax.model.exact import Exact, Unmasked, coded_masks
 from qjax.model.visits import Biases, Pending, Rounded, Visit
 from qjax.qpoint import Estimator, known_zeros
 from qjax.quantizers.point import make_point
@@ -127,8 +127,11 @@ class Quantizer:
 
     def activation(self, site: Site, x: jax.Array, unit: Pending) -> Visit:
         """Rounds to the grid of the state's range, or to a known grid."""
-        spec = self.choices[site].word
+        spec, kept = self.choices[site].word, None
+        if isinstance(unit, Unmasked) and not unit.is_input:
+            unit = None
         if not isinstance(spec, QSpec):
+            unit = None if isinstance(unit, Unmasked) else unit
             if isinstance(unit, Exact) and spec is not None and self.key is None:
                 x = self._in_integers(site, x, unit, spec)
             elif unit is not None:
@@ -146,11 +149,13 @@ class Quantizer:
             word=spec if spec.symmetric else None,
             is_byte=is_known(spec.bits) and bool(np.all(np.asarray(spec.bits) <= 8)),
         )
+        if isinstance(unit, Unmasked):
+            x, kept, unit = *self._coded_masks(site, x, params, spec), None
         if isinstance(unit, Exact) and not params.scale.ndim:
             is_clipped = self.choices[site].estimator is not plain_ste
             x, unit = unit.on_grid(params, spec, is_clipped=is_clipped), None
         if unit is None:
-            return visit(self._round(site, x, params, spec))
+            return visit(self._round(site, x, params, spec), kept=kept)
         if params.scale.ndim:
             x = x * unit.per(1.0)
             return visit(self._round(site, x, params, spec))
@@ -159,6 +164,21 @@ class Quantizer:
         ones = params._replace(scale=jnp.ones_like(params.scale))
         codes = self._round(site, steps, ones, spec)
         return visit(codes * params.scale.astype(x.dtype))
+
+    def _coded_masks(
+        self, site: Site, x: jax.Array, params: QParams, spec: QSpec
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns an input that is added before a softmax, and what does not mask."""
+        is_long = is_known(spec.bits) and bool(np.any(np.asarray(spec.bits) > 16))
+        if is_long or params.scale.ndim:
+            raise ValueError(
+                f"The input at {site.name!r} is added before a softmax, where a code "
+                "of its own says what masks: that wants one scale and at most 16 bits, "
+                f"got axis={spec.axis} and bits={spec.bits}. Use "
+                f'Rule("{site.name}", QSpec(bits=16)), or pass the mask as truth '
+                "values and select by it, `jnp.where(mask, scores, -1e9)`."
+            )
+        return coded_masks(x, params, spec)
 
     def _in_integers(
         self, site: Site, x: jax.Array, unit: Exact, spec: Spec
