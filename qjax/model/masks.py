@@ -1,5 +1,7 @@
 """Finds the masks before softmaxes in a traced model: they are no part of any range."""
 
+from typing import Literal
+
 import jax
 import numpy as np
 
@@ -13,6 +15,9 @@ _NEUTRAL = names("keep", "cast", is_elementwise=True)
 _AXES = names("axes") - {"transpose"}
 
 _MASKING = POINTWISE | names("axes", "number", "pad") | {"slice", "concatenate"}
+
+Part = Literal["mask", "bias", "number", "mixture", "other"]
+_ORDER: tuple[Part, ...] = ("mask", "bias", "number")
 
 # Kinds that may have a mask before them.
 SOFTMAXES = ("softmax", "log_softmax", "logsumexp")
@@ -33,20 +38,21 @@ def find_masks(
       The values between the scores before their masks and the softmax, and these
       scores. Without a mask there are no such values.
     """
-    return _MaskFinder(model, data).masked(scores, readers)
+    return MaskFinder(model, data).masked(scores, readers)
 
 
 def mask_values(model: Trace, data: set[int]) -> frozenset[int]:
     """Returns the masks of softmaxes and norms, and what is computed for them alone."""
-    return _MaskFinder(model, data).served()
+    return MaskFinder(model, data).served()
 
 
-class _MaskFinder:
+class MaskFinder:
     """A search for masks, by the equations that make and that read each value."""
 
     def __init__(self, model: Trace, data: set[int]):
         self.model, self.data = model, data
         self.source, self.users = makers_and_readers(model)
+        self.parts: dict[int, Part] = {}
 
     def masked(self, v: int, readers: set[int]) -> tuple[set[int], int]:
         """Returns the values between scores and softmax, and the scores."""
@@ -87,20 +93,49 @@ class _MaskFinder:
 
     def _is_large(self, v: int) -> bool:
         """Returns whether a value of inputs and a constant is large where not 0."""
-        todo, seen, is_large = [v], {v}, False
-        while todo:
-            u = todo.pop()
-            e = self.source.get(u)
-            if u in self.model.constants:
-                value = self.model.constants[u]
-                if not isinstance(value, jax.core.Tracer) and np.size(value):
-                    is_large |= bool(np.max(np.abs(_real(value))) >= LARGE)
-            elif e is not None:
-                if e.primitive.name not in _MASKING:
-                    return False
-                todo += [w for w in e.inputs if w not in seen]
-                seen.update(e.inputs)
-        return is_large
+        return self.part(v) in ("mask", "mixture")
+
+    def part(self, v: int) -> Part:
+        """Returns what a value is to a sum before a softmax.
+
+        A ``mask`` is of inputs and a constant, and large where it is not 0; a
+        ``number`` is a constant that is small, or what is made of such; a ``bias`` has
+        other real values in it, a ``mixture`` both that and a mask.
+        """
+        if v not in self.parts:
+            todo = [v]
+            while todo:
+                u = todo[-1]
+                e = None if u in self.model.constants else self.source.get(u)
+                own = [] if e is None or e.primitive.name not in _MASKING else e.inputs
+                if missing := [w for w in own if w not in self.parts]:
+                    todo += missing
+                    continue
+                self.parts[todo.pop()] = self._part(u, e)
+        return self.parts[v]
+
+    def _part(self, v: int, e: Equation | None) -> Part:
+        if v in self.model.constants:
+            value = self.model.constants[v]
+            if isinstance(value, jax.core.Tracer) or not np.size(value):
+                return "bias"
+            real = _real(value)
+            if np.max(np.abs(real)) < LARGE:
+                return "number"
+            return (
+                "mask" if np.all((real == 0) | (np.abs(real) >= LARGE)) else "mixture"
+            )
+        if e is None:
+            return "bias" if self.model.is_real(v) else "number"
+        if e.primitive.name not in _MASKING:
+            return "other"
+        is_choice = e.primitive.name == "select_n"
+        own = {self.parts[u] for u in e.inputs[1 if is_choice else 0 :]}
+        if "other" in own or (is_choice and self.parts[e.inputs[0]] == "other"):
+            return "other"
+        joins = is_choice or e.primitive.name in ("add", "sub", "concatenate")
+        is_mixed = "mixture" in own or (joins and {"mask", "bias"} <= own)
+        return "mixture" if is_mixed else next(k for k in _ORDER if k in own)
 
     def _is_added(self, v: int) -> bool:
         """Returns whether a value is an input that is added wherever it is read."""

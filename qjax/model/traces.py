@@ -16,6 +16,7 @@ from qjax.model.loops import ScanParts, Surroundings, body_of, is_loop, scan_par
 from qjax.model.lstms import with_lstm
 from qjax.model.masked_exponentials import masked_behind
 from qjax.model.masked_sums import find_masked_sums
+from qjax.model.masks_apart import masks_apart
 from qjax.model.primitives import SHAPE_MOVES
 from qjax.model.regions import find_regions
 from qjax.model.sites import describe
@@ -73,6 +74,7 @@ def _planned(
     """Finds the sites of a trace, whose first inputs are parameters with some names."""
     own = model.inputs[len(names) :]
     in_parts = not settings.whole_norms
+    model = masks_apart(model, data_of(model, own))
     model = fold_normalisations(model, data_of(model, own), in_parts=in_parts)
     model = masked_behind(model)
     data = data_of(model, own)
