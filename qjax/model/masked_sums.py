@@ -32,13 +32,31 @@ class MaskedSums(NamedTuple):
 
     Attributes:
       inputs: Sites of inputs that are added, and mask where they are -100 or less.
+      shared: Names of sites of inputs that are added, and read elsewhere too.
       choices: Choice of a constant that masks -> number of the operand that it keeps.
       values: All values between these and the softmaxes, theirs among them.
     """
 
     inputs: frozenset[int] = frozenset()
+    shared: frozenset[str] = frozenset()
     choices: Mapping[int, int] = {}
     values: frozenset[int] = frozenset()
+
+
+class MaskChecks(NamedTuple):
+    """What calibration checks of masks that are inputs.
+
+    Attributes:
+      added: Site of a softmax -> the inputs that are added before it as masks alone.
+      counts: Site of a softmax -> whether what masks in a sum before it still counts.
+      inputs: Sites of inputs that are added before a softmax, and may mask.
+      shared: Sites of inputs that are, and that are read elsewhere too.
+    """
+
+    added: Mapping[str, Sequence[jax.Array]]
+    counts: Mapping[str, jax.Array]
+    inputs: frozenset[str]
+    shared: frozenset[str]
 
 
 def find_masked_sums(
@@ -91,6 +109,16 @@ def find_masked_sums(
                 added.add(v)
     sites = {v: plan.sites[k].name for v, k in plan.activations.items()}
     inputs = {v for v in leading & added if sites.get(v, "").startswith("input:")}
+    shared = set()
+    for e in model.equations:
+        if e.primitive.name in _SUMS and e.outputs[0] in leading:
+            for v in e.inputs if data.issuperset(e.inputs) else ():
+                while v not in sites and v in source:
+                    if source[v].primitive.name not in SAME | MOVES:
+                        break
+                    v = source[v].inputs[0]
+                if v not in inputs and sites.get(v, "").startswith("input:"):
+                    shared.add(sites[v])
     choices = {}
     for e in model.equations:
         if e.primitive.name == "select_n" and e.outputs[0] in leading:
@@ -102,7 +130,7 @@ def find_masked_sums(
     for e in model.equations:
         if e.outputs[0] in leading and found.intersection(e.inputs):
             found.add(e.outputs[0])
-    return MaskedSums(frozenset(inputs), choices, frozenset(found))
+    return MaskedSums(frozenset(inputs), frozenset(shared), choices, frozenset(found))
 
 
 def kept_after(
@@ -130,6 +158,27 @@ def masked(x: jax.Array, kept: jax.Array) -> jax.Array:
     """Puts one number that masks, -1e9 if the type holds it, where nothing is kept."""
     least = max(-1e9, float(jnp.finfo(x.dtype).min) / 2)
     return jnp.where(kept, x, jnp.asarray(least, x.dtype))
+
+
+def counts(
+    x: jax.Array, kept: jax.Array, factor: float, axes: Sequence[int]
+) -> jax.Array:
+    """Returns whether what masks before a softmax would count, shape ``()``.
+
+    It does within 11 of the largest that is kept in its row, ``exp(-11) < 2^-15``, and
+    in a row of nothing else above -1,000, which might be meant as it is.
+
+    Args:
+      x: What the softmax reads.
+      kept: What of it does not mask.
+      factor: Factor of the softmax.
+      axes: Axes of its sums.
+    """
+    whole = jnp.broadcast_to(kept, x.shape)
+    most = lambda y: jnp.max(jnp.where(y, x, -jnp.inf), axes, keepdims=True)
+    top, has_any = most(whole), jnp.any(whole, axes, keepdims=True)
+    near = ~whole & has_any & ((top - x) * factor < 11)
+    return jnp.any(near) | jnp.any(~has_any & (most(~whole) > -1e3))
 
 
 def _is_mask(x: np.ndarray) -> bool:

@@ -1,14 +1,24 @@
 """Finds the masks before softmaxes in a traced model: they are no part of any range."""
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qjax.integer_calls import LARGE
+from qjax.model.blocks import constant_of
 from qjax.model.kept import whole_of
 from qjax.model.primitives import AFFINE, POINTWISE, names
-from qjax.model.trace import Equation, Trace, is_key, makers_and_readers
+from qjax.model.trace import (
+    CALLS,
+    Equation,
+    Trace,
+    evaluate,
+    is_key,
+    makers_and_readers,
+)
 
 _NEUTRAL = names("keep", "cast", is_elementwise=True)
 
@@ -18,6 +28,8 @@ _MASKING = POINTWISE | names("axes", "number", "pad") | {"slice", "concatenate"}
 
 Part = Literal["mask", "bias", "number", "mixture", "other"]
 _ORDER: tuple[Part, ...] = ("mask", "bias", "number")
+
+_MOST_KNOWN = 1 << 22  # Numbers that a call is run for.
 
 # Kinds that may have a mask before them.
 SOFTMAXES = ("softmax", "log_softmax", "logsumexp")
@@ -119,23 +131,36 @@ class MaskFinder:
             value = self.model.constants[v]
             if isinstance(value, jax.core.Tracer) or not np.size(value):
                 return "bias"
-            real = _real(value)
-            if np.max(np.abs(real)) < LARGE:
-                return "number"
-            return (
-                "mask" if np.all((real == 0) | (np.abs(real) >= LARGE)) else "mixture"
-            )
+            return _part_of(_real(value))
         if e is None:
             return "bias" if self.model.is_real(v) else "number"
         if e.primitive.name not in _MASKING:
-            return "other"
+            return self._part_of_call(v, e)
         is_choice = e.primitive.name == "select_n"
         own = {self.parts[u] for u in e.inputs[1 if is_choice else 0 :]}
         if "other" in own or (is_choice and self.parts[e.inputs[0]] == "other"):
             return "other"
         joins = is_choice or e.primitive.name in ("add", "sub", "concatenate")
         is_mixed = "mixture" in own or (joins and {"mask", "bias"} <= own)
-        return "mixture" if is_mixed else next(k for k in _ORDER if k in own)
+        return (
+            "mixture" if is_mixed else next((k for k in _ORDER if k in own), "number")
+        )
+
+    def _part_of_call(self, v: int, e: Equation) -> Part:
+        """Returns the part of what a call, such as `jnp.tril`, makes of numbers."""
+        is_small = math.prod(self.model.shape(v)) <= _MOST_KNOWN
+        own = [self.known(u) for u in e.inputs] if e.primitive in CALLS else [None]
+        if v in self.data or not is_small or any(x is None for x in own):
+            return "other"
+        with jax.ensure_compile_time_eval():
+            found = evaluate(e, *own)[e.outputs.index(v)]
+        if not jnp.issubdtype(found.dtype, jnp.number):
+            return "number" if found.dtype == jnp.bool_ else "other"
+        return _part_of(np.asarray(found))
+
+    def known(self, v: int) -> Any:
+        """Returns what constants and moves of them determine; None for others."""
+        return constant_of(self.model, v, self.source)
 
     def _is_added(self, v: int) -> bool:
         """Returns whether a value is an input that is added wherever it is read."""
@@ -171,6 +196,14 @@ class MaskFinder:
             if is_read and all(serves(e, v) for e in users):
                 found.add(v)
         return frozenset(found)
+
+
+def _part_of(x: np.ndarray) -> Part:
+    """Returns what known numbers are to a sum before a softmax."""
+    sizes = np.abs(x.astype(np.float64))
+    if np.max(sizes) < LARGE:
+        return "number"
+    return "mask" if np.all((sizes == 0) | (sizes >= LARGE)) else "mixture"
 
 
 def _real(value: object) -> np.ndarray:

@@ -39,7 +39,7 @@ from qjax.model.lines import (
 )
 from qjax.model.loop_runs import LoopRuns
 from qjax.model.loops import is_loop
-from qjax.model.masked_sums import kept_after, masked
+from qjax.model.masked_sums import counts, kept_after, masked
 from qjax.model.places import Mark, block_scope, mark_scope
 from qjax.model.primitives import FUSED, SHAPE_MOVES
 from qjax.model.regions import Region
@@ -110,9 +110,11 @@ class Simulation(LoopRuns):
         self._rounded: dict[int, Rounded] = {}  # By the identity of what they became.
         self._met: set[int] = set()  # Values that have been visited.
         # Sum before a softmax -> what of it does not mask.
-        self._kept: dict[int, jax.Array] = {}
+        self._unmasked: dict[int, jax.Array] = {}
         # Site of a softmax -> inputs that are added before it as masks.
         self.added_masks: dict[str, list[jax.Array]] = {}
+        # Site of a softmax -> whether what masks in a sum before it still counts.
+        self.mask_faults: dict[str, jax.Array] = {}
         # Value -> sites on the way to it that each of its readers would compute anew.
         self._chains: dict[int, int] = {}
         self._raw: dict[int, Any] = dict(self._model.constants)
@@ -204,8 +206,8 @@ class Simulation(LoopRuns):
         values: Sequence[Any] | None = self._fused(block) if block else None
         if values is None:
             operands = [self._env[v] for v in e.inputs]
-            if e.outputs[0] in self._traced.exact and e.inputs[0] in self._kept:
-                operands[0] = masked(operands[0], self._kept[e.inputs[0]])
+            if e.outputs[0] in self._traced.exact and e.inputs[0] in self._unmasked:
+                operands[0] = masked(operands[0], self._unmasked[e.inputs[0]])
             values = self._evaluate(e, *operands)
             if self._keeps_types and is_half_product(e):
                 grids = [self._grids.get(v) for v in e.inputs]
@@ -224,14 +226,14 @@ class Simulation(LoopRuns):
         sums, out = self._traced.masked, e.outputs[0]
         if out in sums.values and out not in sums.inputs:
             case = sums.choices.get(out)
-            own = [v for v in e.inputs if v in self._kept]
+            own = [v for v in e.inputs if v in self._unmasked]
             if case is not None:
                 own = [v for v in own if v == e.inputs[case]]
-            sizes = [(self._kept[v], self._model.shape(v)) for v in own]
+            sizes = [(self._unmasked[v], self._model.shape(v)) for v in own]
             which = None if case is None else self._env[e.inputs[0]]
             if which is not None:
                 which = which if case == 2 else ~which
-            self._kept[out] = lax.stop_gradient(kept_after(e, sizes, which))
+            self._unmasked[out] = lax.stop_gradient(kept_after(e, sizes, which))
 
     def _compute_exactly(self, e: Equation, real: Any) -> None:
         """Has a softmax or normalisation computed in the integers that ship."""
@@ -242,11 +244,15 @@ class Simulation(LoopRuns):
             self._bound_exactly(e, real)
             return
         x, operands = e.inputs[0], [self._env[v] for v in e.inputs]
-        if isinstance(form, SoftmaxForm) and (added := form.added(e, operands)):
+        own_mask = self._unmasked.get(x)
+        if isinstance(form, SoftmaxForm):
             k = self._plan.activations.get(out)
             name = e.path if k is None else self._plan.sites[k].name
-            self.added_masks[name] = added
-        own_mask = self._kept.get(x)
+            if added := form.added(e, operands):
+                self.added_masks[name] = added
+            if own_mask is not None:
+                own_places = form.factor, [form.order[d] for d in form.axes]
+                self.mask_faults[name] = counts(operands[0], own_mask, *own_places)
         kept = (
             form.kept(e, operands, own_mask)
             if isinstance(form, SoftmaxForm)
@@ -325,7 +331,7 @@ class Simulation(LoopRuns):
             x, unit = self._env[v], self._unit(v)
             found = Visit(*self._visitor.activation(site, x, unit))
             if found.kept is not None:
-                self._kept[v] = found.kept
+                self._unmasked[v] = found.kept
             (self._bytes.add if found.is_byte else self._bytes.discard)(v)
             found = found._replace(value=self._typed(v, found.value))
         elif v in plan.weights:
@@ -352,10 +358,10 @@ class Simulation(LoopRuns):
         """Returns what a visitor has to know of a value beside its numbers."""
         is_input = v in self._traced.masked.inputs
         if is_input:
-            self._kept[v] = lax.stop_gradient(self._env[v]) > -LARGE
-        if v in self._units or v not in self._kept:
+            self._unmasked[v] = lax.stop_gradient(self._env[v]) > -LARGE
+        if v in self._units or v not in self._unmasked:
             return self._units.get(v)
-        return Unmasked(self._kept[v], is_input)
+        return Unmasked(self._unmasked[v], is_input)
 
     def _typed(self, v: int, x: Any) -> Any:
         """Casts a value to its type in the trace."""

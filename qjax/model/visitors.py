@@ -50,9 +50,9 @@ class Recorder:
 
     def activation(self, site: Site, x: jax.Array, unit: Pending) -> Visit:
         """Records the values of a site."""
-        x = x if unit is None else unit.seen(x)
-        self.values[site.name] = x
-        return Visit(x)
+        seen = x if unit is None else unit.seen(x)
+        self.values[site.name] = seen
+        return Visit(x if isinstance(unit, Unmasked) else seen)
 
     def weight(self, site: Site, x: jax.Array, biases: Biases = list) -> Visit:
         """Records a weight."""
