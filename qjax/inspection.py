@@ -337,8 +337,9 @@ class _WeightRecorder(_SiteRecorder):
     """A recorder of weights, grids and extents, which leaves activations in float."""
 
     def activation(self, site: Site, x: jax.Array, unit: Pending) -> Visit:
-        is_real = unit is None or isinstance(unit, Unmasked)
-        return Visit(x if is_real else x * unit.per(1.0))
+        if unit is None or isinstance(unit, Unmasked):
+            return Visit(x)
+        return Visit(x * unit.per(1.0))
 
     def at(self, site: Site, x: jax.Array) -> Visit:
         """Leaves a value as it is."""

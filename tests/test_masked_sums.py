@@ -144,11 +144,10 @@ def test_masks_that_calibration_never_met_still_mask():
         qstate = qjax.calibrate(qmodel, P, [(Q, K, V, bias)], progress=False)
         later = np.where(KEPT, bias, -1e9).astype(np.float32)
         program = qjax.lower(qmodel, P, qstate, Q, K, V, later)
-        ones = np.ones_like(V)
-        ones[:, 3] = 1e9  # A tenth of a code of a weight would show.
         shipped = np.asarray(program(Q, K, V, later))
         wanted = np.asarray(fn(P, Q, K, V, later))
-        assert np.sum(wanted**2) > 3000 * np.sum((shipped - wanted) ** 2)
+        # Averages of fewer values go beyond the range of their site.
+        assert np.sum(wanted**2) > 300 * np.sum((shipped - wanted) ** 2)
         # What is masked has no weight at all.
         moved = K.copy()
         moved[:, 1:] = K[:, :0:-1]
@@ -175,8 +174,9 @@ def test_a_row_of_masks_alone_is_uniform():
 
 @pytest.mark.parametrize("bits", [4, 16])
 def test_masks_in_a_sum_of_other_words(bits):
-    word = QSpec(bits, power_of_two=True)
-    _, inputs, qmodel, qstate = _quantized("mixture", Scheme(word, word))
+    word, own = QSpec(8, power_of_two=True), QSpec(bits, power_of_two=True)
+    scheme = Scheme(word, word, rules=[qjax.Rule("input:3", own)])
+    _, inputs, qmodel, qstate = _quantized("mixture", scheme)
     program = qjax.lower(qmodel, P, qstate, *inputs)
     np.testing.assert_array_equal(
         jax.jit(qmodel.apply)(P, qstate, *inputs), program(*inputs)
@@ -229,5 +229,5 @@ def test_an_input_that_masks_and_is_read_elsewhere_is_refused():
 def test_words_that_leave_no_code_for_a_mask_are_refused():
     scheme = Scheme(rules=[qjax.Rule("input:3", QSpec(24))])
     _, inputs, qmodel, qstate = _quantized("mixture", scheme)
-    with pytest.raises(ValueError, match="a code of its own says what masks"):
+    with pytest.raises(ValueError, match="of its own says what masks"):
         qmodel.apply(P, qstate, *inputs)
