@@ -68,11 +68,11 @@ FORMS = {
         mixed(-1e9),
     ),
     "and a parameter": (
-        _of(lambda s, p, b: s + (p + b[:, None, None])),
+        _of(lambda s, p, b: s + (p[None] + b[:, None, None])),
         padded(-1e9),
     ),
     "and a constant": (
-        _of(lambda s, p, b: s + (ALIBI + b[:, None, None])),
+        _of(lambda s, p, b: s + (ALIBI[None] + b[:, None, None])),
         padded(-1e9),
     ),
     "and an input": (
@@ -82,11 +82,11 @@ FORMS = {
     ),
     "scaled": (_of(lambda s, p, b: (s + jnp.swapaxes(b, 2, 3)) / 2), mixed(-1e9)),
     "truths and a parameter": (
-        _of(lambda s, p, b: s + (p + jnp.where(b, 0, -1e10)[:, None, None])),
+        _of(lambda s, p, b: s + (p[None] + jnp.where(b, 0, -1e10)[:, None, None])),
         ROWS,
     ),
     "reals and a parameter": (
-        _of(lambda s, p, b: s + (p + (1 - b)[:, None, None] * -1e10)),
+        _of(lambda s, p, b: s + (p[None] + (1 - b)[:, None, None] * -1e10)),
         ROWS.astype(np.float32),
     ),
     "chosen input": (
@@ -100,14 +100,16 @@ FORMS = {
         ROWS.astype(np.float32),
     ),
     "penalty of truths": (
-        _of(lambda s, p, b: s - 1e9 * (1 - b[:, None, None])),
+        _of(lambda s, p, b: s - 1e9 * (1 - b[:, None, None].astype(jnp.float32))),
         ROWS,
     ),
     "constant": (
-        _of(lambda s, p: s + np.where(PAST, ALIBI, -np.inf).astype(np.float32)),
+        _of(lambda s, p: s + np.where(PAST, ALIBI, -np.inf).astype(np.float32)[None]),
     ),
-    "chosen parameter": (_of(lambda s, p: s + jnp.where(PAST, p, -1e9)),),
-    "constant and a parameter": (_of(lambda s, p: s + (p + jnp.where(PAST, 0, -1e9))),),
+    "chosen parameter": (_of(lambda s, p: s + jnp.where(PAST, p, -1e9)[None]),),
+    "constant and a parameter": (
+        _of(lambda s, p: s + (p + jnp.where(PAST, 0, -1e9)[None])[None]),
+    ),
 }
 
 
@@ -228,6 +230,6 @@ def test_an_input_that_masks_and_is_read_elsewhere_is_refused():
 
 def test_words_that_leave_no_code_for_a_mask_are_refused():
     scheme = Scheme(rules=[qjax.Rule("input:3", QSpec(24))])
-    _, inputs, qmodel, qstate = _quantized("mixture", scheme)
-    with pytest.raises(ValueError, match="of its own says what masks"):
+    with pytest.raises(ValueError, match="a code of its own"):
+        _, inputs, qmodel, qstate = _quantized("mixture", scheme)
         qmodel.apply(P, qstate, *inputs)

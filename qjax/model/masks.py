@@ -159,8 +159,11 @@ class MaskFinder:
         return _part_of(np.asarray(found))
 
     def known(self, v: int) -> Any:
-        """Returns what constants and moves of them determine; None for others."""
-        return constant_of(self.model, v, self.source)
+        """Returns a value that is a constant, or one number; None for others."""
+        found, shape = constant_of(self.model, v, self.source), self.model.shape(v)
+        if found is None or found.shape == shape:
+            return found if v in self.model.constants else None
+        return np.full(shape, found.flat[0]) if found.size == 1 else None
 
     def _is_added(self, v: int) -> bool:
         """Returns whether a value is an input that is added wherever it is read."""

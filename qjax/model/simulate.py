@@ -7,15 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.extend.source_info_util import user_context
 
 from qjax.affine import QParams, QSpec
 from qjax.calls import computed_once, shared
-from qjax.integer_calls import LARGE, DivideCall
 from qjax.model.affine_parts import of_type
 from qjax.model.arguments import unfolded
-from qjax.model.blocks import Block, bounds_of, is_quantizer
+from qjax.model.blocks import Block, is_quantizer
 from qjax.model.channel_scales import Kernel
 from qjax.model.channels import kernel_axes, move_scale, output_scale
 from qjax.model.common_scales import (
@@ -23,8 +21,8 @@ from qjax.model.common_scales import (
     aligned_ends,
     channels_of,
 )
-from qjax.model.exact import Exact, Masked, Unmasked
-from qjax.model.layouts import transposed
+from qjax.model.exact import Exact, Masked
+from qjax.model.exact_runs import ExactRuns
 from qjax.model.lines import (
     HeldLine,
     KernelEnds,
@@ -37,22 +35,20 @@ from qjax.model.lines import (
     whole,
     zero_channels,
 )
-from qjax.model.loop_runs import LoopRuns
 from qjax.model.loops import is_loop
-from qjax.model.masked_sums import counts, kept_after, masked
+from qjax.model.masked_sums import masked
 from qjax.model.places import Mark, block_scope, mark_scope
 from qjax.model.primitives import FUSED, SHAPE_MOVES
 from qjax.model.regions import Region
-from qjax.model.softmaxes import SoftmaxForm
 from qjax.model.trace import Equation, evaluate
 from qjax.model.traced_model import TracedModel
-from qjax.model.visits import Pending, Rounded, Unit, Visit, Visitor
+from qjax.model.visits import Rounded, Unit, Visit, Visitor
 from qjax.model.widening import evaluate_own, is_half_product, product_of_codes
 from qjax.quantizers.point import straight
 from qjax.schemes.patterns import Site
 
 
-class Simulation(LoopRuns):
+class Simulation(ExactRuns):
     """A run of a traced model over parameters and inputs.
 
     Args:
@@ -221,87 +217,6 @@ class Simulation(LoopRuns):
         self._keep_masks(e)
         self._follow(e)
 
-    def _keep_masks(self, e: Equation) -> None:
-        """Follows what masks before a softmax through an equation."""
-        sums, out = self._traced.masked, e.outputs[0]
-        if out in sums.values and out not in sums.inputs:
-            case = sums.choices.get(out)
-            own = [v for v in e.inputs if v in self._unmasked]
-            if case is not None:
-                own = [v for v in own if v == e.inputs[case]]
-            sizes = [(self._unmasked[v], self._model.shape(v)) for v in own]
-            which = None if case is None else self._env[e.inputs[0]]
-            if which is not None:
-                which = which if case == 2 else ~which
-            self._unmasked[out] = lax.stop_gradient(kept_after(e, sizes, which))
-
-    def _compute_exactly(self, e: Equation, real: Any) -> None:
-        """Has a softmax or normalisation computed in the integers that ship."""
-        form, out = self._traced.exact.get(e.outputs[0]), e.outputs[0]
-        if form is None and e.primitive.name == "div":
-            self._divide_exactly(e, real)
-        if form is None:
-            self._bound_exactly(e, real)
-            return
-        x, operands = e.inputs[0], [self._env[v] for v in e.inputs]
-        own_mask = self._unmasked.get(x)
-        if isinstance(form, SoftmaxForm):
-            k = self._plan.activations.get(out)
-            name = e.path if k is None else self._plan.sites[k].name
-            if added := form.added(e, operands):
-                self.added_masks[name] = added
-            if own_mask is not None:
-                own_places = form.factor, [form.order[d] for d in form.axes]
-                self.mask_faults[name] = counts(operands[0], own_mask, *own_places)
-        kept = (
-            form.kept(e, operands, own_mask)
-            if isinstance(form, SoftmaxForm)
-            else form.kept(e, operands)
-        )
-        grid = self._grids.get(x)
-        if grid is None or grid.scale.ndim:
-            if kept is not None:
-                self._units[out] = Masked(kept)
-            return
-        value = transposed(operands[0], form.order)
-        own = lax.stop_gradient((value, grid.scale))
-        known = lax.stop_gradient(
-            form.others(e, operands, own_mask)
-            if isinstance(form, SoftmaxForm)
-            else form.others(e, operands)
-        )
-        call = form.call(x in self._bytes)
-        self._units[out] = Exact(call, real, (*own, *known), kept=kept)
-
-    def _divide_exactly(self, e: Equation, real: Any) -> None:
-        """Has a quotient of two values on grids computed in integers."""
-        number = self._traced.numbers.get(e.outputs[0])
-        first = self._traced.first_block
-        is_site = (
-            number is not None and not self._plan.blocks[number - first].is_function
-        )
-        grids = [self._grids.get(v) for v in e.inputs]
-        if is_site and all(g is not None and not g.scale.ndim for g in grids):
-            own = [
-                x
-                for v, g in zip(e.inputs, grids, strict=True)
-                for x in (self._env[v], g.scale)  # type: ignore[union-attr]
-            ]
-            known = lax.stop_gradient(tuple(own))
-            self._units[e.outputs[0]] = Exact(DivideCall(), real, known)
-
-    def _bound_exactly(self, e: Equation, real: Any) -> None:
-        """Lets an activation bound what is computed in integers."""
-        x = next((v for v in e.inputs if isinstance(self._units.get(v), Exact)), None)
-        if x is None or x in self._plan.activations:
-            return
-        before, bounds = self._units[x], bounds_of(self._model, e)
-        assert isinstance(before, Exact)
-        if bounds is not None and all(b is not None for _, b in bounds):
-            bounds = [*before.bounds, *bounds]
-            found = before._replace(real=real, bounds=tuple(bounds))
-            self._units[e.outputs[0]] = found
-
     def _follow(self, e: Equation) -> None:
         """Updates other knowledge of an equation before its sites are visited."""
 
@@ -353,15 +268,6 @@ class Simulation(LoopRuns):
         if found.grid is not None:
             self._grids[v] = found.grid
         return found.word
-
-    def _unit(self, v: int) -> Pending:
-        """Returns what a visitor has to know of a value beside its numbers."""
-        is_input = v in self._traced.masked.inputs
-        if is_input:
-            self._unmasked[v] = lax.stop_gradient(self._env[v]) > -LARGE
-        if v in self._units or v not in self._unmasked:
-            return self._units.get(v)
-        return Unmasked(self._unmasked[v], is_input)
 
     def _typed(self, v: int, x: Any) -> Any:
         """Casts a value to its type in the trace."""
