@@ -120,7 +120,17 @@ def _quantized(form, scheme=None):
     return fn, inputs, qmodel, qjax.calibrate(qmodel, P, [inputs], progress=False)
 
 
-@pytest.mark.parametrize("form", FORMS)
+OFTEN = ("mixture", "chosen parameter", "truths and a parameter")  # Parts of others.
+
+
+@pytest.mark.kept
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(form, marks=() if form in OFTEN else pytest.mark.slow)
+        for form in FORMS
+    ],
+)
 def test_what_masks_in_a_sum_widens_no_range(form):
     fn, inputs, qmodel, qstate = _quantized(form)
     ranges = [(s.low, s.high) for s in qstate.values() if hasattr(s, "low")]
