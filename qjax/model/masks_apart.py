@@ -27,7 +27,7 @@ _SUMS = {"add", "add_any", "sub"}
 _PASSED = _MOVES | _SUMS | _FACTORS | names("select")
 
 
-class _Parts(NamedTuple):
+class _BiasAndMask(NamedTuple):
     """A bias and a mask, whose sum a value is; None for zero."""
 
     bias: int | None
@@ -124,13 +124,13 @@ class _Splitter:
                     seen.update(e.outputs)
         return False
 
-    def _parts(self, v: int) -> _Parts:
+    def _parts(self, v: int) -> _BiasAndMask:
         """Returns bias and mask of a value; raises _UnsplitError for others."""
         kind = self.finder.part(v)
         if kind == "mask":
-            return _Parts(None, v)
+            return _BiasAndMask(None, v)
         if kind != "mixture":
-            return _Parts(self._counted(v), None)
+            return _BiasAndMask(self._counted(v), None)
         if v in self.constants:
             return self._of_constant(v)
         e = self.finder.source[v]
@@ -143,21 +143,21 @@ class _Splitter:
             a, b = map(self._parts, e.inputs)
             b = self._signed(e, b, name == "sub")
             both = zip(a, b, strict=True)
-            return _Parts(*(self._sum(e, x, y) for x, y in both))
+            return _BiasAndMask(*(self._sum(e, x, y) for x, y in both))
         if name == "select_n" and len(e.inputs) == 3:
             return self._chosen(e)
         raise _UnsplitError
 
-    def _of_constant(self, v: int) -> _Parts:
+    def _of_constant(self, v: int) -> _BiasAndMask:
         value = np.asarray(self.constants[v])
         masks = value.astype(np.float64) <= -LARGE
         if not np.any(masks):
             raise _UnsplitError
         zero = np.zeros((), value.dtype)
         bias, mask = np.where(masks, zero, value), np.where(masks, value, zero)
-        return _Parts(self._constant(bias), self._constant(mask))
+        return _BiasAndMask(self._constant(bias), self._constant(mask))
 
-    def _scaled(self, e: Equation) -> _Parts:
+    def _scaled(self, e: Equation) -> _BiasAndMask:
         numbers = [constant_of(self.model, v, self.finder.source) for v in e.inputs]
         at = 0 if numbers[1] is not None else 1
         number = numbers[1 - at]
@@ -167,7 +167,7 @@ class _Splitter:
             raise _UnsplitError
         return self._each(e, at, self._parts(e.inputs[at]))
 
-    def _chosen(self, e: Equation) -> _Parts:
+    def _chosen(self, e: Equation) -> _BiasAndMask:
         """Splits a choice between a bias and what masks."""
         which, *cases = e.inputs
         parts = [self._parts(v) for v in cases]
@@ -180,8 +180,8 @@ class _Splitter:
             for k in known
         ]
         if any(is_masked):  # What the other case is there counts for nothing.
-            return _Parts(parts[is_masked.index(False)].bias, mask)
-        return _Parts(self._made(e, (which, *whole(p.bias for p in parts))), mask)
+            return _BiasAndMask(parts[is_masked.index(False)].bias, mask)
+        return _BiasAndMask(self._made(e, (which, *whole(p.bias for p in parts))), mask)
 
     def _counted(self, v: int) -> int:
         """Returns an input as a value with a site; any other value as it is."""
@@ -201,12 +201,14 @@ class _Splitter:
             u = self._made(e, (u,))
         return u
 
-    def _signed(self, e: Equation, parts: _Parts, is_negative: bool) -> _Parts:
+    def _signed(
+        self, e: Equation, parts: _BiasAndMask, is_negative: bool
+    ) -> _BiasAndMask:
         if not is_negative:
             return parts
         new = dataclasses.replace(e, primitive=neg_p, params={}, own=None)
         negative = lambda v: self._made(new, (v,), self.avals[v])
-        return _Parts(*(None if v is None else negative(v) for v in parts))
+        return _BiasAndMask(*(None if v is None else negative(v) for v in parts))
 
     def _sum(self, e: Equation, a: int | None, b: int | None) -> int | None:
         if a is None or b is None:
@@ -217,11 +219,11 @@ class _Splitter:
         new = dataclasses.replace(e, primitive=add_p, params={}, own=None)
         return self._made(new, (a, b), aval)
 
-    def _each(self, e: Equation, at: int, parts: _Parts) -> _Parts:
+    def _each(self, e: Equation, at: int, parts: _BiasAndMask) -> _BiasAndMask:
         """Applies an equation to both parts of one operand."""
         own = lambda v: (*e.inputs[:at], v, *e.inputs[at + 1 :])
         made = (None if v is None else self._made(e, own(v)) for v in parts)
-        return _Parts(*made)
+        return _BiasAndMask(*made)
 
     def _made(self, e: Equation, inputs: tuple[int, ...], aval: Any = None) -> int:
         """Adds an equation with other operands, and returns its result."""
