@@ -18,7 +18,7 @@ from qjax.model.visits import Pending, Unit
 
 
 class ExactRuns(LoopRuns):
-    """What of a simulation is computed in the integers that ship."""
+    """The parts of a simulation that are computed in the integers that ship."""
 
     _traced: TracedModel
     _plan: Plan

@@ -44,7 +44,7 @@ class MaskedSums(NamedTuple):
 
 
 class MaskChecks(NamedTuple):
-    """What calibration checks of masks that are inputs.
+    """The checks of calibration on masks that are inputs.
 
     Attributes:
       added: Site of a softmax -> the inputs that are added before it as masks alone.
