@@ -5,10 +5,10 @@
 
 Steps of Adam on a recurrent layer, 32 steps, 64 features, batch 32, interleaved in one
 process, medians of processor time after warm-up over the step in float: `apply` has the
-ranges it was calibrated with, `apply_and_update` moves them. On 2 cores that others kept
-busy, 150 rounds; before, each site was computed anew for the derivative, the two ends of
-its range were two reductions, its mask was a clamp and a comparison, and the derivative
-of a hyperbolic tangent kept two arrays of each step:
+ranges it was calibrated with, `apply_and_update` moves them. On 2 cores that others
+kept busy, 150 rounds; before, each site was computed anew for the derivative, the two
+ends of its range were two reductions, its mask was a clamp and a comparison, and the
+derivative of a hyperbolic tangent kept two arrays of each step:
 
             apply    before    apply_and_update    before
     LSTM    1.20     1.51      1.35                2.76
