@@ -237,7 +237,9 @@ class IntegerProgram:
 
         Raises:
           ValueError: for a program that was lowered without ``streaming``; for the
-            state of another program, and inputs of other shapes.
+            state of another program, and inputs of other shapes; for a step after the
+            last, where a position table or a sum of all steps until now makes the
+            length of lowering the longest. A state that JAX traces is not looked at.
         """
         flat, tree = jax.tree.flatten(inputs)
         if tree != self.input_tree:

@@ -370,3 +370,24 @@ def test_a_checkpoint_saves_less_in_steps_with_grids_of_their_own():
         saved.append(sum(v.size * v.dtype.itemsize for v in kept))
     np.testing.assert_array_equal(*found)
     assert saved[1] < 0.6 * saved[0], saved
+
+
+def test_derivatives_of_a_float_loop_are_those_of_the_model():
+    """Without words nothing is rounded, and what is left is the loop itself."""
+
+    def fn(p, x):
+        step = lambda h, t: (jnp.tanh(t + h @ p["w"]), None)
+        return lax.scan(step, jnp.zeros((2, 3)), x)[0]
+
+    rng = np.random.default_rng(0)
+    params = {"w": rng.normal(0, 1.5, (3, 3)).astype(np.float32)}
+    x = rng.normal(0, 1, (4, 2, 3)).astype(np.float32)
+    qmodel = qjax.quantize_model(fn, params, x, scheme=qjax.Scheme(None, None))
+    qstate = qjax.calibrate(qmodel, params, [x])
+    models = (lambda p: qmodel.apply(p, qstate, x)), (lambda p: fn(p, x))
+    first = [jax.grad(lambda p, f=f: jnp.sum(f(p) ** 2)) for f in models]
+    second = [jax.grad(lambda p, g=g: jnp.sum(g(p)["w"] ** 3)) for g in first]
+    for own, wanted in (first, second):
+        np.testing.assert_allclose(
+            own(params)["w"], wanted(params)["w"], rtol=1e-4, atol=1e-5
+        )
