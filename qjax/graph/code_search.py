@@ -10,7 +10,7 @@ import numpy as np
 _ROUNDS = 16  # Populations that a budget has, at least.
 _PATIENCE = 6  # Generations without a larger value.
 _SWEEP = 4  # Part of the budget that goes to single places at a time.
-_FEW = 4  # InputCodes that are tried at a place of a range with an order that is not known.
+_FEW = 4  # Codes that are tried at a place whose codes have no order known.
 
 Values = Callable[[np.ndarray], np.ndarray]
 
@@ -33,8 +33,8 @@ class InputCodes(NamedTuple):
     is_ordered: bool
 
 
-class Outcome(NamedTuple):
-    """The outcome of a search.
+class BestRow(NamedTuple):
+    """The best row of a search, and what is known of it.
 
     Attributes:
       row: The codes of all inputs, flat.
@@ -56,7 +56,7 @@ def search(
     budget: int,
     size: int,
     seed: int,
-) -> Outcome:
+) -> BestRow:
     """Searches codes at which the largest magnitude of several values is largest.
 
     Constant rows, those of random ends, and from the best of them places and slabs that
@@ -65,7 +65,7 @@ def search(
 
     Args:
       values: Function of rows, int64 ``[rows, places]``, to values ``[rows, values]``.
-      inputs: InputCodes of the inputs, whose places follow each other.
+      inputs: Codes of the inputs, whose places follow each other.
       most: Magnitude that no value exceeds: the search ends there.
       budget: Number of rows to try, 1 or more.
       size: Number of rows in one call of ``values``.
@@ -76,7 +76,7 @@ def search(
     """
     own = _Search(values, inputs, most, budget, size, seed)
     own.enumerate() if own.count <= budget else own.climb()
-    return Outcome(own.row, own.tried, own.tried >= own.count, own.is_moved)
+    return BestRow(own.row, own.tried, own.tried >= own.count, own.is_moved)
 
 
 class _Search:
