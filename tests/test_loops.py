@@ -295,6 +295,42 @@ def _convolutions():
     return _linen(nn.RNN(nn.ConvLSTMCell(3, (3, 3))), x)
 
 
+def _is_shipped(fn, params, *x, **options):
+    """Checks a program against its simulation, the oracle and the float model."""
+    qmodel = qjax.quantize_model(fn, params, *x, scheme=POWERS)
+    qstate = qjax.calibrate(qmodel, params, [x if len(x) > 1 else x[0]])
+    program = qjax.lower(qmodel, params, qstate, *x, **options)
+    found, wanted = jax.jit(qmodel.apply)(params, qstate, *x), jax.jit(fn)(params, *x)
+    jax.tree.map(np.testing.assert_array_equal, found, program(*x))
+    for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        assert np.sum(b**2) > 100 * np.sum((a - b) ** 2)
+    assert_equals_oracle(program, *x)
+    return program
+
+
+def test_sequences_of_no_steps_and_of_all_ship():
+    layer = nn.RNN(nn.SimpleCell(4), reverse=True, keep_order=True, return_carry=True)
+    params = layer.init(jax.random.key(0), X)
+    fn = lambda p, x, n: layer.apply(p, x, seq_lengths=n)
+    _is_shipped(fn, params, X, np.int32([0, X.shape[1], 3]))
+
+
+def test_a_cell_that_two_loops_share_runs_step_by_step():
+    class Shared(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            cell = nn.SimpleCell(4)
+            return nn.RNN(cell, name="b")(nn.RNN(cell, name="a", unroll=2)(x))
+
+    fn, params, _ = _linen(Shared())
+    program = _is_shipped(fn, params, X, streaming={0: 1})
+    state, steps = program.initial_state(), []
+    for t in range(X.shape[1]):
+        state, y = program.step(state, X[:, t])
+        steps.append(y)
+    np.testing.assert_array_equal(np.stack(steps, 1), program(X))
+
+
 def test_programs_with_loops_are_saved_and_printed(tmp_path):
     *_, program = _lowered("nested")
     program.save(tmp_path / "loop.qjax")
