@@ -12,7 +12,7 @@ _NEUTRAL = names("keep", "cast", is_elementwise=True)
 
 _AXES = names("axes") - {"transpose"}
 
-_MASKING = POINTWISE | names("axes", "number", "pad") | {"slice", "concatenate"}
+_MASKING = POINTWISE | names("axes", "number", "pad") | {"concatenate", "iota", "slice"}
 
 # Kinds that may have a mask before them.
 SOFTMAXES = ("softmax", "log_softmax", "logsumexp")
@@ -96,6 +96,8 @@ class _MaskFinder:
                 if not isinstance(value, jax.core.Tracer) and np.size(value):
                     is_large |= bool(np.max(np.abs(_real(value))) >= LARGE)
             elif e is not None:
+                if u not in self.data and self.model.avals[u].dtype == bool:
+                    continue  # Known truth values, however they are made: `jnp.tril`.
                 if e.primitive.name not in _MASKING:
                     return False
                 todo += [w for w in e.inputs if w not in seen]
