@@ -24,7 +24,7 @@ _NEUTRAL = names("keep", "cast", is_elementwise=True)
 
 _AXES = names("axes") - {"transpose"}
 
-_MASKING = POINTWISE | names("axes", "number", "pad") | {"slice", "concatenate"}
+_MASKING = POINTWISE | names("axes", "number", "pad") | {"concatenate", "iota", "slice"}
 
 Part = Literal["mask", "bias", "number", "mixture", "other"]
 _ORDER: tuple[Part, ...] = ("mask", "bias", "number")
@@ -119,7 +119,7 @@ class MaskFinder:
             while todo:
                 u = todo[-1]
                 e = None if u in self.model.constants else self.source.get(u)
-                own = [] if e is None or e.primitive.name not in _MASKING else e.inputs
+                own = [] if e is None or not self._follows(u, e) else e.inputs
                 if missing := [w for w in own if w not in self.parts]:
                     todo += missing
                     continue
@@ -134,7 +134,9 @@ class MaskFinder:
             return _part_of(_real(value))
         if e is None:
             return "bias" if self.model.is_real(v) else "number"
-        if e.primitive.name not in _MASKING:
+        if self._is_known_truth(v):
+            return "number"
+        if not self._follows(v, e):
             return self._part_of_call(v, e)
         is_choice = e.primitive.name == "select_n"
         own = {self.parts[u] for u in e.inputs[1 if is_choice else 0 :]}
@@ -145,6 +147,14 @@ class MaskFinder:
         return (
             "mixture" if is_mixed else next((k for k in _ORDER if k in own), "number")
         )
+
+    def _is_known_truth(self, v: int) -> bool:
+        """Returns whether a value is of known truth values, as of `jnp.tril`."""
+        return v not in self.data and self.model.avals[v].dtype == bool
+
+    def _follows(self, v: int, e: Equation) -> bool:
+        """Returns whether the part of a value is that of its operands."""
+        return e.primitive.name in _MASKING and not self._is_known_truth(v)
 
     def _part_of_call(self, v: int, e: Equation) -> Part:
         """Returns the part of what a call, such as `jnp.tril`, makes of numbers."""

@@ -25,7 +25,7 @@ from qjax.model.common_scales import CodeEnds, held_scale
 from qjax.model.exact import Exact, Unmasked, coded_masks
 from qjax.model.visits import Biases, Pending, Rounded, Visit
 from qjax.qpoint import Estimator, known_zeros
-from qjax.quantizers.point import make_point
+from qjax.quantizers.point import Point, make_point
 from qjax.quantizers.spec import Spec, is_known
 from qjax.ranges import min_max_params, reduce_range
 from qjax.schemes.patterns import Site
@@ -34,6 +34,8 @@ from qjax.schemes.words import is_random
 
 # Least scale of a weight; times that of its input it is no denormal number.
 _LEAST_SCALE = 2.0**-96
+
+FINE = QSpec(16)  # Word of an activation whose levels are on no grid of their own.
 
 
 QState = dict[str, Any]  # Name of an activation site -> state of its calibrator.
@@ -321,7 +323,18 @@ class Quantizer:
             "site": site.name,
         }
         value = quantizers.apply(spec, x, *learned, **own)
-        return Visit(value, quantizers.encode(spec, x, *learned, key=key).params)
+        params = quantizers.encode(spec, x, *learned, key=key).params
+        fine = self.fine_scale(site, make_point(spec, key, x, *learned))
+        if fine is not None:
+            params = QParams(fine, known_zeros(()))
+            value = fake_quant(value, params, FINE, site=site.name)
+        return Visit(value, params)
+
+    def fine_scale(self, site: Site, point: Point) -> jax.Array | None:
+        """Returns the scale of the codes of an activation whose levels have none."""
+        if point.scale is not None or site.role != "activation":
+            return None
+        return point.fine
 
     def _learned(self, site: Site, spec: Spec) -> tuple[jax.Array, ...]:
         """Returns the learned arrays of a site, in the order of the arguments."""
