@@ -215,30 +215,28 @@ class IntegerProgram:
     ) -> Witness:
         """Searches an input that drives an accumulator to the bound of its certificate.
 
-        The certificate bounds a step of a loop at any codes that it may carry; here
-        they come of inputs of the program, each run by the NumPy interpreter.
+        The certificate bounds a step of a loop at any codes that it may carry; this
+        runs whole inputs by the NumPy interpreter.
 
         Args:
           accumulator: One of ``report().overflow``, or its name: of the site whose
             codes are made of it, or its path where that is its own.
-          steps: Steps of the sequence, of a program that was lowered with
-            ``streaming``; None for those of lowering.
+          steps: Steps, of a program with ``streaming``; None for those of lowering.
           budget: Inputs to try. If there are no more than that, all are tried.
           seed: Of what is drawn.
 
         Returns:
-          What was reached, the bound, the codes of the input; ``is_attained`` if they
+          What was reached, the bound, the codes of the input; ``is_attained`` if both
           are equal, ``is_exhaustive`` if all inputs were tried.
 
         Raises:
-          ValueError: for a name of no accumulator, or of several; for one of a loop
-            without steps; for a budget or a number of steps below 1, and ``steps`` of
-            a program without ``streaming``; if something stays in float.
+          ValueError: for a name of no accumulator or several, or of a loop without
+            steps; for ``budget`` or ``steps`` below 1, and ``steps`` of a program
+            without ``streaming``; if something stays in float.
         """
         self._check_whole()
-        own = chosen(self.graph, self.params, accumulator)
-        options: Any = {"steps": steps, "budget": budget, "seed": seed}
-        found = find_witness(self.graph, self.params, own, **options)
+        own = self.graph, self.params, chosen(self.graph, self.params, accumulator)
+        found = find_witness(*own, steps=steps, budget=budget, seed=seed)
         codes = jax.tree.unflatten(self.input_tree, found.codes)
         return dataclasses.replace(found, codes=codes)
 

@@ -29,12 +29,12 @@ from qjax.model.simulate import Simulation
 from qjax.model.states import check_state, start_learned
 from qjax.model.traced_model import TracedModel
 from qjax.model.traces import Traces
+from qjax.model.updater import Updater
 from qjax.model.visitors import (
     LEARNED,
     QState,
     Quantizer,
     Recorder,
-    Updater,
     WeightRecorder,
     check_key,
 )

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
 
 from qjax import quantizers
 from qjax.affine import QParams, QSpec, fake_quant
@@ -20,7 +19,7 @@ from qjax.calibration.calibrator import Calibrator, check_calibrated
 from qjax.calls import shared
 from qjax.estimators import clipped_ste, plain_ste
 from qjax.integer_calls import SoftmaxCall
-from qjax.mesh_axes import axes_of, ends_of, joined
+from qjax.mesh_axes import axes_of
 from qjax.model.common_scales import CodeEnds, held_scale
 from qjax.model.exact import Exact, Unmasked, coded_masks
 from qjax.model.visits import Biases, Pending, Rounded, Visit
@@ -274,7 +273,7 @@ class Quantizer:
         check_calibrated(params, leader.name)
         if params.scale.ndim and spec.symmetric:
             params = _filled(params, calibrator, state, spec)
-        if _is_fresh(state):
+        if is_fresh(state):
             # A constant of the traced program, which is looked at outside of it.
             with jax.ensure_compile_time_eval():
                 known = calibrator.params(state, dataclasses.replace(spec, bits=8))
@@ -367,81 +366,6 @@ class Quantizer:
         return fake_quant(x, params, spec, site=site.name, estimator=estimator)
 
 
-@dataclasses.dataclass(frozen=True)
-class Updater(Quantizer):
-    """A visitor that updates the calibrators of a state, then rounds by it.
-
-    Attributes:
-      update: Whether states move.
-      axes: Names of the axes over which the batch is split.
-    """
-
-    update: ArrayLike = True
-    axes: tuple[str, ...] = ()
-
-    def activation(self, site: Site, x: jax.Array, unit: Pending) -> Visit:
-        """Updates the range of the site, then rounds by it."""
-        spec = self.choices[site].word
-        if isinstance(spec, QSpec) and site.name in self.qstate:
-            real = jax.lax.stop_gradient(x if unit is None else unit.seen(x))
-            calibrator = self.choices[site].calibrator
-            old = self.qstate[site.name]
-            if self.axes:
-                real = self._of_all_parts(real, spec, calibrator.reads_ends)
-            state = calibrator.update(real, old, spec)
-            if self.update is not True:
-                state = jax.tree.map(
-                    functools.partial(jnp.where, self.update), state, old
-                )
-            self.qstate[site.name] = state
-        return super().activation(site, x, unit)
-
-    def at(self, site: Site, x: jax.Array) -> Visit:
-        """Rounds to the grid of a site as it is now, of scale 1 before any batch."""
-        spec, leader = self.choices[site].word, self.choices[site].leader
-        visitor: Quantizer = self
-        state = self.qstate.get(leader.name)
-        is_fresh = state is not None and _is_fresh(state)
-        if is_fresh and isinstance(spec, QSpec):
-            # Known outside of the traced program, where it would be refused.
-            real = jax.lax.stop_gradient(x)
-            state = self.choices[leader].calibrator.update(real, state, spec)
-            own = {**self.qstate, leader.name: state}
-            visitor = dataclasses.replace(self, qstate=own)
-        visit = Quantizer.at(visitor, site, x)
-        if visit.grid is None:
-            return visit
-        is_known = ~jnp.isnan(visit.grid.scale) & (not is_fresh)
-        scale = jnp.where(is_known, visit.grid.scale, 1.0)
-        value = jnp.where(jnp.all(is_known), visit.value, x)
-        grid = visit.grid._replace(scale=scale)
-        return visit._replace(value=value, grid=grid)
-
-    def state(self, names: Sequence[str]) -> Any:
-        """Returns the states of calibrators, which go from step to step."""
-        return {name: self.qstate[name] for name in names if name in self.qstate}
-
-    def inside(self, state: Any, step: jax.Array | None) -> "Updater":
-        """Returns the visitor of a step, which moves ranges of its own."""
-        found = super().inside(state, step)
-        assert isinstance(found, Updater)
-        return dataclasses.replace(found, qstate={**self.qstate, **state})
-
-    def left(self, state: Any, seen: Any, starts: Mapping[str, jax.Array]) -> None:
-        """Takes the ranges after the last step."""
-        self.qstate.update(state)
-
-    def _of_all_parts(self, x: jax.Array, spec: QSpec, reads_ends: bool) -> jax.Array:
-        """Returns the values of all parts of a batch, or the ends of each scale."""
-        if not reads_ends:
-            return joined(x.reshape(x.shape or (1,)), self.axes)
-        low, high = ends_of(*reduce_range(x, spec.axis), self.axes)
-        # Along an axis that shares its scale.
-        own = low.shape or (1,)
-        along = next((d for d, n in enumerate(own) if n == 1), 0)
-        return jnp.concatenate([low.reshape(own), high.reshape(own)], along)
-
-
 def check_key(choices: Choices, key: chex.PRNGKey | None) -> None:
     """Warns of a key that no word draws with."""
     if key is not None and not choices.random():
@@ -493,7 +417,7 @@ def _over(x: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.max(x, over, keepdims=True)
 
 
-def _is_fresh(state: Any) -> bool:
+def is_fresh(state: Any) -> bool:
     """Returns whether a state is known and has seen no batch."""
     is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(state))
     return not is_traced and bool(np.all(np.asarray(getattr(state, "step", 1)) == 0))
