@@ -59,8 +59,12 @@ struct V {
   }
   // In one shuffle: a shift and a blend are two instructions.
   static Reg high_words(Reg even, Reg odd) {
+#ifdef QJAX_SIMDE  // Version 0.7 lacks the shuffle.
+    return _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+#else
     return _mm512_castps_si512(_mm512_mask_movehdup_ps(
         _mm512_castsi512_ps(odd), 0x5555, _mm512_castsi512_ps(even)));
+#endif
   }
   static Reg doubled_high(Reg acc, Reg m) {
     const Reg nudge = _mm512_set1_epi64(int64_t{1} << 30);
