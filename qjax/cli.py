@@ -24,6 +24,7 @@ from qjax.formats.stablehlo import write_stablehlo
 from qjax.formats.tflite import read_tflite, write_tflite
 from qjax.graph.files import has_golden
 from qjax.graph.graph import Value
+from qjax.graph.witnesses import Witness
 from qjax.lowering import lower
 from qjax.program import IntegerProgram, load
 from qjax.tables import text_table
@@ -119,6 +120,12 @@ def _parser() -> argparse.ArgumentParser:
         "report model.qjax --html model.html --inputs images.npz",
     )
     own.add_argument("--html", metavar="PATH", help="write a page of HTML")
+    own.add_argument(
+        "--witness",
+        metavar="NAME",
+        help="search inputs that take the accumulator of a site, or all, to its bound",
+    )
+    own.add_argument("--budget", type=int, default=2000, help="inputs it tries, 2000")
     with_json(with_inputs(own, "inputs in order, whose codes the page shows"))
     own = command(
         _export, "write another format", "export model.qjax --to c99 --output model.c"
@@ -214,9 +221,13 @@ def _report(options: Any) -> int:
         name = pathlib.Path(options.file).name
         write_html(program, options.html, title=name, inputs=inputs)
     report = program.report()
+    names: list[Any] = [] if options.witness is None else [options.witness]
+    names = [*report.overflow] if names == ["all"] else names
+    witnesses = [program.find_witness(x, budget=options.budget) for x in names]
     if not options.json:
         if options.html is None:
             print(report)
+        print(*witnesses, sep="\n", end="\n" if witnesses else "")
         return _GOOD
     accumulators = [
         {
@@ -238,9 +249,16 @@ def _report(options: Any) -> int:
             "float_values": list(report.float_values),
             "nbytes": report.nbytes,
             "notes": list(report.notes),
+            "witnesses": [_witness(own) for own in witnesses],
         }
     )
     return _GOOD
+
+
+def _witness(own: Witness) -> dict[str, Any]:
+    codes = [np.asarray(x).tolist() for x in jax.tree.leaves(own.codes)]
+    fields = "path", "place", "value", "bound", "is_attained", "step", "index", "tried"
+    return {**{field: getattr(own, field) for field in fields}, "codes": codes}
 
 
 def _export(options: Any) -> int:

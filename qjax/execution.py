@@ -11,6 +11,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.backends.gradients import without_gradients
 from qjax.backends.native.library import Library, find_library, thread_count
 from qjax.backends.xla import run as xla
 from qjax.ends import input_codes, real_output
@@ -209,7 +210,9 @@ class Execution:
             count, names = len(self.graph.outputs), self._exposed[1]
             return dict(zip(names, found[count:], strict=True)), found[:count]
 
-        return jax.jit({"codes": codes, "real": real, "sites": sites}[kind])
+        if kind == "codes":
+            return jax.jit(codes)
+        return jax.jit(without_gradients({"real": real, "sites": sites}[kind]))
 
     @functools.cached_property
     def codes(self) -> Callable[..., list[jax.Array]]:
@@ -238,6 +241,7 @@ class Execution:
 
     @functools.cached_property
     def _real(self) -> Callable[..., list[jax.Array]]:
+        @without_gradients
         def real(params: Mapping[str, jax.Array], *inputs: jax.Array) -> Any:
             return self.dequantize(self.codes(params, *self.quantize(inputs)))
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from qjax.affine import QParams, QSpec, dequantize, quantize
+from qjax.model.exact import Unmasked
 from qjax.model.states import check_state
 from qjax.model.visitors import QState, Quantizer
 from qjax.model.visits import Biases, Pending, Visit
@@ -336,7 +337,9 @@ class _WeightRecorder(_SiteRecorder):
     """A recorder of weights, grids and extents, which leaves activations in float."""
 
     def activation(self, site: Site, x: jax.Array, unit: Pending) -> Visit:
-        return Visit(x if unit is None else x * unit.per(1.0))
+        if unit is None or isinstance(unit, Unmasked):
+            return Visit(x)
+        return Visit(x * unit.per(1.0))
 
     def at(self, site: Site, x: jax.Array) -> Visit:
         """Leaves a value as it is."""

@@ -178,13 +178,16 @@ def calibrate(
                     first = shapes_of(inputs)
                     start = _start_traced if is_traced else _start
                     step, params, state = start(qmodel, params, state, inputs)
-                new, flags, masks = step(params, state, *inputs)
+                new, flags, masks, faults = step(params, state, *inputs)
                 if is_traced:
                     qstate, state, number = new, new, number + 1
                     continue
                 for name, is_mask in masks.items():
                     if not is_mask:
                         raise CalibrationError(_NO_MASK.format(name), qstate, number)
+                for text, is_fault in faults.items():
+                    if is_fault:
+                        raise CalibrationError(text, qstate, number)
                 is_finite, is_reached, is_below = np.asarray(flags)
                 if not is_finite.all():
                     raise CalibrationError(
@@ -283,12 +286,26 @@ def _codes(word: Any) -> tuple[int, int]:
     return (low, high) if word.symmetric else (0, high - low)
 
 
-_Step = Callable[..., tuple[QState, jax.Array, dict[str, jax.Array]]]
+_Masks = dict[str, jax.Array]
+_Step = Callable[..., tuple[QState, jax.Array, _Masks, _Masks]]
 _NO_MASK = (
     "An input is added to what the softmax at {0!r} reads, as a mask, and has other "
     f"numbers than 0 and what is below {-LARGE:g}. Pass a mask as dtype bool and "
     "select by it, `jnp.where(mask, scores, -1e9)`; a bias of scores as a parameter, "
-    "or times 1.0, which makes it a value with a site of its own."
+    "or times 1.0, which makes it a value with a site of its own, where what is "
+    f"{-LARGE:g} or less masks."
+)
+_COUNTS = (
+    f"An input is added before the softmax at {{0!r}}, where {-LARGE:g} or less masks, "
+    "and still counts there: some is within 11 of what is kept in its row, or a row "
+    "has nothing else, above -1000. Add -1e9 to mask, and a bias of scores that "
+    "keeps each row's largest number near 0: a softmax is the same without it, `bias - "
+    "bias.max(-1, keepdims=True)`."
+)
+_SHARED = (
+    f"The input at {{0!r}} masks before a softmax by numbers of {-LARGE:g} or less and "
+    "is read elsewhere too, so that they are a part of its range. Pass it as two "
+    "arguments, one of them added before the softmax alone."
 )
 
 
@@ -347,7 +364,8 @@ def _compiler_options() -> dict[str, bool | int | str] | None:
 def _observe(qmodel: QuantizedModel, is_sharded: bool) -> _Step:
     """Makes the step over one batch, which returns a new state, and flags by site.
 
-    Also, by the site of a softmax, whether inputs that are added before it are masks.
+    Also, by the site of a softmax, whether inputs that are added before it are masks,
+    and by what it means, whether another one masks where it must not.
     Flags: all values are finite, not all are 0, and some are lost below zero.
     """
 
@@ -364,14 +382,23 @@ def _observe(qmodel: QuantizedModel, is_sharded: bool) -> _Step:
 
     def observe(
         params: chex.ArrayTree, qstate: QState, *inputs: Any
-    ) -> tuple[QState, jax.Array, dict[str, jax.Array]]:
+    ) -> tuple[QState, jax.Array, _Masks, _Masks]:
         seen = qmodel.float_values(params, inputs)
-        rows = [flags(seen[site.name], spec) for site, spec, _ in qmodel.calibrated()]
+        checks = qmodel.mask_checks(params, inputs)
+        rows = []
+        for site, spec, _ in qmodel.calibrated():
+            is_finite, is_reached, is_below = flags(seen[site.name], spec)
+            is_reached |= site.name in checks.inputs  # A mask alone is zeros there.
+            rows.append([is_finite, is_reached, is_below])
         masks = {
-            name: jnp.all(jnp.stack([jnp.all((x == 0) | (x <= -LARGE)) for x in added]))
-            for name, added in qmodel.added_masks(params, inputs).items()
+            name: jnp.all(jnp.stack([jnp.all((x == 0) | (x <= -LARGE)) for x in own]))
+            for name, own in checks.added.items()
         }
+        counts = checks.counts.items()
+        faults = {_COUNTS.format(name): is_fault for name, is_fault in counts}
+        for name in sorted(checks.shared):
+            faults[_SHARED.format(name)] = jnp.any(seen[name] <= -LARGE)
         flags_ = jnp.array(rows, bool).reshape(-1, 3).T
-        return qmodel.update(seen, qstate), flags_, masks
+        return qmodel.update(seen, qstate), flags_, masks, faults
 
     return observe

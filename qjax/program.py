@@ -16,9 +16,10 @@ from qjax.costs.layers import Layers
 from qjax.ends import check_range, grid_of
 from qjax.execution import Backend, BackendReport, Execution
 from qjax.graph import files
-from qjax.graph.certificate import Report, certify
+from qjax.graph.certificate import Overflow, Report, certify
 from qjax.graph.graph import Graph, Grid, Value
 from qjax.graph.packing import nbytes
+from qjax.graph.witnesses import Witness, chosen, find_witness
 from qjax.leaves import arguments_of, at_start, difference, leaf_names
 from qjax.steps import CompiledStep, StepExecution, compiled_step
 from qjax.tables import show_types
@@ -204,6 +205,43 @@ class IntegerProgram:
         found = certify(self.graph, self.params, tuple(float_values(self)))
         return dataclasses.replace(found, notes=self.notes)
 
+    def find_witness(
+        self,
+        accumulator: Overflow | str,
+        *,
+        steps: int | None = None,
+        budget: int = 2000,
+        seed: int = 0,
+    ) -> Witness:
+        """Searches an input that drives an accumulator to the bound of its certificate.
+
+        The certificate bounds a step of a loop at any codes that it may carry; here
+        they come of inputs of the program, each run by the NumPy interpreter.
+
+        Args:
+          accumulator: One of ``report().overflow``, or its name: of the site whose
+            codes are made of it, or its path where that is its own.
+          steps: Steps of the sequence, of a program that was lowered with
+            ``streaming``; None for those of lowering.
+          budget: Inputs to try. If there are no more than that, all are tried.
+          seed: Of what is drawn.
+
+        Returns:
+          What was reached, the bound, the codes of the input; ``is_attained`` if they
+          are equal, ``is_exhaustive`` if all inputs were tried.
+
+        Raises:
+          ValueError: for a name of no accumulator, or of several; for one of a loop
+            without steps; for a budget or a number of steps below 1, and ``steps`` of
+            a program without ``streaming``; if something stays in float.
+        """
+        self._check_whole()
+        own = chosen(self.graph, self.params, accumulator)
+        options: Any = {"steps": steps, "budget": budget, "seed": seed}
+        found = find_witness(self.graph, self.params, own, **options)
+        codes = jax.tree.unflatten(self.input_tree, found.codes)
+        return dataclasses.replace(found, codes=codes)
+
     def layers(self, *, examples: int | None = None) -> Layers:
         """Returns its layers with the bits of its own integers: `costs.layers_of`."""
         return layers_of(self.graph, self.params, examples=examples)
@@ -237,7 +275,9 @@ class IntegerProgram:
 
         Raises:
           ValueError: for a program that was lowered without ``streaming``; for the
-            state of another program, and inputs of other shapes.
+            state of another program, and inputs of other shapes; for a step after the
+            last, where a position table or a sum of all steps until now makes the
+            length of lowering the longest. A state that JAX traces is not looked at.
         """
         flat, tree = jax.tree.flatten(inputs)
         if tree != self.input_tree:

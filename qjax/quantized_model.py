@@ -23,6 +23,7 @@ from qjax.lowering.site_words import Words
 from qjax.mesh_axes import AxisName, as_axes
 from qjax.model.arguments import check_leaves
 from qjax.model.blends import blended, run_blended
+from qjax.model.masked_sums import MaskChecks
 from qjax.model.rematerialisation import in_regions
 from qjax.model.simulate import Simulation
 from qjax.model.states import check_state, start_learned
@@ -416,13 +417,15 @@ class QuantizedModel:
         self.simulation(params, inputs).run(recorder)
         return recorder.values
 
-    def added_masks(
-        self, params: chex.ArrayTree, inputs: Any
-    ) -> dict[str, list[jax.Array]]:
-        """Returns the inputs that softmaxes add as masks, by the site of a softmax."""
+    def mask_checks(self, params: chex.ArrayTree, inputs: Any) -> MaskChecks:
+        """Returns what calibration checks of masks that are inputs."""
         simulation = self.simulation(params, inputs)
         simulation.run(Recorder({}))
-        return simulation.added_masks
+        traced = self._traced(params, inputs)
+        plan, masked = traced.plan, traced.masked
+        sites = (plan.sites[plan.activations[v]].name for v in masked.inputs)
+        own = simulation.added_masks, simulation.mask_faults
+        return MaskChecks(*own, frozenset(sites), masked.shared)
 
     def simulation(self, params: chex.ArrayTree, inputs: Any) -> Simulation:
         """Returns a run over some inputs, with a visitor at the sites of the model."""

@@ -49,6 +49,7 @@ class StepExecution(Execution):
             zip([graph.values[v] for v in graph.outputs], own.axes, strict=True)
         )
         self.start, self.start_params = own.start, own.start_params
+        self.counter = own.counter
         self.states = self.inputs[: len(own.start.outputs)]
 
     def step(
@@ -57,6 +58,7 @@ class StepExecution(Execution):
         """Computes the next state and the outputs, as `IntegerProgram.step`."""
         types = [jax.typeof(jnp.asarray(x)) for x in state]
         self._check_state(types)
+        check_number(state, self.counter)
         for name, x, v in zip(self.names, inputs, self.ends, strict=True):
             shape, own = _without(v.shape, v.time_axis), np.shape(x)
             if len(own) != len(shape) or own[1:] != shape[1:]:
@@ -157,7 +159,9 @@ class CompiledStep:
         inputs: Sequence[InputEnd],
         outputs: Sequence[tuple[Value, Shape]],
         trees: tuple[Any, Any],
+        counter: tuple[int, int] | None,
     ) -> None:
+        self._counter = counter
         self.backend = runner.backend
         self._start, self._types = states, [(x.shape, x.dtype) for x in states]
         limits = [(np.iinfo(x.dtype) if x.dtype != bool else None) for x in states]
@@ -186,7 +190,8 @@ class CompiledStep:
 
         Raises:
           ValueError: if the state or the inputs have other types, shapes or another
-            structure, or the state codes that no step leaves. The state stays as it is.
+            structure, or the state codes that no step leaves; for a step after the last
+            of a position table. The state stays as it is.
         """
         flat, tree = jax.tree.flatten(inputs)
         if tree != self._input_tree:
@@ -204,6 +209,7 @@ class CompiledStep:
                 f"`state` must hold {show_types(self._start)}, got "
                 f"{show_types(found)}. Start from `initial_state`."
             )
+        check_number(found, self._counter)
         for k, low, high in self._ends:
             x = found[k]
             above = (x - x.dtype.type(low)).view(f"u{x.itemsize}")  # Wraps below.
@@ -245,7 +251,26 @@ def compiled_step(
     pairs = zip(steps.outputs, runner.shapes[len(states) :], strict=True)
     outputs = [(v, _without(shape, axis)) for (v, axis), shape in pairs]
     ends = [(v.low, v.high) for v in steps.states]
-    return CompiledStep(runner, states, ends, inputs, outputs, trees)
+    return CompiledStep(runner, states, ends, inputs, outputs, trees, steps.counter)
+
+
+def check_number(state: Sequence[Any], counter: tuple[int, int] | None) -> None:
+    """Raises for a known state after the last step that there may be.
+
+    Args:
+      state: Codes of the state.
+      counter: Which of them is the number of the step, and how many steps there may be.
+    """
+    if counter is None or isinstance(state[counter[0]], jax.core.Tracer):
+        return
+    k, steps = counter
+    if int(state[k]) == steps:
+        raise ValueError(
+            f"The sequence is longer than the {steps} steps that the program was "
+            "lowered for: its position tables have so many rows, and its sums of all "
+            "steps until now have bounds for so many terms. Lower the model for the "
+            "longest sequence, or start another from `initial_state`."
+        )
 
 
 def _with(shape: Shape, axis: int | None) -> Shape:

@@ -155,7 +155,10 @@ def layer(own, xs):
 
 
 def file(own, batch, time, *others, **options):
-    """A TFLite file of a layer, and of others behind it."""
+    """A TFLite file of a layer, and of others behind it.
+
+    ``Parts`` maps places of inputs to tensors that stand there instead, -1 for none.
+    """
     m, inputs = Model(), own.kernels[0].shape[1]
     sizes = (time, batch) if options.get("TimeMajor") else (batch, time)
     x = y = m.tensor("x", (*sizes, inputs), "int8", *own.x)
@@ -194,6 +197,8 @@ def _add(m, own, x, batch, sizes, name, options):
     parts += [-1] * 4
     between = [m.tensor(f"gate_{g}", (), "int16", 2.0**-12) for g in GATES]
     between.append(m.tensor("hidden", (), "int8", *own.h))
+    for place, other in options.pop("Parts", {}).items():
+        parts[place] = other
     y = m.tensor(name, (*sizes, cells), "int8", *own.h)
     options["FusedActivationFunction"] = tflite.ActivationFunctionType.TANH
     options["CellClip"] = own.clip

@@ -73,6 +73,30 @@ def test_verify_and_report_say_what_the_report_says(folder, capsys):
     assert code == 0 and json.loads(out) == found
 
 
+def test_report_searches_what_takes_accumulators_to_their_bounds(folder, capsys):
+    program = qjax.load(folder / "net.qjax")
+    words = "report", folder / "net.qjax", "--witness", "all", "--budget", "300"
+    code, out, _ = run(capsys, *words)
+    assert code == 0 and out.startswith(f"{program.report()}\n")
+    assert len(out.splitlines()) == len(str(program.report()).splitlines()) + 2
+    code, out, _ = run(capsys, *words, "--json")
+    found = json.loads(out)["witnesses"]
+    assert [own["path"] for own in found] == [o.path for o in program.report().overflow]
+    first, (x,) = found[0], found[0]["codes"]
+    names = ("layers_0/kernel", "layers_0/bias")
+    kernel, bias = (np.asarray(program.params[k]).astype(int) for k in names)
+    sums = np.int64(x) @ kernel + bias
+    assert first["is_attained"] and first["value"] == sums[tuple(first["index"])]
+    assert abs(first["value"]) == first["bound"] == np.abs(sums).max()
+    words = "report", folder / "net.qjax", "--witness", "all", "--budget"
+    assert run(capsys, *words, "0")[::2] == (
+        2,
+        "qjax: `budget` must be 1 input or more, got 0.\n",
+    )
+    code, _, text = run(capsys, "report", folder / "net.qjax", "--witness", "nothing")
+    assert code == 2 and "no accumulator 'nothing'" in text
+
+
 def test_verify_compares_the_golden_codes_of_a_file(folder, capsys, tmp_path):
     path, program = tmp_path / "golden.qjax", qjax.load(folder / "net.qjax")
     code, out, _ = run(capsys, "verify", folder / "net.qjax", "--json")

@@ -221,7 +221,7 @@ class ProgramTest(chex.TestCase):
             build_tflite([x, middle, y], operators, [0], [2])
         tensors = [x, middle, tensor("y", (1, 4))]
         assert len(build_tflite(tensors, operators, [0], [2]).graph.nodes) == 2
-        for kind in ("SVDF", "UNIDIRECTIONAL_SEQUENCE_RNN"):
+        for kind in ("RNN", "UNIDIRECTIONAL_SEQUENCE_RNN"):
             match = rf"Operator 0 \({kind}, output 'y'\): .*keeps a state between calls"
             with pytest.raises(NotImplementedError, match=match):
                 program_of(kind, [x], [y])

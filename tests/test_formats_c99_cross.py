@@ -1,6 +1,6 @@
 """Programs in C on other machines: big-endian, 64-bit ARM, and a Cortex-M4.
 
-Also with the sanitizers of gcc, and as C11.
+Also with the sanitizers of gcc and clang, of a thousand inputs, and as C11.
 """
 
 import shutil
@@ -16,6 +16,7 @@ from tests import test_formats_c99 as models
 from tests import test_formats_c99_operations as nodes
 from tests import test_formats_c99_steps as loops
 from tests.c99_cases import STRICT, joined, random_codes, single
+from tests.format_models import MODELS, SCHEMES
 from tests.models import images
 from tests.tflite_cases import _network, write
 
@@ -130,3 +131,59 @@ def test_other_machines_compute_the_codes_of_the_oracle(tmp_path, name):
             assert not done.returncode, done.stderr
         done = subprocess.run([*command, "./test"], cwd=tmp_path, timeout=120)
         assert not done.returncode
+
+
+READER = """
+#include <stdio.h>
+#include "model.h"
+static {x} x[MODEL_IN0_SIZE];
+static {y} y[MODEL_OUT0_SIZE];
+int main(void) {{
+  while (fread(x, sizeof x, 1, stdin)) {{
+    model_run(x, y);
+    fwrite(y, sizeof y, 1, stdout);
+  }}
+  return 0;
+}}
+"""
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_thousand_inputs_under_the_sanitizers(tmp_path, name, bits):
+    """Codes of the whole range, one example a call; gcc and clang, all warnings."""
+    net, shape = MODELS[name]
+    own = SCHEMES["channel" if bits == 8 else "4 bits"]
+    program = models.lowered(net, images(*shape), **own)
+    graph = program.graph
+    first, last = (graph.values[k[0]] for k in (graph.inputs, graph.outputs))
+    rng = np.random.default_rng(0)
+    size = (1000, *shape[1:])
+    codes = rng.integers(first.low, first.high + 1, size).astype(first.dtype)
+    values = reference.run(graph, program.params, [codes])
+    wanted = values[graph.outputs[0]].astype(last.dtype)
+    write_c99(program, tmp_path, batch_size=1)
+    text = READER.format(x=f"{first.dtype}_t", y=f"{last.dtype}_t")
+    (tmp_path / "main.c").write_text(text)
+    for compiler in ("gcc", "clang"):
+        if shutil.which(compiler) is None:
+            pytest.skip(f"{compiler} is not installed")
+        make = [
+            compiler,
+            *STRICT,
+            "-O2",
+            *SANITIZERS,
+            "main.c",
+            "model.c",
+            "-o",
+            "test",
+        ]
+        done = subprocess.run(make, cwd=tmp_path, capture_output=True, text=True)
+        assert not done.returncode, done.stderr
+        done = subprocess.run(
+            ["./test"], cwd=tmp_path, input=codes.tobytes(), capture_output=True
+        )
+        assert not done.returncode, done.stderr
+        found = np.frombuffer(done.stdout, last.dtype).reshape(wanted.shape)
+        np.testing.assert_array_equal(found, wanted)

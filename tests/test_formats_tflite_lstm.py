@@ -220,6 +220,11 @@ LSTM = "UNIDIRECTIONAL_SEQUENCE_LSTM"
     [
         ({"DiagonalRecurrentTensors": True}, -11, "diagonal_recurrent_tensors=True"),
         ({"AsymmetricQuantizeInputs": True}, -11, "asymmetric_quantize_inputs=True"),
+        ({"Parts": dict.fromkeys((1, 5, 12), -1)}, -11, "fewer than four gates"),
+        ({"Parts": {9: 2}}, -11, "peepholes"),
+        ({"Parts": {11: 2}}, -11, "peepholes"),
+        ({"Parts": {16: 2}}, -11, "a projection"),
+        ({"Parts": {20: 2}}, -11, "layer normalisation"),
         ({}, -16, r"from 2\^-15 to 2\^-9"),
         ({}, -8, r"from 2\^-15 to 2\^-9"),
     ],

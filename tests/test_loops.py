@@ -295,6 +295,42 @@ def _convolutions():
     return _linen(nn.RNN(nn.ConvLSTMCell(3, (3, 3))), x)
 
 
+def _is_shipped(fn, params, *x, **options):
+    """Checks a program against its simulation, the oracle and the float model."""
+    qmodel = qjax.quantize_model(fn, params, *x, scheme=POWERS)
+    qstate = qjax.calibrate(qmodel, params, [x if len(x) > 1 else x[0]])
+    program = qjax.lower(qmodel, params, qstate, *x, **options)
+    found, wanted = jax.jit(qmodel.apply)(params, qstate, *x), jax.jit(fn)(params, *x)
+    jax.tree.map(np.testing.assert_array_equal, found, program(*x))
+    for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        assert np.sum(b**2) > 100 * np.sum((a - b) ** 2)
+    assert_equals_oracle(program, *x)
+    return program
+
+
+def test_sequences_of_no_steps_and_of_all_ship():
+    layer = nn.RNN(nn.SimpleCell(4), reverse=True, keep_order=True, return_carry=True)
+    params = layer.init(jax.random.key(0), X)
+    fn = lambda p, x, n: layer.apply(p, x, seq_lengths=n)
+    _is_shipped(fn, params, X, np.int32([0, X.shape[1], 3]))
+
+
+def test_a_cell_that_two_loops_share_runs_step_by_step():
+    class Shared(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            cell = nn.SimpleCell(4)
+            return nn.RNN(cell, name="b")(nn.RNN(cell, name="a", unroll=2)(x))
+
+    fn, params, _ = _linen(Shared())
+    program = _is_shipped(fn, params, X, streaming={0: 1})
+    state, steps = program.initial_state(), []
+    for t in range(X.shape[1]):
+        state, y = program.step(state, X[:, t])
+        steps.append(y)
+    np.testing.assert_array_equal(np.stack(steps, 1), program(X))
+
+
 def test_programs_with_loops_are_saved_and_printed(tmp_path):
     *_, program = _lowered("nested")
     program.save(tmp_path / "loop.qjax")
@@ -370,3 +406,24 @@ def test_a_checkpoint_saves_less_in_steps_with_grids_of_their_own():
         saved.append(sum(v.size * v.dtype.itemsize for v in kept))
     np.testing.assert_array_equal(*found)
     assert saved[1] < 0.6 * saved[0], saved
+
+
+def test_derivatives_of_a_float_loop_are_those_of_the_model():
+    """Without words nothing is rounded, and what is left is the loop itself."""
+
+    def fn(p, x):
+        step = lambda h, t: (jnp.tanh(t + h @ p["w"]), None)
+        return lax.scan(step, jnp.zeros((2, 3)), x)[0]
+
+    rng = np.random.default_rng(0)
+    params = {"w": rng.normal(0, 1.5, (3, 3)).astype(np.float32)}
+    x = rng.normal(0, 1, (4, 2, 3)).astype(np.float32)
+    qmodel = qjax.quantize_model(fn, params, x, scheme=qjax.Scheme(None, None))
+    qstate = qjax.calibrate(qmodel, params, [x])
+    models = (lambda p: qmodel.apply(p, qstate, x)), (lambda p: fn(p, x))
+    first = [jax.grad(lambda p, f=f: jnp.sum(f(p) ** 2)) for f in models]
+    second = [jax.grad(lambda p, g=g: jnp.sum(g(p)["w"] ** 3)) for g in first]
+    for own, wanted in (first, second):
+        np.testing.assert_allclose(
+            own(params)["w"], wanted(params)["w"], rtol=1e-4, atol=1e-5
+        )

@@ -246,7 +246,7 @@ def test_a_function_by_channel_meets_the_channels_of_each_part():
 def test_a_quantizer_without_a_grid_is_named_by_its_site():
     rng = np.random.default_rng(0)
     x, w = (rng.normal(0, 1, n).astype(np.float32) for n in ((6, 8), (8, 8)))
-    scheme = qjax.Scheme(rules=(qjax.Rule("tanh_0/output", "quantized_ulaw(4)"),))
+    scheme = qjax.Scheme(rules=(qjax.Rule("tanh_0/output", "quantized_po2(6)"),))
     qmodel = qjax.quantize_model(lambda p, x: jnp.tanh(x) @ p, w, x, scheme=scheme)
     qstate = qjax.calibrate(qmodel, w, [x])
     with pytest.raises(

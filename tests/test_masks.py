@@ -235,3 +235,24 @@ def test_softmaxes_of_turned_values(form):
     wanted = np.asarray(fn((), Q))
     error = np.asarray(program(Q)) - wanted
     assert np.sum(wanted**2) > 200 * np.sum(error**2)
+
+
+def test_known_masks_that_the_model_makes_widen_no_range():
+    """`jnp.tril` is a call inside of the model, not a constant of it."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(0, 1, (2, 6, 8)).astype(np.float32)
+    w = rng.normal(0, 0.3, (8, 16)).astype(np.float32)
+
+    def fn(w, x):
+        q, k = jnp.split((x @ w)[:, :, None], 2, -1)
+        kept = jnp.tril(jnp.ones((1, 1, 6, 6), bool))
+        bias = jnp.where(kept, 0.0, jnp.finfo(jnp.float32).min)
+        return nn.dot_product_attention(q, k, k, bias=bias)
+
+    qmodel = qjax.quantize_model(fn, w, x)
+    qstate = qjax.calibrate(qmodel, w, [x])
+    assert qjax.scales(qmodel, w, qstate)["product_0/output"].scale < 1
+    program = qjax.lower(qmodel, w, qstate, x)
+    assert_equals_oracle(program, x)
+    report = qjax.verify(program, qmodel, w, qstate, x)
+    assert all(row.max_difference <= 1 for row in report.sites.values())

@@ -253,15 +253,6 @@ def test_vmap_joins_examples_and_maps_what_cannot_be_joined(program, partly):
     np.testing.assert_array_equal(found.reshape(6, -1), oracle(partly, y))
 
 
-def test_gradients_through_native_kernels_are_refused(program):
-    x = images(4, 7, 6, 3)
-    loss = lambda x: program(x).sum()
-    mapped = lambda x: jax.vmap(jax.grad(loss))(x[None])
-    for run in (jax.grad(loss), jax.jit(jax.grad(loss)), mapped):
-        with pytest.raises(TypeError, match="no gradients.*Differentiate the"):
-            run(x)
-
-
 def test_examples_that_meet_are_mapped_one_by_one():
     fn = lambda x: x - jnp.flip(x, 0)
     x = images(4, 5)

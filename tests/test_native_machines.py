@@ -1,7 +1,7 @@
-"""Instruction sets that this machine may lack: emulated, or under qemu.
+"""Instruction sets that this machine may lack, emulated or under qemu; compilers.
 
-Random convolutions with their requantizer, and every step that the models here need,
-against the oracle. What is not installed is a test that is skipped.
+Random convolutions with their requantizer, every step that the models here need, and
+random graphs, against the oracle. What is not installed is a test that is skipped.
 """
 
 import functools
@@ -22,14 +22,18 @@ from qjax.backends.native.plan import make_plan
 from qjax.graph import reference
 from qjax.graph.graph import Graph, Grid, Node, Value
 from qjax.graph.operations import OPERATIONS, Operands
+from qjax.graph.sizes import value_shapes
 from tests import test_formats_c99 as models
+from tests.integer_programs import drawn as drawn_graph
 from tests.models import images
+from tests.test_native_fuzz import SIZES, codes_of
 
 SOURCES = pathlib.Path(qjax.__file__).parent / "backends" / "native" / "src"
 FLAGS = "-std=c++17 -O2 -fPIC -pthread -fvisibility=hidden".split()
 RULES = ("half_even", "tflite_double", "tflite_single", "fp32_half_even")
 SIMDE = pathlib.Path("/usr/include/simde/x86/avx512.h")
-COUNT = 60
+COUNT, GRAPHS = 60, 20
+NEON_DOT, NEON = ("max", "neon_dot"), ("cortex-a72", "portable")  # Processor and set.
 
 pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("flax_promotion")]
 
@@ -38,6 +42,10 @@ def names_of(where):
     lines = (SOURCES / "sources.txt").read_text().splitlines()
     rows = [line.split() for line in lines if line and not line.startswith("#")]
     return [(name, flags) for name, own, *flags in rows if own == where]
+
+
+def defines(sets):
+    return [f"-D{name[:-3].replace('isa', 'QJAX').upper()}" for name, _ in sets]
 
 
 def build(compiler, names, out, *more):
@@ -71,17 +79,51 @@ def emulated(request, tmp_path_factory):
     return run
 
 
-@pytest.fixture(scope="module")
-def neon(tmp_path_factory):
-    """NEON with dot products, under qemu."""
-    for tool in ("aarch64-linux-gnu-g++", "qemu-aarch64"):
+def check_installed(*tools):
+    for tool in tools:
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
+
+
+@pytest.fixture(scope="module")
+def folder_of_driver(tmp_path_factory):
+    check_installed("aarch64-linux-gnu-g++", "qemu-aarch64")
     folder = tmp_path_factory.mktemp("neon")
     names = [*names_of("any"), *names_of("aarch64"), ("driver.cc", [])]
     compiler = ["aarch64-linux-gnu-g++", "-DQJAX_NEON_DOT"]
     build(compiler, names, folder / "driver", "-static")
-    return functools.partial(drive, folder)
+    return folder
+
+
+@pytest.fixture(params=[NEON_DOT, NEON], ids=["neon_dot", "portable"])
+def neon(request, folder_of_driver):
+    """An ARM processor under qemu, with dot products or without."""
+    return functools.partial(drive, folder_of_driver, *request.param)
+
+
+GNU_ARM = "--target=aarch64-linux-gnu"
+
+
+@pytest.mark.parametrize(
+    ("compiler", "machine"),
+    [
+        ("g++", "x86_64"),
+        ("clang++", "x86_64"),
+        ("aarch64-linux-gnu-g++", "aarch64"),
+        (f"clang++ {GNU_ARM}", "aarch64"),
+    ],
+)
+def test_compilers_have_no_warnings(compiler, machine):
+    tool, *target = compiler.split()
+    check_installed(tool, *["aarch64-linux-gnu-g++"] * (GNU_ARM in target))
+    if not target and tool != "aarch64-linux-gnu-g++" and platform.machine() != machine:
+        pytest.skip(f"this is no {machine}")
+    define = defines(names_of(machine))
+    strict = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+    for name, flags in [*names_of("any"), *names_of(machine), ("driver.cc", [])]:
+        command = [tool, *target, *strict, *flags, *define, str(SOURCES / name)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
 
 
 SANITIZED = "-fsanitize=address,undefined -fno-sanitize-recover=undefined".split()
@@ -89,20 +131,30 @@ SANITIZED = "-fsanitize=address,undefined -fno-sanitize-recover=undefined".split
 SANITIZED.append("-fno-sanitize=shift-base")
 
 
-def test_sanitizers_find_nothing_in_random_graphs_and_changed_plans(tmp_path):
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
+RUNTIMES = {
+    "g++": ([], ["libasan.so", "libubsan.so"]),
+    "clang++": (["-shared-libasan"], ["libclang_rt.asan-x86_64.so"]),
+}
+
+
+@pytest.mark.parametrize("compiler", RUNTIMES)
+def test_sanitizers_find_nothing_in_random_graphs_and_changed_plans(compiler, tmp_path):
+    check_installed(compiler)
+    flags, runtimes = RUNTIMES[compiler]
+    found = []
+    for name in runtimes:
+        command = [compiler, f"-print-file-name={name}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        found.append(done.stdout.strip())
+        if not os.path.exists(found[-1]):
+            pytest.skip(f"{name} is not installed")
     names, sets = names_of("any"), names_of(platform.machine())
-    define = [f"-D{name[:-3].replace('isa', 'QJAX').upper()}" for name, _ in sets]
-    out = tmp_path / "lib.so"
-    build(["g++", *SANITIZED, *define], [*names, *sets], out, *SANITIZED, "-shared")
-    found = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True)
-        for name in ("libasan.so", "libubsan.so")
-    ]
+    out, sanitized = tmp_path / "lib.so", [*SANITIZED, *flags]
+    own = [compiler, *sanitized, *defines(sets)]
+    build(own, [*names, *sets], out, *sanitized, "-shared")
     own = {
         **os.environ,
-        "LD_PRELOAD": " ".join(done.stdout.decode().strip() for done in found),
+        "LD_PRELOAD": " ".join(found),
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
         "PYTHONPATH": os.getcwd(),
     }
@@ -113,7 +165,7 @@ def test_sanitizers_find_nothing_in_random_graphs_and_changed_plans(tmp_path):
     assert int(done.stdout.split()[-1]) > 1000
 
 
-def drive(folder, plan, xs):
+def drive(folder, processor, name, plan, xs):
     """Runs a plan by the driver, whose file is that of driver.cc."""
     outs = [np.empty(shape, dtype) for shape, dtype in plan.outputs]
     number = functools.partial(struct.pack, "<q")
@@ -123,7 +175,7 @@ def drive(folder, plan, xs):
     blocks += [part for x in xs for part in (number(x.nbytes), x.tobytes())]
     blocks += [number(len(outs)), *(number(x.nbytes) for x in outs)]
     (folder / "in").write_bytes(b"".join(blocks))
-    command = ["qemu-aarch64", "-cpu", "max", str(folder / "driver"), "neon_dot"]
+    command = ["qemu-aarch64", "-cpu", processor, str(folder / "driver"), name]
     subprocess.run([*command, str(folder / "in"), str(folder / "out")], check=True)
     content = (folder / "out").read_bytes()
     for x in outs:
@@ -252,11 +304,42 @@ def check_models(run):
             np.testing.assert_array_equal(codes, wanted[v], err_msg=name)
 
 
+def check_graphs(run):
+    ran = 0
+    for number in range(3000, 3000 + GRAPHS):
+        graph, params, steps = drawn_graph(number)
+        rng = np.random.default_rng(number)
+        for size in SIZES:
+            xs = codes_of(graph, size, rng)
+            shapes = [x.shape for x in xs]
+            try:
+                value_shapes(graph, params, shapes)
+            except ValueError:
+                continue
+            values = reference.run(graph, params, xs)
+            found, ran = run(make_plan(graph, params, shapes), xs), ran + 1
+            for codes, v in zip(found, graph.outputs, strict=True):
+                message = f"graph {number}, batch {size}: {steps}"
+                np.testing.assert_array_equal(codes, values[v], err_msg=message)
+    assert ran > 3 * GRAPHS
+
+
+def check_all(run):
+    check_products(run)
+    check_models(run)
+    check_graphs(run)
+
+
 def test_emulated_sets_compute_the_codes_of_the_oracle(emulated):
-    check_products(emulated)
-    check_models(emulated)
+    check_all(emulated)
 
 
-def test_neon_computes_the_codes_of_the_oracle(neon):
-    check_products(neon)
-    check_models(neon)
+def test_arm_computes_the_codes_of_the_oracle(neon):
+    check_all(neon)
+
+
+def test_a_set_that_a_processor_lacks_is_refused(folder_of_driver):
+    driver = str(folder_of_driver / "driver")
+    command = ["qemu-aarch64", "-cpu", NEON[0], driver, NEON_DOT[1], "in", "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "no such instruction set" in done.stderr

@@ -433,3 +433,36 @@ def test_a_float_norm_leaves_its_product_without_a_site_of_its_own():
     )
     config = qjax.dump_config(qmodel)
     assert config["a"].keys() == {"weight_quantizer", "buffer_bitwidth"}
+
+
+def test_what_norms_and_sums_read_has_16_bits():
+    def fn(p, x):
+        y = x @ p["a"]["kernel"]  # A norm and a sum read it.
+        y = y + _layer_norm(y, *p["norm"].values()) @ p["a"]["kernel"]
+        z = _layer_norm(y, *p["norm"].values()) @ p["b"]["kernel"]
+        return y @ p["b"]["kernel"] + z  # A product reads the first sum, too.
+
+    qmodel = quantize_model(fn, PARAMS, X)
+    bits = lambda scheme: {
+        site.name: scheme.spec(site).bits
+        for site in qmodel.sites
+        if site.role == "activation"
+    }
+    found = bits(Scheme())
+    (sums,) = (s for s in qmodel.sites if s.name == "residual_0/output")
+    assert set(sums.feeds) == {"norm", "dense"}
+    assert {name for name, n in found.items() if n == 16} == {"a/output"}
+    assert set(found.values()) == {8, 16}
+    reason = qjax.explain(qmodel, "a/output")["bits"][1]
+    assert reason.endswith("normalisations and sums alone read it")
+    assert set(bits(Scheme(activations=QSpec(20))).values()) == {20}
+    rules = (Rule("a/output", QSpec(8)),)
+    assert set(bits(Scheme(rules=rules)).values()) == {8}
+    demands = qjax.Constraints(split=("tanh",))
+    assert set(bits(Scheme(constraints=demands)).values()) == {8}
+
+    powers = Scheme(QSpec(8, power_of_two=True), QSpec(8, power_of_two=True))
+    qmodel = quantize_model(fn, PARAMS, X, scheme=powers)
+    qstate = calibrate(qmodel, PARAMS, [X])
+    program = qjax.lower(qmodel, PARAMS, qstate, X)
+    assert qjax.verify(program, qmodel, PARAMS, qstate, X).is_exact

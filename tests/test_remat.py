@@ -11,6 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 import qjax
+from qjax import QSpec
 from tests.models import images, randomized
 
 pytestmark = pytest.mark.usefixtures("flax_promotion")
@@ -117,6 +118,25 @@ def cnn(checkpoint):
     return fn, params, x
 
 
+def looped(checkpoint):
+    """A checkpoint of two layers in each step of a loop."""
+
+    @checkpoint
+    def block(p, h, t):
+        for kernel, bias in p:
+            h = jax.nn.relu(h @ kernel + bias)
+        return jnp.tanh(h + t)
+
+    def fn(params, x):
+        step = lambda h, t: (block(params, h, t), None)
+        return jax.lax.scan(step, jnp.zeros_like(x[0]), x)[0]
+
+    params = [
+        (_normal(32, 32, seed=k), jnp.linspace(-0.2, 0.3, 32)[None]) for k in (1, 2)
+    ]
+    return fn, params, 2 * _normal(24, 64, 32)
+
+
 def nnx_model(checkpoint):
     """A method of an NNX module in `nnx.remat`."""
     wrap = nnx.remat if checkpoint is jax.checkpoint else _plain
@@ -144,7 +164,7 @@ def quantized(make, scheme=None, **options):
     return fn, qmodel, plain, params, qjax.calibrate(plain, params, [x]), x
 
 
-@pytest.mark.parametrize("make", [mlp, nested, residual, cnn, nnx_model])
+@pytest.mark.parametrize("make", [mlp, nested, residual, cnn, looped, nnx_model])
 def test_saves_as_little_as_the_float_model(make):
     fn, qmodel, plain, params, qstate, x = quantized(make)
     wanted = saved_bytes(lambda p: total(fn(p, x)), params)
@@ -156,6 +176,20 @@ def test_saves_as_little_as_the_float_model(make):
         runs += [lambda p, s: qmodel.apply_integer(p, s, x)]
     found = [most_saved_bytes(run, params, qstate) for run in runs]
     assert max(found) <= _MOST * wanted
+
+
+@pytest.mark.kept
+def test_steps_with_grids_of_their_own_save_as_little():
+    scheme = qjax.Scheme(rules=[qjax.Rule("scan_0/*", QSpec(8), per_step=True)])
+    fn, params, x = looped(jax.checkpoint)
+    x = x[:8]
+    plain = qjax.quantize_model(looped(_plain)[0], params, x, scheme=scheme)
+    qmodel = qjax.quantize_model(fn, params, x, scheme=scheme)
+    qstate = qjax.calibrate(qmodel, params, [x])
+    wanted = saved_bytes(lambda p: total(fn(p, x)), params)
+    before = saved_bytes(lambda p: total(plain.apply(p, qstate, x)), params)
+    found = most_saved_bytes(lambda p, s: qmodel.apply(p, s, x), params, qstate)
+    assert found <= _MOST * wanted and before > 2 * wanted
 
 
 @pytest.mark.parametrize(

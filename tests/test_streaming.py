@@ -21,6 +21,7 @@ W = {
     "a": RNG.normal(0, 0.5, (4, 4)).astype(np.float32),
     "b": RNG.normal(0, 0.2, (1, 4)).astype(np.float32),
     "k": RNG.normal(0, 0.4, (3, 4, 5)).astype(np.float32),
+    "rows": RNG.normal(0, 0.5, (9, 4)).astype(np.float32),
 }
 WORD = QSpec(8, power_of_two=True)
 POWERS = Scheme(QSpec(8, power_of_two=True, axis="output"), WORD)
@@ -102,7 +103,27 @@ def _begun(p, x):
     return jnp.concatenate([first, x[:, :-1]], 1) @ p["a"]
 
 
+def _placed(p, x):
+    """Rows of a table that is longer, added to an input, a product and a convolution.
+
+    Also as a factor, and as a constant of the model.
+    """
+    rows = p["rows"][None, : x.shape[1]]
+    y = (x + rows) @ p["a"] + rows
+    y = _causal(p, y)[..., :4] + rows[..., :1]
+    y = nn.relu(y) * rows + np.sin(np.arange(7.0, dtype=np.float32))[None, :, None]
+    return jnp.where(np.arange(7)[None, :, None] < 3, y, nn.tanh(y)) @ p["a"]
+
+
+def _until_now(p, x):
+    """A mean, the largest and the least of all steps until now."""
+    y = jnp.cumsum(x @ p["a"], 1) / np.arange(1.0, 8.0, dtype=np.float32)[None, :, None]
+    return lax.cummax(y, 1) @ p["a"], -lax.cummin(nn.relu(x), 1)
+
+
 MODELS = {
+    "position tables": _placed,
+    "until now": _until_now,
     "a first step": _begun,
     "places of each step": _own_places,
     "causal pools": _pooled,
@@ -208,6 +229,38 @@ def test_a_compiled_step_refuses_codes_that_no_step_leaves():
         np.testing.assert_array_equal(held, kept)
 
 
+@pytest.mark.parametrize("fn", [_placed, _until_now])
+def test_a_sequence_longer_than_the_one_that_was_lowered_is_refused(fn):
+    program = _lowered(fn)
+    run, state = program.compile_step(), program.initial_state(3)
+    own = run.initial_state()
+    for _ in range(7):
+        state, _ = program.step(state, X[:, 0])
+        own, _ = run(own, X[:, 0])
+    jax.tree.map(np.testing.assert_array_equal, state, own)
+    for step, held in ((program.step, state), (run, own)):
+        with pytest.raises(ValueError, match="longer than the 7 steps .* position"):
+            step(held, X[:, 0])
+
+
+def test_what_has_time_first_needs_an_input_that_has_it_first():
+    def fn(p, x):
+        past = jnp.pad(x[:-1], ((1, 0), (0, 0), (0, 0))) @ p["a"]
+        return lax.cummax(jnp.cumsum(past, 0), 0) + p["rows"][: len(x), None]
+
+    inside = lambda p, x: fn(p, x.transpose(1, 0, 2)).transpose(1, 0, 2)
+    with pytest.raises(ValueError, match="has time ahead of the examples"):
+        _lowered(inside)
+    x = X.transpose(1, 0, 2)
+    qmodel = qjax.quantize_model(fn, W, x)
+    qstate = qjax.calibrate(qmodel, W, [x])
+    program = qjax.lower(qmodel, W, qstate, x, streaming={0: 0})
+    state, whole = program.initial_state(), program(x)
+    for t, wanted in enumerate(whole):
+        state, found = program.step(state, x[t])
+        np.testing.assert_array_equal(found, wanted)
+
+
 def test_several_inputs_stream_together():
     def fn(p, x, z):
         late = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
@@ -292,9 +345,15 @@ AHEAD = {
         lambda p, x: nn.max_pool(x @ p["a"], (3,), (1,), "SAME"),
         "`max_pool`",
     ),
-    "the largest until now": (lambda p, x: lax.cummax(x @ p["a"], 1), "`max_pool`"),
+    "a sum of steps to come": (
+        lambda p, x: lax.cumsum(x @ p["a"], 1, reverse=True),
+        "`running_sum`",
+    ),
+    "the largest to come": (
+        lambda p, x: lax.cummax(x @ p["a"], 1, reverse=True),
+        "`max_pool`",
+    ),
     "the next step": (lambda p, x: (x[:, 1:]) @ p["a"], "`slice`"),
-    "a sum until now": (lambda p, x: jnp.cumsum(x @ p["a"], 1), "`running_sum`"),
     "a product over time": (
         lambda p, x: jnp.einsum("btc,bsc->bts", x @ p["a"], x),
         "`dot_codes`",

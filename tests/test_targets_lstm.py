@@ -306,6 +306,25 @@ def test_a_small_cell_needs_a_range():
     is_lowered(quantized(cell.apply, params, x, scheme), x)
 
 
+@pytest.mark.parametrize("size", [1e-7, 1e-3])
+def test_biases_beyond_int32_are_refused(size):
+    """Weights so small that a bias has more codes than int32: no number wraps."""
+    cell = nn.RNN(nn.LSTMCell(2))
+    params = jax.tree.map(lambda a: a + 0.0, jax.jit(cell.init)(jax.random.key(0), X))
+    own = params["params"]["cell"]
+    own["ig"]["kernel"] = own["ig"]["kernel"] * size
+    own["hg"]["bias"] = own["hg"]["bias"] + 30.0
+    tiny = quantized(cell.apply, params, X)
+    if size == 1e-3:  # Some 2^28 codes.
+        return is_lowered(tiny)
+    with pytest.raises(OverflowError, match="beyond int32"):
+        qjax.lower(*tiny, X, target=targets.tflite)
+    said = "a gate of '.*scan_0' could reach .*beyond int32: the unit .* Scale"
+    with pytest.raises(OverflowError, match=said):
+        tiny[0].apply_integer(*tiny[1:], X, target=targets.tflite)
+    assert np.all(np.isnan(integers(tiny, X)))  # Unknown in a trace.
+
+
 def test_other_starts_and_targets_are_refused():
     cell = nn.RNN(nn.OptimizedLSTMCell(2))
     params = jax.jit(cell.init)(jax.random.key(0), X)

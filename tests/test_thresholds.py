@@ -447,11 +447,55 @@ def test_a_scale_that_each_batch_finds_is_refused(word):
     assert qjax.verify(qjax.lower(*args, X), *args, X).is_exact
 
 
-def test_levels_on_no_grid_are_refused():
-    args = calibrated(Dense(), words_of("quantized_ulaw(4)"), X)
-    with pytest.raises(ValueError, match="`quantized_ulaw`.* on no grid") as error:
+@pytest.mark.parametrize(
+    "word", ["quantized_ulaw(4)", "quantized_po2(6,4)", "quantized_relu_po2(8,2)"]
+)
+def test_levels_on_no_grid_have_one_of_16_bits_in_a_model(word):
+    args = calibrated(Dense(), words_of(word), X)
+    program = qjax.lower(*args, X)
+    assert qjax.verify(program, *args, X).is_exact
+    assert_equals_oracle(program, X)
+    (value,) = [
+        program.graph.values[v]
+        for name, v in program.graph.sites.items()
+        if name.startswith("a/")
+    ]
+    spec = quantizers.parse(word)
+    step = 2.0**-15 if word.startswith("quantized_ulaw") else spec.max_value * 2.0**-14
+    assert value.dtype == "int16" and value.grid.scale == step
+    # Of the levels that a 16-bit code can tell apart, each is one code.
+    found = program.run_sites(X)[0]
+    (codes,) = [np.asarray(q) for name, q in found.items() if name.startswith("a/")]
+    wanted = np.rint(np.asarray(quantizers.levels(spec), np.float64) / step)
+    assert np.all(np.isin(codes, np.clip(wanted, -(2**15), 2**15 - 1)))
+    assert len(np.unique(codes)) > 4
+
+
+@pytest.mark.parametrize("word", ["quantized_ulaw(4,1)", "quantized_po2(6,4)"])
+def test_levels_on_no_grid_train_in_integers(word):
+    params = {k: RNG.normal(0, 0.3, (8, 8)).astype(np.float32) for k in "ab"}
+    x = RNG.normal(0, 1, (6, 8)).astype(np.float32)
+    fn = lambda p, x: (x @ p["a"]) @ p["b"]
+    scheme = qjax.Scheme(rules=(qjax.Rule("a/output", word),))
+    qmodel = qjax.quantize_model(fn, params, x, scheme=scheme)
+    args = qmodel, params, qjax.calibrate(qmodel, params, [x])
+    program = qjax.lower(*args, x)
+    integers = jax.jit(qmodel.apply_integer)(*args[1:], x)
+    np.testing.assert_array_equal(integers, program(x))
+    assert len(np.unique(np.asarray(integers))) > 10
+    loss = lambda p: (qmodel.apply_integer(p, args[2], x) ** 2).sum()
+    for g in jax.tree.leaves(jax.grad(loss)(params)):
+        assert np.all(np.isfinite(g)) and np.any(g)
+
+
+def test_powers_too_far_apart_are_refused():
+    args = calibrated(Dense(), words_of("quantized_po2(6)"), X)
+    with pytest.raises(ValueError, match="on no grid") as error:
         qjax.lower(*args, X)
-    assert "qjax.fake_quant" in str(error.value)
+    assert "`max_value`" in str(error.value)
+
+
+def test_levels_on_no_grid_of_a_function():
     ulaw = quantizers.QuantizedUlaw(4)
     fn = lambda x: point(quantizers.apply(ulaw, accumulator(x)), 1 / 128)
     checked(fn, exact=False)

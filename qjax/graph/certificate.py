@@ -14,6 +14,7 @@ from qjax.graph.packing import nbytes
 _EXACT_FLOAT32 = 1 << 24  # Integers below are exact in float32.
 _HALF_ULP = 2.0**-24  # Relative rounding of one float32 operation.
 _OTHER_ROUNDINGS = 8  # Roundings beside a sum's: bias, factor, scales, their products.
+_OF_LOOPS = "in loops from any codes carried; `find_witness` searches inputs that do it"
 _AT_ANY_SCALE = "at any scale, given equal input codes"
 
 
@@ -29,7 +30,8 @@ class Overflow:
       value: Number of the accumulator in its graph.
       witness: Input codes that attain the bound of a product with a kernel, in the
         shape of the kernel of the worst channel; empty for other operations. Of a loop,
-        codes of one step: whether a sequence leads to them is not said.
+        codes of one step: `IntegerProgram.find_witness` searches inputs of the program
+        that lead to them.
       place: Place of its graph in the program; empty for the program itself.
     """
 
@@ -115,6 +117,7 @@ class Report:
             f"{o.path:<{wide}} {o.bits:>4} {o.low.min():>12} {o.high.max():>12}"
             for o in self.overflow
         ]
+        lines += [_OF_LOOPS] if any(o.place for o in self.overflow) else []
         lines += ["", f"{'site':<{wide}} agreement"]
         lines += [f"{name:<{wide}} {a}" for name, a in self.agreement.items()]
         if self.constants:
@@ -145,11 +148,8 @@ def certify(
       The certificates.
     """
     arrays = {name: np.asarray(p) for name, p in params.items()}
-    overflow, agreement, constants = [], {}, []
+    agreement, constants = {}, []
     for place, own, is_nan in _with_nan(graph):
-        sums = filter(_accumulates, own.nodes)
-        bounds = (_overflow(own, node, arrays) for node in sums)
-        overflow += [dataclasses.replace(bound, place=place) for bound in bounds]
         constants += _constants(own)
         makers = {v: node for node in own.nodes for v in node.outputs}
         for name, v in own.sites.items():
@@ -158,8 +158,18 @@ def certify(
                 found = Agreement(False, _BEYOND, None)
             agreement[name] = found
     size = sum(map(nbytes, arrays.values()))
-    ends = tuple(overflow), agreement, float_values, size
+    ends = accumulators(graph, params), agreement, float_values, size
     return Report(*ends, constants=tuple(constants))
+
+
+def accumulators(graph: Graph, params: Mapping[str, Any]) -> tuple[Overflow, ...]:
+    """Bounds the accumulators of a graph and of those inside of its nodes, in order."""
+    arrays = {name: np.asarray(p) for name, p in params.items()}
+    return tuple(
+        dataclasses.replace(_overflow(own, node, arrays), place=place)
+        for place, own in graph.walk()
+        for node in filter(_accumulates, own.nodes)
+    )
 
 
 def _with_nan(

@@ -34,7 +34,9 @@ def run(
     Raises:
       OverflowError: if a value leaves the interval that the graph promises.
     """
-    arrays = {name: np.asarray(p).astype(np.int64) for name, p in params.items()}
+    arrays = {
+        name: np.asarray(p).astype(np.int64, copy=False) for name, p in params.items()
+    }
     return _run(graph, arrays, inputs, {} if sites is None else sites)
 
 

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qjax.graph.builder import GraphBuilder
 from qjax.graph.graph import Graph, Node, Value
 from qjax.graph.passes import drop_dead
+from qjax.graph.step_numbers import State, StepNumbers
 from qjax.graph.time_axes import TIME_RULES, Time, Times
 
 
@@ -26,6 +28,8 @@ class Streamed(NamedTuple):
       start: Graph from the inputs of the program to the first states.
       start_params: Parameters of the start.
       axes: By output, its axis of time; None for what is of the last step.
+      counter: State that is the number of the step, and the steps that there may be;
+        None where these are any number.
     """
 
     step: Graph
@@ -33,6 +37,7 @@ class Streamed(NamedTuple):
     start: Graph
     start_params: dict[str, Any]
     axes: tuple[int | None, ...]
+    counter: tuple[int, int] | None
 
 
 def streamed(graph: Graph, params: Mapping[str, Any]) -> Streamed:
@@ -52,23 +57,15 @@ def streamed(graph: Graph, params: Mapping[str, Any]) -> Streamed:
     return _Streamer(graph, params).streamed()
 
 
-class _State(NamedTuple):
-    """A state of a step."""
-
-    value: int  # Number of its input in the step.
-    start: int | None  # Value of the whole graph that it starts with.
-    fill: tuple[int, Value] | None  # Code that it is full of at the start, else.
-    end: int  # Number of its next value in the step.
-
-
-class _Streamer:
+class _Streamer(StepNumbers):
     def __init__(self, graph: Graph, params: Mapping[str, Any]):
-        self.graph, self.params = graph, params
-        self.values: list[Value] = []
-        self.nodes: list[Node] = []
+        self.graph, self.builder = graph, GraphBuilder()
+        self.builder.params = {name: np.asarray(p) for name, p in params.items()}
+        self.params = self.builder.params
+        self.values, self.nodes = self.builder.values, self.builder.nodes
         self.number: dict[int, int] = {}  # Value of the graph -> value of the step.
         self.times: dict[int, Time] = {}  # Values with an axis of time.
-        self.states: list[_State] = []
+        self.states: list[State] = []
         # Values that the past of a sequence determines, with no axis of time.
         self.late: set[int] = set()
         # Values that inputs without an axis of time determine.
@@ -104,7 +101,7 @@ class _Streamer:
         axes = tuple(
             self.times[v].axis if v in self.times else None for v in graph.outputs
         )
-        return Streamed(*found, *self.start(), axes)
+        return Streamed(*found, *self.start(), axes, self.counter)
 
     def start(self) -> tuple[Graph, dict[str, Any]]:
         """Returns the graph of the first states."""
@@ -118,14 +115,17 @@ class _Streamer:
             assert state.fill is not None
             code, own = state.fill
             name = f"start {k}"
-            shape = (1, *own.shape[1:]) if own.shape else ()
-            params[name] = np.full(shape, code, own.dtype)
-            values.append(dataclasses.replace(own, low=code, high=code))
-            outputs.append(len(values) - 1)
             like = next(
                 v for v in graph.inputs if graph.values[v].time_axis is not None
             )
-            node = Node("constant", (like,), outputs[-1], {"value": name}, {})
+            if state.is_along_time and graph.values[like].time_axis:
+                raise _not_first(state)
+            beside = (like,) if own.shape and not state.is_along_time else ()
+            shape = (1, *own.shape[1:]) if beside else own.shape
+            params[name] = np.full(shape, code, own.dtype)
+            values.append(dataclasses.replace(own, low=code, high=code))
+            outputs.append(len(values) - 1)
+            node = Node("constant", beside, outputs[-1], {"value": name}, {})
             nodes.append(node)
         whole = Graph(tuple(values), tuple(nodes), graph.inputs, tuple(outputs), {})
         return drop_dead(_plain(whole), params)
@@ -155,6 +155,8 @@ class _Streamer:
             )
             self.copy(node, node.attributes)
             return
+        if self.visit_bias(node, times):
+            return
         visit = self.with_past.get(node.operation)
         if visit is not None and visit(self, node, times):
             return
@@ -166,6 +168,8 @@ class _Streamer:
             raise self.refusal(node)
         rule = TIME_RULES.get(node.operation)
         found = None if rule is None else rule(node, times, self.graph, self.params)
+        if found is None and self.visit_places(node, times):
+            return
         if found is None:
             raise self.refusal(node)
         axis, attributes = found
@@ -228,7 +232,7 @@ class _Streamer:
             body = node.graphs["body"]
             own = body.values[body.inputs[k]]
             inputs[k] = self.add_value(own)
-            self.states.append(_State(inputs[k], v, None, self.number[end]))
+            self.states.append(State(inputs[k], v, None, self.number[end]))
         outputs = [self.number[v] for v in node.outputs]
         self.nodes.append(
             dataclasses.replace(
@@ -276,7 +280,9 @@ class _Streamer:
         past = time.past + steps
         if steps < 0 or time.past > 0 or past < 0:
             raise self.refusal(node)
-        whole = self.remembered(self.number[v], time.axis, steps, code, start)
+        whole = self.remembered(
+            node.path, self.number[v], time.axis, steps, code, start
+        )
         self.times[node.output] = Time(time.axis, past)
         self.number[node.output] = self.cut(whole, time.axis, 0, past + 1)
 
@@ -337,6 +343,8 @@ class _Streamer:
             raise self.refusal(node, _EACH)
         if a["base_dilation"][k] != 1:
             raise self.refusal(node)
+        if self.visit_extreme(node, time):
+            return True
         if reach and a["window"][k] >= self.graph.values[node.inputs[0]].shape[k]:
             raise self.refusal(
                 node, "It looks at all steps: a window of fewer streams, or a loop."
@@ -366,7 +374,7 @@ class _Streamer:
         x = self.number[node.inputs[0]]
         if low and time.past:
             raise self.refusal(node)
-        x = self.remembered(x, time.axis, low, code)
+        x = self.remembered(node.path, x, time.axis, low, code)
         padding = [list(pair) for pair in node.attributes["padding"]]
         padding[k] = [0, 0]
         self.times[node.output] = Time(axis)
@@ -384,15 +392,23 @@ class _Streamer:
         "concatenate": visit_concatenate,
         "slice": visit_slice,
         "conv": visit_conv,
+        "running_sum": StepNumbers.visit_running_sum,
         **dict.fromkeys(("max_pool", "min_pool", "sum_pool"), visit_pool),
     }
 
     def remembered(
-        self, x: int, axis: int, steps: int, code: int | None, start: int | None = None
+        self,
+        path: str,
+        x: int,
+        axis: int,
+        steps: int,
+        code: int | None,
+        start: int | None = None,
     ) -> int:
         """Adds a state of the last steps of a value; returns both, joined.
 
         Args:
+          path: Module path of what reads it.
           x: Value of the step.
           axis: Axis of time.
           steps: Number of steps that the state holds.
@@ -415,7 +431,7 @@ class _Streamer:
         self.nodes.append(Node("concatenate", (state, x), whole, {}, {"axis": axis}))
         kept = self.cut(whole, axis, 1, steps + 1)
         fill = None if code is None else (code, sized(steps))
-        self.states.append(_State(state, start, fill, kept))
+        self.states.append(State(state, start, fill, kept, path, axis == 0))
         return whole
 
     def cut(self, x: int, axis: int, start: int, stop: int) -> int:
@@ -430,6 +446,15 @@ class _Streamer:
         ends = {"start": place(start), "stop": place(stop), "steps": none}
         self.nodes.append(Node("slice", (x,), found, {}, ends))
         return found
+
+
+def _not_first(state: State) -> ValueError:
+    where = f" in {state.path!r}" if state.path else ""
+    return ValueError(
+        f"What{where} reads the past has time ahead of the examples, and the input has "
+        "the examples first: a state must have them first, too. Transpose after it, or "
+        "let the input have time first."
+    )
 
 
 _EACH = (

@@ -62,17 +62,21 @@ class LstmCell:
         return int(_INT16.min), int(_INT16.max)
 
 
-def add_lstm(builder: GraphBuilder, x: int, cell: LstmCell, path: str) -> int:
-    """Adds an LSTM that starts from a state of zeros to a graph.
+def add_lstm(
+    builder: GraphBuilder, x: int, cell: LstmCell, path: str, start: Sequence[int] = ()
+) -> tuple[int, ...]:
+    """Adds an LSTM to a graph.
 
     Args:
       builder: Receives it.
       x: Value of the inputs, int8 ``[time, batch, inputs]``.
       cell: The LSTM.
       path: Module path of the LSTM.
+      start: Values of state and cell before the first step; zeros if there are none.
 
     Returns:
-      The value of the outputs, int8 ``[time, batch, cells]``.
+      The values of state and cell after the last step, and of the outputs, int8
+      ``[time, batch, cells]``.
 
     Raises:
       OverflowError: if an accumulator could leave int32.
@@ -86,16 +90,16 @@ def add_lstm(builder: GraphBuilder, x: int, cell: LstmCell, path: str) -> int:
         ("int8", "int16"),
         strict=True,
     )
-    start = []
+    zeros = []
     for name, grid, dtype in states:
         codes = np.full(shape, grid.zero_point, dtype)
         role = {"value": builder.add_param(f"{path}/{name}", codes, grid)}
         options: Any = {"params": role, "grid": grid, "dtype": dtype, "path": path}
-        start.append(builder.add("constant", (), **options))
+        zeros.append(builder.add("constant", (), **options))
     value = builder.values[x]
     body = lstm_body(builder, cell, (value.shape[1:], value.low, value.high), path)
     attributes = {"consts": 0, "carries": 2, "length": None, "is_reversed": False}
-    return builder.add_loop([*start, x], body, attributes, path=path)[2]
+    return builder.add_loop([*(start or zeros), x], body, attributes, path=path)
 
 
 def lstm_body(

@@ -231,3 +231,8 @@ TIME_RULES: Mapping[str, _Rule] = {
     "gather": _gather,
     "pad": _pad,
 }
+
+
+def is_elementwise(node: Node) -> bool:
+    """Returns whether each number of an output has the place of those it is made of."""
+    return TIME_RULES.get(node.operation) is _elementwise

@@ -45,7 +45,9 @@ def bias_shift(top: Any, most: int) -> Any:
     Returns:
       The shift, an integer of the kind of ``top``.
     """
-    return sum(1 * (top * 2.0**j <= most) for j in range(1, MOST_SHIFT + 1))
+    fits = (top * 2.0**j <= most for j in range(1, MOST_SHIFT + 1))
+    # No product with 1: strict promotion knows none of truth values.
+    return sum(x.astype(np.int32) if hasattr(x, "astype") else int(x) for x in fits)
 
 
 class Biased(NamedTuple):

@@ -391,8 +391,8 @@ def refuse(e: Equation, x: Abstract, role: str) -> ValueError:
         return ValueError(
             f"The {role} of `{e.primitive.name}` in {where(e)} comes from {made}"
             f"{at} with levels on no grid.\n  equation: {e}\nPut them on one with "
-            "`qjax.fake_quant`, or use a word of equal steps, such as "
-            "`quantized_bits(8)`."
+            "`qjax.fake_quant`, of 16 bits if they are to stay, or use a word of equal "
+            f"steps, such as `quantized_bits(8)`{_POWERS.get(name, '')}."
         )
     if isinstance(x, Real):
         what, site = x.source, x.remedy
@@ -411,6 +411,8 @@ def refuse(e: Equation, x: Abstract, role: str) -> ValueError:
     )
 
 
+_BOUNDED = ", or a rule of the scheme with a `max_value`, whose levels have 16 bits"
+_POWERS = dict.fromkeys(("quantized_po2", "quantized_relu_po2"), _BOUNDED)
 _KINDS: dict[type, str] = {
     Integers: "an accumulator",
     PendingAccumulator: "an accumulator",

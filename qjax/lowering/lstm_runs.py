@@ -12,7 +12,7 @@ from qjax.affine import QParams, QSpec
 from qjax.graph.graph import storage
 from qjax.graph.tflite_lstm import LEAST_POWER, MOST_POWER
 from qjax.lowering.accumulators import whole_steps
-from qjax.lowering.lstm_steps import LstmOperands, lstm_call
+from qjax.lowering.lstm_steps import LstmOperands, furthest, lstm_call
 from qjax.lowering.tflite_forms import refuse
 from qjax.model.blocks import constant_of
 from qjax.model.loop_runs import OnGrid
@@ -83,6 +83,7 @@ class LstmRuns(Simulation):
             h_zero=h.zero_point,
             c_scale=c.scale,
         )
+        _check_sums(_prefix(loop), given)
         given, is_first = lax.stop_gradient(given), form.cell == 0
         found: Sequence[jax.Array]
         found = lstm_call(_prefix(loop), given, is_cell_first=is_first)
@@ -266,6 +267,21 @@ class LstmRuns(Simulation):
         low, high = (jnp.int32(q) for q in (-(2**31) + 1, 2**31 - 1))
         unit = lax.optimization_barrier(unit)
         return grid_codes(total, unit, jnp.int32(0), low, high)
+
+
+def _check_sums(name: str, own: LstmOperands) -> None:
+    """Raises for an LSTM whose sums are known to leave int32."""
+    parts = own.kernels, own.biases, own.x_zero
+    if any(isinstance(x, jax.core.Tracer) for x in parts):
+        return
+    kernels, biases, zero = map(np.asarray, parts)
+    far = int(furthest(kernels, biases, zero, np))
+    if far >= 2**31 - 1:
+        raise OverflowError(
+            f"The accumulator of a gate of {name!r} could reach {far} or more, beyond "
+            "int32: the unit of its biases, the scales of inputs and weights, is too "
+            "small for them. Scale inputs or weights up, or the biases down."
+        )
 
 
 def _prefix(loop: Loop) -> str:

@@ -67,7 +67,8 @@ def lstm_call(
 
     Returns:
       The last cell, the last state and all states, real values on their grids. They are
-      NaN for a scale of the cell that TFLite does not have.
+      NaN for a scale of the cell that TFLite does not have, and for sums of inputs
+      that int32 does not hold.
     """
     found: tuple[jax.Array, jax.Array, jax.Array] = _jitted(
         f"{'cell' if is_cell_first else 'state'}.{name}"
@@ -93,6 +94,8 @@ def _computed(own: LstmOperands) -> tuple[jax.Array, jax.Array, jax.Array]:
         into = _gate_multipliers(own.kernel_scales, own.x_scale)
         kept = _gate_multipliers(own.recurrent_scales, own.h_scale)
         out = _state_multiplier(own.h_scale)
+        far = furthest(own.kernels, own.biases, own.x_zero, jnp)
+        is_held = far < jnp.int64(2**31 - 1)
     given = jnp.stack(
         [
             _gate(x, own.x_zero, own.kernels[k], own.biases[k], into, k)
@@ -134,13 +137,33 @@ def _computed(own: LstmOperands) -> tuple[jax.Array, jax.Array, jax.Array]:
     )
     (h, c), ys = lax.scan(step, start, jnp.moveaxis(given, 1, 0))
     powers = np.float32(2.0) ** np.arange(LEAST_POWER, MOST_POWER + 1)
-    is_known = own.c_scale == jnp.asarray(powers, jnp.float32)[place]
+    is_known = is_held & (own.c_scale == jnp.asarray(powers, jnp.float32)[place])
     zero = jnp.zeros((), jnp.int32)
     real = lambda codes, scale, z: jnp.where(
         is_known, grid_values(codes.astype(jnp.int32), scale, z), jnp.nan
     )
     state = own.h_scale, own.h_zero
     return real(c, own.c_scale, zero), real(h, *state), real(ys, *state)
+
+
+def furthest(kernels: Any, biases: Any, zero: Any, xp: Any) -> Any:
+    """Returns how far the sums of inputs could go from 0, and their folded biases.
+
+    Args:
+      kernels: As in `LstmOperands`; NumPy's, or JAX's where 64 bits are enabled.
+      biases: Likewise. What int32 does not hold is at its ends.
+      zero: Zero point of the inputs.
+      xp: NumPy or JAX's.
+
+    Returns:
+      int64, ``[]``; 2^31 - 1 or more if int32 does not hold them.
+    """
+    wide, b, z = (x.astype(xp.int64) for x in (kernels, biases, zero))
+    first, last = (wide * (xp.int64(code) - z) for code in (-128, 127))
+    high = b + xp.maximum(first, last).sum(-1)
+    low = b + xp.minimum(first, last).sum(-1)
+    folded = b - z * wide.sum(-1)
+    return xp.stack([xp.abs(x) for x in (high, low, folded, b)]).max()
 
 
 def _gate(

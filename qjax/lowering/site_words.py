@@ -9,7 +9,7 @@ import numpy as np
 
 from qjax.affine import QParams, QSpec
 from qjax.graph.graph import storage
-from qjax.model.visitors import Quantizer
+from qjax.model.visitors import FINE, Quantizer
 from qjax.model.visits import Visit
 from qjax.quantizers.point import make_point
 from qjax.quantizers.spec import Spec, is_known
@@ -39,7 +39,8 @@ class Words(Quantizer):
                 zeros = jnp.zeros(np.broadcast_shapes((1,) * x.ndim, *shapes))
                 point = make_point(spec, None, zeros, *arrays)
             is_direct = point.is_direct and not point.is_curve
-            self._remember(site, point.qmin, point.qmax, is_direct)
+            ends: Any = point if self.fine_scale(site, point) is None else FINE
+            self._remember(site, ends.qmin, ends.qmax, is_direct)
         return super()._apply(site, x, spec)
 
     def _round(

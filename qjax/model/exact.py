@@ -10,10 +10,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from qjax.affine import QParams, QSpec
-from qjax.integer_calls import IntegerCall, on_grid
+from qjax.estimators import plain_ste
+from qjax.integer_calls import LARGE, IntegerCall, on_grid
 from qjax.model.common_scales import CodeEnds
+from qjax.qpoint import bind_point
+
+_MOST_STEPS = 2.0**22  # From zero to a mask; float32 tells them all apart.
 
 
 class Exact(NamedTuple):
@@ -87,6 +92,52 @@ class Masked(NamedTuple):
     def seen(self, x: jax.Array) -> jax.Array:
         """Returns the value as calibrators see it."""
         return unmasked(x, self.kept)
+
+
+class Unmasked(NamedTuple):
+    """Marks a real value of which a part masks before a softmax.
+
+    What masks is no part of its range, and saturates.
+
+    Attributes:
+      kept: Truth values of what does not mask.
+      is_input: Whether its codes say what masks, as of an input that is added.
+    """
+
+    kept: jax.Array
+    is_input: bool
+
+    def seen(self, x: jax.Array) -> jax.Array:
+        """Returns the value as calibrators see it."""
+        return unmasked(x, self.kept)
+
+
+def coded_masks(x: jax.Array, params: QParams, spec: QSpec) -> tuple[Any, jax.Array]:
+    """Puts an input with masks on a grid, with one more code, the least, for a mask.
+
+        least = min(round(-100 / scale), -1, qmin - zero_point - 1) + zero_point
+
+    All codes above are those of the word; between both lies what saturates in it.
+
+    Args:
+      x: Real values.
+      params: The grid, one scale.
+      spec: Its word, of at most 16 bits.
+
+    Returns:
+      The values on the grid, with the derivative of ``x``, and whether each is kept.
+    """
+    zero = jnp.asarray(params.zero_point).astype(jnp.int32)
+    scale = lax.stop_gradient(params.scale)
+    steps = jnp.maximum(jnp.rint(jnp.float32(-LARGE) * (1.0 / scale)), -_MOST_STEPS)
+    below = jnp.asarray(spec.qmin).astype(jnp.int32) - zero - 1
+    least = jnp.minimum(jnp.minimum(steps.astype(jnp.int32), -1), below)
+    most = jnp.maximum(jnp.asarray(spec.qmax).astype(jnp.int32), least + zero + 1)
+    found = plain_ste(x, scale, zero, least + zero, most, "mask")
+    own = lax.stop_gradient(found)
+    ends = least + zero, least + zero + 1
+    of_two = bind_point(own, scale, zero, *ends, site="mask")
+    return found, of_two > (least.astype(jnp.float32) + 0.5) * scale
 
 
 def unmasked(x: jax.Array, kept: jax.Array) -> jax.Array:

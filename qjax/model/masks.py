@@ -1,18 +1,35 @@
 """Finds the masks before softmaxes in a traced model: they are no part of any range."""
 
+import math
+from typing import Any, Literal
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qjax.integer_calls import LARGE
+from qjax.model.blocks import constant_of
 from qjax.model.kept import whole_of
 from qjax.model.primitives import AFFINE, POINTWISE, names
-from qjax.model.trace import Equation, Trace, is_key, makers_and_readers
+from qjax.model.trace import (
+    CALLS,
+    Equation,
+    Trace,
+    evaluate,
+    is_key,
+    makers_and_readers,
+)
 
 _NEUTRAL = names("keep", "cast", is_elementwise=True)
 
 _AXES = names("axes") - {"transpose"}
 
-_MASKING = POINTWISE | names("axes", "number", "pad") | {"slice", "concatenate"}
+_MASKING = POINTWISE | names("axes", "number", "pad") | {"concatenate", "iota", "slice"}
+
+Part = Literal["mask", "bias", "number", "mixture", "other"]
+_ORDER: tuple[Part, ...] = ("mask", "bias", "number")
+
+_MOST_KNOWN = 1 << 22  # Numbers that a call is run for.
 
 # Kinds that may have a mask before them.
 SOFTMAXES = ("softmax", "log_softmax", "logsumexp")
@@ -33,20 +50,21 @@ def find_masks(
       The values between the scores before their masks and the softmax, and these
       scores. Without a mask there are no such values.
     """
-    return _MaskFinder(model, data).masked(scores, readers)
+    return MaskFinder(model, data).masked(scores, readers)
 
 
 def mask_values(model: Trace, data: set[int]) -> frozenset[int]:
     """Returns the masks of softmaxes and norms, and what is computed for them alone."""
-    return _MaskFinder(model, data).served()
+    return MaskFinder(model, data).served()
 
 
-class _MaskFinder:
+class MaskFinder:
     """A search for masks, by the equations that make and that read each value."""
 
     def __init__(self, model: Trace, data: set[int]):
         self.model, self.data = model, data
         self.source, self.users = makers_and_readers(model)
+        self.parts: dict[int, Part] = {}
 
     def masked(self, v: int, readers: set[int]) -> tuple[set[int], int]:
         """Returns the values between scores and softmax, and the scores."""
@@ -87,20 +105,75 @@ class _MaskFinder:
 
     def _is_large(self, v: int) -> bool:
         """Returns whether a value of inputs and a constant is large where not 0."""
-        todo, seen, is_large = [v], {v}, False
-        while todo:
-            u = todo.pop()
-            e = self.source.get(u)
-            if u in self.model.constants:
-                value = self.model.constants[u]
-                if not isinstance(value, jax.core.Tracer) and np.size(value):
-                    is_large |= bool(np.max(np.abs(_real(value))) >= LARGE)
-            elif e is not None:
-                if e.primitive.name not in _MASKING:
-                    return False
-                todo += [w for w in e.inputs if w not in seen]
-                seen.update(e.inputs)
-        return is_large
+        return self.part(v) in ("mask", "mixture")
+
+    def part(self, v: int) -> Part:
+        """Returns what a value is to a sum before a softmax.
+
+        A ``mask`` is of inputs and a constant, and large where it is not 0; a
+        ``number`` is a constant that is small, or what is made of such; a ``bias`` has
+        other real values in it, a ``mixture`` both that and a mask.
+        """
+        if v not in self.parts:
+            todo = [v]
+            while todo:
+                u = todo[-1]
+                e = None if u in self.model.constants else self.source.get(u)
+                own = [] if e is None or not self._follows(u, e) else e.inputs
+                if missing := [w for w in own if w not in self.parts]:
+                    todo += missing
+                    continue
+                self.parts[todo.pop()] = self._part(u, e)
+        return self.parts[v]
+
+    def _part(self, v: int, e: Equation | None) -> Part:
+        if v in self.model.constants:
+            value = self.model.constants[v]
+            if isinstance(value, jax.core.Tracer) or not np.size(value):
+                return "bias"
+            return _part_of(_real(value))
+        if e is None:
+            return "bias" if self.model.is_real(v) else "number"
+        if self._is_known_truth(v):
+            return "number"
+        if not self._follows(v, e):
+            return self._part_of_call(v, e)
+        is_choice = e.primitive.name == "select_n"
+        own = {self.parts[u] for u in e.inputs[1 if is_choice else 0 :]}
+        if "other" in own or (is_choice and self.parts[e.inputs[0]] == "other"):
+            return "other"
+        joins = is_choice or e.primitive.name in ("add", "sub", "concatenate")
+        is_mixed = "mixture" in own or (joins and {"mask", "bias"} <= own)
+        return (
+            "mixture" if is_mixed else next((k for k in _ORDER if k in own), "number")
+        )
+
+    def _is_known_truth(self, v: int) -> bool:
+        """Returns whether a value is of known truth values, as of `jnp.tril`."""
+        return v not in self.data and self.model.avals[v].dtype == bool
+
+    def _follows(self, v: int, e: Equation) -> bool:
+        """Returns whether the part of a value is that of its operands."""
+        return e.primitive.name in _MASKING and not self._is_known_truth(v)
+
+    def _part_of_call(self, v: int, e: Equation) -> Part:
+        """Returns the part of what a call, such as `jnp.tril`, makes of numbers."""
+        is_small = math.prod(self.model.shape(v)) <= _MOST_KNOWN
+        own = [self.known(u) for u in e.inputs] if e.primitive in CALLS else [None]
+        if v in self.data or not is_small or any(x is None for x in own):
+            return "other"
+        with jax.ensure_compile_time_eval():
+            found = evaluate(e, *own)[e.outputs.index(v)]
+        if not jnp.issubdtype(found.dtype, jnp.number):
+            return "number" if found.dtype == jnp.bool_ else "other"
+        return _part_of(np.asarray(found))
+
+    def known(self, v: int) -> Any:
+        """Returns a value that is a constant, or one number; None for others."""
+        found, shape = constant_of(self.model, v, self.source), self.model.shape(v)
+        if found is None or found.shape == shape:
+            return found if v in self.model.constants else None
+        return np.full(shape, found.flat[0]) if found.size == 1 else None
 
     def _is_added(self, v: int) -> bool:
         """Returns whether a value is an input that is added wherever it is read."""
@@ -136,6 +209,14 @@ class _MaskFinder:
             if is_read and all(serves(e, v) for e in users):
                 found.add(v)
         return frozenset(found)
+
+
+def _part_of(x: np.ndarray) -> Part:
+    """Returns what known numbers are to a sum before a softmax."""
+    sizes = np.abs(x.astype(np.float64))
+    if np.max(sizes) < LARGE:
+        return "number"
+    return "mask" if np.all((sizes == 0) | (sizes >= LARGE)) else "mixture"
 
 
 def _real(value: object) -> np.ndarray:

@@ -7,15 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.extend.source_info_util import user_context
 
 from qjax.affine import QParams, QSpec
 from qjax.calls import computed_once, shared
-from qjax.integer_calls import DivideCall
 from qjax.model.affine_parts import of_type
 from qjax.model.arguments import unfolded
-from qjax.model.blocks import Block, bounds_of, is_quantizer
+from qjax.model.blocks import Block, is_quantizer
 from qjax.model.channel_scales import Kernel
 from qjax.model.channels import kernel_axes, move_scale, output_scale
 from qjax.model.common_scales import (
@@ -24,7 +22,7 @@ from qjax.model.common_scales import (
     channels_of,
 )
 from qjax.model.exact import Exact, Masked
-from qjax.model.layouts import transposed
+from qjax.model.exact_runs import ExactRuns
 from qjax.model.lines import (
     HeldLine,
     KernelEnds,
@@ -37,12 +35,11 @@ from qjax.model.lines import (
     whole,
     zero_channels,
 )
-from qjax.model.loop_runs import LoopRuns
 from qjax.model.loops import is_loop
+from qjax.model.masked_sums import masked
 from qjax.model.places import Mark, block_scope, mark_scope
 from qjax.model.primitives import FUSED, SHAPE_MOVES
 from qjax.model.regions import Region
-from qjax.model.softmaxes import SoftmaxForm
 from qjax.model.trace import Equation, evaluate
 from qjax.model.traced_model import TracedModel
 from qjax.model.visits import Rounded, Unit, Visit, Visitor
@@ -51,7 +48,7 @@ from qjax.quantizers.point import straight
 from qjax.schemes.patterns import Site
 
 
-class Simulation(LoopRuns):
+class Simulation(ExactRuns):
     """A run of a traced model over parameters and inputs.
 
     Args:
@@ -108,8 +105,12 @@ class Simulation(LoopRuns):
         self._lines: dict[int, tuple[HeldLine, Any, bool]] = {}
         self._rounded: dict[int, Rounded] = {}  # By the identity of what they became.
         self._met: set[int] = set()  # Values that have been visited.
+        # Sum before a softmax -> what of it does not mask.
+        self._unmasked: dict[int, jax.Array] = {}
         # Site of a softmax -> inputs that are added before it as masks.
         self.added_masks: dict[str, list[jax.Array]] = {}
+        # Site of a softmax -> whether what masks in a sum before it still counts.
+        self.mask_faults: dict[str, jax.Array] = {}
         # Value -> sites on the way to it that each of its readers would compute anew.
         self._chains: dict[int, int] = {}
         self._raw: dict[int, Any] = dict(self._model.constants)
@@ -201,6 +202,8 @@ class Simulation(LoopRuns):
         values: Sequence[Any] | None = self._fused(block) if block else None
         if values is None:
             operands = [self._env[v] for v in e.inputs]
+            if e.outputs[0] in self._traced.exact and e.inputs[0] in self._unmasked:
+                operands[0] = masked(operands[0], self._unmasked[e.inputs[0]])
             values = self._evaluate(e, *operands)
             if self._keeps_types and is_half_product(e):
                 grids = [self._grids.get(v) for v in e.inputs]
@@ -211,61 +214,8 @@ class Simulation(LoopRuns):
             if self._is_marked:
                 self._env[v] = self._traced.regions.named(v, self._env[v])
         self._keep_grid(e)
+        self._keep_masks(e)
         self._follow(e)
-
-    def _compute_exactly(self, e: Equation, real: Any) -> None:
-        """Has a softmax or normalisation computed in the integers that ship."""
-        form, out = self._traced.exact.get(e.outputs[0]), e.outputs[0]
-        if form is None and e.primitive.name == "div":
-            self._divide_exactly(e, real)
-        if form is None:
-            self._bound_exactly(e, real)
-            return
-        x, operands = e.inputs[0], [self._env[v] for v in e.inputs]
-        if isinstance(form, SoftmaxForm) and (added := form.added(e, operands)):
-            k = self._plan.activations.get(out)
-            name = e.path if k is None else self._plan.sites[k].name
-            self.added_masks[name] = added
-        kept = form.kept(e, operands)
-        grid = self._grids.get(x)
-        if grid is None or grid.scale.ndim:
-            if kept is not None:
-                self._units[out] = Masked(kept)
-            return
-        value = transposed(operands[0], form.order)
-        own = lax.stop_gradient((value, grid.scale))
-        known = lax.stop_gradient(form.others(e, operands))
-        call = form.call(x in self._bytes)
-        self._units[out] = Exact(call, real, (*own, *known), kept=kept)
-
-    def _divide_exactly(self, e: Equation, real: Any) -> None:
-        """Has a quotient of two values on grids computed in integers."""
-        number = self._traced.numbers.get(e.outputs[0])
-        first = self._traced.first_block
-        is_site = (
-            number is not None and not self._plan.blocks[number - first].is_function
-        )
-        grids = [self._grids.get(v) for v in e.inputs]
-        if is_site and all(g is not None and not g.scale.ndim for g in grids):
-            own = [
-                x
-                for v, g in zip(e.inputs, grids, strict=True)
-                for x in (self._env[v], g.scale)  # type: ignore[union-attr]
-            ]
-            known = lax.stop_gradient(tuple(own))
-            self._units[e.outputs[0]] = Exact(DivideCall(), real, known)
-
-    def _bound_exactly(self, e: Equation, real: Any) -> None:
-        """Lets an activation bound what is computed in integers."""
-        x = next((v for v in e.inputs if isinstance(self._units.get(v), Exact)), None)
-        if x is None or x in self._plan.activations:
-            return
-        before, bounds = self._units[x], bounds_of(self._model, e)
-        assert isinstance(before, Exact)
-        if bounds is not None and all(b is not None for _, b in bounds):
-            bounds = [*before.bounds, *bounds]
-            found = before._replace(real=real, bounds=tuple(bounds))
-            self._units[e.outputs[0]] = found
 
     def _follow(self, e: Equation) -> None:
         """Updates other knowledge of an equation before its sites are visited."""
@@ -293,8 +243,10 @@ class Simulation(LoopRuns):
         plan, found = self._plan, None
         if v in plan.activations:
             site = plan.sites[plan.activations[v]]
-            x, unit = self._env[v], self._units.get(v)
+            x, unit = self._env[v], self._unit(v)
             found = Visit(*self._visitor.activation(site, x, unit))
+            if found.kept is not None:
+                self._unmasked[v] = found.kept
             (self._bytes.add if found.is_byte else self._bytes.discard)(v)
             found = found._replace(value=self._typed(v, found.value))
         elif v in plan.weights:

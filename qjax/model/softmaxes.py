@@ -125,6 +125,11 @@ class SoftmaxForm:
         numbers = self.axes, self.factor, self.empty, self.fill, self.plus
         return SoftmaxCall(self.kind, self.keepdims, *numbers, is_byte)
 
+    def masked(self) -> "SoftmaxForm":
+        """Returns the same of logits that are masked before it."""
+        is_open = not self.masks and self.kind != "logsumexp" or self.empty == "all"
+        return dataclasses.replace(self, empty="uniform") if is_open else self
+
     def added(self, call: Any, operands: Sequence[Any]) -> list[jax.Array]:
         """Returns the inputs of the model that are added to its input as masks."""
         jaxpr = call.params["jaxpr"].jaxpr
@@ -132,10 +137,17 @@ class SoftmaxForm:
         own = (mask.variable for mask in self.masks if mask.is_input)
         return [value_of(jaxpr, env, v) for v in own]
 
-    def others(self, call: Any, operands: Sequence[Any]) -> tuple[jax.Array, ...]:
+    def others(
+        self, call: Any, operands: Sequence[Any], own: jax.Array | None = None
+    ) -> tuple[jax.Array, ...]:
         """Returns the masks, for the operands of the call.
 
         Each is truth values, of what is kept, or numbers to add.
+
+        Args:
+          call: The call.
+          operands: Its operands.
+          own: What masks leave of the first one.
         """
         values = []
         for mask, value in zip(self.masks, self._masks(call, operands), strict=True):
@@ -144,17 +156,23 @@ class SoftmaxForm:
                 grid = jnp.float32(LARGE), known_zeros()
                 value = bind_point(value, *grid, *ends, site="mask")
             values.append(self._in_order(mask, value))
-        return tuple(values)
+        return (*values, *self._own(own))
 
-    def kept(self, call: Any, operands: Sequence[Any]) -> jax.Array | None:
+    def _own(self, kept: jax.Array | None) -> list[jax.Array]:
+        return [] if kept is None else [transposed(kept, self.order)]
+
+    def kept(
+        self, call: Any, operands: Sequence[Any], own: jax.Array | None = None
+    ) -> jax.Array | None:
         """Returns what masks leave of a logarithm, for the operands of the call.
 
         What they take would go into its range. None for all, and for a softmax.
         """
-        if self.kind == "softmax" or not self.masks:
+        if self.kind == "softmax" or not (self.masks or own is not None):
             return None
         values = zip(self.masks, self._masks(call, operands), strict=True)
         found = [self._in_order(mask, value) for mask, value in values]
+        found += self._own(own)
         kept = [m if m.dtype == jnp.bool_ else m > -LARGE / 2 for m in found]
         shape = [jnp.shape(operands[0])[d] for d in self.order]
         whole = jnp.broadcast_to(functools.reduce(jnp.logical_and, kept), shape)

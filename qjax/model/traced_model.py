@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from qjax.model.blocks import Block, Plan
 from qjax.model.loops import ScanParts
+from qjax.model.masked_sums import MaskedSums
 from qjax.model.norm_forms import NormForm
 from qjax.model.places import BlockSites
 from qjax.model.regions import Regions
@@ -31,6 +32,7 @@ class TracedModel:
       tables: Rows that an input chooses -> the table.
       moves: Value -> the value that a shape move makes it of.
       numbers: Root of a block -> its number in the plan.
+      masked: Sums before softmaxes of which a part masks.
       exact: Result of a softmax or norm that integers compute -> its form.
       regions: Parts that the backward pass computes again.
       loops: First result of a loop -> the loop.
@@ -47,6 +49,7 @@ class TracedModel:
     tables: Mapping[int, int]
     moves: Mapping[int, int]
     numbers: Mapping[int, int]
+    masked: MaskedSums
     exact: Mapping[int, SoftmaxForm | NormForm]
     regions: Regions
     loops: Mapping[int, "Loop"]

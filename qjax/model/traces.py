@@ -15,9 +15,12 @@ from qjax.model.lineage import Lineage
 from qjax.model.loops import ScanParts, Surroundings, body_of, is_loop, scan_parts
 from qjax.model.lstms import with_lstm
 from qjax.model.masked_exponentials import masked_behind
+from qjax.model.masked_sums import find_masked_sums
+from qjax.model.masks_apart import masks_apart
 from qjax.model.primitives import SHAPE_MOVES
 from qjax.model.regions import find_regions
 from qjax.model.sites import describe
+from qjax.model.softmaxes import SoftmaxForm
 from qjax.model.steps import Pattern, in_steps, with_ends
 from qjax.model.trace import Equation, Trace, trace
 from qjax.model.traced_model import Loop, TracedModel
@@ -71,6 +74,7 @@ def _planned(
     """Finds the sites of a trace, whose first inputs are parameters with some names."""
     own = model.inputs[len(names) :]
     in_parts = not settings.whole_norms
+    model = masks_apart(model, data_of(model, own))
     model = fold_normalisations(model, data_of(model, own), in_parts=in_parts)
     model = masked_behind(model)
     data = data_of(model, own)
@@ -78,6 +82,11 @@ def _planned(
     exact = {v: form for v, form in wholes if form is not None}
     found = find_blocks(model, names, settings.split, exact, around)
     plan = describe(model, found, names, exact, around)
+    masked = find_masked_sums(model, data, plan, exact)
+    for v, form in exact.items():
+        e = next(e for e in model.equations if v in e.outputs)
+        if isinstance(form, SoftmaxForm) and e.inputs[0] in masked.values:
+            exact[v] = form.masked()
     warn_of_cuts(model, plan)
     # Known values come first: a kernel is held by its bias and its BatchNorm.
     known = set(model.avals) - data
@@ -102,6 +111,7 @@ def _planned(
         tables={b.value: b.root.inputs[0] for b in of_kind(plan.blocks, "embedding")},
         moves={e.outputs[0]: e.inputs[0] for e in moves},
         numbers={b.root.outputs[0]: first + k for k, b in enumerate(plan.blocks)},
+        masked=masked,
         exact=exact,
         regions=find_regions(order, model.avals),
         loops=loops,

@@ -22,10 +22,10 @@ from qjax.estimators import clipped_ste, plain_ste
 from qjax.integer_calls import SoftmaxCall
 from qjax.mesh_axes import axes_of, ends_of, joined
 from qjax.model.common_scales import CodeEnds, held_scale
-from qjax.model.exact import Exact
+from qjax.model.exact import Exact, Unmasked, coded_masks
 from qjax.model.visits import Biases, Pending, Rounded, Visit
 from qjax.qpoint import Estimator, known_zeros
-from qjax.quantizers.point import make_point
+from qjax.quantizers.point import Point, make_point
 from qjax.quantizers.spec import Spec, is_known
 from qjax.ranges import min_max_params, reduce_range
 from qjax.schemes.patterns import Site
@@ -34,6 +34,8 @@ from qjax.schemes.words import is_random
 
 # Least scale of a weight; times that of its input it is no denormal number.
 _LEAST_SCALE = 2.0**-96
+
+FINE = QSpec(16)  # Word of an activation whose levels are on no grid of their own.
 
 
 QState = dict[str, Any]  # Name of an activation site -> state of its calibrator.
@@ -50,9 +52,9 @@ class Recorder:
 
     def activation(self, site: Site, x: jax.Array, unit: Pending) -> Visit:
         """Records the values of a site."""
-        x = x if unit is None else unit.seen(x)
-        self.values[site.name] = x
-        return Visit(x)
+        seen = x if unit is None else unit.seen(x)
+        self.values[site.name] = seen
+        return Visit(x if isinstance(unit, Unmasked) else seen)
 
     def weight(self, site: Site, x: jax.Array, biases: Biases = list) -> Visit:
         """Records a weight."""
@@ -127,8 +129,11 @@ class Quantizer:
 
     def activation(self, site: Site, x: jax.Array, unit: Pending) -> Visit:
         """Rounds to the grid of the state's range, or to a known grid."""
-        spec = self.choices[site].word
+        spec, kept = self.choices[site].word, None
+        if isinstance(unit, Unmasked) and not unit.is_input:
+            unit = None
         if not isinstance(spec, QSpec):
+            unit = None if isinstance(unit, Unmasked) else unit
             if isinstance(unit, Exact) and spec is not None and self.key is None:
                 x = self._in_integers(site, x, unit, spec)
             elif unit is not None:
@@ -146,11 +151,13 @@ class Quantizer:
             word=spec if spec.symmetric else None,
             is_byte=is_known(spec.bits) and bool(np.all(np.asarray(spec.bits) <= 8)),
         )
+        if isinstance(unit, Unmasked):
+            x, kept, unit = *self._coded_masks(site, x, params, spec), None
         if isinstance(unit, Exact) and not params.scale.ndim:
             is_clipped = self.choices[site].estimator is not plain_ste
             x, unit = unit.on_grid(params, spec, is_clipped=is_clipped), None
         if unit is None:
-            return visit(self._round(site, x, params, spec))
+            return visit(self._round(site, x, params, spec), kept=kept)
         if params.scale.ndim:
             x = x * unit.per(1.0)
             return visit(self._round(site, x, params, spec))
@@ -159,6 +166,21 @@ class Quantizer:
         ones = params._replace(scale=jnp.ones_like(params.scale))
         codes = self._round(site, steps, ones, spec)
         return visit(codes * params.scale.astype(x.dtype))
+
+    def _coded_masks(
+        self, site: Site, x: jax.Array, params: QParams, spec: QSpec
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns an input that is added before a softmax, and what does not mask."""
+        is_long = is_known(spec.bits) and bool(np.any(np.asarray(spec.bits) > 16))
+        if is_long or params.scale.ndim:
+            raise ValueError(
+                f"The input at {site.name!r} is added before a softmax, where a code "
+                "of its own says what masks: that wants one scale and at most 16 bits, "
+                f"got axis={spec.axis} and bits={spec.bits}. Use "
+                f'Rule("{site.name}", QSpec(bits=16)), or pass the mask as truth '
+                "values and select by it, `jnp.where(mask, scores, -1e9)`."
+            )
+        return coded_masks(x, params, spec)
 
     def _in_integers(
         self, site: Site, x: jax.Array, unit: Exact, spec: Spec
@@ -301,7 +323,18 @@ class Quantizer:
             "site": site.name,
         }
         value = quantizers.apply(spec, x, *learned, **own)
-        return Visit(value, quantizers.encode(spec, x, *learned, key=key).params)
+        params = quantizers.encode(spec, x, *learned, key=key).params
+        fine = self.fine_scale(site, make_point(spec, key, x, *learned))
+        if fine is not None:
+            params = QParams(fine, known_zeros(()))
+            value = fake_quant(value, params, FINE, site=site.name)
+        return Visit(value, params)
+
+    def fine_scale(self, site: Site, point: Point) -> jax.Array | None:
+        """Returns the scale of the codes of an activation whose levels have none."""
+        if point.scale is not None or site.role != "activation":
+            return None
+        return point.fine
 
     def _learned(self, site: Site, spec: Spec) -> tuple[jax.Array, ...]:
         """Returns the learned arrays of a site, in the order of the arguments."""

@@ -7,7 +7,7 @@ import jax
 from jax.typing import ArrayLike
 
 from qjax.affine import QParams, QSpec
-from qjax.model.exact import Exact, Masked
+from qjax.model.exact import Exact, Masked, Unmasked
 from qjax.schemes.patterns import Site
 
 
@@ -37,6 +37,7 @@ class Visit(NamedTuple):
     word: QSpec | None = None  # Word of codes about zero: channels may be told apart.
     is_byte: bool = False  # The word is known to have 256 codes at most.
     rounded: Rounded | None = None  # A weight that a product may round again.
+    kept: jax.Array | None = None  # What does not mask, of an input that is added.
 
 
 class Bias(NamedTuple):
@@ -66,7 +67,7 @@ class Unit(NamedTuple):
         return factor.astype(self.factor.dtype)
 
 
-Pending = Unit | Exact | Masked | None
+Pending = Unit | Exact | Masked | Unmasked | None
 
 
 class Visitor(Protocol):

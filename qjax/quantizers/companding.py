@@ -97,7 +97,8 @@ def _ulaw_point(spec: QuantizedUlaw, key: chex.PRNGKey | None, x: jax.Array) -> 
     passes = (r != 0) & (low <= v) & (v <= high)
     value = unit * jnp.clip(v, low, high)
     real = slope * unit * curve
-    return Point(real, steps, 0.0 * m, m, value, codes=codes, passes=passes)
+    fine = unit * 2.0**-15
+    return Point(real, steps, 0.0 * m, m, value, codes=codes, passes=passes, fine=fine)
 
 
 def _expand(

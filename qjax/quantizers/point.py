@@ -50,6 +50,7 @@ class Point(NamedTuple):
     is_curve: bool = False  # True if the value is another function of the array.
     passes: jax.Array | None = None  # Mask of the nonzero own derivative; None: all.
     learned: jax.Array | None = None  # A term that is there for its derivative only.
+    fine: jax.Array | None = None  # Step of a 16-bit grid for levels that are on none.
 
 
 @jax.custom_jvp

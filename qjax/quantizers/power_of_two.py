@@ -279,7 +279,10 @@ def _point(
     above, count = exponents - word.least, word.most - word.least + 1
     both = jnp.where(signs > 0, count + above, count - 1 - above)
     codes = jnp.where(is_signed, both, above)
-    return Point(smooth, steps, low, high, value, codes=codes)
+    # Without a largest value the levels are too far apart for one grid.
+    is_bounded = isinstance(word.reached, int) and word.reached < word.most
+    fine = power_of_two(word.reached - 14) if is_bounded else None
+    return Point(smooth, steps, low, high, value, codes=codes, fine=fine)
 
 
 @point_of(QuantizedPo2)

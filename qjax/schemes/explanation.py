@@ -55,7 +55,7 @@ def explain_site(scheme: Scheme, site: Site) -> Explanation:
                 why = site.note or "the output axis" if is_weight else "one scale"
                 reason = f"{reason}: {why}"
             if field.name == "bits" and scheme.is_widened(site):
-                reason = f"{reason}: normalisations alone read it"
+                reason = f"{reason}: {_why_widened(site)}"
             if field.name == "symmetric" and site.role == "weight":
                 value, reason = True, "weights are symmetric"
             found[field.name] = value, reason
@@ -72,3 +72,12 @@ def explain_site(scheme: Scheme, site: Site) -> Explanation:
     reason = reasons.get("buffer_bits", by)
     found["buffer_bits"] = scheme.site_buffer_bits(site), reason
     return found
+
+
+def _why_widened(site: Site) -> str:
+    """Returns why activations have 16 bits at a site by default."""
+    if site.feeds == ("norm",):
+        return "normalisations alone read it"
+    if "norm" in site.feeds:
+        return "normalisations and sums alone read it"
+    return "a loop carries it, or a sum of it"

@@ -29,8 +29,9 @@ from qjax.schemes.words import (
 )
 from qjax.tables import show, show_fields
 
-NORM_BITS = 16  # Of what normalisations alone read, and of the states of loops.
+NORM_BITS = 16  # Of residual streams that norms read, and of the states of loops.
 _PRODUCTS = ("dense", "matmul")
+_STREAM = {"norm", "residual", "concatenate", "affine"}  # Readers of a residual stream.
 
 
 @jax.tree_util.register_dataclass
@@ -47,8 +48,9 @@ class Scheme:
       weights: For kernels. A `QSpec` is taken as symmetric; ranges come from the
         weights themselves. None leaves them in float; `qjax.quantizers.parse` reads a
         string, here and below.
-      activations: For inputs and outputs of blocks. What normalisations alone read has
-        16 bits at least, unless ``rules`` or ``constraints`` say more.
+      activations: For inputs and outputs of blocks. What normalisations read, and
+        besides them sums alone, has 16 bits at least, unless ``rules`` or
+        ``constraints`` say more.
       rules: The first one that matches a site decides it. Tuples of the arguments of a
         `Rule` are taken for it.
       calibrator: Calibrator that finds the ranges of activations.
@@ -129,16 +131,18 @@ class Scheme:
     def is_widened(self, site: Site) -> bool:
         """Returns whether a site has the default word of activations in 16 bits.
 
-        Normalisations alone read it, which enlarge what is small; or a loop carries it
-        and no product reads it, as the state of an LSTM; or it is a term of a sum that
-        a loop carries. No demands of a runtime are made.
+        Normalisations, which enlarge what is small, read it, and besides them sums
+        alone, as a residual stream; or a loop carries it and no product reads it, as
+        the state of an LSTM; or it is a term of a sum that a loop carries. No demands
+        of a runtime are made.
         """
         is_free = self.rule(site) is None and self.bits_rule(site) is None
         is_default = is_free and isinstance(self.activations, QSpec)
         is_plain = self.constraints == Constraints() and site.role == "activation"
         is_read = any(fnmatch(op, "*conv*") or op in _PRODUCTS for op in site.feeds)
         is_state = "carry" in site.feeds and not is_read
-        is_wide = site.feeds == ("norm",) or is_state
+        is_stream = "norm" in site.feeds and {*site.feeds} <= _STREAM
+        is_wide = is_stream or is_state
         return is_default and is_plain and is_wide and site.op != "input"
 
     def _widened(self) -> Word | None:

@@ -187,9 +187,7 @@ class NativeGraph:
             found = own.mapped(packed, whole)
             return found, [True] * len(found)
 
-        single = jax.custom_jvp(run)
-        single.defjvp(_refuse_gradient)
-        return single(packed, *inputs)
+        return run(packed, *inputs)
 
 
 class _NativeCall(NamedTuple):
@@ -256,13 +254,6 @@ class _NativeCall(NamedTuple):
         made = self.reals.outputs or (None,) * len(graph.outputs)
         found = zip(made, graph.outputs, strict=True)
         return [end.values(env[v]) if end else env[v] for end, v in found]
-
-
-def _refuse_gradient(primals: Any, tangents: Any) -> Any:
-    raise TypeError(
-        "An integer program has no gradients: its codes are steps. Differentiate the "
-        "quantized model that it was lowered from, whose roundings have estimators."
-    )
 
 
 @functools.cache

@@ -100,12 +100,14 @@ class _Function(NamedTuple):
       scope: Its graph, whose first inputs and outputs are states.
       params: Parameters of the graph.
       start: Codes of the first states.
+      most_steps: Steps that there may be; None for any number.
     """
 
     kind: str
     scope: Scope
     params: Mapping[str, np.ndarray]
     start: Sequence[np.ndarray] = ()
+    most_steps: int | None = None
 
     def arrays(self, states: str = "state->s") -> tuple[list[CArray], ...]:
         """Returns states, inputs and outputs."""
@@ -155,7 +157,8 @@ def _step(program: IntegerProgram, batch_size: int) -> _Function:
     params = _wide(own.params)
     shapes = [*(x.shape for x in start), *shapes]
     scope = make_scope(own.step, params, shapes, carries=len(start))
-    return _Function("step", scope, params, start)
+    most = None if own.counter is None else own.counter[1]
+    return _Function("step", scope, params, start, most)
 
 
 def _wide(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -243,6 +246,9 @@ def _written(
         prototype = _prototype(function, name)
         prototypes.append(f"{prototype};")
         bodies.append(_body(prototype, text))
+        if function.most_steps is not None:
+            ends.append(f"#define {upper}_STEP_COUNT {function.most_steps}")
+            ends.append("/* Steps of a sequence, at most: then reset the state. */")
         if function.kind == "step":
             state, state_bytes = _state(function, name)
             ends.append(state)

@@ -20,6 +20,8 @@ from qjax.formats.tflite.moves import MOVES, fold
 from qjax.formats.tflite.products import PRODUCTS
 from qjax.formats.tflite.recurrent import RECURRENT
 from qjax.formats.tflite.rules import FUNCTIONS
+from qjax.formats.tflite.sequences import drop_time, repeated, with_time
+from qjax.formats.tflite.svdf import FILTERS
 from qjax.formats.tflite.tensors import (
     Call,
     Growth,
@@ -38,6 +40,7 @@ from qjax.program import IntegerProgram, float_values
 __all__ = ("Operator", "Tensor", "build_tflite")
 
 RULES: Mapping[str, TfliteRule] = {
+    **FILTERS,
     **FUNCTIONS,
     **GATHERS,
     **MOVES,
@@ -54,6 +57,7 @@ def build_tflite(
     *,
     rule: RequantizeRule = "tflite_double",
     dense_rule: RequantizeRule | None = None,
+    steps: int | None = None,
 ) -> IntegerProgram:
     """Builds the integer program of a TFLite graph.
 
@@ -72,14 +76,16 @@ def build_tflite(
         means; ``QUANTIZE`` has 8 bits then, and the rest stays as it is.
       dense_rule: The same for ``FULLY_CONNECTED`` alone, which LiteRT 2 rounds once;
         None for ``rule``.
+      steps: Number of calls that the program computes, along axis 1 of its inputs and
+        outputs; its `step` computes one. None for one call, without that axis.
 
     Returns:
-      The program. Its sites are the tensors, under their names. An LSTM starts from a
-      state of zeros, as TFLite's does after a reset. The leading size of an
-      input may differ at call time where the operators are the same with another one,
-      as TFLite has them for inputs that are resized; shapes that the file fixes have
-      the batch as their leading size. Else calls with another one are refused. Whole
-      numbers, of ``ARG_MAX`` or moved, are int32.
+      The program. Its sites are the tensors, under their names. States of LSTM and
+      SVDF start from zeros, as TFLite's do after a reset, and stay from call to call.
+      The leading size of an input may differ at call time where the operators are the
+      same with another one, as TFLite has them for inputs that are resized; shapes that
+      the file fixes have the batch as their leading size. Else calls with another one
+      are refused. Whole numbers, of ``ARG_MAX`` or moved, are int32.
 
     Raises:
       NotImplementedError: for an operator or an option that has no rule, by name.
@@ -96,23 +102,33 @@ def build_tflite(
 
     def grow(*shaped: Any) -> Lowered:
         shapes = {k: x.shape for k, x in zip(inputs, shaped, strict=True)}
+        if steps is not None:
+            shapes = {k: drop_time(shape) for k, shape in shapes.items()}
         growth = Growth(tensors, rules, shapes, file or None)
+        states = () if steps is None else _states(tensors, operators)
+        for k in states:
+            growth.add_state(k)
         for k in inputs:
             if growth.tensors[k].dtype != "float32":
                 growth.add_input(k, ends.get(k))
         grown = _grown(growth, operators, inputs, outputs)
+        if steps is not None:
+            grown = repeated(*grown, len(states), steps)
         file[:] = file or growth.tensors
         return Trace((), (), (), {}, {}), *grown
 
-    given = tuple(jax.ShapeDtypeStruct(tensors[k].shape, jnp.int32) for k in inputs)
+    sizes = [tensors[k].shape for k in inputs]
+    if steps is not None:
+        sizes = [with_time(s, steps) for s in sizes]
+    given = tuple(jax.ShapeDtypeStruct(s, jnp.int32) for s in sizes)
     _, graph, arrays = found = grow(*given)
     values = list(graph.values)
     for k, (reason, is_of_one) in find_fixed(
         lambda xs: grow(*xs), given, found
     ).items():
         v = graph.inputs[k]
-        sizes: Any = {"fixed_by": reason, "is_free_beyond_one": is_of_one}
-        values[v] = dataclasses.replace(values[v], **sizes)
+        known: Any = {"fixed_by": reason, "is_free_beyond_one": is_of_one}
+        values[v] = dataclasses.replace(values[v], **known)
     graph = dataclasses.replace(graph, values=tuple(values))
     params = {name: jnp.asarray(p) for name, p in arrays.items()}
     count = len(graph.outputs)
@@ -145,8 +161,10 @@ def _grown(
             "alone, or to two of different scales. Only the integer part of a graph "
             "can be built."
         )
-    ends = tuple(growth.value(k) for k in outputs)
-    graph = growth.builder.graph(tuple(growth.inputs[k] for k in inputs), ends)
+    ends = [growth.value(k) for k in outputs]
+    kept = [growth.kept.get(k, v) for k, v in growth.carried.items()]
+    given = (*growth.carried.values(), *(growth.inputs[k] for k in inputs))
+    graph = growth.builder.graph(given, (*kept, *ends))
     return graph, growth.builder.params
 
 
@@ -183,10 +201,17 @@ _ON_NUMBERS = (
 )
 _ON_REALS = ("ARG_MAX", "ARG_MIN", "DEQUANTIZE", "QUANTIZE", *MOVES_OF_REALS)
 _STATEFUL = (
-    *("SVDF", "LSTM", "RNN"),
+    *("LSTM", "RNN"),
     *("UNIDIRECTIONAL_SEQUENCE_RNN", "BIDIRECTIONAL_SEQUENCE_LSTM"),
     *("BIDIRECTIONAL_SEQUENCE_RNN", "VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE"),
 )
+
+
+def _states(tensors: Sequence[Tensor], operators: Sequence[Operator]) -> list[int]:
+    """Returns the tensors of codes that operators keep between calls."""
+    kinds = [op for op in operators if op.name in (*FILTERS, *RECURRENT)]
+    read = dict.fromkeys(k for op in kinds for k in op.inputs if k >= 0)
+    return [k for k in read if tensors[k].is_variable and tensors[k].data is None]
 
 
 def _add(call: Call) -> None:
@@ -195,7 +220,7 @@ def _add(call: Call) -> None:
         raise NotImplementedError(
             f"TFLite's {name} keeps a state between calls, which a program of inputs "
             "and outputs does not have, so it has no rule. Convert the model with "
-            "UNIDIRECTIONAL_SEQUENCE_LSTM, or with its steps unrolled."
+            "UNIDIRECTIONAL_SEQUENCE_LSTM or SVDF, or with its steps unrolled."
         )
     if name not in RULES:
         known = ", ".join(sorted(RULES))

@@ -184,7 +184,7 @@ def _product(
     low, high = (end.reshape(-1) + added for end in ends)
     offset = 128 if v.dtype == "uint8" else 0
     folded = added - (x.zero_point - offset) * kernel.sum(over)
-    _check_overflow(call, low, high, folded)
+    check_overflow(call, low, high, folded)
     per_channel = lambda a: np.reshape(a, [1] * (len(shape) - 1) + [-1])
     is_byte = np.abs(kernel).max(initial=0) < 128
     if operation == "conv":
@@ -204,9 +204,10 @@ def _product(
     add_requantize(call, acc, _of_product(call, x, scale, is_wide), call.activation())
 
 
-def _check_overflow(
+def check_overflow(
     call: Call, low: np.ndarray, high: np.ndarray, bias: np.ndarray
 ) -> None:
+    """Raises OverflowError if an accumulator between two ends could leave int32."""
     reach = max(-int(low.min()) - 1, int(high.max()), int(np.abs(bias).max()))
     if reach > _INT32.max:
         raise OverflowError(
@@ -281,7 +282,7 @@ def _of_two(
         for c, v in zip(codes, values, strict=True)
     ]
     low, high = map(np.array, product_ends(sides, taps))
-    _check_overflow(call, low, high, np.zeros(1))
+    check_overflow(call, low, high, np.zeros(1))
     zero_points = [c.zero_point for c in codes]
     return call.add(operation, values, zero_points=zero_points, **attributes)
 

@@ -23,6 +23,7 @@ def read_tflite(
     *,
     rule: RequantizeRule = "tflite_double",
     dense_rule: RequantizeRule | None = "tflite_single",
+    steps: int | None = None,
 ) -> IntegerProgram:
     """Reads a fully quantized TFLite file as the program that gives its codes.
 
@@ -36,10 +37,14 @@ def read_tflite(
       rule: Rescaling of 32-bit accumulators; see `qjax.formats.tflite.build`. The
         defaults are LiteRT 2's reference kernels.
       dense_rule: The same for ``FULLY_CONNECTED`` alone; None for ``rule``.
+      steps: Number of calls after a reset that the program computes, along axis 1 of
+        its inputs and outputs, with the states that TFLite keeps between them; its
+        `step` computes one call. Needed for ``SVDF``. None for one call.
 
     Returns:
-      The program. Its sites are the tensors, under their names. The state of an LSTM is
-      zero before each call, as after ``reset_all_variables`` in TFLite.
+      The program. Its sites are the tensors, under their names. States are zero before
+      the first call, as after ``reset_all_variables`` in TFLite. Sums of an ``SVDF``
+      over time that leave int32, which TFLite does not define, saturate.
 
     Raises:
       ImportError: if the schema of TFLite is not installed.
@@ -75,7 +80,7 @@ def read_tflite(
     except ValueError as error:
         raise ValueError(f"{name} {error}") from error
     try:
-        return build_tflite(*graph, rule=rule, dense_rule=dense_rule)
+        return build_tflite(*graph, rule=rule, dense_rule=dense_rule, steps=steps)
     except (NotImplementedError, OverflowError):
         raise
     except Exception as error:  # Errors of rules for sizes and numbers that do not fit.

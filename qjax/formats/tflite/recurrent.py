@@ -1,5 +1,6 @@
 """The rule of TFLite's LSTM."""
 
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
@@ -19,20 +20,23 @@ _ABSENT: Mapping[str, range] = {
 
 
 def _lstm(call: Call) -> None:
-    """Adds an LSTM as a loop, from a state of zeros.
-
-    TFLite keeps the state between calls; a program computes what the first one gives,
-    or one after the state is reset.
-    """
-    cell = _cell(call)
+    """Adds an LSTM as a loop, from the state before the call or from zeros."""
+    cell, growth = _cell(call), call.growth
     is_time_first = bool(call.option("time_major", False))
     x, order = call.value(), [1, 0, 2]
     if not is_time_first:
         x = call.add("transpose", (x,), like=x, permutation=order)
-    y = add_lstm(call.growth.builder, x, cell, call.output().short_name)
+    states = [call.op.inputs[k] for k in (_HIDDEN, _CELL)]
+    start = [growth.carried[k] for k in states if k in growth.carried]
+    if start:
+        low, high = cell.ends
+        own = dataclasses.replace(call.known(start[1]), low=low, high=high)
+        growth.builder.values[start[1]] = own
+    *kept, y = add_lstm(growth.builder, x, cell, call.output().short_name, start)
+    growth.kept.update(zip(states, kept, strict=True))
     if not is_time_first:
         y = call.add("transpose", (y,), like=y, permutation=order)
-    call.growth.bind(call.op.outputs[0], y)
+    growth.bind(call.op.outputs[0], y)
 
 
 def _cell(call: Call) -> LstmCell:
@@ -53,7 +57,8 @@ def _cell(call: Call) -> LstmCell:
     biases = [call.constant(k) for k in _BIASES]
     if any(call.tensor(k).dtype != "int32" for k in _BIASES):
         raise call.refuse("biases of another type than int32")
-    x, h, (hidden, cell) = call.tensor(), call.output(), _states(call)
+    x, h = call.tensor(), call.output()
+    hidden, cell = call.state(_HIDDEN), call.state(_CELL)
     for t in (x, h, hidden):
         if t.dtype != "int8" or len(t.scale) != 1:
             raise call.refuse(f"{t.name!r} of {t.dtype} and {len(t.scale)} scales")
@@ -97,19 +102,6 @@ def _weights(call: Call, place: int) -> np.ndarray:
             " Known are those of int8 with one scale about 0.",
         )
     return call.constant(place)
-
-
-def _states(call: Call) -> tuple[Tensor, Tensor]:
-    """Returns the tensors of the state, which no other operator may read."""
-    found = []
-    for place in (_HIDDEN, _CELL):
-        k, t = call.op.inputs[place], call.tensor(place)
-        is_taken = k in call.growth.states or call.growth.is_computed(k)
-        if not t.is_variable or t.data is not None or is_taken:
-            raise call.refuse(f"a state {t.name!r} that is not its own")
-        call.growth.states.add(k)
-        found.append(t)
-    return found[0], found[1]
 
 
 def _grid(t: Tensor) -> Grid:

@@ -130,6 +130,9 @@ class Growth:
       values: Tensor -> value.
       unknown: Tensor of integers that no rule computes -> the operator that would.
       states: Tensors that are the state of an operator.
+      carried: State -> its value before a call of many; none for the one after a
+        reset.
+      kept: State -> its value after the call.
     """
 
     def __init__(
@@ -150,6 +153,8 @@ class Growth:
         self.values: dict[int, int] = {}
         self.unknown: dict[int, str] = {}
         self.states: set[int] = set()
+        self.carried: dict[int, int] = {}
+        self.kept: dict[int, int] = {}
 
     def add_input(self, k: int, ends: tuple[int, int] | None = None) -> None:
         """Adds tensor ``k`` as an input, of codes or of numbers within ``ends``."""
@@ -162,6 +167,13 @@ class Growth:
         self.builder.values[value] = dataclasses.replace(own, is_place=t.is_number)
         self.inputs[k] = value
         self.bind(k, value)
+
+    def add_state(self, k: int) -> None:
+        """Adds a state before the call as an input of the graph."""
+        t = self.tensors[k]
+        low, high = t.codes()[2:]
+        value = self.builder.add_value(t.shape, low, high, t.grid(), dtype=t.storage)
+        self.carried[k] = value
 
     def bind(self, k: int, value: int) -> None:
         """Binds a tensor to a value of the graph."""
@@ -281,6 +293,15 @@ class Call:
         """Returns the ends of the codes that the fused activation leaves."""
         name = "fused_activation_function"
         return bounds(self.option(name, "NONE", *_REAL_BOUNDS), self.y)
+
+    def state(self, place: int) -> Tensor:
+        """Returns the tensor of a state, which no other operator may read or write."""
+        k, t, growth = self.op.inputs[place], self.tensor(place), self.growth
+        is_taken = k in growth.states or growth.is_computed(k)
+        if not t.is_variable or t.data is not None or is_taken:
+            raise self.refuse(f"a state {t.name!r} that is not its own")
+        growth.states.add(k)
+        return t
 
     # Adding.
 

@@ -75,6 +75,8 @@ bool runs_here(const Kernels& set) {
 #endif
 #if defined(__aarch64__) && defined(__linux__)
   if (name == "neon_dot") return (getauxval(AT_HWCAP) >> 20) & 1;
+#elif defined(__aarch64__) && defined(__APPLE__)
+  if (name == "neon_dot") return true;  // From the first Mac on.
 #endif
   return name == "portable";
 }
@@ -158,6 +160,7 @@ class Runner {
     }
     check(block_bytes() <= memory_bytes(),
           "its values need more memory than this machine has; run fewer examples");
+    blocks_.reserve(kMostBlocks);
   }
   ~Runner() {
     for (void* block : blocks_) std::free(block);
@@ -223,6 +226,7 @@ class Runner {
  private:
   // About 100 microseconds: less is not worth a second thread.
   static constexpr int64_t kLeastWork = 5000000;
+  static constexpr size_t kMostBlocks = 64;  // That are kept.
 
   void examples(const uint8_t* packed, const void* const* inputs, void* const* outputs,
                 int64_t first, int64_t last, int64_t parts = 1) {
@@ -302,8 +306,8 @@ class Runner {
   }
   void give_back(void* block) {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (lock.owns_lock()) {
-      blocks_.push_back(block);
+    if (lock.owns_lock() && blocks_.size() < kMostBlocks) {
+      blocks_.push_back(block);  // Takes no memory: nothing catches what this throws.
     } else {
       std::free(block);
     }

@@ -192,12 +192,12 @@ class TfliteL2Norm : public Step {
           total += static_cast<uint32_t>(x[i]) * static_cast<uint32_t>(x[i]);
         }
       });
-      const auto [multiplier, shift] = inverse_root(static_cast<int32_t>(total));
+      const auto root = inverse_root(static_cast<int32_t>(total));
       each_row(n_, [&](int64_t at, int64_t n) {
         load(o * n_ + at, n);
         for (int64_t i = 0; i < n; ++i) {
           const int64_t code =
-              rescaled(x[i], multiplier, shift + 24, Rule::kTfliteDouble);
+              rescaled(x[i], root.first, root.second + 24, Rule::kTfliteDouble);
           x[i] = coded(code, 0, low_, high_);
         }
         out_.store(memory, o * n_ + at, n, x);
