@@ -236,6 +236,31 @@ def test_convolutions(dtype, first):
     conv(draw((3, 4, 4, 16), dtype), kernel(1, 1, 16, 40), shift=3, **options)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+@pytest.mark.parametrize("channels", [2, 5, 8, 15, 16, 17, 32, 40])
+def test_depthwise_products_of_bytes(dtype, channels):
+    own = {"groups": channels, "padding_code": 9}
+    one = {**own, "padding": [[1, 1], [1, 1]]}
+    two = {**own, "padding": [[2, 2], [3, 2]]}
+
+    def of(shape, taps, first=False, **options):
+        x = draw((*shape, channels), dtype)
+        conv(x, draw((*taps, 1, channels), "int8", 1), first=first, **options)
+
+    of((2, 7, 9), (3, 3), **one)
+    of((1, 3, 2), (3, 3), **one)
+    of((2, 9, 8), (3, 3), strides=[2, 2], **one)
+    of((1, 9, 8), (3, 3), strides=[1, 3], **one)
+    of((1, 9, 8), (5, 5), **two)
+    of((1, 9, 9), (3, 3), dilation=[2, 2], **two)
+    of((1, 5, 4), (2, 3), input_dilation=[2, 2], **one)
+    of((1, 5, 4), (3, 3), first=True, **one)
+    of((1, 5, 9), (3, 1), **own)
+    of((2, 12), (7,), **own)
+    of((1, 3, 4, 6), (2, 3, 3), **own)
+    of((1, 6, 5), (3, 3), **{**one, "padding": [[-1, 1], [1, -1]]})
+
+
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16"])
 def test_dots(side, dtype):

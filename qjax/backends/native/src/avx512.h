@@ -1,5 +1,6 @@
 // The vector type of 512 bits, for the sets that have AVX-512 VNNI.
 #define QJAX_HAS_BYTES
+#define QJAX_HAS_PICKS
 #ifdef QJAX_SIMDE  // Emulated, for tests on other machines.
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
@@ -43,7 +44,27 @@ struct V {
     const Reg even = _mm512_mul_epi32(acc, m);
     const Reg odd = _mm512_mul_epi32(_mm512_srli_epi64(acc, 32),
                                      _mm512_srli_epi64(m, 32));
+    return high_words(even, odd);
+  }
+  // The same of accumulators in memory: a load brings the odd ones to their places.
+  static Reg high_word_of(const int32_t* acc, Reg m) {
+    Reg odd;
+#ifdef QJAX_SIMDE
+    odd = _mm512_srli_epi64(load(acc), 32);
+#else
+    asm("vmovshdup %1, %0" : "=v"(odd) : "m"(*reinterpret_cast<const Reg*>(acc)));
+#endif
+    return high_words(_mm512_mul_epi32(load(acc), m),
+                      _mm512_mul_epi32(odd, _mm512_srli_epi64(m, 32)));
+  }
+  // In one shuffle: a shift and a blend are two instructions.
+  static Reg high_words(Reg even, Reg odd) {
+#ifdef QJAX_SIMDE  // Version 0.7 lacks the shuffle.
     return _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+#else
+    return _mm512_castps_si512(_mm512_mask_movehdup_ps(
+        _mm512_castsi512_ps(odd), 0x5555, _mm512_castsi512_ps(even)));
+#endif
   }
   static Reg doubled_high(Reg acc, Reg m) {
     const Reg nudge = _mm512_set1_epi64(int64_t{1} << 30);

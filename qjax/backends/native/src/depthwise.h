@@ -98,5 +98,9 @@ struct DepthwiseRows {
 
 void run_depthwise(const Depthwise& d) { with_form<DepthwiseRows>(d); }
 
+#ifndef QJAX_HAS_PICKS
+auto no_byte_depthwise() -> void (*)(const ByteDepthwise&) { return nullptr; }
+#endif
+
 }  // namespace
 }  // namespace qjax

@@ -8,6 +8,8 @@
 #ifndef QJAX_SIMDE
 #include "vbmi.h"
 #endif
+#include "byte_depthwise.h"
+//
 #include "wide.h"
 
 namespace qjax {
@@ -161,7 +163,13 @@ template <Form form, class T, int N>
 QJAX_INLINE void narrow_tile(const int32_t* wide, const Numbers* numbers,
                              const Ends& ends, V::Reg low, V::Reg high, uint8_t* out) {
   const auto of = [&](int64_t i) {
-    return steps<form>(V::load(wide + i * V::kLanes), numbers[i % N], ends);
+    const Numbers& n = numbers[i % N];
+    const int32_t* acc = wide + i * V::kLanes;
+    if constexpr (form == Form::kHighWord) {
+      return V::right(V::add(V::high_word_of(acc, n.multiplier), n.half), n.shift);
+    } else {
+      return steps<form>(V::load(acc), n, ends);
+    }
   };
   QJAX_UNROLL for (int64_t i = 0; i < kTileRows * N; i += 4) {
     const auto bytes = V::packed<T>(of(i), of(i + 1), of(i + 2), of(i + 3));
@@ -342,7 +350,7 @@ void run_amx(const Tiles& t) { with_form<Products>(t); }
 
 const Kernels kAmxInt8 = {
     "amx_int8", V::kLanes, Bytes::kTaps, kTileSteps, Signs::kBoth, Shorts::kTaps, V::channel_of,
-    run_amx, run_bytes, run_shorts, run_narrow, run_depthwise, run_rows, run_stage,
-    run_pair_sum, QJAX_WIDE, run_amx_peak};
+    run_amx, run_bytes, run_shorts, run_narrow, run_depthwise, byte_depthwise,
+    run_rows, run_stage, run_pair_sum, QJAX_WIDE, run_amx_peak};
 
 }  // namespace qjax

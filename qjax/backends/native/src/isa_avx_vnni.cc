@@ -36,7 +36,7 @@ namespace qjax {
 
 const Kernels kAvxVnni = {
     "avx_vnni", V::kLanes, Bytes::kTaps, 0, Signs::kUnsigned, Shorts::kTaps, V::channel_of,
-    run_bytes, nullptr, run_shorts, run_narrow, run_depthwise, run_rows, run_stage,
-    run_pair_sum, QJAX_WIDE, run_peak};
+    run_bytes, nullptr, run_shorts, run_narrow, run_depthwise, no_byte_depthwise,
+    run_rows, run_stage, run_pair_sum, QJAX_WIDE, run_peak};
 
 }  // namespace qjax

@@ -114,7 +114,7 @@ namespace qjax {
 
 const Kernels kNeonDot = {
     "neon_dot", V::kLanes, Bytes::kTaps, 0, Signs::kSigned, Shorts::kTaps, V::channel_of,
-    run_bytes, nullptr, run_shorts, run_narrow, run_depthwise, run_rows, run_stage,
-    run_pair_sum, QJAX_WIDE, run_peak};
+    run_bytes, nullptr, run_shorts, run_narrow, run_depthwise, no_byte_depthwise,
+    run_rows, run_stage, run_pair_sum, QJAX_WIDE, run_peak};
 
 }  // namespace qjax

@@ -91,6 +91,28 @@ struct Depthwise {
   int64_t out_plane, out_row, out_pixel, out_channel;
 };
 
+// One depthwise product of unsigned bytes, for one register's outputs: channels, or those
+// of a few pixels at once. Of 64 bytes from each place a run picks four taps an output.
+//
+//   acc[d, h, w, o] = bias[o] + sum over runs r and taps t of
+//       codes[d * plane + h * row + w * pixel + runs[r] + picks[o, t]] * weights[r, o, t]
+struct ByteDepthwise {
+  const uint8_t* codes;
+  const uint8_t* picks;
+  const int64_t* runs;
+  int64_t n_runs;
+  int64_t plane, row, pixel;
+  int64_t depth, height, width;
+  const int8_t* weights;
+  int64_t outputs, pixels;  // Outputs of all of these pixels.
+  const int32_t* bias;
+  const PackedRequantizer* requantizer;
+  int64_t first;  // Place of the first output among the requantizer's channels.
+  void* out;
+  int64_t out_dtype;
+  int64_t out_plane, out_row, out_pixel, out_channel;
+};
+
 // Rows of accumulators, the channels of a requantizer last.
 struct Rows {
   const int32_t* in;
@@ -213,6 +235,8 @@ struct Kernels {
   void (*shorts)(const Tiles&);
   void (*narrow)(const Tiles&);  // Codes of 16 bits, weights of 8.
   void (*depthwise)(const Depthwise&);
+  // Of bytes, where the set and this processor have it, else null.
+  void (*(*byte_depthwise)())(const ByteDepthwise&);
   void (*rows)(const Rows&);
   void (*stage)(const Staging&);
   void (*pair_sum)(const PairSum&);

@@ -72,7 +72,10 @@ class Product : public Step {
   }
   void run_part(const Memory& memory, int64_t part, int64_t parts) const override;
   std::string explain(const uint8_t* packed) const override {
-    const char* how = is_depthwise_ ? "depthwise" : is_bytes_ ? "bytes" : "16 bits";
+    const char* how = is_picked_      ? "depthwise, bytes"
+                      : is_depthwise_ ? "depthwise"
+                      : is_bytes_     ? "bytes"
+                                      : "16 bits";
     return std::string(set_.name) + ", " + how + ", " +
            name_of(requantizer_.in(packed).form);
   }
@@ -80,7 +83,7 @@ class Product : public Step {
  private:
   void prepare(const Maker& maker);
   int64_t taps() const { return taps_[0] * taps_[1] * taps_[2]; }
-  int64_t code_bytes() const { return is_bytes_ ? 1 : 2; }
+  int64_t code_bytes() const { return is_bytes_ || is_picked_ ? 1 : 2; }
   // Whether weights stay bytes. Where codes have 16 bits, widening them on their way
   // to a register costs a product of many rows more than reading twice as much: 32 rows
   // of 1024 x 1024 take .92 ms so and .54 (AVX2), one row 29 us and 39.
@@ -88,6 +91,7 @@ class Product : public Step {
   int64_t weight_bytes() const { return is_narrow() ? 1 : 2; }
   // Whether codes are about 0, or unsigned bytes about 128.
   bool is_signed() const {
+    if (is_picked_) return false;
     if (!is_bytes_ || set_.signs == Signs::kSigned) return true;
     if (is_few_) return false;
     return set_.signs == Signs::kBoth && in_dtype_ == Dtype::kInt8;
@@ -95,12 +99,15 @@ class Product : public Step {
   // What is added to centred codes when they are staged.
   int32_t about() const { return is_signed() ? 0 : 128; }
   template <class Code>
-  void stage(const Memory& memory, int64_t example, int64_t group, Code* to) const;
+  void stage(const Memory& memory, int64_t example, int64_t group, Code* to,
+             bool is_first = true) const;
   template <class T, class Code>
   void move(const T* from, int32_t add, Code* to, int64_t n) const;
   template <class Code>
   void run_tiles(const Memory& memory, int64_t part, int64_t parts) const;
   void run_depthwise(const Memory& memory) const;
+  void prepare_picks(const Maker& maker);
+  void run_picked(const Memory& memory) const;
   template <class T>
   int64_t weight(const Constants& constants, int64_t place) const;
   std::vector<int64_t> order() const;
@@ -121,6 +128,9 @@ class Product : public Step {
   bool is_bytes_ = false, is_narrow_ = false, is_depthwise_ = false, is_rows_ = false;
   bool is_empty_ = false, is_in_place_ = false;
   bool is_few_ = false;  // Few rows, for which the set has a kernel of its own.
+  bool is_picked_ = false;  // Depthwise, of bytes.
+  int64_t picked_ = 0;  // Taps of a row that one run picks, kTaps at most.
+  std::array<uint8_t, 64> picks_{};
   Three padded_;  // Sizes of the staged codes.
   Three planes_;  // Codes from one plane, row and pixel to the next.
   int64_t pixel_ = 0;  // Channels of a staged pixel.
@@ -131,6 +141,57 @@ class Product : public Step {
   int64_t slack_ = kSlack;  // Bytes that may be read past the staged codes.
   int64_t weights_place_ = 0, bias_place_ = 0, scratch_ = 0;
 };
+
+// Depthwise products of bytes: one register has up to `lanes` channels, or those of some
+// pixels, and all of them take their taps from 64 bytes.
+void Product::prepare_picks(const Maker& maker) {
+  const int64_t lanes = set_.lanes, unit = std::min(groups_, lanes);
+  const bool is_beside = out_strides_[3] == groups_ && out_strides_[4] == 1;
+  constexpr int64_t kMostTaps = 4;
+  const int64_t size = static_cast<int64_t>(picks_.size());
+  // Taps that fit where so many pixels are one.
+  const auto fitting = [&](int64_t pixels) {
+    const int64_t left = size / unit - 1 - (pixels - 1) * strides_[2];
+    if (left < 0) return int64_t{0};
+    return std::min({left / dilation_[2] + 1, kMostTaps, taps_[2]});
+  };
+  int64_t pixels = 1;
+  while (is_beside && (pixels + 1) * unit <= lanes && pixels < out_sizes_[2] &&
+         fitting(pixels + 1) == fitting(1)) {
+    ++pixels;
+  }
+  // Two taps are one product of 16 bits.
+  picked_ = fitting(pixels);
+  is_picked_ = picked_ > 1;
+  if (!is_picked_) return;
+  pixels_ = pixels;
+  pixel_ = unit;
+  planes_ = {padded_[1] * padded_[2] * unit, padded_[2] * unit, unit};
+  for (int64_t i = 0; i < taps_[0]; ++i) {
+    for (int64_t j = 0; j < taps_[1]; ++j) {
+      for (int64_t k = 0; k < taps_[2]; k += picked_) {
+        runs_.push_back(i * dilation_[0] * planes_[0] + j * dilation_[1] * planes_[1] +
+                        k * dilation_[2] * planes_[2]);
+      }
+    }
+  }
+  for (int64_t o = 0; o < pixels * unit; ++o) {
+    for (int64_t t = 0; t < picked_; ++t) {
+      const int64_t at = o / unit * strides_[2] + t * dilation_[2];
+      picks_[static_cast<size_t>(o * kMostTaps + t)] =
+          static_cast<uint8_t>(at * unit + o % unit);
+    }
+  }
+  panels_ = (groups_ + unit - 1) / unit;
+  panel_ = static_cast<int64_t>(runs_.size()) * lanes * kMostTaps;
+  width_ = up(panels_, 2) * lanes;
+  weights_place_ = maker.layout.reserve(panels_ * panel_);
+  bias_place_ = maker.layout.reserve(width_ * 4);
+  const int64_t staged = count_of({padded_[0], padded_[1], padded_[2], unit});
+  check(staged <= kMostStaged, "padded codes are too large");
+  scratch_ = up(staged + kSlack, kAlignment);
+  requantizer_.reserve(maker, width_);
+}
 
 void Product::prepare(const Maker& maker) {
   in_dtype_ = maker.of(in_).dtype;
@@ -171,6 +232,11 @@ void Product::prepare(const Maker& maker) {
   const int64_t rows = count_of({batch_, out_sizes_[0], out_sizes_[1], out_sizes_[2]});
   is_narrow_ = may_be_narrow && rows <= kFewRows;
   is_few_ = is_bytes_ && set_.few && rows <= kFewRows;
+  if (is_depthwise_ && kernel_dtype_ == Dtype::kInt8 && left_ == 0 &&
+      size_of(in_dtype_) == 1 && set_.byte_depthwise()) {
+    prepare_picks(maker);
+    if (is_picked_) return;
+  }
   pixel_ = is_depthwise_ ? groups_ : channels_;
   const Three one = {1, 1, 1};
   bool is_padded = spread_ != one;
@@ -247,7 +313,11 @@ std::vector<int64_t> Product::order() const {
   std::vector<int64_t> found(static_cast<size_t>(width_), -1);
   for (int64_t i = 0; i < width_; ++i) {
     int64_t channel;
-    if (is_depthwise_) {
+    if (is_picked_) {
+      const int64_t lane = i % set_.lanes;
+      channel = i / set_.lanes * pixel_ + lane % pixel_;
+      if (lane >= pixels_ * pixel_ || channel >= groups_) channel = -1;
+    } else if (is_depthwise_) {
       const int64_t block = 2 * set_.lanes;
       channel = i / block * block + set_.channel_of(static_cast<int>(i % block));
       channel = channel < pixels_ * groups_ ? channel % groups_ : -1;
@@ -305,6 +375,22 @@ void Product::pack(const Constants& constants, uint8_t* packed) const {
         check(shifted >= -32768 && shifted <= 32767,
               "a kernel with its left shift must fit 16 bits");
       }
+    }
+    if (is_picked_) {
+      const int64_t picks = static_cast<int64_t>(picks_.size());
+      const int64_t a_row = (taps_[2] + picked_ - 1) / picked_;
+      for (int64_t i = 0; i < panels_ * set_.lanes; ++i) {
+        const int64_t c = channels[static_cast<size_t>(i)];
+        if (c < 0) continue;
+        for (int64_t t = 0; t < taps(); ++t) {
+          const int64_t k = t % taps_[2];
+          const int64_t run = t / taps_[2] * a_row + k / picked_;
+          packed[weights_place_ + i / set_.lanes * panel_ + run * picks +
+                 i % set_.lanes * 4 + k % picked_] =
+              static_cast<uint8_t>(kernel[c * taps() + t]);
+        }
+      }
+      return;
     }
     if (is_depthwise_) {
       auto* to = reinterpret_cast<int16_t*>(packed + weights_place_);
@@ -365,6 +451,15 @@ void Product::pack(const Constants& constants, uint8_t* packed) const {
   }
 }
 
+// Codes of a register's bytes, which are moved here: calls cost more.
+constexpr int64_t kFew = 16;
+template <class T, class Code>
+void move_few(const T* from, int32_t add, Code* to) {
+  T own[kFew];
+  std::memcpy(own, from, sizeof(own));
+  for (int i = 0; i < kFew; ++i) to[i] = static_cast<Code>(own[i] + add);
+}
+
 // Moves codes side by side, `add` added to each.
 template <class T, class Code>
 void Product::move(const T* from, int32_t add, Code* to, int64_t n) const {
@@ -379,19 +474,23 @@ void Product::move(const T* from, int32_t add, Code* to, int64_t n) const {
   }
 }
 
-// Puts one example's codes, of one group or of all channels, where kernels read them.
+// Puts one example's codes, of a group, of some or of all channels, where kernels read them.
+// After the first one the padding is there.
 template <class Code>
-void Product::stage(const Memory& memory, int64_t example, int64_t group,
-                    Code* to) const {
+void Product::stage(const Memory& memory, int64_t example, int64_t group, Code* to,
+                    bool is_first) const {
   const int32_t add = about() - static_cast<int32_t>(offset_);
   const auto code = [&](int32_t x) { return static_cast<Code>(x + add); };
   const Code fill = code(padding_code_);
   with_type(in_dtype_, [&](auto* type) {
     using T = Pointee<decltype(type)>;
     const T* from = memory.as<T>(in_) + example * in_strides_[0] +
-                    group * channels_ * in_strides_[4];
+                    group * pixel_ * in_strides_[4];
     const int64_t n = pixel_, row = padded_[2] * n;
-    const bool is_dense = in_strides_[4] == 1 && in_strides_[3] == n && spread_[2] == 1;
+    // The last of some channels may be fewer.
+    const int64_t own = std::min(n, groups_ * channels_ - group * n);
+    const bool is_beside = in_strides_[4] == 1 && spread_[2] == 1 && own == n;
+    const bool is_dense = is_beside && in_strides_[3] == n;
     // Place of a padded pixel among the codes, or -1.
     const auto source = [&](int d, int64_t i) {
       const int64_t at = i - padding_[d][0];
@@ -403,21 +502,27 @@ void Product::stage(const Memory& memory, int64_t example, int64_t group,
       for (int64_t y = 0; y < padded_[1]; ++y, to += row) {
         const int64_t sz = source(0, z), sy = source(1, y);
         if (sz < 0 || sy < 0) {
-          std::fill(to, to + row, fill);
+          if (is_first) std::fill(to, to + row, fill);
           continue;
         }
         const T* line = from + sz * in_strides_[1] + sy * in_strides_[2];
-        if (is_dense) {
+        if (is_dense || (is_beside && n == kFew)) {
           const int64_t low = std::max<int64_t>(padding_[2][0], 0);
           const int64_t skip = std::max<int64_t>(-padding_[2][0], 0);
           const int64_t end = std::min(padded_[2], padding_[2][0] + sizes_[2]);
           const int64_t first = std::min(low, padded_[2]);
-          std::fill(to, to + first * n, fill);
-          const T* x = line + skip * n;
+          if (is_first) std::fill(to, to + first * n, fill);
+          const T* x = line + skip * in_strides_[3];
           Code* out = to + first * n;
           const int64_t count = std::max<int64_t>(end - first, 0) * n;
-          move(x, add, out, count);
-          std::fill(out + count, to + row, fill);
+          if (is_dense) {
+            move(x, add, out, count);
+          } else {
+            for (int64_t i = 0; i < count; i += kFew, x += in_strides_[3]) {
+              move_few(x, add, out + i);
+            }
+          }
+          if (is_first) std::fill(out + count, to + row, fill);
           continue;
         }
         for (int64_t x = 0; x < padded_[2]; ++x) {
@@ -428,11 +533,12 @@ void Product::stage(const Memory& memory, int64_t example, int64_t group,
             continue;
           }
           const T* pixel = line + sx * in_strides_[3];
-          for (int64_t c = 0; c < n; ++c) out[c] = code(pixel[c * in_strides_[4]]);
+          for (int64_t c = 0; c < own; ++c) out[c] = code(pixel[c * in_strides_[4]]);
+          std::fill(out + own, out + n, Code{0});
         }
       }
     }
-    std::fill(to, to + slack_ / static_cast<int64_t>(sizeof(Code)), Code{0});
+    if (is_first) std::fill(to, to + slack_ / static_cast<int64_t>(sizeof(Code)), Code{0});
   });
 }
 
@@ -536,6 +642,39 @@ void Product::run_tiles(const Memory& memory, int64_t part, int64_t parts) const
   }
 }
 
+void Product::run_picked(const Memory& memory) const {
+  ByteDepthwise d{};
+  d.codes = memory.scratch;
+  d.picks = picks_.data();
+  d.runs = runs_.data();
+  d.n_runs = static_cast<int64_t>(runs_.size());
+  d.plane = strides_[0] * planes_[0];
+  d.row = strides_[1] * planes_[1];
+  d.pixel = strides_[2] * planes_[2];
+  d.depth = out_sizes_[0];
+  d.height = out_sizes_[1];
+  d.width = out_sizes_[2];
+  d.pixels = pixels_;
+  d.requantizer = &requantizer_.in(memory);
+  d.out_dtype = static_cast<int64_t>(out_dtype_);
+  d.out_plane = out_strides_[1];
+  d.out_row = out_strides_[2];
+  d.out_pixel = out_strides_[3];
+  d.out_channel = out_strides_[4];
+  for (int64_t b = 0; b < batch_; ++b) {
+    for (int64_t i = 0; i < panels_; ++i) {
+      stage(memory, b, i, memory.scratch, b == 0 && i == 0);
+      d.first = i * set_.lanes;
+      d.weights = reinterpret_cast<const int8_t*>(memory.packed + weights_place_) + i * panel_;
+      d.bias = reinterpret_cast<const int32_t*>(memory.packed + bias_place_) + d.first;
+      d.outputs = std::min(pixels_ * pixel_, pixels_ * groups_ - i * pixel_);
+      d.out = memory.as<uint8_t>(out_) +
+              (b * out_strides_[0] + i * pixel_ * out_strides_[4]) * size_of(out_dtype_);
+      set_.byte_depthwise()(d);
+    }
+  }
+}
+
 void Product::run_depthwise(const Memory& memory) const {
   auto* staged = reinterpret_cast<int16_t*>(memory.scratch);
   Depthwise d{};
@@ -568,7 +707,9 @@ void Product::run_depthwise(const Memory& memory) const {
 
 void Product::run_part(const Memory& memory, int64_t part, int64_t parts) const {
   if (is_empty_) return;
-  if (is_depthwise_) {
+  if (is_picked_) {
+    run_picked(memory);
+  } else if (is_depthwise_) {
     run_depthwise(memory);
   } else if (is_bytes_) {
     run_tiles<uint8_t>(memory, part, parts);
