@@ -347,3 +347,23 @@ def test_inputs_behind_a_small_factor_mask_nothing():
     shipped, wanted = np.asarray(program(*inputs)), np.asarray(fn(None, *inputs))
     assert np.sum(wanted**2) > 3000 * np.sum((shipped - wanted) ** 2)
     assert_equals_oracle(program, *inputs)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        (np.int32, "a table of at most 16 bits"),
+        (np.int8, "for some integers of its input"),  # 2 would add 1e9.
+        (np.bool_, None),
+    ],
+)
+def test_masks_of_integers_are_refused_and_of_truth_values_not(dtype, message):
+    fn = _of(lambda s, p, b: s + (1 - b.astype(jnp.float32)) * -1e9)
+    inputs = Q, K, V, KEPT.astype(dtype)
+    qmodel = qjax.quantize_model(fn, None, *inputs)
+    qstate = qjax.calibrate(qmodel, None, [inputs], progress=False)
+    if message is None:
+        assert_equals_oracle(qjax.lower(qmodel, None, qstate, *inputs), *inputs)
+        return
+    with pytest.raises(ValueError, match=message):
+        qjax.lower(qmodel, None, qstate, *inputs)
