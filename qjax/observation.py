@@ -178,13 +178,10 @@ def calibrate(
                     first = shapes_of(inputs)
                     start = _start_traced if is_traced else _start
                     step, params, state = start(qmodel, params, state, inputs)
-                new, flags, masks, faults = step(params, state, *inputs)
+                new, flags, faults = step(params, state, *inputs)
                 if is_traced:
                     qstate, state, number = new, new, number + 1
                     continue
-                for name, is_mask in masks.items():
-                    if not is_mask:
-                        raise CalibrationError(_NO_MASK.format(name), qstate, number)
                 for text, is_fault in faults.items():
                     if is_fault:
                         raise CalibrationError(text, qstate, number)
@@ -286,8 +283,8 @@ def _codes(word: Any) -> tuple[int, int]:
     return (low, high) if word.symmetric else (0, high - low)
 
 
-_Masks = dict[str, jax.Array]
-_Step = Callable[..., tuple[QState, jax.Array, _Masks, _Masks]]
+_Faults = dict[str, jax.Array]
+_Step = Callable[..., tuple[QState, jax.Array, _Faults]]
 _NO_MASK = (
     "An input is added to what the softmax at {0!r} reads, as a mask, and has other "
     f"numbers than 0 and what is below {-LARGE:g}. Pass a mask as dtype bool and "
@@ -302,6 +299,14 @@ _COUNTS = (
     "keeps each row's largest number near 0: a softmax is the same without it, `bias - "
     "bias.max(-1, keepdims=True)`."
 )
+_WIDE = (
+    "The softmax at {0!r} reads numbers that lie 1,000 below the largest of their row, "
+    "or 10,000 below the largest of all, as masks do, and they widen ranges. Pass a "
+    "mask as truth values and select by it right before the softmax, "
+    "`jnp.where(mask, scores, -1e9)`. Bound scores that are meant as they are, "
+    "`jnp.clip(scores, -50, 50)`."
+)
+_FAULTS = {"added": _NO_MASK, "counts": _COUNTS, "wide": _WIDE}
 _SHARED = (
     f"The input at {{0!r}} masks before a softmax by numbers of {-LARGE:g} or less and "
     "is read elsewhere too, so that they are a part of its range. Pass it as two "
@@ -364,8 +369,7 @@ def _compiler_options() -> dict[str, bool | int | str] | None:
 def _observe(qmodel: QuantizedModel, is_sharded: bool) -> _Step:
     """Makes the step over one batch, which returns a new state, and flags by site.
 
-    Also, by the site of a softmax, whether inputs that are added before it are masks,
-    and by what it means, whether another one masks where it must not.
+    Also, by what it means, whether something masks where it must not.
     Flags: all values are finite, not all are 0, and some are lost below zero.
     """
 
@@ -382,7 +386,7 @@ def _observe(qmodel: QuantizedModel, is_sharded: bool) -> _Step:
 
     def observe(
         params: chex.ArrayTree, qstate: QState, *inputs: Any
-    ) -> tuple[QState, jax.Array, _Masks, _Masks]:
+    ) -> tuple[QState, jax.Array, _Faults]:
         seen = qmodel.float_values(params, inputs)
         checks = qmodel.mask_checks(params, inputs)
         rows = []
@@ -390,15 +394,14 @@ def _observe(qmodel: QuantizedModel, is_sharded: bool) -> _Step:
             is_finite, is_reached, is_below = flags(seen[site.name], spec)
             is_reached |= site.name in checks.inputs  # A mask alone is zeros there.
             rows.append([is_finite, is_reached, is_below])
-        masks = {
-            name: jnp.all(jnp.stack([jnp.all((x == 0) | (x <= -LARGE)) for x in own]))
-            for name, own in checks.added.items()
+        faults = {
+            text.format(name): is_fault
+            for kind, text in _FAULTS.items()
+            for name, is_fault in checks.faults[kind].items()
         }
-        counts = checks.counts.items()
-        faults = {_COUNTS.format(name): is_fault for name, is_fault in counts}
         for name in sorted(checks.shared):
             faults[_SHARED.format(name)] = jnp.any(seen[name] <= -LARGE)
         flags_ = jnp.array(rows, bool).reshape(-1, 3).T
-        return qmodel.update(seen, qstate), flags_, masks, faults
+        return qmodel.update(seen, qstate), flags_, faults
 
     return observe

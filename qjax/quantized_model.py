@@ -23,6 +23,7 @@ from qjax.lowering.site_words import Words
 from qjax.mesh_axes import AxisName, as_axes
 from qjax.model.arguments import check_leaves
 from qjax.model.blends import blended, run_blended
+from qjax.model.mask_recorder import MaskRecorder
 from qjax.model.masked_sums import MaskChecks
 from qjax.model.rematerialisation import in_regions
 from qjax.model.simulate import Simulation
@@ -419,13 +420,12 @@ class QuantizedModel:
 
     def mask_checks(self, params: chex.ArrayTree, inputs: Any) -> MaskChecks:
         """Returns what calibration checks of masks that are inputs."""
-        simulation = self.simulation(params, inputs)
-        simulation.run(Recorder({}))
+        recorder = MaskRecorder({})
+        self.simulation(params, inputs).run(recorder)
         traced = self._traced(params, inputs)
         plan, masked = traced.plan, traced.masked
         sites = (plan.sites[plan.activations[v]].name for v in masked.inputs)
-        own = simulation.added_masks, simulation.mask_faults
-        return MaskChecks(*own, frozenset(sites), masked.shared)
+        return MaskChecks(recorder.faults, frozenset(sites), masked.shared)
 
     def simulation(self, params: chex.ArrayTree, inputs: Any) -> Simulation:
         """Returns a run over some inputs, with a visitor at the sites of the model."""

@@ -376,3 +376,14 @@ def test_gradients_are_those_of_the_float_function():
         # The largest codes saturate: no derivative is theirs.
         far = np.linalg.norm(found[name] - wanted[name])
         assert far < 0.1 * np.linalg.norm(wanted[name])
+
+
+def test_an_empty_batch_needs_no_mask():
+    """JAX leaves out a choice among no values, without which no mask is found."""
+    fn = lambda p, x, mask: nn.LayerNorm().apply(p, x, mask=mask)
+    x, mask = RNG.normal(size=(4, 8)).astype(np.float32), np.ones((4, 8), bool)
+    p = nn.LayerNorm().init(jax.random.key(0), x)
+    qmodel = qjax.quantize_model(fn, p, x, mask)
+    qstate = qjax.calibrate(qmodel, p, [(x, mask)], progress=False)
+    for run in (qmodel.apply, qmodel.apply_integer):
+        assert run(p, qstate, x[:0], mask[:0]).shape == (0, 8)

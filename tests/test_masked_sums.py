@@ -243,3 +243,127 @@ def test_words_that_leave_no_code_for_a_mask_are_refused():
     with pytest.raises(ValueError, match="a code of its own"):
         _, inputs, qmodel, qstate = _quantized("mixture", scheme)
         qmodel.apply(P, qstate, *inputs)
+
+
+def _scores(q, k):
+    return jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(8)
+
+
+def _layers(mask):
+    """Returns attention in each step of a loop over masks."""
+
+    def fn(p, q, k, v, masks):
+        def step(x, b):
+            weights = jax.nn.softmax(mask(_scores(x, k), b))
+            return jnp.einsum("bhqk,bkhd->bqhd", weights, v), None
+
+        return jax.lax.scan(step, q, masks)[0]
+
+    return fn
+
+
+WIDE = {  # Masks that widen ranges, and the same of truth values.
+    "subtracted": (
+        _of(lambda s, p, b: s - b),
+        (Q, K, V, -mixed(-1e9)),
+        _of(lambda s, p, b: jnp.where(b, s, -1e9)),
+        (Q, K, V, KEPT),
+    ),
+    "in logits": (
+        lambda p, x: jax.nn.softmax(x),
+        (mixed(-1e9),),
+        lambda p, x, b: jax.nn.softmax(jnp.where(b, x, -1e9)),
+        (REL, KEPT),
+    ),
+    "rows of logits": (
+        lambda p, x: jax.nn.softmax(x),
+        (np.where(ROWS.T, REL[0, 0, :, :2], -1e9).astype(np.float32),),
+        lambda p, x, b: jax.nn.softmax(jnp.where(b, x, -1e9)),
+        (REL[0, 0, :, :2], ROWS.T),
+    ),
+    "joined": (
+        _of(lambda s, p, b: s + jnp.concatenate([b, b], 1)),
+        (Q, K, V, mixed(-1e9)[:, :1]),
+        _of(lambda s, p, b: jnp.where(jnp.concatenate([b, b], 1), s, -1e9)),
+        (Q, K, V, KEPT),
+    ),
+    "chosen by place": (
+        _of(lambda s, p, b: s + b[:, np.array([1, 0])]),
+        (Q, K, V, mixed(-1e9)),
+        _of(lambda s, p, b: jnp.where(b, s, -1e9)),
+        (Q, K, V, KEPT),
+    ),
+    "of a loop": (
+        _layers(lambda s, b: s + b),
+        (Q, K, V, np.stack([mixed(-1e9)] * 2)),
+        _layers(lambda s, b: jnp.where(b, s, -1e9)),
+        (Q, K, V, np.stack([KEPT] * 2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", WIDE)
+def test_masks_that_widen_ranges_are_refused(form):
+    fn, inputs, _, _ = WIDE[form]
+    qmodel = qjax.quantize_model(fn, None, *inputs)
+    with pytest.raises(qjax.CalibrationError, match="they widen ranges"):
+        qjax.calibrate(qmodel, None, [inputs], progress=False)
+
+
+@pytest.mark.parametrize("form", WIDE)
+def test_masks_of_truth_values_in_their_place_are_not(form):
+    _, _, fn, inputs = WIDE[form]
+    qmodel = qjax.quantize_model(fn, None, *inputs)
+    qstate = qjax.calibrate(qmodel, None, [inputs], progress=False)
+    program = qjax.lower(qmodel, None, qstate, *inputs)
+    shipped, wanted = np.asarray(program(*inputs)), np.asarray(fn(None, *inputs))
+    assert np.sum(wanted**2) > 1000 * np.sum((shipped - wanted) ** 2)
+    assert_equals_oracle(program, *inputs)
+
+
+def test_scores_that_are_wide_may_be_bounded():
+    logits = 400 * REL
+    qmodel = qjax.quantize_model(lambda p, x: jax.nn.softmax(x), None, logits)
+    with pytest.raises(qjax.CalibrationError, match="Bound scores"):
+        qjax.calibrate(qmodel, None, [(logits,)], progress=False)
+    bounded = lambda p, x: jax.nn.softmax(jnp.clip(x, -50, 50))
+    scheme = Scheme(QSpec(16), QSpec(16))
+    qmodel = qjax.quantize_model(bounded, None, logits, scheme=scheme)
+    qstate = qjax.calibrate(qmodel, None, [(logits,)], progress=False)
+    program = qjax.lower(qmodel, None, qstate, logits)
+    shipped, wanted = np.asarray(program(logits)), np.asarray(bounded(None, logits))
+    assert np.sum(wanted**2) > 300 * np.sum((shipped - wanted) ** 2)
+    assert_equals_oracle(program, logits)
+
+
+def test_inputs_behind_a_small_factor_mask_nothing():
+    """There -100 is a number as any other."""
+    fn = lambda p, x, b: jax.nn.softmax((x + b) / 100)
+    inputs = 100 * REL[0, 0], 100 * REL[1, 1]
+    qmodel = qjax.quantize_model(fn, None, *inputs)
+    qstate = qjax.calibrate(qmodel, None, [inputs], progress=False)
+    assert qstate["input:1"].low == inputs[1].min() < -150
+    program = qjax.lower(qmodel, None, qstate, *inputs)
+    shipped, wanted = np.asarray(program(*inputs)), np.asarray(fn(None, *inputs))
+    assert np.sum(wanted**2) > 3000 * np.sum((shipped - wanted) ** 2)
+    assert_equals_oracle(program, *inputs)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        (np.int32, "a table of at most 16 bits"),
+        (np.int8, "for some integers of its input"),  # 2 would add 1e9.
+        (np.bool_, None),
+    ],
+)
+def test_masks_of_integers_are_refused_and_of_truth_values_not(dtype, message):
+    fn = _of(lambda s, p, b: s + (1 - b.astype(jnp.float32)) * -1e9)
+    inputs = Q, K, V, KEPT.astype(dtype)
+    qmodel = qjax.quantize_model(fn, None, *inputs)
+    qstate = qjax.calibrate(qmodel, None, [inputs], progress=False)
+    if message is None:
+        assert_equals_oracle(qjax.lower(qmodel, None, qstate, *inputs), *inputs)
+        return
+    with pytest.raises(ValueError, match=message):
+        qjax.lower(qmodel, None, qstate, *inputs)

@@ -607,3 +607,28 @@ def test_statistics_behind_two_masks_are_refused_and_their_remedy_ships():
     assert _operations(program)[-1] == "norm"
     site = report.sites["output:0"]
     assert site.equal == site.codes
+
+
+@pytest.mark.parametrize("is_folded", [True, False])
+def test_the_mean_in_the_bias_of_a_norm_is_refused_with_a_remedy(is_folded):
+    gain, bias = RNG.normal(1, 0.3, 32), RNG.normal(size=32)
+    p = gain.astype(np.float32)[None], bias.astype(np.float32)[None]
+    x = RNG.normal(0.5, 2, (16, 32)).astype(np.float32)
+
+    def fn(p, x):
+        mean = jnp.mean(x, -1, keepdims=True)
+        factor = p[0] * jax.lax.rsqrt(jnp.var(x, -1, keepdims=True) + 1e-5)
+        if is_folded:
+            return x * factor + (p[1] - mean * factor)
+        return (x - mean) * factor + p[1]
+
+    qmodel = qjax.quantize_model(fn, p, x)
+    qstate = qjax.calibrate(qmodel, p, [x], progress=False)
+    if is_folded:
+        with pytest.raises(NotImplementedError, match="without its mean in the bias"):
+            qjax.lower(qmodel, p, qstate, x)
+        return
+    program = qjax.lower(qmodel, p, qstate, x)
+    shipped, wanted = np.asarray(program(x)), np.asarray(fn(p, x))
+    assert np.sum(wanted**2) > 3000 * np.sum((shipped - wanted) ** 2)
+    assert_equals_oracle(program, x)

@@ -297,7 +297,7 @@ def test_what_integers_compute_otherwise_or_not_at_all_is_no_other_number(name):
 
 def test_a_mask_that_does_not_hide_is_refused():
     fn = lambda p, x: jax.nn.softmax(jnp.where(MASK, x @ p, -150.0))
-    x = X * 100
+    x = X * 30
     qmodel = qjax.quantize_model(fn, P, x)
     qstate = qjax.calibrate(qmodel, P, [x])
     with pytest.raises(ValueError, match="what it masks still counts"):

@@ -157,8 +157,8 @@ class IntegerForward(ForwardTargets):
             super()._place(v)
         elif self._target.is_tflite:
             self._place_tflite(v, site, before, grid, word)
-        elif isinstance(self._units.get(v), Exact):
-            self._of_codes.add(v)
+        elif isinstance(self._units.get(v), Exact) or not before.size:
+            self._of_codes.add(v)  # Traces of an empty batch may lack a mask.
         elif not self._is_input(v) and v not in self._of_codes:
             raise no_arithmetic(site, self._ends.get(v))
         return found

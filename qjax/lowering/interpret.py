@@ -247,7 +247,12 @@ def _way_around(e: Equation) -> str:
 def _refuse_whole(e: Equation) -> NotImplementedError:
     kind, site = whole_of(e), e.sites.output
     place = where(e) if e.place.path or not site else repr(site)
-    other = ", or use BatchNorm or GroupNorm in its place" if kind == NORM else ""
+    other = (
+        ", or write it as `(x - mean) * (gain * rsqrt(variance + epsilon)) + bias`, "
+        "without its mean in the bias, or use BatchNorm or GroupNorm in its place"
+        if kind == NORM
+        else ""
+    )
     if kind == NORM and _is_masked(e):
         return NotImplementedError(
             f"The normalisation in {place} has statistics behind a mask in a form that "

@@ -1,8 +1,10 @@
 """Softmaxes, norms and quotients in a simulation, and what masks before them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from qjax.integer_calls import LARGE, DivideCall
@@ -10,7 +12,8 @@ from qjax.model.blocks import Plan, bounds_of
 from qjax.model.exact import Exact, Masked, Unmasked
 from qjax.model.layouts import transposed
 from qjax.model.loop_runs import LoopRuns
-from qjax.model.masked_sums import counts, kept_after
+from qjax.model.mask_recorder import MaskRecorder
+from qjax.model.masked_sums import counts, is_wide, kept_after
 from qjax.model.softmaxes import SoftmaxForm
 from qjax.model.trace import Equation
 from qjax.model.traced_model import TracedModel
@@ -24,8 +27,6 @@ class ExactRuns(LoopRuns):
     _plan: Plan
     _units: dict[int, Unit | Exact | Masked]
     _unmasked: dict[int, jax.Array]
-    added_masks: dict[str, list[jax.Array]]
-    mask_faults: dict[str, jax.Array]
 
     def _keep_masks(self, e: Equation) -> None:
         """Follows what masks before a softmax through an equation."""
@@ -52,13 +53,7 @@ class ExactRuns(LoopRuns):
         x, operands = e.inputs[0], [self._env[v] for v in e.inputs]
         own_mask = self._unmasked.get(x)
         if isinstance(form, SoftmaxForm):
-            k = self._plan.activations.get(out)
-            name = e.path if k is None else self._plan.sites[k].name
-            if added := form.added(e, operands):
-                self.added_masks[name] = added
-            if own_mask is not None:
-                own_places = form.factor, [form.order[d] for d in form.axes]
-                self.mask_faults[name] = counts(operands[0], own_mask, *own_places)
+            self._check_masks(e, form, operands, own_mask)
         kept = (
             form.kept(e, operands, own_mask)
             if isinstance(form, SoftmaxForm)
@@ -78,6 +73,26 @@ class ExactRuns(LoopRuns):
         )
         call = form.call(x in self._bytes)
         self._units[out] = Exact(call, real, (*own, *known), kept=kept)
+
+    def _check_masks(
+        self,
+        e: Equation,
+        form: SoftmaxForm,
+        operands: Sequence[jax.Array],
+        kept: jax.Array | None,
+    ) -> None:
+        """Lets calibration see what is wrong with what masks before a softmax."""
+        if not isinstance(self._visitor, MaskRecorder):
+            return
+        k, faults = self._plan.activations.get(e.outputs[0]), self._visitor.faults
+        name = e.path if k is None else self._plan.sites[k].name
+        if added := form.added(e, operands):
+            is_other = [jnp.any((x != 0) & ~(x <= -LARGE)) for x in added]
+            faults["added"][name] = jnp.any(jnp.stack(is_other))
+        places = form.factor, [form.order[d] for d in form.axes]
+        if kept is not None:
+            faults["counts"][name] = counts(operands[0], kept, *places)
+        faults["wide"][name] = is_wide(operands[0], kept, *places)
 
     def _divide_exactly(self, e: Equation, real: Any) -> None:
         """Has a quotient of two values on grids computed in integers."""

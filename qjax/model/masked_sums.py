@@ -25,6 +25,7 @@ SAME = names("keep", "cast")
 MOVES = names("axes") | {"slice", "rev"}
 _SUMS = {"add", "add_any", "sub"}
 _FACTORS = {"mul", "div"}
+_LEAST_FACTOR = 1 / 32
 
 
 class MaskedSums(NamedTuple):
@@ -47,14 +48,12 @@ class MaskChecks(NamedTuple):
     """The checks of calibration on masks that are inputs.
 
     Attributes:
-      added: Site of a softmax -> the inputs that are added before it as masks alone.
-      counts: Site of a softmax -> whether what masks in a sum before it still counts.
+      faults: Kind of a fault -> site of a softmax -> whether it has it.
       inputs: Sites of inputs that are added before a softmax, and may mask.
       shared: Sites of inputs that are, and that are read elsewhere too.
     """
 
-    added: Mapping[str, Sequence[jax.Array]]
-    counts: Mapping[str, jax.Array]
+    faults: Mapping[str, Mapping[str, jax.Array]]
     inputs: frozenset[str]
     shared: frozenset[str]
 
@@ -93,6 +92,21 @@ def find_masked_sums(
         is_sum = name in _SUMS and (name != "sub" or e.inputs[0] == v)
         return name in SAME | MOVES or is_sum or is_choice
 
+    factors: dict[int, float] = {}  # Least of those on the way to a softmax.
+
+    def factor(e: Equation, v: int) -> float:
+        """Returns the factor of a leading value behind an equation that reads it."""
+        form = exact.get(e.outputs[0])
+        if isinstance(form, SoftmaxForm):
+            return form.factor
+        own = factors[e.outputs[0]]
+        if e.primitive.name not in _FACTORS:
+            return own
+        others = [u for u in e.inputs if u != v]
+        number = np.asarray(constant_of(model, others[0], source), np.float64)
+        ends = number if e.primitive.name == "mul" else 1 / number
+        return own * float(np.min(ends, initial=np.inf))
+
     values = [v for e in reversed(model.equations) for v in e.outputs]
     for v in (*values, *model.inputs):
         is_read = v in data and v not in model.outputs and bool(users[v])
@@ -103,12 +117,15 @@ def find_masked_sums(
         ):
             continue
         leading.add(v)
+        factors[v] = min(factor(u, v) for u in users[v])
         for u in users[v]:
             is_sum = u.primitive.name in _SUMS and data.issuperset(u.inputs)
             if is_sum or added.intersection(u.outputs):
                 added.add(v)
     sites = {v: plan.sites[k].name for v, k in plan.activations.items()}
-    inputs = {v for v in leading & added if sites.get(v, "").startswith("input:")}
+    is_input = lambda v: sites.get(v, "").startswith("input:")
+    # Behind a smaller factor -100 is no mask.
+    inputs = {v for v in leading & added if is_input(v) and factors[v] >= _LEAST_FACTOR}
     shared = set()
     for e in model.equations:
         if e.primitive.name in _SUMS and e.outputs[0] in leading:
@@ -117,7 +134,7 @@ def find_masked_sums(
                     if source[v].primitive.name not in SAME | MOVES:
                         break
                     v = source[v].inputs[0]
-                if v not in inputs and sites.get(v, "").startswith("input:"):
+                if v not in leading and is_input(v):
                     shared.add(sites[v])
     choices = {}
     for e in model.equations:
@@ -179,6 +196,23 @@ def counts(
     top, has_any = most(whole), jnp.any(whole, axes, keepdims=True)
     near = ~whole & has_any & ((top - x) * factor < 11)
     return jnp.any(near) | jnp.any(~has_any & (most(~whole) > -1e3))
+
+
+def is_wide(
+    x: jax.Array, kept: jax.Array | None, factor: float, axes: Sequence[int]
+) -> jax.Array:
+    """Returns whether a softmax reads numbers that mask as a part of a range, ``()``.
+
+    They are 1,000 below the largest of their row, or 10,000 below the largest of all.
+    Arguments are those of `counts`; without ``kept`` all is.
+    """
+    own = jnp.broadcast_to(True if kept is None else kept, x.shape)
+    found = jnp.where(own, x, -jnp.inf)
+    top = jnp.max(found, axes, keepdims=True, initial=-jnp.inf)
+    below = (top - x) * factor >= 1e3
+    return jnp.any(
+        own & (below | ((jnp.max(top, initial=-jnp.inf) - x) * factor >= 1e4))
+    )
 
 
 def _is_mask(x: np.ndarray) -> bool:

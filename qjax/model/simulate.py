@@ -107,10 +107,6 @@ class Simulation(ExactRuns):
         self._met: set[int] = set()  # Values that have been visited.
         # Sum before a softmax -> what of it does not mask.
         self._unmasked: dict[int, jax.Array] = {}
-        # Site of a softmax -> inputs that are added before it as masks.
-        self.added_masks: dict[str, list[jax.Array]] = {}
-        # Site of a softmax -> whether what masks in a sum before it still counts.
-        self.mask_faults: dict[str, jax.Array] = {}
         # Value -> sites on the way to it that each of its readers would compute anew.
         self._chains: dict[int, int] = {}
         self._raw: dict[int, Any] = dict(self._model.constants)
