@@ -275,7 +275,9 @@ class IntegerProgram:
           ValueError: for a program that was lowered without ``streaming``; for the
             state of another program, and inputs of other shapes; for a step after the
             last, where a position table or a sum of all steps until now makes the
-            length of lowering the longest. A state that JAX traces is not looked at.
+            length of lowering the longest. A state that JAX traces cannot raise, as in
+            `jax.jit` and `jax.lax.scan`: after the last step, outputs are NaN there,
+            or the least of an integer type, and those of dtype bool mean nothing.
         """
         flat, tree = jax.tree.flatten(inputs)
         if tree != self.input_tree:

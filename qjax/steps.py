@@ -69,11 +69,16 @@ class StepExecution(Execution):
             if v.is_place:
                 check_range(name, x, v)
         found = self.run("real", [*state, *inputs], backend)
-        return found[: len(state)], found[len(state) :]
+        outputs = found[len(state) :]
+        if self.counter is not None:
+            k, steps = self.counter
+            if isinstance(state[k], jax.core.Tracer):
+                outputs = [_unless(state[k] >= steps, y) for y in outputs]
+        return found[: len(state)], outputs
 
     def _check_state(self, types: Sequence[Any]) -> None:
-        found = [(x.shape[1:], str(x.dtype)) for x in types]
-        if found != [(v.shape[1:], v.dtype) for v in self.states]:
+        found = [(x.ndim, x.shape[1:], str(x.dtype)) for x in types]
+        if found != [(len(v.shape), v.shape[1:], v.dtype) for v in self.states]:
             raise ValueError(
                 f"`state` must hold {show_types(self.states)}, the examples aside, got "
                 f"{show_types(types)}. "
@@ -255,7 +260,7 @@ def compiled_step(
 
 
 def check_number(state: Sequence[Any], counter: tuple[int, int] | None) -> None:
-    """Raises for a known state after the last step that there may be.
+    """Raises for a known state after the last step that there may be, or of none.
 
     Args:
       state: Codes of the state.
@@ -264,13 +269,29 @@ def check_number(state: Sequence[Any], counter: tuple[int, int] | None) -> None:
     if counter is None or isinstance(state[counter[0]], jax.core.Tracer):
         return
     k, steps = counter
-    if int(state[k]) == steps:
+    number = int(state[k])
+    if not 0 <= number <= steps:
+        raise ValueError(
+            f"`state[{k}]` must be the number of a step, from 0 to {steps}, got "
+            f"{number}: it is of another program, or altered. Start from "
+            "`initial_state`."
+        )
+    if number == steps:
         raise ValueError(
             f"The sequence is longer than the {steps} steps that the program was "
             "lowered for: its position tables have so many rows, and its sums of all "
             "steps until now have bounds for so many terms. Lower the model for the "
             "longest sequence, or start another from `initial_state`."
         )
+
+
+def _unless(is_late: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns an output, and what shows that it is none after the last step."""
+    if y.dtype == bool:
+        return y
+    is_float = jnp.issubdtype(y.dtype, jnp.floating)
+    none = jnp.nan if is_float else jnp.iinfo(y.dtype).min
+    return jnp.where(is_late, jnp.asarray(none, y.dtype), y)
 
 
 def _with(shape: Shape, axis: int | None) -> Shape:

@@ -241,6 +241,34 @@ def test_a_sequence_longer_than_the_one_that_was_lowered_is_refused(fn):
     for step, held in ((program.step, state), (run, own)):
         with pytest.raises(ValueError, match="longer than the 7 steps .* position"):
             step(held, X[:, 0])
+    k = next(k for k, x in enumerate(own) if x.shape == ())
+    for number in (-1, 8):
+        held = tuple(np.int32(number) if j == k else x for j, x in enumerate(own))
+        for step in (program.step, run):
+            with pytest.raises(
+                ValueError, match=rf"`state\[{k}\]` must .* from 0 to 7"
+            ):
+                step(held, X[:, 0])
+    several = tuple(np.zeros(3, np.int32) if j == k else x for j, x in enumerate(own))
+    with pytest.raises(ValueError, match="`state` must hold"):
+        program.step(several, X[:, 0])
+
+
+def test_a_traced_step_after_the_last_has_no_numbers():
+    def fn(p, x):
+        y = jnp.cumsum(x @ p["a"], 1)
+        return y, jnp.argmax(y, -1)
+
+    program = _lowered(fn)
+    x = np.concatenate([X, X[:, :2]], 1).transpose(1, 0, 2)
+    state, (y, top) = lax.scan(program.step, program.initial_state(3), x)
+    whole = [np.moveaxis(np.asarray(z), 0, 1) for z in (y, top)]
+    for found, wanted in zip(whole, program(X), strict=True):
+        np.testing.assert_array_equal(found[:, :7], wanted)
+    assert np.isnan(y[7:]).all()
+    assert (np.asarray(top[7:]) == np.iinfo(top.dtype).min).all()
+    with pytest.raises(ValueError, match="longer than the 7 steps"):
+        program.step(state, X[:, 0])
 
 
 def test_what_has_time_first_needs_an_input_that_has_it_first():
@@ -324,6 +352,12 @@ AHEAD = {
             reverse=True,
         )[1],
         "`loop`",
+    ),
+    "a norm with a bias of each step": (
+        lambda p, x: nn.LayerNorm(
+            reduction_axes=-1, feature_axes=(1, 2), use_scale=False
+        ).apply({"params": {"bias": p["rows"][:7]}}, x),
+        "`norm`",
     ),
     "the first step": (lambda p, x: (x[:, :1] + x) @ p["a"], "`add`"),
     "the last state beside each step": (

@@ -81,7 +81,9 @@ class StepNumbers:
 
     def visit_bias(self, node: Node, times: Times) -> bool:
         """Adds the row of a bias at this step; returns whether there is one."""
-        name = node.params.get("bias", "")
+        # Others, as norms, rescale and clip after their bias.
+        is_product = node.operation in ("dot", "conv", "multiply")
+        name = node.params.get("bias", "") if is_product else ""
         shape = np.shape(self.builder.params[name]) if name else ()
         if len([t for t in times if t]) != 1 or max(shape, default=1) == 1:
             return False
