@@ -59,6 +59,9 @@ WRITERS: Mapping[str, Callable[[IntegerProgram, str], Any]] = {
     "qonnx-quant": write_qonnx_quant,
     "stablehlo": write_stablehlo,
     "tflite": write_tflite,
+    "tflite-approximate": lambda program, path: write_tflite(
+        program, path, exact=False
+    ),
 }
 
 

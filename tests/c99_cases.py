@@ -3,10 +3,13 @@
 import ctypes
 import dataclasses
 import re
+import shutil
 import subprocess
+import tempfile
 
 import jax
 import numpy as np
+import pytest
 
 import qjax
 from qjax.formats.c99 import write_c99
@@ -17,6 +20,19 @@ from qjax.graph.validation import validate
 
 STRICT = "-std=c99 -pedantic -Wall -Wextra -Wconversion -Werror".split()
 CHECKED = "-fsanitize=undefined -fno-sanitize-recover=all".split()
+
+
+def check_sanitizers(compiler, flags):
+    """Skips where a compiler has no runtime of its sanitizers: clang's is apart."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [compiler, *flags, "-x", "c", "-", "-o", f"{folder}/test"]
+        program = "int main(void) { return 0; }"
+        done = subprocess.run(command, input=program, capture_output=True, text=True)
+    if done.returncode:
+        name = "libclang-rt" if compiler == "clang" else "libubsan and libasan"
+        pytest.skip(f"{compiler} lacks its sanitizers ({name}): {done.stderr[-200:]}")
 
 
 def library(program, folder, compiler="gcc", flags=("-O1", *CHECKED), **options):

@@ -15,7 +15,7 @@ from qjax.graph import reference
 from tests import test_formats_c99 as models
 from tests import test_formats_c99_operations as nodes
 from tests import test_formats_c99_steps as loops
-from tests.c99_cases import STRICT, joined, random_codes, single
+from tests.c99_cases import STRICT, check_sanitizers, joined, random_codes, single
 from tests.format_models import MODELS, SCHEMES
 from tests.models import images
 from tests.tflite_cases import _network, write
@@ -116,6 +116,8 @@ def test_other_machines_compute_the_codes_of_the_oracle(tmp_path, name):
     for tool in (compiler, command[0]):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
+    if name == "sanitizers":
+        check_sanitizers(compiler, flags)
     is_bare = "-Wl,-T,board.ld" in flags
     (tmp_path / "board.ld").write_text(LINKER)
     for program in _programs():
@@ -167,8 +169,7 @@ def test_a_thousand_inputs_under_the_sanitizers(tmp_path, name, bits):
     text = READER.format(x=f"{first.dtype}_t", y=f"{last.dtype}_t")
     (tmp_path / "main.c").write_text(text)
     for compiler in ("gcc", "clang"):
-        if shutil.which(compiler) is None:
-            pytest.skip(f"{compiler} is not installed")
+        check_sanitizers(compiler, SANITIZERS)
         make = [
             compiler,
             *STRICT,

@@ -83,10 +83,10 @@ def test_forms_that_are_lacking_are_those_that_code_refuses(name):
     assert set(own) == {k for kinds in REFUSED[name].values() for k in kinds}
 
 
-def quantized(function, params, x):
-    qmodel = qjax.quantize_model(function, params, x)
+def quantized(function, params, x, target=qjax.targets.half_even, **options):
+    qmodel = qjax.quantize_model(function, params, x, **options)
     qstate = qjax.calibrate(qmodel, params, [x], progress=False)
-    return qjax.lower(qmodel, params, qstate, x)
+    return qjax.lower(qmodel, params, qstate, x, target=target)
 
 
 def rolled(p, x):
@@ -145,3 +145,37 @@ def test_each_format_that_is_said_to_have_a_form_has_it(name, tmp_path):
         "qjax.formats.onnx.write_onnx",
         "qjax.formats.stablehlo.write_stablehlo",
     } < tried
+
+
+def convolved(p, x):
+    x = nn.relu(lax.conv_general_dilated(x, p["w"][:, None], (1,), "SAME", **AXES))
+    return nn.max_pool(x, (2,), (2,)) @ p["w"]
+
+
+AXES = {"dimension_numbers": ("NWC", "WIO", "NWC"), "feature_group_count": 3}
+
+
+@pytest.mark.parametrize("target", ("half_even", "tflite", "tflite_micro"))
+@pytest.mark.parametrize("function", (convolved, rolled))
+def test_a_refusal_names_every_format_that_takes_the_program(
+    target, function, tmp_path
+):
+    if function is rolled and target != "half_even":
+        pytest.skip("TFLite has no such loop")
+    scheme = qjax.presets.tflite_int8(same_scales=True)
+    own = {"scheme": scheme} if target != "half_even" else {}
+    own["target"] = getattr(qjax.targets, target)
+    program = quantized(function, {"w": images(3, 3)}, images(4, 6, 3), **own)
+    able, refusals = {"IntegerProgram.save"}, {}
+    program.save(tmp_path / "m.qjax")
+    for writer, write in WRITERS.items():
+        try:
+            write(program, _place(tmp_path, writer))
+            able.add(writer)
+        except ValueError as error:
+            refusals[writer] = str(error)
+    assert refusals and len(able) > 4
+    for writer, message in refusals.items():
+        named = set(re.findall("`([^`]*)`", message.partition("\n")[2]))
+        assert able <= named, (writer, able - named)
+        assert writer not in named

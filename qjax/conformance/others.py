@@ -98,11 +98,16 @@ def _codes_of(x: np.ndarray, v: Value) -> np.ndarray:
     return np.rint(steps).astype(np.int64) + v.grid.zero_point
 
 
-def load_litert(resolver: str) -> Loader:
-    """Returns the loader of the file of `write_tflite` into LiteRT."""
+def load_litert(resolver: str, *, is_exact: bool = True) -> Loader:
+    """Returns the loader of the file of `write_tflite` into LiteRT.
+
+    Args:
+      resolver: The kernels, by LiteRT's name.
+      is_exact: Whether a program that rounds otherwise is refused.
+    """
 
     def load(program: IntegerProgram, codes: Codes) -> Session:
-        data = write_tflite(program)
+        data = write_tflite(program, exact=is_exact)
         litert = importlib.import_module("ai_edge_litert.interpreter")
         kind = getattr(litert.OpResolverType, resolver)
         own = litert.Interpreter(

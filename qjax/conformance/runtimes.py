@@ -42,6 +42,12 @@ RUNTIMES: Mapping[str, Runtime] = _table(
         _EXTRA,
     ),
     Runtime("litert", others.load_litert("BUILTIN_REF"), _LITERT, _EXTRA),
+    Runtime(
+        "litert-approximate",
+        others.load_litert("BUILTIN_REF", is_exact=False),
+        _LITERT,
+        _EXTRA,
+    ),
     Runtime("litert-xnnpack", others.load_litert("AUTO"), _LITERT, _EXTRA),
     Runtime(
         "tflite-micro",

@@ -101,8 +101,21 @@ def unsupported(writer: str, node: Node, what: str) -> ValueError:
     return refusal(writer, {_named(node): what}, _kinds([node]))
 
 
+def unsupported_end(writer: str, graph: Graph, what: str, why: str = "") -> ValueError:
+    """Returns the error for an input, an output or a grid that a format has not.
+
+    Args:
+      writer: Function that writes the format.
+      graph: Graph of a program; formats are named that have all its operations.
+      what: The end, in field words: "an input that rounds half away".
+      why: Why, or an empty text.
+    """
+    kinds = _kinds(node for _, inner in graph.walk() for node in inner.nodes)
+    return refusal(writer, {what: why}, kinds)
+
+
 def refusal(
-    writer: str, reasons: Mapping[str, str], kinds: Iterable[str] = ()
+    writer: str, reasons: Mapping[str, str], kinds: Iterable[str]
 ) -> ValueError:
     """Returns the error for what a format does not express.
 
@@ -140,7 +153,7 @@ def _remedies(writer: str, kinds: Sequence[str]) -> list[str]:
 def _others(writer: str, kinds: set[str]) -> Sequence[str]:
     """Returns the other functions whose formats have certain operations."""
     able = (name for name, own in OPERATIONS.items() if kinds <= own)
-    return [name for name in able if name != writer] if kinds else []
+    return [name for name in able if name != writer]
 
 
 def _listed(names: Sequence[str]) -> str:

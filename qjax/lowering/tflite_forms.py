@@ -18,19 +18,22 @@ Lack = tuple[str, ...]
 _LEAST_EPSILON = 2.0**-7  # Squares of codes: of one code the result has the same code.
 
 
-def refuse(site: str, what: str, remedy: str = "") -> NotImplementedError:
+def refuse(
+    site: str, what: str, remedy: str = "", others: str = ""
+) -> NotImplementedError:
     """Returns the error for what TFLite has no exact operator for.
 
     Args:
       site: Site that asks for it.
       what: Why, in field words, after the name of the site.
       remedy: What to do in place of it.
+      others: What programs for another target go to, after a comma.
     """
     usual = "Leave it out of the model, or write it by operators that TFLite has"
     return NotImplementedError(
         f"The site {site!r} {what}. `target=targets.tflite` computes what TFLite's "
         f"kernels do and nothing else. {remedy or usual}, or use "
-        "`target=targets.half_even`."
+        f"`target=targets.half_even`{others and ', '}{others}."
     )
 
 
@@ -46,6 +49,8 @@ def lack_of_operator(operation: str) -> Lack:
     return (
         f"{what} but that of an LSTM from a state of zeros, forwards",
         "Use `nn.LSTMCell` or `nn.OptimizedLSTMCell`, or unroll the steps in the model",
+        "whose loops `program.save`, `write_stablehlo`, `write_c99`, `write_onnx`, "
+        "`write_onnx_qlinear` and `write_onnx_qdq` take",
     )
 
 

@@ -20,7 +20,7 @@ from qjax.formats.qonnx.sheet import (
     QonnxTensor,
     type_of,
 )
-from qjax.formats.support import check_operations, check_whole, refusal
+from qjax.formats.support import check_operations, check_whole, unsupported_end
 from qjax.graph.atomic import write_atomically
 from qjax.graph.graph import Graph, Node, Value
 from qjax.program import IntegerProgram
@@ -74,10 +74,11 @@ def write_qonnx(
     for v, name in zip(graph.inputs, names[0], strict=True):
         own = graph.values[v]
         if max(abs(own.low), abs(own.high)) > MOST:
-            why = {f"the input {name!r}": "codes of more than 24 bits"}
-            raise refusal(WRITER, why)
+            why = "codes of more than 24 bits"
+            raise unsupported_end(WRITER, graph, f"the input {name!r}", why)
         if 0 in shapes[v]:
-            raise refusal(WRITER, {f"the input {name!r}": "no elements"})
+            what = f"the input {name!r}"
+            raise unsupported_end(WRITER, graph, what, "no elements")
     inputs = [
         OnnxValue(sheet.graph.unique(name), "float32", shapes[v])
         for v, name in zip(graph.inputs, names[0], strict=True)
@@ -191,11 +192,12 @@ def _check_ends(graph: Graph) -> None:
     """Raises ValueError for grids that Quant nodes of activations have not."""
     for v in graph.values:
         if v.grid is not None and v.grid.array().size > 1:
-            why = {"a value with a scale for each channel": ""}
-            raise refusal(QUANT_WRITER, why)
+            what = "a value with a scale for each channel"
+            raise unsupported_end(QUANT_WRITER, graph, what)
     for v in (graph.values[k] for k in graph.inputs):
         if v.rounding != "half_even":
-            raise refusal(QUANT_WRITER, {"an input that rounds half away": ""})
+            what = "an input that rounds half away"
+            raise unsupported_end(QUANT_WRITER, graph, what)
 
 
 def ends_of(graph: Graph) -> list[Value]:
@@ -241,7 +243,8 @@ def _emit(
     for v, name in zip(graph.outputs, names, strict=True):
         own = graph.values[v]
         if max(abs(own.low), abs(own.high)) > MOST:
-            raise refusal(WRITER, {f"the output {name!r}": "more than 24 bits"})
+            what = f"the output {name!r}"
+            raise unsupported_end(WRITER, graph, what, "more than 24 bits")
         x = sheet.plain(_moved(sheet, env[v], own.zero_point))
         sheet.graph.ops.append(OnnxOp("Identity", (x.name,), (name,), {}))
         sheet.types[name] = type_of(own.low, own.high)

@@ -8,7 +8,13 @@ import numpy as np
 
 from qjax.formats.support import unsupported
 from qjax.formats.tflite import tensors
-from qjax.formats.tflite.emission import WRITER, Pending, TfliteGraph, activation
+from qjax.formats.tflite.emission import (
+    WRITER,
+    Pending,
+    TfliteGraph,
+    activation,
+    is_close,
+)
 from qjax.formats.tflite.written_moves import MOVES, padded
 from qjax.graph import tflite_tables as tables
 from qjax.graph.graph import Node
@@ -120,6 +126,7 @@ def _table(emission: TfliteGraph, node: Node) -> None:
     y = emission.codes(node.output, node)
     table = emission.params[node.params["table"]].astype(np.int64)
     value, dtype = emission.value(x), emission.value(node.output).dtype
+    is_same = np.array_equal if emission.is_exact else is_close
     for name, make, options in _FUNCTIONS:
         is_one = tables.has_fixed_grid(name.lower(), dtype, y) and a["axis"] is None
         whole = make(own, y) if is_one else None
@@ -127,7 +134,7 @@ def _table(emission: TfliteGraph, node: Node) -> None:
             continue
         whole = whole[a["low"] - own.low :][: len(table)]
         part = slice(value.low - a["low"], value.high - a["low"] + 1)
-        if np.array_equal(whole[part], table[part]):
+        if is_same(whole[part], table[part]):
             out = emission.add_value(node.output, node.path)
             emission.add(name, (t,), out, **options)
             return

@@ -18,6 +18,10 @@ REMEDY = (
     "which TFLite's kernels round otherwise; `qjax.lower(..., "
     "target=qjax.targets.tflite)` gives a program in their arithmetic"
 )
+OPTION = (
+    f"{REMEDY}, and `write_tflite(program, exact=False)` (`--to tflite-approximate`) a "
+    "file whose kernels are off by one code at most"
+)
 ACTIVATIONS = ("NONE", "RELU", "RELU6", "RELU_N1_TO_1")
 
 
@@ -40,6 +44,8 @@ class TfliteGraph:
     Args:
       graph: Graph of a program.
       params: Its parameters.
+      is_exact: Whether each operator must give the codes of the program; else it may
+        round otherwise, by one code.
 
     Attributes:
       tensors: Tensors, in order.
@@ -49,8 +55,14 @@ class TfliteGraph:
       kernels: Tensors that hold weights, of operators that take them with 4 bits.
     """
 
-    def __init__(self, graph: Graph, params: Mapping[str, np.ndarray]) -> None:
-        self.graph, self.params = graph, params
+    def __init__(
+        self,
+        graph: Graph,
+        params: Mapping[str, np.ndarray],
+        *,
+        is_exact: bool = True,
+    ) -> None:
+        self.graph, self.params, self.is_exact = graph, params, is_exact
         self.tensors: list[Tensor] = []
         self.operators: list[Operator] = []
         self.places: dict[int, int] = {}
@@ -197,6 +209,13 @@ class TfliteGraph:
                 other = self.constant([end], own.dtype, like=t)
                 t = self.add(operation, (t, other), self.add_like(t, own.shape, name))
         return t
+
+
+def is_close(found: np.ndarray, wanted: np.ndarray) -> bool:
+    """Returns whether codes are off by one at most."""
+    if found.shape != wanted.shape:
+        return False
+    return bool(np.all(np.abs(found.astype(np.int64) - wanted) <= 1))
 
 
 def activation(ends: tuple[int, int], y: Codes) -> str | None:

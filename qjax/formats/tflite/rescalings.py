@@ -6,6 +6,7 @@ code for every accumulator.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,12 +15,15 @@ import numpy as np
 
 from qjax.formats.support import unsupported
 from qjax.formats.tflite.emission import (
+    OPTION,
     REMEDY,
     WRITER,
     Pending,
     TfliteGraph,
     activation,
+    is_close,
 )
+from qjax.formats.tflite.proofs import Pair, check_pair, is_near, is_same
 from qjax.formats.tflite.written_moves import MOVES, pool_options
 from qjax.graph.graph import Node
 from qjax.graph.operations import OPERATIONS
@@ -33,57 +37,8 @@ from qjax.integer_tflite import (
     sum_multipliers,
 )
 
-Pair = tuple[Any, Any]  # Multiplier and shift.
 _INT32 = np.iinfo(np.int32)
-_MOST_TRIED = 1 << 22  # Accumulators that are compared one by one.
 _CHOICES = ("max", "max_pool", "min")  # Moves that keep some of their integers.
-
-
-# Proofs.
-
-
-def check_pair(
-    emission: TfliteGraph, node: Node, found: Pair, rule: str, own: Pair | None = None
-) -> None:
-    """Raises ValueError unless a kernel gives the codes of a requantizer.
-
-    Args:
-      emission: The graph.
-      node: The requantizer.
-      found: Multiplier and shift of the kernel.
-      rule: Its rule.
-      own: Multiplier and shift of the requantizer; None for its parameters.
-    """
-    if not is_same(emission, node, found, rule, own):
-        raise unsupported(WRITER, node, REMEDY)
-
-
-def is_same(
-    emission: TfliteGraph, node: Node, found: Pair, rule: str, own: Pair | None = None
-) -> bool:
-    """Returns whether a kernel gives the codes of a requantizer; see `check_pair`."""
-    if own is None:
-        params = emission.params
-        own = params[node.params["multiplier"]], params[node.params["shift"]]
-    arrays = np.broadcast_arrays(*own, *found)
-    rows = np.stack([np.ravel(a) for a in arrays], 1).astype(np.int64)
-    rows = np.unique(rows, axis=0)
-    is_equal = (rows[:, 0] == rows[:, 2]) & (rows[:, 1] == rows[:, 3])
-    is_equal &= rule == node.attributes["rule"]
-    rest = rows[~(is_equal | ((rows[:, 0] == 0) & (rows[:, 2] == 0)))]
-    if not len(rest):
-        return True
-    value = emission.value(node.inputs[0])
-    if (value.high - value.low + 1) * len(rest) > _MOST_TRIED:
-        return False
-    acc = np.arange(value.low, value.high + 1, dtype=np.int64)[:, None]
-    meaning, a = OPERATIONS["requantize"].meaning, node.attributes
-    both = ((a["rule"], *rest.T[:2]), (rule, *rest.T[2:]))
-    codes = [
-        meaning({**a, "rule": each}, {"multiplier": m, "shift": n}, [acc])
-        for each, m, n in both
-    ]
-    return bool(np.array_equal(*codes))
 
 
 # Operators with fused activations.
@@ -131,18 +86,20 @@ def of_codes(emission: TfliteGraph, node: Node) -> None:
     x = node.inputs[0]
     t, own = emission.tensor(x, node), emission.codes(x, node)
     y, shape = emission.codes(node.output, node), emission.value(x).shape
-    ratio = product_ratio("codes", [own.scale], y.scale)
-    if is_same(emission, node, signed_multiplier(ratio), "tflite_double"):
-        finish(emission, node, "QUANTIZE", (t,), shape, is_fused=False)
-        return
-    ratio = np.float64(own.scale / y.scale)
+    pair = signed_multiplier(product_ratio("codes", [own.scale], y.scale))
     ends = node.attributes["low"], node.attributes["high"]
     name = activation(ends, y)
-    if name in (None, "NONE"):
-        raise unsupported(WRITER, node, REMEDY)
-    check_pair(emission, node, signed_multiplier(ratio), "tflite_double")
-    out = emission.add_value(node.output, node.path)
-    emission.add(str(name), (t,), out)
+    if not is_same(emission, node, pair, "tflite_double") and name not in (
+        None,
+        "NONE",
+    ):
+        ratio = np.float64(own.scale / y.scale)
+        check_pair(emission, node, signed_multiplier(ratio), "tflite_double")
+        out = emission.add_value(node.output, node.path)
+        emission.add(str(name), (t,), out)
+        return
+    check_pair(emission, node, pair, "tflite_double")
+    finish(emission, node, "QUANTIZE", (t,), shape, is_fused=False)
 
 
 # Products with weights.
@@ -275,7 +232,8 @@ def _weight_scale(
     ratio = np.ldexp(pair[0].astype(np.float64), -pair[1].astype(np.int64))
     ideal = (ratio * np.float64(y.scale) / np.float64(x.scale)).astype(np.float32)
     live = pair[0] != 0
-    if live.any() and np.all(pair[0] == pair[0][0]) and np.all(pair[1] == pair[1][0]):
+    is_one = live.any() and all(np.all(own == own[0]) for own in pair)
+    if is_one:
         one = pair[0][:1], pair[1][:1]
         for near in _near(ideal[:1]):
             found = signed_multiplier(product_ratio(kind, [near, x.scale], y.scale))
@@ -289,6 +247,9 @@ def _weight_scale(
         best, done = np.where(hits, near, best), done | hits
     wide = np.float64(x.scale) * np.float64(best) / np.float64(y.scale)
     found = signed_multiplier(np.where(live, wide, 0))
+    if is_one and not is_same(emission, node, found, rule, pair):
+        best = ideal[:1]
+        found = signed_multiplier(product_ratio(kind, [best, x.scale], y.scale))
     check_pair(emission, node, found, rule, pair)
     return best
 
@@ -360,9 +321,13 @@ def total(emission: TfliteGraph, node: Node, pending: Pending) -> None:
     if a["bias"] != -taps * own.zero_point:
         raise unsupported(WRITER, made, "a constant that a sum adds")
     ratio = product_ratio("sum", [own.scale], y.scale)
-    for name, divisor in (("MEAN", taps), ("SUM", 1)):
-        pair = mean_multiplier(ratio, divisor)
-        if is_same(emission, node, pair, "tflite_double"):
+    pairs = {
+        name: mean_multiplier(ratio, n) for name, n in (("MEAN", taps), ("SUM", 1))
+    }
+    given = emission, node
+    for accept, (name, pair) in itertools.product((is_same, is_near), pairs.items()):
+        if accept(*given, pair, "tflite_double"):
+            check_pair(*given, pair, "tflite_double")
             axes = emission.constant(a["axes"])
             shape = emission.value(made.output).shape
             options: Any = {"keep_dims": False, "is_fused": False}
@@ -396,7 +361,7 @@ def add(emission: TfliteGraph, node: Node) -> None:
 
 
 def add_once(emission: TfliteGraph, node: Node) -> None:
-    """Writes a sum that rounds once, if TFLite's gives the same code of all pairs."""
+    """Writes a sum that rounds once, if TFLite's code of each pair does."""
     a = node.attributes
     codes = [emission.codes(v, node) for v in node.inputs]
     signs = [-1 if m < 0 else 1 for m in a["multipliers"]]
@@ -419,8 +384,11 @@ def add_once(emission: TfliteGraph, node: Node) -> None:
     first, second = (np.arange(v.low, v.high + 1, dtype=np.int64) for v in values)
     given = [first[:, None], second]
     wanted = OPERATIONS["add"].meaning(a, {}, given)
-    if not np.array_equal(OPERATIONS["tflite_add"].meaning(own, {}, given), wanted):
-        raise unsupported(WRITER, node, REMEDY)
+    found = OPERATIONS["tflite_add"].meaning(own, {}, given)
+    if not np.array_equal(found, wanted):
+        close = is_close(found, wanted)
+        if emission.is_exact or not close:
+            raise unsupported(WRITER, node, OPTION if close else REMEDY)
     add(emission, dataclasses.replace(node, attributes=own))
 
 

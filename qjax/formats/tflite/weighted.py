@@ -1,5 +1,6 @@
-"""Products with weights as TFLite operators: convolutions and dense layers."""
+"""Products with weights as TFLite operators: convolutions, dense layers, pools."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 from qjax.formats.support import unsupported
 from qjax.formats.tflite.emission import WRITER, Pending, TfliteGraph
 from qjax.formats.tflite.rescalings import after, finish, weights
-from qjax.formats.tflite.written_moves import padding
+from qjax.formats.tflite.written_moves import padding, pool_options
 from qjax.graph.graph import Node
 from qjax.graph.tflite_tables import Codes
 
@@ -77,6 +78,41 @@ def conv(emission: TfliteGraph, node: Node, pending: Pending) -> None:
     w, b = weights(emission, node, pending, kernel, bias, own, axis)
     options |= {} if is_depthwise else _of_bias(own)
     finish(emission, node, name, (t, w, b), whole, moves=moves, **options)
+
+
+def window_sum(emission: TfliteGraph, node: Node, pending: Pending) -> None:
+    """Writes the sums of a pool as a depthwise convolution with weights of one.
+
+    AVERAGE_POOL_2D keeps the grid of its input, and so rounds once more.
+    """
+    made = pending.node
+    a, own = made.attributes, emission.codes(made.inputs[0], made)
+    if (
+        pool_options(emission, made)["padding"] == "SAME"
+        and a["padding_code"] != own.zero_point
+    ):
+        raise unsupported(WRITER, made, "its padding")
+    channels = emission.value(made.output).shape[3]
+    whole = [0, 3, 1, 2]
+    attributes = {
+        "dimensions": [whole, [0, 1, 2, 3], whole],
+        "groups": channels,
+        "strides": a["strides"][1:3],
+        "padding": [list(p) for p in a["padding"][1:3]],
+        "padding_code": own.zero_point,
+        "dilation": [1, 1],
+        "input_dilation": [1, 1],
+        "offset": 0,
+        "shift": 0,
+    }
+    names = {role: f"{node.path}/{role}" for role in ("kernel", "bias")}
+    ones = np.ones((channels, 1, *a["window"][1:3]), np.int8)
+    arrays = {names["kernel"]: ones, names["bias"]: np.full(channels, a["bias"])}
+    emission.params = {**emission.params, **arrays}
+    product = dataclasses.replace(
+        made, operation="conv", attributes=attributes, params=names
+    )
+    conv(emission, node, dataclasses.replace(pending, node=product))
 
 
 def _of_bias(x: Codes) -> dict[str, Any]:

@@ -8,9 +8,9 @@ import numpy as np
 
 from qjax.formats.support import check_operations, check_whole, unsupported
 from qjax.formats.tflite import chosen, rescalings, weighted
-from qjax.formats.tflite.emission import REMEDY, WRITER, Pending, TfliteGraph
+from qjax.formats.tflite.emission import WRITER, Pending, TfliteGraph
 from qjax.formats.tflite.schema import serialized
-from qjax.formats.tflite.written_lstm import lstm
+from qjax.formats.tflite.written_lstm import check_loops, lstm
 from qjax.graph.atomic import write_atomically
 from qjax.graph.graph import Graph, Node
 from qjax.program import IntegerProgram
@@ -20,6 +20,7 @@ def write_tflite(
     program: IntegerProgram,
     path: str | os.PathLike[str] | None = None,
     *,
+    exact: bool = True,
     real_ends: bool = False,
     pack_weights: bool = False,
 ) -> bytes:
@@ -27,10 +28,15 @@ def write_tflite(
 
     For programs whose rounding is TFLite's: those of ``qjax.lower(...,
     target=qjax.targets.tflite)`` and of `read_tflite`. Others are written where their
-    requantizers are shown to give the same codes. In LiteRT's reference kernels no code
-    differs; XNNPACK rounds otherwise, by a code a layer. tflite-micro rounds dense
-    layers twice, where LiteRT rounds once: in it no code of programs for
-    ``targets.tflite_micro`` differs. Needs the extra `qjax[tflite]`.
+    requantizers are shown to give the same codes, or with ``exact=False`` at most one
+    code beside them: an operator of the file is off by a code at most, given equal
+    codes before it, and over a network these add up (`qjax.conform` counts them, in the
+    runtime ``litert-approximate``). For exact programs both files are the same.
+
+    In LiteRT's reference kernels no code differs; XNNPACK rounds otherwise, by a code a
+    layer. tflite-micro rounds dense layers twice, where LiteRT rounds once: in it no
+    code of programs for ``targets.tflite_micro`` differs. Needs the extra
+    `qjax[tflite]`.
 
     A loop is written where it is TFLite's LSTM, code for code, as `read_tflite` gives
     it, and `lower` for ``targets.tflite``. LiteRT keeps its state between calls:
@@ -40,6 +46,8 @@ def write_tflite(
     Args:
       program: The program.
       path: Path, replaced once the file is complete; None to write none.
+      exact: Whether all codes must be the program's. Otherwise sums, products, means
+        and functions may round as TFLite's kernels do.
       real_ends: Whether the file takes and gives real numbers, by QUANTIZE and
         DEQUANTIZE at its ends, in place of codes.
       pack_weights: Whether weights within 4 bits take 4 in the file.
@@ -57,9 +65,10 @@ def write_tflite(
       Schema: tensorflow/lite/schema/schema.fbs, version 3.
     """
     check_whole(program)
-    check_operations(WRITER, program.graph)
     params = {name: np.asarray(value) for name, value in program.params.items()}
-    emission = _emitted(program.graph, params)
+    check_loops(program.graph, params)
+    check_operations(WRITER, program.graph)
+    emission = _emitted(program.graph, params, exact)
     inputs, outputs = _ends(emission, program.graph, real_ends)
     packed = frozenset(filter(lambda k: _is_short(emission, k), emission.kernels))
     own = emission.tensors, emission.operators, inputs, outputs
@@ -69,9 +78,11 @@ def write_tflite(
     return data
 
 
-def _emitted(graph: Graph, params: Mapping[str, np.ndarray]) -> TfliteGraph:
+def _emitted(
+    graph: Graph, params: Mapping[str, np.ndarray], is_exact: bool
+) -> TfliteGraph:
     """Returns the TFLite graph of a program, its ends as codes."""
-    emission = TfliteGraph(graph, params)
+    emission = TfliteGraph(graph, params, is_exact=is_exact)
     for number, v in enumerate(graph.inputs):
         emission.add_value(v, f"input_{number}")
     for node in graph.nodes:
@@ -84,10 +95,7 @@ def _requantize(emission: TfliteGraph, node: Node) -> None:
     if pending is None:
         rescalings.of_codes(emission, node)
         return
-    kind = pending.node.operation
-    if kind not in _PENDING:
-        raise unsupported(WRITER, node, f"sums of `{kind}`, {REMEDY}")
-    _PENDING[kind](emission, node, pending)
+    _PENDING[pending.node.operation](emission, node, pending)
 
 
 def _wait(emission: TfliteGraph, node: Node) -> None:
@@ -101,10 +109,11 @@ _PENDING: Mapping[str, Callable[[TfliteGraph, Node, Pending], None]] = {
     "dot_codes": rescalings.of_two,
     "multiply_codes": rescalings.of_two,
     "sum": rescalings.total,
+    "sum_pool": weighted.window_sum,
 }
 # Operation -> what writes it.
 EMITTERS: Mapping[str, Callable[[TfliteGraph, Node], None]] = {
-    **dict.fromkeys((*_PENDING, "sum_pool"), _wait),
+    **dict.fromkeys(_PENDING, _wait),
     **chosen.CHOSEN,
     "add": rescalings.add_once,
     "loop": lstm,
@@ -147,7 +156,8 @@ def _real_input(emission: TfliteGraph, graph: Graph, v: int) -> int:
     t, value = emission.places[v], graph.values[v]
     if not emission.tensors[t].scale:
         return t
-    if value.rounding != "half_away" or value.rescaling != (1.0, 0.0):
+    is_close = value.rounding == "half_away" or not emission.is_exact
+    if not is_close or value.rescaling != (1.0, 0.0):
         raise ValueError(
             f"`{WRITER}` has no form for a real input that is rounded half to even, or "
             "scaled before. Pass `real_ends=False` and give it codes "

@@ -1,21 +1,34 @@
 """Loops of a program as TFLite's LSTM, where they are one bit for bit."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
 from qjax.formats.support import unsupported
 from qjax.formats.tflite.emission import WRITER, TfliteGraph
-from qjax.graph.graph import Node
+from qjax.graph.graph import Graph, Node
 from qjax.graph.tflite_lstm import GATES, LstmCell, find_lstm
+
+
+def check_loops(graph: Graph, params: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError for loops that TFLite has no operator for."""
+    for node in graph.nodes:
+        if node.operation == "loop":
+            _cell(graph, node, params)
+
+
+def _cell(graph: Graph, node: Node, params: Mapping[str, np.ndarray]) -> LstmCell:
+    cell = find_lstm(graph, node, params)
+    if cell is None:
+        what = "a loop that is not the LSTM of TFLite's kernel, code for code"
+        raise unsupported(WRITER, node, what)
+    return cell
 
 
 def lstm(emission: TfliteGraph, node: Node) -> None:
     """Writes UNIDIRECTIONAL_SEQUENCE_LSTM, whose state starts from zeros."""
-    cell = find_lstm(emission.graph, node, emission.params)
-    if cell is None:
-        what = "a loop that is not the LSTM of TFLite's kernel, code for code"
-        raise unsupported(WRITER, node, what)
+    cell = _cell(emission.graph, node, emission.params)
     last, state, outputs = node.outputs
     time = emission.value(outputs).shape[0]
     if _is_read(emission, state):

@@ -9,6 +9,7 @@ import numpy as np
 from qjax.graph.graph import Graph, Grid, storage
 from qjax.graph.operations.arithmetic import TYPES, ends_of
 from qjax.integer_calls import BEGIN
+from qjax.lowering import tflite_forms
 from qjax.lowering.constants import add_constant, codes_on, real_values
 from qjax.lowering.folding import fold_known
 from qjax.lowering.interpret import LoweringRule, refuse, where
@@ -41,6 +42,9 @@ def _scan(
     is on it, or zero.
     """
     parts = scan_parts(e)
+    if builder.target.is_tflite:
+        lack = tflite_forms.lack_of_operator("loop")
+        raise tflite_forms.refuse(where(e).strip("'"), *lack)
     if not has_point(e):
         raise NotImplementedError(
             f"There is no integer rule for a `scan` without quantization points in its "
