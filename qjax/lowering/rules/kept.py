@@ -68,7 +68,7 @@ def _mask_of_data(
     if np.any(table < 0):
         raise ValueError(
             f"The mask of the softmax in {where(e)} adds other numbers than 0 and what "
-            f"is below {-LARGE:g}, for some integers of its input.\n  equation: {e}\n"
+            f"is {-LARGE:g} or less, for some integers of its input.\n  equation: {e}\n"
             "Pass the mask as truth values, of dtype bool."
         )
     finish = lambda y: (y > -LARGE / 2).astype(jnp.int32)
