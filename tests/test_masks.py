@@ -135,13 +135,21 @@ def test_what_is_added_and_no_mask_is_met_by_calibration():
     qjax.calibrate(qjax.quantize_model(fn, P, X, mask), P, [(X, mask)])
 
 
-def test_a_mask_of_integers_that_are_no_truth_values_is_refused():
+@pytest.mark.parametrize("dtype", [np.int8, np.int32])
+def test_a_mask_of_integers_that_are_no_truth_values_is_refused(dtype):
     fn, mask = FORMS["times a number"]
-    mask = mask.astype(np.int8)
+    mask = mask.astype(dtype)
     qmodel = qjax.quantize_model(fn, P, X, mask)
     qstate = qjax.calibrate(qmodel, P, [(X, mask)])
-    with pytest.raises(ValueError, match="Pass the mask as truth values"):
+    with pytest.raises(ValueError, match="select by a comparison of it"):
         qjax.lower(qmodel, P, qstate, X, mask)
+    remedy = lambda p, x, m: jax.nn.softmax(
+        _scores(p, x) + jnp.where(m > 0, 0.0, -1e9)[:, None]
+    )
+    qmodel = qjax.quantize_model(remedy, P, X, mask)
+    qstate = qjax.calibrate(qmodel, P, [(X, mask)])
+    program = qjax.lower(qmodel, P, qstate, X, mask)
+    assert np.all(np.asarray(program(X, mask)).swapaxes(1, 2)[mask == 0] == 0)
 
 
 def test_what_neighbours_in_a_mask_make_is_none():
