@@ -287,7 +287,7 @@ _Faults = dict[str, jax.Array]
 _Step = Callable[..., tuple[QState, jax.Array, _Faults]]
 _NO_MASK = (
     "An input is added to what the softmax at {0!r} reads, as a mask, and has other "
-    f"numbers than 0 and what is below {-LARGE:g}. Pass a mask as dtype bool and "
+    f"numbers than 0 and what is {-LARGE:g} or less. Pass a mask as dtype bool and "
     "select by it, `jnp.where(mask, scores, -1e9)`; a bias of scores as a parameter, "
     "or times 1.0, which makes it a value with a site of its own, where what is "
     f"{-LARGE:g} or less masks."

@@ -135,13 +135,21 @@ def test_what_is_added_and_no_mask_is_met_by_calibration():
     qjax.calibrate(qjax.quantize_model(fn, P, X, mask), P, [(X, mask)])
 
 
-def test_a_mask_of_integers_that_are_no_truth_values_is_refused():
+@pytest.mark.parametrize("dtype", [np.int8, np.int32])
+def test_a_mask_of_integers_that_are_no_truth_values_is_refused(dtype):
     fn, mask = FORMS["times a number"]
-    mask = mask.astype(np.int8)
+    mask = mask.astype(dtype)
     qmodel = qjax.quantize_model(fn, P, X, mask)
     qstate = qjax.calibrate(qmodel, P, [(X, mask)])
-    with pytest.raises(ValueError, match="Pass the mask as truth values"):
+    with pytest.raises(ValueError, match="select by a comparison of it"):
         qjax.lower(qmodel, P, qstate, X, mask)
+    remedy = lambda p, x, m: jax.nn.softmax(
+        _scores(p, x) + jnp.where(m > 0, 0.0, -1e9)[:, None]
+    )
+    qmodel = qjax.quantize_model(remedy, P, X, mask)
+    qstate = qjax.calibrate(qmodel, P, [(X, mask)])
+    program = qjax.lower(qmodel, P, qstate, X, mask)
+    assert np.all(np.asarray(program(X, mask)).swapaxes(1, 2)[mask == 0] == 0)
 
 
 def test_what_neighbours_in_a_mask_make_is_none():
@@ -256,3 +264,60 @@ def test_known_masks_that_the_model_makes_widen_no_range():
     assert_equals_oracle(program, x)
     report = qjax.verify(program, qmodel, w, qstate, x)
     assert all(row.max_difference <= 1 for row in report.sites.values())
+
+
+HIDDEN = np.where(RNG.random((3, 5, 5)) < 0.4, np.float32(-100), np.float32(0))
+HIDDEN[:, range(5), range(5)] = 0
+WINDOWS = {
+    "added": lambda s: jax.nn.softmax(
+        (s.reshape(2, 3, 5, 5) + HIDDEN[None]).reshape(s.shape)
+    ),
+    "chosen": lambda s: jax.nn.softmax(
+        jnp.where(HIDDEN[None] == 0, s.reshape(2, 3, 5, 5), -jnp.inf).reshape(s.shape)
+    ),
+    "rows joined": lambda s: jax.nn.softmax(
+        (s.reshape(2, 3, 5, 5) + HIDDEN[None]).reshape(2, 15, 5)
+    ).reshape(s.shape),
+    "behind another": lambda s: jax.nn.softmax(
+        (jnp.where(PAST[None], s, -100.0).reshape(2, 3, 5, 5) + HIDDEN[None]).reshape(
+            s.shape
+        )
+    ),
+}
+
+
+@pytest.mark.kept
+@pytest.mark.parametrize("form", WINDOWS)
+def test_known_masks_have_an_axis_of_windows_that_the_result_has_not(form):
+    """Shifted windows: -100 itself masks, and the range is that of the scores."""
+    fn = lambda p, x: WINDOWS[form](_scores(p, x))
+    qmodel = qjax.quantize_model(fn, P, X, scheme=POWERS)
+    qstate = qjax.calibrate(qmodel, P, [(X,)])
+    grids = qjax.scales(qmodel, P, qstate)
+    assert all(np.max(grid.scale) < 0.5 for grid in grids.values())
+    program = qjax.lower(qmodel, P, qstate, X)
+    assert_equals_oracle(program, X)
+    shipped = np.asarray(program(X))
+    np.testing.assert_array_equal(jax.jit(qmodel.apply)(P, qstate, X), shipped)
+    np.testing.assert_array_equal(jax.jit(qmodel.apply_integer)(P, qstate, X), shipped)
+    hidden = np.broadcast_to(HIDDEN < 0, (2, 3, 5, 5)).reshape(6, 5, 5)
+    if form == "behind another":
+        hidden = hidden | ~PAST
+    assert np.all(shipped[hidden] == 0) and np.all(np.sum(shipped, -1) > 0.95)
+    wanted = np.asarray(jax.jit(fn)(P, X))
+    assert np.sum(wanted**2) > 200 * np.sum((shipped - wanted) ** 2)
+
+
+def test_unlike_masks_that_leave_a_row_nothing_are_refused():
+    """One masks a whole row alike, the other leaves its maximum: no row has both."""
+    last = np.where(np.arange(5) == 4, np.float32(-100), np.float32(0))
+    kept = np.arange(5) == 4  # What is left of each row, the other one masks.
+
+    def fn(p, x):
+        chosen = jnp.where(kept[None, None], _scores(p, x), -100.0)
+        return jax.nn.softmax(chosen + last[None, None])
+
+    qmodel = qjax.quantize_model(fn, P, X)
+    qstate = qjax.calibrate(qmodel, P, [(X,)])
+    with pytest.raises(NotImplementedError, match="no integer rule"):
+        qjax.lower(qmodel, P, qstate, X)

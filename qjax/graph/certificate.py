@@ -53,8 +53,9 @@ class Agreement:
         the site.
       reason: The proof, or the step that rounds.
       most: Most codes by which they can differ, given the same codes before the site: 0
-        if proven, 1 behind a requantizer, or the step between two levels of a word that
-        leaves codes out; None where no bound is known.
+        if proven, 1 behind a requantizer, the step between two levels of a word that
+        leaves codes out, or more where float32 rounds by more than the step of a code;
+        None where no bound is known.
     """
 
     is_proven: bool
@@ -310,7 +311,7 @@ def _agreement(
         worst = [a for a in own if not a.is_proven]
         if not worst:
             return _proven(f"{node.operation} of codes on one grid, {_AT_ANY_SCALE}")
-        return next((a for a in worst if a.most is None), worst[0])
+        return max(worst, key=lambda a: np.inf if a.most is None else a.most)
     return Agreement(False, f"no proof is known of {node.operation}", None)
 
 
@@ -346,11 +347,12 @@ def _proven(reason: str) -> Agreement:
 def _rounded(error: float, reason: str) -> Agreement:
     """Returns the agreement of a site where float32 is off by at most ``error`` steps.
 
-    Below half a step, codes are one apart at most.
+    Numbers that are ``error`` apart round to codes that are ``floor(error) + 1`` apart
+    at most.
     """
     if error >= 0.5:
-        return Agreement(False, f"{reason}; float32 may lose {error:.1f} steps", None)
-    return Agreement(False, reason, 1)
+        reason = f"{reason}; float32 may lose {error:.1f} steps"
+    return Agreement(False, reason, int(error) + 1)
 
 
 def _of_input(value: Value) -> Agreement:

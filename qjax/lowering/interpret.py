@@ -267,7 +267,7 @@ def _refuse_whole(e: Equation) -> NotImplementedError:
             ", or write it so that integers compute it: exp of a quantized value times "
             "one positive number, over its sum, or the logarithm of that, behind masks "
             "that are known or made of inputs of dtype bool: truth values, or 0 and "
-            "numbers below -100"
+            "numbers of -100 or less"
         )
     if site and e.is_simulated:
         other += (

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from qjax.model.primitives import names
@@ -126,6 +127,30 @@ def permutation(layout: Layout, shape: Sequence[int]) -> tuple[int, ...] | None:
 def transposed(x: jax.Array, order: Sequence[int]) -> jax.Array:
     """Returns an array with its axes in an order; itself where that is its own."""
     return x if tuple(order) == tuple(range(x.ndim)) else lax.transpose(x, order)
+
+
+def in_source(x: jax.Array, layout: Layout, rank: int) -> jax.Array:
+    """Returns an array that meets a value with the axes of the source of the value.
+
+    Args:
+      x: Array, whose shape broadcasts to that of the value.
+      layout: Layout of the value, without a broadcast digit.
+      rank: Rank of the source.
+    """
+    x = x.reshape((1,) * (len(layout) - x.ndim) + x.shape)
+    own = zip(x.shape, layout, strict=True)
+    varied = {digit.axis for n, axis in own if n > 1 for digit in axis}
+    spread = lambda digit: digit.size if digit.axis in varied else 1
+    digits = [digit for axis in layout for digit in axis]
+    x = jnp.broadcast_to(x, [math.prod(map(spread, axis)) for axis in layout])
+    turn = sorted(
+        range(len(digits)), key=lambda k: (digits[k].axis or 0, -digits[k].stride)
+    )
+    x = transposed(x.reshape([spread(digit) for digit in digits]), turn)
+    shape = [1] * rank
+    for digit in digits:
+        shape[digit.axis or 0] *= spread(digit)
+    return x.reshape(shape)
 
 
 def meets(values: Layout, statistics: Layout, over: Sequence[Digit]) -> bool:

@@ -24,6 +24,7 @@ from qjax.model.layouts import (
     MOVES,
     Digit,
     Layout,
+    in_source,
     is_within,
     joined,
     meets,
@@ -50,7 +51,7 @@ class _Mask(NamedTuple):
     kept: int | None  # Case of a selection that is kept; None: added.
     empty: Empty  # What a row without any kept value is.
     fill: float  # Largest finite number that it puts or adds; 0 if there is none.
-    order: tuple[int, ...]  # Axes of the logits, in the order of its own.
+    layout: Layout  # Of the values that it meets, whose source the logits are.
     is_input: bool = False  # Whether real inputs of the model are added as they are.
 
 
@@ -190,8 +191,7 @@ class SoftmaxForm:
 
     def _in_order(self, mask: _Mask, value: jax.Array) -> jax.Array:
         """Returns a mask with its axes in the order of the result."""
-        value = value.reshape((1,) * (len(self.order) - value.ndim) + value.shape)
-        return transposed(value, tuple(mask.order.index(d) for d in self.order))
+        return transposed(in_source(value, mask.layout, len(self.order)), self.order)
 
 
 def read_softmax(model: Trace, e: Equation) -> SoftmaxForm | None:
@@ -215,7 +215,9 @@ def read_softmax(model: Trace, e: Equation) -> SoftmaxForm | None:
     axes = tuple(sorted(order.index(d.axis) for d in found.over if d.axis is not None))
     empties = {mask.empty for mask in found.masks}
     if len(empties) > 1:
-        return None
+        if not _leave_all_rows(reader, found):
+            return None
+        empties = {"zero"}
     fill = max((mask.fill for mask in found.masks if mask.fill), default=0.0)
     (empty,) = empties or {"zero"}
     numbers = order, axes, found.factor, empty, fill, found.plus, found.masks
@@ -229,6 +231,20 @@ def read_softmax(model: Trace, e: Equation) -> SoftmaxForm | None:
         return dataclasses.replace(form, keepdims=False)
     kept = tuple(() if d in axes else axis for d, axis in enumerate(whole))
     return form if found.layout == kept else None
+
+
+def _leave_all_rows(reader: FormReader, x: _Reduced | _Shares) -> bool:
+    """Returns whether masks are known, and keep something of each row."""
+    rank, kept = len(reader.shape), np.ones(reader.shape, bool)
+    for mask in x.masks:
+        value = reader.known_value(mask.variable)
+        if value is None:
+            return False
+        own = value > -LARGE / 2 if mask.kept is None else value == mask.kept
+        with jax.ensure_compile_time_eval():
+            kept = kept & np.asarray(in_source(jnp.asarray(own), mask.layout, rank))
+    axes = {digit.axis for digit in x.over if digit.axis is not None}
+    return bool(np.all(np.any(kept, tuple(axes))))
 
 
 def _of_shares(x: Any) -> Any:
@@ -339,8 +355,9 @@ class _SoftmaxReader(FormReader):
         if not at or own[3 - at] is not OUTSIDE:
             return None
         x, fill = own[at], self.number(eqn.invars[3 - at])
-        order = permutation(x.layout, self.shape)
-        if eqn.invars[0].aval.dtype != np.bool_ or fill is None or order is None:
+        if eqn.invars[0].aval.dtype != np.bool_ or fill is None:
+            return None
+        if any(digit.axis is None for axis in x.layout for digit in axis):
             return None
         if isinstance(x, _Logits) and x.shift is None and fill <= -LARGE:
             empty: Empty = "zero" if fill == -np.inf else "uniform"
@@ -361,19 +378,21 @@ class _SoftmaxReader(FormReader):
         if is_share:
             return None
         own_fill = fill if np.isfinite(fill) else 0.0
-        mask = _Mask(eqn.invars[0], key, at - 1, empty, own_fill, order)
+        mask = _Mask(eqn.invars[0], key, at - 1, empty, own_fill, x.layout)
         return x._replace(masks=(*x.masks, mask))
 
     def _added(self, eqn: Any, own: list[Any]) -> Any:
         """Returns logits to which a known mask is added."""
         k = own.index(OUTSIDE)
         x, v = own[1 - k], eqn.invars[k]
-        order = permutation(x.layout, self.shape)
-        if not isinstance(x, _Logits) or x.shift is not None or order is None:
+        if not isinstance(x, _Logits) or x.shift is not None:
+            return None
+        if any(digit.axis is None for axis in x.layout for digit in axis):
             return None
         values = [self.known_value(v)]
         if values[0] is None and self.is_input(v):
-            mask = _Mask(v, self.key(v), None, "uniform", 0.0, order, is_input=True)
+            key = self.key(v)
+            mask = _Mask(v, key, None, "uniform", 0.0, x.layout, is_input=True)
             return x._replace(masks=(*x.masks, mask))
         if values[0] is None:
             values = self.of_truths(v)
@@ -388,7 +407,7 @@ class _SoftmaxReader(FormReader):
             empty = "uniform"
         key, fill = self.key(eqn.invars[k]), float(finite.max(initial=-np.inf))
         fill = fill if np.isfinite(fill) else 0.0
-        mask = _Mask(eqn.invars[k], key, None, empty, fill, order)
+        mask = _Mask(eqn.invars[k], key, None, empty, fill, x.layout)
         return x._replace(masks=(*x.masks, mask))
 
 

@@ -42,6 +42,12 @@ def kept_codes(
     return functools.reduce(both, found)
 
 
+_REMEDY = (
+    "Pass the mask as truth values, of dtype bool; or select by a comparison of it, "
+    "`jnp.where(mask > 0, 0.0, -1e9)`."
+)
+
+
 def _mask_of_data(
     builder: Builder, e: Equation, trace: Trace, x: Abstract, place: int, site: str
 ) -> int:
@@ -53,8 +59,7 @@ def _mask_of_data(
         if (function := raw(builder, e, trace, x, v)) is None:
             raise ValueError(
                 f"{at_start(x.source)} holds {x.dtype} and is made a mask of real "
-                f"numbers, in {where(e)}.\n  equation: {e}\nThat is a table of at most "
-                "16 bits: pass the mask with dtype bool, uint8, int8, uint16 or int16."
+                f"numbers, in {where(e)}.\n  equation: {e}\n" + _REMEDY
             )
         x = function
     if not trace.is_real(v):
@@ -68,8 +73,8 @@ def _mask_of_data(
     if np.any(table < 0):
         raise ValueError(
             f"The mask of the softmax in {where(e)} adds other numbers than 0 and what "
-            f"is below {-LARGE:g}, for some integers of its input.\n  equation: {e}\n"
-            "Pass the mask as truth values, of dtype bool."
+            f"is {-LARGE:g} or less, for some integers of its input.\n  equation: {e}\n"
+            + _REMEDY
         )
     finish = lambda y: (y > -LARGE / 2).astype(jnp.int32)
     return add_table(builder, x, finish, f"{site}/mask", dtype="int8")
