@@ -215,14 +215,13 @@ class IntegerProgram:
     ) -> Witness:
         """Searches an input that drives an accumulator to the bound of its certificate.
 
-        The certificate bounds a step of a loop at any codes that it may carry; this
-        runs whole inputs by the NumPy interpreter.
+        A step of a loop is certified at any codes carried; this runs whole inputs.
 
         Args:
-          accumulator: One of ``report().overflow``, or its name: of the site whose
-            codes are made of it, or its path where that is its own.
+          accumulator: One of ``report().overflow``, or the name of the site whose codes
+            are made of it, or its path where no other has it.
           steps: Steps, of a program with ``streaming``; None for those of lowering.
-          budget: Inputs to try. If there are no more than that, all are tried.
+          budget: Inputs to try: all, if there are no more.
           seed: Of what is drawn.
 
         Returns:
@@ -274,10 +273,9 @@ class IntegerProgram:
         Raises:
           ValueError: for a program that was lowered without ``streaming``; for the
             state of another program, and inputs of other shapes; for a step after the
-            last, where a position table or a sum of all steps until now makes the
-            length of lowering the longest. A state that JAX traces cannot raise, as in
-            `jax.jit` and `jax.lax.scan`: after the last step, outputs are NaN there,
-            or the least of an integer type, and those of dtype bool mean nothing.
+            last, where a position table or a sum of all steps limits them to those of
+            lowering. A state that JAX traces cannot raise: after the last step outputs
+            are NaN then, or the least integer, and those of dtype bool mean nothing.
         """
         flat, tree = jax.tree.flatten(inputs)
         if tree != self.input_tree:

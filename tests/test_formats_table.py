@@ -105,12 +105,17 @@ def test_a_model_in_all_formats_of_its_own_rounding(model, scheme):
     check_native(model, scheme)
 
 
-def check_tflite(model, scheme, runtimes):
-    """Checks a model in TFLite's runtimes, each with the target that it computes."""
-    scheme = dataclasses.replace(
-        presets.tflite_int8(same_scales=True, lstm=model == "lstm"),
+def tflite_scheme(scheme, lstm=False):
+    """The scheme of TFLite's integers, with the weights of one of the table."""
+    return dataclasses.replace(
+        presets.tflite_int8(same_scales=True, lstm=lstm),
         weights=SCHEMES[scheme]["weights"],  # An LSTM keeps the words of its kernel.
     )
+
+
+def check_tflite(model, scheme, runtimes):
+    """Checks a model in TFLite's runtimes, each with the target that it computes."""
+    scheme = tflite_scheme(scheme, lstm=model == "lstm")
     is_micro = lambda name: name == "tflite-micro"  # It rounds dense layers twice.
     rows = []
     for target in (targets.tflite, targets.tflite_micro):

@@ -83,10 +83,10 @@ def _planned(
     found = find_blocks(model, names, settings.split, exact, around)
     plan = describe(model, found, names, exact, around)
     masked = find_masked_sums(model, data, plan, exact)
-    for v, form in exact.items():
-        e = next(e for e in model.equations if v in e.outputs)
+    for e in model.equations if masked.values else ():
+        form = exact.get(e.outputs[0]) if e.outputs else None
         if isinstance(form, SoftmaxForm) and e.inputs[0] in masked.values:
-            exact[v] = form.masked()
+            exact[e.outputs[0]] = form.masked()
     warn_of_cuts(model, plan)
     # Known values come first: a kernel is held by its bias and its BatchNorm.
     known = set(model.avals) - data
