@@ -352,7 +352,7 @@ def test_inputs_behind_a_small_factor_mask_nothing():
 @pytest.mark.parametrize(
     ("dtype", "message"),
     [
-        (np.int32, "a table of at most 16 bits"),
+        (np.int32, "holds int32 and is made a mask of real numbers"),
         (np.int8, "for some integers of its input"),  # 2 would add 1e9.
         (np.bool_, None),
     ],
