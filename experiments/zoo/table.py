@@ -9,16 +9,16 @@ the float model's, and the SQNR where they do. When last run, 8 min for the firs
 and 4 min for the others on 2 cores:
 
     model            sites  SQNR dB  equal, 2^n   equal, default
-    vit                 49     33.3  all 182224   all 182224
-    bert                51     29.9  all 120512   120507/120512
-    gpt                 39     29.3  all 144384   all 144384
-    mixer               35     32.0  all 112976   all 112976
-    convnext            29     34.7  all 182864   182854/182864
-    decoder             98     24.9  all 181248   181247/181248
+    vit                 49     33.3  all 182224   182215/182224
+    bert                51     29.9  all 120512   120508/120512
+    gpt                 39     29.3  all 144384   144376/144384
+    mixer               35     32.0  all 112976   112963/112976
+    convnext            29     34.7  all 182864   182828/182864
+    decoder             98     24.9  all 181248   181243/181248
     cross_attention     34     32.9  all 55552    all 55552
-    audio               50     30.6  all 184320   184317/184320
-    unet                88     26.8  all 343680   343668/343680
-    conformer          101     31.7  all 441344   441335/441344
+    audio               50     30.6  all 184320   184314/184320
+    unet                88     26.8  all 343680   343659/343680
+    conformer          101     31.7  all 441344   441334/441344
     graph_network       33     30.3  all 22336    all 22336
     recommender         21     31.8  all 7328     all 7328
     experts             14     33.3  all 31296    all 31296      99.5 % of choices
@@ -41,9 +41,8 @@ The decoder and the U-Net are below 28 dB. What follows was measured on them:
   gate; all of these together give 24.2. So ranges of all values stay the default.
 - What normalisations read, and besides them sums alone, has 16 bits by default since:
   24.9 and 26.8, ViT 30.4 to 33.3, GPT 28.5 to 29.3, Mixer 30.8 to 32.0, audio 28.1 to
-  30.6, conformer 28.8 to 31.7. Codes of these seven were counted before that. Terms of
-  such sums in 16 bits would give 25.2 and 27.2, but a transformer's block takes twice
-  as long on native kernels.
+  30.6, conformer 28.8 to 31.7. Terms of such sums in 16 bits would give 25.2 and 27.2,
+  but a transformer's block takes twice as long on native kernels.
 - What no product reads in 16 bits, all of it, gives the decoder 26.0 and the U-Net
   28.0; with weights of 16 bits, too, 26.7 and 28.6. So the 8-bit operands of products
   alone keep the decoder below 28 dB. The largest parts of what is left are its tied
